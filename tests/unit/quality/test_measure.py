@@ -5,19 +5,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    JambaConfig,
+    LlamaConfig,
     MixtralConfig,
     Qwen3MoeConfig,
 )
 from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.errors import CheckFailed, InputRefused, Unmeasurable
 from weightsmith.quality.limits import limits_for
 from weightsmith.quality.measure import measure
 from weightsmith.quality.result import Quality
-from weightsmith.quality.streamed import StreamedModel
+from weightsmith.quality.runs import run_both
 from weightsmith.quantizers import formats
 from weightsmith.recipe import Quality as Wanted
 
@@ -34,7 +40,8 @@ class View:
 
     def tensor(self, name):
         data = self.truth.tensor(name)
-        return self.change(name, data) if data.ndim == 2 and "layers" in name else data
+        inside = "layers." in name or ".h." in name
+        return self.change(name, data) if data.ndim == 2 and inside else data
 
 
 def four_bits(_, data, group=32):
@@ -208,34 +215,76 @@ SMALL = {
 }
 
 
+def written(folder, config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+IDS = torch.stack([torch.arange(20) + 3, torch.arange(20) + 30])
+PLACES = [(row, column) for row in range(2) for column in range(20)]
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        LlamaConfig(**SMALL, tie_word_embeddings=True),
+        Gemma3TextConfig(**SMALL, head_dim=8, final_logit_softcapping=5.0),
+        CohereConfig(**SMALL),
+        GPT2Config(vocab_size=64, n_layer=2, n_head=4, n_embd=32),
         MixtralConfig(**SMALL, num_local_experts=4),
         Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=16, num_experts_per_tok=2),
     ],
     ids=lambda config: config.model_type,
 )
-def test_experts_are_put_together_as_transformers_does(tmp_path, config):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.save_pretrained(tmp_path)
-    ids = torch.arange(20)[None] + 3
-    truth = CheckpointTensors(tmp_path)
+def test_both_models_run_as_whole_ones(tmp_path, config):
+    right = written(tmp_path, config)
+    view = View(lambda _, data: np.round(data * 64) / 64, tmp_path)
 
-    def weights(name):
-        if name not in truth.names:
-            raise KeyError(name)
-        return torch.from_numpy(truth.tensor(name).copy())
+    found = run_both(tmp_path, view, IDS, 20, lambda done, total: None)
 
-    streamed, filled = StreamedModel(tmp_path), []
+    rounded = {name: torch.tensor(view.tensor(name)) for name in view.names}
+    save_file(rounded, tmp_path / "model.safetensors", {"format": "pt"})
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    for mine, whole in ((found.checkpoint, right), (found.quantized, other)):
+        with torch.inference_mode():
+            wanted = whole(IDS).logits.log_softmax(-1).flatten(0, 1)
+        torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)
+        matrices = [p for p in mine.model.parameters() if p.dim() > 1]
+        assert all(p.untyped_storage().nbytes() == 4 for p in matrices), "one stayed in memory"
+    assert len(found.layers) == 2
+    assert all(error > 0 for error in found.layers.values())
 
-    def count(*_):
-        filled.append([all(p.is_meta for p in layer.parameters()) for layer in streamed.layers])
 
-    states = streamed.hidden(ids, weights, lambda _, s: s, count)
+def test_an_architecture_that_cannot_be_streamed_is_measured_in_memory(tmp_path):
+    """Jamba's state spaces use weights without calling their module."""
+    sizes = {"mamba_d_state": 8, "mamba_dt_rank": 8, "num_experts": 1, "use_mamba_kernels": False}
+    config = JambaConfig(**SMALL, **sizes, attn_layer_offset=1, attn_layer_period=2)
+    right = written(tmp_path, config)
+
+    found = run_both(tmp_path, View(model=tmp_path), IDS, 20, lambda done, total: None)
 
     with torch.inference_mode():
-        torch.testing.assert_close(streamed.logits(states), model(ids).logits)
-    assert filled == [[False, True], [True, False]], "one layer in memory at a time"
-    assert all(p.is_meta for layer in streamed.layers for p in layer.parameters())
+        wanted = right(IDS).logits.log_softmax(-1).flatten(0, 1)
+    for mine in (found.checkpoint, found.quantized):
+        torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)
+    assert found.layers == {0: 0, 1: 0}
+
+
+def test_a_tensor_that_the_quantizer_left_out_is_not_taken_from_the_checkpoint():
+    view = View()
+    view.names -= {"model.layers.1.mlp.up_proj.weight"}
+
+    with pytest.raises(Unmeasurable, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        measured(view)
+
+
+def test_a_checkpoint_without_one_of_its_tensors_is_not_measured(tmp_path):
+    written(tmp_path, LlamaConfig(**SMALL))
+    held = load_file(tmp_path / "model.safetensors")
+    del held["model.norm.weight"]
+    save_file(held, tmp_path / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(Unmeasurable, match=r"no tensor model\.norm\.weight"):
+        run_both(tmp_path, View(model=tmp_path), IDS, 20, lambda done, total: None)

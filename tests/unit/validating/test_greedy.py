@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.validating import greedy
+from weightsmith.validating.forwards import Merged
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
 
@@ -64,27 +64,15 @@ def test_a_wrong_merge_says_something_else(tmp_path: Path) -> None:
     assert "greedy texts differ" in tell(result)
 
 
-def test_an_end_token_ends_the_text(tmp_path: Path) -> None:
-    base = make_model(tmp_path / "base")
-    probes = [[1, 7, 9, 200, 31], [1, 50, 60]]
-
-    free = greedy.generate(base, probes, (), 16)
-    ended = greedy.generate(base, probes, {free[0][3]}, 16)
-
-    assert [len(text) for text in free] == [16, 16]
-    assert ended[0] == free[0][: free[0].index(free[0][3]) + 1]
-
-
-def test_of_a_large_model_the_first_token_is_reported(
+def test_the_text_is_generated_without_loading_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(greedy, "MOST_WEIGHTS", 1000)
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
     out = merged(tmp_path / "out", base, lora)
+    monkeypatch.delattr(Merged, "whole")
 
     result = held(base, out, lora, items=ITEMS)
 
     assert result.passed, tell(result)
-    assert [row.tokens for row in result.comparison.greedy] == [1, 1, 1]
-    assert "only the first token" in tell(result)
+    assert [row.tokens for row in result.comparison.greedy] == [16, 16, 16]

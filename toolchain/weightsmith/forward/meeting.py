@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 
 T = TypeVar("T")
 Key = tuple[int, int]
-"""The checkpoint's number, and the weight's position in the order in which the model uses it."""
+"""The weight's position in the order in which the model uses it, and the checkpoint's number."""
 
 _TILE = 128
 """Rows of a matrix that are converted and multiplied at a time, so that they fit a CPU's cache."""
@@ -101,6 +102,28 @@ class Meeting:
             self._stopped = True
             self._waiting.clear()
             self._changed.notify_all()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Let the other views go on while this one works without any matrix."""
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running += 1
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait for the work of another view; RuntimeError if no other view is left to do it."""
+        with self.away(), self._changed:
+            while not ready():
+                if self._stopped:
+                    raise _StoppedError
+                if self._running <= 0:
+                    raise RuntimeError("the view that this one waits for has ended")
+                self._changed.wait()
 
     def multiply(self, key: Key, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Return inputs [..., columns] times the matrix [rows, columns] transposed, in float32."""

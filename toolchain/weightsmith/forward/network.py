@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,21 @@ def replication(model: Any) -> list[int] | None:
     return None
 
 
+def lacking(model: Any, weights: Weights) -> list[str]:
+    """Return the parameters that the model needs and its checkpoint does not have."""
+    optional = [re.compile(pattern) for pattern in _optional(model)]
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if not weights.has(name) and not any(pattern.search(name) for pattern in optional)
+    ]
+
+
+def _optional(model: Any) -> Sequence[str]:
+    """Return transformers' patterns of parameters that checkpoints may leave out."""
+    return tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
 def is_missing(parameter: torch.Tensor) -> bool:
     """Return whether a parameter has no weights yet."""
     return parameter.numel() > 0 and not any(parameter.stride()) and _is_nan(parameter)
@@ -151,28 +166,6 @@ def base_name(name: str) -> str:
     """Return the model's name of a parameter that PEFT has wrapped."""
     parts = name.removeprefix(PEFT_PREFIX).split(".")
     return ".".join(part for part in parts if part not in _WRAPPERS)
-
-
-def stream(model: Any, weights: Weights, *, skip: Sequence[Any] = ()) -> None:
-    """Make every module read its weights when it runs, and drop them afterwards.
-
-    Linear layers and embeddings read a few rows at a time; other modules read their parameters
-    whole. Modules in `skip` are left alone.
-    """
-    left = {id(part) for module in skip for part in module.modules()}
-    for path, module in model.named_modules():
-        names = [n for n, p in module.named_parameters(recurse=False) if is_missing(p)]
-        if not names or id(module) in left:
-            continue
-        places = {name: base_name(f"{path}.{name}") for name in names}
-        direct = bool(weights.tensor_of(places.get("weight", "")))
-        if direct and type(module) is nn.Linear:
-            setattr(module, "forward", functools.partial(_linear, module, weights, places))  # noqa: B010
-        elif direct and type(module) is nn.Embedding:
-            embed = functools.partial(_embedding, weights, places["weight"])
-            setattr(module, "forward", embed)  # noqa: B010
-        else:
-            fill_while_running(module, weights, {(module, n): p for n, p in places.items()})
 
 
 def fill_while_running(
@@ -223,21 +216,3 @@ def _missing(shape: torch.Size) -> nn.Parameter:
 
 def _is_nan(parameter: torch.Tensor) -> bool:
     return bool(torch.isnan(parameter[(0,) * parameter.dim()]))
-
-
-def _linear(module: Any, weights: Weights, places: dict[str, str], x: torch.Tensor) -> torch.Tensor:
-    out = x.new_empty((*x.shape[:-1], module.out_features))
-    for first, rows in weights.rows(places["weight"]):
-        out[..., first : first + len(rows)] = x @ rows.float().T
-    if "bias" in places:
-        out += weights.whole(places["bias"])
-    elif module.bias is not None:
-        out += module.bias
-    return out
-
-
-def _embedding(weights: Weights, name: str, ids: torch.Tensor) -> torch.Tensor:
-    unique, places = torch.unique(ids, return_inverse=True)
-    tensor = weights.tensor_of(name)
-    table = torch.cat([weights.slice(tensor, i, i + 1) for i in unique.tolist()]).float()
-    return table[places]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from weightsmith.errors import InputRefused
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     base_name,
     fill_while_running,
     is_missing,
+    lacking,
     load_buffers,
     missing_below,
     replication,
@@ -22,9 +24,6 @@ from weightsmith.forward.network import (
     with_adapters,
 )
 from weightsmith.forward.weights import Weights
-
-NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
-"""The architecture uses weights without calling their module."""
 
 
 def view(
@@ -35,30 +34,53 @@ def view(
 ) -> Any:
     """Return a transformers model, with PEFT's layers on it, in float32 and ready to run.
 
-    Views of the same checkpoint share a `number`. Raises the architecture's error if it cannot run
-    without its weights in memory.
+    Views of the same checkpoint share a `number`. Raises InputRefused if the checkpoint lacks a
+    tensor, and the architecture's error if it cannot run without its weights in memory.
     """
-    bare = skeleton(checkpoint)
-    weights = Weights(checkpoint, bare)
-    load_buffers(bare, weights)
-    model = with_adapters(bare, adapters) if adapters else bare
-    # By tensor: a view with replicated layers has other parameters than its base. A tied head's
-    # tensor has the place of the head, the last one.
-    order = {weights.tensor_of(name): place for place, name in enumerate(weights.parameters)}
-    if adapters and (layers := replication(model)) is not None:
-        weights.replicate(layers)
-    own = _outermost([layer for layer in _tuned(model) if not _is_plain(layer)])
-    for path, layer in ((path, layer) for path, layer in model.named_modules() if layer in own):
-        fill_while_running(layer, weights, missing_below(layer, path))
-    inside = {id(module) for layer in own for module in layer.modules()}
-    for path, module in model.named_modules():
-        if id(module) not in inside:
-            _stream(path, module, weights, meeting, number, order)
-    model.get_output_embeddings().register_forward_hook(_require_finite)
+    model = skeleton(checkpoint)
+    weights = Weights(checkpoint, model)
+    require_complete(checkpoint, model, weights)
+    load_buffers(model, weights)
+    if adapters:
+        model = with_adapters(model, adapters)
+        if (layers := replication(model)) is not None:
+            weights.replicate(layers)
+    stream(model, weights, meeting, number)
+    model.get_output_embeddings().register_forward_hook(require_finite)
     return model
 
 
+def require_complete(checkpoint: Path, model: Any, weights: Weights) -> None:
+    """Raise InputRefused if a checkpoint lacks a tensor of its architecture."""
+    if names := lacking(model, weights):
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise InputRefused(
+            f"{checkpoint} has no tensor {names[0]}{more}, which its architecture needs",
+            hint="download or save the checkpoint again; all its shards must be there",
+        )
+
+
+def stream(
+    model: Any, weights: Weights, meeting: Meeting, number: int, skip: Sequence[Any] = ()
+) -> None:
+    """Make every module without weights read them when it runs; modules in `skip` are left alone.
+
+    Matrices are multiplied in the meeting, as those of checkpoint `number`.
+    """
+    left = {id(module) for layer in skip for module in layer.modules()}
+    own = _outermost([layer for layer in _tuned(model) if not _is_plain(layer)])
+    for path, layer in model.named_modules():
+        if layer in own and id(layer) not in left:
+            fill_while_running(layer, weights, missing_below(layer, path))
+    left |= {id(module) for layer in own for module in layer.modules()}
+    for path, module in model.named_modules():
+        if id(module) not in left:
+            _stream(path, module, weights, meeting, number)
+
+
 def _tuned(model: Any) -> list[Any]:
+    if not hasattr(model, "peft_config"):
+        return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -84,21 +106,19 @@ def _stream(
     weights: Weights,
     meeting: Meeting,
     number: int,
-    order: dict[str, int],
 ) -> None:
     """Make a module read its weights when it runs; vectors such as norms stay in memory."""
     names = [n for n, p in module.named_parameters(recurse=False) if is_missing(p)]
     places = {name: base_name(f"{path}.{name}") for name in names}
     tensor = weights.tensor_of(places.get("weight", ""))
+    matrix = functools.partial(_matrix, weights, tensor, module)
     if tensor and type(module) is nn.Linear:
         places.pop("weight")
-        key = (number, order[tensor])
-        matrix = _mapped(weights, tensor, module)
+        key = (weights.order[tensor], number)
         setattr(module, "forward", functools.partial(_linear, module, meeting, key, matrix))  # noqa: B010
     elif tensor and _looks_up(module):
         places.pop("weight")
-        table = _mapped(weights, tensor, module)
-        lookup = functools.partial(_embedding, module, type(module).forward, table)
+        lookup = functools.partial(_embedding, module, type(module).forward, matrix)
         setattr(module, "forward", lookup)  # noqa: B010
     for name in [name for name in places if module.get_parameter(name).dim() < 2]:
         module.get_parameter(name).data = weights.whole(places.pop(name))
@@ -107,9 +127,13 @@ def _stream(
 
 
 def _linear(
-    module: Any, meeting: Meeting, key: tuple[int, int], matrix: torch.Tensor, x: torch.Tensor
+    module: Any,
+    meeting: Meeting,
+    key: tuple[int, int],
+    matrix: Callable[[], torch.Tensor],
+    x: torch.Tensor,
 ) -> torch.Tensor:
-    product = meeting.multiply(key, x, matrix)
+    product = meeting.multiply(key, x, matrix())
     return product if module.bias is None else product + module.bias
 
 
@@ -119,7 +143,7 @@ def _looks_up(module: nn.Module) -> bool:
     return scaled or type(module) is nn.Embedding
 
 
-def _mapped(weights: Weights, tensor: str, module: Any) -> torch.Tensor:
+def _matrix(weights: Weights, tensor: str, module: Any) -> torch.Tensor:
     """Return the tensor; RuntimeError if it does not have the shape of the module's weight."""
     matrix = weights.mapped(tensor)
     if matrix.shape != module.weight.shape:
@@ -127,11 +151,13 @@ def _mapped(weights: Weights, tensor: str, module: Any) -> torch.Tensor:
     return matrix
 
 
-def _embedding(module: Any, forward: Any, table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _embedding(
+    module: Any, forward: Any, matrix: Callable[[], torch.Tensor], ids: torch.Tensor
+) -> torch.Tensor:
     """Look ids up in the rows that are used, by the module's own forward."""
     unique, places = torch.unique(ids, return_inverse=True)
     missing, padding = module.weight, module.padding_idx
-    module.weight = nn.Parameter(table[unique].float(), requires_grad=False)
+    module.weight = nn.Parameter(matrix()[unique].float(), requires_grad=False)
     module.padding_idx = None
     try:
         found: torch.Tensor = forward(module, places)
@@ -140,7 +166,7 @@ def _embedding(module: Any, forward: Any, table: torch.Tensor, ids: torch.Tensor
         module.weight, module.padding_idx = missing, padding
 
 
-def _require_finite(_: Any, __: Any, logits: torch.Tensor) -> None:
+def require_finite(_: Any, __: Any, logits: torch.Tensor) -> None:
     """Raise RuntimeError if logits are not finite: a weight was used without its module."""
     if not bool(torch.isfinite(logits).all()):
         raise RuntimeError("the logits are not finite")

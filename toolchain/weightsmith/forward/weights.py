@@ -54,6 +54,10 @@ class Weights:
             if target not in self._direct and source in self._direct:
                 self._direct[target] = self._direct[source]
 
+        # By tensor: a view with replicated layers has other parameters than its base. A tied head's
+        # tensor has the place of the head, the last one.
+        self.order = {self.tensor_of(name): place for place, name in enumerate(self.parameters)}
+
     def replicate(self, sources: Sequence[int]) -> None:
         """Rename for a model with replicated layers: layer i is the file's layer `sources[i]`."""
         if self._fused:

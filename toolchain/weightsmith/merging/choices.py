@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.jobs import Question
 from weightsmith.merging.reference import (
-    Count,
     Message,
-    Progress,
     Subject,
     prompt_tokens,
     speaker,
     stay_offline,
-    walk,
 )
 
 
@@ -46,7 +45,7 @@ def _pairs(subject: Subject, items: Sequence[Question]) -> list[list[tuple[list[
 
 
 def _scores(
-    items: Sequence[Sequence[tuple[list[int], int]]], count: Count, network: Any
+    items: Sequence[Sequence[tuple[list[int], int]]], count: Count, network: Any, _: Meeting
 ) -> list[list[float]]:
     found = []
     for pairs in items:

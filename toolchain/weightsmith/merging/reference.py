@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -17,19 +16,18 @@ from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.checkpoints.peft_patterns import check_peft_patterns
 from weightsmith.checkpoints.templates import own_template, render_chat
 from weightsmith.checkpoints.text import text_part
-from weightsmith.errors import InputRefused, ran_out_of_memory
+from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import IncompatibleAdapters
-from weightsmith.forward.views import NOT_STREAMABLE, view
+from weightsmith.forward.views import view
+from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.time_limits import doing
 from weightsmith.values import Json
 
-T = TypeVar("T")
 Message = Mapping[str, str]
-Progress = Callable[[int, int], None]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -46,6 +44,34 @@ class Subject:
     """Name of the subject whose answers this one probably gives too."""
     draft_texts: Sequence[str] = ()
     """Its probable answers, if they are known."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder with the model's weights."""
+        return self.model
+
+    @property
+    def source(self) -> Path:
+        """The folder, whose matrices are read once for all subjects."""
+        return self.model
+
+    def streamed(self, meeting: Meeting, number: int) -> Any:
+        """Return the model with its weights in files; raise InputRefused if one is missing."""
+        check_model_folder(self.model)
+        _check_together(self.adapters)
+        try:
+            network = view(self.model, self.adapters, meeting, number)
+        except IncompatibleAdapters as error:
+            raise InputRefused(
+                f"PEFT cannot load these adapters together: {error}",
+                hint="evaluate each adapter by itself",
+            ) from None
+        _weigh(network, [weight for _, weight in self.adapters])
+        return network
+
+    def whole(self) -> Any:
+        """Return the model with its weights in memory."""
+        return load_network(self.model, self.adapters)
 
 
 def answer(
@@ -99,21 +125,6 @@ class _Asked:
     questions: Questions
 
 
-class Count:
-    """Counts answers from several threads."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._total, self._progress, self._done = total, progress, 0
-        self._lock = threading.Lock()
-
-    def __call__(self, more: int) -> None:
-        """Count so many more, and report them."""
-        with self._lock:
-            self._done += more
-            if self._progress is not None:
-                self._progress(min(self._done, self._total), self._total)
-
-
 def _asked(subject: Subject, items: Sequence[Sequence[Message]], max_tokens: int) -> _Asked:
     tokenizer = speaker(subject)
     questions = Questions(
@@ -138,46 +149,9 @@ def _drafts(
     }
 
 
-def walk(subjects: Mapping[str, Subject], ask: Mapping[str, Callable[[Any], T]]) -> dict[str, T]:
-    """Return what each subject's function returns of its model, all in one walk over the weights.
-
-    One by one, in memory, if a model cannot be streamed.
-    """
-    meeting = Meeting()
-    try:
-        with doing("building the models without their weights"):
-            views = _views(subjects, meeting)
-        return meeting.run({name: partial(ask[name], views[name]) for name in subjects})
-    except NOT_STREAMABLE as error:
-        if ran_out_of_memory(error):
-            raise
-        found = {}
-        for name, subject in subjects.items():
-            network = load_network(subject.model, subject.adapters)
-            found[name] = ask[name](network)
-            del network
-        return found
-
-
-def _views(subjects: Mapping[str, Subject], meeting: Meeting) -> dict[str, Any]:
-    numbers: dict[Path, int] = {}
-    views = {}
-    for name, subject in subjects.items():
-        check_model_folder(subject.model)
-        _check_together(subject.adapters)
-        number = numbers.setdefault(subject.model, len(numbers))
-        try:
-            views[name] = view(subject.model, subject.adapters, meeting, number)
-        except IncompatibleAdapters as error:
-            raise InputRefused(
-                f"PEFT cannot load these adapters together: {error}",
-                hint="evaluate each adapter by itself",
-            ) from None
-        _weigh(views[name], [weight for _, weight in subject.adapters])
-    return views
-
-
-def _greedy(questions: Questions, count: Callable[[int], None], network: Any) -> Answers:
+def _greedy(
+    questions: Questions, count: Callable[[int], None], network: Any, _: Meeting
+) -> Answers:
     return greedy(network, questions, count)
 
 

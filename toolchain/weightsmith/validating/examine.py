@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,8 @@ class Examiner:
     findings: list[Finding] = field(default_factory=list)
     signal: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Parameter -> RMS of the adapter's effect on its outputs, and of the rounding error."""
+    apart: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Entered for work that needs no other model, which may go on meanwhile."""
     mixture: Mixture | None = None
     """How the method combines deltas, if the merge is not their sum."""
     mixed: set[str] = field(default_factory=set)
@@ -108,8 +111,9 @@ class Examiner:
             twins = self.twins.get(len(x), 0)
             if not twins:
                 self.unjudged.append(site.parameters["weight"])
-            outputs = _Outputs(site, x, out, twins)
-            self._blocks(site, outputs.take)
+            with self.apart():
+                outputs = _Outputs(site, x, out, twins)
+                self._blocks(site, outputs.take)
             bias = self._bias(site)
             self.findings += outputs.judge(bias)
             self.signal[site.parameters["weight"]] = outputs.loss()
@@ -173,8 +177,9 @@ class Examiner:
             if not seen:
                 if site.weights and isinstance(out, torch.Tensor):
                     out = _weighted(site, args)
-                self._merge(site)
-                out = self._twins_of_other(site, args, out)
+                with self.apart():
+                    self._merge(site)
+                    out = self._twins_of_other(site, args, out)
             self._empty(site)
             return out
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from weightsmith.cpus import all_but_one
+from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     PEFT_PREFIX,
     base_name,
@@ -20,10 +22,10 @@ from weightsmith.forward.network import (
     replication,
     resize,
     skeleton,
-    stream,
     tie_again,
     with_adapters,
 )
+from weightsmith.forward.views import require_complete, stream
 from weightsmith.forward.weights import Weights
 from weightsmith.jobs import Mixture
 from weightsmith.validating.examine import Examiner
@@ -102,82 +104,154 @@ class Reference:
     """Parameters that an adapter replaces."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unmerged:
+    """Base and adapters, ready to run."""
+
+    model: Any
+    base: Weights
+    sites: tuple[Site, ...]
+    replaced: tuple[tuple[Any, dict[str, str]], ...]
+    """Modules with parameters of an adapter: attribute -> the base's name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseAndAdapters:
+    """The reference, not built yet."""
+
+    checkpoint: Path
+    adapters: Sequence[tuple[Path, float]]
+    like: Any
+    """The merged model's skeleton, whose vocabulary adapters may have changed."""
+
+    @property
+    def source(self) -> Path:
+        """The folder of the base."""
+        return self.checkpoint
+
+    def streamed(self, meeting: Meeting, number: int) -> Unmerged:
+        """Return it with its weights in files; raise InputRefused if one is missing."""
+        built = self._built()
+        skip = [site.layer for site in built.sites if site.kind == "other"]
+        stream(built.model, built.base, meeting, number, skip)
+        return built
+
+    def whole(self) -> Unmerged:
+        """Return it with its weights in memory."""
+        built = self._built()
+        fill(built.model, built.base)
+        return built
+
+    def _built(self) -> Unmerged:
+        bare = skeleton(self.checkpoint)
+        weights = Weights(self.checkpoint, bare)
+        require_complete(self.checkpoint, bare, weights)
+        load_buffers(bare, weights)
+        names = set(bare.state_dict())
+        resized = resize(bare, self.like)
+        model = with_adapters(bare, self.adapters)
+        if resized:
+            tie_again(model.get_base_model())
+        if (layers := replication(model)) is not None:
+            weights.replicate(layers)
+        adapted, replaced = tuple(sites(model)), tuple(replaced_parameters(model, names))
+        _apply_weights(model, self.adapters, adapted, replaced, weights)
+        return Unmerged(model=model, base=weights, sites=adapted, replaced=replaced)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """The merged checkpoint, not built yet."""
+
+    checkpoint: Path
+
+    @property
+    def source(self) -> Path:
+        """The folder."""
+        return self.checkpoint
+
+    def streamed(self, meeting: Meeting, number: int) -> Any:
+        """Return it with its weights in files."""
+        model, weights = self._built()
+        stream(model, weights, meeting, number)
+        return model
+
+    def whole(self) -> Any:
+        """Return it with its weights in memory."""
+        model, weights = self._built()
+        fill(model, weights)
+        return model
+
+    def _built(self) -> tuple[Any, Weights]:
+        model = skeleton(self.checkpoint)
+        weights = Weights(self.checkpoint, model)
+        load_buffers(model, weights)
+        return model, weights
+
+
 @torch.no_grad()
 def reference_forward(
-    base: Path,
-    adapters: Sequence[tuple[Path, float]],
-    like: Any,
+    unmerged: Unmerged,
+    meeting: Meeting,
     merged: Weights,
     batch: Batch,
     twins: int,
     *,
-    streamed: bool,
     advance: Advance,
     mixture: Mixture | None = None,
 ) -> Reference:
     """Run base and unmerged adapters, checking every adapted layer on the way.
 
-    `like` is the merged model's skeleton, whose vocabulary adapters may have changed; `mixture`
-    says how the merge combines the deltas, if not by their sum.
+    `mixture` says how the merge combines the deltas, if not by their sum. Raises RuntimeError if
+    the logits are not finite.
     """
-    bare = skeleton(base)
-    weights = Weights(base, bare)
-    load_buffers(bare, weights)
-    names = set(bare.state_dict())
-    resized = resize(bare, like)
-    model = with_adapters(bare, adapters)
-    if resized:
-        tie_again(model.get_base_model())
-    if (layers := replication(model)) is not None:
-        weights.replicate(layers)
-    adapted = tuple(sites(model))
-    replaced = list(replaced_parameters(model, names))
-    _apply_weights(model, adapters, adapted, replaced, weights)
+    # The examiner's own products; leave one CPU to the other model.
+    torch.set_num_threads(all_but_one())
     whole = batch.doubled(twins)
     examiner = Examiner(
-        base=weights, merged=merged, twins=whole.twin_tokens(twins), mixture=mixture
+        base=unmerged.base,
+        merged=merged,
+        twins=whole.twin_tokens(twins),
+        mixture=mixture,
+        apart=meeting.away,
     )
-    if streamed:
-        stream(model, weights, skip=[site.layer for site in adapted if site.kind == "other"])
-    else:
-        fill(model, weights)
-    for site in adapted:
-        examiner.watch(site)
-    inside = {id(module) for site in adapted for module in site.layer.modules()}
-    for module, parameters in replaced:
-        if id(module) not in inside:
-            known = {part: name for part, name in parameters.items() if merged.has(name)}
-            examiner.watch_replaced(module, known)
+    _watch(examiner, unmerged, merged)
     rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
-    run = _forward(model.get_base_model(), model, whole, rows, advance)
-    for site in adapted:
-        examiner.finish(site)
+    run = _forward(unmerged.model.get_base_model(), unmerged.model, whole, rows, advance)
     tokens = sum(batch.counted)
+    if not bool(torch.isfinite(run.logits[:tokens]).all()):
+        raise RuntimeError("the reference's logits are not finite")
+    with meeting.away():
+        for site in unmerged.sites:
+            examiner.finish(site)
     half = [state.chunk(2) for state in run.hidden]
     return Reference(
         run=Run(logits=run.logits[:tokens], hidden=[first for first, _ in half]),
         twins=Run(logits=run.logits[tokens:], hidden=[second for _, second in half]),
-        base=weights,
+        base=unmerged.base,
         examiner=examiner,
-        sites=adapted,
+        sites=unmerged.sites,
         replaced={
             name: getattr(module, part).detach()
-            for module, parameters in replaced
+            for module, parameters in unmerged.replaced
             for part, name in parameters.items()
         },
     )
 
 
+def _watch(examiner: Examiner, unmerged: Unmerged, merged: Weights) -> None:
+    for site in unmerged.sites:
+        examiner.watch(site)
+    inside = {id(module) for site in unmerged.sites for module in site.layer.modules()}
+    for module, parameters in unmerged.replaced:
+        if id(module) not in inside:
+            known = {part: name for part, name in parameters.items() if merged.has(name)}
+            examiner.watch_replaced(module, known)
+
+
 @torch.no_grad()
-def merged_forward(
-    model: Any, weights: Weights, batch: Batch, twins: int, *, streamed: bool, advance: Advance
-) -> Run:
+def merged_forward(model: Any, batch: Batch, twins: int, advance: Advance) -> Run:
     """Run the merged checkpoint, keeping hidden states of its first `twins` probes."""
-    load_buffers(model, weights)
-    if streamed:
-        stream(model, weights)
-    else:
-        fill(model, weights)
     return _forward(model, model, batch, list(range(twins)), advance)
 
 

@@ -6,76 +6,23 @@ agrees up to the first token that is not its most likely one.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from weightsmith.forward.network import fill, load_buffers, skeleton
-from weightsmith.forward.weights import Weights
-from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
+from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.forwards import Batch
 from weightsmith.validating.result import GreedyText, LogitLimits
 
 MOST_NEW = 16
 """Tokens generated after a probe."""
-MOST_WEIGHTS = 200_000_000
-"""Largest model that generates, in memory; a larger one would be read once per token."""
-TOO_LARGE = finding(
-    NOTE,
-    "logits",
-    f"only the first token of each answer is compared: a model of more than {MOST_WEIGHTS:,} "
-    "weights would be read again for each token",
-)
 _TAIL = 80
 """Characters of a probe that are reported."""
 _ROOM = 4.0
 """Factor on the limits, which were measured with other probes and so with other roundings."""
-
-
-def can_generate(weights: Weights) -> bool:
-    """Return whether the checkpoint is small enough to generate in memory in float32."""
-    return sum(math.prod(info.shape) for info in weights.infos.values()) <= MOST_WEIGHTS
-
-
-@torch.no_grad()
-def generate(
-    root: Path, probes: Sequence[Sequence[int]], ends: Collection[int], most: int
-) -> list[list[int]]:
-    """Return at most `most` greedy tokens after each probe, including an end token.
-
-    The whole model is in memory in float32. Raises what the architecture raises if it cannot
-    generate.
-    """
-    from transformers import GenerationConfig
-
-    model = skeleton(root)
-    weights = Weights(root, model)
-    load_buffers(model, weights)
-    fill(model, weights)
-    width = max(len(probe) for probe in probes)
-    filler = min(ends, default=0)
-    rows = [[*[filler] * (width - len(probe)), *probe] for probe in probes]
-    seen = [[*[0] * (width - len(probe)), *[1] * len(probe)] for probe in probes]
-    # Ignore the model's own generation settings: penalties and samplers are not weights.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=most, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=filler
-    )
-    made = model.generate(torch.tensor(rows), attention_mask=torch.tensor(seen))
-    return [_until_end(row[width:], ends) for row in made.tolist()]
-
-
-def _until_end(tokens: Sequence[int], ends: Collection[int]) -> list[int]:
-    kept: list[int] = []
-    for token in tokens:
-        kept.append(token)
-        if token in ends:
-            break
-    return kept
 
 
 def longer(probes: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -6,28 +6,42 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from weightsmith.cpus import all_but_one
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.errors import EnvironmentFailure, InputRefused, ran_out_of_memory
 from weightsmith.foreign import read_json
+from weightsmith.forward.greedy import Questions
+from weightsmith.forward.greedy import greedy as continuations
+from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import IncompatibleAdapters, decoder_layers, skeleton
+from weightsmith.forward.views import require_finite
+from weightsmith.forward.walk import NOT_STREAMABLE, Count, Opening, Progress, Tell, walk, why
 from weightsmith.forward.weights import Weights
 from weightsmith.jobs import Mixture
 from weightsmith.validating import greedy, probes
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
-from weightsmith.validating.forwards import Batch, Reference, Run, merged_forward, reference_forward
+from weightsmith.validating.forwards import (
+    BaseAndAdapters,
+    Batch,
+    Merged,
+    Reference,
+    Run,
+    Unmerged,
+    merged_forward,
+    reference_forward,
+)
 from weightsmith.validating.probes import Message
 from weightsmith.validating.result import Comparison, Distance, Validation
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
 
-Progress = Callable[[int, int], None]
 _SHOWN = 20
 """Findings of one kind that are listed; more are only counted."""
 
@@ -139,22 +153,24 @@ def _compare(
         findings.append(finding(ERROR, "tokenizer", message, "tokenizer.json"))
         return None
     most = probes.most_logits(len(ids), size)
-    texts = _texts(request.merged, weights, ids, most, findings)
+    texts = _texts(request.merged, ids, most, findings)
     batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
     sides = Sides(request=request, model=model, weights=weights, batch=batch)
-    streamed = True
+    before = len(findings)
     try:
-        reference, run = sides.forwards(progress, streamed=True)
+        reference, run = sides.forwards(progress, partial(_tell, findings))
     except IncompatibleAdapters as error:
         text = f"PEFT cannot load these adapters together: only files were checked ({error})"
         findings.append(finding(WARNING, "logits", text))
         return None
-    except _NOT_STREAMABLE as error:
-        streamed = False
-        whole = _loaded_whole(sides, error, findings, progress)
-        if whole is None:
-            return None
-        reference, run = whole
+    except NOT_STREAMABLE as error:
+        if not failed(findings):
+            raise
+        # The findings already say why: the merged files do not fit the base.
+        text = f"logits were not compared: the model does not run ({type(error).__name__})"
+        findings.append(finding(NOTE, "logits", text))
+        return None
+    streamed = len(findings) == before
     greedy_texts = list(greedy.read(reference.run.logits, run.logits, batch, texts))
     seen, comparison = judge_models(
         reference, run, weights, batch, sides.twins, findings, greedy_texts, summed=sides.summed
@@ -168,67 +184,31 @@ def _compare(
     )
 
 
-def _loaded_whole(
-    sides: Sides, error: Exception, findings: list[Finding], progress: Progress
-) -> tuple[Reference, Run] | None:
-    """Run both forward passes with the models in memory; None if a finding says why they fail.
-
-    Raises EnvironmentFailure if they do not fit into memory.
-    """
-    why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    text = f"this architecture cannot be streamed and was loaded whole ({why})"
+def _tell(findings: list[Finding], error: Exception) -> None:
+    text = f"this architecture cannot be streamed and was loaded whole ({why(error)})"
     findings.append(finding(NOTE, "logits", text))
-    _require_memory(sides.weights, why)
-    model = skeleton(sides.request.merged)
-    whole = replace(sides, model=model, weights=Weights(sides.request.merged, model))
-    try:
-        return whole.forwards(progress, streamed=False)
-    except _NOT_STREAMABLE as again:
-        if not failed(findings):
-            raise
-        # The findings already say why: the merged files do not fit the base.
-        text = f"logits were not compared: the model does not run ({type(again).__name__})"
-        findings.append(finding(NOTE, "logits", text))
-        return None
 
 
 def _texts(
-    merged: Path, weights: Weights, ids: list[list[int]], most: int, findings: list[Finding]
+    merged: Path, ids: list[list[int]], most: int, findings: list[Finding]
 ) -> list[list[int]]:
     """Return the merged model's greedy tokens after each probe; [] if it cannot generate."""
-    if not greedy.can_generate(weights):
-        findings.append(greedy.TOO_LARGE)
-        return []
+    ends = sorted(end_tokens(merged))
+    most = min(greedy.MOST_NEW, most)
+    asked = Questions(prompts=ids, ends=ends, most=most, filler=min(ends, default=0))
+
+    def generate(model: Any, _: Meeting) -> list[list[int]]:
+        model.get_output_embeddings().register_forward_hook(require_finite)
+        return continuations(model, asked, lambda _: None).tokens
+
     try:
-        return greedy.generate(merged, ids, end_tokens(merged), min(greedy.MOST_NEW, most))
-    except (*_NOT_STREAMABLE, ValueError, IndexError, AssertionError) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        text = f"only the first token of each answer is compared: generation failed ({why})"
+        return walk({"": Merged(checkpoint=merged)}, {"": generate})[""]
+    except (*NOT_STREAMABLE, ValueError, IndexError, AssertionError, EnvironmentFailure) as error:
+        if ran_out_of_memory(error):
+            raise
+        text = f"only the first token of each answer is compared: generation failed ({why(error)})"
         findings.append(finding(NOTE, "logits", text))
         return []
-
-
-def _require_memory(weights: Weights, why: str) -> None:
-    """Raise EnvironmentFailure if both sides in float32 do not fit into memory."""
-    needed = 8 * sum(math.prod(info.shape) for info in weights.infos.values())
-    try:
-        meminfo = Path("/proc/meminfo").read_text("utf-8")
-    except OSError:
-        return
-    available = next(
-        int(row.split()[1]) for row in meminfo.splitlines() if row.startswith("MemAvail")
-    )
-    if needed > available << 10:
-        raise EnvironmentFailure(
-            f"this architecture cannot be streamed ({why}), and to load it whole needs "
-            f"{needed >> 30} GiB of memory, of which {available >> 20} GiB are available",
-            hint="use a machine with more memory, or set `validate: {enabled: false}` in the "
-            "recipe",
-        )
-
-
-_NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
-"""Raised by an architecture that uses weights without calling their module."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,34 +231,34 @@ class Sides:
         """Number of probes that run twice, to measure rounding: half of them, to save time."""
         return -(-len(self.batch.ids) // 2)
 
-    def forwards(self, progress: Progress, *, streamed: bool) -> tuple[Reference, Run]:
-        """Run both; raises RuntimeError if the reference's logits are not finite."""
-        steps = 2 * max(1, len(decoder_layers(self.model)))
-        done = 0
+    def forwards(self, progress: Progress, tell: Tell) -> tuple[Reference, Run]:
+        """Run both in one walk; `tell` gets the reason if they had to be loaded."""
+        request, batch, twins = self.request, self.batch, self.twins
+        advance = partial(Count(2 * max(1, len(decoder_layers(self.model))), progress), 1)
+        openings: dict[str, Opening] = {
+            "reference": BaseAndAdapters(
+                checkpoint=request.base, adapters=request.adapters, like=self.model
+            ),
+            "merged": Merged(checkpoint=request.merged),
+        }
 
-        def advance() -> None:
-            nonlocal done
-            done += 1
-            progress(min(done, steps), steps)
+        def reference(unmerged: Unmerged, meeting: Meeting) -> Reference:
+            return reference_forward(
+                unmerged,
+                meeting,
+                self.weights,
+                batch,
+                twins,
+                advance=advance,
+                mixture=request.mixture,
+            )
 
-        request = self.request
-        reference = reference_forward(
-            request.base,
-            request.adapters,
-            self.model,
-            self.weights,
-            self.batch,
-            self.twins,
-            streamed=streamed,
-            advance=advance,
-            mixture=request.mixture,
-        )
-        if not bool(torch.isfinite(reference.run.logits).all()):
-            raise RuntimeError("the reference's logits are not finite")
-        run = merged_forward(
-            self.model, self.weights, self.batch, self.twins, streamed=streamed, advance=advance
-        )
-        return reference, run
+        def merged(model: Any, _: Meeting) -> Run:
+            return merged_forward(model, batch, twins, advance)
+
+        ask: dict[str, Any] = {"reference": reference, "merged": merged}
+        found = walk(openings, ask, tell, alike=True)
+        return found["reference"], found["merged"]
 
 
 def _first(findings: Sequence[Finding]) -> list[Finding]:

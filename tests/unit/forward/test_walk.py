@@ -1,0 +1,92 @@
+"""Several models in one walk: what is shared, what is loaded, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.forward import walk as module
+from weightsmith.forward.walk import walk
+from weightsmith.merging.reference import Subject, answers
+
+from tests.unit.validating.conftest import edit_tensors, held, make_adapter, make_model, merged
+
+CHAT = [[{"role": "user", "content": "Which port?"}]]
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+class Model:
+    """A model that cannot be streamed, unless it says otherwise."""
+
+    def __init__(self, folder: Path, *, streams: bool) -> None:
+        self.checkpoint = self.source = folder
+        self.streams, self.loaded = streams, 0
+
+    def streamed(self, *_: Any) -> str:
+        return "streamed" if self.streams else "broken"
+
+    def whole(self) -> str:
+        self.loaded += 1
+        return "whole"
+
+
+def ask(model: str, _: Any) -> str:
+    if model == "broken":
+        raise RuntimeError("the logits are not finite")
+    return model
+
+
+def test_only_the_model_that_cannot_be_streamed_is_loaded(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    good, bad = Model(base, streams=True), Model(base, streams=False)
+    told: list[Exception] = []
+
+    found = walk({"good": good, "bad": bad}, {"good": ask, "bad": ask}, told.append)
+
+    assert found == {"good": "streamed", "bad": "whole"}
+    assert (good.loaded, bad.loaded) == (0, 1)
+    assert [str(error) for error in told] == ["the logits are not finite"]
+
+
+def test_of_one_architecture_all_models_are_loaded(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    both = {"good": Model(base, streams=True), "bad": Model(base, streams=False)}
+
+    assert walk(both, dict.fromkeys(both, ask), alike=True) == {"good": "whole", "bad": "whole"}
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = SimpleNamespace(tensors={"x": SimpleNamespace(shape=(1 << 40,))})
+    monkeypatch.setattr(module, "open_checkpoint", lambda _: huge)
+    model = Model(tmp_path, streams=False)
+
+    with pytest.raises(EnvironmentFailure, match="4096 GiB of memory"):
+        walk({"": model}, {"": ask})
+
+    assert not model.loaded
+
+
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    """transformers would fill it with random numbers."""
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"])
+    out = merged(tmp_path / "out", base, lora)
+    edit_tensors(base, lambda tensors: tensors.pop(NORM))
+
+    for subject in (Subject(model=base), Subject(model=base, adapters=((lora, 1.0),))):
+        with pytest.raises(InputRefused, match=NORM.replace(".", r"\.")) as refused:
+            answers({"": subject}, CHAT, 3)
+        assert str(base) in refused.value.message
+    with pytest.raises(InputRefused, match=NORM.replace(".", r"\.")):
+        held(base, out, lora)
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", tie_word_embeddings=True)
+
+    assert answers({"": Subject(model=base)}, CHAT, 3)[""][0]["finish_reason"]

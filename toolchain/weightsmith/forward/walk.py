@@ -1,0 +1,137 @@
+"""Asks several models in one walk over their weights; loads those that cannot be streamed."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.errors import EnvironmentFailure, ran_out_of_memory
+from weightsmith.forward.meeting import Meeting
+from weightsmith.time_limits import doing
+
+T = TypeVar("T")
+Progress = Callable[[int, int], None]
+Tell = Callable[[Exception], None]
+
+NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
+"""Raised by an architecture that uses weights without calling their module."""
+
+
+class Count:
+    """Counts what is done, from several threads."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress, self._done = total, progress, 0
+        self._lock = threading.Lock()
+
+    def __call__(self, more: int) -> None:
+        """Count so many more, and report them."""
+        with self._lock:
+            self._done += more
+            if self._progress is not None:
+                self._progress(min(self._done, self._total), self._total)
+
+
+class Opening(Protocol):
+    """A model that has not been built yet."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder with its weights."""
+
+    @property
+    def source(self) -> Hashable:
+        """What its matrices are read from; models with equal sources share each read."""
+
+    def streamed(self, meeting: Meeting, number: int) -> Any:
+        """Return it with its weights in files; `number` is that of its source."""
+
+    def whole(self) -> Any:
+        """Return it with its weights in memory."""
+
+
+def walk(
+    openings: Mapping[str, Opening],
+    ask: Mapping[str, Callable[[Any, Meeting], T]],
+    tell: Tell = lambda _: None,
+    *,
+    alike: bool = False,
+) -> dict[str, T]:
+    """Return what each model's function returns, all in one walk over the weights.
+
+    A model that cannot be streamed is loaded afterwards and asked by itself; `tell` gets the
+    reason. If the models are `alike`, of one architecture, all of them are loaded then. Raises
+    EnvironmentFailure if one does not fit into memory.
+    """
+    meeting, unfit = Meeting(), dict[str, Exception]()
+    views = _views(openings, meeting, unfit)
+
+    def attempt(name: str) -> T | None:
+        try:
+            return ask[name](views[name], meeting)
+        except NOT_STREAMABLE as error:
+            unfit[name] = _not_memory(error)
+            return None
+
+    found: dict[str, Any] = {}
+    if not (alike and unfit):
+        found = meeting.run({name: partial(attempt, name) for name in views})
+    views.clear()
+    if unfit:
+        first = next(unfit[name] for name in openings if name in unfit)
+        tell(first)
+        for name in openings if alike else unfit:
+            _require_memory(openings[name].checkpoint, first)
+            found[name] = ask[name](openings[name].whole(), Meeting())
+    return found
+
+
+def _views(
+    openings: Mapping[str, Opening], meeting: Meeting, unfit: dict[str, Exception]
+) -> dict[str, Any]:
+    views, numbers = dict[str, Any](), dict[Hashable, int]()
+    with doing("building the models without their weights"):
+        for name, opening in openings.items():
+            number = numbers.setdefault(opening.source, len(numbers))
+            try:
+                views[name] = opening.streamed(meeting, number)
+            except NOT_STREAMABLE as error:
+                unfit[name] = _not_memory(error)
+    return views
+
+
+def _not_memory(error: Exception) -> Exception:
+    """Return an architecture's error; raise it if memory ran out, which loading would not cure."""
+    if ran_out_of_memory(error):
+        raise error
+    return error
+
+
+def why(error: Exception) -> str:
+    """Return an architecture's error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _require_memory(checkpoint: Path, error: Exception) -> None:
+    """Raise EnvironmentFailure if a checkpoint in float32 does not fit into memory."""
+    infos = open_checkpoint(checkpoint).tensors.values()
+    needed = 4 * sum(math.prod(info.shape) for info in infos)
+    try:
+        meminfo = Path("/proc/meminfo").read_text("utf-8")
+    except OSError:
+        return
+    available = next(
+        int(row.split()[1]) for row in meminfo.splitlines() if row.startswith("MemAvail")
+    )
+    if needed > available << 10:
+        raise EnvironmentFailure(
+            f"{checkpoint} cannot be streamed ({why(error)}), and to load it whole needs "
+            f"{needed >> 30} GiB of memory, of which {available >> 20} GiB are available",
+            hint="use a machine with more memory, or leave the check out (`validate: {enabled: "
+            "false}`, `quality: {gate: false}`, no `evaluate`)",
+        )

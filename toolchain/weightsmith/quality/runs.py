@@ -1,0 +1,149 @@
+"""Runs a checkpoint and its quantized model side by side over the same texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightsmith.checkpoints.tensors import View
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.network import fill, load_buffers, skeleton
+from weightsmith.forward.views import stream
+from weightsmith.forward.walk import Count, Opening, Progress, walk
+from weightsmith.forward.weights import Weights
+from weightsmith.quality.dequantized import Dequantized, require_complete
+from weightsmith.quality.layers import PROBE_ROWS, LayerErrors, decoder_layers
+
+
+@dataclass(slots=True)
+class States:
+    """What a model's decoder returned, and the model for its head."""
+
+    output: Any
+    model: Any
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def log_probabilities(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Return [places, vocabulary] at (text, token), by the model's head and scaling."""
+        rows, columns = (list(axis) for axis in zip(*places, strict=True))
+        states, decoder = self.output[0][rows, columns][None], self.model.get_decoder()
+        own = decoder.forward
+        decoder.forward = lambda *_, **__: type(self.output)(last_hidden_state=states)
+        try:
+            with torch.inference_mode():
+                ids = torch.zeros(states.shape[:2], dtype=torch.long)
+                found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            decoder.forward = own
+        return found[0].log_softmax(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Both:
+    """What both models computed, and the errors of the quantized one."""
+
+    checkpoint: States
+    quantized: States
+    layers: Mapping[int, float]
+    """Decoder layer -> its own error."""
+    errors: Mapping[str, float]
+    """Tensor -> its relative error."""
+
+
+def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: Progress) -> Both:
+    """Run token ids [texts, tokens] through both; the first text has `length` tokens.
+
+    Raises Unmeasurable for an unsupported architecture, CheckFailed for weights that are not
+    finite.
+    """
+    layers = len(decoder_layers(skeleton(model)))
+    compared = LayerErrors(length, partial(Count(2 * layers, progress), 1))
+    quantized = _Quantized(model, view)
+    probed = torch.cat([ids, ids[:PROBE_ROWS]])
+
+    def run(network: Any, meeting: Meeting) -> States:
+        if network is quantized.model:
+            compared.compare(network, meeting)
+            return _run(network, probed)
+        compared.record(network)
+        return _run(network, ids)
+
+    both: dict[str, Opening] = {"checkpoint": _Checkpoint(model), "quantized": quantized}
+    found = walk(both, dict.fromkeys(both, run), alike=True)
+    return Both(**found, layers=compared.found, errors=quantized.errors)
+
+
+def _run(model: Any, ids: torch.Tensor) -> States:
+    with torch.inference_mode():
+        return States(model.get_decoder()(input_ids=ids, use_cache=False), model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checkpoint:
+    checkpoint: Path
+
+    @property
+    def source(self) -> Path:
+        return self.checkpoint
+
+    def streamed(self, meeting: Meeting, number: int) -> Any:
+        model, weights = self._built()
+        stream(model, weights, meeting, number)
+        model.get_decoder().register_forward_hook(_require_finite)
+        return model
+
+    def whole(self) -> Any:
+        model, weights = self._built()
+        fill(model, weights)
+        return model
+
+    def _built(self) -> tuple[Any, Weights]:
+        model = skeleton(self.checkpoint)
+        weights = Weights(self.checkpoint, model)
+        require_complete(model, weights)
+        load_buffers(model, weights)
+        return model, weights
+
+
+@dataclass(slots=True)
+class _Quantized:
+    checkpoint: Path
+    view: View
+    model: Any = None
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        return "quantized"
+
+    def streamed(self, meeting: Meeting, number: int) -> Any:
+        model, weights = self._built()
+        stream(model, weights, meeting, number)
+        return model
+
+    def whole(self) -> Any:
+        model, weights = self._built()
+        fill(model, weights)
+        return model
+
+    def _built(self) -> tuple[Any, Weights]:
+        self.model = skeleton(self.checkpoint)
+        weights = Dequantized(self.checkpoint, self.model, self.view)
+        load_buffers(self.model, weights)
+        self.errors = weights.errors
+        return self.model, weights
+
+
+def _require_finite(_: Any, __: Any, output: Any) -> None:
+    """Raise RuntimeError if the states are not finite: a weight was used without its module."""
+    if not bool(torch.isfinite(output[0]).all()):
+        raise RuntimeError("the hidden states are not finite")
