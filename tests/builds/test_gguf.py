@@ -222,10 +222,10 @@ def convert(model: Path, out: Path, name: str) -> Path:
     return out / "demo.gguf"
 
 
-def make_random(model: Path, config, tokenizer: Path) -> Path:
+def make_random(model: Path, config, tokenizer: Path, dtype=torch.bfloat16) -> Path:
     """Write a random model with another's tokenizer."""
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    network = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -252,7 +252,7 @@ READS_OUR_OWN = {
     "merging/peft_layers.py", "merging/tuned.py", "destinations.py", "jobs.py",
 }  # fmt: skip
 """Files that read JSON of this very program: its own lists, job files, results; and two that run
-in a builder by their path, where nothing of ours can be imported."""
+inside llama.cpp's converter, which parses the same files."""
 
 
 def test_what_others_wrote_is_parsed_in_one_place() -> None:

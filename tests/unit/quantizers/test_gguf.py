@@ -13,8 +13,9 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.convert import split_name
 from weightsmith.quantizers.gguf import check_input, output_file
+from weightsmith.quantizers.gguf_settings import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
-from weightsmith.quantizers.quantizer import QuantizeRequest
+from weightsmith.quantizers.quantizer import QuantizeRequest, Step
 
 from tests.fakes.configs import facts
 from tests.unit.quantizers.conftest import request
@@ -27,14 +28,13 @@ def test_q8_0_is_one_command_of_the_converter(tmp_path):
 
     (step,) = of_format("q8_0").steps(asked)
 
-    assert step.argv[:4] == (
+    assert step.argv[:5] == (
         "/usr/bin/python3",
-        split_name.__code__.co_filename,
+        *("-m", split_name.__module__),
         "/opt/llamacpp/convert/convert_hf_to_gguf.py",
         str(asked.model),
     )
-    assert step.argv[4:8] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
-    assert step.env["PYTHONPATH"] == "/opt/llamacpp/convert:/opt/llamacpp/convert/gguf-py"
+    assert step.argv[5:9] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
     assert step.env["HF_HUB_OFFLINE"] == "1"
 
 
@@ -75,20 +75,24 @@ def test_metadata_from_folder_names_is_switched_off(tmp_path):
     assert "general.basename" in json.loads(text)
 
 
-def test_k_quants_go_through_a_file_that_is_removed(tmp_path):
+def settings(step: Step) -> PassSettings:
+    """What the program that quantizes is given."""
+    return PassSettings.from_json(json.loads(step.writes[Path(step.argv[-1])]))
+
+
+def test_k_quants_are_made_in_one_step(tmp_path):
     asked = request(tmp_path, "q4_k_m", threads=2)
 
-    first, quantize = of_format("q4_k_m").steps(asked)
+    (step,) = of_format("q4_k_m").steps(asked)
 
-    middle = Path(first.argv[first.argv.index("--outfile") + 1])
-    assert quantize.argv == (
-        "/opt/llamacpp/bin/llama-quantize",
-        str(middle),
-        str(output_file(asked)),
-        "Q4_K_M",
-        "2",
+    made = settings(step)
+    assert step.argv[1:3] == ("-m", "weightsmith.worker.quantize_gguf")
+    assert made.convert[:2] == (
+        "/opt/llamacpp/convert/convert_hf_to_gguf.py",
+        str(asked.model),
     )
-    assert quantize.removes == (middle,)
+    assert (made.out, made.format, made.threads) == (str(output_file(asked)), "q4_k_m", 2)
+    assert (made.importance, made.split) == ("", False)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +102,10 @@ def test_the_file_between_rounds_nothing(tmp_path, dtype, kind):
     asked = request(tmp_path, "q5_k_m")
     (asked.model / "config.json").write_text(json.dumps({**LLAMA, "torch_dtype": dtype}))
 
-    convert, _ = of_format("q5_k_m").steps(asked)
+    (step,) = of_format("q5_k_m").steps(asked)
 
-    assert convert.argv[convert.argv.index("--outtype") + 1] == kind
+    words = settings(step).convert
+    assert words[words.index("--outtype") + 1] == kind
 
 
 @pytest.mark.parametrize(
@@ -120,11 +125,12 @@ def test_good_input_is_not_refused():
     check_input(facts(LLAMA))
 
 
-def test_peak_disk_counts_the_file_between():
+def test_peak_disk_counts_the_file_that_importance_is_measured_on():
     peak = of_format("q4_k_m").peak_disk
 
-    assert peak(16 << 30, 0, formats()["q4_k_m"]) > (16 << 30) + (4 << 30)
-    assert peak(16 << 30, 0, formats()["q8_0"]) < 16 << 30
+    assert peak(16 << 30, 0, formats()["q4_k_m"], {"imatrix": "auto"}) > (16 << 30) + (4 << 30)
+    for options in ({"imatrix": "off"}, {"imatrix": "mine.gguf"}):
+        assert peak(16 << 30, 0, formats()["q4_k_m"], options) < 8 << 30
 
 
 def chosen(name, **wanted):
@@ -171,7 +177,7 @@ def with_text(made: QuantizeRequest, tokens: int = 3000) -> QuantizeRequest:
     return replace(made, calibration=path)
 
 
-def test_the_matrix_is_measured_between_and_its_digest_written(tmp_path):
+def test_a_matrix_is_measured_on_a_file_that_is_then_quantized_and_removed(tmp_path):
     made = with_text(request(tmp_path, "q4_k_m", imatrix="auto"))
 
     convert, measure, quantize = of_format("q4_k_m").steps(made)
@@ -181,17 +187,18 @@ def test_the_matrix_is_measured_between_and_its_digest_written(tmp_path):
         == convert.argv[convert.argv.index("--outfile") + 1]
     )
     assert measure.env["WEIGHTSMITH_CPU_VARIANT"] in {"x86-64-v3", "armv8-a"}
-    assert quantize.argv[quantize.argv.index("--imatrix") + 1] == "imatrix.gguf"
-    assert quantize.digests == {"imatrix": made.output / "imatrix.gguf"}
-    assert "weightsmith.imatrix.digest=str:sha256:{imatrix}" in quantize.argv
+    assert settings(quantize).importance == "imatrix.gguf"
+    assert settings(quantize).convert == ()
+    assert Path(settings(quantize).middle) in quantize.removes
 
 
 def test_what_was_measured_before_is_not_measured_again(tmp_path):
     made = replace(request(tmp_path, "q4_k_m", imatrix="auto"), measured=True)
 
-    _, quantize = of_format("q4_k_m").steps(made)
+    (quantize,) = of_format("q4_k_m").steps(made)
 
-    assert "--imatrix" in quantize.argv
+    assert settings(quantize).importance == "imatrix.gguf"
+    assert settings(quantize).convert
 
 
 def test_too_few_calibration_tokens_are_reported_with_numbers(tmp_path):
@@ -204,23 +211,23 @@ def test_too_few_calibration_tokens_are_reported_with_numbers(tmp_path):
 def test_a_split_file_is_split_by_what_it_becomes(tmp_path):
     made = request(tmp_path, "q4_k_m", imatrix="off", split_max_size="1G")
 
-    convert, quantize = of_format("q4_k_m").steps(made)
+    (step,) = of_format("q4_k_m").steps(made)
 
-    size = convert.argv[convert.argv.index("--split-max-size") + 1]
+    words = settings(step).convert
+    size = words[words.index("--split-max-size") + 1]
     assert 1000 < int(size.removesuffix("M")) < 1000 * 16 / 4.9
-    assert "--keep-split" in quantize.argv
-    assert quantize.finds == {"first": ".demo.f16*.gguf"}
-    assert {path.name for path in quantize.removes} == {".demo.f16.gguf", ".demo.f16-*.gguf"}
+    assert settings(step).split
+    assert {".demo.f16.gguf", ".demo.f16-*.gguf"} <= {path.name for path in step.removes}
 
 
 def test_origin_and_licence_go_into_the_file(tmp_path):
     about = {"base_models": [{"name": "base", "repo_url": "https://x"}], "license": "mit"}
 
-    convert, quantize = of_format("q4_k_m").steps(request(tmp_path, "q4_k_m", about=about))
+    (step,) = of_format("q4_k_m").steps(request(tmp_path, "q4_k_m", about=about))
 
-    (text,) = convert.writes.values()
+    (text,) = (text for path, text in step.writes.items() if path.name.endswith("metadata.json"))
     assert json.loads(text)["general.base_models"] == about["base_models"]
-    assert "general.license=str:mit" in quantize.argv
+    assert settings(step).overrides == {"general.license": "mit"}
 
 
 def test_every_type_has_its_number_and_can_be_read_back():

@@ -423,5 +423,5 @@ def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", module, str(settings)], check=True)
     taken = sum(file.stat().st_size for file in out.iterdir())
     size = sum(file.stat().st_size for file in tiny.iterdir())
-    planned = disk_peak(size, FP8, read_facts(tiny))
+    planned = disk_peak(size, FP8, read_facts(tiny), {})
     assert taken <= planned < 1.05 * taken

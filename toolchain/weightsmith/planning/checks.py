@@ -44,7 +44,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     Returns the planned device of each target, by the target's name.
     """
     recipe = request.file.recipe
-    written, devices = 0, {}
+    written, packed, devices = 0, 0, {}
     probes(request.file)
     if sources_to_merge(request.targets, sources).adapters:
         written += merging.check(sources, recipe.merge)["write_bytes"]
@@ -66,6 +66,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         options = quantize_options(request.file, target.format, sources.base, tools)
         devices[target.name] = device = planned.plan.device
         check_format(target, options, model, device)
+        packed = max(packed, disk_peak(tree.size, target.format, model, options.options))
         if not recipe.image.base:
             check_engine_image(target.engine, device, model)
     if any(target.format.packed for target in request.targets):
@@ -74,8 +75,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         for target in request.targets:
             if target.format.packed:
                 require_builder(target, tools.runner)
-        written += max(disk_peak(tree.size, target.format, model) for target in request.targets)
-        tools.store.require_room(written, "the build")
+        tools.store.require_room(written + packed, "the build")
     return devices
 
 

@@ -270,7 +270,7 @@ def _quantize_row(
         "read": size,
         "write": estimated_bytes(size, target.format, model),
         "memory": _QUANTIZE_MEMORY + size,
-        "disk": disk_peak(size, target.format, model),
+        "disk": disk_peak(size, target.format, model, options.options),
     }
     if checkpoint is None:
         return _row("quantize", cached=False, why="merge comes first", **row), None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.quantizers import of_format
 from weightsmith.stages.quantize import kept_bytes
-from weightsmith.values import Format
+from weightsmith.values import Format, Json
 
 
 def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None = None) -> int:
@@ -22,9 +24,11 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
     return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
 
 
-def disk_peak(checkpoint_bytes: int, format_: Format, model: ModelFacts) -> int:
+def disk_peak(
+    checkpoint_bytes: int, format_: Format, model: ModelFacts, options: Mapping[str, Json]
+) -> int:
     """Return the peak disk usage, in bytes, of making and storing an artifact."""
     if not format_.packed:
         return checkpoint_bytes
     kept = kept_bytes(checkpoint_bytes, format_, model)
-    return of_format(format_.name).peak_disk(checkpoint_bytes, kept, format_)
+    return of_format(format_.name).peak_disk(checkpoint_bytes, kept, format_, options)

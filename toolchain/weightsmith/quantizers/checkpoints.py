@@ -149,7 +149,9 @@ def output_bytes(checkpoint_bytes: int, kept: int, format_: Format) -> int:
     return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16 * _SCALES)
 
 
-def peak_disk(checkpoint_bytes: int, kept: int, format_: Format) -> int:
+def peak_disk(
+    checkpoint_bytes: int, kept: int, format_: Format, _options: Mapping[str, Json]
+) -> int:
     """Return the peak disk usage in bytes: the engine's output, and the finished folder.
 
     On a CPU engines compute in float32, and write unquantized tensors in it.

@@ -4,7 +4,8 @@ llama.cpp has names for pre-tokenizers. Its converter finds the name by a hash o
 so it refuses unpublished vocabularies. This wrapper derives the name from the pre-tokenizer in
 tokenizer.json if there is an exact match.
 
-Runs as a script in a builder, with the converter and its arguments; it must not import weightsmith.
+Runs in a builder: as a program with the converter and its arguments, which then writes files as it
+always does, or from `worker/gguf.py`, which takes the tensors before they are written.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import importlib
 import json
 import runpy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from weightsmith.quantizers.sentencepiece_export import with_pieces
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -57,14 +60,31 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run the converter `ARGV[1]` with the model's folder and the remaining arguments."""
+    run(Path(sys.argv[1]), sys.argv[2:])
+
+
+def run(
+    converter: Path, arguments: Sequence[str], write: Callable[[Any], None] | None = None
+) -> None:
+    """Run the converter with the model's folder and the remaining arguments.
+
+    `write`, if given, gets gguf-py's GGUFWriter where it would write its tensors.
+    """
+    # Before the builder's own gguf package, which may be of another version.
+    sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
     _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
-    # By path: an import would search this folder, where a module shadows the converter's package.
-    with_pieces = runpy.run_path(str(Path(__file__).with_name("sentencepiece_export.py")))[
-        "with_pieces"
-    ]
-    with with_pieces(Path(sys.argv[2])) as model:
-        sys.argv = [*sys.argv[1:2], str(model), *sys.argv[3:]]
+    if write is not None:
+        _instead_of_writing(importlib.import_module("gguf").GGUFWriter, write)
+    with with_pieces(Path(arguments[0])) as model:
+        sys.argv = [str(converter), str(model), *arguments[1:]]
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _instead_of_writing(writer_class: Any, write: Callable[[Any], None]) -> None:
+    def write_tensors(writer: Any, *, progress: bool = False) -> None:  # noqa: ARG001
+        write(writer)
+
+    writer_class.write_tensors_to_file = write_tensors
 
 
 def _split_by_tokenizer(model_class: Any) -> None:

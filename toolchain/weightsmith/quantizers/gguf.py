@@ -17,6 +17,7 @@ from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_check import check_files
 from weightsmith.quantizers.gguf_file import model_files
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
+from weightsmith.quantizers.gguf_settings import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from weightsmith.quantizers.gguf_view import open_view
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -26,13 +27,15 @@ from weightsmith.values import Format, Json
 # that the bytes do not depend on the path (gguf-py/gguf/metadata.py).
 _FROM_PATHS = ("basename", "finetune", "organization", "version", "size_label")
 _INTERMEDIATE = {"bfloat16": "bf16", "float32": "f32"}
-# Resolved: the path in a job's folder changes with each run, and a step whose command changed is
-# repeated.
-_CONVERT = Path(__file__).resolve().with_name("convert.py")
+_CONVERT = "weightsmith.quantizers.convert"
+_QUANTIZE = "weightsmith.worker.quantize_gguf"
 _ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
+_OFFLINE = {
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
 IMATRIX = "imatrix.gguf"
-DIGEST_KEY = "weightsmith.imatrix.digest"
-"""GGUF key of the sha256 of the importance matrix."""
 _WINDOW = 512
 """Context size for the importance matrix: llama-imatrix's default."""
 _MIN_TOKENS = 256
@@ -133,22 +136,23 @@ def output_file(request: QuantizeRequest) -> Path:
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
-    """Return the steps: convert, and for quantized types imatrix and quantize.
+    """Return the steps: convert or quantize in one pass.
 
-    For quantized types the intermediate file has the checkpoint's dtype, so nothing is rounded
-    before quantization; `options.threads` does not affect the bytes.
+    Only llama-imatrix needs a 16-bit file of the model: where it measures importance, the file is
+    made before, and quantized and deleted afterwards. It has the checkpoint's dtype, so nothing is
+    rounded before quantization. `options.threads` does not affect the bytes.
     """
     final, kind = output_file(request), request.format.name
     if FILE_TYPES[kind].direct:
-        return (_convert(request, final, kind, str(request.options.get("split_max_size", ""))),)
+        split = str(request.options.get("split_max_size", ""))
+        return (_convert(request, _converter(request, final, kind, split)),)
     between = _INTERMEDIATE.get(_dtype(request.model), "f16")
     middle = request.output / f".{request.name}.{between}.gguf"
     limit = _part_size(request, 32 if between == "f32" else 16)
-    made = [_convert(request, middle, between, limit)]
-    matrix = request.options.get("imatrix", "off") != "off"
-    if matrix and not request.measured:
-        made.append(_imatrix(request, middle))
-    return (*made, _quantize(request, middle, matrix=matrix))
+    words = _converter(request, middle, between, limit)
+    if request.options.get("imatrix", "off") == "off" or request.measured:
+        return (_quantize(request, middle, words),)
+    return _convert(request, words), _imatrix(request, middle), _quantize(request, middle, ())
 
 
 def _part_size(request: QuantizeRequest, bits: int) -> str:
@@ -175,33 +179,35 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return facts
 
 
-def peak_disk(checkpoint_bytes: int, _kept: int, format_: Format) -> int:
-    """Return the peak disk usage in bytes: output, and a 16-bit file for quantized types."""
+def peak_disk(
+    checkpoint_bytes: int, _kept: int, format_: Format, chosen: Mapping[str, Json]
+) -> int:
+    """Return the peak disk usage in bytes: output, and the file that importance needs."""
     output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3)
-    return output if FILE_TYPES[format_.name].direct else checkpoint_bytes + output
+    return output + (checkpoint_bytes if calibrated(format_, chosen) else 0)
 
 
-def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step:
-    converter = request.tools / "convert"
-    overrides = request.output / f".{request.name}.metadata.json"
+def _converter(request: QuantizeRequest, out: Path, kind: str, split: str) -> tuple[str, ...]:
+    """Return the converter's program and arguments."""
+    return (
+        str(request.tools / "convert" / "convert_hf_to_gguf.py"),
+        str(request.model),
+        *("--outfile", str(out), "--outtype", kind),
+        *(("--split-max-size", split) if split else ()),
+        *("--model-name", request.name, "--metadata", str(_overrides(request))),
+    )
+
+
+def _overrides(request: QuantizeRequest) -> Path:
+    return request.output / f".{request.name}.metadata.json"
+
+
+def _convert(request: QuantizeRequest, words: tuple[str, ...]) -> Step:
+    overrides, kind = _overrides(request), words[words.index("--outtype") + 1]
     return Step(
         title=f"converting to GGUF ({kind})",
-        argv=(
-            request.python,
-            str(_CONVERT),
-            str(converter / "convert_hf_to_gguf.py"),
-            str(request.model),
-            *("--outfile", str(out), "--outtype", kind),
-            *(("--split-max-size", split) if split else ()),
-            *("--model-name", request.name, "--metadata", str(overrides)),
-        ),
-        env={
-            # Both folders explicitly, because PYTHONSAFEPATH omits the script's folder.
-            "PYTHONPATH": f"{converter}:{converter / 'gguf-py'}",
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_OFFLINE": "1",
-        },
+        argv=(request.python, "-m", _CONVERT, *words),
+        env=_OFFLINE,
         writes={overrides: json.dumps(_metadata(request), sort_keys=True)},
         removes=(overrides,),
         reads="the model",
@@ -258,29 +264,35 @@ def _variant() -> str:
     return "x86-64-v3" if platform.machine() in {"x86_64", "AMD64"} else "armv8-a"
 
 
-def _quantize(request: QuantizeRequest, middle: Path, *, matrix: bool) -> Step:
-    types = request.options.get("tensor_types", {})
-    threads = request.options.get("threads")
-    split = "split_max_size" in request.options
-    final = output_file(request)
+def _quantize(request: QuantizeRequest, middle: Path, convert: tuple[str, ...]) -> Step:
+    """Return the step that quantizes what the converter computes, or the file that it wrote."""
+    settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
+    matrix = request.options.get("imatrix", "off") != "off"
     license_ = dict(request.options.get("about") or {}).get("license")
+    contents = PassSettings(
+        convert=convert,
+        middle=str(middle),
+        quantize=str(request.tools / "bin" / "llama-quantize"),
+        out=str(output_file(request)),
+        format=request.format.name,
+        threads=int(request.options.get("threads") or 0),
+        split="split_max_size" in request.options,
+        tensor_types=dict(request.options.get("tensor_types", {})),
+        # Relative, because it is written to the file.
+        importance=IMATRIX if matrix else "",
+        overrides={"general.license": license_} if license_ else {},
+    )
+    metadata = json.dumps(_metadata(request), sort_keys=True)
     return Step(
         title=f"quantizing to {request.format.name}",
-        argv=(
-            str(request.tools / "bin" / "llama-quantize"),
-            *(word for p, kind in types.items() for word in ("--tensor-type", f"{p}={kind}")),
-            # Relative, because the quantizer stores this argument in the file.
-            *(("--imatrix", IMATRIX) if matrix else ()),
-            *(("--override-kv", f"{DIGEST_KEY}=str:sha256:{{imatrix}}") if matrix else ()),
-            *(("--override-kv", f"general.license=str:{license_}") if license_ else ()),
-            *(("--keep-split", "{first}") if split else (str(middle),)),
-            *(str(final.with_suffix("") if split else final), request.format.name.upper()),
-            *((str(threads),) if threads else ()),
-        ),
-        env={},
-        digests={"imatrix": request.output / IMATRIX} if matrix else {},
-        finds={"first": f"{middle.stem}*.gguf"} if split else {},
-        removes=(middle, middle.with_name(f"{middle.stem}-*.gguf")) if split else (middle,),
+        argv=(request.python, "-m", _QUANTIZE, str(settings)),
+        env=_OFFLINE,
+        writes={
+            settings: json.dumps(contents.to_json()),
+            **({overrides: metadata} if convert else {}),
+        },
+        removes=(settings, overrides, middle, middle.with_name(f"{middle.stem}-*.gguf")),
+        reads="the model",
     )
 
 

@@ -22,8 +22,6 @@ class Step:
     """Small input files, written before the command runs."""
     removes: tuple[Path, ...] = ()
     """Intermediate files to delete after success; names may be glob patterns."""
-    digests: Mapping[str, Path] = field(default_factory=dict)
-    """`{name}` in argv -> file of an earlier step whose sha256 replaces it."""
     finds: Mapping[str, str] = field(default_factory=dict)
     """`{name}` in argv -> glob pattern in the output whose first match replaces it."""
     reads: str = ""
@@ -79,9 +77,9 @@ class Quantizer:
     """Returns the steps in order; has no side effects."""
     check: Callable[[QuantizeRequest], Mapping[str, Json]]
     """Reads the output and returns its facts; raises CheckFailed if a check fails."""
-    peak_disk: Callable[[int, int, Format], int]
-    """(checkpoint bytes, bytes of them that stay in 16 bits, format) -> peak disk usage in bytes,
-    including the output."""
+    peak_disk: Callable[[int, int, Format, Mapping[str, Json]], int]
+    """(checkpoint bytes, bytes of them that stay in 16 bits, format, options) -> peak disk usage in
+    bytes, including the output."""
     options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
     """(format, the recipe's `quantize`) -> options that affect the output; raises UsageError."""
     check_options: Callable[[ModelFacts, Mapping[str, Json]], None] = _any_options

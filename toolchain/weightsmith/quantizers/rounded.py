@@ -131,7 +131,7 @@ QUANTIZER = Quantizer(
     check_input=lambda _format, model: check_config(model, DENSE),
     steps=steps,
     check=check,
-    peak_disk=output_bytes,
+    peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
     options=options,
     view=view_of,
 )

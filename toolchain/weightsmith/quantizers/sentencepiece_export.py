@@ -4,8 +4,6 @@ Tokenizers of Llama 2, Mistral and Gemma are SentencePiece models, but transform
 with an adapter) writes only tokenizer.json. Without the SentencePiece model the converter fails, or
 gives all pieces the same score, so that llama.cpp tokenizes differently than in training. It also
 reads added tokens only from tokenizer_config.json, which may no longer have them.
-
-Runs as a script in a builder; it must not import weightsmith.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _run(
     packed = options.format.suffix != ".gguf"
     model = read_facts(checkpoint.tree.root) if packed else None
     kept = kept_bytes(checkpoint.tree.size, options.format, model)
-    peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format)
+    peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format, options.options)
     tools.store.require_room(peak, f"quantizing to {options.format.name}")
     if not (options.texts and quantizer.statistics):
         return _quantized(folder, checkpoint, options, tools)

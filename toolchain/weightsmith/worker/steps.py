@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -80,15 +79,10 @@ def _refuse(step: Step, tail: Sequence[str]) -> None:
 
 
 def _filled(step: Step, output: Path) -> tuple[str, ...]:
-    """Return a command in which each `{name}` is replaced by a file's digest or path."""
-    known = {f"{{{name}}}": path for name, path in step.digests.items()}
+    """Return a command in which each `{name}` is replaced by a file's path."""
     found = {f"{{{name}}}": pattern for name, pattern in step.finds.items()}
     words = []
     for word in step.argv:
-        for name, path in known.items():
-            if name in word and path.is_file():
-                with path.open("rb") as file:
-                    word = word.replace(name, hashlib.file_digest(file, "sha256").hexdigest())
         for name, pattern in found.items():
             if name in word and (first := min(output.glob(pattern), default=None)):
                 word = word.replace(name, str(first))
@@ -102,6 +96,6 @@ def forget_steps(output: Path) -> None:
 
 
 def _inherited() -> dict[str, str]:
-    """Return the environment variables that keep libraries offline and limit their threads."""
-    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON", "TMPDIR")
+    """Return the variables that keep libraries offline, limit their threads and name tools."""
+    prefixes = ("HF_", "TRANSFORMERS_", "OMP_", "PYTHON", "TMPDIR", "WEIGHTSMITH_TOOLS_")
     return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}

@@ -1,0 +1,282 @@
+"""Quantized files are llama-quantize's own, byte for byte, though it never wrote them."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.drivers.toolset import tools_variable, toolset_folder
+from weightsmith.errors import InputRefused
+from weightsmith.jobs import Input
+from weightsmith.quantizers import formats
+from weightsmith.quantizers.gguf_header import read_header
+from weightsmith.quantizers.gguf_importance import DIGEST_KEY
+from weightsmith.quantizers.gguf_pass import Source, Wanted, finish, read_targets, write_file
+from weightsmith.quantizers.gguf_rows import Place
+from weightsmith.quantizers.gguf_types import FILE_TYPES
+from weightsmith.stages.quantize import QuantizeOptions, job_of
+from weightsmith.wiring import cache_folder
+
+from tests.builds.test_gguf import CONFIGS, SHAPE, TINY, make_random, model_type
+from tests.fakes.journal import RecordingProgress
+
+pytestmark = pytest.mark.builders
+TYPES = [row.name for row in FILE_TYPES.values() if not row.direct]
+
+
+def made(
+    model: Path, out: Path, name: str, statistics: Path | None = None, **options
+) -> list[Path]:
+    """Quantize in the builder; return the files."""
+    out.mkdir()
+    wanted = QuantizeOptions(
+        name="demo",
+        format=formats()[name],
+        options={"imatrix": str(statistics) if statistics else "off", **options},
+        statistics=Input(path=statistics) if statistics else None,
+    )
+    job = job_of(Input(path=model), 1 << 20, wanted, out)
+    LocalRunner(cache_folder()).run(job, RecordingProgress())
+    left = sorted(path for path in out.iterdir() if path.name != "imatrix.gguf")
+    assert all(path.suffix == ".gguf" and not path.name.startswith(".") for path in left)
+    return left
+
+
+def program(name: str) -> Path:
+    return toolset_folder(cache_folder(), "llamacpp") / "bin" / name
+
+
+def theirs(middle: Path, out: Path, name: str, *words: object) -> list[Path]:
+    """Quantize with llama-quantize; return the files."""
+    out.mkdir()
+    split = "--keep-split" in words
+    target = out / ("demo" if split else "demo.gguf")
+    command = [program("llama-quantize"), *words, middle, target, name.upper()]
+    subprocess.run(command, cwd=middle.parent, check=True, capture_output=True)
+    return sorted(out.iterdir())
+
+
+def same(ours: list[Path], others: list[Path]) -> bool:
+    names = [[path.name for path in files] for files in (ours, others)]
+    return names[0] == names[1] and all(
+        a.read_bytes() == b.read_bytes() for a, b in zip(ours, others, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def middle(tmp_path_factory) -> Path:
+    """The tiny base in 16 bits, and beside it an importance matrix."""
+    folder = tmp_path_factory.mktemp("middle")
+    (file,) = made(TINY / "base", folder / "bf16", "bf16")
+    texts = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()]
+    (file.parent / "text").write_text("\n".join(str(row) for row in texts))
+    words = ("-f", "text", "-c", "128", "--chunks", "4", "--no-ppl", "-t", "2")
+    for name, form in (("imatrix.gguf", "gguf"), ("imatrix.dat", "dat")):
+        command = [program("llama-imatrix"), "-m", file.name, *words, "-o", name]
+        command += ["--output-format", form]
+        subprocess.run(command, cwd=file.parent, check=True, capture_output=True)
+    return file
+
+
+@pytest.mark.parametrize("measured", [False, True], ids=["without", "with"])
+@pytest.mark.parametrize("name", TYPES)
+def test_every_type_from_a_16_bit_file(middle, tmp_path, name, measured):
+    row = FILE_TYPES[name]
+    if (row.needs_imatrix and not measured) or (not row.takes_imatrix and measured):
+        pytest.skip("not with this type")
+    words = with_matrix(middle, measured=measured)
+    done = run(middle, tmp_path, name, importance="imatrix.gguf" if measured else "")
+    if "has no importance" in done.stderr:
+        assert not measured
+        with pytest.raises(subprocess.CalledProcessError):
+            theirs(middle, tmp_path / "theirs", name)
+        return
+    assert done.returncode == 0, done.stderr
+    assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", name, *words))
+
+
+def run(middle: Path, folder: Path, name: str, **options: object) -> subprocess.CompletedProcess:
+    """Run our program on a 16-bit file."""
+    settings = {
+        "convert": [], "middle": middle.name, "quantize": str(program("llama-quantize")),
+        "out": str(folder / "demo.gguf"), "format": name, "threads": 3, "split": False,
+        "tensor_types": {}, "importance": "", "overrides": {}, **options,
+    }  # fmt: skip
+    (folder / "settings").write_text(json.dumps(settings))
+    return subprocess.run(
+        [sys.executable, "-m", "weightsmith.worker.quantize_gguf", folder / "settings"],
+        cwd=middle.parent, check=False, capture_output=True, text=True,
+        env={**os.environ, tools_variable("kernels"): toolset_folder(cache_folder(), "kernels")},
+    )  # fmt: skip
+
+
+def test_chosen_types_may_be_floats(middle, tmp_path):
+    chosen = {"attn_v": "f16", "attn_k": "bf16", "ffn_up": "f32", "ffn_gate": "q8_0"}
+    words = [word for p, t in chosen.items() for word in ("--tensor-type", f"{p}={t}")]
+
+    done = run(middle, tmp_path, "q5_0", tensor_types=chosen)
+
+    assert done.returncode == 0, done.stderr
+    assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q5_0", *words))
+
+
+def with_matrix(middle: Path, *, measured: bool) -> tuple[str, ...]:
+    if not measured:
+        return ()
+    digest = hashlib.sha256((middle.parent / "imatrix.gguf").read_bytes()).hexdigest()
+    return "--imatrix", "imatrix.gguf", "--override-kv", f"{DIGEST_KEY}=str:sha256:{digest}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_checkpoint_of_each_type_without_a_file_between(tmp_path, dtype):
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
+    model = make_random(tmp_path / "model", config, TINY / "base", dtype)
+    compare(model, tmp_path, "q4_k_m", str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=model_type)
+def test_each_architecture_without_a_file_between(tmp_path, config):
+    config.vocab_size = 512
+    model = make_random(tmp_path / "model", config, TINY / "base")
+    compare(model, tmp_path, "q5_k_m", "bfloat16")
+
+
+def compare(model: Path, folder: Path, name: str, dtype: str) -> None:
+    between = {"bfloat16": "bf16", "float32": "f32"}.get(dtype, "f16")
+    (file,) = made(model, folder / "middle", between)
+    assert same(made(model, folder / "ours", name), theirs(file, folder / "theirs", name))
+
+
+LAZY = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+import gguf, numpy as np, torch
+from conversion.base import LazyTorchTensor
+from weightsmith.quantizers import gguf_lazy
+BF16 = gguf.GGMLQuantizationType.BF16
+def load(at, dtype="BF16", rows=4):
+    size = rows * 32 * 2
+    span = gguf.utility.LocalTensorRange(filename=Path(sys.argv[2]), offset=at * size, size=size)
+    local = gguf.utility.LocalTensor(dtype=dtype, shape=(rows, 32), data_range=span)
+    return LazyTorchTensor.from_local_tensor(local).to(torch.float32)
+turn = lambda t: t.reshape(2, 2, 32).swapaxes(0, 1).reshape(4, 32)
+cases = {
+    "plain": (lambda: load(0), True),
+    "stacked": (lambda: torch.stack([load(0), load(1)], dim=0), True),
+    "turned": (lambda: turn(load(0)), False), "plus": (lambda: load(0) + 1, False),
+    "narrowed": (lambda: load(0, "F16"), False), "stacked otherwise": (
+        lambda: torch.stack([load(0), load(1)], dim=1), False),
+    "half stacked": (lambda: torch.stack([load(0), load(0) + 1], dim=0), False),
+}
+for name, (make, in_parts) in cases.items():
+    tensor = gguf.quants.quantize(make().numpy(), BF16)
+    assert bool(gguf_lazy._places(tensor, "BF16", 32)) == in_parts, name
+    rows = gguf_lazy.rows_of(tensor, "BF16", 32)
+    whole = gguf.quants.quantize(make().numpy(), BF16)
+    whole = gguf.quants.dequantize(type(whole).to_eager(whole), BF16).reshape(-1, 32)
+    np.testing.assert_array_equal(rows(0, len(whole)), whole, err_msg=name)
+    np.testing.assert_array_equal(rows(1, 3), whole[1:3], err_msg=name)
+"""
+
+
+def test_what_the_converter_passes_on_is_read_in_parts_and_nothing_else(tmp_path):
+    """By the lazy tensors of the pinned converter; each is held against what it computes itself."""
+    weights = np.random.default_rng(0).standard_normal((8, 32)).astype(ml_dtypes.bfloat16)
+    (tmp_path / "weights").write_bytes(weights.tobytes())
+    command = [sys.executable, "-c", LAZY, program("").parent / "convert", tmp_path / "weights"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> None:
+    monkeypatch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
+
+
+def written(middle: Path, out: Path, broken_at: str = "", key: str = "") -> list[str]:
+    """Write a file by our pass; return the tensors that were read, up to the one that fails."""
+    command = [program("llama-quantize"), "--dry-run", middle, "Q4_K_M"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    header, read = read_header(middle), []
+
+    def rows(entry, kind):
+        read.append(entry.name)
+        if entry.name == broken_at:
+            raise KeyboardInterrupt
+        at = header.size + entry.offset
+        size = {"rows": entry.rows, "columns": entry.columns}
+        return Place(path=middle, kind=kind, offset=at, **size).read
+
+    lines = (printed.stdout + printed.stderr).splitlines()
+    source = Source(header=header, rows=rows, stored=lambda *_: np.zeros(0))
+    write_file(source, read_targets(lines), Wanted(file_type=15, threads=2, key=key), out)
+    finish([out])
+    return read
+
+
+@pytest.mark.usefixtures("kernels")
+def test_an_interrupted_file_goes_on_at_the_tensor_that_it_had_reached(middle, tmp_path):
+    out = tmp_path / "demo.gguf"
+    broken = "blk.1.ffn_up.weight"
+    with pytest.raises(KeyboardInterrupt):
+        written(middle, out, broken)
+    assert not out.exists()
+    journal = tmp_path / ".demo.gguf.journal"
+    with journal.open("a") as file:
+        file.write("output.wei")  # cut off while it was written
+
+    again = written(middle, out)
+
+    assert again[0] == broken
+    assert same([out], theirs(middle, tmp_path / "theirs", "q4_k_m"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gguf", "theirs"]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_was_begun_from_other_weights_is_begun_anew(middle, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        written(middle, tmp_path / "demo.gguf", "blk.1.ffn_up.weight", key="other")
+
+    assert "token_embd.weight" in written(middle, tmp_path / "demo.gguf", key="these")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    config = LlamaConfig(**SHAPE, vocab_size=512)
+    model = make_random(tmp_path / "model", config, TINY / "base")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(InputRefused, match=r"blk\.1\.ffn_up\.weight has NaN or infinite weights"):
+        made(model, tmp_path / "ours", "q4_k_m")
+
+
+def test_parts_importance_and_chosen_types_are_as_llama_quantize_has_them(middle, tmp_path):
+    chosen = {"ffn_down": "q8_0", "attn_v": "q5_1", "attn_k": "q6_k", "ffn_up": "iq4_nl"}
+    words = [word for p, t in chosen.items() for word in ("--tensor-type", f"{p}={t}")]
+    statistics = middle.parent / "imatrix.dat"
+    ours = made(
+        TINY / "base", tmp_path / "ours", "q4_k_m", statistics,
+        tensor_types=chosen, split_max_size="1M", about={"license": "mit"},
+    )  # fmt: skip
+
+    # What q4_k_m in parts of 1 MB has in 16 bits.
+    first, *_ = made(
+        TINY / "base", tmp_path / "parts", "bf16", split_max_size="2M", about={"license": "mit"}
+    )
+    shutil.copy(statistics, first.parent / "imatrix.gguf")
+    words += [*with_matrix(first, measured=True), "--override-kv", "general.license=str:mit"]
+    assert same(ours, theirs(first, tmp_path / "theirs", "q4_k_m", *words, "--keep-split"))
+    assert len(ours) > 2

@@ -1,0 +1,231 @@
+"""Quantize tensors one by one into GGUF files, with the bytes of llama-quantize."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weightsmith.kernels import quants
+from weightsmith.quantizers.gguf_header import Entry, Header, changed_values, quantized
+from weightsmith.quantizers.gguf_importance import Importance
+from weightsmith.quantizers.gguf_rows import Read
+
+_BLOCK = 1 << 18
+"""Weights per block: they stay in a core's cache."""
+_FLOATS = ("F32", "F16", "BF16")
+_LINE = re.compile(
+    r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[.*\], type = +(?P<kind>\w+), size = +[^(]*"
+    r"(?:\((?P<target>\w+)\))?\s*"
+)
+_MEASURED = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
+"""Types that need importance (llama-quant.cpp's tensor_requires_imatrix)."""
+_NEVER_MEASURED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
+_Q2_K_S = 21
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A tensor's type before and after, as `llama-quantize --dry-run` says."""
+
+    name: str
+    kind: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One unquantized file: its header, and where its tensors' data comes from."""
+
+    header: Header
+    rows: Callable[[Entry, str], Read]
+    """(tensor, type) -> its rows; called once per tensor, in order."""
+    stored: Callable[[Entry, str], np.ndarray]
+    """(tensor, type) -> uint8: the data of a type that is no float."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What to write."""
+
+    file_type: int
+    importance: Importance = field(default_factory=Importance)
+    overrides: Mapping[str, str | int] = field(default_factory=dict)
+    """Keys of the user's, before those of the importance matrix."""
+    key: str = ""
+    """Identifies the inputs: an unfinished file is continued only if it is the same."""
+    threads: int = 1
+
+
+def read_targets(printed: Sequence[str]) -> list[Target]:
+    """Return the tensors in llama-quantize's order from what `--dry-run` printed."""
+    found = [match for line in printed if (match := _LINE.fullmatch(line.rstrip()))]
+    return [
+        Target(
+            name=match["name"],
+            kind=match["kind"].upper(),
+            target=(match["target"] or match["kind"]).upper(),
+        )
+        for match in found
+    ]
+
+
+def write_file(source: Source, targets: Sequence[Target], wanted: Wanted, out: Path) -> None:
+    """Write one file below its unfinished name, or go on with it; `finish` gives it its own.
+
+    Raises ValueError for NaN, infinity, and types that llama-quantize refuses.
+    """
+    tensors = source.header.tensors
+    _check(targets, wanted)
+    sized = {t.name: _sized(t, tensors[t.name]) for t in targets}
+    changes = changed_values(wanted.file_type, {**wanted.overrides, **wanted.importance.about})
+    start, offsets = quantized(source.header, sized, changes)
+    last = targets[-1].name
+    size = -(-(offsets[last] + sized[last][1]) // 32) * 32
+    partial, journal = _unfinished(out)
+    key = hashlib.sha256(start + wanted.key.encode()).hexdigest()
+    done = _reached(journal, key) if partial.is_file() else set()
+    with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as log:
+        if not done:
+            log.write(key + "\n")
+            log.flush()
+            file.write(start)
+            file.truncate(size)
+        writer = _Writer(file.fileno(), log.fileno(), wanted)
+        with writer.running():
+            for target in targets:
+                if target.name not in done:
+                    writer.add(source, target, tensors[target.name], offsets[target.name])
+        os.fsync(file.fileno())
+
+
+def finish(files: Sequence[Path]) -> None:
+    """Give written files their names."""
+    for out in files:
+        partial, journal = _unfinished(out)
+        partial.rename(out)
+        journal.unlink()
+
+
+def _unfinished(out: Path) -> tuple[Path, Path]:
+    return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.journal")
+
+
+def _check(targets: Sequence[Target], wanted: Wanted) -> None:
+    """Refuse what llama-quantize refuses before it starts."""
+    measured = (*_MEASURED, "Q2_K") if wanted.file_type == _Q2_K_S else _MEASURED
+    for target in targets:
+        if target.kind != target.target and target.kind not in _FLOATS:
+            raise ValueError(f"{target.name} is already quantized ({target.kind})")
+        needed = target.target in measured and target.name not in _NEVER_MEASURED
+        if needed and target.kind != target.target and target.name not in wanted.importance.values:
+            raise ValueError(f"{target.name} has no importance, which {target.target} needs")
+
+
+def _sized(target: Target, entry: Entry) -> tuple[int, int]:
+    """Return a target type's number and the tensor's bytes."""
+    size = quants.row_bytes(target.target, entry.columns) * entry.rows
+    return quants.number(target.target), size
+
+
+def _reached(journal: Path, key: str) -> set[str]:
+    """Return the tensors that an interrupted run of the same inputs finished."""
+    if not journal.is_file():
+        return set()
+    # A line that was cut off has no end.
+    first, *names = journal.read_text("utf-8").split("\n")[:-1] or [""]
+    return set(names) if first == key else set()
+
+
+class _Writer:
+    """Quantizes blocks of rows in threads, and notes a tensor once its data is on the disk."""
+
+    def __init__(self, out: int, log: int, wanted: Wanted) -> None:
+        self._out, self._log, self._wanted = out, log, wanted
+        self._pool = ThreadPoolExecutor(wanted.threads, "rows")
+        self._noter = ThreadPoolExecutor(1, "journal")
+        self._waiting: list[Future[None]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Wait for all work at the end; after an error, drop what has not begun."""
+        try:
+            yield
+            self._wait(0)
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            self._noter.shutdown(cancel_futures=True)
+
+    def add(self, source: Source, target: Target, entry: Entry, offset: int) -> None:
+        """Start a tensor; returns while its last blocks are being computed."""
+        if target.kind in _FLOATS:
+            blocks = self._blocks(source.rows(entry, target.kind), target, entry, offset)
+        else:
+            data = source.stored(entry, target.kind)
+            blocks = [self._pool.submit(self._copy, target, data, offset)]
+        self._waiting.append(self._noter.submit(self._note, target.name, blocks))
+        self._wait(1)
+
+    def _wait(self, most: int) -> None:
+        """Wait until at most so many tensors are unfinished; raises what their work raised."""
+        while len(self._waiting) > most:
+            self._waiting.pop(0).result()
+
+    def _blocks(self, rows: Read, target: Target, entry: Entry, at: int) -> list[Future[None]]:
+        matrices = entry.shape[2] if len(entry.shape) > 2 else 1
+        important = self._wanted.importance.of(target.name, entry.columns, matrices)
+        if target.kind == target.target:
+            important = None
+        per_row = quants.row_bytes(target.target, entry.columns)
+        height, blocks = entry.rows // matrices, []
+        step = max(1, _BLOCK // entry.columns)
+        for matrix in range(matrices):
+            weights = None if important is None else important[matrix]
+            for start in range(matrix * height, (matrix + 1) * height, step):
+                end = min(start + step, (matrix + 1) * height)
+                job = (rows, (start, end), target, weights, at + start * per_row)
+                blocks.append(self._pool.submit(self._quantize, *job))
+        return blocks
+
+    def _quantize(
+        self,
+        read: Read,
+        span: tuple[int, int],
+        target: Target,
+        importance: np.ndarray | None,
+        at: int,
+    ) -> None:
+        rows = read(*span)
+        if not np.isfinite(rows).all():
+            raise ValueError(f"{target.name} has NaN or infinite weights")
+        try:
+            made = quants.quantize_rows(target.target, rows, importance)
+        except ValueError as error:
+            raise ValueError(f"{target.name}: {error}") from None
+        _write(self._out, made, at)
+
+    def _copy(self, target: Target, data: np.ndarray, at: int) -> None:
+        quants.check_rows(target.kind, data)
+        _write(self._out, data, at)
+
+    def _note(self, name: str, blocks: Sequence[Future[None]]) -> None:
+        for block in blocks:
+            block.result()
+        os.fdatasync(self._out)
+        os.write(self._log, f"{name}\n".encode())
+
+
+def _write(out: int, data: np.ndarray, at: int) -> None:
+    flat: Any = data.reshape(-1).view(np.uint8)
+    view = memoryview(flat)
+    while view:
+        count = os.pwrite(out, view, at)
+        view, at = view[count:], at + count

@@ -1,0 +1,69 @@
+"""Rows of a tensor as float32, computed when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Read = Callable[[int, int], np.ndarray]
+"""(first row, end) -> float32 [rows, columns], C-contiguous."""
+STORED: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+"""Array type of each float type; bfloat16 as bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Rows that lie in a file one after the other."""
+
+    path: Path
+    kind: str
+    """F32, F16 or BF16."""
+    offset: int
+    rows: int
+    columns: int
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Return rows as float32; raises ValueError at the file's end."""
+        dtype, count = STORED[self.kind], (end - start) * self.columns
+        at = self.offset + start * self.columns * dtype.itemsize
+        data = np.fromfile(self.path, dtype, count, offset=at)
+        if len(data) != count:
+            raise ValueError(f"{self.path.name} ends inside a tensor")
+        return as_float32(self.kind, data).reshape(-1, self.columns)
+
+
+def joined(places: Sequence[Place]) -> Read:
+    """Return the rows of matrices of equal height, one after the other."""
+    height = places[0].rows
+
+    def read(start: int, end: int) -> np.ndarray:
+        spans = [
+            places[at].read(max(start - at * height, 0), min(end - at * height, height))
+            for at in range(start // height, -(-end // height))
+        ]
+        return spans[0] if len(spans) == 1 else np.concatenate(spans)
+
+    return read
+
+
+def as_float32(kind: str, data: np.ndarray) -> np.ndarray:
+    """Return stored weights as float32, exactly."""
+    if kind == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return data.view(STORED[kind]).astype(np.float32, copy=False)
+
+
+def to_bfloat16(rows: np.ndarray) -> np.ndarray:
+    """Return float32 rounded to bfloat16, halves to even, as float32; NaN stays NaN."""
+    bits = rows.view(np.uint32)
+    even = bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))
+    even &= np.uint32(0xFFFF0000)
+    return np.where(np.isnan(rows), rows, even.view(np.float32))

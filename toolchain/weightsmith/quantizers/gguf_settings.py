@@ -1,0 +1,31 @@
+"""Settings of the program that quantizes to GGUF, as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from weightsmith.json_objects import JsonObject
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassSettings(JsonObject):
+    """What to quantize, and how; paths are absolute or relative to the program's folder."""
+
+    convert: tuple[str, ...]
+    """The converter and its arguments; empty: `middle` has its output already."""
+    middle: str
+    """The unquantized file, or the stem of its parts."""
+    quantize: str
+    """llama-quantize."""
+    out: str
+    format: str
+    threads: int
+    """0: one per CPU."""
+    split: bool
+    """Write parts, as many as the unquantized file has."""
+    tensor_types: Mapping[str, str]
+    importance: str
+    """File of the importance matrix; empty: none."""
+    overrides: Mapping[str, str]
+    """Keys to set, such as the licence."""
