@@ -214,6 +214,8 @@ class BuildRecord(JsonObject):
     plan: Mapping[str, Json] | None = None
     """The serving plan, sizes in bytes."""
     image: ImageRecord | None = None
+    forms: Mapping[str, ImageRecord] = field(default_factory=dict)
+    """What else was published of the same weights, by kind: volume, modelcar, modelpack."""
     task: TaskRecord = NO_TASK
     """The first task."""
     scores: Mapping[str, ScoreRecord] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.checks import check_before_work, check_images
-from weightsmith.planning.images import evaluation_of, image_inputs
+from weightsmith.planning.images import evaluation_of, form_inputs, image_inputs
 from weightsmith.planning.options import (
     quantize_options,
     sources_to_merge,
@@ -52,6 +52,8 @@ from weightsmith.values import (
     LORA,
     Artifact,
     Checkpoint,
+    Digest,
+    Published,
     Sources,
 )
 
@@ -88,7 +90,8 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         layout = request.candidate_layout(target)
         published = timed.take(publish(made, name, outputs, tools, started_in=layout))
         warn_of(results, tools)
-        yield record.keep(published, results, timed.stages)
+        others = forms(request, target, made[0].inputs, published.digest, tools)
+        yield record.keep(published, others, results, timed.stages)
 
 
 @dataclass(slots=True)
@@ -109,6 +112,8 @@ def check_machine(request: BuildRequest, tools: Tools) -> None:
     tools.runner.check(MERGE_BUILDER)
     for target in request.targets:
         check_layout(request.outputs_of(target).layout)
+        for kind in request.forms:
+            check_layout(request.outputs_of_form(target, kind).layout)
     if request.outputs.push:
         first = request.targets[0].name
         tools.registry.check_push(Reference.parse(name_of(request.file.recipe, first)))
@@ -194,6 +199,22 @@ def baked(
     )
     name, earlier = name_of(request.file.recipe, target.name), layers_in(request.folder(target))
     return bake(prepare, name, tools, push=request.outputs.push, earlier=earlier)
+
+
+def forms(
+    request: BuildRequest, target: Target, image: ImageInputs, tested: Digest, tools: Tools
+) -> Mapping[str, Published]:
+    """Publish the other kinds that the recipe names, of the same weights; return them by kind."""
+    found = {}
+    for kind in request.forms:
+        name, outputs = (
+            f"{name_of(request.file.recipe, target.name)}-{kind}",
+            (request.outputs_of_form(target, kind)),
+        )
+        prepare = partial(form_inputs, image, kind, tested, tools)
+        made = bake(prepare, name, tools, push=outputs.push).value
+        found[kind] = publish(made, name, outputs, tools, started_in=outputs.layout).value
+    return found
 
 
 def refusal(

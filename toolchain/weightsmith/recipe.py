@@ -330,6 +330,11 @@ class Recipe(Section):
     targets: tuple[str, ...] = Field(
         (), description="Engine and format, such as `vllm-awq`; `invoke targets` lists them."
     )
+    outputs: tuple[Literal["image", "modelcar", "volume", "modelpack"], ...] = Field(
+        ("image",),
+        description="What is published of each target. `image`: always, since it is what was "
+        "tested; the other kinds hold the same weights, under the image's name and `-KIND`.",
+    )
     serve: Serve = Serve()
     image: ImageNames = ImageNames()
     card: Card = Card()

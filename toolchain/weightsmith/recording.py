@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from weightsmith.build_record import StageRecord
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
@@ -35,6 +36,8 @@ class Built:
 
     target: Target
     published: Published
+    forms: Mapping[str, Published]
+    """What else was published, by kind."""
     results: tuple[Result, ...]
     stages: Mapping[str, StageRecord]
     report: Path
@@ -79,6 +82,7 @@ class Record:
     def keep(
         self,
         published: Published,
+        forms: Mapping[str, Published],
         results: tuple[Result, ...],
         stages: Mapping[str, StageRecord],
     ) -> Built:
@@ -86,9 +90,14 @@ class Record:
         if self.target is None:
             raise AssertionError("only a target is published")
         folder = self.request.folder(self.target)
-        report = self._write(published, results, stages, folder, "")
+        report = self._write(published, results, stages, folder, "", forms)
         return Built(
-            target=self.target, published=published, results=results, stages=stages, report=report
+            target=self.target,
+            published=published,
+            forms=forms,
+            results=results,
+            stages=stages,
+            report=report,
         )
 
     def refuse(
@@ -118,6 +127,7 @@ class Record:
         stages: Mapping[str, StageRecord],
         folder: Path,
         refused: str,
+        forms: Mapping[str, Published] = MappingProxyType({}),
     ) -> Path:
         facts = Facts(
             recipe=self.request.file.recipe,
@@ -129,6 +139,7 @@ class Record:
             quality=self.quality,
             config=self.config,
             published=published,
+            forms=forms,
             tasks=tuple(_task_facts(result) for result in results),
             checks=checks_of(self.image.digest, self.tools) if self.image else (),
             stages=stages,

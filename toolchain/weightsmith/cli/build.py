@@ -20,7 +20,7 @@ _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
 
 
 @command(
-    many=("target", "adapter", "set"),
+    many=("target", "adapter", "set", "kind"),
     sections={
         "serve": _SERVE,
         "quantize": Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True),
@@ -42,6 +42,7 @@ def build(
     adapter: Sequence[str] = (),
     serve: Serve,
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    kind: Sequence[str] = (),
     quantize: Quantize,
     force: bool = False,
     insecure: bool = False,
@@ -74,7 +75,10 @@ def build(
         keep_clean([base], dist=dist)
         base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
     file = recipe_file(
-        recipe, base, adapter, [*given("serve", serve), *set, *given("quantize", quantize)]
+        recipe,
+        base,
+        adapter,
+        [*given("serve", serve), *set, *given("quantize", quantize), *_outputs(kind)],
     )
     keep_clean(sources_of(file), dist=dist, layout=layout)
     targets = chosen_targets(file, tuple(target), to_build=True)
@@ -111,6 +115,15 @@ def build(
             "scores": {name: score.score for name, score in b.scores.items()},
             "sameness": b.sameness,
             "verdicts": [v.facts for result in b.results for v in result.verdicts],
+            "forms": {
+                kind: {
+                    "reference": form.reference,
+                    "digest": form.digest,
+                    "uploaded_bytes": form.uploaded_bytes,
+                    "mounted": form.mounted,
+                }
+                for kind, form in b.forms.items()
+            },
             "uploaded_bytes": b.published.uploaded_bytes,
             "stages": b.stages,
             "report": b.report,
@@ -123,6 +136,8 @@ def build(
 
 def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}: {facts['image']}@{facts['digest']}"
+    for kind, form in facts["forms"].items():
+        yield f"  {kind}: {form['reference']}@{form['digest']}"
     if scores := ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items()):
         yield f"  scores: {scores}"
     if same := ", ".join(f"{who} {share:.3f}" for who, share in facts["sameness"].items()):
@@ -131,7 +146,7 @@ def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"  report: {facts['report']}"
 
 
-@command(many=("target", "adapter", "set"), sections={"serve": _SERVE})
+@command(many=("target", "adapter", "set", "kind"), sections={"serve": _SERVE})
 def plan(
     *,
     target: Sequence[str] = (),
@@ -145,6 +160,7 @@ def plan(
     adapter: Sequence[str] = (),
     serve: Serve,
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    kind: Sequence[str] = (),
     update_lock: bool = False,
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
@@ -157,12 +173,18 @@ def plan(
     from weightsmith.ports import Silent
     from weightsmith.wiring import keep_clean, open_tools
 
-    file = recipe_file(recipe, base, adapter, [*given("serve", serve), *set])
+    settings = [*given("serve", serve), *set, *_outputs(kind)]
+    file = recipe_file(recipe, base, adapter, settings)
     keep_clean(sources_of(file))
     targets = chosen_targets(file, tuple(target))
     with open_tools(runner, Silent(), memory=memory) as tools:
         result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
     return result, table(result)
+
+
+def _outputs(kinds: Sequence[str]) -> list[str]:
+    """Return --kind as the recipe's setting."""
+    return [f"outputs=[{', '.join(kinds)}]"] if kinds else []
 
 
 def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:

@@ -82,6 +82,8 @@ class Built:
     image: str
     """Its reference, or `oci:FOLDER`."""
     digest: Digest
+    forms: Mapping[str, str]
+    """What else was published, by kind: its reference and digest, as `REFERENCE@sha256:…`."""
     scores: Mapping[str, float]
     """`base`, `adapter`, `merged` and `image` on the recipe's task, from 0 to 1; {} without one."""
     verdict: str

@@ -87,7 +87,7 @@ def forecast(
         weight = weight or estimated_bytes(weights, target.format, model)
         plans[target.name] = _serving_plan(file, target, sources, model, weight)
         check_format(target, options, model, plans[target.name].device)
-        rows.append(_publish_row(target, artifact, weight))
+        rows.append(_publish_row(file, target, artifact, weight))
     todo = [row for row in rows if not row["cached"]]
     serving = {name: plan.to_json() for name, plan in plans.items()}
     return {
@@ -303,10 +303,16 @@ def _quality_rows(
     ]  # fmt: skip
 
 
-def _publish_row(target: Target, artifact: Tree | None, weight: int) -> dict[str, Json]:
+def _publish_row(
+    file: RecipeFile, target: Target, artifact: Tree | None, weight: int
+) -> dict[str, Json]:
     size = artifact.size if artifact else weight
     why = "not known before the image is assembled" if artifact else "its weights do not exist yet"
-    return _row("publish", target=target.name, cached=False, why=why, read=size, write=size)
+    # Other images share the weight layers; a ModelPack has the same weights as other blobs.
+    twice = "modelpack" in file.recipe.outputs
+    why += "; weights twice, as layers and as the ModelPack's files" if twice else ""
+    written = 2 * size if twice else size
+    return _row("publish", target=target.name, cached=False, why=why, read=size, write=written)
 
 
 def _state(

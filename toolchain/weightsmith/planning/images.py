@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from weightsmith.checkpoints.templates import own_template
 from weightsmith.evaluating.results import Result
@@ -11,17 +12,17 @@ from weightsmith.planning.bases import bases_of
 from weightsmith.planning.options import unmerged_adapters
 from weightsmith.planning.request import BuildRequest
 from weightsmith.provenance.attest import public_recipe
-from weightsmith.provenance.labels import labels
+from weightsmith.provenance.labels import PREFIX, TESTED, labels
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quality.result import Quality
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
-from weightsmith.stages.base import public_base
+from weightsmith.stages.base import base_images, data_base, public_base
 from weightsmith.stages.evaluate import Evaluation, Question
 from weightsmith.tools import Tools
-from weightsmith.values import LORA, Artifact, Checkpoint, Sources
+from weightsmith.values import LORA, Artifact, Checkpoint, Digest, Sources
 
 
 def image_inputs(
@@ -58,6 +59,23 @@ def image_inputs(
         recipe=recipe,
         quantizer_builder=of_format(artifact.format.name).builder if packed else "",
         network_in_jobs=network_in_jobs(checkpoint, artifact, tools),
+    )
+
+
+def form_inputs(image: ImageInputs, kind: str, tested: Digest, tools: Tools) -> ImageInputs:
+    """Return the inputs of another kind of the same weights; `tested` is the image's digest.
+
+    It is not started itself, so its labels name the image that was.
+    """
+    base_name = data_base(kind, "")
+    return replace(
+        image,
+        kind=kind,
+        config=None,
+        bases=base_images(base_name, "", tools) if base_name else (),
+        base_name=public_base(base_name),
+        labels={**image.labels, PREFIX + "kind": kind, TESTED: tested},
+        parameters={**image.parameters, "kind": kind},
     )
 
 

@@ -43,6 +43,23 @@ class BuildRequest:
             load = self.outputs.load
         return replace(self.outputs, load=load, layout=layout)
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The kinds to publish beside the image, each once."""
+        return tuple(kind for kind in dict.fromkeys(self.file.recipe.outputs) if kind != "image")
+
+    def outputs_of_form(self, target: Target, kind: str) -> Outputs:
+        """Return where another kind of the same weights goes: beside the target's image.
+
+        Container engines cannot load a ModelPack; without another output, it is a layout.
+        """
+        outputs = self.outputs_of(target)
+        layout = outputs.layout and outputs.layout.with_name(f"{outputs.layout.name}-{kind}")
+        load = outputs.load and kind != "modelpack"
+        if not (layout or load or outputs.push):
+            layout = self.folder(target) / f"image-{kind}"
+        return replace(outputs, load=load, layout=layout)
+
     def candidate_layout(self, target: Target) -> Path | None:
         """Return None to start the image in the engine, else the layout next to which it starts."""
         if self.engine_answers:

@@ -33,6 +33,10 @@ def tag(recipe: Recipe, target: str) -> str:
     return f"{recipe.version}-{target}"
 
 
+TESTED = PREFIX + "tested.image"
+"""Label: the digest of the image that was started and questioned with the same weights."""
+
+
 def reference(recipe: Recipe, target: str) -> str:
     """Return `REPOSITORY:VERSION-TARGET`."""
     return f"{repository(recipe)}:{tag(recipe, target)}"

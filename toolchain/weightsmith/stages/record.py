@@ -78,6 +78,8 @@ class Facts:
     quality: Quality | None
     config: ServingConfig | None
     published: Published | None
+    forms: Mapping[str, Published]
+    """What else was published, by kind."""
     tasks: tuple[TaskFacts, ...]
     checks: Sequence[Mapping[str, Json]]
     """The checks of the started image, and their results."""
@@ -162,6 +164,7 @@ def build_record(facts: Facts) -> BuildRecord:
         quality=facts.quality,
         plan=facts.config.plan.to_json() if facts.config else None,
         image=_image(facts.published) if facts.published else None,
+        forms={kind: _image(form) for kind, form in facts.forms.items()},
         task=_task(first) if first else NO_TASK,
         scores=_scores(first) if first else {},
         verdicts=_verdicts(first) if first else (),
