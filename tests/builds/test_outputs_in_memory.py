@@ -150,10 +150,28 @@ def test_a_recipe_may_leave_the_validation_out(memory: Memory) -> None:
 def test_a_gate_that_is_off_stops_nothing(warm: Memory) -> None:
     warm.store.forget("quality")
     warm.bench.quality["layer_error"] = 0.9
-    built = warm.build("quality.gate=false")[TARGET]
+    built = warm.build("quality.gate=measure")[TARGET]
 
     assert warm.record()["quality"]["exceeded"]
     assert built.published.reference
+
+
+def test_a_gate_that_is_off_measures_nothing(warm: Memory) -> None:
+    warm.store.forget("quality")
+    warm.build("quality.gate=false")
+
+    assert "quality" not in warm.jobs()
+    assert warm.record()["quality"] == {"skipped": "quality.gate is off"}
+
+
+def test_what_loses_nothing_is_measured_only_when_asked(warm: Memory) -> None:
+    warm.write_recipe(targets=["llamacpp-f32"])
+    warm.build()
+    by_itself = warm.jobs()
+    warm.build("quality.gate=measure")
+
+    assert "quality" not in by_itself
+    assert "quality" in warm.jobs()
 
 
 def test_what_cannot_be_measured_is_said_and_stops_nothing(warm: Memory) -> None:

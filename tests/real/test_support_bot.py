@@ -63,7 +63,7 @@ def test_every_usual_type_keeps_what_was_taught(folder: Path, format_: str) -> N
 
 def test_a_type_that_forgets_is_stopped(folder: Path) -> None:
     """Q2_K: the answers decide, since the gate on held-out text only measures here."""
-    low = ("--set", "quantize.allow_low_bits=true", "--set", "quality.gate=false")
+    low = ("--set", "quantize.allow_low_bits=true", "--set", "quality.gate=measure")
     error = build(folder, "--target", "llamacpp-q2_k", *low, expect=4)["error"]
     found = record(folder, "llamacpp-q2_k/refused")
     verdict = next(v for v in found["verdicts"] if v["subject"] == "image" and v["binding"])

@@ -199,7 +199,11 @@ class QualityLimits(Section):
 class Quality(Section):
     """The gate after each quantization: held-out text, compared with the merged checkpoint."""
 
-    gate: bool = Field(True, description="`false` measures and reports, but refuses nothing.")
+    gate: bool | Literal["measure"] = Field(
+        True,
+        description="`true` measures formats that can lose something, and refuses what is over its "
+        "limits; `measure` measures every format and refuses nothing; `false` measures nothing.",
+    )
     tokens: int = Field(1024, ge=64, description="Maximum number of held-out tokens to measure on.")
     limits: dict[str, QualityLimits] = Field(
         default_factory=dict,

@@ -13,6 +13,7 @@ from weightsmith.quality.result import (
 from weightsmith.quantizers import formats
 from weightsmith.recipe import Quality as Wanted
 from weightsmith.recipe import QualityLimits
+from weightsmith.stages.quality import larger_than
 
 GOOD = Loss(
     kl_mean=0.0,
@@ -110,12 +111,48 @@ def test_the_refusal_names_the_worst_and_what_to_try():
     )
     found = Quality(loss=loss, verdict=QualityVerdict(limits={}, exceeded=("kl_mean 1",)))
 
-    error = refusal(formats()["q2_k"], found)
+    error = refusal(formats()["q2_k"], found, larger_than(formats()["q2_k"]))
 
     assert error.exit_code == 4
     assert "7 (0.5)" in error.message
     assert "model.layers.7.mlp.down_proj.weight" in error.message
-    assert "q5_k_m" in error.hint
+    assert "with more bits (q3_k_m, q4_k_m)" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("q4_k_m", ("q5_k_m", "q6_k")),
+        ("q8_0", ("f16",)),
+        ("f16", ()),
+        ("iq2_xs", ("q3_k_m", "q4_k_m")),
+        ("awq", ()),
+    ],
+)
+def test_a_hint_names_formats_with_more_bits(name, larger):
+    """Of Q8_0, q5_k_m was once named as the larger type."""
+    assert larger_than(formats()[name]) == larger
+
+
+def test_what_other_texts_might_not_show_is_no_finding():
+    limits = {"kl_mean": 0.25, "top1": 0.86}
+    near = replace(
+        GOOD, kl_mean=0.3, top1=0.8, intervals={"kl_mean": (0.2, 0.4), "top1": (0.7, 0.9)}
+    )
+    over = replace(near, intervals={"kl_mean": (0.26, 0.4), "top1": (0.7, 0.85)})
+
+    assert exceeded(near, limits) == ()
+    assert exceeded(over, limits) == ("kl_mean 0.3, at most 0.25", "top1 0.8, at least 0.86")
+
+
+def test_a_ratio_of_perplexities_needs_a_reference_that_predicts_the_text():
+    """A Gemma without its template: 14,800 against 13,500, with a divergence of 0.007 nats."""
+    unknown = limits_for(formats()["q8_0"], Wanted(), perplexity=13_500.0)
+    asked = Wanted(limits={"*": QualityLimits(perplexity_ratio=1.05)})
+
+    assert "perplexity_ratio" not in unknown
+    assert limits_for(formats()["q8_0"], Wanted(), perplexity=20.0)["perplexity_ratio"] == 1.05
+    assert limits_for(formats()["q8_0"], asked, perplexity=13_500.0)["perplexity_ratio"] == 1.05
 
 
 def test_general_text_widens_the_defaults_and_not_what_the_recipe_says():
@@ -139,7 +176,7 @@ def test_a_quality_is_the_same_after_writing_and_reading():
     assert skipped.to_json() == {"skipped": "no view"}
     assert list(judged.to_json()) == [
         "kl_mean", "kl_p99", "top1", "perplexity", "perplexity_reference", "perplexity_ratio",
-        "texts", "tokens", "layer_error", "worst_layers", "worst_tensors",
+        "texts", "tokens", "layer_error", "intervals", "worst_layers", "worst_tensors",
         "limits", "exceeded", "calibration",
     ]  # fmt: skip
     assert skipped.judged({"kl_mean": 0.5}, TEXTS) == skipped

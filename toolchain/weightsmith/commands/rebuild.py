@@ -132,7 +132,7 @@ def _check(recipe: Mapping[str, Json], source: str, progress: Progress) -> None:
     opened = [
         name
         for name, is_open in {
-            "quality.gate: false": not whole.quality.gate,
+            "quality.gate: false": whole.quality.gate is not True,
             "quality.limits": bool(whole.quality.limits),
             f"evaluate.max_drop: {task.max_drop if task else 0}": bool(
                 task and task.max_drop > usual.max_drop

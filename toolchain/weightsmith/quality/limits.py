@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from weightsmith.errors import CheckFailed
 from weightsmith.quality.result import Quality
@@ -35,16 +35,22 @@ _GROUPED_LAYER = 0.35
 """One scale per 64 or 128 weights is coarser than GGUF's per 32: 0.17 and 0.16 on the support bot,
 where q4_k_m has a layer error of 0.10, and q2_k, which fails, 0.22."""
 _ANY = "*"
+_PREDICTED = 100.0
+"""Perplexity up to which a model predicts a text; general text has about 20 with a good model, and
+14,800 with one that does not know it."""
 _GENERAL = 2.0
 """Measured: the support bot's q4_k_m errs 5 times as often on general text as on its own task."""
 
 
-def limits_for(format_: Format, quality: Wanted, *, general: bool = False) -> Mapping[str, float]:
+def limits_for(
+    format_: Format, quality: Wanted, *, general: bool = False, perplexity: float = 1.0
+) -> Mapping[str, float]:
     """Return a format's limits: the defaults for its size, overridden by the recipe.
 
     The recipe's `*` applies to all formats, a format's name only to that one. On `general` text,
     which the model was not tuned on, more next tokens are nearly tied, so the defaults for
-    divergence and agreement are wider.
+    divergence and agreement are wider. If the reference's `perplexity` shows that it does not
+    predict the text, the ratio of perplexities says nothing and has no default limit.
     """
     bits = format_.bits_per_weight
     found = next(limits for least, limits in _DEFAULTS if bits >= least)
@@ -54,14 +60,19 @@ def limits_for(format_: Format, quality: Wanted, *, general: bool = False) -> Ma
     if general:
         merged |= {key: merged[key] * _GENERAL for key in ("kl_mean", "kl_p99")}
         merged["top1"] = 1 - (1 - merged["top1"]) * _GENERAL
+    if perplexity > _PREDICTED:
+        del merged["perplexity_ratio"]
     for name in (_ANY, format_.name):
         if name in quality.limits:
             merged |= quality.limits[name].model_dump(exclude_none=True)
     return {key: float(value) for key, value in merged.items()}
 
 
-def refusal(format_: Format, quality: Quality) -> CheckFailed:
-    """Return the error for a model over its limits: where the loss is, and what to try."""
+def refusal(format_: Format, quality: Quality, larger: Sequence[str]) -> CheckFailed:
+    """Return the error for a model over its limits: where the loss is, and what to try.
+
+    `larger` names formats with more bits per weight.
+    """
     where = ""
     if quality.loss and quality.loss.worst_layers:
         worst = (f"{one.layer} ({one.error:.2g})" for one in quality.loss.worst_layers)
@@ -69,12 +80,13 @@ def refusal(format_: Format, quality: Quality) -> CheckFailed:
     if quality.loss and quality.loss.worst_tensors:
         where += f"; worst weights: {quality.loss.worst_tensors[0].tensor}"
     tries = {
-        "gguf": "a larger type (q5_k_m), an imatrix, quantize.tensor_types for the worst weights, "
-        "or more calibration text",
+        "gguf": "an imatrix, quantize.tensor_types for the worst weights, or more calibration text",
         "awq": "a smaller group size, or more calibration text like the task",
         "gptq": "a smaller group size, or more calibration text like the task",
     }
-    hint = tries.get(format_.kind, "a format with more bits, or more calibration text")
+    hint = tries.get(format_.kind, "more calibration text")
+    if larger:
+        hint = f"a format with more bits ({', '.join(larger)}), {hint}"
     much = "; ".join(quality.exceeded)
     return CheckFailed(
         f"{format_.name} differs too much from the merged model: {much}{where}",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,12 @@ from weightsmith.forward.walk import Progress
 from weightsmith.quality.result import LayerError, Loss, TensorError
 from weightsmith.quality.runs import States, run_both
 from weightsmith.quality.texts import Reading, readings
+from weightsmith.quality.totals import Totals, short
 from weightsmith.values import Json
 
 _LONGEST = 256
 """Maximum tokens of a sequence."""
 _MIN_TOKENS = 64
-_TIE = 0.1
-"""Nats within which two next tokens count as tied: rounding decides between them without a loss.
-A weak model has many such ties."""
 _NAMED = 3
 """Worst layers and tensors to report."""
 _LOGIT_BYTES = 128 << 20
@@ -53,9 +49,9 @@ def measure(
         **totals.result(),
         texts=len(chosen),
         tokens=sum(len(text.ids) for text in chosen),
-        layer_error=_short(max(layers.values())),
-        worst_layers=tuple(LayerError(layer=n, error=_short(layers[n])) for n in _worst(layers)),
-        worst_tensors=tuple(TensorError(tensor=n, error=_short(errors[n])) for n in _worst(errors)),
+        layer_error=short(max(layers.values())),
+        worst_layers=tuple(LayerError(layer=n, error=short(layers[n])) for n in _worst(layers)),
+        worst_tensors=tuple(TensorError(tensor=n, error=short(errors[n])) for n in _worst(errors)),
     )
 
 
@@ -64,18 +60,20 @@ def _worst(errors: Mapping[Any, float]) -> list[Any]:
     return sorted(errors, key=lambda one: (-errors[one], one))[:_NAMED]
 
 
-def _compared(chosen: Sequence[Reading], right: States, other: States) -> _Totals:
+def _compared(chosen: Sequence[Reading], right: States, other: States) -> Totals:
     """Compare the next-token probabilities of both, as many positions at a time as fit."""
     places = [
         (row, column)
         for row, text in enumerate(chosen)
         for column in range(text.answer - 1, len(text.ids) - 1)
     ]
-    found, step = _Totals(), max(1, _LOGIT_BYTES // (16 * right.vocabulary))
+    found, step = Totals(), max(1, _LOGIT_BYTES // (16 * right.vocabulary))
     for start in range(0, len(places), step):
         part = places[start : start + step]
         following = torch.tensor([chosen[row].ids[column + 1] for row, column in part])
-        found.add(right.log_probabilities(part), other.log_probabilities(part), following)
+        texts = torch.tensor([row for row, _ in part])
+        both = (right.log_probabilities(part), other.log_probabilities(part))
+        found.add(*both, following, texts)
     return found
 
 
@@ -102,42 +100,3 @@ def _padded(chosen: Sequence[Reading]) -> torch.Tensor:
     """Return the texts as one batch, [texts, longest], padded on the right (ignored: causal)."""
     longest = max(len(text.ids) for text in chosen)
     return torch.tensor([[*text.ids, *[0] * (longest - len(text.ids))] for text in chosen])
-
-
-@dataclass(slots=True)
-class _Totals:
-    """Totals over all tokens."""
-
-    divergences: list[torch.Tensor] = field(default_factory=list)
-    agree: int = 0
-    surprise: tuple[float, float] = (0.0, 0.0)
-    predicted: int = 0
-
-    def add(self, right: torch.Tensor, other: torch.Tensor, following: torch.Tensor) -> None:
-        """Add both models' log probabilities [positions, vocabulary] and the actual next tokens."""
-        self.divergences.append((right.exp() * (right - other)).sum(-1).clamp(min=0))
-        picked = right.gather(1, other.argmax(-1, keepdim=True))[:, 0]
-        self.agree += int((right.amax(-1) - picked <= _TIE).sum())
-        self.surprise = (
-            self.surprise[0] - float(right.gather(1, following[:, None]).sum()),
-            self.surprise[1] - float(other.gather(1, following[:, None]).sum()),
-        )
-        self.predicted += len(following)
-
-    def result(self) -> dict[str, float]:
-        """Return means and quantiles."""
-        divergence = torch.cat(self.divergences)
-        before, after = (total / self.predicted for total in self.surprise)
-        return {
-            "kl_mean": _short(float(divergence.mean())),
-            "kl_p99": _short(float(divergence.quantile(0.99))),
-            "top1": _short(self.agree / len(divergence)),
-            "perplexity": _short(math.exp(min(after, 700.0))),
-            "perplexity_reference": _short(math.exp(min(before, 700.0))),
-            "perplexity_ratio": _short(math.exp(min(after - before, 700.0))),
-        }
-
-
-def _short(value: float) -> float:
-    """Round to six digits, more than two machines agree on."""
-    return float(f"{value:.6g}")

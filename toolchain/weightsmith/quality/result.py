@@ -48,6 +48,9 @@ class Loss(JsonObject):
     layer_error: float
     """The largest error of a layer's output, relative to what the layer adds, on the checkpoint's
     own input."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % intervals of `kl_mean`, `kl_p99`, `top1` and `perplexity_ratio` over texts; {} if there
+    are too few texts."""
     worst_layers: tuple[LayerError, ...] = ()
     worst_tensors: tuple[TensorError, ...] = ()
 
@@ -88,15 +91,18 @@ class Quality(JsonObject):
     def judged(self, limits: Mapping[str, float], calibration: Mapping[str, Json]) -> Self:
         """Return it with its verdict and the texts it was measured on; as it is if it was skipped.
 
-        `top1` is a minimum, the other limits are maxima.
+        `top1` is a minimum, the other limits are maxima. A limit is exceeded if the value and its
+        whole interval are beyond it: what other texts might not show is no finding.
         """
         if self.loss is None:
             return self
         exceeded = []
         for key, limit in limits.items():
             value, least = float(getattr(self.loss, key)), key == "top1"
+            low, high = self.loss.intervals.get(key, (value, value))
+            nearest = high if least else low
             # Not the opposite comparison: NaN exceeds any limit.
-            if not (value >= limit if least else value <= limit):
+            if not any(end >= limit if least else end <= limit for end in (value, nearest)):
                 exceeded.append(f"{key} {value:g}, {'at least' if least else 'at most'} {limit:g}")
         return replace(
             self,

@@ -95,12 +95,14 @@ def read_texts(path: Path, bounds: Bounds) -> Texts:
         added = _chosen(_rows(GENERAL), Bounds(seed=bounds.seed))
         general = [key for key in added if key not in chosen]
         chosen |= added
-    ordered = [chosen[key] for key in sorted(chosen, key=_place(bounds.seed))]
+    ordered = sorted(chosen, key=_place(bounds.seed))
     held = max(1, round(len(ordered) * bounds.held_out))
+    # The gate reads the first texts: the user's own before general ones.
+    first = sorted(ordered[:held], key=set(general).__contains__)
     return Texts(
         source="general" if path == GENERAL else path.name,
-        calibration=tuple(ordered[held:]),
-        held_out=tuple(ordered[:held]),
+        calibration=tuple(chosen[key] for key in ordered[held:]),
+        held_out=tuple(chosen[key] for key in first),
         general=len(general),
     )
 

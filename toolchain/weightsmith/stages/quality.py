@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
 from weightsmith.jobs import Input, QualityJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quality.limits import limits_for, refusal
 from weightsmith.quality.result import Quality
-from weightsmith.quantizers import of_format
+from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.recipe import Quality as Limits
 from weightsmith.resources import builder_pins
@@ -19,12 +20,17 @@ from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Checkpoint, Digest, Format, StageInputs
 
 BUILDER = "merge"
-RECIPE_NUMBER = 2
+RECIPE_NUMBER = 3
 _MEMORY_BYTES = 8 << 30
 """Memory limit of the container, without the weights."""
 _TOKEN_BYTES = 4 << 20
 """Bytes for one token's logits of both models and their comparison, for a large vocabulary."""
 _RESULT = "quality.json"
+_FLOATS = ("F32", "BF16", "F16")
+_KEPT = {"f32": _FLOATS, "bf16": ("BF16",), "f16": ("F16",)}
+"""Format -> types of matrices that it keeps exactly."""
+_USUAL = frozenset({"q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "q8_0", "f16"})
+"""GGUF's types that a hint names."""
 
 
 def inputs(checkpoint: Digest, artifact: Digest, texts: Texts, tokens: int) -> StageInputs:
@@ -59,6 +65,8 @@ def quality(
     timer = Timer("quality", f"{artifact.format.name}, {len(texts.held_out)} texts", tools)
     if not artifact.format.packed:
         return timer.done(None, cached=True)
+    if reason := _needless(artifact.format, checkpoint, options):
+        return timer.done(Quality(skipped=reason), cached=True)
     document = to.document(
         lambda: inputs(checkpoint.digest, artifact.digest, texts, options.tokens),
         _RESULT,
@@ -67,13 +75,44 @@ def quality(
     found = Quality.from_json(document.value)
     if found.skipped:
         tools.progress.warn(f"quality not measured: {found.skipped}")
-    limits = limits_for(artifact.format, options, general=bool(texts.general))
+    limits = limits_for(
+        artifact.format,
+        options,
+        general=bool(texts.general),
+        perplexity=found.loss.perplexity_reference if found.loss else 1.0,
+    )
     return timer.done(found.judged(limits, texts.described()), cached=document.cached)
 
 
 def quality_fault(format_: Format, found: Quality | None, options: Limits) -> CheckFailed | None:
     """Return an error if a format's loss is over its limits, else None."""
-    return refusal(format_, found) if found and found.exceeded and options.gate else None
+    if not found or not found.exceeded or options.gate is not True:
+        return None
+    return refusal(format_, found, larger_than(format_))
+
+
+def larger_than(format_: Format) -> tuple[str, ...]:
+    """Return the usual formats of the same kind with more bits per weight, smallest first."""
+    known = [each for name, each in formats().items() if name in _USUAL]
+    larger = [
+        each
+        for each in known
+        if each.kind == format_.kind and each.bits_per_weight > format_.bits_per_weight
+    ]
+    return tuple(each.name for each in sorted(larger, key=lambda each: each.bits_per_weight)[:2])
+
+
+def _needless(format_: Format, checkpoint: Checkpoint, options: Limits) -> str:
+    """Return why a format need not be measured; "" if it must be."""
+    if options.gate is False:
+        return "quality.gate is off"
+    if options.gate is True and (kept := _KEPT.get(format_.name)):
+        shards = sorted(checkpoint.tree.root.glob("*.safetensors"))
+        tensors = [tensor for shard in shards for tensor in read_header(shard).tensors]
+        # Vectors are kept in 32 bits.
+        if tensors and all(t.dtype in (kept if len(t.shape) > 1 else _FLOATS) for t in tensors):
+            return f"{format_.name} keeps every bit of this checkpoint"
+    return ""
 
 
 def _run(
