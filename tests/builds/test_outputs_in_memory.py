@@ -225,6 +225,16 @@ def test_what_must_be_proven_is_refused_before_the_image_is_made(memory: Memory)
     )
 
 
+def test_a_sample_of_the_questions_says_what_it_can_show(memory: Memory) -> None:
+    memory.build("evaluate.limit=5", "evaluate.max_drop=0.5")
+    record = memory.record()
+
+    assert len(record["items"]) == 5
+    assert record["task"]["sample_of"] == 8
+    said = "5 of 8 questions are asked: at best they show that the drop is at most 0.396"
+    assert said in memory.progress.said
+
+
 def test_other_words_of_the_same_score_are_seen(memory: Memory) -> None:
     some = {next(iter(memory.facts))}
     memory.minds.forgot["image"] = some

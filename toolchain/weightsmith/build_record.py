@@ -95,6 +95,8 @@ class TaskRecord(JsonObject):
     name: str
     metric: str
     max_drop: float
+    sample_of: int = field(default=0, metadata=OMITTED)
+    """Questions in the data, if only a sample of them was asked."""
 
 
 NO_TASK = TaskRecord(name="", metric="", max_drop=0.0)

@@ -82,6 +82,11 @@ class Evaluate(Scoring):
     """The task that the image must still do."""
 
     data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
+    limit: int = Field(
+        0,
+        ge=0,
+        description="Maximum number of questions, a sample chosen by their content; 0: all.",
+    )
 
 
 class Adapter(Section):

@@ -181,6 +181,7 @@ def _task_facts(result: Result) -> TaskFacts:
         name=result.task.task.name,
         metric=result.task.task.metric,
         max_drop=result.task.settings.max_drop,
+        sample_of=result.task.of,
         scores=result.scores,
         sameness=result.sameness,
         verdicts=tuple(verdict.facts for verdict in result.verdicts),

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from weightsmith.errors import UsageError
-from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.items import Item, read_items, sample
 
 
 def write(tmp_path, *lines):
@@ -113,3 +113,28 @@ def test_wrong_choices_are_named(tmp_path, line, says):
     with pytest.raises(UsageError, match=says) as caught:
         read_items(write(tmp_path, {"prompt": "q", "expected": "a"}, line))
     assert ":2" in caught.value.message
+
+
+def asked(*prompts):
+    return [
+        Item(messages=({"role": "user", "content": text},), expected=("x",), line=n)
+        for n, text in enumerate(prompts)
+    ]
+
+
+def test_a_sample_is_chosen_by_content():
+    """Whatever the file's order, and a larger one holds a smaller one."""
+    items = asked(*(f"question {number}" for number in range(50)))
+    chosen = {item.prompt for item in sample(items, 10)}
+
+    assert len(chosen) == 10
+    assert {item.prompt for item in sample(items[::-1], 10)} == chosen
+    assert chosen < {item.prompt for item in sample(items, 11)}
+    assert chosen != {item.prompt for item in items[:10]}
+    lines = [item.line for item in sample(items, 10)]
+    assert lines == sorted(lines)
+
+
+@pytest.mark.parametrize("limit", [0, 3, 9])
+def test_without_a_limit_below_their_number_all_are_asked(limit):
+    assert len(sample(asked("a", "b", "c"), limit)) == 3

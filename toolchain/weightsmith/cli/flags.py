@@ -28,7 +28,7 @@ FLAGS = {
     "kind": "image (a server), modelcar (for KServe: a shell and /models), volume (only /models) "
     "or modelpack (a CNCF ModelPack of the model's files, for model runners)",
     "layout": "write an OCI layout into this folder",
-    "limit": "number of questions per task; 0 for all",
+    "limit": "maximum number of questions, or per task; 0 for all",
     "load": "load the image into the container engine",
     "locked": "refuse sources that differ from the lock file next to the recipe",
     "max_drop": "largest accepted drop in score compared with --against, from 0 to 1",

@@ -83,6 +83,7 @@ def evaluate(
         timeout=timeout,
         retries=retries,
         calibration=calibration,
+        limit=limit,
         against=against,
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
     )

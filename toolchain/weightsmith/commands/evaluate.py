@@ -11,8 +11,9 @@ from weightsmith.commands.folders import open_sources
 from weightsmith.commands.server import ServerSource, served_model, session_with
 from weightsmith.destinations import Unkept
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.evaluating.doubts import sampled
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
-from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
@@ -49,6 +50,8 @@ class EvaluateOptions:
     """Time limit for one answer, in seconds."""
     retries: int = 2
     calibration: str = ""
+    limit: int = 0
+    """Maximum number of questions, chosen by content; 0: all."""
     against: str = ""
     """Output of an earlier `evaluate --json`, compared item by item."""
     max_drop: float | None = None
@@ -65,7 +68,7 @@ def evaluate_subject(
     check_subject(subject)
     if subject.model:
         tools.runner.check(BUILDER)
-    task = _task(data, options)
+    task = _task(data, options, tools)
     _check_leaks(task, options, tools)
     before = _earlier(options.against) if options.against else None
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
@@ -107,9 +110,12 @@ def check_subject(subject: Subject) -> None:
         )
 
 
-def _task(data: Path, options: EvaluateOptions) -> Task:
-    items, scoring = read_items(data), options.scoring
-    check_metric(scoring.metric, items)
+def _task(data: Path, options: EvaluateOptions, tools: Tools) -> Task:
+    everything, scoring = read_items(data), options.scoring
+    check_metric(scoring.metric, everything)
+    items = sample(everything, options.limit)
+    if len(items) < len(everything):
+        tools.progress.note(sampled(len(items), len(everything)))
     return Task(
         items=items,
         metric=scoring.metric,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from weightsmith.evaluating.gate import NAMES, DropLimit, comparison_of, shown
-from weightsmith.evaluating.statistics import items_needed
+from weightsmith.evaluating.statistics import items_needed, least_drop
 from weightsmith.values import Score, Scores
 
 _NEAR_ZERO = 0.05
@@ -97,6 +97,14 @@ def _too_few(reference: Score, last: Score | None, max_drop: float) -> Iterator[
             f"{change.n} questions do not show that the drop is at most {max_drop:g}: with 95 %"
             f" confidence it is at most {change.interval[1]:.3f}"
         )
+
+
+def sampled(n: int, of: int) -> str:
+    """Return what a sample of n of so many questions can show."""
+    return (
+        f"{n} of {of} questions are asked: at best they show that the drop is at most"
+        f" {least_drop(n):.3f}"
+    )
 
 
 def _few(n: int, max_drop: float, needed: int) -> str:

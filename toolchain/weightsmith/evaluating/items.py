@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.errors import UsageError
 from weightsmith.foreign import parse
-from weightsmith.values import Json
+from weightsmith.values import Json, key_of
 
 _LONGEST_LINE = 1 << 20
 _MOST_ITEMS = 100_000
@@ -63,6 +63,23 @@ def read_items(path: Path) -> tuple[Item, ...]:
     if not items:
         raise UsageError(f"{path} has no questions", hint=_SHAPE)
     return tuple(items)
+
+
+def sample(items: Sequence[Item], limit: int) -> tuple[Item, ...]:
+    """Return at most `limit` questions in their order, chosen by content; all for a limit of 0.
+
+    The choice depends neither on the order of the file nor on answers that count as right, and a
+    larger limit keeps the questions of a smaller one.
+    """
+    if not 0 < limit < len(items):
+        return tuple(items)
+
+    def place(number: int) -> str:
+        item = items[number]
+        return key_of([[dict(message) for message in item.messages], list(item.choices)])
+
+    chosen = sorted(range(len(items)), key=place)[:limit]
+    return tuple(items[number] for number in sorted(chosen))
 
 
 def read_prompts(path: Path) -> tuple[tuple[Mapping[str, str], ...], ...]:

@@ -20,6 +20,8 @@ class RecipeTask:
 
     task: Task
     settings: Evaluate
+    of: int = 0
+    """Number of questions in the data, if only a sample of them is asked."""
     adapter: int | None = None
     """Index of the adapter whose task it is; None for all adapters together."""
 

@@ -49,6 +49,11 @@ def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
     return max(-1.0, middle - half), min(1.0, middle + half)
 
 
+def least_drop(n: int) -> float:
+    """Return the smallest `max_drop` that n items can show: the bound if no answer changes."""
+    return paired_interval(0, 0, n)[1]
+
+
 def items_needed(max_drop: float) -> int:
     """Return the number of items needed to show a drop of at most `max_drop` if no answer changes.
 

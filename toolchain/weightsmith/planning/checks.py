@@ -22,7 +22,7 @@ from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import all_targets, can_make
-from weightsmith.planning.tasks import check_leaks, probes, tasks_of
+from weightsmith.planning.tasks import check_leaks, probes, say_samples, tasks_of
 from weightsmith.ports import Runner, Silent
 from weightsmith.provenance.labels import repository
 from weightsmith.quantizers import of_format
@@ -52,6 +52,7 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
     tasks = tasks_of(request.file)
     check_leaks(request.file, tasks, tools.progress)
+    say_samples(tasks, tools.progress)
     if not tasks:
         tools.progress.warn("the recipe has no `evaluate`: the image's answers are not tested")
     tree, model = sources.base.tree, read_facts(sources.base.tree.root)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from weightsmith.errors import InputRefused
-from weightsmith.evaluating.items import read_items, read_prompts
+from weightsmith.evaluating.doubts import sampled
+from weightsmith.evaluating.items import read_items, read_prompts, sample
 from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.evaluating.results import RecipeTask
+from weightsmith.evaluating.results import RecipeTask, named
 from weightsmith.evaluating.task import Task
 from weightsmith.ports import Progress
 from weightsmith.recipe import Evaluate
@@ -24,7 +25,7 @@ def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
         for number, adapter in enumerate(recipe.adapters)
     ]
     return tuple(
-        RecipeTask(task=_task(file, name, settings), settings=settings, adapter=number)
+        _task(file, name, settings, number)
         for number, name, settings in sections
         if settings is not None
     )
@@ -35,16 +36,26 @@ def _short(source: str) -> str:
     return source.rstrip("/").rpartition("/")[2] or source
 
 
-def _task(file: RecipeFile, name: str, settings: Evaluate) -> Task:
-    items = read_items(file.folder / settings.data)
-    check_metric(settings.metric, items)
-    return Task(
+def _task(file: RecipeFile, name: str, settings: Evaluate, adapter: int | None) -> RecipeTask:
+    everything = read_items(file.folder / settings.data)
+    check_metric(settings.metric, everything)
+    items = sample(everything, settings.limit)
+    task = Task(
         items=items,
         metric=settings.metric,
         max_tokens=settings.max_tokens,
         command=settings.command,
         name=name,
     )
+    of = len(everything) if len(items) < len(everything) else 0
+    return RecipeTask(task=task, settings=settings, of=of, adapter=adapter)
+
+
+def say_samples(tasks: tuple[RecipeTask, ...], progress: Progress) -> None:
+    """Say what the samples of questions can show."""
+    for task in tasks:
+        if task.of:
+            progress.note(named(task, sampled(len(task.task.items), task.of)))
 
 
 def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progress) -> None:

@@ -59,6 +59,8 @@ class TaskFacts:
     name: str
     metric: str
     max_drop: float
+    sample_of: int
+    """Questions in the data, if only a sample was asked, else 0."""
     scores: Scores
     sameness: Mapping[str, Sameness]
     verdicts: tuple[Mapping[str, Json], ...]
@@ -241,7 +243,9 @@ def _image(published: Published) -> ImageRecord:
 
 
 def _task(task: TaskFacts) -> TaskRecord:
-    return TaskRecord(name=task.name, metric=task.metric, max_drop=task.max_drop)
+    return TaskRecord(
+        name=task.name, metric=task.metric, max_drop=task.max_drop, sample_of=task.sample_of
+    )
 
 
 def _scores(task: TaskFacts) -> dict[str, ScoreRecord]:
