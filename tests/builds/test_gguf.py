@@ -347,7 +347,8 @@ from weightsmith.destinations import InStore
 from weightsmith.ports import Silent
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats
-from weightsmith.quantizers.calibration import Bounds, read_texts
+from weightsmith.quantizers.calibration import read_texts
+from weightsmith.recipe import TextBounds
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint
 from weightsmith.wiring import open_tools
@@ -358,7 +359,7 @@ class Loud(Silent):
 
 model, texts = map(Path, sys.argv[1:])
 wanted = QuantizeOptions(name="tiny", format=formats()["q4_k_m"], options={"imatrix": "auto"},
-                texts=read_texts(texts, Bounds()))
+                texts=read_texts(texts, TextBounds()))
 with open_tools("local", Loud()) as tools:
     tree = read_tree(model, tools.store, tools.progress)
     made = quantize(Checkpoint(tree=tree), wanted, InStore(tools.store), tools).value

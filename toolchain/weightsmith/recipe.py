@@ -115,10 +115,9 @@ class Validate(Section):
     )
 
 
-class Calibration(Section):
-    """Text that quantizers measure activations on, a part of which is held out for the gate."""
+class TextBounds(Section):
+    """Which texts of a file are used: at most `n`, by length in characters, chosen by `seed`."""
 
-    data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
     n: int = Field(512, ge=1, description="Maximum number of texts; `seed` decides which are used.")
     min_length: int = Field(
         1, ge=1, description="Minimum characters of a text; shorter ones are not used."
@@ -132,6 +131,12 @@ class Calibration(Section):
     held_out: float = Field(
         0.25, gt=0, lt=1, description="Share of the texts kept for the quality gate."
     )
+
+
+class Calibration(TextBounds):
+    """Text that quantizers measure activations on, a part of which is held out for the gate."""
+
+    data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
 
 
 class Quantize(Section):

@@ -2,7 +2,8 @@ import json
 
 import pytest
 from weightsmith.errors import InputRefused
-from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.quantizers.calibration import GENERAL, read_texts
+from weightsmith.recipe import TextBounds
 
 LONG = "Some words that are long enough to count, and then some more of them. " * 3
 
@@ -18,7 +19,7 @@ def data(tmp_path):
 
 
 def test_no_text_is_in_both_parts(data):
-    texts = read_texts(data, Bounds())
+    texts = read_texts(data, TextBounds())
 
     assert len(texts.held_out) == 5
     assert len(texts.calibration) == 15
@@ -26,18 +27,18 @@ def test_no_text_is_in_both_parts(data):
 
 
 def test_the_seed_decides_which_are_held_out(data):
-    first, second = (read_texts(data, Bounds(seed=seed)) for seed in (0, 1))
+    first, second = (read_texts(data, TextBounds(seed=seed)) for seed in (0, 1))
 
-    assert read_texts(data, Bounds()) == first
+    assert read_texts(data, TextBounds()) == first
     assert first.held_out_digest != second.held_out_digest
 
 
 def test_a_text_that_is_added_moves_no_other(data):
-    before = {r["text"] for r in read_texts(data, Bounds()).held_out}
+    before = {r["text"] for r in read_texts(data, TextBounds()).held_out}
     with data.open("a") as file:
         file.write(json.dumps({"text": LONG + "new"}) + "\n")
 
-    after = {r["text"] for r in read_texts(data, Bounds()).held_out}
+    after = {r["text"] for r in read_texts(data, TextBounds()).held_out}
 
     assert len(after - before) <= 1
 
@@ -45,7 +46,7 @@ def test_a_text_that_is_added_moves_no_other(data):
 def test_a_text_that_is_there_twice_is_used_once(data):
     data.write_text(data.read_text() * 2)
 
-    texts = read_texts(data, Bounds())
+    texts = read_texts(data, TextBounds())
 
     assert len(texts.held_out) + len(texts.calibration) == 20
     assert texts.general == 0
@@ -54,7 +55,7 @@ def test_a_text_that_is_there_twice_is_used_once(data):
 def test_long_text_is_cut_and_not_dropped(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"text": "".join(f"{n:07d} " for n in range(1000))}])
 
-    texts = read_texts(path, Bounds(max_length=800))
+    texts = read_texts(path, TextBounds(max_length=800))
 
     pieces = [r["text"] for r in (*texts.calibration, *texts.held_out)]
     assert min(pieces).startswith("0000000")
@@ -63,18 +64,18 @@ def test_long_text_is_cut_and_not_dropped(tmp_path):
 
 def test_short_texts_are_left_out_and_none_is_refused(data):
     with pytest.raises(InputRefused, match=r"texts\.jsonl has no usable"):
-        read_texts(data, Bounds(min_length=10_000))
+        read_texts(data, TextBounds(min_length=10_000))
 
 
 def test_general_texts_make_up_for_too_few(tmp_path):
     few = [{"text": f"Text {n}."} for n in range(4)]
 
-    texts = read_texts(write(tmp_path / "few.jsonl", few), Bounds())
+    texts = read_texts(write(tmp_path / "few.jsonl", few), TextBounds())
 
     assert all(row in (*texts.calibration, *texts.held_out) for row in few)
     assert texts.general == len(texts.calibration) + len(texts.held_out) - 4
     assert texts.warning().startswith("few.jsonl has only 4 texts")
-    assert not read_texts(GENERAL, Bounds()).warning()
+    assert not read_texts(GENERAL, TextBounds()).warning()
 
 
 @pytest.mark.parametrize(
@@ -95,16 +96,16 @@ def test_bad_files_are_refused_with_their_line(tmp_path, raw, says):
     path.write_bytes(raw)
 
     with pytest.raises(InputRefused, match=says):
-        read_texts(path, Bounds())
+        read_texts(path, TextBounds())
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputRefused, match="cannot read"):
-        read_texts(tmp_path / "no.jsonl", Bounds())
+        read_texts(tmp_path / "no.jsonl", TextBounds())
 
 
 def test_the_general_texts_are_enough_for_both_parts():
-    texts = read_texts(GENERAL, Bounds())
+    texts = read_texts(GENERAL, TextBounds())
 
     assert texts.source == "general"
     assert len(texts.held_out) >= 8

@@ -9,8 +9,9 @@ from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.jobs import Input, QuantizeJob
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
+from weightsmith.recipe import TextBounds
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.worker import jobs
@@ -18,7 +19,7 @@ from weightsmith.worker import steps as steps_of
 
 from tests.fakes.memory import memory_tools
 
-TEXTS = read_texts(GENERAL, Bounds())
+TEXTS = read_texts(GENERAL, TextBounds())
 
 
 @pytest.fixture

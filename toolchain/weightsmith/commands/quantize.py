@@ -12,8 +12,8 @@ from weightsmith.destinations import in_folder
 from weightsmith.errors import UsageError
 from weightsmith.planning.options import check_model, format_options, needs_text
 from weightsmith.quantizers import of_format
-from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
-from weightsmith.recipe import Quality, Quantize
+from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
+from weightsmith.recipe import Quality, Quantize, TextBounds
 from weightsmith.recipe_section import spelling
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import QuantizeOptions, quantize
@@ -85,11 +85,11 @@ def _refuse_ignored(asked: FolderRequest, options: QuantizeOptions) -> None:
 
 def _texts(asked: FolderRequest, tools: Tools) -> Texts:
     if asked.calibration is not None:
-        texts = read_texts(asked.calibration, Bounds())
+        texts = read_texts(asked.calibration, TextBounds())
         if texts.warning():
             tools.progress.warn(texts.warning())
         return texts
-    texts = read_texts(GENERAL, Bounds())
+    texts = read_texts(GENERAL, TextBounds())
     tools.progress.warn(
         f"no --calibration: {len(texts.calibration) + len(texts.held_out)} general texts are used"
     )

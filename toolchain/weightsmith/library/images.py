@@ -10,7 +10,7 @@ from weightsmith.commands.bake import BakeRequest, bake_model
 from weightsmith.commands.images import inspect_image
 from weightsmith.commands.verify import key_path, verify_image
 from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
-from weightsmith.library.results import Baked, Built, StageTime, Verification
+from weightsmith.library.results import Baked, Built, Verification
 from weightsmith.pipeline import build as run_build
 from weightsmith.planning.forecast import forecast
 from weightsmith.planning.request import BuildRequest
@@ -198,10 +198,7 @@ def build(
             verdict=one.verdict,
             sameness=one.sameness,
             report=one.report,
-            stages={
-                name: StageTime(seconds=row.seconds, cached=row.cached)
-                for name, row in one.stages.items()
-            },
+            stages=one.stages,
             uploaded_bytes=one.published.uploaded_bytes,
             warnings=tuple(shown_progress.warnings),
         )

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+from weightsmith.build_record import StageRecord
 from weightsmith.provenance.chain import Check
 from weightsmith.validating.result import Validation as Validation
 from weightsmith.values import Digest, Json
+
+StageTime: TypeAlias = StageRecord
+"""How long a stage of a build took; `cached` if its result was already in the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +71,6 @@ class Baked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageTime:
-    """How long a stage of a build took."""
-
-    seconds: float
-    cached: bool
-    """True if its result was already in the store."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """One target of a build that passed and was published."""
 
@@ -95,7 +91,6 @@ class Built:
     stages: Mapping[str, StageTime]
     uploaded_bytes: int
     warnings: tuple[str, ...]
-    """Duration of the whole build."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

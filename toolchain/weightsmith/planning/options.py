@@ -12,8 +12,8 @@ from weightsmith.jobs import Input
 from weightsmith.ports import Progress
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.calibration import GENERAL, Bounds, Texts, read_texts
-from weightsmith.recipe import Serve
+from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
+from weightsmith.recipe import Serve, TextBounds
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import parse_size
@@ -58,9 +58,8 @@ def texts_of(file: RecipeFile) -> Texts:
     """
     calibration = file.recipe.calibration
     if calibration is None:
-        return read_texts(GENERAL, Bounds())
-    bounds = Bounds(**calibration.model_dump(exclude={"data"}))
-    return read_texts(file.folder / calibration.data, bounds)
+        return read_texts(GENERAL, TextBounds())
+    return read_texts(file.folder / calibration.data, calibration)
 
 
 def quantize_options(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Self
 
 from weightsmith.json_objects import INLINE, OMITTED, JsonObject
-from weightsmith.values import Digest, Json, plain
+from weightsmith.values import Digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ class Quality(JsonObject):
     verdict: QualityVerdict | None = field(default=None, metadata=INLINE)
     calibration: TextsUsed | None = field(default=None, metadata=OMITTED)
 
-    def judged(self, limits: Mapping[str, float], calibration: Mapping[str, Json]) -> Self:
+    def judged(self, limits: Mapping[str, float], calibration: TextsUsed) -> Self:
         """Return it with its verdict and the texts it was measured on; as it is if it was skipped.
 
         `top1` is a minimum, the other limits are maxima. A limit is exceeded if the value and its
@@ -107,7 +107,7 @@ class Quality(JsonObject):
         return replace(
             self,
             verdict=QualityVerdict(limits=limits, exceeded=tuple(exceeded)),
-            calibration=TextsUsed.from_json(plain(calibration)),
+            calibration=calibration,
         )
 
     @property

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
+from weightsmith.recipe import TextBounds
 from weightsmith.values import Digest, Json, canonical, key_of
 
 Row = Mapping[str, Json]
@@ -20,18 +21,6 @@ MIN_TEXTS = 8
 MIN_CHARACTERS = 1000
 _LONGEST_LINE = 4 << 20
 _SHAPE = 'a line is {"text": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}'
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bounds:
-    """Which texts of a file are used: at most `n`, by length in characters, chosen by `seed`."""
-
-    n: int = 512
-    min_length: int = 1
-    max_length: int = 8192
-    seed: int = 0
-    held_out: float = 0.25
-    """Fraction of the texts that is held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +54,8 @@ class Texts:
             f"{MIN_CHARACTERS} characters in total): {self.general} general texts were added"
         )
 
-    def described(self) -> Mapping[str, Json]:
-        """Return the facts that a build records about its texts."""
-        return {
-            "source": self.source,
-            "texts": len(self.calibration),
-            "held_out": len(self.held_out),
-            "general": self.general,
-            "digest": self.calibration_digest,
-            "held_out_digest": self.held_out_digest,
-        }
 
-
-def read_texts(path: Path, bounds: Bounds) -> Texts:
+def read_texts(path: Path, bounds: TextBounds) -> Texts:
     """Return a JSON Lines file's texts without duplicates, split in an order set by the seed.
 
     The order is by the digest of seed and text, so an added text does not move others from one part
@@ -92,7 +70,7 @@ def read_texts(path: Path, bounds: Bounds) -> Texts:
         )
     general = list(chosen) if path == GENERAL else []
     if len(chosen) < MIN_TEXTS or sum(map(_length, chosen.values())) < MIN_CHARACTERS:
-        added = _chosen(_rows(GENERAL), Bounds(seed=bounds.seed))
+        added = _chosen(_rows(GENERAL), TextBounds(seed=bounds.seed))
         general = [key for key in added if key not in chosen]
         chosen |= added
     ordered = sorted(chosen, key=_place(bounds.seed))
@@ -107,7 +85,7 @@ def read_texts(path: Path, bounds: Bounds) -> Texts:
     )
 
 
-def _chosen(rows: Iterable[Row], bounds: Bounds) -> dict[bytes, Row]:
+def _chosen(rows: Iterable[Row], bounds: TextBounds) -> dict[bytes, Row]:
     """Return at most `n` rows without duplicates, by their canonical form."""
     once = {canonical(row): row for row in _pieces(rows, bounds)}
     return {key: once[key] for key in sorted(once, key=_place(bounds.seed))[: bounds.n]}
@@ -118,7 +96,7 @@ def _place(seed: int) -> Callable[[bytes], Digest]:
     return lambda key: Digest.of(salt + key)
 
 
-def _pieces(rows: Iterable[Row], bounds: Bounds) -> Iterator[Row]:
+def _pieces(rows: Iterable[Row], bounds: TextBounds) -> Iterator[Row]:
     """Yield the rows that are long enough; plain text that is too long is split."""
     for row in rows:
         if _length(row) < bounds.min_length:

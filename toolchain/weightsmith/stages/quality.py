@@ -10,7 +10,7 @@ from weightsmith.errors import CheckFailed
 from weightsmith.jobs import Input, QualityJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quality.limits import limits_for, refusal
-from weightsmith.quality.result import Quality
+from weightsmith.quality.result import Quality, TextsUsed
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.recipe import Quality as Limits
@@ -81,7 +81,18 @@ def quality(
         general=bool(texts.general),
         perplexity=found.loss.perplexity_reference if found.loss else 1.0,
     )
-    return timer.done(found.judged(limits, texts.described()), cached=document.cached)
+    return timer.done(found.judged(limits, _used(texts)), cached=document.cached)
+
+
+def _used(texts: Texts) -> TextsUsed:
+    return TextsUsed(
+        source=texts.source,
+        texts=len(texts.calibration),
+        held_out=len(texts.held_out),
+        general=texts.general,
+        digest=texts.calibration_digest,
+        held_out_digest=texts.held_out_digest,
+    )
 
 
 def quality_fault(format_: Format, found: Quality | None, options: Limits) -> CheckFailed | None:
