@@ -63,7 +63,7 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
     questions = _questions(request)
     limits = SessionLimits(request_seconds=request.timeout)
     with session_with(request.place, tools, limits) as session:
-        served = served_model(session, request.served_name)
+        served = served_model(session, request.place, request.served_name)
         runs = [_run(session, served, questions, count, request, tools) for count in
                 request.concurrency]  # fmt: skip
         if all(run["errors"] == run["requests"] for run in runs):

@@ -141,7 +141,7 @@ def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools)
     place = ServerSource(image=subject.image, url=subject.url)
     limits = SessionLimits(request_seconds=options.timeout, tries=options.retries + 1)
     with session_with(place, tools, limits, modest=True) as session:
-        served = served_model(session, subject.served_name)
+        served = served_model(session, place, subject.served_name)
         answers = ask_server(session, served, task, tools.progress, concurrency=options.concurrency)
         # The server must still be running: the command may query it.
         environment = {

@@ -55,7 +55,7 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
         )
     tools.progress.stage("evaluate", request.tasks)
     with session_with(request.place, tools, modest=True) as session, tools.scratch() as out:
-        served = served_model(session, request.served_name)
+        served = served_model(session, request.place, request.served_name)
         words = command(request, session.endpoint.url, served.name, out)
         key = os.environ.get("WEIGHTSMITH_API_KEY", "") or "none"
         try:

@@ -91,21 +91,22 @@ def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
     return config
 
 
-def served_model(session: ServerSession, requested: str) -> Served:
+def served_model(session: ServerSession, place: ServerSource, requested: str) -> Served:
     """Return the server's model: `requested`, or the first that it lists.
 
-    Raises CheckFailed if the server does not list `requested`, or lists no model.
+    A server of somebody else's is sent no request that the user did not ask for. Raises
+    CheckFailed if the server does not list `requested`, or lists no model.
     """
     # Short time limits: a server that cannot list its models hangs.
     patient = session.limits
     session.limits = replace(patient, request_seconds=min(30.0, patient.request_seconds), tries=2)
     try:
         if not requested:
-            return find_served(session, first_name(session))
+            return find_served(session, first_name(session), may_ask=bool(place.image))
         check_served_name(session, requested)
     except CheckFailed as error:
         if not requested or "HTTP 404" not in error.message:
             raise
     finally:
         session.limits = patient
-    return find_served(session, requested)
+    return find_served(session, requested, may_ask=bool(place.image))

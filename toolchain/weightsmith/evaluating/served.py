@@ -62,10 +62,11 @@ class Served:
         return choice["delta"].get("content") if stream else choice["message"]["content"]
 
 
-def find_served(session: ServerSession, name: str) -> Served:
+def find_served(session: ServerSession, name: str, *, may_ask: bool = True) -> Served:
     """Return a model on a running server; the server says whether it has a chat template.
 
-    llama.cpp shows its own default in /props; other servers refuse a chat without a template.
+    llama.cpp shows its own default in /props; other servers refuse a chat without a template,
+    which is tried if `may_ask`. Without it, such a server is taken to have one.
     """
     shown = session.try_get("/props")
     try:
@@ -74,6 +75,8 @@ def find_served(session: ServerSession, name: str) -> Served:
         template = None
     if isinstance(template, str) and template:
         return Served(name=name, chat=_CHATML not in template)
+    if not may_ask:
+        return Served(name=name)
     hello = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
     served = Served(name=name)
     answer = session.try_post(served.path, served.body(hello, 1))
