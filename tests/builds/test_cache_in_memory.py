@@ -38,7 +38,7 @@ CHANGES = (
     Change("serve.max_model_len=128", stages=("render", *LATE), questions=QUESTIONS),
     Change("serve.max_num_seqs=4", stages=("render", *LATE)),
     Change("serve.served_model_name=other", stages=("render", *LATE)),
-    Change("evaluate.max_drop=0.5", stages=()),
+    Change("evaluate.max_drop=0.5", stages=("publish",)),
     Change("evaluate.metric=exact"),
     Change(
         "evaluate.max_tokens=32",
