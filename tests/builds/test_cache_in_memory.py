@@ -125,13 +125,13 @@ def test_what_one_target_made_another_takes(warm: Memory) -> None:
 
 def test_a_damaged_result_is_made_again(warm: Memory, digest: str) -> None:
     """A store's file that lost its end is not taken for a result."""
-    for entry in list(warm.store.entries.values()):
+    for key, entry in list(warm.store.entries.items()):
         if entry.tree.has("tiny.gguf"):
             copy = warm.folder / "copy"
             copy.mkdir()
             (copy / "tiny.gguf").write_bytes(b"")
             tree = replace(entry.tree, root=copy)
-            warm.store.entries[entry.key] = replace(entry, tree=tree)
+            warm.store.entries[key] = replace(entry, tree=tree)
 
     assert warm.build()[TARGET].published.digest == digest
     assert warm.jobs() == ["quantize"]

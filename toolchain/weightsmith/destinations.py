@@ -12,7 +12,7 @@ from typing import Protocol
 
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.files import alone, sync_folder
-from weightsmith.ports import Store
+from weightsmith.ports import Entry, Store
 from weightsmith.tools import Tools
 from weightsmith.trees import below, discard
 from weightsmith.values import Digest, FileEntry, Json, StageInputs, Tree
@@ -23,16 +23,6 @@ MakeDocument = Callable[[Path], Json]
 """Returns the document; the folder is for temporary files."""
 Inputs = Callable[[], StageInputs]
 """Computes a store key; not called for a user's folder, which has none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
-    """A stage's files and their metadata."""
-
-    tree: Tree
-    meta: Mapping[str, Json]
-    cached: bool
-    """True if they already existed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +46,7 @@ class Documents(Protocol):
 class Destination(Documents, Protocol):
     """Stores a stage's result; the stage does not know where."""
 
-    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Files:
+    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Entry:
         """Return the files; call `make(folder)` if they do not exist.
 
         With `resume`, the folder has the files that an interrupted run left.
@@ -72,14 +62,12 @@ class InStore:
 
     store: Store
 
-    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Files:
+    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Entry:
         """Return the store's entry; make it if it does not exist."""
         stage = inputs()
         note = {"stage": stage.stage, "inputs": stage.inputs}
-        entry = self.store.find(stage.key) or self.store.produce(
-            stage.key, note, make, resume=resume
-        )
-        return Files(tree=entry.tree, meta=entry.meta, cached=entry.cached)
+        found = self.store.find(stage.key)
+        return found or self.store.produce(stage.key, note, make, resume=resume)
 
     def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
         """Return the document of the store's entry; make it if it does not exist."""
@@ -131,7 +119,7 @@ class InFolder(Unkept):
     folder: Path
     resumes: bool
 
-    def files(self, _inputs: Inputs, make: Make, *, resume: bool = False) -> Files:
+    def files(self, _inputs: Inputs, make: Make, *, resume: bool = False) -> Entry:
         """Return the files, made in the folder.
 
         The folder has no key that says what an interrupted run was making: unless `resumes`, what
@@ -142,7 +130,7 @@ class InFolder(Unkept):
                 discard(path)
         meta = dict(make(self.folder))
         known: Mapping[str, str] = meta.pop("sha256", {})
-        return Files(tree=self._tree(known), meta=meta, cached=False)
+        return Entry(tree=self._tree(known), meta=meta, cached=False)
 
     def keep(self, _inputs: Inputs, _file: Path) -> None:
         """Do nothing: by-products are not stored."""

@@ -52,9 +52,8 @@ class Silent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One finished, immutable result in the store."""
+    """One finished result: its files and their metadata."""
 
-    key: Digest
     tree: Tree
     meta: Mapping[str, Json]
     cached: bool

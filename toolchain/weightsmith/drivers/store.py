@@ -241,7 +241,6 @@ class FileStore:
         with suppress(OSError):
             os.utime(folder / "manifest.json")
         return Entry(
-            key=key,
             tree=Tree(root=folder / "data", files=files),
             meta=manifest["meta"],
             cached=cached,

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.destinations import Files, InStore
+from weightsmith.destinations import InStore
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
 from weightsmith.jobs import ConvertAdapterJob, Input
 from weightsmith.outcome import Outcome, Timer
+from weightsmith.ports import Entry
 from weightsmith.quantizers import gguf_lora
 from weightsmith.resources import builder_pins
 from weightsmith.serving.engine import ServedAdapter
@@ -74,7 +75,7 @@ def unmerged_gguf(
     return replace(outcome, seconds=round(outcome.seconds + converted.seconds, 3))
 
 
-def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Files:
+def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entry:
     stage = StageInputs(
         stage="convert-adapter",
         recipe_number=_RECIPE_NUMBER,
