@@ -139,6 +139,19 @@ def test_a_job_that_needs_more_memory_than_it_may_use_ends_with_an_error(
     assert real_runner.run(replace(job, fill=700 << 20), progress)["text"]
 
 
+@pytest.mark.builders
+def test_mapped_weights_are_no_memory_of_a_local_job(tmp_path, progress):
+    """They count towards RLIMIT_DATA, so that what the job really holds is watched, too."""
+    job = replace(echo(tmp_path), memory_bytes=1 << 30)
+    weights = job.text.path.with_name("model.safetensors")
+    with weights.open("wb") as file:
+        file.truncate(4 << 30)
+    job = replace(job, text=Input(path=job.text.path.parent), fill=3 << 30)
+
+    with pytest.raises(EnvironmentFailure, match=r"killed.*memory.*limit 1,073,741,824"):
+        LocalRunner(CACHE).run(job, progress)
+
+
 @pytest.mark.parametrize(
     ("own", "most", "limit"), [(0, 0, 0), (5, 0, 5), (0, 7, 7), (5, 7, 5), (9, 7, 7)]
 )

@@ -27,6 +27,7 @@ from typing import IO
 
 from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import LONGEST, Lines, pump
+from weightsmith.drivers.resident import watched
 from weightsmith.errors import EnvironmentFailure
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
@@ -51,7 +52,9 @@ class ResourceLimits:
     """Limits for a program."""
 
     memory_bytes: int = 0
-    """Bytes that it may allocate, without mapped files. 0 for no limit."""
+    """Bytes that it may allocate, with private mappings of files. 0 for no limit."""
+    resident_bytes: int = 0
+    """Bytes that it and what it starts may hold, without files; it is killed then. 0 for none."""
     sandbox: JobSandbox | None = None
     """For jobs: isolates it from everything else, as chosen by `confinement`."""
 
@@ -155,9 +158,13 @@ def run(
         streams = [
             (stream, lines, listening(to)) for stream, lines, to in both if stream is not None
         ]
-        with _ended(process):
+
+        def kill() -> None:
+            _signal_group(process, signal.SIGKILL)
+
+        with _ended(process), watched(process.pid, limits.resident_bytes, kill):
             try:
-                pump(process.pid, streams, deadline, lambda: _signal_group(process, signal.SIGKILL))
+                pump(process.pid, streams, deadline, kill)
             except TimeoutError:
                 raise TookTooLong(
                     f"{_name(words)} did not end within {timeout:g} s",

@@ -1,0 +1,31 @@
+"""A program is watched with all that it starts."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from weightsmith.drivers import process
+
+FILL = "import time; held = b'x' * {size}; print('filled', flush=True); time.sleep(600 * {sleep})"
+IN_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_program_that_holds_too_much_is_killed(nested: bool) -> None:
+    code = FILL.format(size=400 << 20, sleep=1)
+    code = IN_CHILD.format(code=code) if nested else code
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    done = process.run([sys.executable, "-c", code], limits=limits)
+
+    assert done.returncode == -9
+
+
+def test_one_that_holds_less_runs_to_its_end() -> None:
+    code = FILL.format(size=50 << 20, sleep=0)
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    done = process.run([sys.executable, "-c", code], limits=limits)
+
+    assert (done.returncode, done.tail) == (0, ("filled",))
