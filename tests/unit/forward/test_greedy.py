@@ -283,3 +283,23 @@ def test_a_view_that_fails_stops_the_others() -> None:
 
     with pytest.raises(ValueError, match="mine"):
         meeting.run({"endless": endless, "bad": bad})
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_margins_are_those_of_a_forward_pass(tmp_path: Path, drafted: bool) -> None:
+    """Against the whole model's logits over the finished text, generated or read from a draft."""
+    from transformers import AutoModelForCausalLM
+
+    root = make_model(tmp_path / "base", "llama")
+    expected = generated(root)
+    drafts = {n: [*row[:5], 5, *row[6:]] for n, row in enumerate(expected)} if drafted else {}
+    model, meeting = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32), Meeting(2)
+    streamed = view(root, [], meeting, 0)
+    found = meeting.run({"": lambda: greedy(streamed, asked(drafts), lambda _: None)})[""]
+
+    assert found.tokens == expected
+    for prompt, row, margins in zip(PROMPTS, found.tokens, found.margins, strict=True):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([[*prompt, *row]])).logits[0]
+        best = logits[len(prompt) - 1 : -1].topk(2).values
+        assert margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-3)

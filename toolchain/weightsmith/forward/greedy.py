@@ -29,7 +29,27 @@ class Answers:
     """One view's tokens after each prompt, and the number of correct draft tokens."""
 
     tokens: list[list[int]]
+    margins: list[list[float]]
+    """Of each token, the nats by which it was likelier than the second likeliest."""
     from_drafts: int = 0
+
+
+@dataclass(slots=True)
+class _Found:
+    """The tokens of each answer so far, and their margins, by the prompt's number."""
+
+    tokens: dict[int, list[int]]
+    margins: dict[int, list[float]]
+
+    def append(
+        self, number: int, tokens: Tokens, margins: Sequence[float], asked: Questions
+    ) -> None:
+        """Add tokens to an answer, up to one that ends it."""
+        ends = (i for i, token in enumerate(tokens) if token in asked.ends)
+        end = next(ends, len(tokens) - 1) + 1
+        self.tokens[number] += tokens[:end]
+        self.margins[number] += margins[:end]
+        del self.tokens[number][asked.most :], self.margins[number][asked.most :]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,21 +72,23 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     likely one; that token is replaced, and the tokens after it are checked again. The rest is
     generated. `advance` is called with the number of finished answers.
     """
-    found: dict[int, list[int]] = {n: [] for n in range(len(asked.prompts))}
+    numbers = range(len(asked.prompts))
+    answers = _Found({n: [] for n in numbers}, {n: [] for n in numbers})
+    found = answers.tokens
     shared = shared_prefix(model, asked.prompts, asked.most)
     rest, right = _usable_drafts(model, asked), 0
     for _ in range(_ROUNDS):
         rows = {n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}
         for batch in batches(rows, batch_tokens(model), padding=_PADDING):
-            right += _verify(model, asked, shared, batch, found, rest)
+            right += _verify(model, asked, shared, batch, answers, rest)
         rest = {n: draft for n, draft in rest.items() if draft and not _ended(found[n], asked)}
     left = [n for n in found if not _ended(found[n], asked)]
     advance(len(found) - len(left))
     rows = {n: [*asked.prompts[n], *found[n]] for n in left}
     for batch in batches(rows, batch_tokens(model), asked.most):
-        _generate(model, asked, shared, batch, found)
+        _generate(model, asked, shared, batch, answers)
         advance(len(batch))
-    return Answers([found[n] for n in range(len(asked.prompts))], right)
+    return Answers([found[n] for n in numbers], [answers.margins[n] for n in numbers], right)
 
 
 def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
@@ -125,35 +147,29 @@ def _verify(
     asked: Questions,
     shared: Prefix,
     batch: Sequence[int],
-    found: dict[int, list[int]],
+    found: _Found,
     rest: dict[int, list[int]],
 ) -> int:
     """Check a batch's drafts in one pass; return the number of correct draft tokens."""
-    rows = [[*asked.prompts[n], *found[n], *rest[n]][shared.length :] for n in batch]
+    rows = [[*asked.prompts[n], *found.tokens[n], *rest[n]][shared.length :] for n in batch]
     cache = shared.rows(len(batch)) if shared.length else None
     counts = [len(rest[n]) + 1 for n in batch]
     right = 0
-    for number, tokens in zip(batch, _read(model, rows, counts, asked.filler, cache), strict=True):
+    read = _read(model, rows, counts, asked.filler, cache)
+    for number, (tokens, margins) in zip(batch, read, strict=True):
         draft = rest[number]
         same = next((i for i, t in enumerate(draft) if tokens[i] != t), len(draft))
         kept = [*draft[:same], tokens[same]]
-        _append(found[number], kept, asked)
+        found.append(number, kept, margins, asked)
         rest[number] = draft[same + 1 :]
         right += same
     return right
 
 
-def _append(found: list[int], tokens: Tokens, asked: Questions) -> None:
-    """Add tokens to an answer, up to one that ends it."""
-    end = next((i for i, token in enumerate(tokens) if token in asked.ends), len(tokens) - 1)
-    found += tokens[: end + 1]
-    del found[asked.most :]
-
-
 def _read(
     model: Any, rows: Sequence[Tokens], counts: Sequence[int], filler: int, cache: Any = None
-) -> list[list[int]]:
-    """Return the most likely token after each of a row's last tokens, so many per row.
+) -> list[tuple[list[int], list[float]]]:
+    """Return the most likely token after each of a row's last tokens, so many per row, and margins.
 
     The rows continue those in `cache`. They are padded on the right, which causal models ignore.
     """
@@ -176,7 +192,15 @@ def _read(
         logits = model(input_ids=ids, use_cache=bool(kept), **kept).logits[0]
     finally:
         hook.remove()
-    return [part.tolist() for part in torch.split(torch.argmax(logits, -1), list(counts))]
+    both = torch.argmax(logits, -1), _margins(logits)
+    tokens, margins = (torch.split(each, list(counts)) for each in both)
+    return [(a.tolist(), b.tolist()) for a, b in zip(tokens, margins, strict=True)]
+
+
+def _margins(logits: torch.Tensor) -> torch.Tensor:
+    """Return by how much the largest logit of each row exceeds the second largest."""
+    largest = torch.topk(logits.float(), 2).values
+    return largest[..., 0] - largest[..., 1]
 
 
 def _generate(
@@ -184,45 +208,49 @@ def _generate(
     asked: Questions,
     shared: Prefix,
     batch: Sequence[int],
-    found: dict[int, list[int]],
+    found: _Found,
 ) -> None:
     """Continue a batch to the end of every answer."""
     cache = shared.rows(len(batch))
     if cache is not None:
-        rows = [[*asked.prompts[n], *found[n]][shared.length :] for n in batch]
+        rows = [[*asked.prompts[n], *found.tokens[n]][shared.length :] for n in batch]
         firsts = _read(model, rows, [1] * len(batch), asked.filler, cache)
         for number, first in zip(batch, firsts, strict=True):
-            _append(found[number], first, asked)
+            found.append(number, *first, asked)
         align_right(cache, [max(map(len, rows)) - len(row) for row in rows])
     left = list(batch)
-    while kept := [i for i, n in enumerate(left) if not _ended(found[n], asked)]:
+    while kept := [i for i, n in enumerate(left) if not _ended(found.tokens[n], asked)]:
         if cache is not None and len(kept) < len(left):
             cache.batch_select_indices(torch.tensor(kept))
         left = [left[i] for i in kept]
         _decode(model, asked, left, found, cache)
 
 
-def _decode(
-    model: Any, asked: Questions, batch: Sequence[int], found: dict[int, list[int]], cache: Any
-) -> None:
+def _decode(model: Any, asked: Questions, batch: Sequence[int], found: _Found, cache: Any) -> None:
     """Continue a batch until a part of its answers has ended; without a cache, until all have.
 
     It is padded on the left; padding is masked and positions count without it. The cache has every
     token but each row's last.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    rows = [[*asked.prompts[n], *found[n]] for n in batch]
+    rows = [[*asked.prompts[n], *found.tokens[n]] for n in batch]
     width = max(1, *map(len, rows)) if cache is None else cache.get_seq_length() + 1
     ids = torch.tensor([[*[asked.filler] * (width - len(row)), *row] for row in rows])
     mask = torch.tensor([[*[0] * (width - len(row)), *[1] * len(row)] for row in rows])
-    left = torch.tensor([asked.most - len(found[n]) for n in batch])
+    left = torch.tensor([asked.most - len(found.tokens[n]) for n in batch])
     ends = torch.tensor(list(asked.ends))
 
     def some_ended(ids: torch.Tensor, _: object, **__: object) -> torch.Tensor:
         new = ids[:, width:]
         ended = torch.isin(new, ends).any(1) | (left <= new.shape[1])
         return ended | (_LEAVE * ended.sum() >= len(ended))
+
+    margins: list[torch.Tensor] = []
+
+    def record(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        margins.append(_margins(logits))
+        return logits
 
     # Always greedy; ignore sampling and penalties in generation_config.json.
     settings = GenerationConfig(
@@ -236,8 +264,10 @@ def _decode(
         input_ids=ids,
         attention_mask=mask,
         generation_config=settings,
+        logits_processor=LogitsProcessorList([record]),
         stopping_criteria=StoppingCriteriaList([] if cache is None else [some_ended]),
         **({} if cache is None else {"cache": cache}),
     )
-    for number, row in zip(batch, made[:, width:].tolist(), strict=True):
-        _append(found[number], row, asked)
+    gaps = torch.stack(margins, 1).tolist() if margins else [[] for _ in batch]
+    for number, row, gap in zip(batch, made[:, width:].tolist(), gaps, strict=True):
+        found.append(number, row, gap, asked)

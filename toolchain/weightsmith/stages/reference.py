@@ -27,7 +27,7 @@ from weightsmith.values import (
 )
 
 BUILDER = "merge"
-RECIPE_NUMBER = 3
+RECIPE_NUMBER = 4
 _ANSWERS = "answers.json"
 _VOICE = frozenset(
     {
