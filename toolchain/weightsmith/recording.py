@@ -23,7 +23,7 @@ from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
 from weightsmith.stages.evaluate import checks_of
-from weightsmith.stages.record import Facts, TaskFacts, write_record
+from weightsmith.stages.record import Facts, write_record
 from weightsmith.stages.report import write_report
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
@@ -140,7 +140,7 @@ class Record:
             config=self.config,
             published=published,
             forms=forms,
-            tasks=tuple(_task_facts(result) for result in results),
+            results=results,
             checks=checks_of(self.image.digest, self.tools) if self.image else (),
             stages=stages,
             refused=refused,
@@ -174,15 +174,3 @@ class Record:
             )
             found["quantize"] = quantizing.inputs(self.checkpoint.digest, wanted).inputs
         return found
-
-
-def _task_facts(result: Result) -> TaskFacts:
-    return TaskFacts(
-        name=result.task.task.name,
-        metric=result.task.task.metric,
-        max_drop=result.task.settings.max_drop,
-        sample_of=result.task.of,
-        scores=result.scores,
-        sameness=result.sameness,
-        verdicts=tuple(verdict.facts for verdict in result.verdicts),
-    )

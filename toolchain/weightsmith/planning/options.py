@@ -25,29 +25,12 @@ from weightsmith.values import LORA, Format, Json, Snapshot, Sources, Tree
 
 
 def serve_options(serve: Serve) -> ServeOptions:
-    """Return the recipe's `serve` section in the planner's units."""
-    return ServeOptions(
-        gpu=serve.gpu,
-        gpu_count=serve.gpu_count,
-        gpu_memory_bytes=parse_size(serve.gpu_memory) if serve.gpu_memory else 0,
-        host_memory_bytes=parse_size(serve.memory) if serve.memory else 0,
-        max_model_len=_number(serve.max_model_len),
-        max_num_seqs=_number(serve.max_num_seqs),
-        max_num_batched_tokens=_number(serve.max_num_batched_tokens),
-        kv_cache_dtype=serve.kv_cache_dtype,
-        dtype=serve.dtype,
-        tensor_parallel_size=_number(serve.tensor_parallel_size) or 0,
-        pipeline_parallel_size=_number(serve.pipeline_parallel_size) or 0,
-        gpu_memory_utilization=(
-            0.0 if serve.gpu_memory_utilization == "auto" else serve.gpu_memory_utilization
-        ),
-        served_model_name=serve.served_model_name,
-        extra=serve.extra,
-    )
-
-
-def _number(value: int | str) -> int | None:
-    return None if isinstance(value, str) else value
+    """Return the recipe's `serve` section in the planner's units; both have the same defaults."""
+    given = serve.model_dump(exclude_defaults=True)
+    for ours, theirs in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
+        if ours in given:
+            given[theirs] = parse_size(given.pop(ours))
+    return ServeOptions(**given)
 
 
 def texts_of(file: RecipeFile) -> Texts:

@@ -65,7 +65,7 @@ def _with_options(extra: dict[str, Json], options: ServeOptions) -> dict[str, Js
 
     Raises UsageError for an option that llama.cpp has nothing for.
     """
-    if options.dtype not in {"", "auto"}:
+    if options.dtype:
         raise UsageError(
             f"dtype {options.dtype}: a GGUF file has its types already",
             hint="choose another target",
@@ -82,7 +82,7 @@ def _with_options(extra: dict[str, Json], options: ServeOptions) -> dict[str, Js
             hint="leave it out: llama.cpp spreads the layers over all GPUs",
         )
     found: dict[str, Json] = {}
-    if options.kv_cache_dtype not in {"", "auto"}:
+    if options.kv_cache_dtype:
         kind = _CACHE_TYPES.get(options.kv_cache_dtype, options.kv_cache_dtype)
         found |= {"cache-type-k": kind, "cache-type-v": kind}
     if batch := options.max_num_batched_tokens:

@@ -105,11 +105,9 @@ def choose_dtype(shape: ModelShape, machine: Machine, wanted: str) -> tuple[str,
     float32 checkpoints are served in bfloat16, as vLLM does. GPUs before compute capability 8.0
     lack bfloat16. Raises UsageError for a type that the GPU or the model does not allow.
     """
-    if wanted not in {"", "auto", *_DTYPES}:
-        raise UsageError(f"dtype {wanted}: unknown", hint=f"one of auto, {', '.join(_DTYPES)}")
     bf16 = machine.gpu is None or machine.gpu.bf16
     own = shape.dtype if shape.dtype in {"bfloat16", "float16"} else "bfloat16"
-    chosen = wanted if wanted in _DTYPES else own
+    chosen = wanted or own
     note = ""
     if chosen == "bfloat16" and not bf16:
         if wanted == "bfloat16":

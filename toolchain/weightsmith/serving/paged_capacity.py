@@ -118,11 +118,7 @@ class Capacity:
     def element(self) -> float:
         """Bytes of a number in the cache."""
         wanted = self.options.kv_cache_dtype
-        return (
-            self.rules.cache_dtypes[wanted]
-            if wanted not in {"", "auto"}
-            else dtype_bytes(self.dtype)
-        )
+        return self.rules.cache_dtypes[wanted] if wanted else dtype_bytes(self.dtype)
 
     @cached_property
     def weights_each(self) -> int:

@@ -110,7 +110,7 @@ def _stretched(options: ServeOptions) -> bool:
 
 
 def _check_cache_dtype(rules: Rules, machine: Machine, dtype: str, wanted: str) -> None:
-    if wanted in {"", "auto"}:
+    if not wanted:
         return
     if wanted not in rules.cache_dtypes:
         raise UsageError(

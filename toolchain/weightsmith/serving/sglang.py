@@ -109,7 +109,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     do not fit.
     """
     extra = known_options().checked(options.extra)
-    if options.format.kind == "awq" and options.dtype in {"", "auto"}:
+    if options.format.kind == "awq" and not options.dtype:
         options = replace(options, dtype="float16")  # its AWQ kernels are written for it
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, Switches())
     card = capacity.machine.gpu
@@ -136,7 +136,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
         # Else windows share the memory by a ratio of its own, which is not planned here.
         settings["disable-hybrid-swa-memory"] = True
     cache = capacity.options.kv_cache_dtype
-    if cache not in {"", "auto"}:
+    if cache:
         settings["kv-cache-dtype"] = {"fp8": "fp8_e4m3", "bfloat16": "bf16"}.get(cache, cache)
     return settings
 

@@ -183,7 +183,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
         "cuda-memory-fraction": planned.gpu_memory_utilization,
     }
     cache = capacity.options.kv_cache_dtype
-    if cache not in {"", "auto"}:
+    if cache:
         settings["kv-cache-dtype"] = "fp8_e4m3fn" if cache in {"fp8", "fp8_e4m3"} else cache
     return settings
 

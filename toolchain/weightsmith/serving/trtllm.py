@@ -101,7 +101,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             hint="choose an NVIDIA GPU from the A100, A10G or L4 on, or a vllm target",
         )
     cache: dict[str, Json] = {"free_gpu_memory_fraction": planned.gpu_memory_utilization}
-    if options.kv_cache_dtype not in {"", "auto"}:
+    if options.kv_cache_dtype:
         cache["dtype"] = options.kv_cache_dtype
     settings: dict[str, Json] = {
         "max_seq_len": planned.max_model_len,

@@ -199,7 +199,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
         "max-num-seqs": planned.max_num_seqs,
         "max-num-batched-tokens": planned.max_num_batched_tokens,
     }
-    if capacity.options.kv_cache_dtype not in {"", "auto"}:
+    if capacity.options.kv_cache_dtype:
         settings["kv-cache-dtype"] = capacity.options.kv_cache_dtype
     if capacity.options.adapters:
         settings |= {

@@ -30,7 +30,7 @@ from weightsmith.build_record import (
     read_build,
 )
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.evaluating.sameness import Sameness
+from weightsmith.evaluating.results import Result
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
 from weightsmith.provenance.evaluation import side_by_side
@@ -45,25 +45,10 @@ from weightsmith.values import (
     Json,
     Published,
     Score,
-    Scores,
     Snapshot,
     Sources,
     without_passwords,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskFacts:
-    """One task with its answers and scores."""
-
-    name: str
-    metric: str
-    max_drop: float
-    sample_of: int
-    """Questions in the data, if only a sample was asked, else 0."""
-    scores: Scores
-    sameness: Mapping[str, Sameness]
-    verdicts: tuple[Mapping[str, Json], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +67,7 @@ class Facts:
     published: Published | None
     forms: Mapping[str, Published]
     """What else was published, by kind."""
-    tasks: tuple[TaskFacts, ...]
+    results: tuple[Result, ...]
     checks: Sequence[Mapping[str, Json]]
     """The checks of the started image, and their results."""
     stages: Mapping[str, StageRecord]
@@ -144,7 +129,8 @@ def write_files(files: Mapping[str, str], folder: Path) -> None:
 
 def build_record(facts: Facts) -> BuildRecord:
     """Return the content of a target's build.json."""
-    recipe, first = facts.recipe, facts.tasks[0] if facts.tasks else None
+    recipe, answered = facts.recipe, tuple(map(_answered, facts.results))
+    first = answered[0] if answered else None
     return BuildRecord(
         name=recipe.name,
         version=recipe.version,
@@ -167,22 +153,12 @@ def build_record(facts: Facts) -> BuildRecord:
         plan=facts.config.plan.to_json() if facts.config else None,
         image=_image(facts.published) if facts.published else None,
         forms={kind: _image(form) for kind, form in facts.forms.items()},
-        task=_task(first) if first else NO_TASK,
-        scores=_scores(first) if first else {},
-        verdicts=_verdicts(first) if first else (),
-        items=tuple(side_by_side(first.scores)) if first else (),
-        sameness=_sameness(first) if first else {},
-        more_tasks=tuple(
-            AnsweredTask(
-                name=task.name,
-                task=_task(task),
-                scores=_scores(task),
-                verdicts=_verdicts(task),
-                items=tuple(side_by_side(task.scores)),
-                sameness=_sameness(task),
-            )
-            for task in facts.tasks[1:]
-        ),
+        task=first.task if first else NO_TASK,
+        scores=first.scores if first else {},
+        verdicts=first.verdicts if first else (),
+        items=first.items if first else (),
+        sameness=first.sameness if first else {},
+        more_tasks=answered[1:],
         checks=tuple(CheckRecord.from_json(check) for check in facts.checks),
         stages=facts.stages,
         inputs=facts.inputs,
@@ -242,25 +218,26 @@ def _image(published: Published) -> ImageRecord:
     )
 
 
-def _task(task: TaskFacts) -> TaskRecord:
-    return TaskRecord(
-        name=task.name, metric=task.metric, max_drop=task.max_drop, sample_of=task.sample_of
+def _answered(result: Result) -> AnsweredTask:
+    task = result.task.task
+    return AnsweredTask(
+        name=task.name,
+        task=TaskRecord(
+            name=task.name,
+            metric=task.metric,
+            max_drop=result.task.settings.max_drop,
+            sample_of=result.task.of,
+        ),
+        scores={
+            name: ScoreRecord(score=s.score, n=s.n, metric=s.metric, interval=_interval(s))
+            for name, s in result.scores.items()
+        },
+        verdicts=tuple(VerdictRecord.from_json(dict(one.facts)) for one in result.verdicts),
+        items=tuple(side_by_side(result.scores)),
+        sameness={
+            who: SamenessRecord.from_json(dict(same.facts)) for who, same in result.sameness.items()
+        },
     )
-
-
-def _scores(task: TaskFacts) -> dict[str, ScoreRecord]:
-    return {
-        name: ScoreRecord(score=s.score, n=s.n, metric=s.metric, interval=_interval(s))
-        for name, s in task.scores.items()
-    }
-
-
-def _verdicts(task: TaskFacts) -> tuple[VerdictRecord, ...]:
-    return tuple(VerdictRecord.from_json(dict(verdict)) for verdict in task.verdicts)
-
-
-def _sameness(task: TaskFacts) -> dict[str, SamenessRecord]:
-    return {who: SamenessRecord.from_json(dict(s.facts)) for who, s in task.sameness.items()}
 
 
 def _interval(score: Score) -> tuple[float, float]:

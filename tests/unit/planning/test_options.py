@@ -1,0 +1,28 @@
+"""The recipe's sections as the options of stages."""
+
+from __future__ import annotations
+
+import pytest
+from weightsmith.planning.options import serve_options
+from weightsmith.recipe import Serve
+from weightsmith.serving.engine import ServeOptions
+
+
+def test_what_a_recipe_leaves_out_is_the_planners_default() -> None:
+    assert serve_options(Serve()) == ServeOptions()
+    assert serve_options(Serve(max_model_len="auto", dtype="auto", gpu_count=1)) == ServeOptions()
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"gpu_memory": "24GiB", "memory": "1GB"},
+         {"gpu_memory_bytes": 24 << 30, "host_memory_bytes": 10**9}),
+        ({"max_model_len": 4096, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5},
+         {"max_model_len": 4096, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}),
+        ({"served_model_name": "auto", "kv_cache_dtype": "fp8", "dtype": "float16"},
+         {"served_model_name": "auto", "kv_cache_dtype": "fp8", "dtype": "float16"}),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_gives_is_in_the_planners_units(given, wanted) -> None:
+    assert serve_options(Serve(**given)) == ServeOptions(**wanted)
