@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,42 @@ def test_margins_are_those_of_a_forward_pass(tmp_path: Path, drafted: bool) -> N
             logits = model(input_ids=torch.tensor([[*prompt, *row]])).logits[0]
         best = logits[len(prompt) - 1 : -1].topk(2).values
         assert margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-3)
+
+
+def test_a_view_waits_for_another_ones_work_while_that_goes_on() -> None:
+    meeting, done = Meeting(2), list[int]()
+    matrix = torch.ones((4, 4))
+
+    def works() -> None:
+        for number in range(3):
+            meeting.multiply((0, 0), torch.ones(2, 4), matrix)
+            done.append(number)
+
+    def waits() -> int:
+        meeting.wait_until(lambda: len(done) > 1)
+        seen = len(done)
+        meeting.multiply((0, 1), torch.ones(2, 4), matrix)
+        return seen
+
+    assert meeting.run({"works": works, "waits": waits})["waits"] in {2, 3}
+
+
+def test_a_view_does_not_wait_for_one_that_has_ended() -> None:
+    meeting = Meeting(2)
+
+    with pytest.raises(RuntimeError, match="has ended"):
+        meeting.run({"ends": lambda: None, "waits": lambda: meeting.wait_until(lambda: False)})
+
+
+def test_a_view_without_matrices_lets_the_others_go_on() -> None:
+    meeting, done = Meeting(2), threading.Event()
+
+    def works() -> None:
+        meeting.multiply((0, 0), torch.ones(2, 4), torch.ones((4, 4)))
+        done.set()
+
+    def examines() -> bool:
+        with meeting.away():
+            return done.wait(60)
+
+    assert meeting.run({"works": works, "examines": examines})["examines"]

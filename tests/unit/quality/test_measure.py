@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CohereConfig,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     JambaConfig,
@@ -270,6 +271,25 @@ def test_an_architecture_that_cannot_be_streamed_is_measured_in_memory(tmp_path)
         wanted = right(IDS).logits.log_softmax(-1).flatten(0, 1)
     for mine in (found.checkpoint, found.quantized):
         torch.testing.assert_close(mine.log_probabilities(PLACES), wanted, rtol=1e-4, atol=1e-5)
+    assert found.layers == {0: 0, 1: 0}
+
+
+def test_only_the_language_model_of_a_multimodal_one_needs_quantized_weights(tmp_path):
+    """llama.cpp writes the vision tower to a file of its own."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62}
+    text = SMALL | {"head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    right = written(tmp_path, config)
+    view = View(model=tmp_path)
+    view.names = frozenset(name for name in view.names if name.startswith("language_model."))
+
+    found = run_both(tmp_path, view, IDS, 20, lambda done, total: None)
+
+    with torch.inference_mode():
+        wanted = right(IDS).logits.log_softmax(-1).flatten(0, 1)
+    torch.testing.assert_close(found.quantized.log_probabilities(PLACES), wanted)
     assert found.layers == {0: 0, 1: 0}
 
 

@@ -197,10 +197,19 @@ def missing_below(outer: Any, path: str) -> dict[tuple[Any, str], str]:
     }
 
 
-def fill(model: Any, weights: Weights) -> None:
-    """Load every missing parameter of a model, and keep it."""
+def fill(model: Any, weights: Weights, skip: Sequence[Any] = ()) -> None:
+    """Load every missing parameter of a model, and keep it; modules in `skip` are left alone."""
+    left = {id(module) for layer in skip for module in layer.modules()}
     for (module, name), parameter in missing_below(model, "").items():
-        getattr(module, name).data = weights.whole(parameter)
+        if id(module) not in left:
+            getattr(module, name).data = weights.whole(parameter)
+
+
+def beside_text(model: Any) -> list[Any]:
+    """Return the modules that text does not run through, such as a vision tower."""
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(module) for part in parts for module in part.modules()}
+    return [m for m in model.modules() if not any(id(part) in kept for part in m.modules())]
 
 
 def decoder_layers(model: Any) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 
 from weightsmith.checkpoints.tensors import View
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.network import fill, load_buffers, skeleton
+from weightsmith.forward.network import beside_text, fill, load_buffers, skeleton
 from weightsmith.forward.views import stream
 from weightsmith.forward.walk import Count, Opening, Progress, walk
 from weightsmith.forward.weights import Weights
@@ -127,18 +127,18 @@ class _Quantized:
 
     def streamed(self, meeting: Meeting, number: int) -> Any:
         model, weights = self._built()
-        stream(model, weights, meeting, number)
+        stream(model, weights, meeting, number, beside_text(model))
         return model
 
     def whole(self) -> Any:
         model, weights = self._built()
-        fill(model, weights)
+        fill(model, weights, beside_text(model))
         return model
 
     def _built(self) -> tuple[Any, Weights]:
         self.model = skeleton(self.checkpoint)
         weights = Dequantized(self.checkpoint, self.model, self.view)
-        load_buffers(self.model, weights)
+        load_buffers(self.model, Weights(self.checkpoint, self.model))
         self.errors = weights.errors
         return self.model, weights
 
