@@ -10,6 +10,8 @@ from typing import Any
 from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.commands.rebuild import recipe_of_image
 from weightsmith.drivers.signer import open_signer
+from weightsmith.evaluating.results import RecipeTask, Result
+from weightsmith.evaluating.task import Task
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -17,6 +19,7 @@ from weightsmith.ports import Progress, Silent
 from weightsmith.provenance.attest import evidence, public_recipe
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
 from weightsmith.provenance.sealing import seal
+from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe
 from weightsmith.serving.llamacpp import ENGINE
 from weightsmith.values import (
@@ -86,6 +89,8 @@ class Scene:
         told = json.loads(json.dumps(public_recipe(recipe)))
         twist(told)
         item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True}
+        score = Score(score=1.0, n=1, metric="contains", per_item=(item,))
+        asked = RecipeTask(task=Task(items=()), settings=Evaluate(data="x"))
         artifact = Artifact(format=SAFETENSORS, tree=merged)
         inputs = ImageInputs(
             artifact=artifact,
@@ -113,7 +118,7 @@ class Scene:
             split=Resharded(merged, {}),
             base=None,
             image=image,
-            scores={"image": Score(score=1.0, n=1, metric="contains", per_item=(item,))},
+            results=(Result(task=asked, scores={"image": score}),),
         )
         place = RegistryLocation(self.client, Reference.parse(self.name))
         told = evidence(made, ())
