@@ -6,6 +6,7 @@ agrees up to the first token that is not its most likely one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -13,16 +14,25 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.forwards import Batch
 from weightsmith.validating.result import GreedyText, LogitLimits
 
-MOST_NEW = 16
+_MOST_NEW = 16
 """Tokens generated after a probe."""
+_FEW_NEW, _LARGE = 4, 10_000_000_000
+"""The same for a model with so many weights: they are read again for every token."""
 _TAIL = 80
 """Characters of a probe that are reported."""
 _ROOM = 4.0
 """Factor on the limits, which were measured with other probes and so with other roundings."""
+
+
+def most_new(weights: Weights) -> int:
+    """Return how many tokens are generated after a probe."""
+    count = sum(math.prod(info.shape) for info in weights.infos.values())
+    return _FEW_NEW if count > _LARGE else _MOST_NEW
 
 
 def longer(probes: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:

@@ -153,7 +153,7 @@ def _compare(
         findings.append(finding(ERROR, "tokenizer", message, "tokenizer.json"))
         return None
     most = probes.most_logits(len(ids), size)
-    texts = _texts(request.merged, ids, most, findings)
+    texts = _texts(request.merged, ids, min(most, greedy.most_new(weights)), findings)
     batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
     sides = Sides(request=request, model=model, weights=weights, batch=batch)
     before = len(findings)
@@ -194,7 +194,6 @@ def _texts(
 ) -> list[list[int]]:
     """Return the merged model's greedy tokens after each probe; [] if it cannot generate."""
     ends = sorted(end_tokens(merged))
-    most = min(greedy.MOST_NEW, most)
     asked = Questions(prompts=ids, ends=ends, most=most, filler=min(ends, default=0))
 
     def generate(model: Any, _: Meeting) -> list[list[int]]:
