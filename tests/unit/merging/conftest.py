@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
+from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.merging import engine
+from weightsmith.merging.virtual import VirtualCheckpoint
 
 from tests.unit.merging.oracle import MakeBase, make_base, save_adapter
 
@@ -119,3 +123,42 @@ def rename() -> Callable[..., None]:
         save_file(tensors | more, path, {"format": "pt"})
 
     return change
+
+
+@pytest.fixture(autouse=True)
+def compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read every merged checkpoint virtually, too: each tensor must have the written bytes."""
+    check, settings_of, used = engine._check_index, engine._settings, []
+
+    def settings(request: Any, plan: Any) -> Any:
+        used[:] = [settings_of(request, plan)]
+        return used[0]
+
+    def both(plan: Any, out: Path) -> None:
+        check(plan, out)
+        virtual = VirtualCheckpoint(plan, used[0])
+        with threadpool_limits(1):
+            for name, output in virtual.outputs.items():
+                assert read_in_parts(virtual.tensor(name), output) == stored(out, name), name
+        virtual.close()
+
+    monkeypatch.setattr(engine, "_settings", settings)
+    monkeypatch.setattr(engine, "_check_index", both)
+
+
+def read_in_parts(tensor: Any, output: Any) -> bytes:
+    """Read the second part first."""
+    middle = output.rows // 3
+    last = tensor.read(middle, output.rows - middle).tobytes()
+    return bytes(tensor.read(0, middle).tobytes() + last)
+
+
+def stored(folder: Path, name: str) -> bytes:
+    """Return a tensor's bytes in a checkpoint."""
+    for shard in open_checkpoint(folder).shards:
+        for info in shard.tensors:
+            if info.name == name:
+                with shard.path.open("rb") as file:
+                    file.seek(info.start)
+                    return file.read(info.size)
+    raise KeyError(name)

@@ -19,6 +19,7 @@ from weightsmith.checkpoints.safetensors import open_checkpoint
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.files import sync_folder
 from weightsmith.merge_options import Merge
+from weightsmith.merging.blocks import BLOCK, Settings
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.measure import measure
 from weightsmith.merging.companions import companion_files, index_json, write_file
@@ -31,7 +32,7 @@ from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import KINDS, MergePlan, make_plan
 from weightsmith.merging.proof import Proof, prove
 from weightsmith.merging.repair import Repairs
-from weightsmith.merging.shards import BLOCK, Settings, ShardMaker
+from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.stream import Writer, sha256_file
 from weightsmith.merging.tally import Tally
 from weightsmith.values import key_of

@@ -2,54 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from weightsmith.checkpoints.safetensors import build_header
-from weightsmith.errors import InputRefused
-from weightsmith.merging.fast import MIN_SIZE, merge_rows_fast
-from weightsmith.merging.kernel import (
-    PIECE,
-    Addition,
-    Prepared,
-    Space,
-    finish_rows,
-    merge_rows,
-    prepare,
-)
-from weightsmith.merging.outputs import Band, Output, OutputShard, Patch, Rows, Stored, bands
-from weightsmith.merging.repair import Factors, Repairs
-from weightsmith.merging.rounding import F32, F64, round_once
-from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer, as_bytes
+from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
+from weightsmith.merging.outputs import Output, OutputShard
+from weightsmith.merging.stream import Writer, as_bytes
 from weightsmith.merging.tally import Tally
 
-BLOCK = 1 << 20
-"""Elements per block on the CPU; larger blocks reduce the overhead of repairs and queues."""
 _COPY_BYTES = 1 << 20
 _AHEAD = 2
 """Blocks in flight per worker: enough to keep workers busy with little memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How blocks are computed; does not affect the bytes of an exact merge."""
-
-    exact: bool
-    torch: bool
-    """Use torch: on a GPU, or for `fast` if numpy's products differ from torch's."""
-    device: str
-    workers: int
-    block: int = BLOCK
-    piece: int = PIECE
-
 
 Block = Callable[[], np.ndarray]
 """Computes the next data to write."""
@@ -59,11 +28,9 @@ class ShardMaker:
     """Writes the shards of one plan."""
 
     def __init__(self, settings: Settings, tally: Tally) -> None:
-        self._settings, self._tally = settings, tally
-        self.files = OpenFiles()
+        self._settings, self._rows = settings, RowMaker(settings, tally)
+        self.files = self._rows.files
         self.pool = ThreadPoolExecutor(settings.workers, "merge")
-        self._local, self._lock = threading.local(), threading.Lock()
-        self._on_device: tuple[Prepared, Any] | None = None
 
     def close(self) -> None:
         """Stop the workers and close the files."""
@@ -104,65 +71,15 @@ class ShardMaker:
         """Yield the blocks of one tensor in file order."""
         if not output.size:
             return
-        # Tensors from adapters are checked for NaN, if their dtype can have it.
-        unchecked = output.kind == "copied" or output.dtype not in ARRAY_TYPES
-        if output.as_is and unchecked and isinstance(output.source, Stored):
-            info = output.source.info
+        if stored := stored_copy(output):
+            info = stored.info
             for start in range(info.start, info.end, _COPY_BYTES):
                 size = min(_COPY_BYTES, info.end - start)
-                yield partial(self._copy, output.source.path, start, size)
-        elif output.change is not None:
-            rows = output.change.begin(output, self.files)
-            # Fixed blocks: float64 sums may depend on the number of rows computed at once.
-            step = output.rows if output.change.whole else max(1, BLOCK // output.columns)
-            for first in range(0, output.rows, step):
-                count = min(step, output.rows - first)
-                yield partial(self._computed, output, rows, first, count)
-        else:
-            for band in bands(output):
-                yield from self._band(output, band)
-
-    def _step(self, output: Output) -> int:
-        return max(1, self._settings.block // output.columns)
-
-    def _band(self, output: Output, band: Band) -> Iterator[Block]:
-        """Yield the blocks of rows with the same terms."""
-        addition = self._prepare(output, band)
-        step = self._step(output)
-        for first in range(band.first, band.end, step):
-            count = min(step, band.end - first)
-            if addition is None:
-                yield partial(self._unchanged, output, first, count)
-            else:
-                yield partial(self._merge, output, addition, band.first, first, count)
-
-    def _prepare(self, output: Output, band: Band) -> Addition | None:
-        """Read the factors of one band; None if they are all zero."""
-        lefts, rights, gains = [], [], []
-        for term in band.terms:
-            start = band.first - term.first
-            left = self.files.matrix(term.left)[start : start + band.end - band.first]
-            right = np.ones((1, 1), F32) if term.right is None else self.files.matrix(term.right)
-            if not left.any() or not right.any():
-                silent = self._tally.silent.setdefault(term.adapter, [])
-                if output.name not in silent:
-                    silent.append(output.name)
-                continue
-            lefts.append(left)
-            rights.append(right)
-            gains += [term.factor] * term.rank
-        if not lefts:
-            return None
-        one = len(lefts) == 1
-        factors = Factors(
-            left=np.ascontiguousarray(lefts[0]) if one else np.concatenate(lefts, 1),
-            right=np.ascontiguousarray(rights[0]) if one else np.concatenate(rights, 0),
-            gains=np.array(gains, F64),
-        )
-        dtype = ARRAY_TYPES[output.dtype]
-        if not self._settings.exact:
-            return Addition(name=output.name, factors=factors, dtype=dtype)
-        return prepare(output.name, factors, dtype)
+                yield partial(self._copy, stored.path, start, size)
+            return
+        for span in self._rows.spans(output):
+            for first, count in span.blocks():
+                yield partial(span.rows, first, count)
 
     def _append(self, writer: Writer, waiting: deque[Future[np.ndarray]]) -> int:
         """Write the oldest block; return its size in bytes."""
@@ -172,96 +89,3 @@ class ShardMaker:
 
     def _copy(self, path: Path, start: int, size: int) -> np.ndarray:
         return self.files.reader(path).read_into(np.empty(size, np.uint8), start)
-
-    def _merge(
-        self, output: Output, addition: Addition, offset: int, first: int, count: int
-    ) -> np.ndarray:
-        weight = output.source.rows(self.files, first, count, output.columns)
-        out = np.empty(weight.shape, addition.dtype)
-        done = self._apply(addition, weight, first - offset, out)
-        with self._lock:
-            self._tally.repairs.float64 += done.float64
-            self._tally.repairs.exact += done.exact
-        return out
-
-    def _apply(
-        self, addition: Addition, weight: np.ndarray, first: int, out: np.ndarray
-    ) -> Repairs:
-        """Merge rows as configured."""
-        if not isinstance(addition, Prepared):
-            if self._settings.torch:
-                from weightsmith.merging import torch_kernel
-
-                torch_kernel.merge_rows_fast(addition, weight, first, out)
-            else:
-                space = self._space(addition.dtype, F32, weight.shape[1])
-                merge_rows_fast(addition, weight, first, space, out)
-            return Repairs()
-        if not self._settings.torch:
-            space = self._space(addition.dtype, addition.work, weight.shape[1])
-            return merge_rows(addition, weight, first, space, out)
-        from weightsmith.merging import torch_kernel
-
-        with self._lock:
-            if self._on_device is None or self._on_device[0] is not addition:
-                held = torch_kernel.to_device(addition, self._settings.device)
-                self._on_device = (addition, held)
-            held = self._on_device[1]
-        flagged, safe = torch_kernel.first_pass(held, weight, first, out)
-        return finish_rows(addition, weight, first, out, flagged, safe)
-
-    def _space(self, dtype: np.dtype, work: np.dtype, columns: int) -> Space:
-        """Return this worker's buffers; replace them only if too small or of another dtype."""
-        key = (dtype, work)
-        held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
-        # Products of few rows take twice as long per row.
-        least = MIN_SIZE * columns
-        if held is None or held[0] != key or held[1] < least:
-            size = max(least, self._settings.piece)
-            held = (key, size, Space(size, *key))
-            self._local.space = held
-        return held[2]
-
-    def _unchanged(self, output: Output, first: int, count: int) -> np.ndarray:
-        """Return rows without terms: patched and cast, with one rounding."""
-        weight = output.source.rows(self.files, first, count, output.columns)
-        weight = patched(output.patches, self.files, weight, first)
-        if output.kind != "copied" and not np.isfinite(weight).all():
-            raise InputRefused(
-                f"the adapter's {output.name} has NaN or infinite values",
-                hint="the training diverged or a file is damaged; use an earlier checkpoint",
-            )
-        return self._rounded(output, weight)
-
-    def _computed(self, output: Output, rows: Rows, first: int, count: int) -> np.ndarray:
-        values = rows(first, count)
-        if not np.isfinite(values).all():
-            raise InputRefused(
-                f"the merged {output.name} has NaN or infinite values",
-                hint="the base or the adapter is damaged, or a weight is far too large",
-            )
-        return self._rounded(output, values)
-
-    def _rounded(self, output: Output, values: np.ndarray) -> np.ndarray:
-        dtype = ARRAY_TYPES[output.dtype]
-        out = values if values.dtype == dtype else round_once(values, dtype)
-        if not np.array_equal(np.isfinite(out), np.isfinite(values)):
-            raise InputRefused(
-                f"{output.name} overflows {dtype.name}: its largest value is "
-                f"{float(np.abs(values).max()):g}",
-                hint="merge with dtype bfloat16 or float32",
-            )
-        return out
-
-
-def patched(
-    patches: tuple[Patch, ...], files: OpenFiles, weight: np.ndarray, first: int
-) -> np.ndarray:
-    """Return the rows from `first` on with patches applied; float64 if there are any."""
-    columns = weight.shape[1]
-    for patch in patches:
-        for row, place in enumerate(patch.places):
-            if first <= place < first + len(weight):
-                weight = weight.astype(F64)
-                weight[place - first] = patch.stored.rows(files, row, 1, columns)[0].astype(F64)
-    return weight

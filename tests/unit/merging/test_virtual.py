@@ -1,0 +1,49 @@
+"""Base and adapters read as the merged checkpoint: the bytes that the merge writes.
+
+`conftest.py` compares both after every merge of this folder's tests.
+"""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weightsmith.errors import InputRefused
+from weightsmith.merging.blocks import Settings
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.plan import make_plan
+from weightsmith.merging.virtual import VirtualCheckpoint
+
+from tests.unit.merging.conftest import stored
+
+EXACT = Settings(exact=True, torch=False, device="cpu", workers=1)
+
+
+def test_rows_may_be_read_in_any_order(make_model, make_adapter):
+    base = make_model(dtype=torch.bfloat16)
+    adapter, out = make_adapter(base), base.parent / "out"
+    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+    name = "model.layers.0.mlp.down_proj.weight"
+    written = np.frombuffer(stored(out, name), np.uint8).reshape(32, -1)
+
+    checkpoint = VirtualCheckpoint(make_plan(base, [(adapter, 1.0)]), EXACT)
+    tensor = checkpoint.tensor(name)
+
+    for first, count in ((30, 2), (0, 32), (7, 1), (3, 20), (0, 1)):
+        np.testing.assert_array_equal(tensor.read(first, count), written[first : first + count])
+    checkpoint.close()
+
+
+def test_what_the_merge_refuses_is_refused(make_model, make_adapter):
+    base = make_model()
+    adapter = make_adapter(base)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    damaged = min(name for name in tensors if "layers.0.mlp.up_proj.lora_A" in name)
+    tensors[damaged][0, 0] = float("nan")
+    save_file(tensors, file)
+    checkpoint = VirtualCheckpoint(make_plan(base, [(adapter, 1.0)]), EXACT)
+    tensor = checkpoint.tensor("model.layers.0.mlp.up_proj.weight")
+
+    with pytest.raises(InputRefused, match=r"not finite|NaN"):
+        tensor.read(0, 4)
+    checkpoint.close()
