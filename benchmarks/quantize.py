@@ -155,12 +155,12 @@ def watched(folder: Path) -> Iterator[list[int]]:
 
 
 def used(folder: Path) -> int:
-    """Return the bytes of all files below a folder; files deleted meanwhile count as 0."""
+    """Return the disk space of all files below a folder; files deleted meanwhile count as 0."""
     total = 0
     for place, _, names in os.walk(folder):  # unlike rglob, it bears folders that go meanwhile
         for name in names:
             try:
-                total += Path(place, name).stat().st_size
+                total += 512 * Path(place, name).stat().st_blocks
             except OSError:
                 continue
     return total

@@ -1,12 +1,14 @@
 """Times our quantization jobs against the same tools called by hand.
 
     python benchmarks/quantize_by_hand.py CHECKPOINT [--formats q4_k_m,gptq] [--rounds 3]
+    python benchmarks/quantize_by_hand.py CHECKPOINT --billion --formats q4_k_m --imatrix off
 
 Ours is the job in the local builder: it applies the chat template, writes the result with the
 checkpoint's own tokenizer, reads it back and checks it, without the gate. By hand means llama.cpp's
-three commands with an importance matrix, or a script that calls the library and saves. Both use the
-general texts. `start` is the builder's Python importing the library. Files are written below
-benchmarks/work/quantize-by-hand.
+three commands (two without a matrix), or a script that calls the library and saves. Both
+use the general texts. `--billion` takes CHECKPOINT's tokenizer alone, for random weights in the
+shape of a Llama of 1.07 billion. `start` is the builder's Python importing the library. Files are
+written below benchmarks/work/quantize-by-hand.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ import sys
 import time
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
+from merge import Shape, make_base
 from quantize import watched
+from safetensors.numpy import save_file
 from weightsmith.drivers.environment import Pins, environment_folder
 from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.quantizers import of_format
@@ -41,11 +47,11 @@ from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.wiring import cache_folder
-model, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+model, out, name, imatrix = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
 wanted = QuantizeOptions(name="m", format=formats()[name],
-                options=of_format(name).options(formats()[name], {"imatrix": "auto"}),
-                texts=read_texts(GENERAL, Bounds()))
-LocalRunner(cache_folder()).run(job_of(Input(path=model), 1 << 30, wanted, out), Silent())
+                options=of_format(name).options(formats()[name], {"imatrix": imatrix}),
+                texts=read_texts(GENERAL, Bounds()) if imatrix == "auto" else None)
+LocalRunner(cache_folder()).run(job_of(Input(path=model), 4 << 30, wanted, out), Silent())
 """
 
 SAMPLES = """
@@ -110,7 +116,7 @@ def python_of(builder: str) -> Path:
     return environment_folder(cache_folder(), pins) / "bin" / "python"
 
 
-def by_hand(name: str, model: Path, folder: Path) -> list[list]:
+def by_hand(name: str, model: Path, folder: Path, imatrix: str) -> list[list]:
     """Return the commands that a person would run one by one in an empty folder."""
     rows = [str(row["text"]) for row in read_texts(GENERAL, Bounds()).calibration]
     (folder / "text").write_text("\n".join(rows))
@@ -119,12 +125,13 @@ def by_hand(name: str, model: Path, folder: Path) -> list[list]:
         threads = str(max(1, len(os.sched_getaffinity(0)) - 1))
         convert = tools / "convert" / "convert_hf_to_gguf.py"
         settings = ["--no-ppl", "-t", threads, "-fa", "off"]
-        files = ["--imatrix", "imatrix.gguf", "f16.gguf", "m.gguf", name.upper()]
-        return [
-            [python_of("gguf"), convert, model, "--outfile", "f16.gguf"],
-            [tools / "bin" / "llama-imatrix", "-m", "f16.gguf", "-f", "text", *settings],
-            [tools / "bin" / "llama-quantize", *files],
-        ]
+        files, matrix = ["f16.gguf", "m.gguf", name.upper()], ["--imatrix", "imatrix.gguf"]
+        commands: list[list] = [[python_of("gguf"), convert, model, "--outfile", "f16.gguf"]]
+        if imatrix == "auto":
+            measure = [tools / "bin" / "llama-imatrix", "-m", "f16.gguf", "-f", "text", *settings]
+            commands.append(measure)
+            files = [*matrix, *files]
+        return [*commands, [tools / "bin" / "llama-quantize", *files]]
     (folder / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = json.loads((model / "config.json").read_text())
     widths = (config["hidden_size"], config["intermediate_size"])
@@ -161,7 +168,7 @@ def timed(commands: list[list], folder: Path, made: Path) -> tuple[float, float,
     return time.monotonic() - began, cpu, peak / 1024, disk[0] / 1e6
 
 
-def compare(name: str, model: Path, rounds: int) -> None:
+def compare(name: str, model: Path, rounds: int, imatrix: str) -> None:
     """Print the medians of our jobs, of the tools by hand, and of their start."""
     builder = of_format(name).builder
     found: dict[str, list[tuple[float, ...]]] = {"ours": [], "by hand": [], "start": []}
@@ -169,10 +176,10 @@ def compare(name: str, model: Path, rounds: int) -> None:
         shutil.rmtree(WORK, ignore_errors=True)
         for way in found:
             (WORK / way).mkdir(parents=True)
-        ours = [sys.executable, "-c", OURS, model, WORK / "ours", name]
+        ours = [sys.executable, "-c", OURS, model, WORK / "ours", name, imatrix]
         hand, start = WORK / "by hand", WORK / "start"
         found["ours"].append(timed([ours], ROOT, WORK / "ours"))
-        found["by hand"].append(timed(by_hand(name, model, hand), hand, hand))
+        found["by hand"].append(timed(by_hand(name, model, hand, imatrix), hand, hand))
         found["start"].append(timed([[python_of(builder), "-c", START[builder]]], start, start))
     median = {
         way: [statistics.median(column) for column in zip(*rows, strict=True)]
@@ -184,17 +191,41 @@ def compare(name: str, model: Path, rounds: int) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def billion(tokenizer: Path, folder: Path) -> Path:
+    """Make random weights with tied embeddings for a tokenizer, once; return their folder."""
+    if folder.exists():
+        return folder
+    vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
+    make_base(folder, Shape(2048, 8192, 16, 32, 8, vocabulary))
+    config = json.loads((folder / "config.json").read_text())
+    more = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
+    (folder / "config.json").write_text(json.dumps(config | more))
+    index = folder / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    last = folder / places.pop("lm_head.weight")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    save_file({"model.norm.weight": np.ones(2048, ml_dtypes.bfloat16)}, last)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
 def main() -> None:
     """Compare each format, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, nargs="?", default=ROOT / "examples" / "tiny" / "base")
     parser.add_argument("--formats", default="q4_k_m,gptq,fp8-static")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--imatrix", choices=("auto", "off"), default="auto")
+    parser.add_argument("--billion", action="store_true")
     asked = parser.parse_args()
+    model = asked.model.absolute()
+    if asked.billion:
+        model = billion(model, WORK.with_name("billion"))
     headings = ("format", "way", "wall s", "CPU s", "of by hand", "peak MiB", "peak disk MB")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for name in asked.formats.split(","):
-        compare(name, asked.model.absolute(), asked.rounds)
+        compare(name, model, asked.rounds, asked.imatrix)
     shutil.rmtree(WORK, ignore_errors=True)
 
 

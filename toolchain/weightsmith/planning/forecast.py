@@ -269,7 +269,7 @@ def _quantize_row(
         "target": target.name,
         "read": size,
         "write": estimated_bytes(size, target.format, model),
-        "memory": _QUANTIZE_MEMORY + size,
+        "memory": min(_QUANTIZE_MEMORY + size, quantizing.memory_limit(size, options)),
         "disk": disk_peak(size, target.format, model, options.options),
     }
     if checkpoint is None:

@@ -139,6 +139,18 @@ def _quantized(
     return tools.runner.run(job, tools.progress)
 
 
+def memory_limit(size: int, options: QuantizeOptions) -> int:
+    """Return the memory that a job may use for a checkpoint of `size` bytes.
+
+    GGUF is made tensor by tensor, in float32 where the converter changes a tensor, so the largest
+    count: a quarter of the model is more than any known one has in its stacked experts.
+    llama-imatrix maps the whole 16-bit file. Other engines load the model.
+    """
+    if options.format.suffix != ".gguf":
+        return (4 << 30) + 2 * size
+    return (2 << 30) + size // 4 + (size if options.texts else 0)
+
+
 def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> QuantizeJob:
     """Return the job that quantizes a checkpoint of `size` bytes into a folder."""
     quantizer = of_format(options.format.name)
@@ -154,6 +166,6 @@ def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> Q
         texts=texts,
         statistics=options.statistics,
         output=folder,
-        memory_bytes=(4 << 30) + 2 * size,
+        memory_bytes=memory_limit(size, options),
         seconds=job_seconds(size, per_gb=per_gb, tokens=sum(len(str(row)) for row in texts)),
     )
