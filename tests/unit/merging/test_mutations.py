@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from weightsmith.errors import WeightsmithError
 from weightsmith.merging import base as base_module
-from weightsmith.merging import claims, compose, dora, kasa, plan, shards
+from weightsmith.merging import blocks, claims, compose, dora, kasa, plan
 from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.families import experts, lora, tokens
 
@@ -147,7 +147,7 @@ def replaced_tensors_kept(patch: Patch) -> None:
 
 
 def patches_forgotten(patch: Patch) -> None:
-    patch.setattr(shards, "patched", lambda patches, files, weight, first: weight)
+    patch.setattr(blocks, "patched", lambda patches, files, weight, first: weight)
 
 
 def rank_stabilised_as_plain(patch: Patch) -> None:

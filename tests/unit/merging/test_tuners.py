@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.errors import InputRefused
-from weightsmith.merging import peft_layers, shards, tuned
+from weightsmith.merging import blocks, peft_layers, tuned
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.families import families
 from weightsmith.merging.families.tuners import FAMILY
@@ -274,7 +274,7 @@ def test_some_rows_at_a_time(
         # Scales of rows too, not of columns alone.
         options = {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     wanted = trained(base, tmp_path / "adapter", kind, options)
-    monkeypatch.setattr(shards, "BLOCK", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     built: list[int] = []
     merge_layer = peft_layers.merge_layer
 
