@@ -18,6 +18,7 @@ from weightsmith.errors import (
 )
 from weightsmith.oci import limits
 from weightsmith.planning import checks
+from weightsmith.tools import Memory as Room
 
 from tests.fakes.baking import push_base
 from tests.fakes.jobs import LOSSY, WRONG
@@ -98,6 +99,10 @@ BEFORE_WORK = {
     ),
     "a disk that is too small": Refusal(
         "resolve", EnvironmentFailure, "of disk", lambda m: setattr(m.store, "free", 1000)
+    ),
+    "memory that is too little": Refusal(
+        "resolve", EnvironmentFailure, "quantize llamacpp-q4_k_m needs 1[.].* may use 700[.]0 MiB",
+        lambda m: setattr(m, "room", Room.of(700 << 20, 1 << 40)),
     ),
     "a builder that nobody can make": Refusal(
         "resolve", EnvironmentFailure, "gguf", lambda m: m.runner.lacking.add("gguf")
@@ -304,6 +309,21 @@ def check_next_build(memory: Memory, case: Refusal, digest: str) -> None:
         JOBS.get(result, result) for result in RESULTS.get(case.stage, ())
     }
     assert memory.left() == []
+
+
+def test_memory_changes_nothing_but_what_is_recorded_of_it(memory: Memory) -> None:
+    """Half of what is free is filled, and a stage may use all of it."""
+    first = memory.build()[TARGET].published.digest
+    assert memory.record()["memory_bytes"] == 0
+    memory.room = Room.of(0, 3 << 30)
+    assert memory.room == Room(limit=3 << 30, budget=3 << 29)
+    memory.journal.events.clear()
+
+    second = memory.build()[TARGET].published.digest
+
+    assert second == first
+    assert memory.jobs() == []
+    assert memory.record()["memory_bytes"] == 3 << 30
 
 
 def test_a_quality_refusal_records_the_weights_and_no_image(memory: Memory) -> None:

@@ -30,7 +30,8 @@ from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe_file import read_recipe
 from weightsmith.recording import Built
 from weightsmith.stages.publish import Outputs
-from weightsmith.tools import Tools
+from weightsmith.tools import NO_LIMIT, Tools
+from weightsmith.tools import Memory as Room
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.engine import MemoryEngine
@@ -57,6 +58,8 @@ class Memory:
     journal: Journal = field(default_factory=Journal)
     signer: Signer | None = None
     adapters: tuple[str, ...] = ("a",)
+    room: Room = NO_LIMIT
+    """Memory that its jobs may use."""
 
     def __post_init__(self) -> None:
         write_model(self.home / "base")
@@ -116,6 +119,7 @@ class Memory:
             command=run_command,
             signer=self.signer,
             clock=self._tick,
+            memory=self.room,
             images_in_engine=self.engine.answering,
         )
 

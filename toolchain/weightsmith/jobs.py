@@ -182,6 +182,8 @@ class ReferenceJob(Job):
     """Maximum length of an answer."""
     choose: bool
     """Return each choice's log-likelihood instead of an answer."""
+    batch_bytes: int = 0
+    """Memory for the texts that are read at a time, of all subjects together; 0: a usual amount."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -343,3 +343,13 @@ def test_a_view_without_matrices_lets_the_others_go_on() -> None:
             return done.wait(60)
 
     assert meeting.run({"works": works, "examines": examines})["examines"]
+
+
+def test_logits_that_are_computed_in_pieces_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    true = generated(base)
+    monkeypatch.setattr(greedy_module, "LOGIT_BYTES", 3 * 4 * 512)  # of three positions
+
+    assert answer(base, drafts={n: [*row[:7], 11, *row[8:]] for n, row in enumerate(true)}) == true

@@ -9,17 +9,16 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, LOGIT_BYTES, token_bytes
 from weightsmith.forward.prefix import Prefix, align_right, depends_on_length, shared_prefix
 
 Tokens = Sequence[int]
 _ROUNDS = 2
 """How often a draft is read: after two wrong tokens, another pass would confirm few more."""
-_CACHE_BYTES = 512 << 20
-"""For the keys and values of one view's batch."""
-_BATCH_TOKENS = 4096
-"""Prompt tokens of one batch: enough to share each weight, few enough for memory."""
 _PADDING = 128
 """Padding of a batch that is only read: another batch reads and converts every weight again."""
+_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings by which a model changes its head's logits, and so their margins."""
 _LEAVE = 4
 """A batch continues without its finished answers as soon as they are one in so many."""
 
@@ -62,6 +61,8 @@ class Questions:
     filler: int = 0
     drafts: Mapping[int, Tokens] = field(default_factory=dict)
     """Prompt's number -> draft of its answer."""
+    batch_bytes: int = BATCH_BYTES
+    """For one batch: keys and values, and a layer's activations."""
 
 
 @torch.inference_mode()
@@ -79,13 +80,13 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     rest, right = _usable_drafts(model, asked), 0
     for _ in range(_ROUNDS):
         rows = {n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}
-        for batch in batches(rows, batch_tokens(model), padding=_PADDING):
+        for batch in batches(rows, batch_tokens(model, asked), padding=_PADDING):
             right += _verify(model, asked, shared, batch, answers, rest)
         rest = {n: draft for n, draft in rest.items() if draft and not _ended(found[n], asked)}
     left = [n for n in found if not _ended(found[n], asked)]
     advance(len(found) - len(left))
     rows = {n: [*asked.prompts[n], *found[n]] for n in left}
-    for batch in batches(rows, batch_tokens(model), asked.most):
+    for batch in batches(rows, batch_tokens(model, asked), asked.most):
         _generate(model, asked, shared, batch, answers)
         advance(len(batch))
     return Answers([found[n] for n in numbers], [answers.margins[n] for n in numbers], right)
@@ -106,14 +107,18 @@ def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
     return drafts
 
 
-def batch_tokens(model: Any) -> int:
-    """Return how many tokens of prompts and answers a batch may have, by the cache they need."""
+def batch_tokens(model: Any, asked: Questions) -> int:
+    """Return how many tokens of prompts and answers a batch may have."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    held = getattr(config, "num_key_value_heads", None) or heads
-    layers = getattr(config, "num_hidden_layers", 1)
-    return min(_BATCH_TOKENS, _CACHE_BYTES // max(1, int(2 * 4 * layers * held * width)))
+    one = token_bytes(
+        layers=getattr(config, "num_hidden_layers", 1),
+        cached=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+    )
+    return min(BATCH_TOKENS, asked.batch_bytes // one)
 
 
 def batches(
@@ -183,18 +188,31 @@ def _read(
         ),
     )  # fmt: skip
 
+    # A whole batch's logits can be most of the memory: the head reads some positions at a time.
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    scaled = any(getattr(config, name, None) for name in _SCALES)
+    step = sum(counts) if scaled else max(1, LOGIT_BYTES // (4 * config.vocab_size))
+    parts: list[torch.Tensor] = []
+
     def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][places].unsqueeze(0), *args[1:])
+        parts.extend(torch.split(args[0][places], step))
+        return (parts[0][None], *args[1:])
 
     kept = {} if cache is None else {"cache": cache}
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    hook = head.register_forward_pre_hook(select)
     try:
-        logits = model(input_ids=ids, use_cache=bool(kept), **kept).logits[0]
+        first = model(input_ids=ids, use_cache=bool(kept), **kept).logits[0]
     finally:
         hook.remove()
-    both = torch.argmax(logits, -1), _margins(logits)
+    found = [_best(first), *(_best(head(part[None])[0]) for part in parts[1:])]
+    both = (torch.cat(each) for each in zip(*found, strict=True))
     tokens, margins = (torch.split(each, list(counts)) for each in both)
     return [(a.tolist(), b.tolist()) for a, b in zip(tokens, margins, strict=True)]
+
+
+def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's most likely token, and by how much it exceeds the second one."""
+    return torch.argmax(logits, -1), _margins(logits)
 
 
 def _margins(logits: torch.Tensor) -> torch.Tensor:

@@ -91,6 +91,8 @@ def answers(
     items: Sequence[Sequence[Message]],
     max_tokens: int,
     progress: Progress | None = None,
+    *,
+    batch_bytes: int = 0,
 ) -> dict[str, list[dict[str, Json]]]:
     """Return one greedy answer per item of each subject, in order, from local files only.
 
@@ -103,8 +105,9 @@ def answers(
     chat messages, rendered by the model's chat template (or an adapter's, if it has one, also for
     the base alone); without a template, an item's single message is completed as plain text.
     Weights are streamed from their files for all subjects at once; a model that does not support
-    this is loaded. `progress` is called with answers done and total answers. Raises InputRefused
-    for folders that need custom code.
+    this is loaded. `progress` is called with answers done and total answers; `batch_bytes` is the
+    memory for the items of all subjects that are read at a time, 0 for a usual amount. Raises
+    InputRefused for folders that need custom code.
     """
     stay_offline()
     count = Count(len(items) * len(subjects), progress)
@@ -114,6 +117,8 @@ def answers(
         names = [name for name, subject in subjects.items() if bool(subject.draft) is round_]
         for name in names:
             asked[name].questions.drafts = _drafts(subjects[name], asked[name], found)
+            if batch_bytes:
+                asked[name].questions.batch_bytes = batch_bytes // len(names)
         chosen = {name: subjects[name] for name in names}
         ask = {name: partial(_greedy, asked[name].questions, count) for name in names}
         found |= walk(chosen, ask) if names else {}

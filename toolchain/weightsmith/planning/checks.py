@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -11,6 +11,13 @@ from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.planning.bases import bases_of
+from weightsmith.planning.memory import (
+    quality_memory,
+    quantize_memory,
+    reference_memory,
+    require_memory,
+    validate_memory,
+)
 from weightsmith.planning.options import (
     check_model,
     quantize_options,
@@ -40,7 +47,8 @@ from weightsmith.values import Sources
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
     """Check, before any long step, what would otherwise fail later.
 
-    Checks that the adapters fit the base, the options fit the memory, and the disk has room.
+    Checks that the adapters fit the base, that each stage and the options fit the memory, and that
+    the disk has room.
     Returns the planned device of each target, by the target's name.
     """
     recipe = request.file.recipe
@@ -73,11 +81,31 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     if any(target.format.packed for target in request.targets):
         warn_of_texts(request.file, tools.progress)
     if not everything_cached(request, sources, tools):
+        require_memory(_needs(request, sources, model, tools), tools.memory)
         for target in request.targets:
             if target.format.packed:
                 require_builder(target, tools.runner)
         tools.store.require_room(written + packed, "the build")
     return devices
+
+
+def _needs(
+    request: BuildRequest, sources: Sources, model: ModelFacts, tools: Tools
+) -> Iterator[tuple[str, str, int]]:
+    """Yield each stage that starts jobs, its target and the memory that it needs, in bytes."""
+    recipe, whole = request.file.recipe, sources_to_merge(request.targets, sources)
+    if whole.adapters:
+        yield "merge", "", merging.check(whole, recipe.merge)["peak_memory_bytes"]
+        if recipe.validation.enabled:
+            yield "validate", "", validate_memory(model, whole, tools.memory)
+    if tasks := tasks_of(request.file):
+        yield "reference", "", reference_memory(model, sources, tasks, tools.memory)
+    for target in request.targets:
+        if target.format.packed:
+            options = quantize_options(request.file, target.format, sources.base, tools)
+            needed = quantize_memory(model, sources.base.tree.size, options)
+            yield "quantize", target.name, needed
+            yield "quality", target.name, quality_memory(model, recipe.quality.tokens, tools.memory)
 
 
 def require_builder(target: Target, runner: Runner) -> None:

@@ -12,6 +12,12 @@ from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.references import Reference
 from weightsmith.planning.checks import check_format
+from weightsmith.planning.memory import (
+    quality_memory,
+    quantize_memory,
+    reference_memory,
+    validate_memory,
+)
 from weightsmith.planning.options import (
     quantize_options,
     sources_to_merge,
@@ -39,14 +45,6 @@ from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.stages.resolve import known
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Sources, StageInputs, Tree
-
-_REFERENCE_MEMORY = 3 << 30
-"""Bytes for Python, torch, transformers and the caches of a batch; weights stay in their files."""
-_QUANTIZE_MEMORY = 4 << 30
-_VALIDATE_MEMORY = 3 << 29
-"""Does not depend on the model: weights are read a few rows at a time."""
-_QUALITY_MEMORY = 3 << 30
-"""Bytes for Python, torch and transformers, without a layer's weights and the embedding."""
 
 
 def forecast(
@@ -76,13 +74,12 @@ def forecast(
     rows += [_merge_row(file, whole, earlier, tools)]
     rows += _validate_rows(file, whole, checkpoint, earlier, tools)
     rows += _reference_rows(sources, tasks, earlier, tools)
-    plans = {}
-    model = read_facts(sources.base.tree.root)
+    plans, model = {}, read_facts(sources.base.tree.root)
     weights = sources.base.tree.weight_bytes or weights_from_config(model)
     for target in targets:
         options = quantize_options(file, target.format, sources.base, tools)
         row, artifact = _quantize_row(options, target, checkpoint, sources, earlier, tools)
-        rows += [row, *_quality_rows(file, target, checkpoint, artifact, tools)]
+        rows += [row, *_quality_rows(file, target, model, checkpoint, artifact, tools)]
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, model)
         plans[target.name] = _serving_plan(file, target, sources, model, weight)
@@ -219,7 +216,10 @@ def _validate_rows(
     if not sources.adapters or not file.recipe.validation.enabled:
         return []
     read = 2 * sources.base.tree.size + sum(a.snapshot.tree.size for a in sources.adapters)
-    cost: dict[str, Json] = {"read": read, "memory": _VALIDATE_MEMORY}
+    cost: dict[str, Json] = {
+        "read": read,
+        "memory": validate_memory(read_facts(sources.base.tree.root), sources, tools.memory),
+    }
     if checkpoint is None:
         return [_row("validate", cached=False, why="merge comes first", **cost)]
     stage = validating.inputs(sources, file.recipe.merge, checkpoint.digest, probes(file))
@@ -240,8 +240,9 @@ def _reference_rows(
         states.append(_state(references.inputs(subject, task.task), before, tools))
     cached = all(there for there, _ in states)
     why = next((why for there, why in states if not there), "")
-    size = sources.base.tree.size
-    return [_row("reference", cached=cached, why=why, read=size, memory=_REFERENCE_MEMORY)]
+    tree = sources.base.tree
+    memory = reference_memory(read_facts(tree.root), sources, tasks, tools.memory)
+    return [_row("reference", cached=cached, why=why, read=tree.size, memory=memory)]
 
 
 def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None:
@@ -269,7 +270,7 @@ def _quantize_row(
         "target": target.name,
         "read": size,
         "write": estimated_bytes(size, target.format, model),
-        "memory": min(_QUANTIZE_MEMORY + size, quantizing.memory_limit(size, options)),
+        "memory": quantize_memory(model, size, options),
         "disk": disk_peak(size, target.format, model, options.options),
     }
     if checkpoint is None:
@@ -283,7 +284,12 @@ def _quantize_row(
 
 
 def _quality_rows(
-    file: RecipeFile, target: Target, checkpoint: Tree | None, artifact: Tree | None, tools: Tools
+    file: RecipeFile,
+    target: Target,
+    model: ModelFacts,
+    checkpoint: Tree | None,
+    artifact: Tree | None,
+    tools: Tools,
 ) -> list[dict[str, Json]]:
     if not target.format.packed or not can_make(target.format):
         return []
@@ -295,12 +301,9 @@ def _quality_rows(
         )
         cached, why = _state(stage, None, tools)
     size = checkpoint.size if checkpoint else 0
-    return [
-        _row(
-            "quality", target=target.name, cached=cached, why=why, read=size,
-            memory=_QUALITY_MEMORY,
-        )
-    ]  # fmt: skip
+    memory = quality_memory(model, file.recipe.quality.tokens, tools.memory)
+    row = _row("quality", target=target.name, cached=cached, why=why, read=size, memory=memory)
+    return [row]
 
 
 def _publish_row(

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import Documents, InStore
+from weightsmith.errors import InputRefused
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged
 from weightsmith.evaluating.task import Answers, Task, score_task
+from weightsmith.forward.memory import Walk, batch_bytes
 from weightsmith.jobs import AskedModel, Input, ReferenceJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.resources import builder_pins
@@ -29,6 +32,7 @@ from weightsmith.values import (
 BUILDER = "merge"
 RECIPE_NUMBER = 4
 _ANSWERS = "answers.json"
+_TEMPLATE_TOKENS = 32
 _VOICE = frozenset(
     {
         "chat_template.jinja",
@@ -122,6 +126,29 @@ def answers(
     return {name: task.answers_of(known.get(name) or found(name)) for name in asked}
 
 
+def walk_of(asked: Mapping[str, Subject], task: Task) -> Walk:
+    """Return what a job holds in memory at its peak: the merged model answers after the others."""
+    adapters = {a.snapshot.digest: a.snapshot.tree for s in asked.values() for a in s.adapters}
+    # A token has about three letters; a chat template adds some tokens.
+    tokens = task.most_tokens // 3 + len(task.items) * (_TEMPLATE_TOKENS + task.max_tokens)
+    one_by_one = task.metric == "choice"
+    return Walk(
+        views=max(1, sum(name != "merged" for name in asked)),
+        rows=1 if one_by_one else len(task.items),
+        tokens=tokens // max(1, len(task.items)) if one_by_one else tokens,
+        adapter_bytes=2 * sum(tree.weight_bytes for tree in adapters.values()),
+    )
+
+
+def _batch_bytes(asked: Mapping[str, Subject], task: Task, budget: int) -> int:
+    """Return the job's memory for batches; 0 if the model's dimensions are not known."""
+    try:
+        shape = read_facts(next(iter(asked.values())).model.root).shape
+    except InputRefused:
+        return 0
+    return batch_bytes(shape, walk_of(asked, task), budget)
+
+
 def _run(
     asked: Mapping[str, Subject],
     known: Mapping[str, Sequence[Json]],
@@ -155,6 +182,7 @@ def _run(
             questions=task.questions,
             max_tokens=task.max_tokens,
             choose=task.metric == "choice",
+            batch_bytes=_batch_bytes(asked, task, tools.memory.budget),
             output=folder,
             memory_bytes=(3 << 30) + 5 * size,
             seconds=job_seconds(size, tokens=len(asked) * task.most_tokens),

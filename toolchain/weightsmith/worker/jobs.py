@@ -158,7 +158,11 @@ def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
         choices: Any = importlib.import_module("weightsmith.merging.choices")
         return {"answers": choices.likelihoods(subjects, job.questions, tell)}
     chats = [question.messages for question in job.questions]
-    return {"answers": plain(reference.answers(subjects, chats, job.max_tokens, tell))}
+    return {
+        "answers": plain(
+            reference.answers(subjects, chats, job.max_tokens, tell, batch_bytes=job.batch_bytes)
+        )
+    }
 
 
 def _validate(job: ValidateJob, report: Report) -> Mapping[str, Json]:

@@ -1,0 +1,78 @@
+"""What a walk is planned to take, against what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.forward.greedy import Questions, batch_tokens
+from weightsmith.forward.memory import Walk, batch_bytes, walk_bytes
+from weightsmith.merging.reference import load_network
+
+from tests.unit.validating.conftest import make_model
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def shape(layers: int, hidden: int, inter: int, heads: int, kv: int, vocab: int) -> ModelShape:
+    config = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+    }
+    return ModelShape.of(config, "LlamaForCausalLM", "bfloat16")
+
+
+SMOL = shape(30, 576, 1536, 9, 3, 49152)
+HALF = shape(24, 1024, 4096, 16, 8, 49152)
+ONE = shape(16, 2048, 8192, 32, 8, 49152)
+SEVEN = shape(32, 4096, 14336, 32, 8, 32000)
+SEVENTY = shape(80, 8192, 28672, 64, 8, 128256)
+
+
+@pytest.mark.parametrize(
+    ("model", "walk", "measured"),
+    [
+        (SMOL, Walk(views=2, rows=33, tokens=33 * 81, adapter_bytes=20 * MIB), 754),
+        (HALF, Walk(views=2, rows=8, tokens=8 * 48, adapter_bytes=35 * MIB), 448),
+        (ONE, Walk(views=2, rows=8, tokens=8 * 48, adapter_bytes=45 * MIB), 518),
+    ],
+    ids=["0.13B", "0.5B", "1.07B"],
+)
+def test_a_plan_covers_what_was_measured(model: ModelShape, walk: Walk, measured: int) -> None:
+    """Anonymous memory in MiB, by `RssAnon`, of base, adapter and merged model on two cores."""
+    planned = walk_bytes(model, walk, 8 * GIB)
+
+    assert measured * MIB < planned < 1.8 * measured * MIB
+
+
+def test_large_models_fit_small_machines() -> None:
+    few = Walk(views=2, rows=5, tokens=5 * 80, adapter_bytes=170 * MIB)
+    many = Walk(views=2, rows=33, tokens=33 * 100, adapter_bytes=830 * MIB)
+
+    assert walk_bytes(SEVEN, few, 12 * GIB) < 4 * 10**9
+    assert walk_bytes(SEVENTY, many, 12 * GIB) < 6 * 10**9
+    assert walk_bytes(SEVENTY, many, 3 * GIB) < 1.05 * 3 * GIB
+
+
+def test_batches_fill_the_budget_and_not_more_than_they_need() -> None:
+    walk = Walk(views=2, rows=1000, tokens=100_000)
+
+    assert batch_bytes(SMOL, walk, 64 * GIB) == 2 * 4096 * 4 * (2 * 30 * 192 + 8 * 576 + 3 * 1536)
+    assert batch_bytes(SEVENTY, walk, 64 * GIB) == 4 * GIB
+    assert batch_bytes(SEVENTY, walk, GIB // 2) == 256 * MIB
+    assert 0 < batch_bytes(ONE, walk, 0) <= 2 * 512 * MIB
+
+
+def test_a_batch_holds_the_tokens_that_fit(tmp_path: Path) -> None:
+    model: Any = load_network(make_model(tmp_path / "base"), [])
+    one = 4 * (2 * 3 * 2 * 16 + 8 * 64 + 3 * 96)
+
+    for room, tokens in ((10 * one, 10), (11 * one - 1, 10), (1 << 40, 4096)):
+        asked = Questions(prompts=[], ends=[], most=1, batch_bytes=room)
+        assert batch_tokens(model, asked) == tokens

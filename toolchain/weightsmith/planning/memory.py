@@ -1,0 +1,99 @@
+"""How much memory each stage of a build needs, and whether there is that much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.evaluating.results import RecipeTask
+from weightsmith.forward.memory import BATCH_TOKENS, Walk, walk_bytes
+from weightsmith.serving.memory import human
+from weightsmith.stages import quantize as quantizing
+from weightsmith.stages import reference as references
+from weightsmith.stages.quantize import QuantizeOptions
+from weightsmith.tools import Memory
+from weightsmith.values import Sources
+
+_UNKNOWN = 3 << 30
+"""For models whose dimensions are not known."""
+_PROBED_TOKENS = 8 * 64
+"""Of validation's probes: at most eight of 64 tokens."""
+_COMPARING = 256 << 20
+"""For two models' logits, and tensors that are compared element by element."""
+_PACKING = 4 << 30
+"""Beside the checkpoint that a quantizer of packed checkpoints loads."""
+_GGUF = 1 << 30
+_WAYS_OUT: Mapping[str, str] = {
+    "reference": "set evaluate.limit to ask fewer questions",
+    "validate": "set validate.enabled to false, or use shorter probes",
+    "quantize": "choose a GGUF target, which needs least",
+    "quality": "set quality.gate to false, or quality.tokens to fewer",
+}
+
+
+def reference_memory(
+    model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: Memory
+) -> int:
+    """Return the peak of the reference answers in bytes, of the largest task."""
+    return max(
+        _walk(model, references.walk_of(references.subjects(sources, t.adapter), t.task), memory)
+        for t in tasks
+    )
+
+
+def validate_memory(model: ModelFacts, sources: Sources, memory: Memory) -> int:
+    """Return the peak of validation in bytes: merged model beside base and adapters."""
+    adapters = 2 * sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
+    walk = Walk(views=3, rows=8, tokens=_PROBED_TOKENS, adapter_bytes=adapters)
+    return _walk(model, walk, memory) + _COMPARING
+
+
+def quality_memory(model: ModelFacts, tokens: int, memory: Memory) -> int:
+    """Return the peak of the quality gate in bytes: both models, with one matrix of each."""
+    walk = Walk(views=2, rows=8, tokens=min(tokens, BATCH_TOKENS))
+    try:
+        matrix = 4 * model.shape.hidden * model.shape.intermediate
+    except InputRefused:
+        matrix = 0
+    return _walk(model, walk, memory) + 2 * matrix + _COMPARING
+
+
+def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> int:
+    """Return the peak of quantizing a checkpoint of `size` bytes, without mapped files.
+
+    A GGUF file is written tensor by tensor, experts stacked, at most twice in float32; quantizers
+    of packed checkpoints load the model.
+    """
+    limit = quantizing.memory_limit(size, options)
+    if options.format.suffix != ".gguf":
+        return min(_PACKING + size, limit)
+    try:
+        shape, experts = model.shape, model.matrices.experts * model.matrices.expert_width
+    except InputRefused:
+        return min(_UNKNOWN, limit)
+    largest = shape.hidden * max(shape.vocab, shape.intermediate, experts)
+    return min(_GGUF + 2 * 4 * largest, limit)
+
+
+def _walk(model: ModelFacts, walk: Walk, memory: Memory) -> int:
+    try:
+        return walk_bytes(model.shape, walk, memory.budget)
+    except InputRefused:
+        return _UNKNOWN
+
+
+def require_memory(needs: Iterable[tuple[str, str, int]], memory: Memory) -> None:
+    """Raise EnvironmentFailure for the stage (name, target, bytes) that needs most, if too much.
+
+    Compares with what is allowed or free, not with the half that jobs choose to fill.
+    """
+    stage, target, needed = max(needs, key=lambda need: need[2], default=("", "", 0))
+    if memory.limit and needed > memory.limit:
+        name = f"{stage} {target}".strip()
+        also = f", or {way}" if (way := _WAYS_OUT.get(stage)) else ""
+        raise EnvironmentFailure(
+            f"{name} needs {human(needed)} of memory, and a job may use {human(memory.limit)}",
+            hint="raise --memory if it was given, close other programs, build on a machine with "
+            f"more memory{also}; `plan` shows what each stage needs",
+        )
