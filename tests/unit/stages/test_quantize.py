@@ -126,13 +126,16 @@ def test_what_was_done_is_forgotten_by_one_deletion(request_):
 
 
 @pytest.mark.parametrize(
-    ("ends", "error"),
-    [("raise KeyError('n_ctx')", InputRefused), ("raise MemoryError()", EnvironmentFailure)],
+    ("ends", "error", "without_input"),
+    [
+        ("raise KeyError('n_ctx')", InputRefused, EnvironmentFailure),
+        ("raise MemoryError()", MemoryError, MemoryError),
+    ],
 )
-def test_a_converters_exception_is_about_its_input(request_, ends, error):
+def test_a_converters_exception_is_about_its_input(request_, ends, error, without_input):
     with pytest.raises(error, match=r"raise|KeyError: 'n_ctx'"):
         run((python(ends, reads="the model"),), request_)
-    with pytest.raises(EnvironmentFailure):
+    with pytest.raises(without_input):
         run((python(ends),), request_)
 
 
