@@ -50,7 +50,7 @@ def limits_for(
     The recipe's `*` applies to all formats, a format's name only to that one. On `general` text,
     which the model was not tuned on, more next tokens are nearly tied, so the defaults for
     divergence and agreement are wider. If the reference's `perplexity` shows that it does not
-    predict the text, the ratio of perplexities says nothing and has no default limit.
+    predict the text, its ratio and the likeliest tokens say nothing and have no default limits.
     """
     bits = format_.bits_per_weight
     found = next(limits for least, limits in _DEFAULTS if bits >= least)
@@ -61,7 +61,7 @@ def limits_for(
         merged |= {key: merged[key] * _GENERAL for key in ("kl_mean", "kl_p99")}
         merged["top1"] = 1 - (1 - merged["top1"]) * _GENERAL
     if perplexity > _PREDICTED:
-        del merged["perplexity_ratio"]
+        del merged["perplexity_ratio"], merged["top1"]
     for name in (_ANY, format_.name):
         if name in quality.limits:
             merged |= quality.limits[name].model_dump(exclude_none=True)
