@@ -25,6 +25,14 @@ def test_junit_has_gates_checks_and_questions():
     assert "no | idea" in bad.find(".//testcase[@classname='weightsmith.question']/failure").text
 
 
+def test_what_is_not_proven_is_a_skipped_gate():
+    doubtful = read({**BUILD, "verdict": "not proven", "unproven": ["8 questions are too few"]})
+
+    case = doubtful.find(".//testcase[@name='proven 1']/skipped")
+    assert case.get("message") == "not proven: 8 questions are too few"
+    assert doubtful[0].get("failures") == "0"
+
+
 def test_a_question_lost_within_what_is_allowed_is_no_failure():
     build = failing()
     build["verdicts"][0]["passed"] = True

@@ -81,6 +81,21 @@ def test_a_stopped_build_says_so_first(template):
     assert body.index("Stopped: not published") < body.index("The image lost too much") < 1500
 
 
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+def test_what_is_not_proven_is_said_first_and_other_words_are_counted(template):
+    parts = [
+        {"question": n, "token": "x", "margin": m} for n, m in ((1, 0.25), (2, None), (4, 3.0))
+    ]
+    same = {"image": {"share": 0.4, "same": 2, "n": 5, "differences": parts}}
+    doubts = {"verdict": "not proven", "unproven": ["5 questions are too few"], "sameness": same}
+    text = html.unescape(render_report({**BUILD, **doubts}, template))
+    body = text.partition("<body>")[2] or text
+
+    assert body.index("Published, but not proven") < body.index("5 questions are too few") < 1500
+    assert "Image: 2 of 5 answers are the reference's to the letter." in text
+    assert "preferred by 0.25 to 3 nats" in text
+
+
 def test_a_build_without_questions_is_called_unproven():
     assert "Built, not proven" in render_report(SMALLEST, "report.html.j2")
 

@@ -43,7 +43,7 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     """
     quantizer = of_format(asked.format_name)
     format_ = next(f for f in quantizer.formats if f.name == asked.format_name)
-    out, limits = asked.out.absolute(), Quality(gate=asked.gate)
+    out, limits = asked.out.absolute(), Quality(gate=True if asked.gate else "measure")
     if out.exists():
         raise UsageError(f"{out} exists already", hint="give a new file or folder with --out")
     tools.runner.check(quantizer.builder)

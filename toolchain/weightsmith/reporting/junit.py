@@ -50,6 +50,8 @@ def _gates(root: ET.Element, build: BuildRecord) -> None:
                 _child(case, "failure", verdict.reason, "")
     if build.refused and not suite.findall("testcase/failure"):
         _child(_case(suite, "gate", "published"), "failure", build.refused, "")
+    for number, reason in enumerate(build.unproven, start=1):
+        _child(_case(suite, "gate", f"proven {number}"), "skipped", f"not proven: {reason}", "")
     for check in build.checks:
         case = _case(suite, "image", check.name)
         case.set("time", f"{check.seconds:.3f}")
