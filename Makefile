@@ -23,7 +23,7 @@ FAST := not ($(SHARED) or root or gpu or real or slow)
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-real fuzz docs bench clean
+.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-real test-gpu fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ test-real: setup-dev ## The heavy tests on real weights as well
 	@$(BIN)/python -m tests.builders
 	@$(PARALLEL) -m "not (real or gpu or $(SHARED))" $(PYTEST_FLAGS)
 	@$(BIN)/python -m pytest -m "(real or $(SHARED)) and not gpu" $(PYTEST_FLAGS)
+
+test-gpu: setup-dev ## The tests that need an NVIDIA GPU; prints what the GPU gave beside the CPU
+	@$(BIN)/python -m pytest -m gpu -s tests/gpu $(PYTEST_FLAGS)
 
 fuzz: setup-dev ## Read inputs changed at random for WEIGHTSMITH_FUZZ_SECONDS (an hour), by new seeds
 	@$(BIN)/python -m tests.hostile.fuzz $(FUZZ)

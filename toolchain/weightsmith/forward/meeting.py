@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from weightsmith.forward.device import OnDevice
+
 T = TypeVar("T")
 Key = tuple[int, int]
 """The weight's position in the order in which the model uses it, and the checkpoint's number."""
@@ -46,10 +48,12 @@ class Meeting:
 
     It takes the first requested matrix in the model's order, for all views that need it, so that it
     is read once. Tiles are spread over the CPUs by plain threads: OpenMP's barriers wait for a
-    thread that was preempted, which on a busy machine makes products many times slower.
+    thread that was preempted, which on a busy machine makes products many times slower. On another
+    device, `products` multiplies; the views themselves stay on the CPU.
     """
 
-    def __init__(self, cpus: int = 0) -> None:
+    def __init__(self, cpus: int = 0, products: OnDevice | None = None) -> None:
+        self._products = products
         self._cpus = cpus or len(os.sched_getaffinity(0))
         self._pool = ThreadPoolExecutor(
             max(1, self._cpus - 1), initializer=torch.set_num_threads, initargs=(1,)
@@ -161,6 +165,13 @@ class Meeting:
             raise AssertionError("views asked for different matrices by one key")
         if requests[1:]:
             rows = torch.cat([request.inputs for request in requests])
+        multiply = self._products.multiply if self._products else self._on_cpus
+        parts = torch.split(multiply(rows, matrix), [len(request.inputs) for request in requests])
+        for request, part in zip(requests, parts, strict=True):
+            request.output = part
+
+    def _on_cpus(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Return rows times the matrix transposed, a share of its tiles on each CPU."""
         output = torch.empty((len(rows), len(matrix)))
         step = _WIDE_TILE if len(rows) > _MANY else _TILE
         starts = range(0, len(matrix), step)
@@ -176,6 +187,4 @@ class Meeting:
         work(0)
         for other in others:
             other.result()
-        parts = torch.split(output, [len(request.inputs) for request in requests])
-        for request, part in zip(requests, parts, strict=True):
-            request.output = part
+        return output

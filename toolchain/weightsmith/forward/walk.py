@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from weightsmith.checkpoints.safetensors import open_checkpoint
 from weightsmith.errors import EnvironmentFailure, ran_out_of_memory
+from weightsmith.forward.device import on_gpu
 from weightsmith.forward.meeting import Meeting
 from weightsmith.time_limits import doing
 
@@ -68,7 +69,7 @@ def walk(
     reason. If the models are `alike`, of one architecture, all of them are loaded then. Raises
     EnvironmentFailure if one does not fit into memory.
     """
-    meeting, unfit = Meeting(), dict[str, Exception]()
+    meeting, unfit = Meeting(products=on_gpu()), dict[str, Exception]()
     views = _views(openings, meeting, unfit)
 
     def attempt(name: str) -> T | None:

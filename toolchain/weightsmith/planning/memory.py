@@ -27,7 +27,6 @@ _GGUF = 1 << 30
 _WAYS_OUT: Mapping[str, str] = {
     "reference": "set evaluate.limit to ask fewer questions",
     "validate": "set validate.enabled to false, or use shorter probes",
-    "quantize": "choose a GGUF target, which needs least",
     "quality": "set quality.gate to false, or quality.tokens to fewer",
 }
 

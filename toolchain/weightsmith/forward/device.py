@@ -1,0 +1,68 @@
+"""Products of inputs with a matrix in a file, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_ROWS = 4096
+"""Rows of a matrix that are copied at a time: few gigabytes, and copies long enough to be fast."""
+
+
+class OnDevice:
+    """Copies a matrix to a device piece by piece; the next is copied while one is multiplied."""
+
+    def __init__(self, device: torch.device, rows: int = _ROWS) -> None:
+        # In full float32: TF32 would round inputs to ten bits, and answers would differ.
+        torch.set_float32_matmul_precision("highest")
+        self._device = device
+        self._rows = rows
+        stream: Any = torch.cuda.Stream
+        self._copies = stream(device) if device.type == "cuda" else None
+
+    @torch.inference_mode()
+    def multiply(self, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """Return inputs [n, columns] times the matrix [rows, columns] transposed; on the CPU."""
+        here = inputs.to(self._device)
+        parts = [torch.mm(here, piece.float().T) for piece in self._pieces(matrix)]
+        return torch.cat(parts, dim=1).cpu()
+
+    def _pieces(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the matrix on the device, some rows at a time, in its own dtype."""
+        waiting: tuple[torch.Tensor, Any] | None = None
+        for part in torch.split(matrix, self._rows):
+            following = self._copied(part)
+            if waiting is not None:
+                yield self._arrived(*waiting)
+            waiting = following
+        if waiting is not None:
+            yield self._arrived(*waiting)
+
+    def _copied(self, part: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        if self._copies is None:
+            return part.to(self._device), None
+        with torch.cuda.stream(self._copies):
+            piece = part.pin_memory().to(self._device, non_blocking=True)
+            return piece, self._copies.record_event()
+
+    def _arrived(self, piece: torch.Tensor, event: Any) -> torch.Tensor:
+        """Return a piece that the products may use: they wait for its copy, and it for them."""
+        if event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(event)
+            piece.record_stream(current)
+        return piece
+
+
+def on_gpu() -> OnDevice | None:
+    """Return the products of the first GPU that this torch can use, None if there is none."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        products = OnDevice(torch.device("cuda"))
+        products.multiply(torch.ones(1, 1), torch.ones(1, 1))
+    except (RuntimeError, AssertionError):  # torch was built for other drivers or cards
+        return None
+    return products
