@@ -147,7 +147,7 @@ def _run(
         texts=texts.held_out,
         tokens=tokens,
         output=folder,
-        # The gate keeps one layer in float32; long texts or chat templates may need more.
+        # The gate keeps one matrix of each model; long texts or chat templates may need more.
         memory_bytes=_MEMORY_BYTES + 2 * size + tokens * _TOKEN_BYTES,
         seconds=job_seconds(size, tokens=tokens),
     )
