@@ -31,7 +31,8 @@ from safetensors.numpy import save_file
 from weightsmith.drivers.environment import Pins, environment_folder
 from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.quantizers import of_format
-from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.quantizers.calibration import GENERAL, read_texts
+from weightsmith.recipe import TextBounds
 from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[1]
@@ -44,13 +45,14 @@ from weightsmith.drivers.local import LocalRunner
 from weightsmith.jobs import Input
 from weightsmith.ports import Silent
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.calibration import GENERAL, Bounds, read_texts
+from weightsmith.quantizers.calibration import GENERAL, read_texts
+from weightsmith.recipe import TextBounds
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.wiring import cache_folder
 model, out, name, imatrix = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
 wanted = QuantizeOptions(name="m", format=formats()[name],
                 options=of_format(name).options(formats()[name], {"imatrix": imatrix}),
-                texts=read_texts(GENERAL, Bounds()) if imatrix == "auto" else None)
+                texts=read_texts(GENERAL, TextBounds()) if imatrix == "auto" else None)
 LocalRunner(cache_folder()).run(job_of(Input(path=model), 4 << 30, wanted, out), Silent())
 """
 
@@ -118,7 +120,7 @@ def python_of(builder: str) -> Path:
 
 def by_hand(name: str, model: Path, folder: Path, imatrix: str) -> list[list]:
     """Return the commands that a person would run one by one in an empty folder."""
-    rows = [str(row["text"]) for row in read_texts(GENERAL, Bounds()).calibration]
+    rows = [str(row["text"]) for row in read_texts(GENERAL, TextBounds()).calibration]
     (folder / "text").write_text("\n".join(rows))
     if of_format(name).builder == "gguf":
         tools = toolset_folder(cache_folder(), "llamacpp")
