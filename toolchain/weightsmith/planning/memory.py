@@ -52,7 +52,8 @@ def quality_memory(model: ModelFacts, tokens: int, memory: Memory) -> int:
     """Return the peak of the quality gate in bytes: both models, with one matrix of each."""
     walk = Walk(views=2, rows=8, tokens=min(tokens, BATCH_TOKENS))
     try:
-        matrix = 4 * model.shape.hidden * model.shape.intermediate
+        # The largest one is the head, or a layer's if the vocabulary is small.
+        matrix = 4 * model.shape.hidden * max(model.shape.intermediate, model.shape.vocab)
     except InputRefused:
         matrix = 0
     return _walk(model, walk, memory) + 2 * matrix + _COMPARING
