@@ -1,0 +1,45 @@
+"""What is read and refused before a quantized file is begun; tests/builds has the files."""
+
+import numpy as np
+import pytest
+from weightsmith.quantizers.gguf_header import Entry, Header
+from weightsmith.quantizers.gguf_pass import Source, Target, Wanted, read_targets, write_file
+
+PRINTED = """
+llama_model_loader: loaded meta data with 29 key-value pairs and 39 tensors from m.gguf
+[   1/  39] output_norm.weight                   - [  256,     1,     1,     1], type =    f32, size =    0.001 MiB
+[   2/  39] blk.0.ffn_down.weight                - [  768,   256,     1,     1], type =   bf16, size =     0.38 MiB ->     0.11 MiB (q4_K)
+[  10/  39] blk.0.ffn_gate_inp.weight            - [  256,     8,     1,     1], type =   bf16, size =    0.004 MiB
+llama_model_quantize_impl: model size  =     8.07 MiB (16.00 BPW)
+"""  # noqa: E501
+
+
+def test_types_and_order_are_those_that_llama_quantize_prints():
+    assert read_targets(PRINTED.splitlines()) == [
+        Target(name="output_norm.weight", kind="F32", target="F32"),
+        Target(name="blk.0.ffn_down.weight", kind="BF16", target="Q4_K"),
+        Target(name="blk.0.ffn_gate_inp.weight", kind="BF16", target="BF16"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "file_type", "says"),
+    [
+        ("MXFP4", "Q4_K", 15, "already quantized"),
+        ("BF16", "IQ2_XXS", 15, "no importance, which IQ2_XXS needs"),
+        ("BF16", "Q2_K", 21, "no importance, which Q2_K needs"),
+    ],
+)
+def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
+    tmp_path, kind, target, file_type, says
+):
+    name = "blk.0.ffn_up.weight"
+    entry = Entry(name=name, shape=(256, 8), kind=30, offset=0)
+    header = Header(values={}, tensors={name: entry}, size=32)
+    source = Source(header=header, rows=None, stored=lambda *_: np.zeros(0))
+    targets = [Target(name=name, kind=kind, target=target)]
+
+    with pytest.raises(ValueError, match=says):
+        write_file(source, targets, Wanted(file_type=file_type), tmp_path / "demo.gguf")
+
+    assert not list(tmp_path.iterdir())
