@@ -80,7 +80,7 @@ def _memory() -> Checkup:
     return Checkup(
         f"{size / 1e9:.0f} GB, {cores()} core(s)",
         ok=enough,
-        todo="" if enough else "evaluation holds the base in float32: use a smaller model",
+        todo="" if enough else "`plan` shows how much memory each stage of a build needs",
     )
 
 
