@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -224,11 +225,21 @@ def make_inputs(work: Path, case: str) -> tuple[Path, Path]:
     return base, adapter
 
 
+@cache
+def kernels() -> dict[str, str]:
+    """Compile our kernels if needed, and return the variable that a builder's jobs find them by."""
+    from weightsmith.drivers.toolset import make_toolset, tools_variable
+    from weightsmith.progress import progress_for
+    from weightsmith.wiring import cache_folder
+
+    return {tools_variable("kernels"): str(make_toolset(cache_folder(), "kernels", progress_for()))}
+
+
 def run(argv: list[str], path: Path | None = None) -> dict[str, float]:
     """Run a process; return its CPU and wall seconds and its peak resident MiB."""
     paths = os.pathsep.join(str(p) for p in (path, ROOT) if p)
     told = {name: value for name, value in os.environ.items() if not name.startswith(TUNED)}
-    environment = told | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    environment = told | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **kernels()}
     started = time.monotonic()
     quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
     pid = os.posix_spawnp(argv[0], argv, environment, file_actions=quiet)

@@ -9,7 +9,9 @@ from typing import Any
 
 from weightsmith.drivers.environment import environment_folder
 from weightsmith.drivers.local import LocalRunner, _pins
+from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.jobs import EchoJob, Input
+from weightsmith.resources import optional_engines
 
 
 def bare_builder(cache: Path, name: str = "merge") -> Path:
@@ -17,6 +19,10 @@ def bare_builder(cache: Path, name: str = "merge") -> Path:
     folder = environment_folder(cache, _pins(name))
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     (folder / ".complete").write_text("")
+    for engine in optional_engines(name):
+        tools = toolset_folder(cache, engine)
+        tools.parent.mkdir(exist_ok=True)
+        tools.with_name(tools.name + ".lock").touch()  # tried: they are not compiled here
     return cache
 
 

@@ -91,10 +91,22 @@ def assembles_itself(engine: str) -> bool:
 
 def compiled_engines(builder: str) -> tuple[str, ...]:
     """Return the engines whose tools a builder contains: those that name it in source.json."""
+    return _naming(builder, "builders")
+
+
+def optional_engines(builder: str) -> tuple[str, ...]:
+    """Return the engines whose tools make a builder's jobs faster, without changing a byte.
+
+    They are not part of the builder's pins, and its jobs run without them.
+    """
+    return _naming(builder, "speeds_up")
+
+
+def _naming(builder: str, key: str) -> tuple[str, ...]:
     return tuple(
         source.parent.name
         for source in sorted((images() / "engines").glob("*/source.json"))
-        if builder in json.loads(source.read_text("utf-8")).get("builders", ())
+        if builder in json.loads(source.read_text("utf-8")).get(key, ())
     )
 
 

@@ -98,18 +98,19 @@ def find_compiler(wanted: str) -> Path:
 def build_kernels(job: Job, variants: list[dict[str, Any]], out: Path) -> None:
     """Compile our kernels once per CPU level, and the function that chooses among them."""
 
-    def build(variant: dict[str, Any]) -> Path:
+    def build(name: str, variant: dict[str, Any]) -> Path:
         cpu, lanes = variant["cpu"], variant["lanes"]
-        made = job.work / f"quants-{cpu}.o"
+        made = job.work / f"{name}-{cpu}.o"
         # Else clang halves vectors of 512 bits.
         words = ["-mprefer-vector-width=512"] if lanes == 16 else []
         words += ["-O3", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", f"-DWIDTH={lanes}"]
         words += [f"-DSEARCHES={variant['searches']}", "-c", "-o", str(made)]
-        job.cc(f"gnu.{GLIBC}", cpu, *words, HERE / "quants.c")
+        job.cc(f"gnu.{GLIBC}", cpu, *words, HERE / f"{name}.c")
         return made
 
+    each = [(name, variant) for name in ("quants", "sums") for variant in variants]
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(build, variants))
+        objects = list(pool.map(build, *zip(*each, strict=True)))
     words = ["-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-shared", "-s"]
     job.cc(f"gnu.{GLIBC}", CPU[job.arch], *words, "-o", out, *objects, HERE / "dispatch.c")
 

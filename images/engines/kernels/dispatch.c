@@ -1,8 +1,9 @@
 // Chooses the code for the CPU that it runs on.
 
 #include "quants.h"
+#include "sums.h"
 
-__attribute__((visibility("default"))) quantize_rows weightsmith_quantize_rows;
+#define EXPORT __attribute__((visibility("default")))
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -27,22 +28,56 @@ static int lanes(void) {
 static int lanes(void) { return 4; }
 #endif
 
-static int limit = 16;
+// Asked once, since a virtual machine's host answers.
+static int here, limit = 16;
+__attribute__((constructor)) static void look(void) { here = lanes(); }
+
+static int width(void) { return here < limit ? here : limit; }
 
 // For tests and measurements: from now on use vectors of at most this many lanes. Returns how many
 // that are on this CPU.
-__attribute__((visibility("default"))) int weightsmith_lanes(int most) {
+EXPORT int weightsmith_lanes(int most) {
     limit = most;
-    return lanes() < limit ? lanes() : limit;
+    return width();
 }
 
-int64_t weightsmith_quantize_rows(
+// Calls the function for this CPU's vectors.
+#if defined(__x86_64__)
+#define DISPATCH(name, ...) \
+    (width() >= 16 ? name##_16(__VA_ARGS__) \
+     : width() >= 8 ? name##_8(__VA_ARGS__) \
+                    : name##_4(__VA_ARGS__))
+#else
+#define DISPATCH(name, ...) name##_4(__VA_ARGS__)
+#endif
+
+EXPORT int64_t weightsmith_quantize_rows(
     int kind, const float *x, uint8_t *made, int64_t count, int64_t columns, const float *importance
 ) {
-#if defined(__x86_64__)
-    int width = lanes() < limit ? lanes() : limit;
-    if (width >= 16) return quantize_16(kind, x, made, count, columns, importance);
-    if (width >= 8) return quantize_8(kind, x, made, count, columns, importance);
-#endif
-    return quantize_4(kind, x, made, count, columns, importance);
+    return DISPATCH(quantize, kind, x, made, count, columns, importance);
+}
+
+EXPORT int64_t weightsmith_round_sums(
+    const float *left, const float *right, int64_t depth, const void *base, int from,
+    const float *bound, void *out, int to, int64_t rows, int64_t columns, float limit,
+    int64_t *undecided, int *above
+) {
+    return DISPATCH(
+        round_sums, left, right, depth, base, from, bound, out, to, rows, columns, limit, undecided,
+        above
+    );
+}
+
+EXPORT void weightsmith_dot_products(
+    const float *left, const float *right, const double *gains, int64_t depth, const int64_t *row,
+    const int64_t *column, int64_t count, double *out
+) {
+    DISPATCH(dot_products, left, right, gains, depth, row, column, count, out);
+}
+
+EXPORT void weightsmith_project_rows(
+    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
+    const float *signs, float *squares, float *products
+) {
+    DISPATCH(project_rows, found, to, base, from, rows, columns, signs, squares, products);
 }

@@ -244,3 +244,38 @@ def test_what_assembled_engines_share_is_part_of_their_pins_alone(images):
     assembled = engine_pins("toy")
     shared.write_text("three")
     assert engine_pins("toy") != assembled
+
+
+@pytest.fixture
+def optional(images):
+    """The engine `toy` only makes the builder's jobs faster."""
+    (images / "engines" / "toy" / "source.json").write_text('{"speeds_up": ["tiny"]}')
+    (images / "builders" / "tiny" / "Containerfile").write_text("")
+    return images / "engines" / "toy"
+
+
+@pytest.mark.slow
+def test_tools_that_only_speed_up_are_no_part_of_the_pins(optional, tmp_path):
+    pins, progress = builder_pins("tiny"), RecordingProgress()
+    (optional / "more.c").write_text("")
+    assert builder_pins("tiny") == pins
+
+    assert toolset.optional_toolsets(tmp_path, "tiny") == {}
+    toolset.try_toolsets(tmp_path, "tiny", progress)
+    assert toolset.optional_toolsets(tmp_path, "tiny") == {
+        "toy": toolset.toolset_folder(tmp_path, "toy")
+    }
+    assert not progress.warnings
+
+
+@pytest.mark.slow
+def test_jobs_run_without_tools_that_only_speed_up(optional, tmp_path):
+    (optional / "compile.py").write_text("raise SystemExit('no compiler')")
+    progress = RecordingProgress()
+
+    for _ in range(2):
+        toolset.try_toolsets(tmp_path, "tiny", progress)
+
+    (warning,) = progress.warnings
+    assert "jobs of the builder 'tiny' will take longer" in warning
+    assert toolset.optional_toolsets(tmp_path, "tiny") == {}

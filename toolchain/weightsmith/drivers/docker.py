@@ -36,6 +36,7 @@ from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.local import worker_environment
 from weightsmith.drivers.ownership import is_dead, owner_token, private_folder
 from weightsmith.drivers.process import TookTooLong
+from weightsmith.drivers.toolset import optional_toolsets, try_toolsets
 from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.jobs import Job, write_job
@@ -204,6 +205,7 @@ class DockerRunner:
         self._engine.reap()
         if not self.ready(builder):
             build_image(builder, self._flavour(), engine_host(), self._cache, progress)
+        try_toolsets(self._cache, builder, progress)
 
     def check(self, builder: str) -> None:
         """Check nothing in advance: building the image needs nothing from this machine."""
@@ -224,7 +226,8 @@ class DockerRunner:
         bounds = Bounds(user=user, group=group, owner=owner_token(), gpu=gpu)
         with contextlib.ExitStack() as stack:
             staging = stack.enter_context(private_folder(self._cache))
-            files = _hand_over(job, staging, by_others=root)
+            tools = optional_toolsets(self._cache, job.builder)
+            files = _hand_over(job, staging, tools, by_others=root)
             log = stack.enter_context(open_log(self._cache, job.kind))
             if root:
                 stack.enter_context(owned_by(job.output, user, group))
@@ -289,7 +292,7 @@ def _passes_gpus(info: Mapping[str, Any]) -> bool:
     )
 
 
-def _hand_over(job: Job, staging: Path, *, by_others: bool) -> JobFiles:
+def _hand_over(job: Job, staging: Path, tools: Mapping[str, Path], *, by_others: bool) -> JobFiles:
     """Prepare the container's files, readable for its user."""
     inputs = {
         name: readable(given.path, staging / "in" / name, by_others=by_others)
@@ -300,6 +303,10 @@ def _hand_over(job: Job, staging: Path, *, by_others: bool) -> JobFiles:
         output=job.output.resolve(),
         job_file=staging / "job.json",
         package=readable(package(), staging / "weightsmith", by_others=by_others),
+        tools={
+            engine: readable(folder, staging / engine, by_others=by_others)
+            for engine, folder in tools.items()
+        },
     )
     files.job_file.write_text(write_job(inside(job)), encoding="utf-8")
     files.job_file.chmod(0o444)

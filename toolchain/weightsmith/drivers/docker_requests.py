@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class JobFiles:
     output: Path
     job_file: Path
     package: Path
+    tools: Mapping[str, Path] = field(default_factory=dict)
+    """Tools that are not in the builder's image, by engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,9 @@ def job_request(
     job: Job, image: str, files: JobFiles, bounds: Bounds, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the create request of a job's container: no network, no privileges, one output."""
-    engines = compiled_engines(job.builder)
+    engines = {*compiled_engines(job.builder), *files.tools}
     binds = {f"{INPUTS}/{name}": path for name, path in sorted(files.inputs.items())}
+    binds |= {f"{TOOLS}/{engine}": folder for engine, folder in files.tools.items()}
     binds |= {JOB_FILE: files.job_file, f"{PACKAGE}/weightsmith": files.package}
     request = {
         **_confined(job.memory_bytes, bounds.owner, gpu=bounds.gpu),
@@ -62,7 +65,7 @@ def job_request(
             "HOME": "/tmp",  # noqa: S108
             "PYTHONPATH": PACKAGE,
             "PYTHONSAFEPATH": "1",
-            **{tools_variable(engine): f"{TOOLS}/{engine}" for engine in engines},
+            **{tools_variable(engine): f"{TOOLS}/{engine}" for engine in sorted(engines)},
         },
         "mounts": [
             *(_bind(source, target) for target, source in binds.items()),

@@ -18,7 +18,13 @@ from weightsmith.drivers.hardware import cores, gpu_names
 from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import RESULT
 from weightsmith.drivers.ownership import private_folder
-from weightsmith.drivers.toolset import make_toolset, tools_variable, toolset_folder
+from weightsmith.drivers.toolset import (
+    make_toolset,
+    optional_toolsets,
+    tools_variable,
+    toolset_folder,
+    try_toolsets,
+)
 from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.jobs import Job, write_job
@@ -68,6 +74,7 @@ class LocalRunner:
         make_environment(self._cache, pins, progress)
         for engine in compiled_engines(builder):
             make_toolset(self._cache, engine, progress)
+        try_toolsets(self._cache, builder, progress)
 
     def check(self, builder: str) -> None:
         """Raise EnvironmentFailure if its jobs would have network access, or it cannot be made.
@@ -136,6 +143,7 @@ class LocalRunner:
     def _sandbox(self, job: Job, folder: Path, found: Confinement) -> JobSandbox:
         environment = environment_folder(self._cache, _pins(job.builder))
         tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(job.builder)]
+        tools += optional_toolsets(self._cache, job.builder).values()
         return job_sandbox(
             found,
             run=[environment, *interpreter(environment / "bin" / "python"), package(), *tools],
@@ -158,6 +166,8 @@ class LocalRunner:
         }
         for engine in compiled_engines(job.builder):
             own[tools_variable(engine)] = str(toolset_folder(self._cache, engine))
+        for engine, folder_ in optional_toolsets(self._cache, job.builder).items():
+            own[tools_variable(engine)] = str(folder_)
         return process.scrubbed(own)
 
 

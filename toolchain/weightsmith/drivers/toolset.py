@@ -17,7 +17,7 @@ from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Progress
 from weightsmith.privacy import private
-from weightsmith.resources import engine_pins, engine_source, images
+from weightsmith.resources import engine_pins, engine_source, images, optional_engines
 from weightsmith.trees import discard
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
@@ -60,6 +60,28 @@ def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
             ):
                 _compile(images() / "engines" / engine, folder, Path(work), log, progress)
     return folder
+
+
+def optional_toolsets(cache: Path, builder: str) -> dict[str, Path]:
+    """Return the compiled tools that make a builder's jobs faster, by engine."""
+    folders = {name: toolset_folder(cache, name) for name in optional_engines(builder)}
+    return {name: folder for name, folder in folders.items() if folder.is_dir()}
+
+
+def try_toolsets(cache: Path, builder: str, progress: Progress) -> None:
+    """Compile the tools that make a builder's jobs faster; only warn if that fails.
+
+    It is tried once per version of the tools, because a site without the sources would wait for
+    them in each build.
+    """
+    for engine in optional_engines(builder):
+        tried = toolset_folder(cache, engine)
+        if tried.with_name(tried.name + ".lock").exists():
+            continue
+        try:
+            make_toolset(cache, engine, progress)
+        except EnvironmentFailure as error:
+            progress.warn(f"{error.message}: jobs of the builder {builder!r} will take longer")
 
 
 def _clear_leftovers(folder: Path) -> None:

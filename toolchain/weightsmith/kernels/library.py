@@ -12,6 +12,16 @@ from weightsmith.errors import EnvironmentFailure
 _NUMBER, _DATA, _COUNT = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 
 
+def found() -> ctypes.CDLL | None:
+    """Return our kernels, or None where they were not compiled."""
+    return _found(_path("libkernels.so"))
+
+
+@cache
+def _found(path: Path) -> ctypes.CDLL | None:
+    return kernels() if path.is_file() else None
+
+
 @cache
 def kernels() -> ctypes.CDLL:
     """Return our kernels; `quants.h` says what they do. Raises EnvironmentFailure without them."""
@@ -19,6 +29,21 @@ def kernels() -> ctypes.CDLL:
     library.weightsmith_lanes.argtypes = [_NUMBER]
     library.weightsmith_quantize_rows.argtypes = [_NUMBER, _DATA, _DATA, _COUNT, _COUNT, _DATA]
     library.weightsmith_quantize_rows.restype = _COUNT
+    library.weightsmith_round_sums.argtypes = [
+        *(_DATA, _DATA, _COUNT, _DATA, _NUMBER, _DATA, _DATA, _NUMBER),
+        *(_COUNT, _COUNT, ctypes.c_float, _DATA, _DATA),
+    ]
+    library.weightsmith_round_sums.restype = _COUNT
+    library.weightsmith_dot_products.argtypes = [
+        *(_DATA, _DATA, _DATA, _COUNT),
+        *(_DATA, _DATA, _COUNT, _DATA),
+    ]
+    library.weightsmith_dot_products.restype = None
+    library.weightsmith_project_rows.argtypes = [
+        *(_DATA, _NUMBER, _DATA, _NUMBER, _COUNT, _COUNT),
+        *(_DATA, _DATA, _DATA),
+    ]
+    library.weightsmith_project_rows.restype = None
     return library
 
 
@@ -39,8 +64,12 @@ def ggml() -> ctypes.CDLL:
     return library
 
 
+def _path(name: str) -> Path:
+    return Path(os.environ.get("WEIGHTSMITH_TOOLS_KERNELS", "/opt/kernels")) / name
+
+
 def _load(name: str) -> ctypes.CDLL:
-    path = Path(os.environ.get("WEIGHTSMITH_TOOLS_KERNELS", "/opt/kernels")) / name
+    path = _path(name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.merging import native
 from weightsmith.merging.repair import Factors, Repairs, repair
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS, round_once
 
@@ -35,7 +37,7 @@ class Addition:
     """The result's dtype."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared(Addition):
     """An addition prepared for correctly rounded merging of row blocks."""
 
@@ -52,6 +54,11 @@ class Prepared(Addition):
     def work(self) -> np.dtype:
         """The first pass's dtype: one step wider than the result's."""
         return self.left.dtype
+
+    @cached_property
+    def panels(self) -> np.ndarray:
+        """`right` as the library wants it."""
+        return native.panels(self.right)
 
 
 class Space:
@@ -116,8 +123,12 @@ def merge_rows(
     `weight` (rows, columns) has the base's dtype, `out` the result's. Rows with a zero addition
     keep W's bits. Raises InputRefused if W is not finite or `out` overflows.
     """
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        flagged, safe = first_pass(prepared, weight, first, space, out)
+    if native.rounds(weight.dtype, prepared.dtype):
+        left, bound = (a[first : first + len(weight)] for a in (prepared.left, prepared.bound))
+        flagged, safe = native.round_sums(left, prepared.panels, bound, weight, out)
+    else:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            flagged, safe = first_pass(prepared, weight, first, space, out)
     return finish_rows(prepared, weight, first, out, flagged, safe)
 
 

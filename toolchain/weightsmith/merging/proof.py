@@ -21,6 +21,7 @@ import numpy as np
 
 from weightsmith.checkpoints.safetensors import TensorInfo, read_header
 from weightsmith.errors import CheckFailed
+from weightsmith.merging import native
 from weightsmith.merging.outputs import Output, OutputShard, Patch, Stored, Term
 from weightsmith.merging.rounding import F32, F64, FORMATS, round_once
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
@@ -182,19 +183,30 @@ def _project(written: _Written, *, exact: bool) -> bool:
         count = len(found)
         base = output.source.rows(files, first, count, output.columns)
         moved = moved or _differ(base, found)
-        change = found.astype(work)
+        squares, products = _projected(found, base, signs)
         # A rounding error is uniform up to half a unit, so its variance is a third of its square.
-        size = np.vecdot(change, change) * 4.0**-form.precision / 3
+        size = squares * 4.0**-form.precision / 3
         size += output.columns * 4.0 ** (form.least - form.precision)
-        np.subtract(change, base, out=change, dtype=work)
-        # One vector at a time: products with narrow matrices are slow.
-        off = np.stack([change @ some for some in signs], 1) - expected[first : first + count]
+        off = products - expected[first : first + count]
         fine = (np.abs(off).max(1) <= _SIGMAS * np.sqrt(size)) & np.isfinite(size)
         rows.update((np.flatnonzero(~fine) + first).tolist())
     ordered = sorted(rows)
     for at in range(0, len(ordered), ROWS):
         _compare_rows(written, factors, ordered[at : at + ROWS], exact=exact)
     return moved
+
+
+def _projected(
+    found: np.ndarray, base: np.ndarray, signs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each row's sum of squares, and the products of its change with the signs."""
+    if (made := native.project_rows(found, base, signs)) is not None:
+        return made
+    change = found.astype(signs.dtype)
+    squares = np.vecdot(change, change)
+    np.subtract(change, base, out=change, dtype=signs.dtype)
+    # One vector at a time: products with narrow matrices are slow.
+    return squares, np.stack([change @ some for some in signs], 1)
 
 
 def _compare_rows(

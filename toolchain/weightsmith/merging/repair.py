@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from weightsmith.merging import native
 from weightsmith.merging.rounding import F64, FORMATS, Binary, round_dyadic, round_once
 
 _CHUNK = 1 << 18
@@ -79,31 +80,38 @@ def repair(
     done, out = Repairs(), np.empty(len(weights), dtype)
     for start in range(0, len(weights), step):
         part = slice(start, start + step)
-        left, right = factors.left[rows[part]], factors.columns[columns[part]]
-        reach = factors.norms[rows[part]] * factors.norm
         base = weights[part].astype(F64)
-        out[part] = _decide(left, right, factors.gains, reach, base, dtype, done)
+        out[part] = _decide(factors, rows[part], columns[part], base, dtype, done)
     return out, done
 
 
+def _products(factors: Factors, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Return the additions at (rows[i], columns[i]) in float64."""
+    made = native.dot_products(factors.left, factors.columns, factors.gains, rows, columns)
+    if made is None:
+        left, right = factors.left[rows], factors.columns[columns].astype(F64)
+        made = np.einsum("ij,ij->i", left * factors.gains, right)
+    return made
+
+
 def _decide(
-    left: np.ndarray,
-    right: np.ndarray,
-    gains: np.ndarray,
-    reach: np.ndarray,
+    factors: Factors,
+    rows: np.ndarray,
+    columns: np.ndarray,
     base: np.ndarray,
     dtype: np.dtype,
     done: Repairs,
 ) -> np.ndarray:
-    """Round n sums, given their factors (n, K) and an upper bound `reach` of Σ|terms|.
+    """Round n sums.
 
     gain · left · right has at most two roundings, so the sum of K terms has an error below
     (K + 2) · 2**-53 · Σ|terms| to first order, in any order of summation (Higham, "Accuracy and
     Stability of Numerical Algorithms", section 3.1). The bound used is larger.
     """
-    form = FORMATS[dtype]
+    form, gains = FORMATS[dtype], factors.gains
+    reach = factors.norms[rows] * factors.norm  # an upper bound of Σ|terms|
     with np.errstate(over="ignore", invalid="ignore"):
-        total = base + np.einsum("ij,ij->i", left * gains, right.astype(F64))
+        total = base + _products(factors, rows, columns)
         error = reach * ((len(gains) + 8) * 2 * _UNIT)
         error += np.abs(total) * (8 * _UNIT) + 2.0**-1000
     high = round_once(total + error, dtype)
@@ -113,7 +121,8 @@ def _decide(
     undecided = np.flatnonzero(unsure)
     done.exact += len(undecided)
     for i in undecided:
-        exact = _exact(left[i].astype(F64), right[i].astype(F64), gains, float(base[i]), form)
+        left, right = factors.left[rows[i]], factors.columns[columns[i]]
+        exact = _exact(left.astype(F64), right.astype(F64), gains, float(base[i]), form)
         high.view(form.bits)[i] = exact
     return high
 

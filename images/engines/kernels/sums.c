@@ -1,0 +1,238 @@
+// Passes over merged weights, and over their proof: one load and one store per weight. Each does
+// what `merging/kernel.py` and `merging/proof.py` do with numpy, which take its place where this
+// library is missing. Compiled once per CPU level, with vectors of WIDTH lanes.
+
+#include <string.h>
+
+#include "sums.h"
+
+#define LANE_TYPE(scalar) scalar __attribute__((ext_vector_type(WIDTH)))
+typedef LANE_TYPE(float) vec;
+typedef LANE_TYPE(int32_t) ints;
+typedef LANE_TYPE(uint32_t) words;
+typedef LANE_TYPE(uint16_t) shorts;
+typedef LANE_TYPE(_Float16) halves;
+typedef LANE_TYPE(_Bool) flags;
+typedef double __attribute__((ext_vector_type(WIDTH / 2))) doubles;
+typedef float __attribute__((ext_vector_type(WIDTH / 2))) singles;
+
+#define INLINE static inline __attribute__((always_inline))
+#define NAMED(name, width) name##_##width
+#define NAME(name, width) NAMED(name, width)
+
+// A tile of products that fits into the registers.
+enum { ROWS = WIDTH == 16 ? 8 : 4, VECTORS = 2 };
+
+// Half units that an interval is widened by, for the roundings of the sum and of its ends.
+enum { SLACK = 8 };
+#define WIDEN 0x1p-21f // SLACK / 2 units of float32, relatively
+
+// The lanes that are set, as bits.
+INLINE unsigned lanes_of(ints mask) {
+    flags set = __builtin_convertvector(mask, flags);
+    unsigned bits = 0;
+    memcpy(&bits, &set, (WIDTH + 7) / 8);
+    return bits & ((1u << WIDTH) - 1);
+}
+
+INLINE int bytes_of(int type) { return type == F32 ? 4 : 2; }
+
+INLINE vec widen(const void *data, int type) {
+    if (type == F32) {
+        vec v;
+        memcpy(&v, data, sizeof v);
+        return v;
+    }
+    shorts s;
+    memcpy(&s, data, sizeof s);
+    if (type == F16) return __builtin_convertvector((halves)s, vec);
+    return (vec)(__builtin_convertvector(s, words) << 16);
+}
+
+// Rounds both ends of sum ± bound, the outer one into `out`; returns the lanes where they differ.
+// The ends are computed with the sum's sign, so those of an interval around zero always differ.
+INLINE ints round_ends(vec sum, float bound, int to, shorts *out) {
+    vec signed_bound = (vec)(((ints)sum & (ints)0x80000000) | (ints)(vec)bound);
+    vec high = sum + signed_bound, low = sum - signed_bound;
+    if (to == F16) {
+        *out = (shorts)__builtin_convertvector(high + high * WIDEN, halves);
+        shorts lower = (shorts)__builtin_convertvector(low - low * WIDEN, halves);
+        return __builtin_convertvector(*out != lower, ints);
+    }
+    // Add half a unit and cut. Ties, which this would not round to even, are inside the interval.
+    words upper = (words)high + (0x8000 + SLACK), lower = (words)low + (0x8000 - SLACK);
+    *out = __builtin_convertvector(upper >> 16, shorts);
+    return (upper ^ lower) >= 0x10000;
+}
+
+// Multiplies ROWS rows with a panel; sums may be fused, which the bound allows.
+INLINE void multiply(const float *const *left, const float *panel, int64_t depth, vec (*sums)[VECTORS]) {
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) sums[r][v] = 0.f;
+    for (int64_t k = 0; k < depth; k++)
+        for (int v = 0; v < VECTORS; v++) {
+            vec right;
+            memcpy(&right, panel + k * PANEL + v * WIDTH, sizeof right);
+            for (int r = 0; r < ROWS; r++) {
+#if defined(__FMA__) || defined(__aarch64__)
+                sums[r][v] = __builtin_elementwise_fma((vec)left[r][k], right, sums[r][v]);
+#else
+                sums[r][v] += left[r][k] * right;
+#endif
+            }
+        }
+}
+
+struct found {
+    int64_t *undecided, count;
+    ints beyond;
+};
+
+// Adds `n` weights to a vector of products, rounds and stores the sums.
+INLINE void add(
+    vec product, const char *weights, int from, float bound, char *out, int to, int n, int64_t at,
+    float limit, struct found *found
+) {
+    vec sum;
+    shorts made;
+    if (n == WIDTH) {
+        sum = product + widen(weights, from);
+    } else { // the end of a row
+        char buffer[sizeof(vec)] = {0};
+        memcpy(buffer, weights, n * bytes_of(from));
+        sum = product + widen(buffer, from);
+    }
+    ints differ = round_ends(sum, bound, to, &made);
+    vec size = (vec)((ints)sum & 0x7fffffff);
+    found->beyond |= ~(size < limit);
+    if (n == WIDTH) memcpy(out, &made, sizeof made);
+    else memcpy(out, &made, n * sizeof(uint16_t));
+    unsigned set = lanes_of(differ) & ((1u << n) - 1);
+    for (; set; set &= set - 1) found->undecided[found->count++] = at + __builtin_ctz(set);
+}
+
+INLINE int64_t rounded(
+    const float *left, const float *right, int64_t depth, const char *base, int from,
+    const float *bound, char *out, int to, int64_t rows, int64_t columns, float limit,
+    int64_t *undecided, int *above
+) {
+    struct found found = {.undecided = undecided};
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        const int some = rows - first < ROWS ? (int)(rows - first) : ROWS;
+        const float *lefts[ROWS]; // the last row again where there are no more
+        for (int r = 0; r < ROWS; r++) lefts[r] = left + (first + (r < some ? r : some - 1)) * depth;
+        for (int64_t c = 0; c < columns; c += VECTORS * WIDTH) {
+            vec sums[ROWS][VECTORS];
+            multiply(lefts, right + c / PANEL * PANEL * depth + c % PANEL, depth, sums);
+            for (int r = 0; r < ROWS; r++)
+                for (int v = 0; v < VECTORS; v++) {
+                    const int64_t column = c + v * WIDTH, at = (first + r) * columns + column;
+                    if (r >= some || column >= columns) continue;
+                    const int n = columns - column < WIDTH ? (int)(columns - column) : WIDTH;
+                    add(
+                        sums[r][v], base + at * bytes_of(from), from, bound[first + r], out + at * 2,
+                        to, n, at, limit, &found
+                    );
+                }
+        }
+    }
+    *above = lanes_of(found.beyond) != 0;
+    return found.count;
+}
+
+// One loop per pair of types, so that none chooses inside it.
+#define CHOOSE(call, from, to) \
+    if ((from) == BF16) call(BF16, to); \
+    else if ((from) == F16) call(F16, to); \
+    else call(F32, to);
+
+int64_t NAME(round_sums, WIDTH)(
+    const float *left, const float *right, int64_t depth, const void *base, int from,
+    const float *bound, void *out, int to, int64_t rows, int64_t columns, float limit,
+    int64_t *undecided, int *above
+) {
+#define ROUND(from, to) \
+    return rounded( \
+        left, right, depth, base, from, bound, out, to, rows, columns, limit, undecided, above \
+    )
+    if (to == BF16) CHOOSE(ROUND, from, BF16)
+    else CHOOSE(ROUND, from, F16)
+}
+
+INLINE void projected(
+    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
+    const float *signs, float *squares, float *products
+) {
+    for (int64_t row = 0; row < rows; row++) {
+        vec square = 0.f, first = 0.f, second = 0.f;
+        for (int64_t c = 0; c < columns; c += WIDTH) {
+            const int64_t at = row * columns + c;
+            const int n = columns - c < WIDTH ? (int)(columns - c) : WIDTH;
+            vec made, weight, one = 0.f, two = 0.f;
+            if (n == WIDTH) {
+                made = widen((const char *)found + at * bytes_of(to), to);
+                weight = widen((const char *)base + at * bytes_of(from), from);
+                memcpy(&one, signs + c, sizeof one);
+                memcpy(&two, signs + columns + c, sizeof two);
+            } else {
+                char buffers[2][sizeof(vec)] = {{0}};
+                memcpy(buffers[0], (const char *)found + at * bytes_of(to), n * bytes_of(to));
+                memcpy(buffers[1], (const char *)base + at * bytes_of(from), n * bytes_of(from));
+                made = widen(buffers[0], to);
+                weight = widen(buffers[1], from);
+                memcpy(&one, signs + c, n * sizeof(float));
+                memcpy(&two, signs + columns + c, n * sizeof(float));
+            }
+            vec change = made - weight;
+            square += made * made;
+            first += change * one;
+            second += change * two;
+        }
+        float sums[3] = {0};
+        for (int lane = 0; lane < WIDTH; lane++) {
+            sums[0] += square[lane];
+            sums[1] += first[lane];
+            sums[2] += second[lane];
+        }
+        squares[row] = sums[0];
+        products[2 * row] = sums[1];
+        products[2 * row + 1] = sums[2];
+    }
+}
+
+void NAME(project_rows, WIDTH)(
+    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
+    const float *signs, float *squares, float *products
+) {
+#define PROJECT(from, to) \
+    projected(found, to, base, from, rows, columns, signs, squares, products)
+    if (to == BF16) {
+        CHOOSE(PROJECT, from, BF16)
+    } else {
+        CHOOSE(PROJECT, from, F16)
+    }
+}
+
+void NAME(dot_products, WIDTH)(
+    const float *left, const float *right, const double *gains, int64_t depth, const int64_t *row,
+    const int64_t *column, int64_t count, double *out
+) {
+    for (int64_t i = 0; i < count; i++) {
+        const float *a = left + row[i] * depth, *b = right + column[i] * depth;
+        doubles sums = 0.;
+        int64_t k = 0;
+        for (; k + WIDTH / 2 <= depth; k += WIDTH / 2) {
+            singles some, others;
+            doubles factors;
+            memcpy(&some, a + k, sizeof some);
+            memcpy(&others, b + k, sizeof others);
+            memcpy(&factors, gains + k, sizeof factors);
+            doubles scaled = __builtin_convertvector(some, doubles) * factors;
+            sums += scaled * __builtin_convertvector(others, doubles);
+        }
+        double sum = 0;
+        for (; k < depth; k++) sum += a[k] * gains[k] * b[k];
+        for (int lane = 0; lane < WIDTH / 2; lane++) sum += sums[lane];
+        out[i] = sum;
+    }
+}

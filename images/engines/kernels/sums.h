@@ -1,0 +1,41 @@
+// Passes over merged weights: sums that are rounded, repaired and proven.
+
+#pragma once
+
+#include <stdint.h>
+
+enum { BF16, F16, F32 };
+
+// The columns of a panel of packed factors.
+enum { PANEL = 32 };
+
+// Rounds W + left · right to BF16 or F16 where an error bound allows only one result.
+// left: float32 (rows, depth). right: float32 (panels, depth, PANEL), the columns in panels, the
+// last one filled up with zeros. base: W, (rows, columns), of type `from`. bound: float32 (rows), the
+// error of a row's product in any order of summation. out: the rounded sums, of type `to`.
+// undecided: gets the flat indices of all other elements, in no order; has room for all.
+// above: gets 1 if a sum is not below `limit`, or is no number.
+// Returns the number of undecided elements.
+typedef int64_t round_sums(
+    const float *left, const float *right, int64_t depth, const void *base, int from,
+    const float *bound, void *out, int to, int64_t rows, int64_t columns, float limit,
+    int64_t *undecided, int *above
+);
+
+// Σₖ left[row, k] · gains[k] · right[column, k] in float64, in any order, for `count` pairs.
+// left, right: float32 (…, depth).
+typedef void dot_products(
+    const float *left, const float *right, const double *gains, int64_t depth, const int64_t *row,
+    const int64_t *column, int64_t count, double *out
+);
+
+// Per row: the sum of squares of `found`, and two products of found - base with vectors of signs.
+// signs: float32 (2, columns). squares: (rows). products: (rows, 2).
+typedef void project_rows(
+    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
+    const float *signs, float *squares, float *products
+);
+
+round_sums round_sums_4, round_sums_8, round_sums_16;
+dot_products dot_products_4, dot_products_8, dot_products_16;
+project_rows project_rows_4, project_rows_8, project_rows_16;

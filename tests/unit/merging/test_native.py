@@ -1,0 +1,127 @@
+"""The library merges to the bits of numpy's passes, with every width of vectors of this CPU."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from weightsmith.drivers.toolset import tools_variable, toolset_folder
+from weightsmith.errors import InputRefused
+from weightsmith.kernels import library
+from weightsmith.merging import kernel, native, proof
+from weightsmith.merging.repair import Factors
+from weightsmith.merging.rounding import BF16, F16, F32
+from weightsmith.wiring import cache_folder
+
+pytestmark = pytest.mark.builders
+
+LANES = (4, 8, 16)
+TYPES = [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F16), (F16, BF16)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
+        yield
+    library.kernels().weightsmith_lanes(max(LANES))
+
+
+@pytest.fixture(params=LANES)
+def lanes(request) -> int:
+    """Vectors of this many lanes."""
+    if library.kernels().weightsmith_lanes(request.param) < request.param:
+        pytest.skip(f"this CPU has no vectors of {request.param} lanes")
+    return request.param
+
+
+def factors(random: np.random.Generator, rows: int, depth: int, columns: int) -> Factors:
+    left = random.standard_normal((rows, depth), np.float32) * np.float32(0.02)
+    left[rows // 2] = 0
+    right = random.standard_normal((depth, columns), np.float32) * np.float32(0.02)
+    return Factors(left=left, right=right, gains=random.choice([0.5, 0.7, -1 / 3], depth))
+
+
+def weights(random: np.random.Generator, rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+    """Of all sizes: usual ones, tiny, subnormal, zeros of both signs, and integers."""
+    usual = random.standard_normal((rows, columns))
+    sizes = random.choice(
+        [1.0, 1e-3, 1e-7, 1e-39, 0.0], (rows, columns), p=[0.6, 0.1, 0.1, 0.1, 0.1]
+    )
+    usual[::5] = np.round(usual[::5] * 4)
+    return (usual * sizes).astype(dtype)
+
+
+def merged(made: kernel.Prepared, weight: np.ndarray, first: int) -> np.ndarray:
+    out = np.empty(weight.shape, made.dtype)
+    kernel.merge_rows(made, weight, first, kernel.Space(1 << 14, made.dtype, F32), out)
+    return out.view(np.uint16)
+
+
+@pytest.mark.parametrize(("base", "out"), TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(41, 7, 300), (3, 64, 33), (8, 1, 32), (1, 130, 1), (9, 16, 64)])
+def test_bits_are_those_of_numpy(base, out, shape, lanes, monkeypatch):
+    random = np.random.default_rng(sum(shape))
+    rows, depth, columns = shape
+    made = kernel.prepare("tensor", factors(random, rows + 2, depth, columns), out)
+    weight = weights(random, rows, columns, base)
+    assert native.rounds(base, out)
+    found = merged(made, weight, 2)
+
+    monkeypatch.setattr(library, "found", lambda: None)
+    assert not native.rounds(base, out)
+    assert np.array_equal(found, merged(made, weight, 2))
+
+
+def test_most_elements_are_decided_at_once(lanes):
+    """Else everything would be right, and slow."""
+    random = np.random.default_rng(1)
+    made = kernel.prepare("tensor", factors(random, 64, 64, 512), BF16)
+    weight = random.standard_normal((64, 512)).astype(BF16)
+    out = np.empty(weight.shape, BF16)
+    undecided, safe = native.round_sums(made.left, made.panels, made.bound, weight, out)
+    assert safe
+    assert len(undecided) < weight.size / 100
+
+
+@pytest.mark.parametrize("wrong", [np.inf, -np.inf, np.nan])
+def test_a_base_that_is_not_finite_is_refused(wrong, lanes):
+    random = np.random.default_rng(2)
+    made = kernel.prepare("tensor", factors(random, 8, 4, 40), BF16)
+    weight = random.standard_normal((8, 40)).astype(BF16)
+    weight[5, 39] = wrong
+    with pytest.raises(InputRefused, match="the base's tensor has NaN or infinite values"):
+        merged(made, weight, 0)
+
+
+def test_a_sum_that_overflows_is_refused(lanes):
+    random = np.random.default_rng(3)
+    made = kernel.prepare("tensor", factors(random, 8, 4, 40), F16)
+    weight = random.standard_normal((8, 40)).astype(F32)
+    weight[5, 39] = 1e5
+    with pytest.raises(InputRefused, match="overflows float16"):
+        merged(made, weight, 0)
+
+
+def test_products_for_repairs(lanes):
+    random = np.random.default_rng(4)
+    some = factors(random, 30, 37, 50)
+    rows, columns = random.integers(0, 30, 400), random.integers(0, 50, 400)
+    found = native.dot_products(some.left, some.columns, some.gains, rows, columns)
+    exact = ((some.left * some.gains) @ some.right.astype(np.float64))[rows, columns]
+    assert np.allclose(found, exact, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(("base", "out"), TYPES, ids=str)
+def test_projections_for_the_proof(base, out, lanes, monkeypatch):
+    random = np.random.default_rng(5)
+    weight, found = random.standard_normal((7, 301)).astype(base), np.ones((7, 301), out)
+    signs = random.integers(0, 2, (2, 301)).astype(F32) * 2 - 1
+    ours = proof._projected(found, weight, signs)
+    monkeypatch.setattr(library, "found", lambda: None)
+    for one, other in zip(ours, proof._projected(found, weight, signs), strict=True):
+        assert one.shape == other.shape
+        assert np.allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_float32_results_stay_with_numpy():
+    assert not native.rounds(F32, F32)
