@@ -25,12 +25,11 @@ _LEAVE = 4
 
 @dataclass(slots=True)
 class Answers:
-    """One view's tokens after each prompt, and the number of correct draft tokens."""
+    """One view's tokens after each prompt."""
 
     tokens: list[list[int]]
     margins: list[list[float]]
     """Of each token, the nats by which it was likelier than the second likeliest."""
-    from_drafts: int = 0
 
 
 @dataclass(slots=True)
@@ -77,11 +76,11 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     answers = _Found({n: [] for n in numbers}, {n: [] for n in numbers})
     found = answers.tokens
     shared = shared_prefix(model, asked.prompts, asked.most)
-    rest, right = _usable_drafts(model, asked), 0
+    rest = _usable_drafts(model, asked)
     for _ in range(_ROUNDS):
         rows = {n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}
         for batch in batches(rows, batch_tokens(model, asked), padding=_PADDING):
-            right += _verify(model, asked, shared, batch, answers, rest)
+            _verify(model, asked, shared, batch, answers, rest)
         rest = {n: draft for n, draft in rest.items() if draft and not _ended(found[n], asked)}
     left = [n for n in found if not _ended(found[n], asked)]
     advance(len(found) - len(left))
@@ -89,7 +88,7 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     for batch in batches(rows, batch_tokens(model, asked), asked.most):
         _generate(model, asked, shared, batch, answers)
         advance(len(batch))
-    return Answers([found[n] for n in numbers], [answers.margins[n] for n in numbers], right)
+    return Answers([found[n] for n in numbers], [answers.margins[n] for n in numbers])
 
 
 def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
@@ -154,12 +153,11 @@ def _verify(
     batch: Sequence[int],
     found: _Found,
     rest: dict[int, list[int]],
-) -> int:
-    """Check a batch's drafts in one pass; return the number of correct draft tokens."""
+) -> None:
+    """Check a batch's drafts in one pass."""
     rows = [[*asked.prompts[n], *found.tokens[n], *rest[n]][shared.length :] for n in batch]
     cache = shared.rows(len(batch)) if shared.length else None
     counts = [len(rest[n]) + 1 for n in batch]
-    right = 0
     read = _read(model, rows, counts, asked.filler, cache)
     for number, (tokens, margins) in zip(batch, read, strict=True):
         draft = rest[number]
@@ -167,8 +165,6 @@ def _verify(
         kept = [*draft[:same], tokens[same]]
         found.append(number, kept, margins, asked)
         rest[number] = draft[same + 1 :]
-        right += same
-    return right
 
 
 def _read(
