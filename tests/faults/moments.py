@@ -232,7 +232,7 @@ def _act(operation: str, words: Mapping[str, Any], moment: int, number: int, tel
     os.fsync = lambda _: None  # type: ignore[assignment]  # what it is for is no killed process
     try:
         with killed_at(moment, number) as moments:
-            _guarded(lambda _: _OPERATIONS[operation](**words), None, {})  # type: ignore[arg-type]
+            _guarded(_OPERATIONS[operation], dict(words))
         os.write(tell, str(moments()).encode())
         code = 0
     except KeyboardInterrupt:
