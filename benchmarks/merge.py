@@ -38,9 +38,8 @@ OURS = """
 import sys
 from pathlib import Path
 from weightsmith.merging.engine import MergeRequest, merge
-base, adapter, out, precision = sys.argv[1:5]
-merge(MergeRequest(base=Path(base), adapters=((Path(adapter), 1.0),), out=Path(out),
-                   precision=precision))
+base, adapter, out = sys.argv[1:4]
+merge(MergeRequest(base=Path(base), adapters=((Path(adapter), 1.0),), out=Path(out)))
 """
 PEFT = """
 import sys, torch
@@ -257,13 +256,10 @@ def ways(options: argparse.Namespace, base: Path, adapter: Path, out: Path) -> d
     """Return each tool's command and its additional PYTHONPATH."""
     python, folders = [sys.executable, "-W", "ignore", "-c"], [str(base), str(adapter), str(out)]
     found: dict[str, Any] = {
-        "weightsmith exact": ([*python, OURS, *folders, "exact"], None),
-        "weightsmith fast": ([*python, OURS, *folders, "fast"], None),
+        "weightsmith": ([*python, OURS, *folders], None),
         "PEFT merge_and_unload": ([*python, PEFT, *folders], None),
     }
-    if options.case == "tuner":
-        del found["weightsmith fast"]
-    elif options.peers:
+    if options.case != "tuner" and options.peers:
         found["mergekit"] = ([*python, MERGEKIT, *folders], peer(options.work, "mergekit"))
         path = peer(options.work, "axolotl")
         found["axolotl by shards"] = ([*python, AXOLOTL, *folders], path)

@@ -54,7 +54,7 @@ CHANGES = (
     Change("quality.limits={q4_k_m: {kl_mean: 0.2}}", stages=()),
     Change("quantize.imatrix='off'", MERGED[4:], ("quantize", "quality", *LATE), QUESTIONS),
     Change("merge.method=linear", ("merge",), ("merge", "evaluate", "publish")),
-    Change("merge.precision=fast", (*MERGED[:2], *MERGED[3:]), AGAIN, QUESTIONS),
+    Change("merge.precision=fast", stages=()),
     Change("adapters.0.weight=0.5", MERGED, AGAIN, QUESTIONS),
     Change("version=1.0.0", MERGED, AGAIN, QUESTIONS, lambda m: new_adapter(m)),
 )

@@ -153,11 +153,11 @@ def test_plan_names_what_changed(local) -> None:
     store, dist, _ = local
     words = ("plan", "--recipe", TINY, "--runner", "local", "--dist", dist)
     same = weightsmith(*words, store=store)
-    other = weightsmith(*words, "--set", "merge.precision=fast", store=store)
+    other = weightsmith(*words, "--set", "merge.dtype=float16", store=store)
     rows = {row["stage"]: row for row in other["stages"]}
 
     assert all(row["cached"] for row in same["stages"] if row["stage"] != "publish")
-    assert rows["merge"]["why"] == "changed: precision"
+    assert rows["merge"]["why"] == "changed: dtype"
     assert rows["quantize"]["why"] == "merge comes first"
     assert rows["merge"]["write_bytes"] > 0
 

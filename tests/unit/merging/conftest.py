@@ -130,8 +130,8 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read every merged checkpoint virtually, too: each tensor must have the written bytes."""
     check, settings_of, used = engine._check_index, engine._settings, []
 
-    def settings(request: Any, plan: Any) -> Any:
-        used[:] = [settings_of(request, plan)]
+    def settings(request: Any) -> Any:
+        used[:] = [settings_of(request)]
         return used[0]
 
     def both(plan: Any, out: Path) -> None:

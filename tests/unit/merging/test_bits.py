@@ -107,9 +107,7 @@ def test_every_bit_of_a_written_tensor(case: tuple[Any, ...]) -> None:
             ),
             kind="merged",
         )
-        settings_ = Settings(
-            exact=True, torch=False, device="cpu", workers=workers, block=block, piece=block
-        )
+        settings_ = Settings(device="cpu", workers=workers, block=block, piece=block)
         maker = ShardMaker(settings_, Tally())
         path = Path(folder) / "out"
         maker.write(OutputShard(name="out", outputs=(output,)), path, lambda _: None).finish()

@@ -96,20 +96,6 @@ def test_weighted_adapters_are_one_sum(make_model: Any, make_adapter: Any) -> No
     torch.testing.assert_close(got, unmerged(base, adapters), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_fast_has_pefts_own_bits(dtype: torch.dtype, make_model: Any, make_adapter: Any) -> None:
-    from peft import PeftModel
-
-    base = make_model(dtype=dtype)
-    adapter = make_adapter(base)
-
-    run(base, [(adapter, 1.0)], base.parent / "out", precision="fast")
-
-    merged = PeftModel.from_pretrained(load(base, dtype), adapter).merge_and_unload().state_dict()
-    for name, tensor in tensors(base.parent / "out").items():
-        assert torch.equal(merged[name], tensor), name
-
-
 def test_untouched_tensors_keep_bytes_names_types_and_order(
     make_model: Any, make_adapter: Any
 ) -> None:

@@ -42,7 +42,7 @@ def check(shard: OutputShard, path: Path) -> None:
     checksums = tuple(Checksum.of(data[start:end], start) for start, end in pairwise(edges))
     files = OpenFiles()
     with ThreadPoolExecutor(2) as pool:
-        prove(shard, path, checksums, files, pool, exact=True)
+        prove(shard, path, checksums, files, pool)
     files.close()
 
 

@@ -15,7 +15,7 @@ from weightsmith.merging.virtual import VirtualCheckpoint
 
 from tests.unit.merging.conftest import stored
 
-EXACT = Settings(exact=True, torch=False, device="cpu", workers=1)
+EXACT = Settings(device="cpu", workers=1)
 
 
 def test_rows_may_be_read_in_any_order(make_model, make_adapter):

@@ -101,7 +101,6 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
         (({"trainable_token_indices": [5, 9]},), (0.5,), {}),
         (({},), (1.0,), {"dtype": "float32"}),
         (({},), (1.0,), {"dtype": "float16"}),
-        (({},), (1.0,), {"precision": "fast"}),
     ],
     ids=[
         "two",
@@ -112,7 +111,6 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
         "half-tokens",
         "to-float32",
         "to-float16",
-        "fast",
     ],
 )
 def test_ways_to_merge_pass(

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from weightsmith.errors import InputRefused
-from weightsmith.merging.fast import MIN_SIZE, merge_rows_fast
 from weightsmith.merging.kernel import (
     PIECE,
-    Addition,
     Prepared,
     Space,
     finish_rows,
@@ -29,16 +27,16 @@ from weightsmith.merging.tally import Tally
 
 BLOCK = 1 << 20
 """Elements per block on the CPU; larger blocks reduce the overhead of repairs and queues."""
+_LEAST_ROWS = 16
+"""Rows for which there is always room: products of fewer rows take twice as long per row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How blocks are computed; does not affect the bytes of an exact merge."""
+    """How blocks are computed; does not affect the bytes."""
 
-    exact: bool
-    torch: bool
-    """Use torch: on a GPU, or for `fast` if numpy's products differ from torch's."""
     device: str
+    """`cpu`, or `cuda` for blocks that torch computes on a GPU."""
     workers: int
     block: int = BLOCK
     piece: int = PIECE
@@ -91,16 +89,16 @@ class RowMaker:
             computed = partial(self._computed, output, rows)
             yield Span(first=0, count=output.rows, rows=computed, step=step, fixed=True)
             return
-        step, fixed = max(1, self._settings.block // output.columns), not self._settings.exact
+        step = max(1, self._settings.block // output.columns)
         for band in bands(output):
             addition = self._prepare(output, band)
             make = partial(self._unchanged, output)
             if addition is not None:
                 make = partial(self._merge, output, addition, band.first)
             size = band.end - band.first
-            yield Span(first=band.first, count=size, rows=make, step=step, fixed=fixed)
+            yield Span(first=band.first, count=size, rows=make, step=step, fixed=False)
 
-    def _prepare(self, output: Output, band: Band) -> Addition | None:
+    def _prepare(self, output: Output, band: Band) -> Prepared | None:
         """Read the factors of one band; None if they are all zero."""
         lefts, rights, gains = [], [], []
         for term in band.terms:
@@ -123,13 +121,10 @@ class RowMaker:
             right=np.ascontiguousarray(rights[0]) if one else np.concatenate(rights, 0),
             gains=np.array(gains, F64),
         )
-        dtype = ARRAY_TYPES[output.dtype]
-        if not self._settings.exact:
-            return Addition(name=output.name, factors=factors, dtype=dtype)
-        return prepare(output.name, factors, dtype)
+        return prepare(output.name, factors, ARRAY_TYPES[output.dtype])
 
     def _merge(
-        self, output: Output, addition: Addition, offset: int, first: int, count: int
+        self, output: Output, addition: Prepared, offset: int, first: int, count: int
     ) -> np.ndarray:
         weight = output.source.rows(self.files, first, count, output.columns)
         out = np.empty(weight.shape, addition.dtype)
@@ -140,19 +135,10 @@ class RowMaker:
         return out
 
     def _apply(
-        self, addition: Addition, weight: np.ndarray, first: int, out: np.ndarray
+        self, addition: Prepared, weight: np.ndarray, first: int, out: np.ndarray
     ) -> Repairs:
-        """Merge rows as configured."""
-        if not isinstance(addition, Prepared):
-            if self._settings.torch:
-                from weightsmith.merging import torch_kernel
-
-                torch_kernel.merge_rows_fast(addition, weight, first, out)
-            else:
-                space = self._space(addition.dtype, F32, weight.shape[1])
-                merge_rows_fast(addition, weight, first, space, out)
-            return Repairs()
-        if not self._settings.torch:
+        """Merge rows on the CPU or the GPU."""
+        if self._settings.device == "cpu":
             space = self._space(addition.dtype, addition.work, weight.shape[1])
             return merge_rows(addition, weight, first, space, out)
         from weightsmith.merging import torch_kernel
@@ -169,8 +155,7 @@ class RowMaker:
         """Return this worker's buffers; replace them only if too small or of another dtype."""
         key = (dtype, work)
         held: tuple[Any, int, Space] | None = getattr(self._local, "space", None)
-        # Products of few rows take twice as long per row.
-        least = MIN_SIZE * columns
+        least = _LEAST_ROWS * columns
         if held is None or held[0] != key or held[1] < least:
             size = max(least, self._settings.piece)
             held = (key, size, Space(size, *key))

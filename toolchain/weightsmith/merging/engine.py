@@ -23,7 +23,6 @@ from weightsmith.merging.blocks import BLOCK, Settings
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.measure import measure
 from weightsmith.merging.companions import companion_files, index_json, write_file
-from weightsmith.merging.fast import needs_torch
 from weightsmith.merging.journal import Journal, open_out
 from weightsmith.merging.keep import keep_adapter
 from weightsmith.merging.kernel import PIECE, check_arithmetic
@@ -86,7 +85,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     )
     if request.keep_adapter:
         return _keep(request, plan, started)
-    settings = _settings(request, plan)
+    settings = _settings(request)
     inputs = (request.base, *(path for path, _ in request.adapters))
     journal = open_out(request.out, inputs, _key(request, plan), own=request.own_out)
     tally, findings = Tally(), list(plan.findings)
@@ -139,16 +138,13 @@ def _conflicts(plan: MergePlan) -> tuple[list[dict[str, Any]], list[str]]:
     return conflicts.report(names), conflicts.findings(names)
 
 
-def _settings(request: MergeRequest, plan: MergePlan) -> Settings:
+def _settings(request: MergeRequest) -> Settings:
     has_gpu = request.device != "cpu" and _has_gpu()
     if request.device == "cuda" and not has_gpu:
         raise EnvironmentFailure("no CUDA device found", hint="merge with device cpu")
     device = "cuda" if has_gpu else "cpu"
     workers = request.workers or len(os.sched_getaffinity(0))
-    exact = request.precision == "exact"
     return Settings(
-        exact=exact,
-        torch=device == "cuda" or (not exact and needs_torch(plan.outputs.values())),
         device=device,
         workers=2 if device == "cuda" else min(max(1, workers), _MOST_WORKERS),
         block=_GPU_BLOCK if device == "cuda" else BLOCK,
@@ -186,7 +182,7 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
 def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
     """Run blocks in parallel instead of operations, whose idle threads would spin."""
     with threadpool_limits(limits=1):
-        if not settings.torch:
+        if settings.device == "cpu":
             check_arithmetic()
             yield
             return
@@ -220,7 +216,7 @@ def _write_shards(
 
     def finish(shard: OutputShard, writer: Writer, repairs: Repairs) -> None:
         finished[shard.name] = writer.finish()
-        tally.unchanged += _prove(shard, writer, maker, exact=settings.exact).unchanged
+        tally.unchanged += _prove(shard, writer, maker).unchanged
         parts[shard.name] = tally.about((output.name for output in shard.outputs), repairs)
         journal.record(finished, parts)
 
@@ -258,11 +254,11 @@ def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]],
     return written, notes
 
 
-def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker, *, exact: bool) -> Proof:
+def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker) -> Proof:
     """Check a written shard; delete it if the check fails."""
     checksums = tuple(writer.checksums)
     try:
-        return prove(shard, writer.path, checksums, maker.files, maker.pool, exact=exact)
+        return prove(shard, writer.path, checksums, maker.files, maker.pool)
     except CheckFailed:
         writer.path.unlink(missing_ok=True)
         raise

@@ -44,8 +44,6 @@ KINDS = ("merged", "copied", "replaced")
 """Kinds of output tensors."""
 _START_BYTES = 100 << 20
 """Resident memory of Python with numpy imported, rounded up."""
-_TORCH_BYTES = 200 << 20
-"""Additional memory for torch, for `fast`."""
 _BLOCK_BYTES = 24 << 20
 """Buffers per worker."""
 
@@ -145,7 +143,7 @@ def make_plan(
     )
 
 
-def estimate(plan: MergePlan, workers: int = 1, *, exact: bool = True) -> dict[str, int]:
+def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     """Return a merge's `read_bytes`, `write_bytes` and `peak_memory_bytes`."""
     shards = sum(shard.file_size for shard in plan.base.shards)
     headers = sum(
@@ -161,10 +159,7 @@ def estimate(plan: MergePlan, workers: int = 1, *, exact: bool = True) -> dict[s
     return {
         "read_bytes": shards + adapters + others,
         "write_bytes": headers + sum(shard.size for shard in plan.shards) + others,
-        "peak_memory_bytes": _START_BYTES
-        + (0 if exact else _TORCH_BYTES)
-        + held
-        + max(1, workers) * _BLOCK_BYTES,
+        "peak_memory_bytes": _START_BYTES + held + max(1, workers) * _BLOCK_BYTES,
     }
 
 

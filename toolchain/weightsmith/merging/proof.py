@@ -81,8 +81,6 @@ def prove(
     checksums: tuple[Checksum, ...],
     files: OpenFiles,
     pool: Executor,
-    *,
-    exact: bool,
 ) -> Proof:
     """Check a written shard against its plan; `checksums` were taken while writing.
 
@@ -102,7 +100,7 @@ def prove(
                 written = _Written(
                     output=output, info=info, checksums=tuple(own), reader=reader, files=files
                 )
-                checks.append((output.name, pool.submit(_check, written, exact=exact)))
+                checks.append((output.name, pool.submit(_check, written)))
         unchanged = tuple(name for name, moved in checks if not moved.result())
     finally:
         for _, moved in checks:
@@ -153,10 +151,10 @@ def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
         pass
 
 
-def _check(written: _Written, *, exact: bool) -> bool:
+def _check(written: _Written) -> bool:
     """Check one tensor; return whether it differs from the base's bits."""
     if written.output.terms:
-        return _project(written, exact=exact)
+        return _project(written)
     if written.output.change is not None:
         _check_bytes(written.reader, written.checksums)
         return _recompute(written)
@@ -166,7 +164,7 @@ def _check(written: _Written, *, exact: bool) -> bool:
     return _compare_values(written)
 
 
-def _project(written: _Written, *, exact: bool) -> bool:
+def _project(written: _Written) -> bool:
     """Compare W'x with Wx + Σ factor · B(Ax) for random signs x; recompute suspicious rows."""
     output, files = written.output, written.files
     work = F64 if output.dtype == "F32" else F32
@@ -192,7 +190,7 @@ def _project(written: _Written, *, exact: bool) -> bool:
         rows.update((np.flatnonzero(~fine) + first).tolist())
     ordered = sorted(rows)
     for at in range(0, len(ordered), ROWS):
-        _compare_rows(written, factors, ordered[at : at + ROWS], exact=exact)
+        _compare_rows(written, factors, ordered[at : at + ROWS])
     return moved
 
 
@@ -209,15 +207,13 @@ def _projected(
     return squares, np.stack([change @ some for some in signs], 1)
 
 
-def _compare_rows(
-    written: _Written, factors: list[_Factors], rows: list[int], *, exact: bool
-) -> None:
+def _compare_rows(written: _Written, factors: list[_Factors], rows: list[int]) -> None:
     """Recompute whole rows in float64."""
     total = np.concatenate([_source_row(written.output, written.files, row) for row in rows])
     for some in factors:
         some.add_rows(np.array(rows), total)
     found = np.concatenate([written.row(row) for row in rows])
-    _compare(written.output, total, found, exact)
+    _compare(written.output, total, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,13 +270,13 @@ def _patched(patch: Patch, files: OpenFiles, row: int, columns: int) -> np.ndarr
     return patch.stored.rows(files, place, 1, columns).astype(F64)
 
 
-def _compare(output: Output, expected: np.ndarray, found: np.ndarray, exact: bool) -> None:
-    """Compare with a tolerance of half a unit plus the error of float64 (`fast`: float32)."""
+def _compare(output: Output, expected: np.ndarray, found: np.ndarray) -> None:
+    """Compare with a tolerance of half a unit plus the error of float64."""
     form = FORMATS[found.dtype]
     size = np.abs(expected)
     room = size * 2.0**-form.precision * (1 + 2.0**-20) + 2.0 ** (form.least - form.precision)
     # For sums that cancel, the error is relative to the row's largest value.
-    room += size.max(1, keepdims=True) * (2.0**-40 if exact else 2.0**-16)
+    room += size.max(1, keepdims=True) * 2.0**-40
     off = np.abs(found.astype(F64) - expected) > room
     if off.any() or not np.isfinite(found).all():
         raise _wrong(output, int(off.sum()), off.size)
@@ -299,7 +295,7 @@ def _recompute(written: _Written) -> bool:
     random = np.random.default_rng(_seed(output.name))
     for row in sorted(set(random.integers(0, output.rows, ROWS).tolist())):
         found = written.row(row)
-        _compare(output, rows(row, 1), found, True)
+        _compare(output, rows(row, 1), found)
         moved = moved or _differ(output.source.rows(files, row, 1, output.columns), found)
     step = max(1, _BLOCK // output.columns)
     for first in range(0, 0 if moved else output.rows, step):

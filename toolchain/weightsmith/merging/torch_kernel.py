@@ -1,16 +1,14 @@
-"""The merge of one tensor with torch: the same bytes on a GPU, and `fast` with PEFT's bits."""
+"""The merge of one tensor with torch, on a GPU: the same bytes as on the CPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 import torch
 
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.merging.fast import MIN_SIZE, groups
-from weightsmith.merging.kernel import SLACK, Addition, Prepared, check_finite
+from weightsmith.merging.kernel import SLACK, Prepared
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS
 
 TORCH_TYPES = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32, F64: torch.float64}
@@ -69,28 +67,6 @@ def first_pass(
     limit = held.largest * 0.99
     as_tensor(out).copy_(high)
     return flagged, -limit < least and most < limit
-
-
-def merge_rows_fast(addition: Addition, weight: np.ndarray, first: int, out: np.ndarray) -> None:
-    """Like `fast.merge_rows_fast`, with torch's products: PEFT's bits for a single adapter.
-
-    Runs on the CPU; shapes and errors are those of `kernel.merge_rows`.
-    """
-    factors, target = addition.factors, as_tensor(out)
-    lefts, right, base = as_tensor(factors.left), as_tensor(factors.right), as_tensor(weight)
-    parts = list(groups(factors.gains))
-    step = max(MIN_SIZE, (1 << 18) // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        end = min(start + step, len(weight))
-        # PEFT multiplies whole matrices; a product of few rows is summed in another order.
-        before = max(0, min(first + start, first + end - MIN_SIZE))
-        left = lefts[before : first + end]
-        # Start with the first product, because adding it to zero would turn -0 into 0.
-        delta = reduce(
-            torch.Tensor.add_, [(left[:, s:e] @ right[s:e]).mul_(gain) for gain, s, e in parts]
-        )[first + start - before :]
-        target[start:end] = delta.add_(base[start:end].float())
-    check_finite(addition, weight, out)
 
 
 def check_arithmetic(device: str) -> None:

@@ -95,7 +95,7 @@ def _merged(inputs: ImageInputs) -> list[Statement]:
     if sources is None or checkpoint is None or recipe is None or not sources.adapters:
         return []
     parameters = {
-        **asdict(recipe.merge),
+        **asdict(recipe.merge.as_done),
         "weights": [adapter.weight for adapter in sources.adapters],
     }
     return [

@@ -68,7 +68,7 @@ def labels(
         PREFIX + "base.pin": sources.base.pin,
         PREFIX + "base.digest": sources.base.digest,
         PREFIX + "merge.method": recipe.merge.method,
-        PREFIX + "merge.precision": recipe.merge.precision,
+        PREFIX + "merge.precision": recipe.merge.as_done.precision,
         PREFIX + "plan": json.dumps(config.plan.portable(), sort_keys=True, separators=(",", ":")),
     }
     found |= _quality(quality)

@@ -32,7 +32,7 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            **asdict(options),
+            **asdict(options.as_done),
             "builder": builder_pins(BUILDER),
         },
     )
@@ -59,7 +59,7 @@ def check(sources: Sources, options: Merge) -> Mapping[str, int]:
         combination=Combination.of(options),
         quantized_base=options.quantized_base,
     )
-    return estimate(plan, exact=options.precision == "exact")
+    return estimate(plan)
 
 
 def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Outcome[Checkpoint]:
@@ -68,6 +68,8 @@ def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Ou
     Raises InputRefused if any key of an adapter does not fit the base.
     """
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
+    if options.precision == "fast":
+        tools.progress.warn("merge.precision: fast is the same as exact now")
     if not sources.adapters:
         base = Checkpoint(tree=sources.base.tree)
         return timer.done(base, cached=True)
@@ -106,7 +108,7 @@ def _run(
         base=Input.tree(sources.base.tree),
         adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
         weights=tuple(a.weight for a in sources.adapters),
-        options=options,
+        options=options.as_done,
         keep_adapter=keep_adapter,
         output=folder,
         memory_bytes=memory_limit(cost),
