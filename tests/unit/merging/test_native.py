@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from weightsmith.drivers.toolset import tools_variable, toolset_folder
-from weightsmith.errors import InputRefused
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.kernels import library
-from weightsmith.merging import kernel, native, proof
+from weightsmith.merging import engine, kernel, native, proof
 from weightsmith.merging.repair import Factors
 from weightsmith.merging.rounding import BF16, F16, F32
 from weightsmith.wiring import cache_folder
@@ -121,6 +122,74 @@ def test_projections_for_the_proof(base, out, lanes, monkeypatch):
     for one, other in zip(ours, proof._projected(found, weight, signs), strict=True):
         assert one.shape == other.shape
         assert np.allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def test_factors_and_weights_in_fortran_order_merge_to_the_same_bits(lanes):
+    """Parts of transposed layers are views, and numpy keeps their order when it joins them."""
+    random = np.random.default_rng(6)
+    plain = factors(random, 9, 16, 64)
+    turned = Factors(
+        left=np.asfortranarray(plain.left),
+        right=np.asfortranarray(plain.right),
+        gains=plain.gains,
+    )
+    weight = weights(random, 9, 64, BF16)
+    expected = merged(kernel.prepare("tensor", plain, BF16), weight, 0)
+    found = merged(kernel.prepare("tensor", turned, BF16), np.asfortranarray(weight), 0)
+    assert np.array_equal(found, expected)
+
+
+def test_products_of_factors_in_fortran_order(lanes):
+    random = np.random.default_rng(7)
+    some = factors(random, 30, 37, 50)
+    rows, columns = random.integers(0, 30, 400), random.integers(0, 50, 400)
+    left, right = np.asfortranarray(some.left), np.asfortranarray(some.columns)
+    gains = np.repeat(some.gains, 2)[::2]
+    found = native.dot_products(left, right, gains, rows, columns)
+    exact = ((some.left * some.gains) @ some.right.astype(np.float64))[rows, columns]
+    assert np.allclose(found, exact, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("wrong", ["found", "base", "signs"])
+def test_projections_of_arrays_in_fortran_order(wrong, lanes):
+    random = np.random.default_rng(8)
+    arrays = {
+        "found": random.standard_normal((7, 301)).astype(BF16),
+        "base": random.standard_normal((7, 301)).astype(BF16),
+        "signs": random.integers(0, 2, (2, 301)).astype(F32) * 2 - 1,
+    }
+    found, base, signs = (array.astype(np.float64) for array in arrays.values())
+    squares, products = native.project_rows(**arrays | {wrong: np.asfortranarray(arrays[wrong])})
+    assert np.allclose(squares, (found**2).sum(1), rtol=1e-5)
+    assert np.allclose(products, (found - base) @ signs.T, rtol=1e-5, atol=1e-4)
+
+
+def test_two_adapters_on_transposed_layers(make_model, make_adapter, tmp_path, monkeypatch):
+    """GPT-2 stores (in, out), so factors are transposed, and joined for two adapters."""
+    base = make_model("gpt2", dtype=torch.bfloat16)
+    adapters = tuple(
+        (make_adapter(base, name, seed, fan_in_fan_out=True), 0.7)
+        for name, seed in (("one", 1), ("two", 2))
+    )
+
+    def merge(name: str) -> bytes:
+        out = tmp_path / name
+        engine.merge(engine.MergeRequest(base=base, adapters=adapters, out=out))
+        return (out / "model.safetensors").read_bytes()
+
+    ours = merge("ours")
+    monkeypatch.setattr(library, "found", lambda: None)
+    assert ours == merge("numpy")
+
+
+def test_without_a_library_that_loads_numpy_merges(tmp_path, monkeypatch):
+    (tmp_path / "libkernels.so").write_bytes(b"of another machine")
+    monkeypatch.setenv(tools_variable("kernels"), str(tmp_path))
+    monkeypatch.setattr(library, "kernels", library.kernels.__wrapped__)
+    assert library.found() is None
+    assert not native.rounds(BF16, BF16)
+    with pytest.raises(EnvironmentFailure, match="cannot be loaded"):
+        library.kernels()
 
 
 def test_float32_results_stay_with_numpy():

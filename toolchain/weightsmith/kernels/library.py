@@ -13,13 +13,16 @@ _NUMBER, _DATA, _COUNT = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 
 
 def found() -> ctypes.CDLL | None:
-    """Return our kernels, or None where they were not compiled."""
+    """Return our kernels, or None where they were not compiled or cannot be loaded."""
     return _found(_path("libkernels.so"))
 
 
 @cache
 def _found(path: Path) -> ctypes.CDLL | None:
-    return kernels() if path.is_file() else None
+    try:
+        return kernels() if path.is_file() else None
+    except EnvironmentFailure:
+        return None
 
 
 @cache

@@ -115,10 +115,10 @@ class RowMaker:
             gains += [term.factor] * term.rank
         if not lefts:
             return None
-        one = len(lefts) == 1
+        # Transposed parts are in Fortran's order, and numpy keeps it when it joins them.
         factors = Factors(
-            left=np.ascontiguousarray(lefts[0]) if one else np.concatenate(lefts, 1),
-            right=np.ascontiguousarray(rights[0]) if one else np.concatenate(rights, 0),
+            left=np.ascontiguousarray(_joined(lefts, 1)),
+            right=np.ascontiguousarray(_joined(rights, 0)),
             gains=np.array(gains, F64),
         )
         return prepare(output.name, factors, ARRAY_TYPES[output.dtype])
@@ -192,6 +192,10 @@ class RowMaker:
                 hint="merge with dtype bfloat16 or float32",
             )
         return out
+
+
+def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
 def patched(

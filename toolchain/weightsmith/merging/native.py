@@ -2,6 +2,9 @@
 
 `kernel.py`, `repair.py` and `proof.py` do the same with numpy. An exact merge has the
 same bits either way, so nobody needs to know which one it was.
+
+The library reads arrays in C order. Transposed factors and some decoded weights have another
+order, so each function copies what is not C-contiguous.
 """
 
 from __future__ import annotations
@@ -39,12 +42,13 @@ def round_sums(
 ) -> tuple[np.ndarray, bool]:
     """Round `weight` + left · right into `out` where the rows' bounds allow only one result.
 
-    `left` is float32 (rows, K), `packed` the right factor in panels, `bound` float32 (rows, 1).
-    Returns the flat indices of undecided elements, and whether no sum is near overflow.
+    `left` is float32 (rows, K), `packed` the right factor in panels, `bound` float32 (rows, 1),
+    `out` C-contiguous. Returns the flat indices of undecided elements, and whether no sum is near
+    overflow.
     """
     (rows, columns), depth = weight.shape, left.shape[1]
     undecided, above = np.empty(weight.size, np.int64), ctypes.c_int()
-    left, bound, weight = (np.ascontiguousarray(array) for array in (left, bound, weight))
+    left, packed, bound, weight = map(np.ascontiguousarray, (left, packed, bound, weight))
     count = library.kernels().weightsmith_round_sums(
         *(left.ctypes.data, packed.ctypes.data, depth),
         *(weight.ctypes.data, _TYPES[weight.dtype], bound.ctypes.data),
@@ -59,10 +63,11 @@ def dot_products(
 ) -> np.ndarray | None:
     """Return Σₖ left[row, k] · gains[k] · right[column, k] in float64; None without the library.
 
-    `left` and `right` are C-contiguous float32, `gains` is float64, `rows` and `columns` are pairs.
+    `left` and `right` are float32, `gains` is float64, `rows` and `columns` are pairs.
     """
     if library.found() is None:
         return None
+    left, right, gains = map(np.ascontiguousarray, (left, right, gains))
     rows, columns = (np.ascontiguousarray(array, np.int64) for array in (rows, columns))
     out = np.empty(len(rows), F64)
     library.kernels().weightsmith_dot_products(
@@ -82,6 +87,7 @@ def project_rows(
     """
     if not rounds(base.dtype, found.dtype):
         return None
+    found, base, signs = map(np.ascontiguousarray, (found, base, signs))
     rows, columns = found.shape
     squares, products = np.empty(rows, F32), np.empty((rows, 2), F32)
     library.kernels().weightsmith_project_rows(
