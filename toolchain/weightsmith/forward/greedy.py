@@ -19,6 +19,8 @@ _PADDING = 128
 """Padding of a batch that is only read: another batch reads and converts every weight again."""
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings by which a model changes its head's logits, and so their margins."""
+_HIDDEN = 4096
+"""Hidden size if the configuration has none at its top: that of most models of 7B."""
 _LEAVE = 4
 """A batch continues without its finished answers as soon as they are one in so many."""
 
@@ -109,15 +111,26 @@ def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
 def batch_tokens(model: Any, asked: Questions) -> int:
     """Return how many tokens of prompts and answers a batch may have."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = _size(config, "num_attention_heads") or 1
+    hidden = _size(config, "hidden_size") or _HIDDEN
+    width = _size(config, "head_dim") or hidden // heads
     one = token_bytes(
-        layers=getattr(config, "num_hidden_layers", 1),
-        cached=(getattr(config, "num_key_value_heads", None) or heads) * width,
-        hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        layers=_size(config, "num_hidden_layers") or 1,
+        cached=(_size(config, "num_key_value_heads") or heads) * width,
+        hidden=hidden,
+        intermediate=_size(config, "intermediate_size") or 4 * hidden,
     )
     return min(BATCH_TOKENS, asked.batch_bytes // one)
+
+
+def _size(config: Any, name: str) -> int:
+    """Return a size, the largest if each layer has its own; 0 if there is none for all layers."""
+    try:
+        value = getattr(config, name)
+    except (AttributeError, RuntimeError):  # transformers raises RuntimeError for mixed layers
+        return 0
+    sizes = value if isinstance(value, list | tuple) else [value]
+    return max((size for size in sizes if isinstance(size, int)), default=0)
 
 
 def batches(

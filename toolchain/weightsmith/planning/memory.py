@@ -26,7 +26,7 @@ _PACKING = 4 << 30
 _GGUF = 1 << 30
 _WAYS_OUT: Mapping[str, str] = {
     "reference": "set evaluate.limit to ask fewer questions",
-    "validate": "set validate.enabled to false, or use shorter probes",
+    "validate": "set validate.enabled to false",
     "quality": "set quality.gate to false, or quality.tokens to fewer",
 }
 
