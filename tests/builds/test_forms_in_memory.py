@@ -12,6 +12,7 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
 
+from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.memory import Memory
 
 TARGET = "llamacpp-q4_k_m"
@@ -39,6 +40,20 @@ def test_all_forms_hold_the_weights_that_the_image_was_asked_with(warm: Memory) 
     assert b"".join(file.open()) in b"".join(weights[0].open())
     for form in (volume, pack):
         assert form.labels["dev.weightsmith.tested.image"] == built.published.digest
+        assert form.labels["dev.weightsmith.verdict"] == built.verdict
+        assert "dev.weightsmith.plan" not in form.labels
+
+
+def test_an_image_is_recorded_though_another_form_fails(warm: Memory) -> None:
+    built = warm.build(push=True)[TARGET]
+    (warm.results() / "build.json").unlink()
+    other = foreign_image(tar_of(entry("a")), docker=False)
+    warm.client.push(other, Reference.parse(f"{warm.repository}:{TAG}-volume"))
+
+    with pytest.raises(UsageError, match="volume"):
+        warm.build("outputs=[image, volume]", push=True)
+
+    assert warm.record()["image"]["digest"] == built.published.digest
 
 
 def test_each_form_can_be_verified(warm: Memory) -> None:

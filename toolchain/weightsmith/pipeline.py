@@ -11,7 +11,7 @@ from weightsmith.build_record import StageRecord
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.results import Result, unproven_of
+from weightsmith.evaluating.results import Result, unproven_of, verdict_of
 from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
@@ -89,9 +89,12 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         name, outputs = name_of(recipe, target.name), request.outputs_of(target)
         layout = request.candidate_layout(target)
         published = timed.take(publish(made, name, outputs, tools, started_in=layout))
+        if request.forms:
+            # What is published is recorded, whatever happens to its other forms.
+            record.keep(published, {}, results, timed.stages)
+        found = forms(request, target, made[0].inputs, published.digest, results, tools)
         warn_of(results, tools)
-        others = forms(request, target, made[0].inputs, published.digest, tools)
-        yield record.keep(published, others, results, timed.stages)
+        yield record.keep(published, found, results, timed.stages)
 
 
 @dataclass(slots=True)
@@ -202,16 +205,18 @@ def baked(
 
 
 def forms(
-    request: BuildRequest, target: Target, image: ImageInputs, tested: Digest, tools: Tools
+    request: BuildRequest,
+    target: Target,
+    image: ImageInputs,
+    tested: Digest,
+    results: tuple[Result, ...],
+    tools: Tools,
 ) -> Mapping[str, Published]:
     """Publish the other kinds that the recipe names, of the same weights; return them by kind."""
-    found = {}
+    found, base = {}, name_of(request.file.recipe, target.name)
     for kind in request.forms:
-        name, outputs = (
-            f"{name_of(request.file.recipe, target.name)}-{kind}",
-            (request.outputs_of_form(target, kind)),
-        )
-        prepare = partial(form_inputs, image, kind, tested, tools)
+        name, outputs = f"{base}-{kind}", request.outputs_of_form(target, kind)
+        prepare = partial(form_inputs, image, kind, tested, verdict_of(results), tools)
         made = bake(prepare, name, tools, push=outputs.push).value
         found[kind] = publish(made, name, outputs, tools, started_in=outputs.layout).value
     return found

@@ -43,3 +43,13 @@ def test_what_must_be_proven_is_refused_as_soon_as_it_cannot_be() -> None:
 
     with pytest.raises(CheckFailed, match="not proven: the image was not asked"):
         result("proven", base=score(0), adapter=score(60)).require_proof(tested=True)
+
+
+def test_what_the_image_may_still_show_is_not_refused_before_it_is_asked() -> None:
+    """Two answers lost by the merged model are within the limit, and the image may have them."""
+    asked = {"base": score(0, 100), "adapter": score(100, 100), "merged": score(98, 100)}
+    result("proven", **asked).require_proof(tested=False)
+
+    result("proven", **asked, image=score(100, 100)).require_proof(tested=True)
+    with pytest.raises(CheckFailed, match="95 % confidence"):
+        result("proven", **asked, image=score(98, 100)).require_proof(tested=True)

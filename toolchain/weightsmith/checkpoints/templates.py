@@ -16,21 +16,26 @@ from weightsmith.time_limits import TooLong, cpu_limit, doing
 
 
 def own_template(model: Path) -> str | None:
-    """Return a folder's default chat template, None without one.
+    """Return a folder's default chat template, None without one or with an empty one.
 
-    chat_template.jinja comes before tokenizer_config.json, as in transformers.
+    chat_template.jinja comes before tokenizer_config.json, as in transformers. Raises InputRefused
+    for a file that is not text.
     """
     own = model / "chat_template.jinja"
     if own.is_file():
-        return own.read_text("utf-8")
+        try:
+            return own.read_text("utf-8") or None
+        except UnicodeDecodeError:
+            raise InputRefused(f"{own} is not UTF-8", hint="replace the chat template") from None
     config = model / "tokenizer_config.json"
     if not config.is_file():
         return None
     template = read_json(config).get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
         template = named.get("default")
-    return template if isinstance(template, str) else None
+    return template if isinstance(template, str) and template else None
 
 
 def render_chat(

@@ -171,7 +171,7 @@ def inspect_image(
     else:
         whole = {}
     image = place.image(platform or None)
-    if platform not in {"", image.platform}:
+    if image.platform and platform not in {"", image.platform}:
         raise InputRefused(
             f"{source} is for {image.platform}",
             hint=f"there is no image for {platform}; remove --platform",

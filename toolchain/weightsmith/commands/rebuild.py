@@ -108,6 +108,11 @@ def _recipe(stated: Sequence[Statement], source: str, progress: Progress) -> dic
                 # Any other value names a file that is not attached.
                 mine = quantize.get("imatrix") in ("auto", "off")
                 kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
+            if isinstance(task := kept.get("evaluate"), dict) and "certainty" in task:
+                # As images of earlier versions say it.
+                proven = task["certainty"] == "proven"
+                task = {key: value for key, value in task.items() if key != "certainty"}
+                kept["evaluate"] = {**task, **({"require": "proven"} if proven else {})}
             kept["adapters"] = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
             known = {*_TAKEN, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}

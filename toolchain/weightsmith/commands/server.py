@@ -100,13 +100,15 @@ def served_model(session: ServerSession, place: ServerSource, requested: str) ->
     # Short time limits: a server that cannot list its models hangs.
     patient = session.limits
     session.limits = replace(patient, request_seconds=min(30.0, patient.request_seconds), tries=2)
+    name = requested
     try:
-        if not requested:
-            return find_served(session, first_name(session), may_ask=bool(place.image))
-        check_served_name(session, requested)
+        if requested:
+            check_served_name(session, requested)
+        else:
+            name = first_name(session)
     except CheckFailed as error:
         if not requested or "HTTP 404" not in error.message:
             raise
     finally:
         session.limits = patient
-    return find_served(session, requested, may_ask=bool(place.image))
+    return find_served(session, name, may_ask=bool(place.image))

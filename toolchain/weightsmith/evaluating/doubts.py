@@ -28,7 +28,7 @@ def doubts(scores: Scores, limit: DropLimit) -> tuple[str, ...]:
         *_apart(reference, judged),
         *_nothing_to_lose(scores, reference, limit.max_drop),
         *_gains(reference, judged),
-        *_too_few(reference, scores.get("image", scores.get("merged")), limit.max_drop),
+        *_too_few(reference, scores.get("image"), scores.get("merged"), limit.max_drop),
     )
 
 
@@ -83,8 +83,14 @@ def _gains(reference: Score, judged: Scores) -> Iterator[str]:
             )
 
 
-def _too_few(reference: Score, last: Score | None, max_drop: float) -> Iterator[str]:
-    """Yield that the questions do not show a drop of at most `max_drop`."""
+def _too_few(
+    reference: Score, image: Score | None, merged: Score | None, max_drop: float
+) -> Iterator[str]:
+    """Yield that the questions do not show a drop of at most `max_drop`.
+
+    Before the image was asked, only what no answer of it could change.
+    """
+    last = image or merged
     if last is None:
         return
     needed, change = items_needed(max_drop), comparison_of(last, reference)
@@ -92,7 +98,7 @@ def _too_few(reference: Score, last: Score | None, max_drop: float) -> Iterator[
         yield "there is no result per question, so chance cannot be excluded"
     elif max_drop <= 0 or needed > change.n:
         yield _few(change.n, max_drop, needed)
-    elif change.interval[1] > max_drop + 1e-9:
+    elif image is not None and change.interval[1] > max_drop + 1e-9:
         yield (
             f"{change.n} questions do not show that the drop is at most {max_drop:g}: with 95 %"
             f" confidence it is at most {change.interval[1]:.3f}"

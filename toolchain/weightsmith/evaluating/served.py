@@ -59,7 +59,7 @@ class Served:
         """Return the text of a response's choice; raise KeyError or TypeError if it has none."""
         if not self.chat:
             return choice["text"]
-        return choice["delta"].get("content") if stream else choice["message"]["content"]
+        return (choice["delta"] or {}).get("content") if stream else choice["message"]["content"]
 
 
 def find_served(session: ServerSession, name: str, *, may_ask: bool = True) -> Served:

@@ -193,7 +193,7 @@ def build(
             target=one.target.name,
             image=one.published.reference,
             digest=one.published.digest,
-            forms={k: f"{form.reference}@{form.digest}" for k, form in one.forms.items()},
+            forms={kind: form.reference for kind, form in one.forms.items()},
             scores={name: score.score for name, score in one.scores.items()},
             verdict=one.verdict,
             sameness=one.sameness,

@@ -79,7 +79,7 @@ class Built:
     """Its reference, or `oci:FOLDER`."""
     digest: Digest
     forms: Mapping[str, str]
-    """What else was published, by kind: its reference and digest, as `REFERENCE@sha256:…`."""
+    """What else was published, by kind: its reference, or `oci:FOLDER`."""
     scores: Mapping[str, float]
     """`base`, `adapter`, `merged` and `image` on the recipe's task, from 0 to 1; {} without one."""
     verdict: str

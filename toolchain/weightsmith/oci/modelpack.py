@@ -119,7 +119,7 @@ def _kind(path: str) -> str:
 def _size(parameters: int) -> str:
     """Return a number of parameters as the schema has it: one decimal and a letter."""
     for size, letter in _UNITS:
-        if parameters >= size:
+        if round(parameters / size, 1) >= 1:
             return f"{parameters / size:.1f}{letter}"
     return str(parameters)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.planning.bases import bases_of
@@ -38,10 +39,12 @@ from weightsmith.serving.memory import human, parse_size
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quantize as quantizing
+from weightsmith.stages import reference as references
+from weightsmith.stages import validate as validating
 from weightsmith.stages.base import OWN, base_reference
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Tools
-from weightsmith.values import Sources
+from weightsmith.values import Digest, Sources
 
 
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
@@ -80,8 +83,8 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             check_engine_image(target.engine, device, model)
     if any(target.format.packed for target in request.targets):
         warn_of_texts(request.file, tools.progress)
+    require_memory(_needs(request, sources, model, tools), tools.memory)
     if not everything_cached(request, sources, tools):
-        require_memory(_needs(request, sources, model, tools), tools.memory)
         for target in request.targets:
             if target.format.packed:
                 require_builder(target, tools.runner)
@@ -92,20 +95,46 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
 def _needs(
     request: BuildRequest, sources: Sources, model: ModelFacts, tools: Tools
 ) -> Iterator[tuple[str, str, int]]:
-    """Yield each stage that starts jobs, its target and the memory that it needs, in bytes."""
+    """Yield each stage whose job is still to run, its target and the bytes that it needs."""
     recipe, whole = request.file.recipe, sources_to_merge(request.targets, sources)
+    checkpoint: Digest | None = sources.base.digest
     if whole.adapters:
-        yield "merge", "", merging.check(whole, recipe.merge)["peak_memory_bytes"]
-        if recipe.validation.enabled:
+        merged = tools.store.find(merging.inputs(whole, recipe.merge).key)
+        checkpoint = merged.tree.digest if merged else None
+        if checkpoint is None:
+            yield "merge", "", merging.check(whole, recipe.merge)["peak_memory_bytes"]
+        if recipe.validation.enabled and not _is_validated(request, whole, checkpoint, tools):
             yield "validate", "", validate_memory(model, whole, tools.memory)
-    if tasks := tasks_of(request.file):
+    tasks = [task for task in tasks_of(request.file) if not _is_answered(task, sources, tools)]
+    if tasks:
         yield "reference", "", reference_memory(model, sources, tasks, tools.memory)
     for target in request.targets:
         if target.format.packed:
             options = quantize_options(request.file, target.format, sources.base, tools)
-            needed = quantize_memory(model, sources.base.tree.size, options)
-            yield "quantize", target.name, needed
-            yield "quality", target.name, quality_memory(model, recipe.quality.tokens, tools.memory)
+            made = checkpoint and tools.store.find(quantizing.inputs(checkpoint, options).key)
+            if not made:
+                needed = quantize_memory(model, sources.base.tree.size, options)
+                yield "quantize", target.name, needed
+            if recipe.quality.gate is not False:
+                needed = quality_memory(model, recipe.quality.tokens, tools.memory)
+                yield "quality", target.name, needed
+
+
+def _is_validated(
+    request: BuildRequest, sources: Sources, checkpoint: Digest | None, tools: Tools
+) -> bool:
+    if checkpoint is None:
+        return False
+    asked = probes(request.file)
+    stage = validating.inputs(sources, request.file.recipe.merge, checkpoint, asked)
+    return tools.store.find(stage.key) is not None
+
+
+def _is_answered(task: RecipeTask, sources: Sources, tools: Tools) -> bool:
+    """Return whether base and adapters have answered a task; the merged model may still have to."""
+    asked = references.subjects(sources, task.adapter).values()
+    keys = [references.inputs(subject, task.task).key for subject in asked]
+    return all(tools.store.find(key) for key in keys)
 
 
 def require_builder(target: Target, runner: Runner) -> None:

@@ -57,7 +57,8 @@ def forecast(
 ) -> Mapping[str, Json]:
     """Return stages, serving plans and totals of a build without running it.
 
-    Sizes are in bytes. Raises what the build would raise before its first long step.
+    Sizes are in bytes. Raises what the build would raise before its first long step, except for
+    lack of memory, which the rows show.
     """
     Reference.parse(repository(file.recipe))
     tasks = tasks_of(file)
@@ -291,7 +292,7 @@ def _quality_rows(
     artifact: Tree | None,
     tools: Tools,
 ) -> list[dict[str, Json]]:
-    if not target.format.packed or not can_make(target.format):
+    if not target.format.packed or not can_make(target.format) or file.recipe.quality.gate is False:
         return []
     texts, why = texts_of(file), "its weights do not exist yet"
     cached = False

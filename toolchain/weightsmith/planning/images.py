@@ -12,7 +12,7 @@ from weightsmith.planning.bases import bases_of
 from weightsmith.planning.options import unmerged_adapters
 from weightsmith.planning.request import BuildRequest
 from weightsmith.provenance.attest import public_recipe
-from weightsmith.provenance.labels import PREFIX, TESTED, labels
+from weightsmith.provenance.labels import PLAN, PREFIX, TESTED, VERDICT, labels
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quality.result import Quality
 from weightsmith.quantizers import of_format
@@ -62,19 +62,23 @@ def image_inputs(
     )
 
 
-def form_inputs(image: ImageInputs, kind: str, tested: Digest, tools: Tools) -> ImageInputs:
+def form_inputs(
+    image: ImageInputs, kind: str, tested: Digest, verdict: str, tools: Tools
+) -> ImageInputs:
     """Return the inputs of another kind of the same weights; `tested` is the image's digest.
 
-    It is not started itself, so its labels name the image that was.
+    It is not started itself, so its labels name the image that was, and that one's verdict.
     """
     base_name = data_base(kind, "")
+    labels = {key: text for key, text in image.labels.items() if key != PLAN}
+    platforms = image.recipe.image.platforms if image.recipe else ()
     return replace(
         image,
         kind=kind,
         config=None,
-        bases=base_images(base_name, "", tools) if base_name else (),
+        bases=base_images(base_name, "", tools, platforms=platforms) if base_name else (),
         base_name=public_base(base_name),
-        labels={**image.labels, PREFIX + "kind": kind, TESTED: tested},
+        labels={**labels, PREFIX + "kind": kind, TESTED: tested, VERDICT: verdict},
         parameters={**image.parameters, "kind": kind},
     )
 

@@ -19,6 +19,7 @@ PREFIX = "dev.weightsmith."
 """Prefix of our labels; the others are those of image-spec annotations.md."""
 _SCORE = PREFIX + "score."
 _SAMENESS = PREFIX + "sameness."
+PLAN = PREFIX + "plan"
 VERDICT = PREFIX + "verdict"
 """Label: `passed`, or `not proven` if the gate could not have failed."""
 ENGINE_LABEL = PREFIX + "engine"
@@ -69,7 +70,7 @@ def labels(
         PREFIX + "base.digest": sources.base.digest,
         PREFIX + "merge.method": recipe.merge.method,
         PREFIX + "merge.precision": recipe.merge.as_done.precision,
-        PREFIX + "plan": json.dumps(config.plan.portable(), sort_keys=True, separators=(",", ":")),
+        PLAN: json.dumps(config.plan.portable(), sort_keys=True, separators=(",", ":")),
     }
     found |= _quality(quality)
     for number, adapter in enumerate(sources.adapters):
@@ -161,7 +162,7 @@ def engine_version(labels: Mapping[str, str]) -> str:
 def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
     """Return the plan in an image's labels, for display; {} if there is no valid one."""
     try:
-        plan = parse(labels.get(PREFIX + "plan", "{}"))
+        plan = parse(labels.get(PLAN, "{}"))
     except ValueError:
         return {}
     return plan if isinstance(plan, dict) else {}
