@@ -79,6 +79,17 @@ NEEDS = {
 """Marker -> whether this machine has it, and what to say where it has not."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a grid of cases, mark all but every n-th as slow: `make test` runs them all."""
+    seen: dict[str, int] = {}
+    for item in items:
+        if grid := item.get_closest_marker("grid"):
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, -1) + 1
+            if seen[name] % grid.args[0]:
+                item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported by now out of every later garbage collection."""
     gc.collect()

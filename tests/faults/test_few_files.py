@@ -39,6 +39,7 @@ def test_a_push(moments: Moments, tmp_path: Path) -> None:
         assert moments.count("push", **words)
 
 
+@pytest.mark.slow
 def test_a_publication(moments: Moments, tmp_path: Path) -> None:
     write_layout(tiny_image(tmp_path / "model"), tmp_path / "source")
     layout = tmp_path / "results" / "image"

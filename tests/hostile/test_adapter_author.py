@@ -72,6 +72,7 @@ def adapter_with(folder: Path, **settings: object) -> Path:
     return adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_a_pattern_that_never_ends_is_refused_in_the_plan(
     name: str, tmp_path: Path, impatient: None

@@ -118,6 +118,7 @@ def test_that_permission_changes_nothing_where_the_network_can_be_taken_away(tmp
     assert "network_in_jobs" not in answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

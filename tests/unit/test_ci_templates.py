@@ -77,6 +77,7 @@ def test_every_flag_exists(path: Path) -> None:
         assert set(re.findall(r"--[a-z-]+", rest)) <= known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "schema"), [("github-actions.yml", "github-workflows"), ("gitlab-ci.yml", "gitlab-ci")]
 )

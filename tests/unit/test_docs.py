@@ -235,6 +235,7 @@ LOOKING = [page for page in PAGES if any(block.looks_only for block in runnable(
 BUILDING = [page for page in PAGES if any(not block.looks_only for block in runnable(page))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", LOOKING)
 def test_looking_commands_run(page: str, checkout: Path, tmp_path: Path) -> None:
     alone = [b for b in runnable(page) if b.looks_only and (page not in BUILDING or b.commands)]

@@ -120,6 +120,7 @@ def what_it_found(endpoint: Endpoint) -> list[Any]:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("user", ["0", "", "7:8"])
 def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path: Path, user: str) -> None:
     """A program tries all that root could do; nothing succeeds, and the report has only that.

@@ -68,6 +68,7 @@ LISTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LISTINGS)
 def test_a_listing_of_another_shape_ends_without_a_trace(
     reader: PypiReader, monkeypatch, case: str

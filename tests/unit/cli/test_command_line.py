@@ -163,6 +163,7 @@ def test_nobody_reads_a_list(words):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "left"), [("", True), ("n", True), ("y", False)])
 def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
     result = tmp_path / "results" / ("a" * 64)
@@ -242,6 +243,7 @@ def test_a_result_that_cannot_be_written_is_reported():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["2>&-", "2>/dev/full", "2>&- <&-"])
 def test_nobody_listens_to_the_progress(tmp_path, closed):
     words = f"push oci:{tmp_path}/none --to 127.0.0.1:1/a:1 --json {closed}"
