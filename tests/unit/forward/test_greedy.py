@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from weightsmith.forward import greedy as greedy_module
+from weightsmith.forward import heads
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.views import view
@@ -286,18 +287,52 @@ def test_a_view_that_fails_stops_the_others() -> None:
         meeting.run({"endless": endless, "bad": bad})
 
 
-@pytest.mark.parametrize("drafted", [False, True])
-def test_margins_are_those_of_a_forward_pass(tmp_path: Path, drafted: bool) -> None:
-    """Against the whole model's logits over the finished text, generated or read from a draft."""
+def largest_head_input(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of positions of each product with the head."""
+    found: list[int] = []
+    multiply = Meeting.multiply
+
+    def counted(self: Meeting, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
+        found.extend([inputs[..., 0].numel()] * (len(matrix) == 512))
+        return multiply(self, key, inputs, matrix)
+
+    monkeypatch.setattr(Meeting, "multiply", counted)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "drafted", "positions"),
+    [
+        ("llama", {}, False, 100),
+        ("llama", {}, True, 100),
+        ("gemma3", {"final_logit_softcapping": 5.0}, True, 3),
+        ("granite", {"logits_scaling": 3.0}, True, 3),
+    ],
+)
+def test_margins_are_those_of_a_forward_pass(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    options: dict[str, float],
+    drafted: bool,
+    positions: int,
+) -> None:
+    """Against the whole model's logits over the finished text, generated or read from a draft.
+
+    However few positions' logits are computed at a time, also if the model scales them.
+    """
     from transformers import AutoModelForCausalLM
 
-    root = make_model(tmp_path / "base", "llama")
+    monkeypatch.setattr(heads, "LOGIT_BYTES", positions * 4 * 512)
+    most = largest_head_input(monkeypatch)
+    root = make_model(tmp_path / "base", kind, **options)
     expected = generated(root)
     drafts = {n: [*row[:5], 5, *row[6:]] for n, row in enumerate(expected)} if drafted else {}
     model, meeting = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32), Meeting(2)
     streamed = view(root, [], meeting, 0)
     found = meeting.run({"": lambda: greedy(streamed, asked(drafts), lambda _: None)})[""]
 
+    assert max(most) <= max(positions, len(PROMPTS))
     assert found.tokens == expected
     for prompt, row, margins in zip(PROMPTS, found.tokens, found.margins, strict=True):
         with torch.inference_mode():
@@ -350,6 +385,6 @@ def test_logits_that_are_computed_in_pieces_are_the_same(
 ) -> None:
     base = make_model(tmp_path / "base")
     true = generated(base)
-    monkeypatch.setattr(greedy_module, "LOGIT_BYTES", 3 * 4 * 512)  # of three positions
+    monkeypatch.setattr(heads, "LOGIT_BYTES", 3 * 4 * 512)  # of three positions
 
     assert answer(base, drafts={n: [*row[:7], 11, *row[8:]] for n, row in enumerate(true)}) == true

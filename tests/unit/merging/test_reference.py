@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from weightsmith.errors import InputRefused
+from weightsmith.forward import heads
 from weightsmith.jobs import Question
 from weightsmith.merging.choices import likelihoods
 from weightsmith.merging.engine import MergeRequest, merge
@@ -107,6 +108,11 @@ def test_dialogues_need_a_template(base: Path) -> None:
         answer(base, [], [dialogue], 4)
 
 
+def test_a_question_without_tokens_is_refused(base: Path) -> None:
+    with pytest.raises(InputRefused, match=f"no tokens by the tokenizer of {base}"):
+        answer(base, [], items("w1", ""), 4)
+
+
 def test_an_answer_says_how_it_ended(base: Path) -> None:
     """An answer that the end token cuts short ended by itself; the others were cut off."""
     short = answer(base, [], items("w1"), 1)[0]
@@ -119,7 +125,9 @@ def test_an_answer_says_how_it_ended(base: Path) -> None:
     assert answer(base, [], items("w1"), 5)[0]["finish_reason"] == "stop"
 
 
-def test_choices_are_scored_by_the_models_own_probabilities(base: Path, make_adapter: Any) -> None:
+def test_choices_are_scored_by_the_models_own_probabilities(
+    base: Path, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against a forward pass written out here, token by token."""
     import torch
     from peft import PeftModel
@@ -144,7 +152,9 @@ def test_choices_are_scored_by_the_models_own_probabilities(base: Path, make_ada
         "base": Subject(model=base),
     }
     found = likelihoods(subjects, [item])
+    monkeypatch.setattr(heads, "LOGIT_BYTES", 1)  # one position at a time
 
+    assert likelihoods(subjects, [item])["adapter"][0] == pytest.approx(wanted, abs=1e-4)
     assert found["adapter"][0] == pytest.approx(wanted, abs=1e-4)
     assert found["base"][0] != pytest.approx(wanted, abs=1e-4)
 

@@ -38,6 +38,8 @@ def config_of(kind: str, **options: Any) -> Any:
             return transformers.GPT2Config(**sizes, n_positions=128, **options)
         case "gemma3":
             return transformers.Gemma3TextConfig(**SIZES | LLAMA | {"head_dim": 16} | options)
+        case "granite":
+            return transformers.GraniteConfig(**SIZES | LLAMA | options)
         case "bloom":
             return transformers.BloomConfig(vocab_size=512, n_layer=3, n_head=4, hidden_size=64)
         case "opt":

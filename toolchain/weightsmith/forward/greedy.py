@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, LOGIT_BYTES, token_bytes
+from weightsmith.forward.heads import some_logits
+from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
 from weightsmith.forward.prefix import Prefix, align_right, depends_on_length, shared_prefix
 
 Tokens = Sequence[int]
@@ -17,8 +18,6 @@ _ROUNDS = 2
 """How often a draft is read: after two wrong tokens, another pass would confirm few more."""
 _PADDING = 128
 """Padding of a batch that is only read: another batch reads and converts every weight again."""
-_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Settings by which a model changes its head's logits, and so their margins."""
 _HIDDEN = 4096
 """Hidden size if the configuration has none at its top: that of most models of 7B."""
 _LEAVE = 4
@@ -196,24 +195,9 @@ def _read(
              for c in range(len(row) - count, len(row))]
         ),
     )  # fmt: skip
-
-    # A whole batch's logits can be most of the memory: the head reads some positions at a time.
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scaled = any(getattr(config, name, None) for name in _SCALES)
-    step = sum(counts) if scaled else max(1, LOGIT_BYTES // (4 * config.vocab_size))
-    parts: list[torch.Tensor] = []
-
-    def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        parts.extend(torch.split(args[0][places], step))
-        return (parts[0][None], *args[1:])
-
     kept = {} if cache is None else {"cache": cache}
-    hook = head.register_forward_pre_hook(select)
-    try:
-        first = model(input_ids=ids, use_cache=bool(kept), **kept).logits[0]
-    finally:
-        hook.remove()
-    found = [_best(first), *(_best(head(part[None])[0]) for part in parts[1:])]
+    parts = some_logits(model, ids, places, use_cache=bool(kept), **kept)
+    found = [_best(part) for part in parts]
     both = (torch.cat(each) for each in zip(*found, strict=True))
     tokens, margins = (torch.split(each, list(counts)) for each in both)
     return [(a.tolist(), b.tolist()) for a, b in zip(tokens, margins, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.heads import some_logits
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.jobs import Question
@@ -74,7 +75,14 @@ def _tokens(tokenizer: Any, item: Question, choice: str, model: Path) -> tuple[l
 
 @torch.inference_mode()
 def _score(network: Any, tokens: Sequence[int], shared: int) -> float:
-    logits = network(input_ids=torch.tensor([tokens])).logits[0]
-    scores = torch.log_softmax(logits[shared - 1 : -1].double(), dim=-1)
-    targets = torch.tensor(tokens[shared:])
-    return float(scores.gather(1, targets[:, None]).sum())
+    """Return the log-likelihood of the tokens after the first `shared` ones."""
+    columns = torch.arange(shared - 1, len(tokens) - 1)
+    places = (torch.zeros_like(columns), columns)
+    parts = some_logits(network, torch.tensor([tokens]), places, use_cache=False)
+    rows = (row for part in parts for row in part)
+    # Row by row: in float64, all of them can be many times the model's activations.
+    scores = [
+        torch.log_softmax(row.double(), dim=-1)[token]
+        for row, token in zip(rows, tokens[shared:], strict=True)
+    ]
+    return float(torch.stack(scores).sum()) if scores else 0.0

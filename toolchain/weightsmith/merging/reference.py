@@ -297,7 +297,16 @@ def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
 
 
 def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
-    """Return an item's token ids."""
+    """Return an item's token ids; raise InputRefused if there are none to continue."""
+    if ids := _prompt_tokens(tokenizer, item, model):
+        return ids
+    raise InputRefused(
+        f"a question has no tokens by the tokenizer of {model}: its text is empty",
+        hint="remove the question, or give it a text; no model can answer nothing",
+    )
+
+
+def _prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
     if tokenizer.chat_template:
         text = render_chat(tokenizer, item, answer=True)
         with doing(f"tokenizing with the tokenizer of {model}"):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from weightsmith.checkpoints.tensors import View
+from weightsmith.forward.heads import logits_of
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import beside_text, fill, load_buffers, skeleton
 from weightsmith.forward.views import stream
@@ -35,16 +36,9 @@ class States:
     def log_probabilities(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Return [places, vocabulary] at (text, token), by the model's head and scaling."""
         rows, columns = (list(axis) for axis in zip(*places, strict=True))
-        states, decoder = self.output[0][rows, columns][None], self.model.get_decoder()
-        own = decoder.forward
-        decoder.forward = lambda *_, **__: type(self.output)(last_hidden_state=states)
-        try:
-            with torch.inference_mode():
-                ids = torch.zeros(states.shape[:2], dtype=torch.long)
-                found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        finally:
-            decoder.forward = own
-        return found[0].log_softmax(-1)
+        with torch.inference_mode():
+            states = self.output[0][rows, columns]
+            return logits_of(self.model, type(self.output), states).log_softmax(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,15 +129,27 @@ def answers(
 def walk_of(asked: Mapping[str, Subject], task: Task) -> Walk:
     """Return what a job holds in memory at its peak: the merged model answers after the others."""
     adapters = {a.snapshot.digest: a.snapshot.tree for s in asked.values() for a in s.adapters}
-    # A token has about three letters; a chat template adds some tokens.
-    tokens = task.most_tokens // 3 + len(task.items) * (_TEMPLATE_TOKENS + task.max_tokens)
     one_by_one = task.metric == "choice"
     return Walk(
         views=max(1, sum(name != "merged" for name in asked)),
         rows=1 if one_by_one else len(task.items),
-        tokens=tokens // max(1, len(task.items)) if one_by_one else tokens,
+        tokens=_longest(task) if one_by_one else _tokens(task.most_tokens, len(task.items), task),
         adapter_bytes=2 * sum(tree.weight_bytes for tree in adapters.values()),
     )
+
+
+def _longest(task: Task) -> int:
+    """Return the tokens of the longest question with its longest choice."""
+    letters = (
+        sum(len(str(m["content"])) for m in item.messages) + max(map(len, item.choices), default=0)
+        for item in task.items
+    )
+    return _tokens(max(letters, default=0), 1, task)
+
+
+def _tokens(letters: int, items: int, task: Task) -> int:
+    # A token has about three letters; a chat template adds some tokens.
+    return letters // 3 + items * (_TEMPLATE_TOKENS + task.max_tokens)
 
 
 def _batch_bytes(asked: Mapping[str, Subject], task: Task, budget: int) -> int:

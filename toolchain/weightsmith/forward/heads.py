@@ -1,0 +1,62 @@
+"""Logits of some positions at a time: those of a whole batch can be most of the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from weightsmith.forward.memory import LOGIT_BYTES
+
+Places = tuple[torch.Tensor, torch.Tensor]
+"""Rows and columns of a batch."""
+_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Settings by which a model changes its head's logits, and so their margins."""
+
+
+def some_logits(model: Any, ids: torch.Tensor, places: Places, **more: Any) -> Iterator[Any]:
+    """Yield a model's logits at some places of a batch, [positions, vocabulary], in order.
+
+    `ids` are [rows, columns]; `more` goes to the model with them.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    step = max(1, LOGIT_BYTES // (4 * config.vocab_size))
+    scaled = any(getattr(config, name, None) for name in _SCALES)
+    parts: list[torch.Tensor] = []
+    outputs: list[Any] = []
+
+    def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        parts.extend(torch.split(args[0][places], step))
+        return (parts[0][None], *args[1:])
+
+    def record(_: Any, __: Any, output: Any) -> None:
+        outputs.append(type(output))
+
+    hooks = [head.register_forward_pre_hook(select)]
+    if scaled:
+        hooks.append(model.get_decoder().register_forward_hook(record))
+    try:
+        first = model(input_ids=ids, **more).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    yield first
+    for part in parts[1:]:
+        yield logits_of(model, outputs[0], part) if scaled else head(part[None])[0]
+
+
+def logits_of(model: Any, output: type, states: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a decoder's states [positions, hidden], by the model's own scaling.
+
+    `output` is the type that the decoder returns.
+    """
+    decoder = model.get_decoder()
+    own = decoder.forward
+    decoder.forward = lambda *_, **__: output(last_hidden_state=states[None])
+    try:
+        ids = torch.zeros((1, len(states)), dtype=torch.long)
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        decoder.forward = own
+    return found
