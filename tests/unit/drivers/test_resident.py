@@ -22,6 +22,22 @@ def test_a_program_that_holds_too_much_is_killed(nested: bool) -> None:
     assert done.returncode == -9
 
 
+def test_pages_that_forked_children_share_count_once() -> None:
+    code = (
+        "import os, time; held = b'x' * (150 << 20)\n"
+        "for _ in range(2):\n"
+        "    if not os.fork():\n"
+        "        time.sleep(1.5); os._exit(0)\n"
+        "os.wait(); os.wait(); print('done')"
+    )
+
+    done = process.run(
+        [sys.executable, "-c", code], limits=process.ResourceLimits(resident_bytes=250 << 20)
+    )
+
+    assert (done.returncode, done.tail) == (0, ("done",))
+
+
 def test_one_that_holds_less_runs_to_its_end() -> None:
     code = FILL.format(size=50 << 20, sleep=0)
     limits = process.ResourceLimits(resident_bytes=200 << 20)

@@ -54,6 +54,27 @@ def test_answers_on_a_device_are_those_of_the_whole_model(tmp_path: Path) -> Non
     assert found.tokens == greedy(load_network(base, []), asked, lambda _: None).tokens
 
 
+def test_a_device_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def full(*_: object) -> torch.Tensor:
+        asked.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(OnDevice, "multiply", full)
+    meeting = Meeting(2, OnDevice(torch.device("cpu"), 50))
+    matrix, inputs = torch.randn(300, 64), torch.randn(7, 64)
+
+    def twice() -> torch.Tensor:
+        meeting.multiply((0, 0), inputs, matrix)
+        return meeting.multiply((0, 0), inputs, matrix)
+
+    found = meeting.run({"": twice})[""]
+
+    torch.testing.assert_close(found, inputs @ matrix.T)
+    assert len(asked) == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU here can be used")
 def test_a_gpu_that_cannot_be_used_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

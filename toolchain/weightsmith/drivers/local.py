@@ -32,9 +32,10 @@ from weightsmith.ports import Progress
 from weightsmith.resources import compiled_engines, package
 from weightsmith.values import Json
 
-_RESERVED = 1 << 30
+_RESERVED, _RESERVED_PER_CORE = 768 << 20, 128 << 20
 """Bytes that the kernel counts towards RLIMIT_DATA but no page is behind: stacks of threads and
-glibc's arenas. Measured with torch on two cores: 660 MiB of 1,460."""
+glibc's arenas, 64 MiB and a stack of 8 MiB for each thread. Measured with torch on two cores:
+660 MiB of 1,460."""
 _MAPPINGS = 3
 """How often a job maps an input at a time: base and adapter are views of the same files."""
 WAYS_OUT = (
@@ -181,7 +182,8 @@ def _most_data(job: Job) -> int:
         for entry in (given.path.glob("*") if given.path.is_dir() else (given.path,))
         if entry.suffix in {".safetensors", ".gguf"}
     )
-    return job.memory_bytes + _RESERVED + _MAPPINGS * weights
+    reserved = _RESERVED + cores() * _RESERVED_PER_CORE
+    return job.memory_bytes + reserved + _MAPPINGS * weights
 
 
 def _furnish(folder: Path) -> None:

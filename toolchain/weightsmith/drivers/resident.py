@@ -14,6 +14,8 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
+_SHARED_ONCE = re.compile(r"Pss_Anon:\s+(\d+) kB")
+"""Takes longer to read: the kernel walks all pages."""
 _SECONDS = 0.25
 """Between two looks: memory is filled at a few gigabytes per second."""
 
@@ -28,7 +30,7 @@ def watched(pid: int, most: int, end: Callable[[], None]) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(_SECONDS):
-            if sum(map(_anonymous, _family(pid))) > most:
+            if _held(pid, _anonymous) > most and _held(pid, _own_share) > most:
                 end()
                 return
 
@@ -52,9 +54,25 @@ def _family(pid: int) -> Iterator[int]:
                 yield from _family(int(child))
 
 
+def _held(pid: int, count: Callable[[int], int]) -> int:
+    return sum(map(count, _family(pid)))
+
+
 def _anonymous(pid: int) -> int:
+    """Return a process's bytes of anonymous memory, with all pages it shares since a fork."""
+    return _number(_PROC / str(pid) / "status", _ANONYMOUS) or 0
+
+
+def _own_share(pid: int) -> int:
+    """Return the same with its share of such pages, where the kernel says it."""
+    found = _number(_PROC / str(pid) / "smaps_rollup", _SHARED_ONCE)
+    return _anonymous(pid) if found is None else found
+
+
+def _number(path: Path, pattern: re.Pattern[str]) -> int | None:
+    """Return the bytes that a pattern finds in a file; None if it or the process is not there."""
     try:
-        found = _ANONYMOUS.search((_PROC / str(pid) / "status").read_text("utf-8", "replace"))
-    except OSError:  # it has ended
-        return 0
-    return int(found[1]) * 1024 if found else 0
+        found = pattern.search(path.read_text("utf-8", "replace"))
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None

@@ -25,9 +25,13 @@ class OnDevice:
     @torch.inference_mode()
     def multiply(self, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Return inputs [n, columns] times the matrix [rows, columns] transposed; on the CPU."""
-        here = inputs.to(self._device)
-        parts = [torch.mm(here, piece.float().T) for piece in self._pieces(matrix)]
-        return torch.cat(parts, dim=1).cpu()
+        here, start = inputs.to(self._device), 0
+        output = torch.empty((len(inputs), len(matrix)))
+        for piece in self._pieces(matrix):
+            # Back at once: a whole product can be large, the device holds a few pieces.
+            output[:, start : start + len(piece)] = torch.mm(here, piece.float().T)
+            start += len(piece)
+        return output
 
     def _pieces(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the matrix on the device, some rows at a time, in its own dtype."""

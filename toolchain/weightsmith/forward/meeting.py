@@ -165,10 +165,22 @@ class Meeting:
             raise AssertionError("views asked for different matrices by one key")
         if requests[1:]:
             rows = torch.cat([request.inputs for request in requests])
-        multiply = self._products.multiply if self._products else self._on_cpus
-        parts = torch.split(multiply(rows, matrix), [len(request.inputs) for request in requests])
+        product = self._on_device(rows, matrix)
+        if product is None:
+            product = self._on_cpus(rows, matrix)
+        parts = torch.split(product, [len(request.inputs) for request in requests])
         for request, part in zip(requests, parts, strict=True):
             request.output = part
+
+    def _on_device(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor | None:
+        """Return the product; None without a device, or if it fails: it is not asked again."""
+        if self._products is None:
+            return None
+        try:
+            return self._products.multiply(rows, matrix)
+        except RuntimeError:  # most often another program has taken the device's memory
+            self._products = None
+            return None
 
     def _on_cpus(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """Return rows times the matrix transposed, a share of its tiles on each CPU."""
