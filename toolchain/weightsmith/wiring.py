@@ -132,14 +132,19 @@ def open_tools(
     `auto` takes the container engine if one answers, and runs the jobs of builders that the
     engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
     cannot be kept from the network are refused unless `allow_network_in_jobs`. No job uses more
-    than `memory`, a size such as 6GiB; by default, than what is free. Raises UsageError for an
-    unknown runner, size or time limit, EnvironmentFailure if `docker` is asked for and no engine
-    answers.
+    than `memory`, a size such as 6GiB; by default, than what is free. Warns if it is more than
+    that. Raises UsageError for an unknown runner, size or time limit, EnvironmentFailure if
+    `docker` is asked for and no engine answers.
     """
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
     chosen_seconds()
-    room = Memory.of(_size(memory), free_memory())
+    free = free_memory()
+    room = Memory.of(_size(memory), free)
+    if 0 < free < room.limit:
+        progress.warn(
+            f"--memory {memory} is more than the {human(free)} that are free, so jobs may swap"
+        )
     store, engine = make_store(progress.note), DockerEngine()
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:

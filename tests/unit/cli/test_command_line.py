@@ -46,6 +46,7 @@ def started(program, *words, **environment):
         (("merge",), {"--base", "--adapter", "--out"}),
         (("build", "--locked", "--update-lock"), {"--update-lock", "--locked"}),
         (("build", "--from", "x", "--update-lock"), {"--update-lock", "--from"}),
+        (("evaluate", "--tasks", "x", "--memory", "4GiB"), {"--tasks", "--memory"}),
     ],
 )
 def test_a_wrong_use_is_reported_as_json_too(words, named):

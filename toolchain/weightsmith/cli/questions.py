@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weightsmith.cli.command import command
 from weightsmith.cli.sections import Flags
+from weightsmith.errors import UsageError
 from weightsmith.recipe import Scoring
 from weightsmith.values import Json
 from weightsmith.visible import joined
@@ -60,6 +61,11 @@ def evaluate(
 
     keep_clean([model, *adapter, image])
     if tasks:
+        if memory:
+            raise UsageError(
+                "--memory limits jobs, and --tasks starts none: your own lm_eval asks the server",
+                hint="leave out --memory",
+            )
         request = HarnessRequest(
             tasks=tasks,
             place=ServerSource(image=image, url=url),

@@ -1,0 +1,31 @@
+"""Tools as the command line asks for them."""
+
+from __future__ import annotations
+
+import pytest
+from weightsmith import wiring
+from weightsmith.ports import Silent
+from weightsmith.wiring import open_tools
+
+
+class Warned(Silent):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize(("memory", "warnings"), [("", 0), ("3GiB", 0), ("5GiB", 1)])
+def test_more_memory_than_is_free_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, memory: str, warnings: int
+) -> None:
+    monkeypatch.setattr(wiring, "free_memory", lambda: 4 << 30)
+    progress = Warned()
+
+    with open_tools("local", progress, memory=memory):
+        pass
+
+    assert progress.texts == warnings * [
+        "--memory 5GiB is more than the 4.0 GiB that are free, so jobs may swap"
+    ]
