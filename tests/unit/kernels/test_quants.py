@@ -151,11 +151,11 @@ def test_any_number_of_rows(count, lanes):
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_a_scale_without_an_inverse_is_refused(kind, lanes):
+def test_rows_with_a_scale_without_an_inverse_are_made_by_llama_cpp(kind, lanes):
     rows = np.ones((20, 64), np.float32)
     rows[18, 32:] = np.linspace(-1e-39, 1e-39, 32)
-    with pytest.raises(ValueError, match="row 18: weights too small"):
-        quants.quantize_rows(kind, rows, None)
+    assert not same_as_llama(kind, rows, None)
+    assert np.array_equal(quants.quantize_rows(kind, rows, None), llama(kind, rows, None))
 
 
 @pytest.mark.parametrize("kind", ["IQ4_NL", "MXFP4", "TQ2_0", "F16"])
@@ -178,8 +178,8 @@ def test_scales_that_are_no_numbers_are_refused(kind):
 
 
 def test_names_are_those_of_llama_cpp():
-    assert all(quants.supported(kind) for kind in (*BLOCKS, "IQ1_M", "BF16"))
-    assert not quants.supported("Q9_K")
+    """Numbers are those of ggml.h."""
+    assert [quants.number(kind) for kind in ("Q4_0", "Q4_K", "IQ1_M", "BF16")] == [2, 12, 29, 30]
 
 
 def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):

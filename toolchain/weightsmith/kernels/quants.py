@@ -11,13 +11,8 @@ from weightsmith.kernels import library
 if TYPE_CHECKING:
     import numpy as np
 
-_QUANTIZED, _UNSUPPORTED = -1, -2
+_QUANTIZED = -1
 _NEEDS_IMPORTANCE = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
-
-
-def supported(kind: str) -> bool:
-    """Return whether llama.cpp has a tensor type of this name, such as `Q4_K`."""
-    return kind in _numbers()
 
 
 def number(kind: str) -> int:
@@ -34,9 +29,8 @@ def quantize_rows(kind: str, rows: np.ndarray, importance: np.ndarray | None) ->
     """Return rows in llama.cpp's bytes: uint8 [n, bytes per row].
 
     `rows` is float32 [n, columns], C-contiguous and finite; `importance` is float32 [columns] or
-    None. Other threads run meanwhile. Raises ValueError if the result has NaN or infinite scales;
-    if a block's scale is so small that llama.cpp's result for it is undefined (1 / scale is
-    infinite); or if the type needs importance and there is none.
+    None. Other threads run meanwhile. Raises ValueError if the result has NaN or infinite scales,
+    or if the type needs importance and there is none.
     """
     import numpy as np
 
@@ -49,10 +43,9 @@ def quantize_rows(kind: str, rows: np.ndarray, importance: np.ndarray | None) ->
     done = library.kernels().weightsmith_quantize_rows(
         type_, source, target, count, columns, weights
     )
-    if done == _UNSUPPORTED:
+    if done != _QUANTIZED:
+        # Another type, or weights so small that 1 / scale is infinite: such scales are stored as 0.
         library.ggml().ggml_quantize_chunk(type_, source, target, 0, count, columns, weights)
-    elif done != _QUANTIZED:
-        raise ValueError(f"row {done}: weights too small for a scale of type {kind}")
     check_rows(kind, made)
     return made
 

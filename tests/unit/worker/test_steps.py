@@ -1,0 +1,36 @@
+"""Who is blamed when a step's program fails."""
+
+import sys
+
+import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.quantizers.quantizer import Step
+from weightsmith.worker.steps import refusal, run_steps
+
+
+def failing(line: str, reads: str = "the model") -> tuple[Step]:
+    """A program that ends with this line."""
+    code = f"import sys; print({line!r}, file=sys.stderr); sys.exit(3)"
+    return (Step(title="quantizing", argv=(sys.executable, "-c", code), env={}, reads=reads),)
+
+
+@pytest.mark.parametrize("reads", ["the model", ""])
+def test_a_refusal_of_a_program_of_ours_keeps_its_words(tmp_path, reads):
+    error = InputRefused("the matrix has 8 values: é", hint="set imatrix to auto")
+    with pytest.raises(InputRefused) as found:
+        run_steps(failing(refusal(error), reads), tmp_path, lambda *_: None)
+    assert (found.value.message, found.value.hint) == (error.message, error.hint)
+
+
+def test_an_exception_of_the_converter_is_the_models_fault(tmp_path):
+    with pytest.raises(InputRefused, match="cannot read the model: ValueError: no tokenizer"):
+        run_steps(failing("ValueError: no tokenizer"), tmp_path, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("line", "reads"),
+    [("__main__.Fault: ValueError: no offset", "the model"), ("ValueError: no offset", "")],
+)
+def test_other_exceptions_are_not(tmp_path, line, reads):
+    with pytest.raises(EnvironmentFailure, match="ValueError: no offset"):
+        run_steps(failing(line, reads), tmp_path, lambda *_: None)
