@@ -279,3 +279,24 @@ def test_jobs_run_without_tools_that_only_speed_up(optional, tmp_path):
     (warning,) = progress.warnings
     assert "jobs of the builder 'tiny' will take longer" in warning
     assert toolset.optional_toolsets(tmp_path, "tiny") == {}
+
+    folder = toolset.toolset_folder(tmp_path, "toy")
+    marker = folder.with_name(f"{folder.name}.failed")
+    assert str(marker) in warning
+    marker.unlink()
+    toolset.try_toolsets(tmp_path, "tiny", progress)
+    assert len(progress.warnings) == 2
+
+
+def test_tools_are_tried_again_after_an_interrupt(optional, tmp_path, monkeypatch):
+    tries = []
+
+    def interrupted(*_):
+        tries.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toolset, "_compile", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            toolset.try_toolsets(tmp_path, "tiny", RecordingProgress())
+    assert len(tries) == 2

@@ -71,17 +71,22 @@ def optional_toolsets(cache: Path, builder: str) -> dict[str, Path]:
 def try_toolsets(cache: Path, builder: str, progress: Progress) -> None:
     """Compile the tools that make a builder's jobs faster; only warn if that fails.
 
-    It is tried once per version of the tools, because a site without the sources would wait for
-    them in each build.
+    After a failure, a version of the tools is not tried again while its marker exists, because a
+    site without the sources would wait for them in each build.
     """
     for engine in optional_engines(builder):
-        tried = toolset_folder(cache, engine)
-        if tried.with_name(tried.name + ".lock").exists():
+        folder = toolset_folder(cache, engine)
+        failed = folder.with_name(f"{folder.name}.failed")
+        if failed.exists():
             continue
         try:
             make_toolset(cache, engine, progress)
         except EnvironmentFailure as error:
-            progress.warn(f"{error.message}: jobs of the builder {builder!r} will take longer")
+            failed.touch()
+            progress.warn(
+                f"{error.message}: jobs of the builder {builder!r} will take longer; "
+                f"delete {failed} to try again"
+            )
 
 
 def _clear_leftovers(folder: Path) -> None:
