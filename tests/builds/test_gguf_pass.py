@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -261,6 +262,21 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
 
     with pytest.raises(InputRefused, match=r"blk\.1\.ffn_up\.weight has NaN or infinite weights"):
         made(model, tmp_path / "ours", "q4_k_m")
+
+
+def test_a_type_without_the_importance_that_it_needs_is_refused(tmp_path):
+    with pytest.raises(InputRefused, match="has no importance, which IQ3_XXS needs") as found:
+        made(TINY / "base", tmp_path / "ours", "q4_k_m", tensor_types={"ffn_down": "iq3_xxs"})
+    assert "imatrix" in found.value.hint
+
+
+def test_a_matrix_of_another_width_is_refused(tmp_path):
+    name = b"blk.0.ffn_up.weight"
+    entry = struct.pack("<i", len(name)) + name + struct.pack("<ii", 1, 4) + bytes(16)
+    (tmp_path / "imatrix.dat").write_bytes(struct.pack("<i", 1) + entry)
+    with pytest.raises(InputRefused, match=r"has 4 values for blk\.0\.ffn_up\.weight") as found:
+        made(TINY / "base", tmp_path / "ours", "q4_k_m", tmp_path / "imatrix.dat")
+    assert "imatrix" in found.value.hint
 
 
 def test_parts_importance_and_chosen_types_are_as_llama_quantize_has_them(middle, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from weightsmith.errors import InputRefused
 from weightsmith.quantizers.gguf_importance import read_importance
 
 SUMS = np.array([[1, 2, 3, 4], [10, 20, 30, 40]], np.float32)
@@ -58,7 +59,7 @@ def test_the_older_format_is_divided_by_calls(tmp_path):
 
 def test_wrong_sizes_and_values_are_refused(tmp_path):
     found = read_importance(matrix(tmp_path / "a.gguf"))
-    with pytest.raises(ValueError, match=r"has 8 values for .*, not 16"):
+    with pytest.raises(InputRefused, match=r"has 8 values for .*, not 16"):
         found.of("blk.0.ffn_up.weight", 8, 2)
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(InputRefused, match="NaN or infinity"):
         read_importance(matrix(tmp_path / "b.gguf", SUMS * np.float32(np.inf)))

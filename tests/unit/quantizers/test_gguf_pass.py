@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from weightsmith.errors import InputRefused
 from weightsmith.quantizers.gguf_header import Entry, Header
 from weightsmith.quantizers.gguf_pass import Source, Target, Wanted, read_targets, write_file
 
@@ -39,7 +40,21 @@ def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
     source = Source(header=header, rows=None, stored=lambda *_: np.zeros(0))
     targets = [Target(name=name, kind=kind, target=target)]
 
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(InputRefused, match=says):
         write_file(source, targets, Wanted(file_type=file_type), tmp_path / "demo.gguf")
+
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("named", [[], ["blk.0.ffn_up.weight", "blk.0.ffn_down.weight"]])
+def test_other_tensors_than_the_headers_are_an_error(tmp_path, named):
+    name = "blk.0.ffn_up.weight"
+    entry = Entry(name=name, shape=(256, 8), kind=30, offset=0)
+    header = Header(values={}, tensors={name: entry}, size=32)
+    source = Source(header=header, rows=None, stored=lambda *_: np.zeros(0))
+    targets = [Target(name=name, kind="BF16", target="Q4_K") for name in named]
+
+    with pytest.raises(ValueError, match="--dry-run differ in"):
+        write_file(source, targets, Wanted(file_type=15), tmp_path / "demo.gguf")
 
     assert not list(tmp_path.iterdir())

@@ -292,7 +292,7 @@ def _quantize(request: QuantizeRequest, middle: Path, convert: tuple[str, ...]) 
             **({overrides: metadata} if convert else {}),
         },
         removes=(settings, overrides, middle, middle.with_name(f"{middle.stem}-*.gguf")),
-        reads="the model",
+        reads="the model" if convert else "",
     )
 
 

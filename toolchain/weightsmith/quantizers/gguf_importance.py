@@ -10,11 +10,13 @@ from typing import IO
 
 import numpy as np
 
+from weightsmith.errors import InputRefused
 from weightsmith.quantizers.gguf_header import Entry, number, read_header, strings
 
 DIGEST_KEY = "weightsmith.imatrix.digest"
 """GGUF key of the sha256 of the importance matrix."""
 _DATASETS, _CHUNKS = "imatrix.datasets", "imatrix.chunk_count"
+_HINT = "set imatrix to auto, or to a file that llama-imatrix made from this model"
 _LONGEST_TEXT = 127
 """llama-quantize cuts texts of its own keys."""
 
@@ -29,28 +31,30 @@ class Importance:
     """Keys of the quantized file."""
 
     def of(self, name: str, columns: int, matrices: int) -> np.ndarray | None:
-        """Return a tensor's values [matrices, columns], or None; raises ValueError if they differ.
+        """Return a tensor's values [matrices, columns], or None.
 
-        Embeddings may differ: llama-quantize quantizes them without.
+        Raises InputRefused if their number differs. Embeddings may differ: llama-quantize
+        quantizes them without.
         """
         found = self.values.get(name)
         if found is None or found.size == columns * matrices:
             return None if found is None else found.reshape(matrices, columns)
         if name in ("token_embd.weight", "per_layer_token_embd.weight"):
             return None
-        raise ValueError(
-            f"the importance matrix has {found.size} values for {name}, not {columns * matrices}"
+        raise InputRefused(
+            f"the importance matrix has {found.size} values for {name}, not {columns * matrices}",
+            hint=_HINT,
         )
 
 
 def read_importance(path: Path) -> Importance:
-    """Return a file's importance; raises ValueError for NaN, infinity or a damaged file."""
+    """Return a file's importance; raises InputRefused for NaN and infinity."""
     with path.open("rb") as file:
         is_gguf = file.read(4) == b"GGUF"
     values, datasets, chunks = _of_gguf(path) if is_gguf else _of_dat(path)
     for name, found in values.items():
         if not np.isfinite(found).all():
-            raise ValueError(f"the importance matrix has NaN or infinity for {name}")
+            raise InputRefused(f"the importance matrix has NaN or infinity for {name}", hint=_HINT)
     about: dict[str, str | int] = {"quantize.imatrix.file": path.name[:_LONGEST_TEXT]}
     if datasets:
         about["quantize.imatrix.dataset"] = datasets[0][:_LONGEST_TEXT]

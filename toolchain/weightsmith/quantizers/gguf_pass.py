@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.errors import InputRefused
 from weightsmith.kernels import quants
 from weightsmith.quantizers.gguf_header import Entry, Header, changed_values, quantized
 from weightsmith.quantizers.gguf_importance import Importance
@@ -81,9 +82,12 @@ def read_targets(printed: Sequence[str]) -> list[Target]:
 def write_file(source: Source, targets: Sequence[Target], wanted: Wanted, out: Path) -> None:
     """Write one file below its unfinished name, or go on with it; `finish` gives it its own.
 
-    Raises ValueError for NaN, infinity, and types that llama-quantize refuses.
+    Raises InputRefused for NaN, infinity, and types that llama-quantize refuses; ValueError if
+    `targets` are not exactly the header's tensors.
     """
     tensors = source.header.tensors
+    if different := {t.name for t in targets} ^ tensors.keys():
+        raise ValueError(f"the header and llama-quantize --dry-run differ in {sorted(different)}")
     _check(targets, wanted)
     sized = {t.name: _sized(t, tensors[t.name]) for t in targets}
     changes = changed_values(wanted.file_type, {**wanted.overrides, **wanted.importance.about})
@@ -124,10 +128,17 @@ def _check(targets: Sequence[Target], wanted: Wanted) -> None:
     measured = (*_MEASURED, "Q2_K") if wanted.file_type == _Q2_K_S else _MEASURED
     for target in targets:
         if target.kind != target.target and target.kind not in _FLOATS:
-            raise ValueError(f"{target.name} is already quantized ({target.kind})")
+            raise InputRefused(
+                f"{target.name} is already quantized ({target.kind})",
+                hint="use a 16-bit model, or leave this tensor's type as it is (tensor_types)",
+            )
         needed = target.target in measured and target.name not in _NEVER_MEASURED
         if needed and target.kind != target.target and target.name not in wanted.importance.values:
-            raise ValueError(f"{target.name} has no importance, which {target.target} needs")
+            raise InputRefused(
+                f"{target.name} has no importance, which {target.target} needs",
+                hint="set imatrix to auto or to a file that has this tensor, or choose another "
+                "type (tensor_types)",
+            )
 
 
 def _sized(target: Target, entry: Entry) -> tuple[int, int]:
@@ -181,9 +192,9 @@ class _Writer:
 
     def _blocks(self, rows: Read, target: Target, entry: Entry, at: int) -> list[Future[None]]:
         matrices = entry.shape[2] if len(entry.shape) > 2 else 1
-        important = self._wanted.importance.of(target.name, entry.columns, matrices)
-        if target.kind == target.target:
-            important = None
+        important = None
+        if target.kind != target.target:
+            important = self._wanted.importance.of(target.name, entry.columns, matrices)
         per_row = quants.row_bytes(target.target, entry.columns)
         height, blocks = entry.rows // matrices, []
         step = max(1, _BLOCK // entry.columns)
@@ -205,11 +216,11 @@ class _Writer:
     ) -> None:
         rows = read(*span)
         if not np.isfinite(rows).all():
-            raise ValueError(f"{target.name} has NaN or infinite weights")
+            raise _not_finite(f"{target.name} has NaN or infinite weights")
         try:
             made = quants.quantize_rows(target.target, rows, importance)
         except ValueError as error:
-            raise ValueError(f"{target.name}: {error}") from None
+            raise _not_finite(f"{target.name}: {error}") from None
         _write(self._out, made, at)
 
     def _copy(self, target: Target, data: np.ndarray, at: int) -> None:
@@ -221,6 +232,10 @@ class _Writer:
             block.result()
         os.fdatasync(self._out)
         os.write(self._log, f"{name}\n".encode())
+
+
+def _not_finite(message: str) -> InputRefused:
+    return InputRefused(message, hint="the checkpoint is damaged, or its weights are far too large")
 
 
 def _write(out: int, data: np.ndarray, at: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from weightsmith.drivers import process
 from weightsmith.drivers.hardware import cores
+from weightsmith.errors import InputRefused, WeightsmithError
 from weightsmith.foreign import read_json
 from weightsmith.kernels import quants
 from weightsmith.quantizers.convert import run
@@ -37,25 +38,47 @@ from weightsmith.quantizers.gguf_pass import (
 from weightsmith.quantizers.gguf_rows import Place, Read
 from weightsmith.quantizers.gguf_settings import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES
+from weightsmith.worker.steps import refusal
 
 
 def main() -> None:
     """Quantize as the settings file says."""
-    settings = PassSettings.from_json(read_json(Path(sys.argv[1])))
+    try:
+        _run(PassSettings.from_json(read_json(Path(sys.argv[1]))))
+    except InputRefused as error:
+        print(refusal(error), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+class Fault(Exception):  # A name in -Error would be taken for an exception of the converter.
+    """A fault of our own in the middle of the converter's run."""
+
+
+def _run(settings: PassSettings) -> None:
     if not settings.convert:
         files = _parts(settings)
         _quantize(settings, files, [_of_file(path) for path in files])
         return
 
     def write(writer: Any) -> None:
-        files = _write_headers(writer)
-        _quantize(
-            settings, files, [_of_writer(p, t) for p, t in zip(files, writer.tensors, strict=True)]
-        )
-        for path in files:
-            path.unlink()
+        try:
+            _quantize_written(settings, writer)
+        except (WeightsmithError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            raise Fault(f"{type(error).__name__}: {error}") from error
 
     run(Path(settings.convert[0]), list(settings.convert[1:]), write)
+
+
+def _quantize_written(settings: PassSettings, writer: Any) -> None:
+    """Quantize what the converter would write."""
+    files = _write_headers(writer)
+    _quantize(
+        settings, files, [_of_writer(p, t) for p, t in zip(files, writer.tensors, strict=True)]
+    )
+    for path in files:
+        path.unlink()
 
 
 def _quantize(settings: PassSettings, files: Sequence[Path], sources: Sequence[Source]) -> None:

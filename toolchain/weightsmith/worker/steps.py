@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.drivers import process
 from weightsmith.errors import InputRefused
+from weightsmith.foreign import parse
 from weightsmith.worker.wire import Report, note
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _DONE = ".done"
 """One file for all steps: forgetting half of them would leave a step without its input."""
+_REFUSED = "refused: "
 _NO_MEMORY = ("std::bad_alloc", "MemoryError", "can't allocate memory", "Cannot allocate memory")
 _EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
 
@@ -47,7 +49,7 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
         )
         if ended.returncode and _lacked_memory(ended):
             raise MemoryError(step.title)
-        if ended.returncode and step.reads:
+        if ended.returncode:
             _refuse(step, ended.tail)
         ended.require(
             f"{step.title} ({Path(step.argv[0]).name})",
@@ -68,10 +70,18 @@ def _lacked_memory(ended: process.Completed) -> bool:
     return ended.returncode == -signal.SIGKILL or said
 
 
+def refusal(error: InputRefused) -> str:
+    """Return the last line of a program of ours that refuses its input."""
+    return _REFUSED + json.dumps([error.message, error.hint])
+
+
 def _refuse(step: Step, tail: Sequence[str]) -> None:
-    """Raise InputRefused if the converter's last line is an exception caused by its input."""
+    """Raise InputRefused if the last line is a refusal, or an exception of the converter."""
     last = next((line.strip() for line in reversed(tail) if line.strip()), "")
-    if _EXCEPTION.fullmatch(last):
+    if last.startswith(_REFUSED):
+        message, hint = parse(last.removeprefix(_REFUSED))
+        raise InputRefused(message, hint=hint)
+    if step.reads and _EXCEPTION.fullmatch(last):
         raise InputRefused(
             f"{step.title}: the converter cannot read {step.reads}: {last}",
             hint="the job's log has the traceback; try another engine, such as target vllm",
