@@ -33,6 +33,11 @@ def tools_variable(engine: str) -> str:
     return f"WEIGHTSMITH_TOOLS_{engine.upper()}"
 
 
+def failure_marker(folder: Path) -> Path:
+    """Return the file that says that an engine's tools could not be compiled."""
+    return folder.with_name(f"{folder.name}.failed")
+
+
 def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
     """Return the folder of the engine's compiled tools, and compile them if needed.
 
@@ -76,7 +81,7 @@ def try_toolsets(cache: Path, builder: str, progress: Progress) -> None:
     """
     for engine in optional_engines(builder):
         folder = toolset_folder(cache, engine)
-        failed = folder.with_name(f"{folder.name}.failed")
+        failed = failure_marker(folder)
         if failed.exists():
             continue
         try:
