@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import socket
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.docker import _passes_gpus, engine_host
+from weightsmith.drivers.docker import DockerEngine, _passes_gpus, engine_host
 from weightsmith.drivers.docker_images import _only_said, base_reference
 from weightsmith.drivers.docker_launcher import confinement
 from weightsmith.drivers.docker_requests import (
@@ -185,3 +188,17 @@ def test_what_the_engine_did_not_do_is_not_reported():
     assert confinement(told, "") == confinement({**told, "NetworkSettings": {}}, "none-out")
     assert "no network" not in confinement(told, "")
     assert confinement({"Config": {}, "HostConfig": {}}, "none-out") == ("user root",)
+
+
+def test_a_socket_that_nobody_listens_on_is_closed_again(tmp_path, monkeypatch):
+    """docker-py leaves its own open, which Python reports later, in the middle of other work."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "engine.sock"))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
+    with warnings.catch_warnings(record=True) as leaks:
+        warnings.simplefilter("always")
+
+        assert not DockerEngine().answers()
+
+        gc.collect()
+    assert not leaks

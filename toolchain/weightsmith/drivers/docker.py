@@ -5,11 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
+import socket
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from socket import SHUT_RDWR
 from typing import Any
 
 import docker
@@ -277,12 +277,22 @@ def _connect(timeout: int) -> docker.DockerClient:
     """Connect; a request fails if the engine sends nothing for `timeout` seconds."""
     environment = {**os.environ, "DOCKER_HOST": engine_host()}
     try:
+        _try_socket(engine_host())
         return docker.from_env(environment=environment, timeout=timeout)
     except GONE as problem:
         raise EnvironmentFailure(
             f"no container engine answers at {engine_host()}: {problem}",
             hint="start it, set DOCKER_HOST, or use `--runner local`, which needs no engine",
         ) from problem
+
+
+def _try_socket(host: str) -> None:
+    """Connect to a local engine and hang up: docker-py leaks its socket where nobody listens."""
+    scheme, _, path = host.partition("://")
+    if scheme == "unix":
+        with socket.socket(socket.AF_UNIX) as trial:
+            trial.settimeout(_ANSWER_SECONDS)
+            trial.connect("/" + path.lstrip("/"))
 
 
 def _passes_gpus(info: Mapping[str, Any]) -> bool:
@@ -349,7 +359,7 @@ def _ended_after(seconds: int, container: Container, socket: Any) -> Iterator[No
         remove(container)
         # A hanging engine does not report the container's end; do not wait for it.
         with contextlib.suppress(*GONE):
-            socket.shutdown(SHUT_RDWR)
+            socket.shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
