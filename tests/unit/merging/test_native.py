@@ -1,38 +1,18 @@
 """The library merges to the bits of numpy's passes, with every width of vectors of this CPU."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-from weightsmith.drivers.toolset import tools_variable, toolset_folder
+from weightsmith.drivers.toolset import tools_variable
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.kernels import library
 from weightsmith.merging import engine, kernel, native, proof
 from weightsmith.merging.repair import Factors
 from weightsmith.merging.rounding import BF16, F16, F32
-from weightsmith.wiring import cache_folder
 
-pytestmark = pytest.mark.builders
+pytestmark = [pytest.mark.builders, pytest.mark.usefixtures("compiled_kernels")]
 
-LANES = (4, 8, 16)
 TYPES = [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F16), (F16, BF16)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
-        yield
-    library.kernels().weightsmith_lanes(max(LANES))
-
-
-@pytest.fixture(params=LANES)
-def lanes(request) -> int:
-    """Vectors of this many lanes."""
-    if library.kernels().weightsmith_lanes(request.param) < request.param:
-        pytest.skip(f"this CPU has no vectors of {request.param} lanes")
-    return request.param
 
 
 def factors(random: np.random.Generator, rows: int, depth: int, columns: int) -> Factors:
