@@ -1,0 +1,94 @@
+"""The pages fit together: links lead somewhere, lists are whole, every promise has its test."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from weightsmith import errors
+
+from tests.unit.test_docs import PAGES, ROOT, listed
+
+LINKING = [*PAGES, "CHANGELOG.md"]
+VARIABLE = r"WEIGHTSMITH_[A-Z_]*[A-Z](?![A-Z_])"
+"""The name of one of our variables, and not the beginning of several."""
+CMAKE = {"WEIGHTSMITH_PROGRAMS", "WEIGHTSMITH_VARIANTS"}
+"""Variables of CMake, not of the environment."""
+
+
+def test_environment_page_lists_every_variable() -> None:
+    asked = subprocess.run(
+        ["git", "ls-files", "toolchain", "images", "templates", "Makefile", "tests", ".ci"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if asked.returncode != 0:
+        pytest.skip("not a git checkout")
+    used = set()
+    for name in asked.stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and not name.startswith("tests/unit/"):
+            used |= set(re.findall(VARIABLE, path.read_text("utf-8", "replace")))
+    page = (ROOT / "docs/reference/environment.md").read_text("utf-8")
+    assert set(re.findall(VARIABLE, page)) == used - CMAKE
+
+
+def test_exit_code_page_lists_every_code() -> None:
+    kinds = (errors.WeightsmithError, *errors.WeightsmithError.__subclasses__())
+    codes = {str(kind.exit_code) for kind in kinds}
+    assert listed("docs/reference/exit-codes.md") == codes | {"0", "130"}
+
+
+def slug(heading: str) -> str:
+    """Return the anchor that forges give a heading."""
+    plain = re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    text = without_code(path.read_text("utf-8"))
+    return {slug(line) for line in re.findall(r"^#+ (.+)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", LINKING)
+def test_links_lead_somewhere(page: str) -> None:
+    text = without_code((ROOT / page).read_text("utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), link
+        if anchor:
+            assert anchor in anchors(path), link
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    index = (ROOT / "docs/README.md").read_text("utf-8")
+    for page in PAGES:
+        if page.startswith("docs/") and page != "docs/README.md":
+            assert f"({page.removeprefix('docs/')})" in index, page
+
+
+def test_pages_name_no_machine_of_ours() -> None:
+    for page in LINKING:
+        text = (ROOT / page).read_text("utf-8")
+        assert not re.search(r"/work/|/root/|/tmp/w|/home/\w+", text), page
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs/explanation/security.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "| test" not in line]
+    promises = [row for row in rows if not set(row) <= set("|- ")]
+
+    for row in promises:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, name in named:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
