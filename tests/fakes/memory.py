@@ -18,6 +18,7 @@ import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.hub_upload import HubWriter
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.user_program import run_command
 from weightsmith.jobs import Job, ReferenceJob
@@ -113,6 +114,7 @@ class Memory:
             engine=self.engine,
             launcher=self.launcher,
             registry=self.client,
+            hub=HubWriter(),
             progress=self.progress,
             scratch=lambda: _scratch(self.folder),
             assemble_engine=self._assemble,
@@ -243,6 +245,7 @@ def memory_tools(
         engine=engine,
         launcher=MemoryLauncher(engine),
         registry=registry or Registry(),
+        hub=HubWriter(),
         progress=RecordingProgress(),
         scratch=lambda: _scratch(folder),
         command=run_command,

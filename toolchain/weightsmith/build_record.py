@@ -24,6 +24,8 @@ class SourceRecord(JsonObject):
     pin: str
     digest: str
     files: tuple[FileEntry, ...] = ()
+    license: str = field(default="", metadata=OMITTED)
+    """By its model card, or by the recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +219,7 @@ class BuildRecord(JsonObject):
     """The serving plan, sizes in bytes."""
     image: ImageRecord | None = None
     forms: Mapping[str, ImageRecord] = field(default_factory=dict)
-    """What else was published of the same weights, by kind: volume, modelcar, modelpack."""
+    """What else was published of the same weights, by kind: volume, modelcar, modelpack, hub."""
     task: TaskRecord = NO_TASK
     """The first task."""
     scores: Mapping[str, ScoreRecord] = field(default_factory=dict)

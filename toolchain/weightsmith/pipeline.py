@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-from weightsmith.build_record import StageRecord
+from weightsmith.build_record import StageRecord, read_build
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.results import Result, unproven_of, verdict_of
+from weightsmith.evaluating.results import Result, unproven_of
 from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
@@ -33,6 +33,7 @@ from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.recording import Built, Record
+from weightsmith.reporting.card import card_of_build
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, with_scores
@@ -44,7 +45,9 @@ from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import quantize
 from weightsmith.stages.record import is_written, layers_in
 from weightsmith.stages.reference import reference
+from weightsmith.stages.report import model_card
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
+from weightsmith.stages.upload import check_place, upload
 from weightsmith.stages.validate import validate
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
@@ -53,8 +56,9 @@ from weightsmith.values import (
     Artifact,
     Checkpoint,
     Digest,
-    Published,
+    Form,
     Sources,
+    Uploaded,
 )
 
 T = TypeVar("T")
@@ -89,10 +93,12 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         name, outputs = name_of(recipe, target.name), request.outputs_of(target)
         layout = request.candidate_layout(target)
         published = timed.take(publish(made, name, outputs, tools, started_in=layout))
-        if request.forms:
+        if request.forms or request.hub_of(target):
             # What is published is recorded, whatever happens to its other forms.
             record.keep(published, {}, results, timed.stages)
         found = forms(request, target, made[0].inputs, published.digest, results, tools)
+        if uploaded := on_hub(request, target, artifact, tools):
+            found = {**found, "hub": timed.take(uploaded)}
         warn_of(results, tools)
         yield record.keep(published, found, results, timed.stages)
 
@@ -117,6 +123,8 @@ def check_machine(request: BuildRequest, tools: Tools) -> None:
         check_layout(request.outputs_of(target).layout)
         for kind in request.forms:
             check_layout(request.outputs_of_form(target, kind).layout)
+        if place := request.hub_of(target):
+            check_place(place, tools.hub)
     if request.outputs.push:
         first = request.targets[0].name
         tools.registry.check_push(Reference.parse(name_of(request.file.recipe, first)))
@@ -211,15 +219,29 @@ def forms(
     tested: Digest,
     results: tuple[Result, ...],
     tools: Tools,
-) -> Mapping[str, Published]:
+) -> Mapping[str, Form]:
     """Publish the other kinds that the recipe names, of the same weights; return them by kind."""
-    found, base = {}, name_of(request.file.recipe, target.name)
+    found: dict[str, Form] = {}
+    base = name_of(request.file.recipe, target.name)
     for kind in request.forms:
         name, outputs = f"{base}-{kind}", request.outputs_of_form(target, kind)
-        prepare = partial(form_inputs, image, kind, tested, verdict_of(results), tools)
+        prepare = partial(form_inputs, image, kind, tested, results, tools)
         made = bake(prepare, name, tools, push=outputs.push).value
         found[kind] = publish(made, name, outputs, tools, started_in=outputs.layout).value
     return found
+
+
+def on_hub(
+    request: BuildRequest, target: Target, artifact: Artifact, tools: Tools
+) -> Outcome[Uploaded] | None:
+    """Publish a target's weights on a hub, if wanted, with a card from its build.json."""
+    place, recipe = request.hub_of(target), request.file.recipe
+    if place is None:
+        return None
+    card = card_of_build(read_build(request.folder(target)))
+    names = [entry.path for entry in artifact.tree.files]
+    text = model_card(card, place.repository, names)
+    return upload(artifact.tree, text, place, recipe.version, tools)
 
 
 def refusal(

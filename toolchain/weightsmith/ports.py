@@ -109,6 +109,44 @@ class SourceReader(Protocol):
         """Return the result of `fetch` if it needs no network and no copying, else None."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubContent:
+    """What a hub's repository holds."""
+
+    commit: str
+    """The newest commit; empty if there is none yet."""
+    files: Mapping[str, str]
+    """Path -> sha256 of a large file, git's id of a small one."""
+
+
+class Hub(Protocol):
+    """Publishes files on a model hub."""
+
+    def check(self, repository: str) -> HubContent | None:
+        """Return what a repository `owner/name` holds, None if it does not exist.
+
+        Raises InputRefused for an impossible name, EnvironmentFailure if this user may not write
+        there, as far as that is known, or the hub cannot be reached.
+        """
+
+    def create(self, repository: str, *, public: bool) -> HubContent:
+        """Create a repository; raises as `commit` does."""
+
+    def commit(
+        self,
+        repository: str,
+        parent: str,
+        files: Mapping[str, Path | bytes],
+        deleted: Sequence[str],
+        message: str,
+    ) -> str:
+        """Upload files and delete others in one commit after `parent`; return the commit.
+
+        Raises EnvironmentFailure if the hub refuses it or cannot be reached; nothing of it is
+        visible then.
+        """
+
+
 class Runner(Protocol):
     """Runs jobs in a builder: a container or a virtual environment with the same pins."""
 

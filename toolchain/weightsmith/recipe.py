@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from weightsmith.merge_options import Merge
 from weightsmith.recipe_section import Flag, Section
@@ -308,8 +308,46 @@ class ImageNames(Section):
     )
 
 
+Kind: TypeAlias = Literal["image", "modelcar", "volume", "modelpack"]
+KINDS: tuple[str, ...] = get_args(Kind)
+"""`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights;
+`modelpack` is no image, but an artifact with the model's files, for model runners to pull."""
+
+
+class Outputs(Section):
+    """What is published of each target, beside the image that was tested."""
+
+    kinds: tuple[Kind, ...] = Field(
+        ("image",),
+        description="`image`: always, since it is what was tested; the other kinds hold the same "
+        "weights, under the image's name and `-KIND`.",
+    )
+    hub: str = Field(
+        "",
+        max_length=250,
+        description="Repository on a model hub, `hf://OWNER/NAME`, that `--push` publishes the "
+        "weights to, with a model card. With several targets, `{target}` in it is the target.",
+    )
+    public: bool = Field(
+        False,
+        description="Let everybody read a new repository on a hub; by default, it is private.",
+    )
+
+
+def _kinds_alone(value: Any) -> Any:
+    """Return a list of kinds as the section that it stands for."""
+    return {"kinds": value} if isinstance(value, list | tuple) else value
+
+
+def _list_or_section(schema: dict[str, Any]) -> None:
+    """Let editors accept the list of kinds as well as the section."""
+    section = {"$ref": schema.pop("$ref", "#/$defs/Outputs")}
+    kinds = {"items": {"enum": list(KINDS), "type": "string"}, "type": "array"}
+    schema["anyOf"] = [section, kinds]
+
+
 class Card(Section):
-    """What the model's card says; it goes into the bill of materials."""
+    """What the model's card says; it goes into the bill of materials and onto a hub."""
 
     description: str = Field("", max_length=2000, description="What the model is.")
     license: str = Field("", max_length=100, description="Licence; default: the base's.")
@@ -344,10 +382,10 @@ class Recipe(Section):
     targets: tuple[str, ...] = Field(
         (), description="Engine and format, such as `vllm-awq`; `invoke targets` lists them."
     )
-    outputs: tuple[Literal["image", "modelcar", "volume", "modelpack"], ...] = Field(
-        ("image",),
-        description="What is published of each target. `image`: always, since it is what was "
-        "tested; the other kinds hold the same weights, under the image's name and `-KIND`.",
+    outputs: Annotated[Outputs, BeforeValidator(_kinds_alone)] = Field(
+        Outputs(),
+        description="What is published of each target; a list alone is its `kinds`.",
+        json_schema_extra=_list_or_section,
     )
     serve: Serve = Serve()
     image: ImageNames = ImageNames()

@@ -122,6 +122,8 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
         except ValueError:
             value = text
         *parents, last = path.strip().split(".")
+        if parents[:1] == ["outputs"] and isinstance(result.get("outputs"), list):
+            result["outputs"] = {"kinds": result["outputs"]}  # a list stands for this section
         place: Any = result
         for parent in parents:
             if isinstance(place, list):

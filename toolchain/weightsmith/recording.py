@@ -27,7 +27,7 @@ from weightsmith.stages.record import Facts, write_record
 from weightsmith.stages.report import write_report
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
-from weightsmith.values import Artifact, Checkpoint, Json, Published, Scores, Sources
+from weightsmith.values import Artifact, Checkpoint, Form, Json, Published, Scores, Sources
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Built:
 
     target: Target
     published: Published
-    forms: Mapping[str, Published]
+    forms: Mapping[str, Form]
     """What else was published, by kind."""
     results: tuple[Result, ...]
     stages: Mapping[str, StageRecord]
@@ -82,7 +82,7 @@ class Record:
     def keep(
         self,
         published: Published,
-        forms: Mapping[str, Published],
+        forms: Mapping[str, Form],
         results: tuple[Result, ...],
         stages: Mapping[str, StageRecord],
     ) -> Built:
@@ -127,7 +127,7 @@ class Record:
         stages: Mapping[str, StageRecord],
         folder: Path,
         refused: str,
-        forms: Mapping[str, Published] = MappingProxyType({}),
+        forms: Mapping[str, Form] = MappingProxyType({}),
     ) -> Path:
         facts = Facts(
             recipe=self.request.file.recipe,

@@ -12,6 +12,7 @@ from weightsmith.errors import EnvironmentFailure
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import (
     ContainerEngine,
+    Hub,
     Launcher,
     Progress,
     RunCommand,
@@ -57,6 +58,8 @@ class Tools:
     engine: ContainerEngine
     launcher: Launcher
     registry: Registry
+    hub: Hub
+    """Where `hf://` is published to."""
     progress: Progress
     scratch: Callable[[], AbstractContextManager[Path]]
     """Creates a folder for a job's output, and deletes it afterwards."""

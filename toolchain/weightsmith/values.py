@@ -313,6 +313,24 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Uploaded:
+    """Where files were published on a hub, and how many bytes of them it did not have."""
+
+    reference: str
+    """`hf://owner/name`."""
+    digest: str
+    """The commit."""
+    layers: tuple[ImageLayer, ...] = ()
+    uploaded_bytes: int = 0
+    mounted: int = 0
+    seconds: float = 0.0
+
+
+Form: TypeAlias = Published | Uploaded
+"""One form in which weights were published."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageInputs:
     """Everything that a stage's result depends on; its digest is the store's key."""
 

@@ -20,6 +20,7 @@ from weightsmith.drivers.fallback import FallbackRunner
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.hardware import free_memory
 from weightsmith.drivers.hub import HubReader
+from weightsmith.drivers.hub_upload import HubWriter
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.ownership import private_folder
 from weightsmith.drivers.pushed_layers import PushedLayers
@@ -160,6 +161,7 @@ def open_tools(
             engine=engine,
             launcher=_launcher(engine if answers else None),
             registry=registry,
+            hub=HubWriter(),
             progress=progress,
             scratch=_scratch,
             assemble_engine=partial(assemble_engine, cache_folder()),

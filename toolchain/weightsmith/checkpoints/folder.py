@@ -74,6 +74,12 @@ def ignored_files(root: Path) -> str:
     return ", ".join(repr(name) for name in left[:3]) + more
 
 
+def pickles_in(root: Path) -> list[str]:
+    """Return the folder's pickle files, by relative path, except hidden ones."""
+    found = [path.relative_to(root) for path in below(root) if _PICKLES.fullmatch(path.name)]
+    return sorted(p.as_posix() for p in found if not any(one.startswith(".") for one in p.parts))
+
+
 def _belongs(path: str, gguf: bool) -> bool:
     name = PurePosixPath(path).name
     return bool(_ALLOWED.fullmatch(name)) or (gguf and name.endswith(".gguf"))

@@ -184,7 +184,7 @@ def plan(
 
 def _outputs(kinds: Sequence[str]) -> list[str]:
     """Return --kind as the recipe's setting."""
-    return [f"outputs=[{', '.join(kinds)}]"] if kinds else []
+    return [f"outputs.kinds=[{', '.join(kinds)}]"] if kinds else []
 
 
 def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:

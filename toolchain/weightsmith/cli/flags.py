@@ -41,6 +41,7 @@ FLAGS = {
     "onto": "engine base to move the image to: a reference or oci:DIR",
     "other": "folder of the second of two builds to compare",
     "out": "where the result goes; it must not exist yet",
+    "public": "let everybody read a new repository on a hub; default: private",
     "push": "push the image",
     "recipe": "recipe file; default recipe.yaml",
     "requests": "number of requests per concurrency",

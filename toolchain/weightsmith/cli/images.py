@@ -71,26 +71,56 @@ def bake(
     return result, pinned(result["reference"], result["digest"])
 
 
-@command(positional=("source",))
+@command(
+    positional=("source",),
+    meanings={
+        "to": "reference to push to, or hf://OWNER/NAME for a model hub",
+        "source": "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME; for a "
+        "hub also a checkpoint's folder, a .gguf file or the folder of a build's results",
+        "force": "move a tag that already names another image; replace what a hub's repository has",
+    },
+)
 def push(
     source: str,
     *,
     to: str = "",
     force: bool = False,
+    public: bool = False,
     insecure: bool = False,
     sign_key: str = "",
 ) -> tuple[Mapping[str, Json], str]:
-    """Copy an image from a registry or an OCI layout to a registry; its digest stays the same."""
+    """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card."""
     from weightsmith.commands.arguments import required
     from weightsmith.commands.images import copy_image
+    from weightsmith.errors import UsageError
     from weightsmith.progress import progress_for
     from weightsmith.wiring import make_registry, make_signer
 
     required(to=to)
+    if to.startswith("hf://"):
+        if sign_key:
+            raise UsageError("--sign-key: a hub keeps no signatures", hint="leave it out")
+        result = _push_to_hub(source, to, force=force, public=public, insecure=insecure)
+        return result, f"{result['reference']}@{result['digest']}"
+    if public:
+        raise UsageError("--public is only for a new repository on a hub", hint="leave it out")
     signer = make_signer(sign_key)
     with make_registry(insecure=insecure) as registry:
         result = copy_image(source, to, registry, progress_for(), force=force, signer=signer)
     return result, pinned(result["reference"], result["digest"])
+
+
+def _push_to_hub(
+    source: str, to: str, *, force: bool, public: bool, insecure: bool
+) -> Mapping[str, Json]:
+    from weightsmith.commands.upload import push_to_hub
+    from weightsmith.progress import progress_for
+    from weightsmith.stages.upload import HubPlace, repository_of
+    from weightsmith.wiring import open_tools
+
+    place = HubPlace(repository=repository_of(to), force=force, public=public)
+    with open_tools("local", progress_for(), insecure=insecure) as tools:
+        return push_to_hub(source, place, tools)
 
 
 @command(positional=("source",))

@@ -22,7 +22,7 @@ from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.recipe import ImageNames
+from weightsmith.recipe import KINDS, ImageNames
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.plan import ServingConfig
@@ -40,9 +40,6 @@ from weightsmith.values import (
     plain,
 )
 
-KINDS = ("image", "modelcar", "volume", "modelpack")
-"""`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights;
-`modelpack` is no image, but an artifact with the model's files, for model runners to pull."""
 _DEFAULT_NAME = "model"
 _MEMORY = 4 << 30
 

@@ -51,7 +51,7 @@ class HubReader:
         said = _said(repository, commit, tree)
         if wrong := _wrong(said, tree):
             raise Altered(
-                f"{pin}: {wrong} does not match this commit at {_endpoint()}",
+                f"{pin}: {wrong} does not match this commit at {hub_endpoint()}",
                 hint=_after(tree.path(wrong), _forget(tree.path(wrong), root, commit)),
             )
         if added := [file.path for file in tree.files if file.path not in said]:
@@ -114,19 +114,19 @@ class HubReader:
             ) from None
         except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, *transport) as error:
             raise EnvironmentFailure(
-                f"hf://{repository}: {_endpoint()} could not be reached: {type(error).__name__}",
+                f"hf://{repository}: {hub_endpoint()} could not be reached: {type(error).__name__}",
                 hint="check the network, HF_ENDPOINT and the proxy; "
                 "a folder with the files works as a source too",
             ) from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise EnvironmentFailure(
-                f"hf://{repository}: invalid reply from {_endpoint()}: {type(error).__name__}",
+                f"hf://{repository}: invalid reply from {hub_endpoint()}: {type(error).__name__}",
                 hint="check HF_ENDPOINT and the proxy; a folder with the files works as a source",
             ) from None
         return Path(root), commit
 
 
-def _endpoint() -> str:
+def hub_endpoint() -> str:
     """Return the hub's URL, without credentials."""
     address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     scheme, separator, place = address.rpartition("://")

@@ -313,7 +313,7 @@ def _publish_row(
     size = artifact.size if artifact else weight
     why = "not known before the image is assembled" if artifact else "its weights do not exist yet"
     # Other images share the weight layers; a ModelPack has the same weights as other blobs.
-    twice = "modelpack" in file.recipe.outputs
+    twice = "modelpack" in file.recipe.outputs.kinds
     why += "; weights twice, as layers and as the ModelPack's files" if twice else ""
     written = 2 * size if twice else size
     return _row("publish", target=target.name, cached=False, why=why, read=size, write=written)

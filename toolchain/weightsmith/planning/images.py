@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from weightsmith.checkpoints.templates import own_template
-from weightsmith.evaluating.results import Result
+from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.oci.index import own_of, whole_of
 from weightsmith.planning.bases import bases_of
 from weightsmith.planning.options import unmerged_adapters
 from weightsmith.planning.request import BuildRequest
 from weightsmith.provenance.attest import public_recipe
-from weightsmith.provenance.labels import PLAN, PREFIX, TESTED, VERDICT, labels
+from weightsmith.provenance.labels import PLAN, PREFIX, TESTED, VERDICT, labels, result_labels
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quality.result import Quality
 from weightsmith.quantizers import of_format
@@ -63,11 +63,11 @@ def image_inputs(
 
 
 def form_inputs(
-    image: ImageInputs, kind: str, tested: Digest, verdict: str, tools: Tools
+    image: ImageInputs, kind: str, tested: Digest, results: Sequence[Result], tools: Tools
 ) -> ImageInputs:
     """Return the inputs of another kind of the same weights; `tested` is the image's digest.
 
-    It is not started itself, so its labels name the image that was, and that one's verdict.
+    It is not started itself, so its labels name the image that was, with that one's scores.
     """
     base_name = data_base(kind, "")
     labels = {key: text for key, text in image.labels.items() if key != PLAN}
@@ -78,7 +78,13 @@ def form_inputs(
         config=None,
         bases=base_images(base_name, "", tools, platforms=platforms) if base_name else (),
         base_name=public_base(base_name),
-        labels={**labels, PREFIX + "kind": kind, TESTED: tested, VERDICT: verdict},
+        labels={
+            **labels,
+            PREFIX + "kind": kind,
+            **result_labels(results),
+            TESTED: tested,
+            VERDICT: verdict_of(results),
+        },
         parameters={**image.parameters, "kind": kind},
     )
 

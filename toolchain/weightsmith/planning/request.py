@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from weightsmith.errors import UsageError
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import Outputs
+from weightsmith.stages.upload import HubPlace, repository_of
+from weightsmith.values import LORA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,31 @@ class BuildRequest:
     @property
     def forms(self) -> tuple[str, ...]:
         """The kinds to publish beside the image, each once."""
-        return tuple(kind for kind in dict.fromkeys(self.file.recipe.outputs) if kind != "image")
+        return tuple(
+            kind for kind in dict.fromkeys(self.file.recipe.outputs.kinds) if kind != "image"
+        )
+
+    def hub_of(self, target: Target) -> HubPlace | None:
+        """Return where on a hub a target's weights go; None if nowhere.
+
+        Raises UsageError for a name that is no repository or that two targets would share.
+        """
+        wanted = self.file.recipe.outputs
+        if not wanted.hub or not self.outputs.push:
+            return None
+        if len(self.targets) > 1 and "{target}" not in wanted.hub:
+            raise UsageError(
+                f"outputs.hub {wanted.hub}: {len(self.targets)} targets would share it",
+                hint=f"write outputs.hub: {wanted.hub}-{{target}}, or build one --target",
+            )
+        if target.format == LORA:
+            raise UsageError(
+                f"outputs.hub: {target.name} serves adapters beside their base, so it has no merged"
+                " model to publish",
+                hint="build another --target, or leave outputs.hub out",
+            )
+        name = repository_of(wanted.hub.replace("{target}", target.name))
+        return HubPlace(repository=name, force=self.outputs.force, public=wanted.public)
 
     def outputs_of_form(self, target: Target, kind: str) -> Outputs:
         """Return where another kind of the same weights goes: beside the target's image.

@@ -14,7 +14,7 @@ from weightsmith.provenance.evidence import (
     document_digest,
     document_name,
 )
-from weightsmith.provenance.labels import PREFIX
+from weightsmith.provenance.labels import PREFIX, TESTED
 from weightsmith.provenance.lineage import Lineage, trace
 from weightsmith.provenance.statements import Statement
 from weightsmith.values import Digest, FileEntry, tree_digest
@@ -178,6 +178,9 @@ def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]
 
 def _gate(image: Image, lineage: Lineage) -> Check | None:
     if not lineage.results:
+        if tested := image.labels.get(TESTED):
+            found = f"the same weights were tested in the image {tested[:19]}, not this form"
+            return Check(name="gate", ok=None, found=found)
         scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
         return Check(name="gate", ok=False, found="scores without a result") if scored else None
     # One failed result counts, however many passed; then one with a warning.

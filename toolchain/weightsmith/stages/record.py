@@ -35,6 +35,7 @@ from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_whole
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
+from weightsmith.provenance.mlbom import license_of
 from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig
@@ -42,6 +43,7 @@ from weightsmith.validating.result import Validation
 from weightsmith.values import (
     Artifact,
     Checkpoint,
+    Form,
     Json,
     Published,
     Score,
@@ -65,7 +67,7 @@ class Facts:
     quality: Quality | None
     config: ServingConfig | None
     published: Published | None
-    forms: Mapping[str, Published]
+    forms: Mapping[str, Form]
     """What else was published, by kind."""
     results: tuple[Result, ...]
     checks: Sequence[Mapping[str, Json]]
@@ -136,7 +138,9 @@ def build_record(facts: Facts) -> BuildRecord:
         version=recipe.version,
         target=facts.target,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        base=SourceRecord(**_source(facts.sources.base)),
+        base=SourceRecord(
+            **{**_source(facts.sources.base), **_given("license", recipe.base.license)}
+        ),
         adapters=tuple(
             AdapterRecord(
                 **_source(adapter.snapshot),
@@ -174,12 +178,17 @@ def build_record(facts: Facts) -> BuildRecord:
     )
 
 
+def _given(key: str, value: str) -> dict[str, str]:
+    return {key: value} if value else {}
+
+
 def _source(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "source": snapshot.source,
         "pin": snapshot.pin,
         "digest": snapshot.digest,
         "files": snapshot.tree.files,
+        "license": license_of(snapshot.tree.root),
     }
 
 
@@ -208,7 +217,7 @@ def _artifact(artifact: Artifact) -> ArtifactRecord:
     )
 
 
-def _image(published: Published) -> ImageRecord:
+def _image(published: Form) -> ImageRecord:
     return ImageRecord(
         reference=published.reference,
         digest=published.digest,

@@ -30,6 +30,7 @@ from weightsmith.evaluating.gate import DropLimit, judge_drop
 from weightsmith.files import write_whole
 from weightsmith.foreign import RECORD, parse_file
 from weightsmith.reporting import answers, comparing, views
+from weightsmith.reporting.card import ModelCard
 from weightsmith.reporting.junit import junit
 from weightsmith.resources import templates
 from weightsmith.serving.memory import human
@@ -252,6 +253,11 @@ def render_view(view: Mapping[str, Any], template: str) -> str:
         ) from None
 
 
+def model_card(card: ModelCard, repository: str, files: Sequence[str]) -> str:
+    """Return the README.md of a hub's repository `owner/name` that holds these files."""
+    return render_view(card.view(repository, files), "card.md.j2")
+
+
 @cache
 def _environment(folder: Path, page: str) -> Environment:
     """Return the environment for the report's templates, compiled once for all targets.
@@ -271,6 +277,7 @@ def _environment(folder: Path, page: str) -> Environment:
         size=human,
         cell=_cell,
         code=_code,
+        verbatim=_verbatim,
         pretty=_pretty,
         seconds=_seconds,
         spread=_spread,
@@ -307,6 +314,11 @@ def _cell(value: Json) -> Markup:
 def _code(value: Json) -> Markup:
     """Return a line of an indented Markdown block, where only the end of the block is markup."""
     return Markup(escaped(str(value)))  # noqa: S704 - an indented block shows it verbatim
+
+
+def _verbatim(value: Json) -> Markup:
+    """Return a text that is no Markdown, such as YAML that a library wrote, or a link's address."""
+    return Markup(upright(str(value)))  # noqa: S704 - its caller knows that nothing in it is markup
 
 
 def _upright(value: Json) -> Json:

@@ -1,0 +1,184 @@
+"""A build in memory whose weights are published on a hub, and what else can be pushed there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+from weightsmith.commands.upload import push_to_hub
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.stages.upload import HubPlace
+
+from tests.fakes.memory import Memory
+from tests.fakes.writable_hub import WritableHub, writable_hub
+
+TARGET = "llamacpp-q4_k_m"
+HUB = "outputs.hub=hf://team/bot"
+PLACE = HubPlace(repository="team/bot")
+AGAIN = HubPlace(repository="team/again")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
+    with writable_hub(monkeypatch) as state:
+        yield state
+
+
+def card(hub: WritableHub, name: str = "team/bot") -> str:
+    return hub.repositories[name].files["README.md"].decode()
+
+
+def weights(hub: WritableHub, name: str = "team/bot") -> dict[str, bytes]:
+    files = hub.repositories[name].files
+    return {
+        path: data for path, data in files.items() if path not in (".gitattributes", "README.md")
+    }
+
+
+def test_a_build_publishes_its_weights_with_a_card(warm: Memory, hub: WritableHub) -> None:
+    built = warm.build(HUB, "card.license=MIT", push=True)[TARGET]
+
+    form = built.forms["hub"]
+    assert form.reference == "hf://team/bot"
+    assert form.digest == hub.repositories["team/bot"].commits[-1]
+    record = warm.record()
+    assert record["forms"]["hub"]["digest"] == form.digest
+    (file,) = record["artifact"]["files"]
+    assert list(weights(hub)) == [file["path"]]
+    text = card(hub)
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["license"] == "mit"
+    assert "| image | 8 of 8 | 1.000 | 0.68 to 1.00 |" in text
+    assert record["base"]["pin"] in text
+    assert record["adapters"][0]["pin"] in text
+    assert built.published.digest in text
+    assert f"Verdict: **{built.verdict}**" in text
+    assert str(warm.home) not in text
+    assert form.digest in (warm.results() / "report.html").read_text()
+
+
+def test_a_second_build_sends_nothing(warm: Memory, hub: WritableHub) -> None:
+    first = warm.build(HUB, push=True)[TARGET].forms["hub"]
+    again = warm.build(HUB, push=True)[TARGET].forms["hub"]
+
+    assert again.digest == first.digest
+    assert again.uploaded_bytes == 0 < first.uploaded_bytes
+
+
+def test_only_a_build_that_pushes_publishes(warm: Memory, hub: WritableHub) -> None:
+    assert warm.build(HUB)[TARGET].forms == {}
+    assert hub.requests == []
+
+
+def test_what_the_hub_refuses_is_known_before_any_work(memory: Memory, hub: WritableHub) -> None:
+    hub.fail["GET /api/models"] = 401
+    with pytest.raises(EnvironmentFailure, match="token"):
+        memory.build(HUB, push=True)
+    assert memory.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "targets", "message"),
+    [
+        (HUB, (TARGET, "llamacpp-q8_0"), "share"),
+        (HUB, ("llamacpp-lora",), "merged"),
+        ("outputs.hub=hf://bot", (TARGET,), "repository"),
+    ],
+)
+def test_a_place_that_cannot_be_used(
+    memory: Memory, hub: WritableHub, setting: str, targets: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        memory.build(setting, targets=targets, push=True)
+    assert memory.jobs() == []
+
+
+def test_each_target_has_its_own_repository(memory: Memory, hub: WritableHub) -> None:
+    targets = (TARGET, "llamacpp-q8_0")
+    memory.build("outputs.hub=hf://team/bot-{target}", targets=targets, push=True)
+
+    assert sorted(hub.repositories) == [f"team/bot-{target}" for target in targets]
+
+
+def test_a_refused_build_publishes_nothing(memory: Memory, hub: WritableHub) -> None:
+    memory.minds.forgot["image"] = set(memory.facts)
+    with pytest.raises(Exception, match="drop"):
+        memory.build(HUB, push=True)
+    assert hub.repositories == {}
+
+
+def test_a_list_of_kinds_and_a_hub(warm: Memory, hub: WritableHub) -> None:
+    warm.write_recipe(outputs=["image", "volume"])
+    built = warm.build(HUB, push=True)[TARGET]
+    assert sorted(built.forms) == ["hub", "volume"]
+
+
+def push(memory: Memory, source: str, place: HubPlace = PLACE) -> Any:
+    return push_to_hub(source, place, memory.tools)
+
+
+@pytest.mark.parametrize("kind", ["", "-volume", "-modelpack"])
+def test_each_form_of_a_build_can_be_pushed(warm: Memory, hub: WritableHub, kind: str) -> None:
+    warm.build("outputs=[image, volume, modelpack]", layout=warm.folder / "own")
+    push(warm, f"oci:{warm.folder / 'own'}{kind}")
+
+    (file,) = warm.record()["artifact"]["files"]
+    assert list(weights(hub)) == [file["path"]]
+    text = card(hub)
+    assert "| image | 8 of 8 | 1.000 | 0.68 to 1.00 |" in text
+    assert warm.record()["adapters"][0]["pin"] in text
+
+
+def test_an_image_in_a_registry_can_be_pushed(warm: Memory, hub: WritableHub) -> None:
+    built = warm.build(push=True)[TARGET]
+    push(warm, built.published.reference)
+
+    assert f"{built.published.reference}@{built.published.digest}" in card(hub)
+
+
+def test_a_builds_folder_can_be_pushed_from_the_store(warm: Memory, hub: WritableHub) -> None:
+    warm.build()
+    push(warm, str(warm.results()))
+
+    (file,) = warm.record()["artifact"]["files"]
+    assert list(weights(hub)) == [file["path"]]
+    assert "started and passed" in card(hub)
+
+
+def test_a_builds_folder_can_be_pushed_from_its_image(warm: Memory, hub: WritableHub) -> None:
+    warm.build(push=True)
+    push(warm, str(warm.results()))
+    warm.store.forget("quantize")
+    push(warm, str(warm.results()), AGAIN)
+
+    assert weights(hub) == weights(hub, "team/again")
+    assert card(hub).replace("team/bot", "team/again") == card(hub, "team/again")
+
+
+def test_a_build_whose_weights_are_gone(warm: Memory, hub: WritableHub) -> None:
+    warm.build(layout=warm.folder / "own")
+    warm.store.forget("quantize")
+    shutil.rmtree(warm.folder / "own")
+    with pytest.raises(InputRefused, match="neither in the store") as caught:
+        push(warm, str(warm.results()))
+    assert "build again" in caught.value.hint
+    assert hub.repositories == {}
+
+
+def test_a_refused_builds_folder_is_refused(memory: Memory, hub: WritableHub) -> None:
+    memory.minds.forgot["image"] = set(memory.facts)
+    with pytest.raises(Exception, match="drop"):
+        memory.build()
+    with pytest.raises(InputRefused, match="refused"):
+        push(memory, str(memory.results() / "refused"))
+
+
+def test_a_model_of_adapters_beside_their_base_is_refused(memory: Memory, hub: WritableHub) -> None:
+    memory.build(targets=("llamacpp-lora",), layout=memory.folder / "own")
+    with pytest.raises(InputRefused, match="no merged model"):
+        push(memory, f"oci:{memory.folder / 'own'}")
+    assert replace(PLACE).repository not in hub.repositories

@@ -1,0 +1,263 @@
+"""A model hub in this process that is written to: commits, Git LFS, tokens.
+
+https://github.com/huggingface/huggingface_hub (hf_api.py, _commit_api.py, lfs.py) and
+https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.fakes.hub import git_id
+from tests.fakes.serving import serving
+
+TOKEN = "hf_a-token-that-may-write"
+READER = "hf_a-token-that-may-read"
+_LARGE = (".safetensors", ".gguf")
+_LICENSES = {"apache-2.0", "mit", "llama3", "other"}
+"""Some that the hub's check of a card accepts."""
+
+
+@dataclass
+class Repository:
+    """One repository: its commits, oldest first, and the files of the newest."""
+
+    private: bool = True
+    commits: list[str] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.gguf lfs\n"})
+    large: set[str] = field(default_factory=set)
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> str:
+        self.messages.append(message)
+        self.commits.append(hashlib.sha1(f"{len(self.commits)}{message}".encode()).hexdigest())
+        return self.commits[-1]
+
+
+@dataclass
+class WritableHub:
+    """State that tests look at and set."""
+
+    url: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    """Large files, by SHA-256."""
+    received: list[str] = field(default_factory=list)
+    """The large files that were sent."""
+    requests: list[str] = field(default_factory=list)
+    fail: dict[str, int] = field(default_factory=dict)
+    """Part of a request's line -> status to answer with."""
+    drop: str = ""
+    """A file that commits lose."""
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, code: str = "") -> None:
+        super().__init__(status)
+        self.status, self.code = status, code
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: WritableHub
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        path = self.path.partition("?")[0]
+        self.state.requests.append(f"{self.command} {path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b"".join(self._chunks())
+        try:
+            for part, status in self.state.fail.items():
+                if part in f"{self.command} {path}":
+                    raise _Refused(status)
+            reply, headers = self._reply(path, body), {}
+            status = 200
+        except _Refused as refused:
+            reply, status, headers = b"{}", refused.status, {"X-Error-Code": refused.code}
+        data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _reply(self, path: str, body: bytes) -> Any:
+        if path.startswith("/lfs/"):
+            return self._large_file(path, body)
+        self._sign_in(write=self.command == "POST")
+        routes = (
+            (r"/api/repos/create", self._create),
+            (r"/api/validate-yaml", self._validate),
+            (r"/api/models/(?P<name>[^/]+/[^/]+)", self._info),
+            (r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)", self._tree),
+            (r"/api/models/(?P<name>[^/]+/[^/]+)/preupload/main", self._modes),
+            (r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", self._batch),
+            (r"/api/models/(?P<name>[^/]+/[^/]+)/commit/main", self._commit),
+        )
+        for pattern, action in routes:
+            if found := re.fullmatch(pattern, path):
+                return action(body, **found.groupdict())
+        raise _Refused(404)
+
+    def _sign_in(self, *, write: bool) -> None:
+        said = self.headers.get("Authorization", "")
+        if said not in (f"Bearer {TOKEN}", f"Bearer {READER}"):
+            raise _Refused(401)
+        if write and said != f"Bearer {TOKEN}":
+            raise _Refused(403)
+
+    def _repository(self, name: str) -> Repository:
+        if name not in self.state.repositories:
+            raise _Refused(404, "RepoNotFound")
+        return self.state.repositories[name]
+
+    def _create(self, body: bytes) -> Any:
+        said = json.loads(body)
+        name = f"{said['organization']}/{said['name']}"
+        if said["organization"] != "team":
+            raise _Refused(403)
+        if name in self.state.repositories:
+            raise _Refused(409)
+        private = said.get("visibility") == "private" or said.get("private") is True
+        self.state.repositories[name] = Repository(private=private)
+        self.state.repositories[name].add("initial commit")
+        return {"url": f"{self.state.url}/{name}"}
+
+    def _validate(self, body: bytes) -> Any:
+        content = json.loads(body)["content"]
+        front = yaml.safe_load(content.split("---")[1])
+        named = front.get("license")
+        wrong = named is not None and named not in _LICENSES
+        errors = [{"message": '"license" must be one of […]'}] if wrong else []
+        if errors:
+            raise _Refused(400)
+        return {"errors": errors, "warnings": []}
+
+    def _info(self, body: bytes, name: str) -> Any:
+        repository = self._repository(name)
+        siblings = [{"rfilename": path} for path in repository.files]
+        return {"id": name, "sha": repository.commits[-1], "siblings": siblings}
+
+    def _tree(self, body: bytes, name: str, revision: str) -> Any:
+        repository = self._repository(name)
+        rows = []
+        for path, data in repository.files.items():
+            row: dict[str, Any] = {"type": "file", "path": path, "size": len(data)}
+            row["oid"] = git_id(data)
+            if path in repository.large:
+                oid = hashlib.sha256(data).hexdigest()
+                row["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
+            rows.append(row)
+        return rows
+
+    def _modes(self, body: bytes, name: str) -> Any:
+        self._repository(name)
+        rows = json.loads(body)["files"]
+        return {
+            "files": [
+                {
+                    "path": row["path"],
+                    "uploadMode": "lfs" if row["path"].endswith(_LARGE) else "regular",
+                    "shouldIgnore": False,
+                }
+                for row in rows
+            ]
+        }
+
+    def _batch(self, body: bytes, name: str) -> Any:
+        self._repository(name)
+        rows = []
+        for row in json.loads(body)["objects"]:
+            found = dict(row)
+            if row["oid"] not in self.state.blobs:
+                upload = {"href": f"{self.state.url}/lfs/{row['oid']}?signature=s3cret"}
+                found["actions"] = {"upload": upload}
+            rows.append(found)
+        return {"transfer": "basic", "objects": rows}
+
+    def _large_file(self, path: str, body: bytes) -> Any:
+        oid = path.removeprefix("/lfs/")
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise _Refused(400)
+        self.state.blobs[oid] = body
+        self.state.received.append(oid)
+        return {}
+
+    def _commit(self, body: bytes, name: str) -> Any:
+        repository = self._repository(name)
+        rows = [json.loads(line) for line in body.splitlines()]
+        header = rows.pop(0)["value"]
+        if header.get("parentCommit", repository.commits[-1]) != repository.commits[-1]:
+            raise _Refused(412)
+        files, large = dict(repository.files), set(repository.large)
+        for row in rows:
+            value = row["value"]
+            path = value["path"]
+            if path == self.state.drop:
+                continue
+            if row["key"] == "deletedFile":
+                del files[path]
+                large.discard(path)
+            elif row["key"] == "lfsFile":
+                files[path] = self.state.blobs[value["oid"]]
+                large.add(path)
+            else:
+                files[path] = base64.b64decode(value["content"])
+        repository.files, repository.large = files, large
+        oid = repository.add(header["summary"])
+        return {"commitOid": oid, "commitUrl": f"{self.state.url}/{name}/commit/{oid}"}
+
+
+@contextmanager
+def writable_hub(monkeypatch: pytest.MonkeyPatch, token: str = TOKEN) -> Iterator[WritableHub]:
+    """Serve a hub on a free loopback port, and let the hub's client write to it."""
+    from huggingface_hub import constants
+
+    state = WritableHub()
+    handler = type("Handler", (_Handler,), {"state": state, "protocol_version": "HTTP/1.1"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in environment(state, token).items():
+        monkeypatch.setenv(name, value)
+    # The client reads its variables when it is imported, which another test may have done.
+    monkeypatch.setattr(constants, "ENDPOINT", state.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serving(server):
+        yield state
+
+
+def environment(hub: WritableHub, token: str = TOKEN) -> Mapping[str, str]:
+    """Return the variables with which a process of its own writes to the hub."""
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": token}

@@ -1,0 +1,277 @@
+"""`push --to hf://…` against a hub that takes commits and large files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from weightsmith.commands.upload import push_to_hub
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.stages.upload import HubPlace, repository_of
+from weightsmith.tools import Tools
+
+from tests.fakes.memory import memory_tools
+from tests.fakes.tiny import write_model
+from tests.fakes.writable_hub import READER, TOKEN, WritableHub, environment, writable_hub
+
+PLACE = HubPlace(repository="team/bot")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the client's tries
+    with writable_hub(monkeypatch) as state:
+        yield state
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Tools:
+    (tmp_path / "work").mkdir()
+    return memory_tools(tmp_path / "work")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_model(tmp_path / "model")
+
+
+def front(text: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(text.decode().split("---")[1])
+    return found
+
+
+def test_a_checkpoint_is_one_commit_with_a_card(
+    hub: WritableHub, tools: Tools, model: Path
+) -> None:
+    (model / "notes.py").write_text("print()")
+    result = push_to_hub(str(model), PLACE, tools)
+
+    repository = hub.repositories["team/bot"]
+    assert result["digest"] == repository.commits[-1]
+    assert result["reference"] == "hf://team/bot"
+    assert repository.private
+    names = {path.name for path in model.iterdir()} - {"notes.py"}
+    assert set(repository.files) == names | {".gitattributes", "README.md"}
+    for name in names:
+        assert repository.files[name] == (model / name).read_bytes()
+    sent = sum(len(data) for name, data in repository.files.items() if name != ".gitattributes")
+    assert result["uploaded_bytes"] == sent
+    card = repository.files["README.md"]
+    assert front(card)["library_name"] == "transformers"
+    assert b"vllm serve team/bot" in card
+
+
+def test_a_second_push_sends_nothing(hub: WritableHub, tools: Tools, model: Path) -> None:
+    first = push_to_hub(str(model), PLACE, tools)
+    again = push_to_hub(str(model), PLACE, tools)
+
+    assert again["digest"] == first["digest"]
+    assert again["uploaded_bytes"] == 0
+    assert len(hub.repositories["team/bot"].commits) == 2
+
+
+def test_other_content_needs_force_and_is_replaced(
+    hub: WritableHub, tools: Tools, model: Path
+) -> None:
+    first = push_to_hub(str(model), PLACE, tools)
+    hub.repositories["team/bot"].files["old.txt"] = b"stays in the history only"
+    with pytest.raises(UsageError, match=r"old\.txt") as caught:
+        push_to_hub(str(model), PLACE, tools)
+    assert "--force" in caught.value.hint
+
+    result = push_to_hub(str(model), HubPlace(repository="team/bot", force=True), tools)
+    assert "old.txt" not in hub.repositories["team/bot"].files
+    assert ".gitattributes" in hub.repositories["team/bot"].files
+    assert result["digest"] != first["digest"]
+    assert result["uploaded_bytes"] == 0
+
+
+def test_a_changed_file_is_all_that_is_sent(hub: WritableHub, tools: Tools, model: Path) -> None:
+    push_to_hub(str(model), PLACE, tools)
+    hub.received.clear()
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    with pytest.raises(UsageError, match=r"config\.json"):
+        push_to_hub(str(model), PLACE, tools)
+    result = push_to_hub(str(model), HubPlace(repository="team/bot", force=True), tools)
+
+    assert hub.received == []
+    assert result["uploaded_bytes"] == (model / "config.json").stat().st_size
+
+
+def test_a_gguf_file_has_the_lines_of_its_runners(
+    hub: WritableHub, tools: Tools, tmp_path: Path
+) -> None:
+    file = tmp_path / "bot-q8_0.gguf"
+    file.write_bytes(b"GGUF" + bytes(5000))
+    push_to_hub(str(file), HubPlace(repository="team/bot", public=True), tools)
+
+    repository = hub.repositories["team/bot"]
+    assert set(repository.files) == {".gitattributes", "README.md", "bot-q8_0.gguf"}
+    assert hub.received == [hashlib.sha256(file.read_bytes()).hexdigest()]
+    assert not repository.private
+    text = repository.files["README.md"].decode()
+    assert "llama-server --hf-repo team/bot --hf-file bot-q8_0.gguf" in text
+    assert "ollama run hf.co/team/bot" in text
+    assert "gguf" in front(text.encode())["tags"]
+
+
+def _with_pickle(model: Path) -> None:
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x04}\x94.")
+
+
+def _with_link(model: Path) -> None:
+    outside = model.parent / "secret.json"
+    outside.write_text("{}")
+    (model / "tokenizer.json").unlink(missing_ok=True)
+    (model / "tokenizer.json").symlink_to(outside)
+
+
+def _with_code(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
+
+
+def _truncated(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_with_pickle, "pytorch_model"),
+        (_with_link, "link"),
+        (_with_code, "auto_map"),
+        (_truncated, "no weights"),
+        (lambda model: (model / "config.json").unlink(), r"config\.json"),
+    ],
+)
+def test_what_must_not_be_published_is_refused_before_anything_is_made(
+    hub: WritableHub, tools: Tools, model: Path, damage: Any, message: str
+) -> None:
+    damage(model)
+    with pytest.raises(InputRefused, match=message) as caught:
+        push_to_hub(str(model), PLACE, tools)
+
+    assert caught.value.hint
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("part", "status", "kind", "hint"),
+    [
+        ("GET /api/models", 401, EnvironmentFailure, "HF_TOKEN"),
+        ("POST /api/repos/create", 403, EnvironmentFailure, "write access"),
+        ("/commit/main", 403, EnvironmentFailure, "write access"),
+        ("/commit/main", 412, EnvironmentFailure, "push again"),
+        ("POST /api/repos/create", 404, InputRefused, "owner"),
+        ("PUT /lfs", 403, EnvironmentFailure, "write access"),
+        ("/commit/main", 500, EnvironmentFailure, "later"),
+        ("validate-yaml", 400, InputRefused, "card"),
+    ],
+)
+def test_what_a_hub_refuses_is_said_without_the_token(
+    hub: WritableHub,
+    tools: Tools,
+    model: Path,
+    part: str,
+    status: int,
+    kind: type[WeightsmithError],
+    hint: str,
+) -> None:
+    hub.fail[part] = status
+    with pytest.raises(kind) as caught:
+        push_to_hub(str(model), PLACE, tools)
+
+    assert hint in caught.value.hint
+    assert "team/bot" in caught.value.message
+    said = caught.value.message + caught.value.hint
+    assert TOKEN not in said
+    assert "s3cret" not in said
+    assert caught.value.__suppress_context__
+    assert all(len(repository.files) == 1 for repository in hub.repositories.values())
+
+
+def test_a_token_that_may_only_read(
+    tools: Tools, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writable_hub(monkeypatch, READER) as hub:
+        with pytest.raises(EnvironmentFailure, match="may not do that"):
+            push_to_hub(str(model), PLACE, tools)
+        assert hub.repositories == {}
+
+
+def test_a_commit_that_lacks_a_file_is_noticed(hub: WritableHub, tools: Tools, model: Path) -> None:
+    hub.drop = "config.json"
+    with pytest.raises(EnvironmentFailure, match=r"lacks config\.json"):
+        push_to_hub(str(model), PLACE, tools)
+
+
+def test_a_hub_that_is_down(tools: Tools, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with writable_hub(monkeypatch):
+        pass
+    with pytest.raises(EnvironmentFailure, match="could not be reached") as caught:
+        push_to_hub(str(model), PLACE, tools)
+    assert "HF_ENDPOINT" in caught.value.hint
+
+
+def test_the_public_hub_is_not_asked_without_a_token(
+    tools: Tools, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    with pytest.raises(EnvironmentFailure, match="token") as caught:
+        push_to_hub(str(model), PLACE, tools)
+    assert "hf auth login" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hf://bot", "hf://team/bot/file", "hf://", "hf://a/../b", "hf://a b/c", "hf://a/b@main"],
+)
+def test_a_place_that_is_no_repository(text: str) -> None:
+    with pytest.raises(UsageError, match="not a repository"):
+        repository_of(text)
+
+
+@pytest.mark.slow
+def test_the_command_prints_one_object_and_no_token(
+    hub: WritableHub, model: Path, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-m", "weightsmith", "push", str(model), "--to", "hf://team/bot"]
+    mine = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+
+    def run(*more: str, status: int = 0) -> dict[str, Any]:
+        done = subprocess.run(
+            [*words, "--json", *more],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **environment(hub), **mine},
+        )
+        assert done.returncode == status, done.stderr
+        assert TOKEN not in done.stdout + done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    result = run()
+    assert result["digest"] == hub.repositories["team/bot"].commits[-1]
+    assert {"reference", "digest", "uploaded_bytes"} <= result.keys()
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert "--force" in run(status=2)["error"]["hint"]
+    assert run("--force")["digest"] != result["digest"]
+    hub.fail["GET /api/models"] = 401
+    assert "HF_TOKEN" in run(status=5)["error"]["hint"]

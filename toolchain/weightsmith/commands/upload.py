@@ -1,0 +1,223 @@
+"""`invoke push --to hf://OWNER/NAME`: publish a model's files with a card on a hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from weightsmith.build_record import FILE, BuildRecord, read_build
+from weightsmith.checkpoints.folder import check_model_folder, pickles_in, scan
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.foreign import parse
+from weightsmith.oci.image import Image
+from weightsmith.oci.layout import held_digest, is_layout
+from weightsmith.oci.locations import ImageLocation, open_location
+from weightsmith.oci.unpack import unpack
+from weightsmith.provenance import mlbom
+from weightsmith.provenance.evidence import read_attached
+from weightsmith.provenance.labels import PREFIX, plan_in
+from weightsmith.provenance.mlbom import license_of
+from weightsmith.provenance.roles import weights_of
+from weightsmith.quantizers import of_format
+from weightsmith.reporting.card import ModelCard, card_of_build, card_of_labels
+from weightsmith.stages import merge as merging
+from weightsmith.stages.report import model_card, read_as_facts
+from weightsmith.stages.upload import HubPlace, check_place, upload
+from weightsmith.tools import Tools
+from weightsmith.trees import below
+from weightsmith.values import LORA, FileEntry, Json, StageInputs, Tree, plain
+
+_LARGEST_BILL = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model's files and what is known of it."""
+
+    tree: Tree
+    card: ModelCard
+
+
+def push_to_hub(source: str, place: HubPlace, tools: Tools) -> Mapping[str, Json]:
+    """Publish a checkpoint folder, a GGUF file, a build's results or an image's model on a hub.
+
+    Raises InputRefused for a model that is incomplete, has pickle files or links out of its folder,
+    and what `upload` raises.
+    """
+    check_place(place, tools.hub)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tools.scratch())
+        model = _open(source, scratch, tools)
+        names = [entry.path for entry in model.tree.files]
+        text = model_card(model.card, place.repository, names)
+        done = upload(model.tree, text, place, model.card.version, tools).value
+    return {key: value for key, value in plain(done).items() if key not in ("layers", "mounted")}
+
+
+def _open(source: str, scratch: Path, tools: Tools) -> _Model:
+    path = Path(source)
+    if is_layout(source):
+        return _of_image(source, open_location(source, tools.registry), scratch, tools)
+    if (path / FILE).is_file():
+        return _of_build(path, scratch, tools)
+    if path.is_dir() or path.is_file() or source.endswith(".gguf"):
+        return _of_folder(path, tools)
+    return _of_image(source, open_location(source, tools.registry), scratch, tools)
+
+
+def _of_folder(path: Path, tools: Tools) -> _Model:
+    """Return the model of a checkpoint's folder or of a GGUF file."""
+    root = path if path.is_dir() else path.parent
+    if path.is_dir():
+        names = _names(path)
+    elif path.suffix == ".gguf" and path.is_file():
+        names = [path.name]
+    else:
+        raise InputRefused(f"{path} is no model", hint="give a checkpoint's folder or a .gguf file")
+    tree = _tree(root, names, tools)
+    card = ModelCard(name=path.resolve().stem if path.is_file() else path.resolve().name)
+    return _Model(tree, replace(card, license=license_of(root) if path.is_dir() else ""))
+
+
+def _names(root: Path) -> list[str]:
+    """Return the files of a folder to publish; raises InputRefused for what must not be there."""
+    if found := pickles_in(root):
+        raise InputRefused(
+            f"{root} has pickle files, which can run code: {', '.join(found[:3])}",
+            hint="move them out of the folder, or convert them to safetensors",
+        )
+    names = scan(root, gguf=True)
+    return names if any(name.endswith(".gguf") for name in names) else check_model_folder(root)
+
+
+def _tree(root: Path, names: Sequence[str], tools: Tools) -> Tree:
+    entries = []
+    for name in names:
+        entry = tools.store.digest_file(root / name)
+        entries.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
+    return Tree(root=root, files=tuple(entries))
+
+
+def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
+    """Return the model of a build's results: from the store, else from what it published."""
+    with read_as_facts(folder / FILE):
+        record = read_build(folder)
+    if record.refused or record.image is None or record.artifact is None:
+        raise InputRefused(
+            f"{folder} is of a build that was refused: {record.refused or 'nothing was published'}",
+            hint="only a model that passed its gate is published",
+        )
+    _require_merged(record.artifact.format, str(folder))
+    if tree := _in_store(record, tools):
+        return _Model(tree, card_of_build(record))
+    layout, image = folder / "image", record.image
+    held = is_layout(str(layout)) and held_digest(layout) == image.digest
+    source = f"oci:{layout}" if held else f"{image.reference.partition('@')[0]}@{image.digest}"
+    try:
+        found = _of_image(source, open_location(source, tools.registry), scratch, tools)
+    except (EnvironmentFailure, InputRefused, UsageError) as error:
+        raise InputRefused(
+            f"{folder}: its weights are neither in the store nor in {source}: {error.message}",
+            hint="build again, or give the image's reference or layout instead of the folder",
+        ) from None
+    return _Model(found.tree, card_of_build(record))
+
+
+def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
+    """Return the weights of a build if the store still has them."""
+    artifact = record.artifact
+    packed = artifact is not None and "quantize" in record.inputs
+    stage = "quantize" if packed else "merge"
+    inputs = record.inputs.get(stage)
+    if artifact is None or not isinstance(inputs, dict):
+        return None
+    number = of_format(artifact.format).recipe_number if packed else merging.RECIPE_NUMBER
+    entry = tools.store.find(StageInputs(stage=stage, recipe_number=number, inputs=inputs).key)
+    return entry.tree if entry and entry.tree.digest == artifact.digest else None
+
+
+def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) -> _Model:
+    """Return the model in an image or a ModelPack, copied to a folder; its licence and labels."""
+    image = place.image()
+    format_ = image.labels.get(f"{PREFIX}format", "")
+    _require_merged(format_, source)
+    layers = weights_of(image, source)
+    size = sum(layer.size for layer in layers)
+    tools.progress.note(f"reading {len(layers)} layers of {source} ({size / 1e6:,.0f} MB)")
+    root = scratch / "model"
+    if image.artifact_type:
+        _copy_files(image, root)
+    else:
+        unpack(replace(image, layers=layers, raw=None), root)
+    root = _model_root(root, source)
+    names = _names(root)
+    tree = _tree(root, names, tools)
+    attached = read_attached(place, image.digest)
+    bills = [
+        part.read()
+        for one in attached
+        for part in one.parts
+        if part.blob.media_type == mlbom.MEDIA_TYPE and part.blob.size <= _LARGEST_BILL
+    ]
+    context = plan_in(image.labels).get("max_model_len", 0)
+    name = source.rpartition("/")[2].partition("@")[0].partition(":")[0]
+    card = card_of_labels(
+        name,
+        image.labels,
+        PREFIX,
+        _license(tree, bills),
+        context if isinstance(context, int) else 0,
+    )
+    tested = source if is_layout(source) else f"{source.partition('@')[0]}@{image.digest}"
+    return _Model(tree, card if is_layout(source) else replace(card, image=tested))
+
+
+def _copy_files(image: Image, root: Path) -> None:
+    """Write the files of a ModelPack to a folder."""
+    for layer in image.layers:
+        path = PurePosixPath(layer.file)
+        parts = path.parts
+        if not parts or path.is_absolute() or ".." in parts or "\0" in layer.file:
+            raise InputRefused(
+                f"a file has the path {layer.file[:200]!r}, which leaves the model's folder",
+                hint="the artifact is damaged or hostile; do not use it",
+            )
+        target = root.joinpath(*parts)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            for chunk in layer.open():
+                file.write(chunk)
+
+
+def _model_root(root: Path, source: str) -> Path:
+    """Return the folder of the only model in an unpacked root."""
+    files = [path for path in below(root) if path.is_file()]
+    marked = [path for path in files if path.name == "config.json" or path.suffix == ".gguf"]
+    folders = {path.parent for path in marked}
+    found = sorted(folders, key=lambda path: (len(path.parts), path))
+    if not found:
+        raise InputRefused(f"{source} has no model", hint="give an image with model weights")
+    return found[0]
+
+
+def _license(tree: Tree, bills: Sequence[bytes]) -> str:
+    """Return a model's licence: by its card, else by the image's bill of materials."""
+    if found := license_of(tree.root):
+        return found
+    for bill in bills:
+        with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
+            document = parse(bill, largest=_LARGEST_BILL)
+            one = document["metadata"]["component"]["licenses"][0]["license"]
+            return re.sub(r"\s+", " ", str(one.get("id") or one["name"]))[:100]
+    return ""
+
+
+def _require_merged(format_: str, source: str) -> None:
+    if format_ == LORA.name:
+        raise InputRefused(
+            f"{source} serves adapters beside their base: it holds no merged model",
+            hint="push the image of another target, or upload the adapter by itself",
+        )
