@@ -26,13 +26,18 @@ from weightsmith.oci.registry import Registry
 from weightsmith.pipeline import build
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.targets import chosen_targets
-from weightsmith.ports import CANDIDATES, Progress, Signer
+from weightsmith.ports import CANDIDATES, Cache, Progress, Signer
+from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe_file import read_recipe
 from weightsmith.recording import Built
+from weightsmith.sharing.place import Place
+from weightsmith.sharing.store import SharedStore
+from weightsmith.sharing.uploads import Uploads
 from weightsmith.stages.publish import Outputs
 from weightsmith.tools import NO_LIMIT, Tools
 from weightsmith.tools import Memory as Room
+from weightsmith.values import Digest
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.engine import MemoryEngine
@@ -61,6 +66,10 @@ class Memory:
     adapters: tuple[str, ...] = ("a",)
     room: Room = NO_LIMIT
     """Memory that its jobs may use."""
+    cache: Cache | None = None
+    """A cache shared with other users; each build opens it anew."""
+    verify_key: Path | None = None
+    """Whose results from the cache are used."""
 
     def __post_init__(self) -> None:
         write_model(self.home / "base")
@@ -78,6 +87,9 @@ class Memory:
         self.progress = RecordingProgress(journal=self.journal)
         self.registry.watch = self._watch
         self.ticks = 0.0
+        self.shared: SharedStore | None = None
+        self.given_up = 0
+        self.mountable: dict[Digest, str] = {}
         self.repair()
 
     def repair(self) -> None:
@@ -107,9 +119,10 @@ class Memory:
     @property
     def tools(self) -> Tools:
         """The ports of a build, all of them fakes."""
+        store = self.shared or self.store
         return Tools(
-            store=self.store,
-            readers={"": FolderReader(self.store)},
+            store=store,
+            readers={"": FolderReader(store)},
             runner=self.runner,
             engine=self.engine,
             launcher=self.launcher,
@@ -166,8 +179,26 @@ class Memory:
         self.runner.jobs.clear()
         self.launcher.asked.clear()
         self.progress.warnings.clear()
-        built = list(build(self.request(*settings, **wanted), self.tools))
+        with self.sharing():
+            built = list(build(self.request(*settings, **wanted), self.tools))
         return {one.target.name: one for one in built}
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Put the store in front of the cache, as `wiring` does, if there is one."""
+        if self.cache is None:
+            yield
+            return
+        check = read_public_key(self.verify_key) if self.verify_key else None
+        place = Place(self.cache, check, self.progress.warn, 60)
+        uploads = Uploads(place, self.store.memo, self.signer, self._remember)
+        with _scratch(self.folder) as scratch:
+            self.shared = SharedStore(self.store, [place], lambda: scratch, uploads, self._remember)
+            try:
+                yield
+            finally:
+                self.given_up = uploads.close(60)
+                self.shared = None
 
     def results(self, target: str = "llamacpp-q4_k_m") -> Path:
         """The folder that a target's build fills."""
@@ -200,6 +231,9 @@ class Memory:
         self.store.entries |= other.entries
         self.store.notes |= other.notes
         self.store.memos |= other.memos
+
+    def _remember(self, registry: str, repository: str, digests: Sequence[Digest]) -> None:
+        self.mountable |= dict.fromkeys(digests, f"{registry}/{repository}")
 
     def _answer(self, question: str, adapter: str) -> str:
         """Answer as the image: with the adapter that is named, else with what was merged."""

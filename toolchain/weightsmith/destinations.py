@@ -66,8 +66,7 @@ class InStore:
         """Return the store's entry; make it if it does not exist."""
         stage = inputs()
         note = {"stage": stage.stage, "inputs": stage.inputs}
-        found = self.store.find(stage.key)
-        return found or self.store.produce(stage.key, note, make, resume=resume)
+        return self.store.produce(stage.key, note, make, resume=resume)
 
     def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
         """Return the document of the store's entry; make it if it does not exist."""

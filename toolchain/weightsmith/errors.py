@@ -50,6 +50,13 @@ class EnvironmentFailure(WeightsmithError):
     exit_code = 5
 
 
+class CacheLost(EnvironmentFailure):
+    """A result that the shared cache has could not be read, or was altered (exit 5).
+
+    The store no longer offers it, so the same work done again makes it here.
+    """
+
+
 class Altered(EnvironmentFailure):
     """Data from the network does not match what its sender declared (exit 5)."""
 

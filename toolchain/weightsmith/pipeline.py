@@ -10,7 +10,7 @@ from typing import TypeVar
 from weightsmith.build_record import StageRecord, read_build
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
-from weightsmith.errors import CheckFailed
+from weightsmith.errors import CacheLost, CheckFailed
 from weightsmith.evaluating.results import Result, unproven_of
 from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
@@ -65,7 +65,25 @@ T = TypeVar("T")
 
 
 def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
-    """Yield each target's image: merged, quantized, planned, baked, evaluated, published."""
+    """Yield each target's image: merged, quantized, planned, baked, evaluated, published.
+
+    If a result in a shared cache cannot be read, the build starts again without it: what was
+    finished is in the store.
+    """
+    seen: set[str] = set()
+    while True:
+        try:
+            for built in _build(request, tools):
+                if built.target.name not in seen:
+                    seen.add(built.target.name)
+                    yield built
+        except CacheLost as lost:
+            tools.progress.note(f"{lost.message}; it is made here instead")
+        else:
+            return
+
+
+def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     recipe, clock, store = request.file.recipe, Clock(tools), InStore(tools.store)
     tasks = tasks_of(request.file)
     check_machine(request, tools)
@@ -183,7 +201,7 @@ def rendered(
     config = serving_config(
         request.file,
         target,
-        read_facts((sources.base if target.format == LORA else checkpoint).tree.root),
+        read_facts((sources.base if target.format == LORA else checkpoint).tree.texts),
         artifact.tree.weight_bytes,
         weights=files[0] if files else "",
         made_from=(artifact.digest,),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from weightsmith.jobs import Job
-from weightsmith.values import Digest, FileEntry, Json, Snapshot, Tree, without_passwords
+from weightsmith.values import Blob, Digest, FileEntry, Json, Snapshot, Tree, without_passwords
 
 
 class Progress(Protocol):
@@ -95,6 +95,51 @@ class Store(Protocol):
 
     def clean(self, keep_bytes: int) -> Mapping[str, Json]:
         """Delete least recently used entries above the budget, except those in use by a build."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """One entry of a shared cache: its size in bytes, and when it was last used or written."""
+
+    key: Digest
+    size: int
+    used: float
+    """Seconds since 1970; 0 if it is not known."""
+
+
+class Cache(Protocol):
+    """A place that machines share: results by key, complete or absent; nothing there is trusted.
+
+    Every method may raise EnvironmentFailure or OSError if the place cannot be used.
+    """
+
+    where: str
+    """Its address, without passwords."""
+    origin: tuple[str, str]
+    """Registry and repository from which images can mount its blobs; empty for other places."""
+
+    def find(self, key: Digest) -> bytes | None:
+        """Return the entry's document, or None."""
+
+    def read(self, blob: Blob) -> Iterator[bytes]:
+        """Yield a blob's bytes in chunks; they may be wrong or too few."""
+
+    def write(
+        self,
+        key: Digest,
+        document: bytes,
+        blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
+    ) -> int:
+        """Write the missing blobs, then the document; return how many bytes were sent.
+
+        Readers see the whole entry or none; several may write the same one.
+        """
+
+    def entries(self) -> Iterator[Kept]:
+        """Yield every entry."""
+
+    def remove(self, keys: Collection[Digest]) -> int:
+        """Delete these entries, and the blobs that no other has; return the bytes freed."""
 
 
 class SourceReader(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -132,6 +132,14 @@ Pieces: TypeAlias = tuple[bytes | Slice, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """File content that is on another machine until it is read."""
+
+    open: Callable[[], Iterator[bytes]]
+    """Yields verified bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tree:
     """A folder with known content: the files in `root`, sorted by path."""
 
@@ -156,9 +164,30 @@ class Tree:
         weights = (".safetensors", ".gguf")
         return sum(entry.size for entry in self.files if entry.path.endswith(weights))
 
+    @property
+    def texts(self) -> Path:
+        """A folder with all files but the weights: configuration, vocabulary, model card.
+
+        Files of a shared cache are fetched when they are read, so this is cheap where `root`
+        may fetch the weights.
+        """
+        return self.root
+
     def path(self, name: str) -> Path:
         """Return the file's location on disk."""
         return self.places.get(name, self.root / name)
+
+    def source(self, name: str) -> Path | Stream:
+        """Return where the file's bytes come from, without fetching them."""
+        return self.path(name)
+
+    def header(self, name: str) -> Path:
+        """Return a file with the weights file's header and size; its tensors may be missing."""
+        return self.path(name)
+
+    def mode(self, name: str) -> int:
+        """Return the file's mode; only the owner's execute bit counts."""
+        return self.path(name).stat().st_mode
 
     def has(self, name: str) -> bool:
         """Return whether the tree has a file with this relative path."""

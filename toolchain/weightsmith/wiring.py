@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache as cache_once
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from weightsmith.drivers.credentials import ask_helper, docker_config
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_launcher import DockerLauncher
 from weightsmith.drivers.fallback import FallbackRunner
+from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.hardware import free_memory
 from weightsmith.drivers.hub import HubReader
@@ -35,13 +37,18 @@ from weightsmith.oci import auth
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
-from weightsmith.ports import Launcher, Progress, Runner, Signer
+from weightsmith.ports import Cache, Launcher, Progress, Runner, Signer, Store
 from weightsmith.privacy import private
-from weightsmith.provenance.signing import check_by
+from weightsmith.provenance.signing import check_by, read_public_key
 from weightsmith.serving.memory import human, parse_size
+from weightsmith.sharing.address import Address, Sharing, chosen
+from weightsmith.sharing.place import Place
+from weightsmith.sharing.store import SharedStore
+from weightsmith.sharing.uploads import Uploads
 from weightsmith.time_limits import chosen_seconds
 from weightsmith.tools import Memory, Tools
-from weightsmith.values import Json
+from weightsmith.user_config import read_config
+from weightsmith.values import Digest, Json
 
 RUNNERS = ("auto", "docker", "local")
 _LEAST_MEMORY = 1 << 30
@@ -53,7 +60,8 @@ def cache_folder() -> Path:
 
     Raises EnvironmentFailure if the user has no home folder.
     """
-    if named := os.environ.get("WEIGHTSMITH_CACHE"):
+    named = os.environ.get("WEIGHTSMITH_CACHE", "")
+    if named and "://" not in named:  # else it is the address of a shared cache
         return Path(named).absolute()
     try:
         folder = Path(platformdirs.user_cache_dir("weightsmith")).expanduser()
@@ -127,6 +135,8 @@ def open_tools(
     allow_network_in_jobs: bool = False,
     memory: str = "",
     insecure: bool = False,
+    cache: str = "",
+    cache_from: str = "",
 ) -> Iterator[Tools]:
     """Yield everything outside this process that stages use; close connections afterwards.
 
@@ -134,9 +144,11 @@ def open_tools(
     engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
     cannot be kept from the network are refused unless `allow_network_in_jobs`. No job uses more
     than `memory`, a size such as 6GiB; by default, than what is free. Warns if it is more than
-    that. Raises UsageError for an unknown runner, size or time limit, EnvironmentFailure if
-    `docker` is asked for and no engine answers.
+    that. `cache` and `cache_from` are addresses of shared caches; by default, those of the
+    environment and the configuration. Raises UsageError for an unknown runner, address, size or
+    time limit, EnvironmentFailure if `docker` is asked for and no engine answers.
     """
+    sharing = chosen(cache, cache_from, read_config().cache)
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
     chosen_seconds()
@@ -146,12 +158,16 @@ def open_tools(
         progress.warn(
             f"--memory {memory} is more than the {human(free)} that are free, so jobs may swap"
         )
-    store, engine = make_store(progress.note), DockerEngine()
+    engine = DockerEngine()
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:
         engine.client  # noqa: B018 - raises what is wrong and what to do
-    readers = (FolderReader(store), HubReader(store), PypiReader(store))
-    with make_registry(insecure=insecure) as registry:
+    signer = make_signer(sign_key)
+    with (
+        make_registry(insecure=insecure) as registry,
+        open_store(sharing, progress, signer, insecure=insecure) as store,
+    ):
+        readers = (FolderReader(store), HubReader(store), PypiReader(store))
         yield Tools(
             store=store,
             readers={reader.scheme: reader for reader in readers},
@@ -166,10 +182,64 @@ def open_tools(
             scratch=_scratch,
             assemble_engine=partial(assemble_engine, cache_folder()),
             command=run_command,
-            signer=make_signer(sign_key),
+            signer=signer,
             memory=room,
             images_in_engine=answers,
         )
+
+
+@contextmanager
+def open_store(
+    sharing: Sharing, progress: Progress, signer: Signer | None = None, *, insecure: bool = False
+) -> Iterator[Store]:
+    """Yield the user's store, in front of the shared caches if there are any.
+
+    At the end it waits for uploads, but no longer than the configuration says. Raises UsageError
+    for keys that cannot be used, or a kind of cache whose packages are not installed.
+    """
+    local, settings = make_store(progress.note), sharing.settings
+    check = read_public_key(Path(settings.verify_key)) if settings.verify_key else None
+    with ExitStack() as stack:
+        places: dict[Address, Place] = {}
+        for address in filter(None, (sharing.both, sharing.read)):
+            cache = stack.enter_context(open_cache(address, insecure=insecure))
+            places[address] = Place(cache, check, progress.warn, settings.lookup_seconds)
+        if not places:
+            yield local
+            return
+        uploads = None
+        if sharing.both:
+            key = make_signer(settings.sign_key) if settings.sign_key else signer
+            uploads = Uploads(places[sharing.both], local.memo, key, _mountable)
+        scratch = cache_once(lambda: stack.enter_context(_scratch()))
+        wait = settings.upload_seconds
+        try:
+            yield SharedStore(local, [*places.values()], scratch, uploads, _mountable)
+        except KeyboardInterrupt:
+            wait = 0.0
+            raise
+        finally:
+            left = uploads.close(wait) if uploads else 0
+        if left and sharing.both:
+            progress.warn(
+                f"{left} result(s) were not uploaded to {places[sharing.both].where} within "
+                f"{settings.upload_seconds:g} s; the next command that uses them tries again"
+            )
+
+
+def _mountable(registry: str, repository: str, digests: Sequence[Digest]) -> None:
+    PushedLayers(cache_folder()).record(registry, repository, digests)
+
+
+@contextmanager
+def open_cache(address: Address, *, insecure: bool = False) -> Iterator[Cache]:
+    """Yield the cache at an address, without contacting it; UsageError if its kind is missing."""
+    del insecure
+    match address.kind:
+        case "folder":
+            yield FolderCache(address.folder)
+        case kind:
+            raise UsageError(f"{kind}:// is not supported yet", hint="give a folder")
 
 
 def _size(memory: str) -> int:

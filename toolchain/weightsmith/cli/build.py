@@ -50,6 +50,8 @@ def build(
     locked: bool = False,
     update_lock: bool = False,
     dist: str = "dist",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
     from weightsmith.commands.arguments import sources_of
@@ -89,6 +91,8 @@ def build(
         allow_network_in_jobs=allow_network_in_jobs,
         memory=memory,
         insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
     ) as tools:
         request = BuildRequest(
             file=file,
@@ -163,6 +167,8 @@ def plan(
     kind: Sequence[str] = (),
     update_lock: bool = False,
     dist: str = "dist",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk."""
     del push, load, layout
@@ -177,7 +183,7 @@ def plan(
     file = recipe_file(recipe, base, adapter, settings)
     keep_clean(sources_of(file))
     targets = chosen_targets(file, tuple(target))
-    with open_tools(runner, Silent(), memory=memory) as tools:
+    with open_tools(runner, Silent(), memory=memory, cache=cache, cache_from=cache_from) as tools:
         result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
     return result, table(result)
 

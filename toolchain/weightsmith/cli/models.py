@@ -27,6 +27,8 @@ def merge(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
     from weightsmith.commands.arguments import not_nested, parse_weights, required
@@ -43,7 +45,12 @@ def merge(
         weights=parse_weights(weights, len(adapter)),
     )
     with open_tools(
-        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+        runner,
+        progress_for(),
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        cache=cache,
+        cache_from=cache_from,
     ) as tools:
         kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
         result = merge_folders(folders, Path(out), options, tools) if out else kept
@@ -72,6 +79,8 @@ def validate(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     from weightsmith.commands.arguments import parse_weights, required
@@ -83,7 +92,12 @@ def validate(
     keep_clean([base, *adapter, merged])
     factors = parse_weights(weights, len(adapter))
     with open_tools(
-        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+        runner,
+        progress_for(),
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        cache=cache,
+        cache_from=cache_from,
     ) as tools:
         result = validate_folders(
             Path(base),
@@ -128,6 +142,8 @@ def quantize(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
     from weightsmith.commands.arguments import required
@@ -146,7 +162,12 @@ def quantize(
         gate=not no_gate,
     )
     with open_tools(
-        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+        runner,
+        progress_for(),
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        cache=cache,
+        cache_from=cache_from,
     ) as tools:
         result = quantize_folder(asked, tools)
     measures = ", ".join(

@@ -45,6 +45,8 @@ def evaluate(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     from weightsmith.commands.arguments import number, required
@@ -75,7 +77,7 @@ def evaluate(
             limit=limit,
             concurrency=concurrency,
         )
-        with open_tools(runner, progress_for()) as tools:
+        with open_tools(runner, progress_for(), cache=cache, cache_from=cache_from) as tools:
             result = evaluate_tasks(request, tools)
         return result, tasks_text(result)
     required(data=data)
@@ -94,7 +96,12 @@ def evaluate(
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
     )
     with open_tools(
-        runner, progress_for(), allow_network_in_jobs=allow_network_in_jobs, memory=memory
+        runner,
+        progress_for(),
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        cache=cache,
+        cache_from=cache_from,
     ) as tools:
         result = evaluate_subject(subject, Path(data), options, tools)
     low, high = result["interval"]
@@ -125,6 +132,8 @@ def bench(
     timeout: float = 120.0,
     out: str = "",
     runner: str = "auto",
+    cache: str = "",
+    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
     from weightsmith.commands.arguments import counts
@@ -144,7 +153,7 @@ def bench(
         timeout=timeout,
         out=out,
     )
-    with open_tools(runner, progress_for()) as tools:
+    with open_tools(runner, progress_for(), cache=cache, cache_from=cache_from) as tools:
         result = run(request, tools)
     return result, bench_text(result)
 

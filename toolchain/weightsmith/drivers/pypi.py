@@ -67,7 +67,7 @@ class PypiReader:
             wheel.unlink()
             return {}
 
-        entry = self._store.find(key) or self._store.produce(key, note, make)
+        entry = self._store.produce(key, note, make)
         pin = f"{source}#sha256={sha256}"
         return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
 

@@ -44,6 +44,8 @@ def bake(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
     progress: bool = True,
 ) -> Baked:
     """Assemble the image of a model without starting it; push it, load it or write a layout.
@@ -88,6 +90,8 @@ def bake(
             allow_network_in_jobs=allow_network_in_jobs,
             memory=memory,
             insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
         ) as tools,
     ):
         result = bake_model(request, tools)
@@ -110,6 +114,8 @@ def plan(
     dist: AnyPath = "dist",
     runner: str = "auto",
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
 ) -> Mapping[str, Json]:
     """Return what `build` would do, without doing it.
 
@@ -127,7 +133,9 @@ def plan(
     file = recipe_of(recipe, set)
     wiring.keep_clean(sources_of(file))
     wanted = chosen_targets(file, texts_of(targets))
-    with wiring.open_tools(runner, Silent(), memory=memory) as tools:
+    with wiring.open_tools(
+        runner, Silent(), memory=memory, cache=cache, cache_from=cache_from
+    ) as tools:
         return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
 
 
@@ -148,6 +156,8 @@ def build(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
     progress: bool = True,
 ) -> Mapping[str, Built]:
     """Build, test and publish the image of each target; return them by target name.
@@ -176,6 +186,8 @@ def build(
             allow_network_in_jobs=allow_network_in_jobs,
             memory=memory,
             insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
         ) as tools,
     ):
         request = BuildRequest(

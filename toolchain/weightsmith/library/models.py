@@ -35,6 +35,8 @@ def merge(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
     progress: bool = True,
 ) -> Merged:
     """Merge adapters into a base, and write a Hugging Face checkpoint with its shapes to `out`.
@@ -59,7 +61,12 @@ def merge(
     with (
         shown(progress) as shown_progress,
         wiring.open_tools(
-            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs, memory=memory
+            runner,
+            shown_progress,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            cache=cache,
+            cache_from=cache_from,
         ) as tools,
     ):
         result = merge_folders(asked, place, options, tools)
@@ -91,6 +98,8 @@ def validate(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
     progress: bool = True,
 ) -> Validation:
     """Compare a merged checkpoint, from any tool, with its sources by files, elements and logits.
@@ -114,7 +123,12 @@ def validate(
     with (
         shown(progress) as shown_progress,
         wiring.open_tools(
-            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs, memory=memory
+            runner,
+            shown_progress,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            cache=cache,
+            cache_from=cache_from,
         ) as tools,
     ):
         return validate_folders(source, pairs, made, asked, options, tools)
@@ -137,6 +151,8 @@ def quantize(
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
     progress: bool = True,
 ) -> Quantized:
     """Quantize a checkpoint, read the result back, and measure the loss on held-out text.
@@ -169,7 +185,12 @@ def quantize(
     with (
         shown(progress) as shown_progress,
         wiring.open_tools(
-            runner, shown_progress, allow_network_in_jobs=allow_network_in_jobs, memory=memory
+            runner,
+            shown_progress,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            cache=cache,
+            cache_from=cache_from,
         ) as tools,
     ):
         result = quantize_folder(asked, tools)

@@ -15,7 +15,7 @@ from weightsmith.checkpoints.reshard import read_pieces
 from weightsmith.errors import InputRefused, UsageError, WeightsmithError
 from weightsmith.oci import tar
 from weightsmith.oci.references import Reference
-from weightsmith.values import Blob, Digest, Pieces, key_of
+from weightsmith.values import Blob, Digest, Pieces, Stream, key_of
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 TITLE = "org.opencontainers.image.title"
@@ -26,6 +26,8 @@ _GATHER = 128 << 10
 TAR_RECIPE = 1
 """Increased when the same members would give other bytes, so that cached digests stay valid."""
 
+Source: TypeAlias = Path | bytes | Pieces | Stream
+"""Where a file's bytes come from."""
 Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
 """`memo(key, make)` returns the text cached under the key, or calls `make` and caches that."""
 
@@ -72,7 +74,7 @@ class Member:
     size: int
     mode: int
     """Only the owner's execute bit counts: the mode becomes 0755 or 0644."""
-    source: Path | bytes | Pieces
+    source: Source
     digest: Digest | None = None
     """Digest of the content if known; without it the layer's digest is not cached."""
 
@@ -131,7 +133,7 @@ class TarLayer:
     @cached_property
     def size(self) -> int:
         """Bytes of the tar, computed without reading a file."""
-        headers = sum(len(head) for head, _ in self._entries())
+        headers = sum(len(head) for head, _ in self.entries())
         bodies = sum(-(-member.size // tar.BLOCK) * tar.BLOCK for member in self.members)
         return headers + bodies + len(tar.END)
 
@@ -175,7 +177,7 @@ class TarLayer:
         return _gathered(self._pieces())
 
     def _pieces(self) -> Iterator[bytes]:
-        for head, member in self._entries():
+        for head, member in self.entries():
             yield head
             if member is None:
                 continue
@@ -183,7 +185,8 @@ class TarLayer:
             yield tar.padding(member.size)
         yield tar.END
 
-    def _entries(self) -> Iterator[tuple[bytes, Member | None]]:
+    def entries(self) -> Iterator[tuple[bytes, Member | None]]:
+        """Yield each entry's header, and its file, which follows; None for a folder."""
         rows: list[tuple[str, Member | None]] = [(path, None) for path in self.folders]
         rows += [(member.path, member) for member in self.members]
         for path, member in sorted(rows, key=lambda row: row[0].split("/")):
@@ -280,7 +283,7 @@ class FileLayer:
     """The file's path."""
     size: int
     digest: Digest
-    source: Path | Pieces
+    source: Path | Pieces | Stream
     media_type: str
     annotations: Mapping[str, str]
 
@@ -327,9 +330,9 @@ def verified(
         yield held
 
 
-def _paths(source: Path | bytes | Pieces) -> list[Path]:
+def _paths(source: Source) -> list[Path]:
     match source:
-        case bytes():
+        case bytes() | Stream():
             return []
         case tuple() as pieces:
             return [piece.path for piece in pieces if not isinstance(piece, bytes)]
@@ -343,6 +346,8 @@ def _content(member: Member) -> Iterator[bytes]:
             yield data
         case tuple() as pieces:
             yield from read_pieces(pieces)
+        case Stream() as stream:
+            yield from stream.open()
         case path:
             yield from read_file(path, member.size)
 

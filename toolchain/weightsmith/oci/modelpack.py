@@ -98,7 +98,7 @@ def _layer(path: str, tree: Tree, pieces: Pieces | None) -> FileLayer:
         file=path,
         size=entry.size,
         digest=entry.digest,
-        source=pieces if pieces is not None else tree.path(path),
+        source=pieces if pieces is not None else tree.source(path),
         media_type=MODEL_LAYER.format(kind=_kind(path), form="raw"),
         annotations={
             FILE_PATH: path,

@@ -43,7 +43,8 @@ def weight_layers(
     small: list[Member] = []
     for entry in sorted(tree.files, key=lambda entry: entry.path):
         path = f"{prefix.rstrip('/')}/{entry.path}"
-        source = (contents or {}).get(entry.path, tree.path(entry.path))
+        pieces = (contents or {}).get(entry.path)
+        source = tree.source(entry.path) if pieces is None else pieces
         member = Member(path, entry.size, 0o644, source, entry.digest)
         alone = entry.path.endswith(_WEIGHTS) or entry.size >= own_layer
         (large if alone else small).append(member)

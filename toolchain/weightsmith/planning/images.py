@@ -107,7 +107,7 @@ def evaluation_of(
         config=inputs.config,
         base=own_of(whole_of(inputs.bases)).digest,
         engine=target.engine,
-        chat=own_template(served.tree.root) is not None,
+        chat=own_template(served.tree.texts) is not None,
         questions=tuple(_question(request, target, inputs.sources, one) for one in results),
     )
 

@@ -216,7 +216,7 @@ def _ancestors(sources: Sources | None) -> list[Ancestor]:
             name=public_name(base.source),
             pin=base.pin,
             digest=base.digest,
-            license=license_of(base.tree.root),
+            license=license_of(base.tree.texts),
             description="base model",
         )
     ]
@@ -227,7 +227,7 @@ def _ancestors(sources: Sources | None) -> list[Ancestor]:
                 name=public_name(snapshot.source),
                 pin=snapshot.pin,
                 digest=snapshot.digest,
-                license=license_of(snapshot.tree.root),
+                license=license_of(snapshot.tree.texts),
                 version=adapter.version,
                 description="adapter",
             )

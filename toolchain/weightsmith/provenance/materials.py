@@ -79,9 +79,9 @@ def facts_of(tree: Tree) -> ModelFacts | None:
     """Return what a model is, by its folder or GGUF file; None if it cannot be read."""
     try:
         if tree.has("config.json"):
-            return read_facts(tree.path("config.json").parent)
+            return read_facts(tree.texts)
         names = [file.path for file in tree.files if file.path.endswith(".gguf")]
-        return read_facts(tree.path(names[0])) if names else None
+        return read_facts(tree.header(names[0])) if names else None
     except (OSError, ValueError, WeightsmithError):
         return None
 

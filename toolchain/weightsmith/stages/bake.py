@@ -120,7 +120,7 @@ def _made(
 def _packed(inputs: ImageInputs, split: Resharded, results: tuple[Result, ...]) -> Image:
     """Return the model's files as a ModelPack, with the labels as annotations."""
     format_, facts = inputs.artifact.format, facts_of(inputs.artifact.tree)
-    license_ = license_of(split.tree.root)
+    license_ = license_of(split.tree.texts)
     count = 0
     with suppress(InputRefused):  # the number is not known for every architecture
         count = parameters(facts).all if facts else 0

@@ -182,9 +182,7 @@ def _own(name: str, engine: str, tools: Tools) -> Image:
         tools.assemble_engine(name, folder, tools.progress)
         return {}
 
-    entry = tools.store.find(stage.key) or tools.store.produce(
-        stage.key, {"stage": "base", "inputs": stage.inputs}, make
-    )
+    entry = tools.store.produce(stage.key, {"stage": "base", "inputs": stage.inputs}, make)
     layers = _root_layers(entry, tools.store.memo) if whole else (_program_layer(entry, tools),)
     return assemble(
         (), layers, config=ImageConfig(labels=_own_labels(name, engine)), platform=host_platform()
@@ -205,7 +203,7 @@ def _program_layer(entry: Entry, tools: Tools) -> TarLayer:
 
 
 _ROOTS: dict[Path, tuple[BlobLayer, ...]] = {}
-"""Entry's folder -> its layers, cached because they have 17,000 files and targets share them."""
+"""First file -> layers, cached because they have 17,000 files and targets share them."""
 
 
 def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
@@ -213,9 +211,12 @@ def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
 
     The grouping is cached, so files are read only when a layer is opened.
     """
-    if entry.tree.root not in _ROOTS:
-        _ROOTS[entry.tree.root] = _remembered(entry, memo)
-    return _ROOTS[entry.tree.root]
+    first = entry.tree.source(entry.tree.files[0].path)
+    if not isinstance(first, Path):  # in a cache that may be gone when this is asked again
+        return _remembered(entry, memo)
+    if first not in _ROOTS:
+        _ROOTS[first] = _remembered(entry, memo)
+    return _ROOTS[first]
 
 
 def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
@@ -225,7 +226,7 @@ def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
         return json.dumps([(layer.digest, layer.size, layer.file) for layer in grouped()])
 
     def opened(number: int, blob: Blob) -> Iterator[bytes]:
-        return verified(grouped()[number].open(), blob, str(entry.tree.root))
+        return verified(grouped()[number].open(), blob, "the engine layer")
 
     rules = [_GROUPING, _PACKAGE.pattern, OWN_LAYER, _ACCOUNTS, TAR_RECIPE, source_date_epoch()]
     made_of = {"root layers of": entry.tree.digest, "rules": rules}
@@ -265,7 +266,6 @@ def _members(entry: Entry, prefix: str, mode: int | None) -> tuple[Member, ...]:
     """Return the entry's files, with their own modes if `mode` is None."""
     found = []
     for file in entry.tree.files:
-        source = entry.tree.path(file.path)
-        kept = mode or source.stat().st_mode
+        source, kept = entry.tree.source(file.path), mode or entry.tree.mode(file.path)
         found.append(Member(prefix + file.path, file.size, kept, source, file.digest))
     return tuple(found)

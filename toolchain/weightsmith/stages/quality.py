@@ -118,8 +118,9 @@ def _needless(format_: Format, checkpoint: Checkpoint, options: Limits) -> str:
     if options.gate is False:
         return "quality.gate is off"
     if options.gate is True and (kept := _KEPT.get(format_.name)):
-        shards = sorted(checkpoint.tree.root.glob("*.safetensors"))
-        tensors = [tensor for shard in shards for tensor in read_header(shard).tensors]
+        names = [f.path for f in checkpoint.tree.files if f.path.endswith(".safetensors")]
+        headers = [read_header(checkpoint.tree.header(name)) for name in names]
+        tensors = [tensor for header in headers for tensor in header.tensors]
         # Vectors are kept in 32 bits.
         if tensors and all(t.dtype in (kept if len(t.shape) > 1 else _FLOATS) for t in tensors):
             return f"{format_.name} keeps every bit of this checkpoint"
@@ -138,7 +139,7 @@ def _run(
     if quantizer.view is None:
         return Quality(skipped=f"{quantizer.name} has no view for the quality gate")
     tools.runner.prepare(BUILDER, tools.progress)
-    size = sum(path.stat().st_size for path in checkpoint.tree.root.glob("*.safetensors"))
+    size = checkpoint.tree.weight_bytes
     job = QualityJob(
         builder=BUILDER,
         model=Input.tree(checkpoint.tree),

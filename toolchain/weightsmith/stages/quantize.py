@@ -114,7 +114,7 @@ def _run(
 ) -> Mapping[str, Json]:
     quantizer = of_format(options.format.name)
     packed = options.format.suffix != ".gguf"
-    model = read_facts(checkpoint.tree.root) if packed else None
+    model = read_facts(checkpoint.tree.texts) if packed else None
     kept = kept_bytes(checkpoint.tree.size, options.format, model)
     peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format, options.options)
     tools.store.require_room(peak, f"quantizing to {options.format.name}")

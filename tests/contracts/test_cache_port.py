@@ -1,0 +1,92 @@
+"""One suite for every shared cache: the fake, and those that machines really share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from weightsmith.drivers.folder_cache import FolderCache
+from weightsmith.oci.layers import LAYER_TAR
+from weightsmith.ports import Cache
+from weightsmith.values import Blob, Digest, key_of
+
+from tests.fakes.cache import MemoryCache
+
+KEY, OTHER = key_of("one"), key_of("other")
+SMALL, LARGE = b"small", bytes(range(256)) * 20_000
+
+
+def blob_of(data: bytes) -> Blob:
+    return Blob(digest=Digest.of(data), size=len(data), media_type=LAYER_TAR)
+
+
+def body(data: bytes) -> tuple[Blob, Callable[[], Iterator[bytes]]]:
+    return blob_of(data), lambda: iter((data[:100], data[100:]))
+
+
+@pytest.fixture(params=["memory", "folder"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
+    return MemoryCache() if request.param == "memory" else FolderCache(tmp_path / "cache")
+
+
+def test_an_empty_cache_has_nothing(cache: Cache) -> None:
+    assert cache.find(KEY) is None
+    assert list(cache.entries()) == []
+    assert cache.remove([KEY]) == 0
+
+
+def test_what_is_written_is_found_and_read(cache: Cache) -> None:
+    sent = cache.write(KEY, b'{"document": 1}', [body(SMALL), body(LARGE)])
+
+    assert sent >= len(SMALL) + len(LARGE)
+    assert cache.find(KEY) == b'{"document": 1}'
+    assert cache.find(OTHER) is None
+    assert b"".join(cache.read(blob_of(LARGE))) == LARGE
+    assert b"".join(cache.read(blob_of(SMALL))) == SMALL
+
+
+def test_blobs_that_are_there_are_not_sent_again(cache: Cache) -> None:
+    cache.write(KEY, b"{}", [body(LARGE)])
+
+    assert cache.write(OTHER, b"{}", [body(LARGE), body(SMALL)]) < len(LARGE)
+    assert {entry.key for entry in cache.entries()} == {KEY, OTHER}
+
+
+def test_two_writers_of_one_key_are_fine(cache: Cache) -> None:
+    cache.write(KEY, b'{"by": 1}', [body(LARGE)])
+    cache.write(KEY, b'{"by": 2}', [body(SMALL)])
+
+    assert cache.find(KEY) == b'{"by": 2}'
+    assert b"".join(cache.read(blob_of(SMALL))) == SMALL
+
+
+def test_an_entry_whose_blob_cannot_be_read_is_not_written(cache: Cache) -> None:
+    def breaks() -> Iterator[bytes]:
+        yield b"sm"
+        raise OSError("the disk broke")
+
+    with pytest.raises(OSError, match="the disk broke"):
+        cache.write(KEY, b"{}", [body(LARGE), (blob_of(SMALL), breaks)])
+    assert cache.find(KEY) is None
+    assert list(cache.entries()) == []
+
+
+def test_entries_have_size_and_age(cache: Cache) -> None:
+    cache.write(KEY, b"{}", [body(LARGE)])
+    (entry,) = cache.entries()
+
+    assert entry.key == KEY
+    assert entry.size >= len(LARGE)
+    assert entry.used > 1e9
+
+
+def test_what_is_removed_is_gone_and_the_rest_is_whole(cache: Cache) -> None:
+    cache.write(KEY, b"{}", [body(LARGE), body(SMALL)])
+    cache.write(OTHER, b"{}", [body(SMALL)])
+    freed = cache.remove([KEY])
+
+    assert freed >= len(LARGE)
+    assert cache.find(KEY) is None
+    assert cache.find(OTHER) == b"{}"
+    assert b"".join(cache.read(blob_of(SMALL))) == SMALL

@@ -1,0 +1,1 @@
+"""The shared cache: a store's results, kept where other machines find them."""

@@ -1,0 +1,202 @@
+"""A result whose files stay in a cache until something reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+from weightsmith.errors import CacheLost
+from weightsmith.files import replace_file
+from weightsmith.oci.layers import Member, TarLayer, verified
+from weightsmith.ports import Store
+from weightsmith.sharing.document import SharedEntry, layers_of
+from weightsmith.sharing.parts import files_in
+from weightsmith.sharing.place import Place
+from weightsmith.values import Blob, FileEntry, Json, Stream, Tree
+
+_WEIGHTS = (".safetensors", ".gguf")
+_ALTERED = "the result is made here when the command is run again"
+
+
+class RemoteFiles:
+    """The files of one entry in a cache; every byte is compared with its file's digest."""
+
+    def __init__(
+        self,
+        entry: SharedEntry,
+        place: Place,
+        store: Store,
+        scratch: Callable[[], Path],
+        refuse: Callable[[CacheLost], None],
+    ) -> None:
+        self._entry = entry
+        self._place = place
+        self._store = store
+        self._scratch = scratch
+        """Returns a folder for what a process reads of it."""
+        self._refuse = refuse
+        """Called when a file turned out to be another."""
+        self._whole: Path | None = None
+        self._texts: Path | None = None
+
+    def whole(self) -> Path:
+        """Return the folder with all files, now a result of the store."""
+        if self._whole is None:
+            made = self._store.produce(self._entry.key, self._entry.note, self._fill)
+            self._whole = made.tree.root
+        return self._whole
+
+    def texts(self) -> Path:
+        """Return a folder with all files but the weights."""
+        if self._whole is not None or not any(_is_weights(f.path) for f in self._entry.files):
+            return self.whole()
+        if self._texts is None:
+            folder = self._scratch() / self._entry.key.hex
+            for layer, blob in self._layers:
+                if not any(_is_weights(member.path) for member in layer.members):
+                    self._unpack(layer, blob, folder)
+            self._texts = folder
+        return self._texts
+
+    def file(self, name: str) -> Path:
+        """Return the file on this disk."""
+        return (self.whole() if _is_weights(name) else self.texts()) / name
+
+    def source(self, name: str) -> Path | Stream:
+        """Return where the file's bytes come from."""
+        if self._whole is not None:
+            return self._whole / name
+        return Stream(open=lambda: self._stream(name))
+
+    def header(self, name: str) -> Path:
+        """Return a file with the header of a GGUF file, and a hole instead of its tensors."""
+        blob = self._entry.headers.get(name)
+        if self._whole is not None or blob is None:
+            return self.whole() / name
+        path = self._scratch() / self._entry.key.hex / "headers" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self._kept_honest():
+                chunks = verified(self._place.read(blob), blob, self._where, _ALTERED, CacheLost)
+                replace_file(path, chunks)
+            (size,) = (file.size for file in self._entry.files if file.path == name)
+            with path.open("r+b") as file:
+                file.truncate(size)
+        return path
+
+    def mode(self, name: str) -> int:
+        """Return the file's mode."""
+        return 0o755 if name in self._entry.programs else 0o644
+
+    @property
+    def _where(self) -> str:
+        return f"the cache {self._place.where}"
+
+    @cached_property
+    def _layers(self) -> list[tuple[TarLayer, Blob]]:
+        tree = Tree(root=Path(), files=self._entry.files)
+        return list(zip(layers_of(tree, self._entry.epoch), self._entry.layers, strict=True))
+
+    def _fill(self, folder: Path) -> Mapping[str, Json]:
+        for layer, blob in self._layers:
+            self._unpack(layer, blob, folder)
+        digests = {file.path: file.digest.hex for file in self._entry.files}
+        return {**self._entry.meta, "sha256": digests}
+
+    def _unpack(self, layer: TarLayer, blob: Blob, folder: Path) -> None:
+        with self._kept_honest():
+            for member, chunks in files_in(layer, self._place.read(blob), self._place.where):
+                name = _name(member)
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    for chunk in self._verified(member, chunks):
+                        file.write(chunk)
+                path.chmod(self.mode(name))
+
+    def _stream(self, name: str) -> Iterator[bytes]:
+        for layer, blob in self._layers:
+            if not any(_name(member) == name for member in layer.members):
+                continue
+            with self._kept_honest():
+                for member, chunks in files_in(layer, self._place.read(blob), self._place.where):
+                    if _name(member) == name:
+                        yield from self._verified(member, chunks)
+                        return
+
+    def _verified(self, member: Member, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        if member.digest is None:
+            raise AssertionError("a file of an entry has a digest")
+        blob = Blob(digest=member.digest, size=member.size, media_type="")
+        return verified(chunks, blob, f"{self._where}, {member.path}", _ALTERED, CacheLost)
+
+    def _kept_honest(self) -> _Refusing:
+        return _Refusing(self._refuse)
+
+
+@dataclass(slots=True)
+class _Refusing:
+    """Calls `refuse` if its block ends with a result that cannot be used."""
+
+    refuse: Callable[[CacheLost], None]
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Refuse the entry from now on."""
+        if isinstance(error, CacheLost):
+            self.refuse(error)
+
+
+def _name(member: Member) -> str:
+    """Return the path in the entry of a file whose path in the layer is below `models`."""
+    return PurePosixPath(member.path).relative_to("models").as_posix()
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS)
+
+
+class LazyTree(Tree):
+    """A tree of a cache's entry; its files are fetched when their paths are asked for."""
+
+    __slots__ = ("_remote",)
+    _remote: RemoteFiles
+
+    def __init__(self, files: tuple[FileEntry, ...], remote: RemoteFiles) -> None:
+        object.__setattr__(self, "_remote", remote)
+        object.__setattr__(self, "files", files)
+        object.__setattr__(self, "places", {})
+
+    def __repr__(self) -> str:
+        """Return a text without fetching anything."""
+        return f"LazyTree({len(self.files)} files)"
+
+    @property
+    def root(self) -> Path:
+        """The folder with all files, which are fetched first."""
+        return self._remote.whole()
+
+    @property
+    def texts(self) -> Path:
+        """A folder with all files but the weights."""
+        return self._remote.texts()
+
+    def path(self, name: str) -> Path:
+        """Return the file's location on disk, fetching it first."""
+        return self._remote.file(name)
+
+    def source(self, name: str) -> Path | Stream:
+        """Return where the file's bytes come from, without fetching them."""
+        return self._remote.source(name)
+
+    def header(self, name: str) -> Path:
+        """Return a file with the weights file's header and size."""
+        return self._remote.header(name)
+
+    def mode(self, name: str) -> int:
+        """Return the file's mode."""
+        return self._remote.mode(name)

@@ -1,0 +1,83 @@
+"""A local result as a shared cache takes it: its document, and the blobs that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from weightsmith.errors import InputRefused
+from weightsmith.oci.layers import LAYER_TAR, Memo
+from weightsmith.ports import Entry, Signer
+from weightsmith.sharing.document import SharedEntry, layers_of, to_document
+from weightsmith.values import Blob, Digest, Json
+
+Opener: TypeAlias = Callable[[], Iterator[bytes]]
+_LARGEST_HEADER = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A document, and the blobs that it names with their bytes."""
+
+    key: Digest
+    document: bytes
+    blobs: tuple[tuple[Blob, Opener], ...]
+    layers: tuple[Digest, ...]
+    """Digests of the blobs that an image may have as layers."""
+
+
+def prepared(
+    key: Digest, note: Mapping[str, Json], entry: Entry, memo: Memo, signer: Signer | None
+) -> Prepared:
+    """Return a local entry as a cache takes it; hashes its layers unless their digests are known.
+
+    Raises UsageError or InputRefused for files that cannot be in a layer.
+    """
+    tree = entry.tree
+    plain = SharedEntry(key=key, note=note, meta=entry.meta, files=tree.files)
+    layers = layers_of(tree, plain.epoch, memo)
+    blobs = tuple(Blob(digest=x.digest, size=x.size, media_type=LAYER_TAR) for x in layers)
+    heads = {f.path: _header(tree.path(f.path)) for f in tree.files if f.path.endswith(".gguf")}
+    shared = SharedEntry(
+        key=key,
+        note=note,
+        meta=entry.meta,
+        files=tree.files,
+        programs=frozenset(f.path for f in tree.files if tree.mode(f.path) & 0o100),
+        epoch=plain.epoch,
+        layers=blobs,
+        headers={path: _blob(head) for path, head in heads.items() if head},
+    )
+    bodies: list[tuple[Blob, Opener]] = [
+        (blob, layer.open) for blob, layer in zip(blobs, layers, strict=True)
+    ]
+    bodies += [(_blob(head), _of(head)) for head in heads.values() if head]
+    return Prepared(
+        key=key,
+        document=to_document(shared, signer),
+        blobs=tuple(bodies),
+        layers=tuple(blob.digest for blob in blobs),
+    )
+
+
+def _blob(data: bytes) -> Blob:
+    return Blob(digest=Digest.of(data), size=len(data), media_type=LAYER_TAR)
+
+
+def _of(data: bytes) -> Opener:
+    return lambda: iter((data,))
+
+
+def _header(path: Path) -> bytes:
+    """Return the bytes of a GGUF file before its tensors; empty if it has no readable header."""
+    from weightsmith.checkpoints.gguf_reader import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        size = int(reader.data_offset)
+        with path.open("rb") as file:
+            return file.read(size) if size <= _LARGEST_HEADER else b""
+    except (OSError, ValueError, InputRefused):
+        return b""

@@ -1,0 +1,109 @@
+"""The local store in front of a shared cache; stages see one store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from weightsmith.errors import CacheLost
+from weightsmith.ports import Entry, Store
+from weightsmith.sharing.document import SharedEntry, layers_of
+from weightsmith.sharing.lazy import LazyTree, RemoteFiles
+from weightsmith.sharing.place import Place
+from weightsmith.sharing.uploads import Remember, Uploads, nowhere
+from weightsmith.values import Digest, FileEntry, Json
+
+
+class SharedStore:
+    """A Store whose results may be in a cache: found there, and fetched when they are read."""
+
+    def __init__(
+        self,
+        local: Store,
+        places: Sequence[Place],
+        scratch: Callable[[], Path],
+        uploads: Uploads | None = None,
+        remember: Remember = nowhere,
+    ) -> None:
+        self._local = local
+        self._places = places
+        self._scratch = scratch
+        self._uploads = uploads
+        self._remember = remember
+        self._lazy: dict[Digest, Entry] = {}
+        self._from: dict[Digest, str] = {}
+        self._missed: set[Digest] = set()
+        self._refused: set[Digest] = set()
+        self._layers: dict[str, Digest] = {}
+        """Key of a layer -> its digest, by the entries that were found."""
+
+    def find(self, key: Digest) -> Entry | None:
+        """Return the entry, or None; the cache is asked once for each key."""
+        return self._find(key, again=False)
+
+    def produce(
+        self,
+        key: Digest,
+        note: Mapping[str, Json],
+        make: Callable[[Path], Mapping[str, Json]],
+        *,
+        resume: bool = False,
+    ) -> Entry:
+        """Return the entry; make it if neither store nor cache has it, and upload it meanwhile."""
+        if (found := self._find(key, again=True)) and key in self._lazy:
+            return found
+        entry = found or self._local.produce(key, note, make, resume=resume)
+        if self._uploads:
+            self._uploads.add(key, note, entry)
+        return entry
+
+    def where(self, key: Digest) -> str:
+        """Return the address of the cache that has the entry; empty if it is here or nowhere."""
+        return self._from.get(key, "") if self.find(key) and key in self._lazy else ""
+
+    def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
+        """Return size and digest of a file; see Store."""
+        return self._local.digest_file(path, read=read)
+
+    def require_room(self, needed: int, what: str) -> None:
+        """Raise EnvironmentFailure unless `needed` bytes are free on the store's disk."""
+        self._local.require_room(needed, what)
+
+    def memo(self, key: str, make: Callable[[], str]) -> str:
+        """Return the small text cached under a key; a layer's digest may be known from a cache."""
+        return self._layers.get(key) or self._local.memo(key, make)
+
+    def clean(self, keep_bytes: int) -> Mapping[str, Json]:
+        """Delete least recently used entries of the local store."""
+        return self._local.clean(keep_bytes)
+
+    def _find(self, key: Digest, *, again: bool) -> Entry | None:
+        if entry := self._local.find(key):
+            self._lazy.pop(key, None)
+            return entry
+        if key in self._lazy:
+            return self._lazy[key]
+        if key in self._refused or (key in self._missed and not again):
+            return None
+        for place in self._places:
+            if found := place.find(key):
+                self._lazy[key], self._from[key] = self._entry(found, place), place.where
+                return self._lazy[key]
+        self._missed.add(key)
+        return None
+
+    def _entry(self, found: SharedEntry, place: Place) -> Entry:
+        def refuse(error: CacheLost) -> None:
+            if found.key not in self._refused:
+                place.refuse(error)
+            self._lazy.pop(found.key, None)
+            self._refused.add(found.key)
+
+        remote = RemoteFiles(found, place, self._local, self._scratch, refuse)
+        tree = LazyTree(found.files, remote)
+        for layer, blob in zip(layers_of(tree, found.epoch), found.layers, strict=True):
+            self._layers[layer.key] = blob.digest
+        registry, repository = place.cache.origin
+        if registry:
+            self._remember(registry, repository, [blob.digest for blob in found.layers])
+        return Entry(tree=tree, meta=found.meta, cached=True)

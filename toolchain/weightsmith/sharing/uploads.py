@@ -1,0 +1,130 @@
+"""Uploads results beside the next stage; a command's end waits for them only so long."""
+
+from __future__ import annotations
+
+import errno
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.oci.layers import Memo
+from weightsmith.ports import Entry, Signer
+from weightsmith.provenance.signing import Check, check_by
+from weightsmith.sharing.document import read_document
+from weightsmith.sharing.place import Place
+from weightsmith.sharing.prepared import prepared
+from weightsmith.values import Digest, Json
+
+T = TypeVar("T")
+
+Remember = Callable[[str, str, Sequence[Digest]], None]
+"""(registry, repository, digests): images can mount these layers from there."""
+_TRIES = 3
+_PAUSE_SECONDS = 2.0
+_FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+"""What another try does not change."""
+
+
+def nowhere(_registry: str, _repository: str, _digests: Sequence[Digest]) -> None:
+    """Remember nothing."""
+
+
+class Uploads:
+    """Results on their way into a cache, in a thread of their own."""
+
+    def __init__(
+        self,
+        place: Place,
+        memo: Memo,
+        signer: Signer | None = None,
+        remember: Remember = nowhere,
+    ) -> None:
+        self._place = place
+        self._memo = memo
+        self._signer = signer
+        self._check: Check | None = check_by(signer.public) if signer else None
+        self._remember = remember
+        self._tasks: queue.SimpleQueue[tuple[Digest, Mapping[str, Json], Entry] | None]
+        self._tasks = queue.SimpleQueue()
+        self._seen: set[Digest] = set()
+        self._left = 0
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.sent = 0
+        """Bytes sent so far."""
+
+    def add(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:
+        """Upload an entry soon, unless the cache has it; returns at once."""
+        if key in self._seen or self._place.broken:
+            return
+        self._seen.add(key)
+        self._left += 1
+        self._tasks.put((key, note, entry))
+        if self._thread is None:
+            # A daemon, so that a process does not wait for an upload that was given up.
+            self._thread = threading.Thread(target=self._work, daemon=True, name="uploads")
+            self._thread.start()
+
+    def close(self, seconds: float) -> int:
+        """Wait at most so long for what is on its way; return how many results were given up."""
+        if self._thread is None:
+            return 0
+        self._tasks.put(None)
+        self._thread.join(seconds)
+        self._stopped.set()
+        return 0 if self._place.broken else self._left
+
+    def _work(self) -> None:
+        while task := self._tasks.get():
+            if self._stopped.is_set():
+                return
+            try:
+                if not self._place.broken:
+                    self.upload(*task)
+            except (InputRefused, UsageError):
+                pass  # a file that cannot be in a layer: this result stays here
+            except (WeightsmithError, OSError) as error:
+                if not self._stopped.is_set():
+                    self._place.fail(error, "results are not shared")
+            self._left -= 1
+
+    def upload(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> bool:
+        """Upload an entry now, with some tries; return False if the cache has it already.
+
+        Raises EnvironmentFailure or OSError if the cache cannot be used, UsageError or InputRefused
+        for files that cannot be in a layer.
+        """
+        cache = self._place.cache
+        layers = self._held(key)
+        new = layers is None
+        if layers is None:
+            made = prepared(key, note, entry, self._memo, self._signer)
+            self.sent += self._tried(lambda: cache.write(key, made.document, made.blobs))
+            layers = made.layers
+        if cache.origin[0]:
+            self._remember(*cache.origin, layers)
+        return new
+
+    def _held(self, key: Digest) -> Sequence[Digest] | None:
+        """Return the layers of the cache's entry; None if there is none that others would use."""
+        cache = self._place.cache
+        document = self._tried(lambda: cache.find(key))
+        if document is None:
+            return None
+        try:
+            return [blob.digest for blob in read_document(document, key, self._check).layers]
+        except InputRefused:
+            return None
+
+    def _tried(self, call: Callable[[], T]) -> T:
+        for number in range(1, _TRIES):
+            try:
+                return call()
+            except (EnvironmentFailure, OSError) as error:
+                if isinstance(error, OSError) and error.errno in _FINAL:
+                    raise
+            if self._stopped.wait(_PAUSE_SECONDS * number):
+                break
+        return call()
