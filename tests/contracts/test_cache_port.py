@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.oci.layers import LAYER_TAR
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.ports import Cache
 from weightsmith.values import Blob, Digest, key_of
 
 from tests.fakes.cache import MemoryCache
+from tests.fakes.debian_registry import real_registry
 
 KEY, OTHER = key_of("one"), key_of("other")
 SMALL, LARGE = b"small", bytes(range(256)) * 20_000
@@ -25,9 +29,30 @@ def body(data: bytes) -> tuple[Blob, Callable[[], Iterator[bytes]]]:
     return blob_of(data), lambda: iter((data[:100], data[100:]))
 
 
-@pytest.fixture(params=["memory", "folder"])
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with real_registry(tmp_path_factory.mktemp("registry")) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Registry]:
+    with Registry(pause=lambda _: None) as registry:
+        yield registry
+
+
+@pytest.fixture(
+    params=["memory", "folder", pytest.param("registry", marks=pytest.mark.registry)],
+)
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
-    return MemoryCache() if request.param == "memory" else FolderCache(tmp_path / "cache")
+    match request.param:
+        case "memory":
+            return MemoryCache()
+        case "folder":
+            return FolderCache(tmp_path / "cache")
+        case _:
+            name = f"{request.getfixturevalue('host')}/team/{tmp_path.name.replace('_', '-')}"
+            return RegistryCache(request.getfixturevalue("client"), Reference.parse(name))
 
 
 def test_an_empty_cache_has_nothing(cache: Cache) -> None:

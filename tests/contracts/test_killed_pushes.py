@@ -87,7 +87,7 @@ def test_killed_at_any_request(behind: tuple[str, str, Faults], tmp_path: Path) 
 
 
 def _stored(client: Registry, place: Reference, layers: object) -> Iterator[str]:
-    session = client._session(place, "pull")
+    session = client.session(place, "pull")
     for layer in layers:  # type: ignore[attr-defined]
         if session.call("HEAD", f"blobs/{layer.digest}").status == 200:
             yield layer.digest

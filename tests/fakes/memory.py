@@ -33,11 +33,10 @@ from weightsmith.recipe_file import read_recipe
 from weightsmith.recording import Built
 from weightsmith.sharing.place import Place
 from weightsmith.sharing.store import SharedStore
-from weightsmith.sharing.uploads import Uploads
+from weightsmith.sharing.uploads import Remember, Uploads, nowhere
 from weightsmith.stages.publish import Outputs
 from weightsmith.tools import NO_LIMIT, Tools
 from weightsmith.tools import Memory as Room
-from weightsmith.values import Digest
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.engine import MemoryEngine
@@ -89,7 +88,7 @@ class Memory:
         self.ticks = 0.0
         self.shared: SharedStore | None = None
         self.given_up = 0
-        self.mountable: dict[Digest, str] = {}
+        self.remember: Remember = nowhere
         self.repair()
 
     def repair(self) -> None:
@@ -191,9 +190,9 @@ class Memory:
             return
         check = read_public_key(self.verify_key) if self.verify_key else None
         place = Place(self.cache, check, self.progress.warn, 60)
-        uploads = Uploads(place, self.store.memo, self.signer, self._remember)
+        uploads = Uploads(place, self.store.memo, self.signer, self.remember)
         with _scratch(self.folder) as scratch:
-            self.shared = SharedStore(self.store, [place], lambda: scratch, uploads, self._remember)
+            self.shared = SharedStore(self.store, [place], lambda: scratch, uploads, self.remember)
             try:
                 yield
             finally:
@@ -231,9 +230,6 @@ class Memory:
         self.store.entries |= other.entries
         self.store.notes |= other.notes
         self.store.memos |= other.memos
-
-    def _remember(self, registry: str, repository: str, digests: Sequence[Digest]) -> None:
-        self.mountable |= dict.fromkeys(digests, f"{registry}/{repository}")
 
     def _answer(self, question: str, adapter: str) -> str:
         """Answer as the image: with the adapter that is named, else with what was merged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache as cache_once
 from functools import partial
@@ -35,7 +35,9 @@ from weightsmith.drivers.within_memory import WithinMemory
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci import auth
 from weightsmith.oci.layout import read_layout
+from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Cache, Launcher, Progress, Runner, Signer, Store
 from weightsmith.privacy import private
@@ -48,7 +50,7 @@ from weightsmith.sharing.uploads import Uploads
 from weightsmith.time_limits import chosen_seconds
 from weightsmith.tools import Memory, Tools
 from weightsmith.user_config import read_config
-from weightsmith.values import Digest, Json
+from weightsmith.values import Json
 
 RUNNERS = ("auto", "docker", "local")
 _LEAST_MEMORY = 1 << 30
@@ -117,12 +119,12 @@ def make_engine() -> DockerEngine:
     return DockerEngine()
 
 
-def make_registry(*, insecure: bool = False) -> Registry:
+def make_registry(*, insecure: bool = False, memory: PushedLayers | None = None) -> Registry:
     """Return a registry client with the user's Docker credentials, which are read on demand."""
     return Registry(
         credentials=lambda host: auth.credentials_in(docker_config(), ask_helper)(host),
         insecure=insecure,
-        memory=PushedLayers(cache_folder()),
+        memory=memory or PushedLayers(cache_folder()),
     )
 
 
@@ -162,10 +164,10 @@ def open_tools(
     answers = runner != "local" and engine.answers()
     if runner == "docker" and not answers:
         engine.client  # noqa: B018 - raises what is wrong and what to do
-    signer = make_signer(sign_key)
+    signer, layers = make_signer(sign_key), PushedLayers(cache_folder())
     with (
-        make_registry(insecure=insecure) as registry,
-        open_store(sharing, progress, signer, insecure=insecure) as store,
+        make_registry(insecure=insecure, memory=layers) as registry,
+        open_store(sharing, progress, signer, registry=registry, layers=layers) as store,
     ):
         readers = (FolderReader(store), HubReader(store), PypiReader(store))
         yield Tools(
@@ -190,7 +192,12 @@ def open_tools(
 
 @contextmanager
 def open_store(
-    sharing: Sharing, progress: Progress, signer: Signer | None = None, *, insecure: bool = False
+    sharing: Sharing,
+    progress: Progress,
+    signer: Signer | None = None,
+    *,
+    registry: Registry,
+    layers: PushedLayers,
 ) -> Iterator[Store]:
     """Yield the user's store, in front of the shared caches if there are any.
 
@@ -202,7 +209,7 @@ def open_store(
     with ExitStack() as stack:
         places: dict[Address, Place] = {}
         for address in filter(None, (sharing.both, sharing.read)):
-            cache = stack.enter_context(open_cache(address, insecure=insecure))
+            cache = open_cache(address, registry)
             places[address] = Place(cache, check, progress.warn, settings.lookup_seconds)
         if not places:
             yield local
@@ -210,11 +217,11 @@ def open_store(
         uploads = None
         if sharing.both:
             key = make_signer(settings.sign_key) if settings.sign_key else signer
-            uploads = Uploads(places[sharing.both], local.memo, key, _mountable)
+            uploads = Uploads(places[sharing.both], local.memo, key, layers.note)
         scratch = cache_once(lambda: stack.enter_context(_scratch()))
         wait = settings.upload_seconds
         try:
-            yield SharedStore(local, [*places.values()], scratch, uploads, _mountable)
+            yield SharedStore(local, [*places.values()], scratch, uploads, layers.note)
         except KeyboardInterrupt:
             wait = 0.0
             raise
@@ -227,17 +234,13 @@ def open_store(
             )
 
 
-def _mountable(registry: str, repository: str, digests: Sequence[Digest]) -> None:
-    PushedLayers(cache_folder()).record(registry, repository, digests)
-
-
-@contextmanager
-def open_cache(address: Address, *, insecure: bool = False) -> Iterator[Cache]:
-    """Yield the cache at an address, without contacting it; UsageError if its kind is missing."""
-    del insecure
+def open_cache(address: Address, registry: Registry) -> Cache:
+    """Return the cache at an address, without contacting it; UsageError if its kind is missing."""
     match address.kind:
         case "folder":
-            yield FolderCache(address.folder)
+            return FolderCache(address.folder)
+        case "oci":
+            return RegistryCache(registry, Reference.parse(address.place))
         case kind:
             raise UsageError(f"{kind}:// is not supported yet", hint="give a folder")
 

@@ -20,10 +20,11 @@ class PushedLayers:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._noted: dict[tuple[str, str], str] = {}
 
     def repository(self, registry: str, digest: Digest) -> str:
-        """Return a repository that had the layer at our last push, or empty."""
-        return self._read(registry).get(digest, "")
+        """Return a repository that has the layer, or had it at our last push; or empty."""
+        return self._noted.get((registry, digest)) or self._read(registry).get(digest, "")
 
     def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
         """Record that a repository has these layers."""
@@ -35,6 +36,10 @@ class PushedLayers:
         with suppress(OSError):
             private(self._folder, "pushed")
             write_whole(self._path(registry), canonical(rows))
+
+    def note(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
+        """Know until this process ends that a repository has these layers."""
+        self._noted |= {(registry, digest): repository for digest in digests}
 
     def _read(self, registry: str) -> dict[str, str]:
         try:

@@ -40,9 +40,11 @@ def manifest(session: RegistrySession, reference: Reference) -> tuple[bytes, str
     return _checked(session, reply, reference)
 
 
-def manifest_or_none(session: RegistrySession, reference: Reference) -> tuple[bytes, str] | None:
+def manifest_or_none(
+    session: RegistrySession, reference: Reference, tries: int = TRIES
+) -> tuple[bytes, str] | None:
     """Return the same, or None if the name does not exist."""
-    reply = _ask(session, reference)
+    reply = _ask(session, reference, tries)
     if reply.status == _MISSING:
         return None
     if reply.status != _OK:
@@ -50,13 +52,14 @@ def manifest_or_none(session: RegistrySession, reference: Reference) -> tuple[by
     return _checked(session, reply, reference)
 
 
-def _ask(session: RegistrySession, reference: Reference) -> Reply:
+def _ask(session: RegistrySession, reference: Reference, tries: int = TRIES) -> Reply:
     name = reference.digest or reference.tag
     return session.attempt(
         f"cannot read {reference}",
         lambda: session.call(
             "GET", f"manifests/{name}", headers=_ACCEPT, limit=manifests.LARGEST_MANIFEST
         ),
+        tries,
     )
 
 

@@ -5,13 +5,11 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md#listing-re
 
 from __future__ import annotations
 
-import re
-
 from weightsmith.errors import InputRefused
 from weightsmith.oci import downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
+from weightsmith.oci.paging import next_page
 from weightsmith.oci.references import Reference
-from weightsmith.oci.replies import Reply
 from weightsmith.oci.session import RegistrySession
 from weightsmith.values import Blob, Digest, Json
 
@@ -114,17 +112,10 @@ def _by_api(session: RegistrySession, reference: Reference, subject: Digest) -> 
             rows += manifests.listed(document, "manifests", str(reference))
         except InputRefused:
             return None  # some proxies answer unknown paths with a web page
-        url = _next_page(session, reply)
+        url = next_page(session, reply)
         if not url:
             break
     return rows
-
-
-def _next_page(session: RegistrySession, reply: Reply) -> str:
-    """Return the next page's URL (RFC 8288), or empty."""
-    # Possessive: the search would take minutes for a hundred thousand "<".
-    found = re.search(r'<([^<>]++)>\s*+;\s*+rel="?next"?', reply.headers.get("link", ""))
-    return session.follow(reply.url, found[1]) if found else ""
 
 
 def _by_tag(session: RegistrySession, reference: Reference, tag: str) -> list[Json] | None:

@@ -90,7 +90,7 @@ class Registry:
         It opens and cancels an upload, which needs the same rights as a push. Raises
         EnvironmentFailure if the registry cannot be reached or refuses the credentials.
         """
-        uploads.try_upload(self._session(reference, "pull,push"), str(reference))
+        uploads.try_upload(self.session(reference, "pull,push"), str(reference))
 
     def push(
         self,
@@ -118,7 +118,7 @@ class Registry:
         names = [(layer.file or layer.digest.short, layer.size) for layer in image.layers]
         check_layers(names, reference.registry)
         sources = uploads.mount_sources(image, reference, mount_from)
-        session = self._session(reference, "pull,push", sources)
+        session = self.session(reference, "pull,push", sources)
         _guard_tag(session, reference, image, force)
         sent = uploads.upload_layers(
             session,
@@ -149,12 +149,12 @@ class Registry:
 
     def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
         """Return the image for a platform (default: this one); layers are read when opened."""
-        body, kind = downloads.manifest(self._session(reference, "pull"), reference)
+        body, kind = downloads.manifest(self.session(reference, "pull"), reference)
         return self._image(reference, body, kind, platform)
 
     def _image(self, reference: Reference, body: bytes, kind: str, platform: str | None) -> Image:
         """Return the image of a manifest, or an index's image for the platform."""
-        session = self._session(reference, "pull")
+        session = self.session(reference, "pull")
         for _ in range(4):
             if kind not in manifests.INDEXES:
                 break
@@ -183,7 +183,7 @@ class Registry:
         warn: Callable[[str], None] = lambda _: None,
     ) -> Published:
         """Push every image of an index by digest, then the index, then the tags."""
-        session = self._session(reference, "pull,push")
+        session = self.session(reference, "pull,push")
         if reference.digest and reference.digest != index.digest:
             raise _another_digest(index.digest, reference)
         _guard_tag(session, reference, index, force)
@@ -207,7 +207,7 @@ class Registry:
 
     def pull_all(self, reference: Reference) -> tuple[Image, ...]:
         """Return the images for all Linux platforms of an index, or the only image."""
-        body, kind = downloads.manifest(self._session(reference, "pull"), reference)
+        body, kind = downloads.manifest(self.session(reference, "pull"), reference)
         if kind not in manifests.INDEXES:
             return (self._image(reference, body, kind, None),)
         found = manifests.platforms_in(body, str(reference))
@@ -215,23 +215,23 @@ class Registry:
 
     def digest_of(self, reference: Reference) -> Digest | None:
         """Return the digest that the reference resolves to now (image or index), or None."""
-        return downloads.digest_of(self._session(reference, "pull"), reference)
+        return downloads.digest_of(self.session(reference, "pull"), reference)
 
     def has(self, reference: Reference) -> bool:
         """Say whether the registry confirms, after few tries, that it has the reference."""
         try:
-            session = self._session(reference, "pull")
+            session = self.session(reference, "pull")
             return downloads.digest_of(session, reference, tries=2) is not None
         except WeightsmithError:
             return False
 
     def read_manifest(self, reference: Reference) -> tuple[bytes, str]:
         """Return a manifest's bytes, checked against its digest, and its media type."""
-        return downloads.manifest(self._session(reference, "pull"), reference)
+        return downloads.manifest(self.session(reference, "pull"), reference)
 
     def check_tag(self, reference: Reference, digest: Digest) -> None:
         """Raise UsageError if the reference's tag names another digest."""
-        _guard_tag(self._session(reference, "pull,push"), reference, digest, force=False)
+        _guard_tag(self.session(reference, "pull,push"), reference, digest, force=False)
 
     def push_manifest(
         self,
@@ -255,13 +255,21 @@ class Registry:
         began, digest = time.monotonic(), Digest.of(manifest)
         check_layers([(blob.digest.short, blob.size) for blob, _ in blobs], reference.registry)
         sources = [name for name in mount_from if name != reference.repository]
-        session = self._session(reference, "pull,push", sources)
+        session = self.session(reference, "pull,push", sources)
         _guard_tag(session, reference, digest, force)
         deadline = UploadDeadline(limits_of(reference.registry), warn, self._clock)
         unique = {blob.digest: (blob, deadline.over(opener, blob.size)) for blob, opener in blobs}
         meter = Meter(sum(blob.size for blob, _ in unique.values()), progress)
         pairs = [*unique.values()]
-        sent = uploads.upload_each(session, pairs, lambda pair: pair, sources, meter, parallel)
+        sent = uploads.upload_each(
+            session,
+            pairs,
+            lambda pair: pair,
+            sources,
+            meter,
+            parallel,
+            lambda blob: self._elsewhere(reference, blob),
+        )
         uploads.put_manifest(session, digest, manifest, media_type)
         before_tag()
         if reference.tag:
@@ -278,7 +286,7 @@ class Registry:
 
     def attach(self, reference: Reference, *attachments: Attachment) -> None:
         """Push attachments into the reference's repository."""
-        referrers.attach(self._session(reference, "pull,push"), reference, *attachments)
+        referrers.attach(self.session(reference, "pull,push"), reference, *attachments)
 
     def attached(
         self, reference: Reference, subject: Digest, *, tagged: bool = True
@@ -287,25 +295,25 @@ class Registry:
 
         Without `tagged`, only those in the referrers list, not those under cosign's tags.
         """
-        session = self._session(reference, "pull")
+        session = self.session(reference, "pull")
         return referrers.find(session, reference, subject, tagged=tagged)
 
     def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
         """Return an attachment; raises Altered if it does not match its digest."""
-        return referrers.read(self._session(reference, "pull"), reference, blob, tag)
+        return referrers.read(self.session(reference, "pull"), reference, blob, tag)
 
     def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[RegistrySession, str] | None:
         """Return another repository that a layer was pushed to, with a session for it."""
-        if self._memory is None or blob.size < _WORTH_MOUNTING:
+        if self._memory is None:
             return None
         name = self._memory.repository(reference.registry, blob.digest)
         if not name or name == reference.repository:
             return None
         # A separate session: a registry that refuses the other repository may refuse the whole
         # token.
-        return self._session(reference, "pull,push", (name,)), name
+        return self.session(reference, "pull,push", (name,)), name
 
-    def _session(
+    def session(
         self, reference: Reference, actions: str, also: Sequence[str] = ()
     ) -> RegistrySession:
         """Return the session for a repository; it is kept for its token."""

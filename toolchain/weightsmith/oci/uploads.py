@@ -73,7 +73,7 @@ def upload_layers(
 
     def ready(layer: Layer) -> tuple[Blob, Opener]:
         blob = blob_of(layer)
-        return blob, deadline.over(_opener(layer, blob), blob.size, layer.file)
+        return blob, deadline.over(checked_opener(layer, blob), blob.size, layer.file)
 
     meter = Meter(sum(layer.size for layer in image.layers), progress)
     sent = upload_each(session, image.layers, ready, sources, meter, parallel, elsewhere)
@@ -117,7 +117,7 @@ def upload_each(
     return [future.result() for future in futures]
 
 
-def _opener(layer: Layer, blob: Blob) -> Opener:
+def checked_opener(layer: Layer, blob: Blob) -> Opener:
     """Return an opener that verifies the layer: not every registry compares the digest."""
     known = isinstance(layer, BlobLayer) or (isinstance(layer, TarLayer) and layer.is_as_hashed())
     if known:

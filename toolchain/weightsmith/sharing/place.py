@@ -6,7 +6,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from weightsmith.errors import CacheLost, EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.errors import (
+    Altered,
+    CacheLost,
+    EnvironmentFailure,
+    InputRefused,
+    WeightsmithError,
+)
 from weightsmith.ports import Cache
 from weightsmith.provenance.signing import Check
 from weightsmith.sharing.document import SharedEntry, read_document
@@ -61,7 +67,7 @@ class Place:
             for chunk in self.cache.read(blob):
                 self.taken += len(chunk)
                 yield chunk
-        except (InputRefused, FileNotFoundError) as error:
+        except (InputRefused, FileNotFoundError, Altered) as error:
             raise lost(self.where, _why(error)) from error
         except (WeightsmithError, OSError) as error:
             self.fail(error)

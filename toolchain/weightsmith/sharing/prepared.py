@@ -9,11 +9,13 @@ from typing import TypeAlias
 
 from weightsmith.errors import InputRefused
 from weightsmith.oci.layers import LAYER_TAR, Memo
+from weightsmith.oci.uploads import checked_opener
 from weightsmith.ports import Entry, Signer
 from weightsmith.sharing.document import SharedEntry, layers_of, to_document
 from weightsmith.values import Blob, Digest, Json
 
 Opener: TypeAlias = Callable[[], Iterator[bytes]]
+_HEADER_TYPE = "application/vnd.weightsmith.cache.header.v1"
 _LARGEST_HEADER = 64 << 20
 
 
@@ -51,7 +53,7 @@ def prepared(
         headers={path: _blob(head) for path, head in heads.items() if head},
     )
     bodies: list[tuple[Blob, Opener]] = [
-        (blob, layer.open) for blob, layer in zip(blobs, layers, strict=True)
+        (blob, checked_opener(layer, blob)) for blob, layer in zip(blobs, layers, strict=True)
     ]
     bodies += [(_blob(head), _of(head)) for head in heads.values() if head]
     return Prepared(
@@ -63,7 +65,7 @@ def prepared(
 
 
 def _blob(data: bytes) -> Blob:
-    return Blob(digest=Digest.of(data), size=len(data), media_type=LAYER_TAR)
+    return Blob(digest=Digest.of(data), size=len(data), media_type=_HEADER_TYPE)
 
 
 def _of(data: bytes) -> Opener:
