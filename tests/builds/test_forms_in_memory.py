@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 import pytest
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import UsageError
+from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
@@ -17,7 +18,8 @@ from tests.fakes.memory import Memory
 
 TARGET = "llamacpp-q4_k_m"
 TAG = f"1.0.0-{TARGET}"
-ALL = "outputs=[image, volume, modelpack]"
+ALL = "outputs=[image, volume, modelpack, modelpack-tar, ollama]"
+KINDS = ["modelpack", "modelpack-tar", "ollama", "volume"]
 
 
 def pulled(memory: Memory, tag: str) -> Any:
@@ -29,28 +31,58 @@ def test_all_forms_hold_the_weights_that_the_image_was_asked_with(warm: Memory) 
     built = warm.build(ALL, push=True)[TARGET]
 
     assert warm.journal.of("start", "stop") == ["start", "stop"]
-    assert sorted(built.forms) == ["modelpack", "volume"]
-    image, volume, pack = (pulled(warm, TAG + end) for end in ("", "-volume", "-modelpack"))
-    assert [volume.digest, pack.digest] == [
-        built.forms["volume"].digest, built.forms["modelpack"].digest,
-    ]  # fmt: skip
+    assert sorted(built.forms) == KINDS
+    image = pulled(warm, TAG)
+    pack, tars, ollama, volume = (pulled(warm, f"{TAG}-{kind}") for kind in KINDS)
+    found = [pack.digest, tars.digest, ollama.digest, volume.digest]
+    assert found == [built.forms[kind].digest for kind in KINDS]
     assert {layer.digest for layer in volume.layers} < {layer.digest for layer in image.layers}
     weights = [layer for layer in image.layers if layer.file.endswith(".gguf")]
     (file,) = (layer for layer in pack.layers if layer.file.endswith(".gguf"))
     assert b"".join(file.open()) in b"".join(weights[0].open())
-    for form in (volume, pack):
+    assert [layer.digest for layer in tars.layers] == [layer.digest for layer in volume.layers]
+    assert built.forms["modelpack-tar"].uploaded_bytes < 10_000
+    assert ollama.layers[0].digest == file.digest
+    assert ollama.media_type == "application/vnd.docker.distribution.manifest.v2+json"
+    for form in (volume, pack, tars, ollama):
+        assert form.labels["dev.weightsmith.score.image"] == "1.0000 contains n=8"
         assert form.labels["dev.weightsmith.tested.image"] == built.published.digest
         assert form.labels["dev.weightsmith.verdict"] == built.verdict
         assert "dev.weightsmith.plan" not in form.labels
 
 
+@pytest.mark.parametrize("taken", ["", "-volume"])
+def test_nothing_is_published_if_a_tag_names_something_else(warm: Memory, taken: str) -> None:
+    other = foreign_image(tar_of(entry("a")), docker=False)
+    warm.client.push(other, Reference.parse(f"{warm.repository}:{TAG}{taken}"))
+    before = warm.seen()
+    warm.store.forget("quantize")
+
+    with pytest.raises(UsageError, match=f"{TAG}{taken}") as caught:
+        warm.build("outputs=[image, volume]", push=True)
+    assert "--force" in caught.value.hint
+    assert warm.seen() == before
+    assert warm.jobs() == []
+    warm.build("outputs=[image, volume]", push=True, force=True)
+
+
+def test_a_form_of_the_same_sources_with_another_digest(warm: Memory) -> None:
+    """Labels cannot tell; nothing is published, since the digests are compared before."""
+    warm.build("outputs=[image, volume]", push=True)
+    (warm.results() / "build.json").unlink()
+    del warm.registry.manifests[("team/tiny", TAG)]
+
+    with pytest.raises(UsageError, match=f"{TAG}-volume"):
+        warm.build("outputs=[image, volume]", "image.labels.team=search", push=True)
+    assert ("team/tiny", TAG) not in warm.registry.manifests
+
+
 def test_an_image_is_recorded_though_another_form_fails(warm: Memory) -> None:
     built = warm.build(push=True)[TARGET]
     (warm.results() / "build.json").unlink()
-    other = foreign_image(tar_of(entry("a")), docker=False)
-    warm.client.push(other, Reference.parse(f"{warm.repository}:{TAG}-volume"))
+    warm.registry.faults.append(("PUT", "-volume", "403"))
 
-    with pytest.raises(UsageError, match="volume"):
+    with pytest.raises(EnvironmentFailure):
         warm.build("outputs=[image, volume]", push=True)
 
     assert warm.record()["image"]["digest"] == built.published.digest
@@ -100,6 +132,54 @@ def test_a_layout_is_beside_the_images(warm: Memory) -> None:
         assert form.reference == f"oci:{warm.folder / f'own-{kind}'}"
     marker = json.loads((warm.folder / "own" / "index.json").read_bytes())
     assert len([row for row in marker["manifests"] if "artifactType" not in row]) == 1
+
+
+def test_what_ollama_reads(warm: Memory) -> None:
+    """Held to ollama's manifest/manifest.go, types/model/config.go and server/images.go."""
+    warm.build("outputs=[image, ollama]", push=True)
+    found = pulled(warm, f"{TAG}-ollama")
+    manifest, config = json.loads(found.manifest_bytes), json.loads(found.config_bytes)
+
+    assert manifest["schemaVersion"] == 2
+    assert manifest["config"]["mediaType"] == "application/vnd.docker.container.image.v1+json"
+    kinds = [row["mediaType"] for row in manifest["layers"]]
+    assert kinds == [f"application/vnd.ollama.image.{kind}" for kind in ("model", "params")]
+    assert json.loads(b"".join(found.layers[1].open())) == {"num_ctx": 512}
+    assert {key: config[key] for key in ("model_format", "model_family", "file_type")} == {
+        "model_format": "gguf", "model_family": "llama", "file_type": "Q4_K_M",
+    }  # fmt: skip
+    assert config["rootfs"]["diff_ids"] == [row["digest"] for row in manifest["layers"]]
+
+
+def test_a_modelfile_names_the_gguf_file_itself(warm: Memory) -> None:
+    warm.build("outputs=[image, ollama]")
+    lines = (warm.results() / "Modelfile").read_text().splitlines()
+    (source,) = (line.removeprefix("FROM ") for line in lines if line.startswith("FROM "))
+
+    found = (warm.results() / source).read_bytes()
+    (file,) = warm.record()["artifact"]["files"]
+    assert f"sha256:{hashlib.sha256(found).hexdigest()}" == file["digest"]
+    assert "PARAMETER num_ctx 512" in lines
+
+    warm.build("outputs=[image, ollama]", push=True)
+    text = (warm.results() / "Modelfile").read_text()
+    assert f"FROM {warm.repository}:{TAG}-ollama\n" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "target", "message"),
+    [
+        ((), "vllm", "GGUF"),
+        ((), "llamacpp-lora", "GGUF"),
+        (("quantize.split_max_size=1GB",), TARGET, "split"),
+    ],
+)
+def test_what_ollama_does_not_take_is_refused_before_any_work(
+    memory: Memory, settings: tuple[str, ...], target: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        memory.build("outputs=[image, ollama]", *settings, targets=(target,))
+    assert memory.jobs() == []
 
 
 def test_a_form_that_nobody_knows_is_refused(warm: Memory) -> None:

@@ -121,9 +121,11 @@ def push(memory: Memory, source: str, place: HubPlace = PLACE) -> Any:
     return push_to_hub(source, place, memory.tools)
 
 
-@pytest.mark.parametrize("kind", ["", "-volume", "-modelpack"])
+@pytest.mark.parametrize("kind", ["", "-volume", "-modelpack", "-modelpack-tar", "-ollama"])
 def test_each_form_of_a_build_can_be_pushed(warm: Memory, hub: WritableHub, kind: str) -> None:
-    warm.build("outputs=[image, volume, modelpack]", layout=warm.folder / "own")
+    warm.build(
+        "outputs=[image, volume, modelpack, modelpack-tar, ollama]", layout=warm.folder / "own"
+    )
     push(warm, f"oci:{warm.folder / 'own'}{kind}")
 
     (file,) = warm.record()["artifact"]["files"]

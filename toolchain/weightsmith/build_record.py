@@ -219,7 +219,7 @@ class BuildRecord(JsonObject):
     """The serving plan, sizes in bytes."""
     image: ImageRecord | None = None
     forms: Mapping[str, ImageRecord] = field(default_factory=dict)
-    """What else was published of the same weights, by kind: volume, modelcar, modelpack, hub."""
+    """What else was published of the same weights, by kind: volume, modelpack, hub and so on."""
     task: TaskRecord = NO_TASK
     """The first task."""
     scores: Mapping[str, ScoreRecord] = field(default_factory=dict)

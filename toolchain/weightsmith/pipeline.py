@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -14,9 +14,10 @@ from weightsmith.errors import CacheLost, CheckFailed
 from weightsmith.evaluating.results import Result, unproven_of
 from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
+from weightsmith.oci.ollama import modelfile
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
-from weightsmith.planning.checks import check_before_work, check_images
+from weightsmith.planning.checks import check_before_work, check_images, check_tags
 from weightsmith.planning.images import evaluation_of, form_inputs, image_inputs
 from weightsmith.planning.options import (
     quantize_options,
@@ -43,7 +44,7 @@ from weightsmith.stages.merge import merge
 from weightsmith.stages.publish import candidate, publish
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import quantize
-from weightsmith.stages.record import is_written, layers_in
+from weightsmith.stages.record import is_written, layers_in, write_files
 from weightsmith.stages.reference import reference
 from weightsmith.stages.report import model_card
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
@@ -55,7 +56,6 @@ from weightsmith.values import (
     LORA,
     Artifact,
     Checkpoint,
-    Digest,
     Form,
     Sources,
     Uploaded,
@@ -88,6 +88,7 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     tasks = tasks_of(request.file)
     check_machine(request, tools)
     request, sources = clock.take(resolve_request(request, tools))
+    check_tags(request, sources, tools)
     check_images(request, sources, check_before_work(request, sources, tools), tools)
     merged = sources_to_merge(request.targets, sources)
     checkpoint = clock.take(merge(merged, recipe.merge, store, tools))
@@ -110,11 +111,12 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         made = with_scores(made, results, tools.store)
         name, outputs = name_of(recipe, target.name), request.outputs_of(target)
         layout = request.candidate_layout(target)
+        others = forms_baked(request, target, made, results, tools)
         published = timed.take(publish(made, name, outputs, tools, started_in=layout))
-        if request.forms or request.hub_of(target):
+        if others or request.hub_of(target):
             # What is published is recorded, whatever happens to its other forms.
             record.keep(published, {}, results, timed.stages)
-        found = forms(request, target, made[0].inputs, published.digest, results, tools)
+        found = forms(request, target, others, tools)
         if uploaded := on_hub(request, target, artifact, tools):
             found = {**found, "hub": timed.take(uploaded)}
         warn_of(results, tools)
@@ -139,7 +141,7 @@ def check_machine(request: BuildRequest, tools: Tools) -> None:
     tools.runner.check(MERGE_BUILDER)
     for target in request.targets:
         check_layout(request.outputs_of(target).layout)
-        for kind in request.forms:
+        for kind in request.forms_of(target):
             check_layout(request.outputs_of_form(target, kind).layout)
         if place := request.hub_of(target):
             check_place(place, tools.hub)
@@ -230,22 +232,52 @@ def baked(
     return bake(prepare, name, tools, push=request.outputs.push, earlier=earlier)
 
 
+def forms_baked(
+    request: BuildRequest,
+    target: Target,
+    made: Sequence[ImageMaterials],
+    results: tuple[Result, ...],
+    tools: Tools,
+) -> Mapping[str, tuple[ImageMaterials, ...]]:
+    """Return the other kinds that the recipe names, of the weights of a tested image, by kind.
+
+    Before anything is published, checks that no tag already names something else. Raises
+    UsageError if one does.
+    """
+    image, tested = made[0].inputs, whole_image(made).digest
+    name = name_of(request.file.recipe, target.name)
+    found = {}
+    for kind in request.forms_of(target):
+        prepare = partial(form_inputs, image, kind, tested, results, tools)
+        push = request.outputs_of_form(target, kind).push
+        found[kind] = bake(prepare, f"{name}-{kind}", tools, push=push).value
+    if found and request.outputs.push and not request.outputs.force:
+        tagged = {name: made, **{f"{name}-{kind}": one for kind, one in found.items()}}
+        for tag, one in tagged.items():
+            tools.registry.check_tag(Reference.parse(tag), whole_image(one).digest)
+    return found
+
+
 def forms(
     request: BuildRequest,
     target: Target,
-    image: ImageInputs,
-    tested: Digest,
-    results: tuple[Result, ...],
+    made: Mapping[str, tuple[ImageMaterials, ...]],
     tools: Tools,
 ) -> Mapping[str, Form]:
-    """Publish the other kinds that the recipe names, of the same weights; return them by kind."""
+    """Publish the other kinds of a target's weights; return them by kind."""
     found: dict[str, Form] = {}
-    base = name_of(request.file.recipe, target.name)
-    for kind in request.forms:
-        name, outputs = f"{base}-{kind}", request.outputs_of_form(target, kind)
-        prepare = partial(form_inputs, image, kind, tested, results, tools)
-        made = bake(prepare, name, tools, push=outputs.push).value
-        found[kind] = publish(made, name, outputs, tools, started_in=outputs.layout).value
+    for kind, one in made.items():
+        outputs = request.outputs_of_form(target, kind)
+        name = f"{name_of(request.file.recipe, target.name)}-{kind}"
+        found[kind] = publish(one, name, outputs, tools, started_in=outputs.layout).value
+        if kind == "ollama":
+            weights, folder = own_of(whole_image(one)).layers[0].digest, request.folder(target)
+            blob = outputs.layout and outputs.layout / "blobs" / "sha256" / weights.hex
+            place = (
+                f"./{blob.relative_to(folder)}" if blob and blob.is_relative_to(folder) else blob
+            )
+            text = modelfile(str(place or name), one[0].inputs.context)
+            write_files({"Modelfile": text}, folder)
     return found
 
 

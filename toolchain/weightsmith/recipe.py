@@ -308,10 +308,13 @@ class ImageNames(Section):
     )
 
 
-Kind: TypeAlias = Literal["image", "modelcar", "volume", "modelpack"]
+Kind: TypeAlias = Literal["image", "modelcar", "volume", "modelpack", "modelpack-tar", "ollama"]
 KINDS: tuple[str, ...] = get_args(Kind)
 """`image` runs a server; `modelcar` is for KServe and has a shell; `volume` has only weights;
-`modelpack` is no image, but an artifact with the model's files, for model runners to pull."""
+`modelpack` is no image, but an artifact with the model's files, for model runners to pull;
+`modelpack-tar` is one of the image's own layers; `ollama` is what Ollama pulls, for GGUF."""
+LOADABLE = ("image", "modelcar", "volume")
+"""Kinds that a container engine can load."""
 
 
 class Outputs(Section):
@@ -320,7 +323,7 @@ class Outputs(Section):
     kinds: tuple[Kind, ...] = Field(
         ("image",),
         description="`image`: always, since it is what was tested; the other kinds hold the same "
-        "weights, under the image's name and `-KIND`.",
+        "weights, under the image's name and `-KIND`. `ollama` is made of GGUF targets only.",
     )
     hub: str = Field(
         "",

@@ -77,6 +77,30 @@ def test_every_kind_has_the_same_weight_layers(scene: Scene) -> None:
         assert verify_image(name, None, scene.client, Silent())["ok"]
 
 
+@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar", "ollama"])
+def test_forms_for_runners_can_be_verified_and_copied(scene: Scene, kind: str) -> None:
+    made = scene.bake(f"team/app:{kind}", kind=kind, base="")
+    name = f"{scene.fake.host}/team/app:{kind}"
+    checks = verify_image(name, None, scene.client, Silent())
+    assert checks["ok"], checks
+    copied = copy_image(name, f"{scene.fake.host}/prod/app:1", scene.client, Silent(), force=False)
+    assert copied["digest"] == made["digest"]
+    image = scene.image("prod/app:1", "linux/amd64")
+    assert image.labels["dev.weightsmith.kind"] == kind
+
+
+@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar", "ollama"])
+def test_an_engine_is_not_given_what_it_cannot_load(scene: Scene, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot load the kind {kind}"):
+        bake(scene.client, scene.model, "", kind=kind, load="app:1")
+
+
+def test_ollama_takes_gguf_only(scene: Scene, tmp_path: Path) -> None:
+    scene.model = write_model(tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match="one GGUF file"):
+        scene.bake("team/app:1", kind="ollama", base="", target="vllm")
+
+
 def test_an_index_stays_one_and_shares_the_weights(scene: Scene, tmp_path: Path) -> None:
     key, public = make_key(tmp_path)
     rows = []

@@ -28,8 +28,9 @@ FLAGS = {
     "keep": "maximum size of the store afterwards, such as 20GiB",
     "keep_adapter": "folder to write the combined adapter to; without --out, nothing is merged",
     "key": "public key as a PEM file, such as cosign.pub",
-    "kind": "image (a server), modelcar (for KServe: a shell and /models), volume (only /models) "
-    "or modelpack (a CNCF ModelPack of the model's files, for model runners)",
+    "kind": "image (a server), modelcar (for KServe: a shell and /models), volume (only /models), "
+    "modelpack (a CNCF ModelPack of the model's files, for model runners), modelpack-tar (the same "
+    "of the image's own layers) or ollama (for Ollama; GGUF only)",
     "layout": "write an OCI layout into this folder",
     "limit": "maximum number of questions, or per task; 0 for all",
     "load": "load the image into the container engine",

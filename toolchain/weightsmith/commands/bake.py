@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.recipe import KINDS, ImageNames
+from weightsmith.recipe import KINDS, LOADABLE, ImageNames
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.plan import ServingConfig
@@ -84,14 +84,14 @@ def _check(request: BakeRequest) -> None:
         required(**{"push (or --load, --layout)": ""})
     if request.kind not in KINDS:
         raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
-    if request.kind == "modelpack" and request.load:
+    if request.kind not in LOADABLE and request.load:
         raise UsageError(
-            f"--load {request.load}: a ModelPack is not an image that an engine can load",
+            f"--load {request.load}: a container engine cannot load the kind {request.kind}",
             hint="give --push or --layout, or another --kind",
         )
-    if request.kind == "modelpack" and request.image.base:
+    if request.kind not in LOADABLE and request.image.base:
         raise UsageError(
-            f"--base-image {request.image.base}: a ModelPack has no base",
+            f"--base-image {request.image.base}: the kind {request.kind} has no base",
             hint="leave it out, or give another --kind",
         )
 
@@ -126,6 +126,9 @@ def _inputs(
 ) -> ImageInputs:
     """Return the inputs of the images, with the base for each requested platform."""
     artifact = _artifact(model, target, tools.store, tools.progress)
+    if request.kind == "ollama":  # it has no place for other files
+        gguf = tuple(file for file in artifact.tree.files if file.path.endswith(".gguf"))
+        artifact = replace(artifact, tree=replace(artifact.tree, files=gguf))
     _compare_type(model, target, tools)
     config, engine = None, ""
     base_name = data_base(request.kind, request.image.base)

@@ -12,9 +12,11 @@ from weightsmith.build_record import FILE, BuildRecord, read_build
 from weightsmith.checkpoints.folder import check_model_folder, pickles_in, scan
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import parse
-from weightsmith.oci.image import Image
+from weightsmith.oci.image import Image, blob_of
+from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
 from weightsmith.oci.layout import held_digest, is_layout
 from weightsmith.oci.locations import ImageLocation, open_location
+from weightsmith.oci.manifests import MODEL_LAYERS
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance import mlbom
 from weightsmith.provenance.evidence import read_attached
@@ -148,10 +150,10 @@ def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) ->
     size = sum(layer.size for layer in layers)
     tools.progress.note(f"reading {len(layers)} layers of {source} ({size / 1e6:,.0f} MB)")
     root = scratch / "model"
-    if image.artifact_type:
-        _copy_files(image, root)
+    if image.has_files and ".tar" not in layers[0].media_type:
+        _copy_files(layers, root)
     else:
-        unpack(replace(image, layers=layers, raw=None), root)
+        unpack(Image(layers=tuple(map(_as_tar, layers)), settings={}), root)
     root = _model_root(root, source)
     names = _names(root)
     tree = _tree(root, names, tools)
@@ -175,9 +177,18 @@ def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) ->
     return _Model(tree, card if is_layout(source) else replace(card, image=tested))
 
 
-def _copy_files(image: Image, root: Path) -> None:
-    """Write the files of a ModelPack to a folder."""
-    for layer in image.layers:
+def _as_tar(layer: Layer) -> Layer:
+    """Return a ModelPack's tar layer under the media type of an image's."""
+    if layer.media_type not in MODEL_LAYERS:
+        return layer
+    kind = LAYER_TAR + layer.media_type.partition(".tar")[2]
+    blob = replace(blob_of(layer), media_type=kind)
+    return BlobLayer(blob=blob, diff_id=layer.diff_id, opener=layer.open)
+
+
+def _copy_files(layers: Sequence[Layer], root: Path) -> None:
+    """Write layers that are files to a folder."""
+    for layer in layers:
         path = PurePosixPath(layer.file)
         parts = path.parts
         if not parts or path.is_absolute() or ".." in parts or "\0" in layer.file:

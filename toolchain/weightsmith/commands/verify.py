@@ -30,6 +30,7 @@ from weightsmith.values import Digest, Json
 from weightsmith.visible import joined
 
 _BUFFER = 1 << 20
+_TARS = (LAYER_TAR, *(name for name in manifests.MODEL_LAYERS if name.endswith(".tar")))
 _READERS = 3
 _WRONG = (InputRefused, Altered)
 """Errors reported as failed checks, whether the content or the download is at fault."""
@@ -261,7 +262,6 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
     except _WRONG as error:
         found.say("roles", False, error.message)
         weights = set()
-    prefix = "" if image.artifact_type else "models/"
     total, done = sum(layer.size for layer in image.layers), 0
 
     def read(layer: Layer) -> tuple[str, dict[str, str]]:
@@ -276,7 +276,7 @@ def _layers(image: Image, source: str, found: _Found, progress: Progress) -> Non
         for number, (layer, (fault, files)) in enumerate(zip(image.layers, results, strict=True)):
             name = f"layer {number}"
             found.say(name, not fault, fault or f"{layer.digest.short} {layer.file}".rstrip())
-            found.files.update({p.removeprefix(prefix): d for p, d in files.items()})
+            found.files.update(files)
             done += layer.size
             progress.advance(done, total, "bytes")
 
@@ -285,9 +285,10 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
     """Return a layer's fault, or "", and if requested the digests of its files."""
     chunks = verified(layer.open(), blob_of(layer), source)
     try:
-        if look_inside and layer.media_type == LAYER_TAR:
-            return "", dict(_files(chunks))
-        if look_inside and layer.media_type.endswith(".raw"):
+        if look_inside and layer.media_type in _TARS:
+            files = _files(chunks)
+            return "", {path.removeprefix("models/"): digest for path, digest in files}
+        if look_inside and layer.media_type.endswith((".raw", manifests.OLLAMA_MODEL)):
             for _ in chunks:
                 pass
             return "", {layer.file: layer.digest}
@@ -300,7 +301,7 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
 
 
 def _diff(layer: Layer, source: str) -> str:
-    if layer.media_type == LAYER_TAR and layer.diff_id != layer.digest:
+    if layer.media_type in _TARS and layer.diff_id != layer.digest:
         return f"{source}: the configuration has a different digest for {layer.file}"
     return ""
 

@@ -52,7 +52,7 @@ def bake(
 
     At least one of `push`, `load` (references) and `layout` (a folder) is needed. `config` is the
     folder that `weightsmith render` wrote; `max_layer_size` is text such as `10GB`; `kind` is
-    `image`, `modelcar`, `volume` or `modelpack`.
+    `image`, `modelcar`, `volume`, `modelpack`, `modelpack-tar` or `ollama`.
 
     Raises UsageError for an unknown target or option, InputRefused for weights in another format,
     EnvironmentFailure if a registry or the container engine cannot be reached.

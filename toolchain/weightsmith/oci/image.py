@@ -61,6 +61,8 @@ class Image:
     annotations: Mapping[str, str] = field(default_factory=dict)
     artifact_type: str = ""
     """Media type of an artifact that is no container image, such as a ModelPack."""
+    manifest_type: str = manifests.OCI_MANIFEST
+    """Media type of the manifest, unless it was read."""
     raw: tuple[bytes, bytes, str] | None = None
     """Manifest, configuration and the manifest's media type as read: this keeps the digest."""
 
@@ -82,7 +84,7 @@ class Image:
         config = self.config_blob
         document = {
             "schemaVersion": 2,
-            "mediaType": manifests.OCI_MANIFEST,
+            "mediaType": self.manifest_type,
             "config": _descriptor(config),
             "layers": [_descriptor(blob_of(layer), layer.annotations) for layer in self.layers],
         }
@@ -95,7 +97,14 @@ class Image:
     @property
     def media_type(self) -> str:
         """The manifest's media type."""
-        return self.raw[2] if self.raw else manifests.OCI_MANIFEST
+        return self.raw[2] if self.raw else self.manifest_type
+
+    @property
+    def has_files(self) -> bool:
+        """Whether it is a model's files for a model runner, so that no engine can start it."""
+        return bool(self.artifact_type) or any(
+            layer.media_type in manifests.OLLAMA_LAYERS for layer in self.layers
+        )
 
     @cached_property
     def digest(self) -> Digest:

@@ -36,8 +36,21 @@ MODEL_LAYERS = tuple(
     for form in ("raw", "tar", "tar+gzip", "tar+zstd")
 )
 
+OLLAMA_LAYER = "application/vnd.ollama.image.{}"
+OLLAMA_MODEL = OLLAMA_LAYER.format("model")
+"""A GGUF file; https://github.com/ollama/ollama server/images.go."""
+OLLAMA_LAYERS = tuple(
+    OLLAMA_LAYER.format(kind)
+    for kind in (
+        *("model", "adapter", "projector", "draft", "template", "system"),
+        *("license", "params", "messages"),
+    )
+)
+
 CONFIGS = (OCI_CONFIG, DOCKER_CONFIG, MODEL_CONFIG)
-LAYERS = (LAYER_TAR, LAYER_GZIP, LAYER_ZSTD, DOCKER_TAR, DOCKER_GZIP, *MODEL_LAYERS)
+LAYERS = (LAYER_TAR, LAYER_GZIP, LAYER_ZSTD, DOCKER_TAR, DOCKER_GZIP, *MODEL_LAYERS, *OLLAMA_LAYERS)
+
+_OF_MODELS = frozenset({*MODEL_LAYERS, *OLLAMA_LAYERS})
 
 DAMAGED = "the image is damaged; push or write it again"
 """Hint for a malformed image."""
@@ -71,7 +84,7 @@ def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | N
     if not isinstance(media_type, str) or media_type not in allowed:
         raise InputRefused(
             f"{where} has the media type {str(media_type)[:100]!r}, which is not supported",
-            hint="supported: " + ", ".join(name for name in allowed if name not in MODEL_LAYERS),
+            hint="supported: " + ", ".join(name for name in allowed if name not in _OF_MODELS),
         )
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
         raise InputRefused(f"{where} has no valid size", hint=DAMAGED)

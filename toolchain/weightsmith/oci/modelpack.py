@@ -6,14 +6,14 @@ https://github.com/modelpack/model-spec (docs/spec.md, docs/config.md, docs/anno
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from weightsmith.oci.image import FILE_PATH, Image
-from weightsmith.oci.layers import TITLE, FileLayer
+from weightsmith.oci.layers import TITLE, FileLayer, Layer, TarLayer
 from weightsmith.oci.manifests import MODEL_LAYER, MODEL_MANIFEST
-from weightsmith.values import Json, Pieces, Tree, canonical
+from weightsmith.values import Digest, Json, Pieces, Tree, canonical
 
 _METADATA = "org.cncf.model.file.metadata+json"
 _UNTESTED = "org.cncf.model.file.mediatype.untested"
@@ -76,6 +76,57 @@ def model_pack(
             _layer(entry.path, tree, (contents or {}).get(entry.path))
             for entry in sorted(tree.files, key=lambda entry: entry.path)
         ),
+        settings=description.to_json(),
+        annotations=dict(annotations),
+        artifact_type=MODEL_MANIFEST,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _NamedLayer:
+    """A tar layer of an image under a ModelPack's media type: the same blob."""
+
+    layer: Layer
+    media_type: str
+
+    @property
+    def digest(self) -> Digest:
+        return self.layer.digest
+
+    @property
+    def diff_id(self) -> Digest:
+        return self.layer.diff_id
+
+    @property
+    def size(self) -> int:
+        return self.layer.size
+
+    @property
+    def file(self) -> str:
+        return self.layer.file
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        return {TITLE: self.layer.file, FILE_PATH: self.layer.file}
+
+    def open(self) -> Iterator[bytes]:
+        return self.layer.open()
+
+
+def tar_model_pack(
+    layers: Sequence[TarLayer], description: ModelDescription, annotations: Mapping[str, str]
+) -> Image:
+    """Return an image's weight layers as a ModelPack: a registry that has them gets none again.
+
+    This is the form of olot (https://github.com/containers/olot), read by modctl and kit.
+    """
+    named = []
+    for layer in layers:
+        kinds = {_kind(member.path) for member in layer.members}
+        kind = "weight" if "weight" in kinds else "weight.config"
+        named.append(_NamedLayer(layer, MODEL_LAYER.format(kind=kind, form="tar")))
+    return Image(
+        layers=tuple(named),
         settings=description.to_json(),
         annotations=dict(annotations),
         artifact_type=MODEL_MANIFEST,

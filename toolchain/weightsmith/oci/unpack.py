@@ -39,9 +39,9 @@ def unpack(image: Image, root: Path) -> None:
     InputRefused for a layer that is malformed, leaves the root or does not match its diff id;
     EnvironmentFailure for disk errors.
     """
-    if image.artifact_type:
+    if image.has_files:
         raise UsageError(
-            "a ModelPack holds a model's files and no program to start",
+            "this form holds a model's files and no program to start",
             hint="give an image of the kind `image`, or serve the files with a model runner",
         )
     if root.exists() and (not root.is_dir() or any(root.iterdir())):

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
@@ -32,7 +32,7 @@ from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import all_targets, can_make
 from weightsmith.planning.tasks import check_leaks, probes, say_samples, tasks_of
 from weightsmith.ports import Runner, Silent
-from weightsmith.provenance.labels import repository
+from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
 from weightsmith.serving.compatibility import check_engine_image, check_support
 from weightsmith.serving.memory import human, parse_size
@@ -202,6 +202,38 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
                 f"for a layer is {human(most)}",
                 hint=f"set {key} in the recipe to split the file",
             )
+
+
+def check_tags(request: BuildRequest, sources: Sources, tools: Tools) -> None:
+    """Raise UsageError, before any long step, if a tag to push names an image of other sources.
+
+    The digests are compared before anything is published; here, labels show what will differ.
+    """
+    recipe = request.file.recipe
+    if not request.outputs.push or request.outputs.force:
+        return
+    expected = {f"{PREFIX}base.digest": str(sources.base.digest)} | {
+        f"{PREFIX}adapter.{number}.digest": str(adapter.snapshot.digest)
+        for number, adapter in enumerate(sources.adapters)
+    }
+    for target in request.targets:
+        name = reference(recipe, target.name)
+        for tag in (name, *(f"{name}-{kind}" for kind in request.forms_of(target))):
+            place, labels = Reference.parse(tag), {}
+            if not tools.registry.has(place):
+                continue
+            try:
+                labels = dict(tools.registry.pull(place).labels)
+            except UsageError:  # an index without this machine's platform
+                continue
+            except InputRefused:
+                labels = {}
+            wanted = {**expected, f"{PREFIX}target": target.name, **recipe.image.labels}
+            if any(labels.get(key) != wanted[key] for key in (*expected, f"{PREFIX}target")):
+                raise UsageError(
+                    f"{tag} already names an image of other sources",
+                    hint="raise `version` in the recipe, or move the tag with --force",
+                )
 
 
 def check_images(

@@ -32,6 +32,7 @@ from weightsmith.provenance.labels import repository
 from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.advice import advise
+from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.targets import Target
@@ -312,10 +313,15 @@ def _publish_row(
 ) -> dict[str, Json]:
     size = artifact.size if artifact else weight
     why = "not known before the image is assembled" if artifact else "its weights do not exist yet"
-    # Other images share the weight layers; a ModelPack has the same weights as other blobs.
-    twice = "modelpack" in file.recipe.outputs.kinds
-    why += "; weights twice, as layers and as the ModelPack's files" if twice else ""
-    written = 2 * size if twice else size
+    # Other kinds share the weight layers; these have the same weights as a blob of its own.
+    plain = [kind for kind in ("modelpack", "ollama") if kind in file.recipe.outputs.kinds]
+    if plain:
+        why += (
+            f"; {' and '.join(plain)}: the weights are uploaded a second time, {human(size)}, as"
+            " plain files"
+        )
+        why += "" if "ollama" in plain else "; modelpack-tar would upload nothing more"
+    written = 2 * size if plain else size
     return _row("publish", target=target.name, cached=False, why=why, read=size, write=written)
 
 

@@ -76,6 +76,8 @@ def form_inputs(
         image,
         kind=kind,
         config=None,
+        layers_below=max((len(base.layers) for base in image.bases), default=0),
+        context=image.config.plan.max_model_len if image.config else 0,
         bases=base_images(base_name, "", tools, platforms=platforms) if base_name else (),
         base_name=public_base(base_name),
         labels={

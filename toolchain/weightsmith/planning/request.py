@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.errors import UsageError
+from weightsmith.recipe import LOADABLE
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import Outputs
@@ -46,12 +47,28 @@ class BuildRequest:
             load = self.outputs.load
         return replace(self.outputs, load=load, layout=layout)
 
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The kinds to publish beside the image, each once."""
-        return tuple(
-            kind for kind in dict.fromkeys(self.file.recipe.outputs.kinds) if kind != "image"
-        )
+    def forms_of(self, target: Target) -> tuple[str, ...]:
+        """Return the kinds to publish of a target beside the image, each once.
+
+        Only a target with merged weights in one GGUF file has one for Ollama. Raises UsageError
+        if Ollama's is wanted and no target has it.
+        """
+        recipe = self.file.recipe
+        kinds = [kind for kind in dict.fromkeys(recipe.outputs.kinds) if kind != "image"]
+        if "ollama" not in kinds or _has_gguf(target):
+            if "ollama" in kinds and recipe.quantize.split_max_size:
+                raise UsageError(
+                    "outputs: Ollama takes a model of one GGUF file, and quantize.split_max_size "
+                    "splits it",
+                    hint="leave one of the two out",
+                )
+            return tuple(kinds)
+        if not any(map(_has_gguf, self.targets)):
+            raise UsageError(
+                f"outputs: Ollama takes merged weights as GGUF, and {target.name} has none",
+                hint="build a target such as llamacpp-q4_k_m, or leave the kind ollama out",
+            )
+        return tuple(kind for kind in kinds if kind != "ollama")
 
     def hub_of(self, target: Target) -> HubPlace | None:
         """Return where on a hub a target's weights go; None if nowhere.
@@ -78,11 +95,11 @@ class BuildRequest:
     def outputs_of_form(self, target: Target, kind: str) -> Outputs:
         """Return where another kind of the same weights goes: beside the target's image.
 
-        Container engines cannot load a ModelPack; without another output, it is a layout.
+        Container engines cannot load every kind; without another output, those are layouts.
         """
         outputs = self.outputs_of(target)
         layout = outputs.layout and outputs.layout.with_name(f"{outputs.layout.name}-{kind}")
-        load = outputs.load and kind != "modelpack"
+        load = outputs.load and kind in LOADABLE
         if not (layout or load or outputs.push):
             layout = self.folder(target) / f"image-{kind}"
         return replace(outputs, load=load, layout=layout)
@@ -92,3 +109,8 @@ class BuildRequest:
         if self.engine_answers:
             return None
         return self.outputs_of(target).layout or self.folder(target) / "image"
+
+
+def _has_gguf(target: Target) -> bool:
+    """Return whether a target serves merged weights as GGUF."""
+    return target.format.suffix == ".gguf" and target.format != LORA

@@ -36,12 +36,16 @@ class ImageInputs:
     base_name: str
     """The base's name in the image's labels; "" for a folder on this machine."""
     kind: str = "image"
-    """`image`, `modelcar` and `volume` are images, `modelpack` is an artifact of plain files."""
+    """One of `recipe.KINDS`."""
     labels: Mapping[str, str]
     """All labels that do not follow from the other inputs."""
     order: Order = "engine-first"
     largest_layer: int = 0
     """Bytes; larger safetensors files are split. 0: no limit."""
+    layers_below: int = 0
+    """Layers of the base of the image whose layers this kind shares."""
+    context: int = 0
+    """Tokens that a runner should make room for; 0 for its own default."""
     parameters: Mapping[str, Json]
     """What the user asked for, as the image's statement records it."""
     sources: Sources | None = None

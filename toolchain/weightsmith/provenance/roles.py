@@ -10,6 +10,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
 from weightsmith.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
 from weightsmith.oci.layers import Layer
+from weightsmith.oci.manifests import OLLAMA_MODEL
 from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX
 from weightsmith.values import Json, canonical, plain
 
@@ -77,6 +78,8 @@ def _added_label(config: ImageConfig) -> str:
 
 def weights_of(image: Image, where: str) -> tuple[Layer, ...]:
     """Return the layers with the model's files; raises InputRefused as `roles_of` does."""
+    if models := tuple(layer for layer in image.layers if layer.media_type == OLLAMA_MODEL):
+        return models
     return image.layers if image.artifact_type else roles_of(image, where).weights
 
 

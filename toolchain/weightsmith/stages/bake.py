@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.reshard import Resharded, reshard
-from weightsmith.errors import InputRefused
+from weightsmith.errors import InputRefused, UsageError
 from weightsmith.evaluating.results import Result
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Healthcheck, Image, ImageConfig
 from weightsmith.oci.index import own_of
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers
-from weightsmith.oci.modelpack import ModelDescription, model_pack
+from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
+from weightsmith.oci.ollama import ollama_model
 from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import max_weight_layers, weight_layers
 from weightsmith.outcome import Outcome, Timer
@@ -30,10 +33,15 @@ from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.tools import Tools
+from weightsmith.values import Tree
 
 USER = "65532:65532"
 """The unprivileged user of images, as a number because an image may have no user database."""
 _PLAIN_BITS = 16
+_LICENSE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(txt|md))?")
+_LARGEST_LICENSE = 1 << 20
+_FILES = ("modelpack", "modelpack-tar", "ollama")
+"""Kinds that hold files for a model runner."""
 
 
 def bake(
@@ -85,8 +93,8 @@ def _made(
     store: Store,
 ) -> ImageMaterials:
     """Return one platform's image with its materials."""
-    if inputs.kind == "modelpack":
-        image = _packed(inputs, split, results)
+    if inputs.kind in _FILES:
+        image = _files(inputs, split, results, store)
         return ImageMaterials(inputs=inputs, split=split, base=None, image=image, results=results)
     config, model_dir, below = inputs.config, inputs.engine.model_dir, base.layers if base else ()
     if inputs.order == "weights-first" and base:
@@ -117,26 +125,84 @@ def _made(
     return ImageMaterials(inputs=inputs, split=split, base=base, image=image, results=results)
 
 
-def _packed(inputs: ImageInputs, split: Resharded, results: tuple[Result, ...]) -> Image:
-    """Return the model's files as a ModelPack, with the labels as annotations."""
-    format_, facts = inputs.artifact.format, facts_of(inputs.artifact.tree)
+def _files(
+    inputs: ImageInputs, split: Resharded, results: tuple[Result, ...], store: Store
+) -> Image:
+    """Return the model's files in the form of a model runner, with the labels as annotations."""
+    labels = {ARTIFACT: split.tree.digest, **inputs.labels, **result_labels(results)}
+    if inputs.kind == "ollama":
+        return _for_ollama(inputs, split, labels)
+    description = _described(inputs, split)
+    if inputs.kind == "modelpack":
+        return model_pack(split.tree, description, labels, split.contents)
+    layers = weight_layers(
+        split.tree,
+        inputs.engine.model_dir,
+        memo=store.memo,
+        most=max_weight_layers(inputs.layers_below),
+        largest=inputs.largest_layer,
+        contents=split.contents,
+    )
+    return tar_model_pack(layers, description, labels)
+
+
+def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
+    """Return what a ModelPack says of a model."""
+    format_, facts = inputs.artifact.format, _facts(inputs)
     license_ = license_of(split.tree.texts)
-    count = 0
-    with suppress(InputRefused):  # the number is not known for every architecture
-        count = parameters(facts).all if facts else 0
-    description = ModelDescription(
+    return ModelDescription(
         name=inputs.name,
         version=inputs.version,
         family=facts.model_type if facts else "",
         licenses=(license_,) if license_ else (),
         format=format_.suffix.removeprefix("."),
-        parameters=count,
+        parameters=_count(facts),
         precision=facts.stated_dtype if facts else "",
         quantization=format_.name if format_.bits_per_weight < _PLAIN_BITS else "",
         sees_images=bool(facts and facts.sees_images),
     )
-    annotations = {ARTIFACT: split.tree.digest, **inputs.labels, **result_labels(results)}
-    return model_pack(split.tree, description, annotations, split.contents)
+
+
+def _facts(inputs: ImageInputs) -> ModelFacts | None:
+    """Return what the model is, by its own files, else by the checkpoint that it was made from."""
+    found = facts_of(inputs.artifact.tree)
+    return found or (facts_of(inputs.checkpoint.tree) if inputs.checkpoint else None)
+
+
+def _count(facts: ModelFacts | None) -> int:
+    with suppress(InputRefused):  # the number is not known for every architecture
+        return parameters(facts).all if facts else 0
+    return 0
+
+
+def _for_ollama(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]) -> Image:
+    """Return a GGUF model in Ollama's form; raises UsageError if it is not one GGUF file."""
+    files = [entry for entry in split.tree.files if entry.path.endswith(".gguf")]
+    if len(files) != 1:
+        raise UsageError(
+            f"Ollama takes a model of one GGUF file, and this one has {len(files)}",
+            hint="use a target such as llamacpp-q4_k_m, without quantize.split_max_size",
+        )
+    facts = _facts(inputs)
+    trees = (split.tree, *((inputs.sources.base.tree,) if inputs.sources else ()))
+    return ollama_model(
+        split.tree,
+        files[0],
+        family=facts.model_type if facts else "llama",
+        file_type=inputs.artifact.format.name.upper(),
+        parameters=_count(facts),
+        context=inputs.context,
+        licenses=next(filter(None, map(_licenses, trees)), ()),
+        labels=labels,
+        contents=split.contents,
+    )
+
+
+def _licenses(tree: Tree) -> tuple[str, ...]:
+    """Return the texts of a model's licence files."""
+    names = [file.path for file in tree.files if _LICENSE.fullmatch(file.path)]
+    small = [name for name in sorted(names) if tree.path(name).stat().st_size <= _LARGEST_LICENSE]
+    return tuple(tree.path(name).read_text("utf-8", "replace") for name in small)
 
 
 def _settings(config: ServingConfig | None) -> tuple[Layer, ...]:

@@ -38,7 +38,11 @@ OWN = OWN_ENGINE
 MODELCAR = OWN + "modelcar"
 """An image with only a shell, made of packages for one platform (`_WHOLE_PLATFORM`)."""
 
-MODELCAR_ELSEWHERE = "docker.io/library/busybox:1.37.0-musl"
+MODELCAR_ELSEWHERE = (
+    "docker.io/library/busybox:1.37.0-musl"
+    "@sha256:fc6dddc4c44b1bfe37f41cae8e67d1693828e8f42a91862816d7953e2c9d3f23"
+)
+"""An index of all platforms, by digest, because the tag moves."""
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1

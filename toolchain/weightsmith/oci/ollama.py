@@ -1,0 +1,90 @@
+"""A GGUF model as Ollama pulls it from a registry: the file is a layer of its own bytes.
+
+https://github.com/ollama/ollama (manifest/manifest.go, types/model/config.go, server/images.go)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import TITLE, FileLayer
+from weightsmith.oci.manifests import DOCKER_MANIFEST, OLLAMA_LAYER
+from weightsmith.values import Digest, FileEntry, Json, Pieces, Tree, canonical
+
+_UNITS = ((1e9, "B", 1), (1e6, "M", 2), (1e3, "K", 0))
+
+
+def ollama_model(
+    tree: Tree,
+    weights: FileEntry,
+    *,
+    family: str,
+    file_type: str,
+    parameters: int = 0,
+    context: int = 0,
+    licenses: Sequence[str] = (),
+    labels: Mapping[str, str],
+    contents: Mapping[str, Pieces] | None = None,
+) -> Image:
+    """Return a model in Ollama's form; nothing in it depends on time, owner or machine.
+
+    `family` is the GGUF file's architecture, `file_type` its type, such as `Q4_K_M`; `context` is
+    the length that Ollama loads it with, 0 for its default. The chat template is the file's own.
+    """
+    layers = [
+        FileLayer(
+            file=weights.path,
+            size=weights.size,
+            digest=weights.digest,
+            source=(contents or {}).get(weights.path, tree.path(weights.path)),
+            media_type=OLLAMA_LAYER.format("model"),
+            annotations={TITLE: weights.path},
+        ),
+        *(_text("license", f"LICENSE.{n}", text) for n, text in enumerate(licenses)),
+    ]
+    if context:
+        layers.append(_text("params", "params.json", canonical({"num_ctx": context}).decode()))
+    settings: dict[str, Json] = {
+        "model_format": "gguf",
+        "model_family": family,
+        "model_families": [family],
+        "model_type": _count(parameters) if parameters else "",
+        "file_type": file_type,
+        "architecture": "amd64",
+        "os": "linux",
+        # Ollama ignores this part; it is where labels are in every image of this manifest type.
+        "config": {"Labels": dict(labels)},
+    }
+    return Image(layers=tuple(layers), settings=settings, manifest_type=DOCKER_MANIFEST)
+
+
+def modelfile(source: str, context: int) -> str:
+    """Return a Modelfile, from which `ollama create` makes the model.
+
+    `source` is the GGUF file's path, or a reference that Ollama pulls; `context` as above.
+    https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
+    """
+    lines = ["# ollama create NAME --file Modelfile", f"FROM {source}"]
+    lines += [f"PARAMETER num_ctx {context}"] if context else []
+    return "\n".join(lines) + "\n"
+
+
+def _text(kind: str, name: str, text: str) -> FileLayer:
+    data = text.encode()
+    return FileLayer(
+        file=name,
+        size=len(data),
+        digest=Digest.of(data),
+        source=(data,),
+        media_type=OLLAMA_LAYER.format(kind),
+        annotations={TITLE: name},
+    )
+
+
+def _count(parameters: int) -> str:
+    """Return a number of parameters as Ollama shows it: 8.0B, 134.52M."""
+    for size, letter, digits in _UNITS:
+        if parameters >= size:
+            return f"{parameters / size:.{digits}f}{letter}"
+    return str(parameters)
