@@ -107,6 +107,11 @@ BEFORE_WORK = {
     "a builder that nobody can make": Refusal(
         "resolve", EnvironmentFailure, "gguf", lambda m: m.runner.lacking.add("gguf")
     ),
+    "a tag that another image has": Refusal(
+        "resolve", UsageError, TARGET,
+        lambda m: push_base(m.client, f"{m.repository}:1.0.0-{TARGET}", {}, {"x": b"x"}),
+        outputs={"push": True},
+    ),
     "a base image that is not there": Refusal(
         "resolve", InputRefused, "engines/none", lambda m: own_base(m, "none"),
     ),
@@ -201,11 +206,6 @@ AT_WORK = {
     "a registry that refuses the tag": Refusal(
         "publish", EnvironmentFailure, "403",
         lambda m: m.registry.faults.append(("PUT", f"/manifests/1.0.0-{TARGET}", "403")),
-        outputs={"push": True},
-    ),
-    "a tag that another image has": Refusal(
-        "publish", UsageError, TARGET,
-        lambda m: push_base(m.client, f"{m.repository}:1.0.0-{TARGET}", {}, {"x": b"x"}),
         outputs={"push": True},
     ),
 }  # fmt: skip

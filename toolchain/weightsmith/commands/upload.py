@@ -216,7 +216,7 @@ def _model_root(root: Path, source: str) -> Path:
 
 def _license(tree: Tree, bills: Sequence[bytes]) -> str:
     """Return a model's licence: by its card, else by the image's bill of materials."""
-    if found := license_of(tree.root):
+    if found := license_of(tree.texts):
         return found
     for bill in bills:
         with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):

@@ -37,7 +37,7 @@ def ollama_model(
             file=weights.path,
             size=weights.size,
             digest=weights.digest,
-            source=(contents or {}).get(weights.path, tree.path(weights.path)),
+            source=(contents or {}).get(weights.path, tree.source(weights.path)),
             media_type=OLLAMA_LAYER.format("model"),
             annotations={TITLE: weights.path},
         ),

@@ -188,7 +188,7 @@ def _source(snapshot: Snapshot) -> dict[str, Any]:
         "pin": snapshot.pin,
         "digest": snapshot.digest,
         "files": snapshot.tree.files,
-        "license": license_of(snapshot.tree.root),
+        "license": license_of(snapshot.tree.texts),
     }
 
 
