@@ -17,6 +17,7 @@ from invoke.parser.context import to_flag
 from weightsmith.build_record import BuildRecord
 from weightsmith.cli import namespace
 from weightsmith.drivers import bases
+from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
 from weightsmith.json_objects import is_inline, is_omitted, part_of, types_of
 from weightsmith.merging.families import families
 from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
@@ -51,6 +52,8 @@ def pages() -> dict[str, str]:
     return {
         "recipe.schema.json": json.dumps(schema, indent=2) + "\n",
         "build.schema.json": json.dumps(_build_schema(), indent=2) + "\n",
+        "fleet.schema.json": json.dumps(_fleet_schema(), indent=2) + "\n",
+        "fleet.md": _GENERATED + "# Fleet file\n\n" + "\n".join(_fleet()) + "\n",
         "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe, "")) + "\n",
         "commands.md": _GENERATED + "# Commands\n\n" + "\n".join(_commands()) + "\n",
         "adapters.md": _GENERATED + "# Adapters\n\n" + "\n".join(_adapters()) + "\n",
@@ -69,6 +72,42 @@ def _build_schema() -> dict[str, Any]:
         **root,
         "$defs": dict(sorted(definitions.items())),
     }
+
+
+def _fleet_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a fleet file: its sections are the recipe's, with nothing required."""
+    schema = Fleet.model_json_schema()
+    recipe = Recipe.model_json_schema()
+    definitions = {name: dict(one) for name, one in recipe["$defs"].items()}
+    for one in definitions.values():
+        one.pop("required", None)
+    properties = schema["$defs"]["FleetAdapter"]["properties"]
+    for key in SECTIONS:
+        shape = recipe["properties"][key]
+        found = shape.get("$ref") or next(row["$ref"] for row in shape["anyOf"] if "$ref" in row)
+        properties[key] = {"$ref": found, "description": properties[key]["description"]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "weightsmith fleet file",
+        "$defs": {**definitions, **schema["$defs"]},
+    }
+
+
+def _fleet() -> Iterator[str]:
+    yield (
+        "Paths start from the file's folder. Keys of an adapter's sections are "
+        "[the recipe's](recipe.md); what is not named keeps the recipe's value.\n"
+    )
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    for prefix, section in (("", Fleet), ("adapters[].", FleetAdapter)):
+        for attribute, field in fields_of(section).items():
+            name = field.alias or attribute
+            kind = "list of globs and entries" if name == "adapters" else None
+            kind = kind or ("mapping" if name in SECTIONS else _type(field.annotation))
+            default = field.get_default(call_default_factory=True) if not field.is_required() else 0
+            shown = "required" if field.is_required() else f"`{json.dumps(default)}`"
+            yield f"| `{prefix}{name}` | {kind} | {shown} | {_oneline(field.description)} |"
 
 
 def _object_schema(kind: Any, definitions: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         UsageError,
         WeightsmithError,
     )
+    from weightsmith.library.fleets import FleetCell, FleetResult, SharedTask, fleet
     from weightsmith.library.images import bake, build, inspect, plan, verify
     from weightsmith.library.models import merge, quantize, validate
     from weightsmith.library.results import (
@@ -35,11 +36,14 @@ __all__ = [
     "Built",
     "CheckFailed",
     "EnvironmentFailure",
+    "FleetCell",
+    "FleetResult",
     "InputRefused",
     "Merged",
     "Quantized",
     "Recipe",
     "Shard",
+    "SharedTask",
     "StageTime",
     "UsageError",
     "Validation",
@@ -47,6 +51,7 @@ __all__ = [
     "WeightsmithError",
     "bake",
     "build",
+    "fleet",
     "inspect",
     "merge",
     "plan",
@@ -57,6 +62,7 @@ __all__ = [
 
 _MODULES = {
     "errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
+    "library.fleets": "FleetCell FleetResult SharedTask fleet",
     "library.images": "bake build inspect plan verify",
     "library.models": "merge quantize validate",
     "library.results": "Baked Built Merged Quantized Shard StageTime Validation Verification",

@@ -317,6 +317,58 @@ class ContainerEngine(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One task of a fleet: what a node gets to read, and what it needs."""
+
+    id: str
+    name: str
+    """For people."""
+    text: str
+    """The request, one JSON object."""
+    cpus: int
+    memory_bytes: int
+    disk_bytes: int
+    gpus: int
+    avoid: frozenset[str] = frozenset()
+    """Nodes that it failed on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """One task that has ended: with its reply, or lost with its node."""
+
+    id: str
+    node: str
+    text: str
+    """The reply, one JSON object; empty if there is none."""
+    why: str = ""
+    """Why there is none."""
+
+
+class FleetEngine(Protocol):
+    """Runs a fleet's tasks: it queues and places them, and says what became of each."""
+
+    name: str
+    remote: bool
+    """Whether tasks run on other machines, which share only the cache."""
+
+    def check(self, version: str) -> None:
+        """Raise EnvironmentFailure if it does not answer, or a node has another version."""
+
+    def submit(self, works: Sequence[Work]) -> None:
+        """Queue tasks; raises EnvironmentFailure if no node could ever run one of them."""
+
+    def wait(self, seconds: float) -> Sequence[Ended]:
+        """Return the tasks that have ended since; wait for one at most so many seconds."""
+
+    def running(self) -> frozenset[str]:
+        """Return the ids of the tasks that run now; others wait for a place."""
+
+    def close(self) -> None:
+        """End all tasks and what was started for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Signer:
     """Signs with the user's private key."""
 

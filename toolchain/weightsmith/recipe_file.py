@@ -37,35 +37,45 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
     """
     if path.is_dir():
         path = path / "recipe.yaml"
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise UsageError(
-            f"{path}: no such recipe",
-            hint="give one with --recipe FILE, or --base and --adapter for a one-off build",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text with --recipe"
-        ) from None
-    try:
-        data = parse_yaml(text, _StrictLoader)
-    except ValueError as error:
-        raise UsageError(
-            f"{path}: not valid YAML: {_yaml_fault(error)}",
-            hint="correct that line; docs/reference/recipe.md has an example of every key",
-        ) from None
-    if not isinstance(data, dict):
-        raise UsageError(
-            f"{path}: a recipe is a mapping of keys, this is not",
-            hint="it begins with `name: …` and `base: {source: …}`",
-        )
+    data = read_mapping(
+        path,
+        kind="recipe",
+        missing="give one with --recipe FILE, or --base and --adapter for a one-off build",
+        begins="`name: …` and `base: {source: …}`",
+    )
     own = not any(setting.startswith(("base", "adapters")) for setting in settings)
     return RecipeFile(
         recipe=check_recipe(with_settings(data, settings), str(path)),
         folder=path.parent,
         path=path if own else None,
     )
+
+
+def read_mapping(path: Path, *, kind: str, missing: str, begins: str) -> dict[str, Any]:
+    """Return the mapping that a user's YAML file holds; raises UsageError naming file and line.
+
+    `kind` is what the file is, `missing` the hint if it does not exist, `begins` how one starts.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such {kind}", hint=missing) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text"
+        ) from None
+    try:
+        data = parse_yaml(text, _StrictLoader)
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: not valid YAML: {_yaml_fault(error)}",
+            hint=f"correct that line; a {kind} begins with {begins}",
+        ) from None
+    if not isinstance(data, dict):
+        raise UsageError(
+            f"{path}: a {kind} is a mapping of keys, this is not", hint=f"it begins with {begins}"
+        )
+    return data
 
 
 def check_recipe(data: Mapping[str, Any], where: str) -> Recipe:

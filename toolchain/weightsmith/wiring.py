@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache as cache_once
@@ -18,6 +19,7 @@ from weightsmith.drivers.credentials import ask_helper, docker_config
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_launcher import DockerLauncher
 from weightsmith.drivers.fallback import FallbackRunner
+from weightsmith.drivers.fleet_local import LocalFleet, local_room
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.hardware import free_memory
@@ -39,7 +41,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
-from weightsmith.ports import Cache, Launcher, Progress, Runner, Signer, Store
+from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by, read_public_key
 from weightsmith.serving.memory import human, parse_size
@@ -53,6 +55,8 @@ from weightsmith.user_config import read_config
 from weightsmith.values import Json
 
 RUNNERS = ("auto", "docker", "local")
+LOGS = "fleet-logs"
+"""Folder, in that of the results, of what a fleet's tasks say."""
 _LEAST_MEMORY = 1 << 30
 """Importing torch and transformers takes a third of it."""
 
@@ -243,6 +247,25 @@ def open_cache(address: Address, registry: Registry) -> Cache:
             return RegistryCache(registry, Reference.parse(address.place))
         case kind:
             raise UsageError(f"{kind}:// is not supported yet", hint="give a folder")
+
+
+NODE = (sys.executable, "-m", "weightsmith.node")
+"""The program that does a fleet's task on any machine where this package is installed."""
+ENGINES = ("local", "ray", "slurm")
+
+
+def make_fleet_engine(on: str, address: str, dist: Path) -> FleetEngine:
+    """Return where a fleet runs; nothing is started or contacted yet.
+
+    Raises UsageError for an unknown name, or an address where there is none.
+    """
+    if on not in ENGINES:
+        raise UsageError(f"--on {on}: unknown", hint=f"one of {', '.join(ENGINES)}")
+    if address and on != "ray":
+        raise UsageError(f"--address is not for --on {on}", hint="it is the address of a Ray head")
+    if on != "local":
+        raise UsageError(f"--on {on} is not supported yet", hint="--on local runs it here")
+    return LocalFleet(argv=NODE, room=local_room(cache_folder()), logs=dist / LOGS)
 
 
 def _size(memory: str) -> int:

@@ -28,6 +28,7 @@ from weightsmith.recipe import Quantize
 from weightsmith.recipe_section import fields_of
 from weightsmith.tools import Tools
 
+from tests.fakes.fleet import MemoryFleet, by_tools
 from tests.fakes.jobs import Bench, Minds
 from tests.fakes.launcher import MemoryLauncher
 from tests.fakes.memory import memory_tools
@@ -36,7 +37,7 @@ from tests.unit.test_docs import CACHE, blocks
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
 PAGE = "docs/reference/python.md"
-FUNCTIONS = ("merge", "validate", "quantize", "bake", "inspect", "verify", "plan", "build")
+FUNCTIONS = ("merge", "validate", "quantize", "bake", "inspect", "verify", "plan", "build", "fleet")
 """In an order in which each example finds what it reads."""
 
 
@@ -58,6 +59,8 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
 
     monkeypatch.setattr(wiring, "open_tools", open_tools)
     monkeypatch.setattr(wiring, "make_engine", lambda: made.engine)
+    nodes = MemoryFleet(by_tools(made))
+    monkeypatch.setattr(wiring, "make_fleet_engine", lambda *_: nodes)
     monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "memory"))
     monkeypatch.delenv("WEIGHTSMITH_STORE", raising=False)
     monkeypatch.chdir(tmp_path)

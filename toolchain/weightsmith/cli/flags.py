@@ -4,6 +4,7 @@ SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
 """Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""
 
 FLAGS = {
+    "address": "address of a Ray cluster's head, HOST:PORT; default: the cluster on this machine",
     "adapter": "adapter folder; repeat for several, in order",
     "against": "output of an earlier `evaluate --json` to compare with, question by question",
     "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",
@@ -15,8 +16,10 @@ FLAGS = {
     "compare": "two build folders to compare: the first here, the second after it",
     "concurrency": "number of requests at once",
     "config": "folder that `render` wrote",
+    "cpus": "CPUs of each task; default: by the size of the model",
     "data": "questions as JSON Lines: prompt or messages, and expected",
     "dist": "folder for the results",
+    "file": "fleet file: a recipe, adapters and targets",
     "folder": "folder with build.json in it or in a subfolder; default: dist",
     "force": "move a tag that already names another image",
     "format": "weight format, such as q4_k_m",
@@ -42,9 +45,13 @@ FLAGS = {
     "model": "model folder or .gguf file",
     "name": "the model's name; default: its file's name (in `render`, its folder's)",
     "no_gate": "report the loss, but do not fail because of it",
+    "on": "where tasks run: local (this machine), ray or slurm",
     "onto": "engine base to move the image to: a reference or oci:DIR",
     "other": "folder of the second of two builds to compare",
     "out": "where the result goes; it must not exist yet",
+    "plan": "print cells, shared tasks and what they need, and do nothing",
+    "print_": "print the cells as a matrix for another scheduler, and do nothing: github, "
+    "gitlab or argo",
     "public": "let everybody read a new repository on a hub; default: private",
     "push": "push the image",
     "recipe": "recipe file; default recipe.yaml",
@@ -66,5 +73,6 @@ FLAGS = {
     "update_lock": "ignore the lock file next to the recipe: use sources and bases as they are "
     "now, and rewrite the file",
     "url": "URL of an OpenAI-compatible server",
+    "watch": "keep a table on the terminal up, with rate and time left",
     "weights": "one weight per adapter, separated by commas: 0.7,0.3",
 }

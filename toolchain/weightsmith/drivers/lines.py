@@ -50,12 +50,14 @@ def pump(
     streams: list[tuple[IO[bytes], Lines, Listener]],
     deadline: float | None,
     on_exit: Callable[[], None],
+    stop: int | None = None,
 ) -> None:
     """Pass on each stream's lines until the process has ended and its output is read.
 
     `on_exit` is called when the process has ended, before the rest is read: it must end remaining
     children, because they keep the pipes open. Raises TimeoutError at `deadline` (of
-    `time.monotonic`), and whatever the listeners raise.
+    `time.monotonic`), InterruptedError as soon as the file `stop` can be read, and whatever the
+    listeners raise.
     """
     watch = os.pidfd_open(pid)
     try:
@@ -63,12 +65,16 @@ def pump(
             selector.register(watch, selectors.EVENT_READ, None)
             for stream, lines, listener in streams:
                 selector.register(stream, selectors.EVENT_READ, (lines, listener))
-            while selector.get_map():
+            if stop is not None:
+                selector.register(stop, selectors.EVENT_READ, None)
+            while len(selector.get_map()) > (stop is not None):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError
                 # In steps: epoll's longest timeout is 24 days.
                 for key, _ in selector.select(_TURN if left is None else min(left, _TURN)):
+                    if key.fd == stop:
+                        raise InterruptedError
                     if key.data is None:
                         on_exit()
                         selector.unregister(watch)

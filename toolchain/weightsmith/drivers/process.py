@@ -125,6 +125,7 @@ def run(
     hold_stdin: bool = False,
     timeout: float | None = None,
     limits: ResourceLimits = NO_LIMITS,
+    stop: int | None = None,
 ) -> Completed:
     """Run a program to its end, passing on its output line by line.
 
@@ -132,8 +133,9 @@ def run(
     standard output longer than `longest_line` bytes is split. `hold_stdin` keeps the program's
     standard input open and silent, so that it sees end of file when we die. `timeout` is in
     seconds. The callbacks run on the caller's thread; an exception in them ends the program.
-    Raises EnvironmentFailure if the program is missing or takes too long; a failing exit code is
-    returned, not raised.
+    So does the open file `stop` once it can be read, with InterruptedError. Raises
+    EnvironmentFailure if the program is missing or takes too long; a failing exit code is returned,
+    not raised.
     """
     words = tuple(str(word) for word in argv)
     started = time.monotonic()
@@ -164,7 +166,7 @@ def run(
 
         with _ended(process), watched(process.pid, limits.resident_bytes, kill):
             try:
-                pump(process.pid, streams, deadline, kill)
+                pump(process.pid, streams, deadline, kill, stop)
             except TimeoutError:
                 raise TookTooLong(
                     f"{_name(words)} did not end within {timeout:g} s",

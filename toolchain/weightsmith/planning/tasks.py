@@ -25,7 +25,7 @@ def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:
         for number, adapter in enumerate(recipe.adapters)
     ]
     return tuple(
-        _task(file, name, settings, number)
+        task_of(file, settings, name, number)
         for number, name, settings in sections
         if settings is not None
     )
@@ -36,7 +36,10 @@ def _short(source: str) -> str:
     return source.rstrip("/").rpartition("/")[2] or source
 
 
-def _task(file: RecipeFile, name: str, settings: Evaluate, adapter: int | None) -> RecipeTask:
+def task_of(
+    file: RecipeFile, settings: Evaluate, name: str = "", adapter: int | None = None
+) -> RecipeTask:
+    """Return one task with its questions; raises UsageError."""
     everything = read_items(file.folder / settings.data)
     check_metric(settings.metric, everything)
     items = sample(everything, settings.limit)

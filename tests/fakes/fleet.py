@@ -1,0 +1,68 @@
+"""A fleet's engine in this process: tasks are done one after another, by the tools of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.fleets.node import answer
+from weightsmith.fleets.requests import Request
+from weightsmith.foreign import parse
+from weightsmith.ports import Ended, Work
+from weightsmith.tools import Tools
+from weightsmith.values import canonical
+
+
+def by_tools(tools: Tools) -> Callable[[str], str]:
+    """Return a node that does tasks with these tools."""
+    return lambda text: canonical(answer(Request.from_json(parse(text)), tools)).decode()
+
+
+@dataclass
+class MemoryFleet:
+    """Two nodes; one task is done each time that somebody waits."""
+
+    do: Callable[[str], str]
+    """Takes a request, and returns the reply."""
+    remote: bool = False
+    name: str = "memory"
+    nodes: tuple[str, ...] = ("one", "two")
+    lost: list[str] = field(default_factory=list)
+    """Names of tasks whose node is lost the next time they run."""
+    done: list[str] = field(default_factory=list)
+    """Names of the tasks that ran, in order."""
+    placed: list[tuple[str, str]] = field(default_factory=list)
+    """Tasks with their nodes."""
+    closed: bool = False
+    faults: dict[str, BaseException] = field(default_factory=dict)
+    """Name of a task -> what is raised where it would run, such as an interrupt."""
+    _queue: list[Work] = field(default_factory=list)
+
+    def check(self, version: str) -> None:
+        if not self.nodes:
+            raise EnvironmentFailure("no node is there", hint="start one")
+
+    def submit(self, works: Sequence[Work]) -> None:
+        self._queue += works
+
+    def wait(self, seconds: float) -> Sequence[Ended]:
+        if not self._queue:
+            return ()
+        work = self._queue.pop(0)
+        if work.name in self.faults:
+            raise self.faults.pop(work.name)
+        node = next(name for name in self.nodes if name not in work.avoid or self.nodes == (name,))
+        self.placed.append((work.name, node))
+        if work.name in self.lost:
+            self.lost.remove(work.name)
+            return [Ended(id=work.id, node=node, text="", why="its node was lost")]
+        self.done.append(work.name)
+        return [Ended(id=work.id, node=node, text=self.do(work.text))]
+
+    def running(self) -> frozenset[str]:
+        return frozenset(work.id for work in self._queue[:1])
+
+    def close(self) -> None:
+        self.closed = True
+        self._queue.clear()

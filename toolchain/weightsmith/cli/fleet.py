@@ -1,0 +1,108 @@
+"""`fleet`: many builds of one recipe, here or on an engine that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weightsmith.cli.command import command
+from weightsmith.values import Json
+
+
+@command(
+    many=("adapter", "target", "set"),
+    meanings={
+        "adapter": "name of an adapter of the fleet; only its cells are built; repeat for several",
+        "target": "only cells of this target are built; repeat for several",
+        "set": "set a key of the shared recipe: key.path=value; repeat for several",
+        "layout": "write OCI layouts into ADAPTER/TARGET of this folder",
+    },
+)
+def fleet(
+    *,
+    file: str = "fleet.yaml",
+    on: str = "local",
+    address: str = "",
+    plan: bool = False,
+    watch: bool = False,
+    print_: str = "",
+    adapter: Sequence[str] = (),
+    target: Sequence[str] = (),
+    cpus: int = 0,
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    memory: str = "",
+    push: bool = False,
+    load: bool = False,
+    layout: str = "",
+    set: Sequence[str] = (),  # noqa: A002 - the flag's name
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    update_lock: bool = False,
+    dist: str = "dist",
+    cache: str = "",
+    cache_from: str = "",
+) -> tuple[Mapping[str, Json], str]:
+    """Build every adapter of a fleet file for every target, sharing what several builds need."""
+    from weightsmith.fleets.foresight import plan_of, text_of
+    from weightsmith.fleets.matrix import matrix_of
+    from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
+    from weightsmith.fleets.page import PAGE, table
+    from weightsmith.fleets.terminal import watcher
+    from weightsmith.ports import Silent
+    from weightsmith.progress import Recorder, progress_for
+    from weightsmith.wiring import keep_clean, make_fleet_engine, open_tools
+
+    found = ordered(file, settings=set, adapters=adapter, targets=target, update_lock=update_lock)
+    if print_:
+        return matrix_of(found.builds, print_, file)
+    place = Path(dist).absolute()
+    keep_clean(found.sources, dist=dist, layout=layout)
+    engine = None if plan else make_fleet_engine(on, address, place)
+    progress = Silent() if plan else Recorder(progress_for())
+    with open_tools(
+        runner,
+        progress,
+        sign_key=sign_key,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
+    ) as tools:
+        graph = foreseen(found, place, tools)
+        if engine is None:
+            told = plan_of(graph)
+            return told, text_of(told)
+        with watcher(live=watch) as changed:
+            rows = run_fleet(
+                found,
+                graph,
+                engine,
+                tools,
+                dist=place,
+                outputs={
+                    "push": push,
+                    "load": load,
+                    "layout": str(Path(layout).absolute()) if layout else "",
+                    "force": force,
+                },
+                options={
+                    "runner": runner,
+                    "memory": memory,
+                    "allow_network_in_jobs": allow_network_in_jobs,
+                    "insecure": insecure,
+                    "sign_key": sign_key,
+                    "cache": cache,
+                    "cache_from": cache_from,
+                },
+                cpus=cpus,
+                changed=changed,
+            )
+    if error := rows.error():
+        raise error
+    return rows.to_json(), f"{table(rows)}\npage: {place / PAGE}"
+
+
+COMMANDS = (fleet,)

@@ -1,0 +1,1 @@
+"""Many builds of one recipe: which there are, what they share, where they run, what came out."""

@@ -1,0 +1,223 @@
+"""A fleet file -> builds: a whole recipe for each adapter, and a cell for each of its targets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import UsageError
+from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
+from weightsmith.fleets.parcels import NAMED, WORDS
+from weightsmith.oci.references import Reference
+from weightsmith.planning.targets import chosen_targets
+from weightsmith.provenance.labels import reference
+from weightsmith.recipe_file import RecipeFile, check_recipe, read_mapping, with_settings
+from weightsmith.serving.targets import Target
+from weightsmith.stages.lock import Lock, pinned, read_lock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One adapter with one target: one build, one image, one row of the fleet's table."""
+
+    adapter: str
+    target: str
+
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        return f"{self.adapter} x {self.target}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterBuild:
+    """One adapter's builds: a whole recipe, whose paths do not depend on the current folder."""
+
+    adapter: str
+    data: Mapping[str, Any]
+    """The recipe as its file would have it."""
+    file: RecipeFile
+    """The same, checked, with the pins of the fleet's lock."""
+    targets: tuple[Target, ...]
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """A cell for each target."""
+        return tuple(Cell(adapter=self.adapter, target=target.name) for target in self.targets)
+
+
+def lock_of(fleet: Fleet, path: Path) -> Lock:
+    """Return the pins of a fleet: those of the recipe's lock, and on top those of the fleet's.
+
+    Its path is that of the fleet's lock. Raises UsageError for one that cannot be read.
+    """
+    shared = read_lock(_named(path.parent / fleet.recipe))
+    own = read_lock(_named(path))
+    return Lock(
+        path=own.path,
+        sources={**shared.sources, **own.sources},
+        bases={**shared.bases, **own.bases},
+    )
+
+
+def _named(path: Path) -> RecipeFile:
+    """Return a recipe file of that name: a lock needs nothing else of it."""
+    empty = check_recipe({"name": "x", "base": {"source": "x"}}, str(path))
+    return RecipeFile(recipe=empty, folder=path.parent, path=path)
+
+
+def builds_of(
+    fleet: Fleet,
+    path: Path,
+    lock: Lock,
+    settings: Sequence[str] = (),
+) -> tuple[AdapterBuild, ...]:
+    """Return every adapter's builds; `settings` are the command line's, for the shared recipe.
+
+    Paths start from the fleet file's folder, and those inside the recipe from the recipe's. Raises
+    UsageError, with the place in the file, for a glob without folders, a fault in what an entry
+    changes, two builds of one name, and two images of one name.
+    """
+    recipe_path = path.parent / fleet.recipe
+    shared = with_settings(
+        read_mapping(
+            recipe_path,
+            kind="recipe",
+            missing=f"correct `recipe` in {path}",
+            begins="`name: …` and `base: {source: …}`",
+        ),
+        settings,
+    )
+    shared = {**_absolute(shared, recipe_path.parent.absolute()), "adapters": []}
+    found: dict[str, str] = {}
+    builds = []
+    for place, entry in _entries(fleet, path):
+        name = entry.name or _name_of(entry.source)
+        if name in found:
+            raise UsageError(
+                f"{path}: {place} and {found[name]} are both named `{name}`",
+                hint="give one of them another `name`, or leave it out of the glob",
+            )
+        found[name] = place
+        builds.append(_build(name, entry, place, shared, fleet, path, lock))
+    _require_images_apart(builds, path)
+    return tuple(builds)
+
+
+def _entries(fleet: Fleet, path: Path) -> Iterator[tuple[str, FleetAdapter]]:
+    """Yield each adapter with its place in the file; a glob yields its folders by name."""
+    for number, given in enumerate(fleet.adapters):
+        place = f"adapters.{number}"
+        if isinstance(given, FleetAdapter):
+            yield place, given
+            continue
+        if "://" in given:
+            yield place, FleetAdapter(source=given)
+            continue
+        pattern = Path(given).expanduser()
+        root = Path(pattern.anchor) if pattern.is_absolute() else path.parent
+        inner = str(pattern.relative_to(pattern.anchor))
+        try:
+            folders = sorted(one for one in root.glob(inner) if one.is_dir())
+        except (ValueError, NotImplementedError, IndexError) as error:
+            raise UsageError(
+                f"{path}: {place}: `{given}` is no glob: {error}", hint="for example ./adapters/*"
+            ) from None
+        if not folders:
+            raise UsageError(
+                f"{path}: {place}: no folder matches `{given}` in {root.absolute()}",
+                hint="globs start from the fleet file's folder; correct it or remove it",
+            )
+        for folder in folders:
+            yield f"{place} ({folder.name})", FleetAdapter(source=str(folder))
+
+
+def _name_of(source: str) -> str:
+    """Return the name of an adapter that has none: its source's last part, as names are."""
+    last = source.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+    return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:60].strip("-") or "adapter"
+
+
+def _build(
+    name: str,
+    entry: FleetAdapter,
+    place: str,
+    shared: Mapping[str, Any],
+    fleet: Fleet,
+    path: Path,
+    lock: Lock,
+) -> AdapterBuild:
+    where = f"{path}: {place}"
+    data = {**shared, "name": f"{shared.get('name', '')}-{name}"}
+    image = shared.get("image") or {}
+    if repository := isinstance(image, Mapping) and image.get("repository"):
+        data["image"] = {**image, "repository": f"{repository}-{name}"}
+    given = entry.model_dump(by_alias=True, exclude_unset=True)
+    own = _absolute({key: given[key] for key in SECTIONS if key in given}, path.parent.absolute())
+    data = {**data, **{key: _over(data.get(key), value) for key, value in own.items()}}
+    one = {key: given[key] for key in given if key not in (*SECTIONS, "name", "targets")}
+    data["adapters"] = [{**one, "source": _place(str(entry.source), path.parent.absolute())}]
+    data.pop("targets", None)
+    file = RecipeFile(recipe=check_recipe(data, where), folder=path.parent.absolute())
+    file = pinned(file, lock)
+    Reference.parse(reference(file.recipe, "x"))
+    wanted = entry.targets or fleet.targets or _texts(shared.get("targets"))
+    try:
+        chosen = chosen_targets(file, wanted, to_build=True)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", hint=error.hint) from None
+    if len(chosen) != len(wanted):
+        raise UsageError(
+            f"{where}: {', '.join(wanted)} name one target twice", hint="remove one of them"
+        )
+    return AdapterBuild(adapter=name, data=data, file=file, targets=chosen)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list | tuple) else ()
+
+
+def _over(below: Any, above: Any) -> Any:
+    """Return a section with what differs on top, key by key."""
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
+
+
+def _absolute(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return recipe data whose files and folders are absolute paths."""
+    found = dict(data)
+    for section, key in NAMED:
+        part = found.get(section)
+        if isinstance(part, Mapping) and str(part.get(key) or "") not in WORDS:
+            found[section] = {**part, key: str(folder / Path(str(part[key])).expanduser())}
+    base = found.get("base")
+    if isinstance(base, Mapping) and isinstance(base.get("source"), str):
+        found["base"] = {**base, "source": _place(base["source"], folder)}
+    image = found.get("image")
+    if isinstance(image, Mapping) and str(image.get("base", "")).startswith("oci:"):
+        layout = str(image["base"]).removeprefix("oci:")
+        found["image"] = {**image, "base": f"oci:{folder / layout}"}
+    return found
+
+
+def _place(source: str, folder: Path) -> str:
+    """Return a source; of a folder, its absolute path, whose last part is the folder's own name."""
+    return source if "://" in source else str(folder / Path(source).expanduser())
+
+
+def _require_images_apart(builds: Sequence[AdapterBuild], path: Path) -> None:
+    """Raise UsageError if two builds would give one name to two images."""
+    seen: dict[str, str] = {}
+    for build in builds:
+        for target in build.targets:
+            name = reference(build.file.recipe, target.name)
+            if name in seen:
+                raise UsageError(
+                    f"{path}: {seen[name]} and {build.adapter} would both be the image {name}",
+                    hint="give one of them another `image.repository`",
+                )
+            seen[name] = build.adapter

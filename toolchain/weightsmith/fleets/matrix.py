@@ -1,0 +1,151 @@
+"""`fleet --print`: the cells as a matrix, for those who schedule elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from weightsmith.errors import UsageError
+from weightsmith.fleets.cells import AdapterBuild
+from weightsmith.values import Json
+
+_LIMITS: Mapping[str, int] = {"github": 256, "gitlab": 200, "argo": 0}
+"""Most jobs of one matrix; 0 for no limit.
+
+https://docs.github.com/en/actions/reference/limits, https://docs.gitlab.com/ci/yaml/#parallelmatrix
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job of a matrix: a cell, or several adapters where there are too many cells."""
+
+    adapters: tuple[str, ...]
+    targets: tuple[str, ...]
+
+    @property
+    def arguments(self) -> str:
+        """Flags of `fleet` that choose it."""
+        words = [f"--adapter {name}" for name in self.adapters]
+        return " ".join((*words, *(f"--target {name}" for name in self.targets)))
+
+    @property
+    def name(self) -> str:
+        """Its name for people."""
+        more = f" and {len(self.adapters) - 1} more" if len(self.adapters) > 1 else ""
+        return f"{self.adapters[0]}{more} {' '.join(self.targets)}".strip()
+
+
+def matrix_of(
+    builds: Sequence[AdapterBuild], system: str, file: str
+) -> tuple[Mapping[str, Json], str]:
+    """Return a system's matrix as JSON, and as text to put where the system reads it.
+
+    More cells than the system takes jobs are split: each job then builds several adapters with all
+    of their targets. Raises UsageError for an unknown system.
+    """
+    if system not in _LIMITS:
+        raise UsageError(f"--print {system}: unknown", hint=f"one of {', '.join(_LIMITS)}")
+    limit = _LIMITS[system]
+    jobs = _jobs(builds, limit)
+    cells = sum(len(build.targets) for build in builds)
+    rows = [
+        {
+            "name": job.name,
+            "adapter": ",".join(job.adapters),
+            "target": ",".join(job.targets),
+            "arguments": job.arguments,
+        }
+        for job in jobs
+    ]
+    facts = {
+        "system": system,
+        "jobs": len(jobs),
+        "cells": cells,
+        "limit": limit or None,
+        "split": len(jobs) != cells,
+        "matrix": {"include": rows},
+    }
+    note = (
+        f"{cells} cells are more than the {limit} jobs of one matrix: each of {len(jobs)} jobs "
+        "builds several adapters with all of their targets"
+        if len(jobs) != cells
+        else ""
+    )
+    return facts, _TEXTS[system](rows, file, note)
+
+
+def _jobs(builds: Sequence[AdapterBuild], limit: int) -> list[Job]:
+    cells = [Job((build.adapter,), (target.name,)) for build in builds for target in build.targets]
+    if not limit or len(cells) <= limit:
+        return cells
+    each = -(-len(builds) // limit)
+    names = [build.adapter for build in builds]
+    return [Job(tuple(names[start : start + each]), ()) for start in range(0, len(names), each)]
+
+
+def _github(rows: Sequence[Mapping[str, str]], _file: str, _note: str) -> str:
+    """Return one line for `echo "matrix=$(…)" >> "$GITHUB_OUTPUT"` and `fromJSON`."""
+    return json.dumps({"include": rows}, separators=(",", ":"))
+
+
+def _gitlab(rows: Sequence[Mapping[str, str]], file: str, note: str) -> str:
+    """Return a child pipeline, for `trigger: include: artifact`."""
+    job = {
+        "stage": "test",
+        "parallel": {
+            "matrix": [{"CELL": row["name"], "ARGUMENTS": row["arguments"]} for row in rows]
+        },
+        "script": [f"weightsmith fleet --file {file} $ARGUMENTS --push --json"],
+    }
+    return _commented(note) + yaml.safe_dump({"build": job}, sort_keys=False, width=1000)
+
+
+def _argo(rows: Sequence[Mapping[str, str]], file: str, note: str) -> str:
+    """Return a Workflow that runs a template `build`, which the user fills in, for each item."""
+    command = f"weightsmith fleet --file {file} {{{{inputs.parameters.arguments}}}} --push --json"
+    parameters = [{"name": "arguments", "value": "{{item.arguments}}"}]
+    workflow = {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Workflow",
+        "metadata": {"generateName": "weightsmith-fleet-"},
+        "spec": {
+            "entrypoint": "fleet",
+            "templates": [
+                {
+                    "name": "fleet",
+                    "steps": [
+                        [
+                            {
+                                "name": "build",
+                                "template": "build",
+                                "arguments": {"parameters": parameters},
+                                "continueOn": {"failed": True},
+                                "withItems": [dict(row) for row in rows],
+                            }
+                        ]
+                    ],
+                },
+                {
+                    "name": "build",
+                    "inputs": {"parameters": [{"name": "arguments"}]},
+                    "container": {
+                        "image": "IMAGE-WITH-WEIGHTSMITH",
+                        "command": ["sh", "-c"],
+                        "args": [command],
+                    },
+                },
+            ],
+        },
+    }
+    return _commented(note) + yaml.safe_dump(workflow, sort_keys=False, width=1000)
+
+
+def _commented(note: str) -> str:
+    return f"# {note}\n" if note else ""
+
+
+_TEXTS = {"github": _github, "gitlab": _gitlab, "argo": _argo}

@@ -1,0 +1,247 @@
+"""What a node does for one request: the pipeline's stages, as far as the task goes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.build_record import BuildRecord, read_build
+from weightsmith.destinations import InStore
+from weightsmith.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.fleets.parcels import unpacked
+from weightsmith.fleets.requests import (
+    BASE,
+    CELL,
+    DIFFERENT,
+    WEIGHTS,
+    Failure,
+    Reply,
+    Request,
+    version,
+)
+from weightsmith.pipeline import Clock, build, quantized, validated
+from weightsmith.planning.options import sources_to_merge, texts_of
+from weightsmith.planning.request import BuildRequest
+from weightsmith.planning.sources import resolve_request
+from weightsmith.planning.targets import chosen_targets
+from weightsmith.planning.tasks import task_of, tasks_of
+from weightsmith.quantizers import of_format
+from weightsmith.recipe import Evaluate
+from weightsmith.recipe_file import RecipeFile, check_section, read_recipe
+from weightsmith.stages import reference as references
+from weightsmith.stages.lock import read_lock
+from weightsmith.stages.merge import BUILDER as MERGE_BUILDER
+from weightsmith.stages.merge import merge
+from weightsmith.stages.publish import Outputs
+from weightsmith.stages.quality import quality
+from weightsmith.tools import Tools
+from weightsmith.trees import below
+from weightsmith.values import Json
+
+_REPORTS = 64 << 20
+"""Bytes of a build's reports that are sent back; an image is never among them."""
+
+
+def answer(request: Request, tools: Tools) -> Reply:
+    """Do one task, and return what became of it; a WeightsmithError is part of the reply."""
+    began, cpu = time.monotonic(), _cpu()
+    clock, told = Clock(tools), _Told()
+    failure: Failure | None = None
+    with tools.scratch() as home:
+        try:
+            _require_version(request)
+            told = _do(request, home, clock, tools)
+        except WeightsmithError as error:
+            failure = Failure.of(error)
+            told = _refused(request, home)
+        return Reply(
+            id=request.id,
+            node=socket.gethostname(),
+            seconds=round(time.monotonic() - began, 3),
+            cpu_seconds=round(_cpu() - cpu, 3),
+            row=told.row,
+            error=failure.to_json() if failure else None,
+            stages={name: row.cached for name, row in (told.stages or clock.stages).items()},
+            lock=told.lock,
+            bytes_moved=int(told.row.get("uploaded_bytes") or 0),
+            files=told.files,
+        )
+
+
+def _cpu() -> float:
+    """Return the CPU seconds of this process and of those that it has waited for."""
+    return sum(os.times()[:4])
+
+
+class _Told:
+    """What a task has to tell beside its error."""
+
+    def __init__(
+        self,
+        row: Mapping[str, Json] | None = None,
+        stages: Mapping[str, Any] | None = None,
+        lock: Mapping[str, Json] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        self.row, self.stages = row or {}, stages or {}
+        self.lock, self.files = lock or {}, files or {}
+
+
+def _require_version(request: Request) -> None:
+    if request.version != (ours := version()):
+        raise EnvironmentFailure(
+            f"{DIFFERENT} on {socket.gethostname()}: {ours}, and the fleet is {request.version}",
+            hint="install the same version on every node",
+        )
+
+
+def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Told:
+    file = _written(request, home, tools)
+    targets = chosen_targets(file, request.targets, to_build=True) if request.targets else ()
+    asked = BuildRequest(
+        file=file,
+        targets=targets,
+        outputs=_outputs(request),
+        dist=_dist(request, home),
+        engine_answers=tools.images_in_engine,
+    )
+    row: Mapping[str, Json] = {}
+    if request.kind == BASE:
+        _base(request, asked, clock, tools)
+    elif request.kind == CELL:
+        (built,) = build(asked, tools)
+        clock.stages |= built.stages
+        row = row_of(
+            read_build(asked.folder(built.target)), built.report, built.published.reference
+        )
+    else:
+        _merged(request, asked, clock, tools)
+    lock = read_lock(file)
+    return _Told(
+        row=row,
+        lock={"sources": lock.sources, "bases": lock.bases},
+        files=_reports(asked.dist) if asked.dist != Path(request.dist) else {},
+    )
+
+
+def _base(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> None:
+    """Fetch the base, make the builders, and answer the questions that several adapters share."""
+    tools.runner.prepare(MERGE_BUILDER, tools.progress)
+    for target in asked.targets:
+        if target.format.packed:
+            tools.runner.prepare(of_format(target.format.name).builder, tools.progress)
+    _, sources = clock.take(resolve_request(asked, tools))
+    for settings in request.questions:
+        evaluate = check_section(Evaluate, settings, "evaluate")
+        task = task_of(asked.file, evaluate)
+        asked_now = references.subjects(sources, None)
+        references.answers(asked_now, task.task, InStore(tools.store), tools)
+
+
+def _merged(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> None:
+    """Merge, validate and answer as a build does; of WEIGHTS, quantize and measure too.
+
+    Nothing of a single target is checked: what one target refuses may be right for the others.
+    """
+    recipe, store = asked.file.recipe, InStore(tools.store)
+    tools.runner.check(MERGE_BUILDER)
+    asked, sources = clock.take(resolve_request(asked, tools))
+    sources_ = sources_to_merge(asked.targets, sources)
+    checkpoint = clock.take(merge(sources_, recipe.merge, store, tools))
+    validated(asked, sources_, checkpoint, clock)
+    clock.take(references.reference(tasks_of(asked.file), sources, checkpoint, store, tools))
+    if request.kind == WEIGHTS:
+        artifact = clock.take(quantized(asked.file, asked.targets[0], sources, checkpoint, tools))
+        texts = texts_of(asked.file)
+        clock.take(quality(checkpoint, artifact, texts, recipe.quality, store, tools))
+
+
+def _written(request: Request, home: Path, tools: Tools) -> RecipeFile:
+    """Write the recipe, its lock and what it names into a folder, and read it as a user's."""
+    data = unpacked(request, home, tools)
+    path = home / "recipe.yaml"
+    path.write_text(json.dumps(data), "utf-8")  # which is YAML too
+    path.with_suffix(".lock").write_text(
+        json.dumps({"sources": {}, "bases": {}, **request.lock}), "utf-8"
+    )
+    return read_recipe(path)
+
+
+def _outputs(request: Request) -> Outputs:
+    given = request.outputs
+    layout = given.get("layout")
+    return Outputs(
+        load=bool(given.get("load")),
+        push=bool(given.get("push")),
+        force=bool(given.get("force")),
+        tag_digest=bool(given.get("push")),
+        layout=Path(str(layout)) if layout else None,
+    )
+
+
+def _dist(request: Request, home: Path) -> Path:
+    """Return the folder of results: the user's if this node shares it, else one of our own."""
+    if (Path(request.dist) / request.token).is_file():
+        return Path(request.dist)
+    given = request.outputs
+    if request.kind == CELL and not (given.get("push") and not given.get("layout")):
+        raise EnvironmentFailure(
+            f"{socket.gethostname()} does not share the folder {request.dist}, so the image cannot "
+            "be put there",
+            hint="give --push, or with --dist a folder that all nodes share",
+        )
+    return home / "dist"
+
+
+def _reports(dist: Path) -> dict[str, str]:
+    """Return what a build wrote beside its image, as base64 by path; {} if that is too much."""
+    paths = [path for path in below(dist) if path.is_file()] if dist.is_dir() else []
+    if sum(path.stat().st_size for path in paths) > _REPORTS:
+        return {}
+    return {
+        path.relative_to(dist).as_posix(): base64.b64encode(path.read_bytes()).decode()
+        for path in paths
+    }
+
+
+def _refused(request: Request, home: Path) -> _Told:
+    """Return what a build that stopped has left: its record, if it wrote one."""
+    shared = (Path(request.dist) / request.token).is_file()
+    dist = Path(request.dist) if shared else home / "dist"
+    name, number = str(request.recipe.get("name")), str(request.recipe.get("version", "0.1.0"))
+    places = [dist / name / number / t / "refused" for t in request.targets]
+    for folder in (*places, dist / name / number / "refused"):
+        try:
+            record = read_build(folder)
+        except (OSError, ValueError):
+            continue
+        row = row_of(record, folder / "report.html", "")
+        return _Told(row=row, stages=record.stages, files={} if shared else _reports(dist))
+    return _Told()
+
+
+def row_of(record: BuildRecord, report: Path, reference: str) -> dict[str, Json]:
+    """Return what the fleet's table shows of a build."""
+    score = record.scores.get("image")
+    drops = [v.comparison for v in record.verdicts if v.subject == "image" and v.comparison]
+    image = record.image
+    return {
+        "verdict": "refused" if record.refused else record.verdict,
+        "score": score.score if score else None,
+        "interval": list(score.interval) if score and score.interval else None,
+        "n": score.n if score else 0,
+        "drop": drops[0].drop if drops else None,
+        "size": record.artifact.size if record.artifact else None,
+        "digest": image.digest if image and not record.refused else None,
+        "image": reference,
+        "report": str(report),
+        "created": record.created,
+        "uploaded_bytes": image.uploaded_bytes if image else 0,
+        "mounted": image.mounted if image else 0,
+    }

@@ -1,0 +1,137 @@
+"""The fleet's page and its JSON, beside the folders of its builds."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsmith.files import write_whole
+from weightsmith.fleets.rows import (
+    ENDED,
+    NOT_MADE,
+    REFUSED,
+    RUNNING,
+    WAITING,
+    CellRow,
+    FleetRows,
+    SharedRow,
+)
+from weightsmith.stages.report import render_view
+from weightsmith.values import canonical
+
+PAGE, FILE = "fleet.html", "fleet.json"
+_EVERY = 2.0
+"""Seconds between two writings while the fleet runs."""
+_ORDER = (NOT_MADE, REFUSED, "not proven", "", "passed")
+"""Verdicts by how much attention they need; empty while a cell has not ended."""
+_STATES = {WAITING: "waits", RUNNING: "runs"}
+
+
+@dataclass(slots=True)
+class Page:
+    """Writes the page, at most every few seconds until the fleet has ended."""
+
+    dist: Path
+    title: str
+    _written: float = 0.0
+
+    def changed(self, rows: FleetRows) -> None:
+        """Write page and JSON if it is time."""
+        over = rows.ended == len(rows.cells)
+        if not over and time.monotonic() - self._written < _EVERY:
+            return
+        self.write(rows)
+
+    def write(self, rows: FleetRows) -> None:
+        """Write page and JSON; raises OSError."""
+        text = render_view(view(rows, self.title, self.dist), "fleet.html.j2")
+        write_whole(self.dist / PAGE, text.encode("utf-8", errors="replace"))
+        write_whole(self.dist / FILE, canonical(rows) + b"\n")
+        self._written = time.monotonic()
+
+
+def view(rows: FleetRows, title: str, dist: Path) -> dict[str, Any]:
+    """Return what the page shows: cells by what needs attention, then by name."""
+    cells = sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
+    counts = {name: sum(row.verdict == name for row in rows.cells) for name in _ORDER if name}
+    left = len(rows.cells) - rows.ended
+    return {
+        "title": title,
+        "over": not left,
+        "verdict": _verdict(rows, counts, left),
+        "cells": [_cell(row, dist) for row in cells],
+        "shared": [_shared(row) for row in rows.shared],
+        "ended": rows.ended,
+        "passed": counts["passed"] + counts["not proven"],
+        "cpu_hours": rows.cpu_seconds / 3600,
+        "own_share": rows.own_cpu_seconds / rows.cpu_seconds if rows.cpu_seconds else 0.0,
+        "bytes_moved": rows.bytes_moved,
+        "cached": rows.share_cached,
+        "seconds": rows.seconds,
+        "stages": rows.stages,
+        "left": left_seconds(rows),
+    }
+
+
+def left_seconds(rows: FleetRows) -> float | None:
+    """Return the seconds left at the rate so far; None until a cell was built."""
+    built = sum(row.state == ENDED and not row.cached and row.tries > 0 for row in rows.cells)
+    todo = len(rows.cells) - rows.ended
+    return rows.seconds / built * todo if built and todo else None
+
+
+def _verdict(rows: FleetRows, counts: dict[str, int], left: int) -> dict[str, Any]:
+    wrong = [
+        f"{row.adapter} with {row.target}: {row.error}"
+        for row in rows.cells
+        if row.verdict in (REFUSED, NOT_MADE)
+    ]
+    reasons = [*wrong[:5], *([f"and {len(wrong) - 5} more"] if len(wrong) > 5 else [])]
+    if wrong:
+        said = [f"{counts[name]} {name}" for name in (NOT_MADE, REFUSED) if counts[name]]
+        return {"state": "failed", "headline": ", ".join(said), "reasons": reasons}
+    if left:
+        done = f"{rows.ended} of {len(rows.cells)} have ended"
+        return {"state": "untested", "headline": "Running", "reasons": [done]}
+    if counts["not proven"]:
+        headline = f"{counts['not proven']} of {len(rows.cells)} are not proven"
+        why = "their gates could not have failed; each report says why"
+        return {"state": "untested", "headline": headline, "reasons": [why]}
+    return {"state": "passed", "headline": f"All {len(rows.cells)} passed", "reasons": []}
+
+
+def _cell(row: CellRow, dist: Path) -> dict[str, Any]:
+    mark = {"passed": "good", REFUSED: "bad", NOT_MADE: "bad"}.get(row.verdict, "faint")
+    report = os.path.relpath(row.report, dist) if row.report else ""
+    return {
+        **row.to_json(),
+        "shown": row.verdict or _STATES.get(row.state, row.state),
+        "mark": mark,
+        "link": Path(report).as_posix() if report and not report.startswith("..") else "",
+        "short": (row.digest or "")[7:19],
+    }
+
+
+def _shared(row: SharedRow) -> dict[str, Any]:
+    shown = "failed" if row.error else "cached" if row.cached else "done"
+    return {**row.to_json(), "shown": shown if row.state == ENDED else _STATES[row.state]}
+
+
+def table(rows: FleetRows) -> str:
+    """Return the fleet as text: one line per cell, those that need attention first."""
+    cells = sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
+    lines: list[Sequence[str]] = [("adapter", "target", "verdict", "score", "seconds", "digest")]
+    for row in cells:
+        score = "" if row.score is None else f"{row.score:.3f}"
+        what = row.verdict or _STATES.get(row.state, row.state)
+        end = row.error or (row.digest or "")[7:19] + (" (cached)" if row.cached else "")
+        lines.append((row.adapter, row.target, what, score, f"{row.seconds:.1f}", end))
+    widths = [max(len(line[n]) for line in lines) for n in range(5)]
+    return "\n".join(
+        "  ".join([*(f"{text:<{w}}" for text, w in zip(line, widths, strict=False)), line[5]])
+        for line in lines
+    )

@@ -1,0 +1,140 @@
+"""What a recipe names on the asking machine, on its way to a node that shares only the cache."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.fleets.requests import Request
+from weightsmith.ports import Store
+from weightsmith.tools import Tools
+from weightsmith.values import Digest, Json, StageInputs, Tree
+
+_FILE = 64 << 20
+"""Bytes of a file of questions or texts; it goes along with each task."""
+NAMED = (
+    ("evaluate", "data"),
+    ("evaluate", "training"),
+    ("validate", "probes"),
+    ("calibration", "data"),
+    ("quantize", "imatrix"),
+)
+"""Keys of a recipe that name a file."""
+WORDS = frozenset({"", "auto", "off"})
+"""Values of these keys that are no file's name."""
+
+
+def source_inputs(tree: Tree) -> StageInputs:
+    """Return the key under which the cache has a folder's files."""
+    return StageInputs(stage="source", recipe_number=1, inputs={"files": tree.digest})
+
+
+def packed(request: Request, tools: Tools) -> Request:
+    """Return the request for a node that shares no folder with this machine.
+
+    Small files go along; folders go into the store, and so into the shared cache. Raises UsageError
+    for a file that is too large or missing, InputRefused for an unsafe folder.
+    """
+    files: dict[str, str] = {}
+    parcels: dict[str, str] = {}
+    data = _copied(request.recipe)
+    questions = tuple(dict(one) for one in request.questions)
+    asked = [(one, key) for one in questions for key in ("data", "training") if one.get(key)]
+    for part, key in (*_places(data), *asked):
+        path = Path(str(part[key]))
+        try:
+            content = path.read_bytes() if path.stat().st_size <= _FILE else None
+        except OSError as error:
+            raise UsageError(
+                f"cannot read {path}: {error.strerror}", hint="correct its path in the recipe"
+            ) from None
+        if content is None:
+            raise UsageError(
+                f"{path} is too large to go to the nodes with each task",
+                hint="use fewer questions or texts; some megabytes are enough",
+            )
+        name = f"files/{len(files)}/{path.name}"
+        files[name], part[key] = base64.b64encode(content).decode(), name
+    for part in _folders(data):
+        source = Path(part["source"])
+        tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree
+        name = f"folders/{len(parcels)}/{source.name}"
+        parcels[name], part["source"] = str(_sent(tree, tools.store)), name
+    return replace(request, recipe=data, questions=questions, files=files, parcels=parcels)
+
+
+def _sent(tree: Tree, store: Store) -> Digest:
+    """Put a folder's files into the store, and return their key."""
+    stage = source_inputs(tree)
+
+    def copy(folder: Path) -> Mapping[str, Json]:
+        for file in tree.files:
+            place = folder / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tree.path(file.path), place)
+        return {"sha256": {file.path: file.digest.hex for file in tree.files}}
+
+    if store.find(stage.key) is None:
+        store.produce(stage.key, {"stage": stage.stage, "inputs": stage.inputs}, copy)
+    return stage.key
+
+
+def unpacked(request: Request, home: Path, tools: Tools) -> Mapping[str, Any]:
+    """Return the request's recipe, with what it names put into `home`.
+
+    Raises EnvironmentFailure if the cache lacks a folder.
+    """
+    for name, text in request.files.items():
+        place = _inside(home, name)
+        place.write_bytes(base64.b64decode(text))
+    for name, key in request.parcels.items():
+        entry = tools.store.find(Digest(key))
+        if entry is None:
+            raise EnvironmentFailure(
+                f"the cache has no copy of {Path(name).name}, which this task needs",
+                hint="check that every node uses the same --cache and may read it",
+            )
+        for file in entry.tree.files:  # which brings them, where the cache is lazy
+            entry.tree.path(file.path)
+        _inside(home, name).symlink_to(entry.tree.root)
+    return request.recipe
+
+
+def _inside(home: Path, name: str) -> Path:
+    place = home / name
+    if ".." in place.parts:
+        raise EnvironmentFailure(f"{name} leaves the task's folder", hint="report this as a bug")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose sections can be changed."""
+    return {
+        key: dict(value)
+        if isinstance(value, Mapping)
+        else [dict(one) for one in value]
+        if key == "adapters"
+        else value
+        for key, value in data.items()
+    }
+
+
+def _places(data: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each section with a key that names a file."""
+    for section, key in NAMED:
+        part = data.get(section)
+        if isinstance(part, dict) and str(part.get(key) or "") not in WORDS:
+            yield part, key
+
+
+def _folders(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the base and the adapters that are folders."""
+    for part in (data["base"], *data["adapters"]):
+        if "://" not in str(part["source"]):
+            yield part

@@ -1,0 +1,98 @@
+"""What goes to a node and what comes back: one JSON object each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from weightsmith import __version__
+from weightsmith.errors import WeightsmithError
+from weightsmith.json_objects import JsonObject
+from weightsmith.resources import images, package, templates
+from weightsmith.trees import below
+from weightsmith.values import Digest, Json, key_of
+
+BASE, MERGE, WEIGHTS, CELL = "base", "merge", "weights", "cell"
+"""Kinds of tasks, in the order in which they follow each other."""
+DIFFERENT = "another version of weightsmith"
+"""Begins the error of a node that runs other code."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(JsonObject):
+    """One task for a node."""
+
+    id: str
+    kind: str
+    version: str
+    """Of the code that asks; a node with another refuses."""
+    adapter: str
+    recipe: Mapping[str, Json]
+    """A whole recipe; its folders are absolute paths, or names in `parcels`."""
+    lock: Mapping[str, Json]
+    """The pins of its sources and bases."""
+    targets: tuple[str, ...]
+    questions: tuple[Mapping[str, Json], ...] = ()
+    """For the base's task: the `evaluate` sections that several adapters share."""
+    outputs: Mapping[str, Json] = field(default_factory=dict)
+    tools: Mapping[str, Json] = field(default_factory=dict)
+    """What the user chose of runner, memory, network and cache."""
+    dist: str = ""
+    """The folder of results."""
+    token: str = ""
+    """A file in it, which a node sees that shares the folder."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Name -> base64 of a small file that the recipe names."""
+    parcels: Mapping[str, str] = field(default_factory=dict)
+    """Name -> the cache's key of a folder that the recipe names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure(JsonObject):
+    """Why a task failed, with the exit code of the command line."""
+
+    message: str
+    hint: str = ""
+    exit_code: int = 1
+
+    @classmethod
+    def of(cls, error: WeightsmithError) -> Failure:
+        """Return an error as a failure."""
+        return cls(message=error.message, hint=error.hint, exit_code=error.exit_code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply(JsonObject):
+    """What became of one task."""
+
+    id: str
+    node: str
+    seconds: float
+    cpu_seconds: float
+    row: Mapping[str, Json] = field(default_factory=dict)
+    """Of a cell: what the fleet's table shows of its build."""
+    error: Mapping[str, Json] | None = None
+    """A Failure."""
+    stages: Mapping[str, bool] = field(default_factory=dict)
+    """Stage -> whether it was cached."""
+    lock: Mapping[str, Json] = field(default_factory=dict)
+    bytes_moved: int = 0
+    """Sent to registries, and through the cache."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Reports as base64, by their path in the folder of results, if the node does not share it."""
+
+    @classmethod
+    def of_failure(cls, id_: str, node: str, failure: Failure) -> Reply:
+        """Return the reply of a task that could not begin."""
+        return cls(id=id_, node=node, seconds=0.0, cpu_seconds=0.0, error=failure.to_json())
+
+
+def version() -> str:
+    """Return the version and the digest of all code and templates: what two nodes must share."""
+    rows: list[Json] = []
+    for folder in (package(), templates(), images()):
+        for path in below(folder):
+            name = path.relative_to(folder)
+            if path.is_file() and not {"__pycache__", "_resources"} & set(name.parts):
+                rows.append([name.as_posix(), Digest.of(path.read_bytes())])
+    return f"{__version__} ({key_of(sorted(rows)).short})"

@@ -1,0 +1,157 @@
+"""What became of each cell and each shared task, and of the fleet as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
+from weightsmith.fleets.requests import Failure, Reply
+from weightsmith.json_objects import JsonObject
+from weightsmith.values import Json
+
+REFUSED, NOT_MADE = "refused", "not made"
+WAITING, RUNNING, ENDED = "waiting", "running", "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellRow(JsonObject):
+    """One cell of the fleet's table."""
+
+    adapter: str
+    target: str
+    verdict: str = ""
+    """`passed`, `not proven`, `refused` or `not made`; empty until it has ended."""
+    score: float | None = None
+    """The image's, from 0 to 1; null without questions."""
+    digest: str | None = None
+    seconds: float = 0.0
+    cached: bool = False
+    """Whether no stage had to be run."""
+    error: str | None = None
+    hint: str | None = None
+    exit_code: int = 0
+    interval: tuple[float, ...] | None = None
+    """95 %, of the score."""
+    drop: float | None = None
+    """Loss of score against base and adapter."""
+    size: int | None = None
+    """Bytes of the weights."""
+    image: str = ""
+    """Its reference, or `oci:FOLDER`."""
+    report: str = ""
+    """Path of its report.html."""
+    node: str = ""
+    tries: int = 0
+    state: str = WAITING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedRow(JsonObject):
+    """One task that several cells wait for."""
+
+    task: str
+    kind: str
+    cells: int
+    cached: bool = False
+    seconds: float = 0.0
+    error: str | None = None
+    node: str = ""
+    tries: int = 0
+    state: str = WAITING
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetRows(JsonObject):
+    """The fleet as it stands."""
+
+    cells: tuple[CellRow, ...]
+    shared: tuple[SharedRow, ...]
+    bytes_moved: int = 0
+    """Sent to registries."""
+    cpu_seconds: float = 0.0
+    """Of all tasks, and of the fleet's own process."""
+    own_cpu_seconds: float = 0.0
+    """Of the fleet's own process: planning, pages, and what was cached."""
+    seconds: float = 0.0
+    stages: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Stage -> how often it was `run` and how often it was `cached`."""
+
+    @property
+    def ended(self) -> int:
+        """How many cells have ended."""
+        return sum(row.state == ENDED for row in self.cells)
+
+    @property
+    def share_cached(self) -> float:
+        """Share of the stages that did not have to be run, from 0 to 1."""
+        run = sum(count.get("run", 0) for count in self.stages.values())
+        cached = sum(count.get("cached", 0) for count in self.stages.values())
+        return cached / (run + cached) if run + cached else 0.0
+
+    def error(self) -> WeightsmithError | None:
+        """Return what the command ends with: None if every cell passed or was published."""
+        made = [row for row in self.cells if row.verdict == NOT_MADE]
+        refused = [row for row in self.cells if row.verdict == REFUSED]
+        if not made and not refused:
+            return None
+        both = f"{len(refused)} refused" if refused else ""
+        text = f"of {len(self.cells)} cells, " + " and ".join(
+            part for part in (f"{len(made)} could not be made" if made else "", both) if part
+        )
+        first = (made or refused)[0]
+        text += f"; {first.adapter} x {first.target}: {first.error}"
+        hint = first.hint or "the page of the fleet has every reason"
+        details: dict[str, Any] = self.to_json()
+        if made:
+            return EnvironmentFailure(text, hint=hint, details=details)
+        return CheckFailed(text, hint=hint, details=details)
+
+
+def of_reply(row: CellRow, reply: Reply) -> CellRow:
+    """Return a cell's row with what its build replied."""
+    told = reply.row
+    failure = Failure.from_json(reply.error) if reply.error else None
+    interval = told.get("interval")
+    found = replace(
+        row,
+        state=ENDED,
+        verdict=str(told.get("verdict") or "passed"),
+        score=told.get("score"),
+        digest=told.get("digest"),
+        seconds=row.seconds + reply.seconds,
+        cached=bool(reply.stages) and all(reply.stages.values()),
+        interval=tuple(interval) if interval else None,
+        drop=told.get("drop"),
+        size=told.get("size"),
+        image=str(told.get("image") or ""),
+        report=str(told.get("report") or ""),
+        node=reply.node,
+    )
+    return failed(found, failure) if failure else found
+
+
+def failed(row: CellRow, failure: Failure) -> CellRow:
+    """Return a cell's row with why it failed: its author or model (2 to 4), or the machine."""
+    refused = failure.exit_code in (2, 3, 4)
+    return replace(
+        row,
+        state=ENDED,
+        verdict=REFUSED if refused else NOT_MADE,
+        digest=None,
+        cached=False,
+        error=failure.message,
+        hint=failure.hint or None,
+        exit_code=failure.exit_code,
+    )
+
+
+def counted(stages: Sequence[Mapping[str, bool]]) -> dict[str, dict[str, Json]]:
+    """Return how often each stage was run, and how often it was cached."""
+    found: dict[str, dict[str, Json]] = {}
+    for one in stages:
+        for name, cached in one.items():
+            row = found.setdefault(name, {"run": 0, "cached": 0})
+            row["cached" if cached else "run"] += 1
+    return found

@@ -1,0 +1,323 @@
+"""Runs a graph on an engine: submits what is ready, collects replies, says how it stands."""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.files import write_whole
+from weightsmith.fleets.graph import Graph, Task
+from weightsmith.fleets.node import answer
+from weightsmith.fleets.parcels import packed
+from weightsmith.fleets.requests import CELL, DIFFERENT, Failure, Reply, Request, version
+from weightsmith.fleets.rows import (
+    ENDED,
+    RUNNING,
+    WAITING,
+    CellRow,
+    FleetRows,
+    SharedRow,
+    counted,
+    failed,
+    of_reply,
+)
+from weightsmith.foreign import RECORD, parse
+from weightsmith.ports import Ended, FleetEngine, Work
+from weightsmith.stages.lock import Lock, write_lock
+from weightsmith.tools import Tools
+from weightsmith.values import Json, canonical
+
+_TRIES = 3
+"""How often a task is given to an engine with several nodes: twice elsewhere."""
+_TURN = 1.0
+"""Seconds between two looks at what runs."""
+
+Changed = Callable[[FleetRows], None]
+"""Is told how the fleet stands, whenever that changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What the user asked of every build."""
+
+    outputs: Mapping[str, Json]
+    tools: Mapping[str, Json]
+    dist: Path
+    token: str
+    lock: Lock
+    cpus: int = 0
+    """CPUs for each task; 0 for what the plan says."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of a graph; `go` runs it to its end."""
+
+    graph: Graph
+    order: Order
+    engine: FleetEngine
+    tools: Tools
+    changed: Changed
+    _replies: list[Reply] = field(default_factory=list)
+    _cells: dict[str, CellRow] = field(default_factory=dict)
+    _shared: dict[str, SharedRow] = field(default_factory=dict)
+    _failures: dict[str, Failure] = field(default_factory=dict)
+    """Of shared tasks: what those that wait for them fail with."""
+    _done: set[str] = field(default_factory=set)
+    _given: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Tasks that the engine has, with the nodes on which they failed before."""
+    _began: float = field(default_factory=time.monotonic)
+    _version: str = field(default_factory=version)
+    _lock: Lock | None = None
+
+    def go(self) -> FleetRows:
+        """Run every task, and return what became of each cell.
+
+        What is cached is finished here, without the engine. Raises EnvironmentFailure if the
+        engine fails; an interrupt ends all tasks. What was finished is kept in either case.
+        """
+        self._begin()
+        self._finish_cached()
+        try:
+            if not self._is_over():
+                self.engine.check(self._version)
+            while not self._is_over():
+                self._submit()
+                for ended in self.engine.wait(_TURN):
+                    self._take(ended)
+                self._look()
+        finally:
+            self.engine.close()
+            self._keep_lock()
+        self._tell()
+        return self.rows()
+
+    def rows(self) -> FleetRows:
+        """Return how the fleet stands."""
+        own = sum(os.times()[:2])
+        nodes = sum(reply.cpu_seconds for reply in self._replies if reply.node)
+        return FleetRows(
+            cells=tuple(self._cells.values()),
+            shared=tuple(self._shared.values()),
+            bytes_moved=sum(reply.bytes_moved for reply in self._replies),
+            cpu_seconds=round(own + nodes, 3),
+            own_cpu_seconds=round(own, 3),
+            seconds=round(time.monotonic() - self._began, 3),
+            stages=counted([reply.stages for reply in self._replies]),
+        )
+
+    def _begin(self) -> None:
+        for task in self.graph.tasks:
+            if task.kind != CELL:
+                self._shared[task.id] = SharedRow(
+                    task=task.name, kind=task.kind, cells=len(task.cells)
+                )
+                continue
+            cell = task.cells[0]
+            row = CellRow(adapter=cell.adapter, target=cell.target)
+            self._cells[task.id] = failed(row, task.failure) if task.failure else row
+            if task.failure:
+                self._done.add(task.id)
+        self._tell()
+
+    def _finish_cached(self) -> None:
+        """Finish what needs no stage to be run: nothing is given to the engine for it."""
+        for task in self.graph.tasks:
+            if task.cached and task.kind != CELL:
+                self._done.add(task.id)
+                self._shared[task.id] = replace(self._shared[task.id], state=ENDED, cached=True)
+        for task in self.graph.cells:
+            if task.cached and task.id not in self._done:
+                reply = replace(answer(self._request(task), self.tools), cpu_seconds=0.0)
+                self._end(task, reply)
+
+    def _is_over(self) -> bool:
+        return all(task.id in self._done for task in self.graph.tasks)
+
+    def _submit(self) -> None:
+        """Give the engine every task whose predecessors have ended well."""
+        works = []
+        for task in self._ready():
+            self._given.setdefault(task.id, frozenset())
+            works.append(self._work(task, frozenset()))
+        if works:
+            self.engine.submit(works)
+
+    def _ready(self) -> Iterator[Task]:
+        for task in self.graph.tasks:
+            if task.id in self._done or task.id in self._given:
+                continue
+            broken = [self._failures[key] for key in task.after if key in self._failures]
+            if broken:
+                self._fail(task, broken[0])
+            elif self._done.issuperset(task.after):
+                yield task
+
+    def _work(self, task: Task, avoid: frozenset[str]) -> Work:
+        request = self._request(task)
+        if self.engine.remote:
+            request = packed(request, self.tools)
+        needs = task.needs
+        return Work(
+            id=task.id,
+            name=task.name,
+            text=canonical(request).decode(),
+            cpus=self.order.cpus or needs.cpus,
+            memory_bytes=needs.memory_bytes,
+            disk_bytes=needs.disk_bytes,
+            gpus=needs.gpus,
+            avoid=avoid,
+        )
+
+    def _request(self, task: Task) -> Request:
+        lock = self._lock or self.order.lock
+        tools = dict(self.order.tools)
+        tools.setdefault("memory", f"{task.needs.memory_bytes}B")
+        return Request(
+            id=task.id,
+            kind=task.kind,
+            version=self._version,
+            adapter=task.build.adapter,
+            recipe=task.build.data,
+            lock={"sources": lock.sources, "bases": lock.bases},
+            targets=tuple(target.name for target in task.targets),
+            questions=task.questions,
+            outputs=self._outputs(task),
+            tools=tools,
+            dist=str(self.order.dist),
+            token=self.order.token,
+        )
+
+    def _outputs(self, task: Task) -> Mapping[str, Json]:
+        """Return where a cell's image goes; of several layouts, each has a folder of its own."""
+        outputs = dict(self.order.outputs)
+        if outputs.get("layout"):
+            place = Path(str(outputs["layout"])) / task.build.adapter / task.targets[0].name
+            outputs["layout"] = str(place)
+        return outputs
+
+    def _take(self, ended: Ended) -> None:
+        """Take a task's reply; what failed because of its machine is tried elsewhere."""
+        task = next(task for task in self.graph.tasks if task.id == ended.id)
+        reply = _read(ended)
+        failure = Failure.from_json(reply.error) if reply.error else None
+        if failure and failure.message.startswith(DIFFERENT):
+            raise EnvironmentFailure(failure.message, hint=failure.hint)
+        self._count_try(task)
+        avoid = self._given[task.id] | {reply.node}
+        if failure and failure.exit_code == 5 and self._may_try_again(task):
+            self.tools.progress.warn(f"{task.name} on {reply.node}: {failure.message}; tried again")
+            self._replies.append(replace(reply, stages={}))
+            self._given[task.id] = avoid
+            self._set_state(task, WAITING)
+            self.engine.submit([self._work(task, avoid)])
+            return
+        self._end(task, reply)
+
+    def _may_try_again(self, task: Task) -> bool:
+        row = self._cells.get(task.id) or self._shared[task.id]
+        return self.engine.remote and row.tries < _TRIES
+
+    def _end(self, task: Task, reply: Reply) -> None:
+        self._replies.append(reply)
+        self._done.add(task.id)
+        self._pin(reply.lock)
+        self._put_reports(reply)
+        if task.kind == CELL:
+            row = of_reply(self._cells[task.id], reply)
+            if reply.files and row.report:
+                row = replace(row, report=str(self.order.dist / _below_dist(row.report, reply)))
+            self._cells[task.id] = row
+        else:
+            failure = Failure.from_json(reply.error) if reply.error else None
+            self._shared[task.id] = replace(
+                self._shared[task.id],
+                state=ENDED,
+                seconds=reply.seconds,
+                cached=bool(reply.stages) and all(reply.stages.values()),
+                node=reply.node,
+                error=failure.message if failure else None,
+            )
+            if failure:
+                self._failures[task.id] = failure
+        self._tell()
+
+    def _fail(self, task: Task, failure: Failure) -> None:
+        self._done.add(task.id)
+        if task.kind == CELL:
+            self._cells[task.id] = failed(self._cells[task.id], failure)
+        else:
+            self._failures[task.id] = failure
+            row = self._shared[task.id]
+            self._shared[task.id] = replace(row, state=ENDED, error=failure.message)
+        self._tell()
+
+    def _put_reports(self, reply: Reply) -> None:
+        """Put the reports of a node with a folder of its own where the user's are."""
+        for name, text in reply.files.items():
+            place = self.order.dist / name
+            if ".." not in place.parts and not Path(name).is_absolute():
+                write_whole(place, base64.b64decode(text))
+
+    def _pin(self, lock: Mapping[str, Json]) -> None:
+        """Take over what a task pinned: later tasks use the same commits and base images."""
+        before = self._lock or self.order.lock
+        sources = {n: row for n, row in lock.get("sources", {}).items() if "://" in n}
+        bases: dict[str, Any] = dict(before.bases)
+        for name, row in lock.get("bases", {}).items():
+            bases[name] = {**row, **bases.get(name, {})}
+        self._lock = replace(before, sources={**sources, **before.sources}, bases=bases)
+
+    def _keep_lock(self) -> None:
+        if self._lock and self._lock != self.order.lock:
+            write_lock(self.order.lock, self._lock, self.tools.progress)
+
+    def _look(self) -> None:
+        """Say which tasks run now."""
+        running = self.engine.running()
+        before = (dict(self._cells), dict(self._shared))
+        for task in self.graph.tasks:
+            if task.id in self._given and task.id not in self._done:
+                self._set_state(task, RUNNING if task.id in running else WAITING)
+        if before != (self._cells, self._shared):
+            self._tell()
+
+    def _set_state(self, task: Task, state: str) -> None:
+        if task.kind == CELL:
+            self._cells[task.id] = replace(self._cells[task.id], state=state)
+        else:
+            self._shared[task.id] = replace(self._shared[task.id], state=state)
+
+    def _count_try(self, task: Task) -> None:
+        if task.kind == CELL:
+            row = self._cells[task.id]
+            self._cells[task.id] = replace(row, tries=row.tries + 1)
+        else:
+            other = self._shared[task.id]
+            self._shared[task.id] = replace(other, tries=other.tries + 1)
+
+    def _tell(self) -> None:
+        self.changed(self.rows())
+
+
+def _read(ended: Ended) -> Reply:
+    """Return a task's reply; one that was lost, or says nothing that can be read, is a failure."""
+    why = ended.why
+    if ended.text:
+        try:
+            return Reply.from_json(parse(ended.text, largest=RECORD))
+        except ValueError as error:
+            why = f"its reply cannot be read: {error}"
+    failure = Failure(message=why or "it ended without a reply", hint="", exit_code=5)
+    return Reply.of_failure(ended.id, ended.node, failure)
+
+
+def _below_dist(report: str, reply: Reply) -> str:
+    """Return where a report that came back stands below the folder of results."""
+    return next((name for name in reply.files if report.endswith(name)), report)

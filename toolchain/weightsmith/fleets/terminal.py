@@ -1,0 +1,107 @@
+"""How a fleet goes, on standard error: a line for each cell that ends, or a table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from weightsmith.fleets.page import left_seconds, table
+from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows, SharedRow
+from weightsmith.fleets.running import Changed
+from weightsmith.lines import put_line
+from weightsmith.visible import printed, quoted
+
+_EVERY = 10.0
+"""Seconds between two plain summaries."""
+
+
+@contextmanager
+def watcher(*, live: bool, silent: bool = False) -> Iterator[Changed]:
+    """Yield what is told of every change; `live` keeps a table up where there is a terminal."""
+    if silent:
+        yield lambda _: None
+    elif live and sys.stderr.isatty():
+        with _live() as changed:
+            yield changed
+    else:
+        yield _Lines(sys.stderr, summaries=live).changed
+
+
+@dataclass(slots=True)
+class _Lines:
+    """One line for each task that ends, and with `summaries` how far it is every few seconds."""
+
+    stream: TextIO
+    summaries: bool
+    _seen: set[str] = field(default_factory=set)
+    _told: float = field(default_factory=time.monotonic)
+
+    def changed(self, rows: FleetRows) -> None:
+        for shared in rows.shared:
+            if shared.state == ENDED and f"shared {shared.task}" not in self._seen:
+                self._seen.add(f"shared {shared.task}")
+                self._put(f"  {shared.task}: {_of_shared(shared)}")
+        for row in rows.cells:
+            name = f"{row.adapter} x {row.target}"
+            if row.state == ENDED and name not in self._seen:
+                self._seen.add(name)
+                count = sum(one in self._seen for one in _names(rows))
+                self._put(f"[{count}/{len(rows.cells)}] {name}: {_of_cell(row)}")
+        if self.summaries and time.monotonic() - self._told >= _EVERY:
+            self._told = time.monotonic()
+            self._put("  " + summary(rows))
+
+    def _put(self, text: str) -> None:
+        put_line(quoted(text), self.stream)
+
+
+def _names(rows: FleetRows) -> list[str]:
+    return [f"{row.adapter} x {row.target}" for row in rows.cells]
+
+
+def _of_cell(row: CellRow) -> str:
+    if row.error:
+        return f"{row.verdict}: {row.error}"
+    score = "" if row.score is None else f", score {row.score:.3f}"
+    took = "cached" if row.cached else f"{row.seconds:.1f} s"
+    return f"{row.verdict}{score}, {took}" + (f" on {row.node}" if row.node else "")
+
+
+def _of_shared(row: SharedRow) -> str:
+    if row.error:
+        return f"failed: {row.error}"
+    return "cached" if row.cached else f"done ({row.seconds:.1f} s)"
+
+
+def summary(rows: FleetRows) -> str:
+    """Return in one line how many cells have ended and run, the rate, and the time left."""
+    states = [row.state for row in rows.cells] + [row.state for row in rows.shared]
+    running = states.count(RUNNING)
+    text = f"{rows.ended} of {len(rows.cells)} cells, {running} tasks run"
+    if rows.ended and rows.seconds:
+        text += f", {60 * rows.ended / rows.seconds:.1f} cells a minute"
+    if (left := left_seconds(rows)) is not None:
+        minutes, seconds = divmod(round(left), 60)
+        text += f", about {minutes}:{seconds:02d} left"
+    return text
+
+
+@contextmanager
+def _live() -> Iterator[Changed]:
+    # Imported here: only a terminal needs it.
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(stderr=True, highlight=False)
+    with Live(console=console, transient=True, refresh_per_second=2) as live:
+
+        def changed(rows: FleetRows) -> None:
+            text = f"{summary(rows)}\n{table(rows)}"
+            live.update(Text("\n".join(printed(quoted(line)) for line in text.splitlines())))
+
+        yield changed

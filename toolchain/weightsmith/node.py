@@ -1,0 +1,80 @@
+"""`python -m weightsmith.node`: does one task of a fleet; a request on stdin, a reply on stdout."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from weightsmith.interrupts import leave_quietly, raise_it
+
+if TYPE_CHECKING:  # imported once Ctrl-C is taken care of
+    from weightsmith.fleets.requests import Reply, Request
+
+
+def main() -> int:
+    """Read a request, do it, and print the reply; the exit code is 0 whenever there is a reply."""
+    leave_quietly()
+    from weightsmith.fleets.requests import Failure, Reply, Request
+    from weightsmith.foreign import RECORD, parse
+    from weightsmith.values import canonical
+
+    text = sys.stdin.buffer.read()
+    if text == b"version":
+        from weightsmith.fleets.requests import version
+
+        print(version())  # noqa: T201
+        return 0
+    request = Request.from_json(parse(text, largest=RECORD))
+    raise_it()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        reply = _answer(request)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # noqa: BLE001 - the last frame reports it with its traceback
+        traceback.print_exc()
+        what = f"unexpected {type(error).__name__}: {error}"
+        failure = Failure(message=what, hint="this is a bug in weightsmith", exit_code=1)
+        reply = Reply.of_failure(request.id, socket.gethostname(), failure)
+    reply = replace(reply, cpu_seconds=round(sum(os.times()[:4]), 3))  # of this whole process
+    sys.stdout.write(canonical(reply).decode() + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def _answer(request: Request) -> Reply:
+    from weightsmith.errors import WeightsmithError
+    from weightsmith.fleets.node import answer
+    from weightsmith.fleets.requests import Failure, Reply
+    from weightsmith.progress import PlainProgress, Recorder
+    from weightsmith.wiring import open_tools
+
+    asked = request.tools
+    try:
+        with open_tools(
+            str(asked.get("runner") or "auto"),
+            Recorder(PlainProgress(sys.stderr)),
+            sign_key=str(asked.get("sign_key") or ""),
+            allow_network_in_jobs=bool(asked.get("allow_network_in_jobs")),
+            memory=str(asked.get("memory") or ""),
+            insecure=bool(asked.get("insecure")),
+            cache=str(asked.get("cache") or ""),
+            cache_from=str(asked.get("cache_from") or ""),
+        ) as tools:
+            return answer(request, tools)
+    except WeightsmithError as error:  # before the task began
+        return Reply.of_failure(request.id, socket.gethostname(), Failure.of(error))
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
