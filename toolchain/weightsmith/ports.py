@@ -58,6 +58,8 @@ class Entry:
     meta: Mapping[str, Json]
     cached: bool
     """True if it existed before this call."""
+    where: str = ""
+    """The address of the shared cache that has its files; empty if they are on this machine."""
 
 
 class Store(Protocol):

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache as cache_once
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,7 @@ from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Si
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by, read_public_key
 from weightsmith.serving.memory import human, parse_size
-from weightsmith.sharing.address import Address, Sharing, chosen
+from weightsmith.sharing.address import Address, Sharing, chosen, required
 from weightsmith.sharing.place import Place
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
@@ -236,6 +237,42 @@ def open_store(
                 f"{left} result(s) were not uploaded to {places[sharing.both].where} within "
                 f"{settings.upload_seconds:g} s; the next command that uses them tries again"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneCache:
+    """A shared cache and the local store, for commands that move results between them."""
+
+    local: FileStore
+    place: Place
+    store: SharedStore
+    uploads: Uploads
+
+
+@contextmanager
+def open_one_cache(
+    cache: str, progress: Progress, *, sign_key: str = "", insecure: bool = False
+) -> Iterator[OneCache]:
+    """Yield the cache of --cache, else of environment or configuration; UsageError for none."""
+    sharing = required(cache, read_config().cache)
+    if sharing.both is None:
+        raise AssertionError("`required` returns a cache")
+    settings, local, layers = (
+        sharing.settings,
+        make_store(progress.note),
+        PushedLayers(cache_folder()),
+    )
+    check = read_public_key(Path(settings.verify_key)) if settings.verify_key else None
+    signer = make_signer(sign_key or settings.sign_key)
+    with make_registry(insecure=insecure, memory=layers) as registry, _scratch() as folder:
+        found = open_cache(sharing.both, registry)
+        place = Place(found, check, progress.warn, settings.lookup_seconds)
+        yield OneCache(
+            local=local,
+            place=place,
+            store=SharedStore(local, [place], lambda: folder),
+            uploads=Uploads(place, local.memo, signer),
+        )
 
 
 def open_cache(address: Address, registry: Registry) -> Cache:

@@ -10,10 +10,10 @@ if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no path
 
 from invoke.collection import Collection
 
-from weightsmith.cli import build, fleet, housekeeping, images, models, questions
+from weightsmith.cli import build, fleet, housekeeping, images, models, questions, sharing
 
 namespace = Collection()
-for _module in (build, fleet, models, images, questions, housekeeping):
+for _module in (build, fleet, models, images, questions, housekeeping, sharing):
     for _task in _module.COMMANDS:
         namespace.add_task(_task)
 

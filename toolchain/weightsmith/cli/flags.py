@@ -5,6 +5,7 @@ SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
 
 FLAGS = {
     "address": "address of a Ray cluster's head, HOST:PORT; default: the cluster on this machine",
+    "action": "push, pull, prune or stat",
     "adapter": "adapter folder; repeat for several, in order",
     "against": "output of an earlier `evaluate --json` to compare with, question by question",
     "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",

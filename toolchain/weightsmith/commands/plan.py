@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
+from weightsmith.planning.forecast import HERE
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.plan_summary import summary
@@ -12,6 +13,10 @@ from weightsmith.values import Json
 from weightsmith.visible import escaped
 
 _NUMBERS = frozenset({"reads", "writes", "memory"})
+
+
+def _place(where: str) -> str:
+    return where if where == HERE else f"in {where}"
 
 
 def table(result: Mapping[str, Json]) -> str:
@@ -25,7 +30,7 @@ def table(result: Mapping[str, Json]) -> str:
     for heading in ("stage", "target", "state", "reads", "writes", "memory"):
         rows.add_column(heading, justify="right" if heading in _NUMBERS else "left")
     for row in result["stages"]:
-        state = "cached" if row["cached"] else f"to do: {row['why']}"
+        state = f"cached {_place(row['where'])}" if row["cached"] else f"to do: {row['why']}"
         numbers = (row["read_bytes"], row["write_bytes"], row["peak_memory_bytes"])
         shown = ("" if row["cached"] else human(int(n)) if n else "" for n in numbers)
         # Plain text, never markup: names come from the user.

@@ -256,6 +256,17 @@ class FileStore:
                 raise
             self._held[key] = descriptor
 
+    def results(self) -> Iterator[tuple[Digest, Mapping[str, Json], Entry]]:
+        """Yield the key, the note and the entry of every result, most recently used first."""
+        for name, _, _ in sorted(
+            self._results(), key=lambda item: age_order(item[1]), reverse=True
+        ):
+            with suppress(OSError, ValueError, KeyError):
+                manifest = parse((self.root / "results" / name / "manifest.json").read_bytes())
+                key = Digest(f"sha256:{name}")
+                if manifest["key"] == key and (entry := self.find(key)):
+                    yield key, manifest["note"], entry
+
     def close(self) -> None:
         """Release all entries; other processes may then delete them."""
         for key in list(self._held):

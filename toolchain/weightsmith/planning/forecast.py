@@ -47,6 +47,9 @@ from weightsmith.stages.resolve import known
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Sources, StageInputs, Tree
 
+HERE = "here"
+"""Where a stage's result is, if it is on this machine."""
+
 
 def forecast(
     file: RecipeFile,
@@ -197,11 +200,9 @@ def _merge_row(
         return _row("merge", cached=True, why="")
     stage = merging.inputs(sources, file.recipe.merge)
     cost = merging.check(sources, file.recipe.merge)
-    cached, why = _state(stage, earlier.get("merge"), tools)
     return _row(
         "merge",
-        cached=cached,
-        why=why,
+        **_state(stage, earlier.get("merge"), tools),
         read=cost["read_bytes"],
         write=cost["write_bytes"],
         memory=cost["peak_memory_bytes"],
@@ -225,8 +226,7 @@ def _validate_rows(
     if checkpoint is None:
         return [_row("validate", cached=False, why="merge comes first", **cost)]
     stage = validating.inputs(sources, file.recipe.merge, checkpoint.digest, probes(file))
-    cached, why = _state(stage, earlier.get("validate"), tools)
-    return [_row("validate", cached=cached, why=why, **cost)]
+    return [_row("validate", **_state(stage, earlier.get("validate"), tools), **cost)]
 
 
 def _reference_rows(
@@ -240,11 +240,10 @@ def _reference_rows(
         asked = references.subjects(sources, task.adapter)
         subject = asked.get("adapter", asked["base"])
         states.append(_state(references.inputs(subject, task.task), before, tools))
-    cached = all(there for there, _ in states)
-    why = next((why for there, why in states if not there), "")
+    state = next((one for one in states if not one["cached"]), states[-1])
     tree = sources.base.tree
     memory = reference_memory(read_facts(tree.root), sources, tasks, tools.memory)
-    return [_row("reference", cached=cached, why=why, read=tree.size, memory=memory)]
+    return [_row("reference", **state, read=tree.size, memory=memory)]
 
 
 def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None:
@@ -278,11 +277,12 @@ def _quantize_row(
     if checkpoint is None:
         return _row("quantize", cached=False, why="merge comes first", **row), None
     stage = quantizing.inputs(checkpoint.digest, options)
-    cached, why = _state(stage, earlier.get(f"quantize {target.name}"), tools)
-    entry = tools.store.find(stage.key)
-    quantizer = of_format(target.format.name).name
-    why = why and f"{why} ({quantizer})"
-    return _row("quantize", cached=cached, why=why, **row), entry.tree if entry else None
+    state, entry = _state(stage, earlier.get(f"quantize {target.name}"), tools), None
+    if state["cached"]:
+        entry = tools.store.find(stage.key)
+    else:
+        state["why"] += f" ({of_format(target.format.name).name})"
+    return _row("quantize", **state, **row), entry.tree if entry else None
 
 
 def _quality_rows(
@@ -295,17 +295,16 @@ def _quality_rows(
 ) -> list[dict[str, Json]]:
     if not target.format.packed or not can_make(target.format) or file.recipe.quality.gate is False:
         return []
-    texts, why = texts_of(file), "its weights do not exist yet"
-    cached = False
+    texts = texts_of(file)
+    state: dict[str, Json] = {"cached": False, "why": "its weights do not exist yet"}
     if checkpoint and artifact:
         stage = quality.inputs(
             checkpoint.digest, artifact.digest, texts, file.recipe.quality.tokens
         )
-        cached, why = _state(stage, None, tools)
+        state = _state(stage, None, tools)
     size = checkpoint.size if checkpoint else 0
     memory = quality_memory(model, file.recipe.quality.tokens, tools.memory)
-    row = _row("quality", target=target.name, cached=cached, why=why, read=size, memory=memory)
-    return [row]
+    return [_row("quality", target=target.name, **state, read=size, memory=memory)]
 
 
 def _publish_row(
@@ -325,16 +324,15 @@ def _publish_row(
     return _row("publish", target=target.name, cached=False, why=why, read=size, write=written)
 
 
-def _state(
-    stage: StageInputs, earlier: Mapping[str, Json] | None, tools: Tools
-) -> tuple[bool, str]:
-    """Return whether a stage's result is cached, and if not, which inputs changed."""
-    if tools.store.find(stage.key):
-        return True, ""
+def _state(stage: StageInputs, earlier: Mapping[str, Json] | None, tools: Tools) -> dict[str, Json]:
+    """Return whether a stage's result is cached and where, and if not, which inputs changed."""
+    if found := tools.store.find(stage.key):
+        return {"cached": True, "why": "", "where": found.where or HERE}
     changed = stage.changed_since(earlier)
     if changed == "":
-        return False, "its result was removed from the store"
-    return False, changed if changed.startswith("never") else f"changed: {changed}"
+        return {"cached": False, "why": "its result was removed from the store"}
+    why = changed if changed.startswith("never") else f"changed: {changed}"
+    return {"cached": False, "why": why}
 
 
 def _row(
@@ -342,6 +340,7 @@ def _row(
     *,
     cached: bool,
     why: str,
+    where: str = "",
     target: str = "",
     read: int = 0,
     write: int = 0,
@@ -352,6 +351,7 @@ def _row(
         "stage": stage,
         "target": target,
         "cached": cached,
+        "where": (where or HERE) if cached else "",
         "why": why,
         "read_bytes": read,
         "write_bytes": write,

@@ -31,7 +31,6 @@ class SharedStore:
         self._uploads = uploads
         self._remember = remember
         self._lazy: dict[Digest, Entry] = {}
-        self._from: dict[Digest, str] = {}
         self._missed: set[Digest] = set()
         self._refused: set[Digest] = set()
         self._layers: dict[str, Digest] = {}
@@ -56,10 +55,6 @@ class SharedStore:
         if self._uploads:
             self._uploads.add(key, note, entry)
         return entry
-
-    def where(self, key: Digest) -> str:
-        """Return the address of the cache that has the entry; empty if it is here or nowhere."""
-        return self._from.get(key, "") if self.find(key) and key in self._lazy else ""
 
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
         """Return size and digest of a file; see Store."""
@@ -87,7 +82,7 @@ class SharedStore:
             return None
         for place in self._places:
             if found := place.find(key):
-                self._lazy[key], self._from[key] = self._entry(found, place), place.where
+                self._lazy[key] = self._entry(found, place)
                 return self._lazy[key]
         self._missed.add(key)
         return None
@@ -106,4 +101,4 @@ class SharedStore:
         registry, repository = place.cache.origin
         if registry:
             self._remember(registry, repository, [blob.digest for blob in found.layers])
-        return Entry(tree=tree, meta=found.meta, cached=True)
+        return Entry(tree=tree, meta=found.meta, cached=True, where=place.where)

@@ -1,0 +1,312 @@
+"""Someone who may write to the cache that machines share puts something else there.
+
+With `cache.verify_key`, nothing but what the key signed is used. Without it, whoever may write to
+the cache is trusted with what a result is, but never with the bytes of a file that is read.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.drivers.folder_cache import FolderCache
+from weightsmith.errors import CacheLost, EnvironmentFailure, InputRefused
+from weightsmith.oci.registry import Registry
+from weightsmith.ports import Signer
+from weightsmith.provenance import signing
+from weightsmith.provenance.signing import check_by
+from weightsmith.provenance.statements import Statement
+from weightsmith.sharing.document import LARGEST, read_document
+from weightsmith.sharing.place import Place
+from weightsmith.sharing.store import SharedStore
+from weightsmith.sharing.uploads import Uploads
+from weightsmith.values import canonical, key_of
+
+from tests.fakes.cache import MemoryCache
+from tests.fakes.memory import Memory, in_memory, new_signer
+from tests.fakes.store import MemoryStore
+
+Change = Callable[[dict[str, Any]], None]
+"""Changes an entry's predicate."""
+KEY = key_of("the key")
+NOTE = {"stage": "merge", "inputs": {}}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Registry]:
+    with Registry(pause=lambda _: None) as registry:
+        yield registry
+
+
+@pytest.fixture
+def memory(tmp_path: Path, client: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    with in_memory(tmp_path, client) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def honest(
+    tmp_path_factory: pytest.TempPathFactory, client: Registry
+) -> tuple[MemoryCache, Signer, str]:
+    """A cache that a signing user filled, their key, and their image's digest."""
+    cache, signer = MemoryCache(), new_signer()
+    with in_memory(tmp_path_factory.mktemp("honest"), client, signer=signer) as first:
+        first.cache = cache
+        (built,) = first.build().values()
+    return cache, signer, str(built.published.digest)
+
+
+def copied(cache: MemoryCache) -> MemoryCache:
+    return MemoryCache(documents=dict(cache.documents), blobs=dict(cache.blobs))
+
+
+def opened(document: bytes) -> dict[str, Any]:
+    """Return the statement of a document, signed or not."""
+    outer = json.loads(document)
+    return dict(json.loads(base64.b64decode(outer["payload"])) if "payload" in outer else outer)
+
+
+def changed(document: bytes, change: Change, signer: Signer | None = None) -> bytes:
+    """Return the document with another predicate, unsigned or signed by somebody."""
+    statement = opened(document)
+    change(statement["predicate"])
+    made = Statement(statement)
+    return signing.sign_statement(made, signer) if signer else made.content
+
+
+def resealed(document: bytes, change: Change) -> bytes:
+    """Return the document with another payload below the old signature."""
+    outer, statement = json.loads(document), opened(document)
+    change(statement["predicate"])
+    return canonical({**outer, "payload": base64.b64encode(canonical(statement)).decode()})
+
+
+def other_meta(predicate: dict[str, Any]) -> None:
+    predicate["meta"] = {**predicate["meta"], "poisoned": True}
+
+
+def swapped_files(predicate: dict[str, Any]) -> None:
+    files = predicate["files"]
+    if len(files) > 1:
+        files[0]["digest"], files[-1]["digest"] = files[-1]["digest"], files[0]["digest"]
+    else:
+        other_meta(predicate)
+
+
+FORGERIES: dict[str, Callable[[bytes], bytes]] = {
+    "unsigned, other meta": lambda data: changed(data, other_meta),
+    "unsigned, unchanged": lambda data: changed(data, lambda _: None),
+    "another key, other meta": lambda data: changed(data, other_meta, new_signer()),
+    "old signature, other meta": lambda data: resealed(data, other_meta),
+    "old signature, swapped files": lambda data: resealed(data, swapped_files),
+}
+
+
+@pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
+def test_only_what_the_key_signed_is_used(
+    memory: Memory, honest: tuple[MemoryCache, Signer, str], forge: Callable[[bytes], bytes]
+) -> None:
+    """Every document is replaced: each is a miss with a warning, and the image is ours."""
+    cache, signer, digest = honest
+    memory.cache, memory.verify_key = copied(cache), memory.folder / "cache.pub"
+    memory.verify_key.write_bytes(signer.public)
+    memory.cache.documents = {k: forge(data) for k, data in cache.documents.items()}
+    (built,) = memory.build().values()
+
+    assert built.published.digest == digest
+    assert {"merge", "quantize"} <= set(memory.jobs())
+    assert [w for w in memory.progress.warnings if "is not used" in w]
+
+
+def test_what_the_key_signed_is_used(
+    memory: Memory, honest: tuple[MemoryCache, Signer, str]
+) -> None:
+    """The same without an attacker: the tests above would pass if nothing were ever used."""
+    cache, signer, digest = honest
+    memory.cache, memory.verify_key = copied(cache), memory.folder / "cache.pub"
+    memory.verify_key.write_bytes(signer.public)
+    (built,) = memory.build().values()
+
+    assert (built.published.digest, memory.jobs()) == (digest, [])
+
+
+def test_a_signed_result_of_another_key_is_refused(
+    memory: Memory, honest: tuple[MemoryCache, Signer, str]
+) -> None:
+    """A right signature over what was made of other inputs."""
+    cache, signer, digest = honest
+    keys = list(cache.documents)
+    memory.cache, memory.verify_key = copied(cache), memory.folder / "cache.pub"
+    memory.verify_key.write_bytes(signer.public)
+    rolled = [*keys[1:], keys[0]]
+    memory.cache.documents = {
+        key: cache.documents[other] for key, other in zip(keys, rolled, strict=True)
+    }
+    (built,) = memory.build().values()
+
+    assert built.published.digest == digest
+    assert [w for w in memory.progress.warnings if "another key" in w]
+
+
+def two_files(folder: Path) -> dict[str, Any]:
+    (folder / "model.safetensors").write_bytes(b"w" * 5000)
+    (folder / "config.json").write_bytes(b"{}" * 10)
+    return {"meta": 1}
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> MemoryCache:
+    """A cache with one result of two files."""
+    cache, store = MemoryCache(), MemoryStore(tmp_path / "maker")
+    entry = store.produce(KEY, NOTE, two_files)
+    Uploads(Place(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    return cache
+
+
+def put(predicate: dict[str, Any], **values: Any) -> None:
+    predicate |= values
+
+
+def renamed(path: str) -> Change:
+    return lambda predicate: predicate["files"][0].update(path=path)
+
+
+MALFORMED: dict[str, Change] = {
+    "above the folder": renamed("../escaped"),
+    "deep above the folder": renamed("a/../../escaped"),
+    "absolute": renamed("/tmp/escaped"),
+    "empty part": renamed("a//b"),
+    "null": renamed("a\0b"),
+    "line break": renamed("a\nb"),
+    "twice": renamed("model.safetensors"),
+    "a file that is a folder too": renamed("model.safetensors/x"),
+    "negative size": lambda p: p["files"][0].update(size=-1),
+    "size that is no number": lambda p: p["files"][0].update(size="1"),
+    "huge size": lambda p: p["files"][0].update(size=1 << 60),
+    "no digest": lambda p: p["files"][0].update(digest="sha256:0"),
+    "one layer less": lambda p: p["layers"].pop(),
+    "a layer of another size": lambda p: p["layers"][0].__setitem__(1, 512),
+    "swapped layers": lambda p: p["layers"].reverse(),
+    "no files": lambda p: put(p, files=None),
+    "meta that is a list": lambda p: put(p, meta=[]),
+    "a program that is no file": lambda p: put(p, programs=["x"]),
+    "a header that is no file": lambda p: put(p, headers={"x": ["sha256:" + "0" * 64, 1]}),
+}
+
+
+@pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_documents_are_refused(shared: MemoryCache, change: Change) -> None:
+    """Names that leave the folder, sizes that do not fit: refused before anything is read."""
+    document = changed(shared.documents[KEY], change)
+    with pytest.raises(InputRefused):
+        read_document(document, KEY, None)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"payloadType": 1}',
+        b"[" * 100_000,
+        b'{"a": 1, "a": 2}',
+        b" " * (LARGEST + 1),
+        b'{"predicate": ' + b"9" * 5000 + b"}",
+        b"\xff\xfe",
+    ],
+    ids=lambda data: repr(data[:12]),
+)
+def test_what_is_no_document_is_refused(document: bytes) -> None:
+    """Broken, deep, doubled or huge JSON."""
+    with pytest.raises(InputRefused):
+        read_document(document, KEY, check_by(new_signer().public))
+    with pytest.raises(InputRefused):
+        read_document(document, KEY, None)
+
+
+SPOILED: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[:-1600],
+    "cut within a header": lambda data: data[:100],
+    "empty": lambda _: b"",
+    "another byte in the weights": lambda data: data.replace(b"wwww", b"wwwx", 1),
+    "another name in the tar": lambda data: data.replace(
+        b"model.safetensors", b"xodel.safetensors"
+    ),
+    "a link": lambda data: data[:156] + b"2" + data[157:],
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
+def test_wrong_bytes_never_become_a_result(
+    shared: MemoryCache, tmp_path: Path, spoil: Callable[[bytes], bytes]
+) -> None:
+    """A right document, other bytes: nothing is kept, and the result is not offered again."""
+    shared.blobs = {digest: spoil(data) for digest, data in shared.blobs.items()}
+    store, warnings = MemoryStore(tmp_path / "mine"), list[str]()
+    place = Place(shared, None, warnings.append, 60)
+    (tmp_path / "scratch").mkdir()
+    both = SharedStore(store, [place], lambda: tmp_path / "scratch")
+    entry = both.find(KEY)
+    assert entry is not None
+    with pytest.raises(CacheLost):
+        entry.tree.path("model.safetensors").read_bytes()
+
+    assert store.find(KEY) is None
+    assert both.find(KEY) is None
+    assert len(warnings) == 1
+    assert both.produce(KEY, NOTE, two_files).tree.path("config.json").read_bytes() == b"{}" * 10
+
+
+def test_a_stream_of_wrong_bytes_never_ends(shared: MemoryCache, tmp_path: Path) -> None:
+    """The last bytes of a file are passed on only if all of it was right."""
+    shared.blobs = {d: data.replace(b"wwww", b"wwwx", 1) for d, data in shared.blobs.items()}
+    both = SharedStore(
+        MemoryStore(tmp_path / "mine"), [Place(shared, None, print, 60)], lambda: tmp_path
+    )
+    entry = both.find(KEY)
+    assert entry is not None
+    source = entry.tree.source("model.safetensors")
+    assert not isinstance(source, Path)
+    with pytest.raises(CacheLost):
+        b"".join(source.open())
+
+
+def test_links_in_a_shared_folder_are_not_followed(tmp_path: Path) -> None:
+    """An entry or a blob is a link to a file that this user can read."""
+    (tmp_path / "secret").write_text("{}")
+    cache = FolderCache(tmp_path / "cache")
+    cache.write(KEY, b"{}", [])
+    entry = next((tmp_path / "cache" / "entries").glob("*.json"))
+    entry.unlink()
+    entry.symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError, match="symbolic links"):
+        cache.find(KEY)
+
+
+def test_a_huge_document_in_a_folder_is_not_read(tmp_path: Path) -> None:
+    """A document of a terabyte, as a hole."""
+    cache = FolderCache(tmp_path / "cache")
+    cache.write(KEY, b"{}", [])
+    with next((tmp_path / "cache" / "entries").glob("*.json")).open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(EnvironmentFailure, match="expected size"):
+        cache.find(KEY)
+
+
+def test_a_pipe_in_a_folder_does_not_block(tmp_path: Path) -> None:
+    """An entry is a pipe that nobody writes to."""
+    cache = FolderCache(tmp_path / "cache")
+    cache.write(KEY, b"{}", [])
+    entry = next((tmp_path / "cache" / "entries").glob("*.json"))
+    entry.unlink()
+    os.mkfifo(entry)
+    with pytest.raises(EnvironmentFailure, match="regular file"):
+        cache.find(KEY)

@@ -1,0 +1,111 @@
+"""Where a cache is: flag, environment, configuration, and what is refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from weightsmith.errors import UsageError
+from weightsmith.sharing.address import Address, chosen, parse_address, required
+from weightsmith.user_config import CacheSettings, read_config
+from weightsmith.wiring import cache_folder
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WEIGHTSMITH_CACHE", raising=False)
+    monkeypatch.delenv("WEIGHTSMITH_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("oci://registry.example.com/team/cache", "oci registry.example.com/team/cache"),
+        ("oci://127.0.0.1:5000/cache", "oci 127.0.0.1:5000/cache"),
+        ("s3://bucket", "s3 bucket"),
+        ("s3://bucket/a/b/", "s3 bucket/a/b"),
+        ("/mnt/cache", "folder /mnt/cache"),
+        ("file:///mnt/cache", "folder /mnt/cache"),
+    ],
+)
+def test_addresses(text: str, address: str) -> None:
+    found = parse_address(text, "--cache")
+    assert f"{found.kind} {found.place}" == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "oci://",
+        "oci://registry.example.com",
+        "oci://registry.example.com/team/cache:tag",
+        "oci://registry.example.com/Team/Cache",
+        "oci://user:password@registry.example.com/team/cache",
+        "s3://",
+        "s3://b",
+        "s3://bucket/../other",
+        "http://cache.example.com",
+        "redis://host/0",
+    ],
+)
+def test_wrong_addresses_are_named_without_passwords(text: str) -> None:
+    with pytest.raises(UsageError, match="--cache") as refused:
+        parse_address(text, "--cache")
+    assert "password" not in refused.value.message.replace("a password", "")
+
+
+def test_the_flag_comes_before_the_environment_and_that_before_the_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = CacheSettings(where="/configured")
+    assert chosen("", "", settings).both == Address("folder", "/configured")
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", "file:///environment")
+    assert chosen("", "", settings).both == Address("folder", "/environment")
+    assert chosen("/flag", "", settings).both == Address("folder", "/flag")
+    assert chosen("off", "", settings).both is None
+
+
+def test_there_is_no_cache_by_default() -> None:
+    found = chosen("", "", read_config().cache)
+    assert (found.both, found.read) == (None, None)
+    with pytest.raises(UsageError, match="no cache is named"):
+        required("", read_config().cache)
+
+
+def test_a_plain_path_in_the_variable_is_the_folder_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", "/mine")
+    assert chosen("", "", CacheSettings()).both is None
+    assert cache_folder() == Path("/mine")
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", "oci://registry.example.com/team/cache")
+    assert cache_folder() != Path("/mine")
+
+
+def test_the_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "weightsmith" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text("cache: oci://registry.example.com/team/cache")
+    assert read_config().cache.where == "oci://registry.example.com/team/cache"
+    file.write_text("cache: {where: /a, from: /b, upload_seconds: 5}")
+    assert read_config().cache.read_from == "/b"
+    file.write_text("")
+    assert read_config().cache.where == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["cache: {wher: /a}", "cache: [1]", "- a", "cache: {upload_seconds: -1}", "a: {", "\0"]
+)
+def test_a_wrong_configuration_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "weightsmith" / "config.yaml"
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"config\.yaml"):
+        read_config()
+
+
+def test_a_configuration_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTSMITH_CONFIG", "/nowhere.yaml")
+    with pytest.raises(UsageError, match="does not exist"):
+        read_config()
