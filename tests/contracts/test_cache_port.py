@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from weightsmith.drivers.folder_cache import FolderCache
+from weightsmith.drivers.s3_cache import S3Cache
 from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -16,6 +17,7 @@ from weightsmith.values import Blob, Digest, key_of
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.debian_registry import real_registry
+from tests.fakes.s3_server import s3_server
 
 KEY, OTHER = key_of("one"), key_of("other")
 SMALL, LARGE = b"small", bytes(range(256)) * 20_000
@@ -36,20 +38,31 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def s3() -> Iterator[Mapping[str, str]]:
+    """The variables that name an S3 server in this process, with a bucket."""
+    with s3_server("cache") as variables:
+        yield variables
+
+
+@pytest.fixture(scope="module")
 def client() -> Iterator[Registry]:
     with Registry(pause=lambda _: None) as registry:
         yield registry
 
 
 @pytest.fixture(
-    params=["memory", "folder", pytest.param("registry", marks=pytest.mark.registry)],
+    params=["memory", "folder", "s3", pytest.param("registry", marks=pytest.mark.registry)],
 )
-def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Cache:
+def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     match request.param:
         case "memory":
             return MemoryCache()
         case "folder":
             return FolderCache(tmp_path / "cache")
+        case "s3":
+            for name, value in request.getfixturevalue("s3").items():
+                monkeypatch.setenv(name, value)
+            return S3Cache(f"cache/{tmp_path.name}")
         case _:
             name = f"{request.getfixturevalue('host')}/team/{tmp_path.name.replace('_', '-')}"
             return RegistryCache(request.getfixturevalue("client"), Reference.parse(name))

@@ -31,6 +31,7 @@ from weightsmith.drivers.ownership import private_folder
 from weightsmith.drivers.pushed_layers import PushedLayers
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.rootfs import EitherLauncher, RootfsLauncher, StartInfo
+from weightsmith.drivers.s3_cache import S3Cache
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.user_program import run_command
@@ -282,8 +283,8 @@ def open_cache(address: Address, registry: Registry) -> Cache:
             return FolderCache(address.folder)
         case "oci":
             return RegistryCache(registry, Reference.parse(address.place))
-        case kind:
-            raise UsageError(f"{kind}:// is not supported yet", hint="give a folder")
+        case "s3":
+            return S3Cache(address.place)
 
 
 NODE = (sys.executable, "-m", "weightsmith.node")

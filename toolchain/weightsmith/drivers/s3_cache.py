@@ -1,0 +1,181 @@
+"""A shared cache in an object store, through fsspec and s3fs: `weightsmith[s3]`.
+
+PREFIX/entries/<key>.json     documents; written after the blobs that they name
+PREFIX/entries/<key>.blobs    digest and size of each of these blobs, for cleaning
+PREFIX/blobs/<2>/<sha256>     blobs by digest
+
+Credentials, region and endpoint are those of the AWS tools: AWS_PROFILE, AWS_ENDPOINT_URL, …
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError
+from weightsmith.ports import Kept
+from weightsmith.values import Blob, Digest
+
+_CHUNK = 8 << 20
+_SMALL = 16 << 20
+_PART = 64 << 20
+"""Bytes of one part of an upload; S3 allows 10,000 parts."""
+_BEING_WRITTEN = 86400
+"""Seconds in which a blob without an entry may be one that is being written."""
+
+
+class S3Cache:
+    """Objects below a prefix of a bucket."""
+
+    origin = ("", "")
+
+    def __init__(self, place: str) -> None:
+        """Open `BUCKET/PREFIX` without contacting it; UsageError if s3fs is not installed."""
+        try:
+            from s3fs import S3FileSystem
+        except ImportError:
+            raise UsageError(
+                f"s3://{place} needs the package s3fs, which is not installed",
+                hint="pip install 'weightsmith[s3]'",
+            ) from None
+        self.where = f"s3://{place}"
+        self._place = place
+        self._files: Any = S3FileSystem(
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            default_block_size=_PART,
+            config_kwargs={
+                "connect_timeout": 5,
+                "read_timeout": 60,
+                "retries": {"max_attempts": 2, "mode": "standard"},
+            },
+        )
+
+    def find(self, key: Digest) -> bytes | None:
+        """Return the entry's document."""
+        path = self._entry(key)
+        with self._asked():
+            try:
+                size = int(self._files.info(path)["size"])
+            except FileNotFoundError:
+                return None
+            if size > _SMALL:
+                raise EnvironmentFailure(f"{path} is too large for a document", hint="delete it")
+            return bytes(self._files.cat_file(path))
+
+    def read(self, blob: Blob) -> Iterator[bytes]:
+        """Yield a blob's bytes."""
+        with self._asked(), self._files.open(self._blob(blob.digest), "rb", _CHUNK) as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+
+    def write(
+        self,
+        key: Digest,
+        document: bytes,
+        blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
+    ) -> int:
+        """Write the missing blobs, then the document."""
+        sent = 0
+        with self._asked():
+            for blob, opener in blobs:
+                path = self._blob(blob.digest)
+                if self._size(path) != blob.size:
+                    self._put(path, opener())
+                    sent += blob.size
+            named = "".join(f"{blob.digest.hex} {blob.size}\n" for blob, _ in blobs)
+            self._files.pipe_file(self._named(key), named.encode())
+            self._files.pipe_file(self._entry(key), document)
+        return sent + len(document)
+
+    def entries(self) -> Iterator[Kept]:
+        """Yield every entry; blobs that several have count for each."""
+        with self._asked():
+            rows = self._files.find(f"{self._place}/entries", detail=True)
+        for path, row in rows.items():
+            with suppress(ValueError, FileNotFoundError), self._asked():
+                key = Digest(f"sha256:{_key_in(path)}")
+                size = int(row["size"]) + sum(self._blobs_of(key).values())
+                yield Kept(key=key, size=size, used=_time(row))
+
+    def remove(self, keys: Collection[Digest]) -> int:
+        """Delete entries, then blobs that no entry names."""
+        freed, gone = 0, set[str]()
+        with self._asked():
+            for key in keys:
+                with suppress(FileNotFoundError, ValueError):
+                    gone |= self._blobs_of(key).keys()
+                for path in (self._entry(key), self._named(key)):
+                    freed += self._size(path) or 0
+                    with suppress(FileNotFoundError):
+                        self._files.rm_file(path)
+            named = {name for kept in self.entries() for name in self._blobs_of(kept.key)}
+            young = time.time() - _BEING_WRITTEN
+            for path, row in self._files.find(f"{self._place}/blobs", detail=True).items():
+                name = path.rpartition("/")[2]
+                if name not in named and (name in gone or _time(row) < young):
+                    self._files.rm_file(path)
+                    freed += int(row["size"])
+        return freed
+
+    def _put(self, path: str, chunks: Iterator[bytes]) -> None:
+        # Nothing is at `path` before `commit`: closing a file that is not whole would put it there.
+        file = self._files.open(path, "wb", autocommit=False)
+        try:
+            for chunk in chunks:
+                file.write(chunk)
+            file.close()
+        except BaseException:
+            with suppress(Exception):
+                file.discard()
+            file.closed = True
+            raise
+        file.commit()
+
+    def _size(self, path: str) -> int | None:
+        try:
+            return int(self._files.info(path)["size"])
+        except FileNotFoundError:
+            return None
+
+    def _blobs_of(self, key: Digest) -> dict[str, int]:
+        rows = self._files.cat_file(self._named(key)).decode().splitlines()
+        return {name: int(size) for name, _, size in (row.partition(" ") for row in rows)}
+
+    def _entry(self, key: Digest) -> str:
+        return f"{self._place}/entries/{key.hex}.json"
+
+    def _named(self, key: Digest) -> str:
+        return f"{self._place}/entries/{key.hex}.blobs"
+
+    def _blob(self, digest: Digest) -> str:
+        return f"{self._place}/blobs/{digest.hex[:2]}/{digest.hex}"
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Turn botocore's errors into ours; those of files stay as they are."""
+        try:
+            yield
+        except (WeightsmithError, OSError, ValueError):
+            raise
+        except Exception as error:
+            raise EnvironmentFailure(
+                f"{self.where}: {' '.join(str(error).split())[:300]}",
+                hint="check the credentials, the region and AWS_ENDPOINT_URL",
+            ) from error
+
+
+def _key_in(path: str) -> str:
+    """Return the digits in an entry's path; ValueError for any other file."""
+    name = path.rpartition("/")[2]
+    if not name.endswith(".json"):
+        raise ValueError(path)
+    return name.removesuffix(".json")
+
+
+def _time(row: Any) -> float:
+    written = row.get("LastModified")
+    return written.timestamp() if isinstance(written, datetime) else 0.0
