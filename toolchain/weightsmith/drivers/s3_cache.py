@@ -35,7 +35,9 @@ class S3Cache:
     def __init__(self, place: str) -> None:
         """Open `BUCKET/PREFIX` without contacting it; UsageError if s3fs is not installed."""
         try:
-            from s3fs import S3FileSystem
+            from fsspec import get_filesystem_class
+
+            files = get_filesystem_class("s3")
         except ImportError:
             raise UsageError(
                 f"s3://{place} needs the package s3fs, which is not installed",
@@ -43,7 +45,7 @@ class S3Cache:
             ) from None
         self.where = f"s3://{place}"
         self._place = place
-        self._files: Any = S3FileSystem(
+        self._files: Any = files(
             use_listings_cache=False,
             skip_instance_cache=True,
             default_block_size=_PART,
