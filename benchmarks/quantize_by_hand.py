@@ -2,13 +2,16 @@
 
     python benchmarks/quantize_by_hand.py CHECKPOINT [--formats q4_k_m,gptq] [--rounds 3]
     python benchmarks/quantize_by_hand.py CHECKPOINT --billion --formats q4_k_m --imatrix off
+    python benchmarks/quantize_by_hand.py CHECKPOINT --billion --lora --formats q4_k_m --imatrix off
 
 Ours is the job in the local builder: it applies the chat template, writes the result with the
 checkpoint's own tokenizer, reads it back and checks it, without the gate. By hand means llama.cpp's
 three commands (two without a matrix), or a script that calls the library and saves. Both
 use the general texts. `--billion` takes CHECKPOINT's tokenizer alone, for random weights in the
-shape of a Llama of 1.07 billion. `start` is the builder's Python importing the library. Files are
-written below benchmarks/work/quantize-by-hand.
+shape of a Llama of 1.07 billion. With `--lora`, an adapter of rank 64 on all linear layers is
+merged as well: by our merge that writes no checkpoint, and by PEFT's `merge_and_unload`. `start` is
+the builder's Python importing the library. Files are written below
+benchmarks/work/quantize-by-hand.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from merge import Shape, make_base
+from merge import PEFT, Shape, make_adapter, make_base
 from quantize import watched
 from safetensors.numpy import save_file
 from weightsmith.drivers.environment import Pins, environment_folder
@@ -37,6 +41,8 @@ from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "benchmarks" / "work" / "quantize-by-hand"
+BILLION = Shape(2048, 8192, 16, 32, 8, 49152)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 OURS = """
 import sys
@@ -54,6 +60,31 @@ wanted = QuantizeOptions(name="m", format=formats()[name],
                 options=of_format(name).options(formats()[name], {"imatrix": imatrix}),
                 texts=read_texts(GENERAL, TextBounds()) if imatrix == "auto" else None)
 LocalRunner(cache_folder()).run(job_of(Input(path=model), 4 << 30, wanted, out), Silent())
+"""
+
+MERGED = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.jobs import Input, MergeJob, Virtual
+from weightsmith.merge_options import Merge
+from weightsmith.ports import Silent
+from weightsmith.quantizers import formats
+from weightsmith.stages.quantize import QuantizeOptions, job_of
+from weightsmith.wiring import cache_folder
+base, out, name, _, adapter = sys.argv[1:]
+base, out, adapter = Path(base), Path(out), Path(adapter)
+model, file = out / "model", out / "file"
+model.mkdir(), file.mkdir()
+given = {"base": Input(path=base), "adapters": (Input(path=adapter),), "weights": (1.0,),
+         "options": Merge()}
+runner = LocalRunner(cache_folder())
+runner.run(MergeJob(builder="merge", output=model, seconds=0, memory_bytes=4 << 30, unwritten=True,
+                    **given), Silent())
+wanted = QuantizeOptions(name="m", format=formats()[name], options={"imatrix": "off"})
+job = job_of(Input(path=model), 4 << 30, wanted, file)
+runner.run(replace(job, virtual=Virtual(**given)), Silent())
 """
 
 SAMPLES = """
@@ -118,7 +149,9 @@ def python_of(builder: str) -> Path:
     return environment_folder(cache_folder(), pins) / "bin" / "python"
 
 
-def by_hand(name: str, model: Path, folder: Path, imatrix: str) -> list[list]:
+def by_hand(
+    name: str, model: Path, folder: Path, imatrix: str, adapter: Path | None = None
+) -> list[list]:
     """Return the commands that a person would run one by one in an empty folder."""
     rows = [str(row["text"]) for row in read_texts(GENERAL, TextBounds()).calibration]
     (folder / "text").write_text("\n".join(rows))
@@ -128,7 +161,12 @@ def by_hand(name: str, model: Path, folder: Path, imatrix: str) -> list[list]:
         convert = tools / "convert" / "convert_hf_to_gguf.py"
         settings = ["--no-ppl", "-t", threads, "-fa", "off"]
         files, matrix = ["f16.gguf", "m.gguf", name.upper()], ["--imatrix", "imatrix.gguf"]
-        commands: list[list] = [[python_of("gguf"), convert, model, "--outfile", "f16.gguf"]]
+        commands: list[list] = []
+        if adapter:
+            commands.append([python_of("merge"), "-c", PEFT, model, adapter, "merged"])
+            commands.append(["cp", *(model / name for name in TOKENIZER), "merged"])
+            model = folder / "merged"
+        commands.append([python_of("gguf"), convert, model, "--outfile", "f16.gguf"])
         if imatrix == "auto":
             measure = [tools / "bin" / "llama-imatrix", "-m", "f16.gguf", "-f", "text", *settings]
             commands.append(measure)
@@ -170,7 +208,7 @@ def timed(commands: list[list], folder: Path, made: Path) -> tuple[float, float,
     return time.monotonic() - began, cpu, peak / 1024, disk[0] / 1e6
 
 
-def compare(name: str, model: Path, rounds: int, imatrix: str) -> None:
+def compare(name: str, model: Path, rounds: int, imatrix: str, adapter: Path | None = None) -> None:
     """Print the medians of our jobs, of the tools by hand, and of their start."""
     builder = of_format(name).builder
     found: dict[str, list[tuple[float, ...]]] = {"ours": [], "by hand": [], "start": []}
@@ -179,9 +217,11 @@ def compare(name: str, model: Path, rounds: int, imatrix: str) -> None:
         for way in found:
             (WORK / way).mkdir(parents=True)
         ours = [sys.executable, "-c", OURS, model, WORK / "ours", name, imatrix]
+        if adapter:
+            ours = [*ours[:2], MERGED, *ours[3:], adapter]
         hand, start = WORK / "by hand", WORK / "start"
         found["ours"].append(timed([ours], ROOT, WORK / "ours"))
-        found["by hand"].append(timed(by_hand(name, model, hand, imatrix), hand, hand))
+        found["by hand"].append(timed(by_hand(name, model, hand, imatrix, adapter), hand, hand))
         found["start"].append(timed([[python_of(builder), "-c", START[builder]]], start, start))
     median = {
         way: [statistics.median(column) for column in zip(*rows, strict=True)]
@@ -198,7 +238,7 @@ def billion(tokenizer: Path, folder: Path) -> Path:
     if folder.exists():
         return folder
     vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
-    make_base(folder, Shape(2048, 8192, 16, 32, 8, vocabulary))
+    make_base(folder, replace(BILLION, vocabulary=vocabulary))
     config = json.loads((folder / "config.json").read_text())
     more = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(config | more))
@@ -207,7 +247,7 @@ def billion(tokenizer: Path, folder: Path) -> Path:
     last = folder / places.pop("lm_head.weight")
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     save_file({"model.norm.weight": np.ones(2048, ml_dtypes.bfloat16)}, last)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER:
         shutil.copy(tokenizer / name, folder)
     return folder
 
@@ -220,14 +260,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--imatrix", choices=("auto", "off"), default="auto")
     parser.add_argument("--billion", action="store_true")
+    parser.add_argument("--lora", action="store_true")
     asked = parser.parse_args()
     model = asked.model.absolute()
     if asked.billion:
         model = billion(model, WORK.with_name("billion"))
+    adapter = WORK.with_name("billion-lora") if asked.lora else None
+    if adapter and not adapter.exists():
+        make_adapter(adapter, BILLION, "LORA")
     headings = ("format", "way", "wall s", "CPU s", "of by hand", "peak MiB", "peak disk MB")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for name in asked.formats.split(","):
-        compare(name, model, asked.rounds, asked.imatrix)
+        compare(name, model, asked.rounds, asked.imatrix, adapter)
     shutil.rmtree(WORK, ignore_errors=True)
 
 

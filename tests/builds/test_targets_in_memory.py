@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.checkpoints.without_data import has_no_data
 from weightsmith.errors import CheckFailed
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -102,6 +105,48 @@ def test_two_targets_share_what_comes_before_them(memory: Memory) -> None:
     ]  # fmt: skip
     assert len({one.published.digest for one in built.values()}) == 2
     assert built["vllm"].stages["merge"] == built[TARGET].stages["merge"]
+
+
+def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
+    memory.build(targets=[TARGET])
+    (unwritten,) = merges(memory)
+    alone = memory.record(TARGET)
+
+    memory.build(targets=["vllm", TARGET])
+    (written,) = set(merges(memory)) - {unwritten}
+
+    assert has_no_data(read_header(unwritten / "model.safetensors"))
+    assert not has_no_data(read_header(written / "model.safetensors"))
+    assert memory.jobs().count("merge") == 1
+    both = memory.record(TARGET)
+    for part in ("merge", "artifact", "image"):
+        assert both[part]["digest"] == alone[part]["digest"]
+    assert both["merge"]["shards"] == alone["merge"]["shards"]
+    assert (
+        hashlib.sha256((written / "model.safetensors").read_bytes()).hexdigest()
+        == alone["merge"]["shards"][0]["sha256"]
+    )
+
+
+def test_merged_weights_that_are_there_are_read(memory: Memory) -> None:
+    memory.build(targets=["vllm"])
+    memory.build(targets=[TARGET])
+
+    assert "merge" not in memory.jobs()
+    assert all(job.virtual is None for job in memory.runner.jobs)
+
+
+def test_a_method_that_needs_whole_tensors_writes_them(two: Memory) -> None:
+    two.build("merge.method=ties", "merge.density=0.5", targets=[TARGET])
+
+    (written,) = merges(two)
+    assert not has_no_data(read_header(written / "model.safetensors"))
+
+
+def merges(memory: Memory) -> list[Path]:
+    """The merged checkpoints in the store."""
+    trees = (entry.tree for entry in memory.store.entries.values())
+    return [tree.root for tree in trees if tree.has("model.safetensors")]
 
 
 def test_a_target_that_passed_stays_when_the_next_is_refused(memory: Memory) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.jobs import (
     AskedModel,
     ConvertAdapterJob,
@@ -92,7 +93,8 @@ class Bench:
         if job.texts and statistics and not job.statistics:
             (job.output / statistics).write_bytes(digest_of(job.texts))
         told = [job.quantizer, job.format, job.name, job.options, job.texts]
-        model = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+        tensors = CheckpointTensors(source)
+        model = {name: digest_of(tensors.array(name).tolist()).hex() for name in tensors.names}
         weights = digest_of([model, told]) * 4096
         report(1, 1, "steps")
         if format_.suffix == ".gguf":

@@ -12,6 +12,7 @@ from weightsmith.jobs import Job, read_job, write_job
 from weightsmith.ports import Progress
 from weightsmith.values import Json, plain
 from weightsmith.worker.jobs import STAGES
+from weightsmith.worker.virtual import computed
 
 from tests.fakes.journal import Journal
 
@@ -49,7 +50,8 @@ class MemoryRunner:
         self.jobs.append(job)
         try:
             self.journal.add(f"job {job.kind}")
-            result = self.stages[job.kind](read_job(write_job(job)), progress.advance)
+            with computed(job):
+                result = self.stages[job.kind](read_job(write_job(job)), progress.advance)
         except WeightsmithError as error:
             raise from_code(error.exit_code, error.message, error.hint) from None
         except Exception as problem:  # noqa: BLE001 - as the worker does

@@ -23,11 +23,21 @@ from weightsmith.jobs import (
     Question,
     ReferenceJob,
     ValidateJob,
+    Virtual,
     read_job,
     write_job,
 )
 from weightsmith.merge_options import Merge
-from weightsmith.values import Digest, FileEntry, Tree, UnreadDigest
+from weightsmith.values import (
+    Checkpoint,
+    Computed,
+    Digest,
+    FileEntry,
+    Snapshot,
+    Sources,
+    Tree,
+    UnreadDigest,
+)
 from weightsmith.worker.jobs import STAGES
 
 ENTRY = FileEntry(path="model.safetensors", size=3, digest=Digest.of(b"abc"))
@@ -88,6 +98,7 @@ JOBS = (
         quantizer="gguf",
         texts=({"text": "a"},),
         tokens=9,
+        virtual=Virtual(base=KNOWN, adapters=(UNKNOWN, KNOWN), weights=(1.0, 0.5), options=OPTIONS),
     ),
     ExportEngineJob(**ENVELOPE),
     EchoJob(**ENVELOPE, text=UNKNOWN, try_to_write=("/x",), targets={"port": 1}),
@@ -130,6 +141,19 @@ def test_a_job_names_what_it_reads() -> None:
     assert list(JOBS[0].inputs) == ["adapter0", "adapter1", "base"]
     assert list(JOBS[4].inputs) == ["model", "statistics"]
     assert JOBS[7].inputs == {}
+    virtual = ["virtual_base", "virtual_adapter0", "virtual_adapter1"]
+    assert list(JOBS[6].inputs) == ["model", "artifact", *virtual]
+
+
+def test_a_job_gets_the_files_that_are_there() -> None:
+    sources = Sources(base=Snapshot(tree=TREE, source="base", pin="base", pinned=True))
+    there = Tree(root=TREE.root, files=(replace(ENTRY, size=2, digest=Digest.of(b"ab")),))
+    computed = Computed(tree=there, sources=sources, merge=asdict(OPTIONS))
+
+    assert Input.checkpoint(Checkpoint(tree=TREE)).files == TREE.files
+    assert Input.checkpoint(Checkpoint(tree=TREE, computed=computed)).files == there.files
+    assert Virtual.of(Checkpoint(tree=TREE)) is None
+    assert Virtual.of(Checkpoint(tree=TREE, computed=computed)).options == OPTIONS
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)

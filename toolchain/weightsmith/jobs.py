@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeAlias
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.json_objects import read_exactly
 from weightsmith.merge_options import Merge
-from weightsmith.values import FileEntry, Json, Tree, UnreadDigest, plain
+from weightsmith.values import Checkpoint, FileEntry, Json, Tree, UnreadDigest, plain
 
 Chat: TypeAlias = tuple[Mapping[str, str], ...]
 """Messages, each with `role` and `content`."""
@@ -42,10 +42,56 @@ class Input:
         return cls(path=tree.root, files=None if unread else tree.files)
 
     @classmethod
+    def checkpoint(cls, checkpoint: Checkpoint) -> Self:
+        """Return the files of a checkpoint that are there as an input."""
+        return cls.tree(checkpoint.computed.tree if checkpoint.computed else checkpoint.tree)
+
+    @classmethod
     def file(cls, tree: Tree, name: str) -> Self:
         """Return one file of a tree as an input."""
         (entry,) = (entry for entry in tree.files if entry.path == name)
         return cls(path=tree.path(name), files=(replace(entry, path="."),))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Virtual:
+    """What computes the weights of an input whose files have none."""
+
+    base: Input
+    adapters: tuple[Input, ...]
+    weights: tuple[float, ...]
+    """One per adapter."""
+    options: Merge
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self | None:
+        """Return what computes a checkpoint's weights; None if they are in its files."""
+        if (computed := checkpoint.computed) is None:
+            return None
+        adapters = computed.sources.adapters
+        return cls(
+            base=Input.tree(computed.sources.base.tree),
+            adapters=tuple(Input.tree(adapter.snapshot.tree) for adapter in adapters),
+            weights=tuple(adapter.weight for adapter in adapters),
+            options=Merge(**computed.merge),
+        )
+
+    @property
+    def weighted(self) -> tuple[tuple[Path, float], ...]:
+        """Each adapter's folder and weight, in order."""
+        paths = (given.path for given in self.adapters)
+        return tuple(zip(paths, self.weights, strict=True))
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """Its inputs by name."""
+        numbered = {f"virtual_adapter{n}": given for n, given in enumerate(self.adapters)}
+        return {"virtual_base": self.base, **numbered}
+
+    def at(self, inputs: Mapping[str, Input]) -> Self:
+        """Return the same with the inputs at other paths."""
+        adapters = tuple(inputs[f"virtual_adapter{n}"] for n in range(len(self.adapters)))
+        return replace(self, base=inputs["virtual_base"], adapters=adapters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +107,14 @@ class Job:
     memory_bytes: int = 0
     """Memory limit in bytes; 0 for none."""
     use_gpu: bool = False
+    virtual: Virtual | None = None
+    """What computes the weights of an input without any."""
 
     @property
     def inputs(self) -> Mapping[str, Input]:
         """The job's inputs by field; several adapters are `adapter0`, `adapter1` and so on."""
-        return {name: given for each in fields(self) for name, given in self._given(each.name)}
+        own = {name: given for each in fields(self) for name, given in self._given(each.name)}
+        return {**own, **(self.virtual.inputs if self.virtual else {})}
 
     def at(self, inputs: Mapping[str, Input], output: Path) -> Self:
         """Return the same job with inputs and output at other paths, such as a builder's."""
@@ -74,7 +123,8 @@ class Job:
             if found := tuple(inputs[name] for name, _ in self._given(each.name)):
                 several = isinstance(getattr(self, each.name), tuple)
                 moved[each.name] = found if several else found[0]
-        return replace(self, output=output, **moved)
+        virtual = self.virtual.at(inputs) if self.virtual else None
+        return replace(self, output=output, virtual=virtual, **moved)
 
     def _given(self, name: str) -> Iterator[tuple[str, Input]]:
         """Yield the inputs of one field with their names."""
@@ -109,6 +159,8 @@ class MergeJob(_OfAdapters):
     options: Merge
     keep_adapter: bool = False
     """Write the combined adapter instead."""
+    unwritten: bool = False
+    """Compute and check the weights, but write only headers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

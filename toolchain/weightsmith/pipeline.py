@@ -20,6 +20,7 @@ from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.checks import check_before_work, check_images, check_tags
 from weightsmith.planning.images import evaluation_of, form_inputs, image_inputs
 from weightsmith.planning.options import (
+    needs_files,
     quantize_options,
     sources_to_merge,
     texts_of,
@@ -91,7 +92,8 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     check_tags(request, sources, tools)
     check_images(request, sources, check_before_work(request, sources, tools), tools)
     merged = sources_to_merge(request.targets, sources)
-    checkpoint = clock.take(merge(merged, recipe.merge, store, tools))
+    files = needs_files(request.targets)
+    checkpoint = clock.take(merge(merged, recipe.merge, store, tools, files=files))
     validation = validated(request, merged, checkpoint, clock)
     expected = clock.take(reference(tasks, sources, checkpoint, store, tools))
     begun = Record(request, sources, checkpoint, tools, validation)

@@ -30,7 +30,7 @@ def test_q8_0_is_one_command_of_the_converter(tmp_path):
 
     assert step.argv[:5] == (
         "/usr/bin/python3",
-        *("-m", split_name.__module__),
+        *("-m", "weightsmith.worker.convert_gguf"),
         "/opt/llamacpp/convert/convert_hf_to_gguf.py",
         str(asked.model),
     )

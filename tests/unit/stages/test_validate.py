@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +105,7 @@ def wrong_merge(change: Callable[[int], int]) -> Any:
     """Merge, and change the bits of one of four million elements."""
 
     def run(job: MergeJob, report: Any) -> Any:
-        result = STAGES["merge"](job, report)
+        result = STAGES["merge"](replace(job, unwritten=False), report)
         path = job.output / "model.safetensors"
         tensors = load_file(path)
         bits = tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int16)

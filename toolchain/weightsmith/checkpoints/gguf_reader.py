@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,12 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
 
     @data.setter
     def data(self, mapped: Any) -> None:
+        self._map: mmap.mmap = mapped._mmap  # noqa: SLF001 - numpy's name of the map
         self._plain = mapped.view(np.ndarray)
+
+    def forget_pages(self) -> None:
+        """Let the kernel take back what was read; it is read again when it is used again."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def _get_field_parts(
         self, orig_offs: int, raw_type: int

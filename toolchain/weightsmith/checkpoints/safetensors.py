@@ -27,6 +27,10 @@ BITS = {
 }
 """Bits per element of every dtype of safetensors 0.8."""
 
+NO_DATA = {"format": "no"}
+"""Metadata of a file that is a header alone. They are as long as those of other files (`pt`), so
+offsets are theirs. Its types are in lower case, so that every library refuses it."""
+
 _HINT = "the file is damaged or incomplete; download or export it again and compare its sha256"
 _MAX_NAME = 4096
 
@@ -55,6 +59,7 @@ class Header:
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     file_size: int = 0
+    """Bytes; of a file without data, those of the file that it stands for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +98,12 @@ def read_header(path: Path) -> Header:
         raise _refuse(path, "it is truncated within the header")
     table = json_object(text, str(path), largest=MAX_HEADER_BYTES, unique=True)
     metadata = _metadata(path, table.pop("__metadata__", {}))
+    if metadata == NO_DATA:
+        table = {name: _in_upper_case(entry) for name, entry in table.items()}
     infos = [_tensor(path, name, entry, 8 + length) for name, entry in table.items()]
     infos.sort(key=lambda info: (info.start, info.end))
+    if metadata == NO_DATA and size == 8 + length:
+        size = infos[-1].end if infos else size
     _check_tiling(path, infos, 8 + length, size)
     return Header(path=path, tensors=tuple(infos), metadata=metadata, file_size=size)
 
@@ -134,7 +143,8 @@ def build_header(
     offset = 0
     for name, dtype, shape in tensors:
         end = offset + math.prod(shape) * BITS[dtype] // 8
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        shown = dtype.lower() if metadata == NO_DATA else dtype
+        table[name] = {"dtype": shown, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -145,6 +155,11 @@ def _metadata(path: Path, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise _refuse(path, "__metadata__ is not an object of strings")
     return value
+
+
+def _in_upper_case(entry: Any) -> Any:
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    return {**entry, "dtype": dtype.upper()} if isinstance(dtype, str) else entry
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
+from weightsmith.checkpoints.without_data import data_of
 from weightsmith.errors import InputRefused
 
 if TYPE_CHECKING:
@@ -46,15 +47,12 @@ class View(Protocol):
 
 
 class CheckpointTensors:
-    """The memory-mapped tensors of a folder's safetensors files."""
+    """The tensors of a folder's safetensors files, memory-mapped unless they are computed."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers; raise InputRefused for damaged or incomplete files."""
-        self._where = {
-            info.name: (shard.path, info)
-            for shard in open_checkpoint(folder).shards
-            for info in shard.tensors
-        }
+        shards = open_checkpoint(folder).shards
+        self._where = {info.name: (shard, info) for shard in shards for info in shard.tensors}
 
     @property
     def names(self) -> frozenset[str]:
@@ -96,8 +94,10 @@ class CheckpointTensors:
     def _mapped(self, name: str, kind: np.dtype[Any]) -> npt.NDArray[Any]:
         import numpy as np
 
-        path, info = self._where[name]
+        shard, info = self._where[name]
         if info.size == 0:
             return np.zeros(info.shape, kind)
-        raw = np.memmap(path, np.uint8, "r", offset=info.start, shape=(info.size,))
+        if data := data_of(shard):
+            return data.read(info.start, info.size).view(kind).reshape(info.shape)
+        raw = np.memmap(shard.path, np.uint8, "r", offset=info.start, shape=(info.size,))
         return np.asarray(raw).view(kind).reshape(info.shape)

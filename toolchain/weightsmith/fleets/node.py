@@ -26,7 +26,7 @@ from weightsmith.fleets.requests import (
     version,
 )
 from weightsmith.pipeline import Clock, build, quantized, validated
-from weightsmith.planning.options import sources_to_merge, texts_of
+from weightsmith.planning.options import needs_files, sources_to_merge, texts_of
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.targets import chosen_targets
@@ -152,8 +152,8 @@ def _merged(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -
     recipe, store = asked.file.recipe, InStore(tools.store)
     tools.runner.check(MERGE_BUILDER)
     asked, sources = clock.take(resolve_request(asked, tools))
-    sources_ = sources_to_merge(asked.targets, sources)
-    checkpoint = clock.take(merge(sources_, recipe.merge, store, tools))
+    sources_, files = sources_to_merge(asked.targets, sources), needs_files(asked.targets)
+    checkpoint = clock.take(merge(sources_, recipe.merge, store, tools, files=files))
     validated(asked, sources_, checkpoint, clock)
     clock.take(references.reference(tasks_of(asked.file), sources, checkpoint, store, tools))
     if request.kind == WEIGHTS:

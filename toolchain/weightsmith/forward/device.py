@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.computed import Computed
+
 _ROWS = 4096
 """Rows of a matrix that are copied at a time: few gigabytes, and copies long enough to be fast."""
 
@@ -23,7 +25,7 @@ class OnDevice:
         self._copies = stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
-    def multiply(self, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def multiply(self, inputs: torch.Tensor, matrix: torch.Tensor | Computed) -> torch.Tensor:
         """Return inputs [n, columns] times the matrix [rows, columns] transposed; on the CPU."""
         here, start = inputs.to(self._device), 0
         output = torch.empty((len(inputs), len(matrix)))
@@ -33,10 +35,10 @@ class OnDevice:
             start += len(piece)
         return output
 
-    def _pieces(self, matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    def _pieces(self, matrix: torch.Tensor | Computed) -> Iterator[torch.Tensor]:
         """Yield the matrix on the device, some rows at a time, in its own dtype."""
         waiting: tuple[torch.Tensor, Any] | None = None
-        for part in torch.split(matrix, self._rows):
+        for part in matrix.split(self._rows):
             following = self._copied(part)
             if waiting is not None:
                 yield self._arrived(*waiting)

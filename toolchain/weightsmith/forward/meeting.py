@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from weightsmith.forward.computed import Computed
 from weightsmith.forward.device import OnDevice
 
 T = TypeVar("T")
+Matrix: TypeAlias = torch.Tensor | Computed
 Key = tuple[int, int]
 """The weight's position in the order in which the model uses it, and the checkpoint's number."""
 
@@ -30,7 +32,7 @@ class _Request:
     """One view's inputs to a matrix, and the product once it is computed."""
 
     inputs: torch.Tensor
-    matrix: torch.Tensor
+    matrix: Matrix
     output: torch.Tensor | None = None
     failed: BaseException | None = None
 
@@ -129,7 +131,7 @@ class Meeting:
                     raise RuntimeError("the view that this one waits for has ended")
                 self._changed.wait()
 
-    def multiply(self, key: Key, inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def multiply(self, key: Key, inputs: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """Return inputs [..., columns] times the matrix [rows, columns] transposed, in float32."""
         request = _Request(inputs.reshape(-1, inputs.shape[-1]), matrix)
         with self._changed:
@@ -172,7 +174,7 @@ class Meeting:
         for request, part in zip(requests, parts, strict=True):
             request.output = part
 
-    def _on_device(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor | None:
+    def _on_device(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor | None:
         """Return the product; None without a device, or if it fails: it is not asked again."""
         if self._products is None:
             return None
@@ -182,7 +184,7 @@ class Meeting:
             self._products = None
             return None
 
-    def _on_cpus(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    def _on_cpus(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """Return rows times the matrix transposed, a share of its tiles on each CPU."""
         output = torch.empty((len(rows), len(matrix)))
         step = _WIDE_TILE if len(rows) > _MANY else _TILE

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from weightsmith.errors import InputRefused
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.meeting import Matrix, Meeting
 from weightsmith.forward.network import (
     base_name,
     fill_while_running,
@@ -130,7 +130,7 @@ def _linear(
     module: Any,
     meeting: Meeting,
     key: tuple[int, int],
-    matrix: Callable[[], torch.Tensor],
+    matrix: Callable[[], Matrix],
     x: torch.Tensor,
 ) -> torch.Tensor:
     product = meeting.multiply(key, x, matrix())
@@ -143,7 +143,7 @@ def _looks_up(module: nn.Module) -> bool:
     return scaled or type(module) is nn.Embedding
 
 
-def _matrix(weights: Weights, tensor: str, module: Any) -> torch.Tensor:
+def _matrix(weights: Weights, tensor: str, module: Any) -> Matrix:
     """Return the tensor; RuntimeError if it does not have the shape of the module's weight."""
     matrix = weights.mapped(tensor)
     if matrix.shape != module.weight.shape:
@@ -152,7 +152,7 @@ def _matrix(weights: Weights, tensor: str, module: Any) -> torch.Tensor:
 
 
 def _embedding(
-    module: Any, forward: Any, matrix: Callable[[], torch.Tensor], ids: torch.Tensor
+    module: Any, forward: Any, matrix: Callable[[], Matrix], ids: torch.Tensor
 ) -> torch.Tensor:
     """Look ids up in the rows that are used, by the module's own forward."""
     unique, places = torch.unique(ids, return_inverse=True)

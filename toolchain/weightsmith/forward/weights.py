@@ -15,6 +15,8 @@ import torch
 from safetensors import safe_open
 
 from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
+from weightsmith.checkpoints.without_data import data_of
+from weightsmith.forward.computed import Computed
 
 BLOCK = 1 << 19
 """Elements in memory at a time: few enough for the CPU cache."""
@@ -38,7 +40,7 @@ class Weights:
     """A folder's tensors by parameter name of `model`, renamed as transformers does on loading.
 
     Files are read with the safetensors library and closed at once, so that their pages do not
-    count as this process's memory.
+    count as this process's memory. Tensors of a file without data are computed.
     """
 
     def __init__(self, root: Path, model: Any) -> None:
@@ -47,6 +49,12 @@ class Weights:
         self.infos: dict[str, TensorInfo] = index.tensors
         self._files = {i.name: shard.path for shard in index.shards for i in shard.tensors}
         self._open: dict[Path, Any] = {}
+        self._computed = {
+            info.name: Computed(data, info)
+            for shard in index.shards
+            if (data := data_of(shard))
+            for info in shard.tensors
+        }
         self._direct: dict[str, str] = {}
         self._fused: dict[str, tuple[str, _Fused]] = {}
         self._map(model)
@@ -98,34 +106,43 @@ class Weights:
             yield 0, self.read(tensor)
             return
         step = _rows_of(shape)
+        if (values := self._computed.get(tensor)) is not None:
+            yield from ((first, values[first : first + step]) for first in range(0, shape[0], step))
+            return
         for start in range(0, shape[0], step * _BLOCKS):
             with safe_open(self._files[tensor], framework="pt") as file:
                 part = file.get_slice(tensor)
                 for first in range(start, min(start + step * _BLOCKS, shape[0]), step):
                     yield first, part[first : first + step].clone()
 
-    def mapped(self, tensor: str) -> torch.Tensor:
+    def mapped(self, tensor: str) -> torch.Tensor | Computed:
         """Return a whole tensor in the file's dtype; a row is read from the disk when it is used.
 
         The file stays open, and the kernel may drop its pages.
         """
+        if (values := self._computed.get(tensor)) is not None:
+            return values
         path = self._files[tensor]
         if path not in self._open:
             self._open[path] = safe_open(path, framework="pt")
-        values: torch.Tensor = self._open[path].get_tensor(tensor)
-        return values
+        stored: torch.Tensor = self._open[path].get_tensor(tensor)
+        return stored
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
         """Return a copy of rows of a tensor, in the file's dtype."""
+        if (values := self._computed.get(tensor)) is not None:
+            return values[first:last]
         with safe_open(self._files[tensor], framework="pt") as file:
             rows: torch.Tensor = file.get_slice(tensor)[first:last]
             return rows.clone()
 
     def read(self, tensor: str) -> torch.Tensor:
         """Return a copy of a whole tensor, in the file's dtype."""
+        if (values := self._computed.get(tensor)) is not None:
+            return values.whole()
         with safe_open(self._files[tensor], framework="pt") as file:
-            values: torch.Tensor = file.get_tensor(tensor)
-            return values.clone()
+            stored: torch.Tensor = file.get_tensor(tensor)
+            return stored.clone()
 
     def whole(self, parameter: str) -> torch.Tensor:
         """Return a whole parameter as float32, which holds every 16-bit type exactly."""

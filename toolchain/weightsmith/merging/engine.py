@@ -55,6 +55,8 @@ class MergeRequest(Merge):
     out: Path
     keep_adapter: bool = False
     """Write the combined adapter to `out` instead of merging it."""
+    unwritten: bool = False
+    """Compute and check the weights, but write only headers: for `virtual.opened`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0
     """Threads; 0: one per CPU."""
@@ -91,7 +93,8 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     tally, findings = Tally(), list(plan.findings)
     keep_freed_memory()
     with _one_thread_per_worker(settings):
-        shards = _write_shards(plan, settings, journal, tally, progress or (lambda *_: None))
+        make = _compute_shards if request.unwritten else _write_shards
+        shards = make(plan, settings, journal, tally, progress or (lambda *_: None))
         small, notes = _write_companions(plan, request.out)
         _check_index(plan, request.out)
     journal.path.unlink(missing_ok=True)
@@ -242,6 +245,26 @@ def _write_shards(
         waiting.result()
     progress(total, total)
     return [finished[shard.name] for shard in plan.shards]
+
+
+def _compute_shards(
+    plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
+) -> list[dict[str, Any]]:
+    """Compute and check all shards, and write their headers; return all shards in order."""
+    total, done = sum(shard.size for shard in plan.shards), 0
+    made = []
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    with closing(ShardMaker(settings, tally)) as maker:
+        for shard in plan.shards:
+            unwritten = maker.compute(shard, journal.path.parent / shard.name, advance)
+            made.append(unwritten.finish())
+            tally.unchanged += tuple(unwritten.unchanged)
+    return made
 
 
 def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]], list[str]]:

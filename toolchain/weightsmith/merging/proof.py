@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader,
 
 ROWS = 16
 """Random rows per tensor that are recomputed element by element."""
-_BLOCK = 1 << 17
+BLOCK = 1 << 17
 """Elements per block."""
 _COPY = 1 << 20
 _VECTORS = 2
@@ -43,6 +44,24 @@ class Proof:
 
     unchanged: tuple[str, ...]
     """Tensors that an adapter changes but that equal the base's bits."""
+
+
+class Tested(Protocol):
+    """A tensor to check: read back from a file, or as it was computed."""
+
+    @property
+    def output(self) -> Output:
+        """What it should be."""
+
+    @property
+    def files(self) -> OpenFiles:
+        """The inputs."""
+
+    def row(self, row: int) -> np.ndarray:
+        """Return one row, (1, columns)."""
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield pieces of whole rows with the index of their first row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +86,7 @@ class _Written:
         Yields pieces of whole rows with the index of their first row.
         """
         row = self.info.size // self.output.rows
-        step = max(1, _BLOCK // self.output.columns) * row
+        step = max(1, BLOCK // self.output.columns) * row
         for start, data in _checked_blocks(self.reader, self.checksums):
             for at in range(0, len(data), step):
                 piece = data[at : at + step].view(ARRAY_TYPES[self.info.dtype])
@@ -154,17 +173,25 @@ def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
 def _check(written: _Written) -> bool:
     """Check one tensor; return whether it differs from the base's bits."""
     if written.output.terms:
-        return _project(written)
+        return is_changed(written)
     if written.output.change is not None:
         _check_bytes(written.reader, written.checksums)
         return _recompute(written)
     if written.output.as_is and isinstance(written.output.source, Stored):
         _compare_bytes(written, written.output.source)
         return True
-    return _compare_values(written)
+    return is_changed(written)
 
 
-def _project(written: _Written) -> bool:
+def is_changed(tested: Tested) -> bool:
+    """Check a tensor without `change`; return whether it differs from the base's bits.
+
+    Raises CheckFailed with the tensor's name.
+    """
+    return _project(tested) if tested.output.terms else _compare_values(tested)
+
+
+def _project(written: Tested) -> bool:
     """Compare W'x with Wx + Σ factor · B(Ax) for random signs x; recompute suspicious rows."""
     output, files = written.output, written.files
     work = F64 if output.dtype == "F32" else F32
@@ -207,7 +234,7 @@ def _projected(
     return squares, np.stack([change @ some for some in signs], 1)
 
 
-def _compare_rows(written: _Written, factors: list[_Factors], rows: list[int]) -> None:
+def _compare_rows(written: Tested, factors: list[_Factors], rows: list[int]) -> None:
     """Recompute whole rows in float64."""
     total = np.concatenate([_source_row(written.output, written.files, row) for row in rows])
     for some in factors:
@@ -226,12 +253,12 @@ class _Factors:
 
     def projected(self, signs: np.ndarray, into: np.ndarray) -> None:
         """Add factor · B(Ax) to its rows, in float64."""
-        step = max(1, _BLOCK // self.right.shape[1])
+        step = max(1, BLOCK // self.right.shape[1])
         inner = [
             self.right[at : at + step].astype(F64) @ signs for at in range(0, self.term.rank, step)
         ]
         product = self.term.factor * np.concatenate(inner)
-        step = max(1, _BLOCK // self.left.shape[1])
+        step = max(1, BLOCK // self.left.shape[1])
         for first in range(0, len(self.left), step):
             part = self.left[first : first + step].astype(F64)
             place = self.term.first + first
@@ -241,7 +268,7 @@ class _Factors:
         """Add its part to some rows of the output, (rows, columns), in float64."""
         own = np.flatnonzero((rows >= self.term.first) & (rows < self.term.first + len(self.left)))
         left = self.left[rows[own] - self.term.first].astype(F64)
-        step = max(1, _BLOCK // self.right.shape[1])
+        step = max(1, BLOCK // self.right.shape[1])
         for at in range(0, self.term.rank, step):
             part = slice(at, at + step)
             total[own] += self.term.factor * (left[:, part] @ self.right[part].astype(F64))
@@ -297,7 +324,7 @@ def _recompute(written: _Written) -> bool:
         found = written.row(row)
         _compare(output, rows(row, 1), found)
         moved = moved or _differ(output.source.rows(files, row, 1, output.columns), found)
-    step = max(1, _BLOCK // output.columns)
+    step = max(1, BLOCK // output.columns)
     for first in range(0, 0 if moved else output.rows, step):
         count = min(step, output.rows - first)
         base = output.source.rows(files, first, count, output.columns)
@@ -316,7 +343,7 @@ def _compare_bytes(written: _Written, source: Stored) -> None:
             raise _wrong(written.output, int(off.sum()), len(data))
 
 
-def _compare_values(written: _Written) -> bool:
+def _compare_values(written: Tested) -> bool:
     """Compare every element with the source, cast and patched; return whether a patch differs."""
     output, files = written.output, written.files
     moved = not output.patches

@@ -15,6 +15,7 @@ from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
 from weightsmith.merging.outputs import Output, OutputShard
 from weightsmith.merging.stream import Writer, as_bytes
 from weightsmith.merging.tally import Tally
+from weightsmith.merging.unwritten import UnwrittenShard
 
 _COPY_BYTES = 1 << 20
 _AHEAD = 2
@@ -30,21 +31,40 @@ class ShardMaker:
     def __init__(self, settings: Settings, tally: Tally) -> None:
         self._settings, self._rows = settings, RowMaker(settings, tally)
         self.files = self._rows.files
+        self._second = RowMaker(settings, Tally())  # its rows count nowhere
         self.pool = ThreadPoolExecutor(settings.workers, "merge")
 
     def close(self) -> None:
         """Stop the workers and close the files."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.files.close()
+        self._second.files.close()
 
     def write(self, shard: OutputShard, path: Path, progress: Callable[[int], None]) -> Writer:
         """Write a shard's tensors in order; return the writer, which must still be finished.
 
         `progress` is called with the bytes of each written block.
         """
-        tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
-        header = build_header(tensors, {"format": "pt"})
+        header = _header(shard)
         writer = Writer(path, len(header) + shard.size)
+        self._fill(writer, header, shard, progress)
+        return writer
+
+    def compute(
+        self, shard: OutputShard, path: Path, progress: Callable[[int], None]
+    ) -> UnwrittenShard:
+        """Do the same with a shard of which only the header is to be written."""
+        unwritten = UnwrittenShard(shard, path, self.files, self._again)
+        self._fill(unwritten, _header(shard), shard, progress)
+        return unwritten
+
+    def _fill(
+        self,
+        writer: Writer | UnwrittenShard,
+        header: bytes,
+        shard: OutputShard,
+        progress: Callable[[int], None],
+    ) -> None:
         waiting: deque[Future[np.ndarray]] = deque()
         try:
             writer.write(header)
@@ -65,7 +85,6 @@ class ShardMaker:
             for future in waiting:
                 if not future.cancelled():
                     future.exception()
-        return writer
 
     def _blocks(self, output: Output) -> Iterator[Block]:
         """Yield the blocks of one tensor in file order."""
@@ -81,7 +100,17 @@ class ShardMaker:
             for first, count in span.blocks():
                 yield partial(span.rows, first, count)
 
-    def _append(self, writer: Writer, waiting: deque[Future[np.ndarray]]) -> int:
+    def _again(self, output: Output) -> Callable[[int], np.ndarray]:
+        """Return what computes single rows of a tensor; it reads the factors once."""
+        spans = list(self._second.spans(output))
+
+        def row(row: int) -> np.ndarray:
+            (span,) = (one for one in spans if one.first <= row < one.first + one.count)
+            return span.rows(row, 1)
+
+        return row
+
+    def _append(self, writer: Writer | UnwrittenShard, waiting: deque[Future[np.ndarray]]) -> int:
         """Write the oldest block; return its size in bytes."""
         block = waiting.popleft().result()
         writer.write(as_bytes(block))
@@ -89,3 +118,8 @@ class ShardMaker:
 
     def _copy(self, path: Path, start: int, size: int) -> np.ndarray:
         return self.files.reader(path).read_into(np.empty(size, np.uint8), start)
+
+
+def _header(shard: OutputShard) -> bytes:
+    tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
+    return build_header(tensors, {"format": "pt"})

@@ -21,6 +21,7 @@ from weightsmith.planning.memory import (
 )
 from weightsmith.planning.options import (
     check_model,
+    needs_files,
     quantize_options,
     sources_to_merge,
     unmerged_adapters,
@@ -58,7 +59,8 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     written, packed, devices = 0, 0, {}
     probes(request.file)
     if sources_to_merge(request.targets, sources).adapters:
-        written += merging.check(sources, recipe.merge)["write_bytes"]
+        files = needs_files(request.targets)
+        written += merging.check(sources, recipe.merge, files=files)["write_bytes"]
     elif not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
     tasks = tasks_of(request.file)
@@ -99,7 +101,8 @@ def _needs(
     recipe, whole = request.file.recipe, sources_to_merge(request.targets, sources)
     checkpoint: Digest | None = sources.base.digest
     if whole.adapters:
-        merged = tools.store.find(merging.inputs(whole, recipe.merge).key)
+        files = needs_files(request.targets)
+        merged = merging.find(whole, recipe.merge, tools.store, files=files)
         checkpoint = merged.tree.digest if merged else None
         if checkpoint is None:
             yield "merge", "", merging.check(whole, recipe.merge)["peak_memory_bytes"]
@@ -164,8 +167,8 @@ def check_format(target: Target, options: QuantizeOptions, model: ModelFacts, de
 
 def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> bool:
     """Return whether merging and quantizing are already done."""
-    sources = sources_to_merge(request.targets, sources)
-    merged = tools.store.find(merging.inputs(sources, request.file.recipe.merge).key)
+    sources, files = sources_to_merge(request.targets, sources), needs_files(request.targets)
+    merged = merging.find(sources, request.file.recipe.merge, tools.store, files=files)
     checkpoint = merged.tree if merged else (None if sources.adapters else sources.base.tree)
     return checkpoint is not None and all(
         not target.format.packed

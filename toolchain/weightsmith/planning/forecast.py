@@ -19,6 +19,7 @@ from weightsmith.planning.memory import (
     validate_memory,
 )
 from weightsmith.planning.options import (
+    needs_files,
     quantize_options,
     sources_to_merge,
     texts_of,
@@ -75,8 +76,9 @@ def forecast(
     earlier = _earlier(file, targets, dist)
     rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
     whole = sources_to_merge(targets, sources)
-    checkpoint = _checkpoint(file, whole, tools)
-    rows += [_merge_row(file, whole, earlier, tools)]
+    files = needs_files(targets)
+    checkpoint = _checkpoint(file, whole, tools, files=files)
+    rows += [_merge_row(file, whole, earlier, tools, files=files)]
     rows += _validate_rows(file, whole, checkpoint, earlier, tools)
     rows += _reference_rows(sources, tasks, earlier, tools)
     plans, model = {}, read_facts(sources.base.tree.root)
@@ -137,12 +139,12 @@ def _advice(
     file: RecipeFile, targets: Sequence[Target], sources: Sources, dist: Path, tools: Tools
 ) -> Mapping[str, Json]:
     """Return whether to merge, from the recipe, the merge's measurement and earlier builds."""
-    entry = tools.store.find(merging.inputs(sources, file.recipe.merge).key)
+    found = merging.find(sources, file.recipe.merge, tools.store, files=False)
     return advise(
         adapters=len(sources.adapters),
         packed=any(target.format.packed for target in targets),
         changes=_changes(dist / file.recipe.name),
-        conflicts=entry.meta.get("conflicts") or () if entry and sources.adapters else (),
+        conflicts=found.details.get("conflicts") or () if found and sources.adapters else (),
     )
 
 
@@ -194,15 +196,26 @@ def _earlier(file: RecipeFile, targets: Sequence[Target], dist: Path) -> Mapping
 
 
 def _merge_row(
-    file: RecipeFile, sources: Sources, earlier: Mapping[str, Json], tools: Tools
+    file: RecipeFile,
+    sources: Sources,
+    earlier: Mapping[str, Json],
+    tools: Tools,
+    *,
+    files: bool,
 ) -> dict[str, Json]:
     if not sources.adapters:
         return _row("merge", cached=True, why="")
     stage = merging.inputs(sources, file.recipe.merge)
-    cost = merging.check(sources, file.recipe.merge)
+    cost, whole = (merging.check(sources, file.recipe.merge, files=f) for f in (files, True))
+    state = _state(stage, earlier.get("merge"), tools)
+    if not state["cached"] and cost["write_bytes"] < whole["write_bytes"]:
+        saved = human(whole["write_bytes"] - cost["write_bytes"])
+        unwritten = _state(merging.inputs(sources, file.recipe.merge, unwritten=True), None, tools)
+        why = f"{state['why']}; GGUF files are made from base and adapters: {saved} less disk"
+        state = unwritten if unwritten["cached"] else {**state, "why": why}
     return _row(
         "merge",
-        **_state(stage, earlier.get("merge"), tools),
+        **state,
         read=cost["read_bytes"],
         write=cost["write_bytes"],
         memory=cost["peak_memory_bytes"],
@@ -246,11 +259,11 @@ def _reference_rows(
     return [_row("reference", **state, read=tree.size, memory=memory)]
 
 
-def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools) -> Tree | None:
+def _checkpoint(file: RecipeFile, sources: Sources, tools: Tools, *, files: bool) -> Tree | None:
     if not sources.adapters:
         return sources.base.tree
-    entry = tools.store.find(merging.inputs(sources, file.recipe.merge).key)
-    return entry.tree if entry else None
+    found = merging.find(sources, file.recipe.merge, tools.store, files=files)
+    return found.tree if found else None
 
 
 def _quantize_row(

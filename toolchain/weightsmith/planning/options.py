@@ -130,6 +130,14 @@ def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
     return replace(sources, adapters=()) if served else sources
 
 
+def needs_files(targets: Sequence[Target]) -> bool:
+    """Return whether a target needs the merged weights as files.
+
+    GGUF files are made from base and adapters, and targets without merging need neither.
+    """
+    return any(target.format.kind != "gguf" and target.format != LORA for target in targets)
+
+
 def unmerged_adapters(
     file: RecipeFile, target: Target, sources: Sources
 ) -> tuple[ServedAdapter, ...]:

@@ -4,8 +4,8 @@ llama.cpp has names for pre-tokenizers. Its converter finds the name by a hash o
 so it refuses unpublished vocabularies. This wrapper derives the name from the pre-tokenizer in
 tokenizer.json if there is an exact match.
 
-Runs in a builder: as a program with the converter and its arguments, which then writes files as it
-always does, or from `worker/gguf.py`, which takes the tensors before they are written.
+Runs in a builder: from `worker/convert_gguf.py`, which lets it write files as it always does, or
+from `worker/quantize_gguf.py`, which takes the tensors before they are written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.without_data import computed
 from weightsmith.quantizers.sentencepiece_export import with_pieces
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -58,11 +59,6 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
     return name
 
 
-def main() -> None:
-    """Run the converter `ARGV[1]` with the model's folder and the remaining arguments."""
-    run(Path(sys.argv[1]), sys.argv[2:])
-
-
 def run(
     converter: Path, arguments: Sequence[str], write: Callable[[Any], None] | None = None
 ) -> None:
@@ -73,6 +69,7 @@ def run(
     # Before the builder's own gguf package, which may be of another version.
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
     _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
+    _compute_data(importlib.import_module("gguf.utility").LocalTensor)
     if write is not None:
         _instead_of_writing(importlib.import_module("gguf").GGUFWriter, write)
     with with_pieces(Path(arguments[0])) as model:
@@ -85,6 +82,21 @@ def _instead_of_writing(writer_class: Any, write: Callable[[Any], None]) -> None
         write(writer)
 
     writer_class.write_tensors_to_file = write_tensors
+
+
+def _compute_data(tensor_class: Any) -> None:
+    """Let the converter read files without data; their types are in lower case."""
+    begin, stored = tensor_class.__init__, tensor_class.mmap_bytes
+
+    def initialize(tensor: Any, dtype: str, *places: Any, **named: Any) -> None:
+        begin(tensor, dtype.upper(), *places, **named)
+
+    def data(tensor: Any) -> Any:
+        place = tensor.data_range
+        found = computed(Path(place.filename))
+        return found.read(place.offset, place.size) if found else stored(tensor)
+
+    tensor_class.__init__, tensor_class.mmap_bytes = initialize, data
 
 
 def _split_by_tokenizer(model_class: Any) -> None:
@@ -102,7 +114,3 @@ def _split_by_tokenizer(model_class: Any) -> None:
             return name
 
     model_class.get_vocab_base_pre = by_hash_or_split
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ from weightsmith.values import Format, Json
 # that the bytes do not depend on the path (gguf-py/gguf/metadata.py).
 _FROM_PATHS = ("basename", "finetune", "organization", "version", "size_label")
 _INTERMEDIATE = {"bfloat16": "bf16", "float32": "f32"}
-_CONVERT = "weightsmith.quantizers.convert"
+_CONVERT = "weightsmith.worker.convert_gguf"
 _QUANTIZE = "weightsmith.worker.quantize_gguf"
 _ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
 _OFFLINE = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ _MULTIMODAL = re.compile(
 # Keys that the converter would guess from folder names; gguf.py disables them.
 _GUESSED = ("general.basename", "general.finetune", "general.organization", "general.version")
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
+_PART = 1 << 24
+"""Bytes that are checked at a time."""
 _UNQUANTIZED_SHARE = 0.01
 """Fraction of weights that may stay in 16 or 32 bits: norms, routers, other small tensors."""
 
@@ -199,20 +201,29 @@ def _check_finite(read: GGUFModel) -> None:
         kind = tensor.tensor_type.name
         if kind == "F16":
             # bfloat16 weights beyond float16's range silently become infinite.
-            if _has_infinities(tensor.data):
+            if any(map(_has_infinities, _parts(read, tensor.data.reshape(-1)))):
                 raise CheckFailed(
                     f"{read.name}: {name} overflows float16",
                     hint="use q8_0, or another format with scales",
                 )
             continue
         row = TENSOR_TYPES.get(kind.lower())
-        for offset in row.scales if row else ():
-            blocks = tensor.data.reshape(-1, _block_bytes(tensor))
-            if _has_infinities(blocks[:, offset : offset + 2].copy()):
+        if row is None or not row.scales:
+            continue
+        for blocks in _parts(read, tensor.data.reshape(-1, _block_bytes(tensor))):
+            if any(_has_infinities(blocks[:, at : at + 2].copy()) for at in row.scales):
                 raise CheckFailed(
                     f"{read.name}: {name} ({kind}) has NaN or infinite scales",
                     hint="check the merged weights for outliers; quantize again",
                 )
+
+
+def _parts(read: GGUFModel, data: Any) -> Iterator[Any]:
+    """Yield parts of a mapped array; the pages of each count as memory only while it is used."""
+    step = max(1, _PART // data[0].nbytes) if len(data) else 1
+    for start in range(0, len(data), step):
+        yield data[start : start + step]
+        read.forget_pages()
 
 
 def _block(tensor: Any) -> int:

@@ -24,7 +24,7 @@ class GGUFModel:
         readers = [_open(path) for path in self.files]
         for path, reader in zip(self.files, readers, strict=True):
             _check_size(reader, path)
-        self._first = readers[0]
+        self._first, self._readers = readers[0], readers
         self.tensors: dict[str, Any] = {t.name: t for reader in readers for t in reader.tensors}
         if not self.tensors:
             raise CheckFailed(f"{self.name} has no tensors", hint="convert it again")
@@ -33,6 +33,11 @@ class GGUFModel:
     def name(self) -> str:
         """The first file's name, for messages."""
         return self.files[0].name
+
+    def forget_pages(self) -> None:
+        """Let the kernel take back what was read of the files; they are memory-mapped."""
+        for reader in self._readers:
+            reader.forget_pages()
 
     def value(self, key: str) -> Json:
         """Return a key's value; raise CheckFailed if it is missing."""

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.checkpoints.without_data import computed
+
 Read = Callable[[int, int], np.ndarray]
 """(first row, end) -> float32 [rows, columns], C-contiguous."""
 STORED: dict[str, np.dtype[Any]] = {
@@ -21,7 +23,7 @@ STORED: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Rows that lie in a file one after the other."""
+    """Rows that lie in a file one after the other, or would if it had data."""
 
     path: Path
     kind: str
@@ -34,7 +36,10 @@ class Place:
         """Return rows as float32; raises ValueError at the file's end."""
         dtype, count = STORED[self.kind], (end - start) * self.columns
         at = self.offset + start * self.columns * dtype.itemsize
-        data = np.fromfile(self.path, dtype, count, offset=at)
+        if virtual := computed(self.path):
+            data = virtual.read(at, count * dtype.itemsize).view(dtype)
+        else:
+            data = np.fromfile(self.path, dtype, count, offset=at)
         if len(data) != count:
             raise ValueError(f"{self.path.name} ends inside a tensor")
         return as_float32(self.kind, data).reshape(-1, self.columns)

@@ -10,12 +10,23 @@ from weightsmith.destinations import Destination, InFolder
 from weightsmith.jobs import Input, MergeJob
 from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.plan import estimate, make_plan
+from weightsmith.merging.plan import MergePlan, estimate, make_plan
+from weightsmith.merging.virtual import can_be_virtual
 from weightsmith.outcome import Outcome, Timer
+from weightsmith.ports import Entry, Store
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Checkpoint, Json, Sources, StageInputs
+from weightsmith.values import (
+    Checkpoint,
+    Computed,
+    Digest,
+    FileEntry,
+    Json,
+    Sources,
+    StageInputs,
+    UnwrittenTree,
+)
 
 BUILDER = "merge"
 RECIPE_NUMBER = 1
@@ -23,8 +34,11 @@ _MEMORY_BYTES = 2 << 30
 """Smallest memory limit of the merge container; a sum of deltas needs only a fraction of it."""
 
 
-def inputs(sources: Sources, options: Merge) -> StageInputs:
-    """Return everything that the merged checkpoint depends on."""
+def inputs(sources: Sources, options: Merge, *, unwritten: bool = False) -> StageInputs:
+    """Return everything that the merged checkpoint depends on.
+
+    One without weights in its files is another entry of the store.
+    """
     return StageInputs(
         stage="merge",
         recipe_number=RECIPE_NUMBER,
@@ -34,7 +48,31 @@ def inputs(sources: Sources, options: Merge) -> StageInputs:
             "weights": [a.weight for a in sources.adapters],
             **asdict(options.as_done),
             "builder": builder_pins(BUILDER),
+            **({"unwritten": True} if unwritten else {}),
         },
+    )
+
+
+def find(sources: Sources, options: Merge, store: Store, *, files: bool) -> Checkpoint | None:
+    """Return the store's merged checkpoint; one without weights will do unless `files`."""
+    if written := store.find(inputs(sources, options).key):
+        return Checkpoint(tree=written.tree, details=written.meta)
+    if files or not (made := store.find(inputs(sources, options, unwritten=True).key)):
+        return None
+    return _unwritten(made, sources, options)
+
+
+def _unwritten(made: Entry, sources: Sources, options: Merge) -> Checkpoint:
+    """Return a checkpoint whose files have no weights, with the digests of files that have them."""
+    details = dict(made.meta)
+    files = tuple(
+        FileEntry(path=f["path"], size=f["size"], digest=Digest(f"sha256:{f['sha256']}"))
+        for f in details.pop("files")
+    )
+    return Checkpoint(
+        tree=UnwrittenTree(files, made.tree),
+        details=details,
+        computed=Computed(tree=made.tree, sources=sources, merge=asdict(options.as_done)),
     )
 
 
@@ -46,25 +84,34 @@ def memory_limit(cost: Mapping[str, int]) -> int:
     return max(_MEMORY_BYTES, 2 * cost["peak_memory_bytes"])
 
 
-def check(sources: Sources, options: Merge) -> Mapping[str, int]:
+def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[str, int]:
     """Return the cost of a merge; refuse what the merge would refuse, reading only headers.
 
     The keys are `read_bytes`, `write_bytes` and `peak_memory_bytes`. Raises InputRefused.
     """
+    plan = _plan(sources, options)
+    cost = estimate(plan)
+    return cost if files or not can_be_virtual(plan) else {**cost, "write_bytes": 0}
+
+
+def _plan(sources: Sources, options: Merge) -> MergePlan:
     adapters = [(a.snapshot.tree.root, a.weight) for a in sources.adapters]
-    plan = make_plan(
+    return make_plan(
         sources.base.tree.root,
         adapters,
         dtype=options.dtype,
         combination=Combination.of(options),
         quantized_base=options.quantized_base,
     )
-    return estimate(plan)
 
 
-def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Outcome[Checkpoint]:
+def merge(
+    sources: Sources, options: Merge, to: Destination, tools: Tools, *, files: bool = True
+) -> Outcome[Checkpoint]:
     """Return the merged checkpoint; without adapters, the unchanged base.
 
+    Without `files`, nobody needs its weights as files: unless they are there already, they are
+    computed, checked and hashed, but not written if they can be computed where they are read.
     Raises InputRefused if any key of an adapter does not fit the base.
     """
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
@@ -73,13 +120,17 @@ def merge(sources: Sources, options: Merge, to: Destination, tools: Tools) -> Ou
     if not sources.adapters:
         base = Checkpoint(tree=sources.base.tree)
         return timer.done(base, cached=True)
-    files = to.files(
-        lambda: inputs(sources, options),
-        lambda folder: _run(folder, sources, options, tools),
+    there = to.find(lambda: inputs(sources, options))
+    unwritten = not files and not there and can_be_virtual(_plan(sources, options))
+    made = to.files(
+        lambda: inputs(sources, options, unwritten=unwritten),
+        lambda folder: _run(folder, sources, options, tools, unwritten=unwritten),
         resume=True,
     )
-    checkpoint = Checkpoint(tree=files.tree, details=files.meta)
-    return timer.done(checkpoint, cached=files.cached)
+    checkpoint = Checkpoint(tree=made.tree, details=made.meta)
+    if unwritten:
+        checkpoint = _unwritten(made, sources, options)
+    return timer.done(checkpoint, cached=made.cached)
 
 
 def combine(sources: Sources, options: Merge, to: InFolder, tools: Tools) -> Outcome[Checkpoint]:
@@ -98,10 +149,17 @@ def combine(sources: Sources, options: Merge, to: InFolder, tools: Tools) -> Out
 
 
 def _run(
-    folder: Path, sources: Sources, options: Merge, tools: Tools, *, keep_adapter: bool = False
+    folder: Path,
+    sources: Sources,
+    options: Merge,
+    tools: Tools,
+    *,
+    keep_adapter: bool = False,
+    unwritten: bool = False,
 ) -> Mapping[str, Json]:
-    cost = check(sources, options)
-    tools.store.require_room(0 if keep_adapter else cost["write_bytes"], "the merged checkpoint")
+    cost = check(sources, options, files=not unwritten)
+    written = 0 if keep_adapter else cost["write_bytes"]
+    tools.store.require_room(written, "the merged checkpoint")
     tools.runner.prepare(BUILDER, tools.progress)
     job = MergeJob(
         builder=BUILDER,
@@ -110,12 +168,15 @@ def _run(
         weights=tuple(a.weight for a in sources.adapters),
         options=options.as_done,
         keep_adapter=keep_adapter,
+        unwritten=unwritten,
         output=folder,
         memory_bytes=memory_limit(cost),
         seconds=job_seconds(cost["read_bytes"]),
         use_gpu=True,
     )
     result = dict(tools.runner.run(job, tools.progress))
-    files = result.pop("files", [])
     result.pop("out", None)
+    if unwritten:
+        return result
+    files = result.pop("files", [])
     return {**result, "sha256": {f["path"]: f["sha256"] for f in files}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
-from weightsmith.jobs import Input, QualityJob
+from weightsmith.jobs import Input, QualityJob, Virtual
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quality.limits import limits_for, refusal
 from weightsmith.quality.result import Quality, TextsUsed
@@ -142,7 +142,8 @@ def _run(
     size = checkpoint.tree.weight_bytes
     job = QualityJob(
         builder=BUILDER,
-        model=Input.tree(checkpoint.tree),
+        model=Input.checkpoint(checkpoint),
+        virtual=Virtual.of(checkpoint),
         artifact=Input.tree(artifact.tree),
         quantizer=quantizer.name,
         texts=texts.held_out,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.destinations import Destination
-from weightsmith.jobs import Input, QuantizeJob
+from weightsmith.jobs import Input, QuantizeJob, Virtual
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
@@ -135,7 +135,8 @@ def _quantized(
     folder: Path, checkpoint: Checkpoint, options: QuantizeOptions, tools: Tools
 ) -> Mapping[str, Json]:
     tools.runner.prepare(of_format(options.format.name).builder, tools.progress)
-    job = job_of(Input.tree(checkpoint.tree), checkpoint.tree.size, options, folder)
+    job = job_of(Input.checkpoint(checkpoint), checkpoint.tree.size, options, folder)
+    job = replace(job, virtual=Virtual.of(checkpoint))
     return tools.runner.run(job, tools.progress)
 
 

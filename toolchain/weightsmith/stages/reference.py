@@ -14,7 +14,7 @@ from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.forward.memory import Walk, batch_bytes
-from weightsmith.jobs import AskedModel, Input, ReferenceJob
+from weightsmith.jobs import AskedModel, Input, ReferenceJob, Virtual
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
@@ -22,6 +22,7 @@ from weightsmith.tools import Tools
 from weightsmith.values import (
     AdapterSnapshot,
     Checkpoint,
+    Computed,
     Digest,
     Json,
     Sources,
@@ -59,6 +60,13 @@ class Subject:
     """Weights that replace the adapters' own."""
     speakers: tuple[AdapterSnapshot, ...] = ()
     """Adapters whose tokenizer and chat template word the questions; none: its own."""
+    computed: Computed | None = None
+    """What computes the model's weights, if its files have none."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model without its adapters."""
+        return Checkpoint(tree=self.model, computed=self.computed)
 
     @property
     def factors(self) -> tuple[float, ...]:
@@ -167,14 +175,14 @@ def _run(
     task: Task,
     tools: Tools,
 ) -> Mapping[str, Json]:
-    models = {subject.model.digest: subject.model for subject in asked.values()}
+    models = {subject.model.digest: subject.checkpoint for subject in asked.values()}
     used = [a for one in asked.values() for a in (*one.adapters, *one.speakers)]
     adapters = {a.snapshot.digest: a.snapshot.tree for a in used}
-    size = sum(tree.size for tree in models.values())
+    size = sum(model.tree.size for model in models.values())
     with tools.scratch() as folder:
         job = ReferenceJob(
             builder=BUILDER,
-            models=tuple(map(Input.tree, models.values())),
+            models=tuple(map(Input.checkpoint, models.values())),
             adapters=tuple(map(Input.tree, adapters.values())),
             asked=tuple(
                 AskedModel(
@@ -195,6 +203,7 @@ def _run(
             max_tokens=task.max_tokens,
             choose=task.metric == "choice",
             batch_bytes=_batch_bytes(asked, task, tools.memory.budget),
+            virtual=next((v for v in map(Virtual.of, models.values()) if v), None),
             output=folder,
             memory_bytes=(3 << 30) + 5 * size,
             seconds=job_seconds(size, tokens=len(asked) * task.most_tokens),
@@ -258,5 +267,5 @@ def _result(
 def _subjects(task: RecipeTask, sources: Sources, checkpoint: Checkpoint) -> Mapping[str, Subject]:
     found = dict(subjects(sources, task.adapter))
     if checkpoint.digest != sources.base.digest:
-        found["merged"] = Subject(model=checkpoint.tree)
+        found["merged"] = Subject(model=checkpoint.tree, computed=checkpoint.computed)
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
-from weightsmith.jobs import Input, Mixture, ValidateJob
+from weightsmith.jobs import Input, Mixture, ValidateJob, Virtual
 from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import PRUNING, SUMS
 from weightsmith.outcome import Outcome, Timer
@@ -118,12 +118,13 @@ def _run(
     tools: Tools,
 ) -> Validation:
     tools.runner.prepare(BUILDER, tools.progress)
-    base, merged = sources.base.tree.root, checkpoint.tree.root
+    size = checkpoint.tree.weight_bytes
     mixed = mixture(options.method, options.space, options.density, options.rank)
     job = ValidateJob(
         builder=BUILDER,
         base=Input.tree(sources.base.tree),
-        merged=Input.tree(checkpoint.tree),
+        merged=Input.checkpoint(checkpoint),
+        virtual=Virtual.of(checkpoint),
         adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
         weights=tuple(a.weight for a in sources.adapters),
         chats=tuple(tuple(item) for item in items),
@@ -131,15 +132,11 @@ def _run(
         mixture=Mixture(**mixed) if mixed else None,
         output=folder,
         # Only architectures that cannot be streamed need more than a fraction of this.
-        memory_bytes=MEMORY_BYTES + 5 * _size(merged),
-        seconds=job_seconds(_size(base) + _size(merged)),
+        memory_bytes=MEMORY_BYTES + 5 * size,
+        seconds=job_seconds(sources.base.tree.weight_bytes + size),
     )
     result = Validation.from_json(tools.runner.run(job, tools.progress))
     _require_passed(result)
     for found in result.warnings:
         tools.progress.warn(found.message)
     return result
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

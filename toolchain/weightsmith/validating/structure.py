@@ -10,9 +10,11 @@ from typing import Any
 from weightsmith.checkpoints.folder import check_model_folder
 from weightsmith.checkpoints.safetensors import (
     CheckpointIndex,
+    Header,
     TensorInfo,
     open_checkpoint,
 )
+from weightsmith.checkpoints.without_data import data_of
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
@@ -180,15 +182,19 @@ def _number(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _digest(index: CheckpointIndex, name: str) -> str:
-    path, info = next(
-        (shard.path, i) for shard in index.shards for i in shard.tensors if i.name == name
+    shard, info = next(
+        (shard, i) for shard in index.shards for i in shard.tensors if i.name == name
     )
-    return _hash(path, info)
+    return _hash(shard, info)
 
 
-def _hash(path: Path, info: TensorInfo) -> str:
+def _hash(shard: Header, info: TensorInfo) -> str:
     digest, left = hashlib.sha256(), info.size
-    with path.open("rb") as file:
+    if data := data_of(shard):
+        for start in range(info.start, info.end, 1 << 20):
+            digest.update(data.read(start, min(1 << 20, info.end - start)).tobytes())
+        return digest.hexdigest()
+    with shard.path.open("rb") as file:
         file.seek(info.start)
         while left and (piece := file.read(min(left, 1 << 20))):
             digest.update(piece)

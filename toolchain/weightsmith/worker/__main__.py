@@ -21,6 +21,7 @@ from weightsmith.errors import (
 from weightsmith.jobs import Job, out_of_memory, read_job
 from weightsmith.time_limits import tell_what_is_done
 from weightsmith.worker.jobs import STAGES
+from weightsmith.worker.virtual import computed
 from weightsmith.worker.wire import Wire, open_wire
 
 PARENT_GONE = 130
@@ -29,7 +30,8 @@ PARENT_GONE = 130
 def run_job(job: Job, wire: Wire) -> int:
     """Run the job, send its result or error, and return the exit code."""
     try:
-        result = STAGES[job.kind](job, wire.progress)
+        with computed(job):
+            result = STAGES[job.kind](job, wire.progress)
     except WeightsmithError as error:
         return _send_error(wire, of_open_files(error) or error)
     except Exception as problem:  # noqa: BLE001 - the last frame reports it with its traceback

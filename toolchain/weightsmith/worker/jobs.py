@@ -34,6 +34,7 @@ from weightsmith.jobs import (
 )
 from weightsmith.values import Json, plain
 from weightsmith.worker.steps import forget_steps, run_steps
+from weightsmith.worker.virtual import described
 from weightsmith.worker.wire import Report, note
 
 
@@ -44,6 +45,7 @@ def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
         adapters=job.weighted,
         out=job.output,
         keep_adapter=job.keep_adapter,
+        unwritten=job.unwritten,
         own_out=True,
         **asdict(job.options),
     )
@@ -94,7 +96,8 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         options=job.options,
     )
     try:
-        run_steps(quantizer.steps(request), job.output, report)
+        with described(job) as variables:
+            run_steps(quantizer.steps(request), job.output, report, variables)
         result = _mapping(quantizer.check(request))
     except CheckFailed:
         forget_steps(job.output)  # a retry must not trust files from this run

@@ -39,12 +39,14 @@ from weightsmith.quantizers.gguf_rows import Place, Read
 from weightsmith.quantizers.gguf_settings import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.worker.steps import refusal
+from weightsmith.worker.virtual import computed_for_program
 
 
 def main() -> None:
     """Quantize as the settings file says."""
     try:
-        _run(PassSettings.from_json(read_json(Path(sys.argv[1]))))
+        with computed_for_program():
+            _run(PassSettings.from_json(read_json(Path(sys.argv[1]))))
     except InputRefused as error:
         print(refusal(error), file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)

@@ -7,8 +7,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from weightsmith.drivers import process
@@ -26,8 +27,16 @@ _NO_MEMORY = ("std::bad_alloc", "MemoryError", "can't allocate memory", "Cannot 
 _EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
 
 
-def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
-    """Run the commands in order, except those that an interrupted run finished."""
+def run_steps(
+    steps: tuple[Step, ...],
+    output: Path,
+    report: Report,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Run the commands in order, except those that an interrupted run finished.
+
+    `variables` are added to each command's environment.
+    """
     done = output / _DONE
     known = done.read_text("utf-8").splitlines() if done.is_file() else []
     for number, step in enumerate(steps):
@@ -44,7 +53,7 @@ def run_steps(steps: tuple[Step, ...], output: Path, report: Report) -> None:
         ended = process.run(
             argv,
             cwd=output,
-            env=process.scrubbed({**_inherited(), **step.env}),
+            env=process.scrubbed({**_inherited(), **step.env, **variables}),
             on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
         )
         if ended.returncode and _lacked_memory(ended):

@@ -1,0 +1,72 @@
+"""GGUF files of base and adapters, without a merged checkpoint: the bytes of the usual way."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from weightsmith.drivers.local import LocalRunner
+from weightsmith.jobs import Input, Virtual
+from weightsmith.merge_options import Merge
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.quantizers import formats
+from weightsmith.stages.quantize import QuantizeOptions, job_of
+from weightsmith.wiring import cache_folder
+
+from tests.builds.test_gguf import CONFIGS, TINY, make_random, model_type
+from tests.builds.test_gguf_pass import same
+from tests.fakes.journal import RecordingProgress
+
+pytestmark = [pytest.mark.builders, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        pytest.param(
+            config, "f16" if model_type(config) == "qwen2" else "q4_k_m", id=model_type(config)
+        )
+        for config in CONFIGS
+    ],
+)
+def test_each_architecture(tmp_path, config, name):
+    config.vocab_size = 512
+    base = make_random(tmp_path / "base", config, TINY / "base")
+    adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
+    files = {}
+    for unwritten in (False, True):
+        model = tmp_path / ("unwritten" if unwritten else "written") / "model"
+        merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
+        files[unwritten] = quantized(model, name, base, adapters, unwritten=unwritten)
+
+    assert same(files[True], files[False])
+
+
+def make_adapter(base, folder):
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = get_peft_model(network, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for key, parameter in tuned.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(std=0.2)
+    tuned.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def quantized(model, name, base, adapters, *, unwritten):
+    out = model.parent / "gguf"
+    out.mkdir()
+    wanted = QuantizeOptions(name="demo", format=formats()[name], options={"imatrix": "off"})
+    virtual = Virtual(
+        base=Input(path=base),
+        adapters=tuple(Input(path=path) for path, _ in adapters),
+        weights=tuple(weight for _, weight in adapters),
+        options=Merge(),
+    )
+    job = job_of(Input(path=model), 1 << 20, wanted, out)
+    job = replace(job, virtual=virtual if unwritten else None)
+    LocalRunner(cache_folder()).run(job, RecordingProgress())
+    left = sorted(out.iterdir())
+    assert [path.name for path in left] == ["demo.gguf"]
+    return left

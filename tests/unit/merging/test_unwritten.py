@@ -1,0 +1,131 @@
+"""A merge that writes no weights: the same digests, and the same bytes where they are read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.merge_options import Merge
+from weightsmith.merging import blocks, engine
+from weightsmith.merging.engine import MergeRequest
+from weightsmith.merging.virtual import opened
+from weightsmith.validating.result import Validation
+from weightsmith.validating.validate import Request, validate
+
+
+def merged(base: Path, adapters: tuple, name: str, *, unwritten: bool) -> tuple[Path, dict]:
+    out = base.parent / name
+    request = MergeRequest(base=base, adapters=adapters, out=out, unwritten=unwritten)
+    return out, engine.merge(request)
+
+
+@pytest.fixture(params=["one file", "shards", "cast and patched"])
+def both(request, make_model, make_adapter):
+    """Base and adapters, and what merging them says with files and without."""
+    base = make_model(dtype=torch.bfloat16, shard="20KB" if request.param == "shards" else "5GB")
+    options = {"trainable_token_indices": [3, 5]} if "patched" in request.param else {}
+    adapters = ((make_adapter(base, **options), 1.0), (make_adapter(base, "second", seed=2), 0.5))
+    adapters = adapters[: 1 if options else 2]
+    return (
+        base,
+        adapters,
+        merged(base, adapters, "written", unwritten=False),
+        merged(base, adapters, "unwritten", unwritten=True),
+    )
+
+
+def test_digests_and_findings_are_those_of_the_files(both):
+    _, _, (_, written), (folder, unwritten) = both
+
+    for kept in ("files", "shards", "findings", "tensors", "repairs"):
+        assert unwritten[kept] == written[kept]
+    empty = list(folder.glob("*.safetensors"))
+    assert len(empty) == len(written["shards"])
+    assert all(path.stat().st_size < 8192 for path in empty)
+
+
+def test_data_are_computed_when_they_are_read(both):
+    base, adapters, (written, _), (folder, _) = both
+
+    with opened(folder, base, adapters, Merge()):
+        ours, theirs = CheckpointTensors(folder), CheckpointTensors(written)
+        for name in theirs.names:
+            np.testing.assert_array_equal(ours.array(name), theirs.array(name), name)
+        for info in open_checkpoint(folder).tensors.values():
+            assert info == open_checkpoint(written).tensors[info.name]
+
+
+def test_zeros_are_never_read_for_weights(both):
+    *_, (folder, _) = both
+    tensors = CheckpointTensors(folder)
+
+    with pytest.raises(InputRefused, match="no data"):
+        tensors.array(min(tensors.names))
+
+
+def test_no_library_loads_it(both):
+    import transformers
+
+    *_, (folder, _) = both
+    with pytest.raises(Exception, match=r"variant"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_wrong_computation_is_noticed(make_model, make_adapter, monkeypatch):
+    base = make_model(dtype=torch.bfloat16)
+    adapters = ((make_adapter(base), 1.0),)
+    right = blocks.RowMaker._merge
+
+    def wrong(self, output, addition, offset, first, count):
+        rows = right(self, output, addition, offset, first, count)
+        if "layers.1.mlp.up_proj" in output.name:
+            rows[0, 0] += 1
+        return rows
+
+    monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
+    with pytest.raises(CheckFailed, match=r"layers\.1\.mlp\.up_proj"):
+        merged(base, adapters, "unwritten", unwritten=True)
+    assert not list((base.parent / "unwritten").glob("*.safetensors"))
+
+
+def test_a_killed_run_is_done_again(make_model, make_adapter):
+    base = make_model(dtype=torch.bfloat16)
+    adapters = ((make_adapter(base), 1.0),)
+    folder, first = merged(base, adapters, "unwritten", unwritten=True)
+    (folder / ".merge-journal.json").write_text(json.dumps({"key": "another"}))
+
+    request = MergeRequest(base=base, adapters=adapters, out=folder, unwritten=True, own_out=True)
+    assert engine.merge(request)["shards"] == first["shards"]
+
+
+def test_the_proof_is_that_of_the_files(both):
+    base, adapters, (written, _), (folder, _) = both
+
+    def proven(merged: Path) -> Validation:
+        return validate(Request(base=base, adapters=adapters, merged=merged))
+
+    with opened(folder, base, adapters, Merge()):
+        found = proven(folder)
+
+    assert found.passed
+    unlike = {"seconds": 0, "peak_rss_bytes": 0}
+    assert replace(found, **unlike) == replace(proven(written), **unlike)
+
+
+def test_a_wrong_row_is_found_by_the_proof(both, monkeypatch):
+    base, adapters, _, (folder, _) = both
+    right = blocks.RowMaker._merge
+
+    def wrong(self, output, addition, offset, first, count):
+        rows = right(self, output, addition, offset, first, count)
+        rows[:, 0] += 1
+        return rows
+
+    monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
+    with opened(folder, base, adapters, Merge()):
+        assert not validate(Request(base=base, adapters=adapters, merged=folder)).passed

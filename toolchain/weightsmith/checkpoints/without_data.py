@@ -1,0 +1,66 @@
+"""Checkpoint files without data, which is computed when it is read.
+
+Such a file is the header of the file that it stands for: names, types, shapes and offsets are
+right. A job says what computes the data (`filled`) before anything reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from weightsmith.checkpoints.safetensors import NO_DATA, Header
+from weightsmith.errors import InputRefused
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Data(Protocol):
+    """Computes what a file would hold."""
+
+    def read(self, start: int, size: int) -> np.ndarray:
+        """Return bytes of tensors by their offset in the file: uint8 [size]; thread-safe."""
+
+
+_FILLED: dict[Path, Data] = {}
+"""By the file's real path. A job has one such checkpoint, and many places read it."""
+
+
+@contextmanager
+def filled(files: Mapping[Path, Data]) -> Iterator[None]:
+    """Let readers compute the data of these files while the block runs."""
+    known = {path.resolve(): data for path, data in files.items()}
+    _FILLED.update(known)
+    try:
+        yield
+    finally:
+        for path in known:
+            _FILLED.pop(path)
+
+
+def has_no_data(header: Header) -> bool:
+    """Return whether a file has no data of its own."""
+    return header.metadata == NO_DATA
+
+
+def data_of(header: Header) -> Data | None:
+    """Return what computes a file's data; None for a file that has it.
+
+    Raises InputRefused if nothing does.
+    """
+    if not has_no_data(header):
+        return None
+    if (found := _FILLED.get(header.path.resolve())) is None:
+        raise InputRefused(
+            f"{header.path} has no data: its weights are computed from base and adapters",
+            hint="merge again to write them (`weightsmith merge`)",
+        )
+    return found
+
+
+def computed(path: Path) -> Data | None:
+    """Return what computes the data of a file whose header was read before, or None."""
+    return _FILLED.get(path.resolve()) if _FILLED else None

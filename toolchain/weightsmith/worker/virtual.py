@@ -1,0 +1,60 @@
+"""Weights of an input that has none: computed here, and in the programs that a job starts."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.checkpoints.without_data import has_no_data
+from weightsmith.jobs import Job, read_job, write_job
+
+_VARIABLE = "WEIGHTSMITH_JOB"
+_FILE = ".job.json"
+
+
+@contextmanager
+def computed(job: Job) -> Iterator[None]:
+    """Let the job read the weights of its inputs without any, while the block runs."""
+    if job.virtual is None:
+        yield
+        return
+    virtual: Any = importlib.import_module("weightsmith.merging.virtual")
+    own, given = job.virtual, job.virtual.inputs.keys()
+    folders = {one.path for name, one in job.inputs.items() if name not in given}
+    with ExitStack() as stack:
+        for folder in folders:
+            if _is_empty(folder):
+                made = virtual.opened(folder, own.base.path, own.weighted, own.options)
+                stack.enter_context(made)
+        yield
+
+
+@contextmanager
+def described(job: Job) -> Iterator[Mapping[str, str]]:
+    """Yield the variables by which programs that the job starts can compute weights, too."""
+    if job.virtual is None:
+        yield {}
+        return
+    file = job.output / _FILE
+    file.write_text(write_job(job), encoding="utf-8")
+    yield {_VARIABLE: str(file)}
+    file.unlink()
+
+
+@contextmanager
+def computed_for_program() -> Iterator[None]:
+    """Let a program of the job read those weights, while the block runs."""
+    file = os.environ.get(_VARIABLE)
+    with computed(read_job(Path(file).read_text("utf-8"))) if file else nullcontext():
+        yield
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        has_no_data(read_header(path)) for path in folder.glob("*.safetensors")
+    )
