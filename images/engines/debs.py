@@ -1,7 +1,7 @@
 """Fetches pinned Debian packages and reads them, for the engines that are assembled from such.
 
 Each engine's `debian.json` names a mirror, an archive of all releases for what the mirror has no
-longer, and packages by path and sha256.
+longer, and packages by machine, path and sha256. Nothing of a package is run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,18 @@ import urllib.request
 from pathlib import Path
 
 TRIES = 4
+MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}
+"""Debian's name of a machine -> the compilers'."""
+
+
+def packages_for(lock: dict, machine: str) -> list[dict]:
+    """Return the lock's packages for a machine, `x86_64` or `aarch64`."""
+    names = [name for name, own in MACHINES.items() if own == machine]
+    ends = tuple(f"_{name}.deb" for name in names)
+    found = [package for package in lock["packages"] if package["path"].endswith(ends)]
+    if not found:
+        raise SystemExit(f"error: no packages are pinned for {machine}")
+    return found
 
 
 def open_package(lock: dict, package: dict) -> tarfile.TarFile:

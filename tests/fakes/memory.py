@@ -129,7 +129,7 @@ class Memory:
             hub=HubWriter(),
             progress=self.progress,
             scratch=lambda: _scratch(self.folder),
-            assemble_engine=self._assemble,
+            make_engine_files=self._make_engine_files,
             command=run_command,
             signer=self.signer,
             clock=self._tick,
@@ -243,10 +243,13 @@ class Memory:
         elif method in {"PUT", "POST"} and self.journal.events[-1:] != ["send"]:
             self.journal.add("send")
 
-    def _assemble(self, engine: str, folder: Path, progress: Progress) -> None:
-        self.journal.add(f"assemble {engine}")
-        (folder / "usr" / "bin").mkdir(parents=True)
-        (folder / "usr" / "bin" / "vllm").write_bytes(b"#!/usr/bin/python3")
+    def _make_engine_files(
+        self, engine: str, platform: str, folder: Path, progress: Progress
+    ) -> None:
+        self.journal.add(f"make {engine} for {platform}")
+        program = "llama-server" if engine == "llamacpp" else "usr/bin/vllm"
+        (folder / program).parent.mkdir(parents=True, exist_ok=True)
+        (folder / program).write_bytes(f"a program for {platform}".encode())
 
     def _tick(self) -> float:
         """One second later, each time that somebody looks."""

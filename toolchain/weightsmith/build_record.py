@@ -88,6 +88,10 @@ class ImageRecord(JsonObject):
     uploaded_bytes: int = 0
     mounted: int = 0
     """Layers that the registry took from another repository."""
+    platforms: Mapping[str, str] = field(default_factory=dict)
+    """Platform -> its image's digest."""
+    started: str = ""
+    """The platform whose image was started and tested; empty if none was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

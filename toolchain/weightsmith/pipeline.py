@@ -110,7 +110,7 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         record = replace(record, config=config, image=own_of(whole_image(made)))
         results = evaluated(record, made[0].inputs, expected, timed)
         judge(record, results, timed.stages)
-        made = with_scores(made, results, tools.store)
+        made = with_scores(made, results, record.started, tools.store)
         name, outputs = name_of(recipe, target.name), request.outputs_of(target)
         layout = request.candidate_layout(target)
         others = forms_baked(request, target, made, results, tools)

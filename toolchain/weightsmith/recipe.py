@@ -294,7 +294,9 @@ class ImageNames(Section):
         "reference or `oci:DIR`.",
     )
     platforms: Annotated[tuple[str, ...], Flag("platform")] = Field(
-        (), description="Platforms of the base to use, such as `linux/amd64`; default: all it has."
+        (),
+        description="Platforms to make the image for, such as `linux/amd64` and `linux/arm64`; "
+        "default: all that the base has, or this machine's for an engine that is made here.",
     )
     order: Literal["engine-first", "weights-first"] = Field(
         "engine-first",

@@ -25,6 +25,7 @@ from weightsmith.stages import validate as validating
 from weightsmith.stages.evaluate import checks_of
 from weightsmith.stages.record import Facts, write_record
 from weightsmith.stages.report import write_report
+from weightsmith.starting import why_not_started
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
 from weightsmith.values import Artifact, Checkpoint, Form, Json, Published, Scores, Sources
@@ -41,6 +42,8 @@ class Built:
     results: tuple[Result, ...]
     stages: Mapping[str, StageRecord]
     report: Path
+    started: str = ""
+    """The platform whose image was started and tested; "" if none was."""
 
     @property
     def scores(self) -> Scores:
@@ -79,6 +82,12 @@ class Record:
     config: ServingConfig | None = None
     image: Image | None = None
 
+    @property
+    def started(self) -> str:
+        """The platform of the image that was started; "" if none was."""
+        startable = self.image and not why_not_started(self.image, self.tools)
+        return self.image.platform if self.image and startable else ""
+
     def keep(
         self,
         published: Published,
@@ -98,6 +107,7 @@ class Record:
             results=results,
             stages=stages,
             report=report,
+            started=self.started,
         )
 
     def refuse(
@@ -142,6 +152,7 @@ class Record:
             forms=forms,
             results=results,
             checks=checks_of(self.image.digest, self.tools) if self.image else (),
+            started=self.started,
             stages=stages,
             refused=refused,
             verdict="failed" if refused else verdict_of(results),

@@ -12,8 +12,8 @@ from weightsmith.values import Digest, Json, key_of
 
 _PACKAGE = Path(__file__).resolve().parent
 _INSTALLED = _PACKAGE / "_resources"
-_DEBS = "debs.py"
-"""Shared by the engines that are assembled from Debian packages."""
+_SHARED = {"assemble.py": "debs.py", "compile.py": "zig.py"}
+"""Program in an engine's folder -> the file beside the folders that it imports."""
 _ROOT = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent.parent
 
 
@@ -39,8 +39,11 @@ def builder_pins(name: str) -> Digest:
     an unknown builder.
     """
     folder = _builder(name)
-    parts = [folder, *(images() / "engines" / engine for engine in compiled_engines(name))]
-    rows: list[Json] = [[path.name, _fingerprint(path)] for path in parts]
+    rows: list[Json] = [[folder.name, _fingerprint(folder)]]
+    rows += [
+        [engine, [*_fingerprint(images() / "engines" / engine), *_shared(engine)]]
+        for engine in compiled_engines(name)
+    ]
     if (recipe := containerfile(name)).parent != folder:
         rows.append([recipe.name, Digest.of(recipe.read_bytes())])
     return key_of(rows)
@@ -66,14 +69,18 @@ def _builder(name: str) -> Path:
 
 
 def engine_pins(name: str) -> Digest:
-    """Return the digest of what defines one of our engine layers: its folder, and `debs.py`.
+    """Return the digest of what defines one of our engine layers: its folder, and what it imports.
 
     A Containerfile in it is another way to make the same files, so it is left out.
     """
     rows = [row for row in _fingerprint(images() / "engines" / name) if row[0] != "Containerfile"]
-    if assembles_itself(name):
-        rows.append([_DEBS, Digest.of((images() / "engines" / _DEBS).read_bytes())])
-    return key_of(rows)
+    return key_of([*rows, *_shared(name)])
+
+
+def engine_platforms(name: str) -> tuple[str, ...]:
+    """Return the platforms that one of our engines can be made for, on any machine."""
+    platforms = engine_source(name).get("platforms")
+    return tuple(map(str, platforms)) if isinstance(platforms, list) else ()
 
 
 def engine_source(name: str) -> Mapping[str, Json]:
@@ -108,6 +115,12 @@ def _naming(builder: str, key: str) -> tuple[str, ...]:
         for source in sorted((images() / "engines").glob("*/source.json"))
         if builder in json.loads(source.read_text("utf-8")).get(key, ())
     )
+
+
+def _shared(engine: str) -> list[list[str]]:
+    engines = images() / "engines"
+    names = [file for program, file in _SHARED.items() if (engines / engine / program).is_file()]
+    return [[n, Digest.of((engines / n).read_bytes())] for n in names if (engines / n).is_file()]
 
 
 def _fingerprint(folder: Path) -> list[list[str]]:

@@ -23,9 +23,9 @@ from weightsmith.ports import (
 )
 
 
-def _assembles_none(engine: str, _folder: Path, _progress: Progress) -> None:
+def _makes_none(engine: str, platform: str, _folder: Path, _progress: Progress) -> None:
     raise EnvironmentFailure(
-        f"the engine {engine} cannot be assembled here", hint="give another base image"
+        f"the engine {engine} cannot be made for {platform} here", hint="give another base image"
     )
 
 
@@ -63,8 +63,10 @@ class Tools:
     progress: Progress
     scratch: Callable[[], AbstractContextManager[Path]]
     """Creates a folder for a job's output, and deletes it afterwards."""
-    assemble_engine: Callable[[str, Path, Progress], None] = _assembles_none
-    """(engine, empty folder, progress): fills the folder with the engine's root file system."""
+    make_engine_files: Callable[[str, str, Path, Progress], None] = _makes_none
+    """(engine, platform, empty folder, progress): fills the folder with the engine's files.
+
+    For engines made of packages, and for platforms that are not this machine's."""
     command: RunCommand
     """Runs the user's own evaluation program."""
     signer: Signer | None = None

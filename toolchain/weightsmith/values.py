@@ -383,6 +383,8 @@ class Published:
     uploaded_bytes: int = 0
     mounted: int = 0
     seconds: float = 0.0
+    platforms: Mapping[str, Digest] = field(default_factory=dict)
+    """Platform -> its image; of an artifact for any platform, {}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import platformdirs
 
 from weightsmith.commands.arguments import keep_apart
-from weightsmith.drivers.assembly import assemble_engine
+from weightsmith.drivers.assembly import make_engine_files
 from weightsmith.drivers.checkup import examine_machine
 from weightsmith.drivers.credentials import ask_helper, docker_config
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
@@ -188,7 +188,7 @@ def open_tools(
             hub=HubWriter(),
             progress=progress,
             scratch=_scratch,
-            assemble_engine=partial(assemble_engine, cache_folder()),
+            make_engine_files=partial(make_engine_files, cache_folder()),
             command=run_command,
             signer=signer,
             memory=room,

@@ -10,11 +10,7 @@ requirements.txt; neither a system compiler nor root is needed. Exit codes: 0 do
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -22,11 +18,14 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-REFUSED, ENVIRONMENT = 3, 5
-ARCHES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+sys.path.insert(0, str(HERE.parent))
+
+import zig  # noqa: E402 - it lies beside the engines' folders
+from zig import ENVIRONMENT, REFUSED, fail  # noqa: E402
+
 GLIBC = "2.28"
 """The oldest C library that the libraries load with; the builders' wheels need no older one."""
 CPU = {"x86_64": "x86_64_v2", "aarch64": "generic"}
@@ -52,19 +51,12 @@ class Job:
 
     def cc(self, libc: str, cpu: str, *words: str | Path) -> None:
         """Compile; floats are computed as written, which the same bytes everywhere need."""
-        cache = str(self.work / "zig-cache")
         flags = ["-std=gnu11", "-g0", "-DNDEBUG", "-fPIC", "-ffp-contract=off"]
         flags += ["-fno-sanitize=undefined", f"-ffile-prefix-map={self.source}=llama.cpp"]
         flags += [f"-ffile-prefix-map={HERE}=.", "-target", f"{self.arch}-linux-{libc}"]
         done = subprocess.run(
             [str(self.zig), "cc", *flags, f"-mcpu={cpu}", *map(str, words)],
-            env={
-                "PATH": "/usr/bin:/bin",
-                "HOME": str(self.work),
-                "LC_ALL": "C",
-                "ZIG_GLOBAL_CACHE_DIR": cache,
-                "ZIG_LOCAL_CACHE_DIR": cache,
-            },
+            env=zig.environment(self.work),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -72,27 +64,6 @@ class Job:
         if done.returncode != 0:
             print(done.stdout[-8000:], file=sys.stderr)
             fail(ENVIRONMENT, f"compiling {words[-1]} failed, see the compiler's output above")
-
-
-def fail(code: int, message: str) -> NoReturn:
-    """Say what is wrong and end."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def find_compiler(wanted: str) -> Path:
-    """Find zig in this Python and make sure that it is the pinned one."""
-    try:
-        found = importlib.metadata.version("ziglang")
-    except importlib.metadata.PackageNotFoundError:
-        found = "none"
-    if found != wanted:
-        fail(
-            REFUSED,
-            f"ziglang {wanted} is needed, this Python has {found}: run "
-            f"{sys.executable} -m pip install --require-hashes -r {HERE / 'requirements.txt'}",
-        )
-    return Path(importlib.import_module("ziglang").__file__ or "").parent / "zig"
 
 
 def build_kernels(job: Job, variants: list[dict[str, Any]], out: Path) -> None:
@@ -148,7 +119,8 @@ def compile_all(source: Path, out: Path, arch: str) -> None:
     if out.exists():
         fail(REFUSED, f"{out} exists: delete it or give another --out")
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        job = Job(source, Path(scratch), arch, find_compiler(pins["compiler"]["ziglang"]))
+        compiler = zig.find_compiler(pins["compiler"], HERE / "requirements.txt")
+        job = Job(source, Path(scratch), arch, compiler)
         made = job.work / "made"
         made.mkdir()
         build_kernels(job, pins["variants"][arch], made / "libkernels.so")
@@ -161,23 +133,14 @@ def compile_all(source: Path, out: Path, arch: str) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Compile the libraries that our workers load.")
-    parser.add_argument("--source", type=Path, required=True, help="the tree fetch.py wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--arch", choices=sorted(set(ARCHES.values())), help="default: this machine"
-    )
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="not used")
+    parser = zig.parser("Compile the libraries that our workers load.")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile."""
     options = parse(arguments)
-    arch = options.arch or ARCHES.get(platform.machine().lower())
-    if arch is None:
-        fail(ENVIRONMENT, f"{platform.machine()} is not supported: give --arch x86_64 or aarch64")
-    compile_all(options.source.resolve(), options.out.resolve(), arch)
+    compile_all(options.source.resolve(), options.out.resolve(), zig.arch_of(options.arch))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Compile llama.cpp into static programs that are the same bytes wherever they are compiled.
 
-    python compile.py --source TREE --out DIR [--arch x86_64|aarch64] [--jobs N]
+    python compile.py --source TREE --out DIR [--arch x86_64|aarch64] [--engine-only] [--jobs N]
 
 TREE is what fetch.py wrote. The Python that runs this file needs ziglang, cmake and ninja as pinned
 in requirements.txt; neither a system compiler nor root is needed. The standard library does the
@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import stat
 import subprocess
@@ -23,13 +21,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 HERE = Path(__file__).resolve().parent
-REFUSED, ENVIRONMENT = 3, 5
+sys.path.insert(0, str(HERE.parent))
+
+import zig  # noqa: E402 - it lies beside the engines' folders
+from zig import ENVIRONMENT, REFUSED, fail  # noqa: E402
+
 EVERY_SECONDS = 5.0
-ARCHES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
-PER_VARIANT = ("llama-server", "llama-imatrix", "llama-perplexity")
+ENGINE = "llama-server"
+PER_VARIANT = (ENGINE, "llama-imatrix", "llama-perplexity")
 BASELINE_ONLY = ("llama-quantize",)
 CONVERTER = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")
 # Code from elsewhere inside the programs, and where its licence lies: below the source tree ("src")
@@ -69,6 +70,17 @@ class Job:
     commit: str
     compiler: Compiler
     jobs: int
+    engine_only: bool = False
+
+    @property
+    def per_variant(self) -> tuple[str, ...]:
+        """The programs that are compiled for each variant."""
+        return (ENGINE,) if self.engine_only else PER_VARIANT
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        """The programs that are compiled for the baseline alone."""
+        return () if self.engine_only else BASELINE_ONLY
 
     @property
     def baseline(self) -> str:
@@ -88,25 +100,11 @@ class Job:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of the compiler: its caches stay inside the work folder."""
-        cache = str(self.work / "zig-cache")
-        return {
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(self.work),
-            "LC_ALL": "C",
-            "ZIG_GLOBAL_CACHE_DIR": cache,
-            "ZIG_LOCAL_CACHE_DIR": cache,
-            "NINJA_STATUS": "[%f/%t] ",
-        }
+        return {**zig.environment(self.work), "NINJA_STATUS": "[%f/%t] "}
 
     def target(self, cpu: str) -> list[str]:
         """Give the flags that choose operating system, C library and CPU."""
         return ["-target", f"{self.arch}-linux-musl", f"-mcpu={cpu}"]
-
-
-def fail(code: int, message: str) -> NoReturn:
-    """Say what is wrong and end."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def note(message: str) -> None:
@@ -116,19 +114,9 @@ def note(message: str) -> None:
 
 def find_compiler(pins: dict[str, str]) -> Compiler:
     """Find the build tools in this Python and make sure that they are the pinned ones."""
-    for package, wanted in pins.items():
-        try:
-            found = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found = "none"
-        if found != wanted:
-            fail(
-                REFUSED,
-                f"{package} {wanted} is needed, this Python has {found}: run "
-                f"{sys.executable} -m pip install --require-hashes -r {HERE / 'requirements.txt'}",
-            )
+    found = zig.find_compiler(pins, HERE / "requirements.txt")
     return Compiler(
-        zig=Path(importlib.import_module("ziglang").__file__ or "").parent / "zig",
+        zig=found,
         cmake=Path(importlib.import_module("cmake").CMAKE_BIN_DIR) / "cmake",
         ninja=Path(importlib.import_module("ninja").BIN_DIR) / "ninja",
     )
@@ -194,7 +182,7 @@ def cmake_settings(job: Job, wrappers: dict[str, Path]) -> dict[str, str]:
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": job.commit[:9],
         "WEIGHTSMITH_VARIANTS": ";".join(f"{name}={flag}" for name, flag in others.items()),
-        "WEIGHTSMITH_PROGRAMS": ";".join(PER_VARIANT),
+        "WEIGHTSMITH_PROGRAMS": ";".join(job.per_variant),
     }
 
 
@@ -220,8 +208,8 @@ def configure(job: Job) -> None:
 def build_programs(job: Job) -> None:
     """Compile all programs of all variants, with a line of progress every few seconds."""
     others = [name for name in job.variants if name != job.baseline]
-    targets = [*BASELINE_ONLY, *PER_VARIANT]
-    targets += [f"{program}-{name}" for name in others for program in PER_VARIANT]
+    targets = [*job.once, *job.per_variant]
+    targets += [f"{program}-{name}" for name in others for program in job.per_variant]
     command = [str(job.compiler.ninja), "-C", str(job.build), "-j", str(job.jobs), *targets]
     process = subprocess.Popen(
         command, env=job.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -261,10 +249,10 @@ def lay_out_programs(job: Job, out: Path) -> None:
     launcher, healthcheck = job.work / "launcher", job.work / "healthcheck"
     build_small(job, "launcher", launcher)
     build_small(job, "healthcheck", healthcheck)
-    for program in BASELINE_ONLY:
+    for program in job.once:
         install(job.build / "bin" / program, out / "bin" / program)
-    for program in PER_VARIANT:
-        folder = out / ("app" if program == "llama-server" else "bin")
+    for program in job.per_variant:
+        folder = out / ("app" if program == ENGINE else "bin")
         install(launcher, folder / program)
         for name in job.variants:
             built = program if name == job.baseline else f"{program}-{name}"
@@ -273,9 +261,9 @@ def lay_out_programs(job: Job, out: Path) -> None:
 
 
 def copy_texts(job: Job, out: Path) -> None:
-    """Copy the converter and the licences."""
+    """Copy the licences, and the converter unless only the engine is wanted."""
     skip = shutil.ignore_patterns("__pycache__", "tests", "examples")
-    for name in CONVERTER:
+    for name in () if job.engine_only else CONVERTER:
         origin, target = job.source / name, out / "convert" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if origin.is_dir():
@@ -322,8 +310,8 @@ def publish(ready: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def compile_tree(source: Path, out: Path, arch: str, jobs: int) -> None:
-    """Compile the tree and write the tools, the engine layer, the converter and the licences."""
+def compile_tree(source: Path, out: Path, arch: str, jobs: int, *, engine_only: bool) -> None:
+    """Compile the tree and write the engine layer and the licences, the tools and the converter."""
     pins = json.loads((HERE / "source.json").read_text())
     if not (source / "ggml").is_dir() or not (source / "convert_hf_to_gguf.py").is_file():
         fail(REFUSED, f"{source} is not a llama.cpp tree: run fetch.py --out {source} first")
@@ -331,7 +319,7 @@ def compile_tree(source: Path, out: Path, arch: str, jobs: int) -> None:
     shutil.rmtree(work, ignore_errors=True)
     (work / "out").mkdir(parents=True)
     compiler, commit = find_compiler(pins["compiler"]), pins["llama_cpp"]["commit"]
-    job = Job(source, work, arch, pins["variants"][arch], commit, compiler, jobs)
+    job = Job(source, work, arch, pins["variants"][arch], commit, compiler, jobs, engine_only)
     configure(job)
     build_programs(job)
     lay_out_programs(job, work / "out")
@@ -344,24 +332,17 @@ def compile_tree(source: Path, out: Path, arch: str, jobs: int) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Compile llama.cpp into static programs.")
-    parser.add_argument("--source", type=Path, required=True, help="the tree fetch.py wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--arch", choices=sorted(set(ARCHES.values())), help="default: this machine"
-    )
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser = zig.parser("Compile llama.cpp into static programs.")
+    parser.add_argument("--engine-only", action="store_true", help="no tools and no converter")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile, and say how long it took."""
     options = parse(arguments)
-    arch = options.arch or ARCHES.get(platform.machine().lower())
-    if arch is None:
-        fail(ENVIRONMENT, f"{platform.machine()} is not supported: give --arch x86_64 or aarch64")
+    source, out, arch = options.source.resolve(), options.out.resolve(), zig.arch_of(options.arch)
     started = time.monotonic()
-    compile_tree(options.source.resolve(), options.out.resolve(), arch, options.jobs)
+    compile_tree(source, out, arch, options.jobs, engine_only=options.engine_only)
     used = sum(os.times()[2:4])
     took = time.monotonic() - started
     note(f"wrote {options.out} in {took:.0f} s ({used:.0f} s of CPU time)")

@@ -76,15 +76,32 @@ static const struct variant VARIANTS[] = {
 
 #elif defined(__aarch64__)
 #include <asm/hwcap.h>
+#include <sys/prctl.h>
 
 static int runs_base(void) { return 1; }
 
+static int has(unsigned long kind, unsigned long wanted) {
+    return (getauxval(kind) & wanted) == wanted;
+}
+
 static int runs_dotprod(void) {
-    unsigned long wanted = HWCAP_ASIMDDP | HWCAP_FPHP | HWCAP_ASIMDHP;
-    return (getauxval(AT_HWCAP) & wanted) == wanted;
+    // What Armv8.1 and 8.2 always have and compilers use; then half precision, dot product.
+    return has(AT_HWCAP, HWCAP_ATOMICS | HWCAP_ASIMDRDM | HWCAP_CRC32 | HWCAP_FPHP |
+                             HWCAP_ASIMDHP | HWCAP_ASIMDDP);
+}
+
+static int runs_i8mm(void) { return runs_dotprod() && has(AT_HWCAP2, HWCAP2_I8MM); }
+
+static int runs_sve(void) {
+    if (!runs_i8mm() || !has(AT_HWCAP, HWCAP_SVE)) return 0;
+    // llama.cpp computes nothing with vectors of other lengths, and does not say so.
+    int length = prctl(PR_SVE_GET_VL) & PR_SVE_VL_LEN_MASK;
+    return length == 16 || length == 32 || length == 64;
 }
 
 static const struct variant VARIANTS[] = {
+    {"armv8.2-a-i8mm-sve", runs_sve, "SVE vectors of 128, 256 or 512 bits and I8MM"},
+    {"armv8.2-a-i8mm", runs_i8mm, "the 8-bit matrix instructions (I8MM)"},
     {"armv8.2-a-dotprod", runs_dotprod, "the dot product and half precision instructions"},
     {"armv8-a", runs_base, "a 64-bit Arm CPU"},
 };

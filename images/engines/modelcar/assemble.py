@@ -1,10 +1,10 @@
 """Assembles the root file system of a modelcar from one pinned package: a shell and nothing else.
 
-    python assemble.py --out FOLDER
+    python assemble.py --out FOLDER [--arch x86_64|aarch64]
 
 KServe starts a modelcar with `sh -c "ln -sf … && sleep …"`. Debian's static busybox is all of that
 in one program, whose shell finds its own commands. Needs Python alone, no root and no container
-engine; the same pins give the same files.
+engine, and nothing of the machine it is for; the same pins give the same files.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--find-links", default="", help="accepted for every engine, not needed")
-    out = parser.parse_args().out
+    parser.add_argument("--arch", default="x86_64", choices=sorted(debs.MACHINES.values()))
+    given = parser.parse_args()
+    out = given.out
     lock = json.loads((HERE / "debian.json").read_text("utf-8"))
     print("[1/2] Debian's busybox", flush=True)
-    (package,) = lock["packages"]
+    (package,) = debs.packages_for(lock, given.arch)
     with debs.open_package(lock, package) as archive:
         for source, target in package["files"].items():
             mode = 0o755 if target.startswith("bin/") else 0o644

@@ -53,6 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--find-links", default="", help="folder of wheels")
+    # torch's build for Arm CPUs is not on PyPI, see README.md.
+    parser.add_argument("--arch", default="x86_64", choices=["x86_64"])
     given = parser.parse_args()
     assemble(given.out, given.find_links)
 

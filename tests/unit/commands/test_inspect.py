@@ -7,8 +7,8 @@ import json
 from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.verify import table
 from weightsmith.drivers.docker import DockerEngine
-from weightsmith.oci.manifests import host_platform
 from weightsmith.oci.registry import Registry
+from weightsmith.platforms import host_platform
 from weightsmith.values import plain
 
 from tests.fakes.baking import push_base

@@ -128,6 +128,10 @@ def build(
                 }
                 for kind, form in b.forms.items()
             },
+            "platforms": {
+                platform: {"digest": digest, "started": platform == b.started}
+                for platform, digest in b.published.platforms.items()
+            },
             "uploaded_bytes": b.published.uploaded_bytes,
             "stages": b.stages,
             "report": b.report,
@@ -140,6 +144,9 @@ def build(
 
 def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}: {facts['image']}@{facts['digest']}"
+    for platform, image in facts["platforms"].items() if len(facts["platforms"]) > 1 else ():
+        tested = "started and tested" if image["started"] else "not started"
+        yield f"  {platform}: {image['digest']}, {tested}"
     for kind, form in facts["forms"].items():
         yield f"  {kind}: {form['reference']}@{form['digest']}"
     if scores := ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items()):

@@ -16,7 +16,7 @@ from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import ContainerEngine, Progress, Signer
 from weightsmith.provenance.evidence import read_attached, statement_parts
-from weightsmith.provenance.labels import PREFIX, plan_in, scores_in
+from weightsmith.provenance.labels import PREFIX, TESTED_PLATFORM, plan_in, scores_in
 from weightsmith.provenance.sealing import cosign_tag, countersigned, only_held, strays
 from weightsmith.serving.memory import human
 from weightsmith.values import Blob, Digest, Json, plain
@@ -237,6 +237,8 @@ def inspect_text(found: Mapping[str, Json]) -> str:
             f"  platform  {found['platform']}, one of {platforms}",
             f"  index     {found['index']}",
         ]
+    if stand_in := found["provenance"].get(TESTED_PLATFORM.removeprefix(PREFIX)):
+        lines.append(f"  not started itself: the scores are those of the image for {stand_in}")
     lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
     own = {name: text for name, text in found["provenance"].items() if name != "config"}
     lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]

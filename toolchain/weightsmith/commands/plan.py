@@ -41,6 +41,9 @@ def table(result: Mapping[str, Json]) -> str:
     console.print(rows)
     for name, plan in result["serving"].items():
         console.print(Text(summary(name, ServingPlan.from_json(plan))), soft_wrap=True)
+    for name, platforms in result["platforms"].items():
+        for platform, said in platforms.items() if len(platforms) > 1 else ():
+            console.print(Text(escaped(f"{name}: the image for {platform} is {said}")))
     if advice := result["advice"]:
         what = {True: "merge", False: "serve the adapters unmerged", None: "use the base unchanged"}
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"

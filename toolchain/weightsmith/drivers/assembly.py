@@ -1,28 +1,43 @@
-"""Makes an engine's root file system from pinned packages, without root or a container engine."""
+"""Makes an engine's files for any platform from pins, without root or a container engine."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 from weightsmith.drivers import process
+from weightsmith.drivers.toolset import make_toolset
 from weightsmith.drivers.worker_protocol import open_log
+from weightsmith.platforms import machine_of
 from weightsmith.ports import Progress
-from weightsmith.resources import engine_source, images
+from weightsmith.resources import assembles_itself, engine_source, images
 
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
-def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) -> None:
-    """Run the engine's `assemble.py` in an empty folder: the same pins give the same files.
+def make_engine_files(
+    cache: Path, engine: str, platform: str, folder: Path, progress: Progress
+) -> None:
+    """Fill an empty folder with an engine's files for a platform: its pins decide every byte.
 
-    Raises EnvironmentFailure if packages cannot be downloaded.
+    They are assembled from packages, or compiled for a platform that is not this machine's. Raises
+    EnvironmentFailure if packages or sources cannot be downloaded, or do not compile.
     """
+    machine = machine_of(platform)
+    if assembles_itself(engine):
+        _assemble(cache, engine, machine, folder, progress)
+        return
+    tools = make_toolset(cache, engine, progress, machine=machine)
+    shutil.copytree(tools / "app", folder, dirs_exist_ok=True)
+
+
+def _assemble(cache: Path, engine: str, machine: str, folder: Path, progress: Progress) -> None:
     room = int(str(engine_source(engine)["room_bytes"]))
     progress.note(
-        f"assembling {engine} from its pinned packages, once for this machine: "
+        f"assembling {engine} for {machine} from its pinned packages, once on this machine: "
         f"{room / 1e9:.1f} GB at most, a few minutes"
     )
     recipe = images() / "engines" / engine / "assemble.py"
@@ -36,7 +51,7 @@ def assemble_engine(cache: Path, engine: str, folder: Path, progress: Progress) 
 
         process.run(
             [
-                *(sys.executable, recipe, "--out", folder),
+                *(sys.executable, recipe, "--out", folder, "--arch", machine),
                 *(("--find-links", wheels) if wheels else ()),
             ],
             env=process.scrubbed(

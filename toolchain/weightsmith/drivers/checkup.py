@@ -13,10 +13,12 @@ from weightsmith.drivers.credentials import docker_config
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.hardware import cores, gpu_names
 from weightsmith.drivers.local import WAYS_OUT, LocalRunner
+from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.errors import WeightsmithError
+from weightsmith.platforms import host_platform, machine_of
 from weightsmith.ports import Runner
 from weightsmith.privacy import is_shared, open_to_others
-from weightsmith.resources import images
+from weightsmith.resources import engine_platforms, images
 from weightsmith.values import Json
 
 _ENOUGH_DISK = 20 * 10**9
@@ -43,6 +45,7 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[s
         "credentials": _credentials(),
         "builders": _builders(engine, cache),
         "jobs": _jobs(),
+        "platforms": _platforms(cache),
     }
     return {
         "checks": checks,
@@ -141,6 +144,21 @@ def _builders(engine: DockerEngine, cache: Path) -> Checkup:
         ok=not missing,
         todo=f"{', '.join(missing)}: made by the first build that needs it" if missing else "",
     )
+
+
+def _platforms(cache: Path) -> Checkup:
+    """Say what images can be made for, and which of these can be started here."""
+    own = host_platform()
+    engine = "llamacpp"
+    others = [platform for platform in engine_platforms(engine) if platform != own]
+    ready = [p for p in others if toolset_folder(cache, engine, machine_of(p)).is_dir()]
+    lacking = ", ".join(p for p in others if p not in ready)
+    said = f"images for {own} are made and started here"
+    if others:
+        said += f"; llamacpp-* images for {', '.join(others)} are made here, but not started"
+    if lacking:
+        said += f" (the engine for {lacking} is compiled by the first build that names it)"
+    return Checkup(said, ok=True)
 
 
 def _jobs() -> Checkup:

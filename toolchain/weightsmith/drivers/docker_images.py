@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.drivers.wheels import configured_wheels, pick_wheels
 from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.platforms import host_platform
 from weightsmith.ports import Progress
 from weightsmith.resources import builder_pins, compiled_engines, containerfile, images
 from weightsmith.values import key_of
@@ -28,14 +28,12 @@ from weightsmith.values import key_of
 _STEP = re.compile(r"#\d+ \[[^\]]*?(\d+)/(\d+)\] ")
 _SAID = re.compile(r"#\d+ +[\d.]+ (.*)")
 """A line printed by a program inside the build."""
-_PLATFORMS = {"x86_64": "linux/amd64", "aarch64": "linux/arm64", "arm64": "linux/arm64"}
 
 
 def base_reference(flavour: str) -> str:
     """Return the builders' base image: `WEIGHTSMITH_BUILDER_BASE`, or the lock's."""
     override = os.environ.get("WEIGHTSMITH_BUILDER_BASE")
-    machine = platform.machine()
-    return override or base(f"builder-{flavour}").pinned(_PLATFORMS.get(machine, machine))
+    return override or base(f"builder-{flavour}").pinned(host_platform())
 
 
 def image_tag(builder: str, flavour: str) -> str:

@@ -23,9 +23,13 @@ from weightsmith.trees import discard
 _STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
-def toolset_folder(cache: Path, engine: str) -> Path:
-    """Return the path of the engine's compiled tools; it exists only if they are complete."""
-    return cache / "toolsets" / f"{engine}-{engine_pins(engine).short}"
+def toolset_folder(cache: Path, engine: str, machine: str = "") -> Path:
+    """Return the path of the engine's compiled tools; it exists only if they are complete.
+
+    With `machine` (`aarch64`), that of the engine alone, compiled for that machine.
+    """
+    other = f"-{machine}" if machine else ""
+    return cache / "toolsets" / f"{engine}-{engine_pins(engine).short}{other}"
 
 
 def tools_variable(engine: str) -> str:
@@ -38,32 +42,36 @@ def failure_marker(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.failed")
 
 
-def make_toolset(cache: Path, engine: str, progress: Progress) -> Path:
+def make_toolset(cache: Path, engine: str, progress: Progress, *, machine: str = "") -> Path:
     """Return the folder of the engine's compiled tools, and compile them if needed.
+
+    With `machine`, compiles the engine alone, for that machine.
 
     `fetch.py` and `compile.py` of `images/engines/<engine>/` do the work, with compilers from
     PyPI in a temporary environment; neither root nor a system compiler is needed. Raises
     EnvironmentFailure if the sources cannot be downloaded or do not compile.
     """
-    folder = toolset_folder(cache, engine)
+    folder, what = toolset_folder(cache, engine, machine), f"{engine}'s tools"
+    if machine:
+        what = f"{engine} for {machine}"
     if folder.is_dir():
         return folder
     private(cache, "toolsets")
     lock = folder.with_name(folder.name + ".lock")
-    with locked(lock, f"is compiling {engine}'s tools", progress.note):
+    with locked(lock, f"is compiling {what}", progress.note):
         if not folder.is_dir():
             progress.note(
-                f"compiling {engine}'s tools with {cores()} cores, once for this machine: "
+                f"compiling {what} with {cores()} cores, once on this machine: "
                 f"{engine_source(engine).get('takes', 'about ten minutes on four cores')}"
             )
             _clear_leftovers(folder)
             with (
-                open_log(cache, f"toolset-{engine}") as log,
+                open_log(cache, f"toolset-{engine}{'-' * bool(machine)}{machine}") as log,
                 tempfile.TemporaryDirectory(
                     prefix=f"{folder.name}.work-", dir=folder.parent
                 ) as work,
             ):
-                _compile(images() / "engines" / engine, folder, Path(work), log, progress)
+                _compile(engine, machine, folder, Path(work), log, progress)
     return folder
 
 
@@ -100,7 +108,10 @@ def _clear_leftovers(folder: Path) -> None:
         discard(left)
 
 
-def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Progress) -> None:
+def _compile(
+    engine: str, machine: str, folder: Path, work: Path, log: TextIO, progress: Progress
+) -> None:
+    recipe = images() / "engines" / engine
     python = make_bare_environment(work / "env", recipe / "requirements.txt", log, progress)
 
     def on_line(line: str) -> None:
@@ -124,7 +135,8 @@ def _compile(recipe: Path, folder: Path, work: Path, log: TextIO, progress: Prog
     require(fetched, "fetch.py")
     made = work / "tools"
     words = ("--source", work / "source", "--out", made, "--jobs", str(cores()))
-    require(run("compile.py", *words), "compile.py")
+    other = ("--arch", machine, "--engine-only") if machine else ()
+    require(run("compile.py", *words, *other), "compile.py")
     if not made.is_dir():
         raise EnvironmentFailure(
             f"compiling {recipe.name} produced no tools", hint=f"its full output is in {log.name}"

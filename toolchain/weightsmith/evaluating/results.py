@@ -13,6 +13,9 @@ from weightsmith.evaluating.task import Task
 from weightsmith.recipe import Evaluate
 from weightsmith.values import Score, Scores
 
+NOT_PROVEN = "not proven"
+"""The verdict on an image that was published although its gates could not have failed."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeTask:
@@ -101,7 +104,7 @@ def unproven_of(results: Sequence[Result]) -> tuple[str, ...]:
 
 def verdict_of(results: Sequence[Result]) -> str:
     """Return `passed`, or `not proven` if a build's gates could not have failed."""
-    return "not proven" if unproven_of(results) else "passed"
+    return NOT_PROVEN if unproven_of(results) else "passed"
 
 
 def judged(

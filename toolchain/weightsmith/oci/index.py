@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image
+from weightsmith.platforms import host_platform
 from weightsmith.values import Blob, Digest, Json, canonical
 
 
@@ -65,7 +66,7 @@ def own_of(whole: Whole) -> Image:
 
 def is_own(image: Image) -> bool:
     """Say whether an image is for this machine's platform."""
-    return image.platform == manifests.host_platform()
+    return image.platform == host_platform()
 
 
 def _row(image: Image) -> dict[str, Json]:

@@ -5,12 +5,12 @@ https://github.com/opencontainers/image-spec (manifest.md, image-index.md, descr
 
 from __future__ import annotations
 
-import platform as host
 from collections.abc import Mapping, Sequence
 
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import SMALL, parse
 from weightsmith.oci.layers import LAYER_TAR
+from weightsmith.platforms import host_platform
 from weightsmith.values import Blob, Digest, Json
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -57,13 +57,6 @@ DAMAGED = "the image is damaged; push or write it again"
 LARGEST_MANIFEST = 4 << 20
 """Bytes; registries have the same limit."""
 LARGEST_CONFIG = 16 << 20
-_MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
-
-
-def host_platform() -> str:
-    """Return this machine's platform, such as `linux/amd64`; images are always for Linux."""
-    machine = host.machine().lower()
-    return f"linux/{_MACHINES.get(machine, machine)}"
 
 
 def read_json(data: bytes, where: str, largest: int = SMALL) -> Mapping[str, Json]:

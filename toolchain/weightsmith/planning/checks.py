@@ -42,7 +42,7 @@ from weightsmith.stages import merge as merging
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
-from weightsmith.stages.base import OWN, base_reference
+from weightsmith.stages.base import OWN, base_reference, check_own, data_base
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Sources
@@ -252,6 +252,13 @@ def check_images(
     on this machine are assembled later, when they are needed.
     """
     check_layer_sizes(request, sources)
+    settings = request.file.recipe.image
+    for target in request.targets:
+        check_own(
+            base_reference(target.engine, devices[target.name], settings.base), settings.platforms
+        )
+    for kind in request.forms:
+        check_own(data_base(kind, ""), settings.platforms)
     for target in () if everything_cached(request, sources, tools) else request.targets:
         device = devices[target.name]
         chosen = base_reference(target.engine, device, request.file.recipe.image.base)

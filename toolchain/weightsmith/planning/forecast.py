@@ -25,6 +25,7 @@ from weightsmith.planning.options import (
     texts_of,
     unmerged_adapters,
 )
+from weightsmith.planning.platforms import forecast_platforms
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import can_make
@@ -81,7 +82,7 @@ def forecast(
     rows += [_merge_row(file, whole, earlier, tools, files=files)]
     rows += _validate_rows(file, whole, checkpoint, earlier, tools)
     rows += _reference_rows(sources, tasks, earlier, tools)
-    plans, model = {}, read_facts(sources.base.tree.root)
+    plans, platforms, model = {}, {}, read_facts(sources.base.tree.root)
     weights = sources.base.tree.weight_bytes or weights_from_config(model)
     for target in targets:
         options = quantize_options(file, target.format, sources.base, tools)
@@ -90,7 +91,10 @@ def forecast(
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, model)
         plans[target.name] = _serving_plan(file, target, sources, model, weight)
-        check_format(target, options, model, plans[target.name].device)
+        device = plans[target.name].device
+        check_format(target, options, model, device)
+        platforms[target.name], engines = forecast_platforms(file, target, device, tools)
+        rows += [_row("base", target=target.name, cached=c, why=why) for c, why in engines]
         rows.append(_publish_row(file, target, artifact, weight))
     todo = [row for row in rows if not row["cached"]]
     serving = {name: plan.to_json() for name, plan in plans.items()}
@@ -100,6 +104,7 @@ def forecast(
         "stages": rows,
         "serving": serving,
         "plan": serving,  # the same, under the name that `render` uses
+        "platforms": platforms,
         "advice": _advice(file, targets, sources, dist, tools),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
@@ -175,6 +180,7 @@ def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Ma
         "stages": rows,
         "serving": {},
         "plan": {},
+        "platforms": {},
         "advice": None,
         **dict.fromkeys(zeros, 0),
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
-from weightsmith.evaluating.results import unproven_of
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.layers import TITLE
 from weightsmith.provenance import statements
@@ -60,9 +59,7 @@ def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Eviden
             statements.statement(
                 [statements.image_resource(made.image.manifest_blob)],
                 statements.TEST_RESULT,
-                test_result(
-                    made.scores, wanted.max_drop, wanted.min_score, unproven_of(made.results)
-                ),
+                test_result(made.scores, wanted.max_drop, wanted.min_score, made.unproven),
             )
         )
     return Evidence(statements=tuple(found), documents=documents)

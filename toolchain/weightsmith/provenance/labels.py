@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from weightsmith.evaluating.results import Result, verdict_of
+from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of
 from weightsmith.foreign import parse
 from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
@@ -27,6 +27,8 @@ ENGINE_LABEL = PREFIX + "engine"
 ENGINE_VERSION = PREFIX + "engine.version"
 """The version of the engine in the image, which the plan was made for."""
 ARTIFACT = PREFIX + "artifact.digest"
+TESTED_PLATFORM = PREFIX + "tested.platform"
+"""Label: the platform whose image was started and questioned in place of this one."""
 
 
 def tag(recipe: Recipe, target: str) -> str:
@@ -123,14 +125,17 @@ def public_name(source: str) -> str:
     return source if "://" in source else Path(source).absolute().name
 
 
-def result_labels(results: Sequence[Result]) -> dict[str, str]:
+def result_labels(results: Sequence[Result], stand_in: str = "") -> dict[str, str]:
     """Return what the test of an image showed: the verdict, and the first task's scores.
 
     One label per score (`base`, `adapter`, `image`, each from 0 to 1 over n items) and per share
     of answers that are the reference's to the letter (`merged`, `image`); {} without a task.
+    `stand_in` is the platform of the image that was started in place of this one, which is then
+    not proven.
     """
+    untested = {TESTED_PLATFORM: stand_in} if stand_in else {}
     if not results:
-        return {}
+        return untested
     scores = results[0].scores
     shown = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
     found = {
@@ -141,7 +146,7 @@ def result_labels(results: Sequence[Result]) -> dict[str, str]:
         f"{_SAMENESS}{name}": f"{same.share:.4f} n={same.n}"
         for name, same in results[0].sameness.items()
     }
-    return {**found, **same, VERDICT: verdict_of(results)}
+    return {**found, **same, **untested, VERDICT: NOT_PROVEN if stand_in else verdict_of(results)}
 
 
 def plan_of(labels: Mapping[str, str]) -> ServingPlan:

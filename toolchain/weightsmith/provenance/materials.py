@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.errors import WeightsmithError
-from weightsmith.evaluating.results import Result, main_scores
+from weightsmith.evaluating.results import Result, main_scores, unproven_of
 from weightsmith.oci.image import Image, Order
 from weightsmith.oci.index import Whole, whole_of
 from weightsmith.recipe import Recipe
@@ -67,6 +67,14 @@ class ImageMaterials:
     image: Image
     results: tuple[Result, ...] = ()
     """What the started image was tested with; () before it was."""
+    stand_in: str = ""
+    """Platform of the image that was started in place of this one; "" if there is none such."""
+
+    @property
+    def unproven(self) -> tuple[str, ...]:
+        """Why its having passed shows nothing; () if it was started and shows something."""
+        missing = f"it was not started: the image for {self.stand_in} was, with the same weights"
+        return (*([missing] if self.stand_in else []), *unproven_of(self.results))
 
     @property
     def scores(self) -> Scores:

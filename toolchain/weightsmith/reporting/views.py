@@ -28,12 +28,36 @@ def verdict(build: BuildRecord) -> dict[str, Any]:
     last = [v.reason for v in binding if v.subject == "image"]
     if build.unproven:
         headline = "Published, but not proven" if last else "Built, not proven"
-        return {"state": "untested", "headline": headline, "reasons": [*build.unproven, *last]}
+        reasons = [*build.unproven, *last, *_not_started(build.image)]
+        return {"state": "untested", "headline": headline, "reasons": reasons}
     if last:
         headline = "Passed: the image is the fine-tuned model"
-        return {"state": "passed", "headline": headline, "reasons": last}
+        reasons = [*last, *_not_started(build.image)]
+        return {"state": "passed", "headline": headline, "reasons": reasons}
     reason = "no questions were asked of the image" if not binding else "the image was not started"
     return {"state": "untested", "headline": "Built, not proven", "reasons": [reason]}
+
+
+def platforms(image: ImageRecord | None) -> list[dict[str, str]]:
+    """Return each platform's image, and whether it was started; [] if the only one was."""
+    rows = image.platforms if image else {}
+    if image is None or list(rows) == [image.started]:
+        return []
+    said = {True: "started and tested", False: "not started"}
+    return [
+        {"platform": platform, "digest": digest, "tested": said[platform == image.started]}
+        for platform, digest in rows.items()
+    ]
+
+
+def _not_started(image: ImageRecord | None) -> list[str]:
+    """Return which platforms' images were not started, in one sentence, if any was."""
+    others = [p for p in image.platforms if p != image.started] if image and image.started else []
+    if image is None or not others:
+        return []
+    many = "images for {} were" if len(others) > 1 else "image for {} was"
+    said = many.format(" and ".join(others))
+    return [f"the image for {image.started} was started and tested; the {said} not"]
 
 
 def sameness(task: AnsweredTask) -> list[dict[str, Any]]:

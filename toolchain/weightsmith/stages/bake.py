@@ -79,10 +79,16 @@ def bake(
 
 
 def with_scores(
-    made: Sequence[ImageMaterials], results: tuple[Result, ...], store: Store
+    made: Sequence[ImageMaterials], results: tuple[Result, ...], started: str, store: Store
 ) -> tuple[ImageMaterials, ...]:
-    """Return the images with scores and verdict as labels; the layers do not change."""
-    return tuple(_made(one.inputs, one.split, one.base, results, store) for one in made)
+    """Return the images with scores and verdict as labels; the layers do not change.
+
+    `started` is the platform of the image that was started, "" if none was. The labels of other
+    platforms' images name it, and say that these are not proven.
+    """
+    return tuple(
+        _made(one.inputs, one.split, one.base, results, store, started=started) for one in made
+    )
 
 
 def _made(
@@ -91,12 +97,15 @@ def _made(
     base: Image | None,
     results: tuple[Result, ...],
     store: Store,
+    *,
+    started: str = "",
 ) -> ImageMaterials:
     """Return one platform's image with its materials."""
     if inputs.kind in _FILES:
         image = _files(inputs, split, results, store)
         return ImageMaterials(inputs=inputs, split=split, base=None, image=image, results=results)
     config, model_dir, below = inputs.config, inputs.engine.model_dir, base.layers if base else ()
+    stand_in = started if base and base.platform != started else ""
     if inputs.order == "weights-first" and base:
         _require_clear(base, inputs.base_name, model_dir, store)
     weights = weight_layers(
@@ -111,7 +120,7 @@ def _made(
         ARTIFACT: split.tree.digest,
         **({ENGINE_LABEL: inputs.engine.name} if config else {}),
         **inputs.labels,
-        **result_labels(results),
+        **result_labels(results, stand_in),
     }
     image = assemble_in_roles(
         weights,
@@ -122,7 +131,9 @@ def _made(
         order=inputs.order,
         version=engine_version(base.labels) if base and config else "",
     )
-    return ImageMaterials(inputs=inputs, split=split, base=base, image=image, results=results)
+    return ImageMaterials(
+        inputs=inputs, split=split, base=base, image=image, results=results, stand_in=stand_in
+    )
 
 
 def _files(

@@ -21,14 +21,20 @@ from weightsmith.oci.layers import (
     verified,
 )
 from weightsmith.oci.layout import is_layout, locate, read_all, read_layout
-from weightsmith.oci.manifests import host_platform
 from weightsmith.oci.references import Reference
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import OWN_LAYER
+from weightsmith.platforms import host_platform
 from weightsmith.ports import Entry
 from weightsmith.provenance.bills import OWN_ENGINE
 from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION
-from weightsmith.resources import assembles_itself, engine_pins, engine_source, images
+from weightsmith.resources import (
+    assembles_itself,
+    engine_pins,
+    engine_platforms,
+    engine_source,
+    images,
+)
 from weightsmith.serving.engine import Engine
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
@@ -36,13 +42,7 @@ from weightsmith.values import Blob, Digest, Json, StageInputs, key_of
 
 OWN = OWN_ENGINE
 MODELCAR = OWN + "modelcar"
-"""An image with only a shell, made of packages for one platform (`_WHOLE_PLATFORM`)."""
-
-MODELCAR_ELSEWHERE = (
-    "docker.io/library/busybox:1.37.0-musl"
-    "@sha256:fc6dddc4c44b1bfe37f41cae8e67d1693828e8f42a91862816d7953e2c9d3f23"
-)
-"""An index of all platforms, by digest, because the tag moves."""
+"""An image with only a shell, made of packages."""
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
@@ -50,7 +50,6 @@ _GROUPING = 1
 """Increase it if `_grouped` makes different layers from the same files and rules."""
 _PINNED = frozenset({"commit", "package"})
 """Either key marks the entry of source.json that is the engine itself."""
-_WHOLE_PLATFORM = "linux/amd64"
 _PACKAGE = re.compile(r"usr/local/lib/python[^/]+/dist-packages/([^/]+)/")
 _ACCOUNTS = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nmodel:x:65532:65532:model:/tmp:/sbin/nologin\n",
@@ -82,27 +81,53 @@ def data_base(kind: str, override: str) -> str:
     """
     if override or kind != "modelcar":
         return override
-    return MODELCAR if host_platform() == _WHOLE_PLATFORM else MODELCAR_ELSEWHERE
+    return MODELCAR
 
 
-def base_inputs(name: str) -> StageInputs:
-    """Return what our own engine layer depends on."""
+def base_inputs(name: str, platform: str = "") -> StageInputs:
+    """Return what our own engine's files depend on; the default platform is this machine's."""
+    pins: Json = engine_pins(name)
     return StageInputs(
         stage="base",
         recipe_number=_RECIPE_NUMBER,
-        inputs={"engine": name, "pins": engine_pins(name)},
+        inputs={"engine": name, "pins": pins, "platform": platform or host_platform()},
     )
+
+
+def check_own(reference: str, platforms: Sequence[str]) -> None:
+    """Raise UsageError if one of our own engines cannot be made for a platform.
+
+    Also if there is none of that name. Without `platforms`, asks for this machine's. Any other
+    base is not looked at.
+    """
+    if not reference.startswith(OWN):
+        return
+    name = reference.removeprefix(OWN)
+    if not (images() / "engines" / name / "source.json").is_file():
+        raise UsageError(
+            f"no built-in base image for {name}",
+            hint="give one with --base-image or image.base, or plan for a GPU",
+        )
+    known = engine_platforms(name)
+    wanted = set(platforms) or {host_platform()}
+    if missing := sorted(wanted - set(known)):
+        raise UsageError(
+            f"the engine {name} can be made for {', '.join(known)}, not for {', '.join(missing)}",
+            hint="change image.platforms (bake: --platform), give a base that has them with "
+            "image.base (--base-image), or choose a llamacpp-* target, which is made for "
+            "linux/amd64 and linux/arm64",
+        )
 
 
 def base_image(reference: str, engine: str, tools: Tools, *, platform: str | None = None) -> Image:
     """Return the base for an engine; its layers are read only when needed.
 
-    `engine` is "" for an image that serves nothing. Warns if the base does not declare its engine.
-    Raises InputRefused for an invalid image or a base with another engine, EnvironmentFailure if
-    the registry cannot be reached.
+    `engine` is "" for an image that serves nothing; the default platform is this machine's. Warns
+    if the base does not declare its engine. Raises InputRefused for an invalid image or a base with
+    another engine, EnvironmentFailure if the registry cannot be reached, and what `check_own` does.
     """
     if reference.startswith(OWN):
-        return _own(reference.removeprefix(OWN), engine, tools)
+        return _own(reference, engine, platform or host_platform(), tools)
     if is_layout(reference):
         image = read_layout(*locate(reference), platform=platform)
     else:
@@ -120,11 +145,16 @@ def base_images(
 ) -> tuple[Image, ...]:
     """Return the base for each of its platforms, or only for those in `platforms`.
 
-    `pins` maps platforms to the digests in a lock; with pins, the tag's current image does not
-    matter. Raises what `base_image` raises, and UsageError if a platform is missing.
+    Our own engines are made for `platforms`, by default for this machine's alone. `pins` maps
+    platforms to the digests in a lock; with pins, the tag's current image does not matter.
+    Raises what `base_image` raises, and UsageError if a platform is missing.
     """
     if reference.startswith(OWN):
-        images: tuple[Image, ...] = (base_image(reference, engine, tools),)
+        check_own(reference, platforms)
+        images: tuple[Image, ...] = tuple(
+            base_image(reference, engine, tools, platform=each)
+            for each in sorted(set(platforms)) or [host_platform()]
+        )
     elif is_layout(reference):
         images = read_all(*locate(reference))
     else:
@@ -163,33 +193,24 @@ def public_base(reference: str) -> str:
     return "" if is_layout(reference) else reference
 
 
-def _own(name: str, engine: str, tools: Tools) -> Image:
-    if not (images() / "engines" / name).is_dir():
-        raise UsageError(
-            f"no built-in base image for {name}",
-            hint="give one with --base-image or image.base, or plan for a GPU",
-        )
-    whole = assembles_itself(name)
-    if whole and host_platform() != _WHOLE_PLATFORM:
-        raise InputRefused(
-            f"the engine layer {name} has packages for {_WHOLE_PLATFORM}, but this machine "
-            f"is {host_platform()}",
-            hint="give another base with --base-image or image.base",
-        )
-    stage = base_inputs(name)
+def _own(reference: str, engine: str, platform: str, tools: Tools) -> Image:
+    check_own(reference, [platform])
+    name = reference.removeprefix(OWN)
+    whole, stage = assembles_itself(name), base_inputs(name, platform)
 
     def make(folder: Path) -> Mapping[str, Json]:
-        if not whole:
+        if not whole and platform == host_platform():
             return _export(folder, tools)
-        room = engine_source(name)["room_bytes"]
-        tools.store.require_room(int(str(room)), f"the engine {name}")
-        tools.assemble_engine(name, folder, tools.progress)
+        if whole:
+            room = engine_source(name)["room_bytes"]
+            tools.store.require_room(int(str(room)), f"the engine {name}")
+        tools.make_engine_files(name, platform, folder, tools.progress)
         return {}
 
     entry = tools.store.produce(stage.key, {"stage": "base", "inputs": stage.inputs}, make)
     layers = _root_layers(entry, tools.store.memo) if whole else (_program_layer(entry, tools),)
     return assemble(
-        (), layers, config=ImageConfig(labels=_own_labels(name, engine)), platform=host_platform()
+        (), layers, config=ImageConfig(labels=_own_labels(name, engine)), platform=platform
     )
 
 

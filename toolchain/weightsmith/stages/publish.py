@@ -28,7 +28,7 @@ from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.materials import ImageMaterials, whole_image
 from weightsmith.provenance.sealing import attach
 from weightsmith.tools import Tools
-from weightsmith.values import Published, key_of
+from weightsmith.values import Digest, Published, key_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +134,12 @@ def deliver(
             progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
             warn=tools.progress.warn,
         )
-    return replace(done, layers=image_layers(own), seconds=tools.clock() - began)
+    return replace(
+        done,
+        layers=image_layers(own),
+        seconds=tools.clock() - began,
+        platforms=_platforms(whole),
+    )
 
 
 def _attach(
@@ -157,7 +162,12 @@ def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
         reference=f"oci:{outputs.layout}" if local else reference,
         digest=whole.digest,
         layers=image_layers(own_of(whole)),
+        platforms=_platforms(whole),
     )
+
+
+def _platforms(whole: Whole) -> dict[str, Digest]:
+    return {image.platform: image.digest for image in images_of(whole) if image.platform}
 
 
 def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:

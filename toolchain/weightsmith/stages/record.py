@@ -72,6 +72,8 @@ class Facts:
     results: tuple[Result, ...]
     checks: Sequence[Mapping[str, Json]]
     """The checks of the started image, and their results."""
+    started: str
+    """The platform of that image; "" if none was started."""
     stages: Mapping[str, StageRecord]
     verdict: str
     """`passed`, `not proven` or `failed`."""
@@ -155,7 +157,7 @@ def build_record(facts: Facts) -> BuildRecord:
         artifact=_artifact(facts.artifact) if facts.artifact else None,
         quality=facts.quality,
         plan=facts.config.plan.to_json() if facts.config else None,
-        image=_image(facts.published) if facts.published else None,
+        image=_image(facts.published, facts.started) if facts.published else None,
         forms={kind: _image(form) for kind, form in facts.forms.items()},
         task=first.task if first else NO_TASK,
         scores=first.scores if first else {},
@@ -217,13 +219,15 @@ def _artifact(artifact: Artifact) -> ArtifactRecord:
     )
 
 
-def _image(published: Form) -> ImageRecord:
+def _image(published: Form, started: str = "") -> ImageRecord:
     return ImageRecord(
         reference=published.reference,
         digest=published.digest,
         layers=tuple(LayerRecord(**asdict(layer)) for layer in published.layers),
         uploaded_bytes=published.uploaded_bytes,
         mounted=published.mounted,
+        platforms=published.platforms if isinstance(published, Published) else {},
+        started=started,
     )
 
 

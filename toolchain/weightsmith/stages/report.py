@@ -113,6 +113,7 @@ def build_view(build: BuildRecord, targets: Sequence[BuildRecord], bench: Json) 
         "differences": views.differences(build.validation),
         "memory": views.memory(build.plan),
         "layers": views.layers(build.image),
+        "platforms": views.platforms(build.image),
         "stages": views.stages(build),
         "targets": views.targets(targets, build.target),
         "bench": {**bench, "rows": views.bench_rows(bench)} if bench else None,

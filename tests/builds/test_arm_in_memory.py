@@ -1,0 +1,143 @@
+"""A build in memory for two platforms: one merge, one gate, an index that shares the weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from weightsmith import platforms
+from weightsmith.commands.images import inspect_image, inspect_text
+from weightsmith.commands.plan import table
+from weightsmith.commands.verify import verify_image
+from weightsmith.drivers.docker import DockerEngine
+from weightsmith.errors import UsageError
+from weightsmith.oci.image import Image
+from weightsmith.oci.references import Reference
+from weightsmith.planning.forecast import forecast
+from weightsmith.ports import Silent
+
+from tests.fakes.memory import Memory
+
+TARGET = "llamacpp-q4_k_m"
+BOTH = "image.platforms=[linux/amd64, linux/arm64]"
+
+
+@pytest.fixture(autouse=True)
+def on_amd64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platforms.platform, "machine", lambda: "x86_64")
+
+
+def pulled(memory: Memory, machine: str, end: str = "") -> Image:
+    name = Reference.parse(f"{memory.repository}:1.0.0-{TARGET}{end}")
+    return memory.client.pull(name, platform=f"linux/{machine}")
+
+
+def test_both_platforms_come_from_one_build_and_share_the_weights(warm: Memory) -> None:
+    warm.store.forget("base", "smoke", "trial")
+    built = warm.build(BOTH, push=True)[TARGET]
+
+    assert warm.jobs() == ["export-engine"]
+    assert warm.journal.of("make", "start") == ["make llamacpp for linux/arm64", "start"]
+    amd, arm = pulled(warm, "amd64"), pulled(warm, "arm64")
+    assert built.published.platforms == {"linux/amd64": amd.digest, "linux/arm64": arm.digest}
+    assert arm.settings["architecture"] == "arm64"
+    assert amd.layers[0].digest != arm.layers[0].digest
+    assert amd.layers[1:] != ()
+    assert [one.digest for one in amd.layers[1:]] == [one.digest for one in arm.layers[1:]]
+    assert b"a program for linux/arm64" in b"".join(arm.layers[0].open())
+
+
+def test_the_image_that_was_not_started_says_so(warm: Memory) -> None:
+    built = warm.build(BOTH, "evaluate.max_drop=0.3", push=True)[TARGET]
+    amd, arm = pulled(warm, "amd64"), pulled(warm, "arm64")
+
+    assert built.started == "linux/amd64"
+    assert built.verdict == "passed"
+    assert amd.labels["dev.weightsmith.verdict"] == "passed"
+    assert "dev.weightsmith.tested.platform" not in amd.labels
+    assert arm.labels["dev.weightsmith.verdict"] == "not proven"
+    assert arm.labels["dev.weightsmith.tested.platform"] == "linux/amd64"
+
+    name = f"{warm.repository}:1.0.0-{TARGET}"
+    checks = verify_image(name, None, warm.client, Silent())["checks"]
+    gates = {row["check"]: row["found"] for row in checks if row["check"].endswith("gate")}
+    assert gates["linux/amd64 gate"].startswith("PASSED")
+    assert gates["linux/arm64 gate"].startswith("WARNED: not proven: it was not started")
+    shown = inspect_text(inspect_image(name, warm.client, DockerEngine(), "linux/arm64"))
+    assert "not started itself: the scores are those of the image for linux/amd64" in shown
+
+    image = warm.record()["image"]
+    assert image["started"] == "linux/amd64"
+    assert image["platforms"] == {"linux/amd64": amd.digest, "linux/arm64": arm.digest}
+    for page in ("report.html", "report.md"):
+        report = (warm.results() / page).read_text("utf-8")
+        assert "the image for linux/arm64 was not" in report.replace("\\", "")
+        assert arm.digest in report
+
+
+def test_only_another_platform_is_published_without_a_proof(warm: Memory) -> None:
+    built = warm.build("image.platforms=[linux/arm64]", push=True)[TARGET]
+
+    assert warm.journal.of("start") == []
+    assert (built.started, built.verdict) == ("", "not proven")
+    assert "the image is for linux/arm64: it was not started" in warm.progress.warnings
+    assert pulled(warm, "arm64").labels["dev.weightsmith.verdict"] == "not proven"
+    assert warm.record()["image"]["started"] == ""
+    assert "linux/arm64: not started" in (warm.results() / "report.html").read_text("utf-8")
+
+
+def test_one_platform_is_what_a_recipe_without_platforms_gives(warm: Memory) -> None:
+    first = warm.build(push=True)[TARGET].published.digest
+    assert warm.build("image.platforms=[linux/amd64]")[TARGET].published.digest == first
+
+
+def test_a_modelcar_is_for_both_too(warm: Memory) -> None:
+    warm.build(BOTH, "outputs=[image, modelcar]", push=True)
+
+    assert warm.journal.of("make")[-2:] == [
+        "make modelcar for linux/amd64", "make modelcar for linux/arm64",
+    ]  # fmt: skip
+    amd, arm = (pulled(warm, machine, "-modelcar") for machine in ("amd64", "arm64"))
+    assert {one.digest for one in amd.layers} & {one.digest for one in arm.layers}
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("vllm", "linux/arm64"),
+        (TARGET, "linux/s390x"),
+        (TARGET, "arm64"),
+        (TARGET, "linux/arm64/v8"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_any_work(
+    memory: Memory, target: str, wanted: str
+) -> None:
+    with pytest.raises(UsageError, match=f"not for {wanted}") as caught:
+        memory.build(f"image.platforms=[{wanted}]", targets=[target])
+    assert "llamacpp-* target, which is made for linux/amd64 and linux/arm64" in caught.value.hint
+    assert memory.jobs() == []
+
+    request = memory.request(f"image.platforms=[{wanted}]", targets=[target])
+    with pytest.raises(UsageError, match=f"not for {wanted}"):
+        forecast(request.file, request.targets, memory.dist, memory.tools)
+
+
+def test_the_plan_says_what_is_made_and_what_is_started(warm: Memory) -> None:
+    request = warm.request(BOTH)
+    before = forecast(request.file, request.targets, warm.dist, warm.tools)
+    assert before["platforms"] == {
+        TARGET: {
+            "linux/amd64": "started and tested on this machine",
+            "linux/arm64": "made, not started on this machine",
+        }
+    }
+    (row,) = (row for row in before["stages"] if row["stage"] == "base")
+    assert row["why"].startswith("llamacpp for linux/arm64 is made once")
+    assert "the image for linux/arm64 is made, not started on this machine" in table(before)
+
+    warm.build(BOTH)
+    after = forecast(request.file, request.targets, warm.dist, warm.tools)
+    (row,) = (row for row in after["stages"] if row["stage"] == "base")
+    assert (row["cached"], row["why"]) == (True, "")
+    json.dumps(after)

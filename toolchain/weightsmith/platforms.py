@@ -1,0 +1,20 @@
+"""The platforms that images are for: this machine's, and what compilers call their machines."""
+
+from __future__ import annotations
+
+import platform
+
+_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+"""The compilers' and the kernel's name of a machine -> the images'."""
+
+
+def host_platform() -> str:
+    """Return this machine's platform, such as `linux/amd64`; images are always for Linux."""
+    machine = platform.machine().lower()
+    return f"linux/{_ARCHITECTURES.get(machine, machine)}"
+
+
+def machine_of(wanted: str) -> str:
+    """Return what compilers and packages call a platform's machine, such as `aarch64`."""
+    own = wanted.partition("/")[2]
+    return next((name for name, other in _ARCHITECTURES.items() if other == own), own)
