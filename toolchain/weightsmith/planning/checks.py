@@ -257,8 +257,8 @@ def check_images(
         check_own(
             base_reference(target.engine, devices[target.name], settings.base), settings.platforms
         )
-    for kind in request.forms:
-        check_own(data_base(kind, ""), settings.platforms)
+        for kind in request.forms_of(target):
+            check_own(data_base(kind, ""), settings.platforms)
     for target in () if everything_cached(request, sources, tools) else request.targets:
         device = devices[target.name]
         chosen = base_reference(target.engine, device, request.file.recipe.image.base)
