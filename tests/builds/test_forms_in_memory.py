@@ -182,6 +182,25 @@ def test_what_ollama_does_not_take_is_refused_before_any_work(
     assert memory.jobs() == []
 
 
+def test_a_volume_has_manifests_that_pin_it(warm: Memory) -> None:
+    built = warm.build("outputs=[image, volume]", push=True)[TARGET]
+    folder = warm.results() / "volume"
+
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "inferenceservice.yaml", "kubernetes.yaml",
+    ]  # fmt: skip
+    pinned = f"{warm.repository}:{TAG}-volume@{built.forms['volume'].digest}"
+    for path in folder.iterdir():
+        assert pinned in path.read_text()
+    assert "ghcr.io/ggml-org/llama.cpp:server-" in (folder / "kubernetes.yaml").read_text()
+
+
+def test_an_engine_without_an_image_of_its_own_has_no_manifests(memory: Memory) -> None:
+    memory.build("outputs=[image, volume]", targets=("vllm",), layout=memory.folder / "own")
+    assert not (memory.results("vllm") / "volume").exists()
+    assert any("no manifests for the volume" in text for _, text in memory.progress.lines)
+
+
 def test_a_form_that_nobody_knows_is_refused(warm: Memory) -> None:
     with pytest.raises(UsageError, match="outputs"):
         warm.build("outputs=[image, floppy]")

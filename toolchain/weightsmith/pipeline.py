@@ -30,6 +30,7 @@ from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.tasks import probes, tasks_of
+from weightsmith.planning.volumes import FOLDER, volume_files
 from weightsmith.provenance.labels import reference as name_of
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.quantizers import formats
@@ -119,6 +120,7 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
             # What is published is recorded, whatever happens to its other forms.
             record.keep(published, {}, results, timed.stages)
         found = forms(request, target, others, tools)
+        write_volume(request, target, config, made[0].inputs, found, tools)
         if uploaded := on_hub(request, target, artifact, tools):
             found = {**found, "hub": timed.take(uploaded)}
         warn_of(results, tools)
@@ -281,6 +283,27 @@ def forms(
             text = modelfile(str(place or name), one[0].inputs.context)
             write_files({"Modelfile": text}, folder)
     return found
+
+
+def write_volume(
+    request: BuildRequest,
+    target: Target,
+    config: ServingConfig,
+    image: ImageInputs,
+    found: Mapping[str, Form],
+    tools: Tools,
+) -> None:
+    """Write the manifests of a target's image of weights, if there is one."""
+    if (volume := found.get("volume")) is None:
+        return
+    name = f"{name_of(request.file.recipe, target.name)}-volume@{volume.digest}"
+    if files := volume_files(request, target, config, image, name):
+        write_files(files, request.folder(target) / FOLDER)
+    else:
+        tools.progress.note(
+            f"{target.name}: no manifests for the volume, because {target.engine.title} has no "
+            f"image of its own for {config.plan.device} in a registry; image.base names one"
+        )
 
 
 def on_hub(

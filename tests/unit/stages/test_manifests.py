@@ -12,18 +12,20 @@ import pytest
 import yaml
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.stages.render import render
+from weightsmith.stages.render import render, render_volume
 from weightsmith.values import Digest
 
 from tests.fakes.configs import LLAMA_8B, facts
 
-# What our documents use of serving.kserve.io/v1beta1 and v1alpha1, KServe at aaac4e29 (August
+# What our documents use of serving.kserve.io/v1beta1 and v1alpha2, KServe at aaac4e29 (August
 # 2026), config/crd/full: names and types, nothing else allowed. Pods are held against Kubernetes.
 KSERVE = json.loads(Path(__file__).with_name("kserve.schema.json").read_text("utf-8"))
 # The same of vLLM's production-stack chart at a6c01db0, helm/values.schema.json.
 PRODUCTION_STACK = json.loads(
     Path(__file__).with_name("production-stack.schema.json").read_text("utf-8")
 )
+# The same of llm-d's modelservice chart at 3051935e, values.yaml and templates/.
+LLM_D = json.loads(Path(__file__).with_name("llm-d.schema.json").read_text("utf-8"))
 # The oldest and the newest release that are looked after when this is written, and between.
 KUBERNETES = ("1.33", "1.35", "1.37")
 
@@ -143,6 +145,74 @@ def test_only_vllm_has_values_for_vllms_chart(config):
     assert ("production-stack.yaml" in config.files["README.md"]) == config.target.startswith(
         "vllm"
     )
+
+
+VOLUME = f"registry.example.com:5000/ml/support:1.0-vllm-volume@{Digest.of(b'weights')}"
+ENGINE = f"registry.example.com:5000/engines/stock@{Digest.of(b'engine')}"
+
+
+@pytest.fixture
+def beside(config):
+    """A target's manifests of an image of weights, parsed, by file name."""
+    engine = all_targets()[config.target].engine
+    found = render_volume(
+        config, engine, "support", "1.0.0", volume=VOLUME, engine_image=ENGINE, merged=True
+    )
+    return {name: list(yaml.safe_load_all(text)) for name, text in found.items()}
+
+
+@pytest.mark.parametrize("version", ["1.33", "1.35", "1.37"])
+def test_kubernetes_takes_weights_beside_an_engine(config, beside, version):
+    *settings, deployment, service = beside["kubernetes.yaml"]
+    for document in (*settings, deployment, service):
+        kubernetes_validate.validate(document, version, strict=True)
+
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == ENGINE
+    assert container["command"] == [*config.entrypoint, *config.command]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes["weights"]["image"] == {"reference": VOLUME, "pullPolicy": "IfNotPresent"}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    assert mounts["/models"] == {
+        "name": "weights", "mountPath": "/models", "subPath": "models", "readOnly": True,
+    }  # fmt: skip
+    names = [entry["name"] for entry in container["env"]]
+    assert len(names) == len(set(names))
+    # Every file that the command names is there, with the same text as in the image.
+    for path in (word for word in config.command if word in config.image_files):
+        (document,) = settings
+        assert document["data"][mounts[path]["subPath"]] == config.image_files[path]
+        assert volumes["settings"]["configMap"]["name"] == document["metadata"]["name"]
+
+
+def test_kserve_mounts_weights_beside_an_engine(config, beside):
+    *_, service = beside["inferenceservice.yaml"]
+    jsonschema.validate(service, KSERVE["InferenceService"])
+    predictor = service["spec"]["predictor"]
+    assert predictor["storageUris"] == [{"uri": f"oci+native://{VOLUME}", "mountPath": "/models"}]
+    (container,) = predictor["containers"]
+    assert "/models" not in [mount["mountPath"] for mount in container["volumeMounts"]]
+
+
+def test_vllms_weights_have_two_more_manifests(config, beside):
+    more = {"llminferenceservice.yaml", "llm-d-values.yaml"}
+    expected = config.target.startswith("vllm") and config.plan.gpus > 0
+    assert more & beside.keys() == (more if expected else set())
+    if not expected:
+        return
+    (service,) = beside["llminferenceservice.yaml"]
+    jsonschema.validate(service, KSERVE["LLMInferenceService"])
+    assert service["spec"]["model"] == {"uri": f"oci+native://{VOLUME}", "name": "support"}
+    (values,) = beside["llm-d-values.yaml"]
+    jsonschema.validate(values, LLM_D)
+    (container,) = values["decode"]["containers"]
+    assert values["modelArtifacts"]["uri"] == f"oci://{VOLUME}"
+    # The chart mounts the whole image there, and the model is in its folder models.
+    assert container["args"][0] == f"{values['modelArtifacts']['mountPath']}/models"
+    words = container["args"]
+    assert words[words.index("--max-model-len") + 1] == str(config.plan.max_model_len)
+    assert values["decode"]["parallelism"]["tensor"] == config.plan.gpus
 
 
 def compose():

@@ -80,6 +80,8 @@ class EngineBase:
     """Upstream reference, pinned by `images/bases.lock`."""
     rocm: str = ""
     """The same for AMD's GPUs."""
+    stock_cpu: str = ""
+    """Upstream's own image for CPUs, to run beside a volume of weights; empty if there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

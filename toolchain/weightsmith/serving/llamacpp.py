@@ -10,6 +10,7 @@ from weightsmith.serving.llamacpp_plan import plan
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 
+CPU_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-b11434"
 CUDA_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434"
 """Upstream's CUDA build; images/bases.lock has its digest."""
 
@@ -51,7 +52,7 @@ ENGINE = Engine(
     name="llamacpp",
     title="llama.cpp's server",
     accepts=frozenset({"gguf", "lora"}),
-    base=EngineBase(cpu="engine:llamacpp", gpu=CUDA_IMAGE),
+    base=EngineBase(cpu="engine:llamacpp", gpu=CUDA_IMAGE, stock_cpu=CPU_IMAGE),
     port=_PORT,
     health_path="/health",
     plan=plan,

@@ -102,6 +102,61 @@ def render(
     )
 
 
+def render_volume(
+    config: ServingConfig,
+    engine: Engine,
+    name: str,
+    version: str,
+    *,
+    volume: str,
+    engine_image: str,
+    merged: bool,
+) -> dict[str, str]:
+    """Return manifests that mount an image of weights beside the engine's own image.
+
+    `volume` is the image of weights, by digest. `config` is the tested image's: the same program,
+    settings and memory. Adapters beside their base (not `merged`) have fewer manifests.
+    """
+    plan, weights = config.plan, config.env.get("LLAMA_ARG_MODEL", "")
+    served = ServedModel(
+        path=weights or engine.model_dir,
+        name=config.served_name,
+        startup_seconds=startup_seconds(plan.weight_bytes),
+    )
+    settings = engine.file_settings(plan, served)
+    inside = sorted(path for path in config.image_files if path in config.command)
+    facts = {
+        "name": name,
+        "version": version,
+        "volume": volume,
+        "image": volume,
+        "engine_image": engine_image,
+        "env": {
+            key: value
+            for key, value in config.env.items()
+            if key not in (engine.threads_variable, engine.key_variable)
+        },
+        "model_dir": engine.model_dir,
+        "model_path": served.path,
+        "served_name": config.served_name,
+        "startup_seconds": served.startup_seconds,
+        "settings": [
+            {"path": path, "key": path.rpartition("/")[2], "text": config.image_files[path]}
+            for path in inside
+        ],
+        "server_arguments": _as_arguments(
+            {key: value for key, value in settings.items() if key != "model"}
+        ),
+        **_engine_facts(engine, plan, served),
+        "start_command": [*config.entrypoint, *config.command],
+    }
+    own = templates() / f"volume-{engine.name}"
+    folders = [templates() / "volume", *([own] if merged and plan.gpus and own.is_dir() else [])]
+    environment = _environment((*folders, templates() / "deploy"))
+    names = sorted(path.name for folder in folders for path in folder.glob("*.j2"))
+    return {name.removesuffix(".j2"): _one(environment, name, facts) for name in names}
+
+
 def render_unplanned(
     target: Target, name: str, model_file: str, weight_bytes: int
 ) -> ServingConfig:

@@ -1,0 +1,142 @@
+"""Every form of a model, pulled from a registry by a client that is not ours, and served."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.files import folder_beside
+from weightsmith.wiring import cache_folder
+
+from tests.fakes.debian_registry import real_registry
+from tests.fakes.started import free_port, started, weightsmith
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
+KINDS = ("volume", "modelpack", "modelpack-tar", "ollama")
+KSERVE = ("kserve-storage==0.21.0", "oras==0.2.42")
+pytestmark = [
+    pytest.mark.builders,
+    pytest.mark.registry,
+    pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is missing"),
+]
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pulled")
+    words = ("--model", TINY, "--format", "q8_0", "--out", folder / "model", "--runner", "local")
+    return Path(weightsmith("quantize", *words)["files"][0])
+
+
+@pytest.fixture(scope="module")
+def host(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry with the model in every form, under its kind as tag."""
+    with real_registry(tmp_path_factory.mktemp("registry")) as found:
+        for kind in KINDS:
+            weightsmith(
+                "bake", "--model", gguf, "--target", "llamacpp-q8_0", "--kind", kind,
+                "--push", f"{found}/team/bot:{kind}",
+            )  # fmt: skip
+        yield found
+
+
+@pytest.fixture(scope="session")
+def kserve() -> Path:
+    """Python with KServe's own downloader: without clients of clouds, which it does not need."""
+    folder = cache_folder() / "readers" / KSERVE[0]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder_beside(folder) as partial:
+            subprocess.run([sys.executable, "-m", "venv", partial], check=True)
+            pip = [partial / "bin" / "python", "-m", "pip", "install", "--quiet"]
+            subprocess.run([*pip, "--no-deps", KSERVE[0]], check=True)
+            subprocess.run([*pip, KSERVE[1], "requests", "certifi", "pyyaml"], check=True)
+            partial.rename(folder)
+    return folder / "bin" / "python"
+
+
+def answer(file: Path, log: Path) -> str:
+    """Return what llama.cpp's server says with a file."""
+    port = free_port()
+    program = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"
+    words = ["--model", str(file), "--port", str(port), "--no-ui", "-np", "1", "-c", "256"]
+    body = {"prompt": [5, 6, 7, 8], "n_predict": 8, "temperature": 0, "ignore_eos": True}
+    with started([program, *words], dict(os.environ), port, log) as client:
+        reply: httpx.Response = client.post("/completion", json=body)
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["content"])
+
+
+@pytest.fixture(scope="module")
+def expected(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    said = answer(gguf, tmp_path_factory.mktemp("log") / "server.log")
+    assert said
+    return said
+
+
+def by_kserve(host: str, folder: Path, kserve: Path) -> Path:
+    code = (
+        "import sys; from kserve_storage import Storage; "
+        "Storage._download_oci(sys.argv[1], sys.argv[2])"
+    )
+    environment = {"PATH": os.environ["PATH"], "KSERVE_OCI_INSECURE_REGISTRY": "true"}
+    words = [kserve, "-c", code, f"oci://{host}/team/bot:volume", folder]
+    subprocess.run(words, check=True, env=environment)
+    return folder
+
+
+def by_oras(host: str, folder: Path, _: Path) -> Path:
+    words = ["oras", "pull", "--plain-http", f"{host}/team/bot:modelpack", "-o", folder]
+    subprocess.run(words, check=True, capture_output=True)
+    return folder
+
+
+def by_tar(host: str, folder: Path, _: Path) -> Path:
+    """As readers of ModelPacks unpack an archive: a blob by its digest, and tar."""
+    address = f"http://{host}/v2/team/bot"
+    accept = {"Accept": "application/vnd.oci.image.manifest.v1+json"}
+    manifest = httpx.get(f"{address}/manifests/modelpack-tar", headers=accept).json()
+    folder.mkdir()
+    for row in manifest["layers"]:
+        assert row["mediaType"].endswith(".tar")
+        data = httpx.get(f"{address}/blobs/{row['digest']}").content
+        subprocess.run(["tar", "-x", "-C", folder], input=data, check=True)
+    return folder / "models"
+
+
+def by_ollama(host: str, folder: Path, _: Path) -> Path:
+    """As ollama pulls: one manifest type, and the layer whose type is a model."""
+    address = f"http://{host}/v2/team/bot"
+    accept = {"Accept": "application/vnd.docker.distribution.manifest.v2+json"}
+    reply = httpx.get(f"{address}/manifests/ollama", headers=accept)
+    assert reply.headers["content-type"] == accept["Accept"]
+    kinds = {row["mediaType"]: row["digest"] for row in json.loads(reply.text)["layers"]}
+    digest = kinds["application/vnd.ollama.image.model"]
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(httpx.get(f"{address}/blobs/{digest}").content)
+    return folder
+
+
+@pytest.mark.parametrize("pull", [by_kserve, by_oras, by_tar, by_ollama])
+def test_a_pulled_model_is_served(
+    pull: Callable[[str, Path, Path], Path],
+    host: str,
+    gguf: Path,
+    expected: str,
+    kserve: Path,
+    tmp_path: Path,
+) -> None:
+    if pull is by_oras and not shutil.which("oras"):
+        pytest.skip("oras is not installed")
+    (file,) = pull(host, tmp_path / "model", kserve).rglob("*.gguf")
+
+    assert file.read_bytes() == gguf.read_bytes()
+    assert answer(file, tmp_path / "server.log") == expected
