@@ -24,8 +24,8 @@ def test_what_happens_in_which_order(memory: Memory) -> None:
         "send",  # an upload opened and given up: is pushing allowed?
         "stage resolve",
         "stage merge", "job merge",
-        "stage validate", "job validate",
-        "stage reference", "job reference",
+        "stage validate", "job proof",
+        "stage reference",
         "stage quantize", "job quantize",
         "stage quality", "job quality",
         "stage render",

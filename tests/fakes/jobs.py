@@ -67,6 +67,10 @@ class Bench:
             "merge": STAGES["merge"],
             "validate": lambda job, report: self.valid,
             "reference": self._reference,
+            "proof": lambda job, report: {
+                "validation": self.valid,
+                **self._reference(job.reference, report),
+            },
             "quantize": self._quantize,
             "quality": lambda job, report: self.quality,
             "export-engine": self._export_engine,

@@ -21,7 +21,7 @@ from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.hub_upload import HubWriter
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.user_program import run_command
-from weightsmith.jobs import Job, ReferenceJob
+from weightsmith.jobs import Job, ProofJob, ReferenceJob
 from weightsmith.oci.registry import Registry
 from weightsmith.pipeline import build
 from weightsmith.planning.request import BuildRequest
@@ -258,6 +258,8 @@ class Memory:
 
 
 def _names(job: Job) -> list[str]:
+    if isinstance(job, ProofJob):
+        return [*_names(job.validation), *_names(job.reference)]
     if isinstance(job, ReferenceJob):
         return [f"reference {one.name}" for one in job.asked]
     return [job.kind]

@@ -18,6 +18,7 @@ from weightsmith.jobs import (
     Job,
     MergeJob,
     Mixture,
+    ProofJob,
     QualityJob,
     QuantizeJob,
     Question,
@@ -101,6 +102,28 @@ JOBS = (
         virtual=Virtual(base=KNOWN, adapters=(UNKNOWN, KNOWN), weights=(1.0, 0.5), options=OPTIONS),
     ),
     ExportEngineJob(**ENVELOPE),
+    ProofJob(
+        **ENVELOPE,
+        validation=ValidateJob(
+            **ENVELOPE,
+            base=KNOWN,
+            merged=UNKNOWN,
+            adapters=(KNOWN,),
+            weights=(1.0,),
+            chats=(CHAT,),
+            scope="all",
+            mixture=None,
+        ),
+        reference=ReferenceJob(
+            **ENVELOPE,
+            models=(KNOWN, UNKNOWN),
+            adapters=(KNOWN,),
+            asked=(AskedModel(name="a", model=1),),
+            questions=(Question(messages=CHAT),),
+            max_tokens=8,
+            choose=False,
+        ),
+    ),
     EchoJob(**ENVELOPE, text=UNKNOWN, try_to_write=("/x",), targets={"port": 1}),
 )
 

@@ -120,7 +120,10 @@ class Job:
         """Return the same job with inputs and output at other paths, such as a builder's."""
         moved: dict[str, Any] = {}
         for each in fields(self):
-            if found := tuple(inputs[name] for name, _ in self._given(each.name)):
+            if isinstance(job := getattr(self, each.name), Job):
+                mine = {name: inputs[f"{each.name}_{name}"] for name in job.inputs}
+                moved[each.name] = job.at(mine, output)
+            elif found := tuple(inputs[name] for name, _ in self._given(each.name)):
                 several = isinstance(getattr(self, each.name), tuple)
                 moved[each.name] = found if several else found[0]
         virtual = self.virtual.at(inputs) if self.virtual else None
@@ -129,7 +132,9 @@ class Job:
     def _given(self, name: str) -> Iterator[tuple[str, Input]]:
         """Yield the inputs of one field with their names."""
         value = getattr(self, name)
-        if isinstance(value, Input):
+        if isinstance(value, Job):
+            yield from ((f"{name}_{inner}", each) for inner, each in value.inputs.items())
+        elif isinstance(value, Input):
             yield name, value
         elif isinstance(value, tuple):
             numbered = ((f"{name.removesuffix('s')}{i}", each) for i, each in enumerate(value))
@@ -239,6 +244,15 @@ class ReferenceJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProofJob(Job):
+    """Run a reference job and a validation in one process, the second with the first's answers."""
+
+    kind = "proof"
+    reference: ReferenceJob
+    validation: ValidateJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ImportGgufJob(Job):
     """Convert a GGUF file to a checkpoint."""
 
@@ -318,6 +332,7 @@ _KINDS: Mapping[str, type[Job]] = {
         MergeJob,
         ValidateJob,
         ReferenceJob,
+        ProofJob,
         ImportGgufJob,
         QuantizeJob,
         ConvertAdapterJob,

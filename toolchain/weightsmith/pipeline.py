@@ -47,11 +47,12 @@ from weightsmith.stages.publish import candidate, publish
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import quantize
 from weightsmith.stages.record import is_written, layers_in, write_files
-from weightsmith.stages.reference import reference
+from weightsmith.stages.reference import next_job, reference
 from weightsmith.stages.report import model_card
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
 from weightsmith.stages.upload import check_place, upload
 from weightsmith.stages.validate import validate
+from weightsmith.together import Together
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
 from weightsmith.values import (
@@ -95,8 +96,10 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     merged = sources_to_merge(request.targets, sources)
     files = needs_files(request.targets)
     checkpoint = clock.take(merge(merged, recipe.merge, store, tools, files=files))
-    validation = validated(request, merged, checkpoint, clock)
-    expected = clock.take(reference(tasks, sources, checkpoint, store, tools))
+    following = next_job(tasks, sources, checkpoint, store, tools)
+    proving = replace(tools, runner=Together(tools.runner, following))
+    validation = validated(request, merged, checkpoint, replace(clock, tools=proving))
+    expected = clock.take(reference(tasks, sources, checkpoint, store, proving))
     begun = Record(request, sources, checkpoint, tools, validation)
     judge(begun, expected, clock.stages)
     for target in request.targets:

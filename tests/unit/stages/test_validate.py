@@ -145,7 +145,7 @@ def test_a_wrong_merge_ends_the_build(
 
     kept = tmp_path / "dist" / "tiny-capitals" / "1.0.0" / "refused" / "build.json"
     record = json.loads(kept.read_text())["validation"]
-    assert [job.kind for job in tools.runner.jobs] == ["merge", "validate"]
+    assert [job.kind for job in tools.runner.jobs] == ["merge", "proof"]
     assert "report: " in caught.value.hint
     assert (kept.parent / "report.html").is_file()
     assert record["elements"]["wrong"] == 1
@@ -166,7 +166,10 @@ def test_a_record_says_whether_jobs_had_the_network(
         tmp_path,
         {
             "merge": lambda job, report: {**STAGES["merge"](job, report), **result},
-            "validate": lambda job, report: {**GOOD, "passed": False, "findings": [BAD]},
+            "proof": lambda job, report: {
+                "validation": {**GOOD, "passed": False, "findings": [BAD]},
+                "answers": {},
+            },
         },
     )
     tools.runner.networked = when == "now"

@@ -5,26 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from weightsmith.forward.computed import Computed
 from weightsmith.forward.device import OnDevice
+from weightsmith.forward.products import Matrix, Products
 
 T = TypeVar("T")
-Matrix: TypeAlias = torch.Tensor | Computed
 Key = tuple[int, int]
 """The weight's position in the order in which the model uses it, and the checkpoint's number."""
-
-_TILE = 128
-"""Rows of a matrix that are converted and multiplied at a time, so that they fit a CPU's cache."""
-_WIDE_TILE = 512
-"""The same if many inputs share the tile, which makes its conversion relatively cheap."""
-_MANY = 160
 
 
 @dataclass(slots=True)
@@ -49,17 +41,12 @@ class Meeting:
     """Runs each view in its own thread; when all of them wait, one multiplies for all.
 
     It takes the first requested matrix in the model's order, for all views that need it, so that it
-    is read once. Tiles are spread over the CPUs by plain threads: OpenMP's barriers wait for a
-    thread that was preempted, which on a busy machine makes products many times slower. On another
-    device, `products` multiplies; the views themselves stay on the CPU.
+    is read once. On another device, `products` multiplies; the views themselves stay on the CPU.
     """
 
     def __init__(self, cpus: int = 0, products: OnDevice | None = None) -> None:
         self._products = products
-        self._cpus = cpus or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(
-            max(1, self._cpus - 1), initializer=torch.set_num_threads, initargs=(1,)
-        )
+        self._cpus = Products(cpus or len(os.sched_getaffinity(0)))
         self._changed = threading.Condition()
         self._waiting: dict[Key, list[_Request]] = {}
         self._running = 0
@@ -98,6 +85,7 @@ class Meeting:
             for thread in threads:
                 thread.join()
             raise
+        self._cpus.close()
         if errors:
             raise errors[0]
         return found
@@ -169,7 +157,7 @@ class Meeting:
             rows = torch.cat([request.inputs for request in requests])
         product = self._on_device(rows, matrix)
         if product is None:
-            product = self._on_cpus(rows, matrix)
+            product = self._cpus.multiply(rows, matrix)
         parts = torch.split(product, [len(request.inputs) for request in requests])
         for request, part in zip(requests, parts, strict=True):
             request.output = part
@@ -183,22 +171,3 @@ class Meeting:
         except RuntimeError:  # most often another program has taken the device's memory
             self._products = None
             return None
-
-    def _on_cpus(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """Return rows times the matrix transposed, a share of its tiles on each CPU."""
-        output = torch.empty((len(rows), len(matrix)))
-        step = _WIDE_TILE if len(rows) > _MANY else _TILE
-        starts = range(0, len(matrix), step)
-        shares = min(self._cpus, len(starts))
-
-        def work(share: int) -> None:
-            with torch.inference_mode():
-                for start in starts[share::shares]:
-                    tile = matrix[start : start + step].float()
-                    torch.mm(rows, tile.T, out=output[:, start : start + step])
-
-        others = [self._pool.submit(work, share) for share in range(1, shares)]
-        work(0)
-        for other in others:
-            other.result()
-        return output

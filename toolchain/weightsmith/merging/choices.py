@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from weightsmith.forward.heads import some_logits
+from weightsmith.forward.libraries import stay_offline
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.jobs import Question
@@ -18,7 +19,6 @@ from weightsmith.merging.reference import (
     Subject,
     prompt_tokens,
     speaker,
-    stay_offline,
 )
 
 

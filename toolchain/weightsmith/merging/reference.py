@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
+from weightsmith.forward.libraries import stay_offline
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import IncompatibleAdapters
 from weightsmith.forward.views import view
@@ -94,6 +94,29 @@ def answers(
     *,
     batch_bytes: int = 0,
 ) -> dict[str, list[dict[str, Json]]]:
+    """Return one greedy answer per item of each subject, in order; see `answered`."""
+    found = answered(subjects, items, max_tokens, progress, batch_bytes=batch_bytes)
+    return {name: one.rows for name, one in found.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """One subject's answers."""
+
+    rows: list[dict[str, Json]]
+    """Per item; `answered` says what each has."""
+    texts: tuple[tuple[Sequence[int], Sequence[int]], ...]
+    """Per item, the tokens that were asked and those of the answer."""
+
+
+def answered(
+    subjects: Mapping[str, Subject],
+    items: Sequence[Sequence[Message]],
+    max_tokens: int,
+    progress: Progress | None = None,
+    *,
+    batch_bytes: int = 0,
+) -> dict[str, Answered]:
     """Return one greedy answer per item of each subject, in order, from local files only.
 
     Each has `answer`; `finish_reason`: `stop` if the model ended it, `length` if it was cut off;
@@ -122,7 +145,13 @@ def answers(
         chosen = {name: subjects[name] for name in names}
         ask = {name: partial(_greedy, asked[name].questions, count) for name in names}
         found |= walk(chosen, ask) if names else {}
-    return {name: _texts(asked[name], found[name]) for name in subjects}
+    return {
+        name: Answered(
+            rows=_texts(asked[name], found[name]),
+            texts=tuple(zip(asked[name].questions.prompts, found[name].tokens, strict=True)),
+        )
+        for name in subjects
+    }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -182,11 +211,6 @@ def _token_ends(tokenizer: Any, row: Sequence[int]) -> list[int]:
     """Return how many characters of the answer each token completes."""
     starts = [row[:count] for count in range(1, len(row) + 1)]
     return [len(text) for text in tokenizer.batch_decode(starts, skip_special_tokens=True)]
-
-
-def stay_offline() -> None:
-    """Keep libraries off the network, regardless of the environment."""
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 def speaker(subject: Subject) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from typing import Any
 
 from weightsmith.checkpoints.templates import render_chat
 from weightsmith.errors import InputRefused
+from weightsmith.forward.libraries import stay_offline
 from weightsmith.time_limits import doing
 from weightsmith.values import Json
 
 _FILE = "tokenizer.json"
 _HINT = "write the calibration conversations in the form that the chat template expects"
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
@@ -64,7 +63,7 @@ def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
 
 def load_tokenizer(model: Path) -> Any:
     """Return a checkpoint's tokenizer, from local files only."""
-    os.environ.update(_OFFLINE)
+    stay_offline()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
@@ -78,7 +77,7 @@ def _renderer(model: Path) -> Any:
     """
     if not (model / _FILE).is_file():
         return load_tokenizer(model)
-    os.environ.update(_OFFLINE)
+    stay_offline()
     from transformers import PreTrainedTokenizerFast
 
     found = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.facts import read_facts
-from weightsmith.destinations import Documents, InStore
+from weightsmith.destinations import Documents, Inputs, InStore
 from weightsmith.errors import InputRefused
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged
@@ -121,17 +122,16 @@ def answers(
 
     One job computes all answers that are not cached; it reads each weight once for all subjects.
     """
-    made: dict[str, Json] = {}
+    missing = _missing(asked, task, to)
+    known = _known(asked, missing, task, to)
+    made = _run(_job(missing, known, task, tools), tools) if missing else {}
+    for name, one in missing.items():
+        to.document(partial(inputs, one, task), _ANSWERS, partial(_answered, made[name]))
+    return {name: task.answers_of(known.get(name) or made[name]) for name in asked}
 
-    def found(name: str) -> tuple[Json, ...]:
-        key = partial(inputs, asked[name], task)
-        return tuple(to.document(key, _ANSWERS, lambda _: made[name]).value)
 
-    missing = {n: one for n, one in asked.items() if not to.find(partial(inputs, one, task))}
-    known = {name: found(name) for name in asked if name not in missing}
-    if missing:
-        made |= _run(missing, known, task, tools)
-    return {name: task.answers_of(known.get(name) or found(name)) for name in asked}
+def _answered(rows: Json, _: Path) -> Json:
+    return rows
 
 
 def walk_of(asked: Mapping[str, Subject], task: Task) -> Walk:
@@ -169,49 +169,88 @@ def _batch_bytes(asked: Mapping[str, Subject], task: Task, budget: int) -> int:
     return batch_bytes(shape, walk_of(asked, task), budget)
 
 
-def _run(
+def next_job(
+    tasks: Sequence[RecipeTask],
+    sources: Sources,
+    checkpoint: Checkpoint,
+    to: Documents,
+    tools: Tools,
+) -> ReferenceJob | None:
+    """Return the job that `reference` would run first; None if all answers are known."""
+    for task in tasks:
+        asked = _subjects(task, sources, checkpoint)
+        if missing := _missing(asked, task.task, to):
+            return _job(missing, _known(asked, missing, task.task, to), task.task, tools)
+    return None
+
+
+def _missing(asked: Mapping[str, Subject], task: Task, to: Documents) -> Mapping[str, Subject]:
+    """Return the subjects whose answers are not stored."""
+    return {name: one for name, one in asked.items() if not to.find(partial(inputs, one, task))}
+
+
+def _known(
+    asked: Mapping[str, Subject], missing: Mapping[str, Subject], task: Task, to: Documents
+) -> Mapping[str, Sequence[Json]]:
+    """Return the answers that are stored."""
+    return {
+        name: _stored(to, partial(inputs, one, task))
+        for name, one in asked.items()
+        if name not in missing
+    }
+
+
+def _stored(to: Documents, key: Inputs) -> tuple[Json, ...]:
+    def gone(_: Path) -> Json:
+        raise AssertionError("answers vanished from the store")
+
+    return tuple(to.document(key, _ANSWERS, gone).value)
+
+
+def _run(job: ReferenceJob, tools: Tools) -> Mapping[str, Json]:
+    with tools.scratch() as folder:
+        tools.runner.prepare(BUILDER, tools.progress)
+        found: Mapping[str, Json] = tools.runner.run(replace(job, output=folder), tools.progress)
+        answers: Mapping[str, Json] = found["answers"]
+        return answers
+
+
+def _job(
     asked: Mapping[str, Subject],
     known: Mapping[str, Sequence[Json]],
     task: Task,
     tools: Tools,
-) -> Mapping[str, Json]:
+) -> ReferenceJob:
+    """Return the job for these subjects; whoever runs it sets its output."""
     models = {subject.model.digest: subject.checkpoint for subject in asked.values()}
     used = [a for one in asked.values() for a in (*one.adapters, *one.speakers)]
     adapters = {a.snapshot.digest: a.snapshot.tree for a in used}
     size = sum(model.tree.size for model in models.values())
-    with tools.scratch() as folder:
-        job = ReferenceJob(
-            builder=BUILDER,
-            models=tuple(map(Input.checkpoint, models.values())),
-            adapters=tuple(map(Input.tree, adapters.values())),
-            asked=tuple(
-                AskedModel(
-                    name=name,
-                    model=list(models).index(subject.model.digest),
-                    adapters=tuple(
-                        list(adapters).index(a.snapshot.digest) for a in subject.adapters
-                    ),
-                    weights=subject.factors,
-                    speakers=tuple(
-                        list(adapters).index(a.snapshot.digest) for a in subject.speakers
-                    ),
-                    **_draft(name, asked, known, task),
-                )
-                for name, subject in asked.items()
-            ),
-            questions=task.questions,
-            max_tokens=task.max_tokens,
-            choose=task.metric == "choice",
-            batch_bytes=_batch_bytes(asked, task, tools.memory.budget),
-            virtual=next((v for v in map(Virtual.of, models.values()) if v), None),
-            output=folder,
-            memory_bytes=(3 << 30) + 5 * size,
-            seconds=job_seconds(size, tokens=len(asked) * task.most_tokens),
-            use_gpu=True,
-        )
-        tools.runner.prepare(BUILDER, tools.progress)
-        found: Mapping[str, Json] = tools.runner.run(job, tools.progress)["answers"]
-        return found
+    return ReferenceJob(
+        builder=BUILDER,
+        models=tuple(map(Input.checkpoint, models.values())),
+        adapters=tuple(map(Input.tree, adapters.values())),
+        asked=tuple(
+            AskedModel(
+                name=name,
+                model=list(models).index(subject.model.digest),
+                adapters=tuple(list(adapters).index(a.snapshot.digest) for a in subject.adapters),
+                weights=subject.factors,
+                speakers=tuple(list(adapters).index(a.snapshot.digest) for a in subject.speakers),
+                **_draft(name, asked, known, task),
+            )
+            for name, subject in asked.items()
+        ),
+        questions=task.questions,
+        max_tokens=task.max_tokens,
+        choose=task.metric == "choice",
+        batch_bytes=_batch_bytes(asked, task, tools.memory.budget),
+        virtual=next((v for v in map(Virtual.of, models.values()) if v), None),
+        output=Path(),
+        memory_bytes=(3 << 30) + 5 * size,
+        seconds=job_seconds(size, tokens=len(asked) * task.most_tokens),
+        use_gpu=True,
+    )
 
 
 def _draft(

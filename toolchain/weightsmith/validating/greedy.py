@@ -35,6 +35,15 @@ def most_new(weights: Weights) -> int:
     return _FEW_NEW if count > _LARGE else _MOST_NEW
 
 
+def drafts(
+    probes: Sequence[Sequence[int]], known: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> dict[int, Sequence[int]]:
+    """Return probable texts by the probe's number: a probe is the end of a known question."""
+    ends = {tuple(asked[-most:]): answer for asked, answer in known for most in {*map(len, probes)}}
+    texts = {number: ends.get(tuple(probe), ()) for number, probe in enumerate(probes)}
+    return {number: text for number, text in texts.items() if text}
+
+
 def longer(probes: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Return the probes followed by the generated tokens except the last, which needs no logits."""
     return [[*probe, *text[:-1]] for probe, text in zip(probes, texts, strict=True)]

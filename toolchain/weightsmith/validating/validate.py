@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from weightsmith.errors import EnvironmentFailure, InputRefused, ran_out_of_memo
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Questions
 from weightsmith.forward.greedy import greedy as continuations
+from weightsmith.forward.libraries import stay_offline
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import IncompatibleAdapters, decoder_layers, skeleton
 from weightsmith.forward.views import require_finite
@@ -61,6 +61,8 @@ class Request:
     `files`, only files and tokenizer."""
     mixture: Mixture | None = None
     """With scope `rest`: how the method combines deltas, if that can be checked."""
+    drafts: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
+    """Questions, and what the merged model answers to them, in tokens: drafts, if it is known."""
 
 
 def validate(request: Request, progress: Progress | None = None) -> Validation:
@@ -79,7 +81,7 @@ def validate(request: Request, progress: Progress | None = None) -> Validation:
 
 def _validate(request: Request, progress: Progress) -> Validation:
     began = time.monotonic()
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    stay_offline()
     folders = [root for root, _ in request.adapters]
     findings = compare_files(request.base, folders, request.merged)
     expected = probes.expected_tokenizer(request.base, folders)
@@ -153,7 +155,7 @@ def _compare(
         findings.append(finding(ERROR, "tokenizer", message, "tokenizer.json"))
         return None
     most = probes.most_logits(len(ids), size)
-    texts = _texts(request.merged, ids, min(most, greedy.most_new(weights)), findings)
+    texts = _texts(request, ids, min(most, greedy.most_new(weights)), findings)
     batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
     sides = Sides(request=request, model=model, weights=weights, batch=batch)
     before = len(findings)
@@ -190,18 +192,20 @@ def _tell(findings: list[Finding], error: Exception) -> None:
 
 
 def _texts(
-    merged: Path, ids: list[list[int]], most: int, findings: list[Finding]
+    request: Request, ids: list[list[int]], most: int, findings: list[Finding]
 ) -> list[list[int]]:
     """Return the merged model's greedy tokens after each probe; [] if it cannot generate."""
-    ends = sorted(end_tokens(merged))
-    asked = Questions(prompts=ids, ends=ends, most=most, filler=min(ends, default=0))
+    ends = sorted(end_tokens(request.merged))
+    drafts = greedy.drafts(ids, request.drafts)
+    filler = min(ends, default=0)
+    asked = Questions(prompts=ids, ends=ends, most=most, filler=filler, drafts=drafts)
 
     def generate(model: Any, _: Meeting) -> list[list[int]]:
         model.get_output_embeddings().register_forward_hook(require_finite)
         return continuations(model, asked, lambda _: None).tokens
 
     try:
-        return walk({"": Merged(checkpoint=merged)}, {"": generate})[""]
+        return walk({"": Merged(checkpoint=request.merged)}, {"": generate})[""]
     except (*NOT_STREAMABLE, ValueError, IndexError, AssertionError, EnvironmentFailure) as error:
         if ran_out_of_memory(error):
             raise

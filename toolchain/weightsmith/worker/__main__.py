@@ -18,9 +18,10 @@ from weightsmith.errors import (
     of_open_files,
     ran_out_of_memory,
 )
+from weightsmith.forward.libraries import import_for_good
 from weightsmith.jobs import Job, out_of_memory, read_job
 from weightsmith.time_limits import tell_what_is_done
-from weightsmith.worker.jobs import STAGES
+from weightsmith.worker.jobs import LIBRARIES, STAGES
 from weightsmith.worker.virtual import computed
 from weightsmith.worker.wire import Wire, open_wire
 
@@ -30,6 +31,8 @@ PARENT_GONE = 130
 def run_job(job: Job, wire: Wire) -> int:
     """Run the job, send its result or error, and return the exit code."""
     try:
+        if job.kind in LIBRARIES:
+            import_for_good(*LIBRARIES[job.kind])
         with computed(job):
             result = STAGES[job.kind](job, wire.progress)
     except WeightsmithError as error:

@@ -8,8 +8,9 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from weightsmith.jobs import (
     ExportEngineJob,
     ImportGgufJob,
     MergeJob,
+    ProofJob,
     QualityJob,
     QuantizeJob,
     ReferenceJob,
@@ -34,7 +36,7 @@ from weightsmith.jobs import (
 )
 from weightsmith.values import Json, plain
 from weightsmith.worker.steps import forget_steps, run_steps
-from weightsmith.worker.virtual import described
+from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
 
 
@@ -140,11 +142,35 @@ def _tools() -> Path:
 
 
 def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
-    def tell(done: int, total: int) -> None:
-        report(done, total, "items")
+    """Return `answers`, of each subject."""
+    if job.choose:
+        choices: Any = importlib.import_module("weightsmith.merging.choices")
+        tell = partial(_report_items, report)
+        return {"answers": choices.likelihoods(_subjects(job), job.questions, tell)}
+    found = _answered(job, report)
+    return {"answers": plain({name: one.rows for name, one in found.items()})}
 
+
+def _report_items(report: Report, done: int, total: int) -> None:
+    report(done, total, "items")
+
+
+def _answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
     reference: Any = importlib.import_module("weightsmith.merging.reference")
-    subjects = {
+    chats = [question.messages for question in job.questions]
+    found: Mapping[str, Any] = reference.answered(
+        _subjects(job),
+        chats,
+        job.max_tokens,
+        partial(_report_items, report),
+        batch_bytes=job.batch_bytes,
+    )
+    return found
+
+
+def _subjects(job: ReferenceJob) -> Mapping[str, Any]:
+    reference: Any = importlib.import_module("weightsmith.merging.reference")
+    return {
         one.name: reference.Subject(
             model=job.models[one.model].path,
             adapters=tuple(
@@ -157,18 +183,31 @@ def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
         )
         for one in job.asked
     }
-    if job.choose:
-        choices: Any = importlib.import_module("weightsmith.merging.choices")
-        return {"answers": choices.likelihoods(subjects, job.questions, tell)}
-    chats = [question.messages for question in job.questions]
-    return {
-        "answers": plain(
-            reference.answers(subjects, chats, job.max_tokens, tell, batch_bytes=job.batch_bytes)
-        )
-    }
 
 
-def _validate(job: ValidateJob, report: Report) -> Mapping[str, Json]:
+def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
+    """Return `answers` and `validation`; no answers if a model cannot give any.
+
+    The reference stage then asks for them again, and says why there are none, but only if the
+    validation finds nothing wrong with the merged model.
+    """
+    asked, drafts = job.reference, ()
+    answers: Mapping[str, Json] = {}
+    try:
+        with computed(asked):
+            if asked.choose:
+                answers = _mapping(_reference(asked, report)["answers"])
+            else:
+                found = _answered(asked, report)
+                answers = _mapping({name: one.rows for name, one in found.items()})
+                drafts = found["merged"].texts if "merged" in found else ()
+    except (InputRefused, EnvironmentFailure) as error:
+        note(f"no reference answers: {error.message}")
+    with computed(job.validation):
+        return {"validation": _validate(job.validation, report, drafts), "answers": answers}
+
+
+def _validate(job: ValidateJob, report: Report, drafts: Sequence[Any] = ()) -> Mapping[str, Json]:
     module: Any = importlib.import_module("weightsmith.validating.validate")
     request = module.Request(
         base=job.base.path,
@@ -177,6 +216,7 @@ def _validate(job: ValidateJob, report: Report) -> Mapping[str, Json]:
         items=job.chats,
         scope=job.scope,
         mixture=job.mixture,
+        drafts=tuple(drafts),
     )
     found = module.validate(request, lambda done, total: report(done, total, "layers"))
     return _mapping(found.to_json())
@@ -253,9 +293,17 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     QuantizeJob.kind: _quantize,
     ConvertAdapterJob.kind: _convert_adapter,
     ReferenceJob.kind: _reference,
+    ProofJob.kind: _prove,
     ValidateJob.kind: _validate,
     QualityJob.kind: _quality,
     ExportEngineJob.kind: _export_engine,
     EchoJob.kind: _echo,
 }
 """Kind of job -> function; each imports what it needs when it is called."""
+LIBRARIES: Mapping[str, tuple[str, ...]] = {
+    ReferenceJob.kind: ("peft",),
+    ProofJob.kind: ("peft",),
+    ValidateJob.kind: ("peft",),
+    QualityJob.kind: (),
+}
+"""Kinds of jobs that run models -> what they need beside torch and transformers."""

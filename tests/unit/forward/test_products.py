@@ -1,0 +1,67 @@
+"""Products on the CPUs: the numbers, whichever library multiplies, and errors of a share."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from weightsmith.forward import products as module
+from weightsmith.forward.products import Products
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 3), (5, 256, 8), (200, 700, 33)])
+def test_products_are_those_of_float64(
+    cpus: int, dtype: torch.dtype, n: int, rows: int, columns: int
+) -> None:
+    torch.manual_seed(0)
+    inputs, matrix = torch.randn(n, columns), torch.randn(rows, columns).to(dtype)
+    products = Products(cpus)
+
+    found = products.multiply(inputs, matrix)
+
+    products.close()
+    assert found.dtype == torch.float32
+    right = inputs.double() @ matrix.double().T
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-5)
+
+
+def test_both_libraries_multiply_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rows, tile = torch.randn(33, 64), torch.randn(256, 64)
+    first = module.best_product()(rows, tile)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+
+    torch.testing.assert_close(module.best_product()(rows, tile), first)
+
+
+def test_an_error_of_any_share_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, products = threading.current_thread(), Products(2)
+
+    def fail(rows: torch.Tensor, tile: torch.Tensor) -> Any:
+        if threading.current_thread() is not mine:
+            raise MemoryError("another thread's")
+        return torch.mm(rows, tile.T)
+
+    monkeypatch.setattr(module, "_product", fail)
+    with pytest.raises(MemoryError, match="another"):
+        products.multiply(torch.ones(1, 2), torch.ones(1000, 2))
+    products.close()
+
+
+def test_threads_end_with_their_products() -> None:
+    before, products = threading.active_count(), Products(3)
+    products.multiply(torch.ones(1, 2), torch.ones(1000, 2))
+    started = [t for t in threading.enumerate() if t.name.startswith("product-")]
+
+    products.close()
+    for thread in started:
+        thread.join(60)
+
+    assert len(started) == 2
+    assert threading.active_count() == before

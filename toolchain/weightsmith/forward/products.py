@@ -1,0 +1,106 @@
+"""Products of inputs with a matrix in a file, on all CPUs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeAlias
+
+import torch
+
+from weightsmith.forward.computed import Computed
+
+Matrix: TypeAlias = torch.Tensor | Computed
+
+_TILE = 256
+"""Rows of a matrix that are converted and multiplied at a time, so that they fit a CPU's cache."""
+
+
+class Products:
+    """Spreads the tiles of a matrix over the CPUs by plain threads.
+
+    OpenMP's barriers wait for a thread that was preempted, which on a busy machine makes products
+    many times slower. A pool of concurrent.futures takes longer to start than a small product.
+    """
+
+    def __init__(self, cpus: int) -> None:
+        self._cpus = cpus
+        self._helpers: list[_Helper] = []
+
+    def multiply(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        """Return rows [n, columns] times the matrix [m, columns] transposed, in float32."""
+        output = torch.empty((len(rows), len(matrix)))
+        starts = range(0, len(matrix), _TILE)
+        shares = min(self._cpus, len(starts))
+
+        def work(share: int) -> None:
+            with torch.inference_mode():
+                for start in starts[share::shares]:
+                    tile = matrix[start : start + _TILE].float()
+                    output[:, start : start + _TILE] = _product(rows, tile)
+
+        self._helpers += [_Helper() for _ in range(len(self._helpers), shares - 1)]
+        others = self._helpers[: shares - 1]
+        for share, helper in enumerate(others, 1):
+            helper.begin(work, share)
+        try:
+            work(0)
+        finally:
+            errors = [helper.ended() for helper in others]
+        for error in filter(None, errors):
+            raise error
+        return output
+
+    def close(self) -> None:
+        """End the threads."""
+        while self._helpers:
+            self._helpers.pop().close()
+
+
+class _Helper:
+    """A thread that does one share of the work at a time."""
+
+    def __init__(self) -> None:
+        self._work = SimpleQueue[tuple[Callable[[int], None], int] | None]()
+        self._done = SimpleQueue[BaseException | None]()
+        threading.Thread(target=self._live, daemon=True, name=f"product-{id(self)}").start()
+
+    def begin(self, work: Callable[[int], None], share: int) -> None:
+        self._work.put((work, share))
+
+    def ended(self) -> BaseException | None:
+        """Wait for the work; return its error."""
+        return self._done.get()
+
+    def close(self) -> None:
+        self._work.put(None)
+
+    def _live(self) -> None:
+        torch.set_num_threads(1)
+        while (given := self._work.get()) is not None:
+            work, share = given
+            try:
+                work(share)
+                self._done.put(None)
+            except BaseException as error:  # noqa: BLE001 - raised by whoever waits for the work
+                self._done.put(error)
+
+
+def best_product() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return the fastest way to multiply rows with a tile of a matrix.
+
+    MKL, behind `torch.mm`, leaves AVX-512 unused on AMD's CPUs; oneDNN does not, and is as fast on
+    others.
+    """
+    onednn: Any = torch.backends.mkldnn
+    linear: Any = None
+    if onednn.is_available():
+        linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if linear is None:
+        return lambda rows, tile: torch.mm(rows, tile.T)
+    linear = linear.default
+    return lambda rows, tile: linear(rows, tile, None, "none", [], "")
+
+
+_product = best_product()
