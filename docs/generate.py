@@ -15,14 +15,20 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from invoke.parser.context import to_flag
 from weightsmith.build_record import BuildRecord
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.cli import namespace
 from weightsmith.drivers import bases
+from weightsmith.errors import InputRefused
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
 from weightsmith.json_objects import is_inline, is_omitted, part_of, types_of
 from weightsmith.merging.families import families
 from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.planning.targets import all_targets
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.architectures import EXPERTS, JOINED, SEEING
+from weightsmith.quantizers.checkpoints import DENSE
+from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
 from weightsmith.serving.gpus import GPUS
@@ -56,6 +62,10 @@ def pages() -> dict[str, str]:
         "fleet.md": _GENERATED + "# Fleet file\n\n" + "\n".join(_fleet()) + "\n",
         "recipe.md": _GENERATED + "# Recipe\n\n" + "\n".join(_recipe(Recipe, "")) + "\n",
         "commands.md": _GENERATED + "# Commands\n\n" + "\n".join(_commands()) + "\n",
+        "architectures.md": _GENERATED
+        + "# Architectures and packed formats\n\n"
+        + "\n".join(_architectures())
+        + "\n",
         "adapters.md": _GENERATED + "# Adapters\n\n" + "\n".join(_adapters()) + "\n",
         "registries.md": _GENERATED + "# Registries\n\n" + "\n".join(_registries()) + "\n",
         "targets.md": _GENERATED + "# Targets\n\n" + "\n".join(_targets()) + "\n",
@@ -271,6 +281,30 @@ def _adapters() -> Iterator[str]:
         "| PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ | converted | their initialisation changed the base: "
         "convert with `path_initial_model_for_weight_conversion`, or give the residual base |"
     )
+
+
+def _architectures() -> Iterator[str]:
+    yield "Which architectures become which packed format. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats is a test with a small random model (`tests/unit/quantizers/test_architectures.py`).\n"
+    yield "Of models that see, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
+    packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
+    yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"
+    kinds = ((DENSE | JOINED, ""), (EXPERTS, "experts"), (SEEING, "sees"))
+    for names, kind in kinds:
+        for name in sorted(names):
+            cells = ("yes" if _becomes(name, one) else "" for one in packed)
+            yield f"| {name}{f' ({kind})' if kind else ''} | {' | '.join(cells)} |"
+
+
+def _becomes(architecture: str, name: str) -> bool:
+    """Return whether a model of even dimensions can have a format."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
+    shape |= {"num_hidden_layers": 2, "vocab_size": 512}
+    model = ModelFacts.of({**shape, "architectures": [architecture]})
+    try:
+        of_format(name).check_input(formats()[name], model)
+    except InputRefused:
+        return False
+    return True
 
 
 def _targets() -> Iterator[str]:

@@ -36,6 +36,11 @@ def make_dense(folder: Path, architecture: str, hidden: int = 64) -> Path:
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     network.save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """Give a model the tiny example's tokenizer."""
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(TOKENIZER / name, folder)
-    return folder

@@ -300,7 +300,7 @@ class Format:
 
     name: str
     kind: str
-    """The kind that engines support: `safetensors`, `gguf`, `awq`, `gptq` or `fp8`."""
+    """The kind that engines support: `safetensors`, `gguf`, `awq`, `gptq`, `fp8`, `nvfp4` …"""
     bits_per_weight: float
     """Nominal bits per weight, used to plan disk and memory before the file exists."""
 

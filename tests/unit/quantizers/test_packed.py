@@ -18,8 +18,9 @@ from weightsmith.planning.sizes import disk_peak
 from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
 from weightsmith.quantizers.packed import Layout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint
-from weightsmith.quantizers.rounded import quantization, rounded
+from weightsmith.quantizers.rounding import round_rows
 from weightsmith.quantizers.running import equal_length, samples
+from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.values import FP8
 
 from tests.fakes.configs import facts
@@ -321,7 +322,7 @@ def test_scales_moved_between_layers_are_no_fault(model: Path, tmp_path: Path) -
 def test_rounding_is_torch_s_own(method: str, kind: torch.dtype) -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     weight[3] = 0
-    q, scale = rounded(weight.numpy(), method)
+    q, scale = round_rows(weight.numpy(), SCHEMES[method])
     most = torch.finfo(kind).max if kind.is_floating_point else 127
     expected_scale = weight.abs().amax(1, keepdim=True) / most
     expected_scale[3] = 1
@@ -344,7 +345,7 @@ def test_a_quantized_matrix_under_its_own_name_keeps_its_type(model: Path, tmp_p
         else:
             made[name] = weight.float()
     save_file(made, raw / "model.safetensors")
-    finish(model, raw, out, quantization("fp8", []))
+    finish(model, raw, out, SCHEMES["fp8"].config([]))
     layout = Layout(method="float-quantized", bits=8, group_size=0, symmetric=True)
     assert check_checkpoint(out, model, layout)["bits_per_quantized_weight"] < 8.1
 
@@ -353,7 +354,7 @@ def test_configurations_of_eight_bits_are_read_as_their_layouts() -> None:
     from weightsmith.quantizers.packed import layout_of
 
     for method, layout in (("fp8", "float-quantized"), ("w8a8", "int-quantized")):
-        found = layout_of({"quantization_config": quantization(method, [])})
+        found = layout_of({"quantization_config": SCHEMES[method].config([])})
         assert found == Layout(method=layout, bits=8, group_size=0, symmetric=True)
 
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.quantizers.quantizer import Step
-from weightsmith.worker.steps import refusal, run_steps
+from weightsmith.quantizers.running import refusal
+from weightsmith.worker.steps import run_steps
 
 
 def failing(line: str, reads: str = "the model") -> tuple[Step]:

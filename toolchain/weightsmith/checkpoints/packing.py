@@ -66,6 +66,8 @@ def _kinds(method: str, groups: Json) -> frozenset[str]:
             continue
         if weights.get("type") == "float" and weights.get("num_bits") == 8:
             found.add("fp8")
+        if weights.get("type") == "float" and weights.get("num_bits") == 4:
+            found |= {16: {"nvfp4"}, 32: {"mxfp4"}}.get(_whole(weights.get("group_size")), set())
         if weights.get("type") == "int" and weights.get("num_bits") == 4:
             found |= {"awq", "gptq"}
     return frozenset(found)

@@ -74,12 +74,30 @@ class CheckpointTensors:
 
     def f32(self, name: str) -> npt.NDArray[np.float32]:
         """Return a tensor of any dtype as float32."""
+        return self.part(name, ())
+
+    def part(self, name: str, where: tuple[int | slice, ...]) -> npt.NDArray[np.float32]:
+        """Return a part of a tensor of any dtype as float32; only its rows are read or computed."""
         import numpy as np
 
         if self.info(name).dtype == "BF16":  # GGUF's builder has no ml_dtypes
-            bits = self._mapped(name, np.dtype("<u2")).astype(np.uint32)
+            bits = self._part(name, np.dtype("<u2"), where).astype(np.uint32)
             return np.left_shift(bits, 16, out=bits).view(np.float32)
-        return np.asarray(self.array(name).astype(np.float32))
+        own = self._part(name, array_type(self.info(name).dtype), where)
+        return np.asarray(own.astype(np.float32))
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes from `start` to `stop`, read from the disk as they are used."""
+        import numpy as np
+
+        shard, info = self._where[name]
+        start, stop, _ = slice(start, stop).indices(info.size)
+        if start >= stop:
+            return np.zeros(0, np.uint8)
+        if data := data_of(shard):
+            return data.read(info.start + start, stop - start)
+        size = (stop - start,)
+        return np.asarray(np.memmap(shard.path, np.uint8, "r", info.start + start, size))
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Return a tensor as float32; raise InputRefused unless it is a float of 16 to 64 bits."""
@@ -92,12 +110,19 @@ class CheckpointTensors:
         return self.f32(name)
 
     def _mapped(self, name: str, kind: np.dtype[Any]) -> npt.NDArray[Any]:
-        import numpy as np
+        return self._part(name, kind, ())
 
-        shard, info = self._where[name]
-        if info.size == 0:
-            return np.zeros(info.shape, kind)
-        if data := data_of(shard):
-            return data.read(info.start, info.size).view(kind).reshape(info.shape)
-        raw = np.memmap(shard.path, np.uint8, "r", offset=info.start, shape=(info.size,))
-        return np.asarray(raw).view(kind).reshape(info.shape)
+    def _part(
+        self, name: str, kind: np.dtype[Any], where: tuple[int | slice, ...]
+    ) -> npt.NDArray[Any]:
+        """Return a part of a tensor, of which the leading indices say what is read."""
+        shape, start, size = self.info(name).shape, 0, self.info(name).size
+        while where and shape and size:
+            step = size // shape[0]
+            if isinstance(where[0], slice):
+                first, last, _ = where[0].indices(shape[0])
+                start, size = start + first * step, (last - first) * step
+                shape, where = (last - first, *shape[1:]), (slice(None), *where[1:])
+                break
+            start, size, shape, where = start + where[0] * step, step, shape[1:], where[1:]
+        return self.raw(name, start, start + size).view(kind).reshape(shape)[where]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from weightsmith.forward.memory import LOGIT_BYTES
+from weightsmith.forward.network import decoder_of
 
 Places = tuple[torch.Tensor, torch.Tensor]
 """Rows and columns of a batch."""
@@ -35,7 +36,7 @@ def some_logits(model: Any, ids: torch.Tensor, places: Places, **more: Any) -> I
 
     hooks = [head.register_forward_pre_hook(select)]
     if scaled:
-        hooks.append(model.get_decoder().register_forward_hook(record))
+        hooks.append(decoder_of(model).register_forward_hook(record))
     try:
         first = model(input_ids=ids, **more).logits[0]
     finally:
@@ -51,7 +52,7 @@ def logits_of(model: Any, output: type, states: torch.Tensor) -> torch.Tensor:
 
     `output` is the type that the decoder returns.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     own = decoder.forward
     decoder.forward = lambda *_, **__: output(last_hidden_state=states[None])
     try:

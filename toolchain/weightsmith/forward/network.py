@@ -31,14 +31,15 @@ def skeleton(root: Path) -> Any:
     gives NaN.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     check_model_folder(root)
     config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
+        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     _set_missing(model)
     return model.eval()
 
@@ -205,9 +206,16 @@ def fill(model: Any, weights: Weights, skip: Sequence[Any] = ()) -> None:
             getattr(module, name).data = weights.whole(parameter)
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the module between embeddings and head; Llama 4 names its whole language model."""
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
+    return decoder.model if any(part is head for part in decoder.children()) else decoder
+
+
 def beside_text(model: Any) -> list[Any]:
     """Return the modules that text does not run through, such as a vision tower."""
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    parts = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
     kept = {id(module) for part in parts for module in part.modules()}
     return [m for m in model.modules() if not any(id(part) in kept for part in m.modules())]
 

@@ -8,6 +8,7 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.forward.memory import BATCH_TOKENS, Walk, walk_bytes
+from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
@@ -23,6 +24,8 @@ _COMPARING = 256 << 20
 """For two models' logits, and tensors that are compared element by element."""
 _PACKING = 4 << 30
 """Beside the checkpoint that a quantizer of packed checkpoints loads."""
+_STREAMED = 512 << 20
+"""For a few rows and the scales of one matrix."""
 _GGUF = 1 << 30
 _WAYS_OUT: Mapping[str, str] = {
     "reference": "set evaluate.limit to ask fewer questions",
@@ -63,9 +66,11 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     """Return the peak of quantizing a checkpoint of `size` bytes, without mapped files.
 
     A GGUF file is written tensor by tensor, experts stacked, at most twice in float32; quantizers
-    of packed checkpoints load the model.
+    of packed checkpoints load the model, unless they stream it.
     """
     limit = quantizing.memory_limit(size, options)
+    if of_format(options.format.name).streams:
+        return _STREAMED
     if options.format.suffix != ".gguf":
         return min(_PACKING + size, limit)
     try:

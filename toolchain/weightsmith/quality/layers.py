@@ -10,6 +10,7 @@ import torch
 
 from weightsmith.errors import Unmeasurable
 from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.network import decoder_of
 
 PROBE_ROWS = 1
 """First sequences on which each layer's own error is measured."""
@@ -17,7 +18,7 @@ PROBE_ROWS = 1
 
 def decoder_layers(model: Any) -> list[Any]:
     """Return the decoder's layers; raise Unmeasurable if there is not exactly one list of them."""
-    lists = [m for m in model.get_decoder().children() if isinstance(m, torch.nn.ModuleList)]
+    lists = [m for m in decoder_of(model).children() if isinstance(m, torch.nn.ModuleList)]
     if len(lists) != 1:
         raise Unmeasurable(
             f"{type(model).__name__} has no single list of decoder layers to measure",

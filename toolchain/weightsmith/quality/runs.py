@@ -13,7 +13,7 @@ import torch
 from weightsmith.checkpoints.tensors import View
 from weightsmith.forward.heads import logits_of
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.network import beside_text, fill, load_buffers, skeleton
+from weightsmith.forward.network import beside_text, decoder_of, fill, load_buffers, skeleton
 from weightsmith.forward.views import stream
 from weightsmith.forward.walk import Count, Opening, Progress, walk
 from weightsmith.forward.weights import Weights
@@ -78,7 +78,7 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
 
 def _run(model: Any, ids: torch.Tensor) -> States:
     with torch.inference_mode():
-        return States(model.get_decoder()(input_ids=ids, use_cache=False), model)
+        return States(decoder_of(model)(input_ids=ids, use_cache=False), model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class _Checkpoint:
     def streamed(self, meeting: Meeting, number: int) -> Any:
         model, weights = self._built()
         stream(model, weights, meeting, number)
-        model.get_decoder().register_forward_hook(_require_finite)
+        decoder_of(model).register_forward_hook(_require_finite)
         return model
 
     def whole(self) -> Any:

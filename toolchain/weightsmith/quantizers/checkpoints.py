@@ -15,7 +15,7 @@ from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
 from weightsmith.quantizers.packed import PARTS
-from weightsmith.quantizers.writing import Output, write_checkpoint
+from weightsmith.quantizers.writing import Work, copied, whole, write_checkpoint
 from weightsmith.values import Format, Json
 
 GROUP_SIZES = (128, 64, 32)
@@ -172,16 +172,15 @@ def finish(
     that the engine did not change equal the checkpoint's.
     """
     made, source = CheckpointTensors(raw), CheckpointTensors(model)
-    outputs = []
+    works: list[Work] = []
     for name in sorted(made.names):
-        info = made.info(name)
         if name.endswith(PARTS) or f"{name}_scale" in made.names:
-            outputs.append(Output(name, info.dtype, info.shape, partial(made.array, name)))
+            works.append(copied(made, name))
         elif name in source.names:
             own = source.info(name)
             make = partial(_in_original_dtype, made, source, name)
-            outputs.append(Output(name, own.dtype, own.shape, make))
-    write_checkpoint(out, outputs)
+            works.append(whole(name, own.dtype, own.shape, make))
+    write_checkpoint(out, works)
     write_companions(model, out, quantization)
 
 

@@ -1,20 +1,24 @@
 """Dequantize packed checkpoints to float32, independently of the engines.
 
 AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9), GPTQ's first layout
-(qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.19 (compressors/: pack-quantized,
-int-quantized, float-quantized).
+(qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.20 (compressors/: pack-quantized,
+int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.errors import CheckFailed
 from weightsmith.foreign import read_json
+from weightsmith.quantizers.matrices import Matrix, matrices
+from weightsmith.quantizers.schemes import Scheme
 from weightsmith.values import Json
 
 if TYPE_CHECKING:
@@ -23,9 +27,13 @@ if TYPE_CHECKING:
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
+FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized"})
+"""Layouts of float4_e2m1, two codes per byte."""
+_FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
+    ".weight_global_scale",
 )  # fmt: skip
 """Suffixes of a quantized module's tensors, except `.weight`."""
 
@@ -42,13 +50,27 @@ class Layout:
     symmetric: bool
     inputs: bool = False
     """Whether each module has a fixed input scale."""
+    outputs: int = 1
+    """Outputs per scale."""
+
+    @classmethod
+    def of_scheme(cls, scheme: Scheme) -> Layout:
+        """Return the layout of a format that needs no calibration."""
+        return cls(
+            method=scheme.layout,
+            bits=4 if scheme.packed else 8,
+            group_size=scheme.tile[1],
+            symmetric=True,
+            outputs=scheme.tile[0],
+        )
 
     @property
     def marker(self) -> str:
         """Suffix of a tensor that every quantized module has."""
         if self.method in {"awq", "gptq"}:
             return ".qweight"
-        return ".weight_packed" if self.method == "pack-quantized" else ".weight_scale"
+        packed = self.method == "pack-quantized" or self.method in FLOAT4
+        return ".weight_packed" if packed else ".weight_scale"
 
 
 def layout_of(config: Mapping[str, Json]) -> Layout:
@@ -66,12 +88,14 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
     if method == "compressed-tensors":
         (group,) = quantization["config_groups"].values()
         weights = group["weights"]
+        outputs, columns = weights.get("block_structure") or (1, weights.get("group_size") or 0)
         return Layout(
             method=str(group.get("format") or quantization["format"]),
             bits=int(weights["num_bits"]),
-            group_size=int(weights.get("group_size") or 0),
+            group_size=int(columns),
             symmetric=bool(weights["symmetric"]),
             inputs=(group.get("input_activations") or {}).get("dynamic") is False,
+            outputs=int(outputs),
         )
     raise CheckFailed(
         f"config.json has the unexpected quant_method {method!r}",
@@ -82,42 +106,68 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
 class PackedView:
     """A View of a quantized checkpoint, dequantized one tensor at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read config.json and the headers."""
+    def __init__(self, folder: Path, stacked: Iterable[Matrix] = ()) -> None:
+        """Read config.json and the headers; `stacked` are parts of stacked tensors."""
         self.tensors = CheckpointTensors(folder)
         self.layout = layout_of(read_json(folder / "config.json"))
         end = self.layout.marker
         self.modules = frozenset(
             name.removesuffix(end) for name in self.tensors.names if name.endswith(end)
         )
+        self._stacks: dict[str, list[Matrix]] = {}
+        for matrix in stacked:
+            if matrix.module in self.modules:
+                self._stacks.setdefault(matrix.tensor, []).append(matrix)
 
     @property
     def names(self) -> frozenset[str]:
         """Names of the tensors, as in the original checkpoint."""
-        own = {f"{module}.weight" for module in self.modules}
-        return frozenset(own | {n for n in self.tensors.names if not n.endswith(PARTS)})
+        parts = {matrix.module for stack in self._stacks.values() for matrix in stack}
+        own = {f"{module}.weight" for module in self.modules - parts}
+        rest = {n for n in self.tensors.names if not n.endswith(PARTS)}
+        return frozenset(own | (rest - {f"{part}.weight" for part in parts}) | self._stacks.keys())
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Return one tensor as float32 in the original shape."""
+        if name in self._stacks:
+            return self._stack(self._stacks[name])
         module = name.removesuffix(".weight")
-        return self._module(module) if module in self.modules else self.tensors.f32(name)
+        return self.matrix(module) if module in self.modules else self.tensors.f32(name)
 
-    def _module(self, module: str) -> npt.NDArray[np.float32]:
+    def matrix(
+        self, module: str, start: int = 0, stop: int | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Return a module's outputs from `start` to `stop` as float32 [outputs, inputs].
+
+        Formats that need no calibration are read a few rows at a time, others as a whole.
+        """
         if self.layout.method == "awq":
-            return _awq(self.tensors, module)
+            return _awq(self.tensors, module)[start:stop]
         if self.layout.method == "gptq":
-            return _gptq(self.tensors, module)
+            return _gptq(self.tensors, module)[start:stop]
         if self.layout.method == "pack-quantized":
-            return _packed(self.tensors, module)
-        scale = self.tensors.f32(f"{module}.weight_scale")
-        weight = self.tensors.f32(f"{module}.weight")
-        found: npt.NDArray[np.float32] = weight * scale.reshape(-1, 1)
-        return found
+            return _packed(self.tensors, module)[start:stop]
+        return _tiled(self.tensors, module, self.layout, start, stop)
+
+    def _stack(self, parts: Sequence[Matrix]) -> npt.NDArray[np.float32]:
+        """Return all experts as one tensor, as the checkpoint has them."""
+        import numpy as np
+
+        experts = 1 + max(part.expert for part in parts)
+        outputs = max(part.first + part.outputs for part in parts)
+        made = np.empty((experts, outputs, parts[0].inputs), np.float32)
+        for part in parts:
+            span = slice(part.first, part.first + part.outputs)
+            made[part.expert, span] = self.matrix(part.module)
+        if parts[0].transposed:
+            return np.ascontiguousarray(made.transpose(0, 2, 1))
+        return made
 
 
-def view_of(folder: Path, _model: Path) -> PackedView:
-    """Return a finished folder's View for the quality gate."""
-    return PackedView(folder)
+def view_of(folder: Path, model: Path) -> PackedView:
+    """Return a finished folder's View for the quality gate, with the tensors of `model`."""
+    found = matrices(CheckpointTensors(model), model)
+    return PackedView(folder, [matrix for matrix in found if matrix.expert >= 0])
 
 
 def nibbles(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
@@ -181,3 +231,68 @@ def _packed(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
         zeros = nibbles(stored).transpose(0, 2, 1).reshape(-1, stored.shape[1])[:rows] - 8
         values = values - np.repeat(zeros, group, 1)
     return np.ascontiguousarray(values.astype(np.float32) * np.repeat(scales, group, 1))
+
+
+def _tiled(
+    tensors: CheckpointTensors, module: str, layout: Layout, start: int, stop: int | None
+) -> npt.NDArray[np.float32]:
+    """W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4."""
+    import numpy as np
+
+    name = f"{module}.weight"
+    if layout.method in FLOAT4:
+        packed = tensors.array(f"{name}_packed")[start:stop]
+        values = _float4_pairs()[packed].view(np.float32).reshape(len(packed), -1)
+    elif tensors.info(name).dtype == "F8_E4M3":
+        values = _float8()[tensors.array(name)[start:stop].view(np.uint8)]
+    else:
+        values = tensors.part(name, (slice(start, stop),))
+    count, columns = values.shape
+    first = start // layout.outputs
+    last = None if stop is None else -(-stop // layout.outputs)
+    scales = scales_of(tensors, module, layout, slice(first, last))
+    if layout.group_size:
+        scales = np.repeat(scales, layout.group_size, 1)[:, :columns]
+    if layout.outputs > 1:
+        scales = np.repeat(scales, layout.outputs, 0)[start - first * layout.outputs :][:count]
+    values *= scales
+    return np.asarray(values, np.float32)
+
+
+def scales_of(
+    tensors: CheckpointTensors, module: str, layout: Layout, where: slice = slice(None)
+) -> npt.NDArray[np.float32]:
+    """Return what codes are multiplied by: float32 [tiles of outputs, tiles of inputs]."""
+    import numpy as np
+
+    name = f"{module}.weight_scale"
+    if layout.method == "mxfp4-pack-quantized":  # exponents of 2, plus 127
+        exponents = tensors.array(name)[where].astype(np.int32) - 127
+        return np.ldexp(np.float32(1), exponents).astype(np.float32)
+    if math.prod(tensors.info(name).shape) == 1:
+        where = slice(None)  # one for the whole matrix
+    scales = tensors.part(name, (where,)) if tensors.info(name).shape else tensors.f32(name)
+    scales = scales.reshape(len(scales) if scales.ndim else 1, -1)
+    if layout.method == "nvfp4-pack-quantized":
+        return np.asarray(scales / tensors.f32(f"{module}.weight_global_scale"), np.float32)
+    return scales
+
+
+@cache
+def _float4_pairs() -> npt.NDArray[np.complex64]:
+    """Return the two values of each byte, the low bits first, as the halves of a complex number."""
+    import numpy as np
+
+    values = np.array([*_FLOAT4, *(-value for value in _FLOAT4)], np.float32)
+    codes = np.arange(256)
+    pairs = np.stack([values[codes & 15], values[codes >> 4]], 1)
+    return np.ascontiguousarray(pairs).view(np.complex64)[:, 0]
+
+
+@cache
+def _float8() -> npt.NDArray[np.float32]:
+    """Return the value of each float8_e4m3fn."""
+    import numpy as np
+
+    codes = np.arange(256, dtype=np.uint8)
+    return np.asarray(codes.view(array_type("F8_E4M3")).astype(np.float32))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed
 from weightsmith.quantizers.checkpoints import LINEAR
-from weightsmith.quantizers.packed import PARTS, Layout, PackedView
+from weightsmith.quantizers.matrices import Matrix, matrices
+from weightsmith.quantizers.packed import FLOAT4, PARTS, Layout, PackedView, scales_of, view_of
 from weightsmith.quantizers.unquantized import is_kept
 from weightsmith.values import Json
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 # AWQ, which clips, up to 0.45 (measured on SmolLM2 and examples/tiny); a zeroed matrix gives 1, a
 # permuted one more.
 _MOST_ERROR = {4: 0.45, 8: 0.05}
+_MOST_FLOAT4 = 0.2
+"""For 4-bit floats: 0.09 to 0.13 with normally distributed weights."""
+_BLOCK = 1 << 20
+"""Weights compared at a time."""
 _MOST_CLIPPED = 0.75
 _MOST_KEPT = 0.01
 """For matrices kept in 16 bits, after rescaling; rounding to bfloat16 gives 0.002."""
@@ -41,26 +47,26 @@ def check_checkpoint(
     quantized; scales are finite and positive; each matrix is near the original; the other tensors
     are finite and complete; the checkpoint is smaller.
     """
-    view, source = PackedView(folder), CheckpointTensors(model)
+    view, source = view_of(folder, model), CheckpointTensors(model)
     if view.layout != expected:
         raise CheckFailed(
             f"{folder.name} has layout {view.layout}, expected {expected}",
             hint="check the quantizer's output",
         )
-    linear = {n.removesuffix(".weight") for n in source.names if LINEAR.search(n)}
-    quantizable = {n for n in linear if not is_kept(n, keep)}
-    if view.modules != quantizable:
-        odd = min(view.modules ^ quantizable)
+    found = {m.module: m for m in matrices(source, model) if not is_kept(m.module, keep)}
+    if view.modules != found.keys():
+        odd = min(view.modules ^ found.keys())
         what = "is unexpectedly quantized" if odd in view.modules else "is not quantized"
         raise CheckFailed(f"{odd} {what}", hint=_HINT)
     if view.names != source.names:
         odd = min(view.names ^ source.names)
         raise CheckFailed(f"missing or extra tensor {odd}", hint=_HINT)
     errors = {}
-    for module in sorted(view.modules):
-        _check_scales(view, module)
-        errors[module] = _check_near(view, source, module, expected)
-    for name in sorted(view.names - {f"{m}.weight" for m in view.modules}):
+    for module, matrix in sorted(found.items()):
+        _check_scales(view, matrix)
+        errors[module] = _check_near(view, source, matrix, expected)
+    _check_fused_scales(view, found.values())
+    for name in sorted(source.names - {matrix.tensor for matrix in found.values()}):
         _check_rest(view, source, name, expected)
     stored = sum(view.tensors.info(n).size for n in view.tensors.names if n.endswith(PARTS))
     stored += sum(
@@ -68,7 +74,7 @@ def check_checkpoint(
         for m in view.modules
         if f"{m}.weight" in view.tensors.names
     )
-    elements = sum(_count(source, f"{module}.weight") for module in view.modules)
+    elements = sum(matrix.outputs * matrix.inputs for matrix in found.values())
     bits = stored * 8 / elements
     _check_size(bits, view, source, expected)
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
@@ -94,45 +100,60 @@ def _count(tensors: CheckpointTensors, name: str) -> int:
     return count
 
 
-def _check_scales(view: PackedView, module: str) -> None:
+def _check_scales(view: PackedView, matrix: Matrix) -> None:
     import numpy as np
 
-    end = ".scales" if view.layout.method in {"awq", "gptq"} else ".weight_scale"
-    scales = view.tensors.f32(module + end)
+    module, layout = matrix.module, view.layout
+    if layout.method in {"awq", "gptq"}:
+        scales = view.tensors.f32(f"{module}.scales")
+    else:
+        scales = scales_of(view.tensors, module, layout)
     if not bool(np.isfinite(scales).all()) or bool((scales <= 0).any()):
         raise CheckFailed(f"{module} has scales that are not finite and positive", hint=_HINT)
-    if view.layout.inputs:
+    if layout.inputs:
         fixed = view.tensors.f32(f"{module}.input_scale")
         if fixed.size != 1 or not bool(np.isfinite(fixed).all()) or float(fixed.min()) <= 0:
             raise CheckFailed(f"{module} has no finite, positive input scale", hint=_HINT)
-    if view.layout.group_size and view.layout.method != "pack-quantized":
-        rows = scales.shape[0]
-        inputs = view.tensors.info(f"{module}.qweight").shape[0]
-        inputs *= 8 if view.layout.method == "gptq" else 1
-        if rows * view.layout.group_size != inputs:
+    if layout.method in {"awq", "gptq"}:
+        groups, needed = [len(scales)], [matrix.inputs // layout.group_size]
+    else:
+        width = layout.group_size or matrix.inputs
+        groups = list(scales.shape)
+        needed = [-(-matrix.outputs // layout.outputs), -(-matrix.inputs // width)]
+        if groups == [1, 1] and not layout.group_size:  # one for the whole matrix
+            needed = groups
+    if groups != needed:
+        raise CheckFailed(
+            f"{module} has {groups} groups for {matrix.inputs} inputs, but group_size is "
+            f"{layout.group_size} in config.json",
+            hint=_HINT,
+        )
+
+
+def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
+    """Raise CheckFailed if fused matrices differ in the scale that engines read only once."""
+    if view.layout.method != "nvfp4-pack-quantized":
+        return
+    known: dict[str, tuple[str, float]] = {}
+    for matrix in found:
+        scale = float(view.tensors.f32(f"{matrix.module}.weight_global_scale")[0])
+        module, first = known.setdefault(matrix.fused, (matrix.module, scale))
+        if scale != first:
             raise CheckFailed(
-                f"{module} has {rows} groups for {inputs} inputs, but group_size is "
-                f"{view.layout.group_size} in config.json",
+                f"{module} and {matrix.module} have different global scales, and engines fuse them",
                 hint=_HINT,
             )
 
 
-def _check_near(view: PackedView, source: CheckpointTensors, module: str, layout: Layout) -> float:
-    import numpy as np
-
-    found, before = view.tensor(f"{module}.weight"), source.f32(f"{module}.weight")
-    if found.shape != before.shape:
-        raise CheckFailed(f"{module} has shape {found.shape}, not {before.shape}", hint=_HINT)
-    if not bool(np.isfinite(found).all()):
-        raise CheckFailed(f"{module} has NaN or infinite weights", hint=_HINT)
+def _check_near(
+    view: PackedView, source: CheckpointTensors, matrix: Matrix, layout: Layout
+) -> float:
+    module = matrix.module
     if layout.method in _MAY_RESCALE:
-        free = module.endswith(_BEFORE_A_MATRIX)
-        before = rescaled(before, found, outputs=free)
-        if not free:
-            _check_gains(before, found, module)
-    norm = float(np.linalg.norm(before))
-    error = float(np.linalg.norm(found - before)) / norm if norm else float(np.abs(found).max())
-    limit = _MOST_CLIPPED if layout.method in _MAY_RESCALE else _MOST_ERROR[layout.bits]
+        error, limit = _rescaled_error(view, source, matrix), _MOST_CLIPPED
+    else:
+        error = _error(view, source, matrix)
+        limit = _MOST_FLOAT4 if layout.method in FLOAT4 else _MOST_ERROR[layout.bits]
     if not error <= limit:
         raise CheckFailed(
             f"{module} has a relative error of {error:.2f}, more than rounding to {layout.bits} "
@@ -140,6 +161,49 @@ def _check_near(view: PackedView, source: CheckpointTensors, module: str, layout
             hint="the weights are damaged or packed in another order; " + _HINT,
         )
     return error
+
+
+def _error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
+    """Return the relative error of a matrix, a few rows at a time where the layout allows it."""
+    import numpy as np
+
+    step = matrix.outputs
+    if view.layout.method not in {"awq", "gptq", "pack-quantized"}:
+        step = max(1, _BLOCK // matrix.inputs // view.layout.outputs) * view.layout.outputs
+    wrong = norm = 0.0
+    for start in range(0, matrix.outputs, step):
+        stop = min(start + step, matrix.outputs)
+        found, before = view.matrix(matrix.module, start, stop), matrix.rows(source, start, stop)
+        _check_values(found, before, matrix.module)
+        norm += float(np.vdot(before, before))
+        np.subtract(found, before, out=found)
+        wrong += float(np.vdot(found, found))
+    return math.sqrt(wrong / norm) if norm else math.sqrt(wrong)
+
+
+def _rescaled_error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
+    """Return the relative error that remains after the best scale per input."""
+    import numpy as np
+
+    found, before = view.matrix(matrix.module), matrix.rows(source, 0, matrix.outputs)
+    _check_values(found, before, matrix.module)
+    free = matrix.module.endswith(_BEFORE_A_MATRIX)
+    before = rescaled(before, found, outputs=free)
+    if not free:
+        _check_gains(before, found, matrix.module)
+    norm = float(np.linalg.norm(before))
+    return float(np.linalg.norm(found - before)) / norm if norm else float(np.abs(found).max())
+
+
+def _check_values(
+    found: npt.NDArray[np.float32], before: npt.NDArray[np.float32], module: str
+) -> None:
+    import numpy as np
+
+    if found.shape != before.shape:
+        raise CheckFailed(f"{module} has shape {found.shape}, not {before.shape}", hint=_HINT)
+    if not bool(np.isfinite(found).all()):
+        raise CheckFailed(f"{module} has NaN or infinite weights", hint=_HINT)
 
 
 def _check_gains(
@@ -188,11 +252,11 @@ def _check_rest(view: PackedView, source: CheckpointTensors, name: str, layout: 
         raise CheckFailed(
             f"{name} is {found.dtype} {found.shape}, not {own.dtype} {own.shape}", hint=_HINT
         )
-    if not bool(np.isfinite(view.tensors.f32(name)).all()):
+    if not _is_finite(view.tensors, name):
         raise CheckFailed(f"{name} has NaN or infinite weights", hint=_HINT)
     # AWQ moves scales into norms, biases and kept matrices. Embeddings and head must not change,
     # and with other engines no unquantized tensor.
-    if bool((view.tensors.array(name) == source.array(name)).all()):
+    if bool((view.tensors.raw(name) == source.raw(name)).all()):
         return
     may = layout.method in _MAY_RESCALE
     if may and ("norm" in name or name.endswith(".bias")):
@@ -205,6 +269,17 @@ def _check_rest(view: PackedView, source: CheckpointTensors, name: str, layout: 
         if float(np.linalg.norm(after - before)) <= _MOST_KEPT * float(np.linalg.norm(before)):
             return
     raise CheckFailed(f"{name} was unexpectedly changed", hint=_HINT)
+
+
+def _is_finite(tensors: CheckpointTensors, name: str) -> bool:
+    import numpy as np
+
+    shape = tensors.info(name).shape
+    if len(shape) < 2:
+        return bool(np.isfinite(tensors.f32(name)).all())
+    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
+    blocks = (slice(start, start + step) for start in range(0, shape[0], step))
+    return all(bool(np.isfinite(tensors.part(name, (rows,))).all()) for rows in blocks)
 
 
 def _check_size(bits: float, view: PackedView, source: CheckpointTensors, expected: Layout) -> None:

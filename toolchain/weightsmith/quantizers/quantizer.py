@@ -94,5 +94,7 @@ class Quantizer:
     other formats of the same checkpoint."""
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""
+    streams: bool = False
+    """Whether it needs memory for a few rows only, however large the model is."""
     check_statistics: Callable[[Path, ModelFacts], None] | None = None
     """(file, model) -> None; raises InputRefused for statistics of another model."""

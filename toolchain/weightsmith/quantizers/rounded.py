@@ -1,48 +1,48 @@
-"""FP8 and int8 without calibration: weights are rounded with a scale per row, tensor by tensor.
+"""Formats without calibration: weights are rounded a few rows at a time, with a scale per tile.
 
-The layouts are compressed-tensors 0.19's `float-quantized` and `int-quantized` with a scale per
-output channel; servers scale activations per token (llm-compressor's FP8_DYNAMIC and W8A8 schemes).
-The model is not loaded, so the checkpoint may be larger than memory.
+The layouts are compressed-tensors' (`schemes.py`). Codes and scales are written as they are
+computed, so the checkpoint may be larger than memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
-from weightsmith.quantizers.checkpoints import (
-    DENSE,
-    LINEAR,
-    check_config,
-    output_bytes,
-    write_companions,
-)
+from weightsmith.errors import InputRefused
+from weightsmith.quantizers.architectures import check_kept, check_rounded
+from weightsmith.quantizers.checkpoints import output_bytes, write_companions
+from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
-from weightsmith.quantizers.running import python_step, read_settings
-from weightsmith.quantizers.unquantized import keep_option, kept_modules
-from weightsmith.quantizers.writing import Output, write_checkpoint
-from weightsmith.values import FP8, Format, Json
+from weightsmith.quantizers.rounding import fused_scale, round_rows
+from weightsmith.quantizers.running import python_step, read_settings, refusal
+from weightsmith.quantizers.schemes import SCHEMES, Scheme
+from weightsmith.quantizers.unquantized import is_kept, keep_option
+from weightsmith.quantizers.writing import Output, Work, copied, write_checkpoint
+from weightsmith.values import Format, Json
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-W8A8 = Format(name="w8a8", kind="compressed-tensors", bits_per_weight=8.0)
-
-_LARGEST = {"fp8": 448.0, "w8a8": 127.0}
-"""Largest value of float8_e4m3fn (arXiv 2209.05433) and of int8 without -128."""
-_TYPES = {"fp8": "F8_E4M3", "w8a8": "I8"}
-_LAYOUTS = {"fp8": "float-quantized", "w8a8": "int-quantized"}
+_BLOCK = 1 << 18
+"""Weights in memory at a time: few enough for the CPU's cache."""
 
 
 def options(_format: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return the recipe's options that affect the output."""
     return {"keep": keep_option(requested)}
+
+
+def check_input(format_: Format, model: ModelFacts) -> None:
+    """Refuse a model that cannot have this format, by its configuration."""
+    check_rounded(SCHEMES[format_.name], model)
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
@@ -54,86 +54,131 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Check the finished checkpoint against the original; raises CheckFailed."""
-    method = _LAYOUTS[request.format.name]
-    layout = Layout(method=method, bits=8, group_size=0, symmetric=True)
     keep = tuple(request.options.get("keep", ()))
+    layout = Layout.of_scheme(SCHEMES[request.format.name])
     return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "rounded"}
-
-
-def rounded(
-    weight: npt.NDArray[np.float32], method: str
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.float32]]:
-    """Return a matrix [out, in] in 8 bits and its scales [out, 1]: W = q s, ties to even.
-
-    s is the row's largest magnitude divided by the type's largest value; 1 for a row of zeros.
-    """
-    import numpy as np
-
-    most = _LARGEST[method]
-    scale = np.abs(weight).max(1, keepdims=True) / np.float32(most)
-    scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
-    scaled = np.clip(weight / scale, -most, most)
-    if method == "w8a8":
-        scaled = np.rint(scaled)
-    return scaled.astype(array_type(_TYPES[method])), scale
-
-
-def quantization(method: str, ignored: list[str]) -> dict[str, Json]:
-    """Return compressed-tensors' quantization_config."""
-    kind = "float" if method == "fp8" else "int"
-    common = {"num_bits": 8, "type": kind, "symmetric": True}
-    weights = {**common, "strategy": "channel", "dynamic": False}
-    activations = {**common, "strategy": "token", "dynamic": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": _LAYOUTS[method],
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": activations,
-            }
-        },
-        "ignore": ["lm_head", *ignored],
-    }
 
 
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
-    method, model, out = settings["method"], Path(settings["model"]), Path(settings["out"])
-    source, ignored = CheckpointTensors(model), kept_modules(model, settings["keep"])
-    outputs: list[Output] = []
-    for name in sorted(source.names):
-        info = source.info(name)
-        if LINEAR.search(name) and name.removesuffix(".weight") not in ignored:
-            outputs += _quantized(source, name, method)
-            continue
-        outputs.append(Output(name, info.dtype, info.shape, partial(source.array, name)))
-    write_checkpoint(out, outputs)
-    write_companions(model, out, quantization(method, ignored))
+    scheme = SCHEMES[settings["method"]]
+    try:
+        quantize(scheme, Path(settings["model"]), Path(settings["out"]), settings["keep"])
+    except InputRefused as error:
+        print(refusal(error), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
 
 
-def _quantized(source: CheckpointTensors, name: str, method: str) -> tuple[Output, Output]:
-    rows, columns = source.info(name).shape
-    return (
-        Output(name, _TYPES[method], (rows, columns), lambda: rounded(source.f32(name), method)[0]),
-        Output(name + "_scale", "F32", (rows, 1), lambda: rounded(source.f32(name), method)[1]),
-    )
+def quantize(scheme: Scheme, model: Path, out: Path, keep: Sequence[str]) -> None:
+    """Write a model's checkpoint in a scheme's format, except the matrices in `keep`.
+
+    Raises InputRefused for matrices that the scheme's tiles do not divide, weights that are not
+    finite, and names in `keep` that match nothing.
+    """
+    source = CheckpointTensors(model)
+    known = matrices(source, model)
+    for end in keep:
+        if not any(is_kept(matrix.module, [end]) for matrix in known):
+            raise InputRefused(
+                f"keep: no matrix has a name that ends in {end!r}",
+                hint=f"remove it; the names are like {known[-1].module if known else ''}",
+            )
+    found = [matrix for matrix in known if not is_kept(matrix.module, keep)]
+    for matrix in found:
+        if scheme.packed and matrix.inputs % scheme.tile[1]:
+            raise InputRefused(
+                f"{matrix.module} has {matrix.inputs} inputs, no multiple of {scheme.tile[1]}",
+                hint="choose fp8 or w8a8, which have a scale per row",
+            )
+    fused = _FusedScales(source, scheme, found)
+    works = [_work(source, matrix, scheme, fused) for matrix in found]
+    taken = {matrix.tensor for matrix in found}
+    works += [copied(source, name) for name in source.names - taken]
+    write_checkpoint(out, works)
+    write_companions(model, out, scheme.config(unquantized(source, found)))
+
+
+class _FusedScales:
+    """The scales that fused matrices have in common, each found when it is first needed."""
+
+    def __init__(self, source: CheckpointTensors, scheme: Scheme, found: list[Matrix]) -> None:
+        self._source, self._scheme = source, scheme
+        self._parts: dict[str, list[Matrix]] = {}
+        self._known: dict[str, np.float32] = {}
+        for matrix in found:
+            self._parts.setdefault(matrix.fused, []).append(matrix)
+
+    def of(self, matrix: Matrix) -> np.float32 | None:
+        """Return the scale, or None if the scheme has none."""
+        if not self._scheme.fused_scale:
+            return None
+        if matrix.fused not in self._known:
+            parts = self._parts[matrix.fused]
+            most = max(_most(rows) for part in parts for rows in _blocks(self._source, part, 1))
+            self._known[matrix.fused] = fused_scale(most, self._scheme)
+        return self._known[matrix.fused]
+
+
+def _most(rows: npt.NDArray[np.float32]) -> float:
+    return max(float(rows.max()), -float(rows.min()))
+
+
+def _blocks(
+    source: CheckpointTensors, matrix: Matrix, tile: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield a matrix's rows as float32, a multiple of `tile` at a time."""
+    step = max(1, _BLOCK // matrix.inputs // tile) * tile
+    for start in range(0, matrix.outputs, step):
+        yield matrix.rows(source, start, min(start + step, matrix.outputs))
+
+
+def _work(source: CheckpointTensors, matrix: Matrix, scheme: Scheme, fused: _FusedScales) -> Work:
+    """Return the work for a matrix's codes and scales."""
+    import numpy as np
+
+    weight = f"{matrix.module}.weight"
+    codes = f"{weight}_packed" if scheme.packed else weight
+    rows, columns = matrix.outputs, matrix.inputs
+    height, width = scheme.tile[0], scheme.tile[1] or columns
+    outputs = [
+        Output(codes, scheme.codes, (rows, columns // 2 if scheme.packed else columns)),
+        Output(f"{weight}_scale", scheme.scales, (-(-rows // height), -(-columns // width))),
+    ]
+    if scheme.fused_scale:
+        outputs.append(Output(f"{weight}_global_scale", "F32", (1,)))
+
+    def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        shared = fused.of(matrix)
+        if shared is not None:
+            yield f"{weight}_global_scale", np.array([shared], array_type("F32"))
+        for part in _blocks(source, matrix, height):
+            try:
+                made, scales = round_rows(part, scheme, shared)
+            except ValueError:
+                raise InputRefused(
+                    f"{matrix.tensor} has NaN or infinite weights",
+                    hint="check the base and the adapters: `weightsmith validate` compares them",
+                ) from None
+            yield codes, made
+            yield f"{weight}_scale", scales
+
+    return Work(tuple(outputs), blocks)
 
 
 QUANTIZER = Quantizer(
     name="rounded",
     builder="merge",
-    formats=(FP8, W8A8),
+    formats=tuple(scheme.format for scheme in SCHEMES.values()),
     recipe_number=1,
-    check_input=lambda _format, model: check_config(model, DENSE),
+    check_input=check_input,
     steps=steps,
     check=check,
     peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
     options=options,
+    check_options=check_kept,
     view=view_of,
+    streams=True,
 )
 
 if __name__ == "__main__":

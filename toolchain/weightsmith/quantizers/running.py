@@ -18,6 +18,8 @@ from weightsmith.values import Json
 BLOCK = 512
 """Maximum tokens of a calibration sample."""
 _MIN_TOKENS = 256
+REFUSED = "refused: "
+"""Begins the last line of a program of ours that refuses its input."""
 RAW = ".engine"
 """Subfolder of the output for the engine's own output."""
 
@@ -55,6 +57,11 @@ def read_settings() -> Mapping[str, Json]:
     # Libraries write logs to the current folder.
     os.chdir(tempfile.gettempdir())
     return settings
+
+
+def refusal(error: InputRefused) -> str:
+    """Return the last line of a program of ours that refuses its input."""
+    return REFUSED + json.dumps([error.message, error.hint])
 
 
 def texts(calibration: str) -> list[str]:

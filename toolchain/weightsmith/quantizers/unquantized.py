@@ -9,10 +9,10 @@ from pathlib import Path
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import UsageError
 from weightsmith.quantizers.checkpoints import LINEAR
+from weightsmith.quantizers.matrices import FUSED
 from weightsmith.values import Json
 
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Matrices that engines fuse into one of a single type (packed_modules_mapping of vLLM)."""
+_FUSED = {name: FUSED[name] for name in ("qkv_proj", "gate_up_proj")}
 MATRICES = (*_FUSED["qkv_proj"], "o_proj", *_FUSED["gate_up_proj"], "down_proj")
 _ALWAYS = "lm_head"
 """Never quantized, so listing it has no effect."""

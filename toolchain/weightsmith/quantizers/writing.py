@@ -1,32 +1,36 @@
-"""Write a checkpoint tensor by tensor."""
+"""Write a checkpoint a few rows at a time; after an interrupt, finished shards are kept."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.checkpoints.safetensors import BITS, build_header
-from weightsmith.checkpoints.tensors import array_type
+from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 SHARD_BYTES = 4 << 30
 """Maximum shard size, suitable for registries and engines."""
+_COPIED = 1 << 22
+"""Bytes of an unchanged tensor that are copied at a time."""
+_JOURNAL = ".shards"
+"""Names the finished shards while a checkpoint is being written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor to write, computed when it is written."""
+    """A tensor to write."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    make: Callable[[], npt.NDArray[Any]]
 
     @property
     def size(self) -> int:
@@ -34,30 +38,103 @@ class Output:
         return math.prod(self.shape) * BITS[self.dtype] // 8
 
 
-def write_checkpoint(folder: Path, outputs: Iterable[Output]) -> None:
-    """Write the tensors sorted by name, as one file or as shards with an index."""
-    ordered = sorted(outputs, key=lambda output: output.name)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Tensors that are computed together, such as a matrix's codes and scales."""
+
+    outputs: tuple[Output, ...]
+    blocks: Callable[[], Iterator[tuple[str, npt.NDArray[Any]]]]
+    """() -> tensor names and their next rows, in the tensor's dtype."""
+
+
+def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]) -> Work:
+    """Return the work for one tensor that is computed as a whole."""
+
+    def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        data = make()
+        if data.shape != shape or data.dtype != array_type(dtype):
+            raise ValueError(f"{name} is {data.dtype} {data.shape}")
+        yield name, data
+
+    return Work((Output(name, dtype, shape),), blocks)
+
+
+def copied(source: CheckpointTensors, name: str) -> Work:
+    """Return the work for a tensor of the source that does not change."""
+
+    def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        for start in range(0, info.size, _COPIED):
+            yield name, source.raw(name, start, start + _COPIED)
+
+    info = source.info(name)
+    return Work((Output(name, info.dtype, info.shape),), blocks)
+
+
+def write_checkpoint(folder: Path, works: Iterable[Work]) -> None:
+    """Write the tensors sorted by name, as one file or as shards with an index.
+
+    Each shard gets its name when it is complete and on the disk. A second call with the same works
+    after an interrupt keeps the shards that are finished.
+    """
+    made = {output.name: (output, work) for work in works for output in work.outputs}
     shards: list[list[Output]] = [[]]
-    for output in ordered:
-        if shards[-1] and sum(o.size for o in shards[-1]) + output.size > SHARD_BYTES:
+    room = SHARD_BYTES
+    for name in sorted(made):
+        output = made[name][0]
+        if shards[-1] and output.size > room:
             shards.append([])
+            room = SHARD_BYTES
+        room -= output.size
         shards[-1].append(output)
-    total = sum(output.size for output in ordered)
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        places |= {output.name: name for output in shard}
-        with (folder / name).open("wb") as file:
-            file.write(build_header(((o.name, o.dtype, o.shape) for o in shard), {"format": "pt"}))
-            for output in shard:
-                data = output.make()
-                if data.shape != output.shape or data.dtype != array_type(output.dtype):
-                    raise ValueError(f"{output.name} is {data.dtype} {data.shape}")
-                file.write(memoryview(data.tobytes()))
+    names = [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    journal = folder / _JOURNAL
+    finished = journal.read_text("utf-8").split("\n")[:-1] if journal.is_file() else []
+    with journal.open("a", encoding="utf-8") as log:
+        for name, shard in zip(names, shards, strict=True):
+            if name not in finished:
+                needed = {id(made[o.name][1]): made[o.name][1] for o in shard}
+                _write_shard(folder / name, shard, list(needed.values()))
+                log.write(name + "\n")
+                log.flush()
+                os.fsync(log.fileno())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        _write_index(folder, names, shards)
+    journal.unlink()
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+
+
+def _write_shard(path: Path, outputs: Sequence[Output], works: Sequence[Work]) -> None:
+    """Write one shard beside its name, and rename it."""
+    header = build_header(((o.name, o.dtype, o.shape) for o in outputs), {"format": "pt"})
+    places, place = {}, len(header)
+    for output in outputs:
+        places[output.name] = place
+        place += output.size
+    ends = {output.name: places[output.name] + output.size for output in outputs}
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(header)
+        file.truncate(place)
+        for work in works:
+            for name, data in work.blocks():
+                # A matrix's codes and scales may be in two shards.
+                if name in places:
+                    file.seek(places[name])
+                    places[name] += file.write(memoryview(data.tobytes()))
+        file.flush()
+        os.fsync(file.fileno())
+    if places != ends:
+        raise ValueError(f"{min(n for n in ends if places[n] != ends[n])} has the wrong size")
+    partial.rename(path)
+
+
+def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[Output]]) -> None:
+    total = sum(output.size for shard in shards for output in shard)
+    places = {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )

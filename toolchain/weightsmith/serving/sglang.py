@@ -23,6 +23,7 @@ from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.tiles import check_blocks
 from weightsmith.values import Json
 
 GPU_IMAGE = "docker.io/lmsysorg/sglang:v0.5.23"
@@ -118,6 +119,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             f"the SGLang image here is for NVIDIA GPUs, not {card.name}",
             hint="choose an NVIDIA GPU, or name a ROCm image with image.base and gpu_memory",
         )
+    check_blocks(model, options.format, planned.tensor_parallel_size)
     return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
@@ -192,12 +194,20 @@ _SUPPORT: Mapping[str, Support] = {
         capability=(8, 0),
         source="compressed_tensors/schemes/compressed_tensors_w8a16_fp8.py get_min_capability",
     ),
+    "fp8-block": Support(
+        capability=(8, 9),
+        source="compressed_tensors/schemes/compressed_tensors_w8a8_fp8.py get_min_capability",
+    ),
+    "nvfp4a16": Support(
+        capability=(8, 0),
+        source="compressed_tensors/schemes/compressed_tensors_w4a16_nvfp4.py get_min_capability",
+    ),
 }
 
 ENGINE = Engine(
     name="sglang",
     title="SGLang",
-    accepts=frozenset({"safetensors", "awq", "gptq", "fp8"}),
+    accepts=frozenset({"safetensors", "awq", "gptq", "fp8", "nvfp4"}),
     base=EngineBase(cpu="", gpu=GPU_IMAGE),
     port=_PORT,
     health_path="/health",

@@ -25,6 +25,7 @@ from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.tiles import check_blocks
 from weightsmith.serving.vllm_packing import check_packing
 from weightsmith.values import Json
 
@@ -135,6 +136,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     if options.adapters:
         chosen = replace(chosen, adapter_bytes=_adapter_bytes(model.shape, options))
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, chosen)
+    check_blocks(model, options.format, planned.tensor_parallel_size)
     notes = (*planned.notes, *check_packing(model.packing, capacity.machine))
     return replace(planned, notes=notes, settings={**_settings(planned, capacity), **extra})
 
@@ -305,6 +307,24 @@ _SUPPORT: Mapping[str, Support] = {
         source="compressed_tensors_w8a16_fp8.py get_min_capability; its CPU build lacks "
         "the operator static_scaled_fp8_quant",
     ),
+    # Below 8.9 with the weights alone in FP8.
+    "fp8-block": Support(
+        capability=(7, 5),
+        source="compressed_tensors_w8a16_fp8.py get_min_capability; its kernel for CPUs, "
+        "kernels/linear/scaled_mm/cpu.py CPUFp8BlockScaledMMKernel, needs AMX",
+    ),
+    "nvfp4a16": Support(
+        capability=(7, 5),
+        amd=False,
+        source="compressed_tensors_w4a4_nvfp4.py get_min_capability; "
+        "kernels/linear/__init__.py init_nvfp4_linear_kernel a16_kernels",
+    ),
+    # On Blackwell activations are rounded, too.
+    "mxfp4a16": Support(
+        capability=(8, 0),
+        source="compressed_tensors_w4a4_mxfp4.py get_min_capability; "
+        "kernels/linear/__init__.py _POSSIBLE_MXFP4_KERNELS",
+    ),
     "w8a8": Support(
         capability=(7, 5),
         cpu=True,
@@ -328,7 +348,9 @@ def cpu_build_lacks(model: ModelFacts) -> str:
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
-    accepts=frozenset({"safetensors", "awq", "gptq", "fp8", "compressed-tensors", "lora"}),
+    accepts=frozenset(
+        {"safetensors", "awq", "gptq", "fp8", "nvfp4", "mxfp4", "compressed-tensors", "lora"}
+    ),
     base=EngineBase(cpu="engine:vllm-cpu", gpu=GPU_IMAGE, rocm=ROCM_IMAGE),
     port=_PORT,
     health_path="/health",

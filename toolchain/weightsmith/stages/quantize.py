@@ -26,6 +26,9 @@ from weightsmith.values import (
     StageInputs,
 )
 
+_STREAMING = 2 << 30
+"""Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions:
@@ -98,11 +101,13 @@ def quantize(
 
 
 def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None) -> int:
-    """Return the bytes of embeddings and head, which stay in 16 bits in a packed checkpoint."""
+    """Return the bytes that stay in 16 bits in a packed checkpoint: embeddings, head and tower."""
     if model is None or format_.suffix == ".gguf":
         return 0
-    tables = 1 if model.tied_embeddings else 2
-    return min(checkpoint_bytes, tables * 2 * model.shape.vocab * model.shape.hidden)
+    tables, tower = 1 if model.tied_embeddings else 2, model.matrices.vision
+    weights = tables * model.shape.vocab * model.shape.hidden
+    weights += tower.layers * tower.hidden * (4 * tower.hidden + 3 * tower.intermediate)
+    return min(checkpoint_bytes, 2 * weights)
 
 
 def _run(
@@ -145,8 +150,10 @@ def memory_limit(size: int, options: QuantizeOptions) -> int:
 
     GGUF is made tensor by tensor, in float32 where the converter changes a tensor, so the largest
     count: a quarter of the model is more than any known one has in its stacked experts.
-    llama-imatrix maps the whole 16-bit file. Other engines load the model.
+    llama-imatrix maps the whole 16-bit file. Other engines load the model, unless they stream it.
     """
+    if of_format(options.format.name).streams:
+        return _STREAMING
     if options.format.suffix != ".gguf":
         return (4 << 30) + 2 * size
     return (2 << 30) + size // 4 + (size if options.texts else 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers.convert import run
-from weightsmith.worker.steps import refusal
+from weightsmith.quantizers.running import refusal
 from weightsmith.worker.virtual import computed_for_program
 
 

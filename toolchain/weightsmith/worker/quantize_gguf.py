@@ -38,7 +38,7 @@ from weightsmith.quantizers.gguf_pass import (
 from weightsmith.quantizers.gguf_rows import Place, Read
 from weightsmith.quantizers.gguf_settings import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.worker.steps import refusal
+from weightsmith.quantizers.running import refusal
 from weightsmith.worker.virtual import computed_for_program
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from weightsmith.drivers import process
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
+from weightsmith.quantizers.running import REFUSED
 from weightsmith.worker.wire import Report, note
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _DONE = ".done"
 """One file for all steps: forgetting half of them would leave a step without its input."""
-_REFUSED = "refused: "
 _NO_MEMORY = ("std::bad_alloc", "MemoryError", "can't allocate memory", "Cannot allocate memory")
 _EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
 
@@ -79,16 +79,11 @@ def _lacked_memory(ended: process.Completed) -> bool:
     return ended.returncode == -signal.SIGKILL or said
 
 
-def refusal(error: InputRefused) -> str:
-    """Return the last line of a program of ours that refuses its input."""
-    return _REFUSED + json.dumps([error.message, error.hint])
-
-
 def _refuse(step: Step, tail: Sequence[str]) -> None:
     """Raise InputRefused if the last line is a refusal, or an exception of the converter."""
     last = next((line.strip() for line in reversed(tail) if line.strip()), "")
-    if last.startswith(_REFUSED):
-        message, hint = parse(last.removeprefix(_REFUSED))
+    if last.startswith(REFUSED):
+        message, hint = parse(last.removeprefix(REFUSED))
         raise InputRefused(message, hint=hint)
     if step.reads and _EXCEPTION.fullmatch(last):
         raise InputRefused(

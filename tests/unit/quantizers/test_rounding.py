@@ -1,0 +1,284 @@
+"""Formats without calibration: compressed-tensors itself makes and reads the same numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors.torch import load_file, save_file
+from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.rounded import quantize as write
+from weightsmith.quantizers.rounding import fused_scale, round_rows
+from weightsmith.quantizers.schemes import SCHEMES, Scheme
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
+    "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 32,
+}  # fmt: skip
+SHAPES = {
+    "self_attn.q_proj": (128, 128), "self_attn.k_proj": (128, 128), "self_attn.v_proj": (128, 128),
+    "self_attn.o_proj": (136, 128), "mlp.gate_proj": (256, 128), "mlp.up_proj": (256, 128),
+    "mlp.down_proj": (128, 256),
+}  # fmt: skip
+
+
+def awkward(rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Return a matrix with tiles of zeros, outliers, tiny values, exact ties and both zeros."""
+    made = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32) * 0.02
+    made[0, :32] = 0
+    made[1, :32] = -0.0
+    made[2] *= 1e-6
+    made[3, 5] = 3.5
+    made[4, :16] = [
+        6,
+        0.25,
+        0.75,
+        1.25,
+        1.75,
+        2.5,
+        3.5,
+        5,
+        -6,
+        -0.25,
+        -0.75,
+        -1.25,
+        -1.75,
+        -5,
+        0,
+        -0.0,
+    ]
+    made[5] = made[5].astype(ml_dtypes.bfloat16)
+    made[6, :] = 1e-30
+    return made
+
+
+def theirs(
+    weight: np.ndarray, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, QuantizationArgs]:
+    """Return codes, scales, global scale and arguments by compressed-tensors in float32."""
+    config = QuantizationConfig.model_validate(scheme.config([]))
+    args = config.config_groups["group_0"].weights
+    x = torch.from_numpy(weight)
+    height, width = scheme.tile[0], scheme.tile[1] or weight.shape[1]
+    padded = torch.nn.functional.pad(x, (0, -weight.shape[1] % width, 0, -weight.shape[0] % height))
+    tiles = padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width)
+    shared = generate_gparam(x.amin(), x.amax()) if scheme.fused_scale else None
+    scale, _ = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), args, shared)
+    codes = quantize(x, scale, None, args, global_scale=shared)
+    return codes, scale, shared, args
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEMES if n != "w8a8"])  # which has no -128 here
+@pytest.mark.parametrize("shape", [(128, 128), (200, 160), (7, 96)])
+def test_codes_and_scales_are_those_of_compressed_tensors(
+    name: str, shape: tuple[int, int]
+) -> None:
+    scheme, weight = SCHEMES[name], awkward(*shape)
+    codes, scales, shared, _ = theirs(weight, scheme)
+
+    most = float(np.abs(weight).max())
+    ours_shared = fused_scale(most, scheme) if scheme.fused_scale else None
+    ours, ours_scales = round_rows(weight, scheme, ours_shared)
+
+    if scheme.packed:
+        np.testing.assert_array_equal(ours, pack_fp4_to_uint8(codes).numpy())
+    else:
+        np.testing.assert_array_equal(ours.astype(np.float32), codes.numpy())
+    if shared is not None:
+        assert float(shared) == ours_shared
+    stored = ours_scales.astype(np.float32)
+    if scheme.scales == "U8":
+        stored = np.ldexp(np.float32(1), ours_scales.astype(np.int32) - 127)
+    elif scheme.scales == "F32":  # a tile of zeros has another scale there
+        empty = np.isclose(scales.numpy(), np.finfo(np.float32).eps, rtol=0, atol=1e-12)
+        stored = np.where(empty & (stored == 1), np.finfo(np.float32).eps, stored)
+    np.testing.assert_array_equal(stored, scales.numpy())
+
+
+def test_float8_is_rounded_like_ml_dtypes_at_every_tie() -> None:
+    values = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    ties = (values[1:] + values[:-1]) / 2
+    near = [np.nextafter(ties, np.float32(end)) for end in (0, 1e9)]
+    every = np.concatenate([values, ties, *near, [1e-12, 448]]).astype(np.float32)
+    every = np.concatenate([every, -every])[None]
+    every = np.pad(every, ((0, 0), (0, -every.shape[1] % 16)))
+
+    codes, scales = round_rows(every, SCHEMES["fp8"])
+
+    assert scales == 1
+    np.testing.assert_array_equal(
+        codes.view(np.uint8), every.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make(tmp_path / "model")
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    weights = {"model.embed_tokens.weight": awkward(32, 128)}
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        weights[f"model.layers.0.{name}.weight"] = awkward(*shape, seed) * (seed + 1)
+    weights["model.layers.0.input_layernorm.weight"] = np.ones(128, np.float32)
+    save_file(
+        {name: torch.from_numpy(value).bfloat16() for name, value in weights.items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def read_by_compressed_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the matrices of a folder, by its own config.json, in float32."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(config)
+    scheme = config.config_groups["group_0"]
+    assert infer_module_format(torch.nn.Linear, scheme) == config.format
+    compressor: Any = BaseCompressor.get_value_from_registry(config.format)
+    tensors = load_file(folder / "model.safetensors")
+    made = {}
+    for name in (n.removesuffix("_scale") for n in tensors if n.endswith(".weight_scale")):
+        scale, packed = tensors[f"{name}_scale"], tensors.get(f"{name}_packed")
+        codes = tensors[name].float() if packed is None else None
+        if packed is not None:
+            codes = unpack_fp4_from_uint8(
+                packed, *packed.shape[:1], packed.shape[1] * 2, torch.float32
+            )
+            scale = compressor._decompress_scale(scale, torch.float32)
+        made[name] = dequantize(
+            codes, scale.float(), args=scheme.weights, dtype=torch.float32,
+            global_scale=tensors.get(f"{name}_global_scale"),
+        )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_compressed_tensors_reads_what_we_read(model: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+
+    write(SCHEMES[name], model, out, ["o_proj"])
+
+    found = check_checkpoint(out, model, Layout.of_scheme(SCHEMES[name]), ("o_proj",))
+    assert found["quantized"] == 6
+    view, read = view_of(out, model), read_by_compressed_tensors(out)
+    assert len(read) == 6
+    for matrix, value in read.items():
+        np.testing.assert_array_equal(view.tensor(matrix), value.numpy(), err_msg=matrix)
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", "model.layers.0.self_attn.o_proj"]
+
+
+def test_fused_matrices_share_their_global_scale(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write(SCHEMES["nvfp4a16"], model, out, [])
+    tensors = load_file(out / "model.safetensors")
+
+    scales = {
+        name.split(".")[-2]: float(value)
+        for name, value in tensors.items()
+        if name.endswith("global_scale")
+    }
+
+    assert scales["q_proj"] == scales["k_proj"] == scales["v_proj"] != scales["o_proj"]
+    assert scales["gate_proj"] == scales["up_proj"]
+    before = load_file(model / "model.safetensors")
+    parts = [before[f"model.layers.0.self_attn.{n}_proj.weight"].abs().max() for n in "qkv"]
+    assert scales["q_proj"] == np.float32(2688) / np.float32(max(map(float, parts)))
+
+    tensors["model.layers.0.mlp.up_proj.weight_global_scale"] *= 1.01
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckFailed, match="different global scales"):
+        check_checkpoint(out, model, Layout.of_scheme(SCHEMES["nvfp4a16"]), ())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("damage", ["weight_scale", "weight"])
+def test_damaged_codes_and_scales_are_found(
+    model: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    out, scheme = tmp_path / "out", SCHEMES[name]
+    out.mkdir()
+    write(scheme, model, out, [])
+    tensors = load_file(out / "model.safetensors")
+    part = "weight_packed" if damage == "weight" and scheme.packed else damage
+    bad = tensors[f"model.layers.0.mlp.down_proj.{part}"].view(-1).view(torch.uint8)
+    bad[: len(bad) // 2] = bad[: len(bad) // 2].flip(0) ^ 0x18
+    save_file(tensors, out / "model.safetensors")
+
+    with pytest.raises(CheckFailed):
+        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 14, 1 << 16])
+def test_shards_hold_the_same_tensors_and_a_killed_run_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    from weightsmith.quantizers import rounded, writing
+
+    scheme, single, out = SCHEMES["nvfp4a16"], tmp_path / "single", tmp_path / "out"
+    single.mkdir()
+    out.mkdir()
+    write(scheme, model, single, [])
+    monkeypatch.setattr(writing, "SHARD_BYTES", shard_bytes)
+    calls = []
+
+    def failing(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return round_rows(*given)
+
+    monkeypatch.setattr(rounded, "round_rows", failing)
+    with pytest.raises(KeyboardInterrupt):
+        write(scheme, model, out, [])
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("model-*")}
+    assert finished
+    assert not (out / "model.safetensors.index.json").exists()
+
+    write(scheme, model, out, [])
+
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    whole = load_file(single / "model.safetensors")
+    assert index.keys() == whole.keys()
+    for shard in set(index.values()):
+        for name, value in load_file(out / shard).items():
+            assert index[name] == shard
+            assert torch.equal(value.view(torch.uint8), whole[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_that_are_not_finite_are_refused(
+    model: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 3] = value
+    save_file(tensors, model / "model.safetensors")
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(InputRefused, match=r"down_proj.* has NaN or infinite weights"):
+        write(SCHEMES[name], model, tmp_path / "out", [])
+
+
+def test_a_name_in_keep_that_matches_nothing_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"no matrix has a name that ends in 'layers\.7\.mlp"):
+        write(SCHEMES["fp8"], model, tmp_path, ["layers.7.mlp.down_proj"])

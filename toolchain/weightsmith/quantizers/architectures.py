@@ -1,0 +1,87 @@
+"""Which architectures can have a format that needs no calibration, and with which dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.errors import InputRefused
+from weightsmith.quantizers.checkpoints import DENSE, check_config
+from weightsmith.quantizers.schemes import Scheme
+from weightsmith.values import Json
+
+EXPERTS = frozenset({
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Dots1ForCausalLM", "Glm4MoeForCausalLM",
+    "GraniteMoeForCausalLM", "Llama4ForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM",
+    "OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
+})  # fmt: skip
+"""Decoders with experts, whose routers and gates of shared experts stay in 16 bits."""
+SEEING = frozenset({
+    "Gemma3ForConditionalGeneration", "Llama4ForConditionalGeneration",
+    "Mistral3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+})  # fmt: skip
+"""Models that see: only the language model is quantized."""
+JOINED = frozenset({"Phi3ForCausalLM"})
+"""Decoders whose checkpoints join Q, K and V, and gate and up."""
+ROUNDED = DENSE | EXPERTS | SEEING | JOINED
+"""Every architecture that a format without calibration can have."""
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
+    """Refuse an architecture that is not known, and rows or outputs that tiles do not divide."""
+    check_config(model, ROUNDED)
+    width, height = scheme.tile[1], scheme.tile[0]
+    for name, outputs, inputs in dimensions(model):
+        if scheme.packed and inputs % width:
+            raise InputRefused(
+                f"{scheme.format.name} has a scale per {width} inputs, and {name} has {inputs}",
+                hint="choose fp8 or w8a8, which have a scale per row",
+            )
+        if height > 1 and outputs % height:
+            raise InputRefused(
+                f"{scheme.format.name} has blocks of {height} outputs, and {name}, which engines"
+                f" fuse with others, has {outputs}",
+                hint="choose fp8, which has a scale per row",
+            )
+
+
+def dimensions(model: ModelFacts) -> Iterator[tuple[str, int, int]]:
+    """Yield name, outputs and inputs of matrices; 0 outputs where nothing is fused behind them."""
+    shape, more = model.shape, model.matrices
+    if shape.kv_lora_rank:
+        yield "o_proj", 0, shape.heads * (shape.v_head_dim or shape.head_dim)
+    else:
+        yield "q_proj", shape.heads * shape.head_dim, shape.hidden
+        yield "k_proj", shape.kv_heads * shape.head_dim, shape.hidden
+        yield "o_proj", 0, shape.heads * shape.head_dim
+    if more.sparse_layers < shape.layers:
+        yield "gate_proj", shape.intermediate, shape.hidden
+        yield "down_proj", 0, shape.intermediate
+    if more.experts:
+        width = more.expert_width or shape.intermediate
+        yield "an expert's gate_proj", width, shape.hidden
+        yield "an expert's down_proj", 0, width
+    if more.shared_width:
+        yield "the shared expert's gate_proj", more.shared_width, shape.hidden
+        yield "the shared expert's down_proj", 0, more.shared_width
+
+
+def check_kept(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
+    """Refuse to keep only some matrices of a layer's experts: engines fuse them all into two."""
+    keep = set(chosen.get("keep") or ())
+    if not model.matrices.experts:
+        return
+    for end in sorted(keep):
+        stem, _, name = end.rpartition(".")
+        if "shared" in stem:
+            continue
+        missing = [p for p in _MLP if name in _MLP and f"{stem}.{p}".lstrip(".") not in keep]
+        if missing or "experts" in stem.split("."):
+            raise InputRefused(
+                f"keep: {end!r} would leave some of a layer's experts in 16 bits, and engines"
+                " load either all or none",
+                hint="list gate_proj, up_proj and down_proj of the same layers, or none of them",
+            )

@@ -1,0 +1,136 @@
+"""The matrices of a checkpoint that are quantized, by the names under which engines read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.tensors import CheckpointTensors
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_LAYER = re.compile(
+    r"(?P<block>(?:model|language_model\.model|model\.language_model)\.layers\.(?P<layer>\d+)\..*)"
+)
+"""A tensor of the language model; towers for pictures and sound have other names."""
+_PLAIN = re.compile(r"(?P<parent>.+)\.(?P<name>\w+_proj|w[123])\.weight")
+_STACKED = re.compile(
+    r"(?P<parent>.+\.(?:experts|block_sparse_moe))"
+    r"\.(?P<name>gate_up_proj|down_proj|input_linear\.weight|output_linear\.weight)"
+)
+"""All experts of a layer as one tensor."""
+_TRANSPOSED = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
+"""Architectures whose stacked experts are [experts, inputs, outputs]."""
+_LATENT = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
+"""Of latent attention: small, and vLLM fuses the first two, of which one is no multiple of 128."""
+FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+}
+"""Matrices that engines fuse into one of a single type (packed_modules_mapping of vLLM)."""
+_PART_OF = {part: whole for whole, parts in FUSED.items() for part in parts}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """A matrix [outputs, inputs] of the checkpoint, which may be a part of a stacked tensor."""
+
+    module: str
+    """Its name in the quantized checkpoint, without `.weight`."""
+    tensor: str
+    """The tensor that it comes from."""
+    outputs: int
+    inputs: int
+    expert: int = -1
+    """Its place in a stacked tensor; -1 for a tensor of its own."""
+    first: int = 0
+    """The first of its outputs in a stacked tensor."""
+    transposed: bool = False
+
+    @property
+    def fused(self) -> str:
+        """The same for all matrices that engines fuse into one."""
+        parent, _, name = self.module.rpartition(".")
+        return f"{parent}.{_PART_OF.get(name, name)}"
+
+    def rows(self, source: CheckpointTensors, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return some of its outputs as float32 [stop - start, inputs]."""
+        import numpy as np
+
+        span = slice(self.first + start, self.first + stop)
+        if self.expert < 0:
+            return source.part(self.tensor, (span,))
+        if not self.transposed:
+            return source.part(self.tensor, (self.expert, span))
+        return np.ascontiguousarray(source.part(self.tensor, (self.expert, slice(None), span)).T)
+
+
+def matrices(source: CheckpointTensors, model: Path) -> tuple[Matrix, ...]:
+    """Return all matrices of the language model's layers, sorted by module.
+
+    Not among them are routers, gates of shared experts, the projections of latent attention, layers
+    that predict further tokens, embeddings and the head.
+    """
+    facts = read_facts(model)
+    found: list[Matrix] = []
+    for name in source.names:
+        match = _LAYER.fullmatch(name)
+        if match and (not facts.layers or int(match["layer"]) < facts.layers):
+            shape = source.info(name).shape
+            found += _of(name, shape, transposed=facts.architecture in _TRANSPOSED)
+    return tuple(sorted(found, key=lambda matrix: matrix.module))
+
+
+def _of(name: str, shape: tuple[int, ...], *, transposed: bool) -> Iterator[Matrix]:
+    """Yield the matrices in a tensor: none, itself, or one or two for each expert."""
+    plain = _PLAIN.fullmatch(name)
+    if plain and len(shape) == 2 and plain["name"] not in _LATENT:
+        module = name.removesuffix(".weight")
+        yield Matrix(module=module, tensor=name, outputs=shape[0], inputs=shape[1])
+    stacked = _STACKED.fullmatch(name)
+    if not stacked or len(shape) != 3:
+        return
+    turned = transposed and stacked["name"] in {"gate_up_proj", "down_proj"}
+    count, outputs, inputs = (shape[0], shape[2], shape[1]) if turned else shape
+    parts: tuple[str, ...] = ("down_proj",)
+    if stacked["name"] in {"gate_up_proj", "input_linear.weight"}:
+        parts = ("gate_proj", "up_proj")
+    place = (
+        stacked["parent"]
+        if stacked["parent"].endswith("experts")
+        else f"{stacked['parent']}.experts"
+    )
+    for expert in range(count):
+        for number, part in enumerate(parts):
+            yield Matrix(
+                module=f"{place}.{expert}.{part}",
+                tensor=name,
+                outputs=outputs // len(parts),
+                inputs=inputs,
+                expert=expert,
+                first=number * outputs // len(parts),
+                transposed=turned,
+            )
+
+
+def unquantized(source: CheckpointTensors, quantized: Iterable[Matrix]) -> list[str]:
+    """Return the modules with a matrix that stays in 16 bits, without embeddings and head.
+
+    Engines must be told their names: else they expect codes and scales for routers, gates and
+    towers, too.
+    """
+    taken = {matrix.tensor for matrix in quantized}
+    return sorted(
+        name.removesuffix(".weight")
+        for name in source.names - taken
+        if name.endswith(".weight")
+        and len(source.info(name).shape) > 1
+        and not any(part in name for part in ("embed_tokens", "lm_head"))
+    )

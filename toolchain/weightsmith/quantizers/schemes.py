@@ -1,0 +1,119 @@
+"""The formats that need no calibration text: one row each, as compressed-tensors defines them.
+
+Layouts and names are those of compressed-tensors 0.20 (quantization/quant_scheme.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from weightsmith.values import FP8, Format, Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How a matrix [outputs, inputs] is stored: codes, scales, and what servers do with inputs."""
+
+    format: Format
+    layout: str
+    """compressed-tensors' `format`."""
+    codes: str
+    """Safetensors dtype of the codes; U8 holds two 4-bit codes, the even column in the low bits."""
+    scales: str
+    """Safetensors dtype of the scales; U8 holds an exponent of 2 plus 127."""
+    largest: float
+    """Largest value of the code's type."""
+    tile: tuple[int, int]
+    """Outputs and inputs that share a scale; 0 inputs: all."""
+    fused_scale: bool = False
+    """Whether matrices that engines fuse have a second scale in common, a float32."""
+    weights: Mapping[str, Json]
+    inputs: Mapping[str, Json] | None
+    """What servers do with activations before they multiply; None: nothing."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether a byte holds two codes."""
+        return self.codes == "U8"
+
+    def config(self, ignored: Sequence[str]) -> dict[str, Json]:
+        """Return compressed-tensors' quantization_config; `ignored` modules stay in 16 bits."""
+        group: dict[str, Json] = {"targets": ["Linear"], "weights": dict(self.weights)}
+        group["input_activations"] = dict(self.inputs) if self.inputs else None
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.layout,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head", *ignored],
+        }
+
+
+def _eight(kind: str, **more: Json) -> dict[str, Json]:
+    return {"num_bits": 8, "type": kind, "symmetric": True, **more}
+
+
+def _four(strategy: str, group: int, scales: str) -> dict[str, Json]:
+    return {
+        "num_bits": 4, "type": "float", "symmetric": True, "dynamic": False,
+        "strategy": strategy, "group_size": group, "scale_dtype": scales, "zp_dtype": scales,
+    }  # fmt: skip
+
+
+_SCHEMES = (
+    Scheme(
+        format=FP8,
+        layout="float-quantized",
+        codes="F8_E4M3",
+        scales="F32",
+        largest=448.0,
+        tile=(1, 0),
+        weights=_eight("float", strategy="channel", dynamic=False),
+        inputs=_eight("float", strategy="token", dynamic=True),
+    ),
+    Scheme(
+        format=Format(name="w8a8", kind="compressed-tensors", bits_per_weight=8.0),
+        layout="int-quantized",
+        codes="I8",
+        scales="F32",
+        largest=127.0,  # symmetric: without -128
+        tile=(1, 0),
+        weights=_eight("int", strategy="channel", dynamic=False),
+        inputs=_eight("int", strategy="token", dynamic=True),
+    ),
+    Scheme(
+        format=Format(name="fp8-block", kind="fp8", bits_per_weight=8.0),
+        layout="float-quantized",
+        codes="F8_E4M3",
+        scales="F32",
+        largest=448.0,
+        tile=(128, 128),
+        weights=_eight("float", strategy="block", dynamic=False, block_structure=[128, 128]),
+        inputs=_eight("float", strategy="group", dynamic=True, group_size=128),
+    ),
+    Scheme(
+        format=Format(name="nvfp4a16", kind="nvfp4", bits_per_weight=4.5),
+        layout="nvfp4-pack-quantized",
+        codes="U8",
+        scales="F8_E4M3",
+        largest=6.0,
+        tile=(1, 16),
+        fused_scale=True,
+        weights=_four("tensor_group", 16, "torch.float8_e4m3fn"),
+        inputs=None,
+    ),
+    Scheme(
+        format=Format(name="mxfp4a16", kind="mxfp4", bits_per_weight=4.25),
+        layout="mxfp4-pack-quantized",
+        codes="U8",
+        scales="U8",
+        largest=6.0,
+        tile=(1, 32),
+        weights=_four("group", 32, "torch.uint8"),
+        inputs=None,
+    ),
+)
+SCHEMES: Mapping[str, Scheme] = MappingProxyType({one.format.name: one for one in _SCHEMES})
+"""By the format's name."""
