@@ -134,6 +134,15 @@ def test_a_layout_is_beside_the_images(warm: Memory) -> None:
     assert len([row for row in marker["manifests"] if "artifactType" not in row]) == 1
 
 
+def test_a_model_pack_says_the_licence_and_what_it_is(warm: Memory) -> None:
+    warm.build("outputs=[image, modelpack]", "card.license=MIT", push=True)
+    config = json.loads(pulled(warm, f"{TAG}-modelpack").config_bytes)
+
+    assert config["descriptor"]["licenses"] == ["MIT"]
+    assert config["descriptor"]["family"] == "llama"
+    assert config["config"]["quantization"] == "q4_k_m"
+
+
 def test_what_ollama_reads(warm: Memory) -> None:
     """Held to ollama's manifest/manifest.go, types/model/config.go and server/images.go."""
     warm.build("outputs=[image, ollama]", push=True)

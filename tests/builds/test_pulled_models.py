@@ -6,22 +6,20 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from weightsmith.drivers.toolset import toolset_folder
-from weightsmith.files import folder_beside
 from weightsmith.wiring import cache_folder
 
 from tests.fakes.debian_registry import real_registry
+from tests.fakes.readers import reader
 from tests.fakes.started import free_port, started, weightsmith
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 KINDS = ("volume", "modelpack", "modelpack-tar", "ollama")
-KSERVE = ("kserve-storage==0.21.0", "oras==0.2.42")
 pytestmark = [
     pytest.mark.builders,
     pytest.mark.registry,
@@ -51,16 +49,7 @@ def host(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def kserve() -> Path:
     """Python with KServe's own downloader: without clients of clouds, which it does not need."""
-    folder = cache_folder() / "readers" / KSERVE[0]
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder_beside(folder) as partial:
-            subprocess.run([sys.executable, "-m", "venv", partial], check=True)
-            pip = [partial / "bin" / "python", "-m", "pip", "install", "--quiet"]
-            subprocess.run([*pip, "--no-deps", KSERVE[0]], check=True)
-            subprocess.run([*pip, KSERVE[1], "requests", "certifi", "pyyaml"], check=True)
-            partial.rename(folder)
-    return folder / "bin" / "python"
+    return reader("kserve-storage==0.21.0", "oras==0.2.42", "requests", "certifi", "pyyaml")
 
 
 def answer(file: Path, log: Path) -> str:
@@ -140,3 +129,38 @@ def test_a_pulled_model_is_served(
 
     assert file.read_bytes() == gguf.read_bytes()
     assert answer(file, tmp_path / "server.log") == expected
+
+
+@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar"])
+def test_olots_classes_take_a_model_pack(host: str, kind: str) -> None:
+    """olot's pydantic classes are made from the specification's JSON Schema."""
+    python = reader("olot==1.2.1", "pydantic", "click")
+    manifest, config = documents(host, kind)
+    code = (
+        "import sys; from olot.modelpack.model_config import Model; "
+        "from olot.oci.oci_image_manifest import OCIImageManifest as M; "
+        "Model.model_validate_json(sys.argv[2]); M.model_validate_json(sys.argv[1])"
+    )
+    subprocess.run([python, "-c", code, manifest, config], check=True)
+
+
+@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar"])
+def test_ramalamas_classes_take_a_model_pack(host: str, kind: str) -> None:
+    python = reader("ramalama==0.25.0", "jinja2", "pyyaml", "jsonschema", "argcomplete")
+    manifest, _ = documents(host, kind)
+    code = (
+        "import sys, json; from ramalama.transports.oci.spec import Manifest; "
+        "found = Manifest.from_dict(json.loads(sys.argv[1])); print(len(found.layers))"
+    )
+    words = [python, "-c", code, manifest]
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    assert int(said) == len(json.loads(manifest)["layers"])
+
+
+def documents(host: str, kind: str) -> tuple[str, str]:
+    """Return a form's manifest and configuration."""
+    address = f"http://{host}/v2/team/bot"
+    accept = {"Accept": "application/vnd.oci.image.manifest.v1+json"}
+    manifest = httpx.get(f"{address}/manifests/{kind}", headers=accept).text
+    digest = json.loads(manifest)["config"]["digest"]
+    return manifest, httpx.get(f"{address}/blobs/{digest}").text

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import pytest
 import yaml
 from weightsmith.commands.upload import push_to_hub
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.oci.layout import write_layout
+from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.stages.upload import HubPlace, repository_of
 from weightsmith.tools import Tools
+from weightsmith.values import Digest, FileEntry, Tree
 
 from tests.fakes.memory import memory_tools
 from tests.fakes.tiny import write_model
@@ -198,6 +202,26 @@ def test_what_a_hub_refuses_is_said_without_the_token(
     assert "s3cret" not in said
     assert caught.value.__suppress_context__
     assert all(len(repository.files) == 1 for repository in hub.repositories.values())
+
+
+@pytest.mark.parametrize("path", ["../evil.gguf", "/evil.gguf", "a/../../evil.gguf", ""])
+def test_a_pack_whose_file_leaves_the_folder(
+    hub: WritableHub, tools: Tools, tmp_path: Path, path: str
+) -> None:
+    data = b"GGUF"
+    entry = FileEntry(path="x.gguf", size=len(data), digest=Digest.of(data))
+    (tmp_path / "x.gguf").write_bytes(data)
+    facts = ModelDescription(name="x", version="1", format="gguf")
+    pack = model_pack(Tree(root=tmp_path, files=(entry,)), facts, {})
+    manifest = json.loads(pack.manifest_bytes)
+    manifest["layers"][0]["annotations"] = {"org.cncf.model.filepath": path}
+    raw = (json.dumps(manifest).encode(), pack.config_bytes, pack.media_type)
+    write_layout(replace(pack, raw=raw), tmp_path / "layout")
+
+    with pytest.raises(InputRefused, match="leaves the model's folder"):
+        push_to_hub(f"oci:{tmp_path / 'layout'}", PLACE, tools)
+    assert not list(tmp_path.rglob("evil*"))
+    assert hub.repositories == {}
 
 
 def test_a_token_that_may_only_read(

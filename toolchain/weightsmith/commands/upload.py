@@ -149,6 +149,7 @@ def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) ->
     layers = weights_of(image, source)
     size = sum(layer.size for layer in layers)
     tools.progress.note(f"reading {len(layers)} layers of {source} ({size / 1e6:,.0f} MB)")
+    tools.store.require_room(size, f"the files of {source}")
     root = scratch / "model"
     if image.has_files and ".tar" not in layers[0].media_type:
         _copy_files(layers, root)

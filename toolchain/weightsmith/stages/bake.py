@@ -160,7 +160,7 @@ def _files(
 def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
     """Return what a ModelPack says of a model."""
     format_, facts = inputs.artifact.format, _facts(inputs)
-    license_ = license_of(split.tree.texts)
+    license_ = _license_name(inputs, split)
     return ModelDescription(
         name=inputs.name,
         version=inputs.version,
@@ -172,6 +172,13 @@ def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
         quantization=format_.name if format_.bits_per_weight < _PLAIN_BITS else "",
         sees_images=bool(facts and facts.sees_images),
     )
+
+
+def _license_name(inputs: ImageInputs, split: Resharded) -> str:
+    """Return the licence: by the recipe, else by the card of the model or of its base."""
+    said = (inputs.recipe.card.license or inputs.recipe.base.license) if inputs.recipe else ""
+    trees = (split.tree, *((inputs.sources.base.tree,) if inputs.sources else ()))
+    return said or next(filter(None, (license_of(tree.texts) for tree in trees)), "")
 
 
 def _facts(inputs: ImageInputs) -> ModelFacts | None:
