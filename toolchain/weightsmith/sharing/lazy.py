@@ -71,16 +71,18 @@ class RemoteFiles:
         return Stream(open=lambda: self._stream(name))
 
     def header(self, name: str) -> Path:
-        """Return a file with the header of a GGUF file, and a hole instead of its tensors."""
-        blob = self._entry.headers.get(name)
-        if self._whole is not None or blob is None:
+        """Return a file with the header of a GGUF file, and a hole instead of its tensors.
+
+        A GGUF file whose header nobody could read has only a hole.
+        """
+        if self._whole is not None or not name.endswith(".gguf"):
             return self.whole() / name
+        blob = self._entry.headers.get(name)
         path = self._scratch() / self._entry.key.hex / "headers" / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._kept_honest():
-                chunks = verified(self._place.read(blob), blob, self._where, _ALTERED, CacheLost)
-                replace_file(path, chunks)
+                replace_file(path, self._blob_bytes(blob) if blob else ())
             (size,) = (file.size for file in self._entry.files if file.path == name)
             with path.open("r+b") as file:
                 file.truncate(size)
@@ -98,6 +100,9 @@ class RemoteFiles:
     def _layers(self) -> list[tuple[TarLayer, Blob]]:
         tree = Tree(root=Path(), files=self._entry.files)
         return list(zip(layers_of(tree, self._entry.epoch), self._entry.layers, strict=True))
+
+    def _blob_bytes(self, blob: Blob) -> Iterator[bytes]:
+        return verified(self._place.read(blob), blob, self._where, _ALTERED, CacheLost)
 
     def _fill(self, folder: Path) -> Mapping[str, Json]:
         for layer, blob in self._layers:
