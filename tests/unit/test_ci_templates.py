@@ -121,7 +121,12 @@ def test_github(place: Path) -> None:
     steps = {
         step.get("name"): step for step in load("github-actions.yml")["jobs"]["image"]["steps"]
     }
-    env = {"ADAPTER": "v3", "VERSION": "1.10", "REPOSITORY": "ghcr.io/A/b"}
+    env = {
+        "ADAPTER": "v3",
+        "VERSION": "1.10",
+        "REPOSITORY": "ghcr.io/A/b",
+        "CACHE": "ghcr.io/A/cache",
+    }
     branch, tag = "--layout image", "--push"
     assert branch in (text := steps["build"]["env"]["OUTPUT"])
     assert tag in text
@@ -135,6 +140,7 @@ def test_github(place: Path) -> None:
         "version": "1.10",
         "image.repository": "ghcr.io/a/b",
     }
+    assert "oci://ghcr.io/a/cache" in seen(place)
     run(steps["sign"]["run"])
     assert (place / "signed").read_text() == f"sign --yes r.example:5000/a/b@{DIGEST}\n"
     run(steps["summary"]["run"], GITHUB_STEP_SUMMARY=str(place / "summary"))
@@ -145,7 +151,7 @@ def test_gitlab(place: Path) -> None:
     job = load("gitlab-ci.yml")["build-image"]
     variables = {"CI_REGISTRY": "r.example", "CI_REGISTRY_USER": "u", "CI_REGISTRY_PASSWORD": "p",
                  "DOCKER_CONFIG": str(place / "docker"), "ADAPTER": "v3", "CI_COMMIT_TAG": "1.10",
-                 "REPOSITORY": "r.example/a"}  # fmt: skip
+                 "REPOSITORY": "r.example/a", "CACHE": "oci://r.example/cache"}  # fmt: skip
     for script in (*job["before_script"], *job["script"]):
         if not script.startswith("pip install"):
             run(script, **variables)

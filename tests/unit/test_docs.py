@@ -20,6 +20,7 @@ from weightsmith.cli import namespace
 from weightsmith.cli.housekeeping import report_words
 from weightsmith.fleets.file import check_fleet
 from weightsmith.recipe_file import check_recipe
+from weightsmith.user_config import UserConfig
 
 from tests.fakes.registry import fake_registry
 
@@ -330,10 +331,13 @@ def test_json_lines_can_be_parsed(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", [b for b in blocks() if b.language == "yaml"], ids=str)
-def test_yaml_is_a_recipe_a_fleet_or_a_workflow(block: Block) -> None:
+def test_yaml_is_a_recipe_a_fleet_a_workflow_or_a_configuration(block: Block) -> None:
     data = yaml.safe_load(block.text)
     if {"recipe", "adapters"} <= set(data):
         check_fleet(data, str(block))
+        return
+    if set(data) == {"cache"}:
+        assert UserConfig.model_validate(data).cache.where
         return
     if "jobs" not in data:
         check_recipe(data if "name" in data else skeleton(data), str(block))
