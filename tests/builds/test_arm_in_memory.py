@@ -101,6 +101,15 @@ def test_a_modelcar_is_for_both_too(warm: Memory) -> None:
     assert {one.digest for one in amd.layers} & {one.digest for one in arm.layers}
 
 
+def test_a_volume_is_for_both_and_a_modelpack_for_any(warm: Memory) -> None:
+    built = warm.build(BOTH, "outputs=[image, volume, modelpack]", push=True)[TARGET]
+
+    amd, arm = (pulled(warm, machine, "-volume") for machine in ("amd64", "arm64"))
+    assert [amd.platform, arm.platform] == ["linux/amd64", "linux/arm64"]
+    assert [one.digest for one in amd.layers] == [one.digest for one in arm.layers]
+    assert built.forms["modelpack"].digest == pulled(warm, "arm64", "-modelpack").digest
+
+
 @pytest.mark.parametrize(
     ("target", "wanted"),
     [

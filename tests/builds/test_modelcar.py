@@ -9,10 +9,37 @@ import uuid
 from pathlib import Path
 
 import pytest
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.unpack import unpack
+
+from tests.conftest import emulator
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 KSERVE = "ln -s /proc/$$/root/models /tmp/models && ls /tmp/models/ && test -r /models/config.json"
 """What KServe's injector has a modelcar run, but for the end, where it sleeps."""
+
+
+@pytest.mark.emulator
+@pytest.mark.builders
+def test_a_modelcar_for_arm_has_a_shell_for_arm(tmp_path: Path) -> None:
+    words = (
+        "bake", "--model", TINY / "base", "--target", "vllm", "--kind", "modelcar",
+        "--platform", "linux/arm64", "--layout", tmp_path / "layout", "--json",
+    )  # fmt: skip
+    environment = {**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")}
+    baked = subprocess.run(
+        [sys.executable, "-m", "weightsmith", *map(str, words)],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert baked.returncode == 0, baked.stderr
+    image = read_layout(tmp_path / "layout", platform="linux/arm64")
+    unpack(image, tmp_path / "root")
+    said = subprocess.run(
+        [emulator(), tmp_path / "root" / "bin" / "sh", "-c", "test -r $0 && uname -m",
+         tmp_path / "root" / "models" / "config.json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout == "aarch64\n"
 
 
 @pytest.mark.docker

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.drivers import docker_images, environment, toolset
+from weightsmith.drivers.assembly import make_engine_files
 from weightsmith.drivers.environment import Pins, environment_folder, is_complete
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.wheels import configured_wheels, pick_wheels
@@ -231,6 +232,34 @@ def test_an_index_with_a_password_is_not_written_into_the_image(monkeypatch):
 
     monkeypatch.setenv("PIP_INDEX_URL", "https://me:secret@index.example/simple")
     assert "PIP_INDEX_URL" not in docker_images._arguments("cpu", "b")
+
+
+def test_the_compiler_that_engines_share_is_part_of_engine_and_builder_pins(images):
+    shared = images / "engines" / "zig.py"
+    (images / "builders" / "tiny" / "Containerfile").write_text("")
+    shared.write_text("one")
+    before = engine_pins("toy"), builder_pins("tiny")
+    shared.write_text("two")
+    after = engine_pins("toy"), builder_pins("tiny")
+    assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_an_engine_for_another_machine_is_compiled_apart(images, tmp_path):
+    (images / "engines" / "toy" / "compile.py").write_text(
+        "import pathlib, sys\n"
+        "app = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]) / 'app'\n"
+        "app.mkdir(parents=True); (app / 'server').write_text(' '.join(sys.argv[-3:]))\n"
+    )
+    progress, out = RecordingProgress(), tmp_path / "engine"
+    out.mkdir()
+
+    for _ in range(2):
+        make_engine_files(tmp_path, "toy", "linux/arm64", out, progress)
+
+    assert (out / "server").read_text() == "--arch aarch64 --engine-only"
+    assert toolset.toolset_folder(tmp_path, "toy", "aarch64").is_dir()
+    assert not toolset.toolset_folder(tmp_path, "toy").exists()
 
 
 def test_what_assembled_engines_share_is_part_of_their_pins_alone(images):

@@ -103,3 +103,12 @@ def test_what_is_nowhere_as_pinned_is_named(
 def test_a_package_without_files_is_refused(debs: ModuleType) -> None:
     with pytest.raises(SystemExit, match=r"without data\.tar"):
         debs.data_member(deb(("debian-binary", b"2.0\n")))
+
+
+def test_packages_are_those_of_the_machine(debs: ModuleType) -> None:
+    arm = {"path": "pool/main/x/x_1_arm64.deb"}
+    lock = {"packages": [PACKAGE, arm]}
+    assert debs.packages_for(lock, "x86_64") == [PACKAGE]
+    assert debs.packages_for(lock, "aarch64") == [arm]
+    with pytest.raises(SystemExit, match="no packages are pinned for aarch64"):
+        debs.packages_for({"packages": [PACKAGE]}, "aarch64")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from weightsmith.platforms import machine_of
 
 ENGINE = Path(__file__).parents[3] / "images/engines/llamacpp"
 BUILDER = Path(__file__).parents[3] / "images/builders/gguf"
@@ -100,6 +101,11 @@ def test_launcher_knows_exactly_the_variants_that_are_built(arch):
     known = re.findall(r'^    \{"([^"]+)", runs_', launcher, re.MULTILINE)
     mine = [name for name in known if name.startswith("x86") == (arch == "x86_64")]
     assert mine == list(reversed(pins()["variants"][arch]))
+
+
+def test_there_is_an_engine_for_each_platform_that_is_promised():
+    machines = [machine_of(platform) for platform in pins()["platforms"]]
+    assert machines == list(pins()["variants"])
 
 
 def test_source_json_can_be_read_as_a_pin():

@@ -144,6 +144,7 @@ def _inputs(
         engine=target.engine,
         config=config,
         bases=base_images(base_name, engine, tools, platforms=platforms) if base_name else (),
+        platforms=platforms,
         base_name=public_base(base_name),
         kind=request.kind,
         labels=_labels(request, model, target, config),

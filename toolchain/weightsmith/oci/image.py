@@ -24,6 +24,10 @@ MOST_LAYERS = 125
 _SECOND = 1_000_000_000
 
 
+DEFAULT_PLATFORM = "linux/amd64"
+"""Of an image from scratch, on every machine, so that it has one digest."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Healthcheck:
     """A command that exits with 0 when the server is ready; times in seconds."""
@@ -160,7 +164,7 @@ def assemble(
     base: Image | None = None,
     annotations: Mapping[str, str] | None = None,
     order: Order = "engine-first",
-    platform: str = "linux/amd64",
+    platform: str = DEFAULT_PLATFORM,
     epoch: int | None = None,
 ) -> Image:
     """Return an image of a base (None: from scratch), weight layers, and small layers on top.

@@ -79,6 +79,7 @@ def form_inputs(
         layers_below=max((len(base.layers) for base in image.bases), default=0),
         context=image.config.plan.max_model_len if image.config else 0,
         bases=base_images(base_name, "", tools, platforms=platforms) if base_name else (),
+        platforms=platforms,
         base_name=public_base(base_name),
         labels={
             **labels,

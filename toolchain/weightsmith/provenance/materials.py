@@ -33,6 +33,8 @@ class ImageInputs:
     """None for an image that only holds weights, for other containers to mount."""
     bases: tuple[Image, ...]
     """One per platform; () for an image from scratch."""
+    platforms: tuple[str, ...] = ()
+    """The platforms of an image from scratch; () for `DEFAULT_PLATFORM` alone."""
     base_name: str
     """The base's name in the image's labels; "" for a folder on this machine."""
     kind: str = "image"

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
-from weightsmith.oci.image import Healthcheck, Image, ImageConfig, Order, assemble
+from weightsmith.oci.image import (
+    DEFAULT_PLATFORM,
+    Healthcheck,
+    Image,
+    ImageConfig,
+    Order,
+    assemble,
+)
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.manifests import OLLAMA_MODEL
 from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX
@@ -44,10 +51,12 @@ def assemble_in_roles(
     *,
     order: Order,
     version: str,
+    platform: str = DEFAULT_PLATFORM,
 ) -> Image:
     """Return an image whose labels say what its layers are for and what was added to its base.
 
-    So `rebase` can replace the base. `version` is the engine's; "" if unknown.
+    So `rebase` can replace the base. `version` is the engine's; "" if unknown. `platform` is used
+    only without a base.
     """
     counts = [("base", len(base.layers) if base else 0), ("weights", len(weights))]
     if order == "weights-first":
@@ -67,6 +76,7 @@ def assemble_in_roles(
         base=base,
         annotations={k: v for k, v in labels.items() if k.startswith("org.opencontainers.")},
         order=order,
+        platform=platform,
     )
 
 

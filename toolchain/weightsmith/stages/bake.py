@@ -11,7 +11,7 @@ from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.evaluating.results import Result
 from weightsmith.oci.collisions import first_collision
-from weightsmith.oci.image import Healthcheck, Image, ImageConfig
+from weightsmith.oci.image import DEFAULT_PLATFORM, Healthcheck, Image, ImageConfig
 from weightsmith.oci.index import own_of
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers
@@ -54,7 +54,8 @@ def bake(
 ) -> Outcome[tuple[ImageMaterials, ...]]:
     """Return the image for each platform of the base: base, weight layers and a settings layer.
 
-    A ModelPack is one artifact for all platforms.
+    Without a base, for each platform that the inputs name. A ModelPack is one artifact for all
+    platforms.
 
     `prepare` returns the inputs; it takes minutes if a base is assembled here. The weight
     layers are the same for every kind of image. The store caches layer digests, so an unchanged
@@ -70,12 +71,19 @@ def bake(
     split = Resharded(inputs.artifact.tree, {})
     if inputs.largest_layer:
         split = reshard(split.tree, inputs.largest_layer, tools.store.memo)
-    made = tuple(_made(inputs, split, base, (), tools.store) for base in inputs.bases or (None,))
+    below = [(base, base.platform) for base in inputs.bases] or _scratch(inputs)
+    made = tuple(_made(inputs, split, base, each, (), tools.store) for base, each in below)
     layers = own_of(whole_image(made)).layers
     if push:
         sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
         check_layers(sizes, Reference.parse(name).registry)
     return timer.done(made, cached=[layer.digest for layer in layers] == list(earlier))
+
+
+def _scratch(inputs: ImageInputs) -> list[tuple[None, str]]:
+    """Return no base for each platform; what holds no image is for all of them at once."""
+    wanted = () if inputs.kind in _FILES else inputs.platforms
+    return [(None, platform) for platform in sorted(set(wanted)) or [DEFAULT_PLATFORM]]
 
 
 def with_scores(
@@ -87,7 +95,8 @@ def with_scores(
     platforms' images name it, and say that these are not proven.
     """
     return tuple(
-        _made(one.inputs, one.split, one.base, results, store, started=started) for one in made
+        _made(one.inputs, one.split, one.base, one.image.platform, results, store, started=started)
+        for one in made
     )
 
 
@@ -95,6 +104,7 @@ def _made(
     inputs: ImageInputs,
     split: Resharded,
     base: Image | None,
+    platform: str,
     results: tuple[Result, ...],
     store: Store,
     *,
@@ -130,6 +140,7 @@ def _made(
         inputs.base_name,
         order=inputs.order,
         version=engine_version(base.labels) if base and config else "",
+        platform=platform,
     )
     return ImageMaterials(
         inputs=inputs, split=split, base=base, image=image, results=results, stand_in=stand_in
