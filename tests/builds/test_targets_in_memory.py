@@ -12,6 +12,7 @@ import pytest
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.without_data import has_no_data
 from weightsmith.errors import CheckFailed
+from weightsmith.oci import weights
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
@@ -175,6 +176,23 @@ def test_an_unmerged_adapter_is_served_beside_the_base(memory: Memory, target: s
     assert built.scores["image"].score == 1
     assert set(built.scores) == {"base", "adapter", "image"}
     assert asked(memory) == {"a-v1": {"a"}}
+
+
+@pytest.mark.parametrize(
+    ("target", "limit", "files"),
+    [("vllm", "auto", 2), ("vllm-lora", "auto", 2), ("vllm", "none", 1)],
+)
+def test_large_files_are_split_to_be_pulled_faster(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, target: str, limit: str, files: int
+) -> None:
+    vllm_base(memory)
+    size = (memory.home / "base" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(weights, "_FASTEST_LAYER", size // 2 + (130 << 10))
+    memory.build(f"image.max_layer_size={limit}", targets=[target], push=True)
+
+    image = memory.client.pull(Reference.parse(f"{memory.repository}:1.0.0-{target}"))
+    names = [layer.file for layer in image.layers if layer.file.endswith(".safetensors")]
+    assert sum("adapters/" not in name for name in names) == files
 
 
 @pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])

@@ -77,7 +77,7 @@ def bake(
         base=base,
         order=more.pop("order", "engine-first"),
         platforms=(platform,) if platform else (),
-        max_layer_size=more.pop("max_layer_size", ""),
+        max_layer_size=more.pop("max_layer_size", "auto"),
     )
     request = {
         "model": model,

@@ -304,9 +304,10 @@ class ImageNames(Section):
         "again after an engine update.",
     )
     max_layer_size: str = Field(
-        "",
-        pattern=_SIZE,
-        description="Largest layer, such as `10GB`; larger safetensors files are split.",
+        "auto",
+        pattern=rf"^(auto|none)$|{_SIZE}",
+        description="Largest layer, such as `10GB`; larger safetensors files are split. `auto`: "
+        "about 0.5 GB, which nodes pull fastest; `none`: each file stays whole.",
     )
 
 

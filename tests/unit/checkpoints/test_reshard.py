@@ -97,6 +97,79 @@ def test_what_cannot_be_split(tmp_path: Path) -> None:
     assert "--split-max-size" in caught.value.hint
 
 
+def test_what_cannot_be_split_may_stay_whole(tmp_path: Path) -> None:
+    save_file(tensors(1), tmp_path / "model.safetensors")
+    (tmp_path / "model.gguf").write_bytes(bytes(500_000))
+    split = reshard(tree_of(tmp_path), LARGEST, plain, strict=False)
+    assert {*split.contents} == {
+        INDEX, *(f"model-{n:05}-of-00003.safetensors" for n in range(1, 4))
+    }  # fmt: skip
+    assert split.tree.has("model.gguf")
+    save_file({"a": np.zeros(200_000, np.float32)}, tmp_path / "model.safetensors")
+    tree = tree_of(tmp_path)
+    assert reshard(tree, LARGEST, plain, strict=False).tree is tree
+
+
+def test_a_large_tensor_is_alone_in_its_file(tmp_path: Path) -> None:
+    wide = {"b": np.zeros(200_000, np.float32), "a": np.ones(9, np.float32)}
+    save_file(wide | tensors(1, 3), tmp_path / "model.safetensors")
+    split = reshard(tree_of(tmp_path), LARGEST, plain, strict=False)
+    places = json.loads(b"".join(read_pieces(split.contents[INDEX])))["weight_map"]
+    assert [name for name in places if places[name] == places["b"]] == ["b"]
+
+
+def test_other_models_beside_the_weights_stay_whole(tmp_path: Path) -> None:
+    """Adapters lie in folders of the image, and elsewhere on disk; the index is not for them."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter.safetensors"
+    base.mkdir()
+    save_file(tensors(1), base / "model.safetensors")
+    save_file({"lora_A": np.zeros(200_000, np.float32)}, adapter)
+    place = "adapters/one/adapter_model.safetensors"
+    data = adapter.read_bytes()
+    entry = FileEntry(path=place, size=len(data), digest=Digest.of(data))
+    tree = Tree(root=base, files=(entry, *tree_of(base).files), places={place: adapter})
+    split = reshard(tree, LARGEST, plain, strict=False)
+    assert split.tree.path(place) == adapter
+    assert split.tree.files[0] == entry
+    index = json.loads(b"".join(read_pieces(split.contents[INDEX])))
+    assert index["weight_map"].keys() == tensors(1).keys()
+    with pytest.raises(UsageError, match=place):
+        reshard(tree, LARGEST, plain)
+
+
+def test_a_file_that_the_index_does_not_name_stays_whole(tmp_path: Path) -> None:
+    save_file(tensors(1), tmp_path / "model-00001-of-00001.safetensors")
+    save_file(tensors(2), tmp_path / "consolidated.safetensors")
+    weights = {f"1.{n}": "model-00001-of-00001.safetensors" for n in range(8)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weights}))
+    tree = tree_of(tmp_path)
+    split = reshard(tree, LARGEST, plain, strict=False)
+    assert tree.files[0] in split.tree.files
+    assert len(split.contents) == 4
+
+
+def test_a_changed_file_changes_its_own_layers_only(tmp_path: Path) -> None:
+    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    index = {f"{n}.{i}": name for n, name in enumerate(names, 1) for i in range(8)}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
+    found = []
+    for seed in (2, 3):
+        save_file(tensors(1), tmp_path / names[0])
+        changed = {key.replace("3.", "2."): value for key, value in tensors(seed).items()}
+        save_file(changed, tmp_path / names[1])
+        split = reshard(tree_of(tmp_path), LARGEST, plain, strict=False)
+        found.append({file.path: file.digest for file in split.tree.files})
+    same = {path for path in found[0] if found[0][path] == found[1][path]}
+    assert same == {path for path in found[0] if path.startswith("model-00001")} | {INDEX}
+
+
+def test_a_weight_map_of_something_else(tmp_path: Path) -> None:
+    save_file(tensors(1), tmp_path / "model.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"1.0": ["model.safetensors"]}}))
+    with pytest.raises(InputRefused, match="weight_map"):
+        reshard(tree_of(tmp_path), LARGEST, plain)
+
+
 @pytest.mark.parametrize("how", ["is cut off", "is written to", "is gone", "is a pipe"])
 def test_a_file_that_changes(tmp_path: Path, how: str) -> None:
     path = tmp_path / "model.safetensors"

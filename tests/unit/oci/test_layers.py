@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.layers import Member, TarLayer
-from weightsmith.oci.weights import weight_layers
+from weightsmith.oci.weights import fastest_layer, weight_layers
 from weightsmith.values import Digest
 
 from tests.fakes.images import FILES, tree_of
@@ -87,6 +87,13 @@ def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:
         "models/model-00002-of-00002.safetensors",
         "models/config.json and 1 more",
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"), [(0, 5e8), (3e8, 5e8), (16e9, 5e8), (32e9, 1e9), (140e9, 4.375e9)]
+)
+def test_the_size_of_a_layer_grows_with_large_models_only(model: float, layer: float) -> None:
+    assert fastest_layer(int(model)) == layer
 
 
 def test_many_shards_share_layers(tmp_path: Path) -> None:

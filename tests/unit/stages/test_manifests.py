@@ -1,6 +1,7 @@
 """Rendered manifests against the schemas of those who read them."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -254,3 +255,31 @@ def test_the_readme_says_how_to_ask(config):
 
     assert body["model"] == config.served_name
     assert f"127.0.0.1:{config.port}" in config.files["README.md"]
+
+
+def uncommented(text):
+    """Switch on what a comment that begins with `Off:` offers, and what belongs to it."""
+    return re.sub(
+        r"^( *)# (- [{n.]|  persist|volumes:$|  - [.])", r"\1\2", text, flags=re.MULTILINE
+    )
+
+
+def test_the_cache_of_compiled_code_can_be_switched_on():
+    config = rendered("vllm")
+    before = documents(config, "kubernetes.yaml")[0]["spec"]["template"]["spec"]
+    text = uncommented(config.files["kubernetes.yaml"])
+    deployment = next(yaml.safe_load_all(text))
+    pod = deployment["spec"]["template"]["spec"]
+    mounts = pod["containers"][0]["volumeMounts"]
+    places = {mount["mountPath"] for mount in mounts if mount["name"] == "compiled"}
+    names = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+
+    assert places == {config.env[name] for name in names}
+    claim = {"claimName": "support-compiled"}
+    assert {"name": "compiled", "persistentVolumeClaim": claim} in pod["volumes"]
+    assert "compiled" not in json.dumps(before)
+    for version in KUBERNETES:
+        kubernetes_validate.validate(deployment, version, strict=True)
+    compose = yaml.safe_load(uncommented(config.files["compose.yaml"]))
+    assert {v.split(":")[1] for v in compose["services"]["model"]["volumes"]} == places
+    assert not any("Off:" in file for file in rendered("llamacpp-q8_0").files.values())

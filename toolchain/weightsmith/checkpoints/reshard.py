@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.checkpoints.reading import read_part
@@ -33,36 +33,44 @@ class Resharded:
     contents: Mapping[str, Pieces]
 
 
-def reshard(tree: Tree, largest: int, memo: Memo) -> Resharded:
+def reshard(tree: Tree, largest: int, memo: Memo, *, strict: bool = True) -> Resharded:
     """Return the tree with all safetensors files at most `largest` bytes and a new index.
 
-    Tensors keep their bytes and order; files that fit are unchanged. Raises UsageError if a single
-    tensor, or a file of another format, is larger.
+    Tensors keep their bytes and order; files that fit are unchanged. What cannot be split (a
+    single tensor, another format, an adapter) stays larger, or with `strict` raises UsageError.
     """
     large = [file for file in tree.files if file.size > largest - _SPARE]
     if not large:
         return Resharded(tree, {})
-    others = [file.path for file in large if not file.path.endswith(".safetensors")]
-    if others:
+    weights, metadata = _index(tree)
+    listed = set(weights.values())
+    whole = [file.path for file in large if file.path not in listed]
+    if whole and strict:
         raise UsageError(
-            f"{others[0]} is larger than the maximum layer size",
+            f"{whole[0]} is larger than the maximum layer size",
             hint="split GGUF files with `invoke quantize --split-max-size`",
         )
     contents: dict[str, Pieces] = {}
-    moved: dict[str, str] = {}
+    gone: dict[str, Digest] = {}
     for file in large:
+        if file.path not in listed:
+            continue
         header = read_header(tree.path(file.path))
-        for name, group in _named(file.path, _groups(header, largest)):
+        groups = _groups(header, largest, strict)
+        if len(groups) < 2:  # one tensor that is too large for any file
+            continue
+        gone[file.path] = file.digest
+        for number, group in enumerate(groups, 1):
+            name = _name(file.path, number, len(groups))
             contents[name] = _shard(header, group)
-            moved |= {tensor.name: name.rpartition("/")[2] for tensor in group}
-    gone = {file.path for file in large}
-    index = _index(tree, moved)
-    contents[INDEX] = (index,)
-    kept = [file for file in tree.files if file.path not in gone | {INDEX}]
-    sources = {file.path: file.digest for file in large}
-    made = [_entry(name, pieces, sources, memo, tree.root) for name, pieces in contents.items()]
+            weights |= {tensor.name: name for tensor in group}
+    if not gone:
+        return Resharded(tree, {})
+    contents[INDEX] = (canonical({"metadata": metadata, "weight_map": weights}),)
+    kept = [file for file in tree.files if file.path not in gone and file.path != INDEX]
+    made = [_entry(name, pieces, gone, memo, tree.root) for name, pieces in contents.items()]
     files = sorted([*kept, *made], key=lambda file: file.path)
-    return Resharded(Tree(root=tree.root, files=tuple(files)), contents)
+    return Resharded(replace(tree, files=tuple(files)), contents)
 
 
 def read_pieces(pieces: Pieces) -> Iterator[bytes]:
@@ -79,19 +87,19 @@ def size_of(pieces: Pieces) -> int:
     return sum(len(p) if isinstance(p, bytes) else p.size for p in pieces)
 
 
-def _groups(header: Header, largest: int) -> list[list[TensorInfo]]:
+def _groups(header: Header, largest: int, strict: bool) -> list[list[TensorInfo]]:
     """Return the tensors in as few consecutive groups as fit."""
     table = 8 + sum(len(t.name) + 256 for t in header.tensors)
     room = largest - _SPARE - min(table, largest // 2)
     groups: list[list[TensorInfo]] = [[]]
     used = 0
     for tensor in header.tensors:
-        if tensor.size > room:
+        if tensor.size > room and strict:
             raise UsageError(
                 f"{header.path.name}: tensor {tensor.name} alone has {tensor.size} bytes",
                 hint="choose a larger --max-layer-size",
             )
-        if used + tensor.size > room:
+        if groups[-1] and used + tensor.size > room:
             groups.append([])
             used = 0
         groups[-1].append(tensor)
@@ -99,10 +107,8 @@ def _groups(header: Header, largest: int) -> list[list[TensorInfo]]:
     return groups
 
 
-def _named(path: str, groups: list[list[TensorInfo]]) -> Iterator[tuple[str, list[TensorInfo]]]:
-    stem = path.removesuffix(".safetensors")
-    for number, group in enumerate(groups, 1):
-        yield f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", group
+def _name(path: str, number: int, count: int) -> str:
+    return f"{path.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _shard(header: Header, group: list[TensorInfo]) -> Pieces:
@@ -123,21 +129,21 @@ def _shard(header: Header, group: list[TensorInfo]) -> Pieces:
     return (len(text).to_bytes(8, "little") + text, body)
 
 
-def _index(tree: Tree, moved: Mapping[str, str]) -> bytes:
-    """Return the index of all tensors with the moved ones updated."""
+def _index(tree: Tree) -> tuple[dict[str, Json], Mapping[str, Json]]:
+    """Return the file of each tensor, and the index's metadata. Folders hold other models."""
     if tree.has(INDEX):
         data = read_json(tree.path(INDEX), largest=LARGEST_INDEX)
-        if not isinstance(data.get("weight_map"), dict):
+        places = data.get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
             raise InputRefused(
                 f"{tree.path(INDEX)} has no weight_map", hint="download the index again"
             )
-        weights, metadata = data["weight_map"], data.get("metadata") or {}
-    else:
-        names = [f.path for f in tree.files if f.path.endswith(".safetensors")]
-        headers = [read_header(tree.path(name)) for name in names]
-        weights = {t.name: header.path.name for header in headers for t in header.tensors}
-        metadata = {"total_size": sum(t.size for header in headers for t in header.tensors)}
-    return canonical({"metadata": metadata, "weight_map": {**weights, **moved}})
+        return dict(places), data.get("metadata") or {}
+    names = [f.path for f in tree.files if f.path.endswith(".safetensors") and "/" not in f.path]
+    headers = [read_header(tree.path(name)) for name in names]
+    total = sum(tensor.size for header in headers for tensor in header.tensors)
+    weights = {t.name: header.path.name for header in headers for t in header.tensors}
+    return weights, {"total_size": total}
 
 
 def _entry(

@@ -24,10 +24,9 @@ from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.recipe import KINDS, LOADABLE, ImageNames
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.memory import parse_size
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target, find
-from weightsmith.stages.bake import bake
+from weightsmith.stages.bake import bake, layer_limit
 from weightsmith.stages.base import base_images, base_reference, data_base, public_base
 from weightsmith.stages.publish import Outputs, publish
 from weightsmith.stages.render import render_unplanned, repository_name
@@ -149,7 +148,7 @@ def _inputs(
         kind=request.kind,
         labels=_labels(request, model, target, config),
         order=request.image.order,
-        largest_layer=parse_size(most) if most else 0,
+        largest_layer=layer_limit(most),
         parameters={"target": target.name, "kind": request.kind, "order": request.image.order},
         network_in_jobs=tools.runner.networked,
     )

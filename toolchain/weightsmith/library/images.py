@@ -37,7 +37,7 @@ def bake(
     order: str = "engine-first",
     kind: str = "image",
     platform: str = "",
-    max_layer_size: str = "",
+    max_layer_size: str = "auto",
     force: bool = False,
     insecure: bool = False,
     sign_key: str = "",
@@ -51,8 +51,8 @@ def bake(
     """Assemble the image of a model without starting it; push it, load it or write a layout.
 
     At least one of `push`, `load` (references) and `layout` (a folder) is needed. `config` is the
-    folder that `weightsmith render` wrote; `max_layer_size` is text such as `10GB`; `kind` is
-    `image`, `modelcar`, `volume`, `modelpack`, `modelpack-tar` or `ollama`.
+    folder that `weightsmith render` wrote; `max_layer_size` is `auto`, `none` or text such as
+    `10GB`; `kind` is `image`, `modelcar`, `volume`, `modelpack`, `modelpack-tar` or `ollama`.
 
     Raises UsageError for an unknown target or option, InputRefused for weights in another format,
     EnvironmentFailure if a registry or the container engine cannot be reached.

@@ -15,6 +15,18 @@ OWN_LAYER = 32 << 20
 """Bytes from which any other file gets its own layer; 32 MiB."""
 _MOST_LAYERS = 64
 """Above this, neighbours share layers: engines support at most 125, including the base's."""
+_FASTEST_LAYER = 500 * 10**6
+"""Bytes: a model of 4 GB then has eight layers, and more make a pull hardly faster."""
+_SPLIT_LAYERS = 32
+"""Layers of a large model if all are full; even if all are half full, `_MOST_LAYERS` suffice."""
+
+
+def fastest_layer(weight_bytes: int) -> int:
+    """Return the size in bytes above which a weights file is split, so that nodes pull it faster.
+
+    Source: benchmarks/README.md, "Pulls".
+    """
+    return max(_FASTEST_LAYER, -(-weight_bytes // _SPLIT_LAYERS))
 
 
 def max_weight_layers(base_layers: int) -> int:

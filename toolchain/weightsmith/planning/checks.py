@@ -36,12 +36,13 @@ from weightsmith.ports import Runner, Silent
 from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
 from weightsmith.serving.compatibility import check_engine_image, check_support
-from weightsmith.serving.memory import human, parse_size
+from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
+from weightsmith.stages.bake import layer_limit
 from weightsmith.stages.base import OWN, base_reference, check_own, data_base
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Tools
@@ -188,7 +189,7 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
     The image's actual sizes are checked again before it is pushed.
     """
     recipe, tree = request.file.recipe, sources.base.tree
-    own = parse_size(recipe.image.max_layer_size) if recipe.image.max_layer_size else 0
+    own = layer_limit(recipe.image.max_layer_size)
     limits = limits_of(Reference.parse(repository(recipe)).registry)
     theirs = limits.largest_layer if limits and request.outputs.push else 0
     for target in request.targets:
@@ -198,7 +199,7 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
             fits = bool(recipe.quantize.split_max_size)
         else:
             size = max((file.size for file in tree.files), default=0)
-            most, key, fits = theirs, "image.max_layer_size", bool(own) or target.format.packed
+            most, key, fits = theirs, "image.max_layer_size", own != 0 or target.format.packed
         if most and size > most and not fits:
             raise UsageError(
                 f"{target.name}: a file of about {human(size)} would be one layer, and the limit "

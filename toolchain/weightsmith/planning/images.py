@@ -16,9 +16,9 @@ from weightsmith.provenance.labels import PLAN, PREFIX, TESTED, VERDICT, labels,
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quality.result import Quality
 from weightsmith.quantizers import of_format
-from weightsmith.serving.memory import parse_size
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
+from weightsmith.stages.bake import layer_limit
 from weightsmith.stages.base import base_images, data_base, public_base
 from weightsmith.stages.evaluate import Evaluation, Question
 from weightsmith.tools import Tools
@@ -52,7 +52,7 @@ def image_inputs(
         base_name=public_base(base_name),
         labels=labels(recipe, sources, artifact, quality, config),
         order=settings.order,
-        largest_layer=parse_size(settings.max_layer_size) if settings.max_layer_size else 0,
+        largest_layer=layer_limit(settings.max_layer_size),
         parameters={"target": target.name, "recipe": public_recipe(recipe)},
         sources=sources,
         checkpoint=checkpoint,

@@ -42,8 +42,8 @@ class ImageInputs:
     labels: Mapping[str, str]
     """All labels that do not follow from the other inputs."""
     order: Order = "engine-first"
-    largest_layer: int = 0
-    """Bytes; larger safetensors files are split. 0: no limit."""
+    largest_layer: int | None = 0
+    """Bytes; larger safetensors files are split. 0: no limit. None: by the model's size."""
     layers_below: int = 0
     """Layers of the base of the image whose layers this kind shares."""
     context: int = 0

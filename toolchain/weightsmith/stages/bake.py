@@ -18,7 +18,7 @@ from weightsmith.oci.limits import check_layers
 from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.ollama import ollama_model
 from weightsmith.oci.references import Reference
-from weightsmith.oci.weights import max_weight_layers, weight_layers
+from weightsmith.oci.weights import fastest_layer, max_weight_layers, weight_layers
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import Store
 from weightsmith.provenance.labels import (
@@ -30,6 +30,7 @@ from weightsmith.provenance.labels import (
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of, whole_image
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import assemble_in_roles
+from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.tools import Tools
@@ -68,9 +69,7 @@ def bake(
     """
     timer = Timer("bake", name, tools)
     inputs = prepare()
-    split = Resharded(inputs.artifact.tree, {})
-    if inputs.largest_layer:
-        split = reshard(split.tree, inputs.largest_layer, tools.store.memo)
+    split = _split(inputs, tools.store)
     below = [(base, base.platform) for base in inputs.bases] or _scratch(inputs)
     made = tuple(_made(inputs, split, base, each, (), tools.store) for base, each in below)
     layers = own_of(whole_image(made)).layers
@@ -84,6 +83,24 @@ def _scratch(inputs: ImageInputs) -> list[tuple[None, str]]:
     """Return no base for each platform; what holds no image is for all of them at once."""
     wanted = () if inputs.kind in _FILES else inputs.platforms
     return [(None, platform) for platform in sorted(set(wanted)) or [DEFAULT_PLATFORM]]
+
+
+def layer_limit(text: str) -> int | None:
+    """Return `image.max_layer_size` in bytes; 0 for `none`, None for `auto`.
+
+    Raises UsageError for what is not a size.
+    """
+    if text == "auto":
+        return None
+    return parse_size(text) if text not in ("none", "") else 0
+
+
+def _split(inputs: ImageInputs, store: Store) -> Resharded:
+    """Return the files as the image has them; `auto` splits where it can and refuses nothing."""
+    tree, largest = inputs.artifact.tree, inputs.largest_layer
+    if largest is None:
+        return reshard(tree, fastest_layer(tree.weight_bytes), store.memo, strict=False)
+    return reshard(tree, largest, store.memo) if largest else Resharded(tree, {})
 
 
 def with_scores(
@@ -123,7 +140,7 @@ def _made(
         model_dir,
         memo=store.memo,
         most=max_weight_layers(len(below)),
-        largest=inputs.largest_layer,
+        largest=inputs.largest_layer or 0,
         contents=split.contents,
     )
     labels = {
@@ -162,7 +179,7 @@ def _files(
         inputs.engine.model_dir,
         memo=store.memo,
         most=max_weight_layers(inputs.layers_below),
-        largest=inputs.largest_layer,
+        largest=inputs.largest_layer or 0,
         contents=split.contents,
     )
     return tar_model_pack(layers, description, labels)
