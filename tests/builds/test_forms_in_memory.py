@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from weightsmith.commands.images import copy_image
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.layout import read_layout
@@ -14,7 +15,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
 
 from tests.fakes.images import entry, foreign_image, tar_of
-from tests.fakes.memory import Memory
+from tests.fakes.memory import Memory, new_signer
 
 TARGET = "llamacpp-q4_k_m"
 TAG = f"1.0.0-{TARGET}"
@@ -94,6 +95,19 @@ def test_each_form_can_be_verified(warm: Memory) -> None:
     for form in built.forms.values():
         checks = verify_image(form.reference, None, warm.client, Silent())
         assert all(check["ok"] is not False for check in checks["checks"]), checks
+
+
+def test_each_form_is_signed_and_its_signature_goes_with_it(warm: Memory) -> None:
+    warm.signer = new_signer()
+    key = warm.folder / "key.pub"
+    key.write_bytes(warm.signer.public)
+    built = warm.build(ALL, push=True)[TARGET]
+
+    for kind, form in built.forms.items():
+        copy = f"{warm.registry.host}/prod/{kind}:1"
+        copy_image(form.reference, copy, warm.client, Silent(), force=False)
+        checks = verify_image(copy, key, warm.client, Silent())
+        assert checks["ok"], checks
 
 
 def test_the_record_names_them_and_a_second_build_sends_nothing(warm: Memory) -> None:

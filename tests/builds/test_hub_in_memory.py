@@ -133,13 +133,15 @@ def test_each_form_of_a_build_can_be_pushed(warm: Memory, hub: WritableHub, kind
     text = card(hub)
     assert "| image | 8 of 8 | 1.000 | 0.68 to 1.00 |" in text
     assert warm.record()["adapters"][0]["pin"] in text
+    assert warm.record()["image"]["digest"] in text
 
 
 def test_an_image_in_a_registry_can_be_pushed(warm: Memory, hub: WritableHub) -> None:
     built = warm.build(push=True)[TARGET]
     push(warm, built.published.reference)
 
-    assert f"{built.published.reference}@{built.published.digest}" in card(hub)
+    assert built.published.digest in card(hub)
+    assert warm.registry.host not in card(hub)  # a registry's name may be nobody else's business
 
 
 def test_a_builds_folder_can_be_pushed_from_the_store(warm: Memory, hub: WritableHub) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from weightsmith.drivers import checkup
 from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import Altered, EnvironmentFailure, InputRefused
@@ -145,3 +146,18 @@ def test_nothing_is_deleted_that_cannot_be_fetched_again(
         reader.fetch("hf://team/model", COMMIT, "", Silent())
     assert (root / "config.json").read_bytes() == b"{}"
     assert "nothing was deleted" in caught.value.hint
+
+
+def test_doctor_says_that_there_is_a_token_and_not_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.setenv("HF_TOKEN", "hf_s3cret")
+    found = checkup._hub()
+    monkeypatch.delenv("HF_TOKEN")
+    lacking = checkup._hub()
+
+    assert found.ok
+    assert "s3cret" not in found.found + found.todo
+    assert not lacking.ok
+    assert "HF_TOKEN" in lacking.todo

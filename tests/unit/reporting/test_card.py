@@ -99,7 +99,7 @@ def test_labels_say_as_much_as_they_have() -> None:
         f"{prefix}score.image": "0.5000 exact n=4",
         f"{prefix}score.base": "who knows",
     }
-    card = card_of_labels("x", labels, prefix, "mit", 512)
+    card = card_of_labels("x", labels, prefix, license_="mit", context=512, image="sha256:3")
 
     assert [parent.hub for parent in card.adapters] == ["acme/lora", ""]
     assert card.scores["image"] == ScoreRecord(score=0.5, n=4, metric="exact")

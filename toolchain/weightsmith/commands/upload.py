@@ -20,7 +20,7 @@ from weightsmith.oci.manifests import MODEL_LAYERS
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance import mlbom
 from weightsmith.provenance.evidence import read_attached
-from weightsmith.provenance.labels import PREFIX, plan_in
+from weightsmith.provenance.labels import PREFIX, VERDICT, plan_in
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import weights_of
 from weightsmith.quantizers import of_format
@@ -171,11 +171,11 @@ def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) ->
         name,
         image.labels,
         PREFIX,
-        _license(tree, bills),
-        context if isinstance(context, int) else 0,
+        license_=_license(tree, bills),
+        context=context if isinstance(context, int) else 0,
+        image=image.digest if VERDICT in image.labels else "",
     )
-    tested = source if is_layout(source) else f"{source.partition('@')[0]}@{image.digest}"
-    return _Model(tree, card if is_layout(source) else replace(card, image=tested))
+    return _Model(tree, card)
 
 
 def _as_tar(layer: Layer) -> Layer:

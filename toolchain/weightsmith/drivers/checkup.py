@@ -12,6 +12,7 @@ from weightsmith.drivers.confinement import confinement
 from weightsmith.drivers.credentials import docker_config
 from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.hardware import cores, gpu_names
+from weightsmith.drivers.hub import hub_endpoint
 from weightsmith.drivers.local import WAYS_OUT, LocalRunner
 from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.errors import WeightsmithError
@@ -43,6 +44,7 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[s
         "disk": _disk(store),
         "privacy": _privacy(cache, store),
         "credentials": _credentials(),
+        "hub": _hub(),
         "builders": _builders(engine, cache),
         "jobs": _jobs(),
         "platforms": _platforms(cache),
@@ -130,6 +132,18 @@ def _credentials() -> Checkup:
     if hosts or config.get("credsStore"):
         return Checkup(", ".join(hosts) or f"kept by {config['credsStore']}", ok=True)
     return Checkup("none", todo="`docker login HOST` before pushing to a registry that asks")
+
+
+def _hub() -> Checkup:
+    """Say whether there is a token for the model hub; never the token."""
+    from huggingface_hub import get_token
+
+    if get_token():
+        return Checkup(f"a token for {hub_endpoint()}", ok=True)
+    return Checkup(
+        f"no token for {hub_endpoint()}",
+        todo="`hf auth login`, or HF_TOKEN, before `push --to hf://…` and for private models",
+    )
 
 
 def _builders(engine: DockerEngine, cache: Path) -> Checkup:

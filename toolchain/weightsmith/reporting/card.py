@@ -69,7 +69,7 @@ class ModelCard:
     checks: tuple[str, ...] = ()
     """How it was checked, one sentence each."""
     image: str = ""
-    """The tested image, by digest."""
+    """The tested image's digest. Its name may be of a registry that readers should not know."""
     context: int = 0
     """Tokens of a prompt and its answer that it was planned for."""
 
@@ -111,7 +111,6 @@ def card_of_build(build: BuildRecord) -> ModelCard:
     """Return the card of a build's model."""
     said = build.recipe.get("card") or {}
     packed = build.artifact is not None and build.artifact.bits_per_weight < 16
-    image = build.image
     return ModelCard(
         name=build.name,
         version=build.version,
@@ -131,15 +130,18 @@ def card_of_build(build: BuildRecord) -> ModelCard:
         unproven=build.unproven,
         scores=build.scores,
         checks=tuple(_checks(build)),
-        image=f"{image.reference}@{image.digest}" if image and "/" in image.reference else "",
+        image=build.image.digest if build.image else "",
         context=int((build.plan or {}).get("max_model_len", 0)),
     )
 
 
 def card_of_labels(
-    name: str, labels: Mapping[str, str], prefix: str, license_: str, context: int
+    name: str, labels: Mapping[str, str], prefix: str, *, license_: str, context: int, image: str
 ) -> ModelCard:
-    """Return the card of an image's model, from its labels, whose names begin with `prefix`."""
+    """Return the card of an image's model, from its labels, whose names begin with `prefix`.
+
+    `image` is its digest, which the labels of a form that was not tested itself replace.
+    """
     own = {key.removeprefix(prefix): text for key, text in labels.items() if key.startswith(prefix)}
     scores = {}
     for key, text in own.items():
@@ -168,6 +170,7 @@ def card_of_labels(
         format=own.get("format", ""),
         quantized=own.get("format", "") not in _PLAIN,
         verdict=own.get("verdict", ""),
+        image=own.get("tested.image", "") or image,
         scores={who: scores[who] for who in _WHO if who in scores},
         context=context,
     )
