@@ -11,16 +11,30 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.sharing.place import Place
+from weightsmith.sharing.store import SharedStore
 from weightsmith.values import Digest, UnreadDigest, key_of
 
+from tests.fakes.cache import MemoryCache
 from tests.fakes.store import MemoryStore
 
 KEY = key_of("a result")
-AnyStore = MemoryStore | FileStore
 Make = Callable[[Path], dict[str, object]]
 
 
-@pytest.fixture(params=[MemoryStore, FileStore])
+class Shared(SharedStore):
+    """A store on disk in front of an empty cache that is not written to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, local = root, FileStore(root)
+        self.close = local.close
+        super().__init__(local, [Place(MemoryCache(), None, print, 60)], lambda: root)
+
+
+AnyStore = MemoryStore | FileStore | Shared
+
+
+@pytest.fixture(params=[MemoryStore, FileStore, Shared])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> AnyStore:
     found: AnyStore = request.param(tmp_path / "store")
     return found

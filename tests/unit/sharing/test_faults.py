@@ -1,0 +1,122 @@
+"""A cache that is slow, or whose uploads do not end; two who upload the same."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.drivers.folder_cache import FolderCache
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.ports import Entry
+from weightsmith.sharing import uploads as module
+from weightsmith.sharing.place import Place, within
+from weightsmith.sharing.store import SharedStore
+from weightsmith.sharing.uploads import Uploads
+from weightsmith.values import Digest, key_of
+
+from tests.fakes.cache import MemoryCache
+from tests.fakes.store import MemoryStore
+
+KEY, OTHER = key_of("one"), key_of("other")
+NOTE = {"stage": "merge", "inputs": {}}
+
+
+class Stuck(MemoryCache):
+    """Answers when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def find(self, key: Digest) -> bytes | None:
+        self.go.wait(60)
+        return super().find(key)
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    cache = Stuck()
+    yield cache
+    cache.go.set()
+
+
+def made(folder: Path, size: int = 3000) -> tuple[MemoryStore, Entry]:
+    store = MemoryStore(folder)
+
+    def make(partial: Path) -> dict[str, object]:
+        (partial / "model.safetensors").write_bytes(bytes(size))
+        return {}
+
+    return store, store.produce(KEY, NOTE, make)
+
+
+def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    place = Place(stuck, None, warnings.append, seconds=0.05)
+    store = SharedStore(MemoryStore(tmp_path / "store"), [place], lambda: tmp_path)
+    began = time.monotonic()
+    assert [store.find(KEY), store.find(OTHER)] == [None, None]
+
+    assert time.monotonic() - began < 30
+    (warning,) = warnings
+    assert "no answer within 0.05 s" in warning
+
+
+def test_the_end_waits_for_uploads_only_so_long(stuck: Stuck, tmp_path: Path) -> None:
+    store, entry = made(tmp_path / "store")
+    uploads = Uploads(Place(stuck, None, print, 60), store.memo)
+    uploads.add(KEY, NOTE, entry)
+    began = time.monotonic()
+
+    assert uploads.close(0.05) == 1
+    assert time.monotonic() - began < 30
+
+
+def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hiccup(MemoryCache):
+        def write(self, *args: Any) -> int:
+            if not self.asked[1:]:
+                self.asked.append(KEY)
+                raise ConnectionResetError("reset")
+            return super().write(*args)
+
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.0)
+    store, entry = made(tmp_path / "store")
+    warnings: list[str] = []
+    cache = Hiccup()
+    uploads = Uploads(Place(cache, None, warnings.append, 60), store.memo)
+    uploads.add(KEY, NOTE, entry)
+
+    assert uploads.close(60) == 0
+    assert cache.documents.keys() == {KEY}
+    assert not warnings
+
+
+def test_two_upload_the_same_at_once(tmp_path: Path) -> None:
+    """Without locks, in one folder: what is there in the end is whole."""
+    stores = [made(tmp_path / f"store{number}", 3 << 20) for number in range(2)]
+    folder = tmp_path / "shared"
+    places = [Place(FolderCache(folder), None, print, 60) for _ in stores]
+    both = [Uploads(place, store.memo) for place, (store, _) in zip(places, stores, strict=True)]
+    for uploads, (_, entry) in zip(both, stores, strict=True):
+        uploads.add(KEY, NOTE, entry)
+    assert [uploads.close(60) for uploads in both] == [0, 0]
+
+    mine = SharedStore(MemoryStore(tmp_path / "mine"), places[:1], lambda: tmp_path)
+    found = mine.find(KEY)
+    assert found is not None
+    assert found.tree.path("model.safetensors").read_bytes() == bytes(3 << 20)
+
+
+def test_a_call_that_fails_says_why() -> None:
+    def fails() -> None:
+        raise PermissionError(13, "no")
+
+    with pytest.raises(PermissionError):
+        within(60, fails)
+    with pytest.raises(EnvironmentFailure):
+        within(0.01, lambda: time.sleep(1))
