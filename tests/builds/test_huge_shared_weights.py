@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.pushed_layers import PushedLayers
 from weightsmith.oci.registry import Registry
-from weightsmith.sharing.document import layers_of
+from weightsmith.oci.weights import weight_layers
 from weightsmith.values import Digest, FileEntry, Published, Tree
 
 from tests.fakes.cache import MemoryCache
@@ -40,7 +40,7 @@ def inflated(document: bytes, digest: Digest) -> bytes:
 
 def _layer_bytes(name: str) -> int:
     entry = FileEntry(path=name, size=HUGE, digest=Digest.of(b""))
-    (layer,) = layers_of(Tree(root=Path(), files=(entry,)), 0)
+    (layer,) = weight_layers(Tree(root=Path(), files=(entry,)), epoch=0)
     return layer.size
 
 

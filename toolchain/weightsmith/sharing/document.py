@@ -12,12 +12,14 @@ from pathlib import Path
 
 from weightsmith.errors import InputRefused, WeightsmithError
 from weightsmith.foreign import parse
+from weightsmith.oci.engine_layers import PROGRAM_FOLDER, program_layers, root_layers
 from weightsmith.oci.layers import LAYER_TAR, Memo, TarLayer
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import weight_layers
 from weightsmith.ports import Signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import Resource, Statement, statement
+from weightsmith.resources import assembles_itself
 from weightsmith.values import Blob, Digest, FileEntry, Json, Tree
 
 LARGEST = 16 << 20
@@ -25,6 +27,8 @@ LARGEST = 16 << 20
 _LARGEST_HEADER = 64 << 20
 _LARGEST_FILE = 1 << 46
 _PREDICATE = "https://github.com/weightsmith/weightsmith/cache-entry/v1"
+FOLDERS = {"models": "models/", "program": PROGRAM_FOLDER, "root": ""}
+"""How an image packs a result's files -> the folder that it puts them in."""
 _HINT = "the result is made here instead"
 
 
@@ -45,11 +49,33 @@ class SharedEntry:
     """Its files in the layers that an image has of them, in the order of `layers_of`."""
     headers: Mapping[str, Blob] = field(default_factory=dict)
     """GGUF files' headers, by the file's path."""
+    packing: str = "models"
+    """A key of FOLDERS."""
+
+    def mode(self, name: str) -> int:
+        """Return a file's mode."""
+        return 0o755 if name in self.programs else 0o644
 
 
-def layers_of(tree: Tree, epoch: int, memo: Memo | None = None) -> tuple[TarLayer, ...]:
-    """Return a result's files as layers: for weights, those that an image has of them."""
-    return weight_layers(tree, epoch=epoch, memo=memo)
+def packing_of(note: Mapping[str, Json]) -> str:
+    """Return how an image packs the files of a result that was made of this."""
+    if note.get("stage") != "base":
+        return "models"
+    return "root" if assembles_itself(str(dict(note["inputs"])["engine"])) else "program"
+
+
+def layers_of(
+    entry: SharedEntry, tree: Tree | None = None, memo: Memo | None = None
+) -> tuple[TarLayer, ...]:
+    """Return a result's files as the layers that an image has of them; `tree` has their bytes."""
+    files = tree or Tree(root=Path(), files=entry.files)
+    match entry.packing:
+        case "root":
+            return root_layers(files, entry.mode, epoch=entry.epoch, memo=memo)
+        case "program":
+            return program_layers(files, epoch=entry.epoch, memo=memo)
+        case _:
+            return weight_layers(files, epoch=entry.epoch, memo=memo)
 
 
 def to_document(entry: SharedEntry, signer: Signer | None) -> bytes:
@@ -60,6 +86,7 @@ def to_document(entry: SharedEntry, signer: Signer | None) -> bytes:
         "files": entry.files,
         "programs": entry.programs,
         "epoch": entry.epoch,
+        "packing": entry.packing,
         "layers": [[blob.digest, blob.size] for blob in entry.layers],
         "headers": {path: [blob.digest, blob.size] for path, blob in entry.headers.items()},
     }
@@ -77,7 +104,7 @@ def read_document(data: bytes, key: Digest, check: signing.Check | None) -> Shar
         found = _read(data, key, check)
     except WeightsmithError as error:
         raise InputRefused(error.message, hint=_HINT) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise InputRefused(f"it is malformed: {error}", hint=_HINT) from None
     _check_paths(found)
     _check_layers(found)
@@ -111,6 +138,7 @@ def _read(data: bytes, key: Digest, check: signing.Check | None) -> SharedEntry:
         ),
         programs=frozenset(map(str, about["programs"])),
         epoch=_size(about["epoch"], _LARGEST_FILE),
+        packing=next(name for name in FOLDERS if name == about["packing"]),
         layers=tuple(_blob(row, _LARGEST_FILE) for row in about["layers"]),
         headers={str(p): _blob(row, _LARGEST_HEADER) for p, row in about["headers"].items()},
     )
@@ -139,8 +167,7 @@ def _check_paths(entry: SharedEntry) -> None:
 
 def _check_layers(entry: SharedEntry) -> None:
     try:
-        layers = layers_of(Tree(root=Path(), files=entry.files), entry.epoch)
-        fits = [layer.size for layer in layers] == [blob.size for blob in entry.layers]
+        fits = [layer.size for layer in layers_of(entry)] == [blob.size for blob in entry.layers]
     except WeightsmithError as error:
         raise InputRefused(error.message, hint=_HINT) from None
     if not fits:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from weightsmith.errors import CacheLost
 from weightsmith.files import replace_file
 from weightsmith.oci.layers import Member, TarLayer, verified
 from weightsmith.ports import Store
-from weightsmith.sharing.document import SharedEntry, layers_of
+from weightsmith.sharing.document import FOLDERS, SharedEntry, layers_of
 from weightsmith.sharing.parts import files_in
 from weightsmith.sharing.place import Place
 from weightsmith.values import Blob, FileEntry, Json, Stream, Tree
@@ -90,7 +90,7 @@ class RemoteFiles:
 
     def mode(self, name: str) -> int:
         """Return the file's mode."""
-        return 0o755 if name in self._entry.programs else 0o644
+        return self._entry.mode(name)
 
     @property
     def _where(self) -> str:
@@ -98,8 +98,13 @@ class RemoteFiles:
 
     @cached_property
     def _layers(self) -> list[tuple[TarLayer, Blob]]:
-        tree = Tree(root=Path(), files=self._entry.files)
-        return list(zip(layers_of(tree, self._entry.epoch), self._entry.layers, strict=True))
+        return list(zip(layers_of(self._entry), self._entry.layers, strict=True))
+
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        """Path in the layer -> path in the entry; layers may have further files."""
+        folder = FOLDERS[self._entry.packing]
+        return {folder + file.path: file.path for file in self._entry.files}
 
     def _blob_bytes(self, blob: Blob) -> Iterator[bytes]:
         return verified(self._place.read(blob), blob, self._where, _ALTERED, CacheLost)
@@ -113,7 +118,9 @@ class RemoteFiles:
     def _unpack(self, layer: TarLayer, blob: Blob, folder: Path) -> None:
         with self._kept_honest():
             for member, chunks in files_in(layer, self._place.read(blob), self._place.where):
-                name = _name(member)
+                name = self._names.get(member.path)
+                if name is None:
+                    continue
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as file:
@@ -123,11 +130,11 @@ class RemoteFiles:
 
     def _stream(self, name: str) -> Iterator[bytes]:
         for layer, blob in self._layers:
-            if not any(_name(member) == name for member in layer.members):
+            if not any(self._names.get(member.path) == name for member in layer.members):
                 continue
             with self._kept_honest():
                 for member, chunks in files_in(layer, self._place.read(blob), self._place.where):
-                    if _name(member) == name:
+                    if self._names.get(member.path) == name:
                         yield from self._verified(member, chunks)
                         return
 
@@ -154,11 +161,6 @@ class _Refusing:
         """Refuse the entry from now on."""
         if isinstance(error, CacheLost):
             self.refuse(error)
-
-
-def _name(member: Member) -> str:
-    """Return the path in the entry of a file whose path in the layer is below `models`."""
-    return PurePosixPath(member.path).relative_to("models").as_posix()
 
 
 def _is_weights(name: str) -> bool:

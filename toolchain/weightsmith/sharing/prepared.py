@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,7 +11,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.oci.layers import LAYER_TAR, Memo
 from weightsmith.oci.uploads import checked_opener
 from weightsmith.ports import Entry, Signer
-from weightsmith.sharing.document import SharedEntry, layers_of, to_document
+from weightsmith.sharing.document import SharedEntry, layers_of, packing_of, to_document
 from weightsmith.values import Blob, Digest, Json
 
 Opener: TypeAlias = Callable[[], Iterator[bytes]]
@@ -38,17 +38,19 @@ def prepared(
     Raises UsageError or InputRefused for files that cannot be in a layer.
     """
     tree = entry.tree
-    plain = SharedEntry(key=key, note=note, meta=entry.meta, files=tree.files)
-    layers = layers_of(tree, plain.epoch, memo)
-    blobs = tuple(Blob(digest=x.digest, size=x.size, media_type=LAYER_TAR) for x in layers)
-    heads = {f.path: _header(tree.path(f.path)) for f in tree.files if f.path.endswith(".gguf")}
-    shared = SharedEntry(
+    plain = SharedEntry(
         key=key,
         note=note,
         meta=entry.meta,
         files=tree.files,
         programs=frozenset(f.path for f in tree.files if tree.mode(f.path) & 0o100),
-        epoch=plain.epoch,
+        packing=packing_of(note),
+    )
+    layers = layers_of(plain, tree, memo)
+    blobs = tuple(Blob(digest=x.digest, size=x.size, media_type=LAYER_TAR) for x in layers)
+    heads = {f.path: _header(tree.path(f.path)) for f in tree.files if f.path.endswith(".gguf")}
+    shared = replace(
+        plain,
         layers=blobs,
         headers={path: _blob(head) for path, head in heads.items() if head},
     )

@@ -96,7 +96,7 @@ class SharedStore:
 
         remote = RemoteFiles(found, place, self._local, self._scratch, refuse)
         tree = LazyTree(found.files, remote)
-        for layer, blob in zip(layers_of(tree, found.epoch), found.layers, strict=True):
+        for layer, blob in zip(layers_of(found, tree), found.layers, strict=True):
             self._layers[layer.key] = blob.digest
         registry, repository = place.cache.origin
         if registry:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.oci.layers import Memo
 from weightsmith.ports import Entry, Signer
 from weightsmith.provenance.signing import Check, check_by
@@ -85,7 +85,7 @@ class Uploads:
                     self.upload(*task)
             except (InputRefused, UsageError):
                 pass  # a file that cannot be in a layer: this result stays here
-            except (WeightsmithError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a fault of a cache never ends a build
                 if not self._stopped.is_set():
                     self._place.fail(error, "results are not shared")
             self._left -= 1

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.jobs import ExportEngineJob
+from weightsmith.oci.engine_layers import (
+    ACCOUNTS,
+    GROUPING,
+    PACKAGE,
+    program_layers,
+    root_layers,
+)
 from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import (
     LAYER_TAR,
     TAR_RECIPE,
     BlobLayer,
-    Member,
     Memo,
-    TarLayer,
     verified,
 )
 from weightsmith.oci.layout import is_layout, locate, read_all, read_layout
@@ -46,15 +50,8 @@ MODELCAR = OWN + "modelcar"
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 1
-_GROUPING = 1
-"""Increase it if `_grouped` makes different layers from the same files and rules."""
 _PINNED = frozenset({"commit", "package"})
 """Either key marks the entry of source.json that is the engine itself."""
-_PACKAGE = re.compile(r"usr/local/lib/python[^/]+/dist-packages/([^/]+)/")
-_ACCOUNTS = {
-    "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nmodel:x:65532:65532:model:/tmp:/sbin/nologin\n",
-    "etc/group": "root:x:0:\nmodel:x:65532:\n",
-}
 
 
 def base_reference(engine: Engine, device: str, override: str) -> str:
@@ -208,7 +205,12 @@ def _own(reference: str, engine: str, platform: str, tools: Tools) -> Image:
         return {}
 
     entry = tools.store.produce(stage.key, {"stage": "base", "inputs": stage.inputs}, make)
-    layers = _root_layers(entry, tools.store.memo) if whole else (_program_layer(entry, tools),)
+    memo = tools.store.memo
+    layers = (
+        _root_layers(entry, memo)
+        if whole
+        else program_layers(entry.tree, epoch=source_date_epoch(), memo=memo)
+    )
     return assemble(
         (), layers, config=ImageConfig(labels=_own_labels(name, engine)), platform=platform
     )
@@ -221,10 +223,6 @@ def _own_labels(name: str, engine: str) -> dict[str, str]:
     parts = [part for part in source.values() if isinstance(part, dict)]
     versions = [str(part["version"]) for part in parts if _PINNED & set(part)]
     return {ENGINE_LABEL: engine or name, **({ENGINE_VERSION: versions[0]} if versions else {})}
-
-
-def _program_layer(entry: Entry, tools: Tools) -> TarLayer:
-    return TarLayer(members=(*_members(entry, "app/", 0o755), *_accounts()), memo=tools.store.memo)
 
 
 _ROOTS: dict[Path, tuple[BlobLayer, ...]] = {}
@@ -245,7 +243,8 @@ def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
 
 
 def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
-    grouped = cache(lambda: _grouped(entry, memo))
+    epoch = source_date_epoch()
+    grouped = cache(lambda: root_layers(entry.tree, entry.tree.mode, epoch=epoch, memo=memo))
 
     def summary() -> str:
         return json.dumps([(layer.digest, layer.size, layer.file) for layer in grouped()])
@@ -253,7 +252,7 @@ def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     def opened(number: int, blob: Blob) -> Iterator[bytes]:
         return verified(grouped()[number].open(), blob, "the engine layer")
 
-    rules = [_GROUPING, _PACKAGE.pattern, OWN_LAYER, _ACCOUNTS, TAR_RECIPE, source_date_epoch()]
+    rules = [GROUPING, PACKAGE.pattern, OWN_LAYER, ACCOUNTS, TAR_RECIPE, epoch]
     made_of = {"root layers of": entry.tree.digest, "rules": rules}
     layers = []
     for number, (digest, size, file) in enumerate(json.loads(memo(key_of(made_of), summary))):
@@ -263,34 +262,7 @@ def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     return tuple(layers)
 
 
-def _grouped(entry: Entry, memo: Memo) -> tuple[TarLayer, ...]:
-    """Return one layer per large package, so that a new version changes only its own layer."""
-    groups: dict[str, list[Member]] = {}
-    for member in _members(entry, "", None):
-        found = _PACKAGE.match(member.path)
-        groups.setdefault(found[1] if found else "", []).append(member)
-    large = {n for n, group in groups.items() if n and sum(m.size for m in group) >= OWN_LAYER}
-    rest = [member for name, group in groups.items() if name not in large for member in group]
-    return (
-        TarLayer(members=(*rest, *_accounts()), memo=memo, shared=("tmp",)),
-        *(TarLayer(members=tuple(groups[name]), memo=memo) for name in sorted(large)),
-    )
-
-
-def _accounts() -> tuple[Member, ...]:
-    return tuple(Member.of_bytes(path, text.encode()) for path, text in _ACCOUNTS.items())
-
-
 def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
     tools.runner.prepare(_BUILDER, tools.progress)
     job = ExportEngineJob(builder=_BUILDER, output=folder, seconds=job_seconds(0))
     return tools.runner.run(job, tools.progress)
-
-
-def _members(entry: Entry, prefix: str, mode: int | None) -> tuple[Member, ...]:
-    """Return the entry's files, with their own modes if `mode` is None."""
-    found = []
-    for file in entry.tree.files:
-        source, kept = entry.tree.source(file.path), mode or entry.tree.mode(file.path)
-        found.append(Member(prefix + file.path, file.size, kept, source, file.digest))
-    return tuple(found)
