@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -18,11 +19,18 @@ from transformers import LlamaConfig
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.toolset import tools_variable, toolset_folder
 from weightsmith.errors import InputRefused
-from weightsmith.jobs import Input
+from weightsmith.jobs import Beside, Input
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY
-from weightsmith.quantizers.gguf_pass import Source, Wanted, finish, read_targets, write_file
+from weightsmith.quantizers.gguf_pass import (
+    Output,
+    Source,
+    Wanted,
+    finish,
+    read_targets,
+    write_files,
+)
 from weightsmith.quantizers.gguf_rows import Place
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.stages.quantize import QuantizeOptions, job_of
@@ -118,10 +126,13 @@ def test_every_type_from_a_16_bit_file(middle, tmp_path, name, measured):
 
 def run(middle: Path, folder: Path, name: str, **options: object) -> subprocess.CompletedProcess:
     """Run our program on a 16-bit file."""
+    file = {
+        "out": str(folder / "demo.gguf"), "format": name, "tensor_types": {}, "importance": "",
+        "overrides": {}, **options,
+    }  # fmt: skip
     settings = {
         "convert": [], "middle": middle.name, "quantize": str(program("llama-quantize")),
-        "out": str(folder / "demo.gguf"), "format": name, "threads": 3, "split": False,
-        "tensor_types": {}, "importance": "", "overrides": {}, **options,
+        "threads": 3, "split": False, "files": [file],
     }  # fmt: skip
     (folder / "settings").write_text(json.dumps(settings))
     return subprocess.run(
@@ -166,6 +177,24 @@ def compare(model: Path, folder: Path, name: str, dtype: str) -> None:
     between = {"bfloat16": "bf16", "float32": "f32"}.get(dtype, "f16")
     (file,) = made(model, folder / "middle", between)
     assert same(made(model, folder / "ours", name), theirs(file, folder / "theirs", name))
+
+
+def test_several_types_are_made_in_one_pass(tmp_path):
+    config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
+    model = make_random(tmp_path / "model", config, TINY / "base")
+    alone = {name: made(model, tmp_path / name, name) for name in ("q4_k_m", "q5_k_m", "q6_k")}
+    wanted = QuantizeOptions(name="demo", format=formats()["q4_k_m"], options={"imatrix": "off"})
+    together = tmp_path / "together"
+    together.mkdir()
+
+    job = job_of(Input(path=model), 1 << 20, wanted, together)
+    others = tuple(Beside(format=n, options={"imatrix": "off"}) for n in ("q5_k_m", "q6_k"))
+    found = LocalRunner(cache_folder()).run(replace(job, beside=others), RecordingProgress())
+
+    assert same([together / "demo.gguf"], alone["q4_k_m"])
+    for one in others:
+        assert same(list((together / one.folder).iterdir()), alone[one.format])
+        assert found["beside"][one.format]["file_type"] == one.format
 
 
 LAZY = """
@@ -231,7 +260,8 @@ def written(middle: Path, out: Path, broken_at: str = "", key: str = "") -> list
 
     lines = (printed.stdout + printed.stderr).splitlines()
     source = Source(header=header, rows=rows, stored=lambda *_: np.zeros(0))
-    write_file(source, read_targets(lines), Wanted(file_type=15, threads=2, key=key), out)
+    wanted = Wanted(file_type=15, key=key)
+    write_files(source, [Output(path=out, targets=read_targets(lines), wanted=wanted)], 2)
     finish([out])
     return read
 

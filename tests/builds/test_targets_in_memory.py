@@ -130,6 +130,19 @@ def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
     )
 
 
+def test_gguf_targets_are_made_in_one_pass(memory: Memory) -> None:
+    names = [TARGET, "llamacpp-q5_k_m", "llamacpp-q8_0"]
+    together = memory.build(targets=names)
+    assert memory.jobs().count("quantize") == 2  # the converter writes q8_0
+    assert not together["llamacpp-q8_0"].stages["quantize"].cached
+    digests = {name: one.published.digest for name, one in together.items()}
+
+    memory.store.entries.clear()
+    for name in reversed(names):
+        assert memory.build(targets=[name])[name].published.digest == digests[name]
+        assert memory.jobs().count("quantize") == 1
+
+
 def test_merged_weights_that_are_there_are_read(memory: Memory) -> None:
     memory.build(targets=["vllm"])
     memory.build(targets=[TARGET])

@@ -10,13 +10,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.jobs import (
     AskedModel,
+    Beside,
     ConvertAdapterJob,
     ExportEngineJob,
     QuantizeJob,
@@ -110,7 +111,22 @@ class Bench:
                     shutil.copy(path, job.output)
         (job.output / name).write_bytes(weights)
         os.truncate(job.output / name, len(weights) + self.padding)
-        return {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
+        facts = {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
+        beside = {one.format: self._beside(job, one, report) for one in job.beside}
+        return {**facts, "beside": beside} if beside else facts
+
+    def _beside(self, job: QuantizeJob, other: Beside, report: Report) -> Mapping[str, Json]:
+        """Quantize as a job of its own would; it has no texts if it needs none."""
+        folder = job.output / other.folder
+        folder.mkdir()
+        texts = job.texts if other.options.get("imatrix") == "auto" else ()
+        alone = replace(
+            job, format=other.format, options=other.options, output=folder, texts=texts, beside=()
+        )
+        found = self._quantize(alone, report)
+        if statistics := of_format(other.format).statistics:
+            (folder / statistics).unlink(missing_ok=True)
+        return found
 
     def _export_engine(self, job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
         for name in self.programs:

@@ -261,6 +261,19 @@ class ImportGgufJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """Another format to make in the same job; its files are in a folder `.FORMAT` of the output."""
+
+    format: str
+    options: Mapping[str, Json]
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return f".{self.format}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeJob(Job):
     """Quantize a checkpoint to one format."""
 
@@ -277,6 +290,7 @@ class QuantizeJob(Job):
     """Calibration texts, if the format needs them."""
     statistics: Input | None = None
     """An existing measurement, such as an importance matrix."""
+    beside: tuple[Beside, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,9 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     judge(begun, expected, clock.stages)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
-        artifact = timed.take(quantized(request.file, target, sources, checkpoint, tools))
+        artifact = timed.take(
+            quantized(request.file, target, sources, checkpoint, tools, beside=request.targets)
+        )
         texts = texts_of(request.file)
         loss = timed.take(quality(checkpoint, artifact, texts, recipe.quality, store, tools))
         record = replace(begun, target=target, artifact=artifact, quality=loss)
@@ -180,13 +182,26 @@ def validated(
 
 
 def quantized(
-    file: RecipeFile, target: Target, sources: Sources, checkpoint: Checkpoint, tools: Tools
+    file: RecipeFile,
+    target: Target,
+    sources: Sources,
+    checkpoint: Checkpoint,
+    tools: Tools,
+    *,
+    beside: Sequence[Target] = (),
 ) -> Outcome[Artifact]:
-    """Return the weights in the target's format, by the recipe's options for it."""
+    """Return the weights in the target's format, by the recipe's options for it.
+
+    Formats of targets `beside` it may be made in the same pass.
+    """
     store = InStore(tools.store)
     if target.format != LORA:
-        options = quantize_options(file, target.format, sources.base, tools)
-        return quantize(checkpoint, options, store, tools)
+        formats_ = dict.fromkeys(one.format for one in (target, *beside) if one.format.packed)
+        options, *others = (
+            quantize_options(file, one, sources.base, tools)
+            for one in dict.fromkeys([target.format, *formats_])
+        )
+        return quantize(checkpoint, options, store, tools, beside=others)
     if "gguf" not in target.engine.accepts:
         return Timer("quantize", LORA.name, tools).done(unmerged(sources), cached=True)
     base = Checkpoint(tree=sources.base.tree)

@@ -91,8 +91,28 @@ def test_k_quants_are_made_in_one_step(tmp_path):
         "/opt/llamacpp/convert/convert_hf_to_gguf.py",
         str(asked.model),
     )
-    assert (made.out, made.format, made.threads) == (str(output_file(asked)), "q4_k_m", 2)
-    assert (made.importance, made.split) == ("", False)
+    (file,) = made.files
+    assert (file.out, file.format, made.threads) == (str(output_file(asked)), "q4_k_m", 2)
+    assert (file.importance, made.split) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "joined"),
+    [
+        (("q4_k_m", {"imatrix": "off"}), ("q5_k_m", {"imatrix": "off"}), True),
+        (("q4_k_m", {"imatrix": "auto"}), ("q5_k_m", {"imatrix": "off"}), True),
+        (("q5_k_m", {"imatrix": "off"}), ("q4_k_m", {"imatrix": "auto"}), False),
+        (("q4_k_m", {"imatrix": "sha256:a"}), ("q3_k_m", {"imatrix": "sha256:a"}), True),
+        (("q4_k_m", {"imatrix": "sha256:a"}), ("q3_k_m", {"imatrix": "sha256:b"}), False),
+        (("q4_k_m", {"imatrix": "off"}), ("q8_0", {"imatrix": "off"}), False),
+        (("q4_k_m", {"imatrix": "off", "split_max_size": "1G"}), ("q5_k_m", {}), False),
+    ],
+)
+def test_what_one_pass_can_make_together(first, other, joined):
+    (name, options), (another, others) = first, other
+    joins = of_format(name).together
+
+    assert joins(formats()[name], options, formats()[another], others) is joined
 
 
 @pytest.mark.parametrize(
@@ -187,7 +207,7 @@ def test_a_matrix_is_measured_on_a_file_that_is_then_quantized_and_removed(tmp_p
         == convert.argv[convert.argv.index("--outfile") + 1]
     )
     assert measure.env["WEIGHTSMITH_CPU_VARIANT"] in {"x86-64-v3", "armv8-a"}
-    assert settings(quantize).importance == "imatrix.gguf"
+    assert settings(quantize).files[0].importance == "imatrix.gguf"
     assert settings(quantize).convert == ()
     assert Path(settings(quantize).middle) in quantize.removes
 
@@ -197,7 +217,7 @@ def test_what_was_measured_before_is_not_measured_again(tmp_path):
 
     (quantize,) = of_format("q4_k_m").steps(made)
 
-    assert settings(quantize).importance == "imatrix.gguf"
+    assert settings(quantize).files[0].importance == "imatrix.gguf"
     assert settings(quantize).convert
 
 
@@ -227,7 +247,7 @@ def test_origin_and_licence_go_into_the_file(tmp_path):
 
     (text,) = (text for path, text in step.writes.items() if path.name.endswith("metadata.json"))
     assert json.loads(text)["general.base_models"] == about["base_models"]
-    assert settings(step).overrides == {"general.license": "mit"}
+    assert settings(step).files[0].overrides == {"general.license": "mit"}
 
 
 def test_every_type_has_its_number_and_can_be_read_back():

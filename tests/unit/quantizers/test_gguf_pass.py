@@ -1,10 +1,19 @@
 """What is read and refused before a quantized file is begun; tests/builds has the files."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers.gguf_header import Entry, Header
-from weightsmith.quantizers.gguf_pass import Source, Target, Wanted, read_targets, write_file
+from weightsmith.quantizers.gguf_pass import (
+    Output,
+    Source,
+    Target,
+    Wanted,
+    read_targets,
+    write_files,
+)
 
 PRINTED = """
 llama_model_loader: loaded meta data with 29 key-value pairs and 39 tensors from m.gguf
@@ -41,7 +50,7 @@ def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
     targets = [Target(name=name, kind=kind, target=target)]
 
     with pytest.raises(InputRefused, match=says):
-        write_file(source, targets, Wanted(file_type=file_type), tmp_path / "demo.gguf")
+        write(source, targets, file_type, tmp_path / "demo.gguf")
 
     assert not list(tmp_path.iterdir())
 
@@ -55,6 +64,11 @@ def test_other_tensors_than_the_headers_are_an_error(tmp_path, named):
     targets = [Target(name=name, kind="BF16", target="Q4_K") for name in named]
 
     with pytest.raises(ValueError, match="--dry-run differ in"):
-        write_file(source, targets, Wanted(file_type=15), tmp_path / "demo.gguf")
+        write(source, targets, 15, tmp_path / "demo.gguf")
 
     assert not list(tmp_path.iterdir())
+
+
+def write(source: Source, targets: list[Target], file_type: int, path: Path) -> None:
+    output = Output(path=path, targets=targets, wanted=Wanted(file_type=file_type))
+    write_files(source, [output], 1)

@@ -17,7 +17,7 @@ from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_check import check_files
 from weightsmith.quantizers.gguf_file import model_files
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
-from weightsmith.quantizers.gguf_settings import PassSettings
+from weightsmith.quantizers.gguf_settings import PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from weightsmith.quantizers.gguf_view import open_view
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
@@ -267,24 +267,18 @@ def _variant() -> str:
 def _quantize(request: QuantizeRequest, middle: Path, convert: tuple[str, ...]) -> Step:
     """Return the step that quantizes what the converter computes, or the file that it wrote."""
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
-    matrix = request.options.get("imatrix", "off") != "off"
-    license_ = dict(request.options.get("about") or {}).get("license")
+    files = (request, *request.beside)
     contents = PassSettings(
         convert=convert,
         middle=str(middle),
         quantize=str(request.tools / "bin" / "llama-quantize"),
-        out=str(output_file(request)),
-        format=request.format.name,
         threads=int(request.options.get("threads") or 0),
         split="split_max_size" in request.options,
-        tensor_types=dict(request.options.get("tensor_types", {})),
-        # Relative, because it is written to the file.
-        importance=IMATRIX if matrix else "",
-        overrides={"general.license": license_} if license_ else {},
+        files=tuple(map(_file, files)),
     )
     metadata = json.dumps(_metadata(request), sort_keys=True)
     return Step(
-        title=f"quantizing to {request.format.name}",
+        title=f"quantizing to {', '.join(file.format.name for file in files)}",
         argv=(request.python, "-m", _QUANTIZE, str(settings)),
         env=_OFFLINE,
         writes={
@@ -293,6 +287,35 @@ def _quantize(request: QuantizeRequest, middle: Path, convert: tuple[str, ...]) 
         },
         removes=(settings, overrides, middle, middle.with_name(f"{middle.stem}-*.gguf")),
         reads="the model" if convert else "",
+    )
+
+
+def _file(request: QuantizeRequest) -> PassFile:
+    matrix = request.options.get("imatrix", "off") != "off"
+    license_ = dict(request.options.get("about") or {}).get("license")
+    return PassFile(
+        out=str(output_file(request)),
+        format=request.format.name,
+        tensor_types=dict(request.options.get("tensor_types", {})),
+        # Relative, because it is written to the file.
+        importance=IMATRIX if matrix else "",
+        overrides={"general.license": license_} if license_ else {},
+    )
+
+
+def together(
+    format_: Format, chosen: Mapping[str, Json], other: Format, others: Mapping[str, Json]
+) -> bool:
+    """Return whether one pass over the weights can make another file beside the first.
+
+    The converter writes 16 bits and q8_0 itself, parts depend on the type, and there is one
+    importance matrix.
+    """
+    return (
+        not (FILE_TYPES[format_.name].direct or FILE_TYPES[other.name].direct)
+        and not ("split_max_size" in chosen or "split_max_size" in others)
+        and chosen.get("about") == others.get("about")
+        and others.get("imatrix") in ("off", chosen.get("imatrix"))
     )
 
 
@@ -328,4 +351,5 @@ QUANTIZER = Quantizer(
     default="q4_k_m",
     statistics=IMATRIX,
     check_statistics=check_imatrix,
+    together=together,
 )

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,15 @@ class Wanted:
     """Keys of the user's, before those of the importance matrix."""
     key: str = ""
     """Identifies the inputs: an unfinished file is continued only if it is the same."""
-    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """A file to write, and the types of its tensors in llama-quantize's order."""
+
+    path: Path
+    targets: Sequence[Target]
+    wanted: Wanted
 
 
 def read_targets(printed: Sequence[str]) -> list[Target]:
@@ -79,22 +87,50 @@ def read_targets(printed: Sequence[str]) -> list[Target]:
     ]
 
 
-def write_file(source: Source, targets: Sequence[Target], wanted: Wanted, out: Path) -> None:
-    """Write one file below its unfinished name, or go on with it; `finish` gives it its own.
+def write_files(source: Source, outputs: Sequence[Output], threads: int) -> None:
+    """Write files below their unfinished names, or go on with them; `finish` gives them their own.
 
-    Raises InputRefused for NaN, infinity, and types that llama-quantize refuses; ValueError if
-    `targets` are not exactly the header's tensors.
+    Each row of the source is read once for all of them. Raises InputRefused for NaN, infinity, and
+    types that llama-quantize refuses; ValueError if targets are not exactly the header's tensors.
     """
-    tensors = source.header.tensors
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(source.header, output)) for output in outputs]
+        writer = _Writer(threads)
+        with writer.running():
+            for target in outputs[0].targets:
+                if left := [file for file in files if target.name not in file.done]:
+                    writer.add(source, source.header.tensors[target.name], left)
+        for file in files:
+            os.fsync(file.out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    """An open output."""
+
+    out: int
+    log: int
+    """Its journal."""
+    targets: Mapping[str, Target]
+    offsets: Mapping[str, int]
+    importance: Importance
+    done: frozenset[str]
+    """Tensors that an interrupted run has finished."""
+
+
+@contextmanager
+def _opened(header: Header, output: Output) -> Iterator[_File]:
+    """Begin a file, or open it again with the tensors that it has."""
+    tensors, targets, wanted = header.tensors, output.targets, output.wanted
     if different := {t.name for t in targets} ^ tensors.keys():
         raise ValueError(f"the header and llama-quantize --dry-run differ in {sorted(different)}")
     _check(targets, wanted)
     sized = {t.name: _sized(t, tensors[t.name]) for t in targets}
     changes = changed_values(wanted.file_type, {**wanted.overrides, **wanted.importance.about})
-    start, offsets = quantized(source.header, sized, changes)
+    start, offsets = quantized(header, sized, changes)
     last = targets[-1].name
     size = -(-(offsets[last] + sized[last][1]) // 32) * 32
-    partial, journal = _unfinished(out)
+    partial, journal = _unfinished(output.path)
     key = hashlib.sha256(start + wanted.key.encode()).hexdigest()
     done = _reached(journal, key) if partial.is_file() else set()
     with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as log:
@@ -103,12 +139,15 @@ def write_file(source: Source, targets: Sequence[Target], wanted: Wanted, out: P
             log.flush()
             file.write(start)
             file.truncate(size)
-        writer = _Writer(file.fileno(), log.fileno(), wanted)
-        with writer.running():
-            for target in targets:
-                if target.name not in done:
-                    writer.add(source, target, tensors[target.name], offsets[target.name])
-        os.fsync(file.fileno())
+            file.flush()
+        yield _File(
+            out=file.fileno(),
+            log=log.fileno(),
+            targets={target.name: target for target in targets},
+            offsets=offsets,
+            importance=wanted.importance,
+            done=frozenset(done),
+        )
 
 
 def finish(files: Sequence[Path]) -> None:
@@ -156,12 +195,21 @@ def _reached(journal: Path, key: str) -> set[str]:
     return set(names) if first == key else set()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Where a block of rows goes, in one of the files."""
+
+    file: _File
+    target: Target
+    importance: np.ndarray | None
+    at: int
+
+
 class _Writer:
     """Quantizes blocks of rows in threads, and notes a tensor once its data is on the disk."""
 
-    def __init__(self, out: int, log: int, wanted: Wanted) -> None:
-        self._out, self._log, self._wanted = out, log, wanted
-        self._pool = ThreadPoolExecutor(wanted.threads, "rows")
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, "rows")
         self._noter = ThreadPoolExecutor(1, "journal")
         self._waiting: list[Future[None]] = []
 
@@ -175,14 +223,15 @@ class _Writer:
             self._pool.shutdown(cancel_futures=True)
             self._noter.shutdown(cancel_futures=True)
 
-    def add(self, source: Source, target: Target, entry: Entry, offset: int) -> None:
+    def add(self, source: Source, entry: Entry, files: Sequence[_File]) -> None:
         """Start a tensor; returns while its last blocks are being computed."""
-        if target.kind in _FLOATS:
-            blocks = self._blocks(source.rows(entry, target.kind), target, entry, offset)
+        kind = files[0].targets[entry.name].kind
+        if kind in _FLOATS:
+            blocks = self._blocks(source.rows(entry, kind), entry, files)
         else:
-            data = source.stored(entry, target.kind)
-            blocks = [self._pool.submit(self._copy, target, data, offset)]
-        self._waiting.append(self._noter.submit(self._note, target.name, blocks))
+            data = source.stored(entry, kind)
+            blocks = [self._pool.submit(self._copy, entry.name, data, file) for file in files]
+        self._waiting.append(self._noter.submit(self._note, entry.name, blocks, files))
         self._wait(1)
 
     def _wait(self, most: int) -> None:
@@ -190,48 +239,55 @@ class _Writer:
         while len(self._waiting) > most:
             self._waiting.pop(0).result()
 
-    def _blocks(self, rows: Read, target: Target, entry: Entry, at: int) -> list[Future[None]]:
+    def _blocks(self, rows: Read, entry: Entry, files: Sequence[_File]) -> list[Future[None]]:
         matrices = entry.shape[2] if len(entry.shape) > 2 else 1
-        important = None
-        if target.kind != target.target:
-            important = self._wanted.importance.of(target.name, entry.columns, matrices)
-        per_row = quants.row_bytes(target.target, entry.columns)
         height, blocks = entry.rows // matrices, []
+        important = [_importance(file, entry, matrices) for file in files]
         step = max(1, _BLOCK // entry.columns)
         for matrix in range(matrices):
-            weights = None if important is None else important[matrix]
             for start in range(matrix * height, (matrix + 1) * height, step):
                 end = min(start + step, (matrix + 1) * height)
-                job = (rows, (start, end), target, weights, at + start * per_row)
-                blocks.append(self._pool.submit(self._quantize, *job))
+                parts = [
+                    _part(file, entry, None if own is None else own[matrix], start)
+                    for file, own in zip(files, important, strict=True)
+                ]
+                blocks.append(self._pool.submit(self._quantize, rows, (start, end), parts))
         return blocks
 
-    def _quantize(
-        self,
-        read: Read,
-        span: tuple[int, int],
-        target: Target,
-        importance: np.ndarray | None,
-        at: int,
-    ) -> None:
-        rows = read(*span)
+    def _quantize(self, read: Read, span: tuple[int, int], parts: Sequence[_Part]) -> None:
+        rows, name = read(*span), parts[0].target.name
         if not np.isfinite(rows).all():
-            raise _not_finite(f"{target.name} has NaN or infinite weights")
-        try:
-            made = quants.quantize_rows(target.target, rows, importance)
-        except ValueError as error:
-            raise _not_finite(f"{target.name}: {error}") from None
-        _write(self._out, made, at)
+            raise _not_finite(f"{name} has NaN or infinite weights")
+        for part in parts:
+            try:
+                made = quants.quantize_rows(part.target.target, rows, part.importance)
+            except ValueError as error:
+                raise _not_finite(f"{name}: {error}") from None
+            _write(part.file.out, made, part.at)
 
-    def _copy(self, target: Target, data: np.ndarray, at: int) -> None:
-        quants.check_rows(target.kind, data)
-        _write(self._out, data, at)
+    def _copy(self, name: str, data: np.ndarray, file: _File) -> None:
+        quants.check_rows(file.targets[name].kind, data)
+        _write(file.out, data, file.offsets[name])
 
-    def _note(self, name: str, blocks: Sequence[Future[None]]) -> None:
+    def _note(self, name: str, blocks: Sequence[Future[None]], files: Sequence[_File]) -> None:
         for block in blocks:
             block.result()
-        os.fdatasync(self._out)
-        os.write(self._log, f"{name}\n".encode())
+        for file in files:
+            os.fdatasync(file.out)
+            os.write(file.log, f"{name}\n".encode())
+
+
+def _importance(file: _File, entry: Entry, matrices: int) -> np.ndarray | None:
+    target = file.targets[entry.name]
+    if target.kind == target.target:
+        return None
+    return file.importance.of(entry.name, entry.columns, matrices)
+
+
+def _part(file: _File, entry: Entry, importance: np.ndarray | None, start: int) -> _Part:
+    target = file.targets[entry.name]
+    at = file.offsets[entry.name] + start * quants.row_bytes(target.target, entry.columns)
+    return _Part(file=file, target=target, importance=importance, at=at)
 
 
 def _not_finite(message: str) -> InputRefused:

@@ -9,6 +9,19 @@ from weightsmith.json_objects import JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PassFile(JsonObject):
+    """One quantized file; paths are absolute or relative to the program's folder."""
+
+    out: str
+    format: str
+    tensor_types: Mapping[str, str]
+    importance: str
+    """File of the importance matrix; empty: none."""
+    overrides: Mapping[str, str]
+    """Keys to set, such as the licence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PassSettings(JsonObject):
     """What to quantize, and how; paths are absolute or relative to the program's folder."""
 
@@ -18,14 +31,9 @@ class PassSettings(JsonObject):
     """The unquantized file, or the stem of its parts."""
     quantize: str
     """llama-quantize."""
-    out: str
-    format: str
     threads: int
     """0: one per CPU."""
     split: bool
     """Write parts, as many as the unquantized file has."""
-    tensor_types: Mapping[str, str]
-    importance: str
-    """File of the importance matrix; empty: none."""
-    overrides: Mapping[str, str]
-    """Keys to set, such as the licence."""
+    files: tuple[PassFile, ...]
+    """What to write, all in one pass over the weights."""

@@ -48,6 +48,8 @@ class QuantizeRequest:
     measured: bool = False
     """The output already has the calibration statistics (`Quantizer.statistics`)."""
     options: Mapping[str, Json]
+    beside: tuple[QuantizeRequest, ...] = ()
+    """More formats of the same model, to be made in the same steps."""
 
 
 def _no_options(_format: Format, _requested: Mapping[str, Json]) -> Mapping[str, Json]:
@@ -59,6 +61,12 @@ def _any_options(_model: ModelFacts, _options: Mapping[str, Json]) -> None:
 
 
 def _never(_format: Format, _options: Mapping[str, Json]) -> bool:
+    return False
+
+
+def _alone(
+    _format: Format, _options: Mapping[str, Json], _other: Format, _others: Mapping[str, Json]
+) -> bool:
     return False
 
 
@@ -86,6 +94,9 @@ class Quantizer:
     """(model, options) -> None; raises InputRefused for options that do not fit the model."""
     calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never
     """(format, options) -> whether it needs calibration text."""
+    together: Callable[[Format, Mapping[str, Json], Format, Mapping[str, Json]], bool] = _alone
+    """(format, options, another format, its options) -> whether the steps of the first can make the
+    other as well (`QuantizeRequest.beside`)."""
     view: Callable[[Path, Path], View] | None = None
     """(artifact folder, checkpoint folder) -> View for the quality gate; raises Unmeasurable for
     an unsupported architecture. None: no quality gate."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.destinations import Destination
-from weightsmith.jobs import Input, QuantizeJob, Virtual
+from weightsmith.jobs import Beside, Input, QuantizeJob, Virtual
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
@@ -16,6 +17,7 @@ from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
 from weightsmith.tools import Tools
+from weightsmith.trees import discard
 from weightsmith.values import (
     SAFETENSORS,
     Artifact,
@@ -28,6 +30,8 @@ from weightsmith.values import (
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
+_OF_THE_JOB = ("builder_image", "network_in_jobs")
+"""Facts that a runner adds to a job's result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +81,18 @@ def statistics_inputs(checkpoint: Digest, texts: Texts, quantizer: Quantizer) ->
 
 
 def quantize(
-    checkpoint: Checkpoint, options: QuantizeOptions, to: Destination, tools: Tools
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    to: Destination,
+    tools: Tools,
+    *,
+    beside: Sequence[QuantizeOptions] = (),
 ) -> Outcome[Artifact]:
     """Return the checkpoint quantized to a format in its builder, and read back.
 
-    Raises InputRefused if the quantizer cannot read the model, CheckFailed if the output does not
-    match the request.
+    Formats `beside` it, which will be asked for next, are made in the same pass where that is
+    possible, and stored. Raises InputRefused if the quantizer cannot read the model, CheckFailed if
+    the output does not match the request.
     """
     format_ = options.format
     timer = Timer("quantize", format_.name, tools)
@@ -91,7 +101,7 @@ def quantize(
         return timer.done(artifact, cached=True)
     files = to.files(
         lambda: inputs(checkpoint.digest, options),
-        lambda folder: _run(folder, checkpoint, options, to, tools),
+        lambda folder: _run(folder, checkpoint, options, to, tools, beside),
         resume=True,
     )
     for text in files.meta.get("warnings", ()):
@@ -116,33 +126,94 @@ def _run(
     options: QuantizeOptions,
     to: Destination,
     tools: Tools,
+    beside: Sequence[QuantizeOptions],
 ) -> Mapping[str, Json]:
     quantizer = of_format(options.format.name)
+    others = _others(checkpoint, options, beside, to)
     packed = options.format.suffix != ".gguf"
     model = read_facts(checkpoint.tree.texts) if packed else None
     kept = kept_bytes(checkpoint.tree.size, options.format, model)
-    peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format, options.options)
+    peak = sum(
+        quantizer.peak_disk(checkpoint.tree.size, kept, one.format, one.options)
+        for one in (options, *others)
+    )
     tools.store.require_room(peak, f"quantizing to {options.format.name}")
     if not (options.texts and quantizer.statistics):
-        return _quantized(folder, checkpoint, options, tools)
+        result = _quantized(folder, checkpoint, options, others, tools)
+        return _kept(folder, checkpoint, others, to, result)
     known = statistics_inputs(checkpoint.digest, options.texts, quantizer)
     if earlier := to.find(lambda: known):
         options = replace(options, statistics=Input.file(earlier, quantizer.statistics))
-    result = _quantized(folder, checkpoint, options, tools)
+    result = _quantized(folder, checkpoint, options, others, tools)
     measured = folder / quantizer.statistics
     if measured.is_file():
         to.keep(lambda: known, measured)
     measured.unlink(missing_ok=True)
-    return result
+    return _kept(folder, checkpoint, others, to, result)
+
+
+def _others(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    beside: Sequence[QuantizeOptions],
+    to: Destination,
+) -> list[QuantizeOptions]:
+    """Return the formats that are missing and can be made in the same pass."""
+    together = of_format(options.format.name).together
+    same = [one for one in beside if of_format(one.format.name) == of_format(options.format.name)]
+    return [
+        one
+        for one in same
+        if one.format != options.format
+        and together(options.format, options.options, one.format, one.options)
+        and not to.find(partial(inputs, checkpoint.digest, one))
+    ]
+
+
+def _kept(
+    folder: Path,
+    checkpoint: Checkpoint,
+    others: Sequence[QuantizeOptions],
+    to: Destination,
+    result: Mapping[str, Json],
+) -> Mapping[str, Json]:
+    """Store what was made beside the first format; return the first one's facts."""
+    facts = {key: value for key, value in result.items() if key != "beside"}
+    about = {key: facts[key] for key in _OF_THE_JOB if key in facts}
+    for one in others:
+        made = folder / _beside(one).folder
+        found = {**result["beside"][one.format.name], **about}
+        to.files(partial(inputs, checkpoint.digest, one), partial(_moved, made, found))
+        discard(made)
+    return facts
+
+
+def _moved(made: Path, facts: Mapping[str, Json], folder: Path) -> Mapping[str, Json]:
+    for path in made.iterdir():
+        path.rename(folder / path.name)
+    return facts
 
 
 def _quantized(
-    folder: Path, checkpoint: Checkpoint, options: QuantizeOptions, tools: Tools
+    folder: Path,
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    others: Sequence[QuantizeOptions],
+    tools: Tools,
 ) -> Mapping[str, Json]:
     tools.runner.prepare(of_format(options.format.name).builder, tools.progress)
     job = job_of(Input.checkpoint(checkpoint), checkpoint.tree.size, options, folder)
-    job = replace(job, virtual=Virtual.of(checkpoint))
+    job = replace(
+        job,
+        virtual=Virtual.of(checkpoint),
+        beside=tuple(map(_beside, others)),
+        seconds=job.seconds * (1 + len(others)),
+    )
     return tools.runner.run(job, tools.progress)
+
+
+def _beside(options: QuantizeOptions) -> Beside:
+    return Beside(format=options.format.name, options=options.options)
 
 
 def memory_limit(size: int, options: QuantizeOptions) -> int:

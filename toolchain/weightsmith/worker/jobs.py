@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from weightsmith.errors import (
     from_code,
 )
 from weightsmith.jobs import (
+    Beside,
     ConvertAdapterJob,
     EchoJob,
     ExportEngineJob,
@@ -97,10 +98,12 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         measured=job.statistics is not None,
         options=job.options,
     )
+    request = replace(request, beside=tuple(_beside(request, quantizer, one) for one in job.beside))
     try:
         with described(job) as variables:
             run_steps(quantizer.steps(request), job.output, report, variables)
         result = _mapping(quantizer.check(request))
+        beside = {one.format.name: _checked(one, quantizer, measured) for one in request.beside}
     except CheckFailed:
         forget_steps(job.output)  # a retry must not trust files from this run
         raise
@@ -108,7 +111,26 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         if path is not None:
             path.unlink()
     forget_steps(job.output)
-    return result
+    return {**result, "beside": beside} if beside else result
+
+
+def _beside(request: Any, quantizer: Any, other: Beside) -> Any:
+    """Return the request for another format, in a folder of its own."""
+    folder = request.output / other.folder
+    folder.mkdir(exist_ok=True)
+    format_ = next(f for f in quantizer.formats if f.name == other.format)
+    return replace(request, format=format_, output=folder, options=other.options)
+
+
+def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, Json]:
+    """Check another format, which has the same statistics."""
+    link = request.output / measured.name
+    link.unlink(missing_ok=True)
+    if measured.is_file():
+        link.symlink_to(measured)
+    found = _mapping(quantizer.check(request))
+    link.unlink(missing_ok=True)
+    return found
 
 
 def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:

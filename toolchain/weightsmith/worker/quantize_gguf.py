@@ -29,14 +29,16 @@ from weightsmith.quantizers.gguf_header import Entry, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance
 from weightsmith.quantizers.gguf_lazy import computed, rows_of
 from weightsmith.quantizers.gguf_pass import (
+    Output,
     Source,
+    Target,
     Wanted,
     finish,
     read_targets,
-    write_file,
+    write_files,
 )
 from weightsmith.quantizers.gguf_rows import Place, Read
-from weightsmith.quantizers.gguf_settings import PassSettings
+from weightsmith.quantizers.gguf_settings import PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import refusal
 from weightsmith.worker.virtual import computed_for_program
@@ -84,49 +86,56 @@ def _quantize_written(settings: PassSettings, writer: Any) -> None:
 
 
 def _quantize(settings: PassSettings, files: Sequence[Path], sources: Sequence[Source]) -> None:
-    importance = read_importance(Path(settings.importance)) if settings.importance else Importance()
+    made = [_wanted(settings, file, files[0]) for file in settings.files]
+    parts = [_parts_of(Path(file.out), settings, len(sources)) for file in settings.files]
+    for number, source in enumerate(sources):
+        outputs = [
+            Output(
+                path=paths[number],
+                targets=[target for target in targets if target.name in source.header.tensors],
+                wanted=wanted,
+            )
+            for paths, (wanted, targets) in zip(parts, made, strict=True)
+        ]
+        write_files(source, outputs, settings.threads or cores())
+    finish([path for paths in parts for path in paths])
+
+
+def _wanted(settings: PassSettings, file: PassFile, first: Path) -> tuple[Wanted, list[Target]]:
+    """Return what a file should be, and the types of all tensors."""
     wanted = Wanted(
-        file_type=FILE_TYPES[settings.format].number,
-        importance=importance,
-        overrides={**_digest(settings), **settings.overrides},
+        file_type=FILE_TYPES[file.format].number,
+        importance=read_importance(Path(file.importance)) if file.importance else Importance(),
+        overrides={**_digest(file), **file.overrides},
         key=_key(settings),
-        threads=settings.threads or cores(),
     )
-    targets = read_targets(_dry_run(settings, files[0]))
-    outs = _outputs(settings, len(sources))
-    for source, out in zip(sources, outs, strict=True):
-        own = [target for target in targets if target.name in source.header.tensors]
-        write_file(source, own, wanted, out)
-    finish(outs)
+    return wanted, read_targets(_dry_run(settings, file, first))
 
 
-def _digest(settings: PassSettings) -> dict[str, str]:
+def _digest(file: PassFile) -> dict[str, str]:
     """Return the key with the digest of the importance matrix."""
-    if not settings.importance:
+    if not file.importance:
         return {}
-    with Path(settings.importance).open("rb") as file:
-        return {DIGEST_KEY: f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"}
+    with Path(file.importance).open("rb") as matrix:
+        return {DIGEST_KEY: f"sha256:{hashlib.file_digest(matrix, 'sha256').hexdigest()}"}
 
 
-def _outputs(settings: PassSettings, parts: int) -> list[Path]:
-    out = Path(settings.out)
+def _parts_of(out: Path, settings: PassSettings, parts: int) -> list[Path]:
     if not settings.split:
         return [out]
     return [out.with_name(f"{out.stem}-{n:05d}-of-{parts:05d}.gguf") for n in range(1, parts + 1)]
 
 
-def _dry_run(settings: PassSettings, first: Path) -> list[str]:
+def _dry_run(settings: PassSettings, file: PassFile, first: Path) -> list[str]:
     """Return what llama-quantize says about types and order; it reads the header alone."""
     lines: list[str] = []
-    types = (
-        word for p, t in settings.tensor_types.items() for word in ("--tensor-type", f"{p}={t}")
-    )
+    types = (word for p, t in file.tensor_types.items() for word in ("--tensor-type", f"{p}={t}"))
     process.run(
         (
             *(settings.quantize, "--dry-run", *types),
-            *(("--imatrix", settings.importance) if settings.importance else ()),
+            *(("--imatrix", file.importance) if file.importance else ()),
             *(("--keep-split",) if settings.split else ()),
-            *(str(first), settings.format.upper()),
+            *(str(first), file.format.upper()),
         ),
         env=process.scrubbed(),
         on_line=lines.append,
