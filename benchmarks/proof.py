@@ -1,5 +1,7 @@
 """Reference answers, validation and quality gate, each compared with the same done by hand.
 
+"reference and validation" is what a build runs: both in one process.
+
     python benchmarks/proof.py [--folders BASE ADAPTER MERGED] [--questions FILE] [--limit 33]
         [--only NAME,…] [--work benchmarks/work]
 
@@ -83,6 +85,25 @@ with torch.inference_mode():
 from weightsmith.validating.validate import Request, validate
 found = validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged, items=tuple(chats)))
 assert found.passed, found.findings
+""",
+    "reference and validation": """
+from weightsmith.forward.libraries import import_for_good
+from weightsmith.jobs import AskedModel, Input, ProofJob, Question, ReferenceJob, ValidateJob
+from weightsmith.worker.jobs import LIBRARIES, STAGES
+import_for_good(*LIBRARIES["proof"])
+inputs = [Input(path=path) for path in (base, adapter, merged)]
+envelope = {"builder": "merge", "output": Path.cwd(), "seconds": 0}
+asked = (AskedModel(name="base", model=0),
+         AskedModel(name="adapter", model=0, adapters=(0,), weights=(1.0,)),
+         AskedModel(name="merged", model=1, draft="adapter"))
+job = ProofJob(**envelope,
+    reference=ReferenceJob(**envelope, models=(inputs[0], inputs[2]), adapters=(inputs[1],),
+        asked=asked, questions=tuple(Question(messages=tuple(chat)) for chat in chats),
+        max_tokens=32, choose=False),
+    validation=ValidateJob(**envelope, base=inputs[0], merged=inputs[2], adapters=(inputs[1],),
+        weights=(1.0,), chats=tuple(map(tuple, chats)), scope="all", mixture=None))
+found = STAGES["proof"](job, lambda *_: None)
+assert found["validation"]["passed"], found["validation"]["findings"]
 """,
     "validation by hand": HAND
     + """

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import json
 
+import pytest
+from weightsmith.planning import memory as planned
 from weightsmith.provenance.signing import check_by
+from weightsmith.tools import Memory as Room
 
 from tests.fakes.memory import QUESTIONS, Memory, new_signer
 
@@ -37,6 +40,17 @@ def test_what_happens_in_which_order(memory: Memory) -> None:
         f"tag 1.0.0-{TARGET}",
     ]  # fmt: skip
     assert memory.left() == []
+
+
+def test_validation_and_reference_are_two_jobs_if_one_has_too_little_memory(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned, "_LEFT", 1 << 40)
+    memory.room = Room(limit=8 << 30, budget=4 << 30)
+    memory.build()
+
+    jobs = [event for event in memory.journal.events if event.startswith("job ")]
+    assert jobs[:3] == ["job merge", "job validate", "job reference"]
 
 
 def test_each_stage_says_how_long_it_took_by_the_clock_of_its_tools(memory: Memory) -> None:

@@ -19,6 +19,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.checks import check_before_work, check_images, check_tags
 from weightsmith.planning.images import evaluation_of, form_inputs, image_inputs
+from weightsmith.planning.memory import fit_together
 from weightsmith.planning.options import (
     needs_files,
     quantize_options,
@@ -97,6 +98,9 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     files = needs_files(request.targets)
     checkpoint = clock.take(merge(merged, recipe.merge, store, tools, files=files))
     following = next_job(tasks, sources, checkpoint, store, tools)
+    model = read_facts(sources.base.tree.root)
+    if following and not fit_together(model, sources, tasks, tools.memory):
+        following = None
     proving = replace(tools, runner=Together(tools.runner, following))
     validation = validated(request, merged, checkpoint, replace(clock, tools=proving))
     expected = clock.take(reference(tasks, sources, checkpoint, store, proving))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.forward.greedy import Questions, batch_tokens
-from weightsmith.forward.memory import Walk, batch_bytes, walk_bytes
+from weightsmith.forward.memory import Walk, batch_bytes, single_pass_bytes, walk_bytes
 from weightsmith.merging.reference import load_network
 
 from tests.unit.validating.conftest import make_model
@@ -50,6 +50,29 @@ def test_a_plan_covers_what_was_measured(model: ModelShape, walk: Walk, measured
     planned = walk_bytes(model, walk, 8 * GIB)
 
     assert measured * MIB < planned < 1.8 * measured * MIB
+
+
+@pytest.mark.parametrize(
+    ("model", "walk", "measured"),
+    [
+        (SMOL, Walk(views=3, rows=8, tokens=8 * 80, adapter_bytes=12 * MIB), 706),
+        (ONE, Walk(views=3, rows=8, tokens=8 * 80, adapter_bytes=45 * MIB), 988),
+        (SMOL, Walk(views=2, rows=8, tokens=2 * 1024), 602),
+        (ONE, Walk(views=2, rows=8, tokens=2 * 1024), 965),
+    ],
+    ids=["validation 0.13B", "validation 1.17B", "gate 0.13B", "gate 1.17B"],
+)
+def test_a_single_pass_is_covered_too(model: ModelShape, walk: Walk, measured: int) -> None:
+    """With 256 MiB for the comparison, which both plans add."""
+    planned = single_pass_bytes(model, walk) + 256 * MIB
+
+    assert measured * MIB < planned < 1.7 * measured * MIB
+
+
+def test_more_texts_in_one_pass_take_more_memory() -> None:
+    few, many = (Walk(views=2, rows=8, tokens=tokens) for tokens in (4096, 16384))
+
+    assert single_pass_bytes(SMOL, many) - single_pass_bytes(SMOL, few) > 400 * MIB
 
 
 def test_large_models_fit_small_machines() -> None:

@@ -84,6 +84,12 @@ def walk_bytes(shape: ModelShape, walk: Walk, budget: int) -> int:
     return _fixed(shape, walk) + batch + 2 * batch // max(1, shape.layers)
 
 
+def single_pass_bytes(shape: ModelShape, walk: Walk) -> int:
+    """Return the peak of a walk that reads all texts at once and keeps no keys and values."""
+    one = token_bytes(layers=0, cached=0, hidden=shape.hidden, intermediate=shape.intermediate)
+    return _fixed(shape, walk) + walk.views * walk.tokens * one
+
+
 def _fixed(shape: ModelShape, walk: Walk) -> int:
     # A generated token's logits are copied three times by transformers.
     rows = min(walk.rows, BATCH_TOKENS * walk.rows // max(1, walk.tokens))

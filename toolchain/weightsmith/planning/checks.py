@@ -108,7 +108,7 @@ def _needs(
         if checkpoint is None:
             yield "merge", "", merging.check(whole, recipe.merge)["peak_memory_bytes"]
         if recipe.validation.enabled and not _is_validated(request, whole, checkpoint, tools):
-            yield "validate", "", validate_memory(model, whole, tools.memory)
+            yield "validate", "", validate_memory(model, whole)
     tasks = [task for task in tasks_of(request.file) if not _is_answered(task, sources, tools)]
     if tasks:
         yield "reference", "", reference_memory(model, sources, tasks, tools.memory)
@@ -120,7 +120,7 @@ def _needs(
                 needed = quantize_memory(model, sources.base.tree.size, options)
                 yield "quantize", target.name, needed
             if recipe.quality.gate is not False:
-                needed = quality_memory(model, recipe.quality.tokens, tools.memory)
+                needed = quality_memory(model, recipe.quality.tokens)
                 yield "quality", target.name, needed
 
 

@@ -240,7 +240,7 @@ def _validate_rows(
     read = 2 * sources.base.tree.size + sum(a.snapshot.tree.size for a in sources.adapters)
     cost: dict[str, Json] = {
         "read": read,
-        "memory": validate_memory(read_facts(sources.base.tree.root), sources, tools.memory),
+        "memory": validate_memory(read_facts(sources.base.tree.root), sources),
     }
     if checkpoint is None:
         return [_row("validate", cached=False, why="merge comes first", **cost)]
@@ -322,7 +322,7 @@ def _quality_rows(
         )
         state = _state(stage, None, tools)
     size = checkpoint.size if checkpoint else 0
-    memory = quality_memory(model, file.recipe.quality.tokens, tools.memory)
+    memory = quality_memory(model, file.recipe.quality.tokens)
     return [_row("quality", target=target.name, **state, read=size, memory=memory)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.evaluating.results import RecipeTask
-from weightsmith.forward.memory import BATCH_TOKENS, Walk, walk_bytes
+from weightsmith.forward.memory import Walk, single_pass_bytes, walk_bytes
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
 from weightsmith.stages import quantize as quantizing
@@ -18,8 +18,12 @@ from weightsmith.values import Sources
 
 _UNKNOWN = 3 << 30
 """For models whose dimensions are not known."""
-_PROBED_TOKENS = 8 * 64
-"""Of validation's probes: at most eight of 64 tokens."""
+_PROBED_TOKENS = 8 * (64 + 16)
+"""Of validation's probes: at most eight of 64 tokens, and 16 after each."""
+_PADDED = 2
+"""Tokens in the quality gate's batch per token of its texts, which are of different lengths."""
+_LEFT = 256 << 20
+"""What the reference answers leave in memory for a validation in the same process to start from."""
 _COMPARING = 256 << 20
 """For two models' logits, and tensors that are compared element by element."""
 _PACKING = 4 << 30
@@ -44,22 +48,30 @@ def reference_memory(
     )
 
 
-def validate_memory(model: ModelFacts, sources: Sources, memory: Memory) -> int:
-    """Return the peak of validation in bytes: merged model beside base and adapters."""
+def validate_memory(model: ModelFacts, sources: Sources) -> int:
+    """Return the peak of validation in bytes: merged model, base and adapters side by side."""
     adapters = 2 * sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
     walk = Walk(views=3, rows=8, tokens=_PROBED_TOKENS, adapter_bytes=adapters)
-    return _walk(model, walk, memory) + _COMPARING
+    return _single_pass(model, walk) + _COMPARING
 
 
-def quality_memory(model: ModelFacts, tokens: int, memory: Memory) -> int:
+def quality_memory(model: ModelFacts, tokens: int) -> int:
     """Return the peak of the quality gate in bytes: both models, with one matrix of each."""
-    walk = Walk(views=2, rows=8, tokens=min(tokens, BATCH_TOKENS))
+    walk = Walk(views=2, rows=8, tokens=_PADDED * tokens)
     try:
         # The largest one is the head, or a layer's if the vocabulary is small.
         matrix = 4 * model.shape.hidden * max(model.shape.intermediate, model.shape.vocab)
     except InputRefused:
         matrix = 0
-    return _walk(model, walk, memory) + 2 * matrix + _COMPARING
+    return _single_pass(model, walk) + 2 * matrix + _COMPARING
+
+
+def fit_together(
+    model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: Memory
+) -> bool:
+    """Return whether a job may use what reference answers and validation need in one process."""
+    larger = max(reference_memory(model, sources, tasks, memory), validate_memory(model, sources))
+    return not memory.limit or larger + _LEFT <= memory.limit
 
 
 def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> int:
@@ -84,6 +96,13 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
 def _walk(model: ModelFacts, walk: Walk, memory: Memory) -> int:
     try:
         return walk_bytes(model.shape, walk, memory.budget)
+    except InputRefused:
+        return _UNKNOWN
+
+
+def _single_pass(model: ModelFacts, walk: Walk) -> int:
+    try:
+        return single_pass_bytes(model.shape, walk)
     except InputRefused:
         return _UNKNOWN
 

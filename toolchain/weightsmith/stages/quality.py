@@ -152,5 +152,6 @@ def _run(
         # The gate keeps one matrix of each model; long texts or chat templates may need more.
         memory_bytes=_MEMORY_BYTES + 2 * size + tokens * _TOKEN_BYTES,
         seconds=job_seconds(size, tokens=tokens),
+        use_gpu=True,
     )
     return Quality.from_json(tools.runner.run(job, tools.progress))

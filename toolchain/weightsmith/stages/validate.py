@@ -134,6 +134,7 @@ def _run(
         # Only architectures that cannot be streamed need more than a fraction of this.
         memory_bytes=MEMORY_BYTES + 5 * size,
         seconds=job_seconds(sources.base.tree.weight_bytes + size),
+        use_gpu=True,
     )
     result = Validation.from_json(tools.runner.run(job, tools.progress))
     _require_passed(result)

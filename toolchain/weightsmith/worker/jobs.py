@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -215,6 +216,7 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
     """
     asked, drafts = job.reference, ()
     answers: Mapping[str, Json] = {}
+    found: Mapping[str, Any] = {}
     try:
         with computed(asked):
             if asked.choose:
@@ -225,6 +227,8 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
                 drafts = found["merged"].texts if "merged" in found else ()
     except (InputRefused, EnvironmentFailure) as error:
         note(f"no reference answers: {error.message}")
+    found = {}
+    gc.collect()  # modules with hooks refer to each other
     with computed(job.validation):
         return {"validation": _validate(job.validation, report, drafts), "answers": answers}
 
