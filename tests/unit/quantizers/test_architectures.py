@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from weightsmith.checkpoints.facts import read_facts
+import torch
+from safetensors.torch import load_file, save_file
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import InputRefused
 from weightsmith.quality.measure import measure
@@ -20,6 +24,7 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 
+from tests.fakes.configs import facts
 from tests.fakes.dense import make_dense
 from tests.fakes.seeing import make_seeing
 from tests.fakes.sparse import make_sparse
@@ -94,12 +99,92 @@ def _linear_in_16_bits(source: CheckpointTensors, quantized: frozenset[str]) -> 
 )
 @pytest.mark.parametrize("name", SCHEMES)
 def test_another_architecture_is_refused_with_what_works(architecture: str, name: str) -> None:
-    from tests.fakes.configs import facts
-
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
-    model = facts({
-        **shape, "num_hidden_layers": 2, "vocab_size": 100, "architectures": [architecture],
-    })  # fmt: skip
+    model = model_of(architecture)
     with pytest.raises(InputRefused, match="unsupported architecture") as refused:
         of_format(name).check_input(formats()[name], model)
     assert "target vllm" in refused.value.hint
+
+
+def model_of(architecture: str, **more: Any) -> ModelFacts:
+    return facts({
+        "architectures": [architecture], "hidden_size": 512, "intermediate_size": 1024,
+        "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100, **more,
+    })  # fmt: skip
+
+
+EXPERT = {"num_experts": 4, "moe_intermediate_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "what"),
+    [
+        ("nvfp4a16", {"intermediate_size": 1000}, "16 inputs, and down_proj has 1000"),
+        ("mxfp4a16", {"hidden_size": 528, "head_dim": 128}, "32 inputs, and q_proj has 528"),
+        ("fp8-block", {"num_key_value_heads": 2, "head_dim": 32}, "k_proj, .* has 64"),
+        ("fp8-block", {"intermediate_size": 1000}, "gate_proj, .* has 1000"),
+        ("fp8-block", {**EXPERT, "moe_intermediate_size": 96}, "an expert's gate_proj, .* has 96"),
+        ("mxfp4a16", {**EXPERT, "moe_intermediate_size": 80}, "an expert's down_proj has 80"),
+        ("nvfp4a16", {**EXPERT, "intermediate_size": 1000}, ""),  # no layer has it
+        ("fp8-block", {**EXPERT, "hidden_size": 500, "head_dim": 128}, ""),  # the last may be cut
+    ],
+)
+def test_dimensions_that_tiles_do_not_divide_are_refused(
+    name: str, more: dict[str, Any], what: str
+) -> None:
+    model = model_of("Qwen3MoeForCausalLM" if "num_experts" in more else "LlamaForCausalLM", **more)
+    check = of_format(name).check_input
+    if not what:
+        check(formats()[name], model)
+        return
+    with pytest.raises(InputRefused, match=what) as refused:
+        check(formats()[name], model)
+    assert "choose fp8" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("keep", "fits"),
+    [
+        (["gate_proj", "up_proj", "down_proj"], True),
+        (["layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj"], True),
+        (["o_proj"], True),
+        (["shared_expert.down_proj"], True),
+        (["down_proj"], False),
+        (["experts.0.down_proj", "experts.0.gate_proj", "experts.0.up_proj"], False),
+    ],
+)
+def test_of_a_layer_s_experts_all_or_none_are_kept(keep: list[str], fits: bool) -> None:
+    check, experts = of_format("fp8").check_options, model_of("Qwen2MoeForCausalLM", **EXPERT)
+    check(model_of("LlamaForCausalLM"), {"keep": keep})
+    if fits:
+        check(experts, {"keep": keep})
+        return
+    with pytest.raises(InputRefused, match="engines load either all or none"):
+        check(experts, {"keep": keep})
+
+
+def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path: Path) -> None:
+    model, scheme = models("GraniteMoeForCausalLM"), SCHEMES["nvfp4a16"]
+    source, keep = CheckpointTensors(model), ["gate_proj", "up_proj", "down_proj"]
+
+    quantize(scheme, model, tmp_path, keep)
+
+    check_checkpoint(tmp_path, model, Layout.of_scheme(scheme), tuple(keep))
+    made = CheckpointTensors(tmp_path)
+    for name in source.names:
+        if "linear" in name:
+            assert _same(made, source, name)
+
+
+def test_layers_that_predict_further_tokens_stay_in_16_bits(models, tmp_path: Path) -> None:
+    model, scheme = tmp_path / "model", SCHEMES["fp8"]
+    shutil.copytree(models("DeepseekV3ForCausalLM"), model)
+    tensors = load_file(model / "model.safetensors")
+    more = {n.replace(".1.", ".2."): v.clone() for n, v in tensors.items() if ".layers.1." in n}
+    more["model.layers.2.eh_proj.weight"] = torch.ones(128, 256, dtype=torch.bfloat16)
+    save_file({**tensors, **more}, model / "model.safetensors")
+    (tmp_path / "out").mkdir()
+
+    quantize(scheme, model, tmp_path / "out", [])
+
+    made, source = CheckpointTensors(tmp_path / "out"), CheckpointTensors(model)
+    assert all(_same(made, source, name) for name in more)

@@ -58,6 +58,19 @@ def test_what_cannot_be_loaded_is_refused(engine, format_name, device, why) -> N
     assert "16 bits" in refused.value.hint
 
 
+@pytest.mark.parametrize("name", ["fp8", "w8a8"])
+def test_experts_in_8_bits_are_refused_on_a_cpu_alone(name: str) -> None:
+    shape = {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+        "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
+    }  # fmt: skip
+    experts = facts({**shape, "num_experts": 4, "moe_intermediate_size": 32})
+    with pytest.raises(InputRefused, match=r"experts: vllm 0\.32\.0 has no kernel .*cpu_moe\.py"):
+        check_support(ENGINES["vllm"], format_of(name), "cpu", experts)
+    check_support(ENGINES["vllm"], format_of(name), "nvidia-l4", experts)
+    check_support(ENGINES["vllm"], format_of(name), "cpu", facts(shape))
+
+
 def test_the_hint_names_what_can_be_loaded_there() -> None:
     with pytest.raises(InputRefused) as refused:
         check_support(ENGINES["sglang"], format_of("fp8"), "nvidia-t4")

@@ -161,7 +161,7 @@ def check_format(target: Target, options: QuantizeOptions, model: ModelFacts, de
 
     Uses only the table of what engines load and the model's facts.
     """
-    check_support(target.engine, target.format, device)
+    check_support(target.engine, target.format, device, model)
     if target.format.packed and can_make(target.format):
         check_model(options, model)
 

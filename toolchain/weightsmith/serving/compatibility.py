@@ -12,10 +12,13 @@ _AMD = (0, 0)
 """The compute capability of GPUs that have none."""
 
 
-def check_support(engine: Engine, format_: Format, device: str) -> None:
+def check_support(
+    engine: Engine, format_: Format, device: str, model: ModelFacts | None = None
+) -> None:
     """Refuse a format that the engine cannot load on a device: `cpu` or a GPU's name.
 
-    What the engine's rows do not name is left to its plan. Raises InputRefused.
+    Of some formats a CPU build loads models without experts only; `model` says which it is. What
+    the engine's rows do not name is left to its plan. Raises InputRefused.
     """
     row = engine.support.get(format_.name) or engine.support.get(format_.kind)
     if row is None:
@@ -25,6 +28,12 @@ def check_support(engine: Engine, format_: Format, device: str) -> None:
             f"{format_.name} weights: {engine.name} {_version(engine, device)} {lacks}"
             f" ({row.source})",
             hint=f"choose {_ways_out(engine, device)}",
+        )
+    if device == "cpu" and row.cpu_experts and model and model.matrices.experts:
+        raise InputRefused(
+            f"{format_.name} weights of a model with experts: {engine.name}"
+            f" {_version(engine, device)} has no kernel for them on a CPU ({row.cpu_experts})",
+            hint=f"choose a GPU with serve.gpu, 16 bits (target {engine.name}), or GGUF",
         )
 
 

@@ -92,6 +92,8 @@ class Support:
     """The least compute capability of an NVIDIA GPU that it starts on."""
     cpu: bool = False
     """Whether its build for CPUs has a kernel."""
+    cpu_experts: str = ""
+    """Where that build says that it has no such kernel for experts; empty if it has one."""
     amd: bool = True
     """Whether its build for AMD's GPUs has a kernel."""
     source: str

@@ -301,6 +301,7 @@ _SUPPORT: Mapping[str, Support] = {
         cpu=True,
         source="compressed_tensors_w8a16_fp8.py get_min_capability; "
         "kernels/linear/scaled_mm/pytorch.py _supports_torch_fp8_scaled_mm",
+        cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsFp8: blocks only, with AMX",
     ),
     "fp8-static": Support(
         capability=(7, 5),
@@ -330,6 +331,7 @@ _SUPPORT: Mapping[str, Support] = {
         cpu=True,
         source="compressed_tensors_w8a8_int8.py get_min_capability; "
         "kernels/linear/scaled_mm/cpu.py CPUInt8ScaledMMLinearKernel",
+        cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsInt8: only with AMX",
     ),
 }
 
