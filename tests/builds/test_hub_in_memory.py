@@ -97,6 +97,7 @@ def test_a_place_that_cannot_be_used(
     assert memory.jobs() == []
 
 
+@pytest.mark.slow
 def test_each_target_has_its_own_repository(memory: Memory, hub: WritableHub) -> None:
     targets = (TARGET, "llamacpp-q8_0")
     memory.build("outputs.hub=hf://team/bot-{target}", targets=targets, push=True)
@@ -104,10 +105,11 @@ def test_each_target_has_its_own_repository(memory: Memory, hub: WritableHub) ->
     assert sorted(hub.repositories) == [f"team/bot-{target}" for target in targets]
 
 
-def test_a_refused_build_publishes_nothing(memory: Memory, hub: WritableHub) -> None:
-    memory.minds.forgot["image"] = set(memory.facts)
+def test_a_refused_build_publishes_nothing(warm: Memory, hub: WritableHub) -> None:
+    warm.store.forget("trial", "smoke")
+    warm.minds.forgot["image"] = set(warm.facts)
     with pytest.raises(Exception, match="drop"):
-        memory.build(HUB, push=True)
+        warm.build(HUB, push=True)
     assert hub.repositories == {}
 
 
@@ -121,19 +123,20 @@ def push(memory: Memory, source: str, place: HubPlace = PLACE) -> Any:
     return push_to_hub(source, place, memory.tools)
 
 
-@pytest.mark.parametrize("kind", ["", "-volume", "-modelpack", "-modelpack-tar", "-ollama"])
-def test_each_form_of_a_build_can_be_pushed(warm: Memory, hub: WritableHub, kind: str) -> None:
+def test_each_form_of_a_build_can_be_pushed(warm: Memory, hub: WritableHub) -> None:
     warm.build(
-        "outputs=[image, volume, modelpack, modelpack-tar, ollama]", layout=warm.folder / "own"
+        "outputs=[image, volume, modelpack, modelpack-tar, ollama]", layout=warm.folder / "o"
     )
-    push(warm, f"oci:{warm.folder / 'own'}{kind}")
-
     (file,) = warm.record()["artifact"]["files"]
-    assert list(weights(hub)) == [file["path"]]
-    text = card(hub)
-    assert "| image | 8 of 8 | 1.000 | 0.68 to 1.00 |" in text
-    assert warm.record()["adapters"][0]["pin"] in text
-    assert warm.record()["image"]["digest"] in text
+    for kind in ("", "-volume", "-modelpack", "-modelpack-tar", "-ollama"):
+        name = f"team/bot{kind}"
+        push(warm, f"oci:{warm.folder / 'o'}{kind}", HubPlace(repository=name))
+
+        assert list(weights(hub, name)) == [file["path"]], kind
+        text = card(hub, name)
+        assert "| image | 8 of 8 | 1.000 | 0.68 to 1.00 |" in text
+        assert warm.record()["adapters"][0]["pin"] in text
+        assert warm.record()["image"]["digest"] in text
 
 
 def test_an_image_in_a_registry_can_be_pushed(warm: Memory, hub: WritableHub) -> None:
@@ -173,12 +176,13 @@ def test_a_build_whose_weights_are_gone(warm: Memory, hub: WritableHub) -> None:
     assert hub.repositories == {}
 
 
-def test_a_refused_builds_folder_is_refused(memory: Memory, hub: WritableHub) -> None:
-    memory.minds.forgot["image"] = set(memory.facts)
+def test_a_refused_builds_folder_is_refused(warm: Memory, hub: WritableHub) -> None:
+    warm.store.forget("trial", "smoke")
+    warm.minds.forgot["image"] = set(warm.facts)
     with pytest.raises(Exception, match="drop"):
-        memory.build()
+        warm.build()
     with pytest.raises(InputRefused, match="refused"):
-        push(memory, str(memory.results() / "refused"))
+        push(warm, str(warm.results() / "refused"))
 
 
 def test_a_model_of_adapters_beside_their_base_is_refused(memory: Memory, hub: WritableHub) -> None:

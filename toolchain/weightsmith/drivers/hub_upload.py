@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,9 +52,10 @@ class HubWriter:
     ) -> str:
         """Upload files and delete others in one commit after `parent`; return the commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-        disable_progress_bars()
+        # The client shows its own progress, on standard error; a log needs none.
+        (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
         with _explained(repository, "write to"), _large_files():
             added = [CommitOperationAdd(name, source) for name, source in files.items()]
             gone = [CommitOperationDelete(name, is_folder=False) for name in deleted]

@@ -77,6 +77,8 @@ def upload(tree: Tree, card: str, place: HubPlace, version: str, tools: Tools) -
             f"{place.reference} already holds other files, such as {other}",
             hint="choose another name, or replace them with --force; earlier commits stay",
         )
+    sizes = [len(x) if isinstance(x, bytes) else x.stat().st_size for x in missing.values()]
+    tools.progress.note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")
     content = held or tools.hub.create(place.repository, public=place.public)
     commit = tools.hub.commit(place.repository, content.commit, missing, stale, _message(version))
     after = tools.hub.check(place.repository)
@@ -85,7 +87,6 @@ def upload(tree: Tree, card: str, place: HubPlace, version: str, tools: Tools) -
             f"{place.reference}: the commit lacks {', '.join(sorted(lost)[:3])}",
             hint="somebody else may have written to it: look at its history, then push again",
         )
-    sizes = (len(x) if isinstance(x, bytes) else x.stat().st_size for x in missing.values())
     done = Uploaded(
         reference=place.reference,
         digest=commit,
