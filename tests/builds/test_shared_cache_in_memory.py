@@ -117,7 +117,7 @@ def test_what_was_here_already_is_uploaded_too(memory: Memory) -> None:
 
     assert memory.jobs() == []
     shared = {str(memory.store.notes[key]["stage"]) for key in memory.cache.documents}
-    assert {"merge", "quantize", "reference", "validate", "quality"} <= shared
+    assert {"merge", "quantize", "reference", "validate", "quality", "smoke"} <= shared
 
 
 def test_a_key_is_asked_for_once(memory: Memory, cache: MemoryCache) -> None:

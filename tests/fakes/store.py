@@ -72,7 +72,7 @@ class MemoryStore:
             if not resume:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        self.entries[key] = Entry(tree=tree, meta=meta, cached=False)
+        self.entries[key] = Entry(tree=tree, meta=meta, cached=False, note=note)
         self.notes[key] = note
         self._held.add(key)
         return self.entries[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -60,6 +60,8 @@ class Entry:
     """True if it existed before this call."""
     where: str = ""
     """The address of the shared cache that has its files; empty if they are on this machine."""
+    note: Mapping[str, Json] = field(default_factory=dict)
+    """What it was made of, as its maker says."""
 
 
 class Store(Protocol):

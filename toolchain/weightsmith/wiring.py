@@ -145,6 +145,7 @@ def open_tools(
     insecure: bool = False,
     cache: str = "",
     cache_from: str = "",
+    uploads: bool = True,
 ) -> Iterator[Tools]:
     """Yield everything outside this process that stages use; close connections afterwards.
 
@@ -152,9 +153,13 @@ def open_tools(
     engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
     cannot be kept from the network are refused unless `allow_network_in_jobs`. No job uses more
     than `memory`, a size such as 6GiB; by default, than what is free. Warns if it is more than
-    that. `cache` and `cache_from` are addresses of shared caches; by default, those of the
-    environment and the configuration. Raises UsageError for an unknown runner, address, size or
-    time limit, EnvironmentFailure if `docker` is asked for and no engine answers.
+    that.
+
+    `cache` and `cache_from` are addresses of shared caches; by default, those of environment and
+    configuration. Without `uploads`, nothing is written to them.
+
+    Raises UsageError for an unknown runner, address, size or time limit, EnvironmentFailure if
+    `docker` is asked for and no engine answers.
     """
     sharing = chosen(cache, cache_from, read_config().cache)
     if runner not in RUNNERS:
@@ -173,7 +178,9 @@ def open_tools(
     signer, layers = make_signer(sign_key), PushedLayers(cache_folder())
     with (
         make_registry(insecure=insecure, memory=layers) as registry,
-        open_store(sharing, progress, signer, registry=registry, layers=layers) as store,
+        open_store(
+            sharing, progress, signer, registry=registry, layers=layers, uploads=uploads
+        ) as store,
     ):
         readers = (FolderReader(store), HubReader(store), PypiReader(store))
         yield Tools(
@@ -204,6 +211,7 @@ def open_store(
     *,
     registry: Registry,
     layers: PushedLayers,
+    uploads: bool = True,
 ) -> Iterator[Store]:
     """Yield the user's store, in front of the shared caches if there are any.
 
@@ -220,19 +228,19 @@ def open_store(
         if not places:
             yield local
             return
-        uploads = None
-        if sharing.both:
+        queue = None
+        if sharing.both and uploads:
             key = make_signer(settings.sign_key) if settings.sign_key else signer
-            uploads = Uploads(places[sharing.both], local.memo, key, layers.note)
+            queue = Uploads(places[sharing.both], local.memo, key, layers.note)
         scratch = cache_once(lambda: stack.enter_context(_scratch()))
         wait = settings.upload_seconds
         try:
-            yield SharedStore(local, [*places.values()], scratch, uploads, layers.note)
+            yield SharedStore(local, [*places.values()], scratch, queue, layers.note)
         except KeyboardInterrupt:
             wait = 0.0
             raise
         finally:
-            left = uploads.close(wait) if uploads else 0
+            left = queue.close(wait) if queue else 0
         if left and sharing.both:
             progress.warn(
                 f"{left} result(s) were not uploaded to {places[sharing.both].where} within "

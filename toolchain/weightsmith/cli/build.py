@@ -190,7 +190,9 @@ def plan(
     file = recipe_file(recipe, base, adapter, settings)
     keep_clean(sources_of(file))
     targets = chosen_targets(file, tuple(target))
-    with open_tools(runner, Silent(), memory=memory, cache=cache, cache_from=cache_from) as tools:
+    with open_tools(
+        runner, Silent(), memory=memory, cache=cache, cache_from=cache_from, uploads=False
+    ) as tools:
         result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
     return result, table(result)
 

@@ -244,6 +244,7 @@ class FileStore:
             tree=Tree(root=folder / "data", files=files),
             meta=manifest["meta"],
             cached=cached,
+            note=manifest["note"],
         )
 
     def _hold(self, key: Digest) -> None:

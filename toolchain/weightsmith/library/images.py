@@ -134,7 +134,7 @@ def plan(
     wiring.keep_clean(sources_of(file))
     wanted = chosen_targets(file, texts_of(targets))
     with wiring.open_tools(
-        runner, Silent(), memory=memory, cache=cache, cache_from=cache_from
+        runner, Silent(), memory=memory, cache=cache, cache_from=cache_from, uploads=False
     ) as tools:
         return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
 

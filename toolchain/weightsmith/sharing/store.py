@@ -37,8 +37,14 @@ class SharedStore:
         """Key of a layer -> its digest, by the entries that were found."""
 
     def find(self, key: Digest) -> Entry | None:
-        """Return the entry, or None; the cache is asked once for each key."""
-        return self._find(key, again=False)
+        """Return the entry, or None; the cache is asked once for each key.
+
+        An entry that is here is uploaded, since who looks for it uses it.
+        """
+        entry = self._find(key, again=False)
+        if entry and self._uploads and key not in self._lazy:
+            self._uploads.add(key, entry.note, entry)
+        return entry
 
     def produce(
         self,
