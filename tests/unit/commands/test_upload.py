@@ -23,6 +23,7 @@ from weightsmith.stages.upload import HubPlace, repository_of
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, FileEntry, Tree
 
+from tests.fakes.baking import bake
 from tests.fakes.memory import memory_tools
 from tests.fakes.tiny import write_model
 from tests.fakes.writable_hub import READER, TOKEN, WritableHub, environment, writable_hub
@@ -202,6 +203,22 @@ def test_what_a_hub_refuses_is_said_without_the_token(
     assert "s3cret" not in said
     assert caught.value.__suppress_context__
     assert all(len(repository.files) == 1 for repository in hub.repositories.values())
+
+
+@pytest.mark.parametrize("kind", ["volume", "modelpack", "modelpack-tar"])
+def test_a_checkpoint_in_a_layout_is_what_it_was(
+    hub: WritableHub, tools: Tools, model: Path, tmp_path: Path, kind: str
+) -> None:
+    layout = tmp_path / "layout"
+    bake(tools.registry, model, "", kind=kind, target="vllm", layout=layout)
+    push_to_hub(f"oci:{layout}", PLACE, tools)
+
+    repository = hub.repositories["team/bot"]
+    names = {path.name for path in model.iterdir()}
+    assert set(repository.files) == names | {".gitattributes", "README.md"}
+    for name in names:
+        assert repository.files[name] == (model / name).read_bytes()
+    assert b"vllm serve team/bot" in repository.files["README.md"]
 
 
 @pytest.mark.parametrize("path", ["../evil.gguf", "/evil.gguf", "a/../../evil.gguf", ""])
