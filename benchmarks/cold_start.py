@@ -6,6 +6,7 @@
 CHECKPOINT gives its tokenizer to random weights in the shape of a Llama of 1.07 billion, which are
 quantized first; or FILE is measured. Only this file's pages are dropped before each start, not
 those of the whole machine, so the server's program stays in memory. The server has one thread.
+`--disk` limits what the server reads from the disk (control groups, version 1).
 `reordered` is the same file with its tensors in random order. Files are below benchmarks/work.
 """
 
@@ -22,11 +23,11 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,35 +45,19 @@ class Way:
     """Flags of the server, and what is done with the file as the server starts."""
 
     flags: tuple[str, ...] = ()
-    before: Callable[[Path], None] = lambda _: None
+    ahead: str = ""
+    """`advise` asks the kernel for the file, as a launcher could; `cat` reads it beside."""
     warm: bool = False
     reordered: bool = False
 
 
-def advise(path: Path) -> None:
-    """Ask the kernel to read the whole file, as a launcher could; return without waiting."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
-def read_along(path: Path) -> None:
-    """Read the file from first to last byte beside the server."""
-
-    def read() -> None:
-        with path.open("rb", buffering=0) as file:
-            while file.read(4 << 20):
-                pass
-
-    threading.Thread(target=read, daemon=True).start()
-
-
 WAYS = {
     "warm": Way(warm=True),
-    "as it is (mmap)": Way(),
-    "mmap, WILLNEED first": Way(before=advise),
-    "mmap, read beside it": Way(before=read_along),
+    "mmap, as it is": Way(),
+    "mmap, WILLNEED first": Way(ahead="advise"),
+    "mmap, `cat` beside it": Way(ahead="cat"),
     "no mmap": Way(("--load-mode", "none")),
-    "no mmap, WILLNEED first": Way(("--load-mode", "none"), advise),
+    "no mmap, WILLNEED first": Way(("--load-mode", "none"), "advise"),
     "direct I/O": Way(("--load-mode", "dio")),
     "mmap, no repacking": Way(("--no-repack",)),
     "mmap, no warm-up": Way(("--no-warmup",)),
@@ -88,9 +73,13 @@ def main() -> None:
     parser.add_argument("--format", default="q4_k_m")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--server", type=Path, help="llama-server; default: the compiled one")
+    parser.add_argument("--disk", type=float, default=0, help="MB/s that may be read; as root")
     parser.add_argument("--ways", default="", help="names with semicolons between; all")
     asked = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
+    place = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"
+    server = (asked.server or place).absolute()
     ways = {name: WAYS[name] for name in asked.ways.split(";") if name} or WAYS
     rows: dict[str, list[Row]] = {name: [] for name in ways}
     try:
@@ -98,11 +87,13 @@ def main() -> None:
         other = WORK / "reordered.gguf"
         if any(way.reordered for way in ways.values()):
             reorder(file, other)
-        for n in range(asked.rounds):
-            for name, way in ways.items():
-                rows[name].append(started(other if way.reordered else file, way))
-                told = {key: round(value, 2) for key, value in rows[name][-1].items()}
-                print(f"round {n + 1} {name}: {told}", file=sys.stderr)
+        with slow_disk(file, int(asked.disk * 1e6)) as join:
+            for n in range(asked.rounds):
+                for name, way in ways.items():
+                    path = other if way.reordered else file
+                    rows[name].append(started(server, path, way, join))
+                    told = {key: round(value, 2) for key, value in rows[name][-1].items()}
+                    print(f"round {n + 1} {name}: {told}", file=sys.stderr)
         print(table(rows, file.stat().st_size))
     finally:
         shutil.rmtree(WORK)
@@ -134,6 +125,23 @@ def reorder(source: Path, to: Path) -> None:
             new.write(old.read(sizes[entry.name]))
 
 
+@contextmanager
+def slow_disk(path: Path, rate: int) -> Iterator[Callable[[], None]]:
+    """Yield what puts a new process where it reads at most `rate` bytes per second from a disk."""
+    if not rate:
+        yield lambda: None
+        return
+    group = Path("/sys/fs/cgroup/blkio/cold-start")
+    group.mkdir(exist_ok=True)
+    device = path.stat().st_dev
+    told = f"{os.major(device)}:{os.minor(device)} {rate}"
+    (group / "blkio.throttle.read_bps_device").write_text(told)
+    try:
+        yield lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None
+    finally:
+        group.rmdir()
+
+
 def drop(path: Path) -> float:
     """Drop the file's pages from memory; return the share that stayed."""
     with path.open("rb") as file:
@@ -155,24 +163,33 @@ def resident(path: Path) -> float:
     return sum(page & 1 for page in seen) / pages
 
 
-def started(path: Path, way: Way) -> Row:
+def started(server: Path, path: Path, way: Way, join: Callable[[], object]) -> Row:
     """Start the server and ask it once; return seconds and memory."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"
     words = [
         str(server), "--model", str(path), "--port", str(port), "--ctx-size", "512",
         "--parallel", "1", "--threads", "1", "--offline", "--fit", "off", *way.flags,
     ]  # fmt: skip
-    stayed = 1.0
+
+    def first() -> None:
+        join()
+        if way.ahead == "advise":
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    stayed = drop(path)
     if way.warm:
         path.read_bytes()
-    else:
-        stayed = drop(path)
     began = time.perf_counter()
-    way.before(path)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    aside = []
+    if way.ahead == "cat":
+        reading = ["cat", str(path)]
+        aside = [subprocess.Popen(reading, stdout=subprocess.DEVNULL, preexec_fn=join)]
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=first
+    )
     try:
         while not answers(f"http://127.0.0.1:{port}/health"):
             if process.poll() is not None:
@@ -180,15 +197,16 @@ def started(path: Path, way: Way) -> Row:
             time.sleep(0.02)
         ready = time.perf_counter() - began
         complete(port, "Hello", 1)
-        first = time.perf_counter() - began
+        answered = time.perf_counter() - began
     finally:
         process.terminate()
         _, _, usage = os.wait4(process.pid, 0)
         process.returncode = 0
+        for one in aside:
+            one.wait()
     return {
-        "ready": ready, "first": first,
-        "cpu": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss / 1024,
-        "stayed": stayed,
+        "ready": ready, "first": answered, "cpu": usage.ru_utime + usage.ru_stime,
+        "peak": usage.ru_maxrss / 1024, "stayed": stayed,
     }  # fmt: skip
 
 
