@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.clusters import clusters, has_ray, has_slurm
+
 # A busy machine is no fault of the code: nothing here is judged by the clock. And the same commit
 # gives the same result; `pytest --hypothesis-profile=explore` looks for what was not seen yet.
 _CALM = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -85,6 +87,8 @@ NEEDS = {
         lambda: bool(emulator()),
         "no qemu-aarch64 (tests/engine.sh as root installs it)",
     ),
+    "ray": (has_ray, "Ray is not installed"),
+    "slurm": (has_slurm, "no Slurm, and no root to install it"),
     "gpu": (lambda: shutil.which("nvidia-smi") is not None, "no NVIDIA GPU"),
     "root": (lambda: os.geteuid() == 0, "needs root"),
 }
@@ -159,6 +163,22 @@ def builder_base(request: pytest.FixtureRequest) -> None:
     for line in said.stdout.splitlines():
         name, _, value = line.removeprefix("export ").partition("=")
         os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> Iterator[str]:
+    """The address of a Ray cluster of two nodes with a CPU each."""
+    with clusters("ray") as found:
+        assert "WEIGHTSMITH_TEST_RAY" in found, "Ray does not start"
+        yield found["WEIGHTSMITH_TEST_RAY"]
+
+
+@pytest.fixture(scope="session")
+def slurm_nodes() -> Iterator[str]:
+    """The slurm.conf of a cluster of two nodes with a CPU each."""
+    with clusters("slurm") as found:
+        assert "SLURM_CONF" in found, "Slurm does not start"
+        yield found["SLURM_CONF"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

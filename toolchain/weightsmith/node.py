@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 import sys
+import threading
+import time
 import traceback
 from dataclasses import replace
 from types import FrameType
@@ -16,6 +19,9 @@ from weightsmith.interrupts import leave_quietly, raise_it
 if TYPE_CHECKING:  # imported once Ctrl-C is taken care of
     from weightsmith.fleets.requests import Reply, Request
 
+_PATIENCE = 10.0
+"""Seconds to clean up, before it ends anyway."""
+
 
 def main() -> int:
     """Read a request, do it, and print the reply; the exit code is 0 whenever there is a reply."""
@@ -24,14 +30,15 @@ def main() -> int:
     from weightsmith.foreign import RECORD, parse
     from weightsmith.values import canonical
 
-    text = sys.stdin.buffer.read()
-    if text == b"version":
+    text = sys.stdin.buffer.readline()
+    if text.strip() == b"version":
         from weightsmith.fleets.requests import version
 
         print(version())  # noqa: T201
         return 0
     request = Request.from_json(parse(text, largest=RECORD))
     raise_it()
+    end_with_parent()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         reply = _answer(request)
@@ -70,6 +77,20 @@ def _answer(request: Request) -> Reply:
             return answer(request, tools)
     except WeightsmithError as error:  # before the task began
         return Reply.of_failure(request.id, socket.gethostname(), Failure.of(error))
+
+
+def end_with_parent() -> None:
+    """End as on SIGTERM when standard input closes, if it is a pipe: who asked is gone then."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=_watch_stdin, daemon=True).start()
+
+
+def _watch_stdin() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_PATIENCE)
+    os._exit(130)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

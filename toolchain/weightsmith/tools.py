@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import (
     ContainerEngine,
+    Entry,
     Hub,
     Launcher,
     Progress,
@@ -21,11 +22,21 @@ from weightsmith.ports import (
     SourceReader,
     Store,
 )
+from weightsmith.values import Digest, Json
 
 
 def _makes_none(engine: str, platform: str, _folder: Path, _progress: Progress) -> None:
     raise EnvironmentFailure(
         f"the engine {engine} cannot be made for {platform} here", hint="give another base image"
+    )
+
+
+def shares_nothing(_key: Digest, _note: Mapping[str, Json], _entry: Entry) -> None:
+    """Raise UsageError: there is no shared cache."""
+    raise UsageError(
+        "other machines need a shared cache, and none is named",
+        hint="give --cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX, or a folder that all "
+        "of them see",
     )
 
 
@@ -74,5 +85,7 @@ class Tools:
     clock: Callable[[], float] = time.monotonic
     """Monotonic clock in seconds, used to time stages."""
     memory: Memory = NO_LIMIT
+    share: Callable[[Digest, Mapping[str, Json], Entry], None] = shares_nothing
+    """Puts a result of the store into the shared cache now, unless it is there."""
     images_in_engine: bool = False
     """Whether built images are started in the container engine or from an OCI layout."""

@@ -21,6 +21,8 @@ from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_launcher import DockerLauncher
 from weightsmith.drivers.fallback import FallbackRunner
 from weightsmith.drivers.fleet_local import LocalFleet, local_room
+from weightsmith.drivers.fleet_ray import RayFleet
+from weightsmith.drivers.fleet_slurm import SlurmFleet
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.hardware import free_memory
@@ -52,7 +54,7 @@ from weightsmith.sharing.place import Place
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
 from weightsmith.time_limits import chosen_seconds
-from weightsmith.tools import Memory, Tools
+from weightsmith.tools import Memory, Tools, shares_nothing
 from weightsmith.user_config import read_config
 from weightsmith.values import Json
 
@@ -200,6 +202,7 @@ def open_tools(
             signer=signer,
             memory=room,
             images_in_engine=answers,
+            share=store.share if isinstance(store, SharedStore) else shares_nothing,
         )
 
 
@@ -300,6 +303,22 @@ NODE = (sys.executable, "-m", "weightsmith.node")
 ENGINES = ("local", "ray", "slurm")
 
 
+def fleet_cache(on: str, cache: str, cache_from: str) -> Mapping[str, str]:
+    """Return the caches of a fleet's nodes, as addresses: those of this command.
+
+    Raises UsageError if nodes on other machines would share none.
+    """
+    found = chosen(cache, cache_from, read_config().cache)
+    if on != "local" and found.both is None:
+        raise UsageError(
+            f"--on {on} needs a shared cache: it is all that the nodes have in common",
+            hint="give --cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX, or a folder that "
+            "all nodes see",
+        )
+    named = {"cache": found.both, "cache_from": found.read}
+    return {flag: str(address) for flag, address in named.items() if address}
+
+
 def make_fleet_engine(on: str, address: str, dist: Path) -> FleetEngine:
     """Return where a fleet runs; nothing is started or contacted yet.
 
@@ -309,8 +328,10 @@ def make_fleet_engine(on: str, address: str, dist: Path) -> FleetEngine:
         raise UsageError(f"--on {on}: unknown", hint=f"one of {', '.join(ENGINES)}")
     if address and on != "ray":
         raise UsageError(f"--address is not for --on {on}", hint="it is the address of a Ray head")
-    if on != "local":
-        raise UsageError(f"--on {on} is not supported yet", hint="--on local runs it here")
+    if on == "ray":
+        return RayFleet(module=NODE[-1], address=address)
+    if on == "slurm":
+        return SlurmFleet(argv=NODE, folder=dist / LOGS / "slurm")
     return LocalFleet(argv=NODE, room=local_room(cache_folder()), logs=dist / LOGS)
 
 

@@ -52,13 +52,14 @@ def fleet(
     from weightsmith.fleets.terminal import watcher
     from weightsmith.ports import Silent
     from weightsmith.progress import Recorder, progress_for
-    from weightsmith.wiring import keep_clean, make_fleet_engine, open_tools
+    from weightsmith.wiring import fleet_cache, keep_clean, make_fleet_engine, open_tools
 
     found = ordered(file, settings=set, adapters=adapter, targets=target, update_lock=update_lock)
     if print_:
         return matrix_of(found.builds, print_, file)
     place = Path(dist).absolute()
     keep_clean(found.sources, dist=dist, layout=layout)
+    caches = {} if plan else fleet_cache(on, cache, cache_from)
     engine = None if plan else make_fleet_engine(on, address, place)
     progress = Silent() if plan else Recorder(progress_for())
     with open_tools(
@@ -94,8 +95,7 @@ def fleet(
                     "allow_network_in_jobs": allow_network_in_jobs,
                     "insecure": insecure,
                     "sign_key": sign_key,
-                    "cache": cache,
-                    "cache_from": cache_from,
+                    **caches,
                 },
                 cpus=cpus,
                 changed=changed,

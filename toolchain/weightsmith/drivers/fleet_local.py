@@ -95,13 +95,14 @@ class LocalFleet:
     def close(self) -> None:
         """End every process, with time to clean up, and wait for it."""
         self._queue.clear()
+        if self._stop < 0:
+            return
         if self._running:
             os.eventfd_write(self._stop, 1)
         for thread in self._threads:
             thread.join()
-        if self._stop >= 0:
-            os.close(self._stop)
-            self._stop = -1
+        os.close(self._stop)
+        self._stop = -1
 
     def _start(self) -> None:
         for work in list(self._queue):

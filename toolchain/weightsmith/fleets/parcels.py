@@ -11,7 +11,6 @@ from typing import Any
 
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.fleets.requests import Request
-from weightsmith.ports import Store
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, StageInputs, Tree
 
@@ -64,12 +63,12 @@ def packed(request: Request, tools: Tools) -> Request:
         source = Path(part["source"])
         tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree
         name = f"folders/{len(parcels)}/{source.name}"
-        parcels[name], part["source"] = str(_sent(tree, tools.store)), name
+        parcels[name], part["source"] = str(_sent(tree, tools)), name
     return replace(request, recipe=data, questions=questions, files=files, parcels=parcels)
 
 
-def _sent(tree: Tree, store: Store) -> Digest:
-    """Put a folder's files into the store, and return their key."""
+def _sent(tree: Tree, tools: Tools) -> Digest:
+    """Put a folder's files into the shared cache, and return their key."""
     stage = source_inputs(tree)
 
     def copy(folder: Path) -> Mapping[str, Json]:
@@ -79,8 +78,9 @@ def _sent(tree: Tree, store: Store) -> Digest:
             shutil.copyfile(tree.path(file.path), place)
         return {"sha256": {file.path: file.digest.hex for file in tree.files}}
 
-    if store.find(stage.key) is None:
-        store.produce(stage.key, {"stage": stage.stage, "inputs": stage.inputs}, copy)
+    note = {"stage": stage.stage, "inputs": stage.inputs}
+    entry = tools.store.find(stage.key) or tools.store.produce(stage.key, note, copy)
+    tools.share(stage.key, note, entry)
     return stage.key
 
 

@@ -28,7 +28,7 @@ from weightsmith.fleets.rows import (
     of_reply,
 )
 from weightsmith.foreign import RECORD, parse
-from weightsmith.ports import Ended, FleetEngine, Work
+from weightsmith.ports import Ended, FleetEngine, Silent, Work
 from weightsmith.stages.lock import Lock, write_lock
 from weightsmith.tools import Tools
 from weightsmith.values import Json, canonical
@@ -134,7 +134,8 @@ class Run:
                 self._shared[task.id] = replace(self._shared[task.id], state=ENDED, cached=True)
         for task in self.graph.cells:
             if task.cached and task.id not in self._done:
-                reply = replace(answer(self._request(task), self.tools), cpu_seconds=0.0)
+                quiet = replace(self.tools, progress=Silent())
+                reply = replace(answer(self._request(task), quiet), cpu_seconds=0.0)
                 self._end(task, reply)
 
     def _is_over(self) -> bool:
@@ -210,9 +211,11 @@ class Run:
         if failure and failure.message.startswith(DIFFERENT):
             raise EnvironmentFailure(failure.message, hint=failure.hint)
         self._count_try(task)
-        avoid = self._given[task.id] | {reply.node}
+        avoid = self._given[task.id] | ({ended.node} if ended.node else set())
         if failure and failure.exit_code == 5 and self._may_try_again(task):
-            self.tools.progress.warn(f"{task.name} on {reply.node}: {failure.message}; tried again")
+            self.tools.progress.warn(
+                f"{task.name} on {reply.node or 'a lost node'}: {failure.message}; tried again"
+            )
             self._replies.append(replace(reply, stages={}))
             self._given[task.id] = avoid
             self._set_state(task, WAITING)

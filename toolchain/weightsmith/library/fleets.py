@@ -71,6 +71,7 @@ def fleet(
     place = path_of(dist).absolute()
     layouts = str(path_of(layout).absolute()) if layout else ""
     wiring.keep_clean(found.sources, dist=place, layout=layouts)
+    caches = wiring.fleet_cache(on, cache, cache_from)
     engine = wiring.make_fleet_engine(on, address, place)
     with (
         shown(progress) as shown_progress,
@@ -99,8 +100,7 @@ def fleet(
                 "allow_network_in_jobs": allow_network_in_jobs,
                 "insecure": insecure,
                 "sign_key": sign_key,
-                "cache": cache,
-                "cache_from": cache_from,
+                **caches,
             },
             cpus=cpus,
             changed=changed,

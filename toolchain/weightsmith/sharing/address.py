@@ -26,6 +26,10 @@ class Address:
     place: str
     """The folder, the repository with its registry, or bucket and prefix."""
 
+    def __str__(self) -> str:
+        """Return it as a user gives it."""
+        return self.place if self.kind == "folder" else f"{self.kind}://{self.place}"
+
     @property
     def folder(self) -> Path:
         """The folder; only for the kind `folder`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from weightsmith.errors import CacheLost
+from weightsmith.errors import CacheLost, UsageError
 from weightsmith.ports import Entry, Store
 from weightsmith.sharing.document import SharedEntry, layers_of
 from weightsmith.sharing.lazy import LazyTree, RemoteFiles
@@ -61,6 +61,18 @@ class SharedStore:
         if self._uploads:
             self._uploads.add(key, note, entry)
         return entry
+
+    def share(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:
+        """Upload an entry now, unless the cache has it; for machines that wait for it.
+
+        Raises what `Uploads.upload` raises, UsageError if the cache is only read.
+        """
+        if self._uploads is None:
+            raise UsageError(
+                "other machines need a cache that may be written to",
+                hint="give --cache instead of --cache-from",
+            )
+        self._uploads.upload(key, note, entry)
 
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
         """Return size and digest of a file; see Store."""

@@ -1,0 +1,200 @@
+"""One suite for every engine of a fleet: the fake, this machine, Ray and Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.drivers.fleet_local import LocalFleet, Room
+from weightsmith.drivers.fleet_ray import RayFleet
+from weightsmith.drivers.fleet_slurm import SlurmFleet
+from weightsmith.errors import EnvironmentFailure
+from weightsmith.ports import Ended, FleetEngine, Work
+
+from tests.fakes.fleet import MemoryFleet
+
+PATIENCE = 300.0
+NODE = "tests.fakes.fleet_node"
+MIB = 1 << 20
+
+
+def local(folder: Path) -> FleetEngine:
+    room = Room(cpus=2, memory_bytes=64 << 30, disk_bytes=0, gpus=0)
+    return LocalFleet(argv=(sys.executable, "-m", NODE), room=room, logs=folder / "logs")
+
+
+def memory(folder: Path) -> FleetEngine:
+    def do(text: str) -> str:
+        asked = json.loads(text)
+        if begun := asked.get("begun"):
+            Path(begun).write_text("1\n")
+        return "" if asked.get("do") == "crash" else json.dumps({"id": asked["id"]})
+
+    return MemoryFleet(do)
+
+
+@pytest.fixture(
+    params=[
+        "memory",
+        pytest.param("local", marks=pytest.mark.slow),
+        pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+        pytest.param("slurm", marks=[pytest.mark.slurm, pytest.mark.slow]),
+    ]
+)
+def engine(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FleetEngine]:
+    kind = request.param
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{root / 'toolchain'}:{root}")
+    if kind == "ray":
+        made: FleetEngine = RayFleet(module=NODE, address=request.getfixturevalue("ray_nodes"))
+    elif kind == "slurm":
+        monkeypatch.setenv("SLURM_CONF", request.getfixturevalue("slurm_nodes"))
+        made = SlurmFleet(argv=(sys.executable, "-m", NODE), folder=tmp_path / "jobs")
+    else:
+        made = {"local": local, "memory": memory}[kind](tmp_path)
+    yield made
+    made.close()
+
+
+def work(number: int, **request: Any) -> Work:
+    name = f"task {number}"
+    return Work(
+        id=f"id{number}", name=name, text=json.dumps({"id": f"id{number}", **request}),
+        cpus=1, memory_bytes=200 * MIB, disk_bytes=0, gpus=0,
+    )  # fmt: skip
+
+
+def all_of(engine: FleetEngine, count: int) -> dict[str, Ended]:
+    """Wait until so many tasks have ended."""
+    found: dict[str, Ended] = {}
+    until = time.monotonic() + PATIENCE
+    while len(found) < count and time.monotonic() < until:
+        found |= {ended.id: ended for ended in engine.wait(5.0)}
+    assert len(found) == count
+    return found
+
+
+def until(there: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_every_task_gets_its_own_reply(engine: FleetEngine) -> None:
+    engine.check("1")
+    engine.submit([work(n) for n in range(4)])
+    engine.submit([work(4)])
+
+    found = all_of(engine, 5)
+
+    assert {key: json.loads(ended.text)["id"] for key, ended in found.items()} == {
+        key: key for key in found
+    }
+    assert all(ended.node and not ended.why for ended in found.values())
+    assert engine.running() == frozenset()
+    assert list(engine.wait(0.1)) == []
+
+
+def test_a_task_without_a_reply_says_why(engine: FleetEngine) -> None:
+    if isinstance(engine, MemoryFleet):
+        pytest.skip("its tasks are functions and cannot crash")
+    engine.check("1")
+    engine.submit([work(0, do="crash"), work(1)])
+
+    found = all_of(engine, 2)
+
+    assert found["id0"].text == ""
+    assert found["id0"].why
+    assert json.loads(found["id1"].text)["id"] == "id1"
+
+
+def test_closing_ends_what_runs(engine: FleetEngine, tmp_path: Path) -> None:
+    if isinstance(engine, MemoryFleet):
+        pytest.skip("nothing runs while nobody waits")
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    engine.check("1")
+    engine.submit([work(0, do="wait", begun=str(begun), ended=str(ended))])
+    until(begun.exists)
+    assert engine.running() == {"id0"}
+
+    engine.close()
+
+    until(ended.exists)  # it had time to clean up
+    pid = int(begun.read_text())
+    until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_refuses_a_node_of_another_version(ray_nodes: str) -> None:
+    engine = RayFleet(module=NODE, address=ray_nodes)
+    try:
+        with pytest.raises(EnvironmentFailure, match="another version of weightsmith"):
+            engine.check("2")
+    finally:
+        engine.close()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_says_what_no_node_has(ray_nodes: str) -> None:
+    engine = RayFleet(module=NODE, address=ray_nodes)
+    try:
+        engine.check("1")
+        big = Work(id="big", name="big", text="{}", cpus=64, memory_bytes=MIB, disk_bytes=0, gpus=0)
+        engine.submit([big])
+        (ended,) = engine.wait(1.0)
+        assert "no node of the cluster has 64 CPU" in ended.why
+    finally:
+        engine.close()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_starts_a_task_again_whose_process_was_killed(ray_nodes: str, tmp_path: Path) -> None:
+    """The worker is killed with the program that it runs; Ray starts both elsewhere or anew."""
+    engine, begun = RayFleet(module=NODE, address=ray_nodes), tmp_path / "begun"
+    try:
+        engine.check("1")
+        engine.submit([work(0, do="wait", seconds=20, begun=str(begun))])
+        until(begun.exists)
+        pid = int(begun.read_text())
+        worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(worker, signal.SIGKILL)
+        found = all_of(engine, 1)
+        assert json.loads(found["id0"].text)["pid"] != pid
+        until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
+    finally:
+        engine.close()
+
+
+def test_this_machine_runs_as_many_at_once_as_fit(tmp_path: Path) -> None:
+    room = Room(cpus=4, memory_bytes=1000, disk_bytes=0, gpus=1)
+
+    def needing(*memory: int, gpus: Sequence[int] = (0, 0, 0, 0, 0)) -> list[Work]:
+        return [
+            Work(id=str(n), name="", text="", cpus=1, memory_bytes=m, disk_bytes=9, gpus=g)
+            for n, (m, g) in enumerate(zip(memory, gpus, strict=False))
+        ]
+
+    assert room.holds(needing(400, 600))
+    assert not room.holds(needing(400, 601))
+    assert not room.holds(needing(1, 1, 1, 1, 1))
+    assert not room.holds(needing(1, 1, gpus=(1, 1)))

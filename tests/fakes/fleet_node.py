@@ -1,0 +1,43 @@
+"""A node's program for tests of engines: `python -m tests.fakes.fleet_node`.
+
+It replies at once with the node and its request, fails, waits, or ends without a reply, as the
+request's `do` says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    """Read one line, and do what it says."""
+    text = sys.stdin.readline()
+    if text.strip() == "version":
+        print(os.environ.get("FAKE_VERSION", "1"))  # noqa: T201
+        return 0
+    asked = json.loads(text)
+    if begun := asked.get("begun"):
+        with Path(begun).open("a") as log:
+            log.write(f"{os.getpid()}\n")
+    match asked.get("do"):
+        case "wait":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+            try:
+                time.sleep(float(asked.get("seconds", 600)))
+            finally:
+                if ended := asked.get("ended"):
+                    Path(ended).write_text("ended")
+        case "crash":
+            print("it is over", file=sys.stderr)  # noqa: T201
+            return 9
+    print(json.dumps({"id": asked["id"], "pid": os.getpid()}))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""A fleet on Ray: one Ray task for each task, with the CPUs, memory and GPUs that the plan says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.ports import Ended, Work
+
+_RESTARTS = 2
+"""How often Ray itself starts a task again whose node or process was lost."""
+_PROBE_SECONDS = 120.0
+_PATIENCE = 15.0
+"""Seconds for tasks that were cancelled to end by themselves."""
+_NODE_ID = "ray.io/node-id"
+
+
+@dataclass(slots=True)
+class RayFleet:
+    """Runs each task as a process on a node of a Ray cluster."""
+
+    module: str
+    """The node's program, as a module of its Python."""
+    address: str = ""
+    name: str = "ray"
+    remote: bool = True
+    _ray: Any = None
+    _given: dict[Any, Work] = field(default_factory=dict)
+    _impossible: list[Ended] = field(default_factory=list)
+
+    def check(self, version: str) -> None:
+        """Connect, and ask every node for its version.
+
+        Raises UsageError if Ray is not installed, EnvironmentFailure if the cluster does not
+        answer or a node cannot run the program or has another version.
+        """
+        self._ray = _connected(self.address)
+        probe = self._ray.remote(_program())
+        pin = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        asked = {
+            probe.options(
+                num_cpus=0, max_retries=0, scheduling_strategy=pin(node["NodeID"], soft=False)
+            ).remote(self.module, "version"): node["NodeManagerHostname"]
+            for node in self._nodes()
+        }
+        done, late = self._ray.wait([*asked], num_returns=len(asked), timeout=_PROBE_SECONDS)
+        if late:
+            raise EnvironmentFailure(
+                f"the Ray node {asked[late[0]]} did not answer within {_PROBE_SECONDS:g} s",
+                hint="`ray status` shows whether it is alive",
+            )
+        for one in done:
+            _, text, why = self._result(one)
+            if text != version:
+                said = f"has {text}" if text else f"cannot run weightsmith: {why}"
+                raise EnvironmentFailure(
+                    f"another version of weightsmith: this machine has {version}, the Ray node "
+                    f"{asked[one]} {said}",
+                    hint="install the same version into the Python of every node",
+                )
+
+    def submit(self, works: Sequence[Work]) -> None:
+        """Give tasks to Ray, which queues and places them."""
+        nodes = self._nodes()
+        gpus = any(node["Resources"].get("GPU") for node in nodes)
+        for work in works:
+            asks = {
+                "CPU": float(work.cpus),
+                "memory": float(work.memory_bytes),
+                "GPU": float(work.gpus if gpus else 0),
+            }
+            if lacking := _lacking(asks, nodes):
+                why = f"no node of the cluster has {lacking}"
+                self._impossible.append(Ended(id=work.id, node="", text="", why=why))
+                continue
+            options: dict[str, Any] = {
+                "num_cpus": asks["CPU"],
+                "memory": asks["memory"],
+                "num_gpus": asks["GPU"],
+                "max_retries": _RESTARTS,
+                "name": work.name,
+            }
+            others = {node["NodeID"] for node in nodes} - work.avoid
+            if work.avoid and others:
+                options["label_selector"] = {_NODE_ID: f"!in({','.join(sorted(work.avoid))})"}
+            task = self._ray.remote(_program()).options(**options)
+            self._given[task.remote(self.module, work.text)] = work
+
+    def wait(self, seconds: float) -> Sequence[Ended]:
+        """Return the tasks that have ended since; wait for one at most so many seconds."""
+        if self._impossible:
+            found, self._impossible = self._impossible, []
+            return found
+        if not self._given:
+            return ()
+        done, _ = self._ray.wait([*self._given], num_returns=1, timeout=seconds)
+        ended = []
+        for one in done:
+            work = self._given.pop(one)
+            node, text, why = self._result(one)
+            ended.append(Ended(id=work.id, node=node, text=text, why=why))
+        return ended
+
+    def running(self) -> frozenset[str]:
+        """Return the ids of the tasks that Ray has; it does not say which of them wait."""
+        return frozenset(work.id for work in self._given.values())
+
+    def close(self) -> None:
+        """Cancel every task, with time to clean up, and leave the cluster."""
+        if self._ray is None:
+            return
+        for one in self._given:
+            self._ray.cancel(one, force=False)
+        if self._given:
+            self._ray.wait([*self._given], num_returns=len(self._given), timeout=_PATIENCE)
+        for one in self._given:
+            self._ray.cancel(one, force=True)
+        self._given.clear()
+        self._ray.shutdown()
+        self._ray = None
+
+    def _nodes(self) -> list[Any]:
+        return [node for node in self._ray.nodes() if node["Alive"]]
+
+    def _result(self, one: Any) -> tuple[str, str, str]:
+        """Return a task's node, its reply, and why there is none."""
+        try:
+            node, text, why = self._ray.get(one)
+        except self._ray.exceptions.RayError as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), "")
+            return "", "", f"lost by Ray: {type(error).__name__}: {first.strip()}"
+        return str(node), str(text), str(why)
+
+
+def _lacking(asks: dict[str, float], nodes: Sequence[Any]) -> str:
+    """Return which resource no node has enough of; empty if one node has enough of all."""
+    if any(all(node["Resources"].get(n, 0) >= v for n, v in asks.items()) for node in nodes):
+        return ""
+    largest = {n: max((node["Resources"].get(n, 0) for node in nodes), default=0) for n in asks}
+    short = [n for n in asks if largest[n] < asks[n]] or [*asks]
+    return ", ".join(f"{asks[n]:,.0f} {'bytes of memory' if n == 'memory' else n}" for n in short)
+
+
+def _connected(address: str) -> Any:
+    """Return Ray's module, connected to the cluster."""
+    # Without this, Ray warns of its own future at each start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.util.scheduling_strategies
+    except ImportError:
+        raise UsageError(
+            "--on ray needs Ray, which is not installed",
+            hint="pip install 'weightsmith[ray]', in the version of the cluster",
+        ) from None
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise EnvironmentFailure(
+            f"no Ray cluster answers at {address or 'this machine'}: {first.strip()}",
+            hint="start one with `ray start --head`, or give --address HOST:PORT",
+        ) from None
+    return ray
+
+
+def _program() -> Callable[[str, str], tuple[str, str, str]]:
+    """Return the function that Ray runs on a node.
+
+    It is defined here, inside another, so that it travels as it is: a node without this package
+    can still say that it lacks it.
+    """
+
+    def on_node(module: str, text: str) -> tuple[str, str, str]:
+        import os
+        import signal
+        import subprocess
+        import sys
+
+        import ray
+
+        node = ray.get_runtime_context().get_node_id()
+        # The pipe stays open while this worker lives, and the program ends with it.
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if text == "version" else None,
+            start_new_session=True,
+        )
+        if process.stdin is None or process.stdout is None:
+            raise AssertionError("both are pipes")
+        try:
+            try:
+                process.stdin.write(text.encode() + b"\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass
+            output = process.stdout.read().decode(errors="replace").strip()
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+        last = output.splitlines()[-1] if output else ""
+        if code:
+            return node, "", f"exit code {code}: {last}"
+        return node, last, ""
+
+    return on_node
