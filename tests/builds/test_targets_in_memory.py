@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.without_data import has_no_data
+from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed
 from weightsmith.oci import weights
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
+from weightsmith.ports import Silent
 
 from tests.fakes.baking import push_base
 from tests.fakes.memory import QUESTIONS, Memory, in_memory
@@ -206,6 +208,8 @@ def test_large_files_are_split_to_be_pulled_faster(
     image = memory.client.pull(Reference.parse(f"{memory.repository}:1.0.0-{target}"))
     names = [layer.file for layer in image.layers if layer.file.endswith(".safetensors")]
     assert sum("adapters/" not in name for name in names) == files
+    told = verify_image(f"{memory.repository}:1.0.0-{target}", None, memory.client, Silent())
+    assert any(row["check"] == "split" for row in told["checks"]) is (files > 1)
 
 
 @pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])
