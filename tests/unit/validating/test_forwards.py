@@ -99,6 +99,7 @@ index = open_checkpoint(root)
 weights = Weights.__new__(Weights)
 weights.infos = index.tensors
 weights._files = {i.name: shard.path for shard in index.shards for i in shard.tensors}
+weights._computed = {}
 weights.read("small")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = sum(len(block) for _, block in weights.blocks("large"))

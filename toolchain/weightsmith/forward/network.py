@@ -51,11 +51,14 @@ def _set_missing(model: Any) -> None:
                 setattr(module, name, _missing(parameter.shape))
 
 
-def load_buffers(model: Any, weights: Weights) -> None:
-    """Fill the buffers that the checkpoint holds."""
+def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
+    """Return the folder's model, with no weights but its buffers, and the weights in its files."""
+    model = skeleton(root)
+    weights = Weights(root, model)
     for name, buffer in model.named_buffers():
         if weights.has(name):
             buffer.copy_(weights.whole(name))
+    return model, weights
 
 
 def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:

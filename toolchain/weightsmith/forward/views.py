@@ -18,10 +18,9 @@ from weightsmith.forward.network import (
     fill_while_running,
     is_missing,
     lacking,
-    load_buffers,
     missing_below,
     replication,
-    skeleton,
+    skeleton_with_weights,
     with_adapters,
 )
 from weightsmith.forward.products import Matrix
@@ -39,10 +38,8 @@ def view(
     Views of the same checkpoint share a `number`. Raises InputRefused if the checkpoint lacks a
     tensor, and the architecture's error if it cannot run without its weights in memory.
     """
-    model = skeleton(checkpoint)
-    weights = Weights(checkpoint, model)
+    model, weights = skeleton_with_weights(checkpoint)
     require_complete(checkpoint, model, weights)
-    load_buffers(model, weights)
     if adapters:
         model = with_adapters(model, adapters)
         if (layers := replication(model)) is not None:

@@ -8,24 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 from weightsmith.foreign import TOKENIZER, json_object, read_json
 from weightsmith.merging.plan import MergePlan
 
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
 _GENERATION = "generation_config.json"
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -87,21 +74,21 @@ def write_file(root: Path, name: str, data: bytes) -> dict[str, Any]:
 
 def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> list[str]:
     """Replace tokenizer and chat template by an adapter's, if it has them."""
-    own = [name for name in names if name in _TOKENIZER]
+    own = [name for name in names if name in TOKENIZER_FILES]
     before = _template_in(files)
-    template = [name for name in names if name in _TEMPLATES]
+    template = [name for name in names if name in TEMPLATE_FILES]
     complete = any(name in own for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if complete:
-        for name in _TOKENIZER:
+        for name in TOKENIZER_FILES:
             files.pop(name, None)
     new = {name: (root / name).read_bytes() for name in (own if complete else []) + template}
     if not complete and not template and "tokenizer_config.json" in own:
         new = _template_of(root, files)
-    if any(name in _TEMPLATES for name in new) or _template_in(new):
-        for name in _TEMPLATES:
+    if any(name in TEMPLATE_FILES for name in new) or _template_in(new):
+        for name in TEMPLATE_FILES:
             files.pop(name, None)
     files.update(new)
-    if before and not _template_in(files) and not any(name in files for name in _TEMPLATES):
+    if before and not _template_in(files) and not any(name in files for name in TEMPLATE_FILES):
         # The adapter's tokenizer has no template and replaced the file with the base's.
         files["chat_template.jinja"] = before.encode()
     return [f"{', '.join(sorted(new))} taken from the adapter {root.name}"] if new else []

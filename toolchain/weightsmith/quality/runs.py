@@ -13,7 +13,13 @@ import torch
 from weightsmith.checkpoints.tensors import View
 from weightsmith.forward.heads import logits_of
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.network import beside_text, decoder_of, fill, load_buffers, skeleton
+from weightsmith.forward.network import (
+    beside_text,
+    decoder_of,
+    fill,
+    skeleton,
+    skeleton_with_weights,
+)
 from weightsmith.forward.views import stream
 from weightsmith.forward.walk import Count, Opening, Progress, walk
 from weightsmith.forward.weights import Weights
@@ -101,10 +107,8 @@ class _Checkpoint:
         return model
 
     def _built(self) -> tuple[Any, Weights]:
-        model = skeleton(self.checkpoint)
-        weights = Weights(self.checkpoint, model)
+        model, weights = skeleton_with_weights(self.checkpoint)
         require_complete(model, weights)
-        load_buffers(model, weights)
         return model, weights
 
 
@@ -130,9 +134,8 @@ class _Quantized:
         return model
 
     def _built(self) -> tuple[Any, Weights]:
-        self.model = skeleton(self.checkpoint)
+        self.model, _ = skeleton_with_weights(self.checkpoint)
         weights = Dequantized(self.checkpoint, self.model, self.view)
-        load_buffers(self.model, Weights(self.checkpoint, self.model))
         self.errors = weights.errors
         return self.model, weights
 

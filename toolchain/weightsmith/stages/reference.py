@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 from weightsmith.destinations import Documents, Inputs, InStore
 from weightsmith.errors import InputRefused
 from weightsmith.evaluating.gate import Verdict
@@ -35,19 +36,7 @@ BUILDER = "merge"
 RECIPE_NUMBER = 4
 _ANSWERS = "answers.json"
 _TEMPLATE_TOKENS = 32
-_VOICE = frozenset(
-    {
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-    }
-)
+_VOICE = frozenset((*TOKENIZER_FILES, *TEMPLATE_FILES))
 """Files that decide how a question becomes tokens."""
 
 

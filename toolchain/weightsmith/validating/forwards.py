@@ -18,10 +18,9 @@ from weightsmith.forward.network import (
     decoder_layers,
     fill,
     is_missing,
-    load_buffers,
     replication,
     resize,
-    skeleton,
+    skeleton_with_weights,
     tie_again,
     with_adapters,
 )
@@ -143,10 +142,8 @@ class BaseAndAdapters:
         return built
 
     def _built(self) -> Unmerged:
-        bare = skeleton(self.checkpoint)
-        weights = Weights(self.checkpoint, bare)
+        bare, weights = skeleton_with_weights(self.checkpoint)
         require_complete(self.checkpoint, bare, weights)
-        load_buffers(bare, weights)
         names = set(bare.state_dict())
         resized = resize(bare, self.like)
         model = with_adapters(bare, self.adapters)
@@ -172,21 +169,15 @@ class Merged:
 
     def streamed(self, meeting: Meeting, number: int) -> Any:
         """Return it with its weights in files."""
-        model, weights = self._built()
+        model, weights = skeleton_with_weights(self.checkpoint)
         stream(model, weights, meeting, number)
         return model
 
     def whole(self) -> Any:
         """Return it with its weights in memory."""
-        model, weights = self._built()
+        model, weights = skeleton_with_weights(self.checkpoint)
         fill(model, weights)
         return model
-
-    def _built(self) -> tuple[Any, Weights]:
-        model = skeleton(self.checkpoint)
-        weights = Weights(self.checkpoint, model)
-        load_buffers(model, weights)
-        return model, weights
 
 
 @torch.no_grad()
