@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from weightsmith.errors import CheckFailed, EnvironmentFailure
@@ -132,3 +133,21 @@ def test_a_refused_build_has_shared_what_it_made(memory: Memory) -> None:
         memory.build("quality.limits={q4_k_m: {kl_mean: 0.0}}", "quality.gate=true")
     assert memory.store.entries.keys() <= memory.cache.documents.keys()
     assert memory.cache.documents
+
+
+@pytest.mark.parametrize("target", ["vllm", "llamacpp-lora", "vllm-lora"])
+def test_other_kinds_of_weights_are_shared_too(
+    memory: Memory, client: Registry, tmp_path: Path, target: str
+) -> None:
+    cache = MemoryCache()
+    (tmp_path / "other").mkdir()
+    with in_memory(tmp_path / "other", client) as first:
+        first.cache = cache
+        first.write_recipe(image={"repository": memory.repository})
+        made = first.build(targets=[target])
+    memory.cache = cache
+    built = memory.build(targets=[target], push=True)
+
+    assert memory.jobs() == []
+    assert built[target].published.digest == made[target].published.digest
+    assert not [event for event in memory.journal.events if event.startswith("assemble")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.reshard import Resharded
-from weightsmith.errors import WeightsmithError
+from weightsmith.errors import CacheLost, WeightsmithError
 from weightsmith.evaluating.results import Result, main_scores, unproven_of
 from weightsmith.oci.image import Image, Order
 from weightsmith.oci.index import Whole, whole_of
@@ -96,6 +96,8 @@ def facts_of(tree: Tree) -> ModelFacts | None:
             return read_facts(tree.texts)
         names = [file.path for file in tree.files if file.path.endswith(".gguf")]
         return read_facts(tree.header(names[0])) if names else None
+    except CacheLost:
+        raise  # the model could be read elsewhere
     except (OSError, ValueError, WeightsmithError):
         return None
 
