@@ -179,28 +179,32 @@ def _program() -> Callable[[str, str], tuple[str, str, str]]:
         import signal
         import subprocess
         import sys
+        import tempfile
+        import time
 
         import ray
 
         node = ray.get_runtime_context().get_node_id()
+        said = tempfile.TemporaryFile()  # noqa: SIM115 - until the program has ended
         # The pipe stays open while this worker lives, and the program ends with it.
         process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=said,
             stderr=subprocess.STDOUT if text == "version" else None,
             start_new_session=True,
         )
-        if process.stdin is None or process.stdout is None:
-            raise AssertionError("both are pipes")
+        if process.stdin is None:
+            raise AssertionError("it is a pipe")
         try:
             try:
                 process.stdin.write(text.encode() + b"\n")
                 process.stdin.flush()
             except BrokenPipeError:
                 pass
-            output = process.stdout.read().decode(errors="replace").strip()
-            code = process.wait()
+            # Ray's cancelling is seen between two steps of Python, and not while one waits.
+            while (code := process.poll()) is None:
+                time.sleep(0.1)
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)
             try:
@@ -208,6 +212,8 @@ def _program() -> Callable[[str, str], tuple[str, str, str]]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
             raise
+        said.seek(0)
+        output = said.read().decode(errors="replace").strip()
         last = output.splitlines()[-1] if output else ""
         if code:
             return node, "", f"exit code {code}: {last}"
