@@ -12,6 +12,8 @@ from weightsmith.json_objects import JsonObject
 from weightsmith.values import Json
 
 REFUSED, NOT_MADE = "refused", "not made"
+_ASSEMBLY = frozenset({"render", "bake", "publish"})
+"""Stages that no job runs: they take no time, and are done for each place anew."""
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
 
 
@@ -28,7 +30,7 @@ class CellRow(JsonObject):
     digest: str | None = None
     seconds: float = 0.0
     cached: bool = False
-    """Whether no stage had to be run."""
+    """Whether nothing had to be made: assembling and publishing may have been left."""
     error: str | None = None
     hint: str | None = None
     exit_code: int = 0
@@ -121,7 +123,8 @@ def of_reply(row: CellRow, reply: Reply) -> CellRow:
         score=told.get("score"),
         digest=told.get("digest"),
         seconds=row.seconds + reply.seconds,
-        cached=bool(reply.stages) and all(reply.stages.values()),
+        cached=bool(reply.stages)
+        and all(was for name, was in reply.stages.items() if name not in _ASSEMBLY),
         interval=tuple(interval) if interval else None,
         drop=told.get("drop"),
         size=told.get("size"),
