@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
 from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
@@ -20,7 +19,7 @@ from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.libraries import stay_offline
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.network import IncompatibleAdapters
+from weightsmith.forward.network import IncompatibleAdapters, fill, skeleton_with_weights
 from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
@@ -254,17 +253,10 @@ def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
 
 def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Load the model in float32 with all adapters active."""
-    from transformers import AutoModelForCausalLM
-
     check_model_folder(model)
     with doing(f"loading {model}"):
-        network = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        network, weights = skeleton_with_weights(model)
+        fill(network, weights)
     if adapters:
         with doing("loading the adapters"):
             network = _with_adapters(network, adapters)
