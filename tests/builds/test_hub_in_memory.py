@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from weightsmith import platforms
 from weightsmith.commands.upload import push_to_hub
+from weightsmith.commands.verify import verify_image
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.ports import Silent
 from weightsmith.stages.upload import HubPlace
 
 from tests.fakes.memory import Memory
-from tests.fakes.writable_hub import WritableHub, writable_hub
+from tests.fakes.writable_hub import Repository, WritableHub, writable_hub
 
 TARGET = "llamacpp-q4_k_m"
 HUB = "outputs.hub=hf://team/bot"
@@ -79,6 +82,52 @@ def test_what_the_hub_refuses_is_known_before_any_work(memory: Memory, hub: Writ
     with pytest.raises(EnvironmentFailure, match="token"):
         memory.build(HUB, push=True)
     assert memory.jobs() == []
+
+
+def test_another_model_on_the_hub_is_refused_before_anything_is_published(
+    warm: Memory, hub: WritableHub
+) -> None:
+    hub.repositories["team/bot"] = Repository(commits=["1" * 40])
+    hub.repositories["team/bot"].files["other.gguf"] = b"GGUF"
+    warm.store.forget("trial", "smoke")
+    before = warm.seen()
+
+    with pytest.raises(UsageError, match="already holds other files, such as other"):
+        warm.build(HUB, push=True)
+    assert any("already holds a model" in str(line) for line in warm.progress.lines)
+    assert warm.seen() == before
+    assert warm.registry.manifests == {}
+    assert warm.left() == []
+
+    warm.build(HUB, push=True, force=True)
+    assert "other.gguf" not in hub.repositories["team/bot"].files
+
+
+def test_what_was_published_is_recorded_though_the_hub_fails(
+    warm: Memory, hub: WritableHub
+) -> None:
+    hub.fail["/commit/main"] = 500
+    with pytest.raises(EnvironmentFailure):
+        warm.build(HUB, "outputs.kinds=[image, volume]", push=True)
+    assert sorted(warm.record()["forms"]) == ["volume"]
+
+
+def test_the_card_of_an_image_that_was_not_started_claims_no_test(
+    warm: Memory, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platforms.platform, "machine", lambda: "x86_64")
+    other, kinds = "image.platforms=[linux/arm64]", "outputs.kinds=[image, modelpack]"
+    built = warm.build(HUB, other, kinds, push=True)[TARGET]
+    push(warm, built.forms["modelpack"].reference, AGAIN)
+
+    for name in ("team/bot", "team/again"):
+        text = card(hub, name)
+        assert "Verdict: **not proven**" in text
+        assert "No server was started with the weights" in text
+        assert "tested image" not in text
+    checks = verify_image(built.forms["modelpack"].reference, None, warm.client, Silent())
+    (gate,) = (row for row in checks["checks"] if row["check"] == "gate")
+    assert gate["found"] == "not proven: no image with these weights was started"
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
-from weightsmith.build_record import StageRecord, read_build
+from weightsmith.build_record import StageRecord
 from weightsmith.checkpoints.facts import read_facts
+from weightsmith.delivery import forms, forms_baked, on_hub, write_volume
 from weightsmith.destinations import InStore
 from weightsmith.errors import CacheLost, CheckFailed
 from weightsmith.evaluating.results import Result, unproven_of
 from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
-from weightsmith.oci.ollama import modelfile
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.checks import check_before_work, check_images, check_tags
-from weightsmith.planning.images import evaluation_of, form_inputs, image_inputs
+from weightsmith.planning.images import evaluation_of, image_inputs
 from weightsmith.planning.memory import fit_together
 from weightsmith.planning.options import (
     needs_files,
@@ -31,13 +31,11 @@ from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.tasks import probes, tasks_of
-from weightsmith.planning.volumes import FOLDER, volume_files
 from weightsmith.provenance.labels import reference as name_of
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.recording import Built, Record
-from weightsmith.reporting.card import card_of_build
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, with_scores
@@ -47,11 +45,10 @@ from weightsmith.stages.merge import merge
 from weightsmith.stages.publish import candidate, publish
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import quantize
-from weightsmith.stages.record import is_written, layers_in, write_files
+from weightsmith.stages.record import is_written, layers_in
 from weightsmith.stages.reference import next_job, reference
-from weightsmith.stages.report import model_card
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
-from weightsmith.stages.upload import check_place, upload
+from weightsmith.stages.upload import may_refuse
 from weightsmith.stages.validate import validate
 from weightsmith.together import Together
 from weightsmith.tools import Tools
@@ -60,9 +57,7 @@ from weightsmith.values import (
     LORA,
     Artifact,
     Checkpoint,
-    Form,
     Sources,
-    Uploaded,
 )
 
 T = TypeVar("T")
@@ -123,13 +118,14 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         made = with_scores(made, results, record.started, tools.store)
         name, outputs = name_of(recipe, target.name), request.outputs_of(target)
         layout = request.candidate_layout(target)
-        others = forms_baked(request, target, made, results, tools)
+        others = forms_baked(record, made, results)
         published = timed.take(publish(made, name, outputs, tools, started_in=layout))
-        if others or request.hub_of(target):
-            # What is published is recorded, whatever happens to its other forms.
+        if others:  # what is published is recorded, whatever happens to its other forms
             record.keep(published, {}, results, timed.stages)
         found = forms(request, target, others, tools)
         write_volume(request, target, config, made[0].inputs, found, tools)
+        if request.hub_of(target):
+            record.keep(published, found, results, timed.stages)
         if uploaded := on_hub(request, target, artifact, tools):
             found = {**found, "hub": timed.take(uploaded)}
         warn_of(results, tools)
@@ -156,8 +152,11 @@ def check_machine(request: BuildRequest, tools: Tools) -> None:
         check_layout(request.outputs_of(target).layout)
         for kind in request.forms_of(target):
             check_layout(request.outputs_of_form(target, kind).layout)
-        if place := request.hub_of(target):
-            check_place(place, tools.hub)
+        if (place := request.hub_of(target)) and may_refuse(place, tools.hub):
+            tools.progress.note(
+                f"{place.reference} already holds a model: if this build makes another one, nothing"
+                " is published without --force"
+            )
     if request.outputs.push:
         first = request.targets[0].name
         tools.registry.check_push(Reference.parse(name_of(request.file.recipe, first)))
@@ -256,89 +255,6 @@ def baked(
     )
     name, earlier = name_of(request.file.recipe, target.name), layers_in(request.folder(target))
     return bake(prepare, name, tools, push=request.outputs.push, earlier=earlier)
-
-
-def forms_baked(
-    request: BuildRequest,
-    target: Target,
-    made: Sequence[ImageMaterials],
-    results: tuple[Result, ...],
-    tools: Tools,
-) -> Mapping[str, tuple[ImageMaterials, ...]]:
-    """Return the other kinds that the recipe names, of the weights of a tested image, by kind.
-
-    Before anything is published, checks that no tag already names something else. Raises
-    UsageError if one does.
-    """
-    image, tested = made[0].inputs, whole_image(made).digest
-    name = name_of(request.file.recipe, target.name)
-    found = {}
-    for kind in request.forms_of(target):
-        prepare = partial(form_inputs, image, kind, tested, results, tools)
-        push = request.outputs_of_form(target, kind).push
-        found[kind] = bake(prepare, f"{name}-{kind}", tools, push=push).value
-    if found and request.outputs.push and not request.outputs.force:
-        tagged = {name: made, **{f"{name}-{kind}": one for kind, one in found.items()}}
-        for tag, one in tagged.items():
-            tools.registry.check_tag(Reference.parse(tag), whole_image(one).digest)
-    return found
-
-
-def forms(
-    request: BuildRequest,
-    target: Target,
-    made: Mapping[str, tuple[ImageMaterials, ...]],
-    tools: Tools,
-) -> Mapping[str, Form]:
-    """Publish the other kinds of a target's weights; return them by kind."""
-    found: dict[str, Form] = {}
-    for kind, one in made.items():
-        outputs = request.outputs_of_form(target, kind)
-        name = f"{name_of(request.file.recipe, target.name)}-{kind}"
-        found[kind] = publish(one, name, outputs, tools, started_in=outputs.layout).value
-        if kind == "ollama":
-            weights, folder = own_of(whole_image(one)).layers[0].digest, request.folder(target)
-            blob = outputs.layout and outputs.layout / "blobs" / "sha256" / weights.hex
-            place = (
-                f"./{blob.relative_to(folder)}" if blob and blob.is_relative_to(folder) else blob
-            )
-            text = modelfile(str(place or name), one[0].inputs.context)
-            write_files({"Modelfile": text}, folder)
-    return found
-
-
-def write_volume(
-    request: BuildRequest,
-    target: Target,
-    config: ServingConfig,
-    image: ImageInputs,
-    found: Mapping[str, Form],
-    tools: Tools,
-) -> None:
-    """Write the manifests of a target's image of weights, if there is one."""
-    if (volume := found.get("volume")) is None:
-        return
-    name = f"{name_of(request.file.recipe, target.name)}-volume@{volume.digest}"
-    if files := volume_files(request, target, config, image, name):
-        write_files(files, request.folder(target) / FOLDER)
-    else:
-        tools.progress.note(
-            f"{target.name}: no manifests for the volume, because {target.engine.title} has no "
-            f"image of its own for {config.plan.device} in a registry; image.base names one"
-        )
-
-
-def on_hub(
-    request: BuildRequest, target: Target, artifact: Artifact, tools: Tools
-) -> Outcome[Uploaded] | None:
-    """Publish a target's weights on a hub, if wanted, with a card from its build.json."""
-    place, recipe = request.hub_of(target), request.file.recipe
-    if place is None:
-        return None
-    card = card_of_build(read_build(request.folder(target)))
-    names = [entry.path for entry in artifact.tree.files]
-    text = model_card(card, place.repository, names)
-    return upload(artifact.tree, text, place, recipe.version, tools)
 
 
 def refusal(

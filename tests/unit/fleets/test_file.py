@@ -71,6 +71,37 @@ def test_an_entry_says_what_differs(home: Path) -> None:
     assert [target.name for target in found.targets] == ["vllm"]
 
 
+def with_hub(home: Path, hub: str, *targets: str) -> None:
+    recipe = {**RECIPE, "outputs": {"hub": hub}, "targets": list(targets)}
+    (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_each_adapter_has_its_own_repository_on_a_hub(home: Path) -> None:
+    with_hub(home, "hf://acme/bot-{target}", "vllm", "llamacpp")
+    found = builds(home, adapters=["./adapters/one", "./adapters/two"])
+
+    assert [one.file.recipe.outputs.hub for one in found] == [
+        "hf://acme/bot-{target}-one", "hf://acme/bot-{target}-two",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hub", "targets", "names"),
+    [
+        ("hf://acme/bot", ("vllm", "llamacpp"), ("one",)),
+        ("hf://acme/bot-{target}", ("vllm", "vllm-awq"), ("one", "awq-one")),
+    ],
+)
+def test_two_models_of_one_name_on_a_hub_are_refused(
+    home: Path, hub: str, targets: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    with_hub(home, hub, *targets)
+    entries = [{"name": name, "source": "./adapters/one"} for name in names]
+    with pytest.raises(UsageError, match="would both be hf://acme/bot") as caught:
+        builds(home, adapters=entries)
+    assert "{target}" in caught.value.hint
+
+
 def test_the_recipe_may_lie_elsewhere(home: Path) -> None:
     (home / "shared").mkdir()
     (home / "recipe.yaml").rename(home / "shared" / "r.yaml")

@@ -17,6 +17,7 @@ from weightsmith.provenance.labels import reference
 from weightsmith.recipe_file import RecipeFile, check_recipe, read_mapping, with_settings
 from weightsmith.serving.targets import Target
 from weightsmith.stages.lock import Lock, pinned, read_lock
+from weightsmith.stages.upload import SCHEME, repository_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +156,9 @@ def _build(
     image = shared.get("image") or {}
     if repository := isinstance(image, Mapping) and image.get("repository"):
         data["image"] = {**image, "repository": f"{repository}-{name}"}
+    outputs = shared.get("outputs") or {}
+    if hub := isinstance(outputs, Mapping) and outputs.get("hub"):
+        data["outputs"] = {**outputs, "hub": f"{hub}-{name}"}
     given = entry.model_dump(by_alias=True, exclude_unset=True)
     own = _absolute({key: given[key] for key in SECTIONS if key in given}, path.parent.absolute())
     data = {**data, **{key: _over(data.get(key), value) for key, value in own.items()}}
@@ -210,14 +214,24 @@ def _place(source: str, folder: Path) -> str:
 
 
 def _require_images_apart(builds: Sequence[AdapterBuild], path: Path) -> None:
-    """Raise UsageError if two builds would give one name to two images."""
+    """Raise UsageError if two builds would give one name to two images, or to two hub models."""
     seen: dict[str, str] = {}
     for build in builds:
+        recipe = build.file.recipe
         for target in build.targets:
-            name = reference(build.file.recipe, target.name)
+            name, hub = reference(recipe, target.name), ""
+            if recipe.outputs.hub:
+                hub = SCHEME + repository_of(recipe.outputs.hub.replace("{target}", target.name))
             if name in seen:
                 raise UsageError(
                     f"{path}: {seen[name]} and {build.adapter} would both be the image {name}",
                     hint="give one of them another `image.repository`",
                 )
+            if hub in seen:
+                raise UsageError(
+                    f"{path}: {seen[hub]} and {build.adapter} x {target.name} would both be {hub}",
+                    hint="write `{target}` into `outputs.hub` of the recipe, or rename an adapter",
+                )
             seen[name] = build.adapter
+            if hub:
+                seen[hub] = f"{build.adapter} x {target.name}"

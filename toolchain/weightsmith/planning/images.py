@@ -63,11 +63,12 @@ def image_inputs(
 
 
 def form_inputs(
-    image: ImageInputs, kind: str, tested: Digest, results: Sequence[Result], tools: Tools
+    image: ImageInputs, kind: str, tested: Digest | None, results: Sequence[Result], tools: Tools
 ) -> ImageInputs:
-    """Return the inputs of another kind of the same weights; `tested` is the image's digest.
+    """Return the inputs of another kind of the same weights.
 
-    It is not started itself, so its labels name the image that was, with that one's scores.
+    It is not started itself, so its labels name the image that was, with that one's scores:
+    `tested` is its digest, None if none could be started.
     """
     base_name = data_base(kind, "")
     labels = {key: text for key, text in image.labels.items() if key != PLAN}
@@ -85,7 +86,7 @@ def form_inputs(
             **labels,
             PREFIX + "kind": kind,
             **result_labels(results),
-            TESTED: tested,
+            **({TESTED: tested} if tested else {}),
             VERDICT: verdict_of(results),
         },
         parameters={**image.parameters, "kind": kind},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from weightsmith.evaluating.results import NOT_PROVEN
 from weightsmith.oci.image import Image
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import (
@@ -14,7 +15,7 @@ from weightsmith.provenance.evidence import (
     document_digest,
     document_name,
 )
-from weightsmith.provenance.labels import PREFIX, TESTED
+from weightsmith.provenance.labels import PREFIX, TESTED, VERDICT
 from weightsmith.provenance.lineage import Lineage, trace
 from weightsmith.provenance.statements import Statement
 from weightsmith.values import Digest, FileEntry, tree_digest
@@ -178,11 +179,18 @@ def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]
 
 def _gate(image: Image, lineage: Lineage) -> Check | None:
     if not lineage.results:
+        scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
         if tested := image.labels.get(TESTED):
             found = f"the same weights were tested in the image {tested[:19]}, not this form"
+            if not scored:
+                found = f"not proven: the image {tested[:19]} was started, but asked nothing"
             return Check(name="gate", ok=None, found=found)
-        scored = any(key.startswith(PREFIX + "score.image") for key in image.labels)
-        return Check(name="gate", ok=False, found="scores without a result") if scored else None
+        if scored:
+            return Check(name="gate", ok=False, found="scores without a result")
+        if image.labels.get(VERDICT) == NOT_PROVEN:
+            found = "not proven: no image with these weights was started"
+            return Check(name="gate", ok=None, found=found)
+        return None
     # One failed result counts, however many passed; then one with a warning.
     results = [one.predicate for one in lineage.results]
     worst = [one for one in results if one.get("result") not in _PASSED]

@@ -69,7 +69,7 @@ class ModelCard:
     checks: tuple[str, ...] = ()
     """How it was checked, one sentence each."""
     image: str = ""
-    """The tested image's digest. Its name may be of a registry that readers should not know."""
+    """The tested image's digest, if one was started. Its name may be of a private registry."""
     context: int = 0
     """Tokens of a prompt and its answer that it was planned for."""
 
@@ -130,7 +130,7 @@ def card_of_build(build: BuildRecord) -> ModelCard:
         unproven=build.unproven,
         scores=build.scores,
         checks=tuple(_checks(build)),
-        image=build.image.digest if build.image else "",
+        image=build.image.digest if build.image and build.image.started else "",
         context=int((build.plan or {}).get("max_model_len", 0)),
     )
 
@@ -140,7 +140,8 @@ def card_of_labels(
 ) -> ModelCard:
     """Return the card of an image's model, from its labels, whose names begin with `prefix`.
 
-    `image` is its digest, which the labels of a form that was not tested itself replace.
+    `image` is its digest, which the labels of a form that was not tested itself replace. It is not
+    the tested image if it was not asked, or another platform's was in its place.
     """
     own = {key.removeprefix(prefix): text for key, text in labels.items() if key.startswith(prefix)}
     scores = {}
@@ -159,6 +160,7 @@ def card_of_labels(
         )
         for number in numbers
     )
+    asked = "image" in scores and "tested.platform" not in own
     pin = own.get("base.pin", "")
     return ModelCard(
         name=labels.get("org.opencontainers.image.title") or name,
@@ -170,7 +172,7 @@ def card_of_labels(
         format=own.get("format", ""),
         quantized=own.get("format", "") not in _PLAIN,
         verdict=own.get("verdict", ""),
-        image=own.get("tested.image", "") or image,
+        image=(own.get("tested.image", "") or image) if asked else "",
         scores={who: scores[who] for who in _WHO if who in scores},
         context=context,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ CARD = "README.md"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _GIT = 40
 """Digits of git's ids; a digest has 64."""
+_CHUNK = 1 << 20
 _OF_THE_HUB = frozenset({".gitattributes"})
 """Files that the hub makes itself."""
 
@@ -55,6 +56,25 @@ def check_place(place: HubPlace, hub: Hub) -> HubContent | None:
     return hub.check(place.repository)
 
 
+def may_refuse(place: HubPlace, hub: Hub) -> bool:
+    """Say whether the repository holds files that only the same model, or `force`, may follow.
+
+    Raises what `check_place` raises.
+    """
+    held = check_place(place, hub)
+    return bool(held and _own_files(held) and not place.force)
+
+
+def check_free(tree: Tree, place: HubPlace, hub: Hub) -> None:
+    """Raise UsageError if the repository holds other files and `force` is not given.
+
+    What its card says is not looked at. Raises what `check_place` raises too.
+    """
+    held, entries = check_place(place, hub), _published(tree)
+    if held and _own_files(held) and not place.force:
+        _require_free(place, held, _stale(entries, held), [*_missing(tree, entries, held)])
+
+
 def upload(tree: Tree, card: str, place: HubPlace, version: str, tools: Tools) -> Outcome[Uploaded]:
     """Publish a model's files and its card on a hub, in one commit that holds nothing else.
 
@@ -64,25 +84,21 @@ def upload(tree: Tree, card: str, place: HubPlace, version: str, tools: Tools) -
     """
     timer = Timer("upload", place.reference, tools)
     began = tools.clock()
-    entries = {entry.path: entry for entry in tree.files if entry.path != CARD}
+    entries = _published(tree)
     held = check_place(place, tools.hub)
-    missing = _missing(tree, entries, card, held)
-    stale = sorted({*(held.files if held else {})} - {*entries, CARD} - _OF_THE_HUB)
+    missing = {**_missing_card(card, held), **_missing(tree, entries, held)}
+    stale = _stale(entries, held)
     if held and not missing and not stale:
         done = Uploaded(reference=place.reference, digest=held.commit)
         return timer.done(done, cached=True)
-    if held and not place.force and set(held.files) - _OF_THE_HUB:
-        other = next(iter(stale or [name for name in missing if name in held.files]), CARD)
-        raise UsageError(
-            f"{place.reference} already holds other files, such as {other}",
-            hint="choose another name, or replace them with --force; earlier commits stay",
-        )
+    if held:
+        _require_free(place, held, stale, [*missing])
     sizes = [len(x) if isinstance(x, bytes) else x.stat().st_size for x in missing.values()]
     tools.progress.note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")
     content = held or tools.hub.create(place.repository, public=place.public)
     commit = tools.hub.commit(place.repository, content.commit, missing, stale, _message(version))
     after = tools.hub.check(place.repository)
-    if lost := _missing(tree, entries, card, after):
+    if lost := {**_missing_card(card, after), **_missing(tree, entries, after)}:
         raise EnvironmentFailure(
             f"{place.reference}: the commit lacks {', '.join(sorted(lost)[:3])}",
             hint="somebody else may have written to it: look at its history, then push again",
@@ -96,31 +112,68 @@ def upload(tree: Tree, card: str, place: HubPlace, version: str, tools: Tools) -
     return timer.done(done, cached=False)
 
 
-def _missing(
-    tree: Tree, entries: Mapping[str, FileEntry], card: str, held: HubContent | None
-) -> dict[str, Path | bytes]:
-    """Return the files that a repository does not have, the card first."""
-    there = held.files if held else {}
+def _published(tree: Tree) -> dict[str, FileEntry]:
+    """Return a model's files, by path, without the card that ours replaces."""
+    return {entry.path: entry for entry in tree.files if entry.path != CARD}
+
+
+def _own_files(held: HubContent) -> set[str]:
+    return set(held.files) - _OF_THE_HUB
+
+
+def _stale(entries: Mapping[str, FileEntry], held: HubContent | None) -> list[str]:
+    """Return the files of a repository that are none of the model's."""
+    return sorted(_own_files(held) - {*entries, CARD}) if held else []
+
+
+def _require_free(
+    place: HubPlace, held: HubContent, stale: Sequence[str], missing: Sequence[str]
+) -> None:
+    """Raise UsageError for a repository that a commit without `force` would change."""
+    if place.force or not _own_files(held) or not (stale or missing):
+        return
+    other = next(iter(stale or [name for name in missing if name in held.files]), CARD)
+    raise UsageError(
+        f"{place.reference} already holds other files, such as {other}",
+        hint="choose another name, or replace them with --force; earlier commits stay",
+    )
+
+
+def _missing_card(card: str, held: HubContent | None) -> dict[str, Path | bytes]:
+    """Return the card, if the repository has no such card."""
     data = card.encode()
+    there = held.files.get(CARD) if held else None
+    same = there in (_git_id(len(data), [data]), hashlib.sha256(data).hexdigest())
+    return {} if same else {CARD: data}
+
+
+def _missing(
+    tree: Tree, entries: Mapping[str, FileEntry], held: HubContent | None
+) -> dict[str, Path | bytes]:
+    """Return the model's files that a repository does not have."""
+    there = held.files if held else {}
     found: dict[str, Path | bytes] = {}
-    if there.get(CARD) not in (_git_id(data), hashlib.sha256(data).hexdigest()):
-        found[CARD] = data
     for path, entry in entries.items():
-        known, place = there.get(path, ""), tree.path(path)
-        # A large file is known by its digest, so only small ones are read.
-        if len(known) == _GIT:
-            same = known == _git_id(place.read_bytes())
-        else:
-            same = known == entry.digest.hex
-        if not same:
-            found[path] = place
+        known, said = there.get(path, ""), entry.digest.hex
+        if len(known) == _GIT:  # of small files; those of a shared cache are fetched when read
+            said = _git_id(entry.size, _chunks(tree.path(path)))
+        if said != known:
+            found[path] = tree.path(path)
     return found
 
 
-def _git_id(data: bytes) -> str:
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _git_id(size: int, chunks: Iterable[bytes]) -> str:
     """Return git's id of a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
-    head = b"blob %d\0" % len(data)
-    return hashlib.sha1(head + data, usedforsecurity=False).hexdigest()
+    state = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for chunk in chunks:
+        state.update(chunk)
+    return state.hexdigest()
 
 
 def _message(version: str) -> str:
