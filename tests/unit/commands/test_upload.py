@@ -221,23 +221,40 @@ def test_a_checkpoint_in_a_layout_is_what_it_was(
     assert b"vllm serve team/bot" in repository.files["README.md"]
 
 
+def write_pack(folder: Path, *paths: str) -> str:
+    """Write a ModelPack whose files are all the same but have these paths."""
+    data = b"GGUF"
+    (folder / "x.gguf").write_bytes(data)
+    files = (FileEntry(path="x.gguf", size=4, digest=Digest.of(data)),)
+    facts = ModelDescription(name="x", version="1", format="gguf")
+    pack = model_pack(Tree(root=folder, files=files), facts, {})
+    pack = replace(pack, layers=pack.layers * len(paths))
+    manifest = json.loads(pack.manifest_bytes)
+    for row, path in zip(manifest["layers"], paths, strict=True):
+        row["annotations"] = {"org.cncf.model.filepath": path}
+    raw = (json.dumps(manifest).encode(), pack.config_bytes, pack.media_type)
+    write_layout(replace(pack, raw=raw), folder / "layout")
+    return f"oci:{folder / 'layout'}"
+
+
 @pytest.mark.parametrize("path", ["../evil.gguf", "/evil.gguf", "a/../../evil.gguf", ""])
 def test_a_pack_whose_file_leaves_the_folder(
     hub: WritableHub, tools: Tools, tmp_path: Path, path: str
 ) -> None:
-    data = b"GGUF"
-    entry = FileEntry(path="x.gguf", size=len(data), digest=Digest.of(data))
-    (tmp_path / "x.gguf").write_bytes(data)
-    facts = ModelDescription(name="x", version="1", format="gguf")
-    pack = model_pack(Tree(root=tmp_path, files=(entry,)), facts, {})
-    manifest = json.loads(pack.manifest_bytes)
-    manifest["layers"][0]["annotations"] = {"org.cncf.model.filepath": path}
-    raw = (json.dumps(manifest).encode(), pack.config_bytes, pack.media_type)
-    write_layout(replace(pack, raw=raw), tmp_path / "layout")
-
     with pytest.raises(InputRefused, match="leaves the model's folder"):
-        push_to_hub(f"oci:{tmp_path / 'layout'}", PLACE, tools)
+        push_to_hub(write_pack(tmp_path, path), PLACE, tools)
     assert not list(tmp_path.rglob("evil*"))
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    "paths", [("a.gguf", "a.gguf"), ("a", "a/b.gguf"), ("a/b.gguf", "a"), (f"{'a' * 300}.gguf",)]
+)
+def test_a_pack_whose_files_cannot_be_beside_each_other(
+    hub: WritableHub, tools: Tools, tmp_path: Path, paths: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputRefused, match="too long or another file's"):
+        push_to_hub(write_pack(tmp_path, *paths), PLACE, tools)
     assert hub.repositories == {}
 
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from weightsmith.build_record import FILE, BuildRecord, read_build
 from weightsmith.checkpoints.folder import check_model_folder, pickles_in, scan
@@ -197,11 +199,23 @@ def _copy_files(layers: Sequence[Layer], root: Path) -> None:
                 f"a file has the path {layer.file[:200]!r}, which leaves the model's folder",
                 hint="the artifact is damaged or hostile; do not use it",
             )
-        target = root.joinpath(*parts)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
+        with _new_file(root.joinpath(*parts), layer.file) as file:
             for chunk in layer.open():
                 file.write(chunk)
+
+
+def _new_file(target: Path, name: str) -> BinaryIO:
+    """Open a file of an artifact; raises InputRefused for a name that cannot be beside others."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.open("xb")
+    except OSError as error:
+        if error.errno not in (EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR):
+            raise
+        raise InputRefused(
+            f"a file has the path {name[:200]!r}, which is too long or another file's",
+            hint="the artifact is damaged or hostile; do not use it",
+        ) from None
 
 
 def _model_root(root: Path, source: str) -> Path:
