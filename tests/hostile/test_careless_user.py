@@ -250,6 +250,7 @@ def test_arguments_of_the_judge_stay_here(tmp_path: Path) -> None:
         forms={},
         results=(),
         checks=(),
+        started="",
         stages={},
         verdict="passed",
         unproven=(),

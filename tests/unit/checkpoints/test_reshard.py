@@ -148,6 +148,16 @@ def test_a_file_that_the_index_does_not_name_stays_whole(tmp_path: Path) -> None
     assert len(split.contents) == 4
 
 
+def test_a_file_beside_the_only_one_of_the_model_stays_whole(tmp_path: Path) -> None:
+    save_file(tensors(1), tmp_path / "model.safetensors")
+    save_file(tensors(2), tmp_path / "model.fp16.safetensors")
+    tree = tree_of(tmp_path)
+    split = reshard(tree, LARGEST, plain, strict=False)
+    index = json.loads(b"".join(read_pieces(split.contents[INDEX])))
+    assert index["weight_map"].keys() == tensors(1).keys()
+    assert tree.files[0] in split.tree.files
+
+
 def test_a_changed_file_changes_its_own_layers_only(tmp_path: Path) -> None:
     names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     index = {f"{n}.{i}": name for n, name in enumerate(names, 1) for i in range(8)}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.oci.image import ImageConfig, assemble
-from weightsmith.provenance.attest import evidence
+from weightsmith.provenance.attest import evidence, public_recipe
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
 from weightsmith.recipe_file import check_recipe
 from weightsmith.serving.llamacpp import ENGINE
@@ -82,3 +82,11 @@ def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None
     found = {row["name"]: row["digest"]["sha256"] for row in rows}
     assert len(found.pop("builder:merge")) == 64
     assert found == ({"builder image:merge": "5" * 64} if details else {})
+
+
+def test_where_else_a_model_went_is_no_part_of_its_image() -> None:
+    plain = {"name": "x", "base": {"source": "hf://a/b"}}
+    outputs = {"kinds": ["image", "volume"], "hub": "hf://acme/secret-project"}
+
+    told = public_recipe(check_recipe({**plain, "outputs": outputs}, "test"))
+    assert told == public_recipe(check_recipe(plain, "test"))

@@ -19,6 +19,7 @@ from weightsmith.foreign import read_json
 from weightsmith.values import Digest, FileEntry, Json, Pieces, Slice, Tree, canonical, key_of
 
 INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 _SPARE = 64 << 10
 """Bytes reserved in a layer for tar headers and folders."""
 
@@ -140,6 +141,8 @@ def _index(tree: Tree) -> tuple[dict[str, Json], Mapping[str, Json]]:
             )
         return dict(places), data.get("metadata") or {}
     names = [f.path for f in tree.files if f.path.endswith(".safetensors") and "/" not in f.path]
+    if _SINGLE in names:  # without an index, loaders read no other
+        names = [_SINGLE]
     headers = [read_header(tree.path(name)) for name in names]
     total = sum(tensor.size for header in headers for tensor in header.tensors)
     weights = {t.name: header.path.name for header in headers for t in header.tensors}

@@ -72,7 +72,8 @@ def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
     found["adapters"] = [
         {**row, "source": public_name(str(row["source"]))} for row in found.get("adapters", ())
     ]
-    found.pop("image", None)
+    for places in ("image", "outputs"):
+        found.pop(places, None)
     named: Mapping[str, Json] = _without_folders(without_secrets(found))
     return named
 
