@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
-from weightsmith.jobs import Input, QuantizeJob
+from weightsmith.jobs import Beside, Input, QuantizeJob
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
@@ -35,7 +35,11 @@ def quantizer_job(job, _report):
     if job.texts and not given:
         (job.output / "imatrix.gguf").write_text("measured")
     (job.output / "demo.gguf").write_text(job.format)
-    return {"given": given.path.read_text() if given else ""}
+    facts = {"given": given.path.read_text() if given else ""}
+    for one in job.beside:
+        (job.output / one.folder).mkdir()
+        (job.output / one.folder / "demo.gguf").write_text(one.format)
+    return {**facts, "beside": {one.format: facts for one in job.beside}}
 
 
 @pytest.fixture
@@ -77,6 +81,23 @@ def test_calibration_text_changes_nothing_for_a_type_that_measures_nothing(check
     quantize(checkpoint, wanted("q8_0", None), InStore(tools.store), tools)
 
     assert of_format("q8_0").calibrated(formats()["q8_0"], wanted("q8_0").options) is False
+
+
+def test_one_pass_begins_with_the_same_format_whichever_is_asked_for_first(checkpoint, tools):
+    """Two builds with the formats in another order would wait for each other in the store."""
+    asked = [wanted("q5_k_m", None), wanted("q4_k_m"), wanted("q6_k", None)]
+    for order in (asked, asked[::-1]):
+        tools.store.entries.clear()
+        tools.runner.jobs.clear()
+
+        made = quantize(checkpoint, order[0], InStore(tools.store), tools, beside=order)
+        rest = [quantize(checkpoint, one, InStore(tools.store), tools) for one in order[1:]]
+
+        (job,) = tools.runner.jobs
+        assert job.format == "q4_k_m"  # which needs the importance matrix
+        assert [one.format for one in job.beside] == ["q5_k_m", "q6_k"]
+        assert (made.cached, [one.cached for one in rest]) == (False, [True, True])
+        assert made.value.format == order[0].format
 
 
 def python(code: str, **more) -> Step:
@@ -172,19 +193,56 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
 
     quantizer = replace(of_format("q4_k_m"), steps=lambda _: (python(add("first")),), check=check)
     monkeypatch.setattr(jobs, "_quantizer", lambda _: quantizer)
-    job = QuantizeJob(
-        builder="gguf",
-        model=Input(path=tmp_path),
-        quantizer="gguf",
-        format="q4_k_m",
-        name="demo",
-        options={},
-        output=request_.output,
-        seconds=0,
-    )
+    job = job_of(request_)
     for _ in range(2):
         with pytest.raises(CheckFailed):
             jobs.STAGES["quantize"](job, lambda *_: None)
 
     assert (request_.output / "first").read_text() == "xx"
     assert Path(request_.output).is_dir()
+
+
+def job_of(request_, *beside):
+    return QuantizeJob(
+        builder="gguf",
+        model=Input(path=request_.model),
+        quantizer="gguf",
+        format="q4_k_m",
+        name="demo",
+        options={},
+        output=request_.output,
+        seconds=0,
+        beside=tuple(Beside(format=name, options={}) for name in beside),
+    )
+
+
+@pytest.mark.parametrize(("before", "now"), [(["q5_k_m"], []), ([], ["q5_k_m"])])
+def test_a_run_with_other_formats_beside_takes_nothing_from_a_killed_one(
+    request_, monkeypatch, before, now
+):
+    killed = True
+
+    def steps(request):
+        """Make all files in one step, whose words do not name them."""
+        files = request.output / ".files"
+        names = [str(one.output / "demo.gguf") for one in (request, *request.beside)]
+        code = "[open(name, 'w').close() for name in open('.files').read().split()]"
+        return (python(code, writes={files: " ".join(names)}, removes=(files,)),)
+
+    def check(request):
+        if killed:
+            raise KeyboardInterrupt
+        assert (request.output / "demo.gguf").is_file()
+        return {}
+
+    quantizer = replace(of_format("q4_k_m"), steps=steps, check=check)
+    monkeypatch.setattr(jobs, "_quantizer", lambda _: quantizer)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.STAGES["quantize"](job_of(request_, *before), lambda *_: None)
+    (request_.output / ".job.json").write_text("of a checkpoint without weights")
+
+    killed = False
+    jobs.STAGES["quantize"](job_of(request_, *now), lambda *_: None)
+
+    left = {path.name for path in request_.output.iterdir()}
+    assert left == {"demo.gguf", *(f".{name}" for name in now)}

@@ -99,15 +99,16 @@ def quantize(
     if format_ == SAFETENSORS:
         artifact = Artifact(format=format_, tree=checkpoint.tree)
         return timer.done(artifact, cached=True)
+    made = _made_together(checkpoint, options, to, tools, beside)
     files = to.files(
         lambda: inputs(checkpoint.digest, options),
-        lambda folder: _run(folder, checkpoint, options, to, tools, beside),
+        lambda folder: _run(folder, checkpoint, options, to, tools, ()),
         resume=True,
     )
     for text in files.meta.get("warnings", ()):
         tools.progress.warn(text)
     artifact = Artifact(format=format_, tree=files.tree, details=files.meta)
-    return timer.done(artifact, cached=files.cached)
+    return timer.done(artifact, cached=files.cached and not made)
 
 
 def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None) -> int:
@@ -152,6 +153,35 @@ def _run(
     return _kept(folder, checkpoint, others, to, result)
 
 
+def _made_together(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    to: Destination,
+    tools: Tools,
+    beside: Sequence[QuantizeOptions],
+) -> bool:
+    """Make a format and the missing ones beside it in one pass, if that is possible.
+
+    The pass holds its first format's lock in the store while it stores the others. All builds take
+    the locks in the order of `_rank`, so that no two of them wait for each other.
+    """
+    group = [options, *_others(checkpoint, options, beside, to)]
+    if len(group) == 1 or to.find(partial(inputs, checkpoint.digest, options)):
+        return False
+    first, *others = sorted(group, key=_rank)
+    files = to.files(
+        partial(inputs, checkpoint.digest, first),
+        lambda folder: _run(folder, checkpoint, first, to, tools, others),
+        resume=True,
+    )
+    return not files.cached
+
+
+def _rank(options: QuantizeOptions) -> tuple[bool, str]:
+    """Return what sorts formats with statistics first: their pass can make the others, too."""
+    return options.texts is None and options.statistics is None, options.format.name
+
+
 def _others(
     checkpoint: Checkpoint,
     options: QuantizeOptions,
@@ -159,13 +189,17 @@ def _others(
     to: Destination,
 ) -> list[QuantizeOptions]:
     """Return the formats that are missing and can be made in the same pass."""
-    together = of_format(options.format.name).together
-    same = [one for one in beside if of_format(one.format.name) == of_format(options.format.name)]
+    quantizer = of_format(options.format.name)
+
+    def together(first: QuantizeOptions, other: QuantizeOptions) -> bool:
+        return quantizer.together(first.format, first.options, other.format, other.options)
+
     return [
         one
-        for one in same
-        if one.format != options.format
-        and together(options.format, options.options, one.format, one.options)
+        for one in beside
+        if of_format(one.format.name) == quantizer
+        and one.format != options.format
+        and together(*sorted((options, one), key=_rank))
         and not to.find(partial(inputs, checkpoint.digest, one))
     ]
 

@@ -36,6 +36,7 @@ from weightsmith.jobs import (
     ReferenceJob,
     ValidateJob,
 )
+from weightsmith.trees import discard
 from weightsmith.values import Json, plain
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
@@ -80,6 +81,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     from weightsmith.quantizers.quantizer import QuantizeRequest
 
     quantizer, model = _quantizer(job.quantizer), job.model.path
+    _forget_other_wishes(job)
     calibration, measured = None, job.output / (quantizer.statistics or ".none")
     if job.texts:
         calibration = job.output / ".calibration.jsonl"
@@ -113,6 +115,19 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
             path.unlink()
     forget_steps(job.output)
     return {**result, "beside": beside} if beside else result
+
+
+def _forget_other_wishes(job: QuantizeJob) -> None:
+    """Delete what an interrupted run left of formats that are not made beside this one now.
+
+    The folder's key names one format. If others are new, no step counts as done: it made none.
+    """
+    wanted = {one.folder for one in job.beside}
+    left = {path.name for path in job.output.glob(".*") if path.is_dir() and not path.is_symlink()}
+    for name in left - wanted:
+        discard(job.output / name)
+    if wanted - left:
+        forget_steps(job.output)
 
 
 def _beside(request: Any, quantizer: Any, other: Beside) -> Any:

@@ -37,10 +37,11 @@ def computed(job: Job) -> Iterator[None]:
 @contextmanager
 def described(job: Job) -> Iterator[Mapping[str, str]]:
     """Yield the variables by which programs that the job starts can compute weights, too."""
+    file = job.output / _FILE
     if job.virtual is None:
+        file.unlink(missing_ok=True)  # of an interrupted run
         yield {}
         return
-    file = job.output / _FILE
     file.write_text(write_job(job), encoding="utf-8")
     yield {_VARIABLE: str(file)}
     file.unlink()
