@@ -23,7 +23,6 @@ _LATENT = {
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "DeepseekV2ForCausalLM": ("deepseek_v2", {**_ROUTED, **_LATENT, "topk_method": "greedy"}),
     "DeepseekV3ForCausalLM": ("deepseek_v3", {**_ROUTED, **_LATENT, "head_dim": 16}),
-    "Dots1ForCausalLM": ("dots1", _ROUTED),
     "Glm4MoeForCausalLM": ("glm4_moe", _ROUTED),
     "GptOssForCausalLM": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "GraniteMoeForCausalLM": ("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -236,6 +236,16 @@ def test_windows_are_planned_at_full_length_where_the_engine_may_keep_less():
     assert rendered("sglang", config=windows, **L40S).plan.settings["disable-hybrid-swa-memory"]
 
 
+def test_sglang_does_not_get_packed_weights_whose_rows_it_reorders():
+    llama4 = {**LLAMA_8B, "architectures": ["Llama4ForConditionalGeneration"]}
+
+    assert rendered("sglang", config=llama4, **L40S)
+    for target in ("sglang-fp8", "sglang-nvfp4a16"):
+        wishes = {**L40S, "format": all_targets()[target].format}
+        with pytest.raises(InputRefused, match="without their scales"):
+            rendered(target, config=llama4, **wishes)
+
+
 def test_tgi_says_that_it_is_over():
     config = rendered("tgi", **L40S)
 

@@ -11,9 +11,9 @@ from weightsmith.quantizers.schemes import Scheme
 from weightsmith.values import Json
 
 EXPERTS = frozenset({
-    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Dots1ForCausalLM", "Glm4MoeForCausalLM",
-    "GraniteMoeForCausalLM", "Llama4ForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM",
-    "OlmoeForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeForCausalLM",
+    "Llama4ForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
 })  # fmt: skip
 """Decoders with experts, whose routers and gates of shared experts stay in 16 bits."""
 SEEING = frozenset({
@@ -26,6 +26,8 @@ JOINED = frozenset({"Phi3ForCausalLM"})
 """Decoders whose checkpoints join Q, K and V, and gate and up."""
 ROUNDED = DENSE | EXPERTS | SEEING | JOINED
 """Every architecture that a format without calibration can have."""
+LLAMA4 = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
+"""Engines reorder the outputs of their Q and K while they load them."""
 
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -33,6 +35,13 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
     """Refuse an architecture that is not known, and rows or outputs that tiles do not divide."""
     check_config(model, ROUNDED)
+    if scheme.tile[0] > 1 and model.architecture in LLAMA4:
+        # vLLM 0.33, models/llama4.py permute_qk_weight_for_rotary
+        raise InputRefused(
+            f"vLLM cannot load {scheme.format.name} weights of {model.architecture}: it reorders"
+            " the rows of Q and K, and a block has one scale for several rows",
+            hint="choose fp8, which has a scale per row",
+        )
     width, height = scheme.tile[1], scheme.tile[0]
     for name, outputs, inputs in dimensions(model):
         if scheme.packed and inputs % width:
@@ -79,7 +88,8 @@ def check_kept(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
         if "shared" in stem:
             continue
         missing = [p for p in _MLP if name in _MLP and f"{stem}.{p}".lstrip(".") not in keep]
-        if missing or "experts" in stem.split("."):
+        parts = stem.split(".")
+        if missing or "experts" in parts or parts[-1].isdigit():  # a number: of one expert
             raise InputRefused(
                 f"keep: {end!r} would leave some of a layer's experts in 16 bits, and engines"
                 " load either all or none",

@@ -120,17 +120,23 @@ def _of(name: str, shape: tuple[int, ...], *, transposed: bool) -> Iterator[Matr
             )
 
 
-def unquantized(source: CheckpointTensors, quantized: Iterable[Matrix]) -> list[str]:
+def unquantized(
+    source: CheckpointTensors, known: Iterable[Matrix], quantized: Iterable[Matrix]
+) -> list[str]:
     """Return the modules with a matrix that stays in 16 bits, without embeddings and head.
 
     Engines must be told their names: else they expect codes and scales for routers, gates and
-    towers, too.
+    towers, too. They look for those of single experts, also where all are one tensor.
     """
     taken = {matrix.tensor for matrix in quantized}
+    kept = {matrix.module for matrix in known if matrix.tensor not in taken}
     return sorted(
-        name.removesuffix(".weight")
-        for name in source.names - taken
-        if name.endswith(".weight")
-        and len(source.info(name).shape) > 1
-        and not any(part in name for part in ("embed_tokens", "lm_head"))
+        kept
+        | {
+            name.removesuffix(".weight")
+            for name in source.names - taken
+            if name.endswith(".weight")
+            and len(source.info(name).shape) > 1
+            and not any(part in name for part in ("embed_tokens", "lm_head"))
+        }
     )

@@ -96,7 +96,7 @@ def quantize(scheme: Scheme, model: Path, out: Path, keep: Sequence[str]) -> Non
     taken = {matrix.tensor for matrix in found}
     works += [copied(source, name) for name in source.names - taken]
     write_checkpoint(out, works)
-    write_companions(model, out, scheme.config(unquantized(source, found)))
+    write_companions(model, out, scheme.config(unquantized(source, known, found)))
 
 
 class _FusedScales:

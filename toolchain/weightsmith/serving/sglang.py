@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import UsageError
+from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving.engine import (
     Engine,
     EngineBase,
@@ -120,6 +120,13 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             hint="choose an NVIDIA GPU, or name a ROCm image with image.base and gpu_memory",
         )
     check_blocks(model, options.format, planned.tensor_parallel_size)
+    if options.format.packed and model.architecture.startswith("Llama4For"):
+        # srt/models/mllama4.py permute_qk_weight_for_rotary
+        raise InputRefused(
+            f"SGLang cannot load {options.format.name} weights of {model.architecture}: it reorders"
+            " the rows of Q and K without their scales",
+            hint="choose target vllm-fp8, or 16 bits (target sglang)",
+        )
     return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
