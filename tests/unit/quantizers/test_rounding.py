@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,32 @@ def test_damaged_codes_and_scales_are_found(
     save_file(tensors, out / "model.safetensors")
 
     with pytest.raises(CheckFailed):
+        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+
+
+def test_a_large_embedding_is_compared_in_little_memory(model: Path, tmp_path: Path) -> None:
+    """The job's limit does not grow with the model."""
+    name, size = "model.embed_tokens.weight", 1 << 26
+    tensors = load_file(model / "model.safetensors")
+    width = tensors[name].shape[1]
+    tensors[name] = torch.ones((size // 2 // width, width), dtype=torch.bfloat16)
+    save_file(tensors, model / "model.safetensors")
+    out, scheme = tmp_path / "out", SCHEMES["fp8"]
+    out.mkdir()
+    write(scheme, model, out, [])
+
+    tracemalloc.start()
+    try:
+        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < size // 2
+    tensors = load_file(out / "model.safetensors")
+    tensors[name][-1, -1] = 2
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckFailed, match="unexpectedly changed"):
         check_checkpoint(out, model, Layout.of_scheme(scheme), ())
 
 
