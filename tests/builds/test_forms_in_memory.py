@@ -12,6 +12,7 @@ from weightsmith.commands.verify import verify_image
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
+from weightsmith.planning.forecast import forecast
 from weightsmith.ports import Silent
 
 from tests.fakes.images import entry, foreign_image, tar_of
@@ -203,6 +204,20 @@ def test_what_ollama_does_not_take_is_refused_before_any_work(
     with pytest.raises(UsageError, match=message):
         memory.build("outputs=[image, ollama]", *settings, targets=(target,))
     assert memory.jobs() == []
+
+
+@pytest.mark.parametrize(
+    ("kinds", "costs"),
+    [("[image, ollama]", {TARGET}), ("[image, modelpack]", {TARGET, "vllm"}), ("[image]", set())],
+)
+def test_the_plan_says_which_target_is_uploaded_twice(
+    memory: Memory, kinds: str, costs: set[str]
+) -> None:
+    request = memory.request(f"outputs={kinds}", targets=(TARGET, "vllm"))
+    rows = forecast(request.file, request.targets, memory.dist, memory.tools)["stages"]
+
+    said = {row["target"] for row in rows if "a second time" in row["why"]}
+    assert said == costs
 
 
 def test_a_volume_has_manifests_that_pin_it(warm: Memory) -> None:

@@ -350,6 +350,12 @@ def test_layouts_that_cannot_be(scene: Scene, tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").is_file()
 
 
+@pytest.mark.parametrize("platform", ["arm64", "linux/arm64/v8", "linux/", "Linux/arm64"])
+def test_a_volume_for_what_is_no_platform(scene: Scene, platform: str) -> None:
+    with pytest.raises(UsageError, match="not a platform"):
+        scene.bake("team/app:1", base="", kind="volume", platform=platform)
+
+
 def test_what_is_asked_wrongly(scene: Scene) -> None:
     with pytest.raises(UsageError, match="unknown") as caught:
         scene.bake("team/app:1", kind="car")

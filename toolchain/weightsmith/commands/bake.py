@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from weightsmith.values import (
 
 _DEFAULT_NAME = "model"
 _MEMORY = 4 << 30
+_PLATFORM = re.compile(r"linux/[a-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,13 @@ def _check(request: BakeRequest) -> None:
             f"--base-image {request.image.base}: the kind {request.kind} has no base",
             hint="leave it out, or give another --kind",
         )
+    if request.kind == "volume":  # of other kinds, the base has platforms or none is needed
+        for platform in request.image.platforms:
+            if not _PLATFORM.fullmatch(platform):
+                raise UsageError(
+                    f"--platform {platform}: not a platform",
+                    hint="give it as linux/amd64 or linux/arm64",
+                )
 
 
 def _name(path: Path) -> str:

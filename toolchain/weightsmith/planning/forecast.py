@@ -26,6 +26,7 @@ from weightsmith.planning.options import (
     unmerged_adapters,
 )
 from weightsmith.planning.platforms import forecast_platforms
+from weightsmith.planning.request import has_gguf
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import can_make
@@ -332,7 +333,8 @@ def _publish_row(
     size = artifact.size if artifact else weight
     why = "not known before the image is assembled" if artifact else "its weights do not exist yet"
     # Other kinds share the weight layers; these have the same weights as a blob of its own.
-    plain = [kind for kind in ("modelpack", "ollama") if kind in file.recipe.outputs.kinds]
+    runners = ("modelpack", "ollama") if has_gguf(target) else ("modelpack",)
+    plain = [kind for kind in runners if kind in file.recipe.outputs.kinds]
     if plain:
         why += (
             f"; {' and '.join(plain)}: the weights are uploaded a second time, {human(size)}, as"

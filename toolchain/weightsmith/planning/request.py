@@ -55,7 +55,7 @@ class BuildRequest:
         """
         recipe = self.file.recipe
         kinds = [kind for kind in dict.fromkeys(recipe.outputs.kinds) if kind != "image"]
-        if "ollama" not in kinds or _has_gguf(target):
+        if "ollama" not in kinds or has_gguf(target):
             if "ollama" in kinds and recipe.quantize.split_max_size:
                 raise UsageError(
                     "outputs: Ollama takes a model of one GGUF file, and quantize.split_max_size "
@@ -63,7 +63,7 @@ class BuildRequest:
                     hint="leave one of the two out",
                 )
             return tuple(kinds)
-        if not any(map(_has_gguf, self.targets)):
+        if not any(map(has_gguf, self.targets)):
             raise UsageError(
                 f"outputs: Ollama takes merged weights as GGUF, and {target.name} has none",
                 hint="build a target such as llamacpp-q4_k_m, or leave the kind ollama out",
@@ -111,6 +111,6 @@ class BuildRequest:
         return self.outputs_of(target).layout or self.folder(target) / "image"
 
 
-def _has_gguf(target: Target) -> bool:
+def has_gguf(target: Target) -> bool:
     """Return whether a target serves merged weights as GGUF."""
     return target.format.suffix == ".gguf" and target.format != LORA
