@@ -106,3 +106,21 @@ def test_labels_say_as_much_as_they_have() -> None:
     assert "base" not in card.scores
     assert card.quantized
     assert card.method == "ties"
+
+
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ({"score.image": "0.5000 exact n=4"}, "sha256:3"),
+        ({"score.image": "0.5000 exact n=4", "tested.image": "sha256:4"}, "sha256:4"),
+        ({"score.image": "0.5000 exact n=4", "tested.platform": "linux/amd64"}, ""),
+        ({"score.image": "0.5000 exact n=4", "rebased.from": "sha256:4"}, ""),
+        ({"score.base": "0.5000 exact n=4"}, ""),
+    ],
+)
+def test_only_an_image_that_was_asked_is_named(labels: dict[str, str], named: str) -> None:
+    prefix = "dev.weightsmith."
+    own = {prefix + key: text for key, text in labels.items()}
+    card = card_of_labels("x", own, prefix, license_="", context=0, image="sha256:3")
+
+    assert card.image == named

@@ -141,7 +141,8 @@ def card_of_labels(
     """Return the card of an image's model, from its labels, whose names begin with `prefix`.
 
     `image` is its digest, which the labels of a form that was not tested itself replace. It is not
-    the tested image if it was not asked, or another platform's was in its place.
+    the tested image if it was not asked, or another was in its place: another platform's, or
+    the one before a rebase.
     """
     own = {key.removeprefix(prefix): text for key, text in labels.items() if key.startswith(prefix)}
     scores = {}
@@ -160,7 +161,7 @@ def card_of_labels(
         )
         for number in numbers
     )
-    asked = "image" in scores and "tested.platform" not in own
+    asked = "image" in scores and not own.keys() & {"tested.platform", "rebased.from"}
     pin = own.get("base.pin", "")
     return ModelCard(
         name=labels.get("org.opencontainers.image.title") or name,
