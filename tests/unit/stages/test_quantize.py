@@ -100,6 +100,21 @@ def test_one_pass_begins_with_the_same_format_whichever_is_asked_for_first(check
         assert made.value.format == order[0].format
 
 
+def test_formats_of_one_pass_share_the_file_that_importance_is_measured_on(
+    checkpoint, tools, monkeypatch
+):
+    large = [FileEntry(path="model.safetensors", size=1 << 40, digest=Digest.of(b"weights"))]
+    model = replace(
+        checkpoint, tree=replace(checkpoint.tree, files=(*checkpoint.tree.files, *large))
+    )
+    asked: list[int] = []
+    monkeypatch.setattr(tools.store, "require_room", lambda size, _what: asked.append(size))
+
+    quantize(model, wanted("q4_k_m"), InStore(tools.store), tools, beside=[wanted("iq4_xs")])
+
+    assert 1 << 40 < asked[0] < 2 << 40
+
+
 def python(code: str, **more) -> Step:
     return Step(title=code[:20], argv=(sys.executable, "-c", code), env={}, **more)
 

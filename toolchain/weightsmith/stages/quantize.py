@@ -134,10 +134,9 @@ def _run(
     packed = options.format.suffix != ".gguf"
     model = read_facts(checkpoint.tree.texts) if packed else None
     kept = kept_bytes(checkpoint.tree.size, options.format, model)
-    peak = sum(
-        quantizer.peak_disk(checkpoint.tree.size, kept, one.format, one.options)
-        for one in (options, *others)
-    )
+    peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format, options.options)
+    # What one format needs while it is made, the others share.
+    peak += sum(quantizer.peak_disk(checkpoint.tree.size, kept, one.format, {}) for one in others)
     tools.store.require_room(peak, f"quantizing to {options.format.name}")
     if not (options.texts and quantizer.statistics):
         result = _quantized(folder, checkpoint, options, others, tools)
