@@ -255,9 +255,10 @@ def test_a_run_with_other_formats_beside_takes_nothing_from_a_killed_one(
     with pytest.raises(KeyboardInterrupt):
         jobs.STAGES["quantize"](job_of(request_, *before), lambda *_: None)
     (request_.output / ".job.json").write_text("of a checkpoint without weights")
+    (request_.output / ".engine").mkdir()  # a step's result, which the next one reads
 
     killed = False
     jobs.STAGES["quantize"](job_of(request_, *now), lambda *_: None)
 
     left = {path.name for path in request_.output.iterdir()}
-    assert left == {"demo.gguf", *(f".{name}" for name in now)}
+    assert left == {"demo.gguf", ".engine", *(f".{name}" for name in now)}

@@ -37,7 +37,7 @@ from weightsmith.jobs import (
     ValidateJob,
 )
 from weightsmith.trees import discard
-from weightsmith.values import Json, plain
+from weightsmith.values import Format, Json, plain
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
@@ -81,7 +81,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     from weightsmith.quantizers.quantizer import QuantizeRequest
 
     quantizer, model = _quantizer(job.quantizer), job.model.path
-    _forget_other_wishes(job)
+    _forget_other_wishes(job, quantizer.formats)
     calibration, measured = None, job.output / (quantizer.statistics or ".none")
     if job.texts:
         calibration = job.output / ".calibration.jsonl"
@@ -117,13 +117,14 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     return {**result, "beside": beside} if beside else result
 
 
-def _forget_other_wishes(job: QuantizeJob) -> None:
+def _forget_other_wishes(job: QuantizeJob, formats: Sequence[Format]) -> None:
     """Delete what an interrupted run left of formats that are not made beside this one now.
 
     The folder's key names one format. If others are new, no step counts as done: it made none.
     """
     wanted = {one.folder for one in job.beside}
-    left = {path.name for path in job.output.glob(".*") if path.is_dir() and not path.is_symlink()}
+    known = {Beside(format=each.name, options={}).folder for each in formats}
+    left = {name for name in known if (job.output / name).is_dir()}
     for name in left - wanted:
         discard(job.output / name)
     if wanted - left:
