@@ -215,6 +215,17 @@ def test_a_builds_folder_can_be_pushed_from_its_image(warm: Memory, hub: Writabl
     assert card(hub).replace("team/bot", "team/again") == card(hub, "team/again")
 
 
+def test_a_builds_folder_can_be_pushed_from_the_layout_that_it_wrote(
+    warm: Memory, hub: WritableHub
+) -> None:
+    warm.build(layout=warm.folder / "own")
+    warm.store.forget("quantize")
+    push(warm, str(warm.results()))
+
+    (file,) = warm.record()["artifact"]["files"]
+    assert list(weights(hub)) == [file["path"]]
+
+
 def test_a_build_whose_weights_are_gone(warm: Memory, hub: WritableHub) -> None:
     warm.build(layout=warm.folder / "own")
     warm.store.forget("quantize")

@@ -223,6 +223,12 @@ def test_only_our_own_images_can_be_taken_apart(scene: Scene) -> None:
 
 
 @pytest.mark.docker
+@pytest.mark.parametrize("kind", ["modelpack", "ollama"])
+def test_a_form_without_an_engine_has_no_base(scene: Scene, kind: str) -> None:
+    with pytest.raises(InputRefused, match="holds a model's files and no engine"):
+        scene.rebase(scene.bake("", kind=kind), scene.base("2", {ENGINE: "llamacpp"}, {}))
+
+
 def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) -> None:
     """It had been the engine's fault: "see `docker info`"."""
     source = scene.bake(first_base(scene))

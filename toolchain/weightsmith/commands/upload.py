@@ -117,9 +117,11 @@ def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
     _require_merged(record.artifact.format, str(folder))
     if tree := _in_store(record, tools):
         return _Model(tree, card_of_build(record))
-    layout, image = folder / "image", record.image
-    held = is_layout(str(layout)) and held_digest(layout) == image.digest
-    source = f"oci:{layout}" if held else f"{image.reference.partition('@')[0]}@{image.digest}"
+    image, layouts = record.image, [folder / "image"]
+    if image.reference.startswith("oci:"):
+        layouts.append(Path(image.reference.removeprefix("oci:")))
+    held = [one for one in layouts if is_layout(str(one)) and held_digest(one) == image.digest]
+    source = f"oci:{held[0]}" if held else f"{image.reference.partition('@')[0]}@{image.digest}"
     try:
         found = _of_image(source, open_location(source, tools.registry), scratch, tools)
     except (EnvironmentFailure, InputRefused, UsageError) as error:

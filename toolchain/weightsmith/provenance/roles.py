@@ -94,7 +94,14 @@ def weights_of(image: Image, where: str) -> tuple[Layer, ...]:
 
 
 def roles_of(image: Image, where: str) -> Roles:
-    """Return an image's roles; raises InputRefused if its labels are missing or wrong."""
+    """Return an image's roles; raises InputRefused if its labels are missing or wrong.
+
+    Also for a form that has no engine, since it has only files.
+    """
+    if image.has_files:
+        raise InputRefused(
+            f"{where} holds a model's files and no engine", hint="give the image of the same build"
+        )
     parts = [_ROLE.fullmatch(part) for part in image.labels.get(LAYERS, "").split()]
     counts = {part[1]: int(part[2]) for part in parts if part}
     if not all(parts) or not counts or sum(counts.values()) != len(image.layers):
