@@ -6,10 +6,12 @@ import base64
 import json
 
 import pytest
+from weightsmith.errors import CheckFailed
 from weightsmith.planning import memory as planned
 from weightsmith.provenance.signing import check_by
 from weightsmith.tools import Memory as Room
 
+from tests.fakes.jobs import WRONG
 from tests.fakes.memory import QUESTIONS, Memory, new_signer
 
 STAGES = (
@@ -51,6 +53,20 @@ def test_validation_and_reference_are_two_jobs_if_one_has_too_little_memory(
 
     jobs = [event for event in memory.journal.events if event.startswith("job ")]
     assert jobs[:3] == ["job merge", "job validate", "job reference"]
+
+
+def test_answers_outlive_a_validation_that_fails(memory: Memory) -> None:
+    right = dict(memory.bench.valid)
+    memory.bench.valid |= {"passed": False, "findings": [WRONG]}
+    with pytest.raises(CheckFailed, match="differs"):
+        memory.build()
+    memory.bench.valid = right
+    memory.journal.events.clear()
+    memory.build()
+
+    assert "job validate" in memory.journal.events
+    assert "job proof" not in memory.journal.events
+    assert "job reference" not in memory.journal.events
 
 
 def test_each_stage_says_how_long_it_took_by_the_clock_of_its_tools(memory: Memory) -> None:

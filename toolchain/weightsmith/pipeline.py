@@ -19,7 +19,6 @@ from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.checks import check_before_work, check_images, check_tags
 from weightsmith.planning.images import evaluation_of, image_inputs
-from weightsmith.planning.memory import fit_together
 from weightsmith.planning.options import (
     needs_files,
     quantize_options,
@@ -27,6 +26,7 @@ from weightsmith.planning.options import (
     texts_of,
     unmerged_adapters,
 )
+from weightsmith.planning.proving import proving
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sources import resolve_request
@@ -46,11 +46,10 @@ from weightsmith.stages.publish import candidate, publish
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import quantize
 from weightsmith.stages.record import is_written, layers_in
-from weightsmith.stages.reference import next_job, reference
+from weightsmith.stages.reference import reference
 from weightsmith.stages.unmerged import unmerged, unmerged_gguf
 from weightsmith.stages.upload import may_refuse
 from weightsmith.stages.validate import validate
-from weightsmith.together import Together
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
 from weightsmith.values import (
@@ -92,13 +91,9 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     merged = sources_to_merge(request.targets, sources)
     files = needs_files(request.targets)
     checkpoint = clock.take(merge(merged, recipe.merge, store, tools, files=files))
-    following = next_job(tasks, sources, checkpoint, store, tools)
-    model = read_facts(sources.base.tree.root)
-    if following and not fit_together(model, sources, tasks, tools.memory):
-        following = None
-    proving = replace(tools, runner=Together(tools.runner, following))
-    validation = validated(request, merged, checkpoint, replace(clock, tools=proving))
-    expected = clock.take(reference(tasks, sources, checkpoint, store, proving))
+    prover = proving(request, sources, checkpoint, tools)
+    validation = validated(request, merged, checkpoint, replace(clock, tools=prover))
+    expected = clock.take(reference(tasks, sources, checkpoint, store, prover))
     begun = Record(request, sources, checkpoint, tools, validation)
     judge(begun, expected, clock.stages)
     for target in request.targets:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from weightsmith.errors import WeightsmithError
 from weightsmith.jobs import Job, ProofJob, ReferenceJob, ValidateJob
 from weightsmith.ports import Progress, Runner
 from weightsmith.values import Json
@@ -21,8 +23,10 @@ class Together:
     """
 
     runner: Runner
-    reference: ReferenceJob | None
-    """The reference job that follows, if there is one."""
+    reference: ReferenceJob
+    """The reference job that follows."""
+    keep: Callable[[Mapping[str, Json]], None]
+    """Stores its answers, if no reference stage will follow: the validation has failed."""
     name: str = field(init=False)
     _answers: Mapping[str, Json] = field(default_factory=dict, init=False)
 
@@ -50,9 +54,13 @@ class Together:
     def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
         """Run the job, or return what ran with the validation; raises the job's own error."""
         expected = self.reference
-        if isinstance(job, ValidateJob) and expected is not None:
+        if isinstance(job, ValidateJob):
+            progress.note("the reference questions are asked first, in the same process")
             both: Any = self.runner.run(_both(expected, job), progress)
             self._answers = both["answers"]
+            if self._answers and not both["validation"]["passed"]:
+                with suppress(WeightsmithError):  # what was found matters more
+                    self.keep(self._answers)
             return dict(both["validation"])
         if isinstance(job, ReferenceJob) and self._answers and _alike(job, expected):
             answers, self._answers = self._answers, {}
@@ -72,6 +80,6 @@ def _both(reference: ReferenceJob, validation: ValidateJob) -> ProofJob:
     )
 
 
-def _alike(job: ReferenceJob, other: ReferenceJob | None) -> bool:
+def _alike(job: ReferenceJob, other: ReferenceJob) -> bool:
     """Return whether both jobs give the same answers."""
-    return other is not None and replace(job, output=other.output) == other
+    return replace(job, output=other.output) == other

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from weightsmith.forward.meeting import Meeting
 from weightsmith.jobs import AskedModel, Input, ProofJob, Question, ReferenceJob, ValidateJob
 from weightsmith.validating.greedy import drafts
@@ -88,6 +91,48 @@ def test_a_wrong_merge_is_found_though_its_answers_are_drafts(job: ProofJob) -> 
 
     assert not found["validation"]["passed"]
     assert any(name in str(one) for one in found["validation"]["findings"])
+
+
+def cut(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name][:, :-1].contiguous()
+
+
+def without_tokenizer(merged: Path) -> None:
+    for path in merged.glob("tokenizer*"):
+        path.unlink()
+
+
+def with_half_a_tokenizer(merged: Path) -> None:
+    text = (merged / "tokenizer.json").read_text()
+    (merged / "tokenizer.json").write_text(text[: len(text) // 2])
+
+
+def with_other_heads(merged: Path) -> None:
+    config = json.loads((merged / "config.json").read_text())
+    (merged / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "check"),
+    [
+        (lambda merged: edit_tensors(merged, cut), "files"),
+        (without_tokenizer, "tokenizer"),
+        (with_half_a_tokenizer, "tokenizer"),
+        (with_other_heads, "files"),
+    ],
+    ids=["shape", "no tokenizer", "half a tokenizer", "heads"],
+)
+def test_a_merge_that_cannot_answer_fails_its_validation(
+    job: ProofJob, damage: Callable[[Path], None], check: str
+) -> None:
+    damage(job.validation.merged.path)
+
+    found = run(job)
+
+    assert found["answers"] == {}
+    assert not found["validation"]["passed"]
+    assert check in {one["check"] for one in found["validation"]["findings"]}
 
 
 def test_a_model_that_gives_no_answers_is_validated_all_the_same(job: ProofJob) -> None:

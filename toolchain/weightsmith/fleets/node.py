@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from weightsmith.fleets.requests import (
 )
 from weightsmith.pipeline import Clock, build, quantized, validated
 from weightsmith.planning.options import needs_files, sources_to_merge, texts_of
+from weightsmith.planning.proving import proving
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.targets import chosen_targets
@@ -154,8 +156,9 @@ def _merged(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -
     asked, sources = clock.take(resolve_request(asked, tools))
     sources_, files = sources_to_merge(asked.targets, sources), needs_files(asked.targets)
     checkpoint = clock.take(merge(sources_, recipe.merge, store, tools, files=files))
-    validated(asked, sources_, checkpoint, clock)
-    clock.take(references.reference(tasks_of(asked.file), sources, checkpoint, store, tools))
+    prover = proving(asked, sources, checkpoint, tools)
+    validated(asked, sources_, checkpoint, replace(clock, tools=prover))
+    clock.take(references.reference(tasks_of(asked.file), sources, checkpoint, store, prover))
     if request.kind == WEIGHTS:
         artifact = clock.take(quantized(asked.file, asked.targets[0], sources, checkpoint, tools))
         texts = texts_of(asked.file)

@@ -24,7 +24,7 @@ class OnDevice:
         stream: Any = torch.cuda.Stream
         self._copies = stream(device) if device.type == "cuda" else None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode, the model's code could not change the product in place
     def multiply(self, inputs: torch.Tensor, matrix: torch.Tensor | Computed) -> torch.Tensor:
         """Return inputs [n, columns] times the matrix [rows, columns] transposed; on the CPU."""
         here, start = inputs.to(self._device), 0

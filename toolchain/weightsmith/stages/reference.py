@@ -114,9 +114,15 @@ def answers(
     missing = _missing(asked, task, to)
     known = _known(asked, missing, task, to)
     made = _run(_job(missing, known, task, tools), tools) if missing else {}
+    _keep(missing, made, task, to)
+    return {name: task.answers_of(known.get(name) or made[name]) for name in asked}
+
+
+def _keep(
+    missing: Mapping[str, Subject], made: Mapping[str, Json], task: Task, to: Documents
+) -> None:
     for name, one in missing.items():
         to.document(partial(inputs, one, task), _ANSWERS, partial(_answered, made[name]))
-    return {name: task.answers_of(known.get(name) or made[name]) for name in asked}
 
 
 def _answered(rows: Json, _: Path) -> Json:
@@ -171,6 +177,20 @@ def next_job(
         if missing := _missing(asked, task.task, to):
             return _job(missing, _known(asked, missing, task.task, to), task.task, tools)
     return None
+
+
+def keep_answers(
+    tasks: Sequence[RecipeTask],
+    sources: Sources,
+    checkpoint: Checkpoint,
+    to: Documents,
+    made: Mapping[str, Json],
+) -> None:
+    """Store the answers of `next_job`, by whoever ran it."""
+    for task in tasks:
+        if missing := _missing(_subjects(task, sources, checkpoint), task.task, to):
+            _keep({name: missing[name] for name in missing if name in made}, made, task.task, to)
+            return
 
 
 def _missing(asked: Mapping[str, Subject], task: Task, to: Documents) -> Mapping[str, Subject]:

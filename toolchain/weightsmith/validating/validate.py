@@ -124,7 +124,9 @@ def _tokenizers(request: Request, expected: Any) -> list[Finding]:
         return [finding(NOTE, "tokenizer", text)]
     try:
         merged = probes.load_tokenizer(request.merged)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # tokenizers raises plain exceptions
+        if ran_out_of_memory(error):
+            raise
         message = f"the merged folder's tokenizer cannot be loaded: {str(error)[:200]}"
         return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
     return probes.compare(expected, merged, vocabulary(request.merged), request.base)
@@ -136,7 +138,9 @@ def _compare(
     """Run and compare both sides; None and a finding if one cannot run."""
     try:
         model = skeleton(request.merged)
-    except ValueError as error:
+    except Exception as error:
+        if not isinstance(error, ValueError) and not failed(findings):
+            raise
         why = " ".join(str(error).split())[:120]
         text = f"transformers cannot load it as a causal model: only files were checked ({why})"
         findings.append(finding(WARNING, "logits", text))

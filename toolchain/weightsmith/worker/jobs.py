@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -241,8 +242,9 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
                 found = _answered(asked, report)
                 answers = _mapping({name: one.rows for name, one in found.items()})
                 drafts = found["merged"].texts if "merged" in found else ()
-    except (InputRefused, EnvironmentFailure) as error:
-        note(f"no reference answers: {error.message}")
+    except Exception as error:  # noqa: BLE001 - what is wrong with the merge is said below
+        traceback.print_exc()
+        note(f"no reference answers yet: {getattr(error, 'message', error)}")
     found = {}
     gc.collect()  # modules with hooks refer to each other
     with computed(job.validation):
