@@ -95,6 +95,16 @@ def test_an_engine_is_not_given_what_it_cannot_load(scene: Scene, kind: str) -> 
         bake(scene.client, scene.model, "", kind=kind, load="app:1")
 
 
+def test_ollama_gets_the_licence_beside_a_file(scene: Scene) -> None:
+    (scene.model / "LICENSE").write_text("You may.")
+    scene.bake("team/app:1", base="", kind="ollama")
+
+    model, licence = scene.image("team/app:1").layers
+    assert model.file == "tiny.gguf"
+    assert b"".join(licence.open()) == b"You may."
+    verify_image(f"{scene.fake.host}/team/app:1", None, scene.client, Silent())
+
+
 def test_ollama_takes_gguf_only(scene: Scene, tmp_path: Path) -> None:
     scene.model = write_model(tmp_path / "checkpoint")
     with pytest.raises(UsageError, match="one GGUF file"):

@@ -134,6 +134,7 @@ def _inputs(
 ) -> ImageInputs:
     """Return the inputs of the images, with the base for each requested platform."""
     artifact = _artifact(model, target, tools.store, tools.progress)
+    folder = artifact.tree
     if request.kind == "ollama":  # it has no place for other files
         gguf = tuple(file for file in artifact.tree.files if file.path.endswith(".gguf"))
         artifact = replace(artifact, tree=replace(artifact.tree, files=gguf))
@@ -158,6 +159,7 @@ def _inputs(
         labels=_labels(request, model, target, config),
         order=request.image.order,
         largest_layer=layer_limit(most),
+        beside=folder,
         parameters={"target": target.name, "kind": request.kind, "order": request.image.order},
         network_in_jobs=tools.runner.networked,
     )

@@ -50,6 +50,8 @@ class ImageInputs:
     """Tokens that a runner should make room for; 0 for its own default."""
     parameters: Mapping[str, Json]
     """What the user asked for, as the image's statement records it."""
+    beside: Tree | None = None
+    """The model's folder, if the artifact lacks its licence files."""
     sources: Sources | None = None
     checkpoint: Checkpoint | None = None
     recipe: Recipe | None = None

@@ -230,7 +230,8 @@ def _for_ollama(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]
             hint="use a target such as llamacpp-q4_k_m, without quantize.split_max_size",
         )
     facts = _facts(inputs)
-    trees = (split.tree, *((inputs.sources.base.tree,) if inputs.sources else ()))
+    base = inputs.sources.base.tree if inputs.sources else None
+    trees = filter(None, (split.tree, inputs.beside, base))
     return ollama_model(
         split.tree,
         files[0],
