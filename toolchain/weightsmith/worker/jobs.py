@@ -244,7 +244,8 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
                 drafts = found["merged"].texts if "merged" in found else ()
     except Exception as error:  # noqa: BLE001 - what is wrong with the merge is said below
         traceback.print_exc()
-        note(f"no reference answers yet: {getattr(error, 'message', error)}")
+        why = " ".join(str(getattr(error, "message", error)).split())
+        note(f"no reference answers yet: {why[:200] or type(error).__name__}")
     found = {}
     gc.collect()  # modules with hooks refer to each other
     with computed(job.validation):
