@@ -27,8 +27,12 @@ class Together:
     """The reference job that follows."""
     keep: Callable[[Mapping[str, Json]], None]
     """Stores its answers, if no reference stage will follow: the validation has failed."""
+    clock: Callable[[], float]
+    """Monotonic clock in seconds."""
     name: str = field(init=False)
     _answers: Mapping[str, Json] = field(default_factory=dict, init=False)
+    _early: float = field(default=0.0, init=False)
+    """Seconds that the answers took in the validation's time."""
 
     def __post_init__(self) -> None:
         """Take over the runner's name."""
@@ -57,15 +61,19 @@ class Together:
         if isinstance(job, ValidateJob):
             progress.note("the reference questions are asked first, in the same process")
             both: Any = self.runner.run(_both(expected, job), progress)
-            self._answers = both["answers"]
+            self._answers, self._early = both["answers"], float(both.get("seconds", 0.0))
             if self._answers and not both["validation"]["passed"]:
                 with suppress(WeightsmithError):  # what was found matters more
                     self.keep(self._answers)
             return dict(both["validation"])
         if isinstance(job, ReferenceJob) and self._answers and _alike(job, expected):
-            answers, self._answers = self._answers, {}
+            answers, self._answers, self._early = self._answers, {}, 0.0
             return {"answers": answers}
         return self.runner.run(job, progress)
+
+    def time(self) -> float:
+        """Return the clock's time, by which each of the two stages takes what its own part took."""
+        return self.clock() - self._early
 
 
 def _both(reference: ReferenceJob, validation: ValidateJob) -> ProofJob:

@@ -27,4 +27,5 @@ def proving(request: BuildRequest, sources: Sources, checkpoint: Checkpoint, too
     if job is None or not fit_together(model, sources, tasks, tools.memory):
         return tools
     keep = partial(keep_answers, tasks, sources, checkpoint, store)
-    return replace(tools, runner=Together(tools.runner, job, keep))
+    together = Together(tools.runner, job, keep, tools.clock)
+    return replace(tools, runner=together, clock=together.time)

@@ -226,12 +226,14 @@ def _subjects(job: ReferenceJob) -> Mapping[str, Any]:
 
 
 def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
-    """Return `answers` and `validation`; no answers if a model cannot give any.
+    """Return `answers`, the `seconds` that they took, and `validation`.
+
+    There are no answers if a model cannot give any.
 
     The reference stage then asks for them again, and says why there are none, but only if the
     validation finds nothing wrong with the merged model.
     """
-    asked, drafts = job.reference, ()
+    asked, drafts, began = job.reference, (), time.monotonic()
     answers: Mapping[str, Json] = {}
     found: Mapping[str, Any] = {}
     try:
@@ -248,8 +250,10 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
         note(f"no reference answers yet: {why[:200] or type(error).__name__}")
     found = {}
     gc.collect()  # modules with hooks refer to each other
+    seconds = round(time.monotonic() - began, 3)
     with computed(job.validation):
-        return {"validation": _validate(job.validation, report, drafts), "answers": answers}
+        found = _validate(job.validation, report, drafts)
+    return {"validation": found, "answers": answers, "seconds": seconds}
 
 
 def _validate(job: ValidateJob, report: Report, drafts: Sequence[Any] = ()) -> Mapping[str, Json]:

@@ -1,0 +1,74 @@
+"""Validation and reference answers in one job: what each stage takes of its time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from weightsmith.jobs import Input, ProofJob, ReferenceJob, ValidateJob
+from weightsmith.ports import Silent
+from weightsmith.together import Together
+
+ENVELOPE: dict[str, Any] = {"builder": "merge", "output": Path("out"), "seconds": 0}
+MODEL = Input(path=Path("model"))
+REFERENCE = ReferenceJob(
+    **ENVELOPE, models=(MODEL,), adapters=(), asked=(), questions=(), max_tokens=8, choose=False
+)
+VALIDATION = ValidateJob(
+    **ENVELOPE, base=MODEL, merged=MODEL, adapters=(), weights=(), chats=(), scope="all",
+    mixture=None,
+)  # fmt: skip
+ANSWERS: dict[str, Any] = {"base": [{"answer": "42"}]}
+
+
+class Runner:
+    """Takes 30 seconds for answers and 10 for a validation."""
+
+    name, networked, now = "fake", False, 0.0
+
+    def __init__(self, *, passed: bool) -> None:
+        self.passed = passed
+        self.kinds: list[str] = []
+
+    def run(self, job: Any, _: Any) -> Any:
+        self.kinds.append(job.kind)
+        self.now += {ProofJob.kind: 40.0, ReferenceJob.kind: 30.0}.get(job.kind, 0.0)
+        return {"answers": ANSWERS, "seconds": 30.0, "validation": {"passed": self.passed}}
+
+
+def both(runner: Any, kept: list[Any]) -> Together:
+    return Together(runner, REFERENCE, kept.append, lambda: runner.now)
+
+
+def test_each_stage_takes_the_time_of_its_own_part() -> None:
+    runner, kept = Runner(passed=True), list[Any]()
+    together = both(runner, kept)
+
+    together.run(VALIDATION, Silent())
+    validated = together.time()
+    found = together.run(REFERENCE, Silent())
+
+    assert (validated, together.time() - validated) == (10.0, 30.0)
+    assert found == {"answers": ANSWERS}
+    assert runner.kinds == ["proof"]
+    assert kept == []
+
+
+def test_answers_beside_a_failed_validation_are_kept() -> None:
+    kept: list[Any] = []
+
+    found = both(Runner(passed=False), kept).run(VALIDATION, Silent())
+
+    assert found == {"passed": False}
+    assert kept == [ANSWERS]
+
+
+def test_another_reference_job_runs_by_itself() -> None:
+    runner = Runner(passed=True)
+    together = both(runner, [])
+
+    together.run(VALIDATION, Silent())
+    together.run(replace(REFERENCE, max_tokens=9), Silent())
+
+    assert runner.kinds == ["proof", "reference"]
