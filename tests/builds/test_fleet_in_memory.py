@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.fleets import running
 from weightsmith.fleets.foresight import plan_of, text_of
 from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
+from weightsmith.fleets.parcels import packed
+from weightsmith.fleets.requests import Request
 from weightsmith.fleets.rows import FleetRows
 from weightsmith.oci.registry import Registry
+from weightsmith.quantizers import of_format
+from weightsmith.tools import Tools
 
 from tests.fakes.fleet import MemoryFleet, by_tools
 from tests.fakes.memory import Memory, in_memory
@@ -261,3 +266,67 @@ def test_the_plan_says_what_there_is_to_do(two: Memory) -> None:
     assert [row["cells"] for row in before["shared"]] == [4, 2, 2]
     assert (after["total"]["cached"], after["total"]["disk_bytes"]) == (4, 0)
     assert "4 cells, 4 cached" in text_of(after)
+
+
+def test_a_builder_that_only_some_targets_need_does_not_end_the_base(two: Memory) -> None:
+    two.runner.lacking.add(of_format("q4_k_m").builder)
+
+    rows, _ = run(two, write_fleet(two, adapters=["./[ab]"], targets=[Q4]))
+
+    assert rows.shared[0].kind == "base"
+    assert rows.shared[0].error is None
+    assert any("the cells that need it will say so" in text for text in two.progress.warnings)
+    assert {row.verdict for row in rows.cells} == {"not made"}
+
+
+def test_questions_that_are_refused_do_not_end_the_base(two: Memory) -> None:
+    two.journal.faults["job reference"] = InputRefused("no such question", hint="correct it")
+
+    rows, _ = run(two, write_fleet(two, adapters=["./[ab]"], targets=[Q4]))
+
+    assert [row.verdict for row in rows.cells] == [GOOD, GOOD]
+    assert rows.shared[0].error is None
+
+
+def test_what_cannot_go_to_a_node_ends_its_cell_and_no_other(
+    two: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_a(request: Request, tools: Tools) -> Request:
+        if request.adapter == "b":
+            raise UsageError("b.jsonl is too large", hint="use fewer questions")
+        return packed(request, tools)
+
+    monkeypatch.setattr(running, "packed", only_a)
+    engine = MemoryFleet(by_tools(two.tools), remote=True)
+
+    rows, _ = run(two, write_fleet(two, targets=[Q4]), engine)
+
+    assert [(row.verdict, row.exit_code) for row in rows.cells] == [(GOOD, 0), ("refused", 2)]
+    assert rows.cells[1].error == "b.jsonl is too large"
+
+
+def test_a_disk_that_takes_nothing_ends_its_cell_and_is_no_bug(two: Memory) -> None:
+    (two.dist / "tiny-b").parent.mkdir(parents=True, exist_ok=True)
+    (two.dist / "tiny-b").write_text("a file, where the results would be")
+
+    rows, _ = run(two, write_fleet(two, targets=[Q4]))
+
+    assert [(row.verdict, row.exit_code) for row in rows.cells] == [(GOOD, 0), ("not made", 5)]
+
+
+def test_an_engine_that_fails_leaves_the_rows_to_the_error(two: Memory) -> None:
+    engine = MemoryFleet(by_tools(two.tools), nodes=())
+
+    with pytest.raises(EnvironmentFailure, match="no node") as caught:
+        run(two, write_fleet(two), engine)
+
+    assert [row["adapter"] for row in caught.value.details["cells"]] == ["a", "a", "b", "b"]
+    assert engine.closed
+    assert "Stopped" in (two.dist / "fleet.html").read_text()
+
+
+def test_a_choice_without_a_cell_is_refused(two: Memory) -> None:
+    path = write_fleet(two, adapters=["./a", {"source": "./b", "targets": [Q5]}], targets=[Q4])
+
+    with pytest.raises(UsageError, match="no cell has one of the adapters b"):
+        ordered(path, adapters=["b"], targets=[Q4])

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,42 @@ def test_this_machine_runs_as_many_at_once_as_fit(tmp_path: Path) -> None:
     assert not room.holds(needing(400, 601))
     assert not room.holds(needing(1, 1, 1, 1, 1))
     assert not room.holds(needing(1, 1, gpus=(1, 1)))
+
+
+@pytest.mark.slow
+def test_this_machine_takes_long_names_and_says_where_no_log_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", f"{root / 'toolchain'}:{root}")
+    engine = local(tmp_path)
+    engine.submit([replace(work(1), name="base /" + "long/" * 99)])
+    assert json.loads(all_of(engine, 1)["id1"].text)["id"] == "id1"
+    engine.close()
+
+    (tmp_path / "file").write_text("")
+    engine = local(tmp_path / "file")
+    engine.submit([work(2)])
+    assert "Not a directory" in all_of(engine, 1)["id2"].why
+    engine.close()
+
+
+def test_slurm_takes_a_folder_with_a_percent_sign_and_keeps_no_request(tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Recorded(SlurmFleet):
+        def _run(self, *words: str, text: str = "") -> str:
+            asked.append(words)
+            return "7"
+
+    engine = Recorded(argv=("node",), folder=tmp_path / "50%a")
+    engine.submit([work(1)])
+    (output,) = (word for word in asked[0] if word.startswith("--output="))
+    assert output.startswith(f"--output={tmp_path}/50%%a/")
+    assert output.endswith("/%a.log")
+
+    (request,) = (tmp_path / "50%a").glob("*/0.request")
+    assert request.stat().st_mode & 0o777 == 0o600
+    request.with_name("0.reply").write_text("{}")
+    assert [one.text for one in engine.wait(1)] == ["{}"]
+    assert not request.exists()

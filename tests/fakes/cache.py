@@ -30,10 +30,10 @@ class MemoryCache:
     """Every key that was looked up."""
     read_bytes: int = 0
 
-    def find(self, key: Digest) -> bytes | None:
+    def find(self, key: Digest, *, use: bool = True) -> bytes | None:
         self._fail("find")
         self.asked.append(key)
-        if key in self.documents:
+        if use and key in self.documents:
             self.used[key] = time.time()
         return self.documents.get(key)
 

@@ -120,6 +120,31 @@ def test_a_repository_that_no_registry_takes(read: Path) -> None:
     assert "Team/Model" in refused(read, "plan", words)
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("merge", {"base": "base", "adapter": ["adapter"], "out": "new"}),
+        ("validate", {"base": "base", "adapter": ["adapter"], "merged": "merged"}),
+        ("quantize", {"model": "base", "out": "new"}),
+        ("bake", {"model": "base", "target": "vllm", "layout": "image"}),
+        ("evaluate", {"model": "base", "data": "eval.jsonl"}),
+        ("build", {"base": "base"}),
+        ("plan", {"base": "base"}),
+    ],
+)
+def test_a_shared_cache_in_a_folder_that_is_read(
+    read: Path, command: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache's folder is named by --cache or by the configuration."""
+    assert "--cache" in refused(read, command, {**words, "cache": "base/shared"})
+    (read / "config.yaml").write_text(f"cache: {read / 'base' / 'shared'}\n")
+    monkeypatch.setenv("WEIGHTSMITH_CONFIG", str(read / "config.yaml"))
+    assert "--cache" in refused(read, command, words)
+    keep_clean(["base"], cache="base/.shared")
+    keep_clean(["base"], cache="oci://127.0.0.1:5000/base")
+    keep_clean(["base"], cache="off")
+
+
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
 @pytest.mark.parametrize(
     ("command", "words"),

@@ -61,6 +61,25 @@ class Altered(EnvironmentFailure):
     """Data from the network does not match what its sender declared (exit 5)."""
 
 
+_OF_THE_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+    | {errno.ENAMETOOLONG}
+)
+"""Errors of a disk or its permissions: the user can correct them, so they are not bugs."""
+
+
+def of_machine(error: OSError) -> EnvironmentFailure | None:
+    """Return an error about what the machine refuses to write, if `error` is one; else None."""
+    no_temporary = error.errno == errno.ENOENT and error.filename is None  # as `tempfile` says it
+    if error.errno not in _OF_THE_MACHINE and not no_temporary:
+        return None
+    return EnvironmentFailure(
+        f"cannot write {error.filename or 'a file'}: {error.strerror or error}",
+        hint="free some space or get write permission there, or set WEIGHTSMITH_CACHE, "
+        "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
+    )
+
+
 def of_open_files(error: BaseException) -> EnvironmentFailure | None:
     """Return an error about the limit of open files, if that caused `error`; else None.
 

@@ -28,7 +28,7 @@ def main() -> int:
     leave_quietly()
     from weightsmith.fleets.requests import Failure, Reply, Request
     from weightsmith.foreign import RECORD, parse
-    from weightsmith.values import canonical
+    from weightsmith.visible import as_json
 
     text = sys.stdin.buffer.readline()
     if text.strip() == b"version":
@@ -50,13 +50,14 @@ def main() -> int:
         failure = Failure(message=what, hint="this is a bug in weightsmith", exit_code=1)
         reply = Reply.of_failure(request.id, socket.gethostname(), failure)
     reply = replace(reply, cpu_seconds=round(sum(os.times()[:4]), 3))  # of this whole process
-    sys.stdout.write(canonical(reply).decode() + "\n")
+    # In ASCII: whatever the locale is, and without characters at which a reader could split it.
+    sys.stdout.write(as_json(reply.to_json()) + "\n")
     sys.stdout.flush()
     return 0
 
 
 def _answer(request: Request) -> Reply:
-    from weightsmith.errors import WeightsmithError
+    from weightsmith.errors import EnvironmentFailure, WeightsmithError
     from weightsmith.fleets.node import answer
     from weightsmith.fleets.requests import Failure, Reply
     from weightsmith.progress import PlainProgress, Recorder
@@ -73,10 +74,12 @@ def _answer(request: Request) -> Reply:
             insecure=bool(asked.get("insecure")),
             cache=str(asked.get("cache") or ""),
             cache_from=str(asked.get("cache_from") or ""),
+            upload_seconds=float(asked.get("upload_seconds") or 0.0),
         ) as tools:
             return answer(request, tools)
-    except WeightsmithError as error:  # before the task began
-        return Reply.of_failure(request.id, socket.gethostname(), Failure.of(error))
+    except WeightsmithError as error:  # before the task began: its fault is this machine's
+        failure = replace(Failure.of(error), exit_code=EnvironmentFailure.exit_code)
+        return Reply.of_failure(request.id, socket.gethostname(), failure)
 
 
 def end_with_parent() -> None:

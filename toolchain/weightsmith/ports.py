@@ -122,8 +122,8 @@ class Cache(Protocol):
     origin: tuple[str, str]
     """Registry and repository from which images can mount its blobs; empty for other places."""
 
-    def find(self, key: Digest) -> bytes | None:
-        """Return the entry's document, or None."""
+    def find(self, key: Digest, *, use: bool = True) -> bytes | None:
+        """Return the entry's document, or None; `use` marks it used, where a place keeps that."""
 
     def read(self, blob: Blob) -> Iterator[bytes]:
         """Yield a blob's bytes in chunks; they may be wrong or too few."""

@@ -49,7 +49,7 @@ from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Si
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by, read_public_key
 from weightsmith.serving.memory import human, parse_size
-from weightsmith.sharing.address import Address, Sharing, chosen, required
+from weightsmith.sharing.address import OFF, Address, Sharing, chosen, required
 from weightsmith.sharing.place import Place
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
@@ -104,16 +104,19 @@ def require_folders() -> None:
             ) from error
 
 
-def keep_clean(inputs: Iterable[str | Path], **outputs: str | Path) -> None:
+def keep_clean(inputs: Iterable[str | Path], *, cache: str = "", **outputs: str | Path) -> None:
     """Raise UsageError if a command would write into a folder that it reads.
 
-    `outputs` are the values of its output flags, empty if not given. Cache and store are checked
-    too; they may be in a hidden folder of an input.
+    `outputs` are the values of its output flags, empty if not given. Cache and store, and the
+    shared cache if it is a folder, are checked too; they may be in a hidden folder of an input.
     """
     flags: dict[str, str | Path] = {
         f"--{name.replace('_', '-')}": out for name, out in outputs.items()
     }
     folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+    shared = chosen(cache, "", read_config().cache).both
+    if shared and shared.kind == "folder":
+        folders["--cache"] = shared.folder
     keep_apart(inputs, flags, folders)
 
 
@@ -148,6 +151,7 @@ def open_tools(
     cache: str = "",
     cache_from: str = "",
     uploads: bool = True,
+    upload_seconds: float = 0.0,
 ) -> Iterator[Tools]:
     """Yield everything outside this process that stages use; close connections afterwards.
 
@@ -158,12 +162,16 @@ def open_tools(
     that.
 
     `cache` and `cache_from` are addresses of shared caches; by default, those of environment and
-    configuration. Without `uploads`, nothing is written to them.
+    configuration. Without `uploads`, nothing is written to them. The end waits for uploads for
+    `upload_seconds`, or longer if the configuration says so.
 
     Raises UsageError for an unknown runner, address, size or time limit, EnvironmentFailure if
     `docker` is asked for and no engine answers.
     """
-    sharing = chosen(cache, cache_from, read_config().cache)
+    settings = read_config().cache
+    patience = max(settings.upload_seconds, upload_seconds)
+    settings = settings.model_copy(update={"upload_seconds": patience})
+    sharing = chosen(cache, cache_from, settings)
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
     chosen_seconds()
@@ -316,7 +324,10 @@ def fleet_cache(on: str, cache: str, cache_from: str) -> Mapping[str, str]:
             "all nodes see",
         )
     named = {"cache": found.both, "cache_from": found.read}
-    return {flag: str(address) for flag, address in named.items() if address}
+    told = {flag: str(address) for flag, address in named.items() if address}
+    # A node must not take from its own configuration what was switched off here.
+    off = {"cache": cache, "cache_from": cache_from}
+    return {**told, **{flag: OFF for flag, value in off.items() if value == OFF}}
 
 
 def make_fleet_engine(on: str, address: str, dist: Path) -> FleetEngine:

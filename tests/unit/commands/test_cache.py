@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,14 @@ def test_a_cache_that_cannot_be_used_is_an_error_here(tmp_path: Path, run: Run) 
 def test_actions_are_checked() -> None:
     with pytest.raises(UsageError, match="unknown"):
         check_action("clear")
+
+
+def test_to_describe_a_cache_is_not_to_use_it(tmp_path: Path, run: Run) -> None:
+    made(tmp_path / "one")
+    run("push")
+    entries = [*(tmp_path / "shared" / "entries").glob("*.json")]
+    for path in entries:
+        os.utime(path, (1000, 1000))
+
+    assert run("stat")["oldest_days"] > 1
+    assert {path.stat().st_mtime for path in entries} == {1000}

@@ -183,3 +183,18 @@ def test_a_missing_file_and_broken_yaml_are_named(tmp_path: Path) -> None:
     (tmp_path / "fleet.yaml").write_text("adapters: [")
     with pytest.raises(UsageError, match="not valid YAML: line 1"):
         read_fleet(tmp_path)
+
+
+def test_a_folder_with_an_at_sign_above_it_keeps_its_name(home: Path) -> None:
+    (home / "x@y" / "one").mkdir(parents=True)
+
+    assert builds(home, adapters=["./x@y/*"])[0].adapter == "one"
+    named = builds(home, adapters=["hf://acme/legal@main"])[0]
+    assert named.adapter == "legal"
+
+
+def test_a_folder_whose_name_is_no_text_is_refused(home: Path) -> None:
+    (home / "other" / b"\xff".decode(errors="surrogateescape")).mkdir(parents=True)
+
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        builds(home, adapters=["./other/*"])

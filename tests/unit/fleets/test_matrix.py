@@ -76,3 +76,9 @@ def test_what_each_system_reads() -> None:
 def test_another_system_is_refused() -> None:
     with pytest.raises(UsageError, match="--print jenkins"):
         matrix_of(builds(1, "vllm"), "jenkins", "f.yaml")
+
+
+@pytest.mark.parametrize("system", ["gitlab", "argo"])
+def test_the_files_name_is_one_word_of_the_shell(system: str) -> None:
+    text = matrix_of(builds(1, "vllm"), system, "my fleets/$(id).yaml")[1]
+    assert "--file 'my fleets/$(id).yaml' " in " ".join(text.replace("''", "'").split())

@@ -8,7 +8,7 @@ import pytest
 from weightsmith.errors import UsageError
 from weightsmith.sharing.address import Address, chosen, parse_address, required
 from weightsmith.user_config import CacheSettings, read_config
-from weightsmith.wiring import cache_folder
+from weightsmith.wiring import cache_folder, fleet_cache
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +109,15 @@ def test_a_configuration_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WEIGHTSMITH_CONFIG", "/nowhere.yaml")
     with pytest.raises(UsageError, match="does not exist"):
         read_config()
+
+
+def test_nodes_of_a_fleet_get_what_this_command_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is off here is off for them, whatever their own configuration says."""
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", "file:///mnt/cache")
+    assert fleet_cache("local", "", "") == {"cache": "/mnt/cache"}
+    assert fleet_cache("local", "off", "") == {"cache": "off"}
+    assert fleet_cache("ray", "", "off") == {"cache": "/mnt/cache", "cache_from": "off"}
+    with pytest.raises(UsageError, match="--on ray needs a shared cache"):
+        fleet_cache("ray", "off", "")

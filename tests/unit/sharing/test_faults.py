@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,75 @@ def test_the_end_waits_for_uploads_only_so_long(stuck: Stuck, tmp_path: Path) ->
 
     assert uploads.close(0.05) == 1
     assert time.monotonic() - began < 30
+
+
+GIVEN_UP = """
+import sys
+from pathlib import Path
+from weightsmith.drivers.store import FileStore
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
+from weightsmith.sharing.place import Place
+from weightsmith.sharing.uploads import Uploads
+from weightsmith.values import key_of
+
+def make(folder):
+    (folder / "model.safetensors").write_bytes(bytes(32 << 20))
+    return {}
+
+note = {"stage": "merge", "inputs": {}}
+store = FileStore(Path(sys.argv[2]))
+entry = store.produce(key_of("one"), note, make)
+with Registry() as registry:
+    cache = RegistryCache(registry, Reference.parse(sys.argv[1] + "/team/cache"))
+    uploads = Uploads(Place(cache, None, print, 60), store.memo)
+    uploads.add(key_of("one"), note, entry)
+    sys.stdin.readline()
+    print(uploads.close(0.05))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path: Path) -> None:
+    taking = threading.Event()
+
+    class Registry(BaseHTTPRequestHandler):
+        def reply(self, code: int, **headers: str) -> None:
+            self.send_response(code)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.reply(200 if self.path == "/v2/" else 404)
+
+        def do_HEAD(self) -> None:
+            self.reply(404)
+
+        def do_POST(self) -> None:
+            self.reply(202, Location="/v2/team/cache/blobs/uploads/1")
+
+        def do_PATCH(self) -> None:
+            taking.set()
+            ended.wait(120)
+
+        def do_PUT(self) -> None:
+            self.do_PATCH()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    ended = threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = [sys.executable, "-c", GIVEN_UP, f"127.0.0.1:{server.server_port}", str(tmp_path)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert taking.wait(60)
+            said, _ = process.communicate(b"\n", timeout=30)
+        ended.set()
+        server.shutdown()
+    assert said == b"1\n"
 
 
 def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

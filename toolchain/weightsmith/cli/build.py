@@ -74,7 +74,7 @@ def build(
             hint="--sign-key signs the images of this build",
         )
     if from_:
-        keep_clean([base], dist=dist)
+        keep_clean([base], dist=dist, cache=cache)
         base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
     file = recipe_file(
         recipe,
@@ -82,7 +82,7 @@ def build(
         adapter,
         [*given("serve", serve), *set, *given("quantize", quantize), *_outputs(kind)],
     )
-    keep_clean(sources_of(file), dist=dist, layout=layout)
+    keep_clean(sources_of(file), dist=dist, layout=layout, cache=cache)
     targets = chosen_targets(file, tuple(target), to_build=True)
     with open_tools(
         runner,
@@ -188,7 +188,7 @@ def plan(
 
     settings = [*given("serve", serve), *set, *_outputs(kind)]
     file = recipe_file(recipe, base, adapter, settings)
-    keep_clean(sources_of(file))
+    keep_clean(sources_of(file), cache=cache)
     targets = chosen_targets(file, tuple(target))
     with open_tools(
         runner, Silent(), memory=memory, cache=cache, cache_from=cache_from, uploads=False

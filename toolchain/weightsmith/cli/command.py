@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import io
@@ -22,16 +21,16 @@ from invoke.tasks import task
 from weightsmith import visible
 from weightsmith.cli.flags import FLAGS
 from weightsmith.cli.sections import Flags
-from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError, of_open_files
+from weightsmith.errors import (
+    EnvironmentFailure,
+    UsageError,
+    WeightsmithError,
+    of_machine,
+    of_open_files,
+)
 from weightsmith.interrupts import raise_it
 from weightsmith.lines import put_line
 from weightsmith.values import Json, plain
-
-_OF_THE_MACHINE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-    | {errno.ENAMETOOLONG}
-)
-"""Errors of a disk or its permissions: the user can correct them, so they are not bugs."""
 
 _NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
 """Type of a flag's default -> what the flag takes, in words."""
@@ -182,14 +181,7 @@ def _refused(error: OSError) -> Exception:
         require_folders()  # in some places, such as below /proc, what is missing cannot be made
     except WeightsmithError as refused:
         return refused
-    no_temporary = error.errno == errno.ENOENT and error.filename is None  # as `tempfile` says it
-    if error.errno not in _OF_THE_MACHINE and not no_temporary:
-        return _unexpected(error)
-    return EnvironmentFailure(
-        f"cannot write {error.filename or 'a file'}: {error.strerror or error}",
-        hint="free some space or get write permission there, or set WEIGHTSMITH_CACHE, "
-        "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
-    )
+    return of_machine(error) or _unexpected(error)
 
 
 def _require_folder() -> None:

@@ -58,7 +58,7 @@ def fleet(
     if print_:
         return matrix_of(found.builds, print_, file)
     place = Path(dist).absolute()
-    keep_clean(found.sources, dist=dist, layout=layout)
+    keep_clean(found.sources, dist=dist, layout=layout, cache=cache)
     caches = {} if plan else fleet_cache(on, cache, cache_from)
     engine = None if plan else make_fleet_engine(on, address, place)
     progress = Silent() if plan else Recorder(progress_for())

@@ -48,7 +48,7 @@ def bake(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, target=target)
-    keep_clean([model, config, image.base], layout=layout)
+    keep_clean([model, config, image.base], layout=layout, cache=cache)
     request = BakeRequest(
         model=Path(model),
         target=target,

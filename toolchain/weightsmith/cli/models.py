@@ -37,7 +37,7 @@ def merge(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
-    keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter)
+    keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter, cache=cache)
     not_nested(("--out", out), ("--keep-adapter", keep_adapter))
     folders = Folders(
         base=Path(base),
@@ -89,7 +89,7 @@ def validate(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, merged=merged)
-    keep_clean([base, *adapter, merged])
+    keep_clean([base, *adapter, merged], cache=cache)
     factors = parse_weights(weights, len(adapter))
     with open_tools(
         runner,
@@ -152,7 +152,7 @@ def quantize(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, format=format, out=out)
-    keep_clean([model], out=out)
+    keep_clean([model], out=out, cache=cache)
     asked = FolderRequest(
         model=Path(model),
         format_name=format,

@@ -61,7 +61,7 @@ def evaluate(
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
 
-    keep_clean([model, *adapter, image])
+    keep_clean([model, *adapter, image], cache=cache)
     if tasks:
         if memory:
             raise UsageError(

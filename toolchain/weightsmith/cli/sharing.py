@@ -14,7 +14,8 @@ from weightsmith.visible import escaped, joined
     meanings={
         "cache": "the cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX or a folder; default: "
         "that of the environment or the configuration",
-        "keep": "for prune: maximum size of the cache afterwards, such as 200GiB",
+        "keep": "for prune: maximum size of the cache afterwards, such as 200GiB; what was used "
+        "least recently goes first, in a registry or in S3 what was written first",
         "sign_key": "for push: private key to sign results with",
     },
 )

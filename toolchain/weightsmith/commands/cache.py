@@ -95,7 +95,7 @@ def prune_cache(cache: Cache, keep_bytes: int) -> Mapping[str, Json]:
                 break
             gone.append(kept.key)
             total -= kept.size
-        freed = cache.remove(gone) if gone else 0
+        freed = cache.remove(gone)  # also what interrupted uploads left, if there is nothing else
     return {
         "cache": cache.where,
         "deleted": len(gone),
@@ -114,7 +114,7 @@ def describe_cache(cache: Cache) -> Mapping[str, Json]:
         for kept in cache.entries():
             count, size, oldest = count + 1, size + kept.size, min(oldest, kept.used)
             try:
-                document = cache.find(kept.key)
+                document = cache.find(kept.key, use=False)
                 note = read_document(document or b"", kept.key, None).note
             except InputRefused:
                 unread += 1

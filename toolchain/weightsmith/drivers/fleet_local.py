@@ -18,6 +18,9 @@ from weightsmith.drivers.lines import RESULT
 from weightsmith.errors import WeightsmithError
 from weightsmith.ports import Ended, Work
 
+_LONGEST_NAME = 200
+"""Characters; file systems take 255 bytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
@@ -117,9 +120,9 @@ class LocalFleet:
     def _run(self, work: Work) -> None:
         replies: list[str] = []
         why = ""
-        self.logs.mkdir(parents=True, exist_ok=True)
-        with (self.logs / f"{_file_name(work.name)}.log").open("a", encoding="utf-8") as log:
-            try:
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            with (self.logs / _file_name(work.name)).open("a", encoding="utf-8") as log:
                 done = process.run(
                     self.argv,
                     env=dict(os.environ),
@@ -129,13 +132,13 @@ class LocalFleet:
                     longest_line=RESULT,
                     stop=self._stop,
                 )
-                if not replies:
-                    last = next((line for line in reversed(done.tail) if line.strip()), "")
-                    why = f"it ended with {process.describe_exit(done.returncode)}: {last}"
-            except InterruptedError:
-                why = "it was ended"
-            except (WeightsmithError, OSError) as error:
-                why = str(error)
+            if not replies:
+                last = next((line for line in reversed(done.tail) if line.strip()), "")
+                why = f"it ended with {process.describe_exit(done.returncode)}: {last}"
+        except InterruptedError:
+            why = "it was ended"
+        except (WeightsmithError, OSError) as error:  # whatever it is, somebody waits for the task
+            why = str(error)
         text = replies[-1] if replies else ""
         self._ended.put(Ended(id=work.id, node=socket.gethostname(), text=text, why=why))
 
@@ -146,4 +149,6 @@ def _write(log: TextIO, line: str) -> None:
 
 
 def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    """Return the name of a task's log; of a base with a long path, the end of it."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name)
+    return f"{kept[-_LONGEST_NAME:]}.log"

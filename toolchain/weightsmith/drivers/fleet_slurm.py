@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weightsmith.drivers import process
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.files import write_whole
+from weightsmith.files import replace_file
 from weightsmith.ports import Ended, Work
 
 _ARRAY = 1000
@@ -96,8 +96,10 @@ class SlurmFleet:
 
     def _submit(self, works: Sequence[Work]) -> None:
         folder = self.folder / f"{len(self._jobs)}-{time.time_ns():x}"
+        folder.mkdir(parents=True)
         for number, work in enumerate(works):
-            write_whole(folder / f"{number}.request", work.text.encode())
+            # For this user alone: a judge's arguments, which are in no report, may hold a key.
+            replace_file(folder / f"{number}.request", (work.text.encode(),), mode=0o600)
         script = _SCRIPT.format(folder=shlex.quote(str(folder)), program=shlex.join(self.argv))
         first = works[0]
         words = [
@@ -108,7 +110,7 @@ class SlurmFleet:
             f"--mem={-(-first.memory_bytes // (1 << 20))}M",
             "--requeue",
             "--job-name=weightsmith-fleet",
-            f"--output={folder}/%a.log",
+            f"--output={str(folder).replace('%', '%%')}/%a.log",
             "--open-mode=append",
         ]
         if self._gpus and first.gpus:
@@ -146,7 +148,7 @@ class SlurmFleet:
         for key, given in list(self._given.items()):
             if given.file("reply").is_file():
                 text = given.file("reply").read_text("utf-8", errors="replace").strip()
-                del self._given[key]
+                self._forget(key)
                 yield Ended(id=key, node=given.node, text=text.splitlines()[-1] if text else "")
 
     def _lost(self) -> Iterator[Ended]:
@@ -162,7 +164,7 @@ class SlurmFleet:
                 continue
             given.missing += 1
             if given.missing >= _GONE and not given.file("reply").is_file():
-                del self._given[key]
+                self._forget(key)
                 why = f"Slurm ended it without a reply ({state.lower()}){_last(given.file('log'))}"
                 yield Ended(id=key, node=given.node, text="", why=why)
 
@@ -188,9 +190,13 @@ class SlurmFleet:
     def close(self) -> None:
         """Cancel every job that has not ended."""
         jobs = dict.fromkeys(given.job for given in self._given.values())
+        for key in list(self._given):
+            self._forget(key)
         if jobs:
             self._run("scancel", *jobs)
-        self._given.clear()
+
+    def _forget(self, key: str) -> None:
+        self._given.pop(key).file("request").unlink(missing_ok=True)
 
     def _run(self, *words: str, text: str = "") -> str:
         lines: list[str] = []

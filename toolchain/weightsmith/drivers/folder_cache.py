@@ -35,8 +35,8 @@ class FolderCache:
         self.root = root
         self.where = str(root)
 
-    def find(self, key: Digest) -> bytes | None:
-        """Return the entry's document, and mark it used; OSError if the folder is not there."""
+    def find(self, key: Digest, *, use: bool = True) -> bytes | None:
+        """Return the entry's document; OSError if the folder is not there."""
         path = self._entry(key)
         try:
             document = b"".join(_chunks(path, _SMALL))
@@ -44,8 +44,9 @@ class FolderCache:
             if not self.root.is_dir() and not self.root.parent.is_dir():
                 raise
             return None
-        with suppress(OSError):
-            os.utime(path)
+        if use:
+            with suppress(OSError):
+                os.utime(path)
         return document
 
     def read(self, blob: Blob) -> Iterator[bytes]:

@@ -56,8 +56,9 @@ class S3Cache:
             },
         )
 
-    def find(self, key: Digest) -> bytes | None:
-        """Return the entry's document."""
+    def find(self, key: Digest, *, use: bool = True) -> bytes | None:
+        """Return the entry's document; nothing there says when it was used."""
+        del use
         path = self._entry(key)
         with self._asked():
             try:

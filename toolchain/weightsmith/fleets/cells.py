@@ -133,12 +133,13 @@ def _entries(fleet: Fleet, path: Path) -> Iterator[tuple[str, FleetAdapter]]:
                 hint="globs start from the fleet file's folder; correct it or remove it",
             )
         for folder in folders:
-            yield f"{place} ({folder.name})", FleetAdapter(source=str(folder))
+            yield f"{place} ({folder.name})", FleetAdapter(source=_text(str(folder)))
 
 
 def _name_of(source: str) -> str:
     """Return the name of an adapter that has none: its source's last part, as names are."""
-    last = source.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+    place = source.partition("@")[0] if "://" in source else source
+    last = place.rstrip("/").rpartition("/")[2].lower()
     return re.sub(r"[^a-z0-9]+", "-", last).strip("-")[:60].strip("-") or "adapter"
 
 
@@ -210,7 +211,14 @@ def _absolute(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _place(source: str, folder: Path) -> str:
     """Return a source; of a folder, its absolute path, whose last part is the folder's own name."""
-    return source if "://" in source else str(folder / Path(source).expanduser())
+    return source if "://" in source else _text(str(folder / Path(source).expanduser()))
+
+
+def _text(path: str) -> str:
+    """Return a path; raises UsageError if it is not UTF-8, which requests and pages are."""
+    if any("\ud800" <= character <= "\udfff" for character in path):
+        raise UsageError(f"the path {path!r} is not UTF-8", hint="rename the folder")
+    return path
 
 
 def _require_images_apart(builds: Sequence[AdapterBuild], path: Path) -> None:

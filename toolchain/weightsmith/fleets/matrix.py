@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def matrix_of(
         if len(jobs) != cells
         else ""
     )
-    return facts, _TEXTS[system](rows, file, note)
+    return facts, _TEXTS[system](rows, shlex.quote(file), note)
 
 
 def _jobs(builds: Sequence[AdapterBuild], limit: int) -> list[Job]:

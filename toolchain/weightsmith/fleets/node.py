@@ -7,14 +7,22 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from weightsmith.build_record import BuildRecord, read_build
 from weightsmith.destinations import InStore
-from weightsmith.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.errors import (
+    CheckFailed,
+    EnvironmentFailure,
+    InputRefused,
+    UsageError,
+    WeightsmithError,
+    of_machine,
+)
 from weightsmith.fleets.parcels import unpacked
 from weightsmith.fleets.requests import (
     BASE,
@@ -62,6 +70,10 @@ def answer(request: Request, tools: Tools) -> Reply:
         except WeightsmithError as error:
             failure = Failure.of(error)
             told = _refused(request, home)
+        except OSError as error:
+            if (refused := of_machine(error)) is None:
+                raise
+            failure = Failure.of(refused)
         return Reply(
             id=request.id,
             node=socket.gethostname(),
@@ -137,13 +149,24 @@ def _base(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> 
     tools.runner.prepare(MERGE_BUILDER, tools.progress)
     for target in asked.targets:
         if target.format.packed:
-            tools.runner.prepare(of_format(target.format.name).builder, tools.progress)
+            with _left_to_cells(tools, WeightsmithError):
+                tools.runner.prepare(of_format(target.format.name).builder, tools.progress)
     _, sources = clock.take(resolve_request(asked, tools))
     for settings in request.questions:
-        evaluate = check_section(Evaluate, settings, "evaluate")
-        task = task_of(asked.file, evaluate)
-        asked_now = references.subjects(sources, None)
-        references.answers(asked_now, task.task, InStore(tools.store), tools)
+        with _left_to_cells(tools, UsageError, InputRefused, CheckFailed):
+            evaluate = check_section(Evaluate, settings, "evaluate")
+            task = task_of(asked.file, evaluate)
+            asked_now = references.subjects(sources, None)
+            references.answers(asked_now, task.task, InStore(tools.store), tools)
+
+
+@contextmanager
+def _left_to_cells(tools: Tools, *kinds: type[WeightsmithError]) -> Iterator[None]:
+    """Go on after a fault in what only some cells need: they will refuse for it, and no others."""
+    try:
+        yield
+    except kinds as error:
+        tools.progress.warn(f"{error.message}; the cells that need it will say so")
 
 
 def _merged(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> None:

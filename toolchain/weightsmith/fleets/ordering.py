@@ -88,6 +88,12 @@ def _named(
         for build in builds
         if not adapters or build.adapter in adapters
     ]
+    if not any(build.targets for build in found):
+        raise UsageError(
+            f"no cell has one of the adapters {', '.join(adapters)} and one of the targets "
+            f"{', '.join(targets)}",
+            hint="`fleet --plan` prints every cell",
+        )
     return tuple(build for build in found if build.targets)
 
 
@@ -120,10 +126,13 @@ def run_fleet(
         page.changed(rows)
         changed(rows)
 
+    chosen = {key: value for key, value in options.items() if value}
+    if (key := str(options.get("sign_key") or "")) and "://" not in key:
+        chosen["sign_key"] = str(Path(key).expanduser().absolute())  # nodes run in other folders
     with _token(dist) as token:
         order = Order(
             outputs=outputs,
-            tools={key: value for key, value in options.items() if value},
+            tools=chosen,
             dist=dist,
             token=token,
             lock=fleet.lock,
@@ -132,8 +141,11 @@ def run_fleet(
         run = Run(graph, order, engine, tools, tell)
         try:
             return run.go()
+        except EnvironmentFailure as error:
+            error.details = error.details or run.rows().to_json()
+            raise
         finally:
-            page.write(run.rows())
+            page.write(run.rows(), stopped=True)
 
 
 @contextmanager

@@ -46,25 +46,25 @@ class Page:
             return
         self.write(rows)
 
-    def write(self, rows: FleetRows) -> None:
-        """Write page and JSON; raises OSError."""
-        text = render_view(view(rows, self.title, self.dist), "fleet.html.j2")
+    def write(self, rows: FleetRows, *, stopped: bool = False) -> None:
+        """Write page and JSON; `stopped` if nothing runs any more. Raises OSError."""
+        text = render_view(view(rows, self.title, self.dist, stopped=stopped), "fleet.html.j2")
         write_whole(self.dist / PAGE, text.encode("utf-8", errors="replace"))
         write_whole(self.dist / FILE, canonical(rows) + b"\n")
         self._written = time.monotonic()
 
 
-def view(rows: FleetRows, title: str, dist: Path) -> dict[str, Any]:
+def view(rows: FleetRows, title: str, dist: Path, *, stopped: bool = False) -> dict[str, Any]:
     """Return what the page shows: cells by what needs attention, then by name."""
     cells = sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
     counts = {name: sum(row.verdict == name for row in rows.cells) for name in _ORDER if name}
     left = len(rows.cells) - rows.ended
     return {
         "title": title,
-        "over": not left,
-        "verdict": _verdict(rows, counts, left),
-        "cells": [_cell(row, dist) for row in cells],
-        "shared": [_shared(row) for row in rows.shared],
+        "over": stopped or not left,
+        "verdict": _verdict(rows, counts, left, stopped=stopped),
+        "cells": [_cell(row, dist, stopped=stopped) for row in cells],
+        "shared": [_shared(row, stopped=stopped) for row in rows.shared],
         "ended": rows.ended,
         "passed": counts["passed"] + counts["not proven"],
         "cpu_hours": rows.cpu_seconds / 3600,
@@ -73,7 +73,7 @@ def view(rows: FleetRows, title: str, dist: Path) -> dict[str, Any]:
         "cached": rows.share_cached,
         "seconds": rows.seconds,
         "stages": rows.stages,
-        "left": left_seconds(rows),
+        "left": None if stopped else left_seconds(rows),
     }
 
 
@@ -84,7 +84,9 @@ def left_seconds(rows: FleetRows) -> float | None:
     return rows.seconds / built * todo if built and todo else None
 
 
-def _verdict(rows: FleetRows, counts: dict[str, int], left: int) -> dict[str, Any]:
+def _verdict(
+    rows: FleetRows, counts: dict[str, int], left: int, *, stopped: bool
+) -> dict[str, Any]:
     wrong = [
         f"{row.adapter} with {row.target}: {row.error}"
         for row in rows.cells
@@ -96,7 +98,8 @@ def _verdict(rows: FleetRows, counts: dict[str, int], left: int) -> dict[str, An
         return {"state": "failed", "headline": ", ".join(said), "reasons": reasons}
     if left:
         done = f"{rows.ended} of {len(rows.cells)} have ended"
-        return {"state": "untested", "headline": "Running", "reasons": [done]}
+        headline = "Stopped" if stopped else "Running"
+        return {"state": "untested", "headline": headline, "reasons": [done]}
     if counts["not proven"]:
         headline = f"{counts['not proven']} of {len(rows.cells)} are not proven"
         why = "their gates could not have failed; each report says why"
@@ -104,21 +107,26 @@ def _verdict(rows: FleetRows, counts: dict[str, int], left: int) -> dict[str, An
     return {"state": "passed", "headline": f"All {len(rows.cells)} passed", "reasons": []}
 
 
-def _cell(row: CellRow, dist: Path) -> dict[str, Any]:
+def _state(state: str, *, stopped: bool) -> str:
+    return "stopped" if stopped and state != ENDED else _STATES.get(state, state)
+
+
+def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, Any]:
     mark = {"passed": "good", REFUSED: "bad", NOT_MADE: "bad"}.get(row.verdict, "faint")
     report = os.path.relpath(row.report, dist) if row.report else ""
     return {
         **row.to_json(),
-        "shown": row.verdict or _STATES.get(row.state, row.state),
+        "shown": row.verdict or _state(row.state, stopped=stopped),
         "mark": mark,
         "link": Path(report).as_posix() if report and not report.startswith("..") else "",
         "short": (row.digest or "")[7:19],
     }
 
 
-def _shared(row: SharedRow) -> dict[str, Any]:
+def _shared(row: SharedRow, *, stopped: bool) -> dict[str, Any]:
     shown = "failed" if row.error else "cached" if row.cached else "done"
-    return {**row.to_json(), "shown": shown if row.state == ENDED else _STATES[row.state]}
+    state = _state(row.state, stopped=stopped)
+    return {**row.to_json(), "shown": shown if row.state == ENDED else state}
 
 
 def table(rows: FleetRows) -> str:
@@ -128,7 +136,9 @@ def table(rows: FleetRows) -> str:
     for row in cells:
         score = "" if row.score is None else f"{row.score:.3f}"
         what = row.verdict or _STATES.get(row.state, row.state)
-        end = row.error or (row.digest or "")[7:19] + (" (cached)" if row.cached else "")
+        # The first line of an error: the others would look like rows.
+        end = (row.error or "").partition("\n")[0]
+        end = end or (row.digest or "")[7:19] + (" (cached)" if row.cached else "")
         lines.append((row.adapter, row.target, what, score, f"{row.seconds:.1f}", end))
     widths = [max(len(line[n]) for line in lines) for n in range(5)]
     return "\n".join(

@@ -57,8 +57,11 @@ class Failure(JsonObject):
 
     @classmethod
     def of(cls, error: WeightsmithError) -> Failure:
-        """Return an error as a failure."""
-        return cls(message=error.message, hint=error.hint, exit_code=error.exit_code)
+        """Return an error as a failure; names of files in it may be no text."""
+        message, hint = (
+            text.encode(errors="backslashreplace").decode() for text in (error.message, error.hint)
+        )
+        return cls(message=message, hint=hint, exit_code=error.exit_code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

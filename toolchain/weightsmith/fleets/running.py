@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.files import write_whole
 from weightsmith.fleets.graph import Graph, Task
 from weightsmith.fleets.node import answer
@@ -35,6 +35,8 @@ from weightsmith.values import Json, canonical
 
 _TRIES = 3
 """How often a task is given to an engine with several nodes: twice elsewhere."""
+_UPLOAD = 3600.0
+"""Seconds that a shared task waits for its uploads."""
 _TURN = 1.0
 """Seconds between two looks at what runs."""
 
@@ -83,8 +85,8 @@ class Run:
         engine fails; an interrupt ends all tasks. What was finished is kept in either case.
         """
         self._begin()
-        self._finish_cached()
         try:
+            self._finish_cached()
             if not self._is_over():
                 self.engine.check(self._version)
             while not self._is_over():
@@ -93,8 +95,10 @@ class Run:
                     self._take(ended)
                 self._look()
         finally:
-            self.engine.close()
-            self._keep_lock()
+            try:
+                self.engine.close()
+            finally:
+                self._keep_lock()
         self._tell()
         return self.rows()
 
@@ -145,8 +149,12 @@ class Run:
         """Give the engine every task whose predecessors have ended well."""
         works = []
         for task in self._ready():
+            try:
+                works.append(self._work(task, frozenset()))
+            except (UsageError, InputRefused) as error:  # what it names cannot go to a node
+                self._fail(task, Failure.of(error))
+                continue
             self._given.setdefault(task.id, frozenset())
-            works.append(self._work(task, frozenset()))
         if works:
             self.engine.submit(works)
 
@@ -164,6 +172,8 @@ class Run:
         request = self._request(task)
         if self.engine.remote:
             request = packed(request, self.tools)
+            if task.kind != CELL:  # the cells find its results in the cache, or make them again
+                request = replace(request, tools={**request.tools, "upload_seconds": _UPLOAD})
         needs = task.needs
         return Work(
             id=task.id,

@@ -70,7 +70,7 @@ def fleet(
     )
     place = path_of(dist).absolute()
     layouts = str(path_of(layout).absolute()) if layout else ""
-    wiring.keep_clean(found.sources, dist=place, layout=layouts)
+    wiring.keep_clean(found.sources, dist=place, layout=layouts, cache=cache)
     caches = wiring.fleet_cache(on, cache, cache_from)
     engine = wiring.make_fleet_engine(on, address, place)
     with (

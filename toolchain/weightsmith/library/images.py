@@ -68,7 +68,7 @@ def bake(
     image = check_section(ImageNames, {**given, "platforms": platforms}, "bake")
     source, place = path_of(model), path_of(layout).absolute() if layout else None
     settings = path_of(config) if config else None
-    wiring.keep_clean([source, settings or "", base_image], layout=place or "")
+    wiring.keep_clean([source, settings or "", base_image], layout=place or "", cache=cache)
     request = BakeRequest(
         model=source,
         target=target,
@@ -131,7 +131,7 @@ def plan(
     ['resolve', 'merge']
     """
     file = recipe_of(recipe, set)
-    wiring.keep_clean(sources_of(file))
+    wiring.keep_clean(sources_of(file), cache=cache)
     wanted = chosen_targets(file, texts_of(targets))
     with wiring.open_tools(
         runner, Silent(), memory=memory, cache=cache, cache_from=cache_from, uploads=False
@@ -175,7 +175,7 @@ def build(
     """
     file = recipe_of(recipe, set)
     place = path_of(layout).absolute() if layout else None
-    wiring.keep_clean(sources_of(file), dist=path_of(dist), layout=place or "")
+    wiring.keep_clean(sources_of(file), dist=path_of(dist), layout=place or "", cache=cache)
     wanted = chosen_targets(file, texts_of(targets), to_build=True)
     with (
         shown(progress) as shown_progress,

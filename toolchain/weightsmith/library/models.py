@@ -56,7 +56,7 @@ def merge(
     """
     options = options_of(Merge, locals(), "merge")
     source, folders, place = path_of(base), paths_of(adapters), path_of(out)
-    wiring.keep_clean([source, *folders], out=place)
+    wiring.keep_clean([source, *folders], out=place, cache=cache)
     asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
     with (
         shown(progress) as shown_progress,
@@ -117,7 +117,7 @@ def validate(
     """
     options = options_of(Merge, locals(), "validate")
     source, folders, made = path_of(base), paths_of(adapters), path_of(merged)
-    wiring.keep_clean([source, *folders, made])
+    wiring.keep_clean([source, *folders, made], cache=cache)
     pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
     asked = path_of(probes) if probes else None
     with (
@@ -173,7 +173,7 @@ def quantize(
     """
     settings = options_of(Quantize, {**locals(), "imatrix": str(imatrix)}, "quantize")
     source, place = path_of(model), path_of(out)
-    wiring.keep_clean([source], out=place)
+    wiring.keep_clean([source], out=place, cache=cache)
     asked = FolderRequest(
         model=source,
         format_name=format,

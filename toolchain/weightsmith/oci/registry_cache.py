@@ -41,8 +41,9 @@ class RegistryCache:
         self.where = f"oci://{repository.name}"
         self.origin = (repository.registry, repository.repository)
 
-    def find(self, key: Digest) -> bytes | None:
-        """Return the entry's document, in one request if it is small."""
+    def find(self, key: Digest, *, use: bool = True) -> bytes | None:
+        """Return the entry's document, in one request if it is small; no use is marked."""
+        del use
         found = downloads.manifest_or_none(self._pulling, self._tag(key), _FEW)
         if found is None:
             return None

@@ -15,6 +15,8 @@ END = bytes(2 * BLOCK)
 """End of an archive; longer padding is only useful on tape drives."""
 
 _LARGEST_USTAR = 8**11 - 1
+LARGEST_TIME = _LARGEST_USTAR
+"""Seconds since 1970."""
 _NAME, _PREFIX = 100, 155
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from enum import Enum
 from typing import TypeAlias, TypeVar
@@ -103,18 +104,49 @@ def upload_each(
         blob, opener = ready(thing)
         return upload_blob(session, blob, opener, sources, meter, stop, elsewhere), blob.size
 
-    with ThreadPoolExecutor(max(1, parallel)) as pool:
-        futures = [pool.submit(work, thing) for thing in things]
-        try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-        except BaseException:
-            # The pool waits for its threads, so they must be told to stop.
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    futures = _started(work, things, max(1, parallel))
+    try:
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+    except BaseException:
+        stop.set()
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
     return [future.result() for future in futures]
+
+
+def _started(
+    work: Callable[[T], tuple[Transfer, int]], things: Sequence[T], parallel: int
+) -> list[Future[tuple[Transfer, int]]]:
+    """Start the work on each item, on so many threads.
+
+    They are daemons, unlike those of a ThreadPoolExecutor: a process does not wait at its end for
+    an upload that was given up, to a registry that takes nothing more.
+    """
+    waiting: queue.SimpleQueue[tuple[Future[tuple[Transfer, int]], T]] = queue.SimpleQueue()
+    futures: list[Future[tuple[Transfer, int]]] = []
+    for thing in things:
+        futures.append(Future())
+        waiting.put((futures[-1], thing))
+
+    def run() -> None:
+        while True:
+            try:
+                future, thing = waiting.get_nowait()
+            except queue.Empty:
+                return
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work(thing))
+                except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                    future.set_exception(error)
+
+    for _ in range(min(parallel, len(things))):
+        threading.Thread(target=run, daemon=True, name="upload").start()
+    return futures
 
 
 def checked_opener(layer: Layer, blob: Blob) -> Opener:

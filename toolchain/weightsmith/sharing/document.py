@@ -14,7 +14,7 @@ from weightsmith.errors import InputRefused, WeightsmithError
 from weightsmith.foreign import parse
 from weightsmith.oci.engine_layers import PROGRAM_FOLDER, program_layers, root_layers
 from weightsmith.oci.layers import LAYER_TAR, Memo, TarLayer
-from weightsmith.oci.tar import source_date_epoch
+from weightsmith.oci.tar import LARGEST_TIME, source_date_epoch
 from weightsmith.oci.weights import weight_layers
 from weightsmith.ports import Signer
 from weightsmith.provenance import signing
@@ -137,7 +137,7 @@ def _read(data: bytes, key: Digest, check: signing.Check | None) -> SharedEntry:
             for f in about["files"]
         ),
         programs=frozenset(map(str, about["programs"])),
-        epoch=_size(about["epoch"], _LARGEST_FILE),
+        epoch=_size(about["epoch"], LARGEST_TIME),
         packing=next(name for name in FOLDERS if name == about["packing"]),
         layers=tuple(_blob(row, _LARGEST_FILE) for row in about["layers"]),
         headers={str(p): _blob(row, _LARGEST_HEADER) for p, row in about["headers"].items()},

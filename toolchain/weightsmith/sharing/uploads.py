@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
@@ -14,7 +14,7 @@ from weightsmith.ports import Entry, Signer
 from weightsmith.provenance.signing import Check, check_by
 from weightsmith.sharing.document import read_document
 from weightsmith.sharing.place import Place
-from weightsmith.sharing.prepared import prepared
+from weightsmith.sharing.prepared import Opener, prepared
 from weightsmith.values import Digest, Json
 
 T = TypeVar("T")
@@ -101,11 +101,26 @@ class Uploads:
         new = layers is None
         if layers is None:
             made = prepared(key, note, entry, self._memo, self._signer)
-            self.sent += self._tried(lambda: cache.write(key, made.document, made.blobs))
+            blobs = [(blob, self._while_wanted(opener)) for blob, opener in made.blobs]
+            self.sent += self._tried(lambda: cache.write(key, made.document, blobs))
             layers = made.layers
         if cache.origin[0]:
             self._remember(*cache.origin, layers)
         return new
+
+    def _while_wanted(self, opener: Opener) -> Opener:
+        """Return an opener whose bytes end with an error once the upload is given up.
+
+        Some clients send in threads of their own, and a process waits for them at its end.
+        """
+
+        def chunks() -> Iterator[bytes]:
+            for chunk in opener():
+                if self._stopped.is_set():
+                    raise EnvironmentFailure("the upload was given up", hint="run it again")
+                yield chunk
+
+        return chunks
 
     def _held(self, key: Digest) -> Sequence[Digest] | None:
         """Return the layers of the cache's entry; None if there is none that others would use."""
@@ -125,6 +140,6 @@ class Uploads:
             except (EnvironmentFailure, OSError) as error:
                 if isinstance(error, OSError) and error.errno in _FINAL:
                     raise
-            if self._stopped.wait(_PAUSE_SECONDS * number):
-                break
+                if self._stopped.wait(_PAUSE_SECONDS * number):
+                    raise
         return call()

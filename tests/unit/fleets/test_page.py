@@ -1,0 +1,48 @@
+"""The fleet's page and table: what they show of a fleet that runs, has stopped, or has ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from weightsmith.fleets.page import FILE, PAGE, Page, table
+from weightsmith.fleets.rows import ENDED, NOT_MADE, RUNNING, CellRow, FleetRows, SharedRow
+
+REFRESH = '<meta http-equiv="refresh" content="5">'
+DONE = CellRow(adapter="a", target="vllm", verdict="passed", state=ENDED)
+OPEN = CellRow(adapter="b", target="vllm", state=RUNNING)
+SHARED = SharedRow(task="base <b>", kind="base", cells=2, state=RUNNING)
+
+
+def page(folder: Path, *cells: CellRow, stopped: bool = False) -> str:
+    rows = FleetRows(cells=cells, shared=(SHARED,))
+    Page(dist=folder, title="Fleet <i>").write(rows, stopped=stopped)
+    assert len(json.loads((folder / FILE).read_text())["cells"]) == len(cells)
+    return (folder / PAGE).read_text()
+
+
+def test_it_is_read_again_while_the_fleet_runs(tmp_path: Path) -> None:
+    running, ended = page(tmp_path, DONE, OPEN), page(tmp_path, DONE)
+
+    for text in (running, ended):
+        assert "<title>Fleet &lt;i&gt;</title>" in text
+        assert "&lt;title&gt;" not in text
+    assert REFRESH in running.partition("<style>")[0]
+    assert REFRESH not in ended
+    assert "Running" in running
+
+
+def test_it_does_not_claim_to_run_after_an_interrupt(tmp_path: Path) -> None:
+    text = page(tmp_path, DONE, OPEN, stopped=True)
+
+    assert REFRESH not in text
+    assert "<strong>Stopped</strong>" in text
+    assert ">runs<" not in text
+
+
+def test_errors_are_text(tmp_path: Path) -> None:
+    error = "<script>alert(1)</script>\n  c  vllm  passed"
+    bad = CellRow(adapter="b", target="vllm", verdict=NOT_MADE, error=error, state=ENDED)
+
+    assert "<script>alert" not in page(tmp_path, bad)
+    assert len(table(FleetRows(cells=(bad,), shared=())).splitlines()) == 2
