@@ -53,9 +53,10 @@ def base_with(folder: Path, template: str) -> Path:
 @pytest.mark.slow
 def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: None) -> None:
     """The template loops 10^20 times: wherever a job renders it, it is refused by name."""
+    from weightsmith.forward.libraries import load_tokenizer
     from weightsmith.merging.reference import answer
     from weightsmith.quality.texts import as_lines, readings
-    from weightsmith.validating.probes import encode, load_tokenizer
+    from weightsmith.validating.probes import encode
 
     base = base_with(tmp_path, LOOPS)
 

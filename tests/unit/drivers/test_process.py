@@ -174,7 +174,9 @@ def test_an_allocation_beyond_the_limit_fails():
 
 
 PARENT = """
+import signal
 from weightsmith.drivers import process
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 process.run(["/bin/sh", "-c", "echo $$; exec sleep 600"], on_line=lambda x: print(x, flush=True))
 """
 

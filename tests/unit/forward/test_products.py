@@ -55,13 +55,13 @@ def test_an_error_of_any_share_is_raised(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_threads_end_with_their_products() -> None:
-    before, products = threading.active_count(), Products(3)
+    before, products = set(threading.enumerate()), Products(3)
     products.multiply(torch.ones(1, 2), torch.ones(1000, 2))
-    started = [t for t in threading.enumerate() if t.name.startswith("product-")]
+    started = [t for t in set(threading.enumerate()) - before if t.name.startswith("product-")]
 
     products.close()
     for thread in started:
         thread.join(60)
 
     assert len(started) == 2
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in started)

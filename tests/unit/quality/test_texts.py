@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import InputRefused
-from weightsmith.quality.texts import as_lines, load_tokenizer
+from weightsmith.forward.libraries import load_tokenizer
+from weightsmith.quality.texts import as_lines
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
 CHATS = [

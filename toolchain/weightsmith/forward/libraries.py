@@ -5,6 +5,10 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+from pathlib import Path
+from typing import Any
+
+from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -27,3 +31,21 @@ def import_for_good(*names: str) -> None:
         gc.freeze()
     finally:
         gc.enable()
+
+
+def load_tokenizer(root: Path, **options: Any) -> Any:
+    """Return a folder's tokenizer, from local files only; raises InputRefused if that fails."""
+    stay_offline()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            root, local_files_only=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # the tokenizers library raises plain ones
+        if isinstance(error, WeightsmithError) or ran_out_of_memory(error):
+            raise
+        raise InputRefused(
+            f"the tokenizer of {root} cannot be loaded: {' '.join(str(error).split())[:200]}",
+            hint="check that its files are complete and belong to the same model",
+        ) from error

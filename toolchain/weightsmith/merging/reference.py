@@ -16,7 +16,7 @@ from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
-from weightsmith.forward.libraries import stay_offline
+from weightsmith.forward.libraries import load_tokenizer, stay_offline
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import IncompatibleAdapters, fill, skeleton_with_weights
 from weightsmith.forward.views import view
@@ -217,18 +217,16 @@ def speaker(subject: Subject) -> Any:
     The base alone is asked as the adapter is, unless it has no embeddings for the adapter's tokens.
     """
     if not subject.speakers:
-        return load_tokenizer(subject.model, subject.adapters)
-    tokenizer = load_tokenizer(subject.model, [(root, 1.0) for root in subject.speakers])
+        return tokenizer_of(subject.model, subject.adapters)
+    tokenizer = tokenizer_of(subject.model, [(root, 1.0) for root in subject.speakers])
     known = text_part(read_json(subject.model / "config.json")).get("vocab_size")
     if isinstance(known, int) and len(tokenizer) > known:
-        return load_tokenizer(subject.model, subject.adapters)
+        return tokenizer_of(subject.model, subject.adapters)
     return tokenizer
 
 
-def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
+def tokenizer_of(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Load tokenizer and chat template of the last adapter that has them, else the base's."""
-    from transformers import AutoTokenizer
-
     folder, template, author = model, "", model
     for root, _ in adapters:
         files = check_adapter_folder(root)
@@ -236,12 +234,9 @@ def load_tokenizer(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
             folder, template, author = root, "", root
         if own := own_template(root):
             template, author = own, root
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, padding_side="left"
-    )
+    tokenizer = load_tokenizer(folder, padding_side="left")
     if folder != model and not tokenizer.chat_template:
-        base = AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        tokenizer.chat_template, author = base.chat_template, model
+        tokenizer.chat_template, author = load_tokenizer(model).chat_template, model
     if template:
         tokenizer.chat_template = template
     tokenizer.name_or_path = str(author)  # for error messages about the template

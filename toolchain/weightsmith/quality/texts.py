@@ -10,7 +10,7 @@ from typing import Any
 
 from weightsmith.checkpoints.templates import render_chat
 from weightsmith.errors import InputRefused
-from weightsmith.forward.libraries import stay_offline
+from weightsmith.forward.libraries import load_tokenizer, stay_offline
 from weightsmith.time_limits import doing
 from weightsmith.values import Json
 
@@ -59,14 +59,6 @@ def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
     question = render_chat(tokenizer, messages[:-1], answer=True, hint=_HINT)
     (before,) = _ids(tokenizer, [question])
     return len(before) if list(ids[: len(before)]) == before and len(before) < len(ids) else 1
-
-
-def load_tokenizer(model: Path) -> Any:
-    """Return a checkpoint's tokenizer, from local files only."""
-    stay_offline()
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
 
 
 def _renderer(model: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.checkpoints.folder import check_adapter_folder
 from weightsmith.checkpoints.templates import render_chat
-from weightsmith.errors import InputRefused
+from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.time_limits import doing
 from weightsmith.validating.findings import ERROR, WARNING, Finding, finding
 
@@ -49,13 +49,6 @@ def choose(items: Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def load_tokenizer(root: Path) -> Any:
-    """Return a folder's tokenizer, from local files only."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-
-
 def has_tokenizer(root: Path) -> bool:
     """Return whether a folder has a tokenizer."""
     return any((root / name).is_file() for name in _TOKENIZERS)
@@ -69,16 +62,6 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
     """
     if not any(has_tokenizer(root) for root in (base, *adapters)):
         return None
-    try:
-        return _expected(base, adapters)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputRefused(
-            f"the tokenizer of base and adapters cannot be loaded: {str(error)[:200]}",
-            hint="check that its files are complete and belong to the same model",
-        ) from error
-
-
-def _expected(base: Path, adapters: Sequence[Path]) -> Any:
     root, template, author = base, "", base
     for adapter in adapters:
         files = check_adapter_folder(adapter)

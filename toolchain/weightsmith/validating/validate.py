@@ -18,7 +18,7 @@ from weightsmith.errors import EnvironmentFailure, InputRefused, ran_out_of_memo
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Questions
 from weightsmith.forward.greedy import greedy as continuations
-from weightsmith.forward.libraries import stay_offline
+from weightsmith.forward.libraries import load_tokenizer, stay_offline
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import IncompatibleAdapters, decoder_layers, skeleton
 from weightsmith.forward.views import require_finite
@@ -123,11 +123,9 @@ def _tokenizers(request: Request, expected: Any) -> list[Finding]:
         text = "neither base nor adapters have a tokenizer: the probes are random tokens"
         return [finding(NOTE, "tokenizer", text)]
     try:
-        merged = probes.load_tokenizer(request.merged)
-    except Exception as error:  # tokenizers raises plain exceptions
-        if ran_out_of_memory(error):
-            raise
-        message = f"the merged folder's tokenizer cannot be loaded: {str(error)[:200]}"
+        merged = load_tokenizer(request.merged)
+    except InputRefused as error:
+        message = f"of the merged folder: {error.message}"
         return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
     return probes.compare(expected, merged, vocabulary(request.merged), request.base)
 
