@@ -61,7 +61,13 @@ def test_no_weights_are_kept_to_plan_render_and_push(memory: Memory, cache: Memo
 
 
 @pytest.mark.parametrize(
-    "fault", [EnvironmentFailure("gone"), ConnectionResetError("reset"), PermissionError(13, "no")]
+    "fault",
+    [
+        EnvironmentFailure("gone"),
+        ConnectionResetError("reset"),
+        PermissionError(13, "no"),
+        ValueError("Invalid endpoint: nowhere"),
+    ],
 )
 def test_a_cache_that_cannot_be_used_is_one_warning(memory: Memory, fault: Exception) -> None:
     memory.cache = MemoryCache(faults={"find": fault, "read": fault, "write": fault})

@@ -168,6 +168,27 @@ def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not warnings
 
 
+def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
+    store, entry = made(tmp_path / "store")
+    cache, warnings = MemoryCache(), list[str]()
+    filling = Uploads(Place(cache, None, warnings.append, 60), store.memo)
+    filling.upload(KEY, NOTE, entry)
+
+    cache.faults["write"] = PermissionError(13, "Permission denied")
+    place = Place(cache, None, warnings.append, 60)
+    uploads = Uploads(place, store.memo)
+    uploads.add(OTHER, NOTE, entry)
+    assert uploads.close(60) == 0
+
+    mine = SharedStore(MemoryStore(tmp_path / "mine"), [place], lambda: tmp_path)
+    found = mine.find(KEY)
+    assert found is not None
+    assert found.tree.path("model.safetensors").read_bytes() == bytes(3000)
+    (warning,) = warnings
+    assert "cannot be written" in warning
+    assert "Permission denied" in warning
+
+
 def test_two_upload_the_same_at_once(tmp_path: Path) -> None:
     """Without locks, in one folder: what is there in the end is whole."""
     stores = [made(tmp_path / f"store{number}", 3 << 20) for number in range(2)]

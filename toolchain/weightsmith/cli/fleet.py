@@ -71,6 +71,7 @@ def fleet(
         insecure=insecure,
         cache=cache,
         cache_from=cache_from,
+        uploads=not plan,
     ) as tools:
         graph = foreseen(found, place, tools)
         if engine is None:

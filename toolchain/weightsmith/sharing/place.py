@@ -35,6 +35,9 @@ class Place:
         """For one look-up; a cache that takes longer is not asked again."""
         self._lock = threading.Lock()
         self.broken = False
+        """Whether it is not used any more."""
+        self.closed = False
+        """Whether nothing is written to it any more; it may still be read."""
         self.taken = 0
         """Bytes read from it."""
 
@@ -55,7 +58,7 @@ class Place:
                 f"the cache {self.where} has a result that is not used ({key.short}): "
                 f"{refused.message}"
             )
-        except (WeightsmithError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a client raises, it is a miss
             self.fail(error)
         return None
 
@@ -69,7 +72,7 @@ class Place:
                 yield chunk
         except (InputRefused, FileNotFoundError, Altered) as error:
             raise lost(self.where, _why(error)) from error
-        except (WeightsmithError, OSError) as error:
+        except Exception as error:
             self.fail(error)
             raise lost(self.where, _why(error)) from error
 
@@ -78,12 +81,24 @@ class Place:
         if not self.broken:
             self._warn(error.message)
 
-    def fail(self, error: Exception, what: str = "the build goes on without it") -> None:
+    def fail(self, error: Exception) -> None:
         """Do not use the cache any more, and say so once."""
         with self._lock:
-            said, self.broken = self.broken, True
+            said, self.broken, self.closed = self.broken or self.closed, True, True
         if not said:
-            self._warn(f"the cache {self.where} cannot be used; {what}: {_why(error)}")
+            self._warn(
+                f"the cache {self.where} cannot be used; the build goes on without it: "
+                f"{_why(error)}"
+            )
+
+    def close(self, error: Exception) -> None:
+        """Do not write to the cache any more, and say so once."""
+        with self._lock:
+            said, self.closed = self.closed, True
+        if not said:
+            self._warn(
+                f"the cache {self.where} cannot be written; results are not shared: {_why(error)}"
+            )
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:

@@ -57,7 +57,7 @@ class Uploads:
 
     def add(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:
         """Upload an entry soon, unless the cache has it; returns at once."""
-        if key in self._seen or self._place.broken:
+        if key in self._seen or self._place.closed:
             return
         self._seen.add(key)
         self._left += 1
@@ -74,20 +74,20 @@ class Uploads:
         self._tasks.put(None)
         self._thread.join(seconds)
         self._stopped.set()
-        return 0 if self._place.broken else self._left
+        return 0 if self._place.closed else self._left
 
     def _work(self) -> None:
         while task := self._tasks.get():
             if self._stopped.is_set():
                 return
             try:
-                if not self._place.broken:
+                if not self._place.closed:
                     self.upload(*task)
             except (InputRefused, UsageError):
                 pass  # a file that cannot be in a layer: this result stays here
             except Exception as error:  # noqa: BLE001 - a fault of a cache never ends a build
                 if not self._stopped.is_set():
-                    self._place.fail(error, "results are not shared")
+                    self._place.close(error)
             self._left -= 1
 
     def upload(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> bool:
