@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.s3_cache import S3Cache
+from weightsmith.errors import EnvironmentFailure
 from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -128,3 +129,19 @@ def test_what_is_removed_is_gone_and_the_rest_is_whole(cache: Cache) -> None:
     assert cache.find(KEY) is None
     assert cache.find(OTHER) == b"{}"
     assert b"".join(cache.read(blob_of(SMALL))) == SMALL
+
+
+@pytest.mark.slow
+def test_an_endpoint_that_is_no_address_is_an_error_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "tests")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nowhere")
+    cache = S3Cache("bucket/prefix")
+
+    with pytest.raises(EnvironmentFailure, match="Invalid endpoint: nowhere"):
+        cache.find(KEY)
+    with pytest.raises(EnvironmentFailure, match="Invalid endpoint: nowhere"):
+        list(cache.entries())

@@ -116,3 +116,20 @@ def test_to_describe_a_cache_is_not_to_use_it(tmp_path: Path, run: Run) -> None:
 
     assert run("stat")["oldest_days"] > 1
     assert {path.stat().st_mtime for path in entries} == {1000}
+
+
+@pytest.mark.parametrize("list_of_blobs", ["no list\n", None])
+def test_an_entry_whose_blobs_are_not_known_does_not_keep_others_from_cleaning(
+    tmp_path: Path, run: Run, list_of_blobs: str | None
+) -> None:
+    made(tmp_path / "one")
+    run("push")
+    broken = tmp_path / "shared" / "entries" / f"{key_of(0).hex}.blobs"
+    if list_of_blobs is None:
+        broken.unlink()
+    else:
+        broken.write_text(list_of_blobs)
+
+    assert run("prune", keep=1 << 30)["deleted"] == 0
+    assert run("stat")["results"] == 2
+    assert run("push")["pushed"] == 1

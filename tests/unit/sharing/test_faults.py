@@ -6,14 +6,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from weightsmith.drivers.folder_cache import FolderCache
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import CacheLost, EnvironmentFailure
 from weightsmith.ports import Entry
 from weightsmith.sharing import uploads as module
 from weightsmith.sharing.place import Place, within
@@ -49,12 +49,15 @@ def stuck() -> Iterator[Stuck]:
 
 def made(folder: Path, size: int = 3000) -> tuple[MemoryStore, Entry]:
     store = MemoryStore(folder)
+    return store, store.produce(KEY, NOTE, weights(size))
 
+
+def weights(size: int) -> Callable[[Path], dict[str, object]]:
     def make(partial: Path) -> dict[str, object]:
         (partial / "model.safetensors").write_bytes(bytes(size))
         return {}
 
-    return store, store.produce(KEY, NOTE, make)
+    return make
 
 
 def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
@@ -187,6 +190,28 @@ def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
     (warning,) = warnings
     assert "cannot be written" in warning
     assert "Permission denied" in warning
+
+
+def test_a_result_that_lacks_a_blob_is_made_and_uploaded_again(tmp_path: Path) -> None:
+    store, entry = made(tmp_path / "store")
+    cache = MemoryCache()
+    Uploads(Place(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    whole = dict(cache.blobs)
+    place = Place(FolderCache(tmp_path / "shared"), None, print, 60)
+    Uploads(place, store.memo).upload(KEY, NOTE, entry)
+    (blob,) = (path for path in (tmp_path / "shared" / "blobs").rglob("*") if path.is_file())
+    blob.unlink()
+
+    mine = MemoryStore(tmp_path / "mine")
+    uploads = Uploads(place, mine.memo)
+    shared = SharedStore(mine, [place], lambda: tmp_path / "scratch", uploads)
+    found = shared.find(KEY)
+    assert found is not None
+    with pytest.raises(CacheLost):
+        found.tree.path("model.safetensors")
+    shared.produce(KEY, NOTE, weights(3000))
+    assert uploads.close(60) == 0
+    assert blob.read_bytes() in whole.values()
 
 
 def test_two_upload_the_same_at_once(tmp_path: Path) -> None:

@@ -96,16 +96,20 @@ class FolderCache:
                 with suppress(FileNotFoundError):
                     freed += path.stat().st_size
                     path.unlink()
-        named = {
-            name for path in _files(self.root / "entries", ".json") for name in _blobs_of(path)
-        }
+        named = set[str]()
+        for path in _files(self.root / "entries", ".json"):
+            try:
+                named |= _blobs_of(path).keys()
+            except (FileNotFoundError, ValueError):  # its blobs are not known: it goes before them
+                path.unlink(missing_ok=True)
         young = time.time() - _BEING_WRITTEN
         for path in _files(self.root / "blobs"):
-            status = path.stat()
-            # One that was just written, or found by a writer, may be about to get an entry.
-            if path.name not in named and (status.st_mtime < young or path.name in gone):
-                path.unlink(missing_ok=True)
-                freed += status.st_size
+            with suppress(FileNotFoundError):  # another one cleans too
+                status = path.stat()
+                # One that was just written, or found by a writer, may be about to get an entry.
+                if path.name not in named and (status.st_mtime < young or path.name in gone):
+                    path.unlink()
+                    freed += status.st_size
         return freed
 
     def _entry(self, key: Digest) -> Path:

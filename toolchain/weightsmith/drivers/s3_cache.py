@@ -99,7 +99,7 @@ class S3Cache:
         with self._asked():
             rows = self._files.find(f"{self._place}/entries", detail=True)
         for path, row in rows.items():
-            with suppress(ValueError, FileNotFoundError), self._asked():
+            with suppress(ValueError, FileNotFoundError):
                 key = Digest(f"sha256:{_key_in(path)}")
                 size = int(row["size"]) + sum(self._blobs_of(key).values())
                 yield Kept(key=key, size=size, used=_time(row))
@@ -145,7 +145,9 @@ class S3Cache:
             return None
 
     def _blobs_of(self, key: Digest) -> dict[str, int]:
-        rows = self._files.cat_file(self._named(key)).decode().splitlines()
+        with self._asked():
+            content = self._files.cat_file(self._named(key))
+        rows = content.decode().splitlines()
         return {name: int(size) for name, _, size in (row.partition(" ") for row in rows)}
 
     def _entry(self, key: Digest) -> str:
@@ -159,10 +161,13 @@ class S3Cache:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Turn botocore's errors into ours; those of files stay as they are."""
+        """Turn botocore's errors into ours; those of files stay as they are.
+
+        An endpoint that is no URL is a ValueError.
+        """
         try:
             yield
-        except (WeightsmithError, OSError, ValueError):
+        except (WeightsmithError, OSError):
             raise
         except Exception as error:
             raise EnvironmentFailure(

@@ -59,7 +59,7 @@ class SharedStore:
             return found
         entry = found or self._local.produce(key, note, make, resume=resume)
         if self._uploads:
-            self._uploads.add(key, note, entry)
+            self._uploads.add(key, note, entry, again=key in self._refused)
         return entry
 
     def share(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:

@@ -46,7 +46,7 @@ class Uploads:
         self._signer = signer
         self._check: Check | None = check_by(signer.public) if signer else None
         self._remember = remember
-        self._tasks: queue.SimpleQueue[tuple[Digest, Mapping[str, Json], Entry] | None]
+        self._tasks: queue.SimpleQueue[tuple[Digest, Mapping[str, Json], Entry, bool] | None]
         self._tasks = queue.SimpleQueue()
         self._seen: set[Digest] = set()
         self._left = 0
@@ -55,13 +55,18 @@ class Uploads:
         self.sent = 0
         """Bytes sent so far."""
 
-    def add(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:
-        """Upload an entry soon, unless the cache has it; returns at once."""
+    def add(
+        self, key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+    ) -> None:
+        """Upload an entry soon, unless the cache has it; returns at once.
+
+        With `again`, also if it has one: that could not be used, because it lacks a blob, say.
+        """
         if key in self._seen or self._place.closed:
             return
         self._seen.add(key)
         self._left += 1
-        self._tasks.put((key, note, entry))
+        self._tasks.put((key, note, entry, again))
         if self._thread is None:
             # A daemon, so that a process does not wait for an upload that was given up.
             self._thread = threading.Thread(target=self._work, daemon=True, name="uploads")
@@ -90,14 +95,16 @@ class Uploads:
                     self._place.close(error)
             self._left -= 1
 
-    def upload(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> bool:
+    def upload(
+        self, key: Digest, note: Mapping[str, Json], entry: Entry, again: bool = False
+    ) -> bool:
         """Upload an entry now, with some tries; return False if the cache has it already.
 
         Raises EnvironmentFailure or OSError if the cache cannot be used, UsageError or InputRefused
         for files that cannot be in a layer.
         """
         cache = self._place.cache
-        layers = self._held(key)
+        layers = None if again else self._held(key)
         new = layers is None
         if layers is None:
             made = prepared(key, note, entry, self._memo, self._signer)
