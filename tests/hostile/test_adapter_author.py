@@ -261,7 +261,8 @@ def test_no_name_adds_a_row(name: str) -> None:
     tasks = {"tasks": {name: {"score": 1, "measure": name, "n": 1}}}
     row = {"stage": "merge", "target": name, "cached": False, "why": name, "read_bytes": 0,
            "write_bytes": 0, "peak_memory_bytes": 0}  # fmt: skip
-    forecast = {"name": name, "version": name, "stages": [row], "serving": {}, "advice": {}}
+    forecast = {"name": name, "version": name, "stages": [row], "serving": {}, "advice": {},
+                "platforms": {name: {name: name, "linux/amd64": name}}}  # fmt: skip
     for text, rows in (
         (inspect_text(wanted), 7),
         (verify_table(checks), 1),
@@ -279,7 +280,7 @@ def test_markup_in_a_plan_is_text() -> None:
     row = {"stage": "merge", "target": "t", "cached": False, "why": "[/] [bold]why :skull:",
            "read_bytes": 0, "write_bytes": 0, "peak_memory_bytes": 0}  # fmt: skip
     forecast = {"name": "[red]n", "version": "[/]", "stages": [row], "serving": {},
-                "advice": {"merge": None, "why": ["a\nb"]}}  # fmt: skip
+                "platforms": {}, "advice": {"merge": None, "why": ["a\nb"]}}  # fmt: skip
     text = plan_table(forecast)
     assert "[red]n [/]" in text
     assert "[/] [bold]why :skull:" in text

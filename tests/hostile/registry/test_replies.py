@@ -14,7 +14,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.oci import downloads
 from weightsmith.oci.auth import Challenge, parse_challenge
 from weightsmith.oci.manifests import read_json
-from weightsmith.oci.referrers import _next_page
+from weightsmith.oci.paging import next_page
 from weightsmith.oci.replies import Reply, Transient, json_object, read_limited
 from weightsmith.oci.sending import _kept
 from weightsmith.values import Blob, Digest
@@ -61,7 +61,7 @@ def test_a_challenge_of_16_kilobytes_is_read_at_once(header: str) -> None:
 def test_a_list_of_a_hundred_thousand_links_is_read_at_once() -> None:
     """A Link header holds "<" a hundred thousand times: no next page, and no minutes."""
     reply = Reply(200, httpx.Headers({"link": "<" * 100_000}), b"", "https://r.example/")
-    assert _next_page(None, reply) == ""  # type: ignore[arg-type]
+    assert next_page(None, reply) == ""  # type: ignore[arg-type]
 
 
 class Upload:
