@@ -114,9 +114,10 @@ class RayFleet:
             return
         for one in self._given:
             self._ray.cancel(one, force=False)
-        if self._given:
-            self._ray.wait([*self._given], num_returns=len(self._given), timeout=_PATIENCE)
-        for one in self._given:
+        late = [*self._given]
+        if late:
+            _, late = self._ray.wait(late, num_returns=len(late), timeout=_PATIENCE)
+        for one in late:  # and no others: Ray aborts this process if it cancels what just ends
             self._ray.cancel(one, force=True)
         self._given.clear()
         self._ray.shutdown()
