@@ -49,7 +49,7 @@ from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Si
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by, read_public_key
 from weightsmith.serving.memory import human, parse_size
-from weightsmith.sharing.address import OFF, Address, Sharing, chosen, required
+from weightsmith.sharing.address import Address, Sharing, chosen, required
 from weightsmith.sharing.place import Place
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
@@ -277,11 +277,8 @@ def open_one_cache(
     sharing = required(cache, read_config().cache)
     if sharing.both is None:
         raise AssertionError("`required` returns a cache")
-    settings, local, layers = (
-        sharing.settings,
-        make_store(progress.note),
-        PushedLayers(cache_folder()),
-    )
+    settings, local = sharing.settings, make_store(progress.note)
+    layers = PushedLayers(cache_folder())
     check = read_public_key(Path(settings.verify_key)) if settings.verify_key else None
     signer = make_signer(sign_key or settings.sign_key)
     with make_registry(insecure=insecure, memory=layers) as registry, _scratch() as folder:
@@ -309,25 +306,6 @@ def open_cache(address: Address, registry: Registry) -> Cache:
 NODE = (sys.executable, "-m", "weightsmith.node")
 """The program that does a fleet's task on any machine where this package is installed."""
 ENGINES = ("local", "ray", "slurm")
-
-
-def fleet_cache(on: str, cache: str, cache_from: str) -> Mapping[str, str]:
-    """Return the caches of a fleet's nodes, as addresses: those of this command.
-
-    Raises UsageError if nodes on other machines would share none.
-    """
-    found = chosen(cache, cache_from, read_config().cache)
-    if on != "local" and found.both is None:
-        raise UsageError(
-            f"--on {on} needs a shared cache: it is all that the nodes have in common",
-            hint="give --cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX, or a folder that "
-            "all nodes see",
-        )
-    named = {"cache": found.both, "cache_from": found.read}
-    told = {flag: str(address) for flag, address in named.items() if address}
-    # A node must not take from its own configuration what was switched off here.
-    off = {"cache": cache, "cache_from": cache_from}
-    return {**told, **{flag: OFF for flag, value in off.items() if value == OFF}}
 
 
 def make_fleet_engine(on: str, address: str, dist: Path) -> FleetEngine:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import UsageError
-from weightsmith.sharing.address import Address, chosen, parse_address, required
+from weightsmith.sharing.address import Address, chosen, of_nodes, parse_address, required
 from weightsmith.user_config import CacheSettings, read_config
-from weightsmith.wiring import cache_folder, fleet_cache
+from weightsmith.wiring import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -116,8 +116,11 @@ def test_nodes_of_a_fleet_get_what_this_command_has(
 ) -> None:
     """What is off here is off for them, whatever their own configuration says."""
     monkeypatch.setenv("WEIGHTSMITH_CACHE", "file:///mnt/cache")
-    assert fleet_cache("local", "", "") == {"cache": "/mnt/cache"}
-    assert fleet_cache("local", "off", "") == {"cache": "off"}
-    assert fleet_cache("ray", "", "off") == {"cache": "/mnt/cache", "cache_from": "off"}
+    assert of_nodes("local", "", "", CacheSettings()) == {"cache": "/mnt/cache"}
+    assert of_nodes("local", "off", "", CacheSettings()) == {"cache": "off"}
+    assert of_nodes("ray", "", "off", CacheSettings()) == {
+        "cache": "/mnt/cache",
+        "cache_from": "off",
+    }
     with pytest.raises(UsageError, match="--on ray needs a shared cache"):
-        fleet_cache("ray", "off", "")
+        of_nodes("ray", "off", "", CacheSettings())

@@ -52,14 +52,16 @@ def fleet(
     from weightsmith.fleets.terminal import watcher
     from weightsmith.ports import Silent
     from weightsmith.progress import Recorder, progress_for
-    from weightsmith.wiring import fleet_cache, keep_clean, make_fleet_engine, open_tools
+    from weightsmith.sharing.address import of_nodes
+    from weightsmith.user_config import read_config
+    from weightsmith.wiring import keep_clean, make_fleet_engine, open_tools
 
     found = ordered(file, settings=set, adapters=adapter, targets=target, update_lock=update_lock)
     if print_:
         return matrix_of(found.builds, print_, file)
     place = Path(dist).absolute()
     keep_clean(found.sources, dist=dist, layout=layout, cache=cache)
-    caches = {} if plan else fleet_cache(on, cache, cache_from)
+    caches = {} if plan else of_nodes(on, cache, cache_from, read_config().cache)
     engine = None if plan else make_fleet_engine(on, address, place)
     progress = Silent() if plan else Recorder(progress_for())
     with open_tools(

@@ -11,6 +11,8 @@ from weightsmith.fleets.rows import CellRow, FleetRows, SharedRow
 from weightsmith.fleets.terminal import watcher
 from weightsmith.library.arguments import AnyPath, Texts, path_of, texts_of
 from weightsmith.progress import shown
+from weightsmith.sharing.address import of_nodes
+from weightsmith.user_config import read_config
 
 FleetCell: TypeAlias = CellRow
 """One adapter with one target, and what became of its build."""
@@ -71,7 +73,7 @@ def fleet(
     place = path_of(dist).absolute()
     layouts = str(path_of(layout).absolute()) if layout else ""
     wiring.keep_clean(found.sources, dist=place, layout=layouts, cache=cache)
-    caches = wiring.fleet_cache(on, cache, cache_from)
+    caches = of_nodes(on, cache, cache_from, read_config().cache)
     engine = wiring.make_fleet_engine(on, address, place)
     with (
         shown(progress) as shown_progress,

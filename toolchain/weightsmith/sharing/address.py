@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -102,6 +103,24 @@ def required(cache: str, settings: CacheSettings) -> Sharing:
     if found.both is None:
         raise UsageError("no cache is named", hint=f"give --cache: {_FORMS}")
     return replace(found, read=None)
+
+
+def of_nodes(on: str, cache: str, cache_from: str, settings: CacheSettings) -> Mapping[str, str]:
+    """Return the caches of a fleet's nodes, as addresses by flag: those of its command.
+
+    Raises UsageError if nodes on other machines would share none.
+    """
+    found = chosen(cache, cache_from, settings)
+    if on != "local" and found.both is None:
+        raise UsageError(
+            f"--on {on} needs a shared cache: it is all that the nodes have in common",
+            hint=f"give --cache: {_FORMS} that all nodes see",
+        )
+    named = {"cache": found.both, "cache_from": found.read}
+    addresses = {flag: str(address) for flag, address in named.items() if address}
+    # A node must not take from its own configuration what was switched off here.
+    off = {"cache": cache, "cache_from": cache_from}
+    return {**addresses, **{flag: OFF for flag, value in off.items() if value == OFF}}
 
 
 def _refused(flag: str, text: str, why: str) -> UsageError:
