@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from weightsmith.checkpoints.safetensors import NO_DATA, Header
 from weightsmith.errors import InputRefused
+from weightsmith.values import FileEntry, Tree
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,3 +65,33 @@ def data_of(header: Header) -> Data | None:
 def computed(path: Path) -> Data | None:
     """Return what computes the data of a file whose header was read before, or None."""
     return _FILLED.get(path.resolve()) if _FILLED else None
+
+
+class UnwrittenTree(Tree):
+    """A tree of files that were not written; headers and small files are those of another tree."""
+
+    __slots__ = ("_there",)
+    _there: Tree
+
+    def __init__(self, files: tuple[FileEntry, ...], there: Tree) -> None:
+        object.__setattr__(self, "_there", there)
+        object.__setattr__(self, "files", files)
+        object.__setattr__(self, "places", {})
+
+    def __repr__(self) -> str:
+        """Return a text without the other tree, which may be fetched where it is used."""
+        return f"UnwrittenTree({len(self.files)} files)"
+
+    @property
+    def root(self) -> Path:
+        """The folder of the other tree."""
+        return self._there.root
+
+    @property
+    def texts(self) -> Path:
+        """A folder with all files but the weights."""
+        return self._there.texts
+
+    def path(self, name: str) -> Path:
+        """Return the location of a file; of weights, that of their header."""
+        return self._there.path(name)

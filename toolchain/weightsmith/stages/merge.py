@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from weightsmith.checkpoints.without_data import UnwrittenTree
 from weightsmith.destinations import Destination, InFolder
 from weightsmith.jobs import Input, MergeJob
 from weightsmith.merge_options import Merge
@@ -25,7 +26,6 @@ from weightsmith.values import (
     Json,
     Sources,
     StageInputs,
-    UnwrittenTree,
 )
 
 BUILDER = "merge"
