@@ -5,11 +5,12 @@
 The model is a Llama in bfloat16 with random weights of 0.32, 1.17 or 7.38 billion, with an adapter
 of rank 16 on every linear layer. The build is the default one for llama.cpp's Q4_K_M with the local
 runner and a store of its own; the image is started and asked. Random weights answer nothing, so the
-verdict is "not proven" and no gate refuses. Memory is the largest sum of the anonymous memory of
-all processes, seen ten times a second; pages of mapped files do not count. CPU seconds are those of
-the build and of all processes that ended in the stage. Validation and reference share a process and
-are in one row. The 7b case needs 16 GB of disk for the base and 15 GB for the build. Builders must
-be there: a first build of `examples/tiny` makes them.
+verdict is "not proven" and no gate refuses; where the image's answer to the smoke test is empty, the
+build ends there with exit code 4, and the table has the stages before. Memory is the largest sum of
+the anonymous memory of all processes, seen ten times a second; pages of mapped files do not count.
+CPU seconds are those of the build and of all processes that ended in the stage. Validation and
+reference share a process and are in one row. The 7b case needs 16 GB of disk for the base and 15 GB
+for the build. Builders must be there: a first build of `examples/tiny` makes them.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ class Watch:
     rows: list[tuple[str, float, float, float]] = field(default_factory=list)
     """Stage, CPU seconds, wall seconds, peak MiB."""
     ended: bool = False
+    exit_code: int = 0
 
     def sample(self) -> None:
         """Look ten times a second until the build has ended."""
@@ -143,8 +145,7 @@ def build(folder: Path) -> Watch:
             watch.end(match[1])
     print(process.stdout.read(), file=sys.stderr)
     watch.ended = True
-    if process.wait():
-        sys.exit(process.returncode)
+    watch.exit_code = process.wait()
     return watch
 
 
@@ -161,7 +162,8 @@ def main() -> None:
     for name in ("store", "dist"):
         shutil.rmtree(folder / name, ignore_errors=True)
     loads = " ".join(f"{load:.1f}" for load in os.getloadavg())
-    rows = build(folder).rows
+    seen = build(folder)
+    rows = seen.rows
     print(f"{os.cpu_count()} CPUs, load before {loads}, {asked.questions} questions\n")
     print("| stage | CPU s | wall s | peak anonymous MiB |\n|---|---|---|---|")
     for stage, cpu, wall, peak in rows:
@@ -170,6 +172,7 @@ def main() -> None:
     print(f"| all | {sums[0]:.1f} | {sums[1]:.1f} | {max(row[3] for row in rows):.0f} |")
     for name in ("store", "dist"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    sys.exit(seen.exit_code)
 
 
 if __name__ == "__main__":
