@@ -5,12 +5,12 @@
 The model is a Llama in bfloat16 with random weights of 0.32, 1.17 or 7.38 billion, with an adapter
 of rank 16 on every linear layer. The build is the default one for llama.cpp's Q4_K_M with the local
 runner and a store of its own; the image is started and asked. Random weights answer nothing, so the
-verdict is "not proven" and no gate refuses; where the image answers the smoke test with nothing, the
-build ends there with exit code 4, and the table has the stages before. Memory is the largest sum of
-the anonymous memory of all processes, seen ten times a second; pages of mapped files do not count.
-CPU seconds are those of the build and of all processes that ended in the stage. Validation and
-reference share a process and are in one row. The 7b case needs 16 GB of disk for the base and 15 GB
-for the build. Builders must be there: a first build of `examples/tiny` makes them.
+verdict is "not proven" and no gate refuses; where the image answers the smoke test with nothing,
+the build ends there with exit code 4, and the table has the stages before. Memory is the largest
+sum of the anonymous memory of all processes, seen ten times a second; pages of mapped files do not
+count. CPU seconds are those of the build and of all processes that ended in the stage. Validation
+and reference share a process and are in one row. The 7b case needs 16 GB of disk for the base and
+15 GB for the build. Builders must be there: a first build of `examples/tiny` makes them.
 """
 
 from __future__ import annotations
