@@ -51,6 +51,14 @@ def test_a_glob_is_one_build_for_each_folder(home: Path) -> None:
     assert [cell.target for one in found for cell in one.cells] == ["llamacpp-q4_k_m"] * 3
 
 
+def test_a_fleet_file_below_the_current_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home.parent)
+
+    found = builds(Path(home.name), adapters=["./adapters/*"])
+
+    assert found[1].file.recipe.adapters[0].source == str(home / "adapters" / "one")
+
+
 def test_an_entry_says_what_differs(home: Path) -> None:
     entry = {
         "name": "legal",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-import socket
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from socket import AF_UNIX, SHUT_RDWR
+from socket import socket as Socket  # noqa: N812 - docker names its own values `socket`
 from typing import Any
 
 import docker
@@ -290,7 +291,7 @@ def _try_socket(host: str) -> None:
     """Connect to a local engine and hang up: docker-py leaks its socket where nobody listens."""
     scheme, _, path = host.partition("://")
     if scheme == "unix":
-        with socket.socket(socket.AF_UNIX) as trial:
+        with Socket(AF_UNIX) as trial:
             trial.settimeout(_ANSWER_SECONDS)
             trial.connect("/" + path.lstrip("/"))
 
@@ -359,7 +360,7 @@ def _ended_after(seconds: int, container: Container, socket: Any) -> Iterator[No
         remove(container)
         # A hanging engine does not report the container's end; do not wait for it.
         with contextlib.suppress(*GONE):
-            socket.shutdown(socket.SHUT_RDWR)
+            socket.shutdown(SHUT_RDWR)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

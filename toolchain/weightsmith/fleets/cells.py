@@ -119,7 +119,7 @@ def _entries(fleet: Fleet, path: Path) -> Iterator[tuple[str, FleetAdapter]]:
             yield place, FleetAdapter(source=given)
             continue
         pattern = Path(given).expanduser()
-        root = Path(pattern.anchor) if pattern.is_absolute() else path.parent
+        root = Path(pattern.anchor) if pattern.is_absolute() else path.parent.absolute()
         inner = str(pattern.relative_to(pattern.anchor))
         try:
             folders = sorted(one for one in root.glob(inner) if one.is_dir())

@@ -64,7 +64,8 @@ class _Helper:
     def __init__(self) -> None:
         self._work = SimpleQueue[tuple[Callable[[int], None], int] | None]()
         self._done = SimpleQueue[BaseException | None]()
-        threading.Thread(target=self._live, daemon=True, name=f"product-{id(self)}").start()
+        self._thread = threading.Thread(target=self._live, daemon=True, name=f"product-{id(self)}")
+        self._thread.start()
 
     def begin(self, work: Callable[[int], None], share: int) -> None:
         self._work.put((work, share))
@@ -75,6 +76,7 @@ class _Helper:
 
     def close(self) -> None:
         self._work.put(None)
+        self._thread.join()
 
     def _live(self) -> None:
         torch.set_num_threads(1)

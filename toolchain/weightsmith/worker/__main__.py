@@ -105,4 +105,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Libraries' threads may still end; tearing the process down beside them can crash it.
+    os._exit(code)
