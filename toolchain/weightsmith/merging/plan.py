@@ -32,7 +32,7 @@ from weightsmith.merging.compose import compose
 from weightsmith.merging.families import families
 from weightsmith.merging.names import BaseNames, plain_key
 from weightsmith.merging.origin import other_family
-from weightsmith.merging.outputs import Output, OutputShard
+from weightsmith.merging.outputs import Output, OutputShard, Stored
 from weightsmith.merging.quantized.base import STALE, base_view
 from weightsmith.merging.quantized.sources import held_bytes
 from weightsmith.merging.refused import REFUSED, UNMERGED
@@ -276,3 +276,15 @@ def _other_bases(adapters: Sequence[PlannedAdapter], config: Mapping[str, Any]) 
         for adapter in adapters
         if (own := other_family(adapter.config.base_model, config))
     ]
+
+
+def can_be_virtual(plan: MergePlan) -> bool:
+    """Return whether a merge's rows can be computed as often as they are needed.
+
+    Sums of products, replaced rows and copies take little longer than reading. Other changes need
+    whole tensors, and dequantized ones are made as a whole.
+    """
+    return all(
+        output.change is None and isinstance(output.source, Stored)
+        for output in plan.outputs.values()
+    )

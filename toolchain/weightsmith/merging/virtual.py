@@ -17,25 +17,13 @@ from weightsmith.merge_options import Merge
 from weightsmith.merging.blocks import RowMaker, Settings, Span, stored_copy
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.kernel import check_arithmetic
-from weightsmith.merging.outputs import Output, Stored
+from weightsmith.merging.outputs import Output
 from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.stream import as_bytes
 from weightsmith.merging.tally import Tally
 
 _KEPT = 8
 """Tensors of a file whose factors stay in memory: those that are read at the same time."""
-
-
-def can_be_virtual(plan: MergePlan) -> bool:
-    """Return whether a merge's rows can be computed as often as they are needed.
-
-    Sums of products, replaced rows and copies take little longer than reading. Other changes need
-    whole tensors, and dequantized ones are made as a whole.
-    """
-    return all(
-        output.change is None and isinstance(output.source, Stored)
-        for output in plan.outputs.values()
-    )
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from weightsmith.destinations import Destination, InFolder
 from weightsmith.jobs import Input, MergeJob
 from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.plan import MergePlan, estimate, make_plan
-from weightsmith.merging.virtual import can_be_virtual
+from weightsmith.merging.plan import MergePlan, can_be_virtual, estimate, make_plan
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import Entry, Store
 from weightsmith.resources import builder_pins
