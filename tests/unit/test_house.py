@@ -137,7 +137,7 @@ def test_the_control_plane_never_imports_torch() -> None:
         "import sys, weightsmith.pipeline, weightsmith.commands.plan, weightsmith.wiring\n"
         "import weightsmith.commands.merge, weightsmith.commands.render\n"
         "import weightsmith.commands.evaluate\n"
-        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'peft', 'ml_dtypes'} & set(sys.modules)))"
     )
 
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"
