@@ -45,6 +45,9 @@ class View:
         inside = "layers." in name or ".h." in name
         return self.change(name, data) if data.ndim == 2 and inside else data
 
+    def rows(self, name, start, stop):
+        return self.tensor(name)[start:stop]
+
 
 def four_bits(_, data, group=32):
     """Symmetric four-bit rounding with one scale per group: a sound quantization."""

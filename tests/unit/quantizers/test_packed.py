@@ -151,6 +151,46 @@ def test_a_sound_checkpoint_is_read_back_near_its_original(
             assert (torch.from_numpy(view.tensor(name)) == weight.float()).all()
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (3, 29), (17, 18)])
+def test_rows_are_those_of_the_whole_matrix(
+    made: tuple[Path, Layout], start: int, stop: int
+) -> None:
+    view = PackedView(made[0])
+
+    for name in view.names:
+        rows = view.rows(name, start, stop)
+        np.testing.assert_array_equal(rows, view.tensor(name)[start:stop])
+
+
+def test_rows_of_a_matrix_whose_zero_points_are_packed_along_its_rows(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    words = random.integers(0, 1 << 31, (24 + 3, 4)).astype(np.int32)
+    save_file(
+        {
+            "a.weight_packed": torch.from_numpy(words[:24]),
+            "a.weight_zero_point": torch.from_numpy(words[24:, :2].copy()),
+            "a.weight_scale": torch.from_numpy(random.random((24, 2), np.float32)),
+            "a.weight_shape": torch.tensor([24, 32]),
+        },
+        tmp_path / "model.safetensors",
+    )
+    weights = {"num_bits": 4, "group_size": 16, "symmetric": False}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    view = PackedView(tmp_path)
+
+    whole = view.tensor("a.weight")
+    for start, stop in ((0, 24), (3, 21), (16, 17)):
+        np.testing.assert_array_equal(view.rows("a.weight", start, stop), whole[start:stop])
+    first = (words[0, 0] & 15) - (words[24, 0] & 15)
+    scale = load_file(tmp_path / "model.safetensors")["a.weight_scale"][0, 0]
+    assert whole[0, 0] == pytest.approx(float(first * scale))
+
+
 def test_what_is_not_quantized_keeps_its_type_and_the_tokenizer_its_bytes(
     made: tuple[Path, Layout], model: Path
 ) -> None:

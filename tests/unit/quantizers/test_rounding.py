@@ -181,6 +181,7 @@ def test_compressed_tensors_reads_what_we_read(model: Path, tmp_path: Path, name
     assert len(read) == 6
     for matrix, value in read.items():
         np.testing.assert_array_equal(view.tensor(matrix), value.numpy(), err_msg=matrix)
+        np.testing.assert_array_equal(view.rows(matrix, 5, 21), value[5:21].numpy(), err_msg=matrix)
     ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert ignored == ["lm_head", "model.layers.0.self_attn.o_proj"]
 

@@ -45,6 +45,9 @@ class View(Protocol):
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Return one tensor as float32 in the checkpoint's shape and order."""
 
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return some rows of such a tensor; only they are dequantized."""
+
 
 class CheckpointTensors:
     """The tensors of a folder's safetensors files, memory-mapped unless they are computed."""

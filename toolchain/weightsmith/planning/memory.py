@@ -26,6 +26,8 @@ _LEFT = 256 << 20
 """What the reference answers leave in memory for a validation in the same process to start from."""
 _COMPARING = 256 << 20
 """For two models' logits, and tensors that are compared element by element."""
+_DEQUANTIZED = 384 << 20
+"""What stays of the last dequantized matrix, and the rows that all threads dequantize."""
 _PACKING = 4 << 30
 """Beside the checkpoint that a quantizer of packed checkpoints loads."""
 _STREAMED = 512 << 20
@@ -56,14 +58,9 @@ def validate_memory(model: ModelFacts, sources: Sources) -> int:
 
 
 def quality_memory(model: ModelFacts, tokens: int) -> int:
-    """Return the peak of the quality gate in bytes: both models, with one matrix of each."""
+    """Return the peak of the quality gate in bytes: both models, a few rows of each matrix."""
     walk = Walk(views=2, rows=8, tokens=_PADDED * tokens)
-    try:
-        # The largest one is the head, or a layer's if the vocabulary is small.
-        matrix = 4 * model.shape.hidden * max(model.shape.intermediate, model.shape.vocab)
-    except InputRefused:
-        matrix = 0
-    return _single_pass(model, walk) + 2 * matrix + _COMPARING
+    return _single_pass(model, walk) + _DEQUANTIZED + _COMPARING
 
 
 def fit_together(

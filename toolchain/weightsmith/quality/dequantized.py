@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from weightsmith.checkpoints.tensors import View
 from weightsmith.errors import CheckFailed, Unmeasurable
 from weightsmith.forward.network import lacking
 from weightsmith.forward.weights import Weights
+from weightsmith.quality.tiles import Squares, Tiles
 
 
 class Dequantized(Weights):
     """A view's tensors by the parameter names of the checkpoint's model.
 
-    Only the last tensor stays in memory.
+    Matrices are read a few rows at a time, and what fits of the last one stays in memory.
     """
 
     def __init__(self, root: Path, model: Any, view: View) -> None:
         """Map names as for the checkpoint in `root`."""
         super().__init__(root, model)
         self._view = view
-        self._last: tuple[str, torch.Tensor] | None = None
-        self.errors: dict[str, float] = {}
-        """Tensor -> norm of its error, relative to the checkpoint's tensor."""
+        self._last: tuple[str, Tiles] | None = None
+        self._squares: dict[str, dict[int, Squares]] = defaultdict(dict)
 
-    def mapped(self, tensor: str) -> torch.Tensor:
-        """Return a whole tensor as float32; see `read`."""
+    @property
+    def errors(self) -> Mapping[str, float]:
+        """Tensor -> norm of its error, relative to the checkpoint's tensor, as far as it was read.
+
+        Sums are in the order of the rows, whichever thread compared them first.
+        """
+        return {name: _relative(tiles) for name, tiles in self._squares.items()}
+
+    def mapped(self, tensor: str) -> Any:
+        """Return a tensor whose rows are dequantized when they are used; see `read`."""
         if self._last is None or self._last[0] != tensor:
             self._last = None
-            self._last = tensor, self._compared(tensor)
+            self._last = tensor, self._tiles(tensor)
         return self._last[1]
 
     def read(self, tensor: str) -> torch.Tensor:
@@ -41,40 +52,72 @@ class Dequantized(Weights):
         Raises Unmeasurable if the view lacks it, CheckFailed if it has another shape than the
         checkpoint's or is not finite.
         """
-        return self._compared(tensor)
+        self._require(tensor)
+        values = _as_tensor(self._view.tensor(tensor))
+        self._check_shape(tensor, values, 0, None)
+        if tensor not in self._squares:
+            found = [
+                self._compared(tensor, values[first : first + len(rows)], rows)
+                if rows.dim()
+                else self._compared(tensor, values, rows)
+                for first, rows in self.blocks(tensor)
+            ]
+            self._squares[tensor] = dict(enumerate(found))
+        return values
 
-    def _compared(self, name: str) -> torch.Tensor:
+    def _tiles(self, name: str) -> Tiles:
+        self._require(name)
+        shape = torch.Size(self.infos[name].shape)
+
+        def read(first: int, last: int) -> torch.Tensor:
+            tile = _as_tensor(self._view.rows(name, first, last))
+            self._check_shape(name, tile, first, last)
+            return tile
+
+        def compare(first: int, tile: torch.Tensor) -> Squares:
+            return self._compared(name, tile, self.slice(name, first, first + len(tile)))
+
+        return Tiles(shape, read, self._squares[name], compare)
+
+    def _require(self, name: str) -> None:
         if name not in self._view.names:
             # Do not fall back to the checkpoint's weights.
             raise Unmeasurable(
                 f"the quantized model has no tensor {name}, which its architecture needs",
                 hint="use the task score instead",
             )
-        data = self._view.tensor(name)
-        tensor = torch.from_numpy(data if data.flags.writeable else data.copy())
-        if name not in self.errors:
-            self.errors[name] = self._error(name, tensor)
-        return tensor
 
-    def _error(self, name: str, tensor: torch.Tensor) -> float:
+    def _check_shape(self, name: str, rows: torch.Tensor, first: int, last: int | None) -> None:
         right = self.infos[name].shape
-        if tuple(tensor.shape) != tuple(right):
+        height = [len(range(count)[first:last]) for count in right[:1]]
+        if [*rows.shape] != [*height, *right[1:]]:
+            shape = [first + len(rows), *rows.shape[1:]] if rows.dim() else []
             raise CheckFailed(
-                f"{name} has shape {list(tensor.shape)}, but {list(right)} in the checkpoint",
+                f"{name} has shape {shape}, but {list(right)} in the checkpoint",
                 hint="the quantizer wrote another model; quantize again",
             )
-        error = size = 0.0
-        for first, rows in self.blocks(name):
-            mine = tensor[first : first + len(rows)] if rows.dim() else tensor
-            theirs = rows.float()
-            error += float((mine - theirs).norm()) ** 2
-            size += float(theirs.norm()) ** 2
+
+    def _compared(self, name: str, mine: torch.Tensor, rows: torch.Tensor) -> Squares:
+        theirs = rows.float()
+        error = float((mine - theirs).norm()) ** 2
         if not math.isfinite(error):
             raise CheckFailed(
                 f"{name} has NaN or infinite values",
                 hint="check the merged weights for outliers, or choose a larger format",
             )
-        return math.sqrt(error / size) if size else math.sqrt(error)
+        return Squares(error, float(theirs.norm()) ** 2)
+
+
+def _as_tensor(data: Any) -> torch.Tensor:
+    values = np.asarray(data)
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _relative(tiles: Mapping[int, Squares]) -> float:
+    """Return the norm of all tiles' errors, relative to that of the weights."""
+    inorder = [tiles[at] for at in sorted(tiles)]
+    error, size = (sum(getattr(one, part) for one in inorder) for part in ("error", "size"))
+    return math.sqrt(error / size) if size else math.sqrt(error)
 
 
 def require_complete(model: Any, weights: Weights) -> None:

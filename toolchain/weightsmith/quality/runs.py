@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
 
     both: dict[str, Opening] = {"checkpoint": _Checkpoint(model), "quantized": quantized}
     found = walk(both, dict.fromkeys(both, run), alike=True)
-    return Both(**found, layers=compared.found, errors=quantized.errors)
+    return Both(**found, layers=compared.found, errors=quantized.errors())
 
 
 def _run(model: Any, ids: torch.Tensor) -> States:
@@ -117,7 +117,11 @@ class _Quantized:
     checkpoint: Path
     view: View
     model: Any = None
-    errors: dict[str, float] = field(default_factory=dict)
+    weights: Dequantized | None = None
+
+    def errors(self) -> Mapping[str, float]:
+        """Return each tensor's relative error."""
+        return self.weights.errors if self.weights else {}
 
     @property
     def source(self) -> str:
@@ -135,9 +139,8 @@ class _Quantized:
 
     def _built(self) -> tuple[Any, Weights]:
         self.model, _ = skeleton_with_weights(self.checkpoint)
-        weights = Dequantized(self.checkpoint, self.model, self.view)
-        self.errors = weights.errors
-        return self.model, weights
+        self.weights = Dequantized(self.checkpoint, self.model, self.view)
+        return self.model, self.weights
 
 
 def _require_finite(_: Any, __: Any, output: Any) -> None:

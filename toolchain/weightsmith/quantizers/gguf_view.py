@@ -35,7 +35,7 @@ def open_view(artifact: Path, model: Path) -> GGUFView:
 
 
 class GGUFView:
-    """A View of GGUF files, dequantized one tensor at a time by the `gguf` package."""
+    """A View of GGUF files, dequantized by the `gguf` package."""
 
     def __init__(self, read: GGUFModel, model: Path) -> None:
         """Map the checkpoint's tensors to the file's."""
@@ -57,11 +57,19 @@ class GGUFView:
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Return one tensor as float32, in the checkpoint's shape and order."""
+        return self._dequantized(name, slice(None))
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return some rows of such a tensor; only they are dequantized."""
+        return self._dequantized(name, slice(start, stop))
+
+    def _dequantized(self, name: str, where: slice) -> npt.NDArray[np.float32]:
         import gguf
 
         place, expert = self._places[name]
         found = self._read.tensors[place]
         data = found.data if expert is None else found.data[expert]
+        data = data[self._stored(name, len(data), where)]
         try:
             values: npt.NDArray[np.float32] = gguf.dequantize(data, found.tensor_type)
         except NotImplementedError:  # Q1_0, as of 0.19
@@ -71,8 +79,6 @@ class GGUFView:
             ) from None
         if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
             return values - 1
-        if self._arch in _PERMUTED and ".self_attn." in name:
-            values = self._unpermuted(name, values)
         return values
 
     def _find(self, names: frozenset[str]) -> dict[str, tuple[str, int | None]]:
@@ -92,12 +98,16 @@ class GGUFView:
                 found[name] = (place, int(expert[1]) if expert else None)
         return found
 
-    def _unpermuted(self, name: str, values: Any) -> Any:
+    def _stored(self, name: str, count: int, where: slice) -> Any:
+        """Return where the file has some of a tensor's rows, which are permuted in Q and K."""
+        import numpy as np
+
+        if self._arch not in _PERMUTED or ".self_attn." not in name:
+            return where
         heads = self._read.value(f"{self._arch}.attention.head_count")
         if ".k_proj." in name:
             heads = self._read.get(f"{self._arch}.attention.head_count_kv") or heads
         elif ".q_proj." not in name:
-            return values
-        half = values.shape[0] // int(heads) // 2
-        pairs = values.reshape(int(heads), half, 2, *values.shape[1:])
-        return pairs.swapaxes(1, 2).reshape(values.shape)
+            return where
+        pairs = np.arange(count).reshape(int(heads), -1, 2)
+        return pairs.swapaxes(1, 2).reshape(-1)[where]

@@ -104,7 +104,7 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
 
 
 class PackedView:
-    """A View of a quantized checkpoint, dequantized one tensor at a time."""
+    """A View of a quantized checkpoint."""
 
     def __init__(self, folder: Path, stacked: Iterable[Matrix] = ()) -> None:
         """Read config.json and the headers; `stacked` are parts of stacked tensors."""
@@ -134,19 +134,28 @@ class PackedView:
         module = name.removesuffix(".weight")
         return self.matrix(module) if module in self.modules else self.tensors.f32(name)
 
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return some rows of such a tensor; only they are dequantized, unless it is a stack."""
+        if name in self._stacks:
+            return self._stack(self._stacks[name])[start:stop]
+        module = name.removesuffix(".weight")
+        if module in self.modules:
+            return self.matrix(module, start, stop)
+        return self.tensors.part(name, (slice(start, stop),))
+
     def matrix(
         self, module: str, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.float32]:
         """Return a module's outputs from `start` to `stop` as float32 [outputs, inputs].
 
-        Formats that need no calibration are read a few rows at a time, others as a whole.
+        Only these are dequantized.
         """
         if self.layout.method == "awq":
-            return _awq(self.tensors, module)[start:stop]
+            return _awq(self.tensors, module, start, stop)
         if self.layout.method == "gptq":
-            return _gptq(self.tensors, module)[start:stop]
+            return _gptq(self.tensors, module, start, stop)
         if self.layout.method == "pack-quantized":
-            return _packed(self.tensors, module)[start:stop]
+            return _packed(self.tensors, module, start, stop)
         return _tiled(self.tensors, module, self.layout, start, stop)
 
     def _stack(self, parts: Sequence[Matrix]) -> npt.NDArray[np.float32]:
@@ -179,6 +188,13 @@ def nibbles(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     return ((words[:, :, None] >> shifts) & 15).astype(np.int32)
 
 
+def _words(start: int, stop: int | None) -> tuple[slice, slice]:
+    """Return the int32 that have these values, eight in each, and where the values are in them."""
+    first = start // 8
+    last, end = (None, None) if stop is None else (-(-stop // 8), stop - 8 * first)
+    return slice(first, last), slice(start - 8 * first, end)
+
+
 def _in_awq_order(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     import numpy as np
 
@@ -187,27 +203,33 @@ def _in_awq_order(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     return found.reshape(packed.shape[0], -1)
 
 
-def _awq(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
+def _awq(
+    tensors: CheckpointTensors, module: str, start: int, stop: int | None
+) -> npt.NDArray[np.float32]:
     """W[i, o] = (q - z[g]) s[g]; g counts groups of inputs."""
     import numpy as np
 
-    values = _in_awq_order(tensors.array(f"{module}.qweight"))
-    zeros = _in_awq_order(tensors.array(f"{module}.qzeros"))
-    scales = tensors.f32(f"{module}.scales")
+    words, inside = _words(start, stop)
+    values = _in_awq_order(tensors.array(f"{module}.qweight")[:, words])[:, inside]
+    zeros = _in_awq_order(tensors.array(f"{module}.qzeros")[:, words])[:, inside]
+    scales = tensors.f32(f"{module}.scales")[:, start:stop]
     group = values.shape[0] // scales.shape[0]
     centred = (values - np.repeat(zeros, group, 0)).astype(np.float32)
     return np.ascontiguousarray((centred * np.repeat(scales, group, 0)).T)
 
 
-def _gptq(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
+def _gptq(
+    tensors: CheckpointTensors, module: str, start: int, stop: int | None
+) -> npt.NDArray[np.float32]:
     """W[i, o] = (q - z[g(i)]) s[g(i)]; zero points are stored minus one."""
     import numpy as np
 
-    packed = tensors.array(f"{module}.qweight")
+    words, inside = _words(start, stop)
+    packed = tensors.array(f"{module}.qweight")[:, start:stop]
     values = nibbles(packed).transpose(0, 2, 1).reshape(-1, packed.shape[1])
-    stored = tensors.array(f"{module}.qzeros")
-    zeros = nibbles(stored).reshape(stored.shape[0], -1) + 1
-    scales = tensors.f32(f"{module}.scales")
+    stored = tensors.array(f"{module}.qzeros")[:, words]
+    zeros = nibbles(stored).reshape(stored.shape[0], -1)[:, inside] + 1
+    scales = tensors.f32(f"{module}.scales")[:, start:stop]
     name = f"{module}.g_idx"
     inputs = np.arange(values.shape[0])
     group = inputs // (values.shape[0] // scales.shape[0])
@@ -216,20 +238,23 @@ def _gptq(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(((values - zeros[group]).astype(np.float32) * scales[group]).T)
 
 
-def _packed(tensors: CheckpointTensors, module: str) -> npt.NDArray[np.float32]:
+def _packed(
+    tensors: CheckpointTensors, module: str, start: int, stop: int | None
+) -> npt.NDArray[np.float32]:
     """W[o, i] = (q - z[g]) s[g]; q and z are stored plus eight, z is packed along the outputs."""
     import numpy as np
 
-    rows, columns = (int(n) for n in tensors.array(f"{module}.weight_shape"))
-    packed = tensors.array(f"{module}.weight_packed")
-    values = nibbles(packed).reshape(packed.shape[0], -1)[:rows, :columns] - 8
-    scales = tensors.f32(f"{module}.weight_scale")
+    _, columns = (int(n) for n in tensors.array(f"{module}.weight_shape"))
+    packed = tensors.array(f"{module}.weight_packed")[start:stop]
+    values = nibbles(packed).reshape(packed.shape[0], -1)[:, :columns] - 8
+    scales = tensors.part(f"{module}.weight_scale", (slice(start, stop),))
     group = columns // scales.shape[1]
     name = f"{module}.weight_zero_point"
     if name in tensors.names:
-        stored = tensors.array(name)
-        zeros = nibbles(stored).transpose(0, 2, 1).reshape(-1, stored.shape[1])[:rows] - 8
-        values = values - np.repeat(zeros, group, 1)
+        words, inside = _words(start, stop)
+        stored = tensors.array(name)[words]
+        zeros = nibbles(stored).transpose(0, 2, 1).reshape(-1, stored.shape[1])[inside] - 8
+        values = values - np.repeat(zeros[: len(values)], group, 1)
     return np.ascontiguousarray(values.astype(np.float32) * np.repeat(scales, group, 1))
 
 
