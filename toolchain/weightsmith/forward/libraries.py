@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,33 @@ def load_tokenizer(root: Path, **options: Any) -> Any:
     stay_offline()
     from transformers import AutoTokenizer
 
-    try:
+    with reading_tokenizer(root):
         return AutoTokenizer.from_pretrained(
             root, local_files_only=True, trust_remote_code=False, **options
         )
+
+
+def reading_tokenizer(root: Path) -> AbstractContextManager[None]:
+    """Raise InputRefused if a library cannot read the folder's tokenizer in the block."""
+    hint = "check that its files are complete and belong to the same model"
+    return reading(f"the tokenizer of {root}", hint)
+
+
+@contextmanager
+def reading(what: str, hint: str) -> Iterator[None]:
+    """Raise InputRefused if a library cannot load an input in the block, whatever it raises.
+
+    Libraries raise errors of many types for a damaged file. Only their calls belong in the block.
+    """
+    try:
+        yield
     except Exception as error:  # the tokenizers library raises plain ones
         if isinstance(error, WeightsmithError) or ran_out_of_memory(error):
             raise
-        raise InputRefused(
-            f"the tokenizer of {root} cannot be loaded: {' '.join(str(error).split())[:200]}",
-            hint="check that its files are complete and belong to the same model",
-        ) from error
+        raise unreadable(what, error, hint) from error
+
+
+def unreadable(what: str, error: Exception, hint: str) -> InputRefused:
+    """Return the refusal of an input that a library cannot load."""
+    why = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputRefused(f"{what} cannot be loaded: {why}", hint=hint)

@@ -14,9 +14,18 @@ from torch import nn
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
 from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.checkpoints.peft_patterns import check_peft_patterns
+from weightsmith.forward.libraries import reading, unreadable
 from weightsmith.forward.weights import Weights
 
 PEFT_PREFIX = "base_model.model."
+_CONFIG_HINT = (
+    "compare config.json with the published one: it is damaged, or of an architecture that this "
+    "version of transformers does not know"
+)
+ADAPTER_HINT = (
+    "check that adapter_config.json is complete and that the adapter was trained on this base; "
+    "export it again with PEFT's save_pretrained"
+)
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
@@ -28,18 +37,19 @@ def skeleton(root: Path) -> Any:
     """Return the folder's model in float32 with every parameter missing but real buffers.
 
     A missing parameter is one NaN expanded to the parameter's shape, so that using it by mistake
-    gives NaN.
+    gives NaN. Raises InputRefused if transformers cannot build what config.json describes.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     check_model_folder(root)
-    config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-    text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    kind: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
-    with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    with reading(f"the model in {root}", _CONFIG_HINT):
+        config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        with init_empty_weights(include_buffers=False):
+            model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     _set_missing(model)
     return model.eval()
 
@@ -64,10 +74,9 @@ def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
 def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Load adapters with PEFT, unmerged and all active.
 
-    Their weights are in memory in float32. Raises IncompatibleAdapters if PEFT cannot.
+    Their weights are in memory in float32. Raises IncompatibleAdapters if PEFT cannot load them
+    together, and InputRefused for values in an adapter's files that PEFT refuses.
     """
-    from peft import PeftModel
-
     names = [f"adapter_{number}" for number in range(len(adapters))]
     for name, (root, _) in zip(names, adapters, strict=True):
         check_adapter_folder(root)
@@ -75,7 +84,7 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         check_peft_patterns(root, (name for name, _ in model.named_modules()))
         how: Any = {"adapter_name": name, "low_cpu_mem_usage": True, "key_mapping": KEY_MAPPING}
         if name == names[0]:
-            model = PeftModel.from_pretrained(model, root, **how)
+            model = _first_adapter(model, root, how)
             continue
         try:
             model.load_adapter(root, **how)
@@ -85,6 +94,15 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         _load_again(model, dict(zip(names, adapters, strict=True)))
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _first_adapter(model: Any, root: Path, how: Mapping[str, Any]) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, root, **how)
+    except ValueError as error:  # other errors may be due to the missing weights
+        raise unreadable(f"the adapter in {root}", error, ADAPTER_HINT) from error
 
 
 def resize(model: Any, like: Any) -> bool:

@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.errors import EnvironmentFailure, ran_out_of_memory
+from weightsmith.errors import (
+    EnvironmentFailure,
+    InputRefused,
+    WeightsmithError,
+    ran_out_of_memory,
+)
 from weightsmith.forward.device import on_gpu
 from weightsmith.forward.meeting import Meeting
 from weightsmith.time_limits import doing
@@ -21,6 +26,10 @@ Tell = Callable[[Exception], None]
 
 NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
 """Raised by an architecture that uses weights without calling their module."""
+
+
+class DoesNotRun(InputRefused, RuntimeError):
+    """A model fails with its weights in memory too: its files do not belong together (exit 3)."""
 
 
 class Count:
@@ -67,7 +76,7 @@ def walk(
 
     A model that cannot be streamed is loaded afterwards and asked by itself; `tell` gets the
     reason. If the models are `alike`, of one architecture, all of them are loaded then. Raises
-    EnvironmentFailure if one does not fit into memory.
+    EnvironmentFailure if one does not fit into memory, DoesNotRun if it cannot run there either.
     """
     meeting, unfit = Meeting(products=on_gpu()), dict[str, Exception]()
     views = _views(openings, meeting, unfit)
@@ -88,8 +97,22 @@ def walk(
         tell(first)
         for name in openings if alike else unfit:
             _require_memory(openings[name].checkpoint, first)
-            found[name] = ask[name](openings[name].whole(), Meeting())
+            found[name] = _asked_whole(openings[name], ask[name])
     return found
+
+
+def _asked_whole(opening: Opening, ask: Callable[[Any, Meeting], T]) -> T:
+    try:
+        return ask(opening.whole(), Meeting())
+    except WeightsmithError:
+        raise
+    except NOT_STREAMABLE as error:
+        raise DoesNotRun(
+            f"the model in {opening.checkpoint} does not run in transformers: "
+            f"{why(_not_memory(error))}",
+            hint="compare config.json with the published one, and check that the adapters were "
+            "trained on this model",
+        ) from error
 
 
 def _views(

@@ -111,6 +111,7 @@ def read_adapter_config(root: Path) -> AdapterConfig:
     try:
         config = _read(raw)
         _check_patterns(config)
+        _check_values(raw)
     except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise InputRefused(
             f"{path} is not a valid LoRA configuration: {error}",
@@ -171,6 +172,16 @@ def _check_patterns(config: AdapterConfig) -> None:
     patterns += [p for p in (config.target_modules, config.exclude_modules) if isinstance(p, str)]
     for pattern in (*patterns, *config.layers_pattern):
         re.compile(pattern)
+
+
+def _check_values(raw: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError for values of which PEFT says nothing that helps."""
+    for name in ("modules_to_save", "target_parameters"):
+        given = raw.get(name) or ()
+        if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
+            raise TypeError(f"{name} must be a list of names, not {str(given)[:80]!r}")
+    if (bias := raw.get("bias") or "none") not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias must be none, all or lora_only, not {str(bias)[:80]!r}")
 
 
 def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:

@@ -89,7 +89,13 @@ def replicated_settings(config: Mapping[str, Any], layers: Layers) -> dict[str, 
 
 def same_layers(configured: Sequence[Any]) -> Layers:
     """Return the `layer_replication` of all adapters; raise InputRefused if they differ."""
-    found = {tuple((int(first), int(end)) for first, end in value or ()) for value in configured}
+    try:
+        found = {tuple((int(first), int(end)) for first, end in each or ()) for each in configured}
+    except (TypeError, ValueError, OverflowError):
+        raise InputRefused(
+            "an adapter_config.json's layer_replication is not a list of pairs of layers",
+            hint="export the adapter again with PEFT's save_pretrained",
+        ) from None
     if len(found) > 1:
         raise InputRefused(
             "the adapters' layer_replication settings differ",

@@ -16,9 +16,14 @@ from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.greedy import Answers, Questions, greedy
-from weightsmith.forward.libraries import load_tokenizer, stay_offline
+from weightsmith.forward.libraries import load_tokenizer, reading, stay_offline
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.network import IncompatibleAdapters, fill, skeleton_with_weights
+from weightsmith.forward.network import (
+    ADAPTER_HINT,
+    IncompatibleAdapters,
+    fill,
+    skeleton_with_weights,
+)
 from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
@@ -266,10 +271,11 @@ def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         check_peft_keys(root)
         check_peft_patterns(root, (name for name, _ in network.named_modules()))
         how: Any = {"adapter_name": names[number], "key_mapping": KEY_MAPPING}
-        if number == 0:
-            network = PeftModel.from_pretrained(network, root, **how)
-        else:
-            network.load_adapter(root, **how)
+        with reading(f"the adapter in {root}", ADAPTER_HINT):
+            if number == 0:
+                network = PeftModel.from_pretrained(network, root, **how)
+            else:
+                network.load_adapter(root, **how)
     network.base_model.set_adapter(names)
     _weigh(network, [weight for _, weight in adapters])
     return network
@@ -332,10 +338,14 @@ def _prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list
 
 def _ends(model: Path, tokenizer: Any) -> list[int]:
     """Return the end tokens of the model's configurations and the tokenizer."""
-    ends: list[int] = []
-    files = [model / "generation_config.json", model / "config.json"]
-    configs = [read_json(path) for path in files if path.is_file()]
-    given = [tokenizer.eos_token_id, *(config.get("eos_token_id") for config in configs)]
-    for value in given:
-        ends += value if isinstance(value, list) else [] if value is None else [value]
+    ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for path in (model / "generation_config.json", model / "config.json"):
+        value = read_json(path).get("eos_token_id") if path.is_file() else None
+        given = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in given):
+            raise InputRefused(
+                f"{path}: eos_token_id is {str(value)[:80]!r}, not a token's number",
+                hint="set it to the number of the token that ends an answer, or to a list of them",
+            )
+        ends += given
     return sorted(set(ends))

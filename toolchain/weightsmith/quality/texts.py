@@ -10,7 +10,7 @@ from typing import Any
 
 from weightsmith.checkpoints.templates import render_chat
 from weightsmith.errors import InputRefused
-from weightsmith.forward.libraries import load_tokenizer, stay_offline
+from weightsmith.forward.libraries import load_tokenizer, reading_tokenizer, stay_offline
 from weightsmith.time_limits import doing
 from weightsmith.values import Json
 
@@ -72,7 +72,8 @@ def _renderer(model: Path) -> Any:
     stay_offline()
     from transformers import PreTrainedTokenizerFast
 
-    found = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
+    with reading_tokenizer(model):
+        found: Any = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
     undefined = set(found.SPECIAL_TOKENS_ATTRIBUTES) - set(found.special_tokens_map)
     return load_tokenizer(model) if any(n in str(found.chat_template) for n in undefined) else found
 
@@ -83,7 +84,8 @@ def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in _ids(load_tokenizer(model), texts)]
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(model / _FILE))
+    with reading_tokenizer(model):
+        tokenizer = Tokenizer.from_file(str(model / _FILE))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     with doing(f"tokenizing with {model / _FILE}"):

@@ -136,10 +136,11 @@ def _compare(
     """Run and compare both sides; None and a finding if one cannot run."""
     try:
         model = skeleton(request.merged)
-    except Exception as error:
-        if not isinstance(error, ValueError) and not failed(findings):
+    except InputRefused as error:
+        cause = error.__cause__ or error
+        if not isinstance(cause, ValueError) and not failed(findings):
             raise
-        why = " ".join(str(error).split())[:120]
+        why = " ".join(str(cause).split())[:120]
         text = f"transformers cannot load it as a causal model: only files were checked ({why})"
         findings.append(finding(WARNING, "logits", text))
         return None
