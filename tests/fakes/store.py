@@ -69,7 +69,7 @@ class MemoryStore:
             shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its room back
             raise self._explained(problem) from None
         except BaseException:
-            if not resume:
+            if not resume or not any(partial.iterdir()):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         self.entries[key] = Entry(tree=tree, meta=meta, cached=False, note=note)

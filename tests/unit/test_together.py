@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.jobs import Input, ProofJob, ReferenceJob, ValidateJob
+import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.jobs import EARLY_ANSWERS, Input, ProofJob, ReferenceJob, ValidateJob
 from weightsmith.ports import Silent
 from weightsmith.together import Together
 
@@ -72,3 +75,31 @@ def test_another_reference_job_runs_by_itself() -> None:
     together.run(replace(REFERENCE, max_tokens=9), Silent())
 
     assert runner.kinds == ["proof", "reference"]
+
+
+@pytest.mark.parametrize("error", [EnvironmentFailure("out of memory"), KeyboardInterrupt()])
+def test_answers_before_a_validation_that_does_not_end_are_kept(
+    tmp_path: Path, error: BaseException
+) -> None:
+    class Ended(Runner):
+        def run(self, job: Any, _: Any) -> Any:
+            (job.output / EARLY_ANSWERS).write_text(json.dumps(ANSWERS), "utf-8")
+            raise error
+
+    kept: list[Any] = []
+    with pytest.raises(type(error)):
+        both(Ended(passed=True), kept).run(replace(VALIDATION, output=tmp_path), Silent())
+
+    assert kept == [ANSWERS]
+
+
+def test_an_error_before_any_answer_is_the_only_one(tmp_path: Path) -> None:
+    class Ended(Runner):
+        def run(self, job: Any, _: Any) -> Any:
+            raise InputRefused("no base", hint="give one")
+
+    kept: list[Any] = []
+    with pytest.raises(InputRefused, match="no base"):
+        both(Ended(passed=True), kept).run(replace(VALIDATION, output=tmp_path), Silent())
+
+    assert kept == []

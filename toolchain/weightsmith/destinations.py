@@ -36,8 +36,13 @@ class Document:
 class Documents(Protocol):
     """Stores results that are one JSON document."""
 
-    def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
-        """Return the JSON from `make(folder)`; a store saves it as the file `name`."""
+    def document(
+        self, inputs: Inputs, name: str, make: MakeDocument, *, resume: bool = False
+    ) -> Document:
+        """Return the JSON from `make(folder)`; a store saves it as the file `name`.
+
+        With `resume`, the folder has the temporary files that an interrupted run left, if any.
+        """
 
     def find(self, inputs: Inputs) -> Tree | None:
         """Return the stored result for these inputs, or None."""
@@ -68,15 +73,19 @@ class InStore:
         note = {"stage": stage.stage, "inputs": stage.inputs}
         return self.store.produce(stage.key, note, make, resume=resume)
 
-    def document(self, inputs: Inputs, name: str, make: MakeDocument) -> Document:
+    def document(
+        self, inputs: Inputs, name: str, make: MakeDocument, *, resume: bool = False
+    ) -> Document:
         """Return the document of the store's entry; make it if it does not exist."""
 
         def written(folder: Path) -> Mapping[str, Json]:
             text = json.dumps(make(folder), ensure_ascii=False)
+            for path in list(folder.iterdir()):
+                discard(path)
             (folder / name).write_text(text, "utf-8")
             return {}
 
-        files = self.files(inputs, written)
+        files = self.files(inputs, written, resume=resume)
         value = json.loads(files.tree.path(name).read_text("utf-8"))
         return Document(value=value, cached=files.cached)
 
@@ -101,8 +110,11 @@ class Unkept:
 
     tools: Tools
 
-    def document(self, _inputs: Inputs, _name: str, make: MakeDocument) -> Document:
-        """Return the document, made in a temporary folder."""
+    def document(
+        self, _inputs: Inputs, _name: str, make: MakeDocument, *, resume: bool = False
+    ) -> Document:
+        """Return the document, made in a temporary folder of which nothing stays."""
+        del resume
         with self.tools.scratch() as folder:
             return Document(value=make(folder), cached=False)
 

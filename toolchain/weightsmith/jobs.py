@@ -226,6 +226,12 @@ class AskedModel:
     """Drafts of this subject's answers, if they are already known."""
 
 
+ANSWER_JOURNAL = ".answers.jsonl"
+"""File in a reference job's output: the tokens so far, with which an interrupted job goes on."""
+EARLY_ANSWERS = ".answers.json"
+"""File in a proof job's output while the validation runs: the answers of its reference job."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceJob(Job):
     """Ask several models the same questions, in one pass over their weights."""

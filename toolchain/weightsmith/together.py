@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightsmith.errors import WeightsmithError
-from weightsmith.jobs import Job, ProofJob, ReferenceJob, ValidateJob
+from weightsmith.foreign import RECORD, parse_file
+from weightsmith.jobs import EARLY_ANSWERS, Job, ProofJob, ReferenceJob, ValidateJob
 from weightsmith.ports import Progress, Runner
 from weightsmith.values import Json
 
@@ -60,7 +61,7 @@ class Together:
         expected = self.reference
         if isinstance(job, ValidateJob):
             progress.note("the reference questions are asked first, in the same process")
-            both: Any = self.runner.run(_both(expected, job), progress)
+            both: Any = self._run_both(_both(expected, job), progress)
             self._answers, self._early = both["answers"], float(both.get("seconds", 0.0))
             if self._answers and not both["validation"]["passed"]:
                 with suppress(WeightsmithError):  # what was found matters more
@@ -70,6 +71,17 @@ class Together:
             answers, self._answers, self._early = self._answers, {}, 0.0
             return {"answers": answers}
         return self.runner.run(job, progress)
+
+    def _run_both(self, job: ProofJob, progress: Progress) -> Mapping[str, Json]:
+        """Run both; if the validation does not end, store the answers that came before it."""
+        try:
+            return self.runner.run(job, progress)
+        except BaseException:
+            with suppress(WeightsmithError, OSError, ValueError):
+                early = parse_file(job.output / EARLY_ANSWERS, largest=RECORD)
+                if isinstance(early, dict) and early:
+                    self.keep(early)
+            raise
 
     def time(self) -> float:
         """Return the clock's time, by which each of the two stages takes what its own part took."""

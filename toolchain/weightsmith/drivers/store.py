@@ -196,8 +196,8 @@ class FileStore:
         try:
             meta = dict(make(data))
         except BaseException as problem:
-            if not resume or isinstance(problem, OSError):
-                discard(partial)  # frees the space on a full disk
+            if not resume or isinstance(problem, OSError) or not any(data.iterdir()):
+                discard(partial)  # frees the space on a full disk; of nothing, nothing resumes
             raise
         files = self._seal(data, meta.pop("sha256", {}))
         manifest = {"key": key, "note": note, "meta": meta, "files": files}

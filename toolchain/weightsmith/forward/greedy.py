@@ -14,6 +14,9 @@ from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
 from weightsmith.forward.prefix import Prefix, align_right, depends_on_length, shared_prefix
 
 Tokens = Sequence[int]
+Written = tuple[int, int, list[int]]
+"""An answer's number, and tokens from a position on."""
+Keep = Callable[[Sequence[Written]], None]
 _ROUNDS = 2
 """How often a draft is read: after two wrong tokens, another pass would confirm few more."""
 _PADDING = 128
@@ -46,6 +49,7 @@ class _Found:
         """Add tokens to an answer, up to one that ends it."""
         ends = (i for i, token in enumerate(tokens) if token in asked.ends)
         end = next(ends, len(tokens) - 1) + 1
+        asked.keep([(number, len(self.tokens[number]), list(tokens[:end]))])
         self.tokens[number] += tokens[:end]
         self.margins[number] += margins[:end]
         del self.tokens[number][asked.most :], self.margins[number][asked.most :]
@@ -63,6 +67,8 @@ class Questions:
     """Prompt's number -> draft of its answer."""
     batch_bytes: int = BATCH_BYTES
     """For one batch: keys and values, and a layer's activations."""
+    keep: Keep = lambda _: None
+    """Called with new tokens as soon as they are known, and again with those of a whole batch."""
 
 
 @torch.inference_mode()
@@ -259,8 +265,11 @@ def _decode(model: Any, asked: Questions, batch: Sequence[int], found: _Found, c
 
     margins: list[torch.Tensor] = []
 
-    def record(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def record(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         margins.append(_margins(logits))
+        if (made := ids.shape[1] - width) > 0:
+            last = zip(batch, ids[:, -1].tolist(), strict=True)
+            asked.keep([(n, len(found.tokens[n]) + made - 1, [token]) for n, token in last])
         return logits
 
     # Always greedy; ignore sampling and penalties in generation_config.json.

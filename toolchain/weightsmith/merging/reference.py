@@ -27,6 +27,7 @@ from weightsmith.forward.network import (
 from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
+from weightsmith.merging.answer_journal import AnswerJournal
 from weightsmith.time_limits import doing
 from weightsmith.values import Json
 
@@ -119,6 +120,7 @@ def answered(
     progress: Progress | None = None,
     *,
     batch_bytes: int = 0,
+    journal: Path | None = None,
 ) -> dict[str, Answered]:
     """Return one greedy answer per item of each subject, in order, from local files only.
 
@@ -132,10 +134,12 @@ def answered(
     the base alone); without a template, an item's single message is completed as plain text.
     Weights are streamed from their files for all subjects at once; a model that does not support
     this is loaded. `progress` is called with answers done and total answers; `batch_bytes` is the
-    memory for the items of all subjects that are read at a time, 0 for a usual amount. Raises
-    InputRefused for folders that need custom code.
+    memory for the items of all subjects that are read at a time, 0 for a usual amount. What an
+    interrupted call left in the file `journal` is read as drafts. Raises InputRefused for folders
+    that need custom code.
     """
     stay_offline()
+    kept = AnswerJournal(journal) if journal else None
     count = Count(len(items) * len(subjects), progress)
     asked = {name: _asked(subject, items, max_tokens) for name, subject in subjects.items()}
     found: dict[str, Answers] = {}
@@ -143,6 +147,8 @@ def answered(
         names = [name for name, subject in subjects.items() if bool(subject.draft) is round_]
         for name in names:
             asked[name].questions.drafts = _drafts(subjects[name], asked[name], found)
+            if kept:
+                _go_on(name, asked[name].questions, kept)
             if batch_bytes:
                 asked[name].questions.batch_bytes = batch_bytes // len(names)
         chosen = {name: subjects[name] for name in names}
@@ -185,6 +191,14 @@ def _drafts(
         for number, text in enumerate(subject.draft_texts)
         if text
     }
+
+
+def _go_on(name: str, questions: Questions, kept: AnswerJournal) -> None:
+    """Use what an interrupted job found as the begin of drafts, and write new tokens down."""
+    drafts = dict(questions.drafts)
+    for number, begun in kept.begun(name, questions.prompts).items():
+        drafts[number] = [*begun, *drafts.get(number, [])[len(begun) :]]
+    questions.drafts, questions.keep = drafts, kept.keep(name, questions.prompts)
 
 
 def _greedy(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -109,13 +109,37 @@ def answers(
 ) -> Mapping[str, Answers]:
     """Return each subject's greedy answers in float32, or its most likely choices.
 
-    One job computes all answers that are not cached; it reads each weight once for all subjects.
+    One job computes all answers that are not cached; it reads each weight once for all subjects. It
+    runs in the folder of the first of them, where it finds what an interrupted job left.
     """
-    missing = _missing(asked, task, to)
-    known = _known(asked, missing, task, to)
-    made = _run(_job(missing, known, task, tools), tools) if missing else {}
-    _keep(missing, made, task, to)
-    return {name: task.answers_of(known.get(name) or made[name]) for name in asked}
+    made: dict[str, Json] = {}
+    while True:
+        missing = {n: one for n, one in _missing(asked, task, to).items() if n not in made}
+        known = _known(asked, {*missing, *made}, task, to)
+        if not missing:
+            return {name: task.answers_of(known.get(name) or made[name]) for name in asked}
+        made |= _made(missing, known, task, to, tools)
+
+
+def _made(
+    missing: Mapping[str, Subject],
+    known: Mapping[str, Sequence[Json]],
+    task: Task,
+    to: Documents,
+    tools: Tools,
+) -> Mapping[str, Json]:
+    """Return the answers of all missing subjects; of the first, if another process has made it."""
+    made: dict[str, Json] = {}
+    first = next(iter(missing))
+
+    def run(folder: Path) -> Json:
+        made.update(_run(replace(_job(missing, known, task, tools), output=folder), tools))
+        return made[first]
+
+    found = to.document(partial(inputs, missing[first], task), _ANSWERS, run, resume=True)
+    rest = {name: one for name, one in missing.items() if name in made and name != first}
+    _keep(rest, made, task, to)
+    return made or {first: found.value}
 
 
 def _keep(
@@ -199,7 +223,7 @@ def _missing(asked: Mapping[str, Subject], task: Task, to: Documents) -> Mapping
 
 
 def _known(
-    asked: Mapping[str, Subject], missing: Mapping[str, Subject], task: Task, to: Documents
+    asked: Mapping[str, Subject], missing: Collection[str], task: Task, to: Documents
 ) -> Mapping[str, Sequence[Json]]:
     """Return the answers that are stored."""
     return {
@@ -217,11 +241,10 @@ def _stored(to: Documents, key: Inputs) -> tuple[Json, ...]:
 
 
 def _run(job: ReferenceJob, tools: Tools) -> Mapping[str, Json]:
-    with tools.scratch() as folder:
-        tools.runner.prepare(BUILDER, tools.progress)
-        found: Mapping[str, Json] = tools.runner.run(replace(job, output=folder), tools.progress)
-        answers: Mapping[str, Json] = found["answers"]
-        return answers
+    tools.runner.prepare(BUILDER, tools.progress)
+    found: Mapping[str, Json] = tools.runner.run(job, tools.progress)
+    answers: Mapping[str, Json] = found["answers"]
+    return answers
 
 
 def _job(

@@ -90,6 +90,7 @@ def validate(
         lambda: inputs(sources, options, checkpoint.digest, items),
         _RESULT,
         lambda folder: _run(folder, checkpoint, sources, options, items, tools).to_json(),
+        resume=True,  # of the reference answers that the same job finds
     )
     return timer.done(Validation.from_json(found.value), cached=found.cached)
 

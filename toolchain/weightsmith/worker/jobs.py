@@ -24,7 +24,10 @@ from weightsmith.errors import (
     Unmeasurable,
     from_code,
 )
+from weightsmith.files import write_whole
 from weightsmith.jobs import (
+    ANSWER_JOURNAL,
+    EARLY_ANSWERS,
     Beside,
     ConvertAdapterJob,
     EchoJob,
@@ -38,7 +41,7 @@ from weightsmith.jobs import (
     ValidateJob,
 )
 from weightsmith.trees import discard
-from weightsmith.values import Format, Json, plain
+from weightsmith.values import Format, Json, canonical, plain
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
@@ -188,6 +191,7 @@ def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
         tell = partial(_report_items, report)
         return {"answers": choices.likelihoods(_subjects(job), job.questions, tell)}
     found = _answered(job, report)
+    (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
     return {"answers": plain({name: one.rows for name, one in found.items()})}
 
 
@@ -204,6 +208,7 @@ def _answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
         job.max_tokens,
         partial(_report_items, report),
         batch_bytes=job.batch_bytes,
+        journal=job.output / ANSWER_JOURNAL,
     )
     return found
 
@@ -228,7 +233,8 @@ def _subjects(job: ReferenceJob) -> Mapping[str, Any]:
 def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
     """Return `answers`, the `seconds` that they took, and `validation`.
 
-    There are no answers if a model cannot give any.
+    While the validation runs, the answers also lie in a file of the output, in case it is
+    interrupted. There are no answers if a model cannot give any.
 
     The reference stage then asks for them again, and says why there are none, but only if the
     validation finds nothing wrong with the merged model.
@@ -244,6 +250,7 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
                 found = _answered(asked, report)
                 answers = _mapping({name: one.rows for name, one in found.items()})
                 drafts = found["merged"].texts if "merged" in found else ()
+        write_whole(job.output / EARLY_ANSWERS, canonical(answers))
     except Exception as error:  # noqa: BLE001 - what is wrong with the merge is said below
         traceback.print_exc()
         why = " ".join(str(getattr(error, "message", error)).split())
@@ -253,6 +260,8 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
     seconds = round(time.monotonic() - began, 3)
     with computed(job.validation):
         found = _validate(job.validation, report, drafts)
+    for name in (EARLY_ANSWERS, ANSWER_JOURNAL):
+        (job.output / name).unlink(missing_ok=True)
     return {"validation": found, "answers": answers, "seconds": seconds}
 
 
