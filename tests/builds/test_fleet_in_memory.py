@@ -108,6 +108,8 @@ def test_answers_of_the_base_to_questions_of_all_are_given_once(two: Memory) -> 
     rows, engine = run(two, write_fleet(two, adapters=["./[ab]"], targets=[Q4]))
 
     assert two.jobs().count("reference base") == 1
+    assert rows.stages["base answers"] == {"run": 1, "cached": 0}
+    assert not rows.shared[0].cached
     assert [(row.kind, row.cells) for row in rows.shared] == [("base", 2)]
     assert engine.done[0].startswith("base ")
 

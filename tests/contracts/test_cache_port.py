@@ -92,6 +92,19 @@ def test_blobs_that_are_there_are_not_sent_again(cache: Cache) -> None:
     assert {entry.key for entry in cache.entries()} == {KEY, OTHER}
 
 
+@pytest.mark.parametrize("cache", ["memory", "folder", "s3"], indirect=True)
+def test_blobs_are_sent_again_where_one_is_damaged(cache: Cache) -> None:
+    """Not in a registry, which never replaces a blob that it has."""
+    other = bytes(reversed(LARGE))
+    cache.write(KEY, b"{}", [(blob_of(LARGE), lambda: iter((other,)))])
+    assert b"".join(cache.read(blob_of(LARGE))) == other
+
+    assert cache.write(KEY, b"{}", [body(LARGE)]) < len(LARGE)
+    assert b"".join(cache.read(blob_of(LARGE))) == other
+    assert cache.write(KEY, b"{}", [body(LARGE)], anew=True) > len(LARGE)
+    assert b"".join(cache.read(blob_of(LARGE))) == LARGE
+
+
 def test_two_writers_of_one_key_are_fine(cache: Cache) -> None:
     cache.write(KEY, b'{"by": 1}', [body(LARGE)])
     cache.write(KEY, b'{"by": 2}', [body(SMALL)])

@@ -52,11 +52,13 @@ class MemoryCache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
+        *,
+        anew: bool = False,
     ) -> int:
         sent = 0
         for blob, opener in blobs:
             self._fail("write")
-            if blob.digest not in self.blobs:
+            if anew or blob.digest not in self.blobs:
                 self.blobs[blob.digest] = b"".join(opener())
                 sent += blob.size
         self._fail("write")

@@ -75,8 +75,11 @@ def _answer(request: Request) -> Reply:
             cache=str(asked.get("cache") or ""),
             cache_from=str(asked.get("cache_from") or ""),
             upload_seconds=float(asked.get("upload_seconds") or 0.0),
+            verify_key=str(asked.get("verify_key") or ""),
         ) as tools:
-            return answer(request, tools)
+            reply = answer(request, tools)
+        # Only now: uploads have gone on until here.
+        return replace(reply, bytes_moved=reply.bytes_moved + tools.moved())
     except WeightsmithError as error:  # before the task began: its fault is this machine's
         failure = replace(Failure.of(error), exit_code=EnvironmentFailure.exit_code)
         return Reply.of_failure(request.id, socket.gethostname(), failure)

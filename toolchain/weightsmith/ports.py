@@ -133,10 +133,13 @@ class Cache(Protocol):
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
+        *,
+        anew: bool = False,
     ) -> int:
         """Write the missing blobs, then the document; return how many bytes were sent.
 
-        Readers see the whole entry or none; several may write the same one.
+        Readers see the whole entry or none; several may write the same one. With `anew`, blobs that
+        are there are written again, where a place allows that: one of them is damaged.
         """
 
     def entries(self) -> Iterator[Kept]:

@@ -87,5 +87,7 @@ class Tools:
     memory: Memory = NO_LIMIT
     share: Callable[[Digest, Mapping[str, Json], Entry], None] = shares_nothing
     """Puts a result of the store into the shared cache now, unless it is there."""
+    moved: Callable[[], int] = lambda: 0
+    """Returns the bytes that have come from the shared caches and gone to them so far."""
     images_in_engine: bool = False
     """Whether built images are started in the container engine or from an OCI layout."""

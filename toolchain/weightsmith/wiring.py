@@ -47,7 +47,7 @@ from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
 from weightsmith.privacy import private
-from weightsmith.provenance.signing import check_by, read_public_key
+from weightsmith.provenance.signing import check_by, check_of
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.sharing.address import Address, Sharing, chosen, required
 from weightsmith.sharing.place import Place
@@ -152,6 +152,7 @@ def open_tools(
     cache_from: str = "",
     uploads: bool = True,
     upload_seconds: float = 0.0,
+    verify_key: str = "",
 ) -> Iterator[Tools]:
     """Yield everything outside this process that stages use; close connections afterwards.
 
@@ -162,15 +163,16 @@ def open_tools(
     that.
 
     `cache` and `cache_from` are addresses of shared caches; by default, those of environment and
-    configuration. Without `uploads`, nothing is written to them. The end waits for uploads for
-    `upload_seconds`, or longer if the configuration says so.
+    configuration; so is `verify_key`. Without `uploads`, nothing is written to them. The end waits
+    for uploads for `upload_seconds`, or longer if the configuration says so.
 
     Raises UsageError for an unknown runner, address, size or time limit, EnvironmentFailure if
     `docker` is asked for and no engine answers.
     """
     settings = read_config().cache
     patience = max(settings.upload_seconds, upload_seconds)
-    settings = settings.model_copy(update={"upload_seconds": patience})
+    changed = {"upload_seconds": patience, "verify_key": verify_key or settings.verify_key}
+    settings = settings.model_copy(update=changed)
     sharing = chosen(cache, cache_from, settings)
     if runner not in RUNNERS:
         raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
@@ -211,6 +213,7 @@ def open_tools(
             memory=room,
             images_in_engine=answers,
             share=store.share if isinstance(store, SharedStore) else shares_nothing,
+            moved=store.moved if isinstance(store, SharedStore) else lambda: 0,
         )
 
 
@@ -230,7 +233,7 @@ def open_store(
     for keys that cannot be used, or a kind of cache whose packages are not installed.
     """
     local, settings = make_store(progress.note), sharing.settings
-    check = read_public_key(Path(settings.verify_key)) if settings.verify_key else None
+    check = check_of(settings.verify_key) if settings.verify_key else None
     with ExitStack() as stack:
         places: dict[Address, Place] = {}
         for address in filter(None, (sharing.both, sharing.read)):
@@ -279,7 +282,7 @@ def open_one_cache(
         raise AssertionError("`required` returns a cache")
     settings, local = sharing.settings, make_store(progress.note)
     layers = PushedLayers(cache_folder())
-    check = read_public_key(Path(settings.verify_key)) if settings.verify_key else None
+    check = check_of(settings.verify_key) if settings.verify_key else None
     signer = make_signer(sign_key or settings.sign_key)
     with make_registry(insecure=insecure, memory=layers) as registry, _scratch() as folder:
         found = open_cache(sharing.both, registry)

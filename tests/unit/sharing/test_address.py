@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import UsageError
+from weightsmith.provenance.signing import check_of
 from weightsmith.sharing.address import Address, chosen, of_nodes, parse_address, required
 from weightsmith.user_config import CacheSettings, read_config
 from weightsmith.wiring import cache_folder
+
+from tests.fakes.memory import new_signer
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +127,20 @@ def test_nodes_of_a_fleet_get_what_this_command_has(
     }
     with pytest.raises(UsageError, match="--on ray needs a shared cache"):
         of_nodes("ray", "off", "", CacheSettings())
+
+
+def test_nodes_of_a_fleet_trust_the_key_of_this_command(tmp_path: Path) -> None:
+    """As text: its file is on this machine only. Without a cache there is nothing to trust."""
+    key = tmp_path / "cache.pub"
+    key.write_bytes(new_signer().public)
+    settings = CacheSettings(verify_key=str(key))
+
+    told = of_nodes("ray", "/mnt/cache", "", settings)
+    assert told == {"cache": "/mnt/cache", "verify_key": key.read_text()}
+    assert check_of(told["verify_key"])(b"text", b"no signature") is False
+    assert of_nodes("local", "off", "", settings) == {"cache": "off"}
+    missing = of_nodes("ray", "/mnt/cache", "", CacheSettings(verify_key="/nowhere"))
+    with pytest.raises(UsageError, match="/nowhere is not a public key"):
+        check_of(missing["verify_key"])
+    with pytest.raises(UsageError, match="no public key"):
+        check_of("-----BEGIN PUBLIC KEY-----\nno")

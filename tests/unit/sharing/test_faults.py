@@ -153,11 +153,11 @@ def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path: Path) -> 
 
 def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hiccup(MemoryCache):
-        def write(self, *args: Any) -> int:
+        def write(self, *args: Any, **choices: Any) -> int:
             if not self.asked[1:]:
                 self.asked.append(KEY)
                 raise ConnectionResetError("reset")
-            return super().write(*args)
+            return super().write(*args, **choices)
 
     monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.0)
     store, entry = made(tmp_path / "store")
@@ -192,7 +192,16 @@ def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
     assert "Permission denied" in warning
 
 
-def test_a_result_that_lacks_a_blob_is_made_and_uploaded_again(tmp_path: Path) -> None:
+def other_byte(blob: Path) -> None:
+    data = bytearray(blob.read_bytes())
+    data[1000] ^= 1
+    blob.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, other_byte])
+def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     store, entry = made(tmp_path / "store")
     cache = MemoryCache()
     Uploads(Place(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
@@ -200,7 +209,7 @@ def test_a_result_that_lacks_a_blob_is_made_and_uploaded_again(tmp_path: Path) -
     place = Place(FolderCache(tmp_path / "shared"), None, print, 60)
     Uploads(place, store.memo).upload(KEY, NOTE, entry)
     (blob,) = (path for path in (tmp_path / "shared" / "blobs").rglob("*") if path.is_file())
-    blob.unlink()
+    damage(blob)
 
     mine = MemoryStore(tmp_path / "mine")
     uploads = Uploads(place, mine.memo)

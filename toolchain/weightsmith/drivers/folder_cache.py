@@ -58,14 +58,16 @@ class FolderCache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
+        *,
+        anew: bool = False,
     ) -> int:
-        """Write the missing blobs, then the document."""
+        """Write the missing blobs, or all of them `anew`, then the document."""
         self.root.mkdir(exist_ok=True)  # not its parents: a share that is not mounted stays empty
         sent = 0
         for blob, opener in blobs:
             path = self._blob(blob.digest)
             with suppress(OSError):
-                if path.stat().st_size == blob.size:
+                if not anew and path.stat().st_size == blob.size:
                     os.utime(path)
                     continue
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -80,13 +80,15 @@ class S3Cache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
+        *,
+        anew: bool = False,
     ) -> int:
-        """Write the missing blobs, then the document."""
+        """Write the missing blobs, or all of them `anew`, then the document."""
         sent = 0
         with self._asked():
             for blob, opener in blobs:
                 path = self._blob(blob.digest)
-                if self._size(path) != blob.size:
+                if anew or self._size(path) != blob.size:
                     self._put(path, opener())
                     sent += blob.size
             named = "".join(f"{blob.digest.hex} {blob.size}\n" for blob, _ in blobs)

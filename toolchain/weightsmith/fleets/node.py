@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.build_record import BuildRecord, read_build
+from weightsmith.build_record import BuildRecord, StageRecord, read_build
 from weightsmith.destinations import InStore
 from weightsmith.errors import (
     CheckFailed,
@@ -54,6 +54,9 @@ from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import Json
 
+_BASE_ANSWERS = "base answers"
+"""Counted beside the stages of builds: what is done once for many of them."""
+_NONE = StageRecord(cached=True, seconds=0.0)
 _REPORTS = 64 << 20
 """Bytes of a build's reports that are sent back; an image is never among them."""
 
@@ -157,7 +160,13 @@ def _base(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> 
             evaluate = check_section(Evaluate, settings, "evaluate")
             task = task_of(asked.file, evaluate)
             asked_now = references.subjects(sources, None)
+            began = time.monotonic()
+            there = tools.store.find(references.inputs(asked_now["base"], task.task).key)
             references.answers(asked_now, task.task, InStore(tools.store), tools)
+            clock.stages[_BASE_ANSWERS] = StageRecord(
+                cached=there is not None and clock.stages.get(_BASE_ANSWERS, _NONE).cached,
+                seconds=round(time.monotonic() - began, 3),
+            )
 
 
 @contextmanager

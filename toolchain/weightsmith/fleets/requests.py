@@ -80,7 +80,7 @@ class Reply(JsonObject):
     """Stage -> whether it was cached."""
     lock: Mapping[str, Json] = field(default_factory=dict)
     bytes_moved: int = 0
-    """Sent to registries, and through the cache."""
+    """Sent to registries, and to and from the shared cache."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Reports as base64, by their path in the folder of results, if the node does not share it."""
 

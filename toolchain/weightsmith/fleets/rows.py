@@ -71,7 +71,7 @@ class FleetRows(JsonObject):
     cells: tuple[CellRow, ...]
     shared: tuple[SharedRow, ...]
     bytes_moved: int = 0
-    """Sent to registries."""
+    """Sent to registries, and to and from the shared cache."""
     cpu_seconds: float = 0.0
     """Of all tasks, and of the fleet's own process."""
     own_cpu_seconds: float = 0.0

@@ -109,7 +109,7 @@ class Run:
         return FleetRows(
             cells=tuple(self._cells.values()),
             shared=tuple(self._shared.values()),
-            bytes_moved=sum(reply.bytes_moved for reply in self._replies),
+            bytes_moved=sum(reply.bytes_moved for reply in self._replies) + self.tools.moved(),
             cpu_seconds=round(own + nodes, 3),
             own_cpu_seconds=round(own, 3),
             seconds=round(time.monotonic() - self._began, 3),

@@ -65,8 +65,14 @@ class RegistryCache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
+        *,
+        anew: bool = False,
     ) -> int:
-        """Push the missing blobs, then the manifest under the key's tag."""
+        """Push the missing blobs, then the manifest under the key's tag.
+
+        A registry never replaces a blob that it has, so `anew` changes nothing here.
+        """
+        del anew
         config = Blob(digest=Digest.of(document), size=len(document), media_type=DOCUMENT_TYPE)
         empty = Blob(digest=Digest.of(EMPTY), size=len(EMPTY), media_type=EMPTY_TYPE)
         layers = list(blobs) or [(empty, lambda: iter((EMPTY,)))]

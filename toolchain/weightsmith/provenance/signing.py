@@ -184,6 +184,19 @@ def read_public_key(path: Path) -> Check:
         ) from None
 
 
+def check_of(key: str) -> Check:
+    """Return a verifier for a public key in PEM form, or in a file of that name.
+
+    Raises UsageError if it is neither.
+    """
+    if not key.startswith("-----BEGIN"):
+        return read_public_key(Path(key))
+    try:
+        return check_by(key.encode())
+    except ValueError as error:
+        raise UsageError(f"no public key in PEM form: {error}", hint="correct it") from None
+
+
 def check_by(public: bytes) -> Check:
     """Return a verifier for a public key in PEM form: ECDSA, RSA (PKCS #1) or Ed25519.
 

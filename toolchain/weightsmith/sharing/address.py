@@ -106,7 +106,7 @@ def required(cache: str, settings: CacheSettings) -> Sharing:
 
 
 def of_nodes(on: str, cache: str, cache_from: str, settings: CacheSettings) -> Mapping[str, str]:
-    """Return the caches of a fleet's nodes, as addresses by flag: those of its command.
+    """Return the caches of a fleet's nodes, by flag: addresses, and the key that they trust.
 
     Raises UsageError if nodes on other machines would share none.
     """
@@ -120,7 +120,20 @@ def of_nodes(on: str, cache: str, cache_from: str, settings: CacheSettings) -> M
     addresses = {flag: str(address) for flag, address in named.items() if address}
     # A node must not take from its own configuration what was switched off here.
     off = {"cache": cache, "cache_from": cache_from}
-    return {**addresses, **{flag: OFF for flag, value in off.items() if value == OFF}}
+    addresses |= {flag: OFF for flag, value in off.items() if value == OFF}
+    return {**addresses, **_trusted(settings)} if found.both or found.read else addresses
+
+
+def _trusted(settings: CacheSettings) -> Mapping[str, str]:
+    """Return `verify_key` as text: a node that trusts less than this machine trusts nothing here.
+
+    The file is on this machine only. One that cannot be read is refused where it is used.
+    """
+    key = settings.verify_key
+    try:
+        return {"verify_key": Path(key).read_text("utf-8")} if key else {}
+    except (OSError, ValueError):
+        return {"verify_key": key}
 
 
 def _refused(flag: str, text: str, why: str) -> UsageError:

@@ -74,6 +74,11 @@ class SharedStore:
             )
         self._uploads.upload(key, note, entry)
 
+    def moved(self) -> int:
+        """Return how many bytes have come from the caches and gone to them so far."""
+        sent = self._uploads.sent if self._uploads else 0
+        return sent + sum(place.taken for place in self._places)
+
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
         """Return size and digest of a file; see Store."""
         return self._local.digest_file(path, read=read)

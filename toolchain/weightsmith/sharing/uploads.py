@@ -109,7 +109,7 @@ class Uploads:
         if layers is None:
             made = prepared(key, note, entry, self._memo, self._signer)
             blobs = [(blob, self._while_wanted(opener)) for blob, opener in made.blobs]
-            self.sent += self._tried(lambda: cache.write(key, made.document, blobs))
+            self.sent += self._tried(lambda: cache.write(key, made.document, blobs, anew=again))
             layers = made.layers
         if cache.origin[0]:
             self._remember(*cache.origin, layers)
