@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from weightsmith import resources
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory
@@ -23,7 +22,7 @@ def client() -> Iterator[Registry]:
         yield registry
 
 
-_context, _pins = cache(ssl.create_default_context), cache(resources._fingerprint)
+_context = cache(ssl.create_default_context)
 
 
 @pytest.fixture
@@ -31,7 +30,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here must outlive a power failure, and what each build reads anew is read once."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(ssl, "create_default_context", _context)
-    monkeypatch.setattr(resources, "_fingerprint", _pins)
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import hashlib
 import os
 import re
 import secrets
+import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,12 +38,42 @@ def write_whole(path: Path, data: bytes) -> None:
     replace_file(path, (data,))
 
 
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of one folder, each atomically; creates the folder, and keeps what is the same.
+
+    The disk is waited for once for each file, and once for the folder. Raises OSError as
+    `write_whole` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = {name: data for name, data in files.items() if not _has(folder / name, data)}
+    for name, data in changed.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _replace(folder / name, (data,))
+    for parent in {(folder / name).parent for name in changed}:
+        sync_folder(parent)
+
+
+def _has(path: Path, data: bytes) -> bool:
+    """Return whether there is a regular file with this content."""
+    try:
+        status = path.lstat()
+        same = stat.S_ISREG(status.st_mode) and status.st_size == len(data)
+        return same and path.read_bytes() == data
+    except OSError:
+        return False
+
+
 def replace_file(path: Path, chunks: Iterable[bytes], mode: int | None = None) -> None:
     """Write a temporary file, flush it to disk and rename it to `path`; then flush the folder.
 
     `mode` sets its permissions regardless of the umask. Raises OSError as `write_whole` does, and
     what the chunks raise.
     """
+    _replace(path, chunks, mode)
+    sync_folder(path.parent)
+
+
+def _replace(path: Path, chunks: Iterable[bytes], mode: int | None = None) -> None:
     sweep(path.parent)
     handle, temporary = _claim(path.parent)
     try:
@@ -58,7 +89,6 @@ def replace_file(path: Path, chunks: Iterable[bytes], mode: int | None = None) -
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from weightsmith.errors import UsageError
@@ -38,6 +39,11 @@ def builder_pins(name: str) -> Digest:
     That is its folder, the sources that it compiles and its Containerfile. Raises UsageError for
     an unknown builder.
     """
+    return _builder_pins(name, images())
+
+
+@cache
+def _builder_pins(name: str, _images: Path) -> Digest:
     folder = _builder(name)
     rows: list[Json] = [[folder.name, _fingerprint(folder)]]
     rows += [
@@ -73,6 +79,11 @@ def engine_pins(name: str) -> Digest:
 
     A Containerfile in it is another way to make the same files, so it is left out.
     """
+    return _engine_pins(name, images())
+
+
+@cache
+def _engine_pins(name: str, _images: Path) -> Digest:
     rows = [row for row in _fingerprint(images() / "engines" / name) if row[0] != "Containerfile"]
     return key_of([*rows, *_shared(name)])
 

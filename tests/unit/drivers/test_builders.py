@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from weightsmith import resources
 from weightsmith.drivers import docker_images, environment, toolset
 from weightsmith.drivers.assembly import make_engine_files
 from weightsmith.drivers.environment import Pins, environment_folder, is_complete
@@ -43,6 +44,8 @@ def images(tmp_path, monkeypatch):
     for module in (environment, toolset, docker_images):
         monkeypatch.setattr(module, "images", lambda: root)
     monkeypatch.setattr("weightsmith.resources.images", lambda: root)
+    for name in ("_builder_pins", "_engine_pins"):  # tests change the folders as they go
+        monkeypatch.setattr(resources, name, getattr(resources, name).__wrapped__)
     return root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +96,7 @@ class RayFleet:
             found, self._impossible = self._impossible, []
             return found
         if not self._given:
+            time.sleep(seconds)
             return ()
         done, _ = self._ray.wait([*self._given], num_returns=1, timeout=seconds)
         ended = []

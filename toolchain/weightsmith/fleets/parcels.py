@@ -37,7 +37,8 @@ def packed(request: Request, tools: Tools) -> Request:
     """Return the request for a node that shares no folder with this machine.
 
     Small files go along; folders go into the store, and so into the shared cache. Raises UsageError
-    for a file that is too large or missing, InputRefused for an unsafe folder.
+    for a file that is too large or missing, InputRefused for an unsafe folder, EnvironmentFailure
+    for a cache that cannot be written.
     """
     files: dict[str, str] = {}
     parcels: dict[str, str] = {}
@@ -80,7 +81,13 @@ def _sent(tree: Tree, tools: Tools) -> Digest:
 
     note = {"stage": stage.stage, "inputs": stage.inputs}
     entry = tools.store.find(stage.key) or tools.store.produce(stage.key, note, copy)
-    tools.share(stage.key, note, entry)
+    try:
+        tools.share(stage.key, note, entry)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot put {tree.root.name} into the shared cache: {error.strerror or error}",
+            hint="check that the cache is there, and your access to it",
+        ) from None
     return stage.key
 
 

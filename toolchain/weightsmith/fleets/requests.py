@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from weightsmith import __version__
 from weightsmith.errors import WeightsmithError
@@ -90,6 +91,7 @@ class Reply(JsonObject):
         return cls(id=id_, node=node, seconds=0.0, cpu_seconds=0.0, error=failure.to_json())
 
 
+@cache
 def version() -> str:
     """Return the version and the digest of all code and templates: what two nodes must share."""
     rows: list[Json] = []

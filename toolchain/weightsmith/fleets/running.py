@@ -33,8 +33,10 @@ from weightsmith.stages.lock import Lock, write_lock
 from weightsmith.tools import Tools
 from weightsmith.values import Json, canonical
 
-_TRIES = 3
-"""How often a task is given to an engine with several nodes: twice elsewhere."""
+_PAUSES = (10.0, 60.0)
+"""Seconds before the second and the third try of a task that failed because of its machine.
+
+So a cache or a registry that is started again, which takes a minute, ends no cell."""
 _UPLOAD = 3600.0
 """Seconds that a shared task waits for its uploads."""
 _TURN = 1.0
@@ -72,8 +74,12 @@ class Run:
     _failures: dict[str, Failure] = field(default_factory=dict)
     """Of shared tasks: what those that wait for them fail with."""
     _done: set[str] = field(default_factory=set)
-    _given: dict[str, frozenset[str]] = field(default_factory=dict)
-    """Tasks that the engine has, with the nodes on which they failed before."""
+    _given: set[str] = field(default_factory=set)
+    """Tasks that the engine has."""
+    _avoid: dict[str, frozenset[str]] = field(default_factory=dict)
+    """Task -> nodes on which it failed before."""
+    _not_before: dict[str, float] = field(default_factory=dict)
+    """Task -> when it may be tried again."""
     _began: float = field(default_factory=time.monotonic)
     _version: str = field(default_factory=version)
     _lock: Lock | None = None
@@ -150,17 +156,23 @@ class Run:
         works = []
         for task in self._ready():
             try:
-                works.append(self._work(task, frozenset()))
+                works.append(self._work(task))
             except (UsageError, InputRefused) as error:  # what it names cannot go to a node
                 self._fail(task, Failure.of(error))
                 continue
-            self._given.setdefault(task.id, frozenset())
+            except EnvironmentFailure as error:  # the cache takes nothing now
+                self._take_failure(task, Reply.of_failure(task.id, "", Failure.of(error)))
+                continue
+            self._given.add(task.id)
         if works:
             self.engine.submit(works)
 
     def _ready(self) -> Iterator[Task]:
+        now = time.monotonic()
         for task in self.graph.tasks:
             if task.id in self._done or task.id in self._given:
+                continue
+            if self._not_before.get(task.id, now) > now:
                 continue
             broken = [self._failures[key] for key in task.after if key in self._failures]
             if broken:
@@ -168,7 +180,7 @@ class Run:
             elif self._done.issuperset(task.after):
                 yield task
 
-    def _work(self, task: Task, avoid: frozenset[str]) -> Work:
+    def _work(self, task: Task) -> Work:
         request = self._request(task)
         if self.engine.remote:
             request = packed(request, self.tools)
@@ -183,7 +195,7 @@ class Run:
             memory_bytes=needs.memory_bytes,
             disk_bytes=needs.disk_bytes,
             gpus=needs.gpus,
-            avoid=avoid,
+            avoid=self._avoid.get(task.id, frozenset()),
         )
 
     def _request(self, task: Task) -> Request:
@@ -220,22 +232,31 @@ class Run:
         failure = Failure.from_json(reply.error) if reply.error else None
         if failure and failure.message.startswith(DIFFERENT):
             raise EnvironmentFailure(failure.message, hint=failure.hint)
-        self._count_try(task)
-        avoid = self._given[task.id] | ({ended.node} if ended.node else set())
-        if failure and failure.exit_code == 5 and self._may_try_again(task):
-            self.tools.progress.warn(
-                f"{task.name} on {reply.node or 'a lost node'}: {failure.message}; tried again"
-            )
-            self._replies.append(replace(reply, stages={}))
-            self._given[task.id] = avoid
-            self._set_state(task, WAITING)
-            self.engine.submit([self._work(task, avoid)])
+        if ended.node:
+            self._avoid[task.id] = self._avoid.get(task.id, frozenset()) | {ended.node}
+        if failure and failure.exit_code == 5:
+            self._take_failure(task, reply)
             return
+        self._count_try(task)
         self._end(task, reply)
 
-    def _may_try_again(self, task: Task) -> bool:
-        row = self._cells.get(task.id) or self._shared[task.id]
-        return self.engine.remote and row.tries < _TRIES
+    def _take_failure(self, task: Task, reply: Reply) -> None:
+        """Let a task be tried again after a pause, unless it was tried often enough."""
+        failure = Failure.from_json(reply.error or {})
+        tries = (self._cells.get(task.id) or self._shared[task.id]).tries
+        self._count_try(task)
+        if not self.engine.remote or tries >= len(_PAUSES):
+            self._end(task, reply)
+            return
+        pause = _PAUSES[tries]
+        where = f" on {reply.node}" if reply.node else ""
+        self.tools.progress.warn(
+            f"{task.name}{where}: {failure.message}; tried again in {pause:g} s"
+        )
+        self._replies.append(replace(reply, stages={}))
+        self._given.discard(task.id)
+        self._not_before[task.id] = time.monotonic() + pause
+        self._set_state(task, WAITING)
 
     def _end(self, task: Task, reply: Reply) -> None:
         self._replies.append(reply)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import file_digest
 from pathlib import Path
 
 from weightsmith.errors import InputRefused
@@ -62,6 +65,12 @@ def read_texts(path: Path, bounds: TextBounds) -> Texts:
     to the other. If a file has less than MIN_TEXTS or MIN_CHARACTERS, the general texts are added.
     Raises InputRefused with file and line for invalid lines, and for a file without texts.
     """
+    return _texts(path, _digest(path), bounds)
+
+
+@lru_cache(maxsize=8)
+def _texts(path: Path, _digest: str, bounds: TextBounds) -> Texts:
+    """Return the texts of a file with this digest; one plan asks for them ten times."""
     chosen = _chosen(_rows(path), bounds)
     if not chosen:
         raise InputRefused(
@@ -117,18 +126,29 @@ def _length(row: Row) -> int:
     return sum(len(message["content"]) for message in row["messages"])
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _digest(path: Path) -> str:
+    with _readable(path), path.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn an error of the disk into one that names the file."""
     try:
-        with path.open("rb") as stream:
-            number = 0
-            while raw := stream.readline(_LONGEST_LINE + 1):
-                number += 1
-                if raw.strip():
-                    yield _row(raw, f"{path}:{number}")
+        yield
     except OSError as error:
         raise InputRefused(
             f"cannot read {path}: {error.strerror}", hint="give the path of a JSON Lines file"
         ) from None
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with _readable(path), path.open("rb") as stream:
+        number = 0
+        while raw := stream.readline(_LONGEST_LINE + 1):
+            number += 1
+            if raw.strip():
+                yield _row(raw, f"{path}:{number}")
 
 
 def _row(raw: bytes, where: str) -> Row:

@@ -33,6 +33,7 @@ class SharedStore:
         self._lazy: dict[Digest, Entry] = {}
         self._missed: set[Digest] = set()
         self._refused: set[Digest] = set()
+        self._shared: set[Digest] = set()
         self._layers: dict[str, Digest] = {}
         """Key of a layer -> its digest, by the entries that were found."""
 
@@ -72,7 +73,9 @@ class SharedStore:
                 "other machines need a cache that may be written to",
                 hint="give --cache instead of --cache-from",
             )
-        self._uploads.upload(key, note, entry)
+        if key not in self._shared:  # what all tasks of a fleet need is asked for once
+            self._uploads.upload(key, note, entry)
+            self._shared.add(key)
 
     def moved(self) -> int:
         """Return how many bytes have come from the caches and gone to them so far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from weightsmith.checkpoints.without_data import UnwrittenTree
@@ -94,9 +95,21 @@ def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[st
 
 
 def _plan(sources: Sources, options: Merge) -> MergePlan:
-    adapters = [(a.snapshot.tree.root, a.weight) for a in sources.adapters]
+    adapters = tuple((a.snapshot.tree.root, a.weight) for a in sources.adapters)
+    digests = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
+    return _planned(sources.base.tree.root, adapters, digests, options)
+
+
+@lru_cache(maxsize=1)
+def _planned(
+    base: Path,
+    adapters: tuple[tuple[Path, float], ...],
+    _digests: tuple[Digest, ...],
+    options: Merge,
+) -> MergePlan:
+    """Return the plan of files with these digests; planning a build asks for it four times."""
     return make_plan(
-        sources.base.tree.root,
+        base,
         adapters,
         dtype=options.dtype,
         combination=Combination.of(options),

@@ -32,7 +32,7 @@ from weightsmith.build_record import (
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.evaluating.results import Result
 from weightsmith.evaluating.statistics import wilson
-from weightsmith.files import write_whole
+from weightsmith.files import write_folder
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.provenance.mlbom import license_of
@@ -121,9 +121,7 @@ def layers_in(folder: Path) -> tuple[str, ...]:
 def write_files(files: Mapping[str, str], folder: Path) -> None:
     """Write texts to a folder, each atomically; raises EnvironmentFailure."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            write_whole(folder / name, text.encode())
+        write_folder(folder, {name: text.encode() for name, text in files.items()})
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write results to {folder}: {error.strerror}",

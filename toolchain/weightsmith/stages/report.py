@@ -27,7 +27,7 @@ from markupsafe import Markup
 from weightsmith.build_record import AnsweredTask, BuildRecord, read_build
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating.gate import DropLimit, judge_drop
-from weightsmith.files import write_whole
+from weightsmith.files import write_folder
 from weightsmith.foreign import RECORD, parse_file
 from weightsmith.reporting import answers, comparing, views
 from weightsmith.reporting.card import ModelCard
@@ -290,14 +290,15 @@ def _environment(folder: Path, page: str) -> Environment:
 
 
 def _write(texts: Mapping[str, str], folder: Path) -> None:
-    for name, text in texts.items():
-        path = folder / name
-        try:
-            write_whole(path, text.encode("utf-8", errors="replace"))
-        except OSError as error:
-            raise EnvironmentFailure(
-                f"cannot write {path}: {error.strerror}", hint="choose another output folder"
-            ) from None
+    try:
+        write_folder(
+            folder, {name: text.encode("utf-8", errors="replace") for name, text in texts.items()}
+        )
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write {error.filename or folder}: {error.strerror}",
+            hint="choose another output folder",
+        ) from None
 
 
 def _cell(value: Json) -> Markup:
