@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from weightsmith.drivers.pushed_layers import PushedLayers
+from weightsmith.oci.layers import LAYER_TAR
+from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.weights import weight_layers
-from weightsmith.values import Digest, FileEntry, Published, Tree
+from weightsmith.ports import Cache
+from weightsmith.values import Blob, Digest, FileEntry, Published, Tree
 
 from tests.fakes.cache import MemoryCache
+from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import Memory, in_memory
 
 HUGE = 140 * 10**9
@@ -67,14 +74,14 @@ def cache(
     with in_memory(_made(tmp_path / "tester"), client) as tester, monkeypatch.context() as patch:
         patch.setattr("weightsmith.pipeline.candidate", lambda *_: nullcontext(*engine.names))
         tester.launcher.engine = engine
-        build(tester, memory, cache)
+        build(tester, memory.repository, cache)
     return cache
 
 
-def build(user: Memory, there: Memory, cache: MemoryCache) -> Published:
+def build(user: Memory, repository: str, cache: Cache) -> Published:
     """Build as a user with an empty disk of a gigabyte, and push to the registry that is there."""
     layers = PushedLayers(user.folder / "layers")
-    user.write_recipe(image={"repository": there.repository})
+    user.write_recipe(image={"repository": repository})
     user.cache, user.remember, user.store.free = cache, layers.note, SMALL_DISK
     with Registry(pause=lambda _: None, memory=layers) as user.client:
         (built,) = user.build(SETTINGS, push=True).values()
@@ -88,14 +95,85 @@ def test_weights_of_140_gb_are_published_through_a_disk_of_1_gb(
     memory.registry.manifests.clear()
     for place in [place for place in memory.registry.blobs if place[0] == "team/tiny"]:
         del memory.registry.blobs[place]
-    published = build(memory, memory, cache)
+    published = build(memory, memory.repository, cache)
 
     assert memory.jobs() == []
+    was_mounted(published)
+    assert cache.read_bytes < 1 << 20
+    assert disk_bytes(tmp_path) < SMALL_DISK
+
+
+def was_mounted(published: Published) -> None:
     assert {layer.digest: layer.size for layer in published.layers}[WEIGHTS] == HUGE_LAYER
     assert published.mounted >= 1
     assert published.uploaded_bytes < 1 << 20
-    assert cache.read_bytes < 1 << 20
-    assert disk_bytes(tmp_path) < SMALL_DISK
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with a gigabyte."""
+    folder = _made(tmp_path / "disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.root
+@pytest.mark.registry
+def test_docker_registry_mounts_weights_of_140_gb_for_a_machine_with_1_gb(
+    cache: MemoryCache, client: Registry, tmp_path: Path, small_disk: Path
+) -> None:
+    """Its blob is a hole in its own storage: nobody uploads 140 GB here, and nobody reads them."""
+    folder = _made(tmp_path / "registry")
+    with real_registry(folder) as host, in_memory(small_disk, client) as user:
+        fill(RegistryCache(client, Reference.parse(f"{host}/team/cache")), cache, folder)
+        there = Watched(client, Reference.parse(f"{host}/team/cache"))
+        published = build(user, f"{host}/team/tiny", there)
+
+        assert user.jobs() == []
+        was_mounted(published)
+        assert there.bytes < 1 << 20
+        assert client.has(Reference.parse(published.reference))
+    assert disk_bytes(folder) < SMALL_DISK
+
+
+class Watched(RegistryCache):
+    """Counts what is read of it."""
+
+    bytes = 0
+
+    def read(self, blob: Blob) -> Iterator[bytes]:
+        for chunk in super().read(blob):
+            self.bytes += len(chunk)
+            yield chunk
+
+
+def fill(there: RegistryCache, cache: MemoryCache, folder: Path) -> None:
+    """Put the same results into a registry's cache, with a hole for the weights' layer."""
+    root, digits = folder / "data" / "docker" / "registry" / "v2", WEIGHTS.hex
+    blob = root / "blobs" / "sha256" / digits[:2] / digits / "data"
+    link = root / "repositories" / "team" / "cache" / "_layers" / "sha256" / digits / "link"
+    for path in (blob, link):
+        path.parent.mkdir(parents=True)
+    with blob.open("wb") as file:
+        file.truncate(HUGE_LAYER)
+    link.write_text(WEIGHTS)
+    for key, document in cache.documents.items():
+        bodies = [body(cache.blobs[name]) for name in cache.named[key]]
+        if stage(document) == "quantize":
+            huge = Blob(digest=WEIGHTS, size=HUGE_LAYER, media_type=LAYER_TAR)
+            bodies.append((huge, unread))
+        there.write(key, document, bodies)
+
+
+def body(data: bytes) -> tuple[Blob, Callable[[], Iterator[bytes]]]:
+    return Blob(digest=Digest.of(data), size=len(data), media_type=LAYER_TAR), lambda: iter((data,))
+
+
+def unread() -> Iterator[bytes]:
+    raise AssertionError("the registry has it")
 
 
 def stage(document: bytes) -> str:
