@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ from tests.fakes.memory import Memory, in_memory
 Q4, Q5 = "llamacpp-q4_k_m", "llamacpp-q5_k_m"
 GOOD = "not proven"
 """The verdict of all that goes well: eight questions prove little."""
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is tried again without a pause."""
+    monkeypatch.setattr(running, "_PAUSES", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -55,11 +62,11 @@ def run(
     memory.journal.events.clear()
     memory.runner.jobs.clear()
     engine = engine or MemoryFleet(by_tools(memory.tools))
-    outputs = choices.pop("outputs", {})
+    outputs, tools = choices.pop("outputs", {}), choices.pop("tools", memory.tools)
     fleet = ordered(path, **choices)
-    graph = foreseen(fleet, memory.dist, memory.tools)
+    graph = foreseen(fleet, memory.dist, tools)
     rows = run_fleet(
-        fleet, graph, engine, memory.tools,
+        fleet, graph, engine, tools,
         dist=memory.dist, outputs=outputs, options={}, cpus=0, changed=lambda _: None,
     )  # fmt: skip
     return rows, engine
@@ -305,6 +312,28 @@ def test_what_cannot_go_to_a_node_ends_its_cell_and_no_other(
 
     assert [(row.verdict, row.exit_code) for row in rows.cells] == [(GOOD, 0), ("refused", 2)]
     assert rows.cells[1].error == "b.jsonl is too large"
+
+
+def test_a_cache_that_takes_nothing_for_a_while_ends_no_cell(
+    two: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Exception] = [EnvironmentFailure("the cache is away"), OSError(5, "gone")]
+
+    def share(*_: object) -> None:
+        if faults:
+            raise faults.pop()
+
+    tools = replace(two.tools, share=share)
+    engine = MemoryFleet(by_tools(two.tools), remote=True)
+
+    path = write_fleet(two, adapters=["./a"], targets=[Q4])
+    rows, _ = run(two, path, engine, tools=tools)
+
+    assert [(row.verdict, row.tries) for row in rows.cells] == [(GOOD, 3)]
+    faults += [EnvironmentFailure("the cache is away")] * 3
+    path = write_fleet(two, adapters=["./b"], targets=[Q4])
+    rows, _ = run(two, path, engine, tools=tools)
+    assert [(row.verdict, row.exit_code) for row in rows.cells] == [("not made", 5)]
 
 
 def test_a_disk_that_takes_nothing_ends_its_cell_and_is_no_bug(two: Memory) -> None:
