@@ -19,6 +19,9 @@ _FASTEST_LAYER = 500 * 10**6
 """Bytes: a model of 4 GB then has eight layers, and more make a pull hardly faster."""
 _SPLIT_LAYERS = 32
 """Layers of a large model if all are full; even if all are half full, `_MOST_LAYERS` suffice."""
+LARGEST_ANYWHERE = 10**10
+"""Bytes that the strictest registries accept in a layer (`limits.py`). An image does not depend on
+where it is pushed, so `auto` keeps to it everywhere."""
 
 
 def fastest_layer(weight_bytes: int) -> int:
@@ -26,7 +29,7 @@ def fastest_layer(weight_bytes: int) -> int:
 
     Source: benchmarks/README.md, "Pulls".
     """
-    return max(_FASTEST_LAYER, -(-weight_bytes // _SPLIT_LAYERS))
+    return min(max(_FASTEST_LAYER, -(-weight_bytes // _SPLIT_LAYERS)), LARGEST_ANYWHERE)
 
 
 def max_weight_layers(base_layers: int) -> int:

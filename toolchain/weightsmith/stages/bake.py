@@ -18,7 +18,12 @@ from weightsmith.oci.limits import check_layers
 from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.ollama import ollama_model
 from weightsmith.oci.references import Reference
-from weightsmith.oci.weights import fastest_layer, max_weight_layers, weight_layers
+from weightsmith.oci.weights import (
+    LARGEST_ANYWHERE,
+    fastest_layer,
+    max_weight_layers,
+    weight_layers,
+)
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import Store
 from weightsmith.provenance.labels import (
@@ -140,7 +145,7 @@ def _made(
         model_dir,
         memo=store.memo,
         most=max_weight_layers(len(below)),
-        largest=inputs.largest_layer or 0,
+        largest=LARGEST_ANYWHERE if inputs.largest_layer is None else inputs.largest_layer,
         contents=split.contents,
     )
     labels = {
@@ -179,7 +184,7 @@ def _files(
         inputs.engine.model_dir,
         memo=store.memo,
         most=max_weight_layers(inputs.layers_below),
-        largest=inputs.largest_layer or 0,
+        largest=LARGEST_ANYWHERE if inputs.largest_layer is None else inputs.largest_layer,
         contents=split.contents,
     )
     return tar_model_pack(layers, description, labels)
