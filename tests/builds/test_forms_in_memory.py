@@ -220,6 +220,15 @@ def test_the_plan_says_which_target_is_uploaded_twice(
     assert said == costs
 
 
+def test_the_plan_counts_what_goes_to_a_hub(memory: Memory) -> None:
+    def sent(*words: str) -> int:
+        request = memory.request(*words)
+        rows = forecast(request.file, request.targets, memory.dist, memory.tools)["stages"]
+        return int(rows[-1]["write"])
+
+    assert sent("outputs.hub=hf://team/bot") == 2 * sent()
+
+
 def test_a_volume_has_manifests_that_pin_it(warm: Memory) -> None:
     built = warm.build("outputs=[image, volume]", push=True)[TARGET]
     folder = warm.results() / "volume"

@@ -90,7 +90,8 @@ def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "layer"), [(0, 5e8), (3e8, 5e8), (16e9, 5e8), (32e9, 1e9), (140e9, 4.375e9), (810e9, 10e9)]
+    ("model", "layer"),
+    [(0, 5e8), (3e8, 5e8), (16e9, 5e8), (32e9, 1e9), (140e9, 4.375e9), (810e9, 10e9)],
 )
 def test_the_size_of_a_layer_grows_with_large_models_only(model: float, layer: float) -> None:
     assert fastest_layer(int(model)) == layer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 from weightsmith.build_record import ScoreRecord
@@ -124,3 +125,18 @@ def test_only_an_image_that_was_asked_is_named(labels: dict[str, str], named: st
     card = card_of_labels("x", own, prefix, license_="", context=0, image="sha256:3")
 
     assert card.image == named
+
+
+@pytest.mark.parametrize(
+    ("files", "tag"),
+    [
+        (["config.json", "model.safetensors"], "text-generation"),
+        (["config.json", "model.safetensors", "preprocessor_config.json"], "image-text-to-text"),
+        (["model.gguf", "processor_config.json"], "text-generation"),
+    ],
+)
+def test_the_hub_lists_a_model_by_what_it_reads(files: list[str], tag: str) -> None:
+    card = text(files=files, license="MIT", base=BASE)
+    assert front(card)["pipeline_tag"] == tag
+    # The hub's own reader of cards.
+    assert huggingface_hub.ModelCard(card).data.to_dict() == front(card)

@@ -341,7 +341,10 @@ def _publish_row(
             " plain files"
         )
         why += "" if "ollama" in plain else "; modelpack-tar would upload nothing more"
-    written = 2 * size if plain else size
+    hub = file.recipe.outputs.hub
+    if hub:
+        why += f"; with --push, {human(size)} go to {hub} too, unless it has them"
+    written = size * (1 + bool(plain) + bool(hub))
     return _row("publish", target=target.name, cached=False, why=why, read=size, write=written)
 
 

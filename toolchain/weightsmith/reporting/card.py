@@ -23,6 +23,8 @@ _SCORE = re.compile(r"(?P<score>[01]\.\d+) (?P<metric>[\w-]+) n=(?P<n>\d+)")
 _WHO = {"base": "base", "adapter": "base + adapter", "merged": "merged", "image": "image"}
 _PLAIN = ("", "safetensors", "lora", "bf16", "f16", "f32")
 """Formats that lose nothing of the merged weights that a served answer shows."""
+_PROCESSORS = frozenset({"preprocessor_config.json", "processor_config.json"})
+"""Files of a checkpoint that also reads images. A GGUF file here holds the language part alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +80,13 @@ class ModelCard:
         gguf = sorted(name for name in files if name.endswith(".gguf"))
         return {
             "card": self,
-            "front": yaml.safe_dump(self._front(gguf), sort_keys=False, allow_unicode=True),
+            "front": yaml.safe_dump(self._front(files, gguf), sort_keys=False, allow_unicode=True),
             "repository": repository,
             "gguf": gguf[0] if gguf else "",
             "rows": list(self._rows()),
         }
 
-    def _front(self, gguf: Sequence[str]) -> dict[str, Json]:
+    def _front(self, files: Sequence[str], gguf: Sequence[str]) -> dict[str, Json]:
         """Return the card's metadata, by the hub's names."""
         front: dict[str, Json] = {}
         if self.license:
@@ -95,7 +97,8 @@ class ModelCard:
             relation = "quantized" if self.quantized and not self.adapters else "finetune"
             front |= {"base_model": self.base.hub, "base_model_relation": relation}
         front |= {} if gguf else {"library_name": "transformers"}
-        front["pipeline_tag"] = "text-generation"
+        sees = not gguf and not _PROCESSORS.isdisjoint(files)
+        front["pipeline_tag"] = "image-text-to-text" if sees else "text-generation"
         front["tags"] = ["weightsmith", *(["gguf"] if gguf else [])]
         return front
 
