@@ -224,7 +224,7 @@ def test_the_plan_counts_what_goes_to_a_hub(memory: Memory) -> None:
     def sent(*words: str) -> int:
         request = memory.request(*words)
         rows = forecast(request.file, request.targets, memory.dist, memory.tools)["stages"]
-        return int(rows[-1]["write"])
+        return int(rows[-1]["write_bytes"])
 
     assert sent("outputs.hub=hf://team/bot") == 2 * sent()
 

@@ -344,8 +344,11 @@ def _publish_row(
     hub = file.recipe.outputs.hub
     if hub:
         why += f"; with --push, {human(size)} go to {hub} too, unless it has them"
-    written = size * (1 + bool(plain) + bool(hub))
-    return _row("publish", target=target.name, cached=False, why=why, read=size, write=written)
+    disk = 2 * size if plain else size
+    written = disk + size if hub else disk
+    return _row(
+        "publish", target=target.name, cached=False, why=why, read=size, write=written, disk=disk
+    )
 
 
 def _state(stage: StageInputs, earlier: Mapping[str, Json] | None, tools: Tools) -> dict[str, Json]:
