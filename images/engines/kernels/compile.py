@@ -79,7 +79,7 @@ def build_kernels(job: Job, variants: list[dict[str, Any]], out: Path) -> None:
         job.cc(f"gnu.{GLIBC}", cpu, *words, HERE / f"{name}.c")
         return made
 
-    each = [(name, variant) for name in ("quants", "sums") for variant in variants]
+    each = [(name, variant) for name in ("quants", "sums", "products") for variant in variants]
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(build, *zip(*each, strict=True)))
     words = ["-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-shared", "-s"]

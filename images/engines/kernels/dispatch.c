@@ -1,5 +1,6 @@
 // Chooses the code for the CPU that it runs on.
 
+#include "products.h"
 #include "quants.h"
 #include "sums.h"
 
@@ -80,4 +81,11 @@ EXPORT void weightsmith_project_rows(
     const float *signs, float *squares, float *products
 ) {
     DISPATCH(project_rows, found, to, base, from, rows, columns, signs, squares, products);
+}
+
+EXPORT void weightsmith_multiply_rows(
+    const float *inputs, int64_t count, const void *weights, int type, int64_t rows,
+    int64_t columns, float *out, int64_t stride, float *packed
+) {
+    DISPATCH(multiply_rows, inputs, count, weights, type, rows, columns, out, stride, packed);
 }

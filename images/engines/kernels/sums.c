@@ -5,20 +5,13 @@
 #include <string.h>
 
 #include "sums.h"
+#include "vectors.h"
 
-#define LANE_TYPE(scalar) scalar __attribute__((ext_vector_type(WIDTH)))
-typedef LANE_TYPE(float) vec;
 typedef LANE_TYPE(int32_t) ints;
-typedef LANE_TYPE(uint32_t) words;
 typedef LANE_TYPE(uint16_t) shorts;
-typedef LANE_TYPE(_Float16) halves;
 typedef LANE_TYPE(_Bool) flags;
 typedef double __attribute__((ext_vector_type(WIDTH / 2))) doubles;
 typedef float __attribute__((ext_vector_type(WIDTH / 2))) singles;
-
-#define INLINE static inline __attribute__((always_inline))
-#define NAMED(name, width) name##_##width
-#define NAME(name, width) NAMED(name, width)
 
 // A tile of products that fits into the registers.
 enum { ROWS = WIDTH == 16 ? 8 : 4, VECTORS = 2 };
@@ -34,8 +27,6 @@ INLINE unsigned lanes_of(ints mask) {
     memcpy(&bits, &set, (WIDTH + 7) / 8);
     return bits & ((1u << WIDTH) - 1);
 }
-
-INLINE int bytes_of(int type) { return type == F32 ? 4 : 2; }
 
 INLINE vec widen(const void *data, int type) {
     if (type == F32) {
@@ -73,13 +64,8 @@ INLINE void multiply(const float *const *left, const float *panel, int64_t depth
         for (int v = 0; v < VECTORS; v++) {
             vec right;
             memcpy(&right, panel + k * PANEL + v * WIDTH, sizeof right);
-            for (int r = 0; r < ROWS; r++) {
-#if defined(__FMA__) || defined(__aarch64__)
-                sums[r][v] = __builtin_elementwise_fma((vec)left[r][k], right, sums[r][v]);
-#else
-                sums[r][v] += left[r][k] * right;
-#endif
-            }
+            for (int r = 0; r < ROWS; r++)
+                sums[r][v] = multiply_add((vec)left[r][k], right, sums[r][v]);
         }
 }
 

@@ -2,9 +2,7 @@
 
 #pragma once
 
-#include <stdint.h>
-
-enum { BF16, F16, F32 };
+#include "types.h"
 
 // The columns of a panel of packed factors.
 enum { PANEL = 32 };

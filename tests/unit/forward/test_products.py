@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -32,31 +31,34 @@ def test_products_are_those_of_float64(
 
 def test_both_libraries_multiply_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    rows, tile = torch.randn(33, 64), torch.randn(256, 64)
-    first = module.best_product()(rows, tile)
+    rows, tile, first, second = torch.randn(33, 64), torch.randn(256, 64), *torch.empty(2, 33, 256)
+    module.by_library()(rows, tile, first)
 
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
 
-    torch.testing.assert_close(module.best_product()(rows, tile), first)
+    module.by_library()(rows, tile, second)
+    torch.testing.assert_close(second, first)
 
 
 def test_an_error_of_any_share_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, products = threading.current_thread(), Products(2)
+    other = threading.Event()
 
-    def fail(rows: torch.Tensor, tile: torch.Tensor) -> Any:
+    def fail(rows: torch.Tensor, tile: torch.Tensor, out: torch.Tensor) -> None:
         if threading.current_thread() is not mine:
+            other.set()
             raise MemoryError("another thread's")
-        return torch.mm(rows, tile.T)
+        other.wait(60)  # so that a tile is left for the other thread
 
-    monkeypatch.setattr(module, "_product", fail)
+    monkeypatch.setattr(module, "_multiply", fail)
     with pytest.raises(MemoryError, match="another"):
-        products.multiply(torch.ones(1, 2), torch.ones(1000, 2))
+        products.multiply(torch.ones(100, 64), torch.ones(1000, 64))
     products.close()
 
 
 def test_threads_end_with_their_products() -> None:
     before, products = set(threading.enumerate()), Products(3)
-    products.multiply(torch.ones(1, 2), torch.ones(1000, 2))
+    products.multiply(torch.ones(200, 64), torch.ones(1000, 64))
     started = [t for t in set(threading.enumerate()) - before if t.name.startswith("product-")]
 
     products.close()

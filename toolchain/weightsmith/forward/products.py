@@ -9,12 +9,19 @@ from typing import Any, TypeAlias
 
 import torch
 
+from weightsmith.forward import native
 from weightsmith.forward.computed import Computed
 
 Matrix: TypeAlias = torch.Tensor | Computed
+Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+"""Multiplies rows [n, columns] with a tile [m, columns] into the third tensor, [n, m]."""
 
 _TILE = 256
 """Rows of a matrix that are converted and multiplied at a time, so that they fit a CPU's cache."""
+_PANEL = 32
+"""Rows that our kernel multiplies together; tiles are of whole panels."""
+_SHARE = 1 << 21
+"""Multiplications that are worth waking another thread for."""
 
 
 class Products:
@@ -30,15 +37,16 @@ class Products:
 
     def multiply(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """Return rows [n, columns] times the matrix [m, columns] transposed, in float32."""
-        output = torch.empty((len(rows), len(matrix)))
-        starts = range(0, len(matrix), _TILE)
-        shares = min(self._cpus, len(starts))
+        rows, output = rows.contiguous(), torch.empty((len(rows), len(matrix)))
+        starts = range(0, len(matrix), _height(matrix, self._cpus))
+        shares = min(self._cpus, len(starts), 1 + rows.numel() * len(matrix) // _SHARE)
+        left = iter(starts)
 
-        def work(share: int) -> None:
+        def work(_: int) -> None:
             with torch.inference_mode():
-                for start in starts[share::shares]:
-                    tile = matrix[start : start + _TILE].float()
-                    output[:, start : start + _TILE] = _product(rows, tile)
+                for start in left:
+                    tile = matrix[start : start + starts.step]
+                    _multiply(rows, tile, output[:, start : start + starts.step])
 
         self._helpers += [_Helper() for _ in range(len(self._helpers), shares - 1)]
         others = self._helpers[: shares - 1]
@@ -89,8 +97,16 @@ class _Helper:
                 self._done.put(error)
 
 
-def best_product() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Return the fastest way to multiply rows with a tile of a matrix.
+def _height(matrix: Matrix, cpus: int) -> int:
+    """Return the rows of a tile: equally many for each CPU, where rows can be read in any order."""
+    if not isinstance(matrix, torch.Tensor):
+        return _TILE
+    tiles = cpus * -(-len(matrix) // (cpus * _TILE))
+    return min(_TILE, _PANEL * -(-len(matrix) // max(1, tiles * _PANEL))) or _TILE
+
+
+def by_library() -> Multiply:
+    """Return the fastest way to multiply rows with a tile of a matrix by a library of torch's.
 
     MKL, behind `torch.mm`, leaves AVX-512 unused on AMD's CPUs; oneDNN does not, and is as fast on
     others.
@@ -100,9 +116,13 @@ def best_product() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     if onednn.is_available():
         linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if linear is None:
-        return lambda rows, tile: torch.mm(rows, tile.T)
+        return lambda rows, tile, out: out.copy_(torch.mm(rows, tile.float().T))
     linear = linear.default
-    return lambda rows, tile: linear(rows, tile, None, "none", [], "")
+    return lambda rows, tile, out: out.copy_(linear(rows, tile.float(), None, "none", [], ""))
 
 
-_product = best_product()
+def _multiply(rows: torch.Tensor, tile: torch.Tensor, out: torch.Tensor) -> object:
+    return (native.multiply if native.is_fast() else _LIBRARY)(rows, tile, out)
+
+
+_LIBRARY = by_library()
