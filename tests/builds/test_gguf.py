@@ -111,6 +111,8 @@ def test_a_broken_file_is_stopped_with_its_layer_named(tmp_path):
     assert found.layer_error > 2 * done["quality"]["layer_error"]
     assert found.worst_layers[0].layer == 2
     assert found.worst_tensors[0].tensor == "model.layers.2.mlp.up_proj.weight"
+    assert [fault.tensor for fault in found.damaged] == ["model.layers.2.mlp.up_proj.weight"]
+    assert found.damaged[0].kind == "q4_0"
 
 
 def test_a_type_that_cannot_be_read_back_is_not_measured(tmp_path):

@@ -21,6 +21,7 @@ from transformers import (
 )
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed, InputRefused, Unmeasurable
+from weightsmith.quality.faults import ROUNDING
 from weightsmith.quality.limits import limits_for
 from weightsmith.quality.measure import measure
 from weightsmith.quality.result import Quality, TextsUsed
@@ -36,6 +37,8 @@ ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().sp
 class View:
     """The tiny checkpoint, each matrix of its layers passed through `change`."""
 
+    stored = ""
+
     def __init__(self, change=lambda name, data: data, model=TINY / "base"):
         self.truth, self.change = CheckpointTensors(model), change
         self.names = self.truth.names
@@ -47,6 +50,9 @@ class View:
 
     def rows(self, name, start, stop):
         return self.tensor(name)[start:stop]
+
+    def kind(self, _):
+        return self.stored
 
 
 def four_bits(_, data, group=32):
@@ -177,6 +183,53 @@ def test_the_broken_layer_is_named():
 
     assert found.worst_layers[0].layer == 2
     assert "layers.2." in found.worst_tensors[0].tensor
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.up_proj"])
+def test_one_damaged_tensor_is_named_though_the_whole_hardly_changes(name):
+    """A twentieth of its scales belong to other groups, as after a fault of memory."""
+    damaged_name = f"model.layers.1.{name}.weight"
+
+    def damaged(tensor, data):
+        if tensor != damaged_name:
+            return sound(tensor, data)
+        codes, scales = four_bits(tensor, data)
+        scales[::20] *= 8
+        return (codes * scales).reshape(data.shape)
+
+    view, untouched = View(damaged), View(sound)
+    view.stored = untouched.stored = "q4_0"
+    found, good = measured(view), measured(untouched)
+
+    assert good.damaged == ()
+    assert [fault.tensor for fault in found.damaged] == [damaged_name]
+    assert found.damaged[0].error > 2 * found.damaged[0].limit
+    exceeded = (
+        Quality(loss=found).judged({"perplexity_ratio": 1.3, "kl_mean": 0.25}, TEXTS).exceeded
+    )
+    assert len(exceeded) == 1
+    assert damaged_name in exceeded[0]
+
+
+def test_weights_of_any_distribution_are_no_damage():
+    """A row or a block with one large weight has a larger error, as rounding would have it."""
+    random = np.random.default_rng(0)
+
+    def spiked(shape):
+        made = random.standard_t(2, shape).astype(np.float32)
+        made[:, 7] *= 50
+        return made
+
+    for block, kind in ((32, "q4_0"), (0, "int-quantized")):
+        rows = spiked((256, 512))
+        blocks = rows.reshape(-1, block or 512)
+        steps = np.abs(blocks).max(1, keepdims=True) / (7 if block else 127)
+        rounded = (np.round(blocks / steps) * steps).reshape(rows.shape)
+        error = np.linalg.norm(rounded - rows) / np.linalg.norm(rows)
+
+        assert error > 0
+        assert error < ROUNDING[kind].limit(torch.from_numpy(rows))
+        assert ROUNDING[kind].limit(torch.from_numpy(rows)) < 1, "zeros would pass"
 
 
 def test_values_that_are_no_numbers_are_refused_with_their_tensor():

@@ -48,6 +48,9 @@ class View(Protocol):
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return some rows of such a tensor; only they are dequantized."""
 
+    def kind(self, name: str) -> str:
+        """Return how the tensor is stored, as in `weightsmith.quality.faults`; "" if unknown."""
+
 
 class CheckpointTensors:
     """The tensors of a folder's safetensors files, memory-mapped unless they are computed."""

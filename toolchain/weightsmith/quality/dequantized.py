@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from weightsmith.checkpoints.tensors import View
 from weightsmith.errors import CheckFailed, Unmeasurable
 from weightsmith.forward.network import lacking
 from weightsmith.forward.weights import Weights
+from weightsmith.quality.faults import ROUNDING
+from weightsmith.quality.result import TensorFault
 from weightsmith.quality.tiles import Squares, Tiles
+from weightsmith.quality.totals import short
 
 
 class Dequantized(Weights):
@@ -30,6 +33,7 @@ class Dequantized(Weights):
         self._view = view
         self._last: tuple[str, Tiles] | None = None
         self._squares: dict[str, dict[int, Squares]] = defaultdict(dict)
+        self._faults: dict[str, TensorFault] = {}
 
     @property
     def errors(self) -> Mapping[str, float]:
@@ -38,6 +42,11 @@ class Dequantized(Weights):
         Sums are in the order of the rows, whichever thread compared them first.
         """
         return {name: _relative(tiles) for name, tiles in self._squares.items()}
+
+    @property
+    def faults(self) -> Sequence[TensorFault]:
+        """Tensors with rows that are further from the checkpoint's than their type explains."""
+        return [self._faults[name] for name in sorted(self._faults)]
 
     def mapped(self, tensor: str) -> Any:
         """Return a tensor whose rows are dequantized when they are used; see `read`."""
@@ -57,9 +66,9 @@ class Dequantized(Weights):
         self._check_shape(tensor, values, 0, None)
         if tensor not in self._squares:
             found = [
-                self._compared(tensor, values[first : first + len(rows)], rows)
+                self._compared(tensor, first, values[first : first + len(rows)], rows)
                 if rows.dim()
-                else self._compared(tensor, values, rows)
+                else self._compared(tensor, first, values, rows)
                 for first, rows in self.blocks(tensor)
             ]
             self._squares[tensor] = dict(enumerate(found))
@@ -75,7 +84,7 @@ class Dequantized(Weights):
             return tile
 
         def compare(first: int, tile: torch.Tensor) -> Squares:
-            return self._compared(name, tile, self.slice(name, first, first + len(tile)))
+            return self._compared(name, first, tile, self.slice(name, first, first + len(tile)))
 
         return Tiles(shape, read, self._squares[name], compare)
 
@@ -97,7 +106,7 @@ class Dequantized(Weights):
                 hint="the quantizer wrote another model; quantize again",
             )
 
-    def _compared(self, name: str, mine: torch.Tensor, rows: torch.Tensor) -> Squares:
+    def _compared(self, name: str, first: int, mine: torch.Tensor, rows: torch.Tensor) -> Squares:
         theirs = rows.float()
         error = float((mine - theirs).norm()) ** 2
         if not math.isfinite(error):
@@ -105,7 +114,21 @@ class Dequantized(Weights):
                 f"{name} has NaN or infinite values",
                 hint="check the merged weights for outliers, or choose a larger format",
             )
-        return Squares(error, float(theirs.norm()) ** 2)
+        found = Squares(error, float(theirs.norm()) ** 2)
+        if rows.dim() > 1 and (fault := self._fault(name, first, found, theirs)):
+            worst = self._faults.setdefault(name, fault)
+            if worst.error < fault.error:
+                self._faults[name] = fault
+        return found
+
+    def _fault(
+        self, name: str, first: int, found: Squares, rows: torch.Tensor
+    ) -> TensorFault | None:
+        kind = self._view.kind(name)
+        rounding, error = ROUNDING.get(kind), found.relative
+        if rounding is None or error <= rounding.usual or error <= (most := rounding.limit(rows)):
+            return None
+        return TensorFault(tensor=name, row=first, kind=kind, error=short(error), limit=short(most))
 
 
 def _as_tensor(data: Any) -> torch.Tensor:
@@ -117,7 +140,7 @@ def _relative(tiles: Mapping[int, Squares]) -> float:
     """Return the norm of all tiles' errors, relative to that of the weights."""
     inorder = [tiles[at] for at in sorted(tiles)]
     error, size = (sum(getattr(one, part) for one in inorder) for part in ("error", "size"))
-    return math.sqrt(error / size) if size else math.sqrt(error)
+    return Squares(error, size).relative
 
 
 def require_complete(model: Any, weights: Weights) -> None:

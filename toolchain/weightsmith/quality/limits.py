@@ -88,6 +88,12 @@ def refusal(format_: Format, quality: Quality, larger: Sequence[str]) -> CheckFa
     if larger:
         hint = f"a format with more bits ({', '.join(larger)}), {hint}"
     much = "; ".join(quality.exceeded)
+    if quality.loss and quality.loss.damaged:
+        return CheckFailed(
+            f"{format_.name} differs too much from the merged model: {much}{where}",
+            hint="no rounding explains this: quantize again, and check disk and memory if it "
+            "happens again; `quality: {gate: measure}` refuses nothing",
+        )
     return CheckFailed(
         f"{format_.name} differs too much from the merged model: {much}{where}",
         hint=f"try {hint}; quality.limits.{format_.name} sets the limits",

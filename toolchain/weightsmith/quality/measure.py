@@ -52,6 +52,7 @@ def measure(
         layer_error=short(max(layers.values())),
         worst_layers=tuple(LayerError(layer=n, error=short(layers[n])) for n in _worst(layers)),
         worst_tensors=tuple(TensorError(tensor=n, error=short(errors[n])) for n in _worst(errors)),
+        damaged=tuple(sorted(found.faults, key=lambda one: -one.error / one.limit)[:_NAMED]),
     )
 
 

@@ -27,6 +27,27 @@ class TensorError(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorFault(JsonObject):
+    """A tensor with rows that are further from the checkpoint's than their type explains."""
+
+    tensor: str
+    row: int
+    """First of the rows."""
+    kind: str
+    """How the tensor is stored."""
+    error: float
+    """Relative error of the rows."""
+    limit: float
+
+    def __str__(self) -> str:
+        """Return it as a phrase."""
+        return (
+            f"{self.tensor} is damaged from row {self.row} on: error {self.error:.2g}, at most "
+            f"{self.limit:.2g} for {self.kind}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loss(JsonObject):
     """The distance measured on held-out text."""
 
@@ -53,6 +74,8 @@ class Loss(JsonObject):
     are too few texts."""
     worst_layers: tuple[LayerError, ...] = ()
     worst_tensors: tuple[TensorError, ...] = ()
+    damaged: tuple[TensorFault, ...] = field(default=(), metadata=OMITTED)
+    """Up to three tensors that no rounding explains."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +115,12 @@ class Quality(JsonObject):
         """Return it with its verdict and the texts it was measured on; as it is if it was skipped.
 
         `top1` is a minimum, the other limits are maxima. A limit is exceeded if the value and its
-        whole interval are beyond it: what other texts might not show is no finding.
+        whole interval are beyond it: what other texts might not show is no finding. A damaged
+        tensor is one, whatever it changes.
         """
         if self.loss is None:
             return self
-        exceeded = []
+        exceeded = [str(fault) for fault in self.loss.damaged]
         for key, limit in limits.items():
             value, least = float(getattr(self.loss, key)), key == "top1"
             low, high = self.loss.intervals.get(key, (value, value))

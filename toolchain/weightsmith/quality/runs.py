@@ -25,6 +25,7 @@ from weightsmith.forward.walk import Count, Opening, Progress, walk
 from weightsmith.forward.weights import Weights
 from weightsmith.quality.dequantized import Dequantized, require_complete
 from weightsmith.quality.layers import PROBE_ROWS, LayerErrors, decoder_layers
+from weightsmith.quality.result import TensorFault
 
 
 @dataclass(slots=True)
@@ -57,6 +58,8 @@ class Both:
     """Decoder layer -> its own error."""
     errors: Mapping[str, float]
     """Tensor -> its relative error."""
+    faults: Sequence[TensorFault]
+    """Tensors that are damaged."""
 
 
 def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: Progress) -> Both:
@@ -79,7 +82,13 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
 
     both: dict[str, Opening] = {"checkpoint": _Checkpoint(model), "quantized": quantized}
     found = walk(both, dict.fromkeys(both, run), alike=True)
-    return Both(**found, layers=compared.found, errors=quantized.errors())
+    weights = quantized.weights
+    return Both(
+        **found,
+        layers=compared.found,
+        errors=weights.errors if weights else {},
+        faults=weights.faults if weights else (),
+    )
 
 
 def _run(model: Any, ids: torch.Tensor) -> States:
@@ -118,10 +127,6 @@ class _Quantized:
     view: View
     model: Any = None
     weights: Dequantized | None = None
-
-    def errors(self) -> Mapping[str, float]:
-        """Return each tensor's relative error."""
-        return self.weights.errors if self.weights else {}
 
     @property
     def source(self) -> str:

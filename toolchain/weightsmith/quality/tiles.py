@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,11 @@ class Squares:
 
     error: float
     size: float
+
+    @property
+    def relative(self) -> float:
+        """The norm of the error, divided by that of the weights unless they are all zero."""
+        return math.sqrt(self.error / self.size) if self.size else math.sqrt(self.error)
 
 
 @dataclass(slots=True)

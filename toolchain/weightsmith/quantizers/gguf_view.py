@@ -63,6 +63,10 @@ class GGUFView:
         """Return some rows of such a tensor; only they are dequantized."""
         return self._dequantized(name, slice(start, stop))
 
+    def kind(self, name: str) -> str:
+        """Return the tensor's type, such as `q4_k`."""
+        return str(self._read.tensors[self._places[name][0]].tensor_type.name).lower()
+
     def _dequantized(self, name: str, where: slice) -> npt.NDArray[np.float32]:
         import gguf
 

@@ -143,6 +143,16 @@ class PackedView:
             return self.matrix(module, start, stop)
         return self.tensors.part(name, (slice(start, stop),))
 
+    def kind(self, name: str) -> str:
+        """Return the layout of a quantized matrix, or the type of another tensor.
+
+        Returns "" for all of AWQ, which moves scales between tensors.
+        """
+        if self.layout.method in {"awq", "pack-quantized"}:
+            return ""
+        packed = name in self._stacks or name.removesuffix(".weight") in self.modules
+        return self.layout.method if packed else self.tensors.info(name).dtype.lower()
+
     def matrix(
         self, module: str, start: int = 0, stop: int | None = None
     ) -> npt.NDArray[np.float32]:

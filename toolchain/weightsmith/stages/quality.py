@@ -20,7 +20,7 @@ from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Checkpoint, Digest, Format, StageInputs
 
 BUILDER = "merge"
-RECIPE_NUMBER = 3
+RECIPE_NUMBER = 4
 _MEMORY_BYTES = 8 << 30
 """Memory limit of the container, without the weights."""
 _TOKEN_BYTES = 4 << 20
