@@ -116,7 +116,7 @@ def checkpoint_rows(example: str, name: str, model: Path) -> tuple[list[str], li
     quantizer = of_format(name)
     format_ = next(f for f in quantizer.formats if f.name == name)
     kept = kept_bytes(size, format_, read_facts(model))
-    planned = quantizer.peak_disk(size, kept, format_) / 1e6
+    planned = quantizer.peak_disk(size, kept, format_, {}) / 1e6
     lost = row(example, name, details["size"], details["bits_per_weight"], told["quality"], score)
     costs = [f"{cost[key]:.1f}" for key in ("cpu", "wall", "rss", "disk")]
     return lost, [example, name, *costs, f"{planned:.1f}"]

@@ -284,7 +284,7 @@ def _adapters() -> Iterator[str]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "Which architectures become which packed format. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats is a test with a small random model (`tests/unit/quantizers/test_architectures.py`).\n"
+    yield "Which architectures become which packed format. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, and of `awq` and `gptq`, is a test with a small random model (`test_architectures.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
     yield "Of models that see, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"

@@ -90,7 +90,7 @@ def test_a_four_bit_checkpoint_is_quantized_from_the_merged_one(memory: Memory) 
     built = memory.build(targets=["vllm-awq"])["vllm-awq"]
 
     assert memory.jobs()[5:] == ["quantize", "quality"]
-    assert memory.runner.jobs[-2].builder == "gptqmodel"
+    assert memory.runner.jobs[-2].builder == "merge"
     assert built.scores["image"].score == 1
 
 

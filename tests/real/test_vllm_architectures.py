@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from weightsmith.quantizers.checkpoints import DENSE
-from weightsmith.quantizers.gptqmodel import NO_AWQ
 
 from tests.fakes.dense import make_dense
 from tests.real.test_vllm import FORMATS, compare
@@ -23,12 +22,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(3600),
 ]
-CASES = [
-    (name, kind)
-    for name in sorted(DENSE)
-    for kind in ("fp8", "w8a8", "gptq", "awq")
-    if not (kind == "awq" and name in NO_AWQ)
-]
+CASES = [(name, kind) for name in sorted(DENSE) for kind in ("fp8", "w8a8", "gptq", "awq")]
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CASES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -173,6 +174,26 @@ def test_of_a_layer_s_experts_all_or_none_are_kept(keep: list[str], fits: bool) 
         return
     with pytest.raises(InputRefused, match="engines load either all or none"):
         check(experts, {"keep": keep})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "end"),
+    [
+        ("LlamaForCausalLM", "layers.2.mlp.down_proj"),
+        ("Qwen2MoeForCausalLM", "model.layers.17.self_attn.o_proj"),
+        ("Phi3ForCausalLM", "gate_proj"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fp8", "awq", "gptq"])
+def test_names_that_a_model_lacks_are_refused_before_the_merge(
+    name: str, architecture: str, end: str
+) -> None:
+    check, model = of_format(name).check_options, model_of(architecture)
+    check(model, {"keep": ["layers.1.mlp.down_proj"], "group_size": 64})
+    with pytest.raises(
+        InputRefused, match=re.escape(f"keep: no matrix has a name that ends in '{end}'")
+    ):
+        check(model, {"keep": [end], "group_size": 64})
 
 
 def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import ROUNDED
+from weightsmith.quantizers.architectures import ROUNDED, WALKED
 from weightsmith.quantizers.checkpoints import DENSE, LLAMAS
 from weightsmith.quantizers.schemes import SCHEMES
 
@@ -14,8 +14,10 @@ from tests.fakes.configs import facts
     ("name", "known"),
     [
         *((name, ROUNDED) for name in SCHEMES),
-        ("gptq", DENSE),
-        ("awq", DENSE - {"Gemma3ForCausalLM", "Cohere2ForCausalLM"}),
+        ("gptq", WALKED),
+        ("awq", WALKED),
+        ("gptq-gptqmodel", DENSE),
+        ("awq-gptqmodel", DENSE - {"Gemma3ForCausalLM", "Cohere2ForCausalLM"}),
         ("awq-autoawq", LLAMAS),
         ("awq-compressed", LLAMAS),
         ("fp8-static", LLAMAS),

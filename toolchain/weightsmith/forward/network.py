@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,20 @@ def fill_while_running(
 
     outer.register_forward_pre_hook(fill)
     outer.register_forward_hook(empty, always_call=True)
+
+
+@contextmanager
+def filled(outer: Any, path: str, weights: Weights) -> Iterator[None]:
+    """Load the missing parameters below `outer`, and drop them at the end."""
+    places = missing_below(outer, path)
+    for (module, name), parameter in places.items():
+        getattr(module, name).data = weights.whole(parameter)
+    try:
+        yield
+    finally:
+        for module, name in places:
+            part = getattr(module, name)
+            part.data = _missing(part.shape).data
 
 
 def missing_below(outer: Any, path: str) -> dict[tuple[Any, str], str]:

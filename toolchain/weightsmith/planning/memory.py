@@ -80,6 +80,9 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     limit = quantizing.memory_limit(size, options)
     if of_format(options.format.name).streams:
         return _STREAMED
+    if of_format(options.format.name).by_layer:
+        # In float32, scaled, and what its errors are weighed with.
+        return min(_PACKING + 6 * size // max(1, model.layers), limit)
     if options.format.suffix != ".gguf":
         return min(_PACKING + size, limit)
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
@@ -28,7 +29,11 @@ ROUNDED = DENSE | EXPERTS | SEEING | JOINED
 """Every architecture that a format without calibration can have."""
 LLAMA4 = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
 """Engines reorder the outputs of their Q and K while they load them."""
+WALKED = ROUNDED - LLAMA4
+"""Every architecture that our walk can calibrate: Llama 4 calls its experts in another way."""
 
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_JOINED = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -79,10 +84,33 @@ def dimensions(model: ModelFacts) -> Iterator[tuple[str, int, int]]:
 
 
 def check_kept(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
-    """Refuse to keep only some matrices of a layer's experts: engines fuse them all into two."""
+    """Refuse names that a model lacks, and to keep only some matrices of a layer's experts."""
     keep = set(chosen.get("keep") or ())
-    if not model.matrices.experts:
-        return
+    for end in sorted(keep):
+        _check_there(model, end)
+    if model.matrices.experts:
+        _check_experts(keep)
+
+
+def _check_there(model: ModelFacts, end: str) -> None:
+    """Refuse a name of a layer that is not there, or of a matrix that is joined with others."""
+    layer = _LAYER.search(end)
+    if layer and model.shape.layers and int(layer[1]) >= model.shape.layers:
+        raise InputRefused(
+            f"keep: no matrix has a name that ends in {end!r}: the model has"
+            f" {model.shape.layers} layers",
+            hint=f"name a layer from 0 to {model.shape.layers - 1}",
+        )
+    if model.architecture in JOINED and end.rpartition(".")[2] in _JOINED:
+        raise InputRefused(
+            f"keep: no matrix has a name that ends in {end!r}: {model.architecture} joins Q, K and"
+            " V, and gate and up",
+            hint="remove it; o_proj and down_proj can be kept",
+        )
+
+
+def _check_experts(keep: Collection[str]) -> None:
+    """Refuse to keep only some matrices of a layer's experts: engines fuse them all into two."""
     for end in sorted(keep):
         stem, _, name = end.rpartition(".")
         if "shared" in stem:

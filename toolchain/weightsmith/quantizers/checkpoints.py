@@ -111,12 +111,18 @@ def group_size(model: ModelFacts, requested: Json) -> int:
 
 def row_lengths(model: ModelFacts) -> dict[str, int]:
     """Return the number of inputs for each kind of matrix."""
-    shape = model.shape
-    return {
+    shape, more = model.shape, model.matrices
+    found = {
         "q_proj, k_proj, v_proj, gate_proj and up_proj": shape.hidden,
-        "o_proj": shape.heads * shape.head_dim,
-        "down_proj": shape.intermediate,
+        "o_proj": shape.heads * (shape.v_head_dim or shape.head_dim),
     }
+    if not more.experts or more.sparse_layers < shape.layers:
+        found["down_proj"] = shape.intermediate
+    if more.experts:
+        found["an expert's down_proj"] = more.expert_width or shape.intermediate
+    if more.shared_width:
+        found["the shared expert's down_proj"] = more.shared_width
+    return found
 
 
 def group_option(requested: Mapping[str, Json]) -> Json:

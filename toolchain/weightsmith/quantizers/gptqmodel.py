@@ -1,4 +1,4 @@
-"""AWQ and GPTQ by GPTQModel, on a CPU or a GPU: 4-bit checkpoints for vLLM, TGI and SGLang."""
+"""AWQ and GPTQ by GPTQModel, on a CPU or a GPU: a second engine for the layouts of both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ from weightsmith.quantizers.running import (
 )
 from weightsmith.quantizers.unquantized import keep_option, kept_modules, negative_patterns
 from weightsmith.trees import discard, remove
-from weightsmith.values import AWQ, GPTQ, Format, Json
+from weightsmith.values import Format, Json
+
+AWQ_GPTQMODEL = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
+GPTQ_GPTQMODEL = Format(name="gptq-gptqmodel", kind="gptq", bits_per_weight=4.16)
 
 NO_AWQ = frozenset({"Cohere2ForCausalLM", "Gemma3ForCausalLM"})
 """Not supported by its AWQ: parallel layers' norms, rotary embeddings that differ by layer."""
@@ -45,7 +48,7 @@ _WIDE = 3072
 
 def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return the recipe's options that affect these formats' output."""
-    if format_ == AWQ:
+    if format_ == AWQ_GPTQMODEL:
         zero_point_option(format_, requested)
     return {"group_size": group_option(requested), "keep": keep_option(requested)}
 
@@ -66,7 +69,7 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 
 def check_input(format_: Format, model: ModelFacts) -> None:
     """Refuse unsupported architectures, and rows that no group size divides."""
-    check_grouped(model, DENSE - NO_AWQ if format_ == AWQ else DENSE)
+    check_grouped(model, DENSE - NO_AWQ if format_ == AWQ_GPTQMODEL else DENSE)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
@@ -188,7 +191,7 @@ def _clip_by_gram(search: Any) -> None:
 QUANTIZER = Quantizer(
     name="gptqmodel",
     builder="gptqmodel",
-    formats=(AWQ, GPTQ),
+    formats=(AWQ_GPTQMODEL, GPTQ_GPTQMODEL),
     recipe_number=9,
     check_input=check_input,
     steps=steps,

@@ -33,7 +33,7 @@ _MOST_KEPT = 0.01
 _GAINS, _MAX_OFF = (0.4, 1.6), 0.05
 """Allowed gain of an output after clipping, and the fraction of outputs that may exceed it."""
 _MAY_RESCALE = frozenset({"awq", "pack-quantized"})
-_BEFORE_A_MATRIX = ("v_proj", "up_proj")
+_BEFORE_A_MATRIX = ("v_proj", "up_proj", "w3")
 """Their outputs are another matrix's inputs, so AWQ may scale them."""
 _HINT = "quantize it again; if it fails again, use another format"
 

@@ -107,5 +107,7 @@ class Quantizer:
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""
     streams: bool = False
     """Whether it needs memory for a few rows only, however large the model is."""
+    by_layer: bool = False
+    """Whether it has only one decoder layer in memory, with its statistics."""
     check_statistics: Callable[[Path, ModelFacts], None] | None = None
     """(file, model) -> None; raises InputRefused for statistics of another model."""

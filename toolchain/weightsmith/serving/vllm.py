@@ -284,11 +284,13 @@ _SUPPORT: Mapping[str, Support] = {
         capability=(7, 5),
         cpu=True,
         source=f"quantization/auto_awq.py get_min_capability; {_4_BITS_ON_CPUS}",
+        cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsInt4: only with AMX",
     ),
     "gptq": Support(
         capability=(6, 0),
         cpu=True,
         source=f"quantization/auto_gptq.py get_min_capability; {_4_BITS_ON_CPUS}",
+        cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsInt4: only with AMX",
     ),
     "awq-compressed": Support(
         capability=(7, 5),

@@ -1,0 +1,206 @@
+"""AWQ and GPTQ layer by layer: every architecture, experts, what is kept, and going on."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.errors import InputRefused
+from weightsmith.forward.layers import Layers
+from weightsmith.quality.measure import measure
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.architectures import EXPERTS, SEEING, WALKED
+from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.layerwise import quantizing, scaling
+from weightsmith.quantizers.layerwise.observing import Observer
+from weightsmith.quantizers.layerwise.scaling import scale_layer
+from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+
+from tests.fakes.dense import make_dense
+from tests.fakes.seeing import make_seeing
+from tests.fakes.sparse import make_sparse
+
+ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:3]]
+CELLS = [(name, method) for name in sorted(WALKED) for method in ("awq", "gptq")]
+MOST = 0.35
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("models")
+
+    @cache
+    def made(architecture: str) -> Path:
+        if architecture in SEEING:
+            return make_seeing(root / architecture, architecture)
+        if architecture in EXPERTS:
+            return make_sparse(root / architecture, architecture)
+        return make_dense(root / architecture, architecture)
+
+    return made
+
+
+def settings(model: Path, out: Path, method: str, keep: tuple[str, ...] = ()) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    texts = out.with_suffix(".jsonl")
+    texts.write_text("".join(json.dumps({**row, "tokens": 1}) + "\n" for row in ROWS[1:]))
+    return {
+        "method": method, "model": str(model), "out": str(out), "calibration": str(texts),
+        "group_size": 32, "keep": list(keep),
+    }  # fmt: skip
+
+
+def layout(method: str) -> Layout:
+    return Layout(method=method, bits=4, group_size=32, symmetric=method == "gptq")
+
+
+@pytest.mark.grid(9)
+@pytest.mark.parametrize(("architecture", "method"), CELLS)
+def test_a_model_of_this_architecture_becomes_this_format(
+    models, tmp_path: Path, architecture: str, method: str
+) -> None:
+    model, out = models(architecture), tmp_path / "out"
+    of_format(method).check_input(formats()[method], read_facts(model))
+
+    quantizing.quantize(settings(model, out, method))
+
+    check_checkpoint(out, model, layout(method))
+    found = measure(model, view_of(out, model), ROWS[:1], 100, lambda *_: None)
+    assert found.kl_mean > 0
+    assert 0 < found.layer_error < MOST
+    assert not (out / ".engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scaled"),
+    [
+        ("LlamaForCausalLM", {"input_layernorm", "post_attention_layernorm", "mlp.up_proj"}),
+        ("Gemma2ForCausalLM", {"input_layernorm", "pre_feedforward_layernorm", "mlp.up_proj"}),
+        ("Cohere2ForCausalLM", {"input_layernorm", "mlp.up_proj"}),  # one norm for both
+        ("Olmo2ForCausalLM", {"mlp.up_proj"}),  # norms behind the matrices
+        # The router gets the other norm's output, too.
+        ("Qwen3MoeForCausalLM", {"input_layernorm", "self_attn.v_proj"}),
+    ],
+)
+def test_scaling_changes_no_output(
+    models, monkeypatch, architecture: str, scaled: set[str]
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    monkeypatch.setattr(
+        scaling,
+        "best_factors",
+        lambda weights, *_: torch.rand(weights[0].shape[1], generator=draw) * 4 + 0.3,
+    )
+    ids = torch.randint(5, 500, (2, 40), generator=torch.Generator().manual_seed(1)).tolist()
+    layers = Layers(models(architecture), ids)
+    with layers.loaded(0) as layer:
+        names = [name for name, module in layer.named_modules() if type(module) is torch.nn.Linear]
+        observer = Observer(layer, names)
+        with observer.watching(layers.batches[0].valid):
+            before = layers.run(0, 0)
+        modules = {id(module): name for name, module in layer.named_modules()}
+        changed = {
+            modules[id(one)] for one in scale_layer(observer.groups, 32, lambda _: torch.bfloat16)
+        }
+        after = layers.run(0, 0)
+
+    assert changed == scaled
+    assert float((after - before).norm()) < 1e-4 * float(before.norm())
+
+
+def test_an_expert_that_sees_little_is_named_and_sees_all(models, tmp_path: Path, monkeypatch):
+    model, out = models("Qwen3MoeForCausalLM"), tmp_path / "out"
+    seen = []
+    own = quantizing.Moments.of
+    monkeypatch.setattr(
+        quantizing.Moments, "of", lambda rows: (seen.append(len(rows)), own(rows))[1]
+    )
+    monkeypatch.setattr(quantizing, "MIN_TOKENS", 10**6)
+
+    quantizing.quantize(settings(model, out, "awq"))
+
+    told = json.loads((out / ".calibrated.json").read_text())
+    assert len(told["experts_with_few_tokens"]) == 8  # four in each of two layers
+    assert re.fullmatch(r"layer 0\.0 \(\d+\)", told["experts_with_few_tokens"][0])
+    assert "experts saw fewer than 1000000 calibration tokens" in told["warnings"][0]
+    assert set(seen) == {told["calibration_tokens"]}
+
+
+def test_what_is_kept_keeps_its_bytes(models, tmp_path: Path) -> None:
+    model, out = models("LlamaForCausalLM"), tmp_path / "out"
+    keep = ("down_proj", "layers.1.self_attn.o_proj")
+
+    quantizing.quantize(settings(model, out, "awq", keep))
+
+    check_checkpoint(out, model, layout("awq"), keep)
+    made, source = CheckpointTensors(out), CheckpointTensors(model)
+    kept = {n for n in source.names if "down_proj" in n or "layers.1.self_attn.o_proj" in n}
+    assert all(made.raw(n).tobytes() == source.raw(n).tobytes() for n in kept)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["modules_to_not_convert"] == sorted(n.removesuffix(".weight") for n in kept)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path: Path, monkeypatch, method: str):
+    model = models("Qwen3MoeForCausalLM")
+    quantizing.quantize(settings(model, tmp_path / "whole", method))
+    run, own = [], quantizing._layer
+
+    def dies_at(last: int):
+        def layer(walk, number, *more):
+            run.append(number)
+            if number == last:
+                raise KeyboardInterrupt
+            return own(walk, number, *more)
+
+        return layer
+
+    wanted = settings(model, tmp_path / "out", method)
+    monkeypatch.setattr(quantizing, "_layer", dies_at(1))
+    with pytest.raises(KeyboardInterrupt):
+        quantizing.quantize(wanted)
+    monkeypatch.setattr(quantizing, "_layer", dies_at(-1))
+    quantizing.quantize(wanted)
+
+    assert run == [0, 1, 1]
+    for name in ("model.safetensors", "config.json", ".calibrated.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_texts_begin_again(models, tmp_path: Path, monkeypatch) -> None:
+    wanted = settings(models("LlamaForCausalLM"), tmp_path / "out", "gptq")
+    run, own = [], quantizing._layer
+
+    def layer(walk, number, *more):
+        run.append(number)
+        if len(run) == 2:
+            raise KeyboardInterrupt
+        return own(walk, number, *more)
+
+    monkeypatch.setattr(quantizing, "_layer", layer)
+    with pytest.raises(KeyboardInterrupt):
+        quantizing.quantize(wanted)
+    texts = Path(wanted["calibration"])
+    texts.write_text(texts.read_text() + json.dumps({**ROWS[0], "tokens": 1}) + "\n")
+    quantizing.quantize(wanted)
+
+    assert run == [0, 1, 0, 1]
+
+
+def test_weights_that_are_not_finite_are_refused(models, tmp_path: Path) -> None:
+    model = make_dense(tmp_path / "model", "LlamaForCausalLM")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(InputRefused, match=r"layers\.1\.mlp\.up_proj.* NaN or infinite"):
+        quantizing.quantize(settings(model, tmp_path / "out", "gptq"))

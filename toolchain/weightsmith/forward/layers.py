@@ -1,0 +1,130 @@
+"""A model's decoder layers one at a time, over token ids: what calibration runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightsmith.cpus import all_but_one
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.network import (
+    decoder_layers,
+    decoder_of,
+    filled,
+    skeleton_with_weights,
+)
+from weightsmith.forward.products import Products
+from weightsmith.forward.views import require_complete, stream
+
+_TOKENS = 4096
+"""Of a batch, padding included."""
+product = Products(all_but_one()).multiply
+"""(rows [n, inputs], matrix [m, inputs]) -> float32 [n, m], by the fastest way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts that run together, padded on the right, where a causal model does not look."""
+
+    ids: torch.Tensor
+    """[texts, longest]"""
+    valid: torch.Tensor
+    """[texts * longest]: which are tokens of a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a decoder passes to a layer beside the states."""
+
+    more: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+
+class Layers:
+    """The decoder of a folder's model, whose layers get their weights one after the other."""
+
+    def __init__(self, root: Path, samples: Sequence[Sequence[int]]) -> None:
+        """Run the embeddings; raise InputRefused if the checkpoint lacks a tensor."""
+        self.model, self.weights = skeleton_with_weights(root)
+        require_complete(root, self.model, self.weights)
+        decoder = decoder_of(self.model)
+        self.layers: list[Any] = decoder_layers(decoder)
+        paths = {id(module): path for path, module in self.model.named_modules()}
+        self.paths = [paths[id(layer)] for layer in self.layers]
+        stream(self.model, self.weights, Meeting(), 0, self.layers)
+        self.batches = _batches(samples)
+        self._calls: list[list[_Call]] = [[] for _ in self.layers]
+        self.states = [self._entered(decoder, batch) for batch in self.batches]
+        """Of each batch, in front of the next layer: float32 [texts, longest, hidden]."""
+
+    def _entered(self, decoder: Any, batch: Batch) -> torch.Tensor:
+        """Return the first layer's input, and keep what the decoder passes to each layer."""
+        first: list[torch.Tensor] = []
+
+        def recording(number: int) -> Any:
+            def forward(hidden_states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+                first.append(hidden_states)
+                self._calls[number].append(_Call(more, named))
+                return hidden_states
+
+            return forward
+
+        for number, layer in enumerate(self.layers):
+            layer.forward = recording(number)
+        try:
+            with torch.inference_mode():
+                decoder(input_ids=batch.ids, use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+        return first[0]
+
+    @contextmanager
+    def loaded(self, number: int) -> Iterator[Any]:
+        """Give a layer its weights in float32 for as long as the context lasts."""
+        layer = self.layers[number]
+        for module in layer.modules():
+            if type(module) is nn.Linear:
+                setattr(module, "forward", partial(_linear, module))  # noqa: B010
+        with filled(layer, self.paths[number], self.weights), torch.inference_mode():
+            yield layer
+
+    def run(self, number: int, batch: int) -> torch.Tensor:
+        """Return what a loaded layer makes of a batch's states."""
+        call = self._calls[number][batch]
+        made = self.layers[number](self.states[batch], *call.more, **call.named)
+        states: torch.Tensor = made[0] if isinstance(made, tuple) else made
+        return states
+
+
+def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Return a linear layer's outputs by the fastest product."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    found = product(rows, module.weight).reshape(*inputs.shape[:-1], -1)
+    return found if module.bias is None else found + module.bias
+
+
+def _batches(samples: Sequence[Sequence[int]]) -> list[Batch]:
+    """Return batches of texts of similar length; a text of its own if it is long."""
+    found: list[Batch] = []
+    group: list[Sequence[int]] = []
+    for sample in sorted(samples, key=len, reverse=True):
+        if group and len(group[0]) * (len(group) + 1) > _TOKENS:
+            found.append(_padded(group))
+            group = []
+        group.append(sample)
+    return [*found, _padded(group)] if group else found
+
+
+def _padded(group: Sequence[Sequence[int]]) -> Batch:
+    longest = len(group[0])
+    ids = torch.tensor([[*sample, *[0] * (longest - len(sample))] for sample in group])
+    lengths = torch.tensor([len(sample) for sample in group])
+    return Batch(ids, (torch.arange(longest) < lengths[:, None]).reshape(-1))

@@ -1,0 +1,321 @@
+"""Calibrate, scale and round a model's layers one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.cpus import all_but_one
+from weightsmith.errors import InputRefused
+from weightsmith.files import write_whole
+from weightsmith.foreign import parse
+from weightsmith.forward.layers import Layers
+from weightsmith.forward.libraries import load_tokenizer
+from weightsmith.quantizers.checkpoints import awq_config, write_companions
+from weightsmith.quantizers.layerwise.compensating import compensated
+from weightsmith.quantizers.layerwise.integers import Grid, best_grid, packed_awq, packed_gptq
+from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed
+from weightsmith.quantizers.layerwise.scaling import best_factors, scale_layer
+from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
+from weightsmith.quantizers.running import RAW, encoder, samples, texts
+from weightsmith.quantizers.unquantized import is_kept, negative_patterns
+from weightsmith.quantizers.walked import FACTS
+from weightsmith.quantizers.writing import copied, write_checkpoint
+from weightsmith.trees import discard
+from weightsmith.values import Json
+
+_EXPERT = re.compile(r".*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
+_ROLE = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+_UNCLIPPED = ("q_proj", "k_proj", "q_b_proj")
+"""As in AutoAWQ: their products decide what attention looks at."""
+MIN_TOKENS = 64
+"""An expert that sees fewer is calibrated on all tokens of its layer."""
+
+
+@dataclass(slots=True)
+class _Walk:
+    """What the walk of one model needs."""
+
+    awq: bool
+    group: int
+    source: CheckpointTensors
+    layers: Layers
+    found: Sequence[Matrix]
+    """The matrices to quantize."""
+    few: list[str] = field(default_factory=list)
+    """Experts that saw too few tokens: `layer.expert (tokens)`."""
+
+
+def quantize(settings: Mapping[str, Json]) -> None:
+    """Write a model's quantized checkpoint as the step's settings say.
+
+    Raises InputRefused for names in `keep` that match nothing, matrices that no kernel can read,
+    and weights that are not finite.
+    """
+    torch.set_num_threads(all_but_one())
+    model, out = Path(settings["model"]), Path(settings["out"])
+    lines = texts(settings["calibration"])
+    walk = _prepared(settings, model, samples(lines, encoder(load_tokenizer(model))))
+    made = _Finished(out / RAW, _identity(settings, lines, model))
+    _walk(walk, made)
+    _assemble(settings, walk, model, out, made)
+    discard(out / RAW)
+
+
+def _prepared(settings: Mapping[str, Json], model: Path, read: list[list[int]]) -> _Walk:
+    source, keep = CheckpointTensors(model), settings["keep"]
+    known = matrices(source, model)
+    for end in keep:
+        if not any(is_kept(matrix.module, [end]) for matrix in known):
+            raise InputRefused(
+                f"keep: no matrix has a name that ends in {end!r}",
+                hint=f"remove it; the names are like {known[-1].module if known else ''}",
+            )
+    found = [matrix for matrix in known if not is_kept(matrix.module, keep)]
+    for matrix in found:
+        if matrix.outputs % 8 or matrix.inputs % settings["group_size"]:
+            raise InputRefused(
+                f"{matrix.module} has {matrix.outputs} outputs and {matrix.inputs} inputs; 4 bits "
+                f"need multiples of 8 and of {settings['group_size']}",
+                hint="choose another --group-size, or fp8, which has a scale per row",
+            )
+    return _Walk(
+        awq=settings["method"] == "awq",
+        group=settings["group_size"],
+        source=source,
+        layers=Layers(model, read),
+        found=found,
+    )
+
+
+def _identity(settings: Mapping[str, Json], lines: Sequence[str], model: Path) -> str:
+    """Return what the finished layers depend on."""
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
+    known = json.dumps([dict(settings), lines, files], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+class _Finished:
+    """The layers that are finished, and the states in front of the next one, in a folder."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        """Keep what an interrupted run of the same identity left there, and nothing else."""
+        self._folder, self._mark = folder, folder / "identity"
+        if not (self._mark.is_file() and self._mark.read_text("utf-8") == identity):
+            discard(folder)
+            folder.mkdir()
+            write_whole(self._mark, identity.encode())
+
+    def file(self, number: int) -> Path:
+        """Return the file of a layer's tensors."""
+        return self._folder / f"layer-{number:05}" / "model.safetensors"
+
+    def _states(self, number: int) -> Path:
+        return self._folder / f"states-{number:05}.safetensors"
+
+    def restore(self, walk: _Walk) -> int:
+        """Return the number of the first layer that is not finished, and set its states."""
+        done = sorted(self._folder.glob("states-*.safetensors"))
+        if not done:
+            return 0
+        found = load_file(done[-1])
+        walk.layers.states = [found[f"batch.{n}"] for n in range(len(walk.layers.states))]
+        notes = parse((self._folder / "few.json").read_text("utf-8"))
+        number = int(done[-1].stem.removeprefix("states-"))
+        walk.few[:] = [text for layer, text in notes if layer < number]
+        return number
+
+    def add(self, number: int, tensors: dict[str, torch.Tensor], walk: _Walk) -> None:
+        """Keep a layer, then the states behind it, which say that it is finished."""
+        file = self.file(number)
+        file.parent.mkdir(exist_ok=True)
+        save_file(tensors, file, {"format": "pt"})
+        notes = [[int(text.split(".")[0].removeprefix("layer ")), text] for text in walk.few]
+        write_whole(self._folder / "few.json", json.dumps(notes).encode())
+        partial = self._folder / ".states"
+        save_file({f"batch.{n}": one for n, one in enumerate(walk.layers.states)}, partial)
+        partial.rename(self._states(number + 1))
+        self._states(number).unlink(missing_ok=True)
+
+
+def _walk(walk: _Walk, made: _Finished) -> None:
+    """Quantize each layer that is not finished."""
+    layers = walk.layers
+    for number in range(made.restore(walk), len(layers.layers)):
+        with layers.loaded(number) as layer:
+            tensors = _layer(walk, number, layer)
+        made.add(number, tensors, walk)
+        print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
+
+
+def _layer(walk: _Walk, number: int, layer: Any) -> dict[str, torch.Tensor]:
+    """Return a loaded layer's tensors as they are stored, and move the states behind it."""
+    layers, path = walk.layers, walk.layers.paths[number]
+    own = {m.tensor: m for m in walk.found if m.expert < 0}
+    linears = {
+        name: own[layers.weights.tensor_of(f"{path}.{name}.weight")]
+        for name, module in layer.named_modules()
+        if type(module) is torch.nn.Linear
+        and layers.weights.tensor_of(f"{path}.{name}.weight") in own
+    }
+    observer, outputs = Observer(layer, list(linears)), list[torch.Tensor]()
+    for batch, one in enumerate(layers.batches):
+        with observer.watching(one.valid):
+            outputs.append(layers.run(number, batch))
+    made: dict[str, torch.Tensor] = {}
+    if walk.awq:
+        made |= _scaled(walk, number, layer, observer, outputs[0])
+    for group in observer.groups:
+        weights = {linears[name]: module.weight for name, module in group.linears.items()}
+        made |= _rounded(walk, weights, group.moments)
+    if observer.routed is not None:
+        made |= _experts(walk, number, observer.routed)
+    if not walk.awq:
+        outputs = [layers.run(number, batch) for batch in range(len(layers.batches))]
+    layers.states = outputs
+    return made
+
+
+def _rounded(
+    walk: _Walk, weights: Mapping[Matrix, torch.Tensor], moments: Moments
+) -> dict[str, torch.Tensor]:
+    """Round matrices that share their inputs, in place; return their stored tensors."""
+    grids = []
+    for matrix, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise InputRefused(
+                f"{matrix.tensor} has NaN or infinite weights",
+                hint="check the base and the adapters: `weightsmith validate` compares them",
+            )
+        whole = walk.awq and matrix.module.endswith(_UNCLIPPED)
+        gram = None if whole else moments.gram
+        grids.append(best_grid(weight, gram, walk.group, symmetric=not walk.awq))
+    joined = torch.cat(list(weights.values()))
+    values = compensated(joined, moments.gram, Grid.joined(grids))
+    made: dict[str, torch.Tensor] = {}
+    pack = packed_awq if walk.awq else packed_gptq
+    parts = torch.split(values, [len(weight) for weight in weights.values()])
+    for (matrix, weight), grid, part in zip(weights.items(), grids, parts, strict=True):
+        weight.data.copy_(part)
+        made |= {f"{matrix.module}.{name}": one for name, one in pack(grid, part).items()}
+    return made
+
+
+def _scaled(
+    walk: _Walk, number: int, layer: Any, observer: Observer, right: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Scale a layer in place; return the norms and biases that changed, as they are stored.
+
+    A layer that would compute something else afterwards stays as it was.
+    """
+    layers, path = walk.layers, walk.layers.paths[number]
+    names = {id(module): name for name, module in layer.named_modules()}
+
+    def stored(module: Any) -> torch.dtype:
+        part = "weight" if module.weight.dim() == 1 else "bias"
+        info = layers.weights.infos[layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")]
+        return {"BF16": torch.bfloat16, "F16": torch.float16}.get(info.dtype, torch.float32)
+
+    before = {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
+    kept = [(group, group.moments.copy()) for group in observer.groups]
+    changed = list(scale_layer(observer.groups, walk.group, stored))
+    found = layers.run(number, 0)
+    if not float((found - right).norm()) <= 1e-2 * float((right - layers.states[0]).norm()):
+        for name, parameter in layer.named_parameters():
+            parameter.data = before[name]
+        for group, moments in kept:
+            group.moments = moments
+        print(f"layer {number}: not scaled, because it computes with its norms otherwise")  # noqa: T201
+        return {}
+    made = {}
+    for module in changed:
+        part = "weight" if module.weight.dim() == 1 else "bias"
+        vector = getattr(module, part)
+        if vector is not None:
+            tensor = layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")
+            made[tensor] = vector.to(stored(module)).contiguous()
+    return made
+
+
+def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor]:
+    """Return the stored tensors of a layer's experts, each calibrated on the tokens it gets."""
+    prefix = f"{walk.layers.paths[number]}."
+    mine: dict[int, dict[int, Matrix]] = {}
+    for matrix in walk.found:
+        match = _EXPERT.fullmatch(matrix.module)
+        if match and matrix.module.startswith(prefix):
+            mine.setdefault(int(match["expert"]), {})[_ROLE[match["name"]]] = matrix
+    made: dict[str, torch.Tensor] = {}
+    module = routed.module
+    for expert in sorted(mine):
+        rows, count = routed.inputs(expert, MIN_TOKENS)
+        if count < MIN_TOKENS:
+            walk.few.append(f"layer {number}.{expert} ({count})")
+        both, down = module.gate_up_proj[expert], module.down_proj[expert]
+        gate, up = both.chunk(2)
+        inner = module.act_fn(rows @ gate.T) * (rows @ up.T)
+        seen, behind = Moments.of(rows), Moments.of(inner)
+        factors = best_factors([down], behind, walk.group) if walk.awq else None
+        if factors is not None:
+            up, down = up / factors[:, None], down * factors
+            behind.scale(factors)
+        first, second, last = (mine[expert][role] for role in range(3))
+        made |= _rounded(walk, {first: gate, second: up}, seen)
+        made |= _rounded(walk, {last: down}, behind)
+    return made
+
+
+def _assemble(
+    settings: Mapping[str, Json], walk: _Walk, model: Path, out: Path, made: _Finished
+) -> None:
+    """Write the finished folder: the layers' tensors, and the checkpoint's others."""
+    taken = {matrix.tensor for matrix in walk.found}
+    works = []
+    for number in range(len(walk.layers.layers)):
+        layer = CheckpointTensors(made.file(number).parent)
+        works += [copied(layer, name) for name in layer.names]
+        taken |= layer.names
+    works += [copied(walk.source, name) for name in walk.source.names - taken]
+    write_checkpoint(out, works)
+    known = matrices(walk.source, model)
+    kept = unquantized(walk.source, known, walk.found)
+    write_companions(model, out, _config(walk, settings["keep"], kept))
+    (out / FACTS).write_text(json.dumps(_facts(walk)), encoding="utf-8")
+
+
+def _config(walk: _Walk, keep: Sequence[str], kept: Sequence[str]) -> dict[str, Json]:
+    """Return the quantization_config."""
+    if walk.awq:
+        return awq_config(walk.group, kept)
+    found: dict[str, Json] = {
+        "quant_method": "gptq", "bits": 4, "group_size": walk.group, "sym": True,
+        "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
+    }  # fmt: skip
+    if kept:  # vLLM and SGLang read the first, TGI the second
+        found["dynamic"] = negative_patterns([*keep, *(n for n in kept if not is_kept(n, keep))])
+        found["modules_to_not_convert"] = list(kept)
+    return found
+
+
+def _facts(walk: _Walk) -> dict[str, Json]:
+    """Return what the report says about calibration."""
+    tokens = sum(int(batch.valid.sum()) for batch in walk.layers.batches)
+    found: dict[str, Json] = {"calibration_tokens": tokens}
+    if walk.few:
+        named = ", ".join(walk.few[:3]) + (f" and {len(walk.few) - 3} more" if walk.few[3:] else "")
+        found["experts_with_few_tokens"] = list(walk.few)
+        warning = (
+            f"experts saw fewer than {MIN_TOKENS} calibration tokens, and were calibrated on all "
+            f"tokens of their layer ({len(walk.few)}: {named}); more calibration text helps"
+        )
+        found["warnings"] = [warning]
+    return found

@@ -1,0 +1,115 @@
+"""AWQ and GPTQ by our own walk, with one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
+from weightsmith.quantizers.architectures import WALKED, check_kept
+from weightsmith.quantizers.checkpoints import (
+    check_group,
+    check_grouped,
+    group_option,
+    group_size,
+    output_bytes,
+    zero_point_option,
+)
+from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.running import python_step, read_settings, refusal
+from weightsmith.quantizers.unquantized import keep_option
+from weightsmith.values import AWQ, GPTQ, Format, Json
+
+FACTS = ".calibrated.json"
+"""What the walk found out, for the check to report."""
+
+
+def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's options that affect these formats' output."""
+    if format_ == AWQ:
+        zero_point_option(format_, requested)
+    return {"group_size": group_option(requested), "keep": keep_option(requested)}
+
+
+def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
+    """Refuse a group size that does not divide every row, and to keep a part of the experts."""
+    check_group(model, chosen)
+    check_kept(model, chosen)
+
+
+def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+    """Return the step, which runs this module."""
+    return (
+        python_step(
+            __name__,
+            request,
+            f"calibrating {request.format.name}, layer by layer",
+            method=request.format.kind,
+            group_size=_layout(request).group_size,
+            keep=request.options.get("keep", []),
+        ),
+    )
+
+
+def check(request: QuantizeRequest) -> Mapping[str, Json]:
+    """Check the finished checkpoint against the original; raises CheckFailed."""
+    keep = tuple(request.options.get("keep", ()))
+    found = check_checkpoint(request.output, request.model, _layout(request), keep)
+    told = request.output / FACTS
+    more = read_json(told) if told.is_file() else {}
+    told.unlink(missing_ok=True)
+    return {**found, **more, "engine": "walked"}
+
+
+def _layout(request: QuantizeRequest) -> Layout:
+    model, method = read_facts(request.model), request.format.kind
+    return Layout(
+        method=method,
+        bits=4,
+        group_size=group_size(model, request.options.get("group_size")),
+        symmetric=method == "gptq",
+    )
+
+
+def main() -> None:
+    """Run in the builder: quantize as set in the settings file of the command line."""
+    settings = read_settings()
+    libraries: Any = importlib.import_module("weightsmith.forward.libraries")
+    libraries.import_for_good()
+    walk: Any = importlib.import_module("weightsmith.quantizers.layerwise.quantizing")
+    try:
+        walk.quantize(settings)
+    except InputRefused as error:
+        print(refusal(error), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+def peak_disk(size: int, kept: int, format_: Format, _options: Mapping[str, Json]) -> int:
+    """Return the peak disk usage in bytes: the finished layers, and the folder made of them."""
+    return 2 * output_bytes(size, kept, format_)
+
+
+QUANTIZER = Quantizer(
+    name="walked",
+    builder="merge",
+    formats=(AWQ, GPTQ),
+    recipe_number=1,
+    check_input=lambda _format, model: check_grouped(model, WALKED),
+    steps=steps,
+    check=check,
+    peak_disk=peak_disk,
+    options=options,
+    check_options=check_options,
+    calibrated=lambda _format, _options: True,
+    view=view_of,
+    by_layer=True,
+)
+
+if __name__ == "__main__":
+    main()
