@@ -19,8 +19,10 @@ endef
 # without: these, and tests that take seconds of their own.
 SHARED := builders or vllm or docker or registry or other_registries or browser or ray or slurm
 FAST := not ($(SHARED) or root or gpu or real or slow)
-# As many processes as cores, each with one thread for torch and numpy: their tests are small.
-PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# As many processes as cores, each with one thread for torch and numpy: their tests are small. And
+# all of them, and what they start, read compiled modules, also where a container's variable forbids
+# to write these: that is a tenth of the time.
+PARALLEL := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-real test-gpu fuzz docs bench clean

@@ -24,7 +24,7 @@ from weightsmith.jobs import (
     ReferenceJob,
 )
 from weightsmith.quantizers import formats, gguf_lora, of_format
-from weightsmith.values import Json, canonical
+from weightsmith.values import Digest, Json, canonical
 from weightsmith.worker.jobs import STAGES
 
 Report = Callable[[int, int, str], None]
@@ -99,7 +99,7 @@ class Bench:
             (job.output / statistics).write_bytes(digest_of(job.texts))
         told = [job.quantizer, job.format, job.name, job.options, job.texts]
         tensors = CheckpointTensors(source)
-        model = {name: digest_of(tensors.array(name).tolist()).hex() for name in tensors.names}
+        model = {name: Digest.of(tensors.array(name).tobytes()) for name in tensors.names}
         weights = digest_of([model, told]) * 4096
         report(1, 1, "steps")
         if format_.suffix == ".gguf":
