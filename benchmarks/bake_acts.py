@@ -80,11 +80,12 @@ def load(folder: str, reference: str) -> None:
     from weightsmith.oci.image import ImageConfig, assemble
     from weightsmith.ports import Silent
     from weightsmith.provenance.evidence import Evidence
+    from weightsmith.run_options import RunOptions
     from weightsmith.stages.publish import Outputs, publish
     from weightsmith.wiring import open_tools
 
     image = assemble(layers(folder), config=ImageConfig())
-    with open_tools("docker", Silent()) as tools:
+    with open_tools(RunOptions(runner="docker"), Silent()) as tools:
         publish(image, reference, Outputs(load=True), [Evidence()], tools)
 
 

@@ -32,6 +32,7 @@ from weightsmith.destinations import InStore
 from weightsmith.ports import Silent
 from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import read_recipe
+from weightsmith.run_options import RunOptions
 from weightsmith.stages.lock import pinned, read_lock
 from weightsmith.stages.merge import merge
 from weightsmith.stages.quantize import kept_bytes
@@ -184,7 +185,7 @@ def merged(example: str) -> Path:
     """Return the folder of an example's merged checkpoint in the user's store."""
     file = read_recipe(ROOT / "examples" / example / "recipe.yaml")
     file = pinned(file, read_lock(file))
-    with open_tools("local", Silent()) as tools:
+    with open_tools(RunOptions(runner="local"), Silent()) as tools:
         store = InStore(tools.store)
         merged = merge(resolve(file, tools), file.recipe.merge, store, tools)
         return merged.value.tree.root

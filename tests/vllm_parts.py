@@ -12,6 +12,7 @@ import sys
 
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.ports import Progress
+from weightsmith.run_options import RunOptions
 from weightsmith.stages.base import OWN, base_image, base_inputs
 from weightsmith.wiring import cache_folder, make_store, open_tools, store_folder
 
@@ -56,5 +57,5 @@ def make(progress: Progress) -> None:
     progress.stage(f"builder {BUILDER}", "local runner")
     LocalRunner(cache_folder()).prepare(BUILDER, progress)
     progress.stage(f"engine {ENGINE}", "packages")
-    with open_tools("local", progress) as tools:
+    with open_tools(RunOptions(runner="local"), progress) as tools:
         base_image(OWN + ENGINE, "vllm", tools)

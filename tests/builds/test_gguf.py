@@ -351,6 +351,7 @@ from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import read_texts
 from weightsmith.recipe import TextBounds
+from weightsmith.run_options import RunOptions
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint
 from weightsmith.wiring import open_tools
@@ -362,7 +363,7 @@ class Loud(Silent):
 model, texts = map(Path, sys.argv[1:])
 wanted = QuantizeOptions(name="tiny", format=formats()["q4_k_m"], options={"imatrix": "auto"},
                 texts=read_texts(texts, TextBounds()))
-with open_tools("local", Loud()) as tools:
+with open_tools(RunOptions(runner="local"), Loud()) as tools:
     tree = read_tree(model, tools.store, tools.progress)
     made = quantize(Checkpoint(tree=tree), wanted, InStore(tools.store), tools).value
 print("made", [(file.path, file.digest) for file in made.tree.files])

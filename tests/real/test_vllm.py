@@ -23,6 +23,7 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Silent, StartSpec
 from weightsmith.quantizers.packed import PackedView
+from weightsmith.run_options import RunOptions
 from weightsmith.wiring import open_tools
 
 ROOT = Path(__file__).parents[2]
@@ -139,7 +140,7 @@ def log_probabilities(network: Any, ids: list[int]) -> list[float]:
 def served(layout: Path, ids: list[int]) -> list[float]:
     """Return the same of the started image: its `prompt_logprobs`."""
     with (
-        open_tools("local", Silent()) as tools,
+        open_tools(RunOptions(runner="local"), Silent()) as tools,
         tools.launcher.serve(f"oci:{layout}", StartSpec(port=8000, env={})) as endpoint,
     ):
         wait_until_healthy(endpoint, "/health", 900)

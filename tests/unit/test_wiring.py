@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from weightsmith import wiring
 from weightsmith.ports import Silent
+from weightsmith.run_options import RunOptions
 from weightsmith.wiring import open_tools
 
 
@@ -23,7 +24,7 @@ def test_more_memory_than_is_free_is_warned_of(
     monkeypatch.setattr(wiring, "free_memory", lambda: 4 << 30)
     progress = Warned()
 
-    with open_tools("local", progress, memory=memory):
+    with open_tools(RunOptions(runner="local", memory=memory), progress):
         pass
 
     assert progress.texts == warnings * [

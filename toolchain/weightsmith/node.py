@@ -61,19 +61,14 @@ def _answer(request: Request) -> Reply:
     from weightsmith.fleets.node import answer
     from weightsmith.fleets.requests import Failure, Reply
     from weightsmith.progress import PlainProgress, Recorder
+    from weightsmith.run_options import RunOptions
     from weightsmith.wiring import open_tools
 
     asked = request.tools
     try:
         with open_tools(
-            str(asked.get("runner") or "auto"),
+            RunOptions.of(asked),
             Recorder(PlainProgress(sys.stderr)),
-            sign_key=str(asked.get("sign_key") or ""),
-            allow_network_in_jobs=bool(asked.get("allow_network_in_jobs")),
-            memory=str(asked.get("memory") or ""),
-            insecure=bool(asked.get("insecure")),
-            cache=str(asked.get("cache") or ""),
-            cache_from=str(asked.get("cache_from") or ""),
             upload_seconds=float(asked.get("upload_seconds") or 0.0),
             verify_key=str(asked.get("verify_key") or ""),
         ) as tools:

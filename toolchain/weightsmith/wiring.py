@@ -48,6 +48,7 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by, check_of
+from weightsmith.run_options import RunOptions
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.sharing.address import Address, Sharing, chosen, required
 from weightsmith.sharing.place import Place
@@ -141,15 +142,9 @@ def make_registry(*, insecure: bool = False, memory: PushedLayers | None = None)
 
 @contextmanager
 def open_tools(
-    runner: str,
+    run: RunOptions,
     progress: Progress,
     *,
-    sign_key: str = "",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
-    insecure: bool = False,
-    cache: str = "",
-    cache_from: str = "",
     uploads: bool = True,
     upload_seconds: float = 0.0,
     verify_key: str = "",
@@ -173,23 +168,23 @@ def open_tools(
     patience = max(settings.upload_seconds, upload_seconds)
     changed = {"upload_seconds": patience, "verify_key": verify_key or settings.verify_key}
     settings = settings.model_copy(update=changed)
-    sharing = chosen(cache, cache_from, settings)
-    if runner not in RUNNERS:
-        raise UsageError(f"--runner {runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
+    sharing = chosen(run.cache, run.cache_from, settings)
+    if run.runner not in RUNNERS:
+        raise UsageError(f"--runner {run.runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
     chosen_seconds()
     free = free_memory()
-    room = Memory.of(_size(memory), free)
+    room = Memory.of(_size(run.memory), free)
     if 0 < free < room.limit:
         progress.warn(
-            f"--memory {memory} is more than the {human(free)} that are free, so jobs may swap"
+            f"--memory {run.memory} is more than the {human(free)} that are free, so jobs may swap"
         )
     engine = DockerEngine()
-    answers = runner != "local" and engine.answers()
-    if runner == "docker" and not answers:
+    answers = run.runner != "local" and engine.answers()
+    if run.runner == "docker" and not answers:
         engine.client  # noqa: B018 - raises what is wrong and what to do
-    signer, layers = make_signer(sign_key), PushedLayers(cache_folder())
+    signer, layers = make_signer(run.sign_key), PushedLayers(cache_folder())
     with (
-        make_registry(insecure=insecure, memory=layers) as registry,
+        make_registry(insecure=run.insecure, memory=layers) as registry,
         open_store(
             sharing, progress, signer, registry=registry, layers=layers, uploads=uploads
         ) as store,
@@ -198,9 +193,7 @@ def open_tools(
         yield Tools(
             store=store,
             readers={reader.scheme: reader for reader in readers},
-            runner=WithinMemory(
-                _runner(runner, engine if answers else None, allow_network_in_jobs), room.limit
-            ),
+            runner=WithinMemory(_runner(run, engine if answers else None), room.limit),
             engine=engine,
             launcher=_launcher(engine if answers else None),
             registry=registry,
@@ -340,12 +333,12 @@ def _size(memory: str) -> int:
     return size
 
 
-def _runner(wanted: str, engine: DockerEngine | None, allow_network: bool) -> Runner:
-    local = LocalRunner(cache_folder(), allow_network=allow_network)
+def _runner(run: RunOptions, engine: DockerEngine | None) -> Runner:
+    local = LocalRunner(cache_folder(), allow_network=run.allow_network_in_jobs)
     if engine is None:
         return local
     docker = DockerRunner(engine, cache_folder())
-    return docker if wanted == "docker" else FallbackRunner(docker, local)
+    return docker if run.runner == "docker" else FallbackRunner(docker, local)
 
 
 def _launcher(engine: DockerEngine | None) -> Launcher:

@@ -19,6 +19,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
 from weightsmith.provenance.evidence import read_attached
+from weightsmith.run_options import RunOptions
 from weightsmith.wiring import open_tools
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
@@ -236,7 +237,7 @@ def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) ->
     wanted = RebaseRequest(
         source=source, onto=onto, to=f"{scene.fake.host}/team/app:2", smoke=True, force=False
     )
-    with open_tools("auto", Silent()) as tools:
+    with open_tools(RunOptions(), Silent()) as tools:
         assert tools.images_in_engine
         with pytest.raises(CheckFailed) as caught:
             rebase_image(wanted, replace(tools, registry=scene.client))

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ import pytest
 import weightsmith
 from weightsmith import progress as shows
 from weightsmith import wiring
+from weightsmith.cli import build, fleet, images, models
 from weightsmith.merge_options import Merge
 from weightsmith.ports import Progress
 from weightsmith.recipe import Quantize
 from weightsmith.recipe_section import fields_of
+from weightsmith.run_options import RunOptions
 from weightsmith.tools import Tools
 
 from tests.fakes.fleet import MemoryFleet, by_tools
@@ -54,7 +56,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
     made = replace(made, launcher=launcher)
 
     @contextmanager
-    def open_tools(runner: str, progress: Progress, **_more: Any) -> Iterator[Tools]:
+    def open_tools(run: RunOptions, progress: Progress, **_more: Any) -> Iterator[Tools]:
         yield replace(made, progress=progress)
 
     monkeypatch.setattr(wiring, "open_tools", open_tools)
@@ -110,6 +112,20 @@ def test_options_have_the_defaults_of_the_recipe() -> None:
     said = defaults(weightsmith.quantize)
     for name, field in fields_of(Quantize).items():
         assert (said[name] or None) == (field.get_default(call_default_factory=True) or None), name
+
+
+def test_options_of_running_are_those_of_the_command() -> None:
+    """The same ones, with the same defaults, under the same names."""
+    modules = (models, images, build, fleet)
+    tasks = {task.name: task for module in modules for task in module.COMMANDS}
+
+    def options(function: Any) -> Mapping[str, object]:
+        rows = inspect.signature(function).parameters.values()
+        return {row.name: row.default for row in rows if row.name in asdict(RunOptions())}
+
+    for name in FUNCTIONS:
+        assert options(getattr(weightsmith, name)) == options(tasks[name].body), name
+    assert options(weightsmith.build) == asdict(RunOptions())
 
 
 @pytest.mark.parametrize(

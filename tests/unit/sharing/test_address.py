@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from weightsmith.errors import UsageError
 from weightsmith.provenance.signing import check_of
+from weightsmith.run_options import RunOptions
 from weightsmith.sharing.address import Address, chosen, of_nodes, parse_address, required
 from weightsmith.user_config import CacheSettings, read_config
 from weightsmith.wiring import cache_folder
@@ -119,14 +121,13 @@ def test_nodes_of_a_fleet_get_what_this_command_has(
 ) -> None:
     """What is off here is off for them, whatever their own configuration says."""
     monkeypatch.setenv("WEIGHTSMITH_CACHE", "file:///mnt/cache")
-    assert of_nodes("local", "", "", CacheSettings()) == {"cache": "/mnt/cache"}
-    assert of_nodes("local", "off", "", CacheSettings()) == {"cache": "off"}
-    assert of_nodes("ray", "", "off", CacheSettings()) == {
-        "cache": "/mnt/cache",
-        "cache_from": "off",
-    }
+    here, off, half = RunOptions(), RunOptions(cache="off"), RunOptions(cache_from="off")
+    shared = "/mnt/cache"
+    assert of_nodes("local", here, CacheSettings()) == RunOptions(cache=shared).given()
+    assert of_nodes("local", off, CacheSettings()) == off.given()
+    assert of_nodes("ray", half, CacheSettings()) == replace(half, cache=shared).given()
     with pytest.raises(UsageError, match="--on ray needs a shared cache"):
-        of_nodes("ray", "off", "", CacheSettings())
+        of_nodes("ray", off, CacheSettings())
 
 
 def test_nodes_of_a_fleet_trust_the_key_of_this_command(tmp_path: Path) -> None:
@@ -135,11 +136,12 @@ def test_nodes_of_a_fleet_trust_the_key_of_this_command(tmp_path: Path) -> None:
     key.write_bytes(new_signer().public)
     settings = CacheSettings(verify_key=str(key))
 
-    told = of_nodes("ray", "/mnt/cache", "", settings)
-    assert told == {"cache": "/mnt/cache", "verify_key": key.read_text()}
+    shared, off = RunOptions(cache="/mnt/cache"), RunOptions(cache="off")
+    told = of_nodes("ray", shared, settings)
+    assert told == {**shared.given(), "verify_key": key.read_text()}
     assert check_of(told["verify_key"])(b"text", b"no signature") is False
-    assert of_nodes("local", "off", "", settings) == {"cache": "off"}
-    missing = of_nodes("ray", "/mnt/cache", "", CacheSettings(verify_key="/nowhere"))
+    assert of_nodes("local", off, settings) == off.given()
+    missing = of_nodes("ray", shared, CacheSettings(verify_key="/nowhere"))
     with pytest.raises(UsageError, match="/nowhere is not a public key"):
         check_of(missing["verify_key"])
     with pytest.raises(UsageError, match="no public key"):

@@ -10,6 +10,7 @@ from weightsmith.cli.command import command
 from weightsmith.cli.flags import SERVED
 from weightsmith.cli.sections import Flags, given
 from weightsmith.recipe import Quantize, Serve
+from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
 from weightsmith.visible import joined
 
@@ -24,6 +25,7 @@ _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
     sections={
         "serve": _SERVE,
         "quantize": Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True),
+        "run": Flags(section=RunOptions),
     },
 )
 def build(
@@ -32,9 +34,7 @@ def build(
     recipe: str = "",
     from_: str = "",
     key: str = "",
-    runner: str = "auto",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
+    run: RunOptions,
     push: bool = False,
     load: bool = False,
     layout: str = "",
@@ -45,18 +45,14 @@ def build(
     kind: Sequence[str] = (),
     quantize: Quantize,
     force: bool = False,
-    insecure: bool = False,
-    sign_key: str = "",
     locked: bool = False,
     update_lock: bool = False,
     dist: str = "dist",
-    cache: str = "",
-    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
     from weightsmith.commands.arguments import sources_of
     from weightsmith.errors import UsageError
-    from weightsmith.pipeline import build as run
+    from weightsmith.pipeline import build as build_all
     from weightsmith.planning.request import BuildRequest
     from weightsmith.planning.targets import chosen_targets
     from weightsmith.progress import Recorder, progress_for
@@ -74,26 +70,17 @@ def build(
             hint="--sign-key signs the images of this build",
         )
     if from_:
-        keep_clean([base], dist=dist, cache=cache)
-        base, recipe, locked = "", _recipe_again(from_, base, key, dist, insecure), not base
+        keep_clean([base], dist=dist, cache=run.cache)
+        base, recipe, locked = "", _recipe_again(from_, base, key, dist, run.insecure), not base
     file = recipe_file(
         recipe,
         base,
         adapter,
         [*given("serve", serve), *set, *given("quantize", quantize), *_outputs(kind)],
     )
-    keep_clean(sources_of(file), dist=dist, layout=layout, cache=cache)
+    keep_clean(sources_of(file), dist=dist, layout=layout, cache=run.cache)
     targets = chosen_targets(file, tuple(target), to_build=True)
-    with open_tools(
-        runner,
-        Recorder(progress_for()),
-        sign_key=sign_key,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-    ) as tools:
+    with open_tools(run, Recorder(progress_for())) as tools:
         request = BuildRequest(
             file=file,
             targets=targets,
@@ -109,7 +96,7 @@ def build(
             locked=locked,
             update_lock=update_lock,
         )
-        built = list(run(request, tools))
+        built = list(build_all(request, tools))
     result = {
         b.target.name: {
             "image": b.published.reference,
@@ -157,13 +144,18 @@ def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"  report: {facts['report']}"
 
 
-@command(many=("target", "adapter", "set", "kind"), sections={"serve": _SERVE})
+@command(
+    many=("target", "adapter", "set", "kind"),
+    sections={
+        "serve": _SERVE,
+        "run": Flags(section=RunOptions, without=("allow_network_in_jobs", "insecure", "sign_key")),
+    },
+)
 def plan(
     *,
     target: Sequence[str] = (),
     recipe: str = "",
-    runner: str = "auto",
-    memory: str = "",
+    run: RunOptions,
     push: bool = False,
     load: bool = False,
     layout: str = "",
@@ -174,8 +166,6 @@ def plan(
     kind: Sequence[str] = (),
     update_lock: bool = False,
     dist: str = "dist",
-    cache: str = "",
-    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk."""
     del push, load, layout
@@ -188,11 +178,9 @@ def plan(
 
     settings = [*given("serve", serve), *set, *_outputs(kind)]
     file = recipe_file(recipe, base, adapter, settings)
-    keep_clean(sources_of(file), cache=cache)
+    keep_clean(sources_of(file), cache=run.cache)
     targets = chosen_targets(file, tuple(target))
-    with open_tools(
-        runner, Silent(), memory=memory, cache=cache, cache_from=cache_from, uploads=False
-    ) as tools:
+    with open_tools(run, Silent(), uploads=False) as tools:
         result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
     return result, table(result)
 

@@ -1,18 +1,21 @@
 """Help of the flags that are not fields of a recipe; `command(meanings=…)` overrides it."""
 
+from weightsmith.cli.sections import Flags
+from weightsmith.run_options import RunOptions
+
 SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
 """Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""
 
+JOBS = Flags(section=RunOptions, without=("insecure", "sign_key"))
+"""How a command runs that starts jobs and publishes nothing."""
+
 FLAGS = {
+    **Flags(section=RunOptions).help(),
     "address": "address of a Ray cluster's head, HOST:PORT; default: the cluster on this machine",
     "action": "push, pull, prune or stat",
     "adapter": "adapter folder; repeat for several, in order",
     "against": "output of an earlier `evaluate --json` to compare with, question by question",
-    "allow_network_in_jobs": "run jobs even if this machine cannot isolate them from the network",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
-    "cache": "cache that machines share, read and written: oci://REGISTRY/REPOSITORY, "
-    "s3://BUCKET/PREFIX or a folder; off for none",
-    "cache_from": "a second cache that is only read",
     "calibration": "calibration text as JSON Lines; part of it is held out for the quality gate",
     "compare": "two build folders to compare: the first here, the second after it",
     "concurrency": "number of requests at once",
@@ -27,7 +30,6 @@ FLAGS = {
     "from_": "image to rebuild from the sources it names and the adapters attached to it",
     "image": "image to start: a reference in the container engine, or oci:DIR",
     "include": "folder with your own lm-evaluation-harness tasks",
-    "insecure": "allow plain HTTP and untrusted certificates",
     "json": "print the result as one JSON object, and nothing else, on standard output",
     "keep": "maximum size of the store afterwards, such as 20GiB",
     "keep_adapter": "folder to write the combined adapter to; without --out, nothing is merged",
@@ -41,7 +43,6 @@ FLAGS = {
     "locked": "refuse sources that differ from the lock file next to the recipe",
     "max_drop": "largest accepted drop in score compared with --against, from 0 to 1",
     "max_tokens": "maximum tokens of an answer",
-    "memory": "most memory that a job may use, such as 6GiB; default: what is free",
     "merged": "merged checkpoint folder",
     "model": "model folder or .gguf file",
     "name": "the model's name; default: its file's name (in `render`, its folder's)",
@@ -58,11 +59,8 @@ FLAGS = {
     "recipe": "recipe file; default recipe.yaml",
     "requests": "number of requests per concurrency",
     "retries": "how often a failed request is retried",
-    "runner": "where heavy stages run: auto, docker or local",
     "served_name": "the model's name on the server; default: the first that the server lists",
     "set": "set a recipe key: key.path=value; repeat for several",
-    "sign_key": "private key to sign with: a PEM or cosign key file, or a reference such as "
-    "awskms://…",
     "smoke": "start the new image once if a container engine is running; --no-smoke skips this",
     "source": "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME",
     "target": "engine and format, such as llamacpp-q4_k_m",

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.cli.command import command
+from weightsmith.cli.sections import Flags
+from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
 
 
 @command(
     many=("adapter", "target", "set"),
+    sections={"run": Flags(section=RunOptions)},
     meanings={
         "adapter": "name of an adapter of the fleet; only its cells are built; repeat for several",
         "target": "only cells of this target are built; repeat for several",
@@ -29,20 +32,14 @@ def fleet(
     adapter: Sequence[str] = (),
     target: Sequence[str] = (),
     cpus: int = 0,
-    runner: str = "auto",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
+    run: RunOptions,
     push: bool = False,
     load: bool = False,
     layout: str = "",
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     force: bool = False,
-    insecure: bool = False,
-    sign_key: str = "",
     update_lock: bool = False,
     dist: str = "dist",
-    cache: str = "",
-    cache_from: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
     from weightsmith.fleets.foresight import plan_of, text_of
@@ -60,21 +57,11 @@ def fleet(
     if print_:
         return matrix_of(found.builds, print_, file)
     place = Path(dist).absolute()
-    keep_clean(found.sources, dist=dist, layout=layout, cache=cache)
-    caches = {} if plan else of_nodes(on, cache, cache_from, read_config().cache)
+    keep_clean(found.sources, dist=dist, layout=layout, cache=run.cache)
+    nodes = {} if plan else of_nodes(on, run, read_config().cache)
     engine = None if plan else make_fleet_engine(on, address, place)
     progress = Silent() if plan else Recorder(progress_for())
-    with open_tools(
-        runner,
-        progress,
-        sign_key=sign_key,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-        uploads=not plan,
-    ) as tools:
+    with open_tools(run, progress, uploads=not plan) as tools:
         graph = foreseen(found, place, tools)
         if engine is None:
             told = plan_of(graph)
@@ -92,14 +79,7 @@ def fleet(
                     "layout": str(Path(layout).absolute()) if layout else "",
                     "force": force,
                 },
-                options={
-                    "runner": runner,
-                    "memory": memory,
-                    "allow_network_in_jobs": allow_network_in_jobs,
-                    "insecure": insecure,
-                    "sign_key": sign_key,
-                    **caches,
-                },
+                options=nodes,
                 cpus=cpus,
                 changed=changed,
             )

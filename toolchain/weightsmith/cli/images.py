@@ -9,12 +9,14 @@ from weightsmith.cli.command import command
 from weightsmith.cli.sections import Flags
 from weightsmith.lines import pinned
 from weightsmith.recipe import ImageNames
+from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
 
 
 @command(
     sections={
-        "image": Flags(section=ImageNames, only=("base", "platforms", "order", "max_layer_size"))
+        "image": Flags(section=ImageNames, only=("base", "platforms", "order", "max_layer_size")),
+        "run": Flags(section=RunOptions),
     },
     meanings={
         "push": "reference to push the image to",
@@ -33,13 +35,7 @@ def bake(
     load: str = "",
     layout: str = "",
     force: bool = False,
-    insecure: bool = False,
-    sign_key: str = "",
-    runner: str = "auto",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
-    cache: str = "",
-    cache_from: str = "",
+    run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
     from weightsmith.commands.arguments import required
@@ -48,7 +44,7 @@ def bake(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, target=target)
-    keep_clean([model, config, image.base], layout=layout, cache=cache)
+    keep_clean([model, config, image.base], layout=layout, cache=run.cache)
     request = BakeRequest(
         model=Path(model),
         target=target,
@@ -61,16 +57,7 @@ def bake(
         layout=Path(layout).absolute() if layout else None,
         force=force,
     )
-    with open_tools(
-        runner,
-        progress_for(),
-        sign_key=sign_key,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-    ) as tools:
+    with open_tools(run, progress_for()) as tools:
         result = bake_model(request, tools)
     return result, pinned(result["reference"], result["digest"])
 
@@ -122,12 +109,18 @@ def _push_to_hub(
     from weightsmith.stages.upload import HubPlace, repository_of
     from weightsmith.wiring import open_tools
 
+    run = RunOptions(runner="local", insecure=insecure)
     place = HubPlace(repository=repository_of(to), force=force, public=public)
-    with open_tools("local", progress_for(), insecure=insecure) as tools:
+    with open_tools(run, progress_for()) as tools:
         return push_to_hub(source, place, tools)
 
 
-@command(positional=("source",))
+@command(
+    positional=("source",),
+    sections={
+        "run": Flags(section=RunOptions, without=("runner", "allow_network_in_jobs", "memory"))
+    },
+)
 def rebase(
     source: str,
     *,
@@ -135,10 +128,7 @@ def rebase(
     to: str = "",
     smoke: bool = True,
     force: bool = False,
-    insecure: bool = False,
-    sign_key: str = "",
-    cache: str = "",
-    cache_from: str = "",
+    run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Move an image to another engine base and push it; its weights are not copied."""
     from weightsmith.commands.arguments import required
@@ -148,14 +138,7 @@ def rebase(
 
     required(onto=onto, to=to)
     request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
-    with open_tools(
-        "auto",
-        progress_for(),
-        sign_key=sign_key,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-    ) as tools:
+    with open_tools(run, progress_for()) as tools:
         result = rebase_image(request, tools)
     return result, pinned(result["reference"], result["digest"])
 

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.cli.command import command
-from weightsmith.cli.flags import SERVED
+from weightsmith.cli.flags import JOBS, SERVED
 from weightsmith.cli.sections import Flags
 from weightsmith.merge_options import Merge
 from weightsmith.recipe import Quantize, Serve, Validate
+from weightsmith.run_options import RunOptions
 from weightsmith.validating.result import Validation
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined
 
 
-@command(many=("adapter",), sections={"options": Flags(section=Merge)})
+@command(many=("adapter",), sections={"options": Flags(section=Merge), "run": JOBS})
 def merge(
     *,
     base: str = "",
@@ -24,11 +25,7 @@ def merge(
     weights: str = "",
     options: Merge,
     keep_adapter: str = "",
-    runner: str = "auto",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
-    cache: str = "",
-    cache_from: str = "",
+    run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
     from weightsmith.commands.arguments import not_nested, parse_weights, required
@@ -37,21 +34,14 @@ def merge(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
-    keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter, cache=cache)
+    keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter, cache=run.cache)
     not_nested(("--out", out), ("--keep-adapter", keep_adapter))
     folders = Folders(
         base=Path(base),
         adapters=tuple(Path(folder) for folder in adapter),
         weights=parse_weights(weights, len(adapter)),
     )
-    with open_tools(
-        runner,
-        progress_for(),
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        cache=cache,
-        cache_from=cache_from,
-    ) as tools:
+    with open_tools(run, progress_for()) as tools:
         kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
         result = merge_folders(folders, Path(out), options, tools) if out else kept
     if kept and out:
@@ -65,6 +55,7 @@ def merge(
     sections={
         "options": Flags(section=Merge, without=("seed", "dtype", "precision")),
         "validation": Flags(section=Validate, only=("probes",)),
+        "run": JOBS,
     },
     meanings={"probes": "JSON Lines of chats to probe with; default: built-in ones"},
 )
@@ -76,11 +67,7 @@ def validate(
     weights: str = "",
     options: Merge,
     validation: Validate,
-    runner: str = "auto",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
-    cache: str = "",
-    cache_from: str = "",
+    run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     from weightsmith.commands.arguments import parse_weights, required
@@ -89,16 +76,9 @@ def validate(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(base=base, adapter=adapter, merged=merged)
-    keep_clean([base, *adapter, merged], cache=cache)
+    keep_clean([base, *adapter, merged], cache=run.cache)
     factors = parse_weights(weights, len(adapter))
-    with open_tools(
-        runner,
-        progress_for(),
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        cache=cache,
-        cache_from=cache_from,
-    ) as tools:
+    with open_tools(run, progress_for()) as tools:
         result = validate_folders(
             Path(base),
             tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
@@ -130,7 +110,7 @@ def _verdict(merged: str, result: Validation) -> str:
     return joined(lines)
 
 
-@command(sections={"settings": Flags(section=Quantize)})
+@command(sections={"settings": Flags(section=Quantize), "run": JOBS})
 def quantize(
     *,
     model: str = "",
@@ -139,11 +119,7 @@ def quantize(
     calibration: str = "",
     settings: Quantize,
     no_gate: bool = False,
-    runner: str = "auto",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
-    cache: str = "",
-    cache_from: str = "",
+    run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
     from weightsmith.commands.arguments import required
@@ -152,7 +128,7 @@ def quantize(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, format=format, out=out)
-    keep_clean([model], out=out, cache=cache)
+    keep_clean([model], out=out, cache=run.cache)
     asked = FolderRequest(
         model=Path(model),
         format_name=format,
@@ -161,14 +137,7 @@ def quantize(
         calibration=Path(calibration) if calibration else None,
         gate=not no_gate,
     )
-    with open_tools(
-        runner,
-        progress_for(),
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        cache=cache,
-        cache_from=cache_from,
-    ) as tools:
+    with open_tools(run, progress_for()) as tools:
         result = quantize_folder(asked, tools)
     measures = ", ".join(
         f"{key} {result['quality'][key]:.4g}"

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.cli.command import command
+from weightsmith.cli.flags import JOBS
 from weightsmith.cli.sections import Flags
 from weightsmith.errors import UsageError
 from weightsmith.recipe import Scoring
+from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
 from weightsmith.visible import joined
 
@@ -16,7 +18,10 @@ from weightsmith.visible import joined
 @command(
     many=("adapter",),
     # `max_drop` is against an earlier run, and there is no limit without the flag.
-    sections={"scoring": Flags(section=Scoring, without=("max_drop", "require"))},
+    sections={
+        "scoring": Flags(section=Scoring, without=("max_drop", "require")),
+        "run": JOBS,
+    },
     meanings={
         "calibration": "JSON Lines that the model was calibrated on; questions that appear in it "
         "are reported",
@@ -42,11 +47,7 @@ def evaluate(
     calibration: str = "",
     against: str = "",
     max_drop: str = "",
-    runner: str = "auto",
-    allow_network_in_jobs: bool = False,
-    memory: str = "",
-    cache: str = "",
-    cache_from: str = "",
+    run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     from weightsmith.commands.arguments import number, required
@@ -61,9 +62,9 @@ def evaluate(
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
 
-    keep_clean([model, *adapter, image], cache=cache)
+    keep_clean([model, *adapter, image], cache=run.cache)
     if tasks:
-        if memory:
+        if run.memory:
             raise UsageError(
                 "--memory limits jobs, and --tasks starts none: your own lm_eval asks the server",
                 hint="leave out --memory",
@@ -77,7 +78,7 @@ def evaluate(
             limit=limit,
             concurrency=concurrency,
         )
-        with open_tools(runner, progress_for(), cache=cache, cache_from=cache_from) as tools:
+        with open_tools(run, progress_for()) as tools:
             result = evaluate_tasks(request, tools)
         return result, tasks_text(result)
     required(data=data)
@@ -95,14 +96,7 @@ def evaluate(
         against=against,
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
     )
-    with open_tools(
-        runner,
-        progress_for(),
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        cache=cache,
-        cache_from=cache_from,
-    ) as tools:
+    with open_tools(run, progress_for()) as tools:
         result = evaluate_subject(subject, Path(data), options, tools)
     low, high = result["interval"]
     text = (
@@ -114,11 +108,12 @@ def evaluate(
 
 
 @command(
+    sections={"run": Flags(section=RunOptions, only=("runner", "cache", "cache_from"))},
     meanings={
         "concurrency": "numbers of requests at once, separated by commas; one run for each",
         "data": "JSON Lines as for `evaluate`; default: built-in questions",
         "out": "folder of a build, whose report gets the result",
-    }
+    },
 )
 def bench(
     *,
@@ -131,14 +126,12 @@ def bench(
     data: str = "",
     timeout: float = 120.0,
     out: str = "",
-    runner: str = "auto",
-    cache: str = "",
-    cache_from: str = "",
+    run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
     from weightsmith.commands.arguments import counts
     from weightsmith.commands.bench import BenchRequest, bench_text
-    from weightsmith.commands.bench import bench as run
+    from weightsmith.commands.bench import bench as measure
     from weightsmith.commands.server import ServerSource
     from weightsmith.progress import progress_for
     from weightsmith.wiring import open_tools
@@ -153,8 +146,8 @@ def bench(
         timeout=timeout,
         out=out,
     )
-    with open_tools(runner, progress_for(), cache=cache, cache_from=cache_from) as tools:
-        result = run(request, tools)
+    with open_tools(run, progress_for()) as tools:
+        result = measure(request, tools)
     return result, bench_text(result)
 
 

@@ -11,6 +11,7 @@ from weightsmith.fleets.rows import CellRow, FleetRows, SharedRow
 from weightsmith.fleets.terminal import watcher
 from weightsmith.library.arguments import AnyPath, Texts, path_of, texts_of
 from weightsmith.progress import shown
+from weightsmith.run_options import RunOptions
 from weightsmith.sharing.address import of_nodes
 from weightsmith.user_config import read_config
 
@@ -63,6 +64,7 @@ def fleet(
     >>> [(cell.adapter, cell.target, cell.error) for cell in result.cells]
     [('a', 'llamacpp-q4_k_m', None)]
     """
+    run = RunOptions.of(locals())
     found = ordered(
         file if isinstance(file, Mapping) else path_of(file),
         settings=texts_of(set),
@@ -73,20 +75,11 @@ def fleet(
     place = path_of(dist).absolute()
     layouts = str(path_of(layout).absolute()) if layout else ""
     wiring.keep_clean(found.sources, dist=place, layout=layouts, cache=cache)
-    caches = of_nodes(on, cache, cache_from, read_config().cache)
+    nodes = of_nodes(on, run, read_config().cache)
     engine = wiring.make_fleet_engine(on, address, place)
     with (
         shown(progress) as shown_progress,
-        wiring.open_tools(
-            runner,
-            shown_progress,
-            sign_key=sign_key,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            cache=cache,
-            cache_from=cache_from,
-        ) as tools,
+        wiring.open_tools(run, shown_progress) as tools,
         watcher(live=False, silent=not progress) as changed,
     ):
         return run_fleet(
@@ -96,14 +89,7 @@ def fleet(
             tools,
             dist=place,
             outputs={"push": push, "load": load, "layout": layouts, "force": force},
-            options={
-                "runner": runner,
-                "memory": memory,
-                "allow_network_in_jobs": allow_network_in_jobs,
-                "insecure": insecure,
-                "sign_key": sign_key,
-                **caches,
-            },
+            options=nodes,
             cpus=cpus,
             changed=changed,
         )

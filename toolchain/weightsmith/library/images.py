@@ -20,6 +20,7 @@ from weightsmith.progress import shown
 from weightsmith.provenance.chain import Check
 from weightsmith.recipe import ImageNames
 from weightsmith.recipe_file import check_section
+from weightsmith.run_options import RunOptions
 from weightsmith.stages.publish import Outputs
 from weightsmith.values import Digest, Json
 
@@ -63,6 +64,7 @@ def bake(
     >>> sum(layer["file"].endswith(".safetensors") for layer in baked.layers)
     1
     """
+    run = RunOptions.of(locals())
     given = {"base": base_image, "order": order, "max_layer_size": max_layer_size}
     platforms = (platform,) if platform else ()
     image = check_section(ImageNames, {**given, "platforms": platforms}, "bake")
@@ -81,19 +83,7 @@ def bake(
         layout=place,
         force=force,
     )
-    with (
-        shown(progress) as shown_progress,
-        wiring.open_tools(
-            runner,
-            shown_progress,
-            sign_key=sign_key,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            cache=cache,
-            cache_from=cache_from,
-        ) as tools,
-    ):
+    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
         result = bake_model(request, tools)
     return Baked(
         image=result["reference"],
@@ -130,12 +120,10 @@ def plan(
     >>> [row["stage"] for row in foreseen["stages"]][:2]
     ['resolve', 'merge']
     """
-    file = recipe_of(recipe, set)
+    run, file = RunOptions.of(locals()), recipe_of(recipe, set)
     wiring.keep_clean(sources_of(file), cache=cache)
     wanted = chosen_targets(file, texts_of(targets))
-    with wiring.open_tools(
-        runner, Silent(), memory=memory, cache=cache, cache_from=cache_from, uploads=False
-    ) as tools:
+    with wiring.open_tools(run, Silent(), uploads=False) as tools:
         return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
 
 
@@ -173,23 +161,11 @@ def build(
     >>> built["llamacpp-q4_k_m"].scores["image"] >= built["llamacpp-q4_k_m"].scores["base"]
     True
     """
-    file = recipe_of(recipe, set)
+    run, file = RunOptions.of(locals()), recipe_of(recipe, set)
     place = path_of(layout).absolute() if layout else None
     wiring.keep_clean(sources_of(file), dist=path_of(dist), layout=place or "", cache=cache)
     wanted = chosen_targets(file, texts_of(targets), to_build=True)
-    with (
-        shown(progress) as shown_progress,
-        wiring.open_tools(
-            runner,
-            shown_progress,
-            sign_key=sign_key,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            insecure=insecure,
-            cache=cache,
-            cache_from=cache_from,
-        ) as tools,
-    ):
+    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
         request = BuildRequest(
             file=file,
             targets=wanted,

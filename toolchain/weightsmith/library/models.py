@@ -15,6 +15,7 @@ from weightsmith.library.results import Merged, Quantized, Shard
 from weightsmith.merge_options import Merge
 from weightsmith.progress import shown
 from weightsmith.recipe import Quantize
+from weightsmith.run_options import RunOptions
 from weightsmith.validating.result import Validation
 
 
@@ -54,21 +55,11 @@ def merge(
     >>> [shard.path.name for shard in merged.shards]
     ['model.safetensors']
     """
-    options = options_of(Merge, locals(), "merge")
+    run, options = RunOptions.of(locals()), options_of(Merge, locals(), "merge")
     source, folders, place = path_of(base), paths_of(adapters), path_of(out)
     wiring.keep_clean([source, *folders], out=place, cache=cache)
     asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
-    with (
-        shown(progress) as shown_progress,
-        wiring.open_tools(
-            runner,
-            shown_progress,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            cache=cache,
-            cache_from=cache_from,
-        ) as tools,
-    ):
+    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
         result = merge_folders(asked, place, options, tools)
     return Merged(
         path=place,
@@ -115,22 +106,12 @@ def validate(
     >>> validation.top1_agreement
     1.0
     """
-    options = options_of(Merge, locals(), "validate")
+    run, options = RunOptions.of(locals()), options_of(Merge, locals(), "validate")
     source, folders, made = path_of(base), paths_of(adapters), path_of(merged)
     wiring.keep_clean([source, *folders, made], cache=cache)
     pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
     asked = path_of(probes) if probes else None
-    with (
-        shown(progress) as shown_progress,
-        wiring.open_tools(
-            runner,
-            shown_progress,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            cache=cache,
-            cache_from=cache_from,
-        ) as tools,
-    ):
+    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
         return validate_folders(source, pairs, made, asked, options, tools)
 
 
@@ -171,6 +152,7 @@ def quantize(
     >>> quantized.path.name, quantized.quality["top1"] > 0.86
     ('capitals.gguf', True)
     """
+    run = RunOptions.of(locals())
     settings = options_of(Quantize, {**locals(), "imatrix": str(imatrix)}, "quantize")
     source, place = path_of(model), path_of(out)
     wiring.keep_clean([source], out=place, cache=cache)
@@ -182,17 +164,7 @@ def quantize(
         calibration=path_of(calibration) if calibration else None,
         gate=gate,
     )
-    with (
-        shown(progress) as shown_progress,
-        wiring.open_tools(
-            runner,
-            shown_progress,
-            allow_network_in_jobs=allow_network_in_jobs,
-            memory=memory,
-            cache=cache,
-            cache_from=cache_from,
-        ) as tools,
-    ):
+    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
         result = quantize_folder(asked, tools)
     return Quantized(
         path=Path(result["out"]),

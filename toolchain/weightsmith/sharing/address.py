@@ -11,7 +11,9 @@ from typing import Literal
 
 from weightsmith.errors import UsageError
 from weightsmith.oci.references import Reference
+from weightsmith.run_options import RunOptions
 from weightsmith.user_config import CacheSettings
+from weightsmith.values import Json
 
 VARIABLE = "WEIGHTSMITH_CACHE"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -105,23 +107,24 @@ def required(cache: str, settings: CacheSettings) -> Sharing:
     return replace(found, read=None)
 
 
-def of_nodes(on: str, cache: str, cache_from: str, settings: CacheSettings) -> Mapping[str, str]:
-    """Return the caches of a fleet's nodes, by flag: addresses, and the key that they trust.
+def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, Json]:
+    """Return how a fleet's nodes run: as its command, with its caches and the key that they trust.
 
     Raises UsageError if nodes on other machines would share none.
     """
-    found = chosen(cache, cache_from, settings)
+    found = chosen(run.cache, run.cache_from, settings)
     if on != "local" and found.both is None:
         raise UsageError(
             f"--on {on} needs a shared cache: it is all that the nodes have in common",
             hint=f"give --cache: {_FORMS} that all nodes see",
         )
-    named = {"cache": found.both, "cache_from": found.read}
-    addresses = {flag: str(address) for flag, address in named.items() if address}
     # A node must not take from its own configuration what was switched off here.
-    off = {"cache": cache, "cache_from": cache_from}
-    addresses |= {flag: OFF for flag, value in off.items() if value == OFF}
-    return {**addresses, **_trusted(settings)} if found.both or found.read else addresses
+    told = replace(
+        run,
+        cache=OFF if run.cache == OFF else str(found.both or ""),
+        cache_from=OFF if run.cache_from == OFF else str(found.read or ""),
+    )
+    return {**told.given(), **(_trusted(settings) if found.both or found.read else {})}
 
 
 def _trusted(settings: CacheSettings) -> Mapping[str, str]:

@@ -1,0 +1,46 @@
+"""Where a command works and what it may use there: flags that most commands share.
+
+A field is a flag and a keyword of the Python functions; its metadata have the flag's help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+
+def _option(default: Any, description: str) -> Any:
+    return field(default=default, metadata={"description": description})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How a command is run; empty texts stand for what environment and configuration say."""
+
+    runner: str = _option("auto", "where heavy stages run: auto, docker or local")
+    allow_network_in_jobs: bool = _option(
+        False, "run jobs even if this machine cannot isolate them from the network"
+    )
+    memory: str = _option("", "most memory that a job may use, such as 6GiB; default: what is free")
+    insecure: bool = _option(False, "allow plain HTTP and untrusted certificates")
+    sign_key: str = _option(
+        "",
+        "private key to sign with: a PEM or cosign key file, or a reference such as awskms://…",
+    )
+    cache: str = _option(
+        "",
+        "cache that machines share, read and written: oci://REGISTRY/REPOSITORY, "
+        "s3://BUCKET/PREFIX or a folder; off for none",
+    )
+    cache_from: str = _option("", "a second cache that is only read")
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Return the options among a function's arguments or a request's keys."""
+        names = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if name in names and value})
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that are set, for a request to another process."""
+        return {name: value for name, value in asdict(self).items() if value}
