@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.commands.bake import BakeRequest, bake_model
-from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.image import Image, ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -18,7 +18,9 @@ from weightsmith.ports import Progress, Silent
 from weightsmith.recipe import ImageNames
 
 from tests.fakes.memory import memory_tools
+from tests.fakes.registry import FakeRegistry
 
+ENGINE = {"dev.weightsmith.engine": "llamacpp"}
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -94,3 +96,22 @@ def bake(
     }
     tools = memory_tools(model.parent, registry=registry, key=key)
     return bake_model(BakeRequest(**request), replace(tools, progress=progress or Silent()))
+
+
+class Bakery:
+    """A model, an engine base in a registry, and images baked of both."""
+
+    def __init__(self, fake: FakeRegistry, client: Registry, folder: Path) -> None:
+        self.fake, self.client, self.folder = fake, client, folder
+        self.model = make_model(folder / "model")
+        self.base = f"{fake.host}/base/engine:1"
+        push_base(client, self.base, ENGINE, {"app/llama-server": b"1"})
+
+    def bake(self, name: str, **more: Any) -> Any:
+        """Bake and push under a name in the registry."""
+        push = f"{self.fake.host}/{name}"
+        return bake(self.client, self.model, more.pop("base", self.base), push=push, **more)
+
+    def image(self, name: str, platform: str = "linux/amd64") -> Image:
+        """Pull an image that was pushed."""
+        return self.client.pull(Reference.parse(f"{self.fake.host}/{name}"), platform=platform)

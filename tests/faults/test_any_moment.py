@@ -51,9 +51,8 @@ def images(folder: Path) -> tuple[Image, Image]:
     return first, tiny_image(folder / "model", config=ImageConfig(labels={"score": "1"}))
 
 
-@pytest.mark.parametrize(
-    ("swap", "count"), [(True, 14), pytest.param(False, 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("swap", "count"), [(True, 14), (False, 8)])
 def test_a_layout_that_is_published(
     moments: Moments, tmp_path: Path, swap: bool, count: int
 ) -> None:

@@ -146,7 +146,7 @@ WHERE: dict[str, Case] = {
 }
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("name", WHERE)
 def test_merged_as_unmerged(name: str, bases: MakeBase, tmp_path: Path) -> None:
     architecture, model, lora = WHERE[name]

@@ -79,7 +79,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 UNTIED = {"tied-embedding", "tied-head", "tied-both", "tied-dora", "tied-saved", "tied-saved-head"}
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_llama(name: str, bases: MakeBase, tmp_path: Path) -> None:
     model, lora = VARIANTS[name]
@@ -157,7 +157,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, bases: MakeBase, tmp_path: Path) -> None:
     kind, model, lora = ARCHITECTURES[name]

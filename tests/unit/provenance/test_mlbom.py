@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from weightsmith.provenance.mlbom import Ancestor, BilledModel, engine_bom, license_of, ml_bom
@@ -89,3 +91,14 @@ def test_all_of_cyclonedx_is_kept() -> None:
     check = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
     for bill in (ml_bom(facts()), engine_bom("llamacpp", engine_source("llamacpp"), DIGEST)):
         assert check.validate_str(json.dumps(bill)) is None
+        assert all(urlsplit(url).netloc and url.isascii() for url in urls(bill))
+
+
+def urls(value: Any) -> list[str]:
+    """Return the addresses in a bill; the library checks their form only where it has a grammar."""
+    if isinstance(value, list):
+        return [url for inner in value for url in urls(inner)]
+    if not isinstance(value, dict):
+        return []
+    own = [value["url"]] if isinstance(value.get("url"), str) else []
+    return [*own, *(url for inner in value.values() for url in urls(inner))]

@@ -19,7 +19,6 @@ from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped
 from weightsmith.quantizers.packed import Layout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounding import round_rows
-from weightsmith.quantizers.running import equal_length, samples
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.values import FP8
 
@@ -423,35 +422,6 @@ def test_the_group_size_is_the_largest_that_divides_every_row() -> None:
 def test_models_that_cannot_be_quantized_are_refused(change: dict, what: str) -> None:
     with pytest.raises(InputRefused, match=what):
         check_grouped(facts({**CONFIG, **change}), LLAMAS)
-
-
-def letters(text: str) -> list[int]:
-    return [ord(c) for c in text]
-
-
-def test_texts_stay_apart_long_ones_are_cut_and_none_is_dropped() -> None:
-    found = samples(["a" * 1200, "", "b" * 30], letters)
-
-    assert found == [letters("a") * 512, letters("a") * 512, letters("a") * 176, letters("b") * 30]
-
-
-def test_too_few_tokens_to_measure_on_are_reported() -> None:
-    with pytest.raises(InputRefused, match="30 tokens"):
-        samples(["b" * 15, "c" * 15], letters)
-
-
-@pytest.mark.parametrize("count", [256, 511, 512, 513, 1025, 2013, 4096])
-def test_joined_texts_fill_samples_of_one_length_and_none_is_dropped(count: int) -> None:
-    tokens = list(range(count))
-
-    found = equal_length([tokens[:100], tokens[100:]])
-
-    assert len({len(sample) for sample in found}) == 1
-    assert len(found[0]) <= 512
-    joined = [token for sample in found for token in sample]
-    assert joined[:count] == tokens
-    assert joined[count:] == tokens[: len(joined) - count]
-    assert len(joined) - count < len(found)
 
 
 def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path) -> None:

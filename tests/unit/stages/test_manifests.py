@@ -69,6 +69,7 @@ def documents(config, name):
     return list(yaml.safe_load_all(config.files[name]))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_kubernetes_takes_the_deployment_and_its_service(config, version):
     found = documents(config, "kubernetes.yaml")
@@ -162,6 +163,7 @@ def beside(config):
     return {name: list(yaml.safe_load_all(text)) for name, text in found.items()}
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("version", ["1.33", "1.35", "1.37"])
 def test_kubernetes_takes_weights_beside_an_engine(config, beside, version):
     *settings, deployment, service = beside["kubernetes.yaml"]
@@ -238,6 +240,7 @@ def test_compose_takes_its_file(config, tmp_path):
     assert service["image"] == IMAGE
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("name", ['a: b"', "#x", "${HOME}", "$(x)", "{{ name }}", "ümläut 🦙"])
 @pytest.mark.parametrize("target", CASES)
 def test_no_name_breaks_a_manifest(target, name):

@@ -50,7 +50,7 @@ def make(
     return base, out, loras
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_what_the_merge_makes_passes(tmp_path: Path, method: str, dtype: str) -> None:
@@ -62,7 +62,7 @@ def test_what_the_merge_makes_passes(tmp_path: Path, method: str, dtype: str) ->
     assert "values that the method can produce" in tell(result)
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("rank", [None, 3, 6])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_sum_of_bounded_rank(tmp_path: Path, rank: int | None, dtype: str) -> None:
@@ -110,7 +110,7 @@ def empty(tensors: dict[str, torch.Tensor]) -> None:
     tensors[EMBEDDING][9] = 0
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("change", "tensor"), [(flip, Q1), (transpose, Q1), (empty, EMBEDDING)],

@@ -113,6 +113,7 @@ def with_other_heads(merged: Path) -> None:
     (merged / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     ("damage", "check"),
     [

@@ -1,0 +1,140 @@
+"""Models, layouts and wishes of which no image is made, and what a change on the way does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.ports import Silent
+
+from tests.fakes.baking import Bakery, bake, push_base
+from tests.fakes.tiny import write_model
+
+
+@pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar", "ollama"])
+def test_an_engine_is_not_given_what_it_cannot_load(bakery: Bakery, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot load the kind {kind}"):
+        bake(bakery.client, bakery.model, "", kind=kind, load="app:1")
+
+
+def test_ollama_takes_gguf_only(bakery: Bakery, tmp_path: Path) -> None:
+    bakery.model = write_model(tmp_path / "checkpoint")
+    with pytest.raises(UsageError, match="one GGUF file"):
+        bakery.bake("team/app:1", kind="ollama", base="", target="vllm")
+
+
+def hostile(folder: Path, kind: str) -> None:
+    match kind:
+        case "fifo":
+            os.mkfifo(folder / "pipe.json")
+        case "link out":
+            (folder / "a.json").symlink_to("/etc/passwd")
+        case "link up":
+            (folder / "a.json").symlink_to("../secret")
+            (folder.parent / "secret").write_text("s")
+        case "case":
+            (folder / "Config.json").write_text("{}")
+        case "newline":
+            (folder / "a\nb.json").write_text("{}")
+        case "not utf-8":
+            (Path(os.fsdecode(os.fsencode(folder) + b"/a\xff.json"))).write_text("{}")
+        case "device":
+            os.mknod(folder / "null.json", 0o666 | 0o020000, os.makedev(1, 3))
+
+
+@pytest.mark.parametrize(
+    "kind", ["fifo", "link out", "link up", "case", "newline", "not utf-8", "device"]
+)
+def test_hostile_folders_are_refused(bakery: Bakery, kind: str) -> None:
+    if kind == "device" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    hostile(bakery.model, kind)
+    with pytest.raises(InputRefused):
+        bakery.bake("team/app:1")
+    assert not bakery.fake.manifests.get(("team/app", "1"))
+
+
+@pytest.mark.parametrize("how", ["shrinks", "changes", "vanishes", "becomes a pipe"])
+def test_a_file_that_changes_while_it_is_sent(bakery: Bakery, how: str) -> None:
+    weights = bakery.model / "tiny.gguf"
+    promised = b"GGUF" + bytes(4 << 20)
+    weights.write_bytes(promised)
+
+    class Meddling(Silent):
+        def advance(self, done: int, total: int, unit: str) -> None:
+            match how:
+                case "shrinks":
+                    os.truncate(weights, 1 << 20)
+                case "changes":
+                    weights.write_bytes(b"EVIL" + bytes(4 << 20))
+                case "vanishes" if weights.is_file():
+                    weights.unlink()
+                    weights.mkdir()
+                case "becomes a pipe" if weights.is_file():
+                    weights.unlink()
+                    os.mkfifo(weights)
+
+    try:
+        bakery.bake("team/app:1", progress=Meddling())
+        refused = None
+    except InputRefused as error:
+        refused = error
+    if refused:
+        assert refused.exit_code == 3
+        assert "tiny.gguf" in refused.message or "digest" in refused.message
+        assert ("team/app", "1") not in bakery.fake.manifests
+    else:
+        # Whoever had the file open already still reads what it was: then the image holds that.
+        assert how in ("vanishes", "becomes a pipe")
+        sent = [layer.open() for layer in bakery.image("team/app:1").layers]
+        assert any(promised in b"".join(chunks) for chunks in sent)
+
+
+def test_weights_that_were_cut_off(bakery: Bakery, tmp_path: Path) -> None:
+    tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    shutil.copytree(tiny, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1_000_000)
+    base = f"{bakery.fake.host}/base/vllm:1"
+    push_base(bakery.client, base, {"dev.weightsmith.engine": "vllm"}, {"app/x": b"1"})
+    with pytest.raises(InputRefused, match=r"model\.safetensors"):
+        bake(bakery.client, tmp_path / "cut", base, target="vllm", layout=tmp_path / "out")
+
+
+def test_layouts_that_cannot_be(bakery: Bakery, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFailure, match="/proc/there"):
+        bake(bakery.client, bakery.model, bakery.base, layout=Path("/proc/there/is/none"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="mine"):
+        bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
+@pytest.mark.parametrize("platform", ["arm64", "linux/arm64/v8", "linux/", "Linux/arm64"])
+def test_a_volume_for_what_is_no_platform(bakery: Bakery, platform: str) -> None:
+    with pytest.raises(UsageError, match="not a platform"):
+        bakery.bake("team/app:1", base="", kind="volume", platform=platform)
+
+
+def test_what_is_asked_wrongly(bakery: Bakery) -> None:
+    with pytest.raises(UsageError, match="unknown") as caught:
+        bakery.bake("team/app:1", kind="car")
+    assert "modelcar" in caught.value.hint
+
+
+def test_a_layout_takes_room_on_its_own_disk(
+    bakery: Bakery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "full"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil,
+        "disk_usage",
+        lambda path: usage._replace(free=100 if Path(path).is_relative_to(full) else 1 << 20),
+    )
+    with pytest.raises(EnvironmentFailure, match=r"needs .* of disk, .*full has 100 B"):
+        bake(bakery.client, bakery.model, bakery.base, layout=full / "layout")
+    assert bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "layout")["digest"]
