@@ -23,24 +23,17 @@ from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.values import FP8
 
 from tests.fakes.configs import facts
+from tests.fakes.packing import (
+    CONFIG,
+    GPTQ_CONFIG,
+    GROUP,
+    HIDDEN,
+    SHAPES,
+    four_bits,
+    save_awq,
+    save_gptq,
+)
 
-HIDDEN, INNER, GROUP = 64, 128, 32
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "vocab_size": 100,
-    "torch_dtype": "bfloat16",
-}
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-GPTQ_CONFIG = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}
 AWQ_LAYOUT = Layout(method="awq", bits=4, group_size=GROUP, symmetric=False)
 GPTQ_LAYOUT = Layout(method="gptq", bits=4, group_size=GROUP, symmetric=True)
 
@@ -59,64 +52,6 @@ def model(tmp_path: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / "tokenizer.json").write_text("{}")
     return folder
-
-
-def words(numbers: np.ndarray, order: tuple[int, ...]) -> torch.Tensor:
-    """Pack rows of eight 4-bit numbers, the one of column order[i] in nibble i, by plain loops."""
-    rows, columns = numbers.shape
-    out = np.zeros((rows, columns // 8), np.uint32)
-    for row in range(rows):
-        for word in range(columns // 8):
-            for nibble, column in enumerate(order):
-                out[row, word] |= np.uint32(int(numbers[row, word * 8 + column]) << (4 * nibble))
-    return torch.from_numpy(out.view(np.int32))
-
-
-def four_bits(weight: torch.Tensor, *, symmetric: bool) -> tuple[np.ndarray, ...]:
-    """Return q [in, out], zeros and scales [groups, out] of rounding to nearest."""
-    by_group = weight.float().T.reshape(-1, GROUP, weight.shape[0])
-    low, high = by_group.amin(1), by_group.amax(1)
-    if symmetric:
-        scales = torch.maximum(-low, high) / 7.5
-        zeros = torch.full_like(scales, 8)
-    else:
-        scales = (high - low) / 15
-        zeros = torch.round(-low / scales).clamp(0, 15)
-    scales = scales.half().float()
-    q = torch.round(by_group / scales[:, None] + zeros[:, None]).clamp(0, 15)
-    return q.reshape(-1, weight.shape[0]).numpy(), zeros.numpy(), scales.numpy()
-
-
-def save_awq(model: Path, raw: Path) -> None:
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    out = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        if "_proj" not in name:
-            out[name] = weight.float()
-            continue
-        q, zeros, scales = four_bits(weight, symmetric=False)
-        module = name.removesuffix("weight")
-        out[module + "qweight"] = words(q, order)
-        out[module + "qzeros"] = words(zeros, order)
-        out[module + "scales"] = torch.from_numpy(scales).half()
-    raw.mkdir()
-    save_file(out, raw / "model.safetensors")
-
-
-def save_gptq(model: Path, raw: Path) -> None:
-    order = tuple(range(8))
-    out = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        if "_proj" not in name:
-            out[name] = weight.float()
-            continue
-        q, zeros, scales = four_bits(weight, symmetric=True)
-        module = name.removesuffix("weight")
-        out[module + "qweight"] = words(q.T, order).T.contiguous()
-        out[module + "qzeros"] = words(zeros - 1, order)
-        out[module + "scales"] = torch.from_numpy(scales).half()
-    raw.mkdir()
-    save_file(out, raw / "model.safetensors")
 
 
 @pytest.fixture(params=["awq", "gptq"])
