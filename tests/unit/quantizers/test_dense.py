@@ -15,6 +15,7 @@ from tests.fakes.configs import facts
     [
         *((name, ROUNDED) for name in SCHEMES),
         ("gptq", WALKED),
+        ("nvfp4", WALKED),
         ("awq", WALKED),
         ("gptq-gptqmodel", DENSE),
         ("awq-gptqmodel", DENSE - {"Gemma3ForCausalLM", "Cohere2ForCausalLM"}),

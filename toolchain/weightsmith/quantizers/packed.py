@@ -33,7 +33,7 @@ _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
-    ".weight_global_scale",
+    ".weight_global_scale", ".input_global_scale",
 )  # fmt: skip
 """Suffixes of a quantized module's tensors, except `.weight`."""
 
@@ -61,8 +61,14 @@ class Layout:
             bits=4 if scheme.packed else 8,
             group_size=scheme.tile[1],
             symmetric=True,
+            inputs=scheme.observed,
             outputs=scheme.tile[0],
         )
+
+    @property
+    def input_scale(self) -> str:
+        """Suffix of a module's fixed input scale."""
+        return ".input_global_scale" if self.method in FLOAT4 else ".input_scale"
 
     @property
     def marker(self) -> str:
@@ -94,7 +100,7 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
             bits=int(weights["num_bits"]),
             group_size=int(columns),
             symmetric=bool(weights["symmetric"]),
-            inputs=(group.get("input_activations") or {}).get("dynamic") is False,
+            inputs=(group.get("input_activations") or {}).get("dynamic") in (False, "local"),
             outputs=int(outputs),
         )
     raise CheckFailed(

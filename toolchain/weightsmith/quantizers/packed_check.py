@@ -111,7 +111,7 @@ def _check_scales(view: PackedView, matrix: Matrix) -> None:
     if not bool(np.isfinite(scales).all()) or bool((scales <= 0).any()):
         raise CheckFailed(f"{module} has scales that are not finite and positive", hint=_HINT)
     if layout.inputs:
-        fixed = view.tensors.f32(f"{module}.input_scale")
+        fixed = view.tensors.f32(f"{module}{layout.input_scale}")
         if fixed.size != 1 or not bool(np.isfinite(fixed).all()) or float(fixed.min()) <= 0:
             raise CheckFailed(f"{module} has no finite, positive input scale", hint=_HINT)
     if layout.method in {"awq", "gptq"}:
@@ -134,15 +134,22 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
     """Raise CheckFailed if fused matrices differ in the scale that engines read only once."""
     if view.layout.method != "nvfp4-pack-quantized":
         return
-    known: dict[str, tuple[str, float]] = {}
+    parts = (
+        ("weight_global_scale", "input_global_scale")
+        if view.layout.inputs
+        else ("weight_global_scale",)
+    )
+    known: dict[tuple[str, str], tuple[str, float]] = {}
     for matrix in found:
-        scale = float(view.tensors.f32(f"{matrix.module}.weight_global_scale")[0])
-        module, first = known.setdefault(matrix.fused, (matrix.module, scale))
-        if scale != first:
-            raise CheckFailed(
-                f"{module} and {matrix.module} have different global scales, and engines fuse them",
-                hint=_HINT,
-            )
+        for part in parts:
+            scale = float(view.tensors.f32(f"{matrix.module}.{part}")[0])
+            module, first = known.setdefault((matrix.fused, part), (matrix.module, scale))
+            if scale != first:
+                raise CheckFailed(
+                    f"{module} and {matrix.module} have different global scales ({part}), and"
+                    " engines fuse them",
+                    hint=_HINT,
+                )
 
 
 def _check_near(

@@ -6,9 +6,12 @@ computed, so the checkpoint may be larger than memory.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.checkpoints.facts import ModelFacts
@@ -24,13 +27,14 @@ from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step, read_settings, refusal
 from weightsmith.quantizers.schemes import SCHEMES, Scheme
 from weightsmith.quantizers.unquantized import is_kept, keep_option
-from weightsmith.quantizers.writing import Output, Work, copied, write_checkpoint
+from weightsmith.quantizers.writing import Output, Work, copied, whole, write_checkpoint
 from weightsmith.values import Format, Json
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _BLOCK = 1 << 18
 """Weights in memory at a time: few enough for the CPU's cache."""
 
@@ -70,8 +74,16 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def quantize(scheme: Scheme, model: Path, out: Path, keep: Sequence[str]) -> None:
+def quantize(
+    scheme: Scheme,
+    model: Path,
+    out: Path,
+    keep: Sequence[str],
+    inputs: Mapping[str, float] = MappingProxyType({}),
+) -> None:
     """Write a model's checkpoint in a scheme's format, except the matrices in `keep`.
+
+    `inputs` has the largest magnitude of each module's inputs, for a scheme that needs it.
 
     Raises InputRefused for matrices that the scheme's tiles do not divide, weights that are not
     finite, and names in `keep` that match nothing.
@@ -93,10 +105,28 @@ def quantize(scheme: Scheme, model: Path, out: Path, keep: Sequence[str]) -> Non
             )
     fused = _FusedScales(source, scheme, found)
     works = [_work(source, matrix, scheme, fused) for matrix in found]
+    if scheme.observed:
+        works += _input_scales(scheme, found, inputs)
     taken = {matrix.tensor for matrix in found}
     works += [copied(source, name) for name in source.names - taken]
     write_checkpoint(out, works)
     write_companions(model, out, scheme.config(unquantized(source, known, found)))
+
+
+def _input_scales(
+    scheme: Scheme, found: Sequence[Matrix], inputs: Mapping[str, float]
+) -> Iterator[Work]:
+    """Yield the scales of inputs: one for matrices that engines fuse, and for all experts."""
+    import numpy as np
+
+    most: dict[str, float] = {}
+    for matrix in found:
+        key = _EXPERT.sub(".experts.", matrix.fused)
+        most[key] = max(most.get(key, 0.0), inputs[matrix.module])
+    for matrix in found:
+        scale = fused_scale(most[_EXPERT.sub(".experts.", matrix.fused)], scheme)
+        name = f"{matrix.module}.input_global_scale"
+        yield whole(name, "F32", (1,), partial(np.full, 1, scale, array_type("F32")))
 
 
 class _FusedScales:

@@ -1,4 +1,4 @@
-"""The formats that need no calibration text: one row each, as compressed-tensors defines them.
+"""The formats that are rounded to compressed-tensors' layouts: one row each, as it defines them.
 
 Layouts and names are those of compressed-tensors 0.20 (quantization/quant_scheme.py).
 """
@@ -6,7 +6,7 @@ Layouts and names are those of compressed-tensors 0.20 (quantization/quant_schem
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from weightsmith.values import FP8, Format, Json
@@ -32,6 +32,11 @@ class Scheme:
     weights: Mapping[str, Json]
     inputs: Mapping[str, Json] | None
     """What servers do with activations before they multiply; None: nothing."""
+
+    @property
+    def observed(self) -> bool:
+        """Whether a matrix has a scale of its inputs, from calibration."""
+        return bool(self.inputs) and "observer" in (self.inputs or {})
 
     @property
     def packed(self) -> bool:
@@ -116,4 +121,14 @@ _SCHEMES = (
     ),
 )
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({one.format.name: one for one in _SCHEMES})
-"""By the format's name."""
+"""Those that need no calibration text, by the format's name."""
+NVFP4 = replace(
+    SCHEMES["nvfp4a16"],
+    format=Format(name="nvfp4", kind="nvfp4", bits_per_weight=4.5),
+    inputs={
+        **_four("tensor_group", 16, "torch.float8_e4m3fn"),
+        "dynamic": "local",
+        "observer": "static_minmax",
+    },
+)
+"""Servers round inputs, too: by a scale per 16 of them, and one from calibration for all."""

@@ -209,6 +209,10 @@ _SUPPORT: Mapping[str, Support] = {
         capability=(8, 0),
         source="compressed_tensors/schemes/compressed_tensors_w4a16_nvfp4.py get_min_capability",
     ),
+    "nvfp4": Support(
+        capability=(10, 0),
+        source="compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py get_min_capability",
+    ),
 }
 
 ENGINE = Engine(

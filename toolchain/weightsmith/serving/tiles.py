@@ -6,7 +6,7 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.values import Format
 
-_TILES = {"fp8-block": 128, "nvfp4a16": 16, "mxfp4a16": 32}
+_TILES = {"fp8-block": 128, "nvfp4a16": 16, "nvfp4": 16, "mxfp4a16": 32}
 """Format -> weights along the axis that tensor parallelism divides: a GPU has whole tiles."""
 
 

@@ -322,6 +322,13 @@ _SUPPORT: Mapping[str, Support] = {
         source="compressed_tensors_w4a4_nvfp4.py get_min_capability; "
         "kernels/linear/__init__.py init_nvfp4_linear_kernel a16_kernels",
     ),
+    # Activations are rounded from 10.0 on, else the weights alone are used.
+    "nvfp4": Support(
+        capability=(7, 5),
+        amd=False,
+        source="compressed_tensors_w4a4_nvfp4.py get_min_capability; "
+        "kernels/linear/__init__.py init_nvfp4_linear_kernel",
+    ),
     # On Blackwell activations are rounded, too.
     "mxfp4a16": Support(
         capability=(8, 0),

@@ -1,0 +1,78 @@
+"""NVFP4 with scales of inputs: rounded like the others, after a walk that finds the largest."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.errors import InputRefused
+from weightsmith.quantizers.architectures import WALKED, check_kept, check_rounded
+from weightsmith.quantizers.checkpoints import check_config, output_bytes
+from weightsmith.quantizers.matrices import matrices
+from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.rounded import options, quantize
+from weightsmith.quantizers.running import python_step, read_settings, refusal, texts
+from weightsmith.quantizers.schemes import NVFP4
+from weightsmith.values import Format, Json
+
+
+def check_input(_format: Format, model: ModelFacts) -> None:
+    """Refuse a model that cannot have this format, by its configuration."""
+    check_config(model, WALKED)
+    check_rounded(NVFP4, model)
+
+
+def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+    """Return the step, which runs this module."""
+    keep = request.options.get("keep", [])
+    return (python_step(__name__, request, "rounding to nvfp4, with scales of inputs", keep=keep),)
+
+
+def check(request: QuantizeRequest) -> Mapping[str, Json]:
+    """Check the finished checkpoint against the original; raises CheckFailed."""
+    keep = tuple(request.options.get("keep", ()))
+    layout = Layout.of_scheme(NVFP4)
+    return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "observed"}
+
+
+def main() -> None:
+    """Run in the builder: quantize as set in the settings file of the command line."""
+    settings = read_settings()
+    libraries: Any = importlib.import_module("weightsmith.forward.libraries")
+    libraries.import_for_good()
+    walk: Any = importlib.import_module("weightsmith.quantizers.layerwise.maxima")
+    model, out = Path(settings["model"]), Path(settings["out"])
+    try:
+        found = matrices(CheckpointTensors(model), model)
+        inputs = walk.input_maxima(model, texts(settings["calibration"]), found)
+        quantize(NVFP4, model, out, settings["keep"], inputs)
+    except InputRefused as error:
+        print(refusal(error), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+QUANTIZER = Quantizer(
+    name="observed",
+    builder="merge",
+    formats=(NVFP4.format,),
+    recipe_number=1,
+    check_input=check_input,
+    steps=steps,
+    check=check,
+    peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
+    options=options,
+    check_options=check_kept,
+    calibrated=lambda _format, _options: True,
+    view=view_of,
+    by_layer=True,
+)
+
+if __name__ == "__main__":
+    main()
