@@ -32,6 +32,10 @@ EXAMPLE = ROOT / "examples" / "support-bot"
 COMMON = """
 import json, os, sys
 from pathlib import Path
+from weightsmith.forward.libraries import import_for_good
+from weightsmith.merging.libc import keep_freed_memory
+keep_freed_memory()  # as in a job
+import_for_good("peft")
 import torch
 base, adapter, merged = map(Path, sys.argv[1:4])
 rows = [json.loads(line) for line in open(sys.argv[4])][: int(sys.argv[5])]
@@ -40,15 +44,19 @@ texts = [json.loads(line) for line in open(sys.argv[6])][-12:]
 """
 ROUNDED = """
 import numpy as np
-from weightsmith.quantizers.rounded import rounded
+from weightsmith.quantizers.rounding import round_rows
+from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.checkpoints.tensors import CheckpointTensors
 class View(CheckpointTensors):
     def tensor(self, name):
-        data = super().tensor(name)
+        return self._rounded(name, super().tensor(name))
+    def rows(self, name, start, stop):
+        return self._rounded(name, super().rows(name, start, stop))
+    def _rounded(self, name, data):
         if "layers" not in name or data.ndim != 2:
             return data
-        codes, scales = rounded(data, "w8a8")
-        return codes * scales
+        codes, scales = round_rows(data, SCHEMES["w8a8"])
+        return codes * scales.astype(np.float32)
 """
 HAND = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,10 +95,8 @@ found = validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged, i
 assert found.passed, found.findings
 """,
     "reference and validation": """
-from weightsmith.forward.libraries import import_for_good
 from weightsmith.jobs import AskedModel, Input, ProofJob, Question, ReferenceJob, ValidateJob
-from weightsmith.worker.jobs import LIBRARIES, STAGES
-import_for_good(*LIBRARIES["proof"])
+from weightsmith.worker.jobs import STAGES
 inputs = [Input(path=path) for path in (base, adapter, merged)]
 envelope = {"builder": "merge", "output": Path.cwd(), "seconds": 0}
 asked = (AskedModel(name="base", model=0),
@@ -155,7 +161,8 @@ def make_inputs(work: Path) -> tuple[Path, Path, Path]:
 
 def run(argv: list[str]) -> dict[str, float]:
     """Run a process; return its CPU and wall seconds and its peak anonymous MiB."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    paths = os.pathsep.join([str(ROOT / "toolchain"), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     began, peak = time.monotonic(), 0
     quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
     pid = os.posix_spawnp(argv[0], argv, environment, file_actions=quiet)

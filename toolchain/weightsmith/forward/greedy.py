@@ -211,13 +211,10 @@ def _read(
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each row's most likely token, and by how much it exceeds the second one."""
-    return torch.argmax(logits, -1), _margins(logits)
-
-
-def _margins(logits: torch.Tensor) -> torch.Tensor:
-    """Return by how much the largest logit of each row exceeds the second largest."""
-    largest = torch.topk(logits.float(), 2).values
-    return largest[..., 0] - largest[..., 1]
+    best = torch.argmax(logits, -1, keepdim=True)
+    # Two maxima are found in a fraction of the time that topk takes.
+    others = logits.scatter(-1, best, -torch.inf).amax(-1)
+    return best[..., 0], logits.gather(-1, best)[..., 0] - others
 
 
 def _generate(
@@ -266,7 +263,7 @@ def _decode(model: Any, asked: Questions, batch: Sequence[int], found: _Found, c
     margins: list[torch.Tensor] = []
 
     def record(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        margins.append(_margins(logits))
+        margins.append(_best(logits)[1])
         if (made := ids.shape[1] - width) > 0:
             last = zip(batch, ids[:, -1].tolist(), strict=True)
             asked.keep([(n, len(found.tokens[n]) + made - 1, [token]) for n, token in last])

@@ -158,9 +158,10 @@ class Meeting:
         product = self._on_device(rows, matrix)
         if product is None:
             product = self._cpus.multiply(rows, matrix)
-        parts = torch.split(product, [len(request.inputs) for request in requests])
-        for request, part in zip(requests, parts, strict=True):
-            request.output = part
+        start = 0
+        for request in requests:
+            end = start + request.inputs.shape[0]
+            request.output, start = product[start:end], end
 
     def _on_device(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor | None:
         """Return the product; None without a device, or if it fails: it is not asked again."""

@@ -20,7 +20,7 @@ _TILE = 256
 """Rows of a matrix that are converted and multiplied at a time, so that they fit a CPU's cache."""
 _PANEL = 32
 """Rows that our kernel multiplies together; tiles are of whole panels."""
-_SHARE = 1 << 21
+_SHARE = 1 << 22
 """Multiplications that are worth waking another thread for."""
 
 
@@ -37,9 +37,9 @@ class Products:
 
     def multiply(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """Return rows [n, columns] times the matrix [m, columns] transposed, in float32."""
-        rows, output = rows.contiguous(), torch.empty((len(rows), len(matrix)))
-        starts = range(0, len(matrix), _height(matrix, self._cpus))
-        shares = min(self._cpus, len(starts), 1 + rows.numel() * len(matrix) // _SHARE)
+        rows, output = rows.contiguous(), torch.empty((rows.shape[0], matrix.shape[0]))
+        starts = range(0, matrix.shape[0], _height(matrix, self._cpus))
+        shares = min(self._cpus, len(starts), 1 + rows.numel() * matrix.shape[0] // _SHARE)
         left = iter(starts)
 
         def work(_: int) -> None:
@@ -101,8 +101,9 @@ def _height(matrix: Matrix, cpus: int) -> int:
     """Return the rows of a tile: equally many for each CPU, where rows can be read in any order."""
     if not isinstance(matrix, torch.Tensor):
         return _TILE
-    tiles = cpus * -(-len(matrix) // (cpus * _TILE))
-    return min(_TILE, _PANEL * -(-len(matrix) // max(1, tiles * _PANEL))) or _TILE
+    height = matrix.shape[0]
+    tiles = cpus * -(-height // (cpus * _TILE))
+    return min(_TILE, _PANEL * -(-height // max(1, tiles * _PANEL))) or _TILE
 
 
 def by_library() -> Multiply:

@@ -49,6 +49,7 @@ class Weights:
         self.infos: dict[str, TensorInfo] = index.tensors
         self._files = {i.name: shard.path for shard in index.shards for i in shard.tensors}
         self._open: dict[Path, Any] = {}
+        self._mapped: dict[str, torch.Tensor] = {}
         self._computed = {
             info.name: Computed(data, info)
             for shard in index.shards
@@ -122,11 +123,12 @@ class Weights:
         """
         if (values := self._computed.get(tensor)) is not None:
             return values
-        path = self._files[tensor]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        stored: torch.Tensor = self._open[path].get_tensor(tensor)
-        return stored
+        if tensor not in self._mapped:  # safetensors takes as long for it as for a small product
+            path = self._files[tensor]
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            self._mapped[tensor] = self._open[path].get_tensor(tensor)
+        return self._mapped[tensor]
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
         """Return a copy of rows of a tensor, in the file's dtype."""

@@ -76,7 +76,7 @@ class Dequantized(Weights):
 
     def _tiles(self, name: str) -> Tiles:
         self._require(name)
-        shape = torch.Size(self.infos[name].shape)
+        shape, right = torch.Size(self.infos[name].shape), super().mapped(name)
 
         def read(first: int, last: int) -> torch.Tensor:
             tile = _as_tensor(self._view.rows(name, first, last))
@@ -84,7 +84,7 @@ class Dequantized(Weights):
             return tile
 
         def compare(first: int, tile: torch.Tensor) -> Squares:
-            return self._compared(name, first, tile, self.slice(name, first, first + len(tile)))
+            return self._compared(name, first, tile, right[first : first + len(tile)])
 
         return Tiles(shape, read, self._squares[name], compare)
 

@@ -44,6 +44,25 @@ def drafts(
     return {number: text for number, text in texts.items() if text}
 
 
+def known(
+    probes: Sequence[Sequence[int]],
+    answers: Sequence[tuple[Sequence[int], Sequence[int]]],
+    ends: Sequence[int],
+    most: int,
+) -> dict[int, list[int]]:
+    """Return texts by the probe's number: those of probes that are whole questions with answers.
+
+    An answer that was cut off before `most` tokens is not the text.
+    """
+    whole, found = {tuple(asked): answer for asked, answer in answers}, dict[int, list[int]]()
+    for number, probe in enumerate(probes):
+        answer = list(whole.get(tuple(probe), ()))[:most]
+        end = next((i + 1 for i, token in enumerate(answer) if token in ends), 0)
+        if end or len(answer) == most:
+            found[number] = answer[: end or most]
+    return found
+
+
 def longer(probes: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Return the probes followed by the generated tokens except the last, which needs no logits."""
     return [[*probe, *text[:-1]] for probe, text in zip(probes, texts, strict=True)]

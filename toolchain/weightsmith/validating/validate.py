@@ -199,16 +199,21 @@ def _texts(
 ) -> list[list[int]]:
     """Return the merged model's greedy tokens after each probe; [] if it cannot generate."""
     ends = sorted(end_tokens(request.merged))
-    drafts = greedy.drafts(ids, request.drafts)
+    known = greedy.known(ids, request.drafts, ends, most)
+    prompts = [probe for number, probe in enumerate(ids) if number not in known]
+    if not prompts:
+        return list(known.values())
+    drafts = greedy.drafts(prompts, request.drafts)
     filler = min(ends, default=0)
-    asked = Questions(prompts=ids, ends=ends, most=most, filler=filler, drafts=drafts)
+    asked = Questions(prompts=prompts, ends=ends, most=most, filler=filler, drafts=drafts)
 
     def generate(model: Any, _: Meeting) -> list[list[int]]:
         model.get_output_embeddings().register_forward_hook(require_finite)
         return continuations(model, asked, lambda _: None).tokens
 
     try:
-        return walk({"": Merged(checkpoint=request.merged)}, {"": generate})[""]
+        made = iter(walk({"": Merged(checkpoint=request.merged)}, {"": generate})[""])
+        return [known[n] if n in known else next(made) for n in range(len(ids))]
     except (*NOT_STREAMABLE, ValueError, IndexError, AssertionError, EnvironmentFailure) as error:
         if ran_out_of_memory(error):
             raise

@@ -20,6 +20,7 @@ from weightsmith.errors import (
 )
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.jobs import Job, out_of_memory, read_job
+from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.time_limits import tell_what_is_done
 from weightsmith.worker.jobs import LIBRARIES, STAGES
 from weightsmith.worker.virtual import computed
@@ -32,6 +33,7 @@ def run_job(job: Job, wire: Wire) -> int:
     """Run the job, send its result or error, and return the exit code."""
     try:
         if job.kind in LIBRARIES:
+            keep_freed_memory()
             import_for_good(*LIBRARIES[job.kind])
         with computed(job):
             result = STAGES[job.kind](job, wire.progress)
