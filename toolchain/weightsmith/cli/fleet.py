@@ -58,8 +58,8 @@ def fleet(
         return matrix_of(found.builds, print_, file)
     place = Path(dist).absolute()
     keep_clean(found.sources, dist=dist, layout=layout, cache=run.cache)
-    nodes = {} if plan else of_nodes(on, run, read_config().cache)
     engine = None if plan else make_fleet_engine(on, address, place)
+    nodes = {} if plan else of_nodes(on, run, read_config().cache)
     progress = Silent() if plan else Recorder(progress_for())
     with open_tools(run, progress, uploads=not plan) as tools:
         graph = foreseen(found, place, tools)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from weightsmith.ports import Ended, Work
 _RESTARTS = 2
 """How often Ray itself starts a task again whose node or process was lost."""
 _PROBE_SECONDS = 120.0
+_CONNECT_SECONDS = 20.0
 _PATIENCE = 15.0
 """Seconds for tasks that were cancelled to end by themselves."""
 _NODE_ID = "ray.io/node-id"
@@ -159,6 +161,7 @@ def _connected(address: str) -> Any:
             "--on ray needs Ray, which is not installed",
             hint="pip install 'weightsmith[ray]', in the version of the cluster",
         ) from None
+    _require_answer(address or os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
@@ -168,6 +171,20 @@ def _connected(address: str) -> Any:
             hint="start one with `ray start --head`, or give --address HOST:PORT",
         ) from None
     return ray
+
+
+def _require_answer(address: str) -> None:
+    """Raise EnvironmentFailure if nothing listens at HOST:PORT, for which Ray itself waits long."""
+    host, separator, port = address.rpartition(":")
+    if not separator or "://" in address or not port.isdigit():
+        return  # another of Ray's forms
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise EnvironmentFailure(
+            f"no Ray cluster answers at {address}: {getattr(error, 'strerror', None) or error}",
+            hint="start one with `ray start --head`, or give --address HOST:PORT",
+        ) from None
 
 
 def _program() -> Callable[[str, str], tuple[str, str, str]]:

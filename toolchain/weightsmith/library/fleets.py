@@ -75,8 +75,8 @@ def fleet(
     place = path_of(dist).absolute()
     layouts = str(path_of(layout).absolute()) if layout else ""
     wiring.keep_clean(found.sources, dist=place, layout=layouts, cache=cache)
-    nodes = of_nodes(on, run, read_config().cache)
     engine = wiring.make_fleet_engine(on, address, place)
+    nodes = of_nodes(on, run, read_config().cache)
     with (
         shown(progress) as shown_progress,
         wiring.open_tools(run, shown_progress) as tools,
