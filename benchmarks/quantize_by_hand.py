@@ -80,11 +80,12 @@ model.mkdir(), file.mkdir()
 given = {"base": Input(path=base), "adapters": (Input(path=adapter),), "weights": (1.0,),
          "options": Merge()}
 runner = LocalRunner(cache_folder())
-runner.run(MergeJob(builder="merge", output=model, seconds=0, memory_bytes=4 << 30, unwritten=True,
-                    **given), Silent())
+made = runner.run(MergeJob(builder="merge", output=model, seconds=0, memory_bytes=4 << 30,
+                           unwritten=True, **given), Silent())
+digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
 wanted = QuantizeOptions(name="m", format=formats()[name], options={"imatrix": "off"})
 job = job_of(Input(path=model), 4 << 30, wanted, file)
-runner.run(replace(job, virtual=Virtual(**given)), Silent())
+runner.run(replace(job, virtual=Virtual(**given, digests=digests)), Silent())
 """
 
 SAMPLES = """

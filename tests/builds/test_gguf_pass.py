@@ -61,6 +61,31 @@ def made(
     return left
 
 
+CONVERT = """
+import sys
+from pathlib import Path
+from weightsmith.quantizers.convert import run
+converter, model, *outs = map(Path, sys.argv[1:])
+about = ["--model-name", "demo", "--metadata", str(outs[0].with_name("metadata"))]
+runs = (["--outfile", str(out), "--outtype", out.parent.name, *about] for out in outs)
+run(converter, model, *((words, None) for words in runs))
+"""
+GUESSED = ("basename", "finetune", "organization", "version", "size_label")
+
+
+def converted(model: Path, folder: Path, *names: str) -> list[list[Path]]:
+    """Let llama.cpp's converter write files itself."""
+    outs = [folder / name / "demo.gguf" for name in names]
+    for out in outs:
+        out.parent.mkdir(parents=True)
+    metadata = json.dumps({f"general.{key}": None for key in GUESSED})
+    (outs[0].parent / "metadata").write_text(metadata)
+    converter = program("").parent / "convert" / "convert_hf_to_gguf.py"
+    command = [sys.executable, "-c", CONVERT, converter, model, *outs]
+    subprocess.run(command, check=True, capture_output=True)
+    return [[out] for out in outs]
+
+
 def program(name: str) -> Path:
     return toolset_folder(cache_folder(), "llamacpp") / "bin" / name
 
@@ -86,7 +111,7 @@ def same(ours: list[Path], others: list[Path]) -> bool:
 def middle(tmp_path_factory) -> Path:
     """The tiny base in 16 bits, and beside it an importance matrix."""
     folder = tmp_path_factory.mktemp("middle")
-    (file,) = made(TINY / "base", folder / "bf16", "bf16")
+    ((file,),) = converted(TINY / "base", folder, "bf16")
     texts = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()]
     (file.parent / "text").write_text("\n".join(str(row) for row in texts))
     words = ("-f", "text", "-c", "128", "--chunks", "4", "--no-ppl", "-t", "2")
@@ -128,10 +153,11 @@ def run(middle: Path, folder: Path, name: str, **options: object) -> subprocess.
     """Run our program on a 16-bit file."""
     file = {
         "out": str(folder / "demo.gguf"), "format": name, "tensor_types": {}, "importance": "",
-        "overrides": {}, **options,
+        "overrides": {}, "direct": False, **options,
     }  # fmt: skip
     settings = {
-        "convert": [], "middle": middle.name, "quantize": str(program("llama-quantize")),
+        "convert": [], "middle": middle.name, "between": "bf16",
+        "quantize": str(program("llama-quantize")),
         "threads": 3, "split": False, "files": [file],
     }  # fmt: skip
     (folder / "settings").write_text(json.dumps(settings))
@@ -163,38 +189,68 @@ def with_matrix(middle: Path, *, measured: bool) -> tuple[str, ...]:
 def test_a_checkpoint_of_each_type_without_a_file_between(tmp_path, dtype):
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
     model = make_random(tmp_path / "model", config, TINY / "base", dtype)
-    compare(model, tmp_path, "q4_k_m", str(dtype).removeprefix("torch."))
+    compare(model, tmp_path, str(dtype).removeprefix("torch."))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=model_type)
 def test_each_architecture_without_a_file_between(tmp_path, config):
     config.vocab_size = 512
     model = make_random(tmp_path / "model", config, TINY / "base")
-    compare(model, tmp_path, "q5_k_m", "bfloat16")
+    compare(model, tmp_path, "bfloat16")
 
 
-def compare(model: Path, folder: Path, name: str, dtype: str) -> None:
+def compare(model: Path, folder: Path, dtype: str) -> None:
+    """Make types of llama-quantize and of the converter in one pass; hold them against both."""
     between = {"bfloat16": "bf16", "float32": "f32"}.get(dtype, "f16")
-    (file,) = made(model, folder / "middle", between)
-    assert same(made(model, folder / "ours", name), theirs(file, folder / "theirs", name))
+    kinds = list(dict.fromkeys([between, "f16", "q8_0"]))
+    middle, *others = converted(model, folder / "converted", *kinds)
+    ours = beside(model, folder / "ours", "q5_k_m", *kinds[1:])
+    assert same(ours["q5_k_m"], theirs(middle[0], folder / "theirs", "q5_k_m"))
+    for name, file in zip(kinds[1:], others, strict=True):
+        assert same(ours[name], file), name
+
+
+def beside(model: Path, out: Path, first: str, *names: str) -> dict[str, list[Path]]:
+    """Make several types in one job."""
+    out.mkdir()
+    wanted = QuantizeOptions(name="demo", format=formats()[first], options={"imatrix": "off"})
+    job = job_of(Input(path=model), 1 << 20, wanted, out)
+    others = tuple(Beside(format=name, options={"imatrix": "off"}) for name in names)
+    found = LocalRunner(cache_folder()).run(replace(job, beside=others), RecordingProgress())
+    for one in others:
+        assert found["beside"][one.format]["file_type"] == one.format
+    folders = {first: out, **{one.format: out / one.folder for one in others}}
+    return {name: sorted(path.glob("*.gguf")) for name, path in folders.items()}
 
 
 def test_several_types_are_made_in_one_pass(tmp_path):
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
     model = make_random(tmp_path / "model", config, TINY / "base")
-    alone = {name: made(model, tmp_path / name, name) for name in ("q4_k_m", "q5_k_m", "q6_k")}
-    wanted = QuantizeOptions(name="demo", format=formats()["q4_k_m"], options={"imatrix": "off"})
-    together = tmp_path / "together"
-    together.mkdir()
+    names = ("q4_k_m", "q6_k", "bf16")
 
-    job = job_of(Input(path=model), 1 << 20, wanted, together)
-    others = tuple(Beside(format=n, options={"imatrix": "off"}) for n in ("q5_k_m", "q6_k"))
-    found = LocalRunner(cache_folder()).run(replace(job, beside=others), RecordingProgress())
+    together = beside(model, tmp_path / "together", *names)
 
-    assert same([together / "demo.gguf"], alone["q4_k_m"])
-    for one in others:
-        assert same(list((together / one.folder).iterdir()), alone[one.format])
-        assert found["beside"][one.format]["file_type"] == one.format
+    for name in names:
+        assert same(together[name], made(model, tmp_path / name, name))
+
+
+@pytest.mark.parametrize("name", ["f32", "f16", "q8_0"])
+def test_a_type_of_the_converter_alone(tmp_path, name):
+    config = LlamaConfig(**SHAPE, vocab_size=512, tie_word_embeddings=False)
+    model = make_random(tmp_path / "model", config, TINY / "base", torch.float32)
+    (file,) = converted(model, tmp_path / "converted", name)
+
+    assert same(made(model, tmp_path / "ours", name), file)
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path):
+    model = make_random(tmp_path / "model", LlamaConfig(**SHAPE, vocab_size=512), TINY / "base")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(InputRefused, match=r"blk\.1\.ffn_up\.weight overflows float16"):
+        made(model, tmp_path / "ours", "f16")
 
 
 LAZY = """

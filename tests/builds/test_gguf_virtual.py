@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from weightsmith.drivers.local import LocalRunner
+from weightsmith.errors import InputRefused
 from weightsmith.jobs import Input, Virtual
 from weightsmith.merge_options import Merge
 from weightsmith.merging.engine import MergeRequest, merge
@@ -40,10 +41,23 @@ def test_each_kind_of_architecture(tmp_path, config):
     files = {}
     for unwritten in (False, True):
         model = tmp_path / ("unwritten" if unwritten else "written") / "model"
-        merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
-        files[unwritten] = quantized(model, name, base, adapters, unwritten=unwritten)
+        made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
+        virtual = computing(base, adapters, made) if unwritten else None
+        files[unwritten] = quantized(model, name, virtual)
 
     assert same(files[True], files[False])
+
+
+def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path):
+    (config,) = (config for config in CONFIGS if config.model_type == "llama")
+    config.vocab_size = 512
+    base, model = make_random(tmp_path / "base", config, TINY / "base"), tmp_path / "out" / "model"
+    adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    others = ((make_adapter(base, tmp_path / "other"), 1.0),)
+
+    with pytest.raises(InputRefused, match="not those that were merged"):
+        quantized(model, "q4_k_m", computing(base, others, made))
 
 
 def make_adapter(base, folder):
@@ -57,18 +71,22 @@ def make_adapter(base, folder):
     return folder
 
 
-def quantized(model, name, base, adapters, *, unwritten):
-    out = model.parent / "gguf"
-    out.mkdir()
-    wanted = QuantizeOptions(name="demo", format=formats()[name], options={"imatrix": "off"})
-    virtual = Virtual(
+def computing(base, adapters, made):
+    """What computes the weights again, and what the merge says of them."""
+    return Virtual(
         base=Input(path=base),
         adapters=tuple(Input(path=path) for path, _ in adapters),
         weights=tuple(weight for _, weight in adapters),
         options=Merge(),
+        digests={shard["file"]: shard["sha256"] for shard in made["shards"]},
     )
-    job = job_of(Input(path=model), 1 << 20, wanted, out)
-    job = replace(job, virtual=virtual if unwritten else None)
+
+
+def quantized(model, name, virtual):
+    out = model.parent / "gguf"
+    out.mkdir()
+    wanted = QuantizeOptions(name="demo", format=formats()[name], options={"imatrix": "off"})
+    job = replace(job_of(Input(path=model), 1 << 20, wanted, out), virtual=virtual)
     LocalRunner(cache_folder()).run(job, RecordingProgress())
     left = sorted(out.iterdir())
     assert [path.name for path in left] == ["demo.gguf"]

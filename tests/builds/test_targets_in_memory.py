@@ -135,8 +135,7 @@ def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
 def test_gguf_targets_are_made_in_one_pass(memory: Memory) -> None:
     names = [TARGET, "llamacpp-q5_k_m", "llamacpp-q8_0"]
     together = memory.build(targets=names)
-    assert memory.jobs().count("quantize") == 2  # the converter writes q8_0
-    assert not together["llamacpp-q8_0"].stages["quantize"].cached
+    assert memory.jobs().count("quantize") == 1
     digests = {name: one.published.digest for name, one in together.items()}
 
     memory.store.entries.clear()

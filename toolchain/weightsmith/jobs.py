@@ -62,6 +62,8 @@ class Virtual:
     weights: tuple[float, ...]
     """One per adapter."""
     options: Merge
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """File -> sha256 in hex of what the merge computed."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self | None:
@@ -74,6 +76,11 @@ class Virtual:
             adapters=tuple(Input.tree(adapter.snapshot.tree) for adapter in adapters),
             weights=tuple(adapter.weight for adapter in adapters),
             options=Merge(**computed.merge),
+            digests={
+                file.path: str(file.digest).removeprefix("sha256:")
+                for file in checkpoint.tree.files
+                if file.path.endswith(".safetensors")
+            },
         )
 
     @property

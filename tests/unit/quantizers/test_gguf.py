@@ -23,8 +23,8 @@ from tests.unit.quantizers.conftest import request
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 
 
-def test_q8_0_is_one_command_of_the_converter(tmp_path):
-    asked = request(tmp_path)
+def test_parts_of_a_type_of_the_converter_are_its_own(tmp_path):
+    asked = request(tmp_path, split_max_size="1G")
 
     (step,) = of_format("q8_0").steps(asked)
 
@@ -34,7 +34,8 @@ def test_q8_0_is_one_command_of_the_converter(tmp_path):
         "/opt/llamacpp/convert/convert_hf_to_gguf.py",
         str(asked.model),
     )
-    assert step.argv[5:9] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
+    assert step.argv[5:7] == ("--split-max-size", "1G")
+    assert step.argv[-4:] == ("--outfile", str(output_file(asked)), "--outtype", "q8_0")
     assert step.env["HF_HUB_OFFLINE"] == "1"
 
 
@@ -68,8 +69,8 @@ def test_vocabularies_of_ones_own_are_named_by_their_split(name, before, by_word
 def test_metadata_from_folder_names_is_switched_off(tmp_path):
     (step,) = of_format("f16").steps(request(tmp_path, "f16"))
 
-    (path, text) = next(iter(step.writes.items()))
-    assert step.argv[-2:] == ("--metadata", str(path))
+    path, text = next((p, t) for p, t in step.writes.items() if "metadata" in p.name)
+    assert settings(step).convert[-2:] == ("--metadata", str(path))
     assert path in step.removes
     assert all(value is None for value in json.loads(text).values())
     assert "general.basename" in json.loads(text)
@@ -104,7 +105,8 @@ def test_k_quants_are_made_in_one_step(tmp_path):
         (("q5_k_m", {"imatrix": "off"}), ("q4_k_m", {"imatrix": "auto"}), False),
         (("q4_k_m", {"imatrix": "sha256:a"}), ("q3_k_m", {"imatrix": "sha256:a"}), True),
         (("q4_k_m", {"imatrix": "sha256:a"}), ("q3_k_m", {"imatrix": "sha256:b"}), False),
-        (("q4_k_m", {"imatrix": "off"}), ("q8_0", {"imatrix": "off"}), False),
+        (("q4_k_m", {"imatrix": "auto"}), ("q8_0", {"imatrix": "off"}), True),
+        (("f16", {"imatrix": "off"}), ("q8_0", {"imatrix": "off"}), True),
         (("q4_k_m", {"imatrix": "off", "split_max_size": "1G"}), ("q5_k_m", {}), False),
     ],
 )
@@ -124,8 +126,8 @@ def test_the_file_between_rounds_nothing(tmp_path, dtype, kind):
 
     (step,) = of_format("q5_k_m").steps(asked)
 
-    words = settings(step).convert
-    assert words[words.index("--outtype") + 1] == kind
+    made = settings(step)
+    assert (made.between, Path(made.middle).name) == (kind, f".demo.{kind}.gguf")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class ShardMaker:
 
         `progress` is called with the bytes of each written block.
         """
-        header = _header(shard)
+        header = header_of(shard)
         writer = Writer(path, len(header) + shard.size)
         self._fill(writer, header, shard, progress)
         return writer
@@ -55,7 +55,7 @@ class ShardMaker:
     ) -> UnwrittenShard:
         """Do the same with a shard of which only the header is to be written."""
         unwritten = UnwrittenShard(shard, path, self.files, self._again)
-        self._fill(unwritten, _header(shard), shard, progress)
+        self._fill(unwritten, header_of(shard), shard, progress)
         return unwritten
 
     def _fill(
@@ -120,6 +120,7 @@ class ShardMaker:
         return self.files.reader(path).read_into(np.empty(size, np.uint8), start)
 
 
-def _header(shard: OutputShard) -> bytes:
+def header_of(shard: OutputShard) -> bytes:
+    """Return what a shard's file begins with."""
     tensors = [(output.name, output.dtype, output.shape) for output in shard.outputs]
     return build_header(tensors, {"format": "pt"})

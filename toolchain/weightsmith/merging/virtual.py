@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from weightsmith.checkpoints.safetensors import BITS, TensorInfo, read_header
 from weightsmith.checkpoints.without_data import filled
+from weightsmith.errors import InputRefused
 from weightsmith.merge_options import Merge
 from weightsmith.merging.blocks import RowMaker, Settings, Span, stored_copy
 from weightsmith.merging.combining.combination import Combination
+from weightsmith.merging.in_order import InOrder
 from weightsmith.merging.kernel import check_arithmetic
-from weightsmith.merging.outputs import Output
+from weightsmith.merging.outputs import Output, OutputShard
 from weightsmith.merging.plan import MergePlan, make_plan
+from weightsmith.merging.shards import header_of
 from weightsmith.merging.stream import as_bytes
 from weightsmith.merging.tally import Tally
 
+_SOME = 4 << 20
+"""Bytes that are read at a time for their digest alone."""
 _KEPT = 8
-"""Tensors of a file whose factors stay in memory: those that are read at the same time."""
+"""Tensors whose factors stay in memory: those that are read at the same time."""
 
 
 @contextmanager
 def opened(
-    folder: Path, base: Path, adapters: tuple[tuple[Path, float], ...], options: Merge
+    folder: Path,
+    base: Path,
+    adapters: tuple[tuple[Path, float], ...],
+    options: Merge,
+    digests: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[None]:
     """Compute the data of the folder's files, which have none, while the block runs.
 
-    Raises InputRefused as the merge does, and EnvironmentFailure as it does.
+    `digests` are the sha256 in hex of the files that some stand for: all data of these are computed
+    at least once, and compared when the block ends. Raises InputRefused as the merge does and if a
+    digest differs, and EnvironmentFailure as the merge does.
     """
     check_arithmetic()
     plan = make_plan(
@@ -43,15 +56,41 @@ def opened(
         quantized_base=options.quantized_base,
     )
     checkpoint = VirtualCheckpoint(plan, Settings(device="cpu", workers=1))
-    files = {
-        path: VirtualFile(read_header(path).tensors, checkpoint)
-        for path in (folder / shard.name for shard in plan.shards)
-    }
+    files, hashed = {}, []
+    for shard in plan.shards:
+        file = VirtualFile(read_header(folder / shard.name).tensors, checkpoint)
+        files[folder / shard.name] = file
+        if shard.name in digests:
+            hashed.append(_Hashed(shard, file, digests[shard.name]))
     try:
         with filled(files):
             yield
+        for one in hashed:
+            one.compare()
     finally:
+        for one in hashed:
+            one.order.abandon()
         checkpoint.close()
+
+
+class _Hashed:
+    """The sha256 of a file that is only computed, while others read it."""
+
+    def __init__(self, shard: OutputShard, file: VirtualFile, expected: str) -> None:
+        self._name, self._expected = shard.name, expected
+        self._hash = hashlib.sha256(header_of(shard))
+        self.order = InOrder(file.first, file.end, file.some, self._hash.update)
+        file.seen = self.order.see
+
+    def compare(self) -> None:
+        """Raise InputRefused if the data are not those of the merge."""
+        self.order.finish()
+        if self._hash.hexdigest() != self._expected:
+            raise InputRefused(
+                f"the weights computed from base and adapters are not those that were merged: "
+                f"{self._name} has sha256 {self._hash.hexdigest()}, not {self._expected}",
+                hint="an input was changed while the build ran, or memory is faulty: build again",
+            )
 
 
 class VirtualCheckpoint:
@@ -63,10 +102,17 @@ class VirtualCheckpoint:
     def __init__(self, plan: MergePlan, settings: Settings) -> None:
         self._maker = RowMaker(settings, Tally())
         self.outputs = plan.outputs
+        self._kept: OrderedDict[str, VirtualTensor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def tensor(self, name: str) -> VirtualTensor:
-        """Return a tensor; it holds its factors while it is in use. Raises KeyError."""
-        return VirtualTensor(self.outputs[name], self._maker)
+        """Return a tensor; the last few keep their factors. Raises KeyError."""
+        with self._lock:
+            tensor = self._kept.pop(name, None)
+            self._kept[name] = tensor = tensor or VirtualTensor(self.outputs[name], self._maker)
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+            return tensor
 
     def close(self) -> None:
         """Close the input files."""
@@ -79,8 +125,18 @@ class VirtualFile:
     def __init__(self, infos: tuple[TensorInfo, ...], checkpoint: VirtualCheckpoint) -> None:
         self._infos = [info for info in infos if info.size]
         self._checkpoint = checkpoint
-        self._kept: OrderedDict[str, VirtualTensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self.seen: Callable[[int, np.ndarray], None] = _nobody
+        """Gets an offset and the whole rows from there on that somebody reads."""
+
+    @property
+    def first(self) -> int:
+        """Where the data begin."""
+        return self._infos[0].start if self._infos else 0
+
+    @property
+    def end(self) -> int:
+        """Where the data end."""
+        return self._infos[-1].end if self._infos else 0
 
     def read(self, start: int, size: int) -> np.ndarray:
         """Return bytes of tensors: uint8 [size]. Raises InputRefused as the merge does."""
@@ -92,21 +148,26 @@ class VirtualFile:
             parts.append(self._part(info, max(start, info.start), min(end, info.end)))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def some(self, start: int) -> np.ndarray:
+        """Return rows of one tensor from an offset on, which nobody sees."""
+        info = self._infos[bisect_right(self._infos, start, key=_end)]
+        tensor = self._checkpoint.tensor(info.name)
+        before = (start - info.start) // tensor.row_bytes
+        rows = (info.end - info.start) // tensor.row_bytes - before
+        return tensor.read(before, min(rows, max(1, _SOME // tensor.row_bytes))).reshape(-1)
+
     def _part(self, info: TensorInfo, start: int, end: int) -> np.ndarray:
-        tensor = self._tensor(info.name)
+        tensor = self._checkpoint.tensor(info.name)
         row, before = tensor.row_bytes, (start - info.start) // tensor.row_bytes
         after = -(-(end - info.start) // row)
         found = tensor.read(before, after - before).reshape(-1)
+        self.seen(info.start + before * row, found)
         skipped = start - info.start - before * row
         return found[skipped : skipped + end - start]
 
-    def _tensor(self, name: str) -> VirtualTensor:
-        with self._lock:
-            tensor = self._kept.pop(name, None) or self._checkpoint.tensor(name)
-            self._kept[name] = tensor
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-            return tensor
+
+def _nobody(_start: int, _data: np.ndarray) -> None:
+    """See nothing."""
 
 
 def _end(info: TensorInfo) -> int:

@@ -59,25 +59,29 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
     return name
 
 
-def run(
-    converter: Path, arguments: Sequence[str], write: Callable[[Any], None] | None = None
-) -> None:
-    """Run the converter with the model's folder and the remaining arguments.
+Write = Callable[[Any], None]
+"""Gets gguf-py's GGUFWriter where it would write its tensors."""
 
-    `write`, if given, gets gguf-py's GGUFWriter where it would write its tensors.
+
+def run(converter: Path, model: Path, *runs: tuple[Sequence[str], Write | None]) -> None:
+    """Run the converter on a model's folder once for each list of remaining arguments.
+
+    Without a function of its own, a run writes the file as the converter always does.
     """
     # Before the builder's own gguf package, which may be of another version.
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
     _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
     _compute_data(importlib.import_module("gguf.utility").LocalTensor)
-    if write is not None:
-        _instead_of_writing(importlib.import_module("gguf").GGUFWriter, write)
-    with with_pieces(Path(arguments[0])) as model:
-        sys.argv = [str(converter), str(model), *arguments[1:]]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    writer_class: Any = importlib.import_module("gguf").GGUFWriter
+    with with_pieces(model) as folder:
+        for arguments, write in runs:
+            if write is not None:
+                _instead_of_writing(writer_class, write)
+            sys.argv = [str(converter), str(folder), *arguments]
+            runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def _instead_of_writing(writer_class: Any, write: Callable[[Any], None]) -> None:
+def _instead_of_writing(writer_class: Any, write: Write) -> None:
     def write_tensors(writer: Any, *, progress: bool = False) -> None:  # noqa: ARG001
         write(writer)
 

@@ -34,6 +34,8 @@ _OFFLINE = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    # Rows are quantized in threads of our own; OpenMP's would wait beside them, spinning.
+    "OMP_NUM_THREADS": "1",
 }
 IMATRIX = "imatrix.gguf"
 _WINDOW = 512
@@ -142,17 +144,28 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     made before, and quantized and deleted afterwards. It has the checkpoint's dtype, so nothing is
     rounded before quantization. `options.threads` does not affect the bytes.
     """
-    final, kind = output_file(request), request.format.name
-    if FILE_TYPES[kind].direct:
-        split = str(request.options.get("split_max_size", ""))
-        return (_convert(request, _converter(request, final, kind, split)),)
+    kinds = [FILE_TYPES[each.format.name] for each in (request, *request.beside)]
+    split = str(request.options.get("split_max_size", ""))
+    if kinds[0].direct and split:
+        return (_convert(request, output_file(request), kinds[0].name, split),)
+    if all(kind.direct for kind in kinds):
+        return (_quantize(request, "", _converter(request, "")),)
     between = _INTERMEDIATE.get(_dtype(request.model), "f16")
-    middle = request.output / f".{request.name}.{between}.gguf"
     limit = _part_size(request, 32 if between == "f32" else 16)
-    words = _converter(request, middle, between, limit)
+    words, middle = _converter(request, limit), _middle(request, between)
     if request.options.get("imatrix", "off") == "off" or request.measured:
-        return (_quantize(request, middle, words),)
-    return _convert(request, words), _imatrix(request, middle), _quantize(request, middle, ())
+        return (_quantize(request, between, words),)
+    # The file that is measured has no longer what the converter rounded.
+    again = words if any(kind.direct for kind in kinds) else ()
+    return (
+        _convert(request, middle, between, limit),
+        _imatrix(request, middle),
+        _quantize(request, between, again),
+    )
+
+
+def _middle(request: QuantizeRequest, between: str) -> Path:
+    return request.output / f".{request.name}.{between}.gguf"
 
 
 def _part_size(request: QuantizeRequest, bits: int) -> str:
@@ -187,12 +200,11 @@ def peak_disk(
     return output + (checkpoint_bytes if calibrated(format_, chosen) else 0)
 
 
-def _converter(request: QuantizeRequest, out: Path, kind: str, split: str) -> tuple[str, ...]:
-    """Return the converter's program and arguments."""
+def _converter(request: QuantizeRequest, split: str) -> tuple[str, ...]:
+    """Return the converter's program and arguments, but for a file's name and type."""
     return (
         str(request.tools / "convert" / "convert_hf_to_gguf.py"),
         str(request.model),
-        *("--outfile", str(out), "--outtype", kind),
         *(("--split-max-size", split) if split else ()),
         *("--model-name", request.name, "--metadata", str(_overrides(request))),
     )
@@ -202,8 +214,9 @@ def _overrides(request: QuantizeRequest) -> Path:
     return request.output / f".{request.name}.metadata.json"
 
 
-def _convert(request: QuantizeRequest, words: tuple[str, ...]) -> Step:
-    overrides, kind = _overrides(request), words[words.index("--outtype") + 1]
+def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step:
+    overrides = _overrides(request)
+    words = (*_converter(request, split), "--outfile", str(out), "--outtype", kind)
     return Step(
         title=f"converting to GGUF ({kind})",
         argv=(request.python, "-m", _CONVERT, *words),
@@ -264,13 +277,14 @@ def _variant() -> str:
     return "x86-64-v3" if platform.machine() in {"x86_64", "AMD64"} else "armv8-a"
 
 
-def _quantize(request: QuantizeRequest, middle: Path, convert: tuple[str, ...]) -> Step:
+def _quantize(request: QuantizeRequest, between: str, convert: tuple[str, ...]) -> Step:
     """Return the step that quantizes what the converter computes, or the file that it wrote."""
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
-    files = (request, *request.beside)
+    files, middle = (request, *request.beside), _middle(request, between)
     contents = PassSettings(
         convert=convert,
-        middle=str(middle),
+        middle=str(middle) if between else "",
+        between=between,
         quantize=str(request.tools / "bin" / "llama-quantize"),
         threads=int(request.options.get("threads") or 0),
         split="split_max_size" in request.options,
@@ -278,7 +292,8 @@ def _quantize(request: QuantizeRequest, middle: Path, convert: tuple[str, ...]) 
     )
     metadata = json.dumps(_metadata(request), sort_keys=True)
     return Step(
-        title=f"quantizing to {', '.join(file.format.name for file in files)}",
+        title=f"{'quantizing' if between else 'converting'} to "
+        f"{', '.join(file.format.name for file in files)}",
         argv=(request.python, "-m", _QUANTIZE, str(settings)),
         env=_OFFLINE,
         writes={
@@ -296,6 +311,7 @@ def _file(request: QuantizeRequest) -> PassFile:
     return PassFile(
         out=str(output_file(request)),
         format=request.format.name,
+        direct=FILE_TYPES[request.format.name].direct,
         tensor_types=dict(request.options.get("tensor_types", {})),
         # Relative, because it is written to the file.
         importance=IMATRIX if matrix else "",
@@ -304,16 +320,14 @@ def _file(request: QuantizeRequest) -> PassFile:
 
 
 def together(
-    format_: Format, chosen: Mapping[str, Json], other: Format, others: Mapping[str, Json]
+    _format: Format, chosen: Mapping[str, Json], _other: Format, others: Mapping[str, Json]
 ) -> bool:
     """Return whether one pass over the weights can make another file beside the first.
 
-    The converter writes 16 bits and q8_0 itself, parts depend on the type, and there is one
-    importance matrix.
+    Parts depend on the type, and there is one importance matrix.
     """
     return (
-        not (FILE_TYPES[format_.name].direct or FILE_TYPES[other.name].direct)
-        and not ("split_max_size" in chosen or "split_max_size" in others)
+        not ("split_max_size" in chosen or "split_max_size" in others)
         and chosen.get("about") == others.get("about")
         and others.get("imatrix") in ("off", chosen.get("imatrix"))
     )

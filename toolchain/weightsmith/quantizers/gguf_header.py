@@ -76,16 +76,24 @@ def quantized(
     split = {k: header.values[k] for k in SPLIT_KEYS if k in header.values}
     # Only the first part of a split model has values of the model.
     values = {**values, **changes, **split} if len(values) or not split else split
-    described, offsets, end = [], {}, 0
-    for name, (kind, size) in targets.items():
-        offsets[name] = end
-        described.append(_described(header.tensors[name], kind, end))
-        end += _padded(size)
+    offsets = placed(targets, 0)
+    described = [
+        _described(header.tensors[name], kind, offsets[name]) for name, (kind, _) in targets.items()
+    ]
     start = [_MAGIC, struct.pack("<IQQ", _VERSION, len(targets), len(values))]
     keys = [_string(key) + value for key, value in values.items()]
     data = b"".join([*start, *keys, *described])
     data += bytes(_padded(len(data)) - len(data))
     return data, {name: len(data) + offset for name, offset in offsets.items()}
+
+
+def placed(targets: Mapping[str, tuple[int, int]], start: int) -> Mapping[str, int]:
+    """Return each tensor's offset in a file whose data starts at `start`."""
+    offsets, end = dict[str, int](), start
+    for name, (_, size) in targets.items():
+        offsets[name] = end
+        end += _padded(size)
+    return offsets
 
 
 def changed_values(file_type: int, overrides: Mapping[str, str | int]) -> dict[str, bytes]:

@@ -32,6 +32,28 @@ def rows_of(tensor: Any, kind: str, columns: int) -> Read:
     return lambda start, end: as_float32(kind, whole[start:end])
 
 
+def is_stored(tensor: Any, kind: str, columns: int) -> bool:
+    """Return whether a tensor's weights lie in the checkpoint, and type `kind` has their values."""
+    return bool(_places(tensor, kind, columns))
+
+
+def place_of(tensor: Any) -> tuple[str, int]:
+    """Return file and offset of the first data that a tensor is made of; empty for none."""
+    found, left, known = [], [tensor], set[int]()
+    while left:
+        node = left.pop()
+        if isinstance(node, list | tuple):
+            left += node
+        elif id(node) not in known and hasattr(node, "__dict__"):
+            known.add(id(node))
+            if _step(node) == "load":
+                span = _argument(node).data_range
+                found.append((str(span.filename), int(span.offset)))
+            else:
+                left += [vars(node).get("_args", ()), *vars(node).get("_kwargs", {}).values()]
+    return min(found, default=("", 0))
+
+
 def computed(tensor: Any) -> np.ndarray:
     """Return the bytes that the converter would write of a tensor: uint8 [size]."""
     if isinstance(tensor, np.ndarray):

@@ -16,12 +16,12 @@ import numpy as np
 
 from weightsmith.errors import InputRefused
 from weightsmith.kernels import quants
-from weightsmith.quantizers.gguf_header import Entry, Header, changed_values, quantized
+from weightsmith.quantizers.gguf_header import Entry, Header, changed_values, placed, quantized
 from weightsmith.quantizers.gguf_importance import Importance
 from weightsmith.quantizers.gguf_rows import Read
 
-_BLOCK = 1 << 18
-"""Weights per block: they stay in a core's cache."""
+_BLOCK = 1 << 20
+"""Weights per block: as many as the merge computes at a time, which takes longer for fewer."""
 _FLOATS = ("F32", "F16", "BF16")
 _LINE = re.compile(
     r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[.*\], type = +(?P<kind>\w+), size = +[^(]*"
@@ -51,6 +51,8 @@ class Source:
     """(tensor, type) -> its rows; called once per tensor, in order."""
     stored: Callable[[Entry, str], np.ndarray]
     """(tensor, type) -> uint8: the data of a type that is no float."""
+    place: Callable[[str], tuple[str, int]] = lambda _: ("", 0)
+    """Tensor -> file and offset of its first data: it is best read in this order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,10 @@ class Output:
     path: Path
     targets: Sequence[Target]
     wanted: Wanted
+    start: bytes = b""
+    """The file's own bytes before the data; empty: as llama-quantize makes them."""
+    whole: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    """Tensor -> its data, uint8, where rows of the source are not the same."""
 
 
 def read_targets(printed: Sequence[str]) -> list[Target]:
@@ -97,7 +103,7 @@ def write_files(source: Source, outputs: Sequence[Output], threads: int) -> None
         files = [stack.enter_context(_opened(source.header, output)) for output in outputs]
         writer = _Writer(threads)
         with writer.running():
-            for target in outputs[0].targets:
+            for target in sorted(outputs[0].targets, key=lambda one: source.place(one.name)):
                 if left := [file for file in files if target.name not in file.done]:
                     writer.add(source, source.header.tensors[target.name], left)
         for file in files:
@@ -114,6 +120,7 @@ class _File:
     targets: Mapping[str, Target]
     offsets: Mapping[str, int]
     importance: Importance
+    whole: Mapping[str, Callable[[], np.ndarray]]
     done: frozenset[str]
     """Tensors that an interrupted run has finished."""
 
@@ -124,10 +131,14 @@ def _opened(header: Header, output: Output) -> Iterator[_File]:
     tensors, targets, wanted = header.tensors, output.targets, output.wanted
     if different := {t.name for t in targets} ^ tensors.keys():
         raise ValueError(f"the header and llama-quantize --dry-run differ in {sorted(different)}")
-    _check(targets, wanted)
+    start = output.start
+    if not start:
+        _check(targets, wanted)
     sized = {t.name: _sized(t, tensors[t.name]) for t in targets}
-    changes = changed_values(wanted.file_type, {**wanted.overrides, **wanted.importance.about})
-    start, offsets = quantized(header, sized, changes)
+    offsets = placed(sized, len(start))
+    if not start:
+        changes = changed_values(wanted.file_type, {**wanted.overrides, **wanted.importance.about})
+        start, offsets = quantized(header, sized, changes)
     last = targets[-1].name
     size = -(-(offsets[last] + sized[last][1]) // 32) * 32
     partial, journal = _unfinished(output.path)
@@ -146,6 +157,7 @@ def _opened(header: Header, output: Output) -> Iterator[_File]:
             targets={target.name: target for target in targets},
             offsets=offsets,
             importance=wanted.importance,
+            whole=output.whole,
             done=frozenset(done),
         )
 
@@ -225,13 +237,20 @@ class _Writer:
 
     def add(self, source: Source, entry: Entry, files: Sequence[_File]) -> None:
         """Start a tensor; returns while its last blocks are being computed."""
-        kind = files[0].targets[entry.name].kind
+        name, blocks = entry.name, list[Future[None]]()
+        blocks.extend(
+            self._pool.submit(self._copy, name, file.whole[name](), file)
+            for file in files
+            if name in file.whole
+        )
+        sharing = [file for file in files if name not in file.whole]
+        kind = sharing[0].targets[name].kind if sharing else ""
         if kind in _FLOATS:
-            blocks = self._blocks(source.rows(entry, kind), entry, files)
-        else:
+            blocks += self._blocks(source.rows(entry, kind), entry, sharing)
+        elif sharing:
             data = source.stored(entry, kind)
-            blocks = [self._pool.submit(self._copy, entry.name, data, file) for file in files]
-        self._waiting.append(self._noter.submit(self._note, entry.name, blocks, files))
+            blocks += [self._pool.submit(self._copy, name, data, file) for file in sharing]
+        self._waiting.append(self._noter.submit(self._note, name, blocks, files))
         self._wait(1)
 
     def _wait(self, most: int) -> None:
@@ -262,11 +281,15 @@ class _Writer:
             try:
                 made = quants.quantize_rows(part.target.target, rows, part.importance)
             except ValueError as error:
-                raise _not_finite(f"{name}: {error}") from None
+                raise _unfit(part.target, error) from None
             _write(part.file.out, made, part.at)
 
     def _copy(self, name: str, data: np.ndarray, file: _File) -> None:
-        quants.check_rows(file.targets[name].kind, data)
+        target = file.targets[name]
+        try:
+            quants.check_rows(target.target, data)
+        except ValueError as error:
+            raise _unfit(target, error) from None
         _write(file.out, data, file.offsets[name])
 
     def _note(self, name: str, blocks: Sequence[Future[None]], files: Sequence[_File]) -> None:
@@ -292,6 +315,14 @@ def _part(file: _File, entry: Entry, importance: np.ndarray | None, start: int) 
 
 def _not_finite(message: str) -> InputRefused:
     return InputRefused(message, hint="the checkpoint is damaged, or its weights are far too large")
+
+
+def _unfit(target: Target, error: ValueError) -> InputRefused:
+    """Return the error of weights that a type cannot hold."""
+    if target.target == "F16":
+        hint = "use q8_0, or another format with scales"
+        return InputRefused(f"{target.name} overflows float16", hint=hint)
+    return _not_finite(f"{target.name}: {error}")
 
 
 def _write(out: int, data: np.ndarray, at: int) -> None:

@@ -62,7 +62,8 @@ def joined(places: Sequence[Place]) -> Read:
 def as_float32(kind: str, data: np.ndarray) -> np.ndarray:
     """Return stored weights as float32, exactly."""
     if kind == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits = np.left_shift(data.view(np.uint16), 16, dtype=np.uint32)
+        return bits.view(np.float32)
     return data.view(STORED[kind]).astype(np.float32, copy=False)
 
 

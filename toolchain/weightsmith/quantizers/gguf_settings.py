@@ -10,10 +10,12 @@ from weightsmith.json_objects import JsonObject
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassFile(JsonObject):
-    """One quantized file; paths are absolute or relative to the program's folder."""
+    """One file to write; paths are absolute or relative to the program's folder."""
 
     out: str
     format: str
+    direct: bool
+    """The converter writes this type itself."""
     tensor_types: Mapping[str, str]
     importance: str
     """File of the importance matrix; empty: none."""
@@ -26,9 +28,12 @@ class PassSettings(JsonObject):
     """What to quantize, and how; paths are absolute or relative to the program's folder."""
 
     convert: tuple[str, ...]
-    """The converter and its arguments; empty: `middle` has its output already."""
+    """The converter and its arguments but for a file's name and type; empty: `middle` has its
+    output already."""
     middle: str
-    """The unquantized file, or the stem of its parts."""
+    """The unquantized file, or the stem of its parts; empty if all files are `direct`."""
+    between: str
+    """The unquantized file's type."""
     quantize: str
     """llama-quantize."""
     threads: int

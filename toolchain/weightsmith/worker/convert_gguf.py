@@ -18,7 +18,7 @@ def main() -> None:
     """Run the converter with the model's folder and the remaining arguments."""
     try:
         with computed_for_program():
-            run(Path(sys.argv[1]), sys.argv[2:])
+            run(Path(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3:], None))
     except InputRefused as error:
         print(refusal(error), file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)

@@ -1,20 +1,25 @@
-"""Program that quantizes a checkpoint, or a GGUF file, to a GGUF file of llama-quantize's bytes.
+"""Program that quantizes a checkpoint, or a GGUF file, to GGUF files of llama.cpp's bytes.
 
     python -m weightsmith.worker.quantize_gguf SETTINGS
 
 llama.cpp's converter plans the tensors and computes them, one after the other; `llama-quantize
 --dry-run` names their types. No 16-bit file is written: beside the output there is only its header,
-with a hole in place of the data.
+with a hole in place of the data. Types that the converter writes itself are planned by it, too,
+once for each, since it alone knows their headers.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,10 +29,11 @@ from weightsmith.drivers.hardware import cores
 from weightsmith.errors import InputRefused, WeightsmithError
 from weightsmith.foreign import read_json
 from weightsmith.kernels import quants
+from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.quantizers.convert import run
 from weightsmith.quantizers.gguf_header import Entry, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance
-from weightsmith.quantizers.gguf_lazy import computed, rows_of
+from weightsmith.quantizers.gguf_lazy import computed, is_stored, place_of, rows_of
 from weightsmith.quantizers.gguf_pass import (
     Output,
     Source,
@@ -46,12 +52,22 @@ from weightsmith.worker.virtual import computed_for_program
 
 def main() -> None:
     """Quantize as the settings file says."""
+    # A second of searching for cycles while libraries and the vocabulary are loaded; few end.
+    gc.disable()
+    keep_freed_memory()
     try:
         with computed_for_program():
             _run(PassSettings.from_json(read_json(Path(sys.argv[1]))))
     except InputRefused as error:
         print(refusal(error), file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        end(error.exit_code)
+
+
+def end(code: int = 0) -> None:
+    """Exit at once: tearing the converter's libraries down takes half a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Fault(Exception):  # A name in -Error would be taken for an exception of the converter.
@@ -64,29 +80,95 @@ def _run(settings: PassSettings) -> None:
         _quantize(settings, files, [_of_file(path) for path in files])
         return
 
+    wanted = [(_unfinished(file), file.format) for file in settings.files if file.direct]
+    if settings.middle:
+        wanted.append((Path(settings.middle), settings.between))
+    plans: list[_Plan] = []
+
     def write(writer: Any) -> None:
         try:
-            _quantize_written(settings, writer)
+            plans.append(_Plan.of(writer))
+            if len(plans) == len(wanted):
+                _quantize_planned(settings, plans)
         except (WeightsmithError, MemoryError, OSError):
             raise
         except Exception as error:
             raise Fault(f"{type(error).__name__}: {error}") from error
 
-    run(Path(settings.convert[0]), list(settings.convert[1:]), write)
+    converter, model, *rest = settings.convert
+    runs = [([*rest, "--outfile", str(out), "--outtype", kind], write) for out, kind in wanted]
+    run(Path(converter), Path(model), *runs)
 
 
-def _quantize_written(settings: PassSettings, writer: Any) -> None:
-    """Quantize what the converter would write."""
-    files = _write_headers(writer)
-    _quantize(
-        settings, files, [_of_writer(p, t) for p, t in zip(files, writer.tensors, strict=True)]
-    )
-    for path in files:
-        path.unlink()
+def _unfinished(file: PassFile) -> Path:
+    """Return the place of a header that the converter writes."""
+    return Path(file.out).with_name(f".{Path(file.out).name}.header")
 
 
-def _quantize(settings: PassSettings, files: Sequence[Path], sources: Sequence[Source]) -> None:
-    made = [_wanted(settings, file, files[0]) for file in settings.files]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What the converter would write: headers, and the tensors of each."""
+
+    files: Sequence[Path]
+    tensors: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, writer: Any) -> _Plan:
+        return cls(files=_write_headers(writer), tensors=writer.tensors)
+
+
+def _quantize_planned(settings: PassSettings, plans: Sequence[_Plan]) -> None:
+    """Write what the converter planned; rows are those of the last plan."""
+    source, kind = plans[-1], settings.between.upper() or "F32"
+    apart = {
+        name
+        for plan in plans
+        for name, info in plan.tensors[0].items()
+        if not is_stored(info.tensor, kind, info.shape[-1])
+    }
+    directs = (file for file in settings.files if file.direct)
+    direct = {
+        file.format: _Direct.of(plan.files[0], plan.tensors[0], apart)
+        for file, plan in zip(directs, plans, strict=False)
+    }
+    sources = [_of_writer(p, t) for p, t in zip(source.files, source.tensors, strict=True)]
+    _quantize(settings, source.files, sources, direct)
+    for plan in plans:
+        for path in plan.files:
+            path.unlink()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Direct:
+    """A file that the converter would write itself."""
+
+    targets: list[Target]
+    start: bytes
+    whole: Mapping[str, Callable[[], np.ndarray]]
+
+    @classmethod
+    def of(cls, path: Path, tensors: Mapping[str, Any], apart: Collection[str]) -> _Direct:
+        """Share the source's rows, but for tensors `apart`: the converter computes these."""
+        with path.open("rb") as file:
+            start = file.read(read_header(path).size)
+        return cls(
+            targets=[
+                Target(name=name, kind="F32", target=info.dtype.name)
+                for name, info in tensors.items()
+            ],
+            start=start,
+            whole={name: partial(_whole, tensors[name]) for name in tensors if name in apart},
+        )
+
+
+def _quantize(
+    settings: PassSettings,
+    files: Sequence[Path],
+    sources: Sequence[Source],
+    direct: Mapping[str, _Direct] = MappingProxyType({}),
+) -> None:
+    """Write all files from the sources, which are parts of one; `direct` are some by format."""
+    made = [_wanted(settings, file, files[0], direct) for file in settings.files]
     parts = [_parts_of(Path(file.out), settings, len(sources)) for file in settings.files]
     for number, source in enumerate(sources):
         outputs = [
@@ -94,22 +176,28 @@ def _quantize(settings: PassSettings, files: Sequence[Path], sources: Sequence[S
                 path=paths[number],
                 targets=[target for target in targets if target.name in source.header.tensors],
                 wanted=wanted,
+                start=own.start if own else b"",
+                whole=own.whole if own else {},
             )
-            for paths, (wanted, targets) in zip(parts, made, strict=True)
+            for paths, (wanted, targets, own) in zip(parts, made, strict=True)
         ]
         write_files(source, outputs, settings.threads or cores())
     finish([path for paths in parts for path in paths])
 
 
-def _wanted(settings: PassSettings, file: PassFile, first: Path) -> tuple[Wanted, list[Target]]:
-    """Return what a file should be, and the types of all tensors."""
+def _wanted(
+    settings: PassSettings, file: PassFile, first: Path, direct: Mapping[str, _Direct]
+) -> tuple[Wanted, list[Target], _Direct | None]:
+    """Return what a file should be, the types of all tensors, and what is the converter's own."""
     wanted = Wanted(
         file_type=FILE_TYPES[file.format].number,
         importance=read_importance(Path(file.importance)) if file.importance else Importance(),
         overrides={**_digest(file), **file.overrides},
         key=_key(settings),
     )
-    return wanted, read_targets(_dry_run(settings, file, first))
+    if own := direct.get(file.format):
+        return wanted, own.targets, own
+    return wanted, read_targets(_dry_run(settings, file, first)), None
 
 
 def _digest(file: PassFile) -> dict[str, str]:
@@ -184,18 +272,24 @@ def _write_headers(writer: Any) -> list[Path]:
 
 
 def _of_writer(path: Path, tensors: Mapping[str, Any]) -> Source:
-    def take(entry: Entry) -> Any:
-        # Its data, once computed, is freed with the last block.
-        info = tensors[entry.name]
-        tensor, info.tensor = info.tensor, None
-        return tensor
-
     return Source(
         header=read_header(path),
-        rows=lambda entry, kind: rows_of(take(entry), kind, entry.columns),
-        stored=lambda entry, _kind: computed(take(entry)),
+        rows=lambda entry, kind: rows_of(_take(tensors[entry.name]), kind, entry.columns),
+        stored=lambda entry, _kind: computed(_take(tensors[entry.name])),
+        place=lambda name: place_of(tensors[name].tensor),
     )
+
+
+def _whole(info: Any) -> np.ndarray:
+    return computed(_take(info))
+
+
+def _take(info: Any) -> Any:
+    """Return a tensor of the converter's; its data, once computed, is freed with its last use."""
+    tensor, info.tensor = info.tensor, None
+    return tensor
 
 
 if __name__ == "__main__":
     main()
+    end()

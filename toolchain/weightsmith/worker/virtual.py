@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ _FILE = ".job.json"
 
 
 @contextmanager
-def computed(job: Job) -> Iterator[None]:
-    """Let the job read the weights of its inputs without any, while the block runs."""
+def computed(job: Job, *, compared: bool = False) -> Iterator[None]:
+    """Let the job read the weights of its inputs without any, while the block runs.
+
+    They may be `compared` with the merge's digests at the end, which reads all that the block did
+    not; raises InputRefused if they differ.
+    """
     if job.virtual is None:
         yield
         return
@@ -29,7 +33,8 @@ def computed(job: Job) -> Iterator[None]:
     with ExitStack() as stack:
         for folder in folders:
             if _is_empty(folder):
-                made = virtual.opened(folder, own.base.path, own.weighted, own.options)
+                digests = own.digests if compared else {}
+                made = virtual.opened(folder, own.base.path, own.weighted, own.options, digests)
                 stack.enter_context(made)
         yield
 
@@ -49,9 +54,11 @@ def described(job: Job) -> Iterator[Mapping[str, str]]:
 
 @contextmanager
 def computed_for_program() -> Iterator[None]:
-    """Let a program of the job read those weights, while the block runs."""
-    file = os.environ.get(_VARIABLE)
-    with computed(read_job(Path(file).read_text("utf-8"))) if file else nullcontext():
+    """Let a program of the job read those weights, all of them, while the block runs."""
+    if not (file := os.environ.get(_VARIABLE)):
+        yield
+        return
+    with computed(read_job(Path(file).read_text("utf-8")), compared=True):
         yield
 
 
