@@ -1,6 +1,9 @@
 """A merge that writes no weights: the same digests, and the same bytes where they are read."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from weightsmith.errors import CheckFailed, InputRefused
 from weightsmith.merge_options import Merge
 from weightsmith.merging import blocks, engine
 from weightsmith.merging.engine import MergeRequest
+from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.virtual import opened
 from weightsmith.validating.result import Validation
 from weightsmith.validating.validate import Request, validate
@@ -101,6 +105,50 @@ def test_a_killed_run_is_done_again(make_model, make_adapter):
 
     request = MergeRequest(base=base, adapters=adapters, out=folder, unwritten=True, own_out=True)
     assert engine.merge(request)["shards"] == first["shards"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.unwritten import UnwrittenShard
+base, adapter, out = map(Path, sys.argv[1:])
+finish, done = UnwrittenShard.finish, []
+def finish_two(shard):
+    if len(done) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done.append(shard)
+    return finish(shard)
+UnwrittenShard.finish = finish_two
+merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, unwritten=True))
+"""
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_killed_run_goes_on_at_the_file_that_it_had_reached(
+    make_model, make_adapter, monkeypatch, damaged
+):
+    base = make_model(dtype=torch.bfloat16, shard="20KB")
+    adapter = make_adapter(base)
+    _, whole = merged(base, ((adapter, 1.0),), "whole", unwritten=True)
+    out = base.parent / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, base, adapter, out], check=False)
+    assert done.returncode == -signal.SIGKILL
+    names = [shard["file"] for shard in whole["shards"]]
+    if damaged:
+        (out / names[0]).write_bytes(b"")
+    computed, right = [], ShardMaker.compute
+
+    def compute(maker, shard, *rest):
+        computed.append(shard.name)
+        return right(maker, shard, *rest)
+
+    monkeypatch.setattr(ShardMaker, "compute", compute)
+    _, again = merged(base, ((adapter, 1.0),), "out", unwritten=True)
+
+    assert computed == [*names[: 1 if damaged else 0], *names[2:]]
+    for kept in ("files", "shards", "findings", "tensors", "repairs"):
+        assert again[kept] == whole[kept]
 
 
 def test_the_proof_is_that_of_the_files(both):

@@ -250,9 +250,9 @@ def _write_shards(
 def _compute_shards(
     plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Compute and check all shards, and write their headers; return all shards in order."""
+    """Compute and check the unfinished shards, and write headers; return all shards in order."""
     total, done = sum(shard.size for shard in plan.shards), 0
-    made = []
+    finished, parts = journal.finished(journal.path.parent), journal.parts()
 
     def advance(size: int) -> None:
         nonlocal done
@@ -261,10 +261,19 @@ def _compute_shards(
 
     with closing(ShardMaker(settings, tally)) as maker:
         for shard in plan.shards:
+            if shard.name in finished:
+                tally.add(parts[shard.name])
+                advance(shard.size)
+                continue
+            before = replace(tally.repairs)
             unwritten = maker.compute(shard, journal.path.parent / shard.name, advance)
-            made.append(unwritten.finish())
+            finished[shard.name] = unwritten.finish()
             tally.unchanged += tuple(unwritten.unchanged)
-    return made
+            names, repairs = (one.name for one in shard.outputs), tally.repairs.since(before)
+            parts[shard.name] = tally.about(names, repairs)
+            journal.record(finished, parts)
+    shards = (finished[shard.name] for shard in plan.shards)
+    return [{key: one[key] for key in ("file", "size", "sha256")} for one in shards]
 
 
 def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]], list[str]]:

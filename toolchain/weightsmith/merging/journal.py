@@ -101,6 +101,7 @@ def open_out(out: Path, inputs: Sequence[Path], key: str, *, own: bool) -> Journ
 
 
 def _matches(path: Path, entry: Mapping[str, Any]) -> bool:
+    entry = entry.get("header", entry)  # of a file without data, which stands for another
     return (
         path.is_file()
         and path.stat().st_size == entry.get("size")

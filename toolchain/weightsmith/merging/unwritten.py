@@ -81,16 +81,22 @@ class UnwrittenShard:
         self.size += len(data)
 
     def finish(self) -> dict[str, Any]:
-        """Write the file; return its name, and the written file's size and sha256.
+        """Write the file; return its name, and size and sha256 of the file that it stands for.
 
-        Raises CheckFailed for a tensor that was computed wrongly.
+        Its own are in `header`. Raises CheckFailed for a tensor that was computed wrongly.
         """
         self._checker.shutdown()
         self.unchanged = [name for name, changed in self._checks if not changed.result()]
         tensors = [(output.name, output.dtype, output.shape) for output in self._shard.outputs]
         writer = Writer(self.path)
         writer.write(build_header(tensors, NO_DATA))
-        return {**writer.finish(), "size": self.size, "sha256": self._hash.hexdigest()}
+        own = writer.finish()
+        return {
+            "file": own["file"],
+            "size": self.size,
+            "sha256": self._hash.hexdigest(),
+            "header": own,
+        }
 
     def abandon(self) -> None:
         """Stop the checks."""
