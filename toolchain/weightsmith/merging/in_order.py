@@ -13,7 +13,7 @@ from weightsmith.merging.stream import as_bytes
 
 _WAITING = 8
 """Pieces between the readers and the thread that takes them in order."""
-_EARLY = 64 << 20
+_EARLY = 32 << 20
 """Bytes that may wait for data before them; then these are read for their sake."""
 
 
