@@ -76,6 +76,12 @@ class Bench:
             "quality": lambda job, report: self.quality,
             "export-engine": self._export_engine,
             "convert-adapter": _convert_adapter,
+            "pace": lambda job, report: {
+                "layers": 80,
+                "counts": list(job.counts),
+                "layer": [0.5, 8.0],
+                "head": [0.1, 1.0],
+            },
         }
 
     def _reference(self, job: ReferenceJob, report: Report) -> Mapping[str, Json]:

@@ -18,6 +18,7 @@ from weightsmith.jobs import (
     Job,
     MergeJob,
     Mixture,
+    PaceJob,
     ProofJob,
     QualityJob,
     QuantizeJob,
@@ -124,6 +125,7 @@ JOBS = (
             choose=False,
         ),
     ),
+    PaceJob(**ENVELOPE, model=UNKNOWN, counts=(8, 256)),
     EchoJob(**ENVELOPE, text=UNKNOWN, try_to_write=("/x",), targets={"port": 1}),
 )
 

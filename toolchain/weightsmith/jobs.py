@@ -336,6 +336,15 @@ class ExportEngineJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PaceJob(Job):
+    """Measure how long one layer of a model takes, for several counts of tokens."""
+
+    kind = "pace"
+    model: Input
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EchoJob(Job):
     """Copy a text, and report how the builder confines the job; for tests of runners."""
 
@@ -365,6 +374,7 @@ _KINDS: Mapping[str, type[Job]] = {
         ConvertAdapterJob,
         QualityJob,
         ExportEngineJob,
+        PaceJob,
         EchoJob,
     )
 }

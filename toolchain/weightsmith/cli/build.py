@@ -165,9 +165,10 @@ def plan(
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     kind: Sequence[str] = (),
     update_lock: bool = False,
+    measure: bool = False,
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
-    """Show what `build` would do: stages, which are cached or why not, memory, disk."""
+    """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
     del push, load, layout
     from weightsmith.commands.arguments import sources_of
     from weightsmith.commands.plan import table
@@ -181,7 +182,8 @@ def plan(
     keep_clean(sources_of(file), cache=run.cache)
     targets = chosen_targets(file, tuple(target))
     with open_tools(run, Silent(), uploads=False) as tools:
-        result = forecast(file, targets, Path(dist).absolute(), tools, update_lock=update_lock)
+        folder = Path(dist).absolute()
+        result = forecast(file, targets, folder, tools, update_lock=update_lock, measure=measure)
     return result, table(result)
 
 

@@ -54,6 +54,8 @@ FLAGS = {
     "plan": "print cells, shared tasks and what they need, and do nothing",
     "print_": "print the cells as a matrix for another scheduler, and do nothing: github, "
     "gitlab or argo",
+    "measure": "time one layer of the model here, with random weights, and estimate each stage's "
+    "time",
     "public": "let everybody read a new repository on a hub; default: private",
     "push": "push the image",
     "recipe": "recipe file; default recipe.yaml",

@@ -12,11 +12,28 @@ from weightsmith.serving.plan_summary import summary
 from weightsmith.values import Json
 from weightsmith.visible import escaped
 
-_NUMBERS = frozenset({"reads", "writes", "memory"})
+_NUMBERS = frozenset({"reads", "writes", "memory", "time"})
 
 
 def _place(where: str) -> str:
     return where if where == HERE else f"in {where}"
+
+
+def _time(seconds: Json) -> str:
+    """Return about how long a stage takes, "" if that is not known."""
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _pace(pace: Mapping[str, Json]) -> str:
+    """Return how times were estimated."""
+    (few, many), (fast, slow) = pace["counts"], pace["layer"]
+    return (
+        f"times: one of {pace['layers']} layers took {fast:.2g} s for {few} tokens and {slow:.2g} s"
+        f" for {many}, with random weights in memory; starting, and a disk that is slower than "
+        "this, come on top"
+    )
 
 
 def table(result: Mapping[str, Json]) -> str:
@@ -27,7 +44,8 @@ def table(result: Mapping[str, Json]) -> str:
 
     title = Text(escaped(f"{result['name']} {result['version']}"))
     rows = Table(title=title, title_justify="left")
-    for heading in ("stage", "target", "state", "reads", "writes", "memory"):
+    timed = ("time",) if "pace" in result else ()
+    for heading in ("stage", "target", "state", "reads", "writes", "memory", *timed):
         rows.add_column(heading, justify="right" if heading in _NUMBERS else "left")
     for row in result["stages"]:
         state = f"cached {_place(row['where'])}" if row["cached"] else f"to do: {row['why']}"
@@ -35,7 +53,7 @@ def table(result: Mapping[str, Json]) -> str:
         shown = ("" if row["cached"] else human(int(n)) if n else "" for n in numbers)
         # Plain text, never markup: names come from the user.
         cells = (Text(escaped(text)) for text in (row["stage"], row["target"], state))
-        rows.add_row(*cells, *shown)
+        rows.add_row(*cells, *shown, *(_time(row["seconds"]) for _ in timed))
     text = io.StringIO()
     console = Console(file=text, width=110, highlight=False)
     console.print(rows)
@@ -48,6 +66,8 @@ def table(result: Mapping[str, Json]) -> str:
         what = {True: "merge", False: "serve the adapters unmerged", None: "use the base unchanged"}
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"
         console.print(Text(escaped(said)))
+    if pace := result.get("pace"):
+        console.print(Text(_pace(pace)), soft_wrap=True)
     if not result["serving"]:
         console.print("sizes will be known when the sources are on this machine")
         return text.getvalue().rstrip()

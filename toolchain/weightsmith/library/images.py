@@ -101,6 +101,7 @@ def plan(
     targets: Texts = (),
     set: Texts = (),  # noqa: A002 - the flag's name
     update_lock: bool = False,
+    measure: bool = False,
     dist: AnyPath = "dist",
     runner: str = "auto",
     memory: str = "",
@@ -111,7 +112,8 @@ def plan(
 
     `stages` has a mapping each (`cached` or `why` not, `read_bytes`, `write_bytes`,
     `peak_memory_bytes`), `serving` each target's memory plan, and beside them are totals in bytes,
-    as `weightsmith plan --json` prints them. `set` has `key.path=value` texts.
+    as `weightsmith plan --json` prints them. `set` has `key.path=value` texts. With `measure`, one
+    layer of the model is timed, and stages that run it have estimated `seconds`.
 
     Raises what the build would raise before its first long step: UsageError for a recipe that is
     invalid or does not fit the memory, InputRefused for invalid sources.
@@ -124,7 +126,8 @@ def plan(
     wiring.keep_clean(sources_of(file), cache=cache)
     wanted = chosen_targets(file, texts_of(targets))
     with wiring.open_tools(run, Silent(), uploads=False) as tools:
-        return forecast(file, wanted, path_of(dist).absolute(), tools, update_lock=update_lock)
+        folder = path_of(dist).absolute()
+        return forecast(file, wanted, folder, tools, update_lock=update_lock, measure=measure)
 
 
 def build(

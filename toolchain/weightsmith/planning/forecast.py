@@ -25,6 +25,7 @@ from weightsmith.planning.options import (
     texts_of,
     unmerged_adapters,
 )
+from weightsmith.planning.pace import measured_pace, stage_seconds, with_times
 from weightsmith.planning.platforms import forecast_platforms
 from weightsmith.planning.request import has_gguf
 from weightsmith.planning.serving import serving_config
@@ -61,11 +62,13 @@ def forecast(
     tools: Tools,
     *,
     update_lock: bool = False,
+    measure: bool = False,
 ) -> Mapping[str, Json]:
     """Return stages, serving plans and totals of a build without running it.
 
-    Sizes are in bytes. Raises what the build would raise before its first long step, except for
-    lack of memory, which the rows show.
+    With `measure`, one layer of the model is timed, and rows have `seconds`. Sizes are in bytes.
+    Raises what the build would raise before its first long step, except for lack of memory, which
+    the rows show.
     """
     Reference.parse(repository(file.recipe))
     tasks = tasks_of(file)
@@ -97,6 +100,10 @@ def forecast(
         platforms[target.name], engines = forecast_platforms(file, target, device, tools)
         rows += [_row("base", target=target.name, cached=c, why=why) for c, why in engines]
         rows.append(_publish_row(file, target, artifact, weight))
+    pace = measured_pace(sources, tools) if measure else None
+    if pace is not None:
+        args = (sources, tasks, file.recipe.quality.tokens, tools.memory.budget)
+        rows = with_times(rows, lambda: stage_seconds(pace, model.shape, *args))
     todo = [row for row in rows if not row["cached"]]
     serving = {name: plan.to_json() for name, plan in plans.items()}
     return {
@@ -107,6 +114,7 @@ def forecast(
         "plan": serving,  # the same, under the name that `render` uses
         "platforms": platforms,
         "advice": _advice(file, targets, sources, dist, tools),
+        **({"pace": pace.to_json()} if pace else {}),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
         "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),

@@ -18,9 +18,10 @@ from weightsmith.values import Sources
 
 _UNKNOWN = 3 << 30
 """For models whose dimensions are not known."""
-_PROBED_TOKENS = 8 * (64 + 16)
+PROBES = 8
+PROBED_TOKENS = PROBES * (64 + 16)
 """Of validation's probes: at most eight of 64 tokens, and 16 after each."""
-_PADDED = 2
+PADDED = 2
 """Tokens in the quality gate's batch per token of its texts, which are of different lengths."""
 _LEFT = 256 << 20
 """What the reference answers leave in memory for a validation in the same process to start from."""
@@ -53,13 +54,13 @@ def reference_memory(
 def validate_memory(model: ModelFacts, sources: Sources) -> int:
     """Return the peak of validation in bytes: merged model, base and adapters side by side."""
     adapters = 2 * sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
-    walk = Walk(views=3, rows=8, tokens=_PROBED_TOKENS, adapter_bytes=adapters)
+    walk = Walk(views=3, rows=8, tokens=PROBED_TOKENS, adapter_bytes=adapters)
     return _single_pass(model, walk) + _COMPARING
 
 
 def quality_memory(model: ModelFacts, tokens: int) -> int:
     """Return the peak of the quality gate in bytes: both models, a few rows of each matrix."""
-    walk = Walk(views=2, rows=8, tokens=_PADDED * tokens)
+    walk = Walk(views=2, rows=8, tokens=PADDED * tokens)
     return _single_pass(model, walk) + _DEQUANTIZED + _COMPARING
 
 

@@ -34,6 +34,7 @@ from weightsmith.jobs import (
     ExportEngineJob,
     ImportGgufJob,
     MergeJob,
+    PaceJob,
     ProofJob,
     QualityJob,
     QuantizeJob,
@@ -296,6 +297,12 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
         return {"skipped": error.message}
 
 
+def _pace(job: PaceJob, report: Report) -> Mapping[str, Json]:
+    module: Any = importlib.import_module("weightsmith.forward.pace")
+    tell = partial(_report_items, report)
+    return _mapping(module.pace(job.model.path, job.counts, tell))
+
+
 def _echo(job: EchoJob, report: Report) -> Mapping[str, Json]:
     if job.fail is not None:
         raise from_code(job.fail, "asked to fail", "ask for something else")
@@ -355,6 +362,7 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     ValidateJob.kind: _validate,
     QualityJob.kind: _quality,
     ExportEngineJob.kind: _export_engine,
+    PaceJob.kind: _pace,
     EchoJob.kind: _echo,
 }
 """Kind of job -> function; each imports what it needs when it is called."""
@@ -363,5 +371,6 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     ProofJob.kind: ("peft",),
     ValidateJob.kind: ("peft",),
     QualityJob.kind: (),
+    PaceJob.kind: (),
 }
 """Kinds of jobs that run models -> what they need beside torch and transformers."""

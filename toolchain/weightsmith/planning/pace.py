@@ -1,0 +1,121 @@
+"""How long the stages that run the model will take, from the measured time of one of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.errors import InputRefused
+from weightsmith.evaluating.results import RecipeTask
+from weightsmith.forward.memory import batch_bytes, token_bytes
+from weightsmith.jobs import Input, PaceJob
+from weightsmith.json_objects import JsonObject
+from weightsmith.planning.memory import PADDED, PROBED_TOKENS, PROBES
+from weightsmith.stages import reference as references
+from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
+from weightsmith.values import Json, Sources
+
+_COUNTS = (8, 256)
+"""Tokens in one pass: a step of a few answers, and texts that are read."""
+_NEW = 16
+"""Tokens that validation generates after each probe."""
+_BUILDER = "merge"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace(JsonObject):
+    """Seconds of one decoder layer and of the head, for two counts of tokens."""
+
+    layers: int
+    counts: tuple[int, ...]
+    layer: tuple[float, ...]
+    head: tuple[float, ...]
+
+    def passed(self, tokens: float, positions: float) -> float:
+        """Return the seconds of a pass over all layers, with logits at some positions."""
+        return self.layers * self._at(self.layer, tokens) + self._at(self.head, positions)
+
+    def _at(self, seconds: Sequence[float], tokens: float) -> float:
+        """Return the seconds for a number of tokens, on the line through both measurements."""
+        few, many = self.counts
+        slope = max(0.0, (seconds[1] - seconds[0]) / (many - few))
+        return max(0.0, seconds[0] - slope * few) + slope * tokens
+
+
+def measured_pace(sources: Sources, tools: Tools) -> Pace:
+    """Run the job that measures a layer of the base's shapes on this machine."""
+    base = sources.base.tree
+    tools.runner.prepare(_BUILDER, tools.progress)
+    with tools.scratch() as folder:
+        job = PaceJob(
+            builder=_BUILDER,
+            model=Input.tree(base),
+            counts=_COUNTS,
+            output=folder,
+            memory_bytes=(4 << 30) + base.weight_bytes // 4,
+            seconds=job_seconds(base.weight_bytes),
+            use_gpu=True,
+        )
+        return Pace.from_json(tools.runner.run(job, tools.progress))
+
+
+def stage_seconds(
+    pace: Pace,
+    shape: ModelShape,
+    sources: Sources,
+    tasks: Sequence[RecipeTask],
+    quality_tokens: int,
+    budget: int,
+) -> Mapping[str, float]:
+    """Return the seconds of each stage that runs the model, if no result is cached."""
+    merged = bool(sources.adapters)
+    probed = 3 * PROBED_TOKENS
+    validate = _NEW * pace.passed(PROBES, PROBES) + pace.passed(probed, probed)
+    read = PADDED * quality_tokens
+    return {
+        "validate": validate if merged else 0.0,
+        "reference": sum(_reference(pace, shape, sources, t, budget, merged=merged) for t in tasks),
+        "quality": 2 * pace.passed(read, quality_tokens),
+    }
+
+
+def _reference(
+    pace: Pace,
+    shape: ModelShape,
+    sources: Sources,
+    task: RecipeTask,
+    budget: int,
+    *,
+    merged: bool,
+) -> float:
+    """Return the seconds of base and adapter, token by token, and of the merged model's one pass.
+
+    A batch that does not fit into memory with the others reads the weights again.
+    """
+    walk = references.walk_of(references.subjects(sources, task.adapter), task.task)
+    rows, new = len(task.task.items), max(1, task.task.max_tokens)
+    one = token_bytes(
+        layers=shape.layers,
+        cached=shape.kv_heads * shape.head_dim,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+    )
+    room = max(1, batch_bytes(shape, walk, budget))
+    batches = max(1, -(-walk.views * walk.tokens * one // room))
+    asked, steps = walk.views * walk.tokens / batches, walk.views * rows / batches
+    generated = batches * (pace.passed(asked, steps) + new * pace.passed(steps, steps))
+    return generated + (pace.passed(walk.tokens, rows * new) if merged else 0.0)
+
+
+def with_times(
+    rows: Sequence[Mapping[str, Json]], seconds: Callable[[], Mapping[str, float]]
+) -> list[dict[str, Json]]:
+    """Return a forecast's rows with `seconds`, null where a stage does not run the model."""
+    try:
+        found = seconds()
+    except InputRefused:  # the dimensions are not known
+        found = {}
+    times = {stage: round(value, 1) for stage, value in found.items()}
+    return [{**row, "seconds": None if row["cached"] else times.get(row["stage"])} for row in rows]
