@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,20 @@ def make_model(folder: Path) -> Path:
 
 
 def make_key(folder: Path, name: str = "key") -> tuple[Path, Path]:
-    """Return a new private and public key, made by openssl."""
+    """Write a private and public key, made by openssl once for each name; return their files."""
     private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private]
-    subprocess.run(make, check=True, capture_output=True)
-    show = ["openssl", "ec", "-in", private, "-pubout", "-out", public]
-    subprocess.run(show, check=True, capture_output=True)
+    for file, text in zip((private, public), _openssl_key(name), strict=True):
+        file.write_bytes(text)
+    private.chmod(0o600)
     return private, public
+
+
+@cache
+def _openssl_key(_name: str) -> tuple[bytes, bytes]:
+    make = ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout"]
+    private = subprocess.run(make, check=True, capture_output=True).stdout
+    show = ["openssl", "ec", "-pubout"]
+    return private, subprocess.run(show, input=private, check=True, capture_output=True).stdout
 
 
 def push_base(
