@@ -12,22 +12,18 @@ from weightsmith.oci.tls import trusted, unverified
 END = "-----END CERTIFICATE-----\n"
 
 
-def test_clients_of_the_same_authorities_share_a_context(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = trusted()
+def test_clients_of_the_same_authorities_share_a_context(tmp_path: Path) -> None:
     one = tmp_path / "one.pem"
     one.write_text(Path(certifi.where()).read_text().partition(END)[0] + END)
-    monkeypatch.setenv("SSL_CERT_FILE", str(one))
-    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-
-    other = trusted()
+    first = trusted()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(one))
+        patch.setenv("SSL_CERT_DIR", str(tmp_path))
+        other = trusted()
 
     assert other.cert_store_stats()["x509_ca"] == 1
     assert other.verify_mode == ssl.CERT_REQUIRED
     assert other.check_hostname
-    monkeypatch.delenv("SSL_CERT_FILE")
-    monkeypatch.delenv("SSL_CERT_DIR")
     assert trusted() is first
 
 
