@@ -44,13 +44,15 @@ class _Random:
         return parameter if len(self._shapes.get(parameter, ())) == 2 else ""
 
     def mapped(self, tensor: str) -> torch.Tensor:
-        """Return a matrix, of an embedding or head only the first rows."""
+        """Return a matrix; an embedding that is larger than the buffer has equal rows."""
         return self.matrix(self._shapes[tensor])
 
     def matrix(self, shape: Sequence[int]) -> torch.Tensor:
-        """Return as many rows of random weights as there are in the buffer."""
-        rows = min(shape[0], len(self._buffer) // shape[1])
-        return self._buffer[: rows * shape[1]].view(rows, shape[1])
+        """Return random weights of a shape."""
+        size = math.prod(shape)
+        if size > len(self._buffer):
+            return self._buffer[: shape[1]].expand(*shape)
+        return self._buffer[:size].view(*shape)
 
     def whole(self, parameter: str) -> torch.Tensor:
         """Return a parameter as float32, small enough for the states to stay finite."""
