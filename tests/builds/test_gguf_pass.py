@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -149,7 +150,12 @@ def test_every_type_from_a_16_bit_file(middle, tmp_path, name, measured):
     assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", name, *words))
 
 
-def run(middle: Path, folder: Path, name: str, **options: object) -> subprocess.CompletedProcess:
+PROGRAM = ("-m", "weightsmith.worker.quantize_gguf")
+
+
+def run(
+    middle: Path, folder: Path, name: str, words: tuple[str, ...] = PROGRAM, **options: object
+) -> subprocess.CompletedProcess:
     """Run our program on a 16-bit file."""
     file = {
         "out": str(folder / "demo.gguf"), "format": name, "tensor_types": {}, "importance": "",
@@ -162,7 +168,7 @@ def run(middle: Path, folder: Path, name: str, **options: object) -> subprocess.
     }  # fmt: skip
     (folder / "settings").write_text(json.dumps(settings))
     return subprocess.run(
-        [sys.executable, "-m", "weightsmith.worker.quantize_gguf", folder / "settings"],
+        [sys.executable, *words, folder / "settings"],
         cwd=middle.parent, check=False, capture_output=True, text=True,
         env={**os.environ, tools_variable("kernels"): toolset_folder(cache_folder(), "kernels")},
     )  # fmt: skip
@@ -338,6 +344,39 @@ def test_an_interrupted_file_goes_on_at_the_tensor_that_it_had_reached(middle, t
     assert again[0] == broken
     assert same([out], theirs(middle, tmp_path / "theirs", "q4_k_m"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gguf", "theirs"]
+
+
+WATCHED = """
+import os, signal
+from weightsmith.quantizers.gguf_pass import _Writer
+from weightsmith.worker.quantize_gguf import main
+add, note, noted = _Writer.add, _Writer._note, []
+def tell(writer, source, entry, files):
+    print("reads", entry.name, flush=True)
+    add(writer, source, entry, files)
+def note_some(writer, *given):
+    note(writer, *given)
+    noted.append(given)
+    if len(noted) == LIMIT:
+        os.kill(os.getpid(), signal.SIGKILL)
+_Writer.add, _Writer._note = tell, note_some
+main()
+"""
+
+
+def test_a_killed_program_goes_on_at_the_tensor_that_it_had_reached(middle, tmp_path):
+    killed = run(middle, tmp_path, "q4_k_m", ("-c", WATCHED.replace("LIMIT", "7")))
+    assert killed.returncode == -signal.SIGKILL
+    _, *noted = (tmp_path / ".demo.gguf.journal").read_text().splitlines()
+    assert len(noted) == 7
+
+    again = run(middle, tmp_path, "q4_k_m", ("-c", WATCHED.replace("LIMIT", "0")))
+
+    assert again.returncode == 0, again.stderr
+    read = [line.split()[1] for line in again.stdout.splitlines() if line.startswith("reads ")]
+    assert not set(read) & set(noted)
+    assert {*read, *noted} == set(read_header(middle).tensors)
+    assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q4_k_m"))
 
 
 @pytest.mark.usefixtures("kernels")
