@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.forward.greedy import Questions, batch_tokens
 from weightsmith.forward.memory import Walk, batch_bytes, single_pass_bytes, walk_bytes
 from weightsmith.merging.reference import load_network
+from weightsmith.planning.memory import quality_memory
 
 from tests.unit.validating.conftest import make_model
 
@@ -67,6 +68,14 @@ def test_a_single_pass_is_covered_too(model: ModelShape, walk: Walk, measured: i
     planned = single_pass_bytes(model, walk) + 256 * MIB
 
     assert measured * MIB < planned < 1.7 * measured * MIB
+
+
+def test_the_gate_of_a_large_model_needs_no_whole_head() -> None:
+    """Measured with one layer and the head of 70B, 1024 tokens: 1244 MiB; the head has 4008."""
+    planned = quality_memory(cast("Any", SimpleNamespace(shape=SEVENTY)), 1024)
+
+    assert 1244 * MIB < planned < 6 * 10**9
+    assert planned < 4 * SEVENTY.hidden * SEVENTY.vocab
 
 
 def test_more_texts_in_one_pass_take_more_memory() -> None:
