@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
 SCRIPT = Path(__file__).with_name("clusters.sh")
+FOLDER = "WEIGHTSMITH_TEST_CLUSTERS_FOLDER"
 
 
 def has_ray() -> bool:
@@ -45,3 +49,62 @@ def clusters(which: str) -> Iterator[Mapping[str, str]]:
     finally:
         subprocess.run(["bash", SCRIPT, "stop", folder], env=environment, check=False)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """One of the clusters, whose second node can be lost and come back."""
+
+    kind: str
+    """`ray` or `slurm`."""
+    folder: Path
+
+    def lose(self) -> None:
+        """Kill the second node with all that runs on it, as a power cut would."""
+        while found := self._processes():
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
+    def revive(self) -> None:
+        """Start the second node again, if it is not there."""
+        if not self._processes():
+            environment = {**os.environ, "PYTHON": sys.executable}
+            subprocess.run(
+                ["bash", SCRIPT, f"revive-{self.kind}", self.folder], env=environment, check=True
+            )
+
+    def _processes(self) -> list[int]:
+        if self.kind == "ray":
+            return _with_variable(f"WEIGHTSMITH_STORE={self.folder}/store-2")
+        found = _with_variable("SLURMD_NODENAME=n2")
+        steps = [pid for pid in map(_parent, found) if "slurmstepd" in _name(pid)]
+        with suppress(OSError, ValueError):
+            daemon = int((self.folder / "slurm" / "slurmd-n2.pid").read_text())
+            found += [daemon] if "slurmd" in _name(daemon) else []
+        return [*found, *steps]
+
+
+def _with_variable(text: str) -> list[int]:
+    """Return the processes that were started with a variable; those that have ended have none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if text.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""

@@ -4,6 +4,7 @@
 # kept. `stop` ends both.
 #
 #   tests/clusters.sh start FOLDER && eval "$(tests/clusters.sh env FOLDER)"
+#   tests/clusters.sh revive-ray FOLDER     # or revive-slurm: starts its second node again
 #   tests/clusters.sh stop FOLDER
 set -euo pipefail
 
@@ -14,29 +15,66 @@ readonly HERE ACTION=${1:-start} FOLDER=${2:?a folder}
 readonly RAY=$FOLDER/ray SLURM=$FOLDER/slurm
 # Outside the ports that Ray gives to its workers, 10002 to 19999.
 readonly RAY_PORT=${WEIGHTSMITH_TEST_RAY_PORT:-26379} CTLD_PORT=26817 NODE_PORT=26820
-export RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=300
+export RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=60
+export WEIGHTSMITH_TEST_CLUSTERS_FOLDER=$FOLDER
 export PYTHONPATH=$HERE/toolchain:$HERE${PYTHONPATH:+:$PYTHONPATH}
 
 say() { printf '%4d s  %s\n' "$SECONDS" "$*" >&2; }
 
 # With ports of its own choice, a node waits 15 s at most until its agents have told it theirs, which
-# a busy machine does not always make.
+# a busy machine does not always make: then both are started again, with all files in memory.
+# WEIGHTSMITH_TEST_RAY_NODES, 1 or 2, keeps each node to one core, for measurements.
 ray_node() {
-  WEIGHTSMITH_STORE=$FOLDER/store-$1 "$PYTHON" -m ray.scripts.scripts start "${@:2}" \
+  local pinned=()
+  [ -z "${WEIGHTSMITH_TEST_RAY_NODES:-}" ] || pinned=(taskset -c "$(($1 - 1))")
+  WEIGHTSMITH_STORE=$FOLDER/store-$1 "${pinned[@]}" "$PYTHON" -m ray.scripts.scripts start "${@:2}" \
     --num-cpus=1 --memory=8000000000 --object-store-memory=100000000 \
     --dashboard-agent-grpc-port=2640"$1" --dashboard-agent-listen-port=2641"$1" \
     --runtime-env-agent-port=2642"$1" --metrics-export-port=2643"$1" \
     --node-ip-address=127.0.0.1 --disable-usage-stats </dev/null >>"$FOLDER/ray.log" 2>&1
 }
 
+second_ray_node() {
+  [ "${WEIGHTSMITH_TEST_RAY_NODES:-2}" = 1 ] || ray_node 2 --address="127.0.0.1:$RAY_PORT"
+}
+
+slurm_node() {
+  WEIGHTSMITH_STORE=$FOLDER/store-$1 SLURM_CONF=$SLURM/slurm.conf \
+    slurmd -N "$1" -f "$SLURM/slurm.conf" >>"$SLURM/start.log" 2>&1
+}
+
+# Until both nodes take jobs.
+wait_for_slurm() {
+  for _ in $(seq 1 240); do
+    [ "$(SLURM_CONF=$SLURM/slurm.conf sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" = 2 ] &&
+      return
+    sleep 0.5
+  done
+  say "Slurm does not start, see $SLURM/*.log"
+  return 1
+}
+
 start_ray() {
   "$PYTHON" -c 'import ray' 2>/dev/null || { say "no Ray: its tests will be skipped"; return; }
   [ -e "$RAY/started" ] && return
   mkdir -p "$RAY"
-  say "starting two Ray nodes"
-  ray_node 1 --head --port="$RAY_PORT" --include-dashboard=false --temp-dir="$RAY" &&
-    ray_node 2 --address="127.0.0.1:$RAY_PORT" && touch "$RAY/started" ||
-    { say "Ray does not start, see $FOLDER/ray.log"; return 1; }
+  local try
+  for try in 1 2 3; do
+    say "starting two Ray nodes"
+    ray_node 1 --head --port="$RAY_PORT" --include-dashboard=false --temp-dir="$RAY" &&
+      second_ray_node && { touch "$RAY/started"; return; }
+    stop_ray
+  done
+  say "Ray does not start, see $FOLDER/ray.log"
+  return 1
+}
+
+# Ends Ray's own processes, which name its folder or the head's address, and no others.
+stop_ray() {
+  local pid
+  for pid in $(pgrep -f "$RAY/session|127.0.0.1:$RAY_PORT" || true); do
+    [ "$pid" = $$ ] || kill -9 "$pid" 2>/dev/null || true
+  done
 }
 
 install_slurm() {
@@ -52,6 +90,7 @@ install_slurm() {
   command -v slurmctld >/dev/null
 }
 
+# A job whose node was lost waits for as long as its credential is valid: two minutes, by default.
 write_slurm() {
   local host
   host=$(hostname -s)
@@ -61,7 +100,7 @@ ClusterName=weightsmith-test
 SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket=$SLURM/munge/socket
+AuthInfo=socket=$SLURM/munge/socket,cred_expire=20
 CredType=cred/munge
 SlurmctldPort=$CTLD_PORT
 StateSaveLocation=$SLURM/state
@@ -105,28 +144,20 @@ start_slurm() {
   slurmctld -f "$SLURM_CONF" >>"$SLURM/start.log" 2>&1
   local node
   for node in n1 n2; do
-    WEIGHTSMITH_STORE=$FOLDER/store-$node slurmd -N $node -f "$SLURM_CONF" >>"$SLURM/start.log" 2>&1
+    slurm_node $node
   done
-  for _ in $(seq 1 120); do
-    [ "$(sinfo -h -N -t idle -o %N 2>/dev/null | sort -u | wc -l)" = 2 ] &&
-      { touch "$SLURM/started"; return; }
-    sleep 0.5
-  done
-  say "Slurm does not start, see $SLURM/*.log"
-  return 1
+  wait_for_slurm && touch "$SLURM/started"
 }
 
 print_environment() {
+  echo "export WEIGHTSMITH_TEST_CLUSTERS_FOLDER=$FOLDER"
   [ ! -e "$RAY/started" ] || echo "export WEIGHTSMITH_TEST_RAY=127.0.0.1:$RAY_PORT"
   [ ! -e "$SLURM/started" ] || echo "export SLURM_CONF=$SLURM/slurm.conf"
 }
 
 stop() {
   local pid
-  # Ray's own processes name its folder or the head's address; end those alone.
-  for pid in $(pgrep -f "$RAY/session|127.0.0.1:$RAY_PORT" || true); do
-    [ "$pid" = $$ ] || kill -9 "$pid" 2>/dev/null || true
-  done
+  stop_ray
   for pid in "$SLURM"/slurmd-*.pid "$SLURM/slurmctld.pid" "$SLURM/munge/pid"; do
     [ ! -s "$pid" ] || kill "$(cat "$pid")" 2>/dev/null || true
   done
@@ -139,6 +170,8 @@ case $ACTION in
     case ${WEIGHTSMITH_TEST_CLUSTERS:-both} in slurm | both) start_slurm || true ;; esac
     ;;
   env) print_environment ;;
+  revive-ray) second_ray_node || second_ray_node ;;
+  revive-slurm) slurm_node n2 && wait_for_slurm ;;
   stop) stop ;;
-  *) say "start, env or stop?"; exit 2 ;;
+  *) say "start, env, revive-ray, revive-slurm or stop?"; exit 2 ;;
 esac

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,19 +170,31 @@ def builder_base(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_nodes() -> Iterator[str]:
-    """The address of a Ray cluster of two nodes with a CPU each."""
+def ray_cluster() -> Iterator[Mapping[str, str]]:
+    """The variables of a Ray cluster of two nodes with a CPU each."""
     with clusters("ray") as found:
         assert "WEIGHTSMITH_TEST_RAY" in found, "Ray does not start"
-        yield found["WEIGHTSMITH_TEST_RAY"]
+        yield found
 
 
 @pytest.fixture(scope="session")
-def slurm_nodes() -> Iterator[str]:
-    """The slurm.conf of a cluster of two nodes with a CPU each."""
+def ray_nodes(ray_cluster: Mapping[str, str]) -> str:
+    """The address of that cluster."""
+    return ray_cluster["WEIGHTSMITH_TEST_RAY"]
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Mapping[str, str]]:
+    """The variables of a Slurm cluster of two nodes with a CPU each."""
     with clusters("slurm") as found:
         assert "SLURM_CONF" in found, "Slurm does not start"
-        yield found["SLURM_CONF"]
+        yield found
+
+
+@pytest.fixture(scope="session")
+def slurm_nodes(slurm_cluster: Mapping[str, str]) -> str:
+    """The slurm.conf of that cluster."""
+    return slurm_cluster["SLURM_CONF"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

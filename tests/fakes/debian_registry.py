@@ -13,7 +13,7 @@ CONFIG = """
 version: 0.1
 log: {{level: info, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {folder}}}, delete: {{enabled: true}}}}
-http: {{addr: "127.0.0.1:0"{tls}}}
+http: {{addr: "127.0.0.1:{port}"{tls}}}
 """
 _LISTENS = re.compile(r'listening on (127\.0\.0\.1:\d+)[",]')
 _PATIENCE = 120
@@ -29,6 +29,22 @@ def stop_registry(host: str) -> None:
     _RUNNING[host].wait()
 
 
+def start_again(host: str, folder: Path) -> None:
+    """Start a registry that was ended, at the same address and with what it had."""
+    config = CONFIG.format(folder=folder / "data", tls="", port=host.rpartition(":")[2])
+    (folder / "config.yml").write_text(config)
+    (folder / "log").unlink()
+    _RUNNING[host] = _started(folder)
+    assert _listening(_RUNNING[host], folder / "log") == host
+
+
+def _started(folder: Path) -> subprocess.Popen[bytes]:
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(
+            ["docker-registry", "serve", folder / "config.yml"], stdout=log, stderr=log
+        )
+
+
 @contextmanager
 def real_registry(
     folder: Path,
@@ -41,22 +57,20 @@ def real_registry(
     With `tls`, a key and its certificate; with `tokens`, a token server's address and certificate.
     """
     pair = f', tls: {{key: "{tls[0]}", certificate: "{tls[1]}"}}' if tls else ""
-    config = CONFIG.format(folder=folder / "data", tls=pair)
+    config = CONFIG.format(folder=folder / "data", tls=pair, port=0)
     if tokens:
         config += (
             f'auth: {{token: {{realm: "{tokens[0]}", service: registry, issuer: tests, '
             f'rootcertbundle: "{tokens[1]}"}}}}\n'
         )
     (folder / "config.yml").write_text(config)
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            ["docker-registry", "serve", folder / "config.yml"], stdout=log, stderr=log
-        )
+    server, host = _started(folder), ""
     try:
         host = _listening(server, folder / "log")
         _RUNNING[host] = server
         yield host
     finally:
+        server = _RUNNING.pop(host, server)
         server.terminate()
         server.wait()
 
