@@ -90,7 +90,8 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
         shape, experts = model.shape, model.matrices.experts * model.matrices.expert_width
     except InputRefused:
         return min(_UNKNOWN, limit)
-    largest = shape.hidden * max(shape.vocab, shape.intermediate, experts)
+    # Embeddings and heads are read a few rows at a time by every converter.
+    largest = shape.hidden * max(shape.intermediate, experts)
     return min(_GGUF + 2 * 4 * largest, limit)
 
 
