@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import InputRefused
+from weightsmith.errors import CheckFailed, InputRefused
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import EXPERTS, LLAMA4, ROUNDED, SEEING
@@ -194,6 +194,26 @@ def test_names_that_a_model_lacks_are_refused_before_the_merge(
         InputRefused, match=re.escape(f"keep: no matrix has a name that ends in '{end}'")
     ):
         check(model, {"keep": [end], "group_size": 64})
+
+
+def test_the_worst_expert_is_named(models, tmp_path: Path) -> None:
+    model, scheme = models("Qwen3MoeForCausalLM"), SCHEMES["w8a8"]
+    quantize(scheme, model, tmp_path, [])
+    tensors = load_file(tmp_path / "model.safetensors")
+    bad = "model.layers.1.mlp.experts.2"
+    tensors[f"{bad}.down_proj.weight"][:2] = 0
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(CheckFailed, match=rf"{re.escape(bad)}.down_proj has a relative error"):
+        check_checkpoint(tmp_path, model, Layout.of_scheme(scheme))
+    quantize(scheme, model, tmp_path, [])
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[f"{bad}.down_proj.weight"] &= -2  # without its lowest bit
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = check_checkpoint(tmp_path, model, Layout.of_scheme(scheme))
+    assert found["experts"] == 8
+    assert found["worst_experts"][0]["name"] == bad
+    assert found["worst_experts"][0]["error"] > found["worst_experts"][1]["error"]
 
 
 def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _MOST_ERROR = {4: 0.45, 8: 0.05}
 _MOST_FLOAT4 = 0.2
 """For 4-bit floats: 0.09 to 0.13 with normally distributed weights."""
+_EXPERT = re.compile(r".*\.experts\.\d+(?=\.)")
 _BLOCK = 1 << 20
 """Weights, or bytes, compared at a time."""
 _MOST_CLIPPED = 0.75
@@ -89,8 +91,20 @@ def check_checkpoint(
         "bits_per_quantized_weight": round(bits, 3),
         "weight_error": round(max(errors.values()), 4),
         "worst_weights": [{"name": name, "error": round(errors[name], 4)} for name in worst],
+        **_worst_experts(errors),
         "warnings": [],
     }
+
+
+def _worst_experts(errors: Mapping[str, float]) -> Mapping[str, Json]:
+    """Return the experts of the largest errors, each by its worst matrix; {} without experts."""
+    experts: dict[str, float] = {}
+    for module, error in errors.items():
+        if match := _EXPERT.match(module):
+            experts[match[0]] = max(experts.get(match[0], 0.0), error)
+    worst = sorted(experts, key=lambda name: (-experts[name], name))[:3]
+    found = [{"name": name, "error": round(experts[name], 4)} for name in worst]
+    return {"experts": len(experts), "worst_experts": found} if experts else {}
 
 
 def _count(tensors: CheckpointTensors, name: str) -> int:
