@@ -204,6 +204,9 @@ def _program() -> Callable[[str, str], tuple[str, str, str]]:
 
         import ray
 
+        # Ray cancels by an interrupt, which nodes started in the background (`nohup`, `&`) ignore.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         node = ray.get_runtime_context().get_node_id()
         said = tempfile.TemporaryFile()  # noqa: SIM115 - until the program has ended
         # The pipe stays open while this worker lives, and the program ends with it.
