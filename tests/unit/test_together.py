@@ -93,6 +93,21 @@ def test_answers_before_a_validation_that_does_not_end_are_kept(
     assert kept == [ANSWERS]
 
 
+def test_answers_that_a_killed_run_left_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
+    """The validation's key, and so its folder, is the same for other questions."""
+
+    class Ended(Runner):
+        def run(self, job: Any, _: Any) -> Any:
+            raise KeyboardInterrupt
+
+    (tmp_path / EARLY_ANSWERS).write_text(json.dumps(ANSWERS), "utf-8")
+    kept: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        both(Ended(passed=True), kept).run(replace(VALIDATION, output=tmp_path), Silent())
+
+    assert kept == []
+
+
 def test_an_error_before_any_answer_is_the_only_one(tmp_path: Path) -> None:
     class Ended(Runner):
         def run(self, job: Any, _: Any) -> Any:

@@ -74,6 +74,8 @@ class Together:
 
     def _run_both(self, job: ProofJob, progress: Progress) -> Mapping[str, Json]:
         """Run both; if the validation does not end, store the answers that came before it."""
+        # A killed run may have left answers to other questions.
+        (job.output / EARLY_ANSWERS).unlink(missing_ok=True)
         try:
             return self.runner.run(job, progress)
         except BaseException:
