@@ -56,6 +56,14 @@ def test_an_error_of_any_share_is_raised(monkeypatch: pytest.MonkeyPatch) -> Non
     products.close()
 
 
+@pytest.mark.parametrize(
+    "rows", [torch.ones(3, 65), torch.ones(3, 63), torch.ones(3, 64).half(), torch.ones(3, 0)]
+)
+def test_rows_that_do_not_fit_are_an_error_and_never_read(rows: torch.Tensor) -> None:
+    with pytest.raises(RuntimeError, match="cannot multiply"):
+        Products(1).multiply(rows, torch.ones(300, 64))
+
+
 def test_threads_end_with_their_products() -> None:
     before, products = set(threading.enumerate()), Products(3)
     products.multiply(torch.ones(200, 64), torch.ones(1000, 64))

@@ -36,7 +36,14 @@ class Products:
         self._helpers: list[_Helper] = []
 
     def multiply(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-        """Return rows [n, columns] times the matrix [m, columns] transposed, in float32."""
+        """Return rows [n, columns] times the matrix [m, columns] transposed, in float32.
+
+        Raises RuntimeError for rows of another length or type, as torch does.
+        """
+        if rows.dtype != torch.float32 or rows.shape[1] != matrix.shape[1]:
+            # Our kernel would read memory behind them.
+            shapes = f"{[*rows.shape]} and {[*matrix.shape]}"
+            raise RuntimeError(f"cannot multiply {shapes}, of {rows.dtype}, by rows in float32")
         rows, output = rows.contiguous(), torch.empty((rows.shape[0], matrix.shape[0]))
         starts = range(0, matrix.shape[0], _height(matrix, self._cpus))
         shares = min(self._cpus, len(starts), 1 + rows.numel() * matrix.shape[0] // _SHARE)
