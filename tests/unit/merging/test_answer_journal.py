@@ -121,6 +121,10 @@ def test_a_journal_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
 
     assert begun == {0: [11, 12, 13], 1: [21, 22]}
 
+    AnswerJournal(path).keep("base", prompts)([(0, 3, [14])])
+
+    assert AnswerJournal(path).begun("base", prompts)[0] == [11, 12, 13, 14]
+
 
 def test_a_journal_of_other_questions_or_another_subject_is_not_used(tmp_path: Path) -> None:
     path = tmp_path / "journal"

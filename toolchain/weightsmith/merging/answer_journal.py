@@ -44,7 +44,8 @@ class AnswerJournal:
         name = _name(subject, prompts)
 
         def written(rows: Sequence[Written]) -> None:
-            line = json.dumps([name, rows], separators=(",", ":")) + "\n"
+            # The line before may be incomplete, if that process was killed.
+            line = "\n" + json.dumps([name, rows], separators=(",", ":"))
             with self._lock:
                 handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
                 try:
