@@ -33,7 +33,7 @@ class Dequantized(Weights):
         self._view = view
         self._last: tuple[str, Tiles] | None = None
         self._squares: dict[str, dict[int, Squares]] = defaultdict(dict)
-        self._faults: dict[str, TensorFault] = {}
+        self._faults: dict[str, list[TensorFault]] = defaultdict(list)
 
     @property
     def errors(self) -> Mapping[str, float]:
@@ -45,8 +45,14 @@ class Dequantized(Weights):
 
     @property
     def faults(self) -> Sequence[TensorFault]:
-        """Tensors with rows that are further from the checkpoint's than their type explains."""
-        return [self._faults[name] for name in sorted(self._faults)]
+        """Tensors with rows that are further from the checkpoint's than their type explains.
+
+        Of several, the worst rows are named, and the first of these, whichever thread found them.
+        """
+        return [
+            min(self._faults[name], key=lambda one: (-one.error, one.row))
+            for name in sorted(self._faults)
+        ]
 
     def mapped(self, tensor: str) -> Any:
         """Return a tensor whose rows are dequantized when they are used; see `read`."""
@@ -116,9 +122,7 @@ class Dequantized(Weights):
             )
         found = Squares(error, float(theirs.norm()) ** 2)
         if rows.dim() > 1 and (fault := self._fault(name, first, found, theirs)):
-            worst = self._faults.setdefault(name, fault)
-            if worst.error < fault.error:
-                self._faults[name] = fault
+            self._faults[name].append(fault)
         return found
 
     def _fault(
