@@ -206,6 +206,7 @@ def test_only_pinned_wheels_are_picked(images, tmp_path):
     assert not pick_wheels([tmp_path / "in"], Pins(name="tiny", flavour="cpu"), target)
 
 
+@pytest.mark.slow
 def test_folders_of_pips_own_configuration_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_FIND_LINKS", f"{tmp_path} https://wheels.example")
 
@@ -229,6 +230,7 @@ def test_certificates_are_a_secret_of_the_build(tmp_path, monkeypatch):
         docker_images._secrets()
 
 
+@pytest.mark.slow
 def test_an_index_with_a_password_is_not_written_into_the_image(monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/simple")
     assert docker_images._arguments("cpu", "b")["PIP_INDEX_URL"] == os.environ["PIP_INDEX_URL"]

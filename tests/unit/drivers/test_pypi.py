@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+from weightsmith.drivers import process
+from weightsmith.drivers.pip_settings import PipSettings
 from weightsmith.drivers.pypi import PypiReader, _client
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import Altered, EnvironmentFailure, InputRefused
@@ -110,6 +112,15 @@ def test_an_unpinned_wheel_is_pinned_by_the_index(index, reader: PypiReader) -> 
     assert snapshot.pin.endswith(SHA256)
 
 
+def test_pip_is_asked_once(index, reader: PypiReader, monkeypatch) -> None:
+    """The listing is read twice and the wheel once; starting pip takes a third of a second."""
+    asked, run = [], process.run
+    monkeypatch.setattr(process, "run", lambda *a, **k: asked.append(a) or run(*a, **k))
+    reader.fetch("pypi://my-model==1.0", "", "", Silent())
+
+    assert len(asked) == 1
+
+
 def test_a_known_wheel_needs_no_index(index, reader: PypiReader) -> None:
     assert reader.known("pypi://my-model==1.0", "", SHA256) is None
     first = reader.fetch("pypi://my-model==1.0", "", SHA256, Silent())
@@ -186,4 +197,4 @@ def test_proxies_that_cannot_be_used(
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv(name, value)
     with pytest.raises(EnvironmentFailure, match="proxy"):
-        _client()
+        _client(PipSettings())

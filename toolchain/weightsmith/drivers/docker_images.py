@@ -15,7 +15,7 @@ from weightsmith.drivers.bases import base
 from weightsmith.drivers.docker_requests import build_command
 from weightsmith.drivers.downloading import persistently
 from weightsmith.drivers.environment import Pins
-from weightsmith.drivers.pip_settings import pip_setting
+from weightsmith.drivers.pip_settings import PipSettings
 from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.drivers.wheels import configured_wheels, pick_wheels
 from weightsmith.drivers.worker_protocol import open_log
@@ -95,7 +95,7 @@ def _require_buildx(host: str) -> None:
 
 def _arguments(flavour: str, reference: str) -> dict[str, str]:
     arguments = {"BASE": reference, "FLAVOUR": flavour}
-    index = pip_setting("index-url")
+    index = PipSettings().get("index-url")
     # Build arguments are visible in the image's history, so an index with a password is not passed.
     if index and "@" not in index:
         arguments["PIP_INDEX_URL"] = index

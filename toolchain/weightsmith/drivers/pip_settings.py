@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import sys
+from collections.abc import Mapping
+from functools import cached_property
 
 from weightsmith.drivers import process
 from weightsmith.errors import EnvironmentFailure
@@ -14,32 +16,42 @@ _SECTIONS = ("global", "install", ":env:")
 _SECONDS = 60
 
 
-def pip_settings(name: str) -> tuple[str, ...]:
-    """Return a pip option such as `index-url` from each section that sets it, the strongest last.
+class PipSettings:
+    """pip's settings at the moment in which the first is asked for; pip itself is asked once.
 
-    Empty without pip. https://pip.pypa.io/en/stable/topics/configuration/
+    https://pip.pypa.io/en/stable/topics/configuration/
     """
-    found: dict[str, str] = {}
 
-    def keep(line: str) -> None:
-        key, _, value = line.partition("=")
-        with contextlib.suppress(ValueError, SyntaxError):
-            found[key] = str(ast.literal_eval(value))
+    def every(self, name: str) -> tuple[str, ...]:
+        """Return an option such as `index-url` from each section that sets it, strongest last.
 
-    try:
-        process.run(
-            [sys.executable, "-m", "pip", "config", "list"],
-            env=process.scrubbed(prefixes=("PIP_", "XDG_")),
-            on_line=keep,
-            on_error_line=lambda _: None,
-            timeout=_SECONDS,
-        )
-    except EnvironmentFailure:
-        return ()
-    keys = (f"{section}.{name}" for section in _SECTIONS)
-    return tuple(found[key] for key in keys if key in found)
+        Empty without pip.
+        """
+        keys = (f"{section}.{name}" for section in _SECTIONS)
+        return tuple(self._listed[key] for key in keys if key in self._listed)
 
+    def get(self, name: str) -> str:
+        """Return the value of an option; empty if nothing sets it."""
+        return next(reversed(self.every(name)), "")
 
-def pip_setting(name: str) -> str:
-    """Return pip's value of an option; empty if nothing sets it."""
-    return next(reversed(pip_settings(name)), "")
+    @cached_property
+    def _listed(self) -> Mapping[str, str]:
+        """Return what `pip config list` prints; starting it takes a third of a second."""
+        found: dict[str, str] = {}
+
+        def keep(line: str) -> None:
+            key, _, value = line.partition("=")
+            with contextlib.suppress(ValueError, SyntaxError):
+                found[key] = str(ast.literal_eval(value))
+
+        try:
+            process.run(
+                [sys.executable, "-m", "pip", "config", "list"],
+                env=process.scrubbed(prefixes=("PIP_", "XDG_")),
+                on_line=keep,
+                on_error_line=lambda _: None,
+                timeout=_SECONDS,
+            )
+        except EnvironmentFailure:
+            return {}
+        return found

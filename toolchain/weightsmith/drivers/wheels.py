@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from weightsmith.drivers.environment import Pins
-from weightsmith.drivers.pip_settings import pip_settings
+from weightsmith.drivers.pip_settings import PipSettings
 
 _PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;\\]+)")
 
 
 def configured_wheels() -> tuple[Path, ...]:
     """Return the local folders in pip's `find-links` configuration."""
-    links = [link for value in pip_settings("find-links") for link in value.split()]
+    links = [link for value in PipSettings().every("find-links") for link in value.split()]
     folders = [Path(link.removeprefix("file://")) for link in links]
     return tuple(dict.fromkeys(folder for folder in folders if folder.is_dir()))
 
