@@ -22,6 +22,9 @@ sys.argv = [{program!r}, "targets"]
 {start}
 """
 """Send this process a SIGINT in the moment in which it begins to import a module."""
+AWAKE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+"""As in the foreground: a test run that a shell started with `&` ignores the signal, and so do its
+children."""
 STARTS = {
     "weightsmith": "from weightsmith.__main__ import main; main()",
     "invoke": "sys.path.insert(0, '.'); import tasks",
@@ -35,10 +38,11 @@ def run(source, **options):
     )  # fmt: skip
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("module", ["invoke", "json"])
 def test_it_ends_at_once_while_python_imports(start, module):
-    done = run(STRIKE.format(module=module, program=start, start=STARTS[start]))
+    done = run(AWAKE + STRIKE.format(module=module, program=start, start=STARTS[start]))
 
     assert done.returncode == 130
     assert done.stderr == "error: interrupted before it began\n"
