@@ -16,7 +16,7 @@ echo "setup: no package index? pip's own configuration is used, WEIGHTSMITH_WHEE
 endef
 
 # What one machine has one of, so that only one test at a time may use it; and what test-fast does
-# without: these, and tests that take seconds of their own.
+# without: these, and tests that take half a second or more.
 SHARED := builders or vllm or docker or registry or other_registries or browser or ray or slurm
 FAST := not ($(SHARED) or root or gpu or real or slow)
 # As many processes as cores, each with one thread for torch and numpy: their tests are small. And

@@ -98,6 +98,7 @@ def test_each_form_can_be_verified(warm: Memory) -> None:
         assert all(check["ok"] is not False for check in checks["checks"]), checks
 
 
+@pytest.mark.slow
 def test_each_form_is_signed_and_its_signature_goes_with_it(warm: Memory) -> None:
     warm.signer = new_signer()
     key = warm.folder / "key.pub"

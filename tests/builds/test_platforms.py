@@ -115,6 +115,7 @@ def test_an_image_for_each_platform_shares_the_weights(scene: Scene) -> None:
     assert bad == ["linux/arm64 layer 0"]
 
 
+@pytest.mark.slow
 def test_the_lock_decides_which_base(scene: Scene) -> None:
     first = scene.build("--push")
     scene.base("2")

@@ -108,6 +108,7 @@ def test_rebased_and_still_proven(scene: Scene) -> None:
     assert scene.check(scene.name("new/app:2"))
 
 
+@pytest.mark.slow
 def test_two_platforms_copied_out_and_back_with_all_that_hangs_on_them(scene: Scene) -> None:
     places = {name: scene.name(f"base/many:{name}") for name in ("amd64", "arm64")}
     for name, where in places.items():

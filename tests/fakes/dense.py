@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny" / "base"
 KINDS = {
     name: kind
     for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-    if CONFIG_MAPPING[kind].__name__.removesuffix("Config").removesuffix("Text")
+    if CONFIG_MAPPING_NAMES[kind].removesuffix("Config").removesuffix("Text")
     == str(name).removesuffix("ForCausalLM")
 }
 """Architecture -> model type, where the configuration is that class's own."""

@@ -23,6 +23,7 @@ def moments(tmp_path_factory: pytest.TempPathFactory):
         yield process
 
 
+@pytest.mark.slow
 def test_a_push(moments: Moments, tmp_path: Path) -> None:
     write_layout(tiny_image(tmp_path / "model"), tmp_path / "layout")
     with fake_registry() as fake:

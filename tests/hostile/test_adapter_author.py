@@ -85,6 +85,7 @@ def test_a_pattern_that_never_ends_is_refused_in_the_plan(
         make_plan(BASE, [(adapter, 1.0)])
 
 
+@pytest.mark.slow
 def test_a_pattern_that_never_ends_on_one_layer_is_refused_in_the_plan(
     tmp_path: Path, impatient: None
 ) -> None:
@@ -233,6 +234,7 @@ def test_a_live_terminal_is_not_steered() -> None:
     assert not re.search(r"^\s*all checks passed", plain, re.MULTILINE)
 
 
+@pytest.mark.slow
 @given(CHOSEN)
 def test_no_name_steers_a_terminal(name: str) -> None:
     """Whatever characters a name has, in progress and in errors."""

@@ -199,6 +199,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "expected", "answer"),
     [
@@ -319,6 +320,7 @@ def test_a_text_of_many_colons_is_read_at_once() -> None:
     assert time.process_time() - began < 1
 
 
+@pytest.mark.slow
 def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
     """`--url http://ann:KEY@…` of a server that is not there: the message names it without."""
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')

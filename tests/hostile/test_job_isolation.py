@@ -54,6 +54,7 @@ def test_a_job_writes_to_its_output_and_nowhere_else(tmp_path):
     assert result["input_writable"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["namespaces", "capabilities"])
 def test_a_job_has_no_network_where_namespaces_are_refused(lacking, tmp_path):
     """Containers refuse them, and Ubuntu 24.04 makes them useless: the second line holds."""
@@ -63,6 +64,7 @@ def test_a_job_has_no_network_where_namespaces_are_refused(lacking, tmp_path):
     assert answer["reached"]["network"] is answer["reached"]["sockets"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(landlock.abi() == 0, reason="this kernel has no Landlock")
 def test_a_job_reads_no_other_files_where_namespaces_are_refused(tmp_path):
     """Nor the variables of the process that the user started, where tokens are."""
@@ -81,6 +83,7 @@ def test_a_job_that_cannot_be_kept_from_the_network_is_not_run(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_job_gets_the_network_where_the_user_said_so_and_it_is_recorded(tmp_path):
     answer = on_a_machine_without("namespaces,seccomp", tmp_path, "--allow-network-in-jobs")
 
@@ -88,6 +91,7 @@ def test_a_job_gets_the_network_where_the_user_said_so_and_it_is_recorded(tmp_pa
     assert ["warn", WARNING] in answer["lines"]
 
 
+@pytest.mark.slow
 def test_that_permission_changes_nothing_where_the_network_can_be_taken_away(tmp_path):
     answer = on_a_machine_without("namespaces", tmp_path, "--allow-network-in-jobs")
 

@@ -271,6 +271,7 @@ def test_demo_asks_the_built_image(tmp_path: Path, shared_store: Path) -> None:
     assert (tmp_path / "dist/support-bot/1.0.0/llamacpp-q4_k_m/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_demo_fails_as_its_command_does(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("no folder")
 

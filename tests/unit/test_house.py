@@ -96,6 +96,7 @@ QUANTIZER = replace(
 """
 
 
+@pytest.mark.slow
 def test_an_engine_and_a_quantizer_are_one_file_each(copy: Path) -> None:
     (copy / "toolchain" / "weightsmith" / "serving" / "example.py").write_text(ENGINE)
     (copy / "templates" / "example").mkdir()

@@ -38,6 +38,7 @@ def test_libraries_that_handle_every_exception_do_not_stop_it():
         handle()
 
 
+@pytest.mark.slow
 def test_something_that_swallows_it_once_is_interrupted_again():
     def swallow() -> None:
         try:

@@ -80,6 +80,7 @@ def test_a_listing_of_another_shape_ends_without_a_trace(
     assert caught.value.exit_code in (3, 5)
 
 
+@pytest.mark.slow
 def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
     reader: PypiReader, monkeypatch
 ) -> None:

@@ -158,6 +158,7 @@ with Registry() as client:
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_the_surroundings_is_in_the_digest(bakery: Bakery, tmp_path: Path) -> None:
     """Other folder, file order, times, modes, umask, locale, time zone and store."""
     first = bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "first")["digest"]
@@ -235,6 +236,7 @@ def test_weights_that_are_of_no_known_kind(bakery: Bakery, tmp_path: Path) -> No
     assert "model.safetensors" in str(made)
 
 
+@pytest.mark.slow
 def test_a_base_of_many_layers_leaves_few_to_the_weights(bakery: Bakery) -> None:
     for number in range(30):
         (bakery.model / f"tiny-{number:02}.gguf").write_bytes(b"GGUF" + bytes([number]))

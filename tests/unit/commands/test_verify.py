@@ -280,6 +280,7 @@ def test_cosign_agrees(scene: Scene, tmp_path: Path) -> None:
             } <= kinds
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
 def test_a_key_of_cosigns_own_and_a_signature_by_cosign(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -124,6 +124,7 @@ def wait_until_nothing_runs_for(folder: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_server_is_reached_and_reaches_nothing(tmp_path):
     launcher = RootfsLauncher(python_root, tmp_path / "cache")
     with (

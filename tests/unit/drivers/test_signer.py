@@ -60,6 +60,7 @@ exec REAL "$@"
 """cosign 3's own default, before it does what earlier versions do."""
 
 
+@pytest.mark.slow
 @needs_cosign
 def test_cosign_3_is_told_to_write_a_signature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

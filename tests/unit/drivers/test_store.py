@@ -97,6 +97,7 @@ def _maker(root: Path, results: "multiprocessing.Queue[bool]") -> None:
     results.put(FileStore(root).produce(KEY, {}, make).cached)
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_make_a_result_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -58,6 +58,7 @@ def adapter_of(tmp_path: Path, base: Path, kind: str, **options: Any) -> Path:
     return make_adapter(tmp_path / "lora", base, target_modules=targets, **options)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -83,6 +84,7 @@ def test_a_layer_that_reads_the_base_has_its_weight(tmp_path: Path) -> None:
     assert answer(base, dora) == generated(base, dora)
 
 
+@pytest.mark.slow
 def test_an_architecture_that_cannot_be_streamed_is_asked_in_memory(tmp_path: Path) -> None:
     """Jamba's state spaces use weights without calling their module."""
     base = make_model(tmp_path / "base", "jamba")
@@ -97,6 +99,7 @@ def test_an_architecture_that_cannot_be_streamed_is_asked_in_memory(tmp_path: Pa
     assert answers({"": Subject(model=base)}, chat, 3)[""][0]["finish_reason"]
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_draft_changes_no_answer(tmp_path: Path, kind: str) -> None:
     base = make_model(tmp_path / "base", kind)
@@ -127,6 +130,7 @@ def test_an_answer_ends_with_the_first_end_token_of_a_draft_or_of_its_own(tmp_pa
         assert found[""].tokens == wanted
 
 
+@pytest.mark.slow
 def test_views_of_one_checkpoint_read_each_matrix_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +199,7 @@ def test_products_are_those_of_torch() -> None:
         torch.testing.assert_close(found, x @ matrix.float().T, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe"])
 def test_an_adapter_on_both_parameters_of_experts_keeps_both_deltas(
     tmp_path: Path, kind: str
@@ -209,6 +214,7 @@ def test_an_adapter_on_both_parameters_of_experts_keeps_both_deltas(
     assert answer(base, lora) == generated(base, lora)
 
 
+@pytest.mark.slow
 def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", num_key_value_heads=4, intermediate_size=64)
     spans = [[0, 2], [0, 3]]
@@ -300,6 +306,7 @@ def largest_head_input(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("kind", "options", "drafted", "positions"),
     [

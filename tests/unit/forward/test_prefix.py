@@ -57,6 +57,7 @@ def test_answers_after_a_shared_prefix_are_those_of_each_prompt_alone(
     assert len(HEAD) in lengths
 
 
+@pytest.mark.slow
 def test_an_adapter_has_its_own_prefix(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj", "v_proj"])

@@ -74,6 +74,7 @@ def merge(out: str = "merged", **options: Any) -> weightsmith.Merged:
     return weightsmith.merge(TINY / "base", TINY / "adapters/a", out, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_every_function_has_an_example_and_all_run(tools: Tools) -> None:
     names: dict[str, Any] = {"weightsmith": weightsmith}
     for name in FUNCTIONS:

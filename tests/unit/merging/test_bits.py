@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,6 +82,7 @@ def part(stored: Stored, side: str, rank: int, layout: str) -> Part:
     return Part(stored=stored, height=height)
 
 
+@pytest.mark.slow
 @settings(max_examples=120)
 @given(case=cases())
 def test_every_bit_of_a_written_tensor(case: tuple[Any, ...]) -> None:

@@ -211,6 +211,7 @@ def test_every_bit_is_the_correctly_rounded_sum(
     check(weight, left, right, gains, out, rows=rows)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("out", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_larger_blocks(kind: str, out: torch.dtype) -> None:

@@ -175,6 +175,7 @@ RESIZED: dict[str, Case] = {
 }
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("name", RESIZED)
 def test_resized_vocabularies(name: str, bases: MakeBase, tmp_path: Path) -> None:
     architecture, model, lora = RESIZED[name]

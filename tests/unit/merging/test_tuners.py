@@ -266,6 +266,7 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
     assert (logits(tmp_path / "out") - wanted).abs().max() < 1e-5
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", sorted(tuned._BY_ROWS))
 def test_some_rows_at_a_time(
     kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -116,6 +116,7 @@ def test_a_sound_quantization_of_random_weights_passes(tmp_path):
     assert allowed(found)
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_two_whole_forward_passes(tmp_path):
     found = measured(View(sound), tokens=10_000)
 
@@ -146,6 +147,7 @@ def test_the_figures_are_those_of_two_whole_forward_passes(tmp_path):
     assert found.perplexity_ratio == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_layers_error_is_that_of_text_and_not_of_padding():
     longer = [*ROWS, {"text": "One line that is longer than any of those questions. " * 5}]
 
@@ -185,6 +187,7 @@ def test_the_broken_layer_is_named():
     assert "layers.2." in found.worst_tensors[0].tensor
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.up_proj"])
 def test_one_damaged_tensor_is_named_though_the_whole_hardly_changes(name):
     """A twentieth of its scales belong to other groups, as after a fault of memory."""

@@ -99,6 +99,7 @@ def test_a_template_that_refuses_is_an_input_refused(model):
         as_lines(model, CHATS)
 
 
+@pytest.mark.slow
 def test_rendering_imports_no_torch():
     script = (
         "import sys; from pathlib import Path; from weightsmith.quality.texts import as_lines;"

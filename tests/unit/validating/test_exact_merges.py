@@ -132,6 +132,7 @@ def test_ways_to_merge_pass(
     assert result.comparison.elements.wrong == 0
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("kind", ["loha", "ia3", "bias"])
 def test_a_part_of_what_is_no_factor_passes(tmp_path: Path, kind: str) -> None:
     from peft import IA3Config, LoHaConfig, LoraConfig
@@ -180,6 +181,7 @@ def test_a_wrong_weight_is_reported(tmp_path: Path) -> None:
     assert "added 0.5 times" in tell(result)
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_read_and_not_called_is_reported(tmp_path: Path) -> None:
     """Mamba's `dt_proj`: its LoRA acts nowhere in PEFT's forward, and in the merge it does."""
     base = make_model(tmp_path / "base", "jamba")
@@ -246,6 +248,7 @@ def test_probes_of_ones_own(tmp_path: Path) -> None:
     assert told.same == told.tokens == 16
 
 
+@pytest.mark.slow
 def test_a_model_without_a_tokenizer_is_probed_too(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     for path in base.iterdir():
@@ -297,6 +300,7 @@ def test_a_token_of_the_adapter_that_is_not_embedded_is_a_fault(tmp_path: Path) 
     assert "error tokenizer the tokenizer has 513 tokens" in tell(result)
 
 
+@pytest.mark.slow
 def test_of_other_methods_the_rest_is_judged(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     loras = [

@@ -62,7 +62,7 @@ def test_what_the_merge_makes_passes(tmp_path: Path, method: str, dtype: str) ->
     assert "values that the method can produce" in tell(result)
 
 
-@pytest.mark.grid(6)
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 3, 6])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_sum_of_bounded_rank(tmp_path: Path, rank: int | None, dtype: str) -> None:
@@ -90,6 +90,7 @@ def seeded(method: str) -> dict[str, int]:
     return {"seed": 7} if method.startswith("dare") else {}
 
 
+@pytest.mark.slow
 def test_three_adapters_pass(tmp_path: Path) -> None:
     base, out, loras = make(tmp_path, "dare_ties", 3, seed=3)
 
@@ -128,6 +129,7 @@ def test_wrong_elements_fail(
     assert tensor in tell(result)
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("method", METHODS)
 def test_another_scaling_fails(tmp_path: Path, method: str) -> None:
     base, out, loras = make(tmp_path, method, **seeded(method))
@@ -139,6 +141,7 @@ def test_another_scaling_fails(tmp_path: Path, method: str) -> None:
     assert not result.passed
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_that_is_left_out_is_named(tmp_path: Path, method: str) -> None:
     base, out, loras = make(tmp_path, method, 1, **seeded(method))

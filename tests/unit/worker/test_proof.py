@@ -83,6 +83,7 @@ def test_both_find_what_each_finds_by_itself(
     assert len(products) - apart < 0.7 * apart  # drafts are read, not generated
 
 
+@pytest.mark.slow
 def test_a_wrong_merge_is_found_though_its_answers_are_drafts(job: ProofJob) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     edit_tensors(job.validation.merged.path, lambda tensors: tensors[name].neg_())
@@ -113,7 +114,7 @@ def with_other_heads(merged: Path) -> None:
     (merged / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
 
 
-@pytest.mark.grid(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "check"),
     [

@@ -42,6 +42,7 @@ def logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
         return model.eval()(IDS).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize(
     "options",

@@ -91,6 +91,7 @@ def wanted(
     return delta  # type: ignore[no-any-return]
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     "method", ["sequential", "linear", "cat", "svd", *PRUNING, *(f"{m}_svd" for m in PRUNING)]
 )
