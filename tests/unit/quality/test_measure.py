@@ -214,6 +214,26 @@ def test_one_damaged_tensor_is_named_though_the_whole_hardly_changes(name):
     assert damaged_name in exceeded[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "damaged"),
+    [("q8_0", 1e-5, False), ("f16", 1e-8, False), ("q8_0", 0.01, True), ("f16", 1e-5, True)],
+)
+def test_weights_too_small_for_a_type_may_become_zero(tmp_path, kind, size, damaged):
+    """llama.cpp's q8_0 makes zeros of weights around 1e-6; rows of unused tokens have fewer."""
+    model, name = tmp_path / "model", "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(TINY / "base", model)
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name] = (torch.randn(tensors[name].shape) * size).to(tensors[name].dtype)
+    save_file(tensors, file, {"format": "pt"})
+    view = View(lambda tensor, data: data * (tensor != name), model)
+    view.stored = kind
+
+    found = measure(model, view, ROWS, 300, lambda done, total: None)
+
+    assert [fault.tensor for fault in found.damaged] == [name] * damaged
+
+
 def test_weights_of_any_distribution_are_no_damage():
     """A row or a block with one large weight has a larger error, as rounding would have it."""
     random = np.random.default_rng(0)

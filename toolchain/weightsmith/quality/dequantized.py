@@ -130,7 +130,10 @@ class Dequantized(Weights):
     ) -> TensorFault | None:
         kind = self._view.kind(name)
         rounding, error = ROUNDING.get(kind), found.relative
-        if rounding is None or error <= rounding.usual or error <= (most := rounding.limit(rows)):
+        if rounding is None or error <= rounding.usual:
+            return None
+        most, tiny = rounding.limit(rows), found.error <= rows.numel() * rounding.tiny**2
+        if tiny or error <= most:
             return None
         return TensorFault(tensor=name, row=first, kind=kind, error=short(error), limit=short(most))
 
