@@ -53,6 +53,12 @@ CHANGES = (
     Change("quality.tokens=128", ("quality",), ("quality",)),
     Change("quality.limits={q4_k_m: {kl_mean: 0.2}}", stages=()),
     Change("quantize.imatrix='off'", MERGED[4:], ("quantize", "quality", *LATE), QUESTIONS),
+    Change(
+        "quantize.imatrix=walk",
+        ("importance", *MERGED[4:]),
+        ("quantize", "quality", *LATE),
+        QUESTIONS,
+    ),
     Change("merge.method=linear", ("merge",), ("merge", "evaluate", "publish")),
     Change("merge.precision=fast", stages=()),
     Change("adapters.0.weight=0.5", MERGED, AGAIN, QUESTIONS),
@@ -121,6 +127,23 @@ def test_what_one_target_made_another_takes(warm: Memory) -> None:
     assert warm.jobs() == ["quantize", "quality"]
     assert "statistics" in warm.runner.jobs[0].inputs
     assert redone(built) == ("quantize", "quality", "render", *LATE)
+
+
+def test_a_walk_serves_all_types_and_nothing_else_is_measured(memory: Memory) -> None:
+    """Its file is what the pass is given, which then needs no text and no 16-bit file."""
+    memory.build("quantize.imatrix=walk", targets=[TARGET, "llamacpp-iq4_xs"])
+    walk, pass_ = (job for job in memory.runner.jobs if job.kind in ("importance", "quantize"))
+
+    assert walk.kind == "importance"
+    assert walk.builder == "merge"
+    assert walk.virtual is not None
+    assert (pass_.texts, pass_.options["imatrix"]) == ((), "walk")
+    assert pass_.statistics is not None
+    assert {pass_.format, *(one.format for one in pass_.beside)} == {"q4_k_m", "iq4_xs"}
+
+    memory.build("quantize.imatrix=walk", targets=["llamacpp-iq4_nl"])
+    assert memory.jobs() == ["quantize", "quality"]
+    assert memory.runner.jobs[0].statistics is not None
 
 
 def test_a_damaged_result_is_made_again(warm: Memory, digest: str) -> None:

@@ -13,6 +13,7 @@ from weightsmith.jobs import (
     ConvertAdapterJob,
     EchoJob,
     ExportEngineJob,
+    ImportanceJob,
     ImportGgufJob,
     Input,
     Job,
@@ -103,6 +104,7 @@ JOBS = (
         virtual=Virtual(base=KNOWN, adapters=(UNKNOWN, KNOWN), weights=(1.0, 0.5), options=OPTIONS),
     ),
     ExportEngineJob(**ENVELOPE),
+    ImportanceJob(**ENVELOPE, model=UNKNOWN, texts=({"text": "a"},), file="imatrix.gguf"),
     ProofJob(
         **ENVELOPE,
         validation=ValidateJob(

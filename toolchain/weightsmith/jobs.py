@@ -307,6 +307,17 @@ class QuantizeJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImportanceJob(Job):
+    """Measure the importance of each matrix's inputs for GGUF types."""
+
+    kind = "importance"
+    model: Input
+    texts: tuple[Row, ...]
+    file: str
+    """Name of the output file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertAdapterJob(Job):
     """Convert a LoRA adapter to GGUF."""
 
@@ -371,6 +382,7 @@ _KINDS: Mapping[str, type[Job]] = {
         ProofJob,
         ImportGgufJob,
         QuantizeJob,
+        ImportanceJob,
         ConvertAdapterJob,
         QualityJob,
         ExportEngineJob,

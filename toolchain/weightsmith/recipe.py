@@ -149,8 +149,9 @@ class Quantize(Section):
     )
     imatrix: str = Field(
         "",
-        description="Importance matrix of GGUF types: `auto` (made from the calibration text), "
-        "`off`, or a file; default: `auto` below five bits, else `off`.",
+        description="Importance matrix of GGUF types: `auto` (llama-imatrix measures it on the "
+        "calibration text), `walk` (weightsmith does), `off`, or a file; default: `auto` below "
+        "five bits, else `off`.",
     )
     split_max_size: str = Field(
         "",

@@ -106,7 +106,7 @@ def _recipe(stated: Sequence[Statement], source: str, progress: Progress) -> dic
             kept = {key: recipe[key] for key in _TAKEN if key in recipe}
             if isinstance(quantize := kept.get("quantize"), dict):
                 # Any other value names a file that is not attached.
-                mine = quantize.get("imatrix") in ("auto", "off")
+                mine = quantize.get("imatrix") in ("auto", "walk", "off")
                 kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
             if isinstance(task := kept.get("evaluate"), dict) and "certainty" in task:
                 # As images of earlier versions say it.

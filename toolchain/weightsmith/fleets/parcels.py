@@ -24,7 +24,7 @@ NAMED = (
     ("quantize", "imatrix"),
 )
 """Keys of a recipe that name a file."""
-WORDS = frozenset({"", "auto", "off"})
+WORDS = frozenset({"", "auto", "walk", "off"})
 """Values of these keys that are no file's name."""
 
 

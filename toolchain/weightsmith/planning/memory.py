@@ -9,6 +9,7 @@ from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.forward.memory import Walk, single_pass_bytes, walk_bytes
 from weightsmith.quantizers import of_format
+from weightsmith.quantizers.gguf_calibration import WALK_TOKENS
 from weightsmith.serving.memory import human
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
@@ -92,7 +93,12 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
         return min(_UNKNOWN, limit)
     # Embeddings and heads are read a few rows at a time by every converter.
     largest = shape.hidden * max(shape.intermediate, experts)
-    return min(_GGUF + 2 * 4 * largest, limit)
+    writing = min(_GGUF + 2 * 4 * largest, limit)
+    if not of_format(options.format.name).walked(options.options):
+        return writing
+    # One layer in float32, and the states of as many tokens as run together.
+    walking = _GGUF + 2 * size // max(1, model.layers) + 4 * shape.hidden * WALK_TOKENS
+    return max(writing, walking)
 
 
 def _walk(model: ModelFacts, walk: Walk, memory: Memory) -> int:

@@ -13,6 +13,7 @@ from weightsmith.ports import Progress
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
+from weightsmith.quantizers.gguf_calibration import IMATRIX_WORDS
 from weightsmith.recipe import Serve, TextBounds
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
@@ -55,7 +56,7 @@ def quantize_options(
     if file.recipe.base.license:
         about["license"] = file.recipe.base.license
     settings = file.recipe.quantize.model_dump()
-    if settings["imatrix"] not in {"", "auto", "off"}:
+    if settings["imatrix"] not in IMATRIX_WORDS:
         settings["imatrix"] = str(file.folder / settings["imatrix"])
     found = format_options(file.recipe.name, format_, settings, about, tools)
     return replace(found, texts=texts_of(file)) if needs_text(found) else found
@@ -70,12 +71,14 @@ def format_options(
 ) -> QuantizeOptions:
     """Return the options that a format takes, with the digest of an importance matrix."""
     given = str(settings.get("imatrix", ""))
-    path = None if given in {"", "auto", "off"} else Path(given).absolute()
+    path = None if given in IMATRIX_WORDS else Path(given).absolute()
     if path is not None and not path.is_file():
-        raise InputRefused(f"{path}: no such importance matrix", hint="give auto, off or a file")
+        raise InputRefused(
+            f"{path}: no such importance matrix", hint="give auto, walk, off or a file"
+        )
     options = dict(of_format(format_.name).options(format_, settings))
     statistics = None
-    if path is not None and options.get("imatrix", "off") not in {"auto", "off"}:
+    if path is not None and options.get("imatrix", "off") not in IMATRIX_WORDS:
         entry = tools.store.digest_file(path)
         statistics = Input.file(Tree(root=path.parent, files=(entry,)), entry.path)
         options["imatrix"] = entry.digest

@@ -12,8 +12,9 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.cpus import all_but_one
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import parse, parse_file
+from weightsmith.foreign import parse
 from weightsmith.quantizers.checkpoints import check_unpacked
+from weightsmith.quantizers.gguf_calibration import check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_check import check_files
 from weightsmith.quantizers.gguf_file import model_files
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
@@ -38,9 +39,6 @@ _OFFLINE = {
     "OMP_NUM_THREADS": "1",
 }
 IMATRIX = "imatrix.gguf"
-_WINDOW = 512
-"""Context size for the importance matrix: llama-imatrix's default."""
-_MIN_TOKENS = 256
 _UNITS = {"M": 10**6, "G": 10**9}
 _SPLIT_MARGIN = 0.7
 """Safety factor: formats mix types, and a part may have the larger ones."""
@@ -92,14 +90,14 @@ def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json
 
 
 def _imatrix_mode(name: str, requested: str) -> str:
-    """Return `off`, `auto`, or the user's file."""
+    """Return `off`, `auto`, `walk`, or the user's file."""
     row = FILE_TYPES[name]
     if not row.takes_imatrix:
         return "off"
     if row.needs_imatrix and requested == "off":
         raise UsageError(
             f"{name} needs an importance matrix",
-            hint="remove imatrix, or set it to auto or to a file",
+            hint="remove imatrix, or set it to auto, walk or to a file",
         )
     return requested or ("auto" if row.named_bits < 5 else "off")
 
@@ -129,7 +127,18 @@ def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
 
 def calibrated(_format: Format, chosen: Mapping[str, Json]) -> bool:
     """Return whether an importance matrix is computed from calibration text."""
-    return chosen.get("imatrix") == "auto"
+    return chosen.get("imatrix") == "auto" or walked(chosen)
+
+
+def walked(chosen: Mapping[str, Json]) -> bool:
+    """Return whether our own walk over the layers measures importance, before this job."""
+    return chosen.get("imatrix") == "walk"
+
+
+def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
+    """Refuse a walk over an architecture that it does not support."""
+    if walked(chosen):
+        check_walk(model)
 
 
 def output_file(request: QuantizeRequest) -> Path:
@@ -197,7 +206,8 @@ def peak_disk(
 ) -> int:
     """Return the peak disk usage in bytes: output, and the file that importance needs."""
     output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3)
-    return output + (checkpoint_bytes if calibrated(format_, chosen) else 0)
+    middle = calibrated(format_, chosen) and not walked(chosen)
+    return output + (checkpoint_bytes if middle else 0)
 
 
 def _converter(request: QuantizeRequest, split: str) -> tuple[str, ...]:
@@ -246,14 +256,8 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
         )
     rows = [parse(line) for line in request.calibration.read_text("utf-8").splitlines()]
     tokens = sum(int(row["tokens"]) for row in rows)
-    if tokens < _MIN_TOKENS:
-        raise InputRefused(
-            f"the {len(rows)} calibration texts have {tokens} tokens; an importance matrix needs "
-            f"at least {_MIN_TOKENS}",
-            hint="add calibration text, or set imatrix to off",
-        )
     text = request.output / ".calibration.txt"
-    window = min(_WINDOW, _context(request.model), 1 << (tokens.bit_length() - 2))
+    window = window_of(request.model, len(rows), tokens)
     threads = request.options.get("threads") or all_but_one()
     split = "split_max_size" in request.options
     return Step(
@@ -333,21 +337,9 @@ def together(
     )
 
 
-def _config(model: Path) -> Mapping[str, Json]:
-    try:
-        config = parse_file(model / "config.json")
-    except (OSError, ValueError):
-        return {}
-    return {**config, **(config.get("text_config") or {})}
-
-
 def _dtype(model: Path) -> str:
-    config = _config(model)
+    config = config_of(model)
     return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-
-
-def _context(model: Path) -> int:
-    return int(_config(model).get("max_position_embeddings") or _WINDOW)
 
 
 QUANTIZER = Quantizer(
@@ -357,7 +349,9 @@ QUANTIZER = Quantizer(
     recipe_number=3,
     check_input=lambda _format, model: check_input(model),
     options=options,
+    check_options=check_options,
     calibrated=calibrated,
+    walked=walked,
     steps=steps,
     check=check,
     peak_disk=peak_disk,

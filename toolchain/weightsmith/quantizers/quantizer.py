@@ -64,6 +64,10 @@ def _never(_format: Format, _options: Mapping[str, Json]) -> bool:
     return False
 
 
+def _unwalked(_options: Mapping[str, Json]) -> bool:
+    return False
+
+
 def _alone(
     _format: Format, _options: Mapping[str, Json], _other: Format, _others: Mapping[str, Json]
 ) -> bool:
@@ -103,6 +107,9 @@ class Quantizer:
     statistics: str = ""
     """Name of the output file with calibration statistics, which is stored separately for use by
     other formats of the same checkpoint."""
+    walked: Callable[[Mapping[str, Json]], bool] = _unwalked
+    """(options) -> whether a job of its own measures these statistics, by a walk over the layers.
+    """
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""
     streams: bool = False

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.destinations import Destination
-from weightsmith.jobs import Beside, Input, QuantizeJob, Virtual
+from weightsmith.jobs import Beside, ImportanceJob, Input, QuantizeJob, Virtual
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
@@ -26,7 +27,11 @@ from weightsmith.values import (
     Format,
     Json,
     StageInputs,
+    Tree,
 )
+
+WALK_BUILDER = "merge"
+WALK_RECIPE_NUMBER = 1
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
@@ -76,6 +81,19 @@ def statistics_inputs(checkpoint: Digest, texts: Texts, quantizer: Quantizer) ->
             "quantizer": quantizer.name,
             "calibration": texts.calibration_digest,
             "builder": builder_pins(quantizer.builder),
+        },
+    )
+
+
+def walked_inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
+    """Return what importance depends on that our own walk measures."""
+    return StageInputs(
+        stage="importance",
+        recipe_number=WALK_RECIPE_NUMBER,
+        inputs={
+            "checkpoint": checkpoint,
+            "calibration": texts.calibration_digest,
+            "builder": builder_pins(WALK_BUILDER),
         },
     )
 
@@ -138,10 +156,16 @@ def _run(
     # What one format needs while it is made, the others share.
     peak += sum(quantizer.peak_disk(checkpoint.tree.size, kept, one.format, {}) for one in others)
     tools.store.require_room(peak, f"quantizing to {options.format.name}")
-    if not (options.texts and quantizer.statistics):
+    texts = options.texts
+    if not (texts and quantizer.statistics):
         result = _quantized(folder, checkpoint, options, others, tools)
         return _kept(folder, checkpoint, others, to, result)
-    known = statistics_inputs(checkpoint.digest, options.texts, quantizer)
+    if quantizer.walked(options.options):
+        with _walked(checkpoint, texts, quantizer.statistics, to, tools) as given:
+            options = replace(options, texts=None, statistics=given)
+            result = _quantized(folder, checkpoint, options, others, tools)
+        return _kept(folder, checkpoint, others, to, result)
+    known = statistics_inputs(checkpoint.digest, texts, quantizer)
     if earlier := to.find(lambda: known):
         options = replace(options, statistics=Input.file(earlier, quantizer.statistics))
     result = _quantized(folder, checkpoint, options, others, tools)
@@ -150,6 +174,34 @@ def _run(
         to.keep(lambda: known, measured)
     measured.unlink(missing_ok=True)
     return _kept(folder, checkpoint, others, to, result)
+
+
+@contextmanager
+def _walked(
+    checkpoint: Checkpoint, texts: Texts, name: str, to: Destination, tools: Tools
+) -> Iterator[Input]:
+    """Yield the statistics that a walk over the layers has measured, or does now."""
+    known = partial(walked_inputs, checkpoint.digest, texts)
+    if earlier := to.find(known):
+        yield Input.file(earlier, name)
+        return
+    tools.runner.prepare(WALK_BUILDER, tools.progress)
+    size = checkpoint.tree.weight_bytes
+    with tools.scratch() as folder:
+        job = ImportanceJob(
+            builder=WALK_BUILDER,
+            model=Input.checkpoint(checkpoint),
+            virtual=Virtual.of(checkpoint),
+            texts=texts.calibration,
+            file=name,
+            output=folder,
+            memory_bytes=(4 << 30) + 2 * size,
+            seconds=job_seconds(size, tokens=sum(len(str(row)) for row in texts.calibration)),
+        )
+        tools.runner.run(job, tools.progress)
+        to.keep(known, folder / name)
+        entry = tools.store.digest_file(folder / name)
+        yield Input.file(Tree(root=folder, files=(entry,)), name)
 
 
 def _made_together(

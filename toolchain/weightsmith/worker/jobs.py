@@ -25,6 +25,7 @@ from weightsmith.errors import (
     from_code,
 )
 from weightsmith.files import write_whole
+from weightsmith.foreign import parse
 from weightsmith.jobs import (
     ANSWER_JOURNAL,
     EARLY_ANSWERS,
@@ -32,6 +33,7 @@ from weightsmith.jobs import (
     ConvertAdapterJob,
     EchoJob,
     ExportEngineJob,
+    ImportanceJob,
     ImportGgufJob,
     MergeJob,
     PaceJob,
@@ -153,6 +155,21 @@ def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, Json]
     found = _mapping(quantizer.check(request))
     link.unlink(missing_ok=True)
     return found
+
+
+def _importance(job: ImportanceJob, report: Report) -> Mapping[str, Json]:
+    """Write the file; return how much text it was measured on."""
+    rendering: Any = importlib.import_module("weightsmith.quality.texts")
+    module: Any = importlib.import_module("weightsmith.quantizers.layerwise.importance")
+    rows = [parse(line) for line in rendering.as_lines(job.model.path, job.texts).splitlines()]
+    found = module.importance(
+        job.model.path,
+        [row["text"] for row in rows],
+        sum(int(row["tokens"]) for row in rows),
+        lambda done, total: report(done, total, "layers"),
+    )
+    module.write_importance(job.output / job.file, found)
+    return {"chunks": found.chunks, "window": found.window}
 
 
 def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:
@@ -356,6 +373,7 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     MergeJob.kind: _merge,
     ImportGgufJob.kind: _import_gguf,
     QuantizeJob.kind: _quantize,
+    ImportanceJob.kind: _importance,
     ConvertAdapterJob.kind: _convert_adapter,
     ReferenceJob.kind: _reference,
     ProofJob.kind: _prove,
@@ -371,6 +389,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     ProofJob.kind: ("peft",),
     ValidateJob.kind: ("peft",),
     QualityJob.kind: (),
+    ImportanceJob.kind: (),
     PaceJob.kind: (),
 }
 """Kinds of jobs that run models -> what they need beside torch and transformers."""

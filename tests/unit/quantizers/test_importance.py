@@ -1,0 +1,220 @@
+"""Importance from our own walk over the layers: that of the whole model in transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from weightsmith.checkpoints.facts import read_facts
+from weightsmith.errors import InputRefused
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.architectures import EXPERTS, SEEING, WALKED
+from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK
+from weightsmith.quantizers.gguf_imatrix import experts_missed, read_imatrix
+from weightsmith.quantizers.gguf_importance import read_importance
+from weightsmith.quantizers.layerwise import importance as walking
+from weightsmith.quantizers.layerwise.importance import importance, write_importance
+
+from tests.fakes.dense import make_dense
+from tests.fakes.seeing import make_seeing
+from tests.fakes.sparse import make_sparse
+
+LINES = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()[:3]]
+NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def make(folder: Path, architecture: str) -> Path:
+    if architecture in SEEING:
+        return make_seeing(folder, architecture)
+    if architecture in EXPERTS:
+        return make_sparse(folder, architecture)
+    return make_dense(folder, architecture)
+
+
+def windows(model: Path, window: int) -> list[torch.Tensor]:
+    """The tiny tokenizer begins no text with a token of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer("\n".join(LINES), add_special_tokens=False)["input_ids"]
+    return [torch.tensor([ids[n : n + window]]) for n in range(0, len(ids) - window + 1, window)]
+
+
+def tokens_of(model: Path) -> int:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return sum(len(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in LINES)
+
+
+def by_transformers(model: Path, chunks: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """Means of squares in float64: of each linear layer, and of each expert's inputs."""
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, experts_implementation="eager"
+    )
+    inputs: dict[str, list[torch.Tensor]] = {}
+
+    def see(name: str, _, args) -> None:
+        inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+    linear = torch.nn.functional.linear
+    experts: dict[str, dict[int, list[torch.Tensor]]] = {}
+
+    def spied(module, name: str, forward, *args, **kwargs):
+        """Catch the products with one expert's matrix, which are views of the stack."""
+
+        def product(x, weight, bias=None):
+            for part, stack in (("up", module.gate_up_proj), ("down", module.down_proj)):
+                step = stack.stride(0) * stack.element_size()
+                number, rest = divmod(weight.data_ptr() - stack.data_ptr(), step)
+                if not rest and 0 <= number < len(stack) and weight.shape == stack.shape[1:]:
+                    found = experts.setdefault(f"{name}.{part}", {})
+                    found.setdefault(number, []).append(x)
+            return linear(x, weight, bias)
+
+        torch.nn.functional.linear = product
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.nn.functional.linear = linear
+
+    for name, module in network.named_modules():
+        if type(module) is torch.nn.Linear:
+            module.register_forward_pre_hook(partial(see, name))
+        elif name.endswith(".experts"):
+            module.forward = partial(spied, module, name, module.forward)
+    with torch.inference_mode():
+        for chunk in chunks:
+            network(input_ids=chunk)
+    found = {name: mean(rows)[None] for name, rows in inputs.items()}
+    for name, of_each in experts.items():
+        count = network.get_submodule(name.rpartition(".")[0]).num_experts
+        width = of_each[min(of_each)][0].shape[-1]
+        ones = np.ones(width)
+        found[name] = np.stack([mean(of_each[n]) if n in of_each else ones for n in range(count)])
+    return found
+
+
+def mean(rows: list[torch.Tensor]) -> np.ndarray:
+    return torch.cat(rows).double().square().mean(0).numpy()
+
+
+def measured(tmp_path: Path, model: Path) -> tuple[Mapping[str, np.ndarray], walking.Measured]:
+    found = importance(model, LINES, tokens_of(model))
+    write_importance(tmp_path / "imatrix.gguf", found)
+    return read_importance(tmp_path / "imatrix.gguf").values, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_each_matrix_has_the_mean_squares_of_its_inputs(tmp_path: Path, architecture: str) -> None:
+    model = make(tmp_path / "model", architecture)
+    ours, found = measured(tmp_path, model)
+
+    chunks = windows(model, found.window)
+    right = by_transformers(model, chunks)
+    assert len(ours) == 14
+    assert found.chunks == len(chunks) >= 2
+    for name, values in ours.items():
+        _, layer, part, _ = name.split(".")
+        close(values, right[f"model.layers.{layer}.{NAMES[part]}"], name)
+
+
+@pytest.mark.slow
+def test_joined_matrices_have_one_input(tmp_path: Path) -> None:
+    model = make(tmp_path / "model", "Phi3ForCausalLM")
+    ours, found = measured(tmp_path, model)
+
+    right = by_transformers(model, windows(model, found.window))
+    joined = {**NAMES, "ffn_up": "mlp.gate_up_proj"}
+    assert {name.split(".")[2] for name in ours} == {
+        "attn_qkv",
+        "attn_output",
+        "ffn_up",
+        "ffn_down",
+    }
+    for name, values in ours.items():
+        _, layer, part, _ = name.split(".")
+        close(values, right[f"model.layers.{layer}.{joined[part]}"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
+def test_each_expert_has_its_own(tmp_path: Path, architecture: str) -> None:
+    model = make(tmp_path / "model", architecture)
+    ours, found = measured(tmp_path, model)
+
+    right = by_transformers(model, windows(model, found.window))
+    for name in ("ffn_gate_exps", "ffn_up_exps"):
+        close(ours[f"blk.1.{name}.weight"], right["model.layers.1.mlp.experts.up"], name)
+    close(ours["blk.1.ffn_down_exps.weight"], right["model.layers.1.mlp.experts.down"], "down")
+    if architecture == "Qwen2MoeForCausalLM":
+        for part in ("gate", "up", "down"):
+            name = f"model.layers.1.mlp.shared_expert.{part}_proj"
+            close(ours[f"blk.1.ffn_{part}_shexp.weight"], right[name], part)
+    counts = {e.name: e.counts for e in read_imatrix(tmp_path / "imatrix.gguf")}
+    assert sum(counts["blk.1.ffn_up_exps.weight"]) == 2 * found.chunks * found.window
+    assert experts_missed(tmp_path / "imatrix.gguf") == []
+
+
+def close(ours: np.ndarray, right: np.ndarray, name: str) -> None:
+    np.testing.assert_allclose(ours, right, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.grid(9)
+@pytest.mark.parametrize("architecture", sorted(WALKED - WITHOUT_WALK))
+def test_every_architecture_has_all_its_matrices(tmp_path: Path, architecture: str) -> None:
+    model = make(tmp_path / "model", architecture)
+    ours, _ = measured(tmp_path, model)
+
+    for layer in (0, 1):
+        parts = {name.split(".")[2] for name in ours if name.startswith(f"blk.{layer}.")}
+        assert {"attn_output", "attn_qkv" if "attn_qkv" in parts else "attn_q"} <= parts
+        assert parts & {"ffn_down", "ffn_down_exps"}
+
+
+def test_more_text_than_fits_into_memory_is_walked_in_parts(tmp_path: Path, monkeypatch) -> None:
+    model = make(tmp_path / "model", "LlamaForCausalLM")
+    whole = importance(model, LINES, tokens_of(model))
+    monkeypatch.setattr(walking, "WALK_TOKENS", whole.window)
+    steps: list[tuple[int, int]] = []
+
+    parts = importance(model, LINES, tokens_of(model), lambda *step: steps.append(step))
+
+    assert steps[-1] == (2 * whole.chunks, 2 * whole.chunks)
+    for name, sums in whole.sums.items():
+        np.testing.assert_allclose(parts.sums[name].squares, sums.squares, rtol=1e-4)
+        np.testing.assert_array_equal(parts.sums[name].counts, sums.counts)
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    model = make(tmp_path / "model", "LlamaForCausalLM")
+
+    with pytest.raises(InputRefused, match="have 9 tokens; an importance matrix needs at least"):
+        importance(model, ["a short text"], 9)
+
+
+@pytest.mark.parametrize("architecture", [*sorted(WITHOUT_WALK), "GPT2LMHeadModel"])
+def test_an_unknown_architecture_is_refused_before_any_work(
+    tmp_path: Path, architecture: str
+) -> None:
+    quantizer, format_ = of_format("q4_k_m"), formats()["q4_k_m"]
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    model = read_facts(tmp_path)
+
+    quantizer.check_options(model, quantizer.options(format_, {"imatrix": "auto"}))
+    with pytest.raises(InputRefused, match=f"walk does not support {architecture}"):
+        quantizer.check_options(model, quantizer.options(format_, {"imatrix": "walk"}))

@@ -1,0 +1,57 @@
+"""What an importance matrix is measured on, and by what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import parse_file
+from weightsmith.quantizers.architectures import WALKED
+
+IMATRIX_WORDS = frozenset({"", "auto", "walk", "off"})
+"""Values of the option `imatrix` that are no file's name."""
+WITHOUT_WALK = frozenset({"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"})
+"""The converter splits `kv_b_proj` into two matrices, which have other inputs than it."""
+WALK_TOKENS = 1 << 16
+"""Our walk runs so many through all layers before the next: their states are in memory."""
+
+_WINDOW = 512
+"""llama-imatrix's default."""
+_MIN_TOKENS = 256
+
+
+def window_of(model: Path, texts: int, tokens: int) -> int:
+    """Return how many tokens of the joined texts run together.
+
+    `texts` is their number, for the message. Raises InputRefused for too few tokens.
+    """
+    if tokens < _MIN_TOKENS:
+        raise InputRefused(
+            f"the {texts} calibration texts have {tokens} tokens; an importance matrix needs "
+            f"at least {_MIN_TOKENS}",
+            hint="add calibration text, or set imatrix to off",
+        )
+    return min(_WINDOW, _context(model), 1 << (tokens.bit_length() - 2))
+
+
+def check_walk(model: ModelFacts) -> None:
+    """Refuse an architecture whose layers our walk cannot run, or whose inputs it does not know."""
+    if model.architecture not in WALKED - WITHOUT_WALK:
+        raise InputRefused(
+            f"imatrix: walk does not support {model.architecture}",
+            hint="set imatrix to auto, which lets llama-imatrix measure",
+        )
+
+
+def config_of(model: Path) -> dict[str, object]:
+    """Return a model's config.json, with that of its language model; {} if it cannot be read."""
+    try:
+        config = parse_file(model / "config.json")
+    except (OSError, ValueError):
+        return {}
+    return {**config, **(config.get("text_config") or {})}
+
+
+def _context(model: Path) -> int:
+    return int(str(config_of(model).get("max_position_embeddings") or _WINDOW))
