@@ -51,6 +51,31 @@ def test_only_the_model_that_cannot_be_streamed_is_loaded(tmp_path: Path) -> Non
     assert [str(error) for error in told] == ["the logits are not finite"]
 
 
+def test_a_model_that_does_not_run_in_memory_either_is_refused(tmp_path: Path) -> None:
+    bad = Model(make_model(tmp_path / "base"), streams=False)
+
+    def fail(model: str, _: Any) -> str:
+        raise RuntimeError(f"{model} heads do not fit")
+
+    with pytest.raises(InputRefused, match="does not run .*: RuntimeError: whole heads") as caught:
+        walk({"bad": bad}, {"bad": fail})
+
+    assert str(bad.checkpoint) in caught.value.message
+
+
+def test_memory_that_runs_out_is_not_the_models_fault(tmp_path: Path) -> None:
+    bad = Model(make_model(tmp_path / "base"), streams=False)
+
+    def fail(model: str, _: Any) -> str:
+        text = "DefaultCPUAllocator: can't allocate memory" if model == "whole" else "not finite"
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match="allocate") as caught:
+        walk({"bad": bad}, {"bad": fail})
+
+    assert not isinstance(caught.value, InputRefused)
+
+
 def test_of_one_architecture_all_models_are_loaded(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     both = {"good": Model(base, streams=True), "bad": Model(base, streams=False)}
