@@ -57,7 +57,7 @@ def test_a_model_that_does_not_run_in_memory_either_is_refused(tmp_path: Path) -
     def fail(model: str, _: Any) -> str:
         raise RuntimeError(f"{model} heads do not fit")
 
-    with pytest.raises(InputRefused, match="does not run .*: RuntimeError: whole heads") as caught:
+    with pytest.raises(InputRefused, match=r"does not run .*: RuntimeError: whole heads") as caught:
         walk({"bad": bad}, {"bad": fail})
 
     assert str(bad.checkpoint) in caught.value.message
