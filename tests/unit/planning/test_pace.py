@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 from weightsmith.errors import InputRefused
-from weightsmith.planning.pace import Pace, with_times
+from weightsmith.planning import pace
+from weightsmith.planning.pace import Pace, stage_seconds, with_times
+from weightsmith.validating import greedy
 
 PACE = Pace(layers=10, counts=(8, 256), layer=(1.0, 32.0), head=(0.5, 0.5))
 """A layer takes an eighth of a second per token, the head always half a second."""
@@ -13,6 +18,19 @@ PACE = Pace(layers=10, counts=(8, 256), layer=(1.0, 32.0), head=(0.5, 0.5))
 def test_a_pass_is_one_layer_times_all_of_them_and_the_head() -> None:
     assert PACE.passed(8, 8) == pytest.approx(10.5)
     assert PACE.passed(80, 1) == pytest.approx(100.5)
+
+
+@pytest.mark.parametrize(("size", "new"), [(2 * 10**9, 16), (140 * 10**9, 4)])
+def test_a_large_model_generates_few_tokens_for_its_validation(size: int, new: int) -> None:
+    tree = SimpleNamespace(weight_bytes=size)
+    sources = cast("Any", SimpleNamespace(base=SimpleNamespace(tree=tree), adapters=("one",)))
+    shape = cast("Any", None)
+
+    found = stage_seconds(PACE, shape, sources, (), 0, 0)["validate"]
+
+    assert found == pytest.approx(new * PACE.passed(8, 8) + PACE.passed(3 * 640, 3 * 640))
+    theirs = (greedy._MOST_NEW, greedy._FEW_NEW, greedy._LARGE)
+    assert theirs == (pace.NEW, pace.FEW_NEW, pace.LARGE)
 
 
 def test_noise_makes_no_time_negative() -> None:

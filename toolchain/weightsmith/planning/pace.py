@@ -19,8 +19,9 @@ from weightsmith.values import Json, Sources
 
 _COUNTS = (8, 256)
 """Tokens in one pass: a step of a few answers, and texts that are read."""
-_NEW = 16
-"""Tokens that validation generates after each probe."""
+NEW, FEW_NEW, LARGE = 16, 4, 10_000_000_000
+"""Tokens that validation generates after each probe, and fewer for a model with so many weights, as
+in `validating/greedy.py`, which imports torch."""
 _BUILDER = "merge"
 
 
@@ -72,7 +73,9 @@ def stage_seconds(
     """Return the seconds of each stage that runs the model, if no result is cached."""
     merged = bool(sources.adapters)
     probed = 3 * PROBED_TOKENS
-    validate = _NEW * pace.passed(PROBES, PROBES) + pace.passed(probed, probed)
+    weights = sources.base.tree.weight_bytes // 2  # in 16 bits
+    new = FEW_NEW if weights > LARGE else NEW
+    validate = new * pace.passed(PROBES, PROBES) + pace.passed(probed, probed)
     read = PADDED * quality_tokens
     return {
         "validate": validate if merged else 0.0,
