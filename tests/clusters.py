@@ -86,6 +86,14 @@ class Cluster:
         return [*found, *steps]
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process runs no more; nobody may have asked for its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def _with_variable(text: str) -> list[int]:
     """Return the processes that were started with a variable; those that have ended have none."""
     found = []

@@ -32,7 +32,7 @@ from weightsmith.sharing.address import of_nodes
 from weightsmith.user_config import read_config
 from weightsmith.wiring import open_tools
 
-from tests.clusters import FOLDER, Cluster
+from tests.clusters import FOLDER, Cluster, has_ended
 from tests.fakes.debian_registry import real_registry, start_again, stop_registry
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.s3_server import S3Server
@@ -249,7 +249,7 @@ def test_a_node_that_is_lost_costs_no_cell(
     fleet.until((cluster.folder / "held").exists)
     held = int((cluster.folder / "held").read_text())
     cluster.lose()
-    assert not Path(f"/proc/{held}").exists()
+    assert has_ended(held)
 
     assert digests(fleet.rows()) == {
         (name, TARGETS[0]): alone[name, TARGETS[0]] for name in ("a", "b")

@@ -20,6 +20,7 @@ from weightsmith.drivers.fleet_slurm import SlurmFleet
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Ended, FleetEngine, Work
 
+from tests.clusters import has_ended
 from tests.fakes.fleet import MemoryFleet
 
 PATIENCE = 300.0
@@ -133,14 +134,7 @@ def test_closing_ends_what_runs(engine: FleetEngine, tmp_path: Path) -> None:
 
     until(ended.exists)  # it had time to clean up
     pid = int(begun.read_text())
-    until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
+    until(lambda: has_ended(pid))
 
 
 @pytest.mark.ray
@@ -190,7 +184,7 @@ def test_ray_starts_a_task_again_whose_process_was_killed(ray_nodes: str, tmp_pa
         os.kill(worker, signal.SIGKILL)
         found = all_of(engine, 1)
         assert json.loads(found["id0"].text)["pid"] != pid
-        until(lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
+        until(lambda: has_ended(pid))
     finally:
         engine.close()
 
