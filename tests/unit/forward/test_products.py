@@ -64,6 +64,13 @@ def test_rows_that_do_not_fit_are_an_error_and_never_read(rows: torch.Tensor) ->
         Products(1).multiply(rows, torch.ones(300, 64))
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+def test_products_of_nothing_are_zero(shape: tuple[int, int]) -> None:
+    found = Products(1).multiply(torch.empty(shape), torch.empty(300, shape[1]))
+
+    assert torch.equal(found, torch.zeros(shape[0], 300))
+
+
 def test_threads_end_with_their_products() -> None:
     before, products = set(threading.enumerate()), Products(3)
     products.multiply(torch.ones(200, 64), torch.ones(1000, 64))

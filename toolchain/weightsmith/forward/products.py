@@ -45,6 +45,8 @@ class Products:
             shapes = f"{[*rows.shape]} and {[*matrix.shape]}"
             raise RuntimeError(f"cannot multiply {shapes}, of {rows.dtype}, by rows in float32")
         rows, output = rows.contiguous(), torch.empty((rows.shape[0], matrix.shape[0]))
+        if not rows.numel():
+            return output.zero_()
         starts = range(0, matrix.shape[0], _height(matrix, self._cpus))
         shares = min(self._cpus, len(starts), 1 + rows.numel() * matrix.shape[0] // _SHARE)
         left = iter(starts)
