@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.jobs import ImportanceJob, Input
+from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY
 from weightsmith.quantizers.layerwise.importance import importance, write_importance
 from weightsmith.wiring import cache_folder
+from weightsmith.worker.jobs import STAGES
+from weightsmith.worker.virtual import computed
 
 from tests.builds.test_gguf import CONFIGS, TINY, make_random, model_type
 from tests.builds.test_gguf_pass import converted, made, program, same, theirs
+from tests.builds.test_gguf_virtual import computing, make_adapter
 from tests.fakes.journal import RecordingProgress
 
 pytestmark = [pytest.mark.builders, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -76,3 +80,24 @@ def test_a_file_made_with_it_is_llama_quantizes_own(tmp_path):
     digest = gguf.GGUFReader(files[0]).fields[DIGEST_KEY].contents()
     words = ("--imatrix", ours.name, "--override-kv", f"{DIGEST_KEY}=str:{digest}")
     assert same(files, theirs(middle, tmp_path / "theirs", "q4_k_m", *words))
+
+
+def test_base_and_adapter_give_the_file_of_the_merged_checkpoint(tmp_path):
+    (config,) = (config for config in CONFIGS if config.model_type == "llama")
+    config.vocab_size = 512
+    base = make_random(tmp_path / "base", config, TINY / "base")
+    adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
+    files = []
+    for unwritten in (False, True):
+        model, out = tmp_path / f"model-{unwritten}", tmp_path / f"out-{unwritten}"
+        made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
+        out.mkdir()
+        job = ImportanceJob(
+            builder="merge", output=out, seconds=0, model=Input(path=model), texts=ROWS,
+            file="imatrix.gguf", virtual=computing(base, adapters, made) if unwritten else None,
+        )  # fmt: skip
+        with computed(job):
+            STAGES[job.kind](job, lambda *_: None)
+        files.append((out / job.file).read_bytes())
+
+    assert files[0] == files[1]
