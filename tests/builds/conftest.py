@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 from collections.abc import Iterator
 from functools import cache
@@ -27,8 +26,7 @@ _context = cache(ssl.create_default_context)
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here must outlive a power failure, and what each build reads anew is read once."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+    """What each build reads anew is read once."""
     monkeypatch.setattr(ssl, "create_default_context", _context)
 
 

@@ -44,8 +44,7 @@ def client() -> Iterator[Registry]:
 
 
 @pytest.fixture
-def memory(tmp_path: Path, client: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def memory(tmp_path: Path, client: Registry) -> Iterator[Memory]:
     with in_memory(tmp_path, client) as made:
         yield made
 
