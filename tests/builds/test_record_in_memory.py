@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,15 @@ SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "build.schema.json"
 TARGETS = ("llamacpp-q4_k_m", "vllm", "llamacpp-lora")
 
 
-def check(document: Any) -> None:
+@cache
+def validator() -> jsonschema.Draft202012Validator:
     schema = json.loads(SCHEMA.read_text("utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.Draft202012Validator(schema).validate(document)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def check(document: Any) -> None:
+    validator().validate(document)
 
 
 def records(memory: Memory) -> dict[Path, Any]:

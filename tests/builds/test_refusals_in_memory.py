@@ -101,7 +101,7 @@ BEFORE_WORK = {
         "resolve", EnvironmentFailure, "of disk", lambda m: setattr(m.store, "free", 1000)
     ),
     "memory that is too little": Refusal(
-        "resolve", EnvironmentFailure, "quantize llamacpp-q4_k_m needs 1[.].* may use 700[.]0 MiB",
+        "resolve", EnvironmentFailure, "quality llamacpp-q4_k_m needs 1[.].* may use 700[.]0 MiB",
         lambda m: setattr(m, "room", Room.of(700 << 20, 1 << 40)),
     ),
     "a builder that nobody can make": Refusal(

@@ -148,7 +148,8 @@ def require_builder(target: Target, runner: Runner) -> None:
     except EnvironmentFailure as lacking:
         hint = lacking.hint
         for name, other in all_targets().items():
-            if name.startswith(f"{target.name}-"):  # the same weights from another quantizer
+            same_kind = other.format.kind == target.format.kind  # made by another quantizer
+            if same_kind and other.engine.name == target.engine.name:
                 with suppress(EnvironmentFailure):
                     runner.check(of_format(other.format.name).builder)
                     hint += f"; the target {name} can be built here"
