@@ -197,11 +197,75 @@ def test_other_texts_begin_again(models, tmp_path: Path, monkeypatch) -> None:
     assert run == [0, 1, 0, 1]
 
 
-def test_weights_that_are_not_finite_are_refused(models, tmp_path: Path) -> None:
-    model = make_dense(tmp_path / "model", "LlamaForCausalLM")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+def changed(model: Path, change) -> Path:
+    """A small Llama whose tensors are changed."""
+    make_dense(model, "LlamaForCausalLM")
+    tensors = {name: change(name, tensor) for name, tensor in load_tensors(model).items()}
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return model
 
-    with pytest.raises(InputRefused, match=r"layers\.1\.mlp\.up_proj.* NaN or infinite"):
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_scaled_norms_keep_the_checkpoints_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, out = changed(tmp_path / "model", lambda _, one: one.to(dtype)), tmp_path / "out"
+
+    quantizing.quantize(settings(model, out, "awq"))
+
+    check_checkpoint(out, model, layout("awq"))
+    norm = load_tensors(out)["model.layers.0.input_layernorm.weight"]
+    assert norm.dtype == dtype
+    assert bool(norm.isfinite().all())
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_matrix_of_zeros_stays_one(tmp_path: Path, method: str) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    changed(model, lambda name, one: one * 0 if "o_proj" in name or "up_proj" in name else one)
+
+    quantizing.quantize(settings(model, out, method))
+
+    check_checkpoint(out, model, layout(method))
+    view = view_of(out, model)
+    assert not view.tensor("model.layers.1.self_attn.o_proj.weight").any()
+
+
+def test_keeping_every_matrix_is_refused(models, tmp_path: Path) -> None:
+    ends = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    keep = tuple(f"layers.{layer}.{end}" for layer in (0, 1) for end in ends)
+
+    with pytest.raises(InputRefused, match="nothing would be quantized"):
+        quantizing.quantize(settings(models("LlamaForCausalLM"), tmp_path / "out", "gptq", keep))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("layers.1.mlp.up_proj.weight", r"layers\.1\.mlp\.up_proj\.weight has NaN or infinite"),
+        ("layers.1.input_layernorm.weight", r"1\.input_layernorm\.weight has NaN or infinite"),
+        ("embed_tokens.weight", r"layers\.0 makes NaN or infinite values"),
+    ],
+)
+def test_what_is_not_finite_is_refused(tmp_path: Path, part: str, message: str) -> None:
+    def damaged(name: str, one: torch.Tensor) -> torch.Tensor:
+        if name.endswith(part):
+            one.view(-1)[:] = torch.inf
+        return one
+
+    model = changed(tmp_path / "model", damaged)
+
+    with pytest.raises(InputRefused, match=message):
+        quantizing.quantize(settings(model, tmp_path / "out", "gptq"))
+
+
+def test_a_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    model = changed(tmp_path / "model", lambda name, one: one[:200] if len(one) >= 500 else one)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+
+    with pytest.raises(InputRefused, match="embedding has only 200 rows"):
         quantizing.quantize(settings(model, tmp_path / "out", "gptq"))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from weightsmith.cpus import all_but_one
+from weightsmith.errors import InputRefused
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     decoder_layers,
@@ -51,7 +52,10 @@ class Layers:
     """The decoder of a folder's model, whose layers get their weights one after the other."""
 
     def __init__(self, root: Path, samples: Sequence[Sequence[int]]) -> None:
-        """Run the embeddings; raise InputRefused if the checkpoint lacks a tensor."""
+        """Run the embeddings.
+
+        Raises InputRefused if the checkpoint lacks a tensor, or a token of the samples its row.
+        """
         self.model, self.weights = skeleton_with_weights(root)
         require_complete(root, self.model, self.weights)
         decoder = decoder_of(self.model)
@@ -59,6 +63,7 @@ class Layers:
         paths = {id(module): path for path, module in self.model.named_modules()}
         self.paths = [paths[id(layer)] for layer in self.layers]
         stream(self.model, self.weights, Meeting(), 0, self.layers)
+        _require_rows(self.model, samples)
         self.batches = _batches(samples)
         self._calls: list[list[_Call]] = [[] for _ in self.layers]
         self.states = [self._entered(decoder, batch) for batch in self.batches]
@@ -102,6 +107,35 @@ class Layers:
         made = self.layers[number](self.states[batch], *call.more, **call.named)
         states: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return states
+
+    def require_finite(self, number: int, states: Sequence[torch.Tensor]) -> None:
+        """Raise InputRefused if a loaded layer made NaN or infinite values of the text."""
+        if all(_is_finite(one) for one in states):
+            return
+        layer, path = self.layers[number], self.paths[number]
+        damaged = [name for name, part in layer.named_parameters() if not _is_finite(part)]
+        raise InputRefused(
+            f"{path}.{damaged[0]} has NaN or infinite weights"
+            if damaged
+            else f"{path} makes NaN or infinite values of the calibration text",
+            hint="check the base and the adapters: `weightsmith validate` compares them",
+        )
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
+
+
+def _require_rows(model: Any, samples: Sequence[Sequence[int]]) -> None:
+    """Raise InputRefused for a token that the embedding has no row for."""
+    count = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(sample) for sample in samples), default=0)
+    if largest >= count:
+        raise InputRefused(
+            f"the tokenizer makes token {largest} of the calibration text, and the model's"
+            f" embedding has only {count} rows",
+            hint="use the tokenizer that the model was trained with",
+        )
 
 
 def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:

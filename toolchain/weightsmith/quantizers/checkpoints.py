@@ -71,6 +71,14 @@ def check_unpacked(model: ModelFacts) -> None:
         )
 
 
+def not_finite(tensor: str) -> InputRefused:
+    """Return the refusal of a tensor that cannot be rounded."""
+    return InputRefused(
+        f"{tensor} has NaN or infinite weights",
+        hint="check the base and the adapters: `weightsmith validate` compares them",
+    )
+
+
 def check_grouped(model: ModelFacts, known: Collection[str]) -> None:
     """Like `check_config`, and refuse a model whose rows no group size divides."""
     check_config(model, known)

@@ -231,11 +231,10 @@ def _check_gains(
     before: npt.NDArray[np.float32], found: npt.NDArray[np.float32], module: str
 ) -> None:
     """Raise CheckFailed if outputs were scaled, which nothing after them would undo."""
-    import numpy as np
-
-    power = np.maximum((before * before).sum(1), 1e-30)
-    gains = (before * found).sum(1) / power
-    off = float(((gains < _GAINS[0]) | (gains > _GAINS[1])).mean())
+    power = (before * before).sum(1)
+    there = power > 1e-30  # an output of zeros has no gain
+    gains = (before * found).sum(1)[there] / power[there]
+    off = float(((gains < _GAINS[0]) | (gains > _GAINS[1])).sum()) / len(power)
     if off > _MAX_OFF:
         raise CheckFailed(
             f"{module}: {off:.0%} of its outputs are scaled by less than {_GAINS[0]} or more than "

@@ -18,7 +18,7 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers.architectures import check_kept, check_rounded
-from weightsmith.quantizers.checkpoints import output_bytes, write_companions
+from weightsmith.quantizers.checkpoints import not_finite, output_bytes, write_companions
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
@@ -26,7 +26,7 @@ from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step, read_settings, refusal
 from weightsmith.quantizers.schemes import SCHEMES, Scheme
-from weightsmith.quantizers.unquantized import is_kept, keep_option
+from weightsmith.quantizers.unquantized import keep_option, without_kept
 from weightsmith.quantizers.writing import Output, Work, copied, whole, write_checkpoint
 from weightsmith.values import Format, Json
 
@@ -86,17 +86,11 @@ def quantize(
     `inputs` has the largest magnitude of each module's inputs, for a scheme that needs it.
 
     Raises InputRefused for matrices that the scheme's tiles do not divide, weights that are not
-    finite, and names in `keep` that match nothing.
+    finite, and what `without_kept` refuses.
     """
     source = CheckpointTensors(model)
     known = matrices(source, model)
-    for end in keep:
-        if not any(is_kept(matrix.module, [end]) for matrix in known):
-            raise InputRefused(
-                f"keep: no matrix has a name that ends in {end!r}",
-                hint=f"remove it; the names are like {known[-1].module if known else ''}",
-            )
-    found = [matrix for matrix in known if not is_kept(matrix.module, keep)]
+    found = without_kept(known, keep)
     for matrix in found:
         if scheme.packed and matrix.inputs % scheme.tile[1]:
             raise InputRefused(
@@ -186,10 +180,7 @@ def _work(source: CheckpointTensors, matrix: Matrix, scheme: Scheme, fused: _Fus
             try:
                 made, scales = round_rows(part, scheme, shared)
             except ValueError:
-                raise InputRefused(
-                    f"{matrix.tensor} has NaN or infinite weights",
-                    hint="check the base and the adapters: `weightsmith validate` compares them",
-                ) from None
+                raise not_finite(matrix.tensor) from None
             yield codes, made
             yield f"{weight}_scale", scales
 

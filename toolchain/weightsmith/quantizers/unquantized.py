@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import UsageError
+from weightsmith.errors import InputRefused, UsageError
 from weightsmith.quantizers.checkpoints import LINEAR
-from weightsmith.quantizers.matrices import FUSED
+from weightsmith.quantizers.matrices import FUSED, Matrix
 from weightsmith.values import Json
 
 _FUSED = {name: FUSED[name] for name in ("qkv_proj", "gate_up_proj")}
@@ -52,6 +52,28 @@ def kept_modules(model: Path, keep: Sequence[str]) -> list[str]:
     """Return a checkpoint's modules that match `keep`, sorted."""
     linear = (n.removesuffix(".weight") for n in CheckpointTensors(model).names if LINEAR.search(n))
     return sorted(module for module in linear if is_kept(module, keep))
+
+
+def without_kept(known: Sequence[Matrix], keep: Sequence[str]) -> list[Matrix]:
+    """Return the matrices of a checkpoint that are quantized.
+
+    Raises InputRefused for names in `keep` that match nothing, and if nothing is left.
+    """
+    for end in keep:
+        if not any(is_kept(matrix.module, [end]) for matrix in known):
+            raise InputRefused(
+                f"keep: no matrix has a name that ends in {end!r}",
+                hint=f"remove it; the names are like {known[-1].module if known else ''}",
+            )
+    found = [matrix for matrix in known if not is_kept(matrix.module, keep)]
+    if not found:
+        raise InputRefused(
+            "keep lists every matrix of the model: nothing would be quantized"
+            if known
+            else "no tensor of the checkpoint is a matrix of a decoder layer",
+            hint="list fewer, or serve the model in 16 bits",
+        )
+    return found
 
 
 def is_kept(module: str, keep: Iterable[str]) -> bool:

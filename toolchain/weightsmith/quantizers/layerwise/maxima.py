@@ -20,7 +20,8 @@ def input_maxima(model: Path, lines: Sequence[str], found: Sequence[Matrix]) -> 
     """Return the largest magnitude of each matrix's inputs, by the matrix's module.
 
     The experts of a layer have the same: what one of them did not see, another did. Raises
-    InputRefused for too little text, and if the checkpoint lacks a tensor.
+    InputRefused for too little text, text that the model cannot read, and if the checkpoint lacks a
+    tensor.
     """
     torch.set_num_threads(all_but_one())
     layers = Layers(model, samples(list(lines), encoder(load_tokenizer(model))))
@@ -82,11 +83,15 @@ class _Maxima:
 
 
 def _run(layers: Layers, number: int, maxima: _Maxima) -> None:
-    """Run a loaded layer, and move the states behind it."""
+    """Run a loaded layer, and move the states behind it.
+
+    Raises InputRefused if they are not finite.
+    """
     states = []
     for batch, one in enumerate(layers.batches):
         maxima.valid = one.valid
         states.append(layers.run(number, batch))
+    layers.require_finite(number, states)
     layers.states = states
     for hook in maxima.hooks:
         hook.remove()

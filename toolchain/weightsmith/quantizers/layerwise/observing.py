@@ -88,8 +88,9 @@ class Routed:
 
     def inputs(self, expert: int, least: int) -> tuple[torch.Tensor, int]:
         """Return an expert's inputs and their number; if it is less than `least`, all inputs."""
-        rows = torch.cat(self.rows)
-        mine = (torch.cat(self.chosen) == expert).any(1)
+        if len(self.rows) > 1:  # joined once, not for each of a hundred experts
+            self.rows, self.chosen = [torch.cat(self.rows)], [torch.cat(self.chosen)]
+        rows, mine = self.rows[0], (self.chosen[0] == expert).any(1)
         count = int(mine.sum())
         return (rows if count < least else rows[mine]), count
 

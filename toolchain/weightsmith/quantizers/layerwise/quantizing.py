@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +17,18 @@ from safetensors.torch import load_file, save_file
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.cpus import all_but_one
 from weightsmith.errors import InputRefused
-from weightsmith.files import write_whole
+from weightsmith.files import sync_folder, write_whole
 from weightsmith.foreign import parse
 from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
-from weightsmith.quantizers.checkpoints import awq_config, write_companions
+from weightsmith.quantizers.checkpoints import awq_config, not_finite, write_companions
 from weightsmith.quantizers.layerwise.compensating import compensated
 from weightsmith.quantizers.layerwise.integers import Grid, best_grid, packed_awq, packed_gptq
 from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed
 from weightsmith.quantizers.layerwise.scaling import best_factors, scale_layer
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.running import RAW, encoder, samples, texts
-from weightsmith.quantizers.unquantized import is_kept, negative_patterns
+from weightsmith.quantizers.unquantized import is_kept, negative_patterns, without_kept
 from weightsmith.quantizers.walked import FACTS
 from weightsmith.quantizers.writing import copied, write_checkpoint
 from weightsmith.trees import discard
@@ -51,15 +52,15 @@ class _Walk:
     layers: Layers
     found: Sequence[Matrix]
     """The matrices to quantize."""
-    few: list[str] = field(default_factory=list)
-    """Experts that saw too few tokens: `layer.expert (tokens)`."""
+    few: list[tuple[int, int, int]] = field(default_factory=list)
+    """Experts that saw too few tokens: layer, expert, tokens."""
 
 
 def quantize(settings: Mapping[str, Json]) -> None:
     """Write a model's quantized checkpoint as the step's settings say.
 
-    Raises InputRefused for names in `keep` that match nothing, matrices that no kernel can read,
-    and weights that are not finite.
+    Raises InputRefused for what `without_kept` refuses, matrices that no kernel can read, weights
+    that are not finite, and text that the model cannot read.
     """
     torch.set_num_threads(all_but_one())
     model, out = Path(settings["model"]), Path(settings["out"])
@@ -72,15 +73,8 @@ def quantize(settings: Mapping[str, Json]) -> None:
 
 
 def _prepared(settings: Mapping[str, Json], model: Path, read: list[list[int]]) -> _Walk:
-    source, keep = CheckpointTensors(model), settings["keep"]
-    known = matrices(source, model)
-    for end in keep:
-        if not any(is_kept(matrix.module, [end]) for matrix in known):
-            raise InputRefused(
-                f"keep: no matrix has a name that ends in {end!r}",
-                hint=f"remove it; the names are like {known[-1].module if known else ''}",
-            )
-    found = [matrix for matrix in known if not is_kept(matrix.module, keep)]
+    source = CheckpointTensors(model)
+    found = without_kept(matrices(source, model), settings["keep"])
     for matrix in found:
         if matrix.outputs % 8 or matrix.inputs % settings["group_size"]:
             raise InputRefused(
@@ -131,20 +125,28 @@ class _Finished:
         walk.layers.states = [found[f"batch.{n}"] for n in range(len(walk.layers.states))]
         notes = parse((self._folder / "few.json").read_text("utf-8"))
         number = int(done[-1].stem.removeprefix("states-"))
-        walk.few[:] = [text for layer, text in notes if layer < number]
+        walk.few[:] = [(layer, *more) for layer, *more in notes if layer < number]
         return number
 
     def add(self, number: int, tensors: dict[str, torch.Tensor], walk: _Walk) -> None:
         """Keep a layer, then the states behind it, which say that it is finished."""
         file = self.file(number)
         file.parent.mkdir(exist_ok=True)
-        save_file(tensors, file, {"format": "pt"})
-        notes = [[int(text.split(".")[0].removeprefix("layer ")), text] for text in walk.few]
-        write_whole(self._folder / "few.json", json.dumps(notes).encode())
-        partial = self._folder / ".states"
-        save_file({f"batch.{n}": one for n, one in enumerate(walk.layers.states)}, partial)
-        partial.rename(self._states(number + 1))
+        _save(tensors, file)
+        write_whole(self._folder / "few.json", json.dumps(walk.few).encode())
+        states = {f"batch.{n}": one for n, one in enumerate(walk.layers.states)}
+        _save(states, self._states(number + 1))
         self._states(number).unlink(missing_ok=True)
+
+
+def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Write a file that is whole under its name, also after a loss of power."""
+    partial = file.with_name(".partial")
+    save_file(dict(tensors), partial, {"format": "pt"})
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.rename(file)
+    sync_folder(file.parent)
 
 
 def _walk(walk: _Walk, made: _Finished) -> None:
@@ -171,6 +173,7 @@ def _layer(walk: _Walk, number: int, layer: Any) -> dict[str, torch.Tensor]:
     for batch, one in enumerate(layers.batches):
         with observer.watching(one.valid):
             outputs.append(layers.run(number, batch))
+    layers.require_finite(number, outputs)
     made: dict[str, torch.Tensor] = {}
     if walk.awq:
         made |= _scaled(walk, number, layer, observer, outputs[0])
@@ -192,10 +195,7 @@ def _rounded(
     grids = []
     for matrix, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
-            raise InputRefused(
-                f"{matrix.tensor} has NaN or infinite weights",
-                hint="check the base and the adapters: `weightsmith validate` compares them",
-            )
+            raise not_finite(matrix.tensor)
         whole = walk.awq and matrix.module.endswith(_UNCLIPPED)
         gram = None if whole else moments.gram
         grids.append(best_grid(weight, gram, walk.group, symmetric=not walk.awq))
@@ -242,7 +242,8 @@ def _scaled(
         vector = getattr(module, part)
         if vector is not None:
             tensor = layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")
-            made[tensor] = vector.to(stored(module)).contiguous()
+            # A copy: the layer's own vectors are dropped before these are written.
+            made[tensor] = vector.detach().to(stored(module), copy=True)
     return made
 
 
@@ -259,7 +260,7 @@ def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor
     for expert in sorted(mine):
         rows, count = routed.inputs(expert, MIN_TOKENS)
         if count < MIN_TOKENS:
-            walk.few.append(f"layer {number}.{expert} ({count})")
+            walk.few.append((number, expert, count))
         both, down = module.gate_up_proj[expert], module.down_proj[expert]
         gate, up = both.chunk(2)
         inner = module.act_fn(rows @ gate.T) * (rows @ up.T)
@@ -311,11 +312,12 @@ def _facts(walk: _Walk) -> dict[str, Json]:
     tokens = sum(int(batch.valid.sum()) for batch in walk.layers.batches)
     found: dict[str, Json] = {"calibration_tokens": tokens}
     if walk.few:
-        named = ", ".join(walk.few[:3]) + (f" and {len(walk.few) - 3} more" if walk.few[3:] else "")
-        found["experts_with_few_tokens"] = list(walk.few)
+        few = [f"layer {layer}.{expert} ({count})" for layer, expert, count in walk.few]
+        named = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if few[3:] else "")
+        found["experts_with_few_tokens"] = few
         warning = (
             f"experts saw fewer than {MIN_TOKENS} calibration tokens, and were calibrated on all "
-            f"tokens of their layer ({len(walk.few)}: {named}); more calibration text helps"
+            f"tokens of their layer ({len(few)}: {named}); more calibration text helps"
         )
         found["warnings"] = [warning]
     return found
