@@ -128,9 +128,10 @@ def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, 
 
 
 def _trusted(settings: CacheSettings) -> Mapping[str, str]:
-    """Return `verify_key` as text: a node that trusts less than this machine trusts nothing here.
+    """Return `verify_key` as text, because its file is on this machine only.
 
-    The file is on this machine only. One that cannot be read is refused where it is used.
+    So nodes check the cache's results as this machine does. A file that cannot be read is refused
+    where it is used.
     """
     key = settings.verify_key
     try:

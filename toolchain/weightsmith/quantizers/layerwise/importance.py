@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from weightsmith.cpus import all_but_one
-from weightsmith.errors import InputRefused
 from weightsmith.forward.layers import Layers, product
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, window_of
@@ -111,13 +110,9 @@ def _run(layers: Layers, number: int, found: dict[str, Sums]) -> None:
         hooks = list(_hooks(layer, f"blk.{number}.", found))
         for batch in range(len(layers.batches)):
             layers.states[batch] = layers.run(number, batch)
+        layers.require_finite(number, layers.states)
         for hook in hooks:
             hook.remove()
-    if not all(torch.isfinite(states).all() for states in layers.states):
-        raise InputRefused(
-            f"layer {number} makes values that are not finite of the calibration text",
-            hint="check the model's weights, or set imatrix to off",
-        )
 
 
 def _hooks(layer: Any, block: str, found: dict[str, Sums]) -> Iterator[Any]:
