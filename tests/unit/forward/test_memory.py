@@ -83,7 +83,7 @@ def test_a_large_vocabulary_is_quantized_by_rows() -> None:
     """Measured with one layer and the head of 70B: 887 MiB, all processes of the build together."""
     matrices = SimpleNamespace(experts=0, expert_width=0)
     model = cast("Any", SimpleNamespace(shape=SEVENTY, matrices=matrices))
-    options = cast("Any", SimpleNamespace(format=formats()["q4_k_m"], texts=None))
+    options = cast("Any", SimpleNamespace(format=formats()["q4_k_m"], texts=None, options={}))
 
     assert 887 * MIB < quantize_memory(model, 141 * 10**9, options) < 6 * 10**9
 

@@ -46,22 +46,25 @@ class RayFleet:
         asked = {
             probe.options(
                 num_cpus=0, max_retries=0, scheduling_strategy=pin(node["NodeID"], soft=False)
-            ).remote(self.module, "version"): node["NodeManagerHostname"]
+            ).remote(self.module, "version"): node
             for node in self._nodes()
         }
         done, late = self._ray.wait([*asked], num_returns=len(asked), timeout=_PROBE_SECONDS)
         if late:
             raise EnvironmentFailure(
-                f"the Ray node {asked[late[0]]} did not answer within {_PROBE_SECONDS:g} s",
+                f"the Ray node {_host(asked[late[0]])} did not answer within {_PROBE_SECONDS:g} s",
                 hint="`ray status` shows whether it is alive",
             )
+        alive = {node["NodeID"] for node in self._nodes()}
         for one in done:
             _, text, why = self._result(one)
-            if text != version:
+            # Ray takes some seconds to see that a node is gone; that one gets no task.
+            lost = not text and asked[one]["NodeID"] not in alive
+            if text != version and not (lost and alive):
                 said = f"has {text}" if text else f"cannot run weightsmith: {why}"
                 raise EnvironmentFailure(
                     f"another version of weightsmith: this machine has {version}, the Ray node "
-                    f"{asked[one]} {said}",
+                    f"{_host(asked[one])} {said}",
                     hint="install the same version into the Python of every node",
                 )
 
@@ -138,6 +141,10 @@ class RayFleet:
             first = next((line for line in str(error).splitlines() if line.strip()), "")
             return "", "", f"lost by Ray: {type(error).__name__}: {first.strip()}"
         return str(node), str(text), str(why)
+
+
+def _host(node: dict[str, Any]) -> str:
+    return str(node["NodeManagerHostname"])
 
 
 def _lacking(asks: dict[str, float], nodes: Sequence[Any]) -> str:
