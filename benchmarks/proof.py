@@ -95,7 +95,8 @@ found = validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged, i
 assert found.passed, found.findings
 """,
     "reference and validation": """
-from weightsmith.jobs import AskedModel, Input, ProofJob, Question, ReferenceJob, ValidateJob
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import AskedModel, ProofJob, Question, ReferenceJob, ValidateJob
 from weightsmith.worker.jobs import STAGES
 inputs = [Input(path=path) for path in (base, adapter, merged)]
 envelope = {"builder": "merge", "output": Path.cwd(), "seconds": 0}

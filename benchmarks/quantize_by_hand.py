@@ -48,7 +48,7 @@ OURS = """
 import sys
 from pathlib import Path
 from weightsmith.drivers.local import LocalRunner
-from weightsmith.jobs import Input
+from weightsmith.job_inputs import Input
 from weightsmith.ports import Silent
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts

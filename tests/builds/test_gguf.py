@@ -38,7 +38,7 @@ from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.toolset import toolset_folder
-from weightsmith.jobs import Input
+from weightsmith.job_inputs import Input
 from weightsmith.ports import Silent
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats, of_format

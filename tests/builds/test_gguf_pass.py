@@ -20,7 +20,8 @@ from transformers import LlamaConfig
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.toolset import tools_variable, toolset_folder
 from weightsmith.errors import InputRefused
-from weightsmith.jobs import Beside, Input
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import Beside
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY

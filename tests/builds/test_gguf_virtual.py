@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import InputRefused
-from weightsmith.jobs import Input, Virtual
+from weightsmith.job_inputs import Input, Virtual
 from weightsmith.merge_options import Merge
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers import formats

@@ -8,7 +8,8 @@ import gguf
 import numpy as np
 import pytest
 from weightsmith.drivers.local import LocalRunner
-from weightsmith.jobs import ImportanceJob, Input
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import ImportanceJob
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.drivers.local import LocalRunner
-from weightsmith.jobs import ConvertAdapterJob, Input
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import ConvertAdapterJob
 from weightsmith.ports import Silent
 from weightsmith.quantizers.gguf_lora import FILE
 from weightsmith.wiring import cache_folder

@@ -21,7 +21,8 @@ from weightsmith.drivers.folders import read_tree
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.within_memory import WithinMemory
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.jobs import EchoJob, Input, MergeJob
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import EchoJob, MergeJob
 from weightsmith.merge_options import Merge
 from weightsmith.ports import Runner, Silent
 from weightsmith.wiring import cache_folder

@@ -10,7 +10,8 @@ from typing import Any
 from weightsmith.drivers.environment import environment_folder
 from weightsmith.drivers.local import LocalRunner, _pins
 from weightsmith.drivers.toolset import failure_marker, toolset_folder
-from weightsmith.jobs import EchoJob, Input
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import EchoJob
 from weightsmith.resources import optional_engines
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.jobs import Input, Job, read_job, write_job
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import Job, read_job, write_job
 from weightsmith.ports import Progress, Runner
 from weightsmith.values import Digest, FileEntry, Json
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import (
     AskedModel,
     ConvertAdapterJob,
@@ -15,7 +16,6 @@ from weightsmith.jobs import (
     ExportEngineJob,
     ImportanceJob,
     ImportGgufJob,
-    Input,
     Job,
     MergeJob,
     Mixture,
@@ -26,7 +26,6 @@ from weightsmith.jobs import (
     Question,
     ReferenceJob,
     ValidateJob,
-    Virtual,
     read_job,
     write_job,
 )

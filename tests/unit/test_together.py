@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.jobs import EARLY_ANSWERS, Input, ProofJob, ReferenceJob, ValidateJob
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import EARLY_ANSWERS, ProofJob, ReferenceJob, ValidateJob
 from weightsmith.ports import Silent
 from weightsmith.together import Together
 

@@ -20,7 +20,8 @@ from weightsmith.drivers.docker_requests import (
     server_request,
 )
 from weightsmith.drivers.process import Completed
-from weightsmith.jobs import ConvertAdapterJob, Input
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import ConvertAdapterJob
 from weightsmith.ports import StartSpec
 
 PLACE = JobFiles(

@@ -12,7 +12,8 @@ from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.process import TookTooLong
 from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.jobs import EchoJob, Input, Job
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import EchoJob, Job
 
 from tests.fakes.journal import RecordingProgress
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
-from weightsmith.jobs import Beside, Input, QuantizeJob
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import Beside, QuantizeJob
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from weightsmith.forward.meeting import Meeting
-from weightsmith.jobs import AskedModel, Input, ProofJob, Question, ReferenceJob, ValidateJob
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import AskedModel, ProofJob, Question, ReferenceJob, ValidateJob
 from weightsmith.validating.greedy import drafts
 from weightsmith.worker.jobs import STAGES
 

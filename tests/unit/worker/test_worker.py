@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.jobs import EchoJob, Input, Job, write_job
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import EchoJob, Job, write_job
 
 ROOT = Path(__file__).parents[3]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.jobs import Input
+from weightsmith.job_inputs import Input
 from weightsmith.ports import Progress
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format

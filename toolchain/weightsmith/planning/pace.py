@@ -9,7 +9,8 @@ from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import InputRefused
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.forward.memory import batch_bytes, token_bytes
-from weightsmith.jobs import Input, PaceJob
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import PaceJob
 from weightsmith.json_objects import JsonObject
 from weightsmith.planning.memory import PADDED, PROBED_TOKENS, PROBES
 from weightsmith.stages import reference as references

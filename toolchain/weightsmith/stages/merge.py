@@ -9,7 +9,8 @@ from pathlib import Path
 
 from weightsmith.checkpoints.without_data import UnwrittenTree
 from weightsmith.destinations import Destination, InFolder
-from weightsmith.jobs import Input, MergeJob
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import MergeJob
 from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.plan import MergePlan, can_be_virtual, estimate, make_plan

@@ -7,7 +7,8 @@ from pathlib import Path
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
-from weightsmith.jobs import Input, QualityJob, Virtual
+from weightsmith.job_inputs import Input, Virtual
+from weightsmith.jobs import QualityJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quality.limits import limits_for, refusal
 from weightsmith.quality.result import Quality, TextsUsed

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.destinations import Destination
-from weightsmith.jobs import Beside, ImportanceJob, Input, QuantizeJob, Virtual
+from weightsmith.job_inputs import Input, Virtual
+from weightsmith.jobs import Beside, ImportanceJob, QuantizeJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts

@@ -16,7 +16,8 @@ from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.forward.memory import Walk, batch_bytes
-from weightsmith.jobs import AskedModel, Input, ReferenceJob, Virtual
+from weightsmith.job_inputs import Input, Virtual
+from weightsmith.jobs import AskedModel, ReferenceJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds

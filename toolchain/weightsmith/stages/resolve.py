@@ -8,7 +8,8 @@ from pathlib import Path
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, ignored_files
 from weightsmith.destinations import InStore
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.jobs import ImportGgufJob, Input
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import ImportGgufJob
 from weightsmith.ports import SourceReader
 from weightsmith.recipe import Adapter, Base
 from weightsmith.recipe_file import RecipeFile

@@ -10,7 +10,8 @@ from pathlib import Path
 from weightsmith.destinations import InStore
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
-from weightsmith.jobs import ConvertAdapterJob, Input
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import ConvertAdapterJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import Entry
 from weightsmith.quantizers import gguf_lora

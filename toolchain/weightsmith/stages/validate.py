@@ -7,7 +7,8 @@ from pathlib import Path
 
 from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
-from weightsmith.jobs import Input, Mixture, ValidateJob, Virtual
+from weightsmith.job_inputs import Input, Virtual
+from weightsmith.jobs import Mixture, ValidateJob
 from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import PRUNING, SUMS
 from weightsmith.outcome import Outcome, Timer
