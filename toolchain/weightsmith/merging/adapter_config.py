@@ -180,7 +180,10 @@ def _check_values(raw: Mapping[str, Any]) -> None:
         given = raw.get(name) or ()
         if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
             raise TypeError(f"{name} must be a list of names, not {str(given)[:80]!r}")
-    if (bias := raw.get("bias") or "none") not in ("none", "all", "lora_only"):
+    # Each other method has a name of its own for this: `vera_only`, `oft_only`.
+    only = "lora_only" if raw.get("peft_type") == "LORA" else "_only"
+    bias = raw.get("bias") or "none"
+    if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith(only)):
         raise ValueError(f"bias must be none, all or lora_only, not {str(bias)[:80]!r}")
 
 
