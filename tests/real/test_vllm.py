@@ -22,6 +22,7 @@ from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Silent, StartSpec
+from weightsmith.provenance.labels import plan_of
 from weightsmith.quantizers.packed import PackedView
 from weightsmith.run_options import RunOptions
 from weightsmith.wiring import open_tools
@@ -139,9 +140,10 @@ def log_probabilities(network: Any, ids: list[int]) -> list[float]:
 
 def served(layout: Path, ids: list[int]) -> list[float]:
     """Return the same of the started image: its `prompt_logprobs`."""
+    spec = StartSpec(port=8000, env={}, shm_bytes=plan_of(read_layout(layout).labels).shm_bytes)
     with (
         open_tools(RunOptions(runner="local"), Silent()) as tools,
-        tools.launcher.serve(f"oci:{layout}", StartSpec(port=8000, env={})) as endpoint,
+        tools.launcher.serve(f"oci:{layout}", spec) as endpoint,
     ):
         wait_until_healthy(endpoint, "/health", 900)
         with urllib.request.urlopen(f"{endpoint.url}/v1/models") as answer:
