@@ -112,6 +112,7 @@ def test_what_was_published_is_recorded_though_the_hub_fails(
     assert sorted(warm.record()["forms"]) == ["volume"]
 
 
+@pytest.mark.slow
 def test_the_card_of_an_image_that_was_not_started_claims_no_test(
     warm: Memory, hub: WritableHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +173,7 @@ def push(memory: Memory, source: str, place: HubPlace = PLACE) -> Any:
     return push_to_hub(source, place, memory.tools)
 
 
+@pytest.mark.slow
 def test_each_form_of_a_build_can_be_pushed(warm: Memory, hub: WritableHub) -> None:
     warm.build(
         "outputs=[image, volume, modelpack, modelpack-tar, ollama]", layout=warm.folder / "o"
@@ -205,6 +207,7 @@ def test_a_builds_folder_can_be_pushed_from_the_store(warm: Memory, hub: Writabl
     assert "started and passed" in card(hub)
 
 
+@pytest.mark.slow
 def test_a_builds_folder_can_be_pushed_from_its_image(warm: Memory, hub: WritableHub) -> None:
     warm.build(push=True)
     push(warm, str(warm.results()))

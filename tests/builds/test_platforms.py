@@ -79,6 +79,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
         yield Scene(fake, client, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_image_for_each_platform_shares_the_weights(scene: Scene) -> None:
     built = scene.build("--push", "--layout", str(scene.folder / "out"),
                         "--sign-key", str(scene.key))  # fmt: skip

@@ -132,6 +132,7 @@ def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
     )
 
 
+@pytest.mark.slow
 def test_gguf_targets_are_made_in_one_pass(memory: Memory) -> None:
     names = [TARGET, "llamacpp-q5_k_m", "llamacpp-q8_0"]
     together = memory.build(targets=names)

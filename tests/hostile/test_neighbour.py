@@ -82,6 +82,7 @@ def at_once(*works: Callable[[], None]) -> None:
         raise problem
 
 
+@pytest.mark.slow
 def test_two_writers_with_one_process_number_lose_and_mix_nothing(tmp_path: Path) -> None:
     """Another container writes the same file 400 times, and its process has our number."""
     path = tmp_path / "build.json"

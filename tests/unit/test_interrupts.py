@@ -49,6 +49,7 @@ def test_it_ends_at_once_while_python_imports(start, module):
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_a_background_job_stays_deaf():
     done = run(
         STRIKE.format(module="invoke", program="weightsmith", start=STARTS["weightsmith"]),

@@ -67,6 +67,7 @@ def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> 
     assert recipe == {}
 
 
+@pytest.mark.slow
 def test_a_deep_folder_beside_a_model_is_passed_over(tmp_path: Path) -> None:
     """A downloaded model has a hidden folder as deep as its author likes: it is not read."""
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -48,6 +48,7 @@ def test_a_name_that_no_file_system_holds_is_refused(tmp_path: Path) -> None:
         unpack(foreign_image(tar_of(entry("n" * 300))), tmp_path / "work" / "root")
 
 
+@pytest.mark.slow
 def test_cleaning_gets_through_a_tree_of_any_depth(tmp_path: Path) -> None:
     """A started image nested folders until it was killed: the next job cleans up and runs."""
     left = _new_name(tmp_path / "jobs")

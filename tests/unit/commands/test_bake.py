@@ -73,6 +73,7 @@ def test_ollama_gets_the_licence_beside_a_file(bakery: Bakery) -> None:
     verify_image(f"{bakery.fake.host}/team/app:1", None, bakery.client, Silent())
 
 
+@pytest.mark.slow
 def test_an_index_stays_one_and_shares_the_weights(bakery: Bakery, tmp_path: Path) -> None:
     key, public = make_key(tmp_path)
     rows = []

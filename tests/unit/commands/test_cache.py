@@ -95,6 +95,7 @@ def test_the_cache_is_pruned_to_a_size(tmp_path: Path, run: Run) -> None:
     assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_used_is_an_error_here(tmp_path: Path, run: Run) -> None:
     (tmp_path / "shared").write_text("")
     made(tmp_path / "one")

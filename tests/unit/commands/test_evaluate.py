@@ -81,6 +81,7 @@ def other_model(handler, _):
     handler.send(200, answer() | {"model": "another"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("behave", "says"),
     [

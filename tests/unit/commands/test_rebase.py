@@ -186,6 +186,7 @@ def test_another_platform_is_refused(scene: Scene) -> None:
         scene.rebase(source, onto)
 
 
+@pytest.mark.slow
 def test_an_index_stays_one(scene: Scene) -> None:
     """Every platform's image is moved, or none is."""
     first, second = (
@@ -230,6 +231,7 @@ def test_a_form_without_an_engine_has_no_base(scene: Scene, kind: str) -> None:
         scene.rebase(scene.bake("", kind=kind), scene.base("2", {ENGINE: "llamacpp"}, {}))
 
 
+@pytest.mark.slow
 def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) -> None:
     """It had been the engine's fault: "see `docker info`"."""
     source = scene.bake(first_base(scene))

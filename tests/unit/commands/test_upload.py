@@ -84,6 +84,7 @@ def test_a_second_push_sends_nothing(hub: WritableHub, tools: Tools, model: Path
     assert len(hub.repositories["team/bot"].commits) == 2
 
 
+@pytest.mark.slow
 def test_other_content_needs_force_and_is_replaced(
     hub: WritableHub, tools: Tools, model: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_other_content_needs_force_and_is_replaced(
     assert result["uploaded_bytes"] == 0
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_all_that_is_sent(hub: WritableHub, tools: Tools, model: Path) -> None:
     push_to_hub(str(model), PLACE, tools)
     hub.received.clear()

@@ -22,6 +22,7 @@ def test_a_program_that_holds_too_much_is_killed(nested: bool) -> None:
     assert done.returncode == -9
 
 
+@pytest.mark.slow
 def test_pages_that_forked_children_share_count_once() -> None:
     code = (
         "import os, time; held = b'x' * (150 << 20)\n"

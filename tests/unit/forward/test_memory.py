@@ -134,6 +134,7 @@ def test_a_batch_holds_the_tokens_that_fit(tmp_path: Path) -> None:
         assert batch_tokens(model, asked) == tokens
 
 
+@pytest.mark.slow
 def test_a_batch_is_planned_for_every_architecture() -> None:
     """Sizes can be lists, missing, or refused because layers differ."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

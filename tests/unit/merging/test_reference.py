@@ -159,6 +159,7 @@ def test_choices_are_scored_by_the_models_own_probabilities(
     assert found["base"][0] != pytest.approx(wanted, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_every_variant_answers_unmerged_as_merged(base: Path, make_adapter: Any) -> None:
     """The reference of one adapter is PEFT's own forward pass, whatever the adapter is made of."""
     for number, options in enumerate(

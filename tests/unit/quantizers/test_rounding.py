@@ -228,6 +228,7 @@ def test_damaged_codes_and_scales_are_found(
         check_checkpoint(out, model, Layout.of_scheme(scheme), ())
 
 
+@pytest.mark.slow
 def test_a_large_embedding_is_compared_in_little_memory(model: Path, tmp_path: Path) -> None:
     """The job's limit does not grow with the model."""
     name, size = "model.embed_tokens.weight", 1 << 26

@@ -149,6 +149,7 @@ def test_what_is_kept_keeps_its_bytes(models, tmp_path: Path) -> None:
     assert config["modules_to_not_convert"] == sorted(n.removesuffix(".weight") for n in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.grid(2)
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path: Path, monkeypatch, method: str):

@@ -59,6 +59,7 @@ def lies(draw):
     return config
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lies(), st.sampled_from(ENGINES), st.sampled_from(["", "nvidia-l40s", "nvidia-h100-80gb"]))
 def test_a_lie_is_planned_soundly_or_refused(config, target, gpu):

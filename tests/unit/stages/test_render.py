@@ -162,6 +162,7 @@ def test_a_name_with_control_characters_is_refused(name):
         rendered(name=name)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=40))
 def test_any_text_comes_back_from_yaml(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("templates")

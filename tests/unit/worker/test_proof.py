@@ -64,6 +64,7 @@ def told(found: Any) -> Any:
     return {name: value for name, value in found.items() if name not in MEASURED}
 
 
+@pytest.mark.slow
 def test_both_find_what_each_finds_by_itself(
     job: ProofJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_the_worker_ends_when_its_standard_input_does(tmp_path):
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_says_where_before_its_time_is_over(tmp_path):
     process = worker(echo(tmp_path, sleep=600, seconds=1), tmp_path)
     with process:
