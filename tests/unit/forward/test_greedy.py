@@ -58,7 +58,7 @@ def adapter_of(tmp_path: Path, base: Path, kind: str, **options: Any) -> Path:
     return make_adapter(tmp_path / "lora", base, target_modules=targets, **options)
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(
     "kind",
     [
@@ -99,7 +99,7 @@ def test_an_architecture_that_cannot_be_streamed_is_asked_in_memory(tmp_path: Pa
     assert answers({"": Subject(model=base)}, chat, 3)[""][0]["finish_reason"]
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_draft_changes_no_answer(tmp_path: Path, kind: str) -> None:
     base = make_model(tmp_path / "base", kind)

@@ -36,7 +36,7 @@ def generated(network: Any, prompts: list[list[int]] = PROMPTS) -> list[list[int
     return rows
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(8)
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_after_a_shared_prefix_are_those_of_each_prompt_alone(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

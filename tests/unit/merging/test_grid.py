@@ -75,7 +75,7 @@ def named(value: Any, names: tuple[str, str, str]) -> Any:
     return value
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def ids(cases: list[Any]) -> list[str]:
     return [f"{case[0]}-{getattr(case[-1], '__name__', 'term')}" for case in cases]
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize(("name", "mutate"), MUTATIONS, ids=ids(MUTATIONS))
 def test_a_broken_variant_fails_its_test(
     name: str,

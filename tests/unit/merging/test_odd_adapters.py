@@ -146,7 +146,7 @@ WHERE: dict[str, Case] = {
 }
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("name", WHERE)
 def test_merged_as_unmerged(name: str, bases: MakeBase, tmp_path: Path) -> None:
     architecture, model, lora = WHERE[name]
@@ -175,7 +175,7 @@ RESIZED: dict[str, Case] = {
 }
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("name", RESIZED)
 def test_resized_vocabularies(name: str, bases: MakeBase, tmp_path: Path) -> None:
     architecture, model, lora = RESIZED[name]

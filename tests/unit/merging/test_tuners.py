@@ -175,7 +175,7 @@ def run(base: Path, adapter: Path, out: Path, weight: float = 1.0) -> dict[str, 
     return merge(MergeRequest(base=base, adapters=((adapter, weight),), out=out, device="cpu"))
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize(
     ("kind", "options"), [*CASES.items(), *MORE], ids=[*CASES, *(f"{k}-more" for k, _ in MORE)]
 )
@@ -189,7 +189,7 @@ def test_merged_as_unmerged(kind: str, options: dict[str, Any], base: Path, tmp_
     assert result["tensors"]["merged"] + result["tensors"]["replaced"] > 0
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("name", ODD)
 def test_odd_places(name: str, bases: MakeBase, tmp_path: Path) -> None:
     from peft import PeftModel, get_peft_model
@@ -266,7 +266,7 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
     assert (logits(tmp_path / "out") - wanted).abs().max() < 1e-5
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("kind", sorted(tuned._BY_ROWS))
 def test_some_rows_at_a_time(
     kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,7 +72,7 @@ def test_zeros_are_never_read_for_weights(both):
         tensors.array(min(tensors.names))
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 def test_no_library_loads_it(both):
     import transformers
 
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_at_the_file_that_it_had_reached(
         assert again[kept] == whole[kept]
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 def test_the_proof_is_that_of_the_files(both):
     base, adapters, (written, _), (folder, _) = both
 
@@ -167,7 +167,7 @@ def test_the_proof_is_that_of_the_files(both):
     assert replace(found, **unlike) == replace(proven(written), **unlike)
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 def test_a_wrong_row_is_found_by_the_proof(both, monkeypatch):
     base, adapters, _, (folder, _) = both
     right = blocks.RowMaker._merge

@@ -150,7 +150,7 @@ def test_what_is_kept_keeps_its_bytes(models, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.grid(2)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("method", ["awq", "gptq"])
 def test_a_killed_walk_goes_on_at_its_layer(models, tmp_path: Path, monkeypatch, method: str):
     model = models("Qwen3MoeForCausalLM")

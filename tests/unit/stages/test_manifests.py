@@ -69,7 +69,7 @@ def documents(config, name):
     return list(yaml.safe_load_all(config.files[name]))
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_kubernetes_takes_the_deployment_and_its_service(config, version):
     found = documents(config, "kubernetes.yaml")
@@ -163,7 +163,7 @@ def beside(config):
     return {name: list(yaml.safe_load_all(text)) for name, text in found.items()}
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("version", ["1.33", "1.35", "1.37"])
 def test_kubernetes_takes_weights_beside_an_engine(config, beside, version):
     *settings, deployment, service = beside["kubernetes.yaml"]

@@ -128,7 +128,7 @@ def request_for(folder: Path, *settings: str) -> BuildRequest:
     )
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(4)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("change", "says"),

@@ -44,7 +44,7 @@ CASES = [
 ]
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize(
     ("kind", "model", "adapter"),
     CASES,
@@ -65,7 +65,7 @@ def test_exact_merge_passes(tmp_path: Path, kind: str, model: dict, adapter: dic
     assert result.max_abs_logit_diff < 1
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize(
     ("kind", "adapter"),
     [
@@ -92,7 +92,7 @@ def test_what_peft_merges_exactly_passes(tmp_path: Path, kind: str, adapter: dic
     assert result.comparison.elements.wrong == 0
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize(
     ("adapters", "weights", "options"),
     [
@@ -132,7 +132,7 @@ def test_ways_to_merge_pass(
     assert result.comparison.elements.wrong == 0
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("kind", ["loha", "ia3", "bias"])
 def test_a_part_of_what_is_no_factor_passes(tmp_path: Path, kind: str) -> None:
     from peft import IA3Config, LoHaConfig, LoraConfig

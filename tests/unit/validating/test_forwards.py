@@ -38,7 +38,7 @@ def whole_logits(root: Path, adapters: tuple[tuple[Path, float], ...] = ()) -> t
         return torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in PROBES])
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma3", "qwen3_moe"])
 def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
     base = make_model(tmp_path / "base", kind)

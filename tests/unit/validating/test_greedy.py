@@ -36,7 +36,7 @@ def said_by_peft(base: Path, lora: Path) -> list[str]:
     return texts
 
 
-@pytest.mark.grid(2)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "qwen3_moe"])
 def test_both_sides_say_what_they_say_alone(tmp_path: Path, kind: str) -> None:
     base = make_model(tmp_path / "base", kind)

@@ -50,7 +50,7 @@ def make(
     return base, out, loras
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_what_the_merge_makes_passes(tmp_path: Path, method: str, dtype: str) -> None:
@@ -111,7 +111,7 @@ def empty(tensors: dict[str, torch.Tensor]) -> None:
     tensors[EMBEDDING][9] = 0
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("change", "tensor"), [(flip, Q1), (transpose, Q1), (empty, EMBEDDING)],
@@ -129,7 +129,7 @@ def test_wrong_elements_fail(
     assert tensor in tell(result)
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("method", METHODS)
 def test_another_scaling_fails(tmp_path: Path, method: str) -> None:
     base, out, loras = make(tmp_path, method, **seeded(method))
@@ -141,7 +141,7 @@ def test_another_scaling_fails(tmp_path: Path, method: str) -> None:
     assert not result.passed
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_that_is_left_out_is_named(tmp_path: Path, method: str) -> None:
     base, out, loras = make(tmp_path, method, 1, **seeded(method))

@@ -236,7 +236,7 @@ MUTATIONS = (
 )
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.title.replace(" ", "-"))
 def test_mutation_is_caught(tmp_path: Path, mutation: Mutation) -> None:
     place = make_place(tmp_path, dict(mutation.model))
