@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.folder import scan
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.trees import below, walk
+from weightsmith.trees import below, give
 
 _FICLONE = 0x4004_9409
 """FICLONE, see ioctl_ficlone(2): share another file's blocks."""
@@ -92,14 +92,8 @@ def _copy(real: Path, target: Path) -> None:
 def owned_by(folder: Path, user: int, group: int) -> Iterator[None]:
     """Give a folder and its content to a user during the block, then take it back."""
     before = folder.stat()
-    _chown(folder, user, group)
+    give(folder, user, group)
     try:
         yield
     finally:
-        _chown(folder, before.st_uid, before.st_gid)
-
-
-def _chown(folder: Path, user: int, group: int) -> None:
-    # The container may have left links: change the links themselves, never follow them.
-    for step in walk(folder):
-        os.chown(step.name, user, group, dir_fd=step.parent, follow_symlinks=False)
+        give(folder, before.st_uid, before.st_gid)

@@ -24,7 +24,7 @@ from weightsmith.files import age_order, sync_folder, write_whole
 from weightsmith.foreign import parse
 from weightsmith.ports import Entry
 from weightsmith.privacy import private
-from weightsmith.trees import below, discard, remove
+from weightsmith.trees import below, discard, give, remove
 from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 
 _WORTH_REMEMBERING = 256 << 10
@@ -193,6 +193,10 @@ class FileStore:
             remove(partial)
         data = partial / "data"
         data.mkdir(parents=True, exist_ok=True)
+        if resume and os.geteuid() == 0:
+            # A build that was killed never took it back from its container's user, and the next
+            # job may run without a container, as root that can open root's own files alone.
+            give(data, 0, os.getegid())
         try:
             meta = dict(make(data))
         except BaseException as problem:

@@ -137,7 +137,7 @@ def _made(
         made.update(_run(replace(_job(missing, known, task, tools), output=folder), tools))
         return made[first]
 
-    found = to.document(partial(inputs, missing[first], task), _ANSWERS, run)
+    found = to.document(partial(inputs, missing[first], task), _ANSWERS, run, resume=True)
     rest = {name: one for name, one in missing.items() if name in made and name != first}
     _keep(rest, made, task, to)
     return made or {first: found.value}
