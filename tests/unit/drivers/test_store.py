@@ -142,3 +142,22 @@ def test_read_only_store_serves_and_explains(tmp_path: Path, monkeypatch) -> Non
     assert store.find(KEY)
     with pytest.raises(EnvironmentFailure, match="cannot write to the store"):
         store.produce(key_of("another"), {}, write("x"))
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_what_a_killed_container_left_belongs_to_the_next_maker(tmp_path: Path) -> None:
+    def killed(folder: Path) -> dict[str, str]:
+        (folder / "half").write_text("ha")
+        for path in (folder, folder / "half"):
+            os.chown(path, 65532, 65532)
+        raise KeyboardInterrupt
+
+    def goes_on(folder: Path) -> dict[str, str]:
+        assert [path.stat().st_uid for path in (folder, folder / "half")] == [0, 0]
+        return {"text": (folder / "half").read_text()}
+
+    store = FileStore(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        store.produce(KEY, {}, killed, resume=True)
+    assert store.produce(KEY, {}, goes_on, resume=True).meta == {"text": "ha"}
