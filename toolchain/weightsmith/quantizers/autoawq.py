@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import UsageError
 from weightsmith.quantizers.awq_search import patch_searches
 from weightsmith.quantizers.checkpoints import (
@@ -17,7 +16,7 @@ from weightsmith.quantizers.checkpoints import (
     check_grouped,
     finish,
     group_option,
-    group_size,
+    in_groups,
     peak_disk,
     zero_point_option,
 )
@@ -64,9 +63,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 
 
 def _layout(request: QuantizeRequest) -> Layout:
-    model = read_facts(request.model)
-    group = group_size(model, request.options.get("group_size"))
-    return Layout(method="awq", bits=4, group_size=group, symmetric=False)
+    return in_groups(request.model, "awq", request.options.get("group_size"))
 
 
 def main() -> None:

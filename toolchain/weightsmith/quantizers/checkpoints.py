@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
-from weightsmith.quantizers.packed import PARTS
+from weightsmith.quantizers.packed import PARTS, Layout
 from weightsmith.quantizers.writing import Work, copied, whole, write_checkpoint
 from weightsmith.values import Format, Json
 
@@ -115,6 +115,15 @@ def group_size(model: ModelFacts, requested: Json) -> int:
         if fitting
         else "serve it in 16 bits, or as fp8 or w8a8, which have a scale per row",
     )
+
+
+def in_groups(model: Path, method: str, requested: Json) -> Layout:
+    """Return the layout of 4-bit integers with a scale per group: `gptq` symmetric, others not.
+
+    Raises InputRefused as `group_size` does.
+    """
+    size = group_size(read_facts(model), requested)
+    return Layout(method=method, bits=4, group_size=size, symmetric=method == "gptq")
 
 
 def row_lengths(model: ModelFacts) -> dict[str, int]:

@@ -17,7 +17,7 @@ from weightsmith.quantizers.checkpoints import (
     check_grouped,
     finish,
     group_option,
-    group_size,
+    in_groups,
     peak_disk,
     row_lengths,
     zero_point_option,
@@ -80,14 +80,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 
 
 def _layout(request: QuantizeRequest) -> Layout:
-    model = read_facts(request.model)
-    method = request.format.kind
-    return Layout(
-        method=method,
-        bits=4,
-        group_size=group_size(model, request.options.get("group_size")),
-        symmetric=method == "gptq",
-    )
+    return in_groups(request.model, request.format.kind, request.options.get("group_size"))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.quantizers.architectures import WALKED, check_kept
@@ -15,7 +15,7 @@ from weightsmith.quantizers.checkpoints import (
     check_group,
     check_grouped,
     group_option,
-    group_size,
+    in_groups,
     output_bytes,
     zero_point_option,
 )
@@ -68,13 +68,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
 
 
 def _layout(request: QuantizeRequest) -> Layout:
-    model, method = read_facts(request.model), request.format.kind
-    return Layout(
-        method=method,
-        bits=4,
-        group_size=group_size(model, request.options.get("group_size")),
-        symmetric=method == "gptq",
-    )
+    return in_groups(request.model, request.format.kind, request.options.get("group_size"))
 
 
 def main() -> None:
