@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from weightsmith.cpus import all_but_one
+from weightsmith.cpus import idle
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Smoke
@@ -46,14 +46,14 @@ def start(
         yield session
 
 
-def spare_cpu(variable: str) -> Mapping[str, str]:
-    """Return the environment that leaves one CPU free; `variable` sets an engine's threads.
+def idle_cpus(variable: str) -> Mapping[str, str]:
+    """Return the environment that gives an engine a thread for each idle CPU.
 
-    {} without a variable.
+    `variable` sets its threads; {} without one.
     """
     if not variable:
         return {}
-    return {variable: str(all_but_one())}
+    return {variable: str(idle())}
 
 
 def why_not_started(image: Image, tools: Tools) -> str:

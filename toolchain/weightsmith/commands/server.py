@@ -17,7 +17,7 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Endpoint, StartSpec
 from weightsmith.provenance.labels import plan_of
-from weightsmith.starting import spare_cpu, start
+from weightsmith.starting import idle_cpus, start
 from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 
@@ -38,7 +38,7 @@ def session_with(
 ) -> Iterator[ServerSession]:
     """Yield a session with a ready server; stops the server afterwards if we started it.
 
-    `modest` leaves one CPU free if the engine's number of threads can be set. The key in
+    `modest` leaves busy CPUs alone if the engine's number of threads can be set. The key in
     WEIGHTSMITH_API_KEY is sent only to a server at a URL.
     Raises UsageError for a missing image or a malformed URL, CheckFailed for an image that does
     not become ready.
@@ -54,7 +54,7 @@ def session_with(
     ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
     spec = StartSpec(
         port=ports[0] if ports else 8000,
-        env=spare_cpu(target.engine.threads_variable) if target and modest else {},
+        env=idle_cpus(target.engine.threads_variable) if target and modest else {},
         port_variable=target.engine.port_variable if target else "",
         host_variable=target.engine.host_variable if target else "",
         shm_bytes=plan_of(labels).shm_bytes,

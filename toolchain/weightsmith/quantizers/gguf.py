@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.cpus import all_but_one
+from weightsmith.cpus import idle
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import parse
 from weightsmith.quantizers.checkpoints import check_unpacked
@@ -258,7 +258,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
     tokens = sum(int(row["tokens"]) for row in rows)
     text = request.output / ".calibration.txt"
     window = window_of(request.model, len(rows), tokens)
-    threads = request.options.get("threads") or all_but_one()
+    threads = request.options.get("threads") or idle()
     split = "split_max_size" in request.options
     return Step(
         title=f"measuring importance on {tokens} tokens",

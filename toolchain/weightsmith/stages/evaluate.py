@@ -20,7 +20,7 @@ from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import StartSpec
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
-from weightsmith.starting import spare_cpu, start, why_not_started
+from weightsmith.starting import idle_cpus, start, why_not_started
 from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Digest, Json, StageInputs
 
@@ -84,7 +84,7 @@ class Evaluation:
         """How to start the image."""
         return StartSpec(
             port=self.config.port,
-            env=spare_cpu(self.engine.threads_variable),
+            env=idle_cpus(self.engine.threads_variable),
             port_variable=self.engine.port_variable,
             host_variable=self.engine.host_variable,
             memory_bytes=self.config.plan.memory_limit_bytes,
