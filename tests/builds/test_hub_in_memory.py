@@ -14,15 +14,15 @@ from weightsmith.commands.upload import push_to_hub
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.ports import Silent
-from weightsmith.stages.upload import HubPlace
+from weightsmith.stages.upload import HubDestination
 
 from tests.fakes.memory import Memory
 from tests.fakes.writable_hub import Repository, WritableHub, writable_hub
 
 TARGET = "llamacpp-q4_k_m"
 HUB = "outputs.hub=hf://team/bot"
-PLACE = HubPlace(repository="team/bot")
-AGAIN = HubPlace(repository="team/again")
+DESTINATION = HubDestination(repository="team/bot")
+AGAIN = HubDestination(repository="team/again")
 
 
 @pytest.fixture
@@ -169,8 +169,8 @@ def test_a_list_of_kinds_and_a_hub(warm: Memory, hub: WritableHub) -> None:
     assert sorted(built.forms) == ["hub", "volume"]
 
 
-def push(memory: Memory, source: str, place: HubPlace = PLACE) -> Any:
-    return push_to_hub(source, place, memory.tools)
+def push(memory: Memory, source: str, destination: HubDestination = DESTINATION) -> Any:
+    return push_to_hub(source, destination, memory.tools)
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_each_form_of_a_build_can_be_pushed(warm: Memory, hub: WritableHub) -> N
     (file,) = warm.record()["artifact"]["files"]
     for kind in ("", "-volume", "-modelpack", "-modelpack-tar", "-ollama"):
         name = f"team/bot{kind}"
-        push(warm, f"oci:{warm.folder / 'o'}{kind}", HubPlace(repository=name))
+        push(warm, f"oci:{warm.folder / 'o'}{kind}", HubDestination(repository=name))
 
         assert list(weights(hub, name)) == [file["path"]], kind
         text = card(hub, name)
@@ -252,4 +252,4 @@ def test_a_model_of_adapters_beside_their_base_is_refused(memory: Memory, hub: W
     memory.build(targets=("llamacpp-lora",), layout=memory.folder / "own")
     with pytest.raises(InputRefused, match="no merged model"):
         push(memory, f"oci:{memory.folder / 'own'}")
-    assert replace(PLACE).repository not in hub.repositories
+    assert replace(DESTINATION).repository not in hub.repositories

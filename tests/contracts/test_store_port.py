@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import EnvironmentFailure
-from weightsmith.sharing.place import Place
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.store import SharedStore
 from weightsmith.values import Digest, UnreadDigest, key_of
 
@@ -28,7 +28,7 @@ class Shared(SharedStore):
     def __init__(self, root: Path) -> None:
         self.root, local = root, FileStore(root)
         self.close = local.close
-        super().__init__(local, [Place(MemoryCache(), None, print, 60)], lambda: root)
+        super().__init__(local, [SharedCache(MemoryCache(), None, print, 60)], lambda: root)
 
 
 AnyStore = MemoryStore | FileStore | Shared

@@ -31,7 +31,7 @@ from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe_file import read_recipe
 from weightsmith.recording import Built
-from weightsmith.sharing.place import Place
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Remember, Uploads, nowhere
 from weightsmith.stages.publish import Outputs
@@ -190,10 +190,10 @@ class Memory:
             yield
             return
         check = read_public_key(self.verify_key) if self.verify_key else None
-        place = Place(self.cache, check, self.progress.warn, 60)
-        uploads = Uploads(place, self.store.memo, self.signer, self.remember)
+        remote = SharedCache(self.cache, check, self.progress.warn, 60)
+        uploads = Uploads(remote, self.store.memo, self.signer, self.remember)
         with _scratch(self.folder) as scratch:
-            self.shared = SharedStore(self.store, [place], lambda: scratch, uploads, self.remember)
+            self.shared = SharedStore(self.store, [remote], lambda: scratch, uploads, self.remember)
             try:
                 yield
             finally:

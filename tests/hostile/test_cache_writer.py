@@ -21,8 +21,8 @@ from weightsmith.ports import Signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.signing import check_by
 from weightsmith.provenance.statements import Statement
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.document import LARGEST, read_document
-from weightsmith.sharing.place import Place
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
 from weightsmith.values import canonical, key_of
@@ -164,7 +164,7 @@ def shared(tmp_path: Path) -> MemoryCache:
     """A cache with one result of two files."""
     cache, store = MemoryCache(), MemoryStore(tmp_path / "maker")
     entry = store.produce(KEY, NOTE, two_files)
-    Uploads(Place(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
     return cache
 
 
@@ -250,9 +250,9 @@ def test_wrong_bytes_never_become_a_result(
     """A right document, other bytes: nothing is kept, and the result is not offered again."""
     shared.blobs = {digest: spoil(data) for digest, data in shared.blobs.items()}
     store, warnings = MemoryStore(tmp_path / "mine"), list[str]()
-    place = Place(shared, None, warnings.append, 60)
+    remote = SharedCache(shared, None, warnings.append, 60)
     (tmp_path / "scratch").mkdir()
-    both = SharedStore(store, [place], lambda: tmp_path / "scratch")
+    both = SharedStore(store, [remote], lambda: tmp_path / "scratch")
     entry = both.find(KEY)
     assert entry is not None
     with pytest.raises(CacheLost):
@@ -268,7 +268,7 @@ def test_a_stream_of_wrong_bytes_never_ends(shared: MemoryCache, tmp_path: Path)
     """The last bytes of a file are passed on only if all of it was right."""
     shared.blobs = {d: data.replace(b"wwww", b"wwwx", 1) for d, data in shared.blobs.items()}
     both = SharedStore(
-        MemoryStore(tmp_path / "mine"), [Place(shared, None, print, 60)], lambda: tmp_path
+        MemoryStore(tmp_path / "mine"), [SharedCache(shared, None, print, 60)], lambda: tmp_path
     )
     entry = both.find(KEY)
     assert entry is not None

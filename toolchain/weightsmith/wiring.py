@@ -51,7 +51,7 @@ from weightsmith.provenance.signing import check_by, check_of
 from weightsmith.run_options import RunOptions
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.sharing.address import Address, Sharing, chosen, required
-from weightsmith.sharing.place import Place
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
 from weightsmith.time_limits import chosen_seconds
@@ -228,21 +228,21 @@ def open_store(
     local, settings = make_store(progress.note), sharing.settings
     check = check_of(settings.verify_key) if settings.verify_key else None
     with ExitStack() as stack:
-        places: dict[Address, Place] = {}
+        caches: dict[Address, SharedCache] = {}
         for address in filter(None, (sharing.both, sharing.read)):
             cache = open_cache(address, registry)
-            places[address] = Place(cache, check, progress.warn, settings.lookup_seconds)
-        if not places:
+            caches[address] = SharedCache(cache, check, progress.warn, settings.lookup_seconds)
+        if not caches:
             yield local
             return
         queue = None
         if sharing.both and uploads:
             key = make_signer(settings.sign_key) if settings.sign_key else signer
-            queue = Uploads(places[sharing.both], local.memo, key, layers.note)
+            queue = Uploads(caches[sharing.both], local.memo, key, layers.note)
         scratch = cache_once(lambda: stack.enter_context(_scratch()))
         wait = settings.upload_seconds
         try:
-            yield SharedStore(local, [*places.values()], scratch, queue, layers.note)
+            yield SharedStore(local, [*caches.values()], scratch, queue, layers.note)
         except KeyboardInterrupt:
             wait = 0.0
             raise
@@ -250,7 +250,7 @@ def open_store(
             left = queue.close(wait) if queue else 0
         if left and sharing.both:
             progress.warn(
-                f"{left} result(s) were not uploaded to {places[sharing.both].where} within "
+                f"{left} result(s) were not uploaded to {caches[sharing.both].where} within "
                 f"{settings.upload_seconds:g} s; the next command that uses them tries again"
             )
 
@@ -260,7 +260,7 @@ class OneCache:
     """A shared cache and the local store, for commands that move results between them."""
 
     local: FileStore
-    place: Place
+    shared: SharedCache
     store: SharedStore
     uploads: Uploads
 
@@ -279,12 +279,12 @@ def open_one_cache(
     signer = make_signer(sign_key or settings.sign_key)
     with make_registry(insecure=insecure, memory=layers) as registry, _scratch() as folder:
         found = open_cache(sharing.both, registry)
-        place = Place(found, check, progress.warn, settings.lookup_seconds)
+        shared = SharedCache(found, check, progress.warn, settings.lookup_seconds)
         yield OneCache(
             local=local,
-            place=place,
-            store=SharedStore(local, [place], lambda: folder),
-            uploads=Uploads(place, local.memo, signer),
+            shared=shared,
+            store=SharedStore(local, [shared], lambda: folder),
+            uploads=Uploads(shared, local.memo, signer),
         )
 
 

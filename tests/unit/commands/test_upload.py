@@ -19,7 +19,7 @@ from weightsmith.commands.upload import push_to_hub
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.oci.layout import write_layout
 from weightsmith.oci.modelpack import ModelDescription, model_pack
-from weightsmith.stages.upload import HubPlace, repository_of
+from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, FileEntry, Tree
 
@@ -28,7 +28,7 @@ from tests.fakes.memory import memory_tools
 from tests.fakes.tiny import write_model
 from tests.fakes.writable_hub import READER, TOKEN, WritableHub, environment, writable_hub
 
-PLACE = HubPlace(repository="team/bot")
+DESTINATION = HubDestination(repository="team/bot")
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_checkpoint_is_one_commit_with_a_card(
     hub: WritableHub, tools: Tools, model: Path
 ) -> None:
     (model / "notes.py").write_text("print()")
-    result = push_to_hub(str(model), PLACE, tools)
+    result = push_to_hub(str(model), DESTINATION, tools)
 
     repository = hub.repositories["team/bot"]
     assert result["digest"] == repository.commits[-1]
@@ -76,8 +76,8 @@ def test_a_checkpoint_is_one_commit_with_a_card(
 
 
 def test_a_second_push_sends_nothing(hub: WritableHub, tools: Tools, model: Path) -> None:
-    first = push_to_hub(str(model), PLACE, tools)
-    again = push_to_hub(str(model), PLACE, tools)
+    first = push_to_hub(str(model), DESTINATION, tools)
+    again = push_to_hub(str(model), DESTINATION, tools)
 
     assert again["digest"] == first["digest"]
     assert again["uploaded_bytes"] == 0
@@ -88,13 +88,13 @@ def test_a_second_push_sends_nothing(hub: WritableHub, tools: Tools, model: Path
 def test_other_content_needs_force_and_is_replaced(
     hub: WritableHub, tools: Tools, model: Path
 ) -> None:
-    first = push_to_hub(str(model), PLACE, tools)
+    first = push_to_hub(str(model), DESTINATION, tools)
     hub.repositories["team/bot"].files["old.txt"] = b"stays in the history only"
     with pytest.raises(UsageError, match=r"old\.txt") as caught:
-        push_to_hub(str(model), PLACE, tools)
+        push_to_hub(str(model), DESTINATION, tools)
     assert "--force" in caught.value.hint
 
-    result = push_to_hub(str(model), HubPlace(repository="team/bot", force=True), tools)
+    result = push_to_hub(str(model), HubDestination(repository="team/bot", force=True), tools)
     assert "old.txt" not in hub.repositories["team/bot"].files
     assert ".gitattributes" in hub.repositories["team/bot"].files
     assert result["digest"] != first["digest"]
@@ -103,12 +103,12 @@ def test_other_content_needs_force_and_is_replaced(
 
 @pytest.mark.slow
 def test_a_changed_file_is_all_that_is_sent(hub: WritableHub, tools: Tools, model: Path) -> None:
-    push_to_hub(str(model), PLACE, tools)
+    push_to_hub(str(model), DESTINATION, tools)
     hub.received.clear()
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     with pytest.raises(UsageError, match=r"config\.json"):
-        push_to_hub(str(model), PLACE, tools)
-    result = push_to_hub(str(model), HubPlace(repository="team/bot", force=True), tools)
+        push_to_hub(str(model), DESTINATION, tools)
+    result = push_to_hub(str(model), HubDestination(repository="team/bot", force=True), tools)
 
     assert hub.received == []
     assert result["uploaded_bytes"] == (model / "config.json").stat().st_size
@@ -119,7 +119,7 @@ def test_a_gguf_file_has_the_lines_of_its_runners(
 ) -> None:
     file = tmp_path / "bot-q8_0.gguf"
     file.write_bytes(b"GGUF" + bytes(5000))
-    push_to_hub(str(file), HubPlace(repository="team/bot", public=True), tools)
+    push_to_hub(str(file), HubDestination(repository="team/bot", public=True), tools)
 
     repository = hub.repositories["team/bot"]
     assert set(repository.files) == {".gitattributes", "README.md", "bot-q8_0.gguf"}
@@ -166,7 +166,7 @@ def test_what_must_not_be_published_is_refused_before_anything_is_made(
 ) -> None:
     damage(model)
     with pytest.raises(InputRefused, match=message) as caught:
-        push_to_hub(str(model), PLACE, tools)
+        push_to_hub(str(model), DESTINATION, tools)
 
     assert caught.value.hint
     assert hub.repositories == {}
@@ -196,7 +196,7 @@ def test_what_a_hub_refuses_is_said_without_the_token(
 ) -> None:
     hub.fail[part] = status
     with pytest.raises(kind) as caught:
-        push_to_hub(str(model), PLACE, tools)
+        push_to_hub(str(model), DESTINATION, tools)
 
     assert hint in caught.value.hint
     assert "team/bot" in caught.value.message
@@ -213,7 +213,7 @@ def test_a_checkpoint_in_a_layout_is_what_it_was(
 ) -> None:
     layout = tmp_path / "layout"
     bake(tools.registry, model, "", kind=kind, target="vllm", layout=layout)
-    push_to_hub(f"oci:{layout}", PLACE, tools)
+    push_to_hub(f"oci:{layout}", DESTINATION, tools)
 
     repository = hub.repositories["team/bot"]
     names = {path.name for path in model.iterdir()}
@@ -244,7 +244,7 @@ def test_a_pack_whose_file_leaves_the_folder(
     hub: WritableHub, tools: Tools, tmp_path: Path, path: str
 ) -> None:
     with pytest.raises(InputRefused, match="leaves the model's folder"):
-        push_to_hub(write_pack(tmp_path, path), PLACE, tools)
+        push_to_hub(write_pack(tmp_path, path), DESTINATION, tools)
     assert not list(tmp_path.rglob("evil*"))
     assert hub.repositories == {}
 
@@ -256,7 +256,7 @@ def test_a_pack_whose_files_cannot_be_beside_each_other(
     hub: WritableHub, tools: Tools, tmp_path: Path, paths: tuple[str, ...]
 ) -> None:
     with pytest.raises(InputRefused, match="too long or another file's"):
-        push_to_hub(write_pack(tmp_path, *paths), PLACE, tools)
+        push_to_hub(write_pack(tmp_path, *paths), DESTINATION, tools)
     assert hub.repositories == {}
 
 
@@ -265,14 +265,14 @@ def test_a_token_that_may_only_read(
 ) -> None:
     with writable_hub(monkeypatch, READER) as hub:
         with pytest.raises(EnvironmentFailure, match="may not do that"):
-            push_to_hub(str(model), PLACE, tools)
+            push_to_hub(str(model), DESTINATION, tools)
         assert hub.repositories == {}
 
 
 def test_a_commit_that_lacks_a_file_is_noticed(hub: WritableHub, tools: Tools, model: Path) -> None:
     hub.drop = "config.json"
     with pytest.raises(EnvironmentFailure, match=r"lacks config\.json"):
-        push_to_hub(str(model), PLACE, tools)
+        push_to_hub(str(model), DESTINATION, tools)
 
 
 def test_a_hub_that_is_down(tools: Tools, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_a_hub_that_is_down(tools: Tools, model: Path, monkeypatch: pytest.Monke
     with writable_hub(monkeypatch):
         pass
     with pytest.raises(EnvironmentFailure, match="could not be reached") as caught:
-        push_to_hub(str(model), PLACE, tools)
+        push_to_hub(str(model), DESTINATION, tools)
     assert "HF_ENDPOINT" in caught.value.hint
 
 
@@ -294,7 +294,7 @@ def test_the_public_hub_is_not_asked_without_a_token(
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     with pytest.raises(EnvironmentFailure, match="token") as caught:
-        push_to_hub(str(model), PLACE, tools)
+        push_to_hub(str(model), DESTINATION, tools)
     assert "hf auth login" in caught.value.hint
 
 

@@ -16,7 +16,7 @@ from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.errors import CacheLost, EnvironmentFailure
 from weightsmith.ports import Entry
 from weightsmith.sharing import uploads as module
-from weightsmith.sharing.place import Place, within
+from weightsmith.sharing.cache import SharedCache, within
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
 from weightsmith.values import Digest, key_of
@@ -62,8 +62,8 @@ def weights(size: int) -> Callable[[Path], dict[str, object]]:
 
 def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
     warnings: list[str] = []
-    place = Place(stuck, None, warnings.append, seconds=0.05)
-    store = SharedStore(MemoryStore(tmp_path / "store"), [place], lambda: tmp_path)
+    remote = SharedCache(stuck, None, warnings.append, seconds=0.05)
+    store = SharedStore(MemoryStore(tmp_path / "store"), [remote], lambda: tmp_path)
     began = time.monotonic()
     assert [store.find(KEY), store.find(OTHER)] == [None, None]
 
@@ -74,7 +74,7 @@ def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
 
 def test_the_end_waits_for_uploads_only_so_long(stuck: Stuck, tmp_path: Path) -> None:
     store, entry = made(tmp_path / "store")
-    uploads = Uploads(Place(stuck, None, print, 60), store.memo)
+    uploads = Uploads(SharedCache(stuck, None, print, 60), store.memo)
     uploads.add(KEY, NOTE, entry)
     began = time.monotonic()
 
@@ -89,7 +89,7 @@ from weightsmith.drivers.store import FileStore
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
-from weightsmith.sharing.place import Place
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.uploads import Uploads
 from weightsmith.values import key_of
 
@@ -102,7 +102,7 @@ store = FileStore(Path(sys.argv[2]))
 entry = store.produce(key_of("one"), note, make)
 with Registry() as registry:
     cache = RegistryCache(registry, Reference.parse(sys.argv[1] + "/team/cache"))
-    uploads = Uploads(Place(cache, None, print, 60), store.memo)
+    uploads = Uploads(SharedCache(cache, None, print, 60), store.memo)
     uploads.add(key_of("one"), note, entry)
     sys.stdin.readline()
     print(uploads.close(0.05))
@@ -163,7 +163,7 @@ def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     store, entry = made(tmp_path / "store")
     warnings: list[str] = []
     cache = Hiccup()
-    uploads = Uploads(Place(cache, None, warnings.append, 60), store.memo)
+    uploads = Uploads(SharedCache(cache, None, warnings.append, 60), store.memo)
     uploads.add(KEY, NOTE, entry)
 
     assert uploads.close(60) == 0
@@ -174,16 +174,16 @@ def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
     store, entry = made(tmp_path / "store")
     cache, warnings = MemoryCache(), list[str]()
-    filling = Uploads(Place(cache, None, warnings.append, 60), store.memo)
+    filling = Uploads(SharedCache(cache, None, warnings.append, 60), store.memo)
     filling.upload(KEY, NOTE, entry)
 
     cache.faults["write"] = PermissionError(13, "Permission denied")
-    place = Place(cache, None, warnings.append, 60)
-    uploads = Uploads(place, store.memo)
+    remote = SharedCache(cache, None, warnings.append, 60)
+    uploads = Uploads(remote, store.memo)
     uploads.add(OTHER, NOTE, entry)
     assert uploads.close(60) == 0
 
-    mine = SharedStore(MemoryStore(tmp_path / "mine"), [place], lambda: tmp_path)
+    mine = SharedStore(MemoryStore(tmp_path / "mine"), [remote], lambda: tmp_path)
     found = mine.find(KEY)
     assert found is not None
     assert found.tree.path("model.safetensors").read_bytes() == bytes(3000)
@@ -204,16 +204,16 @@ def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(
 ) -> None:
     store, entry = made(tmp_path / "store")
     cache = MemoryCache()
-    Uploads(Place(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
     whole = dict(cache.blobs)
-    place = Place(FolderCache(tmp_path / "shared"), None, print, 60)
-    Uploads(place, store.memo).upload(KEY, NOTE, entry)
+    remote = SharedCache(FolderCache(tmp_path / "shared"), None, print, 60)
+    Uploads(remote, store.memo).upload(KEY, NOTE, entry)
     (blob,) = (path for path in (tmp_path / "shared" / "blobs").rglob("*") if path.is_file())
     damage(blob)
 
     mine = MemoryStore(tmp_path / "mine")
-    uploads = Uploads(place, mine.memo)
-    shared = SharedStore(mine, [place], lambda: tmp_path / "scratch", uploads)
+    uploads = Uploads(remote, mine.memo)
+    shared = SharedStore(mine, [remote], lambda: tmp_path / "scratch", uploads)
     found = shared.find(KEY)
     assert found is not None
     with pytest.raises(CacheLost):
@@ -227,13 +227,13 @@ def test_two_upload_the_same_at_once(tmp_path: Path) -> None:
     """Without locks, in one folder: what is there in the end is whole."""
     stores = [made(tmp_path / f"store{number}", 3 << 20) for number in range(2)]
     folder = tmp_path / "shared"
-    places = [Place(FolderCache(folder), None, print, 60) for _ in stores]
-    both = [Uploads(place, store.memo) for place, (store, _) in zip(places, stores, strict=True)]
+    caches = [SharedCache(FolderCache(folder), None, print, 60) for _ in stores]
+    both = [Uploads(remote, store.memo) for remote, (store, _) in zip(caches, stores, strict=True)]
     for uploads, (_, entry) in zip(both, stores, strict=True):
         uploads.add(KEY, NOTE, entry)
     assert [uploads.close(60) for uploads in both] == [0, 0]
 
-    mine = SharedStore(MemoryStore(tmp_path / "mine"), places[:1], lambda: tmp_path)
+    mine = SharedStore(MemoryStore(tmp_path / "mine"), caches[:1], lambda: tmp_path)
     found = mine.find(KEY)
     assert found is not None
     assert found.tree.path("model.safetensors").read_bytes() == bytes(3 << 20)

@@ -107,9 +107,9 @@ def _settle_streams() -> None:
 def _print_result(text: str) -> None:
     if why := put_line(text, sys.stdout):
         hint = "what was made is kept: free some space and run it again"
-        told = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
-        print_error(told, as_json=False)
-        raise Exit(code=told.exit_code)
+        failure = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
+        print_error(failure, as_json=False)
+        raise Exit(code=failure.exit_code)
 
 
 def _for_invoke(

@@ -64,8 +64,8 @@ def fleet(
     with open_tools(run, progress, uploads=not plan) as tools:
         graph = foreseen(found, place, tools)
         if engine is None:
-            told = plan_of(graph)
-            return told, text_of(told)
+            planned = plan_of(graph)
+            return planned, text_of(planned)
         with watcher(live=watch) as changed:
             rows = run_fleet(
                 found,

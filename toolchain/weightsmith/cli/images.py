@@ -106,13 +106,13 @@ def _push_to_hub(
 ) -> Mapping[str, Json]:
     from weightsmith.commands.upload import push_to_hub
     from weightsmith.progress import progress_for
-    from weightsmith.stages.upload import HubPlace, repository_of
+    from weightsmith.stages.upload import HubDestination, repository_of
     from weightsmith.wiring import open_tools
 
     run = RunOptions(runner="local", insecure=insecure)
-    place = HubPlace(repository=repository_of(to), force=force, public=public)
+    destination = HubDestination(repository=repository_of(to), force=force, public=public)
     with open_tools(run, progress_for()) as tools:
-        return push_to_hub(source, place, tools)
+        return push_to_hub(source, destination, tools)
 
 
 @command(

@@ -42,20 +42,20 @@ def cache(
         match action:
             case "push":
                 result = run.push_results(
-                    one.local.results(), one.uploads, one.place.cache, progress
+                    one.local.results(), one.uploads, one.shared.cache, progress
                 )
                 text = f"pushed {result['pushed']} result(s), {human(result['bytes'])}"
                 text += f"; {result['held']} were there"
             case "pull":
-                result = run.pull_results(one.store, one.local, one.place)
+                result = run.pull_results(one.store, one.local, one.shared)
                 text = f"pulled {result['pulled']} result(s), {human(result['bytes'])}"
                 text += f"; {result['held']} were here"
                 text += f"; {result['refused']} not used" if result["refused"] else ""
             case "prune":
-                result = run.prune_cache(one.place.cache, size)
+                result = run.prune_cache(one.shared.cache, size)
                 text = f"deleted {result['deleted']} result(s); kept {human(result['bytes_after'])}"
             case _:
-                result = run.describe_cache(one.place.cache)
+                result = run.describe_cache(one.shared.cache)
                 text = _described(result)
     return result, text
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.ports import Cache, Entry, Progress, Store
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.document import read_document
-from weightsmith.sharing.place import Place
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
 from weightsmith.values import Digest, Json
@@ -53,11 +53,11 @@ def push_results(
     }
 
 
-def pull_results(store: SharedStore, local: Store, place: Place) -> Mapping[str, Json]:
+def pull_results(store: SharedStore, local: Store, shared: SharedCache) -> Mapping[str, Json]:
     """Fetch every result of the cache that the store does not have, verified."""
     pulled = held = refused = 0
-    with _named(place.cache):
-        keys = [kept.key for kept in place.cache.entries()]
+    with _named(shared.cache):
+        keys = [kept.key for kept in shared.cache.entries()]
     for key in keys:
         if local.find(key):
             held += 1
@@ -70,17 +70,17 @@ def pull_results(store: SharedStore, local: Store, place: Place) -> Mapping[str,
                 pulled += 1
         except WeightsmithError:
             refused += 1
-        if place.broken:
+        if shared.broken:
             raise EnvironmentFailure(
-                f"the cache {place.where} cannot be read any more",
+                f"the cache {shared.where} cannot be read any more",
                 hint="run it again: what was fetched is kept",
             )
     return {
-        "cache": place.where,
+        "cache": shared.where,
         "pulled": pulled,
         "held": held,
         "refused": refused,
-        "bytes": place.taken,
+        "bytes": shared.taken,
     }
 
 

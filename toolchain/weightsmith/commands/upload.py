@@ -29,7 +29,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.reporting.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.stages import merge as merging
 from weightsmith.stages.report import model_card, read_as_facts
-from weightsmith.stages.upload import HubPlace, check_place, upload
+from weightsmith.stages.upload import HubDestination, check_destination, upload
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import LORA, FileEntry, Json, StageInputs, Tree, plain
@@ -45,19 +45,19 @@ class _Model:
     card: ModelCard
 
 
-def push_to_hub(source: str, place: HubPlace, tools: Tools) -> Mapping[str, Json]:
+def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Mapping[str, Json]:
     """Publish a checkpoint folder, a GGUF file, a build's results or an image's model on a hub.
 
     Raises InputRefused for a model that is incomplete, has pickle files or links out of its folder,
     and what `upload` raises.
     """
-    check_place(place, tools.hub)
+    check_destination(destination, tools.hub)
     with ExitStack() as stack:
         scratch = stack.enter_context(tools.scratch())
         model = _open(source, scratch, tools)
         names = [entry.path for entry in model.tree.files]
-        text = model_card(model.card, place.repository, names)
-        done = upload(model.tree, text, place, model.card.version, tools).value
+        text = model_card(model.card, destination.repository, names)
+        done = upload(model.tree, text, destination, model.card.version, tools).value
     return {key: value for key, value in plain(done).items() if key not in ("layers", "mounted")}
 
 

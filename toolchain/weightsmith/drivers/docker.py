@@ -121,7 +121,7 @@ class DockerEngine:
             found = [row["Id"] for name in repositories for row in api.images(name=name)]
             # {} for an image that another build removes at this moment.
             held = [self.inspect(name) for name in found]
-            return tuple(tuple(told["RootFS"].get("Layers") or ()) for told in held if told)
+            return tuple(tuple(image["RootFS"].get("Layers") or ()) for image in held if image)
 
     def inspect(self, reference: str) -> Mapping[str, Json]:
         """Return an image's `Id` and `Config`; {} if it does not exist."""
@@ -148,18 +148,18 @@ class DockerEngine:
         if not self.answers():
             return {}
         with engine_errors("asking the container engine about itself"):
-            told = self.client.info()
+            info = self.client.info()
             parts = self.client.version().get("Components") or ()
         return {
             "host": engine_host(),
-            "version": told.get("ServerVersion", ""),
-            "storage": told.get("Driver", ""),
-            "root": told.get("DockerRootDir", ""),
-            "gpu": _passes_gpus(told),
+            "version": info.get("ServerVersion", ""),
+            "storage": info.get("Driver", ""),
+            "root": info.get("DockerRootDir", ""),
+            "gpu": _passes_gpus(info),
             # Both of Docker's image stores reuse layers that they have; Podman, behind the same
             # API, needs complete archives.
             "layerwise": any(part.get("Name") == "Engine" for part in parts),
-            "rootless": any("rootless" in option for option in told.get("SecurityOptions") or ()),
+            "rootless": any("rootless" in option for option in info.get("SecurityOptions") or ()),
         }
 
     def has_gpu(self) -> bool:

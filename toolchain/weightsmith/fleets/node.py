@@ -64,15 +64,15 @@ _REPORTS = 64 << 20
 def answer(request: Request, tools: Tools) -> Reply:
     """Do one task, and return what became of it; a WeightsmithError is part of the reply."""
     began, cpu = time.monotonic(), _cpu()
-    clock, told = Clock(tools), _Told()
+    clock, result = Clock(tools), _Result()
     failure: Failure | None = None
     with tools.scratch() as home:
         try:
             _require_version(request)
-            told = _do(request, home, clock, tools)
+            result = _do(request, home, clock, tools)
         except WeightsmithError as error:
             failure = Failure.of(error)
-            told = _refused(request, home)
+            result = _refused(request, home)
         except OSError as error:
             if (refused := of_machine(error)) is None:
                 raise
@@ -82,12 +82,12 @@ def answer(request: Request, tools: Tools) -> Reply:
             node=socket.gethostname(),
             seconds=round(time.monotonic() - began, 3),
             cpu_seconds=round(_cpu() - cpu, 3),
-            row=told.row,
+            row=result.row,
             error=failure.to_json() if failure else None,
-            stages={name: row.cached for name, row in (told.stages or clock.stages).items()},
-            lock=told.lock,
-            bytes_moved=int(told.row.get("uploaded_bytes") or 0),
-            files=told.files,
+            stages={name: row.cached for name, row in (result.stages or clock.stages).items()},
+            lock=result.lock,
+            bytes_moved=int(result.row.get("uploaded_bytes") or 0),
+            files=result.files,
         )
 
 
@@ -96,7 +96,7 @@ def _cpu() -> float:
     return sum(os.times()[:4])
 
 
-class _Told:
+class _Result:
     """What a task has to tell beside its error."""
 
     def __init__(
@@ -118,7 +118,7 @@ def _require_version(request: Request) -> None:
         )
 
 
-def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Told:
+def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Result:
     file = _written(request, home, tools)
     targets = chosen_targets(file, request.targets, to_build=True) if request.targets else ()
     asked = BuildRequest(
@@ -140,7 +140,7 @@ def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Told:
     else:
         _merged(request, asked, clock, tools)
     lock = read_lock(file)
-    return _Told(
+    return _Result(
         row=row,
         lock={"sources": lock.sources, "bases": lock.bases},
         files=_reports(asked.dist) if asked.dist != Path(request.dist) else {},
@@ -245,7 +245,7 @@ def _reports(dist: Path) -> dict[str, str]:
     }
 
 
-def _refused(request: Request, home: Path) -> _Told:
+def _refused(request: Request, home: Path) -> _Result:
     """Return what a build that stopped has left: its record, if it wrote one."""
     shared = (Path(request.dist) / request.token).is_file()
     dist = Path(request.dist) if shared else home / "dist"
@@ -257,8 +257,8 @@ def _refused(request: Request, home: Path) -> _Told:
         except (OSError, ValueError):
             continue
         row = row_of(record, folder / "report.html", "")
-        return _Told(row=row, stages=record.stages, files={} if shared else _reports(dist))
-    return _Told()
+        return _Result(row=row, stages=record.stages, files={} if shared else _reports(dist))
+    return _Result()
 
 
 def row_of(record: BuildRecord, report: Path, reference: str) -> dict[str, Json]:

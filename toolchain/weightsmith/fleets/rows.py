@@ -113,23 +113,23 @@ class FleetRows(JsonObject):
 
 def of_reply(row: CellRow, reply: Reply) -> CellRow:
     """Return a cell's row with what its build replied."""
-    told = reply.row
+    built = reply.row
     failure = Failure.from_json(reply.error) if reply.error else None
-    interval = told.get("interval")
+    interval = built.get("interval")
     found = replace(
         row,
         state=ENDED,
-        verdict=str(told.get("verdict") or "passed"),
-        score=told.get("score"),
-        digest=told.get("digest"),
+        verdict=str(built.get("verdict") or "passed"),
+        score=built.get("score"),
+        digest=built.get("digest"),
         seconds=row.seconds + reply.seconds,
         cached=bool(reply.stages)
         and all(was for name, was in reply.stages.items() if name not in _ASSEMBLY),
         interval=tuple(interval) if interval else None,
-        drop=told.get("drop"),
-        size=told.get("size"),
-        image=str(told.get("image") or ""),
-        report=str(told.get("report") or ""),
+        drop=built.get("drop"),
+        size=built.get("size"),
+        image=str(built.get("image") or ""),
+        report=str(built.get("report") or ""),
         node=reply.node,
     )
     return failed(found, failure) if failure else found

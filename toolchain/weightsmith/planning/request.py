@@ -10,7 +10,7 @@ from weightsmith.recipe import LOADABLE
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import Outputs
-from weightsmith.stages.upload import HubPlace, repository_of
+from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.values import LORA
 
 
@@ -70,7 +70,7 @@ class BuildRequest:
             )
         return tuple(kind for kind in kinds if kind != "ollama")
 
-    def hub_of(self, target: Target) -> HubPlace | None:
+    def hub_of(self, target: Target) -> HubDestination | None:
         """Return where on a hub a target's weights go; None if nowhere.
 
         Raises UsageError for a name that is no repository or that two targets would share.
@@ -90,7 +90,7 @@ class BuildRequest:
                 hint="build another --target, or leave outputs.hub out",
             )
         name = repository_of(wanted.hub.replace("{target}", target.name))
-        return HubPlace(repository=name, force=self.outputs.force, public=wanted.public)
+        return HubDestination(repository=name, force=self.outputs.force, public=wanted.public)
 
     def outputs_of_form(self, target: Target, kind: str) -> Outputs:
         """Return where another kind of the same weights goes: beside the target's image.

@@ -196,8 +196,8 @@ def _gate(image: Image, lineage: Lineage) -> Check | None:
     worst = [one for one in results if one.get("result") not in _PASSED]
     worst += [one for one in results if one.get("result") != "PASSED"]
     predicate = next(iter(worst), results[-1])
-    told = [predicate.get(key) for key in ("warnedTests", "passedTests")]
-    findings = "; ".join(str(row) for rows in told if isinstance(rows, list) for row in rows)[:200]
+    tests = [predicate.get(key) for key in ("warnedTests", "passedTests")]
+    findings = "; ".join(str(row) for rows in tests if isinstance(rows, list) for row in rows)[:200]
     asked = lineage.results[-1].image
     where = "" if asked == image.digest else f" (of {asked[7:19]}, before the rebase)"
     result = predicate.get("result")

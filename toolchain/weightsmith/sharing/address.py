@@ -119,12 +119,12 @@ def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, 
             hint=f"give --cache: {_FORMS} that all nodes see",
         )
     # A node must not take from its own configuration what was switched off here.
-    told = replace(
+    options = replace(
         run,
         cache=OFF if run.cache == OFF else str(found.both or ""),
         cache_from=OFF if run.cache_from == OFF else str(found.read or ""),
     )
-    return {**told.given(), **(_trusted(settings) if found.both or found.read else {})}
+    return {**options.given(), **(_trusted(settings) if found.both or found.read else {})}
 
 
 def _trusted(settings: CacheSettings) -> Mapping[str, str]:

@@ -11,9 +11,9 @@ from weightsmith.errors import CacheLost
 from weightsmith.files import replace_file
 from weightsmith.oci.layers import Member, TarLayer, verified
 from weightsmith.ports import Store
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.document import FOLDERS, SharedEntry, layers_of
 from weightsmith.sharing.parts import files_in
-from weightsmith.sharing.place import Place
 from weightsmith.values import Blob, FileEntry, Json, Stream, Tree
 
 _WEIGHTS = (".safetensors", ".gguf")
@@ -26,13 +26,13 @@ class RemoteFiles:
     def __init__(
         self,
         entry: SharedEntry,
-        place: Place,
+        shared: SharedCache,
         store: Store,
         scratch: Callable[[], Path],
         refuse: Callable[[CacheLost], None],
     ) -> None:
         self._entry = entry
-        self._place = place
+        self._shared = shared
         self._store = store
         self._scratch = scratch
         """Returns a folder for what a process reads of it."""
@@ -94,7 +94,7 @@ class RemoteFiles:
 
     @property
     def _where(self) -> str:
-        return f"the cache {self._place.where}"
+        return f"the cache {self._shared.where}"
 
     @cached_property
     def _layers(self) -> list[tuple[TarLayer, Blob]]:
@@ -107,7 +107,7 @@ class RemoteFiles:
         return {folder + file.path: file.path for file in self._entry.files}
 
     def _blob_bytes(self, blob: Blob) -> Iterator[bytes]:
-        return verified(self._place.read(blob), blob, self._where, _ALTERED, CacheLost)
+        return verified(self._shared.read(blob), blob, self._where, _ALTERED, CacheLost)
 
     def _fill(self, folder: Path) -> Mapping[str, Json]:
         for layer, blob in self._layers:
@@ -117,7 +117,7 @@ class RemoteFiles:
 
     def _unpack(self, layer: TarLayer, blob: Blob, folder: Path) -> None:
         with self._kept_honest():
-            for member, chunks in files_in(layer, self._place.read(blob), self._place.where):
+            for member, chunks in files_in(layer, self._shared.read(blob), self._shared.where):
                 name = self._names.get(member.path)
                 if name is None:
                     continue
@@ -133,7 +133,7 @@ class RemoteFiles:
             if not any(self._names.get(member.path) == name for member in layer.members):
                 continue
             with self._kept_honest():
-                for member, chunks in files_in(layer, self._place.read(blob), self._place.where):
+                for member, chunks in files_in(layer, self._shared.read(blob), self._shared.where):
                     if self._names.get(member.path) == name:
                         yield from self._verified(member, chunks)
                         return

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from weightsmith.errors import CacheLost, UsageError
 from weightsmith.ports import Entry, Store
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.document import SharedEntry, layers_of
 from weightsmith.sharing.lazy import LazyTree, RemoteFiles
-from weightsmith.sharing.place import Place
 from weightsmith.sharing.uploads import Remember, Uploads, nowhere
 from weightsmith.values import Digest, FileEntry, Json
 
@@ -20,13 +20,13 @@ class SharedStore:
     def __init__(
         self,
         local: Store,
-        places: Sequence[Place],
+        caches: Sequence[SharedCache],
         scratch: Callable[[], Path],
         uploads: Uploads | None = None,
         remember: Remember = nowhere,
     ) -> None:
         self._local = local
-        self._places = places
+        self._caches = caches
         self._scratch = scratch
         self._uploads = uploads
         self._remember = remember
@@ -80,7 +80,7 @@ class SharedStore:
     def moved(self) -> int:
         """Return how many bytes have come from the caches and gone to them so far."""
         sent = self._uploads.sent if self._uploads else 0
-        return sent + sum(place.taken for place in self._places)
+        return sent + sum(shared.taken for shared in self._caches)
 
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
         """Return size and digest of a file; see Store."""
@@ -106,25 +106,25 @@ class SharedStore:
             return self._lazy[key]
         if key in self._refused or (key in self._missed and not again):
             return None
-        for place in self._places:
-            if found := place.find(key):
-                self._lazy[key] = self._entry(found, place)
+        for shared in self._caches:
+            if found := shared.find(key):
+                self._lazy[key] = self._entry(found, shared)
                 return self._lazy[key]
         self._missed.add(key)
         return None
 
-    def _entry(self, found: SharedEntry, place: Place) -> Entry:
+    def _entry(self, found: SharedEntry, shared: SharedCache) -> Entry:
         def refuse(error: CacheLost) -> None:
             if found.key not in self._refused:
-                place.refuse(error)
+                shared.refuse(error)
             self._lazy.pop(found.key, None)
             self._refused.add(found.key)
 
-        remote = RemoteFiles(found, place, self._local, self._scratch, refuse)
+        remote = RemoteFiles(found, shared, self._local, self._scratch, refuse)
         tree = LazyTree(found.files, remote)
         for layer, blob in zip(layers_of(found, tree), found.layers, strict=True):
             self._layers[layer.key] = blob.digest
-        registry, repository = place.cache.origin
+        registry, repository = shared.cache.origin
         if registry:
             self._remember(registry, repository, [blob.digest for blob in found.layers])
-        return Entry(tree=tree, meta=found.meta, cached=True, where=place.where)
+        return Entry(tree=tree, meta=found.meta, cached=True, where=shared.where)

@@ -12,8 +12,8 @@ from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.oci.layers import Memo
 from weightsmith.ports import Entry, Signer
 from weightsmith.provenance.signing import Check, check_by
+from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.document import read_document
-from weightsmith.sharing.place import Place
 from weightsmith.sharing.prepared import Opener, prepared
 from weightsmith.values import Digest, Json
 
@@ -36,12 +36,12 @@ class Uploads:
 
     def __init__(
         self,
-        place: Place,
+        shared: SharedCache,
         memo: Memo,
         signer: Signer | None = None,
         remember: Remember = nowhere,
     ) -> None:
-        self._place = place
+        self._shared = shared
         self._memo = memo
         self._signer = signer
         self._check: Check | None = check_by(signer.public) if signer else None
@@ -62,7 +62,7 @@ class Uploads:
 
         With `again`, also if it has one: that could not be used, because it lacks a blob, say.
         """
-        if key in self._seen or self._place.closed:
+        if key in self._seen or self._shared.closed:
             return
         self._seen.add(key)
         self._left += 1
@@ -79,20 +79,20 @@ class Uploads:
         self._tasks.put(None)
         self._thread.join(seconds)
         self._stopped.set()
-        return 0 if self._place.closed else self._left
+        return 0 if self._shared.closed else self._left
 
     def _work(self) -> None:
         while task := self._tasks.get():
             if self._stopped.is_set():
                 return
             try:
-                if not self._place.closed:
+                if not self._shared.closed:
                     self.upload(*task)
             except (InputRefused, UsageError):
                 pass  # a file that cannot be in a layer: this result stays here
             except Exception as error:  # noqa: BLE001 - a fault of a cache never ends a build
                 if not self._stopped.is_set():
-                    self._place.close(error)
+                    self._shared.close(error)
             self._left -= 1
 
     def upload(
@@ -103,7 +103,7 @@ class Uploads:
         Raises EnvironmentFailure or OSError if the cache cannot be used, UsageError or InputRefused
         for files that cannot be in a layer.
         """
-        cache = self._place.cache
+        cache = self._shared.cache
         layers = None if again else self._held(key)
         new = layers is None
         if layers is None:
@@ -131,7 +131,7 @@ class Uploads:
 
     def _held(self, key: Digest) -> Sequence[Digest] | None:
         """Return the layers of the cache's entry; None if there is none that others would use."""
-        cache = self._place.cache
+        cache = self._shared.cache
         document = self._tried(lambda: cache.find(key))
         if document is None:
             return None

@@ -25,7 +25,7 @@ _OF_THE_HUB = frozenset({".gitattributes"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HubPlace:
+class HubDestination:
     """A repository on a hub, and how to publish there."""
 
     repository: str
@@ -51,60 +51,64 @@ def repository_of(text: str) -> str:
     return name
 
 
-def check_place(place: HubPlace, hub: Hub) -> HubContent | None:
+def check_destination(destination: HubDestination, hub: Hub) -> HubContent | None:
     """Return what the repository holds, None if it does not exist; raises as `Hub.check` does."""
-    return hub.check(place.repository)
+    return hub.check(destination.repository)
 
 
-def may_refuse(place: HubPlace, hub: Hub) -> bool:
+def may_refuse(destination: HubDestination, hub: Hub) -> bool:
     """Say whether the repository holds files that only the same model, or `force`, may follow.
 
-    Raises what `check_place` raises.
+    Raises what `check_destination` raises.
     """
-    held = check_place(place, hub)
-    return bool(held and _own_files(held) and not place.force)
+    held = check_destination(destination, hub)
+    return bool(held and _own_files(held) and not destination.force)
 
 
-def check_free(tree: Tree, place: HubPlace, hub: Hub) -> None:
+def check_free(tree: Tree, destination: HubDestination, hub: Hub) -> None:
     """Raise UsageError if the repository holds other files and `force` is not given.
 
-    What its card says is not looked at. Raises what `check_place` raises too.
+    What its card says is not looked at. Raises what `check_destination` raises too.
     """
-    held, entries = check_place(place, hub), _published(tree)
-    if held and _own_files(held) and not place.force:
-        _require_free(place, held, _stale(entries, held), [*_missing(tree, entries, held)])
+    held, entries = check_destination(destination, hub), _published(tree)
+    if held and _own_files(held) and not destination.force:
+        _require_free(destination, held, _stale(entries, held), [*_missing(tree, entries, held)])
 
 
-def upload(tree: Tree, card: str, place: HubPlace, version: str, tools: Tools) -> Outcome[Uploaded]:
+def upload(
+    tree: Tree, card: str, destination: HubDestination, version: str, tools: Tools
+) -> Outcome[Uploaded]:
     """Publish a model's files and its card on a hub, in one commit that holds nothing else.
 
     Files that the repository has are not sent again, and nothing is committed if it has them all.
     Raises UsageError if it holds other files and `force` is not given, EnvironmentFailure if the
     hub refuses the upload or cannot be reached.
     """
-    timer = Timer("upload", place.reference, tools)
+    timer = Timer("upload", destination.reference, tools)
     began = tools.clock()
     entries = _published(tree)
-    held = check_place(place, tools.hub)
+    held = check_destination(destination, tools.hub)
     missing = {**_missing_card(card, held), **_missing(tree, entries, held)}
     stale = _stale(entries, held)
     if held and not missing and not stale:
-        done = Uploaded(reference=place.reference, digest=held.commit)
+        done = Uploaded(reference=destination.reference, digest=held.commit)
         return timer.done(done, cached=True)
     if held:
-        _require_free(place, held, stale, [*missing])
+        _require_free(destination, held, stale, [*missing])
     sizes = [len(x) if isinstance(x, bytes) else x.stat().st_size for x in missing.values()]
     tools.progress.note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")
-    content = held or tools.hub.create(place.repository, public=place.public)
-    commit = tools.hub.commit(place.repository, content.commit, missing, stale, _message(version))
-    after = tools.hub.check(place.repository)
+    content = held or tools.hub.create(destination.repository, public=destination.public)
+    commit = tools.hub.commit(
+        destination.repository, content.commit, missing, stale, _message(version)
+    )
+    after = tools.hub.check(destination.repository)
     if lost := {**_missing_card(card, after), **_missing(tree, entries, after)}:
         raise EnvironmentFailure(
-            f"{place.reference}: the commit lacks {', '.join(sorted(lost)[:3])}",
+            f"{destination.reference}: the commit lacks {', '.join(sorted(lost)[:3])}",
             hint="somebody else may have written to it: look at its history, then push again",
         )
     done = Uploaded(
-        reference=place.reference,
+        reference=destination.reference,
         digest=commit,
         uploaded_bytes=sum(sizes),
         seconds=tools.clock() - began,
@@ -127,14 +131,14 @@ def _stale(entries: Mapping[str, FileEntry], held: HubContent | None) -> list[st
 
 
 def _require_free(
-    place: HubPlace, held: HubContent, stale: Sequence[str], missing: Sequence[str]
+    destination: HubDestination, held: HubContent, stale: Sequence[str], missing: Sequence[str]
 ) -> None:
     """Raise UsageError for a repository that a commit without `force` would change."""
-    if place.force or not _own_files(held) or not (stale or missing):
+    if destination.force or not _own_files(held) or not (stale or missing):
         return
     other = next(iter(stale or [name for name in missing if name in held.files]), CARD)
     raise UsageError(
-        f"{place.reference} already holds other files, such as {other}",
+        f"{destination.reference} already holds other files, such as {other}",
         hint="choose another name, or replace them with --force; earlier commits stay",
     )
 

@@ -22,7 +22,7 @@ from weightsmith.values import Blob, Digest
 T = TypeVar("T")
 
 
-class Place:
+class SharedCache:
     """One cache with what is known of it; safe to use from several threads."""
 
     def __init__(
