@@ -368,7 +368,8 @@ main()
 def test_a_killed_program_goes_on_at_the_tensor_that_it_had_reached(middle, tmp_path):
     killed = run(middle, tmp_path, "q4_k_m", ("-c", WATCHED.replace("LIMIT", "7")))
     assert killed.returncode == -signal.SIGKILL
-    _, *noted = (tmp_path / ".demo.gguf.journal").read_text().splitlines()
+    _, *lines = (tmp_path / ".demo.gguf.journal").read_text().splitlines()
+    noted = [json.loads(line)[0] for line in lines]
     assert len(noted) == 7
 
     again = run(middle, tmp_path, "q4_k_m", ("-c", WATCHED.replace("LIMIT", "0")))
@@ -378,6 +379,35 @@ def test_a_killed_program_goes_on_at_the_tensor_that_it_had_reached(middle, tmp_
     assert not set(read) & set(noted)
     assert {*read, *noted} == set(read_header(middle).tensors)
     assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q4_k_m"))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("damage", ["a bit", "the header", "the end", "a line"])
+def test_what_an_interrupted_run_wrote_is_read_back_before_it_is_trusted(middle, tmp_path, damage):
+    out, broken = tmp_path / "demo.gguf", "blk.1.ffn_up.weight"
+    with pytest.raises(KeyboardInterrupt):
+        written(middle, out, broken)
+    partial, journal = tmp_path / ".demo.gguf.partial", tmp_path / ".demo.gguf.journal"
+    key, *lines = journal.read_text().splitlines()
+    name, (at, size, _), *_ = json.loads(lines[-1])
+    data = bytearray(partial.read_bytes())
+    match damage:
+        case "a bit":
+            data[at + size // 2] ^= 1
+        case "the header":
+            data[100] ^= 1
+        case "the end":
+            del data[at + size // 2 :]
+        case "a line":
+            lines[-1] = lines[-1].replace("]]", "")
+    partial.write_bytes(data)
+    journal.write_text("\n".join([key, *lines]) + "\n")
+
+    again = written(middle, out)
+
+    assert damage == "the header" or name in again
+    assert json.loads(lines[0])[0] not in again or damage == "the end"
+    assert same([out], theirs(middle, tmp_path / "theirs", "q4_k_m"))
 
 
 @pytest.mark.usefixtures("kernels")

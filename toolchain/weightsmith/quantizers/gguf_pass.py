@@ -18,6 +18,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.kernels import quants
 from weightsmith.quantizers.gguf_header import Entry, Header, changed_values, placed, quantized
 from weightsmith.quantizers.gguf_importance import Importance
+from weightsmith.quantizers.gguf_journal import Piece, line_of, reached
 from weightsmith.quantizers.gguf_rows import Read
 
 _BLOCK = 1 << 20
@@ -143,14 +144,15 @@ def _opened(header: Header, output: Output) -> Iterator[_File]:
     size = -(-(offsets[last] + sized[last][1]) // 32) * 32
     partial, journal = _unfinished(output.path)
     key = hashlib.sha256(start + wanted.key.encode()).hexdigest()
-    done = _reached(journal, key) if partial.is_file() else set()
+    spans = {name: (offsets[name], bytes_) for name, (_, bytes_) in sized.items()}
+    done = reached(journal, key, partial, spans)
     with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as log:
         if not done:
             log.write(key + "\n")
             log.flush()
-            file.write(start)
-            file.truncate(size)
-            file.flush()
+        file.write(start)
+        file.truncate(size)
+        file.flush()
         yield _File(
             out=file.fileno(),
             log=log.fileno(),
@@ -198,15 +200,6 @@ def _sized(target: Target, entry: Entry) -> tuple[int, int]:
     return quants.number(target.target), size
 
 
-def _reached(journal: Path, key: str) -> set[str]:
-    """Return the tensors that an interrupted run of the same inputs finished."""
-    if not journal.is_file():
-        return set()
-    # A line that was cut off has no end.
-    first, *names = journal.read_text("utf-8").split("\n")[:-1] or [""]
-    return set(names) if first == key else set()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
     """Where a block of rows goes, in one of the files."""
@@ -215,6 +208,10 @@ class _Part:
     target: Target
     importance: np.ndarray | None
     at: int
+
+
+_Written = dict[int, Piece]
+"""What a block wrote, by its output."""
 
 
 class _Writer:
@@ -237,7 +234,7 @@ class _Writer:
 
     def add(self, source: Source, entry: Entry, files: Sequence[_File]) -> None:
         """Start a tensor; returns while its last blocks are being computed."""
-        name, blocks = entry.name, list[Future[None]]()
+        name, blocks = entry.name, list[Future[_Written]]()
         blocks.extend(
             self._pool.submit(self._copy, name, file.whole[name](), file)
             for file in files
@@ -258,7 +255,7 @@ class _Writer:
         while len(self._waiting) > most:
             self._waiting.pop(0).result()
 
-    def _blocks(self, rows: Read, entry: Entry, files: Sequence[_File]) -> list[Future[None]]:
+    def _blocks(self, rows: Read, entry: Entry, files: Sequence[_File]) -> list[Future[_Written]]:
         matrices = entry.shape[2] if len(entry.shape) > 2 else 1
         height, blocks = entry.rows // matrices, []
         important = [_importance(file, entry, matrices) for file in files]
@@ -273,31 +270,33 @@ class _Writer:
                 blocks.append(self._pool.submit(self._quantize, rows, (start, end), parts))
         return blocks
 
-    def _quantize(self, read: Read, span: tuple[int, int], parts: Sequence[_Part]) -> None:
+    def _quantize(self, read: Read, span: tuple[int, int], parts: Sequence[_Part]) -> _Written:
         rows, name = read(*span), parts[0].target.name
         if not np.isfinite(rows).all():
             raise _not_finite(f"{name} has NaN or infinite weights")
+        written: _Written = {}
         for part in parts:
             try:
                 made = quants.quantize_rows(part.target.target, rows, part.importance)
             except ValueError as error:
                 raise _unfit(part.target, error) from None
-            _write(part.file.out, made, part.at)
+            written[part.file.out] = _write(part.file.out, made, part.at)
+        return written
 
-    def _copy(self, name: str, data: np.ndarray, file: _File) -> None:
+    def _copy(self, name: str, data: np.ndarray, file: _File) -> _Written:
         target = file.targets[name]
         try:
             quants.check_rows(target.target, data)
         except ValueError as error:
             raise _unfit(target, error) from None
-        _write(file.out, data, file.offsets[name])
+        return {file.out: _write(file.out, data, file.offsets[name])}
 
-    def _note(self, name: str, blocks: Sequence[Future[None]], files: Sequence[_File]) -> None:
-        for block in blocks:
-            block.result()
+    def _note(self, name: str, blocks: Sequence[Future[_Written]], files: Sequence[_File]) -> None:
+        written = [block.result() for block in blocks]
         for file in files:
             os.fdatasync(file.out)
-            os.write(file.log, f"{name}\n".encode())
+            pieces = [block[file.out] for block in written if file.out in block]
+            os.write(file.log, line_of(name, pieces))
 
 
 def _importance(file: _File, entry: Entry, matrices: int) -> np.ndarray | None:
@@ -325,9 +324,11 @@ def _unfit(target: Target, error: ValueError) -> InputRefused:
     return _not_finite(f"{target.name}: {error}")
 
 
-def _write(out: int, data: np.ndarray, at: int) -> None:
+def _write(out: int, data: np.ndarray, at: int) -> Piece:
     flat: Any = data.reshape(-1).view(np.uint8)
     view = memoryview(flat)
+    piece = Piece.of(view, at)
     while view:
         count = os.pwrite(out, view, at)
         view, at = view[count:], at + count
+    return piece
