@@ -268,6 +268,18 @@ def test_another_shape_is_refused():
         measured(View(lambda name, data: data[:-1]))
 
 
+@pytest.mark.parametrize("more", [1, 300])
+@pytest.mark.parametrize("name", ["layers.1.mlp.up_proj", "embed_tokens"])
+def test_a_tensor_with_more_rows_is_refused_by_name(name, more):
+    class Longer(View):
+        def tensor(self, of):
+            data = super().tensor(of)
+            return np.concatenate([data, data[:1].repeat(more, 0)]) if name in of else data
+
+    with pytest.raises(CheckFailed, match=rf"{name}\.weight has more than \d+ rows"):
+        measured(Longer())
+
+
 def test_too_little_text_is_reported_with_numbers():
     with pytest.raises(InputRefused, match=r"has \d+ tokens, .* needs 64"):
         measure(TINY / "base", View(), ROWS[:1], 300, lambda done, total: None)

@@ -85,7 +85,9 @@ class Dequantized(Weights):
         shape, right = torch.Size(self.infos[name].shape), super().mapped(name)
 
         def read(first: int, last: int) -> torch.Tensor:
-            tile = _as_tensor(self._view.rows(name, first, last))
+            # The last tile asks for one row more, which only a tensor of another height has.
+            end = last + (last == shape[0])
+            tile = _as_tensor(self._view.rows(name, first, end))
             self._check_shape(name, tile, first, last)
             return tile
 
@@ -107,8 +109,10 @@ class Dequantized(Weights):
         height = [len(range(count)[first:last]) for count in right[:1]]
         if [*rows.shape] != [*height, *right[1:]]:
             shape = [first + len(rows), *rows.shape[1:]] if rows.dim() else []
+            more = last is not None and [*rows.shape[1:]] == [*right[1:]] and shape > [*right]
+            what = f"more than {right[0]} rows" if more else f"shape {shape}"
             raise CheckFailed(
-                f"{name} has shape {shape}, but {list(right)} in the checkpoint",
+                f"{name} has {what}, but {list(right)} in the checkpoint",
                 hint="the quantizer wrote another model; quantize again",
             )
 

@@ -244,7 +244,7 @@ def _gptq(
     packed = tensors.array(f"{module}.qweight")[:, start:stop]
     values = nibbles(packed).transpose(0, 2, 1).reshape(-1, packed.shape[1])
     stored = tensors.array(f"{module}.qzeros")[:, words]
-    zeros = nibbles(stored).reshape(stored.shape[0], -1)[:, inside] + 1
+    zeros = nibbles(stored).reshape(stored.shape[0], -1)[:, inside][:, : values.shape[1]] + 1
     scales = tensors.f32(f"{module}.scales")[:, start:stop]
     name = f"{module}.g_idx"
     inputs = np.arange(values.shape[0])
