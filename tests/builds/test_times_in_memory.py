@@ -23,12 +23,12 @@ def test_stages_that_run_the_model_have_times(memory: Memory) -> None:
     assert {stage for stage, value in seconds.items() if value} == RUN
     # A pass with a token of each of eight probes takes at least 80 layers of half a second.
     assert seconds["validate"] > 16 * 80 * 0.5
-    assert timed["pace"]["layers"] == 80
-    assert memory.jobs() == ["pace"]
+    assert timed["layer_time"]["layers"] == 80
+    assert memory.jobs() == ["layer_time"]
     json.dumps(timed, allow_nan=False)
     assert "one of 80 layers took 0.5 s for 8 tokens" in table(timed).replace("\n", " ")
     assert "min" in table(timed)
-    assert "pace" not in plain
+    assert "layer_time" not in plain
     assert "time" not in table(plain).splitlines()[2]
 
 

@@ -78,7 +78,7 @@ class Bench:
             "quality": lambda job, report: self.quality,
             "export-engine": self._export_engine,
             "convert-adapter": _convert_adapter,
-            "pace": lambda job, report: {
+            "layer_time": lambda job, report: {
                 "layers": 80,
                 "counts": list(job.counts),
                 "layer": [0.5, 8.0],

@@ -17,9 +17,9 @@ from weightsmith.jobs import (
     ImportanceJob,
     ImportGgufJob,
     Job,
+    LayerTimeJob,
     MergeJob,
     Mixture,
-    PaceJob,
     ProofJob,
     QualityJob,
     QuantizeJob,
@@ -126,7 +126,7 @@ JOBS = (
             choose=False,
         ),
     ),
-    PaceJob(**ENVELOPE, model=UNKNOWN, counts=(8, 256)),
+    LayerTimeJob(**ENVELOPE, model=UNKNOWN, counts=(8, 256)),
     EchoJob(**ENVELOPE, text=UNKNOWN, try_to_write=("/x",), targets={"port": 1}),
 )
 

@@ -270,10 +270,10 @@ class ExportEngineJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PaceJob(Job):
+class LayerTimeJob(Job):
     """Measure how long one layer of a model takes, for several counts of tokens."""
 
-    kind = "pace"
+    kind = "layer_time"
     model: Input
     counts: tuple[int, ...]
 
@@ -309,7 +309,7 @@ _KINDS: Mapping[str, type[Job]] = {
         ConvertAdapterJob,
         QualityJob,
         ExportEngineJob,
-        PaceJob,
+        LayerTimeJob,
         EchoJob,
     )
 }

@@ -26,11 +26,11 @@ def _time(seconds: Json) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _pace(pace: Mapping[str, Json]) -> str:
+def _layer_time(times: Mapping[str, Json]) -> str:
     """Return how times were estimated."""
-    (few, many), (fast, slow) = pace["counts"], pace["layer"]
+    (few, many), (fast, slow) = times["counts"], times["layer"]
     return (
-        f"times: one of {pace['layers']} layers took {fast:.2g} s for {few} tokens and {slow:.2g} s"
+        f"times: one of {times['layers']} layers took {fast:.2g} s for {few} tokens and {slow:.2g} s"
         f" for {many}, with random weights in memory; starting, and a disk that is slower than "
         "this, come on top"
     )
@@ -44,7 +44,7 @@ def table(result: Mapping[str, Json]) -> str:
 
     title = Text(escaped(f"{result['name']} {result['version']}"))
     rows = Table(title=title, title_justify="left")
-    timed = ("time",) if "pace" in result else ()
+    timed = ("time",) if "layer_time" in result else ()
     for heading in ("stage", "target", "state", "reads", "writes", "memory", *timed):
         rows.add_column(heading, justify="right" if heading in _NUMBERS else "left")
     for row in result["stages"]:
@@ -66,8 +66,8 @@ def table(result: Mapping[str, Json]) -> str:
         what = {True: "merge", False: "serve the adapters unmerged", None: "use the base unchanged"}
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"
         console.print(Text(escaped(said)))
-    if pace := result.get("pace"):
-        console.print(Text(_pace(pace)), soft_wrap=True)
+    if layer_time := result.get("layer_time"):
+        console.print(Text(_layer_time(layer_time)), soft_wrap=True)
     if not result["serving"]:
         console.print("sizes will be known when the sources are on this machine")
         return text.getvalue().rstrip()

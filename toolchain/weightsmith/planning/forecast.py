@@ -12,6 +12,7 @@ from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.references import Reference
 from weightsmith.planning.checks import check_format
+from weightsmith.planning.layer_time import measured_layer_time, stage_seconds, with_times
 from weightsmith.planning.memory import (
     quality_memory,
     quantize_memory,
@@ -25,7 +26,6 @@ from weightsmith.planning.options import (
     texts_of,
     unmerged_adapters,
 )
-from weightsmith.planning.pace import measured_pace, stage_seconds, with_times
 from weightsmith.planning.platforms import forecast_platforms
 from weightsmith.planning.request import has_gguf
 from weightsmith.planning.serving import serving_config
@@ -100,10 +100,10 @@ def forecast(
         platforms[target.name], engines = forecast_platforms(file, target, device, tools)
         rows += [_row("base", target=target.name, cached=c, why=why) for c, why in engines]
         rows.append(_publish_row(file, target, artifact, weight))
-    pace = measured_pace(sources, tools) if measure else None
-    if pace is not None:
+    layer_time = measured_layer_time(sources, tools) if measure else None
+    if layer_time is not None:
         args = (sources, tasks, file.recipe.quality.tokens, tools.memory.budget)
-        rows = with_times(rows, lambda: stage_seconds(pace, model.shape, *args))
+        rows = with_times(rows, lambda: stage_seconds(layer_time, model.shape, *args))
     todo = [row for row in rows if not row["cached"]]
     serving = {name: plan.to_json() for name, plan in plans.items()}
     return {
@@ -114,7 +114,7 @@ def forecast(
         "plan": serving,  # the same, under the name that `render` uses
         "platforms": platforms,
         "advice": _advice(file, targets, sources, dist, tools),
-        **({"pace": pace.to_json()} if pace else {}),
+        **({"layer_time": layer_time.to_json()} if layer_time else {}),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
         "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),

@@ -35,8 +35,8 @@ from weightsmith.jobs import (
     ExportEngineJob,
     ImportanceJob,
     ImportGgufJob,
+    LayerTimeJob,
     MergeJob,
-    PaceJob,
     ProofJob,
     QualityJob,
     QuantizeJob,
@@ -314,10 +314,10 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
         return {"skipped": error.message}
 
 
-def _pace(job: PaceJob, report: Report) -> Mapping[str, Json]:
-    module: Any = importlib.import_module("weightsmith.forward.pace")
+def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, Json]:
+    module: Any = importlib.import_module("weightsmith.forward.layer_time")
     tell = partial(_report_items, report)
-    return _mapping(module.pace(job.model.path, job.counts, tell))
+    return _mapping(module.layer_time(job.model.path, job.counts, tell))
 
 
 def _echo(job: EchoJob, report: Report) -> Mapping[str, Json]:
@@ -380,7 +380,7 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     ValidateJob.kind: _validate,
     QualityJob.kind: _quality,
     ExportEngineJob.kind: _export_engine,
-    PaceJob.kind: _pace,
+    LayerTimeJob.kind: _layer_time,
     EchoJob.kind: _echo,
 }
 """Kind of job -> function; each imports what it needs when it is called."""
@@ -390,6 +390,6 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     ValidateJob.kind: ("peft",),
     QualityJob.kind: (),
     ImportanceJob.kind: (),
-    PaceJob.kind: (),
+    LayerTimeJob.kind: (),
 }
 """Kinds of jobs that run models -> what they need beside torch and transformers."""

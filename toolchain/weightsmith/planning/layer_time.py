@@ -10,7 +10,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.forward.memory import batch_bytes, token_bytes
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import PaceJob
+from weightsmith.jobs import LayerTimeJob
 from weightsmith.json_objects import JsonObject
 from weightsmith.planning.memory import PADDED, PROBED_TOKENS, PROBES
 from weightsmith.stages import reference as references
@@ -27,7 +27,7 @@ _BUILDER = "merge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace(JsonObject):
+class LayerTime(JsonObject):
     """Seconds of one decoder layer and of the head, for two counts of tokens."""
 
     layers: int
@@ -46,12 +46,12 @@ class Pace(JsonObject):
         return max(0.0, seconds[0] - slope * few) + slope * tokens
 
 
-def measured_pace(sources: Sources, tools: Tools) -> Pace:
+def measured_layer_time(sources: Sources, tools: Tools) -> LayerTime:
     """Run the job that measures a layer of the base's shapes on this machine."""
     base = sources.base.tree
     tools.runner.prepare(_BUILDER, tools.progress)
     with tools.scratch() as folder:
-        job = PaceJob(
+        job = LayerTimeJob(
             builder=_BUILDER,
             model=Input.tree(base),
             counts=_COUNTS,
@@ -60,11 +60,11 @@ def measured_pace(sources: Sources, tools: Tools) -> Pace:
             seconds=job_seconds(base.weight_bytes),
             use_gpu=True,
         )
-        return Pace.from_json(tools.runner.run(job, tools.progress))
+        return LayerTime.from_json(tools.runner.run(job, tools.progress))
 
 
 def stage_seconds(
-    pace: Pace,
+    layer_time: LayerTime,
     shape: ModelShape,
     sources: Sources,
     tasks: Sequence[RecipeTask],
@@ -76,17 +76,19 @@ def stage_seconds(
     probed = 3 * PROBED_TOKENS
     weights = sources.base.tree.weight_bytes // 2  # in 16 bits
     new = FEW_NEW if weights > LARGE else NEW
-    validate = new * pace.passed(PROBES, PROBES) + pace.passed(probed, probed)
+    validate = new * layer_time.passed(PROBES, PROBES) + layer_time.passed(probed, probed)
     read = PADDED * quality_tokens
     return {
         "validate": validate if merged else 0.0,
-        "reference": sum(_reference(pace, shape, sources, t, budget, merged=merged) for t in tasks),
-        "quality": 2 * pace.passed(read, quality_tokens),
+        "reference": sum(
+            _reference(layer_time, shape, sources, t, budget, merged=merged) for t in tasks
+        ),
+        "quality": 2 * layer_time.passed(read, quality_tokens),
     }
 
 
 def _reference(
-    pace: Pace,
+    layer_time: LayerTime,
     shape: ModelShape,
     sources: Sources,
     task: RecipeTask,
@@ -109,8 +111,8 @@ def _reference(
     room = max(1, batch_bytes(shape, walk, budget))
     batches = max(1, -(-walk.views * walk.tokens * one // room))
     asked, steps = walk.views * walk.tokens / batches, walk.views * rows / batches
-    generated = batches * (pace.passed(asked, steps) + new * pace.passed(steps, steps))
-    return generated + (pace.passed(walk.tokens, rows * new) if merged else 0.0)
+    generated = batches * (layer_time.passed(asked, steps) + new * layer_time.passed(steps, steps))
+    return generated + (layer_time.passed(walk.tokens, rows * new) if merged else 0.0)
 
 
 def with_times(

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig
-from weightsmith.forward import pace as timing
-from weightsmith.forward.pace import pace
+from weightsmith.forward import layer_time as timing
+from weightsmith.forward.layer_time import layer_time
 
 SIZES = {
     "vocab_size": 300,
@@ -36,7 +36,7 @@ def test_a_layer_is_timed_without_any_weights(tmp_path: Path, config: Pretrained
     (tmp_path / "model.safetensors").touch()
     seen: list[tuple[int, int]] = []
 
-    found = pace(tmp_path, (8, 64), lambda done, total: seen.append((done, total)))
+    found = layer_time(tmp_path, (8, 64), lambda done, total: seen.append((done, total)))
 
     assert found["layers"] == 6
     assert found["counts"] == [8, 64]
@@ -53,7 +53,7 @@ def test_a_part_of_a_large_head_stands_for_all_of_it(
     monkeypatch.setattr(timing, "_BLOCK", 1 << 10)  # the embedding is larger than the buffer
     monkeypatch.setattr(timing, "_fastest", lambda work: (work(), 2.0)[1])
 
-    assert pace(tmp_path, (8,), lambda *_: None)["head"] == [6.0]
+    assert layer_time(tmp_path, (8,), lambda *_: None)["head"] == [6.0]
 
 
 def test_the_faster_of_two_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,9 @@ class _Random:
         return torch.full(shape, 0.02) if len(shape) > 1 else torch.ones(shape)
 
 
-def pace(root: Path, counts: Sequence[int], tell: Callable[[int, int], None]) -> dict[str, Any]:
+def layer_time(
+    root: Path, counts: Sequence[int], tell: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Return `layers`, and the seconds of one `layer` and of the `head` for each count of tokens.
 
     The layer in the middle runs with random weights of its shapes in memory, by the code of the

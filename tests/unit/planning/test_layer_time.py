@@ -7,17 +7,17 @@ from typing import Any, cast
 
 import pytest
 from weightsmith.errors import InputRefused
-from weightsmith.planning import pace
-from weightsmith.planning.pace import Pace, stage_seconds, with_times
+from weightsmith.planning import layer_time
+from weightsmith.planning.layer_time import LayerTime, stage_seconds, with_times
 from weightsmith.validating import greedy
 
-PACE = Pace(layers=10, counts=(8, 256), layer=(1.0, 32.0), head=(0.5, 0.5))
+TIMES = LayerTime(layers=10, counts=(8, 256), layer=(1.0, 32.0), head=(0.5, 0.5))
 """A layer takes an eighth of a second per token, the head always half a second."""
 
 
 def test_a_pass_is_one_layer_times_all_of_them_and_the_head() -> None:
-    assert PACE.passed(8, 8) == pytest.approx(10.5)
-    assert PACE.passed(80, 1) == pytest.approx(100.5)
+    assert TIMES.passed(8, 8) == pytest.approx(10.5)
+    assert TIMES.passed(80, 1) == pytest.approx(100.5)
 
 
 @pytest.mark.parametrize(("size", "new"), [(2 * 10**9, 16), (140 * 10**9, 4)])
@@ -26,15 +26,15 @@ def test_a_large_model_generates_few_tokens_for_its_validation(size: int, new: i
     sources = cast("Any", SimpleNamespace(base=SimpleNamespace(tree=tree), adapters=("one",)))
     shape = cast("Any", None)
 
-    found = stage_seconds(PACE, shape, sources, (), 0, 0)["validate"]
+    found = stage_seconds(TIMES, shape, sources, (), 0, 0)["validate"]
 
-    assert found == pytest.approx(new * PACE.passed(8, 8) + PACE.passed(3 * 640, 3 * 640))
+    assert found == pytest.approx(new * TIMES.passed(8, 8) + TIMES.passed(3 * 640, 3 * 640))
     theirs = (greedy._MOST_NEW, greedy._FEW_NEW, greedy._LARGE)
-    assert theirs == (pace.NEW, pace.FEW_NEW, pace.LARGE)
+    assert theirs == (layer_time.NEW, layer_time.FEW_NEW, layer_time.LARGE)
 
 
 def test_noise_makes_no_time_negative() -> None:
-    slower = Pace(layers=10, counts=(8, 256), layer=(2.0, 1.0), head=(0.0, 1000.0))
+    slower = LayerTime(layers=10, counts=(8, 256), layer=(2.0, 1.0), head=(0.0, 1000.0))
 
     assert slower.passed(1000, 0) == pytest.approx(20.0)
 
