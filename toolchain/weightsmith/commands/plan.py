@@ -30,9 +30,9 @@ def _layer_time(times: Mapping[str, Json]) -> str:
     """Return how times were estimated."""
     (few, many), (fast, slow) = times["counts"], times["layer"]
     return (
-        f"times: one of {times['layers']} layers took {fast:.2g} s for {few} tokens and {slow:.2g} s"
-        f" for {many}, with random weights in memory; starting, and a disk that is slower than "
-        "this, come on top"
+        f"times: one of {times['layers']} layers took {fast:.2g} s for {few} tokens and "
+        f"{slow:.2g} s for {many}, with random weights in memory; starting, "
+        "and a disk that is slower than this, come on top"
     )
 
 
