@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
+from weightsmith.drivers.folders import FolderReader
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.fleets import running
 from weightsmith.fleets.foresight import plan_of, text_of
@@ -18,10 +21,14 @@ from weightsmith.fleets.requests import Request
 from weightsmith.fleets.rows import FleetRows
 from weightsmith.oci.registry import Registry
 from weightsmith.quantizers import of_format
+from weightsmith.sharing.cache import SharedCache
+from weightsmith.sharing.store import SharedStore
 from weightsmith.tools import Tools
 
+from tests.fakes.cache import MemoryCache
 from tests.fakes.fleet import MemoryFleet, by_tools
 from tests.fakes.memory import Memory, in_memory
+from tests.fakes.store import MemoryStore
 
 Q4, Q5 = "llamacpp-q4_k_m", "llamacpp-q5_k_m"
 GOOD = "not proven"
@@ -300,10 +307,10 @@ def test_questions_that_are_refused_do_not_end_the_base(two: Memory) -> None:
 def test_what_cannot_go_to_a_node_ends_its_cell_and_no_other(
     two: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def only_a(request: Request, tools: Tools) -> Request:
+    def only_a(request: Request, tools: Tools, *, again: bool) -> Request:
         if request.adapter == "b":
             raise UsageError("b.jsonl is too large", hint="use fewer questions")
-        return packed(request, tools)
+        return packed(request, tools, again=again)
 
     monkeypatch.setattr(running, "packed", only_a)
     engine = MemoryFleet(by_tools(two.tools), remote=True)
@@ -319,7 +326,7 @@ def test_a_cache_that_takes_nothing_for_a_while_ends_no_cell(
 ) -> None:
     faults: list[Exception] = [EnvironmentFailure("the cache is away"), OSError(5, "gone")]
 
-    def share(*_: object) -> None:
+    def share(*_: object, **__: object) -> None:
         if faults:
             raise faults.pop()
 
@@ -334,6 +341,63 @@ def test_a_cache_that_takes_nothing_for_a_while_ends_no_cell(
     path = write_fleet(two, adapters=["./b"], targets=[Q4])
     rows, _ = run(two, path, engine, tools=tools)
     assert [(row.verdict, row.exit_code) for row in rows.cells] == [("not made", 5)]
+
+
+def lose_entries(cache: MemoryCache) -> None:
+    cache.remove([*cache.documents])
+
+
+def lose_blobs(cache: MemoryCache) -> None:
+    cache.blobs.clear()
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["a copy here", "no copy here"])
+@pytest.mark.parametrize("lose", [lose_entries, lose_blobs])
+def test_what_the_cache_has_lost_meanwhile_is_sent_again(
+    two: Memory, lose: Callable[[MemoryCache], None], here: bool
+) -> None:
+    path = write_fleet(two, adapters=["./a"], targets=[Q4])
+    cache = two.cache = MemoryCache()
+    if not here:  # an earlier fleet sent it, and this machine's store was cleaned since
+        with two.sharing():
+            run_elsewhere(two, path, cache)
+        lose_results(cache, two.store)
+        two.store.entries.clear()
+
+    with two.sharing():
+        rows = run_elsewhere(two, path, cache, [lose])
+
+    assert (rows.cells[0].verdict, rows.cells[0].tries) == (GOOD, 2), rows.cells[0].error
+
+
+def lose_results(cache: MemoryCache, store: MemoryStore) -> None:
+    """Leave in a cache only what a fleet sent to its nodes."""
+    sent = {key for key, note in store.notes.items() if note["stage"] == "source"}
+    cache.remove(cache.documents.keys() - sent)
+
+
+def run_elsewhere(
+    memory: Memory,
+    path: Path,
+    cache: MemoryCache,
+    losses: Sequence[Callable[[MemoryCache], None]] = (),
+) -> FleetRows:
+    """Run a fleet whose nodes share only the cache, which has a loss before each of their tasks."""
+    assert memory.shared is not None
+    left = [*losses]
+
+    def do(text: str) -> str:
+        if left:
+            left.pop(0)(cache)
+        with TemporaryDirectory() as folder:
+            remote = SharedCache(cache, None, memory.progress.warn, 60)
+            store = SharedStore(MemoryStore(Path(folder) / "store"), [remote], lambda: Path(folder))
+            readers = {"": FolderReader(store)}
+            return by_tools(replace(memory.tools, store=store, readers=readers))(text)
+
+    tools = replace(memory.tools, share=memory.shared.share)
+    engine = MemoryFleet(do, remote=True)
+    return run(memory, path, engine, tools=tools, outputs={"push": True})[0]
 
 
 def test_a_disk_that_takes_nothing_ends_its_cell_and_is_no_bug(two: Memory) -> None:

@@ -52,7 +52,7 @@ class MemoryFleet:
         work = self._queue.pop(0)
         if work.name in self.faults:
             raise self.faults.pop(work.name)
-        node = next(name for name in self.nodes if name not in work.avoid or self.nodes == (name,))
+        node = next((name for name in self.nodes if name not in work.avoid), self.nodes[0])
         self.placed.append((work.name, node))
         if work.name in self.lost:
             self.lost.remove(work.name)

@@ -135,7 +135,7 @@ class Memory:
             clock=self._tick,
             memory=self.room,
             images_in_engine=self.engine.answering,
-            share=lambda *_: None,  # its nodes have this very store
+            share=lambda *_, **__: None,  # its nodes have this very store
         )
 
     def write_recipe(self, **changes: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.registry import Registry
@@ -31,8 +32,20 @@ def _makes_none(engine: str, platform: str, _folder: Path, _progress: Progress) 
     )
 
 
-def shares_nothing(_key: Digest, _note: Mapping[str, Json], _entry: Entry) -> None:
+class Share(Protocol):
+    """Puts a result of the store into the shared cache now, unless it is there."""
+
+    def __call__(
+        self, key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+    ) -> None:
+        """Upload the entry; with `again`, look anew for all of it, since it may have been lost."""
+
+
+def shares_nothing(
+    key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+) -> None:
     """Raise UsageError: there is no shared cache."""
+    del key, note, entry, again
     raise UsageError(
         "other machines need a shared cache, and none is named",
         hint="give --cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX, or a folder that all "
@@ -85,8 +98,7 @@ class Tools:
     clock: Callable[[], float] = time.monotonic
     """Monotonic clock in seconds, used to time stages."""
     memory: Memory = NO_LIMIT
-    share: Callable[[Digest, Mapping[str, Json], Entry], None] = shares_nothing
-    """Puts a result of the store into the shared cache now, unless it is there."""
+    share: Share = shares_nothing
     moved: Callable[[], int] = lambda: 0
     """Returns the bytes that have come from the shared caches and gone to them so far."""
     images_in_engine: bool = False

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.errors import CacheLost, EnvironmentFailure, UsageError
 from weightsmith.fleets.requests import Request
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, StageInputs, Tree
@@ -33,12 +33,13 @@ def source_inputs(tree: Tree) -> StageInputs:
     return StageInputs(stage="source", recipe_number=1, inputs={"files": tree.digest})
 
 
-def packed(request: Request, tools: Tools) -> Request:
+def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
     """Return the request for a node that shares no folder with this machine.
 
-    Small files go along; folders go into the store, and so into the shared cache. Raises UsageError
-    for a file that is too large or missing, InputRefused for an unsafe folder, EnvironmentFailure
-    for a cache that cannot be written.
+    Small files go along; folders go into the store, and so into the shared cache. With `again`,
+    what the cache has lost since is sent again. Raises UsageError for a file that is too large or
+    missing, InputRefused for an unsafe folder, EnvironmentFailure for a cache that cannot be
+    written.
     """
     files: dict[str, str] = {}
     parcels: dict[str, str] = {}
@@ -64,11 +65,11 @@ def packed(request: Request, tools: Tools) -> Request:
         source = Path(part["source"])
         tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree
         name = f"folders/{len(parcels)}/{source.name}"
-        parcels[name], part["source"] = str(_sent(tree, tools)), name
+        parcels[name], part["source"] = str(_sent(tree, tools, again=again)), name
     return replace(request, recipe=data, questions=questions, files=files, parcels=parcels)
 
 
-def _sent(tree: Tree, tools: Tools) -> Digest:
+def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
     """Put a folder's files into the shared cache, and return their key."""
     stage = source_inputs(tree)
 
@@ -80,9 +81,16 @@ def _sent(tree: Tree, tools: Tools) -> Digest:
         return {"sha256": {file.path: file.digest.hex for file in tree.files}}
 
     note = {"stage": stage.stage, "inputs": stage.inputs}
-    entry = tools.store.find(stage.key) or tools.store.produce(stage.key, note, copy)
+
+    def send(*, again: bool) -> None:
+        entry = tools.store.find(stage.key) or tools.store.produce(stage.key, note, copy)
+        tools.share(stage.key, note, entry, again=again)
+
     try:
-        tools.share(stage.key, note, entry)
+        try:
+            send(again=again)
+        except CacheLost:  # only the cache had a copy, and lost it: the store offers it no more
+            send(again=True)
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot put {tree.root.name} into the shared cache: {error.strerror or error}",

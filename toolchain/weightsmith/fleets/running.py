@@ -183,7 +183,7 @@ class Run:
     def _work(self, task: Task) -> Work:
         request = self._request(task)
         if self.engine.remote:
-            request = packed(request, self.tools)
+            request = packed(request, self.tools, again=task.id in self._not_before)
             if task.kind != CELL:  # the cells find its results in the cache, or make them again
                 request = replace(request, tools={**request.tools, "upload_seconds": _UPLOAD})
         needs = task.needs

@@ -63,19 +63,24 @@ class SharedStore:
             self._uploads.add(key, note, entry, again=key in self._refused)
         return entry
 
-    def share(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:
+    def share(
+        self, key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+    ) -> None:
         """Upload an entry now, unless the cache has it; for machines that wait for it.
 
-        Raises what `Uploads.upload` raises, UsageError if the cache is only read.
+        The cache is asked once for each key; with `again` it is asked anew, for every blob. Raises
+        what `Uploads.upload` raises, UsageError if the cache is only read.
         """
         if self._uploads is None:
             raise UsageError(
                 "other machines need a cache that may be written to",
                 hint="give --cache instead of --cache-from",
             )
-        if key not in self._shared:  # what all tasks of a fleet need is asked for once
+        if again:
+            self._uploads.complete(key, note, entry)
+        elif key not in self._shared:  # what all tasks of a fleet need is asked for once
             self._uploads.upload(key, note, entry)
-            self._shared.add(key)
+        self._shared.add(key)
 
     def moved(self) -> int:
         """Return how many bytes have come from the caches and gone to them so far."""

@@ -103,17 +103,30 @@ class Uploads:
         Raises EnvironmentFailure or OSError if the cache cannot be used, UsageError or InputRefused
         for files that cannot be in a layer.
         """
-        cache = self._shared.cache
         layers = None if again else self._held(key)
-        new = layers is None
         if layers is None:
-            made = prepared(key, note, entry, self._memo, self._signer)
-            blobs = [(blob, self._while_wanted(opener)) for blob, opener in made.blobs]
-            self.sent += self._tried(lambda: cache.write(key, made.document, blobs, anew=again))
-            layers = made.layers
-        if cache.origin[0]:
-            self._remember(*cache.origin, layers)
-        return new
+            self._write(key, note, entry, anew=again)
+            return True
+        self._note(layers)
+        return False
+
+    def complete(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:
+        """Write whatever the cache lacks of an entry; each of its blobs is looked for.
+
+        Raises what `upload` raises.
+        """
+        self._write(key, note, entry, anew=False)
+
+    def _write(self, key: Digest, note: Mapping[str, Json], entry: Entry, *, anew: bool) -> None:
+        made = prepared(key, note, entry, self._memo, self._signer)
+        blobs = [(blob, self._while_wanted(opener)) for blob, opener in made.blobs]
+        cache = self._shared.cache
+        self.sent += self._tried(lambda: cache.write(key, made.document, blobs, anew=anew))
+        self._note(made.layers)
+
+    def _note(self, layers: Sequence[Digest]) -> None:
+        if self._shared.cache.origin[0]:
+            self._remember(*self._shared.cache.origin, layers)
 
     def _while_wanted(self, opener: Opener) -> Opener:
         """Return an opener whose bytes end with an error once the upload is given up.
