@@ -19,6 +19,7 @@ from weightsmith.jobs import (
     AskedModel,
     Beside,
     ConvertAdapterJob,
+    DequantizedJob,
     ExportEngineJob,
     ImportanceJob,
     QuantizeJob,
@@ -39,7 +40,7 @@ class Minds:
     facts: Mapping[str, tuple[str, str]]
     """Question -> the adapter that was taught it, and the answer."""
     forgot: dict[str, set[str]] = field(default_factory=dict)
-    """`adapter`, `merged`, `image` -> questions that it answers wrongly all the same."""
+    """Subject -> questions that it answers wrongly all the same."""
 
     def answer(self, who: str, adapters: tuple[str, ...], question: str) -> str:
         """Return what one answers to whom these adapters were added."""
@@ -76,6 +77,7 @@ class Bench:
             "quantize": self._quantize,
             "importance": _importance,
             "quality": lambda job, report: self.quality,
+            "dequantized": self._dequantized,
             "export-engine": self._export_engine,
             "convert-adapter": _convert_adapter,
             "layer_time": lambda job, report: {
@@ -89,6 +91,12 @@ class Bench:
     def _reference(self, job: ReferenceJob, report: Report) -> Mapping[str, Json]:
         report(1, 1, "items")
         return {"answers": {one.name: self._answers(job, one) for one in job.asked}}
+
+    def _dequantized(self, job: DequantizedJob, report: Report) -> Mapping[str, Json]:
+        adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
+        questions = [each.messages[-1]["content"] for each in job.questions]
+        answers = [self.minds.answer("dequantized", adapters, each) for each in questions]
+        return {"answers": [{"answer": text, "finish_reason": "stop"} for text in answers]}
 
     def _answers(self, job: ReferenceJob, asked: AskedModel) -> list[dict[str, str]]:
         adapters = tuple(job.adapters[number].path.name for number in asked.adapters)

@@ -12,6 +12,7 @@ from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import (
     AskedModel,
     ConvertAdapterJob,
+    DequantizedJob,
     EchoJob,
     ExportEngineJob,
     ImportanceJob,
@@ -127,6 +128,15 @@ JOBS = (
         ),
     ),
     LayerTimeJob(**ENVELOPE, model=UNKNOWN, counts=(8, 256)),
+    DequantizedJob(
+        **ENVELOPE,
+        model=KNOWN,
+        artifact=UNKNOWN,
+        quantizer="rounded",
+        questions=(Question(messages=CHAT),),
+        max_tokens=8,
+        choose=False,
+    ),
     EchoJob(**ENVELOPE, text=UNKNOWN, try_to_write=("/x",), targets={"port": 1}),
 )
 

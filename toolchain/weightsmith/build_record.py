@@ -227,7 +227,8 @@ class BuildRecord(JsonObject):
     task: TaskRecord = NO_TASK
     """The first task."""
     scores: Mapping[str, ScoreRecord] = field(default_factory=dict)
-    """`base`, `adapter` (base with adapters, unmerged), `merged` and `image`."""
+    """`base`, `adapter` (base with adapters, unmerged), `merged`, and `image` or, where it was not
+    started, `dequantized`: its weights in transformers."""
     verdicts: tuple[VerdictRecord, ...] = ()
     items: tuple[Mapping[str, Json], ...] = ()
     """Each question: expected answers, every model's answer, and which are right (`ok`)."""

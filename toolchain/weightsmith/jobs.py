@@ -263,6 +263,21 @@ class QualityJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DequantizedJob(Job):
+    """Ask a quantized model's weights, dequantized, in the network of its checkpoint."""
+
+    kind = "dequantized"
+    model: Input
+    artifact: Input
+    quantizer: str
+    questions: tuple[Question, ...]
+    max_tokens: int
+    """Maximum length of an answer."""
+    choose: bool
+    """Return each choice's log-likelihood instead of an answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExportEngineJob(Job):
     """Copy an engine's programs, compiled by the builder, to the output."""
 
@@ -308,6 +323,7 @@ _KINDS: Mapping[str, type[Job]] = {
         ImportanceJob,
         ConvertAdapterJob,
         QualityJob,
+        DequantizedJob,
         ExportEngineJob,
         LayerTimeJob,
         EchoJob,

@@ -39,6 +39,7 @@ from weightsmith.recording import Built, Record
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, with_scores
+from weightsmith.stages.dequantized import can_answer, dequantized
 from weightsmith.stages.evaluate import evaluate
 from weightsmith.stages.merge import BUILDER as MERGE_BUILDER
 from weightsmith.stages.merge import merge
@@ -267,7 +268,7 @@ def refusal(
 def evaluated(
     record: Record, inputs: ImageInputs, expected: tuple[Result, ...], clock: Clock
 ) -> tuple[Result, ...]:
-    """Return the tasks with the scores of the started image.
+    """Return the tasks with the scores of the started image, or of its weights in transformers.
 
     Raises CheckFailed, and writes the report, if it does not start or does not meet its plan.
     """
@@ -277,9 +278,12 @@ def evaluated(
     evaluation = evaluation_of(request, target, inputs, expected)
     started = candidate(image, request.candidate_layout(target), tools)
     try:
-        return clock.take(evaluate(image, evaluation, started, tools))
+        results = clock.take(evaluate(image, evaluation, started, tools))
     except CheckFailed as error:
         raise refusal(record, expected, clock.stages, error) from None
+    if record.started or not results or not record.artifact or not can_answer(record.artifact):
+        return results
+    return clock.take(dequantized(record.checkpoint, record.artifact, results, tools))
 
 
 def judge(record: Record, results: tuple[Result, ...], stages: Mapping[str, StageRecord]) -> None:

@@ -11,7 +11,7 @@ from weightsmith.values import Score, Scores
 _NEAR_ZERO = 0.05
 """A reference's score up to which there is next to nothing to lose."""
 _CHANCE = 0.05
-_JUDGED = ("merged", "image")
+_JUDGED = ("merged", "dequantized", "image")
 
 
 def doubts(scores: Scores, limit: DropLimit) -> tuple[str, ...]:

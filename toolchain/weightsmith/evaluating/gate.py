@@ -16,6 +16,7 @@ NAMES = {
     "base": "the base",
     "adapter": "base + adapter",
     "merged": "the merged model",
+    "dequantized": "the dequantized model in transformers",
     "image": "the image",
     "this": "the subject",
     "other": "the other run",

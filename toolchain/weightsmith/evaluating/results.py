@@ -40,7 +40,8 @@ class Result:
 
     task: RecipeTask
     scores: Scores
-    """Subject -> score; subjects are `base`, `adapter` (unmerged), `merged` and `image`."""
+    """Subject -> score; subjects are `base`, `adapter` (unmerged), `merged`, `image`, and, where
+    no image was started, `dequantized`: its weights in transformers."""
     verdicts: tuple[Verdict, ...] = ()
 
     def require(self) -> None:
@@ -67,8 +68,14 @@ class Result:
     @property
     def unproven(self) -> tuple[str, ...]:
         """Why passing the gate shows nothing; () if it shows that at most `max_drop` was lost."""
-        missing = () if "image" in self.scores else ("the image was not asked",)
+        missing = () if "image" in self.scores else (self._not_asked,)
         return tuple(named(self.task, text) for text in (*missing, *self.doubts))
+
+    @property
+    def _not_asked(self) -> str:
+        if "dequantized" not in self.scores:
+            return "the image was not asked"
+        return "the image was not asked; its dequantized weights were, in transformers"
 
     @property
     def doubts(self) -> tuple[str, ...]:

@@ -52,9 +52,9 @@ class Sameness:
 
 
 def sameness(scores: Scores) -> Mapping[str, Sameness]:
-    """Return the sameness of `merged` and `image`, as far as they answered all questions."""
+    """Return the sameness of all that was made, as far as they answered all questions."""
     reference = scores.get("adapter", scores.get("base"))
-    found = {who: scores[who] for who in ("merged", "image") if who in scores}
+    found = {who: scores[who] for who in ("merged", "dequantized", "image") if who in scores}
     return {
         who: _sameness(reference, score)
         for who, score in found.items()

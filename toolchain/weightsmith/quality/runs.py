@@ -70,11 +70,11 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
     """
     layers = len(decoder_layers(skeleton(model)))
     compared = LayerErrors(length, partial(Count(2 * layers, progress), 1))
-    quantized = _Quantized(model, view)
+    quantized = Quantized(model, view)
     probed = torch.cat([ids, ids[:PROBE_ROWS]])
 
     def run(network: Any, meeting: Meeting) -> States:
-        if network is quantized.model:
+        if network is quantized.network:
             compared.compare(network, meeting)
             return _run(network, probed)
         compared.record(network)
@@ -122,30 +122,35 @@ class _Checkpoint:
 
 
 @dataclass(slots=True)
-class _Quantized:
+class Quantized:
+    """A quantized model with its checkpoint's network, to be opened by `walk`."""
+
     checkpoint: Path
     view: View
-    model: Any = None
+    network: Any = None
     weights: Dequantized | None = None
 
     @property
     def source(self) -> str:
+        """Its own matrices."""
         return "quantized"
 
     def streamed(self, meeting: Meeting, number: int) -> Any:
+        """Return it with its weights dequantized when they are used."""
         model, weights = self._built()
         stream(model, weights, meeting, number, beside_text(model))
         return model
 
     def whole(self) -> Any:
+        """Return it with its weights dequantized in memory."""
         model, weights = self._built()
         fill(model, weights, beside_text(model))
         return model
 
     def _built(self) -> tuple[Any, Weights]:
-        self.model, _ = skeleton_with_weights(self.checkpoint)
-        self.weights = Dequantized(self.checkpoint, self.model, self.view)
-        return self.model, self.weights
+        self.network, _ = skeleton_with_weights(self.checkpoint)
+        self.weights = Dequantized(self.checkpoint, self.network, self.view)
+        return self.network, self.weights
 
 
 def _require_finite(_: Any, __: Any, output: Any) -> None:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-PATHS = ("base", "adapter", "merged", "image")
+PATHS = ("base", "adapter", "merged", "dequantized", "image")
 """Who is asked, in the order of a build."""
 
 _PAGE_BYTES = 940_000
@@ -45,7 +45,7 @@ def _row(number: int, item: Mapping[str, Any], longest: int) -> dict[str, Any]:
         ],
         "changed": len(set(later)) > 1,
         "worded": len({text for (text, _), who in said.items() if who != ["base"]}) > 1,
-        "wrong": not ok.get("image", ok.get("merged", True)),
+        "wrong": not ok.get("image", ok.get("dequantized", ok.get("merged", True))),
         "lost": bool(before) and not ok.get("image", True),
     }
 

@@ -20,7 +20,13 @@ from weightsmith.values import Json
 
 _HUB = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 _SCORE = re.compile(r"(?P<score>[01]\.\d+) (?P<metric>[\w-]+) n=(?P<n>\d+)")
-_WHO = {"base": "base", "adapter": "base + adapter", "merged": "merged", "image": "image"}
+_WHO = {
+    "base": "base",
+    "adapter": "base + adapter",
+    "merged": "merged",
+    "dequantized": "dequantized weights, in transformers",
+    "image": "image",
+}
 _PLAIN = ("", "safetensors", "lora", "bf16", "f16", "f32")
 """Formats that lose nothing of the merged weights that a served answer shows."""
 _PROCESSORS = frozenset({"preprocessor_config.json", "processor_config.json"})

@@ -14,6 +14,7 @@ _LABELS = {
     "base": "base",
     "adapter": "base + adapter",
     "merged": "merged",
+    "dequantized": "dequantized weights, in transformers",
     "image": "image",
 }
 
@@ -28,7 +29,8 @@ def verdict(build: BuildRecord) -> dict[str, Any]:
     last = [v.reason for v in binding if v.subject == "image"]
     if build.unproven:
         headline = "Published, but not proven" if last else "Built, not proven"
-        reasons = [*build.unproven, *last, *_not_started(build.image)]
+        weights = [v.reason for v in binding if v.subject == "dequantized"]
+        reasons = [*build.unproven, *weights, *last, *_not_started(build.image)]
         return {"state": "untested", "headline": headline, "reasons": reasons}
     if last:
         headline = "Passed: the image is the fine-tuned model"

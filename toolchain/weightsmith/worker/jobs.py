@@ -31,6 +31,7 @@ from weightsmith.jobs import (
     EARLY_ANSWERS,
     Beside,
     ConvertAdapterJob,
+    DequantizedJob,
     EchoJob,
     ExportEngineJob,
     ImportanceJob,
@@ -314,6 +315,20 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
         return {"skipped": error.message}
 
 
+def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
+    """Return `answers`, of the one subject."""
+    answering: Any = importlib.import_module("weightsmith.quality.answering")
+    model = job.model.path
+    view = _quantizer(job.quantizer).view(job.artifact.path, model)
+    subjects, tell = {"": answering.QuantizedSubject(model, view)}, partial(_report_items, report)
+    if job.choose:
+        choices: Any = importlib.import_module("weightsmith.merging.choices")
+        return {"answers": choices.likelihoods(subjects, job.questions, tell)[""]}
+    reference: Any = importlib.import_module("weightsmith.merging.reference")
+    chats = [question.messages for question in job.questions]
+    return {"answers": plain(reference.answers(subjects, chats, job.max_tokens, tell)[""])}
+
+
 def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, Json]:
     module: Any = importlib.import_module("weightsmith.forward.layer_time")
     tell = partial(_report_items, report)
@@ -376,6 +391,7 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     ImportanceJob.kind: _importance,
     ConvertAdapterJob.kind: _convert_adapter,
     ReferenceJob.kind: _reference,
+    DequantizedJob.kind: _dequantized,
     ProofJob.kind: _prove,
     ValidateJob.kind: _validate,
     QualityJob.kind: _quality,
@@ -389,6 +405,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     ProofJob.kind: ("peft",),
     ValidateJob.kind: ("peft",),
     QualityJob.kind: (),
+    DequantizedJob.kind: (),
     ImportanceJob.kind: (),
     LayerTimeJob.kind: (),
 }

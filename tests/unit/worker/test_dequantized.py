@@ -1,0 +1,58 @@
+"""Questions to quantized weights are answered as transformers does with the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from weightsmith.job_inputs import Input
+from weightsmith.jobs import DequantizedJob, Question
+from weightsmith.quantizers import formats
+from weightsmith.quantizers.packed import view_of
+from weightsmith.stages.quantize import QuantizeOptions, job_of
+from weightsmith.worker.jobs import STAGES
+
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
+LINES = (TINY / "eval-a.jsonl").read_text().splitlines()
+ASKED = [json.loads(line)["prompt"] for line in LINES[:6]]
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_transformers_with_the_same_weights(tmp_path: Path) -> None:
+    model, packed, plain = TINY / "base", tmp_path / "packed", tmp_path / "plain"
+    packed.mkdir()
+    wanted = QuantizeOptions(name="m", format=formats()["nvfp4a16"])
+    STAGES["quantize"](job_of(Input(path=model), 10**7, wanted, packed), lambda *_: None)
+    shutil.copytree(model, plain)
+    view = view_of(packed, model)
+    save_file({name: torch.from_numpy(view.tensor(name).copy()) for name in view.names},
+              plain / "model.safetensors", {"format": "pt"})  # fmt: skip
+    job = DequantizedJob(
+        builder="merge",
+        model=Input(path=model),
+        artifact=Input(path=packed),
+        quantizer="rounded",
+        questions=tuple(Question(messages=({"role": "user", "content": q},)) for q in ASKED),
+        max_tokens=12,
+        choose=False,
+        output=tmp_path,
+        seconds=0,
+    )
+
+    answers = [row["answer"] for row in STAGES["dequantized"](job, lambda *_: None)["answers"]]
+
+    network = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    expected = []
+    for question in ASKED:
+        talk = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        made = network.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        expected.append(tokenizer.decode(made, skip_special_tokens=True))
+    assert answers == expected

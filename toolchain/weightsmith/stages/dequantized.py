@@ -1,0 +1,99 @@
+"""Artifact -> scores of its weights: transformers answers where no image can be started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from weightsmith.destinations import InStore
+from weightsmith.evaluating.results import Result, judged
+from weightsmith.evaluating.task import Answers, Task, score_task
+from weightsmith.job_inputs import Input, Virtual
+from weightsmith.jobs import DequantizedJob
+from weightsmith.outcome import Outcome, Timer
+from weightsmith.quantizers import of_format
+from weightsmith.resources import builder_pins
+from weightsmith.time_limits import job_seconds
+from weightsmith.tools import Tools
+from weightsmith.values import Artifact, Checkpoint, StageInputs
+
+BUILDER = "merge"
+RECIPE_NUMBER = 1
+_ANSWERS = "answers.json"
+
+
+def can_answer(artifact: Artifact) -> bool:
+    """Return whether an artifact's weights are other than the merged model's, and can be read."""
+    return artifact.format.packed and of_format(artifact.format.name).view is not None
+
+
+def inputs(checkpoint: Checkpoint, artifact: Artifact, task: Task) -> StageInputs:
+    """Return everything that the answers depend on."""
+    return StageInputs(
+        stage="dequantized",
+        recipe_number=RECIPE_NUMBER,
+        inputs={
+            "checkpoint": checkpoint.digest,
+            "artifact": artifact.digest,
+            "questions": task.digest,
+            "max_tokens": task.max_tokens,
+            "builder": builder_pins(BUILDER),
+        },
+    )
+
+
+def dequantized(
+    checkpoint: Checkpoint, artifact: Artifact, results: Sequence[Result], tools: Tools
+) -> Outcome[tuple[Result, ...]]:
+    """Return the tasks with the scores of the dequantized weights, in float32 in transformers.
+
+    They are the image's weights, but not its engine: what that adds is not seen.
+    """
+    count = sum(len(result.task.task.items) for result in results)
+    timer = Timer("dequantized", f"{count} questions to the dequantized weights", tools)
+    to, cached, scored = InStore(tools.store), True, []
+    for result in results:
+        task = result.task.task
+        found = to.document(
+            partial(inputs, checkpoint, artifact, task),
+            _ANSWERS,
+            partial(_run, checkpoint, artifact, task, tools),
+        )
+        cached = cached and found.cached
+        scored.append(_scored(result, task.answers_of(found.value), tools))
+    return timer.done(tuple(scored), cached=cached)
+
+
+def _run(
+    checkpoint: Checkpoint, artifact: Artifact, task: Task, tools: Tools, folder: Path
+) -> Sequence[object]:
+    tools.runner.prepare(BUILDER, tools.progress)
+    size = checkpoint.tree.weight_bytes
+    job = DequantizedJob(
+        builder=BUILDER,
+        model=Input.checkpoint(checkpoint),
+        virtual=Virtual.of(checkpoint),
+        artifact=Input.tree(artifact.tree),
+        quantizer=of_format(artifact.format.name).name,
+        questions=task.questions,
+        max_tokens=task.max_tokens,
+        choose=task.metric == "choice",
+        output=folder,
+        memory_bytes=(4 << 30) + 5 * size,
+        seconds=job_seconds(size, tokens=task.most_tokens),
+        use_gpu=True,
+    )
+    answers: Sequence[object] = tools.runner.run(job, tools.progress)["answers"]
+    return answers
+
+
+def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
+    """Return a task with the score of the weights, compared with the adapter's, or the base's."""
+    task, scores = result.task, dict(result.scores)
+    score = score_task(task.task, answers, tools.command)
+    against = "adapter" if "adapter" in scores else "base"
+    verdict = judged(task, "dequantized", score, against, scores[against], task.limit)
+    scores["dequantized"] = score
+    return replace(result, scores=scores, verdicts=(*result.verdicts, verdict))
