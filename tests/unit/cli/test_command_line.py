@@ -225,6 +225,23 @@ def test_a_home_that_is_no_folder_is_reported():
     assert json.loads(done.out)["error"]["hint"] == "set HOME"
 
 
+@pytest.mark.slow
+def test_a_home_that_cannot_be_made_is_needed_by_the_first_build_only(tmp_path, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    recipe = ("--recipe", str(ROOT / "examples/tiny/recipe.yaml"))
+    build = ("build", *recipe, "--runner", "local", "--dist", str(tmp_path))
+
+    for words in (("targets",), ("doctor",), ("plan", *recipe)):
+        assert run(*words, HOME="/proc/no-home").code == 0
+    done = run(*build, HOME="/proc/no-home")
+
+    assert done.code == 5
+    assert done.err.splitlines()[-1].split() == [
+        "hint:", "set", "WEIGHTSMITH_CACHE", "to", "a", "writable", "folder"
+    ]  # fmt: skip
+
+
 def test_the_machine_is_described(tmp_path):
     """Builders of either runner count: a build takes whichever is there."""
     done = run("doctor", "--json", WEIGHTSMITH_CACHE=str(tmp_path))
