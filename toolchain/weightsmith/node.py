@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _answer(request: Request) -> Reply:
-    from weightsmith.errors import EnvironmentFailure, WeightsmithError
+    from weightsmith.errors import EnvironmentFailure, WeightsmithError, of_machine
     from weightsmith.fleets.node import answer
     from weightsmith.fleets.requests import Failure, Reply
     from weightsmith.progress import PlainProgress, Recorder
@@ -77,7 +77,11 @@ def _answer(request: Request) -> Reply:
         return replace(reply, bytes_moved=reply.bytes_moved + tools.moved())
     except WeightsmithError as error:  # before the task began: its fault is this machine's
         failure = replace(Failure.of(error), exit_code=EnvironmentFailure.exit_code)
-        return Reply.of_failure(request.id, socket.gethostname(), failure)
+    except OSError as error:
+        if (refused := of_machine(error)) is None:
+            raise
+        failure = Failure.of(refused)
+    return Reply.of_failure(request.id, socket.gethostname(), failure)
 
 
 def end_with_parent() -> None:

@@ -8,6 +8,7 @@ folders in it are closed.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -74,7 +75,8 @@ def _make(folder: Path) -> None:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         if not folder.is_dir():  # else another process created it
-            raise
+            why = os.strerror(errno.ENOTDIR)
+            raise NotADirectoryError(errno.ENOTDIR, why, str(folder)) from None
     else:
         if folder.stat().st_mode & 0o7777 != 0o700:  # because of the umask or inherited bits
             with suppress(OSError):  # some network file systems have no modes: `doctor` says so

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.drivers.store import FileStore
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, of_machine
 from weightsmith.values import key_of
 
 KEY = key_of("a result")
@@ -35,6 +35,15 @@ def test_what_is_held_is_looked_at_once(tmp_path: Path) -> None:
     assert FileStore(tmp_path).find(KEY) is None
     store.close()
     assert store.find(KEY) is None
+
+
+def test_a_file_in_the_place_of_the_store_is_no_bug(tmp_path: Path) -> None:
+    """Its error is one of those that a fleet's node, too, tells as its machine's."""
+    (tmp_path / "store").write_text("")
+
+    with pytest.raises(OSError, match="Not a directory") as caught:
+        FileStore(tmp_path / "store").produce(KEY, {}, write("one"))
+    assert of_machine(caught.value)
 
 
 def test_damaged_result_is_made_again(tmp_path: Path) -> None:
