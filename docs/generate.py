@@ -26,8 +26,9 @@ from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.planning.targets import all_targets
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import EXPERTS, JOINED, SEEING
+from weightsmith.quantizers.architectures import EXPERTS, JOINED, NAMED, ROUNDED, SEEING
 from weightsmith.quantizers.checkpoints import DENSE
+from weightsmith.quantizers.known import gguf_architectures, vllm_architectures
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
@@ -284,15 +285,26 @@ def _adapters() -> Iterator[str]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "Which architectures become which packed format. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, and of `awq` and `gptq`, is a test with a small random model (`test_architectures.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
+    yield "Which architectures become which packed format. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, and of `awq` and `gptq`, is a test with a small random model (`test_architectures.py`, `test_known.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
     yield "Of models that see, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"
-    kinds = ((DENSE | JOINED, ""), (EXPERTS, "experts"), (SEEING, "sees"))
+    kinds = ((DENSE | JOINED | NAMED, ""), (EXPERTS, "experts"), (SEEING, "sees"))
     for names, kind in kinds:
         for name in sorted(names):
             cells = ("yes" if _becomes(name, one) else "" for one in packed)
             yield f"| {name}{f' ({kind})' if kind else ''} | {' | '.join(cells)} |"
+    yield "\n## What else transformers and vLLM know\n"
+    yield "Models that generate text in the pinned transformers and the pinned vLLM ([`docs/known.py`](../known.py) lists them), and have no packed format here. Serve them in 16 bits (target `vllm`); where a star is, vLLM runs transformers' class. A packed format of them is refused before the merge with exit code 3.\n"
+    rest = [name for name in vllm_architectures() if name not in ROUNDED]
+    for title, there in (("Also as GGUF", True), ("Not as GGUF", False)):
+        names = [name for name in rest if (name in gguf_architectures()) == there]
+        yield f"{title}: {', '.join(map(_starred, names))}.\n"
+
+
+def _starred(architecture: str) -> str:
+    own = vllm_architectures()[architecture] == "own"
+    return architecture if own else f"{architecture}*"
 
 
 def _becomes(architecture: str, name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
+from pathlib import Path
 
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.ports import Progress
@@ -47,6 +48,13 @@ def absent() -> str:
     if there():
         return unfit(ROOM_FOR_A_BUILD)
     return unfit() or "vLLM's engine is not made: `python -m tests.builders` does it, or says why"
+
+
+def packages() -> Path:
+    """Return the engine's folder of Python packages; only if it is `there`."""
+    engine = make_store().find(base_inputs(ENGINE).key)
+    assert engine is not None
+    return engine.tree.root / "usr/local/lib/python3.11/dist-packages"
 
 
 def make(progress: Progress) -> None:

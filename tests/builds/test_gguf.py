@@ -288,13 +288,15 @@ def test_a_tokenizer_that_came_without_its_pieces_is_that_with_them(tmp_path, ki
 
 
 def test_the_architectures_are_those_of_the_pinned_converter():
-    from weightsmith.quantizers.gguf import _architectures
+    from weightsmith.quantizers.known import gguf_architectures
 
     tools = toolset_folder(cache_folder(), "llamacpp")
     text = (tools / "convert" / "conversion" / "__init__.py").read_text()
     table = text[text.index("TEXT_MODEL_MAP") : text.index("}", text.index("TEXT_MODEL_MAP"))]
 
-    assert _architectures() == {line.split('"')[1] for line in table.splitlines() if '": "' in line}
+    assert gguf_architectures() == {
+        line.split('"')[1] for line in table.splitlines() if '": "' in line
+    }
 
 
 def test_the_types_are_those_of_the_pinned_quantizer():

@@ -14,6 +14,7 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
+from weightsmith.quantizers.known import what_works
 from weightsmith.quantizers.packed import PARTS, Layout
 from weightsmith.quantizers.writing import Work, copied, whole, write_checkpoint
 from weightsmith.values import Format, Json
@@ -40,6 +41,9 @@ _SCALES = 1.02
 _ENGINE = 1.02
 """Overhead of an engine's output: tokenizer, zero points, groups smaller than 128."""
 
+_MOST_NAMED = 20
+"""Architectures in an error message."""
+
 # Files other than weights, copied unchanged to the finished folder.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_COPIED = ("config.json", "model.safetensors.index.json")
@@ -55,10 +59,16 @@ def check_config(model: ModelFacts, known: Collection[str]) -> None:
     check_unpacked(model)
     if model.architecture not in known:
         raise InputRefused(
-            f"unsupported architecture {model.architecture}; supported are"
-            f" {', '.join(sorted(known))}",
-            hint="serve it in 16 bits (target vllm), or as GGUF",
+            f"unsupported architecture {model.architecture}; supported are {_listed(known)}",
+            hint=what_works(model.architecture),
         )
+
+
+def _listed(known: Collection[str]) -> str:
+    """Return the names, or where they are listed if they are many."""
+    if len(known) > _MOST_NAMED:
+        return f"{len(known)} others: see docs/reference/architectures.md"
+    return ", ".join(sorted(known))
 
 
 def check_unpacked(model: ModelFacts) -> None:

@@ -6,7 +6,6 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
@@ -21,6 +20,7 @@ from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
 from weightsmith.quantizers.gguf_settings import PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from weightsmith.quantizers.gguf_view import open_view
+from weightsmith.quantizers.known import gguf_architectures
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.values import Format, Json
 
@@ -30,7 +30,6 @@ _FROM_PATHS = ("basename", "finetune", "organization", "version", "size_label")
 _INTERMEDIATE = {"bfloat16": "bf16", "float32": "f32"}
 _CONVERT = "weightsmith.worker.convert_gguf"
 _QUANTIZE = "weightsmith.worker.quantize_gguf"
-_ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
 _OFFLINE = {
     "PYTHONDONTWRITEBYTECODE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -57,18 +56,12 @@ def check_input(model: ModelFacts) -> None:
             hint="choose a decoder-only model",
         )
     check_unpacked(model)
-    if model.architecture not in _architectures():
+    if model.architecture not in gguf_architectures():
         raise InputRefused(
             f"the pinned llama.cpp does not support {model.architecture}",
             hint="use an engine that loads safetensors, or a newer llama.cpp (see "
             "images/engines/llamacpp/README.md)",
         )
-
-
-@cache
-def _architectures() -> frozenset[str]:
-    """Return the output of `convert_hf_to_gguf.py --print-supported-models`, checked by a test."""
-    return frozenset(json.loads(_ARCHITECTURES.read_text("utf-8")))
 
 
 def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:

@@ -1,0 +1,75 @@
+"""Small random models of any architecture, from transformers' own configuration classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.fakes.dense import add_tokenizer
+
+_SMALL = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "global_head_dim": 32,
+    "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "moe_intermediate_size": 128,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1,
+    "mamba_d_state": 16, "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32, "linear_value_head_dim": 32, "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0,
+}  # fmt: skip
+_TOWER = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "image_size": 28, "patch_size": 14, "depth": 1,
+    "num_heads": 2, "out_hidden_size": 128,
+}  # fmt: skip
+_ALSO_UNSET = ("head_dim", "intermediate_size", "num_key_value_heads")
+_TABLES = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def make_known(folder: Path, architecture: str) -> Path:
+    """Write a model in bfloat16 that has the tiny example's tokenizer; return its folder."""
+    kind = next(kind for table in _TABLES for kind, name in table.items() if name == architecture)
+    config = _config(CONFIG_MAPPING[kind])
+    torch.manual_seed(0)
+    network = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.06)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    network.save_pretrained(folder)
+    add_tokenizer(folder)
+    return folder
+
+
+def _config(kind: type[Any]) -> Any:
+    """Return the class's defaults with small dimensions, also of its text and its towers."""
+    default = kind()
+    parts: dict[str, Any] = {}
+    for name in getattr(kind, "sub_configs", {}):
+        if (part := getattr(default, name, None)) is not None:
+            small = _small(type(part), _SMALL if name == "text_config" else _TOWER)
+            parts[name] = {**small, "model_type": part.model_type}
+    own = _small(kind, _SMALL)
+    if "text_config" in parts:
+        own = {name: value for name, value in own.items() if name.endswith("token_id")}
+    return kind(**own, **parts)
+
+
+def _small(kind: type[Any], sizes: dict[str, int]) -> dict[str, int]:
+    """Return the dimensions that a class has, and that are numbers by default."""
+    return {
+        name: sizes[name]
+        for name, value in kind().to_dict().items()
+        if name in sizes
+        and not isinstance(value, bool)
+        and (isinstance(value, int) or (value is None and name in _ALSO_UNSET))
+    }

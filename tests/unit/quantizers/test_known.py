@@ -1,0 +1,89 @@
+"""What transformers and vLLM both know: quantized by the general rule, or refused beforehand."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.errors import InputRefused
+from weightsmith.quality.measure import measure
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.architectures import NAMED, ROUNDED
+from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.known import gguf_architectures, vllm_architectures
+from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.rounded import quantize
+from weightsmith.quantizers.schemes import SCHEMES
+
+from docs.known import listed
+from tests import vllm_parts
+from tests.fakes.configs import facts
+from tests.fakes.known import make_known
+
+ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:1]]
+MOST = {"w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6}
+"""Errors of layers, as in test_architectures.py."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory):
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda architecture: make_known(root / architecture, architecture))
+
+
+@pytest.mark.parametrize("architecture", vllm_architectures())
+@pytest.mark.parametrize("name", ["fp8", "nvfp4a16"])
+def test_each_is_quantized_or_refused_with_what_works(architecture: str, name: str) -> None:
+    model = facts({
+        "architectures": [architecture], "hidden_size": 512, "intermediate_size": 1024,
+        "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
+    })  # fmt: skip
+    check = of_format(name).check_input
+    if architecture in ROUNDED:
+        check(formats()[name], model)
+        return
+    with pytest.raises(InputRefused, match=f"unsupported architecture {architecture};") as refused:
+        check(formats()[name], model)
+    assert refused.value.exit_code == 3
+    assert "target vllm" in refused.value.hint
+    assert ("GGUF" in refused.value.hint) == (architecture in gguf_architectures())
+
+
+@pytest.mark.grid(9)
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("architecture", sorted(NAMED))
+def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: str) -> None:
+    model, scheme = models(architecture), SCHEMES[name]
+    of_format(name).check_input(formats()[name], read_facts(model))
+
+    quantize(scheme, model, tmp_path, [])
+
+    check_checkpoint(tmp_path, model, Layout.of_scheme(scheme))
+    view, source = view_of(tmp_path, model), CheckpointTensors(model)
+    for tensor in source.names - {f"{module}.weight" for module in view.modules}:
+        assert np.array_equal(view.tensors.raw(tensor), source.raw(tensor)), tensor
+    # Engines must be told of every linear layer that stays as it is.
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    linear = {
+        name.removesuffix(".weight")
+        for name in source.names
+        if name.endswith("_proj.weight") and len(source.info(name).shape) == 2
+    }
+    assert linear <= view.modules | set(config["ignore"])
+    # Q, K, V and O of some layer, and what leads into and out of a feed-forward network.
+    ends = {module.rpartition(".")[2] for module in view.modules}
+    assert ends >= {"o_proj", "down_proj"}
+    found = measure(model, view, ROWS, 100, lambda *_: None)
+    assert found.kl_mean > 0
+    assert 0 < found.layer_error < MOST[name]
+
+
+@pytest.mark.vllm
+def test_the_list_is_that_of_the_pinned_vllm() -> None:
+    assert listed(vllm_parts.packages()) == vllm_architectures()

@@ -1,0 +1,36 @@
+"""Architectures that the pinned engines know, from lists that tests compare with the engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+_FOLDER = Path(__file__).parent
+
+
+@cache
+def gguf_architectures() -> frozenset[str]:
+    """Return what `convert_hf_to_gguf.py --print-supported-models` prints."""
+    return frozenset(json.loads((_FOLDER / "gguf_architectures.json").read_text("utf-8")))
+
+
+@cache
+def vllm_architectures() -> Mapping[str, str]:
+    """Return the models that generate text in both the pinned transformers and the pinned vLLM.
+
+    The value is `own` for a class of vLLM's, `transformers` where vLLM runs transformers' class.
+    Written by `docs/known.py`.
+    """
+    text = (_FOLDER / "vllm_architectures.json").read_text("utf-8")
+    return cast("Mapping[str, str]", json.loads(text))
+
+
+def what_works(architecture: str) -> str:
+    """Return how an architecture can be served that a packed format does not support."""
+    choices = ["serve it in 16 bits (target vllm)"]
+    if architecture in gguf_architectures():
+        choices.append("as GGUF (target llamacpp-q4_k_m)")
+    return ", or ".join(choices)
