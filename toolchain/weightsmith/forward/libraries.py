@@ -5,13 +5,18 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
 
+_COMPILER = "torch._dynamo"
+_ORDER = f"{_COMPILER}._trace_wrapped_higher_order_op"
+_MODELS = ("torch", "transformers.modeling_utils", "transformers.generation.utils")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -28,11 +33,47 @@ def import_for_good(*names: str) -> None:
     stay_offline()
     gc.disable()
     try:
-        for name in ("torch", "transformers.generation", "transformers.models.auto", *names):
-            importlib.import_module(name)
+        with _without_compiler():
+            for name in (*_MODELS, "transformers.models.auto", *names):
+                importlib.import_module(name)
         gc.freeze()
     finally:
         gc.enable()
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Let transformers leave out torch's compiler and distributed tensors while it is imported.
+
+    They are a third of what is imported, and nothing here is compiled or spread over machines. The
+    compiler's decorators return their function; whoever needs the compiler later imports it then.
+    """
+    distributed: Any = importlib.import_module("torch.distributed")
+    compiler: Any = ModuleType(_COMPILER)
+    order: Any = ModuleType(_ORDER)
+    compiler.__path__, compiler.__getattr__ = [], lambda _: _undecorated
+    order.TransformGetItemToIndex = _index_order
+    own = distributed.is_available
+    present = _COMPILER in sys.modules
+    if not present:
+        sys.modules |= {_COMPILER: compiler, _ORDER: order}
+    distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_available = own
+        if not present:
+            del sys.modules[_COMPILER], sys.modules[_ORDER]
+
+
+def _undecorated(function: Any = None, *_: object, **__: object) -> Any:
+    """Stand for a decorator of the compiler, with arguments or without."""
+    return function if function is not None else _undecorated
+
+
+def _index_order() -> Any:
+    """Return the compiler's context for masks that are computed by vmap."""
+    return importlib.import_module(_ORDER).TransformGetItemToIndex()
 
 
 def load_tokenizer(root: Path, **options: Any) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,31 @@ def skeleton(root: Path) -> Any:
 
 @contextmanager
 def _nothing_drawn() -> Iterator[None]:
-    """Have transformers draw no random weights: all are missing, and drawing takes half the time.
+    """Draw no random weights: all are missing, and drawing takes half the time.
 
-    Parameters that have this mark are left as they are; buffers are computed as ever.
+    Transformers leaves parameters that have this mark as they are. Torch's modules would draw where
+    there is no memory to draw into, for which torch imports its compiler. Buffers are computed as
+    ever.
     """
     mark = "_is_hf_initialized"
+    names = (name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))
+    own = {name: getattr(nn.init, name) for name in names}
     setattr(nn.Parameter, mark, True)
+    for name, draw in own.items():
+        setattr(nn.init, name, partial(_drawn, draw))
     try:
         yield
     finally:
         delattr(nn.Parameter, mark)
+        for name, draw in own.items():
+            setattr(nn.init, name, draw)
+
+
+def _drawn(
+    draw: Callable[..., torch.Tensor], values: torch.Tensor, *more: Any, **named: Any
+) -> Any:
+    """Leave a parameter as it is."""
+    return values if isinstance(values, nn.Parameter) else draw(values, *more, **named)
 
 
 def _set_missing(model: Any) -> None:
