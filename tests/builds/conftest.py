@@ -59,3 +59,11 @@ def warm(memory: Memory, finished: tuple[MemoryStore, str]) -> Memory:
 def digest(finished: tuple[MemoryStore, str]) -> str:
     """The digest of the undisturbed build."""
     return finished[1]
+
+
+@pytest.fixture(scope="session")
+def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base as a 16-bit GGUF file, and beside it an importance matrix."""
+    from tests.fakes.ggufs import make_middle  # imports torch
+
+    return make_middle(tmp_path_factory.mktemp("middle"))

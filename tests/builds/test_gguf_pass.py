@@ -1,14 +1,9 @@
 """Quantized files are llama-quantize's own, byte for byte, though it never wrote them."""
 
-import hashlib
-import json
-import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -17,111 +12,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.drivers.toolset import tools_variable, toolset_folder
 from weightsmith.errors import InputRefused
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import Beside
-from weightsmith.quantizers import formats
-from weightsmith.quantizers.gguf_header import read_header
-from weightsmith.quantizers.gguf_importance import DIGEST_KEY
-from weightsmith.quantizers.gguf_pass import (
-    Output,
-    Source,
-    Wanted,
-    finish,
-    read_targets,
-    write_files,
-)
-from weightsmith.quantizers.gguf_rows import Place
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.stages.quantize import QuantizeOptions, job_of
-from weightsmith.wiring import cache_folder
 
-from tests.builds.test_gguf import CONFIGS, SHAPE, TINY, make_random, model_type
-from tests.fakes.journal import RecordingProgress
+from tests.fakes.ggufs import (
+    SHAPE,
+    TINY,
+    beside,
+    compare,
+    converted,
+    made,
+    make_random,
+    program,
+    run,
+    same,
+    theirs,
+    with_matrix,
+)
 
 pytestmark = pytest.mark.builders
 TYPES = [row.name for row in FILE_TYPES.values() if not row.direct]
-
-
-def made(
-    model: Path, out: Path, name: str, statistics: Path | None = None, **options
-) -> list[Path]:
-    """Quantize in the builder; return the files."""
-    out.mkdir()
-    wanted = QuantizeOptions(
-        name="demo",
-        format=formats()[name],
-        options={"imatrix": str(statistics) if statistics else "off", **options},
-        statistics=Input(path=statistics) if statistics else None,
-    )
-    job = job_of(Input(path=model), 1 << 20, wanted, out)
-    LocalRunner(cache_folder()).run(job, RecordingProgress())
-    left = sorted(path for path in out.iterdir() if path.name != "imatrix.gguf")
-    assert all(path.suffix == ".gguf" and not path.name.startswith(".") for path in left)
-    return left
-
-
-CONVERT = """
-import sys
-from pathlib import Path
-from weightsmith.quantizers.convert import run
-converter, model, *outs = map(Path, sys.argv[1:])
-about = ["--model-name", "demo", "--metadata", str(outs[0].with_name("metadata"))]
-runs = (["--outfile", str(out), "--outtype", out.parent.name, *about] for out in outs)
-run(converter, model, *((words, None) for words in runs))
-"""
-GUESSED = ("basename", "finetune", "organization", "version", "size_label")
-
-
-def converted(model: Path, folder: Path, *names: str) -> list[list[Path]]:
-    """Let llama.cpp's converter write files itself."""
-    outs = [folder / name / "demo.gguf" for name in names]
-    for out in outs:
-        out.parent.mkdir(parents=True)
-    metadata = json.dumps({f"general.{key}": None for key in GUESSED})
-    (outs[0].parent / "metadata").write_text(metadata)
-    converter = program("").parent / "convert" / "convert_hf_to_gguf.py"
-    command = [sys.executable, "-c", CONVERT, converter, model, *outs]
-    subprocess.run(command, check=True, capture_output=True)
-    return [[out] for out in outs]
-
-
-def program(name: str) -> Path:
-    return toolset_folder(cache_folder(), "llamacpp") / "bin" / name
-
-
-def theirs(middle: Path, out: Path, name: str, *words: object) -> list[Path]:
-    """Quantize with llama-quantize; return the files."""
-    out.mkdir()
-    split = "--keep-split" in words
-    target = out / ("demo" if split else "demo.gguf")
-    command = [program("llama-quantize"), *words, middle, target, name.upper()]
-    subprocess.run(command, cwd=middle.parent, check=True, capture_output=True)
-    return sorted(out.iterdir())
-
-
-def same(ours: list[Path], others: list[Path]) -> bool:
-    names = [[path.name for path in files] for files in (ours, others)]
-    return names[0] == names[1] and all(
-        a.read_bytes() == b.read_bytes() for a, b in zip(ours, others, strict=True)
-    )
-
-
-@pytest.fixture(scope="module")
-def middle(tmp_path_factory) -> Path:
-    """The tiny base in 16 bits, and beside it an importance matrix."""
-    folder = tmp_path_factory.mktemp("middle")
-    ((file,),) = converted(TINY / "base", folder, "bf16")
-    texts = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()]
-    (file.parent / "text").write_text("\n".join(str(row) for row in texts))
-    words = ("-f", "text", "-c", "128", "--chunks", "4", "--no-ppl", "-t", "2")
-    for name, form in (("imatrix.gguf", "gguf"), ("imatrix.dat", "dat")):
-        command = [program("llama-imatrix"), "-m", file.name, *words, "-o", name]
-        command += ["--output-format", form]
-        subprocess.run(command, cwd=file.parent, check=True, capture_output=True)
-    return file
 
 
 def takes(name: str, measured: bool) -> bool:
@@ -151,30 +61,6 @@ def test_every_type_from_a_16_bit_file(middle, tmp_path, name, measured):
     assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", name, *words))
 
 
-PROGRAM = ("-m", "weightsmith.worker.quantize_gguf")
-
-
-def run(
-    middle: Path, folder: Path, name: str, words: tuple[str, ...] = PROGRAM, **options: object
-) -> subprocess.CompletedProcess:
-    """Run our program on a 16-bit file."""
-    file = {
-        "out": str(folder / "demo.gguf"), "format": name, "tensor_types": {}, "importance": "",
-        "overrides": {}, "direct": False, **options,
-    }  # fmt: skip
-    settings = {
-        "convert": [], "middle": middle.name, "between": "bf16",
-        "quantize": str(program("llama-quantize")),
-        "threads": 3, "split": False, "files": [file],
-    }  # fmt: skip
-    (folder / "settings").write_text(json.dumps(settings))
-    return subprocess.run(
-        [sys.executable, *words, folder / "settings"],
-        cwd=middle.parent, check=False, capture_output=True, text=True,
-        env={**os.environ, tools_variable("kernels"): toolset_folder(cache_folder(), "kernels")},
-    )  # fmt: skip
-
-
 def test_chosen_types_may_be_floats(middle, tmp_path):
     chosen = {"attn_v": "f16", "attn_k": "bf16", "ffn_up": "f32", "ffn_gate": "q8_0"}
     words = [word for p, t in chosen.items() for word in ("--tensor-type", f"{p}={t}")]
@@ -185,49 +71,11 @@ def test_chosen_types_may_be_floats(middle, tmp_path):
     assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q5_0", *words))
 
 
-def with_matrix(middle: Path, *, measured: bool) -> tuple[str, ...]:
-    if not measured:
-        return ()
-    digest = hashlib.sha256((middle.parent / "imatrix.gguf").read_bytes()).hexdigest()
-    return "--imatrix", "imatrix.gguf", "--override-kv", f"{DIGEST_KEY}=str:sha256:{digest}"
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_checkpoint_of_each_type_without_a_file_between(tmp_path, dtype):
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
     model = make_random(tmp_path / "model", config, TINY / "base", dtype)
     compare(model, tmp_path, str(dtype).removeprefix("torch."))
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=model_type)
-def test_each_architecture_without_a_file_between(tmp_path, config):
-    config.vocab_size = 512
-    model = make_random(tmp_path / "model", config, TINY / "base")
-    compare(model, tmp_path, "bfloat16")
-
-
-def compare(model: Path, folder: Path, dtype: str) -> None:
-    """Make types of llama-quantize and of the converter in one pass; hold them against both."""
-    between = {"bfloat16": "bf16", "float32": "f32"}.get(dtype, "f16")
-    kinds = list(dict.fromkeys([between, "f16", "q8_0"]))
-    middle, *others = converted(model, folder / "converted", *kinds)
-    ours = beside(model, folder / "ours", "q5_k_m", *kinds[1:])
-    assert same(ours["q5_k_m"], theirs(middle[0], folder / "theirs", "q5_k_m"))
-    for name, file in zip(kinds[1:], others, strict=True):
-        assert same(ours[name], file), name
-
-
-def beside(model: Path, out: Path, first: str, *names: str) -> dict[str, list[Path]]:
-    """Make several types in one job."""
-    out.mkdir()
-    wanted = QuantizeOptions(name="demo", format=formats()[first], options={"imatrix": "off"})
-    job = job_of(Input(path=model), 1 << 20, wanted, out)
-    others = tuple(Beside(format=name, options={"imatrix": "off"}) for name in names)
-    found = LocalRunner(cache_folder()).run(replace(job, beside=others), RecordingProgress())
-    for one in others:
-        assert found["beside"][one.format]["file_type"] == one.format
-    folders = {first: out, **{one.format: out / one.folder for one in others}}
-    return {name: sorted(path.glob("*.gguf")) for name, path in folders.items()}
 
 
 def test_several_types_are_made_in_one_pass(tmp_path):
@@ -241,13 +89,21 @@ def test_several_types_are_made_in_one_pass(tmp_path):
         assert same(together[name], made(model, tmp_path / name, name))
 
 
-@pytest.mark.parametrize("name", ["f32", "f16", "q8_0"])
-def test_a_type_of_the_converter_alone(tmp_path, name):
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
+    """A model in float32, and the converter's files of it."""
+    folder = tmp_path_factory.mktemp("alone")
     config = LlamaConfig(**SHAPE, vocab_size=512, tie_word_embeddings=False)
-    model = make_random(tmp_path / "model", config, TINY / "base", torch.float32)
-    (file,) = converted(model, tmp_path / "converted", name)
+    model = make_random(folder / "model", config, TINY / "base", torch.float32)
+    names = ("f32", "f16", "q8_0")
+    return model, dict(zip(names, converted(model, folder / "converted", *names), strict=True))
 
-    assert same(made(model, tmp_path / "ours", name), file)
+
+@pytest.mark.parametrize("name", ["f32", "f16", "q8_0"])
+def test_a_type_of_the_converter_alone(alone, tmp_path, name):
+    model, files = alone
+
+    assert same(made(model, tmp_path / "ours", name), files[name])
 
 
 def test_what_float16_cannot_hold_is_refused(tmp_path):
@@ -300,122 +156,6 @@ def test_what_the_converter_passes_on_is_read_in_parts_and_nothing_else(tmp_path
     command = [sys.executable, "-c", LAZY, program("").parent / "convert", tmp_path / "weights"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture
-def kernels(monkeypatch) -> None:
-    monkeypatch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
-
-
-def written(middle: Path, out: Path, broken_at: str = "", key: str = "") -> list[str]:
-    """Write a file by our pass; return the tensors that were read, up to the one that fails."""
-    command = [program("llama-quantize"), "--dry-run", middle, "Q4_K_M"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True)
-    header, read = read_header(middle), []
-
-    def rows(entry, kind):
-        read.append(entry.name)
-        if entry.name == broken_at:
-            raise KeyboardInterrupt
-        at = header.size + entry.offset
-        size = {"rows": entry.rows, "columns": entry.columns}
-        return Place(path=middle, kind=kind, offset=at, **size).read
-
-    lines = (printed.stdout + printed.stderr).splitlines()
-    source = Source(header=header, rows=rows, stored=lambda *_: np.zeros(0))
-    wanted = Wanted(file_type=15, key=key)
-    write_files(source, [Output(path=out, targets=read_targets(lines), wanted=wanted)], 2)
-    finish([out])
-    return read
-
-
-@pytest.mark.usefixtures("kernels")
-def test_an_interrupted_file_goes_on_at_the_tensor_that_it_had_reached(middle, tmp_path):
-    out = tmp_path / "demo.gguf"
-    broken = "blk.1.ffn_up.weight"
-    with pytest.raises(KeyboardInterrupt):
-        written(middle, out, broken)
-    assert not out.exists()
-    journal = tmp_path / ".demo.gguf.journal"
-    with journal.open("a") as file:
-        file.write("output.wei")  # cut off while it was written
-
-    again = written(middle, out)
-
-    assert again[0] == broken
-    assert same([out], theirs(middle, tmp_path / "theirs", "q4_k_m"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gguf", "theirs"]
-
-
-WATCHED = """
-import os, signal
-from weightsmith.quantizers.gguf_pass import _Writer
-from weightsmith.worker.quantize_gguf import main
-add, note, noted = _Writer.add, _Writer._note, []
-def tell(writer, source, entry, files):
-    print("reads", entry.name, flush=True)
-    add(writer, source, entry, files)
-def note_some(writer, *given):
-    note(writer, *given)
-    noted.append(given)
-    if len(noted) == LIMIT:
-        os.kill(os.getpid(), signal.SIGKILL)
-_Writer.add, _Writer._note = tell, note_some
-main()
-"""
-
-
-def test_a_killed_program_goes_on_at_the_tensor_that_it_had_reached(middle, tmp_path):
-    killed = run(middle, tmp_path, "q4_k_m", ("-c", WATCHED.replace("LIMIT", "7")))
-    assert killed.returncode == -signal.SIGKILL
-    _, *lines = (tmp_path / ".demo.gguf.journal").read_text().splitlines()
-    noted = [json.loads(line)[0] for line in lines]
-    assert len(noted) == 7
-
-    again = run(middle, tmp_path, "q4_k_m", ("-c", WATCHED.replace("LIMIT", "0")))
-
-    assert again.returncode == 0, again.stderr
-    read = [line.split()[1] for line in again.stdout.splitlines() if line.startswith("reads ")]
-    assert not set(read) & set(noted)
-    assert {*read, *noted} == set(read_header(middle).tensors)
-    assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q4_k_m"))
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("damage", ["a bit", "the header", "the end", "a line"])
-def test_what_an_interrupted_run_wrote_is_read_back_before_it_is_trusted(middle, tmp_path, damage):
-    out, broken = tmp_path / "demo.gguf", "blk.1.ffn_up.weight"
-    with pytest.raises(KeyboardInterrupt):
-        written(middle, out, broken)
-    partial, journal = tmp_path / ".demo.gguf.partial", tmp_path / ".demo.gguf.journal"
-    key, *lines = journal.read_text().splitlines()
-    name, (at, size, _), *_ = json.loads(lines[-1])
-    data = bytearray(partial.read_bytes())
-    match damage:
-        case "a bit":
-            data[at + size // 2] ^= 1
-        case "the header":
-            data[100] ^= 1
-        case "the end":
-            del data[at + size // 2 :]
-        case "a line":
-            lines[-1] = lines[-1].replace("]]", "")
-    partial.write_bytes(data)
-    journal.write_text("\n".join([key, *lines]) + "\n")
-
-    again = written(middle, out)
-
-    assert damage == "the header" or name in again
-    assert json.loads(lines[0])[0] not in again or damage == "the end"
-    assert same([out], theirs(middle, tmp_path / "theirs", "q4_k_m"))
-
-
-@pytest.mark.usefixtures("kernels")
-def test_what_was_begun_from_other_weights_is_begun_anew(middle, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        written(middle, tmp_path / "demo.gguf", "blk.1.ffn_up.weight", key="other")
-
-    assert "token_embd.weight" in written(middle, tmp_path / "demo.gguf", key="these")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -15,8 +15,7 @@ from weightsmith.quantizers import formats
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.wiring import cache_folder
 
-from tests.builds.test_gguf import CONFIGS, TINY, make_random, model_type
-from tests.builds.test_gguf_pass import same
+from tests.fakes.ggufs import CONFIGS, TINY, make_random, model_type, same
 from tests.fakes.journal import RecordingProgress
 
 pytestmark = [pytest.mark.builders, pytest.mark.filterwarnings("ignore::RuntimeWarning")]

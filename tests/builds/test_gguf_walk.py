@@ -18,9 +18,18 @@ from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
 from weightsmith.worker.virtual import computed
 
-from tests.builds.test_gguf import CONFIGS, TINY, make_random, model_type
-from tests.builds.test_gguf_pass import converted, made, program, same, theirs
 from tests.builds.test_gguf_virtual import computing, make_adapter
+from tests.fakes.ggufs import (
+    CONFIGS,
+    TINY,
+    converted,
+    made,
+    make_random,
+    model_type,
+    program,
+    same,
+    theirs,
+)
 from tests.fakes.journal import RecordingProgress
 
 pytestmark = [pytest.mark.builders, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
