@@ -18,6 +18,7 @@ from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.jobs import (
     AskedModel,
     Beside,
+    CacheScalesJob,
     ConvertAdapterJob,
     DequantizedJob,
     ExportEngineJob,
@@ -76,6 +77,7 @@ class Bench:
             },
             "quantize": self._quantize,
             "importance": _importance,
+            "cache-scales": _cache_scales,
             "quality": lambda job, report: self.quality,
             "dequantized": self._dequantized,
             "export-engine": self._export_engine,
@@ -156,6 +158,11 @@ def _importance(job: ImportanceJob, report: Report) -> Mapping[str, Json]:
     (job.output / job.file).write_bytes(digest_of([read, job.texts]))
     report(1, 1, "layers")
     return {"chunks": 3, "window": 512}
+
+
+def _cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, Json]:
+    report(1, 1, "layers")
+    return {"scales": {"model.layers.0.self_attn": [0.5, 0.25]}}
 
 
 def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:

@@ -241,6 +241,15 @@ class ImportanceJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheScalesJob(Job):
+    """Measure the scales of an 8-bit KV cache."""
+
+    kind = "cache-scales"
+    model: Input
+    texts: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertAdapterJob(Job):
     """Convert a LoRA adapter to GGUF."""
 
@@ -321,6 +330,7 @@ _KINDS: Mapping[str, type[Job]] = {
         ImportGgufJob,
         QuantizeJob,
         ImportanceJob,
+        CacheScalesJob,
         ConvertAdapterJob,
         QualityJob,
         DequantizedJob,

@@ -17,6 +17,7 @@ from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
+from weightsmith.planning.cache_scales import has_scales
 from weightsmith.planning.checks import check_before_work, check_images, check_tags
 from weightsmith.planning.images import evaluation_of, image_inputs
 from weightsmith.planning.options import (
@@ -39,6 +40,7 @@ from weightsmith.recording import Built, Record
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, with_scores
+from weightsmith.stages.cache_scales import with_cache_scales
 from weightsmith.stages.dequantized import can_answer, dequantized
 from weightsmith.stages.evaluate import evaluate
 from weightsmith.stages.merge import BUILDER as MERGE_BUILDER
@@ -106,6 +108,9 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         loss = timed.take(quality(checkpoint, artifact, texts, recipe.quality, store, tools))
         record = replace(begun, target=target, artifact=artifact, quality=loss)
         judge_quality(record, expected, timed.stages)
+        if has_scales(request.file, target, read_facts(checkpoint.tree.texts)):
+            artifact = timed.take(with_cache_scales(checkpoint, artifact, texts, store, tools))
+            record = replace(record, artifact=artifact)
         config = timed.take(rendered(request, target, sources, checkpoint, artifact, tools))
         made = timed.take(baked(record, target, artifact, config))
         record = replace(record, config=config, image=own_of(whole_image(made)))

@@ -143,9 +143,7 @@ class Quantize(Section):
     """How weights are quantized; each format uses the keys that apply to it."""
 
     allow_low_bits: bool = Field(
-        False,
-        description="Allow GGUF types below four bits, which lose much of what fine-tuning "
-        "changed.",
+        False, description="Allow GGUF types below four bits, which lose much of a fine-tuning."
     )
     imatrix: str = Field(
         "",
@@ -228,14 +226,10 @@ class Serve(Section):
     gpu: str = Field("", description="GPU to plan for, such as `nvidia-l4`; default: the CPU.")
     gpu_count: int = Field(1, ge=1, le=64, description="Number of GPUs per replica.")
     gpu_memory: str = Field(
-        "",
-        pattern=_SIZE,
-        description="Memory per GPU, such as `24GiB`, instead of a GPU's name.",
+        "", pattern=_SIZE, description="Memory per GPU, such as `24GiB`, instead of its name."
     )
     memory: str = Field(
-        "",
-        pattern=_SIZE,
-        description="Memory that a CPU server may use; default: this machine's.",
+        "", pattern=_SIZE, description="Memory that a CPU server may use; default: all there is."
     )
     max_model_len: int | Literal["auto"] = Field(
         "auto", description="Maximum tokens of a prompt and its answer together, or `auto`."
@@ -248,6 +242,11 @@ class Serve(Section):
     )
     kv_cache_dtype: str = Field(
         "auto", description="Type of the KV cache: `auto`, `fp8`, or a name of the engine's own."
+    )
+    kv_cache_scales: Literal["auto", "calibrated", "none"] = Field(
+        "auto",
+        description="Scales of vLLM's fp8 cache from the calibration text: `auto` where possible, "
+        "`calibrated` or refuse, `none`.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type that activations are computed in."

@@ -24,6 +24,8 @@ from weightsmith.forward.network import (
 from weightsmith.forward.products import Products
 from weightsmith.forward.views import require_complete, stream
 
+_CACHE = frozenset({"cache", "past_key_values"})
+"""A layer's argument for keys and values; transformers has renamed it."""
 _TOKENS = 4096
 """Of a batch, padding included."""
 product = Products(all_but_one()).multiply
@@ -101,10 +103,13 @@ class Layers:
         with filled(layer, self.paths[number], self.weights), torch.inference_mode():
             yield layer
 
-    def run(self, number: int, batch: int) -> torch.Tensor:
-        """Return what a loaded layer makes of a batch's states."""
+    def run(self, number: int, batch: int, cache: Any = None) -> torch.Tensor:
+        """Return what a loaded layer makes of a batch's states; `cache` gets keys and values."""
         call = self._calls[number][batch]
-        made = self.layers[number](self.states[batch], *call.more, **call.named)
+        named = dict(call.named)
+        if cache is not None:
+            named |= dict.fromkeys(_CACHE & named.keys(), cache)
+        made = self.layers[number](self.states[batch], *call.more, **named)
         states: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return states
 

@@ -12,6 +12,7 @@ from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.planning.bases import bases_of
+from weightsmith.planning.cache_scales import missing
 from weightsmith.planning.memory import (
     quality_memory,
     quantize_memory,
@@ -81,6 +82,8 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         options = quantize_options(request.file, target.format, sources.base, tools)
         devices[target.name] = device = planned.plan.device
         check_format(target, options, model, device)
+        if uncalibrated := missing(request.file, target, model):
+            tools.progress.warn(uncalibrated)
         packed = max(packed, disk_peak(tree.size, target.format, model, options.options))
         if not recipe.image.base:
             check_engine_image(target.engine, device, model)

@@ -11,6 +11,7 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.references import Reference
+from weightsmith.planning.cache_scales import forecast_scales
 from weightsmith.planning.checks import check_format
 from weightsmith.planning.layer_time import measured_layer_time, stage_seconds, with_times
 from weightsmith.planning.memory import (
@@ -92,6 +93,8 @@ def forecast(
         options = quantize_options(file, target.format, sources.base, tools)
         row, artifact = _quantize_row(options, target, checkpoint, sources, earlier, tools)
         rows += [row, *_quality_rows(file, target, model, checkpoint, artifact, tools)]
+        if scales := forecast_scales(file, target, model, checkpoint, tools):
+            rows.append(_row("cache-scales", **scales))
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, model)
         plans[target.name] = _serving_plan(file, target, sources, model, weight)

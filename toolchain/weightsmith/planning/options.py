@@ -27,7 +27,7 @@ from weightsmith.values import LORA, Format, Json, Snapshot, Sources, Tree
 
 def serve_options(serve: Serve) -> ServeOptions:
     """Return the recipe's `serve` section in the planner's units; both have the same defaults."""
-    given = serve.model_dump(exclude_defaults=True)
+    given = serve.model_dump(exclude_defaults=True, exclude={"kv_cache_scales"})
     for ours, theirs in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
         if ours in given:
             given[theirs] = parse_size(given.pop(ours))

@@ -35,6 +35,15 @@ DENSE = LLAMAS | {
 """Dense decoders whose layers consist of `*_proj` matrices, norms and biases, so that each matrix
 can be rounded separately. For each, vLLM's log-probabilities were compared with ours."""
 
+_CACHE_SCHEME: Mapping[str, Json] = {
+    "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False,
+}  # fmt: skip
+_UNPACKED: Mapping[str, Json] = {
+    "quant_method": "compressed-tensors", "format": "dense", "quantization_status": "compressed",
+    "config_groups": {}, "ignore": [],
+}  # fmt: skip
+"""For a checkpoint whose weights have 16 bits."""
+
 _SCALES = 1.02
 """Overhead over a format's nominal bits: scales of narrow rows and small groups, and headers."""
 
@@ -227,6 +236,15 @@ def write_companions(model: Path, out: Path, quantization: Mapping[str, Json]) -
     config["quantization_config"] = dict(quantization)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def with_cache_scheme(config: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a configuration that says that the checkpoint has scales of an 8-bit KV cache.
+
+    As compressed-tensors says it, and vLLM reads it (CompressedTensorsKVCacheMethod).
+    """
+    weights = config.get("quantization_config") or _UNPACKED
+    return {**config, "quantization_config": {**weights, "kv_cache_scheme": dict(_CACHE_SCHEME)}}
 
 
 def _in_original_dtype(made: CheckpointTensors, source: CheckpointTensors, name: str) -> Any:

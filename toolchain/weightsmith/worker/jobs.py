@@ -25,11 +25,11 @@ from weightsmith.errors import (
     from_code,
 )
 from weightsmith.files import write_whole
-from weightsmith.foreign import parse
 from weightsmith.jobs import (
     ANSWER_JOURNAL,
     EARLY_ANSWERS,
     Beside,
+    CacheScalesJob,
     ConvertAdapterJob,
     DequantizedJob,
     EchoJob,
@@ -46,6 +46,7 @@ from weightsmith.jobs import (
 )
 from weightsmith.trees import discard
 from weightsmith.values import Format, Json, canonical, plain
+from weightsmith.worker.calibrating import cache_scales, importance
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
@@ -156,21 +157,6 @@ def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, Json]
     found = _mapping(quantizer.check(request))
     link.unlink(missing_ok=True)
     return found
-
-
-def _importance(job: ImportanceJob, report: Report) -> Mapping[str, Json]:
-    """Write the file; return how much text it was measured on."""
-    rendering: Any = importlib.import_module("weightsmith.quality.texts")
-    module: Any = importlib.import_module("weightsmith.quantizers.layerwise.importance")
-    rows = [parse(line) for line in rendering.as_lines(job.model.path, job.texts).splitlines()]
-    found = module.importance(
-        job.model.path,
-        [row["text"] for row in rows],
-        sum(int(row["tokens"]) for row in rows),
-        lambda done, total: report(done, total, "layers"),
-    )
-    module.write_importance(job.output / job.file, found)
-    return {"chunks": found.chunks, "window": found.window}
 
 
 def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:
@@ -388,7 +374,8 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     MergeJob.kind: _merge,
     ImportGgufJob.kind: _import_gguf,
     QuantizeJob.kind: _quantize,
-    ImportanceJob.kind: _importance,
+    ImportanceJob.kind: importance,
+    CacheScalesJob.kind: cache_scales,
     ConvertAdapterJob.kind: _convert_adapter,
     ReferenceJob.kind: _reference,
     DequantizedJob.kind: _dequantized,
@@ -407,6 +394,7 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     QualityJob.kind: (),
     DequantizedJob.kind: (),
     ImportanceJob.kind: (),
+    CacheScalesJob.kind: (),
     LayerTimeJob.kind: (),
 }
 """Kinds of jobs that run models -> what they need beside torch and transformers."""

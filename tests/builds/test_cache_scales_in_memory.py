@@ -1,0 +1,83 @@
+"""Builds in memory with an fp8 KV cache: who gets calibrated scales, and what is said to others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import pytest
+from safetensors.numpy import load
+from weightsmith.errors import InputRefused
+
+from tests.fakes.memory import Memory
+
+WANTED = "serve.kv_cache_dtype=fp8"
+SCHEME = {
+    "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def calibrated(memory: Memory) -> Memory:
+    """A recipe with calibration text."""
+    text = "The lamp blinks twice while it starts and once when it is ready. " * 3
+    rows = [json.dumps({"text": f"{number}: {text}"}) for number in range(12)]
+    (memory.home / "texts.jsonl").write_text("\n".join(rows))
+    memory.write_recipe(calibration={"data": "texts.jsonl"})
+    return memory
+
+
+def files(memory: Memory, target: str) -> Mapping[str, bytes]:
+    """The model's files in the image."""
+    return memory.engine.held(f"{memory.repository}:1.0.0-{target}").files()
+
+
+def test_a_16_bit_checkpoint_gets_scales_beside_its_weights(calibrated: Memory) -> None:
+    calibrated.build(targets=["vllm"])
+    before = files(calibrated, "vllm")
+    calibrated.build(WANTED, "image.labels.a=b", targets=["vllm"])
+    after = files(calibrated, "vllm")
+
+    assert calibrated.jobs()[-1] == "cache-scales"
+    assert load(after["/models/kv-cache-scales.safetensors"]) == {
+        "model.layers.0.self_attn.k_scale": 0.5,
+        "model.layers.0.self_attn.v_scale": 0.25,
+    }
+    config = json.loads(after["/models/config.json"])
+    assert config.pop("quantization_config") == {
+        "quant_method": "compressed-tensors", "format": "dense", "config_groups": {},
+        "quantization_status": "compressed", "ignore": [], "kv_cache_scheme": SCHEME,
+    }  # fmt: skip
+    assert config == json.loads(before["/models/config.json"])
+    assert after["/models/model.safetensors"] == before["/models/model.safetensors"]
+
+
+def test_formats_of_one_checkpoint_share_a_measurement(calibrated: Memory) -> None:
+    calibrated.build(WANTED, targets=["vllm", "vllm-fp8"])
+    assert calibrated.jobs().count("cache-scales") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("vllm-awq", "AWQ checkpoints"), ("vllm-lora", "adapters are not merged")]
+)
+def test_what_vllm_cannot_read_is_said_or_refused(
+    calibrated: Memory, target: str, why: str
+) -> None:
+    calibrated.build(WANTED, targets=[target])
+    assert "cache-scales" not in calibrated.jobs()
+    assert any(why in said for said in calibrated.progress.warnings)
+
+    with pytest.raises(InputRefused, match=why):
+        calibrated.build(WANTED, "serve.kv_cache_scales=calibrated", targets=[target])
+
+
+def test_without_calibration_text_the_scale_is_one(memory: Memory) -> None:
+    memory.write_recipe(calibration=None)
+    memory.build(WANTED, targets=["vllm"])
+    assert any("the recipe has no `calibration`" in said for said in memory.progress.warnings)
+    assert "cache-scales" not in memory.jobs()
+
+
+def test_none_is_measured_if_the_recipe_says_so(calibrated: Memory) -> None:
+    calibrated.build(WANTED, "serve.kv_cache_scales=none", targets=["vllm"])
+    assert "cache-scales" not in calibrated.jobs()
