@@ -1,7 +1,10 @@
 """The checks of a started image, each against a server that breaks exactly that promise."""
 
+import base64
 import json
 import threading
+import zlib
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -35,10 +38,12 @@ class Server(ThreadingHTTPServer):
     long_status, long_error = 400, "request (99 tokens) exceeds the available context size"
     most_at_once = 100
     logprobs_status = 200
+    picture_status = 200
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.busy, self.together = 0, 0
+        self.pictures = []
         self.lock = threading.Lock()
         self.crowd = None
         """Where those meet that are asked at once: after the long prompt, as the checks go."""
@@ -65,6 +70,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         server, body = self.server, self.body()
+        if isinstance(body["messages"][0]["content"], list):
+            server.pictures.append(body["messages"][0]["content"])
+            self.reply(server.picture_status, {"choices": [{"message": {"content": "red"}}]})
+            return
         if len(body["messages"][0]["content"].split()) > 64:
             server.crowd = threading.Barrier(PROMISE.max_num_seqs, timeout=120)
             self.reply(server.long_status, {"error": {"message": server.long_error}})
@@ -118,10 +127,10 @@ def server():
         yield server
 
 
-def look(server):
+def look(server, promise=PROMISE):
     smoke = Smoke()
     with ServerSession(server.endpoint, QUICK) as session:
-        check_serving(smoke, session, PROMISE)
+        check_serving(smoke, session, promise)
     return {check["name"]: check["seen"] for check in smoke.checks}
 
 
@@ -218,3 +227,31 @@ def test_what_cannot_be_stopped_is_not_checked(server):
     check_life(smoke, endpoint, PROMISE)
 
     assert smoke.checks == []
+
+
+def test_a_model_that_sees_gets_a_picture(server):
+    assert look(server, replace(PROMISE, sees=True))["picture"] == "answered"
+    (((picture, question)),) = server.pictures
+    kind, data = picture["image_url"]["url"].split(";base64,")
+    png = base64.b64decode(data)
+    assert kind == "data:image/png"
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert png[16:24] == bytes([0, 0, 0, 64] * 2)  # width and height
+    size = int.from_bytes(png[33:37])
+    assert png[37:41] == b"IDAT"
+    assert zlib.decompress(png[41 : 41 + size])[:4] == bytes([0, 0xC0, 0x20, 0x20])
+    assert question["type"] == "text"
+
+
+def test_a_model_of_text_gets_no_picture(server):
+    assert "picture" not in look(server)
+    assert server.pictures == []
+
+
+def test_a_picture_may_be_refused_but_nothing_may_fail(server):
+    sees = replace(PROMISE, sees=True)
+    server.picture_status = 400
+    assert look(server, sees)["picture"].startswith("refused with HTTP 400")
+    server.picture_status, server.crowd = 500, None
+    with pytest.raises(CheckFailed, match=r"'picture' failed: .*HTTP 500"):
+        look(server, sees)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import time
+import zlib
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +22,8 @@ from weightsmith.values import Json
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 _SHORT, _LONG = 8, 256
 _MOST_AT_ONCE = 64
+_PIXELS = 64
+"""Width and height of the picture."""
 _STOP_SECONDS = 10.0
 """Default timeout of `docker stop`."""
 _CLEAN_ENDS = frozenset({0, 143, -15})
@@ -35,6 +40,8 @@ class Promise:
     max_model_len: int
     max_num_seqs: int
     start_seconds: float
+    sees: bool = False
+    """Whether the model reads pictures."""
 
 
 @dataclass(slots=True)
@@ -60,6 +67,8 @@ class Smoke:
 def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> None:
     """Check a healthy server: model list, chat, streaming, context limit, concurrency, logprobs.
 
+    A model that sees gets a picture, too.
+
     Raises CheckFailed with the check's name and the server's last log lines.
     """
     served = promise.served
@@ -76,6 +85,8 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
     count = min(promise.max_num_seqs, _MOST_AT_ONCE)
     smoke.check(f"{count} requests at once", session, lambda: _together(session, served, count))
     smoke.check("log-probabilities", session, lambda: _logprobs(session, served))
+    if promise.sees:
+        smoke.check("picture", session, lambda: _picture(session, served))
 
 
 def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
@@ -178,6 +189,41 @@ def _logprobs(session: ServerSession, served: Served) -> str:
     if answer.status >= 500 or not session.endpoint.alive():
         raise session.failed(served.path, f"log-probabilities: HTTP {answer.status}")
     return "supported" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
+
+
+def _picture(session: ServerSession, served: Served) -> str:
+    if not served.chat:
+        return "not tried: the model has no chat template"
+    body = served.body(_GREETING, _SHORT)
+    address = f"data:image/png;base64,{b64encode(_png()).decode()}"
+    body["messages"] = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": address}},
+                {"type": "text", "text": "Which colour is this?"},
+            ],
+        }
+    ]
+    answer = session.try_post(served.path, body)
+    # A chat template for text, or a short context, may refuse pictures; nothing may fail.
+    if answer.status >= 500 or not session.endpoint.alive():
+        raise session.failed(served.path, f"a picture got HTTP {answer.status}")
+    if answer.status == 200:
+        return "answered"
+    return f"refused with HTTP {answer.status}: {excerpt(answer.text)}"
+
+
+def _png() -> bytes:
+    """Return a red square as PNG (RFC 2083), large enough for any tower's patches."""
+    rows = (b"\0" + b"\xc0\x20\x20" * _PIXELS) * _PIXELS
+    header = struct.pack(">2I5B", _PIXELS, _PIXELS, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def _stopped(code: int | None) -> str:

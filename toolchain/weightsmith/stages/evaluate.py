@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.results import Result, judged
@@ -101,6 +102,7 @@ class Evaluation:
             max_model_len=self.config.plan.max_model_len,
             max_num_seqs=self.config.plan.max_num_seqs,
             start_seconds=max(_START_SECONDS, self.artifact.tree.size / _SLOWEST_DISK),
+            sees=_sees(self.artifact),
         )
 
 
@@ -124,7 +126,8 @@ def evaluate(
             " as its users should do"
         )
     if reason := why_not_started(image, tools):
-        tools.progress.warn(reason)
+        pictures = "; no picture was tried either" if evaluation.promise.sees else ""
+        tools.progress.warn(reason + pictures)
         return timer.done(tuple(question.result for question in questions), cached=False)
     needed = [
         partial(smoke_inputs, image.digest),
@@ -137,6 +140,12 @@ def evaluate(
     answers = (_answers(evaluation, question, None, tools) for question in questions)
     scored = (_scored(q.result, a, tools) for q, a in zip(questions, answers, strict=True))
     return timer.done(tuple(scored), cached=cached)
+
+
+def _sees(artifact: Artifact) -> bool:
+    """Return whether the started engine takes pictures: not of a GGUF file without a projector."""
+    folder = artifact.tree.texts
+    return (folder / "config.json").is_file() and read_facts(folder).sees_images
 
 
 def smoke_inputs(image: Digest) -> StageInputs:
