@@ -30,6 +30,9 @@ ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:1]
 MOST = {"w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6}
 """Errors of layers, as in test_architectures.py."""
 
+FALCON = "FalconH1ForCausalLM"
+CELLS = [(a, s) for a in sorted(NAMED) for s in SCHEMES if (a, s) != (FALCON, "fp8-block")]
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory):
@@ -56,8 +59,7 @@ def test_each_is_quantized_or_refused_with_what_works(architecture: str, name: s
 
 
 @pytest.mark.grid(9)
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("architecture", sorted(NAMED))
+@pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: str) -> None:
     model, scheme = models(architecture), SCHEMES[name]
     of_format(name).check_input(formats()[name], read_facts(model))
@@ -82,6 +84,14 @@ def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: 
     found = measure(model, view, ROWS, 100, lambda *_: None)
     assert found.kl_mean > 0
     assert 0 < found.layer_error < MOST[name]
+
+
+def test_blocks_that_vllm_would_split_are_refused(models) -> None:
+    with pytest.raises(
+        InputRefused, match=r"splits FalconH1ForCausalLM's mamba\.in_proj"
+    ) as refused:
+        of_format("fp8-block").check_input(formats()["fp8-block"], read_facts(models(FALCON)))
+    assert "choose fp8" in refused.value.hint
 
 
 @pytest.mark.vllm

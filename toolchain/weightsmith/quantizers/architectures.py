@@ -61,6 +61,13 @@ def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
             " the rows of Q and K, and a block has one scale for several rows",
             hint="choose fp8, which has a scale per row",
         )
+    if scheme.tile[0] > 1 and model.architecture == "FalconH1ForCausalLM":
+        # vLLM 0.33, layers/mamba/mamba_mixer2.py: in_proj is split into parts of odd heights
+        raise InputRefused(
+            f"{scheme.format.name} has blocks of rows, and vLLM splits {model.architecture}'s"
+            " mamba.in_proj inside them",
+            hint="choose fp8, which has a scale per row",
+        )
     width, height = scheme.tile[1], scheme.tile[0]
     for name, outputs, inputs in dimensions(model):
         if scheme.packed and inputs % width:
