@@ -43,3 +43,20 @@ def test_the_compiler_is_imported_only_by_who_uses_it():
     )
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_library_that_needs_the_compiler_gets_it(tmp_path):
+    (tmp_path / "compiling.py").write_text("from torch._dynamo.utils import counters")
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from weightsmith.forward.libraries import import_for_good
+import_for_good("compiling")
+assert hasattr(sys.modules["torch._dynamo"].utils, "counters")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr

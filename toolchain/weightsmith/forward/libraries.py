@@ -7,7 +7,8 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,10 @@ from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
 
 _COMPILER = "torch._dynamo"
 _ORDER = f"{_COMPILER}._trace_wrapped_higher_order_op"
-_MODELS = ("torch", "transformers.modeling_utils", "transformers.generation.utils")
+_MODELS = (
+    *("torch", "transformers.modeling_utils", "transformers.generation.utils"),
+    "transformers.models.auto",
+)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -33,12 +37,18 @@ def import_for_good(*names: str) -> None:
     stay_offline()
     gc.disable()
     try:
-        with _without_compiler():
-            for name in (*_MODELS, "transformers.models.auto", *names):
-                importlib.import_module(name)
+        # What else is installed may need the compiler; then it is imported after all.
+        with suppress(ImportError, AttributeError, TypeError), _without_compiler():
+            _import(*_MODELS, *names)
+        _import(*_MODELS, *names)
         gc.freeze()
     finally:
         gc.enable()
+
+
+def _import(*names: str) -> None:
+    for name in names:
+        importlib.import_module(name)
 
 
 @contextmanager
@@ -48,6 +58,9 @@ def _without_compiler() -> Iterator[None]:
     They are a third of what is imported, and nothing here is compiled or spread over machines. The
     compiler's decorators return their function; whoever needs the compiler later imports it then.
     """
+    if find_spec("torchao"):  # transformers imports it, and it needs the compiler
+        yield
+        return
     distributed: Any = importlib.import_module("torch.distributed")
     compiler: Any = ModuleType(_COMPILER)
     order: Any = ModuleType(_ORDER)
