@@ -11,6 +11,7 @@ import pytest
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import (
     AskedModel,
+    CacheScalesJob,
     ConvertAdapterJob,
     DequantizedJob,
     EchoJob,
@@ -127,6 +128,7 @@ JOBS = (
             choose=False,
         ),
     ),
+    CacheScalesJob(**ENVELOPE, model=UNKNOWN, texts=({"text": "a"},)),
     LayerTimeJob(**ENVELOPE, model=UNKNOWN, counts=(8, 256)),
     DequantizedJob(
         **ENVELOPE,
