@@ -44,15 +44,17 @@ def test_answers_are_those_of_transformers_with_the_same_weights(tmp_path: Path)
         seconds=0,
     )
 
-    answers = [row["answer"] for row in STAGES["dequantized"](job, lambda *_: None)["answers"]]
+    rows = STAGES["dequantized"](job, lambda *_: None)["answers"]
 
     network = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(plain)
-    expected = []
-    for question in ASKED:
+    for question, row in zip(ASKED, rows, strict=True):
         talk = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        made = network.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        expected.append(tokenizer.decode(made, skip_special_tokens=True))
-    assert answers == expected
+        made = network.generate(ids, max_new_tokens=12, do_sample=False, output_logits=True,
+                                return_dict_in_generate=True)  # fmt: skip
+        tokens = made.sequences[0, ids.shape[1] :]
+        assert row["answer"] == tokenizer.decode(tokens, skip_special_tokens=True)
+        tops = [logits[0].topk(2).values for logits in made.logits]
+        assert row["margins"] == pytest.approx([float(a - b) for a, b in tops], abs=2e-3)
