@@ -37,13 +37,18 @@ def import_for_good(*names: str) -> None:
     stay_offline()
     gc.disable()
     try:
-        # What else is installed may need the compiler; then it is imported after all.
-        with suppress(ImportError, AttributeError, TypeError), _without_compiler():
-            _import(*_MODELS, *names)
-        _import(*_MODELS, *names)
+        import_lightly(*_MODELS, *names)
         gc.freeze()
     finally:
         gc.enable()
+
+
+def import_lightly(*names: str) -> None:
+    """Import modules of transformers, or what imports it, without torch's compiler if possible."""
+    # What else is installed may need the compiler; then it is imported after all.
+    with suppress(ImportError, AttributeError, TypeError), _without_compiler():
+        _import(*names)
+    _import(*names)
 
 
 def _import(*names: str) -> None:
