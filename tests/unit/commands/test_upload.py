@@ -26,7 +26,14 @@ from weightsmith.values import Digest, FileEntry, Tree
 from tests.fakes.baking import bake
 from tests.fakes.memory import memory_tools
 from tests.fakes.tiny import write_model
-from tests.fakes.writable_hub import READER, TOKEN, WritableHub, environment, writable_hub
+from tests.fakes.writable_hub import (
+    READER,
+    TOKEN,
+    Repository,
+    WritableHub,
+    environment,
+    writable_hub,
+)
 
 DESTINATION = HubDestination(repository="team/bot")
 
@@ -95,8 +102,10 @@ def test_other_content_needs_force_and_is_replaced(
     assert "--force" in caught.value.hint
 
     result = push_to_hub(str(model), HubDestination(repository="team/bot", force=True), tools)
-    assert "old.txt" not in hub.repositories["team/bot"].files
-    assert ".gitattributes" in hub.repositories["team/bot"].files
+    repository = hub.repositories["team/bot"]
+    assert "old.txt" not in repository.files
+    assert first["digest"] in repository.commits
+    assert ".gitattributes" in repository.files
     assert result["digest"] != first["digest"]
     assert result["uploaded_bytes"] == 0
 
@@ -112,6 +121,18 @@ def test_a_changed_file_is_all_that_is_sent(hub: WritableHub, tools: Tools, mode
 
     assert hub.received == []
     assert result["uploaded_bytes"] == (model / "config.json").stat().st_size
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_repository_that_exists_keeps_its_visibility(
+    hub: WritableHub, tools: Tools, model: Path, private: bool
+) -> None:
+    hub.repositories["team/bot"] = Repository(private=private)
+    hub.repositories["team/bot"].add("initial commit")
+    push_to_hub(str(model), HubDestination(repository="team/bot", public=private), tools)
+
+    assert hub.repositories["team/bot"].private is private
+    assert not [line for line in hub.requests if "settings" in line]
 
 
 def test_a_gguf_file_has_the_lines_of_its_runners(
@@ -147,6 +168,11 @@ def _with_code(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "x.Y"}}))
 
 
+def _gguf_with_code(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "bot.gguf")
+    _with_code(model)
+
+
 def _truncated(model: Path) -> None:
     (model / "model.safetensors").unlink()
 
@@ -157,6 +183,7 @@ def _truncated(model: Path) -> None:
         (_with_pickle, "pytorch_model"),
         (_with_link, "link"),
         (_with_code, "auto_map"),
+        (_gguf_with_code, "auto_map"),
         (_truncated, "no weights"),
         (lambda model: (model / "config.json").unlink(), r"config\.json"),
     ],

@@ -89,7 +89,7 @@ def check_model_folder(root: Path) -> list[str]:
     """Return a base model's files; raise InputRefused if it lacks any or needs custom code."""
     names = scan(root)
     _require(root, names, "config.json", "give the folder of a Hugging Face checkpoint")
-    _check_no_code(root, names)
+    check_no_code(root, names)
     if not any(re.fullmatch(r"model(-.*)?\.safetensors", name) for name in names):
         raise _no_weights(root, "model.safetensors")
     return names
@@ -109,7 +109,7 @@ def check_adapter_folder(root: Path) -> list[str]:
         if below
         else hint,
     )
-    _check_no_code(root, names)
+    check_no_code(root, names)
     if "adapter_model.safetensors" not in names:
         raise _no_weights(root, "adapter_model.safetensors")
     return names
@@ -183,7 +183,8 @@ def _require(root: Path, names: list[str], required: str, hint: str) -> None:
         raise InputRefused(f"{root} has no {required}", hint=hint)
 
 
-def _check_no_code(root: Path, names: list[str]) -> None:
+def check_no_code(root: Path, names: list[str]) -> None:
+    """Raise InputRefused if one of the files of a model or adapter asks for custom code."""
     for name in _CODE_CONFIGS:
         if name in names and read_json(root / name).get("auto_map"):
             raise InputRefused(

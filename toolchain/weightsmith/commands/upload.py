@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from weightsmith.build_record import FILE, BuildRecord, read_build
-from weightsmith.checkpoints.folder import check_model_folder, pickles_in, scan
+from weightsmith.checkpoints.folder import check_model_folder, check_no_code, pickles_in, scan
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import parse
 from weightsmith.oci.image import Image, blob_of
@@ -48,8 +48,8 @@ class _Model:
 def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Mapping[str, Json]:
     """Publish a checkpoint folder, a GGUF file, a build's results or an image's model on a hub.
 
-    Raises InputRefused for a model that is incomplete, has pickle files or links out of its folder,
-    and what `upload` raises.
+    Raises InputRefused for a model that is incomplete, has pickle files, custom code or links
+    out of its folder, and what `upload` raises.
     """
     check_destination(destination, tools.hub)
     with ExitStack() as stack:
@@ -94,7 +94,10 @@ def _names(root: Path) -> list[str]:
             hint="move them out of the folder, or convert them to safetensors",
         )
     names = scan(root, gguf=True)
-    return names if any(name.endswith(".gguf") for name in names) else check_model_folder(root)
+    if not any(name.endswith(".gguf") for name in names):
+        return check_model_folder(root)
+    check_no_code(root, names)
+    return names
 
 
 def _tree(root: Path, names: Sequence[str], tools: Tools) -> Tree:
