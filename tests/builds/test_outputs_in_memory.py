@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.oci.layout import held_digest
+from weightsmith.oci.references import Reference
 
 from tests.fakes.memory import Memory, new_signer
 
@@ -55,6 +56,17 @@ def test_all_places_at_once_get_the_same_image(warm: Memory, digest: str) -> Non
     assert {TAG, f"{TAG}-{digest[7:19]}"} <= {tag for _, tag in warm.registry.manifests}
     assert built.published.reference == f"{warm.repository}:{TAG}"
     assert warm.left() == []
+
+
+def test_the_tag_with_the_digest_stays_when_the_other_is_moved(warm: Memory, digest: str) -> None:
+    warm.build(push=True)
+    other = warm.build("image.labels.team=search", push=True, force=True)[TARGET].published.digest
+
+    def named(tag: str) -> str:
+        return warm.client.digest_of(Reference.parse(f"{warm.repository}:{tag}"))
+
+    assert (named(TAG), named(f"{TAG}-{other[7:19]}")) == (other, other)
+    assert named(f"{TAG}-{digest[7:19]}") == digest != other
 
 
 @pytest.mark.parametrize("engine", [True, False])

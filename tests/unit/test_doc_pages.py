@@ -82,6 +82,16 @@ def test_pages_name_no_machine_of_ours() -> None:
         assert not re.search(r"/work/|/root/|/tmp/w|/home/\w+", text), page
 
 
+def test_the_page_for_closed_sites_fetches_what_the_builders_pin() -> None:
+    page = (ROOT / "docs/how-to/air-gapped-site.md").read_text("utf-8")
+    (shown,) = re.findall(r"torch==([\d.]+)", page)
+    for name in ("merge", "gguf"):
+        pinned = (ROOT / f"images/builders/{name}/requirements-cpu.txt").read_text("utf-8")
+        assert re.findall(r"^torch==([\d.]+)", pinned, re.MULTILINE) == [shown]
+    for file in re.findall(r"images/\S+\.(?:txt|py|json|lock)", page):
+        assert (ROOT / file).is_file(), file
+
+
 def test_every_promise_names_a_test_that_is_there() -> None:
     page = (ROOT / "docs/explanation/security.md").read_text("utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| ") and "| test" not in line]

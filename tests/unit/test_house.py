@@ -160,6 +160,39 @@ def test_no_port_is_wider_than_six_methods() -> None:
             assert len(methods) <= 6, node.name
 
 
+def test_nothing_unpickles_or_runs_code_of_a_model() -> None:
+    import ast
+
+    opens = {"pickle", "cPickle", "dill", "joblib", "shelve", "cloudpickle"}
+    found = []
+    for path in (ROOT / "toolchain" / "weightsmith").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            named = {one.partition(".")[0] for one in names}
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            trusts = isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+            if (
+                named & opens
+                or called in {"torch.load", "eval", "exec"}
+                or (trusts and ast.unparse(node.value) != "False")
+            ):
+                found.append(f"{path.name}:{getattr(node, 'lineno', 0)}")
+
+    assert not found
+
+
+@pytest.mark.parametrize("name", ["builders", "builders/gguf", "engines/vllm-cpu"])
+def test_images_that_are_built_end_as_nobody(name: str) -> None:
+    path = ROOT / "images" / name / "Containerfile"
+    last = path.read_text("utf-8").rpartition("\nFROM ")[2]
+
+    assert re.findall(r"^USER (.*)$", last, re.MULTILINE) == ["65532:65532"]
+    assert {file.parent for file in (ROOT / "images").rglob("Containerfile")} == {
+        ROOT / "images" / one for one in ("builders", "builders/gguf", "engines/vllm-cpu")
+    }
+
+
 def test_trees_are_walked_and_deleted_in_one_place() -> None:
     # Python's own call themselves for each level: a deep tree of somebody else's ends them.
     recursive = re.compile(r"\b(rmtree|rglob|os\.walk|Path\.walk)\b")

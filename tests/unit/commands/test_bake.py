@@ -44,6 +44,7 @@ def test_every_kind_has_the_same_weight_layers(bakery: Bakery) -> None:
     assert [layer.file for layer in found[2].layers] == ["models/tiny.gguf", "models/config.json"]
     assert found[1].layers[0].file == "bin/sh"
     assert "Entrypoint" not in found[1].config
+    assert {image.config["User"] for image in found} == {"65532:65532"}
     for tag in ("image", "car", "volume"):
         name = f"{bakery.fake.host}/team/app:{tag}"
         assert verify_image(name, None, bakery.client, Silent())["ok"]

@@ -143,6 +143,14 @@ def test_it_needs_a_gpu(engine):
 
 
 @pytest.mark.parametrize("engine", ON_GPUS)
+@pytest.mark.parametrize("option", ["trust-remote-code", "trust_remote_code"])
+def test_no_image_runs_code_of_a_checkpoint(engine, option):
+    with pytest.raises(UsageError, match="cannot be set") as caught:
+        rendered(engine, **L40S, extra={option: True})
+    assert "runs no code of a checkpoint" in caught.value.hint
+
+
+@pytest.mark.parametrize("engine", ON_GPUS)
 @pytest.mark.parametrize(
     ("wish", "says"),
     [
