@@ -6,10 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers import environment
+from weightsmith.drivers.environment import Pins
+from weightsmith.drivers.process import Completed
+from weightsmith.ports import Silent
 
 from tests import locked
 from tests.fakes.package_index import package_index, wheel_of
@@ -73,6 +77,42 @@ def test_the_tool_is_installed_by_hash_wherever_a_page_says_how() -> None:
         assert len(rows) == 2, rows
         assert re.search(r"--require-hashes -r (weightsmith/)?requirements\.lock", rows[0])
         assert "--no-deps --no-build-isolation" in rows[1]
+
+
+def test_all_that_builders_and_engines_install_has_a_hash() -> None:
+    """Each pinned package of images/ names its SHA-256, and each pip that installs asks for it."""
+    files = sorted((ROOT / "images").rglob("requirements*.txt"))
+    assert len(files) > 10
+    for file in files:
+        text = file.read_text("utf-8").replace("\\\n", " ")
+        rows = [row for row in text.splitlines() if re.match(r"[A-Za-z0-9]", row)]
+        assert rows, file
+        assert all("--hash=sha256:" in row for row in rows), file
+    for file in [*(ROOT / "images").rglob("Containerfile"), *(ROOT / "images").rglob("*.py")]:
+        text = file.read_text("utf-8").replace("\\\n", " ")
+        pips = re.findall(r'pip"?,? "?install"?(?s:.{0,300})', text)
+        assert all("--require-hashes" in words for words in pips), file
+
+
+def test_the_local_runners_builders_are_installed_by_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever pip is started for a builder, it takes nothing but files with a pinned hash."""
+    started: list[list[str]] = []
+
+    def run(words: Sequence[str | Path], **_: object) -> Completed:
+        started.append([str(word) for word in words])
+        if "venv" in words:
+            Path(words[-1]).mkdir(parents=True)
+        return Completed(argv=(), returncode=0, seconds=0, tail=())
+
+    monkeypatch.setattr(environment.process, "run", run)
+    monkeypatch.setattr(environment, "check_compiler", lambda _: None)
+    for name in ("merge", "gguf", "autoawq", "gptqmodel"):
+        environment.make_environment(tmp_path, Pins(name=name, flavour="cpu"), Silent())
+    pips = [words for words in started if "install" in words]
+    assert len(pips) >= 9
+    assert all({"--require-hashes", "--no-deps"} <= set(words) for words in pips)
 
 
 def test_the_lock_is_what_the_tool_needs() -> None:

@@ -104,6 +104,30 @@ def test_a_builder_without_cuda_pins_falls_back_to_the_merge_builders(images, ve
     assert (fallback.parent.name if fallback else None) == found
 
 
+@pytest.mark.parametrize(
+    ("works", "tried"),
+    [(0, ["folder"]), (1, ["folder", "torch's index"]), (2, ["folder", "torch's index", "PyPI"])],
+)
+def test_torch_is_taken_from_the_folder_then_its_index_then_pypi(monkeypatch, works, tried):
+    seen = []
+
+    class Installer:
+        progress = RecordingProgress()
+
+        def try_torch(self, requirements, *options):
+            assert requirements.name == "requirements-cpu.txt"
+            seen.append("torch's index" if environment.TORCH_CPU_INDEX in options else "folder")
+            return len(seen) > works
+
+        def install(self, requirements):
+            assert requirements.name == "requirements-cuda.txt"
+            seen.append("PyPI")
+
+    monkeypatch.setattr(environment, "_answers", lambda _: True)
+    environment._install_torch(Pins(name="merge", flavour="cpu"), Installer())
+    assert seen == tried
+
+
 def test_the_environment_follows_the_pins_but_not_the_comments(images):
     pins = Pins(name="tiny", flavour="cpu")
     file = images / "builders" / "tiny" / "requirements.txt"

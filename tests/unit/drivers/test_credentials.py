@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers import checkup
 from weightsmith.drivers.credentials import ask_helper, docker_config
 from weightsmith.errors import EnvironmentFailure, InputRefused
 
@@ -20,6 +23,16 @@ def test_none_and_an_empty_one(folder: Path) -> None:
     assert docker_config() == {}
     (folder / "config.json").write_bytes(b"\n")
     assert docker_config() == {}
+
+
+def test_doctor_names_the_registries_and_no_secret(folder: Path) -> None:
+    secret = base64.b64encode(b"ann:s3cret").decode()
+    rows = {"auths": {"r.example": {"auth": secret}}, "credHelpers": {"h.example": "odd"}}
+    (folder / "config.json").write_text(json.dumps(rows))
+    found = checkup._credentials()
+
+    assert (found.ok, found.found) == (True, "h.example, r.example")
+    assert not [text for text in (secret, "s3cret", "ann") if text in found.found + found.todo]
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{", b"\xff\xfe{}", b"[" * 100_000])
