@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from weightsmith import platforms
 from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.plan import table
 from weightsmith.commands.verify import verify_image
+from weightsmith.drivers import checkup
 from weightsmith.drivers.docker import DockerEngine
 from weightsmith.errors import UsageError
 from weightsmith.oci.image import Image
@@ -73,6 +75,16 @@ def test_the_image_that_was_not_started_says_so(warm: Memory) -> None:
         report = (warm.results() / page).read_text("utf-8")
         assert "the image for linux/arm64 was not" in report.replace("\\", "")
         assert arm.digest in report
+
+
+def test_doctor_says_whether_the_other_engine_is_compiled(tmp_path: Path) -> None:
+    lacking = checkup._platforms(tmp_path).found
+    checkup.toolset_folder(tmp_path, "llamacpp", "aarch64").mkdir(parents=True)
+    ready = checkup._platforms(tmp_path).found
+
+    assert "images for linux/arm64 are made here, but not started" in ready
+    assert "the engine for linux/arm64 is compiled by the first build" in lacking
+    assert "is compiled" not in ready
 
 
 def test_only_another_platform_is_published_without_a_proof(warm: Memory) -> None:

@@ -218,6 +218,20 @@ def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, monkeypatch, vari
     assert ok is (variable == "WEIGHTSMITH_CACHE")
 
 
+def test_a_key_that_cannot_sign_is_reported_before_any_work(tmp_path):
+    (tmp_path / "key.pem").write_text("no key")
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    recipe = ("--recipe", "examples/tiny/recipe.yaml", "--dist", str(tmp_path / "dist"))
+
+    done = run(
+        "build", *recipe, "--sign-key", str(tmp_path / "key.pem"), "--runner", "local", **here
+    )
+
+    assert done.code == 2
+    assert "key.pem" in done.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "key.pem"]
+
+
 def test_a_home_that_is_no_folder_is_reported():
     done = run("targets", "--json", HOME="/dev/null")
 
