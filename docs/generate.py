@@ -285,17 +285,17 @@ def _adapters() -> Iterator[str]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "Which architectures become which packed format. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, and of `awq` and `gptq`, is a test with a small random model (`test_architectures.py`, `test_known.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
-    yield "Of models that see, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, and of `awq` and `gptq`, is a test with a small random model (`test_architectures.py`, `test_known.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
+    yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"
-    kinds = ((DENSE | JOINED | NAMED, ""), (EXPERTS, "experts"), (SEEING, "sees"))
+    kinds = ((DENSE | JOINED | NAMED, ""), (EXPERTS, "experts"), (SEEING, "vision"))
     for names, kind in kinds:
         for name in sorted(names):
             cells = ("yes" if _becomes(name, one) else "" for one in packed)
             yield f"| {name}{f' ({kind})' if kind else ''} | {' | '.join(cells)} |"
     yield "\n## What else transformers and vLLM know\n"
-    yield "Models that generate text in the pinned transformers and the pinned vLLM ([`docs/known.py`](../known.py) lists them), and have no packed format here. Serve them in 16 bits (target `vllm`); where a star is, vLLM runs transformers' class. A packed format of them is refused before the merge with exit code 3.\n"
+    yield "Models that generate text in the pinned transformers and the pinned vLLM ([`docs/known.py`](../known.py) lists them), and have no packed format here. Serve them in 16 bits (target `vllm`); those with a star run in vLLM with transformers' own class. A packed format of them is refused before the merge with exit code 3.\n"
     rest = [name for name in vllm_architectures() if name not in ROUNDED]
     for title, there in (("Also as GGUF", True), ("Not as GGUF", False)):
         names = [name for name in rest if (name in gguf_architectures()) == there]

@@ -67,7 +67,7 @@ class Smoke:
 def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> None:
     """Check a healthy server: model list, chat, streaming, context limit, concurrency, logprobs.
 
-    A model that sees gets a picture, too.
+    A vision model gets a picture, too.
 
     Raises CheckFailed with the check's name and the server's last log lines.
     """

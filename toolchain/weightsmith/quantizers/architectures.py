@@ -22,7 +22,7 @@ SEEING = frozenset({
     "Mistral3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
 })  # fmt: skip
-"""Models that see: only the language model is quantized."""
+"""Vision models: only the language model is quantized."""
 JOINED = frozenset({"Phi3ForCausalLM"})
 """Decoders whose checkpoints join Q, K and V, and gate and up."""
 NAMED = frozenset({
