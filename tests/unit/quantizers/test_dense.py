@@ -3,7 +3,7 @@
 import pytest
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import ROUNDED, WALKED
+from weightsmith.quantizers.architectures import GROUPED, ROUNDED, WALKED
 from weightsmith.quantizers.checkpoints import DENSE, LLAMAS
 from weightsmith.quantizers.schemes import SCHEMES
 
@@ -14,9 +14,9 @@ from tests.fakes.configs import facts
     ("name", "known"),
     [
         *((name, ROUNDED) for name in SCHEMES),
-        ("gptq", WALKED),
+        ("gptq", GROUPED),
         ("nvfp4", WALKED),
-        ("awq", WALKED),
+        ("awq", GROUPED),
         ("gptq-gptqmodel", DENSE),
         ("awq-gptqmodel", DENSE - {"Gemma3ForCausalLM", "Cohere2ForCausalLM"}),
         ("awq-autoawq", LLAMAS),

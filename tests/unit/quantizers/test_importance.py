@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import EXPERTS, SEEING, WALKED
+from weightsmith.quantizers.architectures import EXPERTS, MEASURED, SEEING
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK
 from weightsmith.quantizers.gguf_imatrix import experts_missed, read_imatrix
@@ -175,7 +175,7 @@ def close(ours: np.ndarray, right: np.ndarray, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.grid(9)
-@pytest.mark.parametrize("architecture", sorted(WALKED - WITHOUT_WALK))
+@pytest.mark.parametrize("architecture", sorted(MEASURED - WITHOUT_WALK))
 def test_every_architecture_has_all_its_matrices(tmp_path: Path, architecture: str) -> None:
     model = make(tmp_path / "model", architecture)
     ours, _ = measured(tmp_path, model)

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import InputRefused
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import NAMED, ROUNDED
+from weightsmith.quantizers.architectures import JOINED, NAMED, ROUNDED, WALKED, check_kept
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.known import gguf_architectures, vllm_architectures
+from weightsmith.quantizers.layerwise.maxima import input_maxima
+from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize
-from weightsmith.quantizers.schemes import SCHEMES
+from weightsmith.quantizers.schemes import NVFP4, SCHEMES
+from weightsmith.quantizers.unquantized import MATRICES, is_kept
 
 from docs.known import listed
 from tests import vllm_parts
 from tests.fakes.configs import facts
 from tests.fakes.known import make_known
 
-ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:1]]
+ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]]
 MOST = {"w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6}
 """Errors of layers, as in test_architectures.py."""
 
@@ -81,9 +86,66 @@ def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: 
     # Q, K, V and O of some layer, and what leads into and out of a feed-forward network.
     ends = {module.rpartition(".")[2] for module in view.modules}
     assert ends >= {"o_proj", "down_proj"}
-    found = measure(model, view, ROWS, 100, lambda *_: None)
+    found = measure(model, view, ROWS[:1], 100, lambda *_: None)
     assert found.kl_mean > 0
     assert 0 < found.layer_error < MOST[name]
+
+
+@pytest.mark.grid(9)
+@pytest.mark.parametrize("architecture", sorted(NAMED & WALKED))
+def test_the_walk_finds_the_largest_inputs(models, tmp_path: Path, architecture: str) -> None:
+    model = models(architecture)
+    of_format("nvfp4").check_input(NVFP4.format, read_facts(model))
+    lines, source = [str(row["text"]) for row in ROWS], CheckpointTensors(model)
+    right = by_transformers(model, lines)
+
+    inputs = input_maxima(model, lines, matrices(source, model))
+    quantize(NVFP4, model, tmp_path, [], inputs)
+
+    check_checkpoint(tmp_path, model, Layout.of_scheme(NVFP4))
+    view = view_of(tmp_path, model)
+    assert set(inputs) == set(view.modules)
+    for module, most in inputs.items():
+        assert most == pytest.approx(right[source.raw(f"{module}.weight").tobytes()], rel=1e-3)
+    found = measure(model, view, ROWS[:1], 100, lambda *_: None)
+    assert 0 < found.layer_error < MOST["nvfp4a16"]
+
+
+def by_transformers(model: Path, lines: list[str]) -> dict[bytes, float]:
+    """The largest inputs of each linear layer of the whole model, by the bytes of its weight."""
+    network = getattr(transformers, read_facts(model).architecture).from_pretrained(
+        model, dtype=torch.float32
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    most: dict[bytes, float] = {}
+
+    def see(key: bytes, _, args) -> None:
+        most[key] = max(most.get(key, 0.0), float(args[0].abs().max()))
+
+    for module in network.modules():
+        if type(module) is torch.nn.Linear:
+            key = module.weight.data.bfloat16().view(torch.int16).numpy().tobytes()
+            module.register_forward_pre_hook(partial(see, key))
+    for line in lines:
+        ids = tokenizer(line, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            network(input_ids=ids[:, :512])
+    return most
+
+
+@pytest.mark.grid(9)
+@pytest.mark.parametrize("architecture", sorted(NAMED | JOINED))
+def test_what_a_model_lacks_cannot_be_kept(models, architecture: str) -> None:
+    """Also not what engines fuse with it: `keep_option` wants all of those."""
+    model = models(architecture)
+    modules = [one.module for one in matrices(CheckpointTensors(model), model)]
+    for name in MATRICES:
+        if any(is_kept(module, [name]) for module in modules):
+            continue
+        with pytest.raises(InputRefused, match=f"ends in '{name}': {architecture} ") as refused:
+            check_kept(read_facts(model), {"keep": [name]})
+        assert refused.value.exit_code == 3
+    check_kept(read_facts(model), {"keep": ["o_proj", "down_proj"]})
 
 
 def test_blocks_that_vllm_would_split_are_refused(models) -> None:

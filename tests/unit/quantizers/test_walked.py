@@ -17,7 +17,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.forward.layers import Layers
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import EXPERTS, SEEING, WALKED
+from weightsmith.quantizers.architectures import EXPERTS, GROUPED, NAMED, SEEING
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise import quantizing, scaling
 from weightsmith.quantizers.layerwise.observing import Observer
@@ -25,12 +25,14 @@ from weightsmith.quantizers.layerwise.scaling import scale_layer
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 
+from tests.fakes.configs import LLAMA_8B, facts
 from tests.fakes.dense import make_dense
+from tests.fakes.known import make_known
 from tests.fakes.seeing import make_seeing
 from tests.fakes.sparse import make_sparse
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:3]]
-CELLS = [(name, method) for name in sorted(WALKED) for method in ("awq", "gptq")]
+CELLS = [(name, method) for name in sorted(GROUPED) for method in ("awq", "gptq")]
 MOST = 0.35
 
 
@@ -40,6 +42,8 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 
     @cache
     def made(architecture: str) -> Path:
+        if architecture in NAMED:
+            return make_known(root / architecture, architecture)
         if architecture in SEEING:
             return make_seeing(root / architecture, architecture)
         if architecture in EXPERTS:
@@ -78,6 +82,29 @@ def test_a_model_of_this_architecture_becomes_this_format(
     assert found.kl_mean > 0
     assert 0 < found.layer_error < MOST
     assert not (out / ".engine").exists()
+    # Engines must be told of every linear layer that stays as it is.
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    source, made = CheckpointTensors(model), CheckpointTensors(out)
+    linear = {
+        name
+        for name in source.names & made.names
+        if name.endswith("_proj.weight") and len(source.info(name).shape) == 2
+    }
+    assert linear <= {f"{name}.weight" for name in config.get("modules_to_not_convert") or ()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [
+        *(("FalconH1ForCausalLM", method) for method in ("awq", "gptq")),
+        *(("PaliGemmaForConditionalGeneration", method) for method in ("awq", "gptq", "nvfp4")),
+    ],
+)
+def test_what_the_walk_cannot_do_is_refused(architecture: str, method: str) -> None:
+    model = facts({**LLAMA_8B, "architectures": [architecture]})
+
+    with pytest.raises(InputRefused, match=f"unsupported architecture {architecture}"):
+        of_format(method).check_input(formats()[method], model)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 from weightsmith.planning.options import texts_of
-from weightsmith.quantizers.architectures import WALKED
+from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
@@ -61,7 +61,7 @@ def _obstacle(file: RecipeFile, target: Target, model: ModelFacts) -> str:
         return _NO_ATTENTION[target.format.kind]
     if target.format.name == "awq-compressed":
         return "llm-compressor changes the scale of values while it quantizes"
-    if model.architecture not in WALKED or model.shape.kv_lora_rank:
+    if model.architecture not in MEASURED or model.shape.kv_lora_rank:
         return f"the calibration does not know the cache of {model.architecture}"
     if file.recipe.calibration is None:
         return "the recipe has no `calibration`"

@@ -1,4 +1,4 @@
-"""Which architectures can have a format that needs no calibration, and with which dimensions."""
+"""Which architectures can have a packed format, and with which dimensions."""
 
 from __future__ import annotations
 
@@ -35,19 +35,34 @@ NAMED = frozenset({
     "MiniCPM3ForCausalLM", "Ministral3ForCausalLM", "NemotronForCausalLM", "OlmoForCausalLM",
     "PaliGemmaForConditionalGeneration", "StableLmForCausalLM", "VaultGemmaForCausalLM",
 })  # fmt: skip
-"""Further decoders without experts whose layers consist of `*_proj` matrices, norms and biases.
-
-Only the formats without calibration take them: the walk, which calibrates, was not tried on them.
-"""
+"""Further decoders without experts whose layers consist of `*_proj` matrices, norms and biases."""
 ROUNDED = DENSE | EXPERTS | SEEING | JOINED | NAMED
 """Every architecture that a format without calibration can have."""
 LLAMA4 = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
 """Engines reorder the outputs of their Q and K while they load them."""
-WALKED = ROUNDED - LLAMA4 - NAMED
-"""Every architecture that our walk can calibrate: Llama 4 calls its experts in another way."""
+WALKED = ROUNDED - LLAMA4 - {"PaliGemmaForConditionalGeneration"}
+"""Every architecture that our walk can calibrate.
+
+Llama 4 calls its experts in another way, and PaliGemma's decoder, on its own, lets a token attend
+to later ones.
+"""
+GROUPED = WALKED - {"FalconH1ForCausalLM"}
+"""Those of `awq` and `gptq`, which need 8 outputs each: Falcon-H1's in_proj ends in one a head."""
+MEASURED = WALKED - NAMED
+"""Those whose importance matrices and cache our walk measures; it was not tried on the others."""
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_JOINED = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+_QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+_GATED = frozenset({"gate_proj", "up_proj"})
+_LACKED = {
+    **dict.fromkeys(JOINED, (_QKV | _GATED, "joins Q, K and V, and gate and up")),
+    **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), (_GATED, "joins gate and up")),
+    **dict.fromkeys(
+        ("ArceeForCausalLM", "Jais2ForCausalLM", "NemotronForCausalLM"),
+        (frozenset({"gate_proj"}), "has no gate"),
+    ),
+}
+"""Architecture -> matrices of other decoders that its layers lack, and why."""
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -114,7 +129,7 @@ def check_kept(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
 
 
 def _check_there(model: ModelFacts, end: str) -> None:
-    """Refuse a name of a layer that is not there, or of a matrix that is joined with others."""
+    """Refuse a name of a layer or of a matrix that is not there."""
     layer = _LAYER.search(end)
     if layer and model.shape.layers and int(layer[1]) >= model.shape.layers:
         raise InputRefused(
@@ -122,11 +137,13 @@ def _check_there(model: ModelFacts, end: str) -> None:
             f" {model.shape.layers} layers",
             hint=f"name a layer from 0 to {model.shape.layers - 1}",
         )
-    if model.architecture in JOINED and end.rpartition(".")[2] in _JOINED:
+    lacked, why = _LACKED.get(model.architecture, (frozenset(), ""))
+    if model.shape.kv_lora_rank:
+        lacked, why = _QKV, "makes Q, K and V in several steps"
+    if end.rpartition(".")[2] in lacked:
         raise InputRefused(
-            f"keep: no matrix has a name that ends in {end!r}: {model.architecture} joins Q, K and"
-            " V, and gate and up",
-            hint="remove it; o_proj and down_proj can be kept",
+            f"keep: no matrix has a name that ends in {end!r}: {model.architecture} {why}",
+            hint="remove it, and what engines fuse with it; o_proj and down_proj can be kept",
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse_file
-from weightsmith.quantizers.architectures import WALKED
+from weightsmith.quantizers.architectures import MEASURED
 
 IMATRIX_WORDS = frozenset({"", "auto", "walk", "off"})
 """Values of the option `imatrix` that are no file's name."""
@@ -37,7 +37,7 @@ def window_of(model: Path, texts: int, tokens: int) -> int:
 
 def check_walk(model: ModelFacts) -> None:
     """Refuse an architecture whose layers our walk cannot run, or whose inputs it does not know."""
-    if model.architecture not in WALKED - WITHOUT_WALK:
+    if model.architecture not in MEASURED - WITHOUT_WALK:
         raise InputRefused(
             f"imatrix: walk does not support {model.architecture}",
             hint="set imatrix to auto, which lets llama-imatrix measure",

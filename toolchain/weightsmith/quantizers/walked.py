@@ -10,7 +10,7 @@ from typing import Any
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
-from weightsmith.quantizers.architectures import WALKED, check_kept
+from weightsmith.quantizers.architectures import GROUPED, check_kept
 from weightsmith.quantizers.checkpoints import (
     check_group,
     check_grouped,
@@ -94,7 +94,7 @@ QUANTIZER = Quantizer(
     builder="merge",
     formats=(AWQ, GPTQ),
     recipe_number=1,
-    check_input=lambda _format, model: check_grouped(model, WALKED),
+    check_input=lambda _format, model: check_grouped(model, GROUPED),
     steps=steps,
     check=check,
     peak_disk=peak_disk,
