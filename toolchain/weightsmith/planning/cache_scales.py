@@ -39,7 +39,7 @@ def missing(file: RecipeFile, target: Target, model: ModelFacts) -> str:
     if why and demanded:
         raise InputRefused(
             f"{target.name}: kv_cache_scales: calibrated is not possible: {why}",
-            hint="set serve.kv_cache_scales to auto, which says so and uses 1.0, or choose"
+            hint="set serve.kv_cache_scales to auto, which warns and uses 1.0, or choose"
             " vllm, vllm-fp8 or vllm-w8a8 with kv_cache_dtype fp8 and calibration text",
         )
     return f"{target.name}: its fp8 cache has scale 1.0: {why}" if why else ""

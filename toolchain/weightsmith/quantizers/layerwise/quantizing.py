@@ -234,7 +234,7 @@ def _scaled(
             parameter.data = before[name]
         for group, moments in kept:
             group.moments = moments
-        print(f"layer {number}: not scaled, because it computes with its norms otherwise")  # noqa: T201
+        print(f"layer {number}: not scaled, because it uses its norms in another way")  # noqa: T201
         return {}
     made = {}
     for module in changed:
