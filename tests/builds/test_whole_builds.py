@@ -1,9 +1,11 @@
 """Whole builds through the command line: the same bytes from every runner, and pushed once."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from gguf import GGUFReader
+from weightsmith.oci.layout import read_layout
 
 from tests.conftest import TinyBuild
 from tests.fakes.debian_registry import real_registry
@@ -18,6 +21,8 @@ from tests.fakes.debian_registry import real_registry
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 TARGET = "llamacpp-q4_k_m"
+LOADER = 3
+"""PT_INTERP: the header of a program that needs a dynamic loader."""
 pytestmark = pytest.mark.builders
 
 
@@ -69,6 +74,30 @@ def test_a_local_build_proves_its_image_and_writes_a_layout(local) -> None:
         "README.md", "build.json", "compose.yaml", "image", "junit.xml", "kserve.yaml",
         "kubernetes.yaml", "llamacpp.env", "plan.json", "report.html", "report.md",
     ]  # fmt: skip
+
+
+def test_the_image_has_no_distribution_and_its_programs_need_none(local) -> None:
+    _, dist, _ = local
+    image = read_layout(dist / "tiny-capitals" / "1.0.0" / TARGET / "image")
+    files: dict[str, bytes] = {}
+    for layer in image.layers:
+        with tarfile.open(fileobj=io.BytesIO(b"".join(layer.open()))) as archive:
+            files |= {one.name: archive.extractfile(one).read() for one in archive if one.isfile()}
+
+    etc = {"etc/passwd", "etc/group", "etc/weightsmith/llamacpp.env", "etc/weightsmith/plan.json"}
+    assert {name for name in files if not name.startswith(("app/", "models/"))} == etc
+    programs = {name: data for name, data in files.items() if data.startswith(b"\x7fELF")}
+    assert {"app/llama-server", "app/healthcheck"} <= set(programs)
+    assert {name.rpartition("/")[2] for name in programs} == {"llama-server", "healthcheck"}
+    assert not [name for name, data in programs.items() if LOADER in headers(data)]
+    assert image.config["User"] == "65532:65532"
+
+
+def headers(elf: bytes) -> list[int]:
+    """Return the types of an ELF file's program headers (System V ABI, chapter 5)."""
+    (offset,) = struct.unpack_from("<Q", elf, 32)
+    size, count = struct.unpack_from("<HH", elf, 54)
+    return [struct.unpack_from("<I", elf, offset + size * n)[0] for n in range(count)]
 
 
 def test_a_second_build_does_nothing(local) -> None:
