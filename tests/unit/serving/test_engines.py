@@ -1,12 +1,14 @@
 """Rules that every engine on GPUs keeps, and the traps of each."""
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.planning.targets import all_targets
-from weightsmith.serving import engines, sglang, tgi, trtllm
+from weightsmith.serving import engines, llamacpp_options, sglang, tgi, trtllm, vllm
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.memory import GIB
@@ -148,6 +150,32 @@ def test_no_image_runs_code_of_a_checkpoint(engine, option):
     with pytest.raises(UsageError, match="cannot be set") as caught:
         rendered(engine, **L40S, extra={option: True})
     assert "runs no code of a checkpoint" in caught.value.hint
+
+
+SECRETS = {
+    "vllm": {"api-key", "hf-token"},
+    "sglang": {"api-key", "admin-api-key", "ssl-keyfile-password"},
+    "tgi": {"api-key", "ngrok-authtoken"},
+    "trtllm": set(),
+    "llamacpp": {"api-key", "hf-token"},
+}
+"""Options of each engine that take a secret itself, and not the name of a file with one."""
+
+
+@pytest.mark.parametrize("engine", SECRETS)
+def test_no_image_holds_a_secret(engine):
+    check = llamacpp_options.extra_options
+    names = {*llamacpp_options.environment_names(), *llamacpp_options.command_line_names()}
+    if engine != "llamacpp":
+        known = {"vllm": vllm, "sglang": sglang, "tgi": tgi, "trtllm": trtllm}[engine]
+        check, names = known.known_options().checked, set(known.known_options().kinds)
+    secret = re.compile(r"api[-_]key$|(hf|auth)[-_]?token$|password$|secret")
+
+    assert {name for name in names if secret.search(name)} == SECRETS[engine]
+    for name in SECRETS[engine]:
+        with pytest.raises(UsageError) as caught:
+            check({name: "s3cret"})
+        assert "s3cret" not in caught.value.message + caught.value.hint
 
 
 @pytest.mark.parametrize("engine", ON_GPUS)

@@ -55,7 +55,7 @@ _NOT_HERE: Mapping[str, str] = {
     "port": "publish port 8080 as the port you want",
     "hostname": "publish the port where you want it",
     "trust-remote-code": "an image runs no code of a checkpoint",
-    "api-key": "a key does not belong into an image: set API_KEY where it runs",
+    "api-key": "a key does not belong in an image: set API_KEY where it runs",
     "ngrok": "an image opens no tunnel",
     "ngrok-authtoken": "an image opens no tunnel",
     "ngrok-edge": "an image opens no tunnel",
