@@ -124,3 +124,25 @@ def test_positions_are_those_of_layers_that_see_everything() -> None:
 
     assert (positions.scaling, positions.factor, positions.lengths) == ("yarn", 8.0, (131072,))
     assert positions.transformers_5_only
+
+
+@pytest.mark.parametrize(
+    ("end", "interval", "sparse"), [(-1, 1, 31), (None, 1, 31), (27, 1, 27), (27, 2, 14)]
+)
+def test_experts_of_ernie_are_counted(end: int | None, interval: int, sparse: int) -> None:
+    ernie = {
+        **LLAMA_8B, "architectures": ["Ernie4_5_MoeForCausalLM"], "moe_num_experts": 64,
+        "moe_num_shared_experts": 2, "moe_intermediate_size": 1536, "moe_layer_start_index": 1,
+        "moe_layer_end_index": end, "moe_layer_interval": interval,
+    }  # fmt: skip
+    found = facts(ernie).matrices
+
+    assert (found.experts, found.shared_experts, found.sparse_layers) == (64, 2, sparse)
+
+
+@pytest.mark.parametrize("end", [[1], {"a": 1}, -2, "x", 1.5])
+def test_a_last_layer_with_experts_that_is_no_number_is_refused(end: object) -> None:
+    ernie = {**LLAMA_8B, "moe_num_experts": 64, "moe_layer_end_index": end}
+
+    with pytest.raises(InputRefused, match="moe_layer_end_index"):
+        _ = facts(ernie).matrices

@@ -52,6 +52,11 @@ FAMILIES = {
     "olmo2": ("Olmo2ForCausalLM", {}),
     "smollm3": ("SmolLM3ForCausalLM", {}),
     "gpt_oss": ("GptOssForCausalLM", {"num_local_experts": 4, "head_dim": 32}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 2, "head_dim": 32,
+         "moe_intermediate_size": 96, "moe_layer_start_index": 1, "moe_layer_end_index": -1},
+    ),
     "glm4_moe": (
         "Glm4MoeForCausalLM",
         {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 96,

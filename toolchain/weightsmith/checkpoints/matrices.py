@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from weightsmith.errors import InputRefused
 from weightsmith.values import Json
 
-_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Matrices:
             experts=experts,
             sparse_layers=_sparse_layers(text, layers) if experts else 0,
             expert_width=count(text, "moe_intermediate_size"),
-            shared_experts=count(text, "n_shared_experts"),
+            shared_experts=count(text, "n_shared_experts") or count(text, "moe_num_shared_experts"),
             shared_width=count(text, "shared_expert_intermediate_size"),
             predicted_layers=count(text, "num_nextn_predict_layers") if experts else 0,
             query_rank=count(text, "q_lora_rank"),
@@ -58,11 +58,13 @@ class Matrices:
 
 
 def _sparse_layers(text: Mapping[str, Json], layers: int) -> int:
-    step = count(text, "decoder_sparse_step") or 1
-    first = count(text, "first_k_dense_replace")
+    step = count(text, "decoder_sparse_step") or count(text, "moe_layer_interval") or 1
+    first = count(text, "first_k_dense_replace") or count(text, "moe_layer_start_index")
+    end = text.get("moe_layer_end_index")
+    last = layers - 1 if end is None or end == -1 else count(text, "moe_layer_end_index")
     listed = text.get("mlp_only_layers")
     plain = listed if isinstance(listed, list) else []
-    return sum(i >= first and (i + 1) % step == 0 and i not in plain for i in range(layers))
+    return sum(first <= i <= last and (i + 1) % step == 0 and i not in plain for i in range(layers))
 
 
 def _vision(tower: Json) -> Vision:

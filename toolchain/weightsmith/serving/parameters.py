@@ -15,6 +15,7 @@ _TIED = {
     "Gemma": True, "Gemma2": True, "Gemma3": True,
     "Granite": False, "Olmo2": False, "Olmo3": False, "SmolLM3": True,
     "DeepseekV2": False, "DeepseekV3": False, "Glm4Moe": False, "GptOss": False,
+    "Ernie4_5_Moe": True,
 }  # fmt: skip
 """Families with a gated feed-forward, here or in experts -> whether the output layer is the
 embedding where config.json does not say (transformers, the `configuration_*.py` of each)."""
@@ -22,9 +23,10 @@ embedding where config.json does not say (transformers, the `configuration_*.py`
 WORKED_OUT = "no weights there: their size is worked out from config.json, an estimate"
 """The note that belongs to such a plan."""
 
-_SPARSE = frozenset(
-    {"Mixtral", "PhiMoE", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "Glm4Moe", "GptOss"}
-)
+_SPARSE = frozenset({
+    "Mixtral", "PhiMoE", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "Ernie4_5_Moe",
+    "Glm4Moe", "GptOss",
+})  # fmt: skip
 _BITS = {"fp8": 8.0, "awq": 4.25, "gptq": 4.25, "mxfp4": 4.25}
 """`quant_method` -> bits of a packed weight with its scales."""
 
