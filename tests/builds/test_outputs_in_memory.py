@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
@@ -56,6 +58,25 @@ def test_all_places_at_once_get_the_same_image(warm: Memory, digest: str) -> Non
     assert {TAG, f"{TAG}-{digest[7:19]}"} <= {tag for _, tag in warm.registry.manifests}
     assert built.published.reference == f"{warm.repository}:{TAG}"
     assert warm.left() == []
+
+
+def test_a_build_from_folders_speaks_to_its_registry_alone(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control plane of a whole build, whose registry is here: nothing else is reached."""
+    asked: set[str] = set()
+    connect = socket.socket.connect
+
+    def watched(self: socket.socket, address: Any) -> None:
+        asked.add(f"{address[0]}:{address[1]}" if isinstance(address, tuple) else str(address))
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", watched)
+    memory.build(push=True)
+
+    assert memory.registry.host.replace("localhost", "127.0.0.1") in asked
+    # The started image is asked by loopback, too.
+    assert not [one for one in asked if not one.startswith(("127.0.0.1:", "::1:"))]
 
 
 def test_the_tag_with_the_digest_stays_when_the_other_is_moved(warm: Memory, digest: str) -> None:

@@ -79,6 +79,15 @@ def test_the_tool_is_installed_by_hash_wherever_a_page_says_how() -> None:
         assert "--no-deps --no-build-isolation" in rows[1]
 
 
+def test_a_folder_of_wheels_is_installed_from_by_hash_too() -> None:
+    """`make setup WEIGHTSMITH_WHEELS=DIR` looks in the folder, and asks for the same hashes."""
+    words = ["make", "--dry-run", "--always-make", "setup", "WEIGHTSMITH_WHEELS=/some/wheels"]
+    made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = [row for row in made.splitlines() if "pip install" in row]
+    assert all("--find-links /some/wheels" in row for row in rows)
+    assert [row for row in rows if "--require-hashes -r requirements.lock" in row]
+
+
 def test_all_that_builders_and_engines_install_has_a_hash() -> None:
     """Each pinned package of images/ names its SHA-256, and each pip that installs asks for it."""
     files = sorted((ROOT / "images").rglob("requirements*.txt"))
