@@ -135,7 +135,13 @@ def test_the_conversion_in_the_hint_works(tmp_path: Path) -> None:
     assert read_header(tmp_path / "adapter_model.safetensors").tensors[0].shape == (2, 3)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "preprocessor_config.json",
+        "processor_config.json", "tokenizer_config.json", "video_preprocessor_config.json",
+    ],
+)  # fmt: skip
 def test_code_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
     touch(tmp_path, *MODEL)
     (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoModel": "modeling_x.X"}}))

@@ -35,6 +35,7 @@ _CODE_CONFIGS = (
     "adapter_config.json",
     "processor_config.json",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
     "generation_config.json",
 )
 _MAX_DEPTH = 16
