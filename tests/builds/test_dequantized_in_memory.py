@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from weightsmith.errors import CheckFailed
 
@@ -56,3 +58,19 @@ def test_what_keeps_the_merged_weights_is_not_asked_again(on_gpu: Memory) -> Non
 
     assert "dequantized" not in on_gpu.jobs()
     assert on_gpu.record("vllm")["unproven"][0] == "the image was not asked"
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_the_report_says_that_no_picture_was_tried(on_gpu: Memory, sees: bool) -> None:
+    config = on_gpu.home / "base" / "config.json"
+    tower = {"vision_config": {"hidden_size": 8, "num_hidden_layers": 1}} if sees else {}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **tower}))
+
+    on_gpu.build(targets=["vllm"])
+
+    assert on_gpu.record("vllm")["image"].get("takes_pictures", False) == sees
+    banner, rest, _ = (on_gpu.results("vllm") / "report.html").read_text().partition("</div>")
+    assert rest
+    said = "no picture was tried, because the image was not started"
+    assert (said in banner.lower()) == sees
+    assert any("no picture was tried" in text for text in on_gpu.progress.warnings) == sees

@@ -92,6 +92,8 @@ class ImageRecord(JsonObject):
     """Platform -> its image's digest."""
     started: str = ""
     """The platform whose image was started and tested; empty if none was."""
+    takes_pictures: bool = field(default=False, metadata=OMITTED)
+    """Whether its server takes pictures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from weightsmith.stages import publish as publishing
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
-from weightsmith.stages.evaluate import checks_of
+from weightsmith.stages.evaluate import checks_of, takes_pictures
 from weightsmith.stages.record import Facts, write_record
 from weightsmith.stages.report import write_report
 from weightsmith.starting import why_not_started
@@ -153,6 +153,7 @@ class Record:
             results=results,
             checks=checks_of(self.image.digest, self.tools) if self.image else (),
             started=self.started,
+            takes_pictures=bool(self.artifact and takes_pictures(self.artifact)),
             stages=stages,
             refused=refused,
             verdict="failed" if refused else verdict_of(results),

@@ -100,6 +100,22 @@ def test_a_build_without_questions_is_called_unproven():
     assert "Built, not proven" in render_report(SMALLEST, "report.html.j2")
 
 
+@pytest.mark.parametrize("template", ["report.html.j2", "report.md.j2"])
+@pytest.mark.parametrize("unproven", [["the image was not asked"], []])
+def test_an_image_that_was_tried_without_a_picture_says_so(template, unproven):
+    def banner(**image):
+        scores = {"adapter": BUILD["scores"]["adapter"]}
+        image = {**BUILD["image"], **image}
+        parts = {"image": image, "scores": scores, "verdicts": [], "unproven": unproven}
+        text = html.unescape(render_report({**BUILD, **parts}, template))
+        return (text.partition("<body>")[2] or text)[:1500].lower()
+
+    said = "no picture was tried, because the image was not started"
+    assert said in banner(takes_pictures=True)
+    assert said not in banner(takes_pictures=False)
+    assert said not in banner(takes_pictures=True, started="linux/amd64")
+
+
 def test_the_memory_bar_is_whole():
     page = render_report(BUILD, "report.html.j2")
     widths = [float(width) for width in re.findall(r'class="c-\w+" style="width: ([\d.]+)%', page)]

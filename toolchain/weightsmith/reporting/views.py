@@ -31,13 +31,15 @@ def verdict(build: BuildRecord) -> dict[str, Any]:
         headline = "Published, but not proven" if last else "Built, not proven"
         weights = [v.reason for v in binding if v.subject == "dequantized"]
         reasons = [*build.unproven, *weights, *last, *_not_started(build.image)]
+        reasons += _no_picture(build.image)
         return {"state": "untested", "headline": headline, "reasons": reasons}
     if last:
         headline = "Passed: the image is the fine-tuned model"
         reasons = [*last, *_not_started(build.image)]
         return {"state": "passed", "headline": headline, "reasons": reasons}
     reason = "no questions were asked of the image" if not binding else "the image was not started"
-    return {"state": "untested", "headline": "Built, not proven", "reasons": [reason]}
+    reasons = [reason, *_no_picture(build.image)]
+    return {"state": "untested", "headline": "Built, not proven", "reasons": reasons}
 
 
 def platforms(image: ImageRecord | None) -> list[dict[str, str]]:
@@ -60,6 +62,12 @@ def _not_started(image: ImageRecord | None) -> list[str]:
     many = "images for {} were" if len(others) > 1 else "image for {} was"
     said = many.format(" and ".join(others))
     return [f"the image for {image.started} was started and tested; the {said} not"]
+
+
+def _no_picture(image: ImageRecord | None) -> list[str]:
+    """Return that no picture was tried, if the image takes pictures and was not started."""
+    untried = image and image.takes_pictures and not image.started
+    return ["no picture was tried, because the image was not started"] if untried else []
 
 
 def sameness(task: AnsweredTask) -> list[dict[str, Any]]:

@@ -102,7 +102,7 @@ class Evaluation:
             max_model_len=self.config.plan.max_model_len,
             max_num_seqs=self.config.plan.max_num_seqs,
             start_seconds=max(_START_SECONDS, self.artifact.tree.size / _SLOWEST_DISK),
-            sees=_sees(self.artifact),
+            sees=takes_pictures(self.artifact),
         )
 
 
@@ -142,7 +142,7 @@ def evaluate(
     return timer.done(tuple(scored), cached=cached)
 
 
-def _sees(artifact: Artifact) -> bool:
+def takes_pictures(artifact: Artifact) -> bool:
     """Return whether the started engine takes pictures: not of a GGUF file without a projector."""
     folder = artifact.tree.texts
     return (folder / "config.json").is_file() and read_facts(folder).sees_images

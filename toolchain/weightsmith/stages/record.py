@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,8 @@ class Facts:
     """Whether any job had network access, because the user allowed it."""
     memory_bytes: int = 0
     """Memory limit of every job."""
+    takes_pictures: bool = False
+    """Whether the server takes pictures."""
 
 
 def write_record(facts: Facts, folder: Path) -> BuildRecord:
@@ -155,7 +157,7 @@ def build_record(facts: Facts) -> BuildRecord:
         artifact=_artifact(facts.artifact) if facts.artifact else None,
         quality=facts.quality,
         plan=facts.config.plan.to_json() if facts.config else None,
-        image=_image(facts.published, facts.started) if facts.published else None,
+        image=_served(facts, facts.published) if facts.published else None,
         forms={kind: _image(form) for kind, form in facts.forms.items()},
         task=first.task if first else NO_TASK,
         scores=first.scores if first else {},
@@ -217,7 +219,12 @@ def _artifact(artifact: Artifact) -> ArtifactRecord:
     )
 
 
-def _image(published: Form, started: str = "") -> ImageRecord:
+def _served(facts: Facts, published: Published) -> ImageRecord:
+    image = _image(published)
+    return replace(image, started=facts.started, takes_pictures=facts.takes_pictures)
+
+
+def _image(published: Form) -> ImageRecord:
     return ImageRecord(
         reference=published.reference,
         digest=published.digest,
@@ -225,7 +232,6 @@ def _image(published: Form, started: str = "") -> ImageRecord:
         uploaded_bytes=published.uploaded_bytes,
         mounted=published.mounted,
         platforms=published.platforms if isinstance(published, Published) else {},
-        started=started,
     )
 
 
