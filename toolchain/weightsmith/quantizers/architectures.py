@@ -43,8 +43,8 @@ LLAMA4 = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
 WALKED = ROUNDED - LLAMA4 - {"PaliGemmaForConditionalGeneration"}
 """Every architecture that our walk can calibrate.
 
-Llama 4 calls its experts in another way, and PaliGemma's decoder, on its own, lets a token attend
-to later ones.
+Llama 4 calls its experts in another way. PaliGemma's tokens attend to later ones, so also to the
+padding of a batch.
 """
 GROUPED = WALKED - {"FalconH1ForCausalLM"}
 """Those of `awq` and `gptq`, which need 8 outputs each: Falcon-H1's in_proj ends in one a head."""
