@@ -185,7 +185,7 @@ def timed(commands: list[list], folder: Path, made: Path) -> tuple[float, float,
     """Run commands one by one; return wall and CPU seconds, the peak MiB, and MB below `made`."""
     tools = toolset_folder(cache_folder(), "llamacpp")
     more = {
-        "PYTHONPATH": f"{tools}/convert:{tools}/convert/gguf-py:{ROOT}",
+        "PYTHONPATH": f"{tools}/convert:{tools}/convert/gguf-py:{ROOT}:{ROOT}/toolchain",
         "WEIGHTSMITH_CPU_VARIANT": "x86-64-v3",
         "GPTQMODEL_CPU_WORKERS": "2",
         "HF_HUB_OFFLINE": "1",

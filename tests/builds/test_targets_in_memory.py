@@ -132,6 +132,32 @@ def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
     )
 
 
+def test_formats_without_calibration_need_no_merged_weights_on_the_disk(memory: Memory) -> None:
+    vllm_base(memory)
+    names = ["vllm-fp8", "vllm-w8a8"]
+    memory.build(targets=names)
+    (unwritten,) = merges(memory)
+    alone = {name: memory.record(name) for name in names}
+
+    memory.build(targets=["vllm", *names])
+
+    assert has_no_data(read_header(unwritten / "model.safetensors"))
+    assert memory.jobs().count("merge") == 1
+    assert "quantize" not in memory.jobs()  # the same keys
+    for name in names:
+        for part in ("merge", "artifact", "image"):
+            assert memory.record(name)[part]["digest"] == alone[name][part]["digest"]
+
+
+@pytest.mark.parametrize("target", ["vllm", "vllm-awq", "vllm-gptq"])
+def test_one_other_target_needs_them(memory: Memory, target: str) -> None:
+    vllm_base(memory)
+    memory.build(targets=["vllm-fp8", target])
+
+    (written,) = merges(memory)
+    assert not has_no_data(read_header(written / "model.safetensors"))
+
+
 @pytest.mark.slow
 def test_gguf_targets_are_made_in_one_pass(memory: Memory) -> None:
     names = [TARGET, "llamacpp-q5_k_m", "llamacpp-q8_0"]
@@ -162,8 +188,8 @@ def test_a_method_that_needs_whole_tensors_writes_them(two: Memory) -> None:
 
 def merges(memory: Memory) -> list[Path]:
     """The merged checkpoints in the store."""
-    trees = (entry.tree for entry in memory.store.entries.values())
-    return [tree.root for tree in trees if tree.has("model.safetensors")]
+    entries = memory.store.entries.values()
+    return [entry.tree.root for entry in entries if "shards" in entry.meta]
 
 
 def test_a_target_that_passed_stays_when_the_next_is_refused(memory: Memory) -> None:

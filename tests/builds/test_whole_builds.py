@@ -186,7 +186,7 @@ def test_plan_names_what_changed(local) -> None:
     rows = {row["stage"]: row for row in other["stages"]}
 
     assert all(row["cached"] for row in same["stages"] if row["stage"] != "publish")
-    assert rows["merge"]["why"].startswith("changed: dtype; GGUF files are made from base")
+    assert rows["merge"]["why"].startswith("changed: dtype; every target is made from base")
     assert rows["quantize"]["why"] == "merge comes first"
     assert rows["merge"]["read_bytes"] > 0
     assert rows["merge"]["write_bytes"] == 0

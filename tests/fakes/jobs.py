@@ -7,13 +7,13 @@ files whose bytes depend on what the job was given, and on nothing else.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.jobs import (
     AskedModel,
@@ -127,8 +127,10 @@ class Bench:
             for path in source.iterdir():
                 if path.name != name:
                     shutil.copy(path, job.output)
+        weights += bytes(self.padding)
+        if format_.suffix != ".gguf":
+            weights = build_header([("weights", "U8", (len(weights),))], {}) + weights
         (job.output / name).write_bytes(weights)
-        os.truncate(job.output / name, len(weights) + self.padding)
         facts = {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
         beside = {one.format: self._beside(job, one, report) for one in job.beside}
         return {**facts, "beside": beside} if beside else facts

@@ -365,7 +365,7 @@ def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path) -> None:
     out.mkdir()
     told = {"method": "fp8", "model": str(tiny), "out": str(out), "keep": []}
     settings.write_text(json.dumps(told), "utf-8")
-    module = "weightsmith.quantizers.rounded"
+    module = "weightsmith.worker.quantize_rounded"
     subprocess.run([sys.executable, "-m", module, str(settings)], check=True)
     taken = sum(file.stat().st_size for file in out.iterdir())
     size = sum(file.stat().st_size for file in tiny.iterdir())

@@ -59,6 +59,7 @@ class CheckpointTensors:
         """Read the headers; raise InputRefused for damaged or incomplete files."""
         shards = open_checkpoint(folder).shards
         self._where = {info.name: (shard, info) for shard in shards for info in shard.tensors}
+        self._last: tuple[tuple[str, int, int], npt.NDArray[np.uint8]] | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -131,4 +132,12 @@ class CheckpointTensors:
                 shape, where = (last - first, *shape[1:]), (slice(None), *where[1:])
                 break
             start, size, shape, where = start + where[0] * step, step, shape[1:], where[1:]
-        return self.raw(name, start, start + size).view(kind).reshape(shape)[where]
+        read = self._kept if len(where) > 1 else self.raw
+        return read(name, start, start + size).view(kind).reshape(shape)[where]
+
+    def _kept(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes, and keep them: other columns of the same rows come next."""
+        key, last = (name, start, stop), self._last
+        if last is None or last[0] != key:
+            self._last = last = (key, self.raw(name, start, stop))
+        return last[1]

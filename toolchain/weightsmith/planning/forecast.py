@@ -229,7 +229,7 @@ def _merge_row(
     if not state["cached"] and cost["write_bytes"] < whole["write_bytes"]:
         saved = human(whole["write_bytes"] - cost["write_bytes"])
         unwritten = _state(merging.inputs(sources, file.recipe.merge, unwritten=True), None, tools)
-        why = f"{state['why']}; GGUF files are made from base and adapters: {saved} less disk"
+        why = f"{state['why']}; every target is made from base and adapters: {saved} less disk"
         state = unwritten if unwritten["cached"] else {**state, "why": why}
     return _row(
         "merge",

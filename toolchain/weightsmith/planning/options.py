@@ -136,9 +136,10 @@ def sources_to_merge(targets: Sequence[Target], sources: Sources) -> Sources:
 def needs_files(targets: Sequence[Target]) -> bool:
     """Return whether a target needs the merged weights as files.
 
-    GGUF files are made from base and adapters, and targets without merging need neither.
+    Some quantizers read base and adapters instead, and targets without merging need neither.
     """
-    return any(target.format.kind != "gguf" and target.format != LORA for target in targets)
+    wanted = {target.format for target in targets if target.format != LORA}
+    return not all(one.name in formats() and of_format(one.name).computed for one in wanted)
 
 
 def unmerged_adapters(

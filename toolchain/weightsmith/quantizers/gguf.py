@@ -350,6 +350,7 @@ QUANTIZER = Quantizer(
     peak_disk=peak_disk,
     view=open_view,
     default="q4_k_m",
+    computed=True,
     statistics=IMATRIX,
     check_statistics=check_imatrix,
     together=together,

@@ -112,6 +112,9 @@ class Quantizer:
     """
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""
+    computed: bool = False
+    """Whether it reads a few rows at a time, so that they may be computed from base and adapters.
+    """
     streams: bool = False
     """Whether it needs memory for a few rows only, however large the model is."""
     by_layer: bool = False

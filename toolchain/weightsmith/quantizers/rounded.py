@@ -7,7 +7,6 @@ computed, so the checkpoint may be larger than memory.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.rounding import fused_scale, round_rows
-from weightsmith.quantizers.running import python_step, read_settings, refusal
+from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme
 from weightsmith.quantizers.unquantized import keep_option, without_kept
 from weightsmith.quantizers.writing import Output, Work, copied, whole, write_checkpoint
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+_PROGRAM = "weightsmith.worker.quantize_rounded"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _BLOCK = 1 << 18
 """Weights in memory at a time: few enough for the CPU's cache."""
@@ -50,10 +50,10 @@ def check_input(format_: Format, model: ModelFacts) -> None:
 
 
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
-    """Return the step, which runs this module."""
+    """Return the step."""
     name = request.format.name
     keep = request.options.get("keep", [])
-    return (python_step(__name__, request, f"rounding to {name}", method=name, keep=keep),)
+    return (python_step(_PROGRAM, request, f"rounding to {name}", method=name, keep=keep),)
 
 
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
@@ -61,17 +61,6 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     keep = tuple(request.options.get("keep", ()))
     layout = Layout.of_scheme(SCHEMES[request.format.name])
     return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "rounded"}
-
-
-def main() -> None:
-    """Run in the builder: quantize as set in the settings file of the command line."""
-    settings = read_settings()
-    scheme = SCHEMES[settings["method"]]
-    try:
-        quantize(scheme, Path(settings["model"]), Path(settings["out"]), settings["keep"])
-    except InputRefused as error:
-        print(refusal(error), file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
 
 
 def quantize(
@@ -199,8 +188,6 @@ QUANTIZER = Quantizer(
     options=options,
     check_options=check_kept,
     view=view_of,
+    computed=True,
     streams=True,
 )
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,126 @@
+"""Formats without calibration of base and adapters: the files of the written merge."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from weightsmith.errors import InputRefused
+from weightsmith.job_inputs import Input, Virtual
+from weightsmith.jobs import QuantizeJob
+from weightsmith.merge_options import Merge
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.quantizers import formats
+from weightsmith.stages.quantize import QuantizeOptions, job_of
+from weightsmith.worker.jobs import STAGES
+from weightsmith.worker.virtual import computed
+
+from tests.fakes.dense import make_dense
+from tests.fakes.seeing import make_seeing
+from tests.fakes.sparse import make_sparse
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
+
+MAKE = {
+    "LlamaForCausalLM": make_dense,
+    "Gemma2ForCausalLM": make_dense,
+    "Qwen3MoeForCausalLM": make_sparse,
+    "MixtralForCausalLM": make_sparse,
+    "Llama4ForConditionalGeneration": make_seeing,
+    "Qwen2_5_VLForConditionalGeneration": make_seeing,
+}
+CASES = [
+    ("LlamaForCausalLM", "fp8-block"),
+    ("LlamaForCausalLM", "nvfp4a16"),
+    ("Gemma2ForCausalLM", "mxfp4a16"),
+    ("Qwen3MoeForCausalLM", "nvfp4a16"),
+    ("MixtralForCausalLM", "w8a8"),
+    ("Llama4ForConditionalGeneration", "nvfp4a16"),
+    ("Qwen2_5_VLForConditionalGeneration", "fp8"),
+]
+"""Plain matrices, changed norms, experts, experts in one tensor of columns, pictures."""
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(("architecture", "name"), CASES)
+def test_the_files_are_those_of_the_written_merge(
+    tmp_path: Path, architecture: str, name: str
+) -> None:
+    base = make(architecture, tmp_path / "base")
+    adapters = ((make_adapter(base, architecture, tmp_path / "adapter"), 1.0),)
+    model = tmp_path / "written"
+    merge(MergeRequest(base=base, adapters=adapters, out=model))
+    written = quantized(model, name, None, tmp_path / "from-files")
+
+    model = tmp_path / "unwritten"
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    again = quantized(model, name, computing(base, adapters, made), tmp_path / "from-base")
+
+    assert again == written
+    assert written["model.safetensors"] != quantized(base, name, None, tmp_path / "of-base")[
+        "model.safetensors"
+    ]  # fmt: skip
+
+
+def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path: Path) -> None:
+    architecture = "LlamaForCausalLM"
+    base, model = make(architecture, tmp_path / "base"), tmp_path / "model"
+    adapters = ((make_adapter(base, architecture, tmp_path / "adapter"), 1.0),)
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    others = ((make_adapter(base, architecture, tmp_path / "other", seed=2), 1.0),)
+
+    with pytest.raises(InputRefused, match="not those that were merged"):
+        quantized(model, "fp8", computing(base, others, made), tmp_path / "out")
+
+
+def make(architecture: str, folder: Path) -> Path:
+    if MAKE[architecture] is make_dense:
+        return make_dense(folder, architecture, hidden=256)
+    return MAKE[architecture](folder, architecture)
+
+
+def make_adapter(base: Path, architecture: str, folder: Path, seed: int = 1) -> Path:
+    torch.manual_seed(seed)
+    network = getattr(transformers, architecture).from_pretrained(base, dtype=torch.float32)
+    stacked = [n for n in EXPERTS if any(k.endswith(n) for k, _ in network.named_parameters())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(
+            network,
+            LoraConfig(
+                r=4,
+                target_modules=r".*language_model.*_proj|model\.layers.*_proj",
+                target_parameters=stacked or None,
+            ),
+        )
+        with torch.no_grad():
+            for key, parameter in tuned.named_parameters():
+                if "lora_" in key:
+                    parameter.normal_(std=0.2)
+        tuned.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def computing(base: Path, adapters: tuple[tuple[Path, float], ...], made: dict) -> Virtual:
+    return Virtual(
+        base=Input(path=base),
+        adapters=tuple(Input(path=path) for path, _ in adapters),
+        weights=tuple(weight for _, weight in adapters),
+        options=Merge(),
+        digests={shard["file"]: shard["sha256"] for shard in made["shards"]},
+    )
+
+
+def quantized(model: Path, name: str, virtual: Virtual | None, out: Path) -> dict[str, bytes]:
+    """Run the job as a worker does; return the files that it made."""
+    out.mkdir()
+    wanted = QuantizeOptions(name="m", format=formats()[name])
+    job: QuantizeJob = replace(job_of(Input(path=model), 10**7, wanted, out), virtual=virtual)
+    with computed(job):
+        STAGES["quantize"](job, lambda *_: None)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
