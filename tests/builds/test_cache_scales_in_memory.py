@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from safetensors.numpy import load
-from weightsmith.errors import InputRefused
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.planning.forecast import forecast
+from weightsmith.tools import Memory as Room
 
 from tests.fakes.memory import Memory
 
@@ -81,3 +84,54 @@ def test_without_calibration_text_the_scale_is_one(memory: Memory) -> None:
 def test_none_is_measured_if_the_recipe_says_so(calibrated: Memory) -> None:
     calibrated.build(WANTED, "serve.kv_cache_scales=none", targets=["vllm"])
     assert "cache-scales" not in calibrated.jobs()
+
+
+def planned(memory: Memory, *settings: str, target: str) -> dict[str, Any]:
+    """Return the plan's row of this stage, {} if it has none."""
+    request = memory.request(WANTED, *settings, targets=[target])
+    found = forecast(request.file, request.targets, memory.dist, memory.tools)
+    rows = {row["stage"]: row for row in found["stages"]}
+    return dict(rows.get("cache-scales", {}))
+
+
+def test_the_plan_has_the_stage_with_its_memory_and_disk(calibrated: Memory) -> None:
+    before = planned(calibrated, target="vllm")
+
+    assert (before["target"], before["cached"]) == ("vllm", False)
+    assert before["why"] == "merge comes first"
+    assert before["peak_memory_bytes"] > 380 << 20
+    files = sum(one.stat().st_size for one in (calibrated.home / "base").iterdir())
+    assert before["read_bytes"] == files
+    weights = (calibrated.home / "base" / "model.safetensors").stat().st_size
+    assert before["write_bytes"] == files - weights
+
+    calibrated.build(targets=["vllm"])
+    assert planned(calibrated, target="vllm")["why"].startswith("measured on the checkpoint, ")
+    calibrated.build(WANTED, targets=["vllm"])
+    after = planned(calibrated, target="vllm")
+    assert (after["cached"], after["why"]) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("vllm-awq", "AWQ checkpoints"), ("vllm-lora", "adapters are not merged")]
+)
+def test_the_plan_warns_of_a_target_without_scales(
+    calibrated: Memory, target: str, why: str
+) -> None:
+    assert planned(calibrated, target=target) == {}
+    (said,) = [said for said in calibrated.progress.warnings if "fp8 cache has scale 1.0" in said]
+    assert said.startswith(f"{target}: ")
+    assert why in said
+
+    assert planned(calibrated, "serve.kv_cache_scales=none", target="vllm") == {}
+
+
+def test_a_build_without_the_memory_to_measure_ends_before_any_work(calibrated: Memory) -> None:
+    settings = (WANTED, "validate.enabled=false", "evaluate=null")
+    needed = planned(calibrated, *settings, target="vllm")["peak_memory_bytes"]
+    calibrated.room = Room(budget=needed // 2, limit=needed - 1)
+
+    with pytest.raises(EnvironmentFailure, match="cache-scales vllm needs") as caught:
+        calibrated.build(*settings, targets=["vllm"])
+    assert "set serve.kv_cache_scales to none" in caught.value.hint
+    assert calibrated.jobs() == []

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
-from weightsmith.errors import CheckFailed
+from weightsmith import platforms
+from weightsmith.errors import CheckFailed, EnvironmentFailure
+from weightsmith.planning.forecast import forecast
+from weightsmith.tools import Memory as Room
 
 from tests.fakes.baking import push_base
 from tests.fakes.memory import QUESTIONS, Memory, questions
 
-TARGET = "vllm-fp8"
+TARGET, GGUF = "vllm-fp8", "llamacpp-q4_k_m"
 
 
 @pytest.fixture
@@ -74,3 +78,73 @@ def test_the_report_says_that_no_picture_was_tried(on_gpu: Memory, sees: bool) -
     said = "no picture was tried, because the image was not started"
     assert (said in banner.lower()) == sees
     assert any("no picture was tried" in text for text in on_gpu.progress.warnings) == sees
+
+
+def planned(memory: Memory, *settings: str, target: str = TARGET, **more: Any) -> dict[str, Any]:
+    """Return the plan's row of this stage, {} if it has none."""
+    request = memory.request(*settings, targets=[target])
+    found = forecast(request.file, request.targets, memory.dist, memory.tools, **more)
+    rows = {row["stage"]: row for row in found["stages"]}
+    return dict(rows.get("dequantized", {}))
+
+
+def test_the_plan_has_the_stage_with_its_memory_and_time(on_gpu: Memory) -> None:
+    before = planned(on_gpu, measure=True)
+
+    assert (before["target"], before["cached"]) == (TARGET, False)
+    assert before["why"] == "its image is for a GPU and none is here; its weights do not exist yet"
+    assert before["peak_memory_bytes"] > 700 << 20
+    assert before["read_bytes"] > 0
+    assert before["seconds"] > 0
+
+    on_gpu.build()
+    after = planned(on_gpu, measure=True)
+    assert (after["cached"], after["why"], after["seconds"]) == (True, "", None)
+
+    on_gpu.engine.gpu = True
+    assert planned(on_gpu) == {}
+
+
+def test_the_plan_has_it_only_where_the_build_runs_it(on_gpu: Memory) -> None:
+    assert planned(on_gpu, target="vllm") == {}
+    on_gpu.write_recipe(targets=[TARGET], evaluate=None)
+    assert planned(on_gpu) == {}
+
+
+def test_a_build_without_the_memory_for_it_ends_before_any_work(on_gpu: Memory) -> None:
+    settings = ("quality.gate=false", "validate.enabled=false")
+    needed = planned(on_gpu, *settings)["peak_memory_bytes"]
+    on_gpu.room = Room(budget=needed // 2, limit=needed - (64 << 20))
+
+    with pytest.raises(EnvironmentFailure, match=f"dequantized {TARGET} needs") as caught:
+        on_gpu.build(*settings)
+    assert "set evaluate.limit" in caught.value.hint
+    assert on_gpu.jobs() == []
+
+
+def test_scales_of_a_cache_do_not_ask_the_same_weights_again(on_gpu: Memory) -> None:
+    on_gpu.build()
+    wanted = "serve.kv_cache_dtype=fp8"
+    assert planned(on_gpu, wanted)["cached"]
+
+    on_gpu.build(wanted)
+    assert "dequantized" not in on_gpu.jobs()
+
+
+def test_a_file_is_asked_only_where_no_platform_is_this_machine_s(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platforms.platform, "machine", lambda: "x86_64")
+    both, other = (
+        f"image.platforms=[{each}]" for each in ("linux/amd64, linux/arm64", "linux/arm64")
+    )
+    assert planned(memory, both, target=GGUF) == {}
+    assert planned(memory, other, target=GGUF)["why"] == (
+        "its image, for linux/arm64, cannot be started here; its weights do not exist yet"
+    )
+
+    memory.build(both, targets=[GGUF])
+    assert "dequantized" not in memory.jobs()
+    memory.build(other, targets=[GGUF])
+    assert memory.jobs() == ["dequantized"]
+    assert planned(memory, other, target=GGUF)["cached"]

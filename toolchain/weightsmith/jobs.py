@@ -284,6 +284,8 @@ class DequantizedJob(Job):
     """Maximum length of an answer."""
     choose: bool
     """Return each choice's log-likelihood instead of an answer."""
+    batch_bytes: int = 0
+    """Memory for the questions that are answered together; 0 for a default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,7 +101,7 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     judge(begun, expected, clock.stages)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
-        artifact = timed.take(
+        artifact = weights = timed.take(
             quantized(request.file, target, sources, checkpoint, tools, beside=request.targets)
         )
         texts = texts_of(request.file)
@@ -114,7 +114,7 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         config = timed.take(rendered(request, target, sources, checkpoint, artifact, tools))
         made = timed.take(baked(record, target, artifact, config))
         record = replace(record, config=config, image=own_of(whole_image(made)))
-        results = evaluated(record, made[0].inputs, expected, timed)
+        results = evaluated(record, weights, made[0].inputs, expected, timed)
         judge(record, results, timed.stages)
         made = with_scores(made, results, record.started, tools.store)
         name, outputs = name_of(recipe, target.name), request.outputs_of(target)
@@ -271,10 +271,15 @@ def refusal(
 
 
 def evaluated(
-    record: Record, inputs: ImageInputs, expected: tuple[Result, ...], clock: Clock
+    record: Record,
+    weights: Artifact,
+    inputs: ImageInputs,
+    expected: tuple[Result, ...],
+    clock: Clock,
 ) -> tuple[Result, ...]:
     """Return the tasks with the scores of the started image, or of its weights in transformers.
 
+    `weights` has no scales of a cache, which change no answer here.
     Raises CheckFailed, and writes the report, if it does not start or does not meet its plan.
     """
     request, target, image, tools = record.request, record.target, record.image, record.tools
@@ -286,9 +291,9 @@ def evaluated(
         results = clock.take(evaluate(image, evaluation, started, tools))
     except CheckFailed as error:
         raise refusal(record, expected, clock.stages, error) from None
-    if record.started or not results or not record.artifact or not can_answer(record.artifact):
+    if record.started or not results or not can_answer(weights.format):
         return results
-    return clock.take(dequantized(record.checkpoint, record.artifact, results, tools))
+    return clock.take(dequantized(record.checkpoint, weights, results, tools))
 
 
 def judge(record: Record, results: tuple[Result, ...], stages: Mapping[str, StageRecord]) -> None:

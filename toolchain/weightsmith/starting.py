@@ -60,6 +60,11 @@ def why_not_started(image: Image, tools: Tools) -> str:
     """Return why this machine cannot start a built image; "" if it can."""
     if not is_own(image):
         return f"the image is for {image.platform}: it was not started"
-    if plan_of(image.labels).device != "cpu" and not tools.engine.describe().get("gpu"):
+    if not has_device(plan_of(image.labels).device, tools):
         return "the image is for a GPU and none is here: it was not started"
     return ""
+
+
+def has_device(device: str, tools: Tools) -> bool:
+    """Return whether this machine has a planned device; any GPU counts."""
+    return device == "cpu" or bool(tools.engine.describe().get("gpu"))

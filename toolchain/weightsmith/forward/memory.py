@@ -14,7 +14,7 @@ LOGIT_BYTES = 64 << 20
 """For the logits of one view's positions that are computed at a time."""
 _LEAST, _MOST = 256 << 20, 4 << 30
 """For the batches of all views: less would read the weights too often, more saves few readings."""
-_START = 380 << 20
+START = 380 << 20
 """Python, torch, transformers and PEFT, 304 MiB of it by imports, and the tokenizer."""
 _FLOAT = 4
 _STREAMS = 8
@@ -94,4 +94,4 @@ def _fixed(shape: ModelShape, walk: Walk) -> int:
     # A generated token's logits are copied three times by transformers.
     rows = min(walk.rows, BATCH_TOKENS * walk.rows // max(1, walk.tokens))
     logits = max(3 * LOGIT_BYTES, 4 * _FLOAT * walk.views * rows * shape.vocab)
-    return _START + walk.adapter_bytes + min(logits, 12 * walk.tokens * shape.vocab)
+    return START + walk.adapter_bytes + min(logits, 12 * walk.tokens * shape.vocab)

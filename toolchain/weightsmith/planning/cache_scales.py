@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
+from weightsmith.planning.memory import cache_scales_memory
 from weightsmith.planning.options import texts_of
 from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.recipe_file import RecipeFile
@@ -13,10 +14,9 @@ from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.stages import cache_scales as stage
 from weightsmith.tools import Tools
-from weightsmith.values import LORA, Json, Tree
+from weightsmith.values import LORA, Json, Sources, Tree
 
 _E4M3 = frozenset({"fp8", "fp8_e4m3"})
-_WALK = 4 << 30
 _NO_ATTENTION: Mapping[str, str] = {
     # vLLM 0.33, auto_awq.py and auto_gptq.py: get_quant_method has nothing for attention
     "awq": "vLLM reads no scales of a cache from AWQ checkpoints",
@@ -69,17 +69,28 @@ def _obstacle(file: RecipeFile, target: Target, model: ModelFacts) -> str:
 
 
 def forecast_scales(
-    file: RecipeFile, target: Target, model: ModelFacts, checkpoint: Tree | None, tools: Tools
+    file: RecipeFile,
+    target: Target,
+    model: ModelFacts,
+    sources: Sources,
+    checkpoint: Tree | None,
+    tools: Tools,
 ) -> dict[str, Json] | None:
-    """Return the stage's row of a forecast; None if there is no such stage."""
-    if why := missing(file, target, model):
-        tools.progress.warn(why)
+    """Return the stage's row of a forecast; None if there is no such stage.
+
+    `checkpoint` is None if it does not exist yet.
+    """
     if not has_scales(file, target, model):
         return None
-    row: dict[str, Json] = {"target": target.name, "cached": False, "why": "merge comes first"}
+    base, texts = sources.base.tree, texts_of(file)
+    row: dict[str, Json] = {
+        "target": target.name,
+        "read": base.size,
+        "write": base.size - base.weight_bytes,  # the small files, beside which the scales lie
+        "memory": cache_scales_memory(model, base.size, texts),
+    }
     if checkpoint is None:
-        return row
-    found = tools.store.find(stage.inputs(checkpoint.digest, texts_of(file)).key)
-    why = "" if found else f"measured on the checkpoint, {human(checkpoint.size)}"
-    memory = _WALK + 2 * checkpoint.size // max(1, model.layers)
-    return {**row, "cached": bool(found), "why": why, "read": checkpoint.size, "memory": memory}
+        return {**row, "cached": False, "why": "merge comes first"}
+    cached = tools.store.find(stage.inputs(checkpoint.digest, texts).key) is not None
+    why = "" if cached else f"measured on the checkpoint, {human(checkpoint.size)}"
+    return {**row, "cached": cached, "why": why}

@@ -12,7 +12,8 @@ from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.planning.bases import bases_of
-from weightsmith.planning.cache_scales import missing
+from weightsmith.planning.cache_scales import forecast_scales, missing
+from weightsmith.planning.dequantized import forecast_dequantized
 from weightsmith.planning.memory import (
     quality_memory,
     quantize_memory,
@@ -47,7 +48,7 @@ from weightsmith.stages.bake import layer_limit
 from weightsmith.stages.base import OWN, base_reference, check_own, data_base
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Tools
-from weightsmith.values import Digest, Sources
+from weightsmith.values import Sources, Tree
 
 
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
@@ -89,51 +90,73 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
             check_engine_image(target.engine, device, model)
     if any(target.format.packed for target in request.targets):
         warn_of_texts(request.file, tools.progress)
-    require_memory(_needs(request, sources, model, tools), tools.memory)
+    require_memory(_needs(request, sources, model, devices, tools), tools.memory)
     if not everything_cached(request, sources, tools):
         for target in request.targets:
             if target.format.packed:
                 require_builder(target, tools.runner)
+        written += _beside_scales(request, sources, model, tools)
         tools.store.require_room(written + packed, "the build")
     return devices
 
 
+def _beside_scales(request: BuildRequest, sources: Sources, model: ModelFacts, tools: Tools) -> int:
+    """Return the bytes of the files that are written beside the scales of caches."""
+    rows = (
+        forecast_scales(request.file, target, model, sources, None, tools)
+        for target in request.targets
+    )
+    return sum(row["write"] for row in rows if row)
+
+
 def _needs(
-    request: BuildRequest, sources: Sources, model: ModelFacts, tools: Tools
+    request: BuildRequest,
+    sources: Sources,
+    model: ModelFacts,
+    devices: Mapping[str, str],
+    tools: Tools,
 ) -> Iterator[tuple[str, str, int]]:
     """Yield each stage whose job is still to run, its target and the bytes that it needs."""
     recipe, whole = request.file.recipe, sources_to_merge(request.targets, sources)
-    checkpoint: Digest | None = sources.base.digest
+    checkpoint: Tree | None = sources.base.tree
     if whole.adapters:
         files = needs_files(request.targets)
         merged = merging.find(whole, recipe.merge, tools.store, files=files)
-        checkpoint = merged.tree.digest if merged else None
+        checkpoint = merged.tree if merged else None
         if checkpoint is None:
             yield "merge", "", merging.check(whole, recipe.merge)["peak_memory_bytes"]
         if recipe.validation.enabled and not _is_validated(request, whole, checkpoint, tools):
             yield "validate", "", validate_memory(model, whole)
-    tasks = [task for task in tasks_of(request.file) if not _is_answered(task, sources, tools)]
-    if tasks:
-        yield "reference", "", reference_memory(model, sources, tasks, tools.memory)
+    tasks = tasks_of(request.file)
+    asked = [task for task in tasks if not _is_answered(task, sources, tools)]
+    if asked:
+        yield "reference", "", reference_memory(model, sources, asked, tools.memory)
     for target in request.targets:
-        if target.format.packed:
-            options = quantize_options(request.file, target.format, sources.base, tools)
-            made = checkpoint and tools.store.find(quantizing.inputs(checkpoint, options).key)
-            if not made:
-                needed = quantize_memory(model, sources.base.tree.size, options)
-                yield "quantize", target.name, needed
-            if recipe.quality.gate is not False:
-                needed = quality_memory(model, recipe.quality.tokens)
-                yield "quality", target.name, needed
+        row = forecast_scales(request.file, target, model, sources, checkpoint, tools)
+        if row and not row["cached"]:
+            yield "cache-scales", target.name, row["memory"]
+        if not target.format.packed:
+            continue
+        options = quantize_options(request.file, target.format, sources.base, tools)
+        key = quantizing.inputs(checkpoint.digest, options).key if checkpoint else None
+        made = tools.store.find(key) if key else None
+        if not made:
+            yield "quantize", target.name, quantize_memory(model, sources.base.tree.size, options)
+        if recipe.quality.gate is not False:
+            yield "quality", target.name, quality_memory(model, recipe.quality.tokens)
+        pair, given = (checkpoint, made.tree if made else None), (tasks, sources, model)
+        row = forecast_dequantized(request.file, target, devices[target.name], *given, pair, tools)
+        if row and not row["cached"]:
+            yield "dequantized", target.name, row["memory"]
 
 
 def _is_validated(
-    request: BuildRequest, sources: Sources, checkpoint: Digest | None, tools: Tools
+    request: BuildRequest, sources: Sources, checkpoint: Tree | None, tools: Tools
 ) -> bool:
     if checkpoint is None:
         return False
     asked = probes(request.file)
-    stage = validating.inputs(sources, request.file.recipe.merge, checkpoint, asked)
+    stage = validating.inputs(sources, request.file.recipe.merge, checkpoint.digest, asked)
     return tools.store.find(stage.key) is not None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from weightsmith.build_record import read_build
@@ -11,8 +10,10 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.references import Reference
-from weightsmith.planning.cache_scales import forecast_scales
+from weightsmith.planning.advice import advice_for
+from weightsmith.planning.cache_scales import forecast_scales, missing
 from weightsmith.planning.checks import check_format
+from weightsmith.planning.dequantized import forecast_dequantized
 from weightsmith.planning.layer_time import measured_layer_time, stage_seconds, with_times
 from weightsmith.planning.memory import (
     quality_memory,
@@ -36,7 +37,6 @@ from weightsmith.planning.tasks import probes, tasks_of
 from weightsmith.provenance.labels import repository
 from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import RecipeFile
-from weightsmith.serving.advice import advise
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingPlan
@@ -93,7 +93,9 @@ def forecast(
         options = quantize_options(file, target.format, sources.base, tools)
         row, artifact = _quantize_row(options, target, checkpoint, sources, earlier, tools)
         rows += [row, *_quality_rows(file, target, model, checkpoint, artifact, tools)]
-        if scales := forecast_scales(file, target, model, checkpoint, tools):
+        if uncalibrated := missing(file, target, model):
+            tools.progress.warn(uncalibrated)
+        if scales := forecast_scales(file, target, model, sources, checkpoint, tools):
             rows.append(_row("cache-scales", **scales))
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, model)
@@ -102,6 +104,9 @@ def forecast(
         check_format(target, options, model, device)
         platforms[target.name], engines = forecast_platforms(file, target, device, tools)
         rows += [_row("base", target=target.name, cached=c, why=why) for c, why in engines]
+        pair, given = (checkpoint, artifact), (file, target, device, tasks, sources, model)
+        if answers := forecast_dequantized(*given, pair, tools):
+            rows.append(_row("dequantized", **answers))
         rows.append(_publish_row(file, target, artifact, weight))
     layer_time = measured_layer_time(sources, tools) if measure else None
     if layer_time is not None:
@@ -116,7 +121,7 @@ def forecast(
         "serving": serving,
         "plan": serving,  # the same, under the name that `render` uses
         "platforms": platforms,
-        "advice": _advice(file, targets, sources, dist, tools),
+        "advice": advice_for(file, targets, sources, dist, tools),
         **({"layer_time": layer_time.to_json()} if layer_time else {}),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
@@ -150,32 +155,6 @@ def _serving_plan(
         raise UsageError(
             f"{target.name}: {error.message}", hint=error.hint, details=details
         ) from None
-
-
-def _advice(
-    file: RecipeFile, targets: Sequence[Target], sources: Sources, dist: Path, tools: Tools
-) -> Mapping[str, Json]:
-    """Return whether to merge, from the recipe, the merge's measurement and earlier builds."""
-    found = merging.find(sources, file.recipe.merge, tools.store, files=False)
-    return advise(
-        adapters=len(sources.adapters),
-        packed=any(target.format.packed for target in targets),
-        changes=_changes(dist / file.recipe.name),
-        conflicts=found.details.get("conflicts") or () if found and sources.adapters else (),
-    )
-
-
-def _changes(folder: Path) -> int:
-    """Return how many different sets of adapters were built in this folder within a week."""
-    since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
-    for path in folder.glob("*/*/build.json"):
-        try:
-            record = read_build(path.parent)
-        except (OSError, ValueError):
-            continue
-        if record.created >= since:
-            seen.add(tuple(adapter.digest for adapter in record.adapters))
-    return len(seen)
 
 
 def _unresolved(file: RecipeFile, targets: Sequence[Target], missing: str) -> Mapping[str, Json]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import InputRefused
 from weightsmith.evaluating.results import RecipeTask
-from weightsmith.forward.memory import batch_bytes, token_bytes
+from weightsmith.evaluating.task import Task
+from weightsmith.forward.memory import Walk, batch_bytes, token_bytes
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import LayerTimeJob
 from weightsmith.json_objects import JsonObject
@@ -76,32 +77,40 @@ def stage_seconds(
     probed = 3 * PROBED_TOKENS
     weights = sources.base.tree.weight_bytes // 2  # in 16 bits
     new = FEW_NEW if weights > LARGE else NEW
+    walks = [
+        (references.walk_of(references.subjects(sources, t.adapter), t.task), t.task) for t in tasks
+    ]
     validate = new * layer_time.passed(PROBES, PROBES) + layer_time.passed(probed, probed)
     read = PADDED * quality_tokens
     return {
         "validate": validate if merged else 0.0,
         "reference": sum(
-            _reference(layer_time, shape, sources, t, budget, merged=merged) for t in tasks
+            _answers(layer_time, shape, walk, task, budget)
+            + (_checked(layer_time, walk, task) if merged else 0.0)
+            for walk, task in walks
         ),
         "quality": 2 * layer_time.passed(read, quality_tokens),
+        # Without what it takes to dequantize the weights in each pass.
+        "dequantized": sum(
+            _answers(layer_time, shape, replace(walk, views=1), task, budget)
+            for walk, task in walks
+        ),
     }
 
 
-def _reference(
-    layer_time: LayerTime,
-    shape: ModelShape,
-    sources: Sources,
-    task: RecipeTask,
-    budget: int,
-    *,
-    merged: bool,
+def _checked(layer_time: LayerTime, walk: Walk, task: Task) -> float:
+    """Return the seconds of the merged model, which reads the adapter's answers in one pass."""
+    return layer_time.passed(walk.tokens, len(task.items) * max(1, task.max_tokens))
+
+
+def _answers(
+    layer_time: LayerTime, shape: ModelShape, walk: Walk, task: Task, budget: int
 ) -> float:
-    """Return the seconds of base and adapter, token by token, and of the merged model's one pass.
+    """Return the seconds of models that answer side by side, token by token.
 
     A batch that does not fit into memory with the others reads the weights again.
     """
-    walk = references.walk_of(references.subjects(sources, task.adapter), task.task)
-    rows, new = len(task.task.items), max(1, task.task.max_tokens)
+    rows, new = len(task.items), max(1, task.max_tokens)
     one = token_bytes(
         layers=shape.layers,
         cached=shape.kv_heads * shape.head_dim,
@@ -111,8 +120,7 @@ def _reference(
     room = max(1, batch_bytes(shape, walk, budget))
     batches = max(1, -(-walk.views * walk.tokens * one // room))
     asked, steps = walk.views * walk.tokens / batches, walk.views * rows / batches
-    generated = batches * (layer_time.passed(asked, steps) + new * layer_time.passed(steps, steps))
-    return generated + (layer_time.passed(walk.tokens, rows * new) if merged else 0.0)
+    return batches * (layer_time.passed(asked, steps) + new * layer_time.passed(steps, steps))
 
 
 def with_times(

@@ -6,16 +6,26 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.evaluating.asking import LETTERS, walk_of
 from weightsmith.evaluating.results import RecipeTask
-from weightsmith.forward.memory import Walk, single_pass_bytes, walk_bytes
+from weightsmith.forward.memory import (
+    BATCH_TOKENS,
+    START,
+    Walk,
+    single_pass_bytes,
+    token_bytes,
+    walk_bytes,
+)
 from weightsmith.quantizers import of_format
+from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.gguf_calibration import WALK_TOKENS
+from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.memory import human
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import reference as references
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Memory
-from weightsmith.values import Sources
+from weightsmith.values import AWQ, GPTQ, Sources
 
 _UNKNOWN = 3 << 30
 """For models whose dimensions are not known."""
@@ -32,12 +42,19 @@ _DEQUANTIZED = 384 << 20
 """What stays of the last dequantized matrix, and the rows that all threads dequantize."""
 _PACKING = 4 << 30
 """Beside the checkpoint that a quantizer of packed checkpoints loads."""
+_COPIES = 3
+"""Of a layer in float32 that is calibrated: itself, as it was, and a group of its matrices."""
+_SQUARES = 12
+"""Float32 numbers per pair of inputs while errors are compensated: two Gram matrices, and five in
+float64 (`quantizers/layerwise/compensating.py`)."""
 _STREAMED = 512 << 20
 """For a few rows and the scales of one matrix."""
 _GGUF = 1 << 30
 _WAYS_OUT: Mapping[str, str] = {
     "reference": "set evaluate.limit to ask fewer questions",
     "validate": "set validate.enabled to false",
+    "cache-scales": "set serve.kv_cache_scales to none",
+    "dequantized": "set evaluate.limit to ask fewer questions",
     "quality": "set quality.gate to false, or quality.tokens to fewer",
 }
 
@@ -50,6 +67,11 @@ def reference_memory(
         _walk(model, references.walk_of(references.subjects(sources, t.adapter), t.task), memory)
         for t in tasks
     )
+
+
+def dequantized_memory(model: ModelFacts, tasks: Sequence[RecipeTask], memory: Memory) -> int:
+    """Return the peak in bytes of the dequantized weights' answers, of the largest task."""
+    return max(_walk(model, walk_of(one.task), memory) for one in tasks) + _DEQUANTIZED
 
 
 def validate_memory(model: ModelFacts, sources: Sources) -> int:
@@ -82,9 +104,9 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     limit = quantizing.memory_limit(size, options)
     if of_format(options.format.name).streams:
         return _STREAMED
-    if of_format(options.format.name).by_layer:
-        # In float32, scaled, and what its errors are weighed with.
-        return min(_PACKING + 6 * size // max(1, model.layers), limit)
+    if options.texts and of_format(options.format.name).by_layer:
+        compensated = options.format in (AWQ, GPTQ)
+        return min(_calibrated(model, size, options.texts, compensated=compensated), limit)
     if options.format.suffix != ".gguf":
         return min(_PACKING + size, limit)
     try:
@@ -99,6 +121,37 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     # One layer in float32, and the states of as many tokens as run together.
     walking = _GGUF + 2 * size // max(1, model.layers) + 4 * shape.hidden * WALK_TOKENS
     return max(writing, walking)
+
+
+def cache_scales_memory(model: ModelFacts, size: int, texts: Texts) -> int:
+    """Return the peak of measuring a cache's scales in bytes, for a checkpoint of `size` bytes."""
+    return _calibrated(model, size, texts, compensated=False)
+
+
+def _calibrated(model: ModelFacts, size: int, texts: Texts, *, compensated: bool) -> int:
+    """Return the peak in bytes of a walk over calibration text, one decoder layer at a time.
+
+    The sum of libraries, the states of all text, the layer in float32, and one batch's activations
+    or what it takes to compensate errors, if that is more.
+    """
+    try:
+        shape, experts = model.shape, model.matrices.expert_width
+    except InputRefused:
+        return _UNKNOWN
+    tokens = texts.letters // LETTERS + BATCH_TOKENS
+    states = shape.hidden + BLOCK + 2 * shape.head_dim  # with a mask, and rotary factors
+    if compensated:
+        states += shape.hidden  # in front of the layer, which runs more than once
+    if compensated and experts:  # their inputs are kept until the layer has run
+        states += 2 * shape.hidden + 4 * experts
+    batch = token_bytes(
+        layers=0, cached=0, hidden=shape.hidden, intermediate=max(shape.intermediate, experts)
+    )
+    table = 2 * shape.vocab * shape.hidden  # of embeddings, which no layer has
+    layer = 2 * max(0, size - table) // max(1, model.layers)
+    widest = max(shape.hidden, shape.intermediate, experts)
+    copies, squares = (_COPIES, 4 * _SQUARES * widest**2) if compensated else (1, 0)
+    return START + 4 * tokens * states + copies * layer + max(BATCH_TOKENS * batch, squares)
 
 
 def _walk(model: ModelFacts, walk: Walk, memory: Memory) -> int:

@@ -47,6 +47,11 @@ class Texts:
         """Key of the held-out texts."""
         return key_of(self.held_out)
 
+    @property
+    def letters(self) -> int:
+        """Number of characters of the calibration texts, without a template's."""
+        return sum(map(_length, self.calibration))
+
     def warning(self) -> str:
         """Return a warning if general texts were added to the user's; else ''."""
         count = len(self.calibration) + len(self.held_out)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.destinations import InStore
+from weightsmith.evaluating.asking import batch_memory, memory_limit, walk_of
 from weightsmith.evaluating.results import Result, judged
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.job_inputs import Input, Virtual
@@ -17,26 +18,26 @@ from weightsmith.quantizers import of_format
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, StageInputs
+from weightsmith.values import Artifact, Checkpoint, Digest, Format, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 1
 _ANSWERS = "answers.json"
 
 
-def can_answer(artifact: Artifact) -> bool:
-    """Return whether an artifact's weights are other than the merged model's, and can be read."""
-    return artifact.format.packed and of_format(artifact.format.name).view is not None
+def can_answer(format_: Format) -> bool:
+    """Return whether a format's weights are other than the merged model's, and can be read."""
+    return format_.packed and of_format(format_.name).view is not None
 
 
-def inputs(checkpoint: Checkpoint, artifact: Artifact, task: Task) -> StageInputs:
-    """Return everything that the answers depend on."""
+def inputs(checkpoint: Digest, artifact: Digest, task: Task) -> StageInputs:
+    """Return everything that the answers depend on: no platform, so that none is asked again."""
     return StageInputs(
         stage="dequantized",
         recipe_number=RECIPE_NUMBER,
         inputs={
-            "checkpoint": checkpoint.digest,
-            "artifact": artifact.digest,
+            "checkpoint": checkpoint,
+            "artifact": artifact,
             "questions": task.digest,
             "max_tokens": task.max_tokens,
             "builder": builder_pins(BUILDER),
@@ -57,7 +58,7 @@ def dequantized(
     for result in results:
         task = result.task.task
         found = to.document(
-            partial(inputs, checkpoint, artifact, task),
+            partial(inputs, checkpoint.digest, artifact.digest, task),
             _ANSWERS,
             partial(_run, checkpoint, artifact, task, tools),
         )
@@ -70,7 +71,7 @@ def _run(
     checkpoint: Checkpoint, artifact: Artifact, task: Task, tools: Tools, folder: Path
 ) -> Sequence[object]:
     tools.runner.prepare(BUILDER, tools.progress)
-    size = checkpoint.tree.weight_bytes
+    size, model = checkpoint.tree.size, checkpoint.tree.texts
     job = DequantizedJob(
         builder=BUILDER,
         model=Input.checkpoint(checkpoint),
@@ -80,8 +81,9 @@ def _run(
         questions=task.questions,
         max_tokens=task.max_tokens,
         choose=task.metric == "choice",
+        batch_bytes=batch_memory(model, walk_of(task), tools.memory.budget),
         output=folder,
-        memory_bytes=(4 << 30) + 5 * size,
+        memory_bytes=memory_limit(size),
         seconds=job_seconds(size, tokens=task.most_tokens),
         use_gpu=True,
     )

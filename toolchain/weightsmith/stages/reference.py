@@ -8,14 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 from weightsmith.destinations import Documents, Inputs, InStore
-from weightsmith.errors import InputRefused
+from weightsmith.evaluating import asking
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged
 from weightsmith.evaluating.task import Answers, Task, score_task
-from weightsmith.forward.memory import Walk, batch_bytes
+from weightsmith.forward.memory import Walk
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import AskedModel, ReferenceJob
 from weightsmith.outcome import Outcome, Timer
@@ -36,7 +35,6 @@ from weightsmith.values import (
 BUILDER = "merge"
 RECIPE_NUMBER = 4
 _ANSWERS = "answers.json"
-_TEMPLATE_TOKENS = 32
 _VOICE = frozenset((*TOKENIZER_FILES, *TEMPLATE_FILES))
 """Files that decide how a question becomes tokens."""
 
@@ -157,36 +155,11 @@ def _answered(rows: Json, _: Path) -> Json:
 def walk_of(asked: Mapping[str, Subject], task: Task) -> Walk:
     """Return what a job holds in memory at its peak: the merged model answers after the others."""
     adapters = {a.snapshot.digest: a.snapshot.tree for s in asked.values() for a in s.adapters}
-    one_by_one = task.metric == "choice"
-    return Walk(
+    return asking.walk_of(
+        task,
         views=max(1, sum(name != "merged" for name in asked)),
-        rows=1 if one_by_one else len(task.items),
-        tokens=_longest(task) if one_by_one else _tokens(task.most_tokens, len(task.items), task),
         adapter_bytes=2 * sum(tree.weight_bytes for tree in adapters.values()),
     )
-
-
-def _longest(task: Task) -> int:
-    """Return the tokens of the longest question with its longest choice."""
-    letters = (
-        sum(len(str(m["content"])) for m in item.messages) + max(map(len, item.choices), default=0)
-        for item in task.items
-    )
-    return _tokens(max(letters, default=0), 1, task)
-
-
-def _tokens(letters: int, items: int, task: Task) -> int:
-    # A token has about three letters; a chat template adds some tokens.
-    return letters // 3 + items * (_TEMPLATE_TOKENS + task.max_tokens)
-
-
-def _batch_bytes(asked: Mapping[str, Subject], task: Task, budget: int) -> int:
-    """Return the job's memory for batches; 0 if the model's dimensions are not known."""
-    try:
-        shape = read_facts(next(iter(asked.values())).model.root).shape
-    except InputRefused:
-        return 0
-    return batch_bytes(shape, walk_of(asked, task), budget)
 
 
 def next_job(
@@ -277,10 +250,12 @@ def _job(
         questions=task.questions,
         max_tokens=task.max_tokens,
         choose=task.metric == "choice",
-        batch_bytes=_batch_bytes(asked, task, tools.memory.budget),
+        batch_bytes=asking.batch_memory(
+            next(iter(asked.values())).model.root, walk_of(asked, task), tools.memory.budget
+        ),
         virtual=next((v for v in map(Virtual.of, models.values()) if v), None),
         output=Path(),
-        memory_bytes=(3 << 30) + 5 * size,
+        memory_bytes=asking.memory_limit(size),
         seconds=job_seconds(size, tokens=len(asked) * task.most_tokens),
         use_gpu=True,
     )

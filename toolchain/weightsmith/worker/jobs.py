@@ -311,8 +311,8 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
         choices: Any = importlib.import_module("weightsmith.merging.choices")
         return {"answers": choices.likelihoods(subjects, job.questions, tell)[""]}
     reference: Any = importlib.import_module("weightsmith.merging.reference")
-    chats = [question.messages for question in job.questions]
-    return {"answers": plain(reference.answers(subjects, chats, job.max_tokens, tell)[""])}
+    given = [question.messages for question in job.questions], job.max_tokens, tell
+    return {"answers": plain(reference.answers(subjects, *given, batch_bytes=job.batch_bytes)[""])}
 
 
 def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, Json]:

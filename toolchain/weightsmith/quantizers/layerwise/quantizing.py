@@ -183,7 +183,8 @@ def _layer(walk: _Walk, number: int, layer: Any) -> dict[str, torch.Tensor]:
     if observer.routed is not None:
         made |= _experts(walk, number, observer.routed)
     if not walk.awq:
-        outputs = [layers.run(number, batch) for batch in range(len(layers.batches))]
+        for batch in range(len(outputs)):  # one by one: no third copy of all states
+            outputs[batch] = layers.run(number, batch)
     layers.states = outputs
     return made
 
