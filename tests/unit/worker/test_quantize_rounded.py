@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from weightsmith.errors import InputRefused
 from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import QuantizeJob
+from weightsmith.jobs import CacheScalesJob, DequantizedJob, QualityJob, QuantizeJob, Question
 from weightsmith.merge_options import Merge
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers import formats
+from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.worker.jobs import STAGES
 from weightsmith.worker.virtual import computed
@@ -76,6 +79,40 @@ def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path: Path) -> 
 
     with pytest.raises(InputRefused, match="not those that were merged"):
         quantized(model, "fp8", computing(base, others, made), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3MoeForCausalLM", "Qwen2_5_VLForConditionalGeneration"]
+)
+def test_gate_answers_and_cache_scales_are_those_of_the_written_merge(
+    tmp_path: Path, architecture: str
+) -> None:
+    base = make(architecture, tmp_path / "base")
+    adapters = ((make_adapter(base, architecture, tmp_path / "adapter"), 1.0),)
+    texts = tuple(json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2])
+    asked = (Question(messages=({"role": "user", "content": "Hi"},)),)
+    found = []
+    for unwritten in (False, True):
+        model, packed = tmp_path / f"model-{unwritten}", tmp_path / f"packed-{unwritten}"
+        made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
+        virtual = computing(base, adapters, made) if unwritten else None
+        quantized(model, "fp8", virtual, packed)
+        read: dict[str, Any] = {
+            "builder": "merge", "model": Input(path=model), "virtual": virtual,
+            "output": tmp_path, "seconds": 0,
+        }  # fmt: skip
+        weights = {"artifact": Input(path=packed), "quantizer": "rounded"}
+        jobs = (
+            QualityJob(**read, **weights, texts=texts, tokens=100),
+            DequantizedJob(**read, **weights, questions=asked, max_tokens=4, choose=False),
+            CacheScalesJob(**read, texts=texts),
+        )
+        for job in jobs:
+            with computed(job):
+                found.append(STAGES[job.kind](job, lambda *_: None))
+
+    assert found[:3] == found[3:]
+    assert found[0]["kl_mean"] > 0
 
 
 def make(architecture: str, folder: Path) -> Path:
