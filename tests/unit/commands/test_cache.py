@@ -51,13 +51,13 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mappin
         with open_one_cache(str(tmp_path / "shared"), Silent()) as one:
             match name:
                 case "push":
-                    return push_results(one.local.results(), one.uploads, one.place.cache, Silent())
+                    return push_results(one.local.results(), one.uploads, one.shared.cache, Silent())
                 case "pull":
-                    return pull_results(one.store, one.local, one.place)
+                    return pull_results(one.store, one.local, one.shared)
                 case "prune":
-                    return prune_cache(one.place.cache, keep)
+                    return prune_cache(one.shared.cache, keep)
                 case _:
-                    return describe_cache(one.place.cache)
+                    return describe_cache(one.shared.cache)
 
     return action
 
