@@ -51,7 +51,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mappin
         with open_one_cache(str(tmp_path / "shared"), Silent()) as one:
             match name:
                 case "push":
-                    return push_results(one.local.results(), one.uploads, one.shared.cache, Silent())
+                    return push_results(
+                        one.local.results(), one.uploads, one.shared.cache, Silent()
+                    )
                 case "pull":
                     return pull_results(one.store, one.local, one.shared)
                 case "prune":
