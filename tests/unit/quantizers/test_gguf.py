@@ -214,6 +214,20 @@ def test_a_matrix_is_measured_on_a_file_that_is_then_quantized_and_removed(tmp_p
     assert Path(settings(quantize).middle) in quantize.removes
 
 
+def test_a_finished_measurement_is_known_again_when_other_cpus_are_idle(tmp_path, monkeypatch):
+    """Its command is what a resumed run compares; by then the 16-bit file may be deleted."""
+    made = with_text(request(tmp_path, "q4_k_m", imatrix="auto"))
+
+    def measure(idle):
+        monkeypatch.setattr("weightsmith.quantizers.gguf.idle", lambda: idle)
+        return of_format("q4_k_m").steps(made)[1]
+
+    few, many = measure(1), measure(64)
+
+    assert few.argv == many.argv
+    assert (few.env["LLAMA_ARG_THREADS"], many.env["LLAMA_ARG_THREADS"]) == ("1", "64")
+
+
 def test_what_was_measured_before_is_not_measured_again(tmp_path):
     made = replace(request(tmp_path, "q4_k_m", imatrix="auto"), measured=True)
 

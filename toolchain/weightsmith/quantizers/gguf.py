@@ -259,10 +259,10 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
             str(request.tools / "bin" / "llama-imatrix"),
             *("-m", "{first}" if split else str(model), "-f", text.name, "-o", IMATRIX),
             *("-c", str(window), "--parse-special", "--no-ppl", "-fa", "off"),
-            *("-t", str(threads)),
         ),
-        # The order of sums affects the last bits, so use the same CPU variant everywhere.
-        env={"WEIGHTSMITH_CPU_VARIANT": _variant()},
+        # The order of sums affects the last bits, so use the same CPU variant everywhere. Threads
+        # are no argument: a resumed run knows a finished step by its arguments.
+        env={"WEIGHTSMITH_CPU_VARIANT": _variant(), "LLAMA_ARG_THREADS": str(threads)},
         writes={text: "\n".join(row["text"] for row in rows)},
         finds={"first": f"{model.stem}*.gguf"} if split else {},
         removes=(text,),
