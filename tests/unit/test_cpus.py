@@ -39,7 +39,10 @@ def test_busy_cpus_get_no_thread(machine, gained, expected):
     assert cpus.idle() == expected
 
 
-@pytest.mark.parametrize(("before", "after"), [([], []), ([1, 1, 1, 1], [1, 1, 1])])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([], []), ([1, 1, 1, 1], [1, 1, 1]), ([0, 0, 0, 0], [0, 0, 0, 0])],
+)
 def test_without_counts_one_cpu_is_left(machine, before, after):
     machine(before, after)
     assert cpus.idle() == 3

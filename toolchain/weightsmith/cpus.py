@@ -27,7 +27,8 @@ def idle() -> int:
     before = _unused()
     time.sleep(_MOMENT)
     after = _unused()
-    if not before or before.keys() != after.keys():
+    # Sandboxes such as gVisor show zeros only.
+    if not any(before.values()) or before.keys() != after.keys():
         return all_but_one()
     ticks = _MOMENT * os.sysconf("SC_CLK_TCK")
     return max(1, round(sum(min(1.0, (after[cpu] - before[cpu]) / ticks) for cpu in after)))
