@@ -57,6 +57,20 @@ def test_weights_that_forgot_are_not_published(on_gpu: Memory) -> None:
     assert on_gpu.seen() == ["1", "refused"]  # the engine, and the report
 
 
+def test_weights_that_cannot_be_read_are_not_asked_and_stop_nothing(on_gpu: Memory) -> None:
+    on_gpu.bench.quality.clear()
+    on_gpu.bench.quality["skipped"] = "no such architecture"
+    on_gpu.build()
+
+    said = "the dequantized weights were not asked: no such architecture"
+    assert said in on_gpu.progress.warnings
+    assert "dequantized" not in on_gpu.record(TARGET)["scores"]
+    assert on_gpu.record(TARGET)["unproven"][0] == "the image was not asked"
+
+    on_gpu.build()
+    assert on_gpu.jobs() == []
+
+
 def test_what_keeps_the_merged_weights_is_not_asked_again(on_gpu: Memory) -> None:
     on_gpu.build(targets=["vllm"])
 

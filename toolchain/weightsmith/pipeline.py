@@ -280,7 +280,8 @@ def evaluated(
     """Return the tasks with the scores of the started image, or of its weights in transformers.
 
     `weights` has no scales of a cache, which change no answer here.
-    Raises CheckFailed, and writes the report, if it does not start or does not meet its plan.
+    Raises CheckFailed, and writes the report, if it does not start or does not meet its plan, or if
+    its weights are damaged.
     """
     request, target, image, tools = record.request, record.target, record.image, record.tools
     if target is None or image is None:
@@ -289,11 +290,11 @@ def evaluated(
     started = candidate(image, request.candidate_layout(target), tools)
     try:
         results = clock.take(evaluate(image, evaluation, started, tools))
+        if record.started or not results or not can_answer(weights.format):
+            return results
+        return clock.take(dequantized(record.checkpoint, weights, results, tools))
     except CheckFailed as error:
         raise refusal(record, expected, clock.stages, error) from None
-    if record.started or not results or not can_answer(weights.format):
-        return results
-    return clock.take(dequantized(record.checkpoint, weights, results, tools))
 
 
 def judge(record: Record, results: tuple[Result, ...], stages: Mapping[str, StageRecord]) -> None:

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,6 +24,35 @@ LINES = (TINY / "eval-a.jsonl").read_text().splitlines()
 ASKED = [json.loads(line)["prompt"] for line in LINES[:6]]
 
 
+def job_of_questions(artifact: Path, quantizer: str) -> DequantizedJob:
+    """The job that asks a quantized form of the tiny example."""
+    return DequantizedJob(
+        builder="merge",
+        model=Input(path=TINY / "base"),
+        artifact=Input(path=artifact),
+        quantizer=quantizer,
+        questions=tuple(Question(messages=({"role": "user", "content": q},)) for q in ASKED),
+        max_tokens=12,
+        choose=False,
+        output=artifact,
+        seconds=0,
+    )
+
+
+def test_a_gguf_file_of_an_unsupported_architecture_is_not_asked(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "nemotron")
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    found = STAGES["dequantized"](job_of_questions(tmp_path, "gguf"), lambda *_: None)
+
+    why = "measuring GGUF files of architecture nemotron is not supported"
+    assert found == {"skipped": why}
+
+
 @pytest.mark.slow
 def test_answers_are_those_of_transformers_with_the_same_weights(tmp_path: Path) -> None:
     model, packed, plain = TINY / "base", tmp_path / "packed", tmp_path / "plain"
@@ -32,19 +63,8 @@ def test_answers_are_those_of_transformers_with_the_same_weights(tmp_path: Path)
     view = view_of(packed, model)
     save_file({name: torch.from_numpy(view.tensor(name).copy()) for name in view.names},
               plain / "model.safetensors", {"format": "pt"})  # fmt: skip
-    job = DequantizedJob(
-        builder="merge",
-        model=Input(path=model),
-        artifact=Input(path=packed),
-        quantizer="rounded",
-        questions=tuple(Question(messages=({"role": "user", "content": q},)) for q in ASKED),
-        max_tokens=12,
-        choose=False,
-        output=tmp_path,
-        seconds=0,
-    )
 
-    rows = STAGES["dequantized"](job, lambda *_: None)["answers"]
+    rows = STAGES["dequantized"](job_of_questions(packed, "rounded"), lambda *_: None)["answers"]
 
     network = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ from weightsmith.quantizers import of_format
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Format, StageInputs
+from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 
 BUILDER = "merge"
-RECIPE_NUMBER = 1
+RECIPE_NUMBER = 2
 _ANSWERS = "answers.json"
 
 
@@ -50,7 +50,8 @@ def dequantized(
 ) -> Outcome[tuple[Result, ...]]:
     """Return the tasks with the scores of the dequantized weights, in float32 in transformers.
 
-    They are the image's weights, but not its engine: what that adds is not seen.
+    They are the image's weights, but not its engine: what that adds is not seen. Warns and leaves a
+    task as it is if the weights of an architecture cannot be dequantized.
     """
     count = sum(len(result.task.task.items) for result in results)
     timer = Timer("dequantized", f"{count} questions to the dequantized weights", tools)
@@ -63,13 +64,17 @@ def dequantized(
             partial(_run, checkpoint, artifact, task, tools),
         )
         cached = cached and found.cached
-        scored.append(_scored(result, task.answers_of(found.value), tools))
+        if why := found.value.get("skipped"):
+            tools.progress.warn(f"the dequantized weights were not asked: {why}")
+            scored.append(result)
+        else:
+            scored.append(_scored(result, task.answers_of(found.value["answers"]), tools))
     return timer.done(tuple(scored), cached=cached)
 
 
 def _run(
     checkpoint: Checkpoint, artifact: Artifact, task: Task, tools: Tools, folder: Path
-) -> Sequence[object]:
+) -> Mapping[str, Json]:
     tools.runner.prepare(BUILDER, tools.progress)
     size, model = checkpoint.tree.size, checkpoint.tree.texts
     job = DequantizedJob(
@@ -87,8 +92,7 @@ def _run(
         seconds=job_seconds(size, tokens=task.most_tokens),
         use_gpu=True,
     )
-    answers: Sequence[object] = tools.runner.run(job, tools.progress)["answers"]
-    return answers
+    return tools.runner.run(job, tools.progress)
 
 
 def _scored(result: Result, answers: Answers, tools: Tools) -> Result:

@@ -287,32 +287,30 @@ def _validate(job: ValidateJob, report: Report, drafts: Sequence[Any] = ()) -> M
 
 def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
     measure: Any = importlib.import_module("weightsmith.quality.measure")
-    model = job.model.path
+    model, tell = job.model.path, lambda done, total: report(done, total, "layers")
     try:
-        loss = measure.measure(
-            model,
-            _quantizer(job.quantizer).view(job.artifact.path, model),
-            job.texts,
-            job.tokens,
-            lambda done, total: report(done, total, "layers"),
-        )
-        return _mapping(loss.to_json())
+        view = _quantizer(job.quantizer).view(job.artifact.path, model)
+        return _mapping(measure.measure(model, view, job.texts, job.tokens, tell).to_json())
     except Unmeasurable as error:
         return {"skipped": error.message}
 
 
 def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
-    """Return `answers`, of the one subject."""
+    """Return `answers`, of the one subject, or `skipped`: why its weights cannot be read."""
     answering: Any = importlib.import_module("weightsmith.quality.answering")
-    model = job.model.path
-    view = _quantizer(job.quantizer).view(job.artifact.path, model)
-    subjects, tell = {"": answering.QuantizedSubject(model, view)}, partial(_report_items, report)
-    if job.choose:
-        choices: Any = importlib.import_module("weightsmith.merging.choices")
-        return {"answers": choices.likelihoods(subjects, job.questions, tell)[""]}
-    reference: Any = importlib.import_module("weightsmith.merging.reference")
-    given = [question.messages for question in job.questions], job.max_tokens, tell
-    return {"answers": plain(reference.answers(subjects, *given, batch_bytes=job.batch_bytes)[""])}
+    model, tell = job.model.path, partial(_report_items, report)
+    try:
+        view = _quantizer(job.quantizer).view(job.artifact.path, model)
+        subjects = {"": answering.QuantizedSubject(model, view)}
+        if job.choose:
+            choices: Any = importlib.import_module("weightsmith.merging.choices")
+            return {"answers": choices.likelihoods(subjects, job.questions, tell)[""]}
+        reference: Any = importlib.import_module("weightsmith.merging.reference")
+        given = [question.messages for question in job.questions], job.max_tokens, tell
+        found = reference.answers(subjects, *given, batch_bytes=job.batch_bytes)[""]
+    except Unmeasurable as error:
+        return {"skipped": error.message}
+    return {"answers": plain(found)}
 
 
 def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, Json]:
