@@ -74,6 +74,24 @@ def test_what_vllm_cannot_read_is_said_or_refused(
         calibrated.build(WANTED, "serve.kv_cache_scales=calibrated", targets=[target])
 
 
+@pytest.mark.parametrize("dequantized", [False, True])
+def test_a_quantized_base_is_measured_only_once_it_is_dequantized(
+    calibrated: Memory, dequantized: bool
+) -> None:
+    config = calibrated.home / "base" / "config.json"
+    packed = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **packed}))
+    calibration = {"data": "texts.jsonl"}
+    if dequantized:
+        calibrated.write_recipe(calibration=calibration)
+    else:
+        calibrated.write_recipe(calibration=calibration, evaluate=None, adapters=[])
+    calibrated.build(WANTED, "merge.quantized_base=dequantize", targets=["vllm"])
+
+    said = any("the base is already quantized" in text for text in calibrated.progress.warnings)
+    assert ("cache-scales" in calibrated.jobs()) == dequantized == (not said)
+
+
 def test_without_calibration_text_the_scale_is_one(memory: Memory) -> None:
     memory.write_recipe(calibration=None)
     memory.build(WANTED, targets=["vllm"])

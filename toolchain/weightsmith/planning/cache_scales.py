@@ -61,6 +61,8 @@ def _obstacle(file: RecipeFile, target: Target, model: ModelFacts) -> str:
         return _NO_ATTENTION[target.format.kind]
     if target.format.name == "awq-compressed":
         return "llm-compressor changes the scale of values while it quantizes"
+    if model.packing and not file.recipe.adapters:  # a merge dequantizes
+        return "the base is already quantized"
     if model.architecture not in MEASURED or model.shape.kv_lora_rank:
         return f"the calibration does not know the cache of {model.architecture}"
     if file.recipe.calibration is None:
