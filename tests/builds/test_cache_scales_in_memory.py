@@ -12,6 +12,7 @@ from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.planning.forecast import forecast
 from weightsmith.tools import Memory as Room
 
+from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory
 
 WANTED = "serve.kv_cache_dtype=fp8"
@@ -102,6 +103,16 @@ def test_without_calibration_text_the_scale_is_one(memory: Memory) -> None:
 def test_none_is_measured_if_the_recipe_says_so(calibrated: Memory) -> None:
     calibrated.build(WANTED, "serve.kv_cache_scales=none", targets=["vllm"])
     assert "cache-scales" not in calibrated.jobs()
+
+
+def test_weights_in_a_shared_cache_stay_there(calibrated: Memory) -> None:
+    calibrated.cache = MemoryCache()
+    (first,) = calibrated.build(WANTED, targets=["vllm-fp8"], push=True).values()
+    calibrated.store.entries.clear()
+    (second,) = calibrated.build(WANTED, targets=["vllm-fp8"], push=True).values()
+
+    assert second.published.digest == first.published.digest
+    assert not [one for one in calibrated.store.entries.values() if one.tree.weight_bytes]
 
 
 def planned(memory: Memory, *settings: str, target: str) -> dict[str, Any]:

@@ -19,7 +19,16 @@ from weightsmith.quantizers.checkpoints import with_cache_scheme
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Json, StageInputs, Tree, canonical
+from weightsmith.values import (
+    Artifact,
+    Checkpoint,
+    Digest,
+    Json,
+    StageInputs,
+    Stream,
+    Tree,
+    canonical,
+)
 
 BUILDER = "merge"
 FILE = "kv-cache-scales.safetensors"
@@ -62,14 +71,50 @@ def with_cache_scales(
         inputs={"artifact": artifact.digest, "scales": Digest.of(canonical(scales))},
     )
     made = to.files(lambda: stage, partial(_write, artifact.tree, scales))
-    weights = [entry for entry in artifact.tree.files if _is_weight(entry.path)]
-    tree = Tree(
-        root=made.tree.root,
-        files=tuple(sorted([*made.tree.files, *weights], key=lambda entry: entry.path)),
-        places={entry.path: artifact.tree.path(entry.path) for entry in weights},
-    )
+    tree = _ScaledTree(made.tree, artifact.tree)
     found = Artifact(format=artifact.format, tree=tree, details=artifact.details)
     return timer.done(found, cached=measured.cached and made.cached)
+
+
+class _ScaledTree(Tree):
+    """The files of one tree beside the weights of another, which are not fetched for that."""
+
+    __slots__ = ("_beside", "_weights")
+    _beside: Tree
+    _weights: Tree
+
+    def __init__(self, beside: Tree, weights: Tree) -> None:
+        files = [*beside.files, *(one for one in weights.files if _is_weight(one.path))]
+        object.__setattr__(self, "_beside", beside)
+        object.__setattr__(self, "_weights", weights)
+        object.__setattr__(self, "files", tuple(sorted(files, key=lambda one: one.path)))
+        object.__setattr__(self, "places", {})
+
+    def __repr__(self) -> str:
+        return f"_ScaledTree({len(self.files)} files)"
+
+    def _of(self, name: str) -> Tree:
+        return self._beside if self._beside.has(name) else self._weights
+
+    @property
+    def root(self) -> Path:
+        return self._beside.root
+
+    @property
+    def texts(self) -> Path:
+        return self._beside.texts
+
+    def path(self, name: str) -> Path:
+        return self._of(name).path(name)
+
+    def source(self, name: str) -> Path | Stream:
+        return self._of(name).source(name)
+
+    def header(self, name: str) -> Path:
+        return self._of(name).header(name)
+
+    def mode(self, name: str) -> int:
+        return self._of(name).mode(name)
 
 
 def _measured(folder: Path, checkpoint: Checkpoint, texts: Texts, tools: Tools) -> Json:
@@ -113,8 +158,9 @@ def _write(tree: Tree, scales: Mapping[str, list[float]], folder: Path) -> Mappi
     if (folder / _INDEX).is_file():
         index = read_json(folder / _INDEX)
         index["weight_map"] = {**index["weight_map"], **dict.fromkeys(named, FILE)}
-        total = index.get("metadata", {}).get("total_size", 0) + len(data)
-        index["metadata"] = {**index.get("metadata", {}), "total_size": total}
+        about = index.get("metadata") or {}
+        total = about.get("total_size", 0) + len(data)
+        index["metadata"] = {**about, "total_size": total}
         _write_json(folder / _INDEX, index)
     return {}
 
