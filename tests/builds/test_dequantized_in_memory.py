@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from weightsmith import platforms
 from weightsmith.errors import CheckFailed, EnvironmentFailure
+from weightsmith.jobs import DequantizedJob
 from weightsmith.planning.forecast import forecast
 from weightsmith.tools import Memory as Room
 
@@ -43,7 +44,9 @@ def test_the_record_says_that_the_weights_answered_and_not_the_image(on_gpu: Mem
     assert (verdict["against"], verdict["binding"], verdict["passed"]) == ("adapter", True, True)
     report = (on_gpu.results(TARGET) / "report.md").read_text()
     assert f"| dequantized weights, in transformers | {QUESTIONS} of {QUESTIONS} |" in report
-    assert on_gpu.jobs().count("dequantized") == 1
+    (job,) = (one for one in on_gpu.runner.jobs if isinstance(one, DequantizedJob))
+    prompts = [each.messages[-1]["content"] for each in job.questions]
+    assert list(job.drafts) == [on_gpu.minds.facts[prompt][1] for prompt in prompts]
 
     on_gpu.build()
     assert on_gpu.jobs() == []

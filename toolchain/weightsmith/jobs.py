@@ -284,6 +284,8 @@ class DequantizedJob(Job):
     """Maximum length of an answer."""
     choose: bool
     """Return each choice's log-likelihood instead of an answer."""
+    drafts: tuple[str, ...] = ()
+    """Its probable answers, which save passes over the weights and change nothing."""
     batch_bytes: int = 0
     """Memory for the questions that are answered together; 0 for a default."""
 

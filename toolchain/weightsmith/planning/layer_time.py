@@ -90,7 +90,7 @@ def stage_seconds(
             for walk, task in walks
         ),
         "quality": 2 * layer_time.passed(read, quality_tokens),
-        # Without what it takes to dequantize the weights in each pass.
+        # As if no draft were right, and without what it takes to dequantize the weights.
         "dequantized": sum(
             _answers(layer_time, shape, replace(walk, views=1), task, budget)
             for walk, task in walks

@@ -61,7 +61,7 @@ def dequantized(
         found = to.document(
             partial(inputs, checkpoint.digest, artifact.digest, task),
             _ANSWERS,
-            partial(_run, checkpoint, artifact, task, tools),
+            partial(_run, checkpoint, artifact, result, tools),
         )
         cached = cached and found.cached
         if why := found.value.get("skipped"):
@@ -73,10 +73,10 @@ def dequantized(
 
 
 def _run(
-    checkpoint: Checkpoint, artifact: Artifact, task: Task, tools: Tools, folder: Path
+    checkpoint: Checkpoint, artifact: Artifact, result: Result, tools: Tools, folder: Path
 ) -> Mapping[str, Json]:
     tools.runner.prepare(BUILDER, tools.progress)
-    size, model = checkpoint.tree.size, checkpoint.tree.texts
+    task, size, model = result.task.task, checkpoint.tree.size, checkpoint.tree.texts
     job = DequantizedJob(
         builder=BUILDER,
         model=Input.checkpoint(checkpoint),
@@ -86,6 +86,7 @@ def _run(
         questions=task.questions,
         max_tokens=task.max_tokens,
         choose=task.metric == "choice",
+        drafts=_drafts(result),
         batch_bytes=batch_memory(model, walk_of(task), tools.memory.budget),
         output=folder,
         memory_bytes=memory_limit(size),
@@ -93,6 +94,16 @@ def _run(
         use_gpu=True,
     )
     return tools.runner.run(job, tools.progress)
+
+
+def _drafts(result: Result) -> tuple[str, ...]:
+    """Return the answers of the merged model, or of what it was compared with; () for choices."""
+    scores, task = result.scores, result.task.task
+    known = next(scores[who] for who in ("merged", "adapter", "base") if who in scores)
+    rows = known.per_item
+    if task.metric == "choice" or len(rows) != len(task.items):  # a command chooses its own rows
+        return ()
+    return tuple(str(row.get("answer", "")) for row in rows)
 
 
 def _scored(result: Result, answers: Answers, tools: Tools) -> Result:

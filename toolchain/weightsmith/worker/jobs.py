@@ -301,7 +301,7 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
     model, tell = job.model.path, partial(_report_items, report)
     try:
         view = _quantizer(job.quantizer).view(job.artifact.path, model)
-        subjects = {"": answering.QuantizedSubject(model, view)}
+        subjects = {"": answering.QuantizedSubject(model, view, draft_texts=job.drafts)}
         if job.choose:
             choices: Any = importlib.import_module("weightsmith.merging.choices")
             return {"answers": choices.likelihoods(subjects, job.questions, tell)[""]}
