@@ -26,3 +26,16 @@ def test_equal_answers_stand_together():
         True,
         True,
     )
+
+
+def test_what_dequantized_weights_lost_is_lost_too():
+    build = failing()
+    (item,) = build["items"]
+    for found in (item, item["ok"]):
+        found["dequantized"] = found.pop("image")
+
+    (row,) = rows(build["items"])
+    assert (row["wrong"], row["lost"]) == (True, True)
+    item["ok"]["dequantized"] = True
+    (row,) = rows(build["items"])
+    assert (row["wrong"], row["lost"]) == (False, False)

@@ -21,7 +21,7 @@ def rows(items: Sequence[Mapping[str, Any]], budget: int = _PAGE_BYTES) -> list[
 
     Each of `answers` is `{who, ok, text}` with everyone who gave the same answer; `changed` where a
     later subject is not right or wrong as an earlier one was, from the adapter on; `lost` where
-    the image is wrong and the adapter was right.
+    the image, or its dequantized weights, are wrong and the adapter was right.
     """
     longest = _cut_length(items, budget)
     return [_row(number, item, longest) for number, item in enumerate(items, start=1)]
@@ -35,6 +35,7 @@ def _row(number: int, item: Mapping[str, Any], longest: int) -> dict[str, Any]:
     later = [bool(item["ok"][path]) for path in PATHS[1:] if path in item["ok"]]
     ok = item["ok"]
     before = ok.get("adapter", ok.get("base", True))
+    served = ok.get("image", ok.get("dequantized"))
     return {
         "number": number,
         "prompt": cut(str(item["prompt"]), longest),
@@ -45,8 +46,8 @@ def _row(number: int, item: Mapping[str, Any], longest: int) -> dict[str, Any]:
         ],
         "changed": len(set(later)) > 1,
         "worded": len({text for (text, _), who in said.items() if who != ["base"]}) > 1,
-        "wrong": not ok.get("image", ok.get("dequantized", ok.get("merged", True))),
-        "lost": bool(before) and not ok.get("image", True),
+        "wrong": not (ok.get("merged", True) if served is None else served),
+        "lost": bool(before) and served is not None and not served,
     }
 
 

@@ -206,7 +206,7 @@ def _checks(build: BuildRecord) -> Iterator[str]:
         names = ", ".join(check.name for check in build.checks)
         yield f"The image with these weights was started and passed: {names}"
     for verdict in build.verdicts:
-        if verdict.binding and verdict.subject == "image":
+        if verdict.binding and verdict.subject in {"dequantized", "image"}:
             yield verdict.reason[:1].upper() + verdict.reason[1:]
 
 

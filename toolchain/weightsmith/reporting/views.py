@@ -122,9 +122,12 @@ def score_rows(task: AnsweredTask) -> list[dict[str, Any]]:
 
 
 def floor(task: AnsweredTask) -> float | None:
-    """Return the score below which the image fails, in percent of the axis; None without one."""
+    """Return the score below which the image, or its weights, fail; None if neither was asked.
+
+    In percent of the axis.
+    """
     reference = task.scores.get("adapter", task.scores.get("base"))
-    if reference is None or "image" not in task.scores:
+    if reference is None or not {"image", "dequantized"} & task.scores.keys():
         return None
     return _percent(max(0.0, reference.score - task.task.max_drop))
 
