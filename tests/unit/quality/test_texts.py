@@ -66,6 +66,12 @@ def test_lines_are_what_the_models_own_tokenizer_makes(model, template, rows):
     assert found == by_transformers(model, rows)
 
 
+def test_separators_of_lines_in_a_text_do_not_end_its_line(model):
+    said = "one\u2028two\u2029three\x85four\x1cfive\nsix"
+    (line,) = as_lines(model, [{"text": said}]).splitlines()
+    assert json.loads(line)["text"] == said
+
+
 def test_a_token_that_only_the_tokenizers_class_knows_is_in_the_text(model):
     (model / "chat_template.jinja").write_text(TOOLS, "utf-8")
     change(model, tokenizer_class="LlamaTokenizer", bos_token=None)

@@ -21,13 +21,14 @@ _HINT = "write the calibration conversations in the form that the chat template 
 def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
     """Return JSON Lines `{text, tokens}`: each row rendered, and its number of tokens.
 
+    In ASCII, because `splitlines` also splits at characters such as U+2028.
     Raises InputRefused for conversations if the model has no chat template.
     """
     tokenizer = None if all("text" in row for row in rows) else _renderer(model)
     texts = [_rendered(tokenizer, row) for row in rows]
     lengths = _lengths(model, texts)
     return "".join(
-        json.dumps({"text": text, "tokens": tokens}, ensure_ascii=False) + "\n"
+        json.dumps({"text": text, "tokens": tokens}) + "\n"
         for text, tokens in zip(texts, lengths, strict=True)
     )
 
