@@ -70,6 +70,19 @@ def test_an_interrupted_file_goes_on_at_the_tensor_that_it_had_reached(middle, t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.gguf", "theirs"]
 
 
+@pytest.mark.usefixtures("kernels")
+def test_what_follows_a_line_that_was_cut_off_counts_too(middle, tmp_path):
+    out, first = tmp_path / "demo.gguf", "blk.1.ffn_up.weight"
+    with pytest.raises(KeyboardInterrupt):
+        written(middle, out, first)
+    with (tmp_path / ".demo.gguf.journal").open("a") as file:
+        file.write("output.wei")
+    with pytest.raises(KeyboardInterrupt):
+        written(middle, out, "blk.3.ffn_up.weight")
+
+    assert first not in written(middle, out)
+
+
 WATCHED = """
 import os, signal
 from weightsmith.quantizers.gguf_pass import _Writer

@@ -147,9 +147,8 @@ def _opened(header: Header, output: Output) -> Iterator[_File]:
     spans = {name: (offsets[name], bytes_) for name, (_, bytes_) in sized.items()}
     done = reached(journal, key, partial, spans)
     with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as log:
-        if not done:
-            log.write(key + "\n")
-            log.flush()
+        log.write("\n" if done else key + "\n")  # the last line may have been cut off
+        log.flush()
         file.write(start)
         file.truncate(size)
         file.flush()
