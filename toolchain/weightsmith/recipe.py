@@ -245,8 +245,8 @@ class Serve(Section):
     )
     kv_cache_scales: Literal["auto", "calibrated", "none"] = Field(
         "auto",
-        description="Scales of vLLM's fp8 cache from the calibration text: `auto` where possible, "
-        "`calibrated` or refuse, `none`.",
+        description="Scales of vLLM's fp8 cache from the calibration text: `auto` measures them "
+        "where possible, `calibrated` refuses where not, `none` leaves them at 1.0.",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Type that activations are computed in."
