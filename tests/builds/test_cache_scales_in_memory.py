@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load
 from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.jobs import CacheScalesJob
 from weightsmith.planning.forecast import forecast
 from weightsmith.tools import Memory as Room
 
@@ -103,6 +104,20 @@ def test_without_calibration_text_the_scale_is_one(memory: Memory) -> None:
 def test_none_is_measured_if_the_recipe_says_so(calibrated: Memory) -> None:
     calibrated.build(WANTED, "serve.kv_cache_scales=none", targets=["vllm"])
     assert "cache-scales" not in calibrated.jobs()
+
+
+def test_text_that_cannot_be_measured_stops_only_who_demands_scales(calibrated: Memory) -> None:
+    def refuse(job: CacheScalesJob, report: object) -> Mapping[str, Any]:
+        raise InputRefused("the calibration text has 200 tokens", hint="add texts")
+
+    calibrated.runner.stages = {**calibrated.runner.stages, "cache-scales": refuse}
+    calibrated.build(WANTED, targets=["vllm"])
+    assert "/models/kv-cache-scales.safetensors" not in files(calibrated, "vllm")
+    said = "the fp8 cache has scale 1.0: the calibration text has 200 tokens"
+    assert said in calibrated.progress.warnings
+
+    with pytest.raises(InputRefused, match="has 200 tokens"):
+        calibrated.build(WANTED, "serve.kv_cache_scales=calibrated", targets=["vllm"])
 
 
 def test_weights_in_a_shared_cache_stay_there(calibrated: Memory) -> None:

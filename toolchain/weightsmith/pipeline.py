@@ -109,7 +109,9 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
         record = replace(begun, target=target, artifact=artifact, quality=loss)
         judge_quality(record, expected, timed.stages)
         if has_scales(request.file, target, read_facts(checkpoint.tree.texts)):
-            artifact = timed.take(with_cache_scales(checkpoint, artifact, texts, store, tools))
+            demanded = recipe.serve.kv_cache_scales == "calibrated"
+            scaled = with_cache_scales(checkpoint, artifact, texts, store, tools, demanded=demanded)
+            artifact = timed.take(scaled)
             record = replace(record, artifact=artifact)
         config = timed.take(rendered(request, target, sources, checkpoint, artifact, tools))
         made = timed.take(baked(record, target, artifact, config))

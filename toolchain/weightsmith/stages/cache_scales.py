@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.destinations import Destination
+from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import CacheScalesJob
@@ -52,18 +53,31 @@ def inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
 
 
 def with_cache_scales(
-    checkpoint: Checkpoint, artifact: Artifact, texts: Texts, to: Destination, tools: Tools
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    texts: Texts,
+    to: Destination,
+    tools: Tools,
+    *,
+    demanded: bool,
 ) -> Outcome[Artifact]:
     """Return the artifact with scales that are measured on the checkpoint it was made from.
 
-    Raises InputRefused for texts or layers that cannot be measured.
+    For texts or layers that cannot be measured, raises InputRefused if scales are `demanded`; else
+    warns and returns the artifact as it is.
     """
     timer = Timer("cache-scales", artifact.format.name, tools)
-    measured = to.document(
-        lambda: inputs(checkpoint.digest, texts),
-        "scales.json",
-        lambda folder: _measured(folder, checkpoint, texts, tools),
-    )
+    try:
+        measured = to.document(
+            lambda: inputs(checkpoint.digest, texts),
+            "scales.json",
+            lambda folder: _measured(folder, checkpoint, texts, tools),
+        )
+    except InputRefused as error:
+        if demanded:
+            raise
+        tools.progress.warn(f"the fp8 cache has scale 1.0: {error.message}")
+        return timer.done(artifact, cached=False)
     scales: Mapping[str, list[float]] = measured.value
     stage = StageInputs(
         stage="cache-scales-written",
