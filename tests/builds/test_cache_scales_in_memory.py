@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load
+from weightsmith.commands.upload import push_to_hub
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.jobs import CacheScalesJob
 from weightsmith.planning.forecast import forecast
+from weightsmith.stages.upload import HubDestination
 from weightsmith.tools import Memory as Room
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory
+from tests.fakes.writable_hub import writable_hub
 
 WANTED = "serve.kv_cache_dtype=fp8"
 SCHEME = {
@@ -128,6 +131,23 @@ def test_weights_in_a_shared_cache_stay_there(calibrated: Memory) -> None:
 
     assert second.published.digest == first.published.digest
     assert not [one for one in calibrated.store.entries.values() if one.tree.weight_bytes]
+
+
+@pytest.mark.parametrize("target", ["vllm", "vllm-fp8"])
+def test_a_builds_results_are_published_with_their_scales(
+    calibrated: Memory, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    """From the store: an image that is only in an engine cannot be read."""
+    calibrated.build(WANTED, targets=[target])
+    with writable_hub(monkeypatch) as hub:
+        results = str(calibrated.results(target))
+        push_to_hub(results, HubDestination(repository="team/bot"), calibrated.tools)
+        found = hub.repositories["team/bot"].files
+
+    built = files(calibrated, target)
+    assert "kv-cache-scales.safetensors" in found
+    assert found["kv-cache-scales.safetensors"] == built["/models/kv-cache-scales.safetensors"]
+    assert found["config.json"] == built["/models/config.json"]
 
 
 def planned(memory: Memory, *settings: str, target: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from weightsmith.build_record import StageRecord
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image
 from weightsmith.planning.images import network_in_jobs
-from weightsmith.planning.options import quantize_options
+from weightsmith.planning.options import quantize_options, texts_of
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.tasks import probes
 from weightsmith.quality.result import Quality
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
+from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
 from weightsmith.stages import publish as publishing
 from weightsmith.stages import quantize as quantizing
@@ -185,4 +186,7 @@ class Record:
                 self.request.file, self.artifact.format, sources.base, self.tools
             )
             found["quantize"] = quantizing.inputs(self.checkpoint.digest, wanted).inputs
+        if self.artifact and self.artifact.tree.has(cache_scales.FILE):
+            texts = texts_of(self.request.file)
+            found["cache-scales"] = cache_scales.inputs(self.checkpoint.digest, texts).inputs
         return found

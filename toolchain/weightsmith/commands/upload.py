@@ -27,6 +27,7 @@ from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import weights_of
 from weightsmith.quantizers import of_format
 from weightsmith.reporting.card import ModelCard, card_of_build, card_of_labels
+from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
 from weightsmith.stages.report import model_card, read_as_facts
 from weightsmith.stages.upload import HubDestination, check_destination, upload
@@ -145,7 +146,10 @@ def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
         return None
     number = of_format(artifact.format).recipe_number if packed else merging.RECIPE_NUMBER
     entry = tools.store.find(StageInputs(stage=stage, recipe_number=number, inputs=inputs).key)
-    return entry.tree if entry and entry.tree.digest == artifact.digest else None
+    tree, measured = entry.tree if entry else None, record.inputs.get("cache-scales")
+    if tree and isinstance(measured, dict):
+        tree = cache_scales.stored(measured, tree, tools)
+    return tree if tree and tree.digest == artifact.digest else None
 
 
 def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) -> _Model:

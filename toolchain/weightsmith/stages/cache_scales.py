@@ -36,6 +36,7 @@ FILE = "kv-cache-scales.safetensors"
 """The scales lie beside the weights, whose files and layers do not change."""
 
 _INDEX = "model.safetensors.index.json"
+_SCALES = "scales.json"
 _MEASURING, _WRITING = 1, 1
 
 
@@ -70,7 +71,7 @@ def with_cache_scales(
     try:
         measured = to.document(
             lambda: inputs(checkpoint.digest, texts),
-            "scales.json",
+            _SCALES,
             lambda folder: _measured(folder, checkpoint, texts, tools),
         )
     except InputRefused as error:
@@ -79,15 +80,33 @@ def with_cache_scales(
         tools.progress.warn(f"the fp8 cache has scale 1.0: {error.message}")
         return timer.done(artifact, cached=False)
     scales: Mapping[str, list[float]] = measured.value
-    stage = StageInputs(
-        stage="cache-scales-written",
-        recipe_number=_WRITING,
-        inputs={"artifact": artifact.digest, "scales": Digest.of(canonical(scales))},
-    )
+    stage = _written(artifact.digest, scales)
     made = to.files(lambda: stage, partial(_write, artifact.tree, scales))
     tree = _ScaledTree(made.tree, artifact.tree)
     found = Artifact(format=artifact.format, tree=tree, details=artifact.details)
     return timer.done(found, cached=measured.cached and made.cached)
+
+
+def stored(measured: Mapping[str, Json], weights: Tree, tools: Tools) -> Tree | None:
+    """Return weights with scales from the store; None if it lacks them.
+
+    `measured` are the inputs of the measurement, as a build's record has them.
+    """
+    stage = StageInputs(stage="cache-scales", recipe_number=_MEASURING, inputs=measured)
+    if (found := tools.store.find(stage.key)) is None:
+        return None
+    scales = read_json(found.tree.path(_SCALES))
+    beside = tools.store.find(_written(weights.digest, scales).key)
+    return _ScaledTree(beside.tree, weights) if beside else None
+
+
+def _written(artifact: Digest, scales: Mapping[str, Json]) -> StageInputs:
+    """Return what an artifact with scales depends on."""
+    return StageInputs(
+        stage="cache-scales-written",
+        recipe_number=_WRITING,
+        inputs={"artifact": artifact, "scales": Digest.of(canonical(scales))},
+    )
 
 
 class _ScaledTree(Tree):
