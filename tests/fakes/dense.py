@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -29,6 +30,11 @@ def make_dense(folder: Path, architecture: str, hidden: int = 64) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return save_random(network, folder)
+
+
+def save_random(network: Any, folder: Path) -> Path:
+    """Write a network with random parameters and the tiny example's tokenizer."""
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.dim() > 1:

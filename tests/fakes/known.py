@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.fakes.dense import add_tokenizer
+from tests.fakes.dense import save_random
 
 _SMALL = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -39,15 +39,7 @@ def make_known(folder: Path, architecture: str) -> Path:
     config = _config(CONFIG_MAPPING[kind])
     torch.manual_seed(0)
     network = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.06)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    network.save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
+    return save_random(network, folder)
 
 
 def _config(kind: type[Any]) -> Any:

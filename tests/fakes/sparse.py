@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.fakes.dense import add_tokenizer
+from tests.fakes.dense import save_random
 
 _COUNTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
 _ROUTED = {
@@ -53,12 +53,4 @@ def make_sparse(folder: Path, architecture: str, hidden: int = 128) -> Path:
     })  # fmt: skip
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.06)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    network.save_pretrained(folder)
-    add_tokenizer(folder)
-    return folder
+    return save_random(network, folder)
