@@ -60,6 +60,38 @@ def test_settings_override_and_leave_the_original_alone() -> None:
     assert data == {"serve": {"gpu": "x"}}
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["1.20", "2026-11-28", "0123", "1_000", "12:30", "1e5", "yes", "null", "a #b", "[x]",
+     "{a: b}", ""],
+)  # fmt: skip
+def test_what_the_recipe_has_as_text_is_set_as_it_stands(text: str) -> None:
+    """YAML would make a number, a date, a truth or a list of it, and cut a comment off."""
+    settings = [f"image.labels.team={text}", f"base.revision={text}", f"adapters.0.run_id={text}"]
+    data = SMALLEST | {"adapters": [{"source": "a"}]}
+    recipe = check_recipe(with_settings(data, settings), "here")
+
+    assert recipe.image.labels == {"team": text}
+    assert recipe.base.revision == recipe.adapters[0].run_id == text
+
+
+def test_a_text_in_quotes_is_set_without_them() -> None:
+    data = with_settings(SMALLEST, ['version="1.2"', "base.license='a: b'"])
+
+    assert (data["version"], data["base"]["license"]) == ("1.2", "a: b")
+
+
+@pytest.mark.parametrize(
+    ("version", "kind"), [("1.2", "a number"), ("2026-11-28", "a date"), ("on", "true or false")]
+)
+def test_a_version_that_yaml_does_not_read_as_text(tmp_path: Path, version: str, kind: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: bot\nversion: {version}\nbase: {{source: ./base}}\n")
+
+    with pytest.raises(UsageError, match=f"`version`.* as {kind}; write it in quotes"):
+        read_recipe(path)
+
+
 @pytest.mark.parametrize("setting", ["novalue", "=x", "name.first=x"])
 def test_settings_that_are_none(setting: str) -> None:
     with pytest.raises(UsageError, match="--set"):

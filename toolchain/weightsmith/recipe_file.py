@@ -6,6 +6,7 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -18,6 +19,15 @@ from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
 
 _Section = TypeVar("_Section")
+
+_SCALARS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    date: "a date",
+    datetime: "a time",
+}
+"""Type that YAML gives to a text without quotes -> what it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +128,10 @@ def _key_of(section: type[Any]) -> str:
 
 
 def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of the mapping with `key.path=value` overrides; values are YAML."""
+    """Return a copy of the mapping with `key.path=value` overrides.
+
+    Values are YAML, but where the recipe takes text, what has no quotes is text as it stands.
+    """
     result = copy.deepcopy(dict(data))
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -127,11 +140,8 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
                 f"--set {setting}: expected key.path=value",
                 hint="as in --set serve.max_model_len=4096",
             )
-        try:
-            value = parse_yaml(text)
-        except ValueError:
-            value = text
         *parents, last = path.strip().split(".")
+        value = text if _is_text([*parents, last], text) else _read(text)
         if parents[:1] == ["outputs"] and isinstance(result.get("outputs"), list):
             result["outputs"] = {"kinds": result["outputs"]}  # a list stands for this section
         place: Any = result
@@ -147,6 +157,26 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
                 )
         place[_number(place, last, setting) if isinstance(place, list) else last] = value
     return result
+
+
+def _read(text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ValueError:
+        return text
+
+
+def _is_text(path: Sequence[str], text: str) -> bool:
+    """Return whether a setting is text as it stands: a version 1.2 is no number there."""
+    kind: Any = Recipe
+    for step in path:
+        if get_origin(kind) in (dict, tuple):
+            kind = get_args(kind)[get_origin(kind) is dict]  # what it holds
+        else:
+            section = next(filter(is_section, [kind, *get_args(kind)]), None)
+            fields = fields_of(section).items() if section else ()
+            kind = next((f.annotation for name, f in fields if (f.alias or name) == step), None)
+    return kind is str and not text.strip().startswith(("'", '"'))
 
 
 def _number(items: list[Any], word: str, setting: str) -> int:
@@ -197,8 +227,8 @@ def _fault(error: Any) -> str:
         return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")
     if error["type"] == "missing":
         return f"`{place}` is missing"
-    if error["type"] == "string_type" and isinstance(error.get("input"), int | float):
-        return f"`{place}`: YAML reads {error['input']} as a number; write it in quotes"
+    if error["type"] == "string_type" and (kind := _SCALARS.get(type(error.get("input")))):
+        return f"`{place}`: YAML reads {error['input']} as {kind}; write it in quotes"
     return f"`{place}`: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
