@@ -57,3 +57,15 @@ def test_a_helper_that_says_something_else(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert ask_helper("odd", "r.example") is None
+
+
+def test_a_helper_may_warn_on_standard_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gcloud's does, for example of a newer version."""
+    program = tmp_path / "docker-credential-odd"
+    said = json.dumps({"ServerURL": "r.example", "Username": "ann", "Secret": "s3cret"}, indent=2)
+    program.write_text(f"#!/bin/sh\necho WARNING: old >&2\ncat <<END\n{said}\nEND\necho x >&2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert ask_helper("odd", "r.example") == ("ann", "s3cret")

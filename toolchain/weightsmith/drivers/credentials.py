@@ -54,14 +54,17 @@ def ask_helper(name: str, server: str) -> tuple[str, str] | None:
             f"the credential helper {name!r} is not a valid program name",
             hint="correct credHelpers or credsStore in Docker's config.json",
         )
+    said: list[str] = []
     try:
         done = process.run(
             [f"docker-credential-{name}", "get"],
             env=process.scrubbed(os.environ),
             input=server.encode(),
+            on_line=said.append,
+            on_error_line=lambda _: None,  # helpers of clouds warn there
             timeout=30,
         )
-        found = parse("\n".join(done.tail)) if done.returncode == 0 else {}
+        found = parse("\n".join(said)) if done.returncode == 0 else {}
     except (EnvironmentFailure, ValueError):
         return None
     if not isinstance(found, dict):
