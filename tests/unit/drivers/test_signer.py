@@ -10,7 +10,7 @@ import pytest
 from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.ports import Signer
-from weightsmith.provenance.signing import check_by
+from weightsmith.provenance.signing import check_by, read_public_key
 from weightsmith.wiring import make_signer
 
 from tests.fakes.baking import make_key
@@ -38,6 +38,54 @@ def test_a_pem_file(kind: str, tmp_path: Path) -> None:
         ["openssl", "pkey", "-in", tmp_path / "key.pem", "-pubout"], check=True, capture_output=True
     )
     assert signer.public == told.stdout
+
+
+@pytest.mark.parametrize("form", ["PKCS 8", "traditional"])
+def test_an_encrypted_pem_file(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """openssl checks the signature; without its password the key is named."""
+    private, public = make_key(tmp_path)
+    convert = ["openssl", "ec"] if form == "traditional" else ["openssl", "pkcs8", "-topk8"]
+    closed = tmp_path / "closed.pem"
+    words = ["-in", private, "-out", closed, "-passout", "pass:pa55"]
+    words += ["-aes256"] if form == "traditional" else []
+    subprocess.run([*convert, *words], check=True, capture_output=True)
+    assert b"ENCRYPTED" in closed.read_bytes()
+
+    monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
+    (tmp_path / "text").write_bytes(TEXT)
+    (tmp_path / "signature").write_bytes(open_signer(str(closed)).sign(TEXT))
+    check = ["openssl", "dgst", "-sha256", "-verify", public, "-signature"]
+    subprocess.run([*check, tmp_path / "signature", tmp_path / "text"], check=True)
+
+    for password in ("wrong", ""):
+        monkeypatch.setenv("COSIGN_PASSWORD", password)
+        with pytest.raises(UsageError, match="is encrypted") as caught:
+            open_signer(str(closed))
+        assert "COSIGN_PASSWORD" in caught.value.hint
+
+
+def test_a_curve_that_the_library_lacks(tmp_path: Path) -> None:
+    make = ["openssl", "ecparam", "-name", "sect163k1", "-genkey", "-noout"]
+    key = subprocess.run(make, check=True, capture_output=True).stdout
+    show = ["openssl", "ec", "-pubout"]
+    public = subprocess.run(show, input=key, check=True, capture_output=True).stdout
+    (tmp_path / "key.pem").write_bytes(key)
+    (tmp_path / "key.pub").write_bytes(public)
+
+    with pytest.raises(UsageError, match="not a private key of a supported kind"):
+        open_signer(str(tmp_path / "key.pem"))
+    with pytest.raises(UsageError, match="not a public key"):
+        read_public_key(tmp_path / "key.pub")
+
+
+def test_a_public_key_that_signs_nothing(tmp_path: Path) -> None:
+    make = ["openssl", "genpkey", "-algorithm", "X25519"]
+    key = subprocess.run(make, check=True, capture_output=True).stdout
+    show = ["openssl", "pkey", "-pubout"]
+    done = subprocess.run(show, input=key, check=True, capture_output=True)
+    (tmp_path / "key.pub").write_bytes(done.stdout)
+    with pytest.raises(UsageError, match="neither ECDSA, RSA nor Ed25519"):
+        read_public_key(tmp_path / "key.pub")
 
 
 @needs_cosign

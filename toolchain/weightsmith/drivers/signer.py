@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "TRANSIT_", "SIGSTORE_", "TUF_")
 """Variables that cosign reads for encrypted keys and key management services."""
+_COSIGNS_OWN = (b"BEGIN ENCRYPTED COSIGN PRIVATE KEY", b"BEGIN ENCRYPTED SIGSTORE PRIVATE KEY")
+"""Of key files that only cosign decrypts."""
 
 
 def open_signer(key: str) -> Signer:
@@ -41,19 +43,28 @@ def _by_file(path: Path) -> Signer:
             f"the signing key {path} cannot be read: {error.strerror}",
             hint="give a key file or a reference to a key management service",
         ) from None
-    if b"ENCRYPTED" in data.partition(b"\n")[0]:
+    if any(kind in data for kind in _COSIGNS_OWN):
         return _by_cosign(str(path))
     return _by_library(path, data)
 
 
 def _by_library(path: Path, data: bytes) -> Signer:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+    encrypted = b"ENCRYPTED" in data
+    password = os.environ.get("COSIGN_PASSWORD", "").encode() if encrypted else b""
     try:
-        key = load_pem_private_key(data, password=None)
-    except (ValueError, TypeError):
+        key = load_pem_private_key(data, password=password or None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        if encrypted:
+            raise UsageError(
+                f"the signing key {path} is encrypted, and "
+                + ("COSIGN_PASSWORD is not its password" if password else "no password is given"),
+                hint="set COSIGN_PASSWORD to the password of the key",
+            ) from None
         key = None
     match key:
         case ec.EllipticCurvePrivateKey():

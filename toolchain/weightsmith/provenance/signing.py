@@ -200,14 +200,20 @@ def check_of(key: str) -> Check:
 def check_by(public: bytes) -> Check:
     """Return a verifier for a public key in PEM form: ECDSA, RSA (PKCS #1) or Ed25519.
 
-    Raises ValueError if it is not a public key.
+    Raises ValueError if it is not such a public key.
     """
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    key = load_pem_public_key(public)
+    try:
+        key = load_pem_public_key(public)
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from None
+    kinds = (ec.EllipticCurvePublicKey, rsa.RSAPublicKey, ed25519.Ed25519PublicKey)
+    if not isinstance(key, kinds):
+        raise ValueError("it is neither ECDSA, RSA nor Ed25519")  # noqa: TRY004 - as the library
 
     def check(data: bytes, signature: bytes) -> bool:
         try:
@@ -218,8 +224,6 @@ def check_by(public: bytes) -> Check:
                     key.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
                 case ed25519.Ed25519PublicKey():
                     key.verify(signature, data)
-                case _:
-                    return False
         except InvalidSignature:
             return False
         return True
