@@ -1,5 +1,6 @@
 """Rendered manifests against the schemas of those who read them."""
 
+import itertools
 import json
 import re
 import shlex
@@ -116,14 +117,72 @@ def test_kserve_takes_its_documents(config):
     assert pod["containers"][0]["name"] == "kserve-container"
 
 
+def expanded(text):
+    """What Kubernetes makes of a value without variables (third_party/forked/golang/expansion)."""
+    return re.sub(r"\$(\$|\(\w+\))", lambda m: "$" if m[1] == "$" else "", text)
+
+
+def test_dollar_signs_reach_the_server(tmp_path):
+    text = "a $$ b $(x) $$(y) $"
+    wishes = {"served_model_name": text, "max_model_len": 2048, "max_num_seqs": 2}
+    config = rendered("llamacpp-q4_k_m", **wishes)
+    engine = all_targets()[config.target].engine
+    given = {"volume": VOLUME, "engine_image": ENGINE, "merged": True}
+    found = render_volume(config, engine, "support", "1.0.0", **given)
+    deployment = next(yaml.safe_load_all(found["kubernetes.yaml"]))
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    values = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+    assert expanded(values["LLAMA_ARG_ALIAS"]) == text
+
+    config = rendered("vllm", extra={"override-generation-config": {"a": text}})
+    found = render_volume(config, all_targets()["vllm"].engine, "support", "1.0.0", **given)
+    (values,) = yaml.safe_load_all(found["llm-d-values.yaml"])
+    (container,) = values["decode"]["containers"]
+    words = [expanded(word) for word in container["args"]]
+    assert json.loads(words[words.index("--override-generation-config") + 1]) == {"a": text}
+
+
+@pytest.mark.parametrize("name", ["a" * 100, "model-" + "b" * 33 + "-3.1-8b-instruct-support-v2"])
+def test_a_long_name_leaves_room_for_what_controllers_add(name):
+    """KServe's Service is NAME-predictor, and its host name has the namespace as well."""
+    config = rendered("vllm", name=name)
+    label = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
+    for document in documents(config, "kserve.yaml"):
+        assert re.fullmatch(label, f"{document['metadata']['name']}-predictor-default")
+    (values,) = documents(config, "production-stack.yaml")
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    assert re.fullmatch(label, model["name"])  # the chart makes a label of it
+    assert len(model["name"]) <= 40
+
+
+@pytest.mark.parametrize(
+    ("target", "flags"),
+    [
+        ("vllm", {"--gpus": "all"}),
+        ("vllm-awq", {"--gpus": "all", "--shm-size": "2147483648"}),
+        ("vllm-fp8", {"--device": "/dev/dri"}),  # the last of two; an MI300X
+        ("vllm-gptq", {"--shm-size": "268435456"}),
+        ("llamacpp-q4_k_m", {}),
+    ],
+)
+def test_the_readme_starts_the_image_on_its_device(target, flags):
+    config = rendered(target)
+    (line,) = (row for row in config.files["README.md"].splitlines() if "docker run --rm" in row)
+    words = shlex.split(line)
+    found = dict(itertools.pairwise(words))
+    assert {key: found[key] for key in found if key.startswith("--") and key not in
+            ("--rm", "--publish")} == flags  # fmt: skip
+    assert words[-1] == IMAGE
+    assert ("/dev/kfd" in words) == ("--device" in flags)
+
+
 def test_kserves_own_vllm_gets_the_plan_as_words_of_a_shell():
     config = rendered("vllm-fp8", extra={"override-generation-config": {"a": "$(x) 'y'"}})
     _, service = documents(config, "kserve.yaml")
     (container,) = service["spec"]["template"]["containers"]
     text = {entry["name"]: entry["value"] for entry in container["env"]}["VLLM_ADDITIONAL_ARGS"]
 
-    # Kubernetes reads $(x) as a variable, and $$( as itself.
-    words = shlex.split(text.replace("$$(", "$("))
+    words = shlex.split(expanded(text))
     assert words[words.index("--max-model-len") + 1] == "4096"
     assert json.loads(words[words.index("--override-generation-config") + 1]) == {"a": "$(x) 'y'"}
     assert service["spec"]["model"] == {"uri": f"oci://{IMAGE}", "name": "support"}

@@ -71,6 +71,14 @@ class ServingPlan(JsonObject):
         step = 64 << 20
         return -(-self.host_bytes * 11 // 10 // step) * step
 
+    @property
+    def docker_flags(self) -> tuple[str, ...]:
+        """What `docker run` needs for the plan: the GPUs, and shared memory."""
+        gpus: tuple[str, ...] = ("--gpus", "all") if self.gpus else ()
+        if self.device.startswith("amd-"):
+            gpus = ("--device", "/dev/kfd", "--device", "/dev/dri")
+        return (*gpus, *(("--shm-size", str(self.shm_bytes)) if self.shm_bytes else ()))
+
     def to_json(self) -> dict[str, Json]:
         """Return the plan as it is written; of one that was never made, its device alone."""
         if not self.max_model_len:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from weightsmith import __version__
@@ -278,13 +279,15 @@ def _reproduce(facts: Facts) -> list[str]:
 def _next(facts: Facts) -> list[str]:
     reference = facts.published.reference if facts.published else ""
     port = facts.config.port if facts.config else 0
+    flags = facts.config.plan.docker_flags if facts.config else ()
     if not reference:
         return [
             "raise the quality (a larger format, a better adapter) or max_drop, and build again"
         ]
     if reference.startswith("oci:"):
-        return [f"skopeo copy {reference} docker-daemon:{facts.recipe.name}:latest"]
+        return [f"skopeo copy {quote(reference)} docker-daemon:{facts.recipe.name}:latest"]
+    words = ("docker run --rm", f"-p 127.0.0.1:{port}:{port}", *flags, reference)
     return [
-        f"docker run --rm -p 127.0.0.1:{port}:{port} {reference}",
+        " ".join(words),
         f"curl http://127.0.0.1:{port}/v1/models",
     ]

@@ -269,6 +269,7 @@ def _environment(folders: tuple[Path, ...]) -> Environment:
         envvalue=_env_value,
         json=lambda value: json.dumps(value, ensure_ascii=False),
         labelvalue=_label_value,
+        literal=_literal,
         shell=shlex.quote,
         size=human,
         yaml=_yaml,
@@ -334,10 +335,25 @@ def _comment(value: str) -> str:
     return _CONTROL.sub(" ", value)
 
 
-def _dns_label(value: str) -> str:
-    """Return the nearest valid name of a Kubernetes Service (RFC 1035, 63 characters)."""
-    label = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:60].rstrip("-")
-    return label if label[:1].isalpha() else f"m-{label}".rstrip("-")
+def _dns_label(value: str, longest: int = 60) -> str:
+    """Return the nearest valid name of a Kubernetes Service (RFC 1035, 63 characters).
+
+    A smaller `longest` leaves room for what a controller adds to the name.
+    """
+    label = re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")
+    label = label if label[:1].isalpha() else f"m-{label}"
+    return label[:longest].rstrip("-")
+
+
+def _literal(value: Json) -> Json:
+    """Return a text, or a list of texts, that Kubernetes expands to the given one.
+
+    It reads `$$` as a dollar sign and `$(NAME)` as a variable in commands, arguments and `env`:
+    https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/pod-v1/
+    """
+    if isinstance(value, list | tuple):
+        return [_literal(item) for item in value]
+    return str(value).replace("$", "$$")
 
 
 def _label_value(value: str) -> str:
