@@ -287,6 +287,8 @@ def test_extra_options_are_known_by_option_and_by_variable():
         ({"gpu-layers": 3}, "cannot be set", "serve.gpu"),
         ({"LLAMA_API_KEY": "secret"}, "cannot be set", "where it runs"),
         ({"tools": "all"}, "cannot be set", "run programs"),
+        ({"ssl-key-file": "/tls/key.pem"}, "cannot be set", "probes speak HTTP"),
+        ({"LLAMA_ARG_API_PREFIX": "/bot"}, "cannot be set", "/health"),
         ({"temp": 1, "temperature": 2}, "twice", "remove"),
     ],
 )

@@ -90,6 +90,7 @@ def test_it_writes_below_tmp_and_asks_nobody():
         ({"quantization": "awq"}, "quantization"),
         ({"trust_remote_code": True}, "trust-remote-code"),
         ({"api-key": "x"}, "api-key"),
+        ({"ssl-certfile": "/tls/cert.pem"}, "probes speak HTTP"),
         ({"seed": None}, "null"),
         ({"disable-log-stats": False}, "no way to say"),
         ({"enforce-eager": "yes"}, "enforce-eager"),

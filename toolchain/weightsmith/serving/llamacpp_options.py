@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.errors import UsageError
+from weightsmith.serving.options import NO_TLS
 from weightsmith.values import Json
 
 _LIST = Path(__file__).with_name("llamacpp_options.json")
@@ -28,6 +29,9 @@ _NOT_HERE: Mapping[str, str] = {
     "port": "publish port 8080 as the port you want",
     "offline": "an image holds all it needs",
     "api-key": "a key does not belong in an image: set LLAMA_API_KEY where it runs",
+    "ssl-key-file": NO_TLS,
+    "ssl-cert-file": NO_TLS,
+    "api-prefix": "health checks ask /health: let a proxy change paths",
     "hf-token": "a token does not belong in an image",
     "tools": "it lets whoever reaches the port run programs",
     "agent": "it lets whoever reaches the port run programs",

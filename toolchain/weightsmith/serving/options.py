@@ -12,6 +12,9 @@ from types import MappingProxyType
 from weightsmith.errors import UsageError
 from weightsmith.values import Json
 
+NO_TLS = "health checks and probes speak HTTP: let a proxy or the cluster's ingress end TLS"
+"""What to do instead of giving a server certificates."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptionList:

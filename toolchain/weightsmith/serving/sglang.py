@@ -19,7 +19,7 @@ from weightsmith.serving.engine import (
 )
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.options import OptionList, load_options
+from weightsmith.serving.options import NO_TLS, OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
@@ -60,6 +60,8 @@ _NOT_HERE: Mapping[str, str] = {
     "api-key": "a key does not belong in an image: give --api-key where it runs",
     "admin-api-key": "a key does not belong in an image",
     "ssl-keyfile-password": "a password does not belong in an image: give it where it runs",
+    "ssl-keyfile": NO_TLS,
+    "ssl-certfile": NO_TLS,
     "trust-remote-code": "an image runs no code of a checkpoint",
     "download-dir": "an image downloads nothing",
     "enable-lora": "no target serves adapters with SGLang; choose vllm-lora",

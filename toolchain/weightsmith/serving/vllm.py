@@ -21,7 +21,7 @@ from weightsmith.serving.engine import (
 )
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.options import OptionList, load_options
+from weightsmith.serving.options import NO_TLS, OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
@@ -64,6 +64,8 @@ _NOT_HERE: Mapping[str, str] = {
     "uds": "the image serves a port",
     "api-key": "a key does not belong in an image: set VLLM_API_KEY where it runs",
     "hf-token": "a token does not belong in an image",
+    "ssl-keyfile": NO_TLS,
+    "ssl-certfile": NO_TLS,
     "trust-remote-code": "an image runs no code of a checkpoint",
     "download-dir": "an image downloads nothing",
     "enable-lora": "choose the target vllm-lora",
