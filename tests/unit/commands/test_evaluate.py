@@ -158,3 +158,18 @@ def test_too_few_questions_for_the_allowed_drop_are_reported(serve, evaluate, tm
     assert told["comparison"]["drop"] == 0
     assert "2 questions" in err
     assert "0.01" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--retries", "-1"), ("--timeout", "0"), ("--timeout", "nan"), ("--timeout", "inf"),
+     ("--concurrency", "0"), ("--limit", "-3")],
+)  # fmt: skip
+def test_a_number_that_cannot_be_is_named(serve, evaluate, words):
+    server = serve()
+
+    code, told, _ = evaluate(server.endpoint.url, QUESTIONS, f"{words[0]}={words[1]}")
+
+    assert code == 2
+    assert " ".join(words) in told["error"]["message"]
+    assert server.asked == []

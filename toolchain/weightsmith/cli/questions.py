@@ -14,6 +14,9 @@ from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
 from weightsmith.visible import joined
 
+_SHORTEST = 0.001
+"""Seconds to wait for an answer."""
+
 
 @command(
     many=("adapter",),
@@ -50,7 +53,7 @@ def evaluate(
     run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
-    from weightsmith.commands.arguments import number, required
+    from weightsmith.commands.arguments import at_least, number, required
     from weightsmith.commands.evaluate import (
         EvaluateOptions,
         Subject,
@@ -63,6 +66,9 @@ def evaluate(
     from weightsmith.wiring import keep_clean, open_tools
 
     keep_clean([model, *adapter, image], cache=run.cache)
+    at_least(0, limit=limit, retries=retries)
+    at_least(1, concurrency=concurrency)
+    at_least(_SHORTEST, timeout=timeout)
     if tasks:
         if run.memory:
             raise UsageError(
@@ -129,13 +135,14 @@ def bench(
     run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
-    from weightsmith.commands.arguments import counts
+    from weightsmith.commands.arguments import at_least, counts
     from weightsmith.commands.bench import BenchRequest, bench_text
     from weightsmith.commands.bench import bench as measure
     from weightsmith.commands.server import ServerSource
     from weightsmith.progress import progress_for
     from weightsmith.wiring import open_tools
 
+    at_least(_SHORTEST, timeout=timeout)
     request = BenchRequest(
         place=ServerSource(image=image, url=url),
         served_name=served_name,

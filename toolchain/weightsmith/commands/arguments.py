@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,16 @@ def number(text: str, flag: str) -> float:
     if not 0 <= value <= 1:
         raise UsageError(f"{flag} {text}: expected a number from 0 to 1", hint="for example 0.5")
     return value
+
+
+def at_least(least: float, **values: float) -> None:
+    """Raise UsageError naming the first flag whose number is lower, or not finite."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= least):
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value:g}: expected a number of at least {least:g}",
+                hint="leave it out for its default",
+            )
 
 
 def counts(text: str, flag: str) -> tuple[int, ...]:
