@@ -52,13 +52,11 @@ class MemoryCache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-        *,
-        anew: bool = False,
     ) -> int:
         sent = 0
         for blob, opener in blobs:
             self._fail("write")
-            if anew or blob.digest not in self.blobs:
+            if len(self.blobs.get(blob.digest, b"")) != blob.size:
                 self.blobs[blob.digest] = b"".join(opener())
                 sent += blob.size
         self._fail("write")
@@ -66,6 +64,10 @@ class MemoryCache:
         self.named[key] = tuple(blob.digest for blob, _ in blobs)
         self.used[key] = time.time()
         return sent + len(document)
+
+    def discard(self, blob: Blob) -> None:
+        self._fail("write")
+        self.blobs.pop(blob.digest, None)
 
     def entries(self) -> Iterator[Kept]:
         self._fail("entries")

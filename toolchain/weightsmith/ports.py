@@ -133,14 +133,15 @@ class Cache(Protocol):
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-        *,
-        anew: bool = False,
     ) -> int:
         """Write the missing blobs, then the document; return how many bytes were sent.
 
-        Readers see the whole entry or none; several may write the same one. With `anew`, blobs that
-        are there are written again, where a place allows that: one of them is damaged.
+        Readers see the whole entry or none; several may write the same one. A blob counts as there
+        by its name and size: who finds that its bytes are others discards it.
         """
+
+    def discard(self, blob: Blob) -> None:
+        """Delete a damaged blob, where a place allows that, so that `write` misses it."""
 
     def entries(self) -> Iterator[Kept]:
         """Yield every entry."""

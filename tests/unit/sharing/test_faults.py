@@ -19,7 +19,7 @@ from weightsmith.sharing import uploads as module
 from weightsmith.sharing.cache import SharedCache, within
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
-from weightsmith.values import Digest, key_of
+from weightsmith.values import Blob, Digest, key_of
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.store import MemoryStore
@@ -221,6 +221,38 @@ def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(
     shared.produce(KEY, NOTE, weights(3000))
     assert uploads.close(60) == 0
     assert blob.read_bytes() in whole.values()
+
+
+@pytest.mark.parametrize("fault", ["only read", "on the way", "not allowed"])
+def test_a_blob_is_left_where_it_may_be_right_or_is_not_ours(tmp_path: Path, fault: str) -> None:
+    """Of a cache that is only read, by a faulty connection, or without the right to delete."""
+
+    class Faulty(MemoryCache):
+        def read(self, blob: Blob) -> Iterator[bytes]:
+            chunks = b"".join(super().read(blob))
+            wrong = fault != "on the way" or not self.read_bytes > blob.size
+            yield bytes(len(chunks)) if wrong else chunks
+
+    store, entry = made(tmp_path / "store")
+    cache, mine = Faulty(), MemoryStore(tmp_path / "mine")
+    Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    whole = dict(cache.blobs)
+    warnings: list[str] = []
+    remote = SharedCache(cache, None, warnings.append, 60)
+    other = SharedCache(MemoryCache(), None, print, 60)
+    uploads = Uploads(other if fault == "only read" else remote, mine.memo)
+    if fault == "not allowed":
+        cache.faults["write"] = PermissionError(13, "Permission denied")
+    shared = SharedStore(mine, [remote], lambda: tmp_path / "scratch", uploads)
+
+    found = shared.find(KEY)
+    assert found is not None
+    with pytest.raises(CacheLost):
+        found.tree.path("model.safetensors")
+
+    assert cache.blobs == whole
+    assert len(warnings) == 1
+    assert shared.find(KEY) is None
 
 
 def test_two_upload_the_same_at_once(tmp_path: Path) -> None:

@@ -58,16 +58,14 @@ class FolderCache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-        *,
-        anew: bool = False,
     ) -> int:
-        """Write the missing blobs, or all of them `anew`, then the document."""
+        """Write the missing blobs, then the document."""
         self.root.mkdir(exist_ok=True)  # not its parents: a share that is not mounted stays empty
         sent = 0
         for blob, opener in blobs:
             path = self._blob(blob.digest)
             with suppress(OSError):
-                if not anew and path.stat().st_size == blob.size:
+                if path.stat().st_size == blob.size:
                     os.utime(path)
                     continue
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +77,10 @@ class FolderCache:
         replace_file(path.with_suffix(".blobs"), (named.encode(),))
         replace_file(path, (document,))
         return sent + len(document)
+
+    def discard(self, blob: Blob) -> None:
+        """Delete a blob."""
+        self._blob(blob.digest).unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Kept]:
         """Yield every entry; blobs that several have count for each."""

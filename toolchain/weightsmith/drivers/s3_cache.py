@@ -80,21 +80,24 @@ class S3Cache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-        *,
-        anew: bool = False,
     ) -> int:
-        """Write the missing blobs, or all of them `anew`, then the document."""
+        """Write the missing blobs, then the document."""
         sent = 0
         with self._asked():
             for blob, opener in blobs:
                 path = self._blob(blob.digest)
-                if anew or self._size(path) != blob.size:
+                if self._size(path) != blob.size:
                     self._put(path, opener())
                     sent += blob.size
             named = "".join(f"{blob.digest.hex} {blob.size}\n" for blob, _ in blobs)
             self._files.pipe_file(self._named(key), named.encode())
             self._files.pipe_file(self._entry(key), document)
         return sent + len(document)
+
+    def discard(self, blob: Blob) -> None:
+        """Delete a blob."""
+        with self._asked(), suppress(FileNotFoundError):
+            self._files.rm_file(self._blob(blob.digest))
 
     def entries(self) -> Iterator[Kept]:
         """Yield every entry; blobs that several have count for each."""

@@ -102,11 +102,13 @@ def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
 def unpacked(request: Request, home: Path, tools: Tools) -> Mapping[str, Any]:
     """Return the request's recipe, with what it names put into `home`.
 
-    Raises EnvironmentFailure if the cache lacks a folder.
+    Raises EnvironmentFailure if the cache lacks a folder, CacheLost if it has a damaged one: after
+    all of them were read, so that one retry replaces whatever is damaged.
     """
     for name, text in request.files.items():
         place = _inside(home, name)
         place.write_bytes(base64.b64decode(text))
+    damaged: list[CacheLost] = []
     for name, key in request.parcels.items():
         entry = tools.store.find(Digest(key))
         if entry is None:
@@ -114,9 +116,14 @@ def unpacked(request: Request, home: Path, tools: Tools) -> Mapping[str, Any]:
                 f"the cache has no copy of {Path(name).name}, which this task needs",
                 hint="check that every node uses the same --cache and may read it",
             )
-        for file in entry.tree.files:  # which brings them, where the cache is lazy
-            entry.tree.path(file.path)
-        _inside(home, name).symlink_to(entry.tree.root)
+        try:
+            for file in entry.tree.files:  # which brings them, where the cache is lazy
+                entry.tree.path(file.path)
+            _inside(home, name).symlink_to(entry.tree.root)
+        except CacheLost as error:
+            damaged.append(error)
+    if damaged:
+        raise damaged[0]
     return request.recipe
 
 

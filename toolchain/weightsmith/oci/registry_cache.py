@@ -65,14 +65,8 @@ class RegistryCache:
         key: Digest,
         document: bytes,
         blobs: Sequence[tuple[Blob, Callable[[], Iterator[bytes]]]],
-        *,
-        anew: bool = False,
     ) -> int:
-        """Push the missing blobs, then the manifest under the key's tag.
-
-        A registry never replaces a blob that it has, so `anew` changes nothing here.
-        """
-        del anew
+        """Push the missing blobs, then the manifest under the key's tag."""
         config = Blob(digest=Digest.of(document), size=len(document), media_type=DOCUMENT_TYPE)
         empty = Blob(digest=Digest.of(EMPTY), size=len(EMPTY), media_type=EMPTY_TYPE)
         layers = list(blobs) or [(empty, lambda: iter((EMPTY,)))]
@@ -92,6 +86,9 @@ class RegistryCache:
             [(config, lambda: iter((document,))), *layers],
         )
         return pushed.uploaded_bytes
+
+    def discard(self, blob: Blob) -> None:
+        """Do nothing: a registry keeps a deleted blob's bytes, and never replaces them."""
 
     def entries(self) -> Iterator[Kept]:
         """Yield the entry of every tag that is a key; two requests for a hundred, one for each."""

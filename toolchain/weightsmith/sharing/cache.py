@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from weightsmith.errors import (
@@ -80,6 +81,32 @@ class SharedCache:
         """Say that a result turned out to be another than its entry says."""
         if not self.broken:
             self._warn(error.message)
+
+    def discard(self, suspect: Blob, others: Iterable[Blob]) -> None:
+        """Delete a blob with other bytes than its digest says, so that the next upload sends it.
+
+        It is read once more: the fault may have been on the way. Only who deletes one compares the
+        entry's others too, so that one upload is enough.
+        """
+        if self._deleted(suspect):
+            for blob in others:
+                self._deleted(blob)
+
+    def _deleted(self, blob: Blob) -> bool:
+        """Delete a blob if it is damaged, and return whether it was."""
+        if self.broken or self.closed:
+            return False
+        state = hashlib.sha256()
+        try:
+            for chunk in self.cache.read(blob):
+                self.taken += len(chunk)
+                state.update(chunk)
+            if state.hexdigest() == blob.digest.hex:
+                return False
+            self.cache.discard(blob)
+        except Exception:  # noqa: BLE001 - it cannot be read at all, or this machine may not delete
+            return False
+        return True
 
     def fail(self, error: Exception) -> None:
         """Do not use the cache any more, and say so once."""

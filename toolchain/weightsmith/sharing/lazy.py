@@ -29,7 +29,7 @@ class RemoteFiles:
         shared: SharedCache,
         store: Store,
         scratch: Callable[[], Path],
-        refuse: Callable[[CacheLost], None],
+        refuse: Callable[[CacheLost, Blob], None],
     ) -> None:
         self._entry = entry
         self._shared = shared
@@ -37,7 +37,7 @@ class RemoteFiles:
         self._scratch = scratch
         """Returns a folder for what a process reads of it."""
         self._refuse = refuse
-        """Called when a file turned out to be another."""
+        """Called when a blob, or a file in it, turned out to be another."""
         self._whole: Path | None = None
         self._texts: Path | None = None
 
@@ -81,8 +81,11 @@ class RemoteFiles:
         path = self._scratch() / self._entry.key.hex / "headers" / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self._kept_honest():
-                replace_file(path, self._blob_bytes(blob) if blob else ())
+            if blob is None:
+                replace_file(path, ())
+            else:
+                with self._kept_honest(blob):
+                    replace_file(path, self._blob_bytes(blob))
             (size,) = (file.size for file in self._entry.files if file.path == name)
             with path.open("r+b") as file:
                 file.truncate(size)
@@ -116,7 +119,7 @@ class RemoteFiles:
         return {**self._entry.meta, "sha256": digests}
 
     def _unpack(self, layer: TarLayer, blob: Blob, folder: Path) -> None:
-        with self._kept_honest():
+        with self._kept_honest(blob):
             for member, chunks in files_in(layer, self._shared.read(blob), self._shared.where):
                 name = self._names.get(member.path)
                 if name is None:
@@ -132,7 +135,7 @@ class RemoteFiles:
         for layer, blob in self._layers:
             if not any(self._names.get(member.path) == name for member in layer.members):
                 continue
-            with self._kept_honest():
+            with self._kept_honest(blob):
                 for member, chunks in files_in(layer, self._shared.read(blob), self._shared.where):
                     if self._names.get(member.path) == name:
                         yield from self._verified(member, chunks)
@@ -144,15 +147,16 @@ class RemoteFiles:
         blob = Blob(digest=member.digest, size=member.size, media_type="")
         return verified(chunks, blob, f"{self._where}, {member.path}", _ALTERED, CacheLost)
 
-    def _kept_honest(self) -> _Refusing:
-        return _Refusing(self._refuse)
+    def _kept_honest(self, blob: Blob) -> _Refusing:
+        return _Refusing(self._refuse, blob)
 
 
 @dataclass(slots=True)
 class _Refusing:
     """Calls `refuse` if its block ends with a result that cannot be used."""
 
-    refuse: Callable[[CacheLost], None]
+    refuse: Callable[[CacheLost, Blob], None]
+    blob: Blob
 
     def __enter__(self) -> None:
         """Do nothing."""
@@ -160,7 +164,7 @@ class _Refusing:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Refuse the entry from now on."""
         if isinstance(error, CacheLost):
-            self.refuse(error)
+            self.refuse(error, self.blob)
 
 
 def _is_weights(name: str) -> bool:

@@ -11,7 +11,7 @@ from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.document import SharedEntry, layers_of
 from weightsmith.sharing.lazy import LazyTree, RemoteFiles
 from weightsmith.sharing.uploads import Remember, Uploads, nowhere
-from weightsmith.values import Digest, FileEntry, Json
+from weightsmith.values import Blob, Digest, FileEntry, Json
 
 
 class SharedStore:
@@ -68,7 +68,7 @@ class SharedStore:
     ) -> None:
         """Upload an entry now, unless the cache has it; for machines that wait for it.
 
-        The cache is asked once for each key; with `again` it is asked anew, for every blob. Raises
+        The cache is asked once for each key; with `again` it is asked for every blob. Raises
         what `Uploads.upload` raises, UsageError if the cache is only read.
         """
         if self._uploads is None:
@@ -76,10 +76,8 @@ class SharedStore:
                 "other machines need a cache that may be written to",
                 hint="give --cache instead of --cache-from",
             )
-        if again:
-            self._uploads.complete(key, note, entry)
-        elif key not in self._shared:  # what all tasks of a fleet need is asked for once
-            self._uploads.upload(key, note, entry)
+        if again or key not in self._shared:  # what all tasks of a fleet need is asked for once
+            self._uploads.upload(key, note, entry, again=again)
         self._shared.add(key)
 
     def moved(self) -> int:
@@ -119,11 +117,13 @@ class SharedStore:
         return None
 
     def _entry(self, found: SharedEntry, shared: SharedCache) -> Entry:
-        def refuse(error: CacheLost) -> None:
+        def refuse(error: CacheLost, blob: Blob) -> None:
             if found.key not in self._refused:
                 shared.refuse(error)
             self._lazy.pop(found.key, None)
             self._refused.add(found.key)
+            if self._uploads and self._uploads.fill(shared):
+                shared.discard(blob, (*found.layers, *found.headers.values()))
 
         remote = RemoteFiles(found, shared, self._local, self._scratch, refuse)
         tree = LazyTree(found.files, remote)

@@ -55,12 +55,16 @@ class Uploads:
         self.sent = 0
         """Bytes sent so far."""
 
+    def fill(self, shared: SharedCache) -> bool:
+        """Return whether results go into this cache, which others are only read."""
+        return shared is self._shared
+
     def add(
         self, key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
     ) -> None:
         """Upload an entry soon, unless the cache has it; returns at once.
 
-        With `again`, also if it has one: that could not be used, because it lacks a blob, say.
+        With `again`, also if it has one: that could not be used, because it lacks a blob.
         """
         if key in self._seen or self._shared.closed:
             return
@@ -100,29 +104,20 @@ class Uploads:
     ) -> bool:
         """Upload an entry now, with some tries; return False if the cache has it already.
 
+        With `again`, each of its blobs is looked for, and those that are missing are sent.
+
         Raises EnvironmentFailure or OSError if the cache cannot be used, UsageError or InputRefused
         for files that cannot be in a layer.
         """
         layers = None if again else self._held(key)
-        if layers is None:
-            self._write(key, note, entry, anew=again)
-            return True
-        self._note(layers)
-        return False
-
-    def complete(self, key: Digest, note: Mapping[str, Json], entry: Entry) -> None:
-        """Write whatever the cache lacks of an entry; each of its blobs is looked for.
-
-        Raises what `upload` raises.
-        """
-        self._write(key, note, entry, anew=False)
-
-    def _write(self, key: Digest, note: Mapping[str, Json], entry: Entry, *, anew: bool) -> None:
+        if layers is not None:
+            self._note(layers)
+            return False
         made = prepared(key, note, entry, self._memo, self._signer)
         blobs = [(blob, self._while_wanted(opener)) for blob, opener in made.blobs]
-        cache = self._shared.cache
-        self.sent += self._tried(lambda: cache.write(key, made.document, blobs, anew=anew))
+        self.sent += self._tried(lambda: self._shared.cache.write(key, made.document, blobs))
         self._note(made.layers)
+        return True
 
     def _note(self, layers: Sequence[Digest]) -> None:
         if self._shared.cache.origin[0]:
