@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from weightsmith.fleets import running
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory
@@ -36,6 +37,20 @@ def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
     with in_memory(tmp_path, client) as made:
         yield made
         assert made.launcher.running == 0
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed is tried again without a pause."""
+    monkeypatch.setattr(running, "_PAUSES", (0.0, 0.0))
+
+
+@pytest.fixture
+def two(tmp_path: Path, client: Registry, quick: None, at_once: None) -> Iterator[Memory]:
+    """A user's folder with two adapters, each with its own questions."""
+    with in_memory(tmp_path, client, adapters=("a", "b")) as made:
+        made.write_recipe(adapters=None)
+        yield made
 
 
 @pytest.fixture(scope="session")

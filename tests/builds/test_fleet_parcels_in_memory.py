@@ -1,0 +1,223 @@
+"""Fleets in memory whose nodes share only the cache: what is sent, lost and sent again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from weightsmith.drivers.folder_cache import FolderCache
+from weightsmith.drivers.folders import FolderReader
+from weightsmith.drivers.s3_cache import S3Cache
+from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.fleets import running
+from weightsmith.fleets.parcels import packed
+from weightsmith.fleets.requests import Request
+from weightsmith.fleets.rows import FleetRows
+from weightsmith.ports import Cache
+from weightsmith.sharing.cache import SharedCache
+from weightsmith.sharing.store import SharedStore
+from weightsmith.sharing.uploads import Uploads
+from weightsmith.tools import Tools
+
+from tests.fakes.cache import MemoryCache
+from tests.fakes.fleet import MemoryFleet, by_tools
+from tests.fakes.fleet_runs import GOOD, Q4, run, write_fleet
+from tests.fakes.memory import Memory
+from tests.fakes.s3_server import s3_server
+from tests.fakes.store import MemoryStore
+
+
+@pytest.mark.slow
+def test_nodes_that_share_only_the_cache_send_images_and_reports(two: Memory) -> None:
+    here = by_tools(two.tools)
+
+    def elsewhere(text: str) -> str:
+        request = json.loads(text)
+        assert str(two.home) not in json.dumps(request["recipe"])
+        return here(json.dumps({**request, "dist": "/nowhere", "token": "none"}))
+
+    engine = MemoryFleet(elsewhere, remote=True)
+    path = write_fleet(two, targets=[Q4])
+    rows, _ = run(two, path, engine, outputs={"push": True})
+
+    assert [row.verdict for row in rows.cells] == [GOOD, GOOD]
+    for row in rows.cells:
+        assert Path(row.report).is_file()
+        assert Path(row.report).is_relative_to(two.dist)
+        assert (f"team/tiny-{row.adapter}", f"1.0.0-{Q4}") in two.registry.manifests
+    assert rows.bytes_moved > 0
+
+
+def test_an_image_for_a_folder_that_a_node_does_not_see_is_refused(two: Memory) -> None:
+    here = by_tools(two.tools)
+    engine = MemoryFleet(lambda text: here(json.dumps({**json.loads(text), "token": "none"})))
+
+    rows, _ = run(two, write_fleet(two, adapters=["./a"], targets=[Q4]), engine)
+
+    assert rows.cells[0].verdict == "not made"
+    assert "--push" in (rows.cells[0].hint or "")
+
+
+def test_what_cannot_go_to_a_node_ends_its_cell_and_no_other(
+    two: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_a(request: Request, tools: Tools, *, again: bool) -> Request:
+        if request.adapter == "b":
+            raise UsageError("b.jsonl is too large", hint="use fewer questions")
+        return packed(request, tools, again=again)
+
+    monkeypatch.setattr(running, "packed", only_a)
+    engine = MemoryFleet(by_tools(two.tools), remote=True)
+
+    rows, _ = run(two, write_fleet(two, targets=[Q4]), engine)
+
+    assert [(row.verdict, row.exit_code) for row in rows.cells] == [(GOOD, 0), ("refused", 2)]
+    assert rows.cells[1].error == "b.jsonl is too large"
+
+
+def test_a_cache_that_takes_nothing_for_a_while_ends_no_cell(
+    two: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Exception] = [EnvironmentFailure("the cache is away"), OSError(5, "gone")]
+
+    def share(*_: object, **__: object) -> None:
+        if faults:
+            raise faults.pop()
+
+    tools = replace(two.tools, share=share)
+    engine = MemoryFleet(by_tools(two.tools), remote=True)
+
+    path = write_fleet(two, adapters=["./a"], targets=[Q4])
+    rows, _ = run(two, path, engine, tools=tools)
+
+    assert [(row.verdict, row.tries) for row in rows.cells] == [(GOOD, 3)]
+    faults += [EnvironmentFailure("the cache is away")] * 3
+    path = write_fleet(two, adapters=["./b"], targets=[Q4])
+    rows, _ = run(two, path, engine, tools=tools)
+    assert [(row.verdict, row.exit_code) for row in rows.cells] == [("not made", 5)]
+
+
+def lose_entries(cache: MemoryCache) -> None:
+    cache.remove([*cache.documents])
+
+
+def lose_blobs(cache: MemoryCache) -> None:
+    cache.blobs.clear()
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["a copy here", "no copy here"])
+@pytest.mark.parametrize("lose", [lose_entries, lose_blobs])
+def test_what_the_cache_has_lost_meanwhile_is_sent_again(
+    two: Memory, lose: Callable[[MemoryCache], None], here: bool
+) -> None:
+    path = write_fleet(two, adapters=["./a"], targets=[Q4])
+    cache = two.cache = MemoryCache()
+    if not here:  # an earlier fleet sent it, and this machine's store was cleaned since
+        with two.sharing():
+            run_elsewhere(two, path, cache)
+        lose_results(cache, two.store)
+        two.store.entries.clear()
+
+    with two.sharing():
+        rows = run_elsewhere(two, path, cache, [lose])
+
+    assert (rows.cells[0].verdict, rows.cells[0].tries) == (GOOD, 2), rows.cells[0].error
+
+
+def damage_memory(cache: MemoryCache) -> None:
+    cache.blobs = {digest: other_byte(data) for digest, data in cache.blobs.items()}
+
+
+def damage_folder(cache: FolderCache) -> None:
+    for path in (cache.root / "blobs").rglob("*"):
+        if path.is_file():
+            path.write_bytes(other_byte(path.read_bytes()))
+
+
+def damage_bucket(cache: S3Cache) -> None:
+    files = cache._files
+    for path in files.find(cache.where.removeprefix("s3://") + "/blobs"):
+        files.pipe_file(path, other_byte(files.cat_file(path)))
+
+
+def other_byte(data: bytes) -> bytes:
+    """Change a byte behind a layer's first header."""
+    return data[:600] + bytes([data[600] ^ 1]) + data[601:]
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["a copy here", "no copy here"])
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [("memory", damage_memory), ("folder", damage_folder), ("s3", damage_bucket)],
+    ids=["memory", "folder", "s3"],
+)
+def test_what_was_damaged_in_the_cache_at_the_same_size_is_sent_again(
+    two: Memory,
+    kind: str,
+    damage: Callable[[Any], None],
+    here: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Base and adapter are both damaged, each of their blobs: one retry mends all of it."""
+    path = write_fleet(two, adapters=["./a"], targets=[Q4])
+    with ExitStack() as stack:
+        cache: Any = MemoryCache()
+        if kind == "folder":
+            cache = FolderCache(tmp_path / "cache")
+        elif kind == "s3":
+            for name, value in stack.enter_context(s3_server("cache")).items():
+                monkeypatch.setenv(name, value)
+            cache = S3Cache("cache/team")
+        two.cache = cache
+        if not here:
+            with two.sharing():
+                run_elsewhere(two, path, cache)
+            lose_results(cache, two.store)
+            two.store.entries.clear()
+
+        with two.sharing():
+            rows = run_elsewhere(two, path, cache, [damage])
+
+    assert (rows.cells[0].verdict, rows.cells[0].tries) == (GOOD, 2), rows.cells[0].error
+
+
+def lose_results(cache: Cache, store: MemoryStore) -> None:
+    """Leave in a cache only what a fleet sent to its nodes."""
+    sent = {key for key, note in store.notes.items() if note["stage"] == "source"}
+    cache.remove({kept.key for kept in cache.entries()} - sent)
+
+
+def run_elsewhere(
+    memory: Memory,
+    path: Path,
+    cache: Cache,
+    losses: Sequence[Callable[[Any], None]] = (),
+) -> FleetRows:
+    """Run a fleet whose nodes share only the cache, which has a loss before each of their tasks."""
+    assert memory.shared is not None
+    left = [*losses]
+
+    def do(text: str) -> str:
+        if left:
+            left.pop(0)(cache)
+        with TemporaryDirectory() as folder:
+            remote = SharedCache(cache, None, memory.progress.warn, 60)
+            own = MemoryStore(Path(folder) / "store")
+            uploads = Uploads(remote, own.memo)
+            store = SharedStore(own, [remote], lambda: Path(folder), uploads)
+            readers = {"": FolderReader(store)}
+            try:
+                return by_tools(replace(memory.tools, store=store, readers=readers))(text)
+            finally:
+                uploads.close(60)
+
+    tools = replace(memory.tools, share=memory.shared.share)
+    engine = MemoryFleet(do, remote=True)
+    return run(memory, path, engine, tools=tools, outputs={"push": True})[0]
