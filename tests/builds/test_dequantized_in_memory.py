@@ -13,6 +13,7 @@ from weightsmith.planning.forecast import forecast
 from weightsmith.tools import Memory as Room
 
 from tests.fakes.baking import push_base
+from tests.fakes.fleet_runs import run, write_fleet
 from tests.fakes.memory import QUESTIONS, Memory, questions
 
 TARGET, GGUF = "vllm-fp8", "llamacpp-q4_k_m"
@@ -52,6 +53,20 @@ def test_the_record_says_that_the_weights_answered_and_not_the_image(on_gpu: Mem
 
     on_gpu.build()
     assert on_gpu.jobs() == []
+
+
+@pytest.mark.slow
+def test_a_fleet_shows_the_score_of_the_weights_that_answered(
+    on_gpu: Memory, at_once: None
+) -> None:
+    rows, _ = run(on_gpu, write_fleet(on_gpu, adapters=["./a"], targets=[TARGET]))
+
+    (cell,) = rows.cells
+    assert (cell.verdict, cell.score, cell.answered, cell.drop) == (
+        "not proven", 1.0, "dequantized", 0.0,
+    )  # fmt: skip
+    assert cell.interval
+    assert "<td>dequantized weights</td>" in (on_gpu.dist / "fleet.html").read_text()
 
 
 def test_weights_that_forgot_are_not_published(on_gpu: Memory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.fleets.page import FILE, PAGE, Page, table
@@ -38,6 +39,23 @@ def test_it_does_not_claim_to_run_after_an_interrupt(tmp_path: Path) -> None:
     assert REFRESH not in text
     assert "<strong>Stopped</strong>" in text
     assert ">runs<" not in text
+
+
+def test_it_says_whether_the_image_answered_or_its_weights(tmp_path: Path) -> None:
+    weights = CellRow(
+        adapter="c", target="vllm-awq", verdict="not proven", state=ENDED,
+        score=0.75, answered="dequantized",
+    )  # fmt: skip
+    image = replace(weights, adapter="d", score=0.5, answered="image")
+
+    text = page(tmp_path, weights, image, DONE)
+    assert '<td class="number">0.750</td><td>dequantized weights</td>' in text
+    assert '<td class="number">0.500</td><td>image</td>' in text
+    assert '<td class="number"></td><td></td>' in text  # without questions
+    said = table(FleetRows(cells=(weights, image, DONE), shared=())).splitlines()
+    assert [line.split()[3:6] for line in said[1:3]] == [
+        ["proven", "0.750", "dequantized"], ["proven", "0.500", "image"]
+    ]  # fmt: skip
 
 
 def test_errors_are_text(tmp_path: Path) -> None:

@@ -262,13 +262,18 @@ def _refused(request: Request, home: Path) -> _Result:
 
 
 def row_of(record: BuildRecord, report: Path, reference: str) -> dict[str, Json]:
-    """Return what the fleet's table shows of a build."""
-    score = record.scores.get("image")
-    drops = [v.comparison for v in record.verdicts if v.subject == "image" and v.comparison]
+    """Return what the fleet's table shows of a build.
+
+    An image that was not started has the score of its dequantized weights, if they were asked.
+    """
+    answered = next((who for who in ("image", "dequantized") if who in record.scores), "")
+    score = record.scores.get(answered)
+    drops = [v.comparison for v in record.verdicts if v.subject == answered and v.comparison]
     image = record.image
     return {
         "verdict": "refused" if record.refused else record.verdict,
         "score": score.score if score else None,
+        "answered": answered,
         "interval": list(score.interval) if score and score.interval else None,
         "n": score.n if score else 0,
         "drop": drops[0].drop if drops else None,

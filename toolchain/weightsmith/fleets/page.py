@@ -28,6 +28,8 @@ _EVERY = 2.0
 """Seconds between two writings while the fleet runs."""
 _ORDER = (NOT_MADE, REFUSED, "not proven", "", "passed")
 """Verdicts by how much attention they need; empty while a cell has not ended."""
+ANSWERED = {"image": "image", "dequantized": "dequantized weights"}
+"""Whose score a cell has, in words."""
 _STATES = {WAITING: "waits", RUNNING: "runs"}
 
 
@@ -117,6 +119,7 @@ def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, Any]:
     return {
         **row.to_json(),
         "shown": row.verdict or _state(row.state, stopped=stopped),
+        "answered": ANSWERED.get(row.answered, ""),
         "mark": mark,
         "link": Path(report).as_posix() if report and not report.startswith("..") else "",
         "short": (row.digest or "")[7:19],
@@ -129,19 +132,23 @@ def _shared(row: SharedRow, *, stopped: bool) -> dict[str, Any]:
     return {**row.to_json(), "shown": shown if row.state == ENDED else state}
 
 
+_COLUMNS = ("adapter", "target", "verdict", "score", "answered by", "seconds", "digest")
+
+
 def table(rows: FleetRows) -> str:
     """Return the fleet as text: one line per cell, those that need attention first."""
     cells = sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
-    lines: list[Sequence[str]] = [("adapter", "target", "verdict", "score", "seconds", "digest")]
+    lines: list[Sequence[str]] = [_COLUMNS]
     for row in cells:
         score = "" if row.score is None else f"{row.score:.3f}"
         what = row.verdict or _STATES.get(row.state, row.state)
         # The first line of an error: the others would look like rows.
         end = (row.error or "").partition("\n")[0]
         end = end or (row.digest or "")[7:19] + (" (cached)" if row.cached else "")
-        lines.append((row.adapter, row.target, what, score, f"{row.seconds:.1f}", end))
-    widths = [max(len(line[n]) for line in lines) for n in range(5)]
+        who = ANSWERED.get(row.answered, "")
+        lines.append((row.adapter, row.target, what, score, who, f"{row.seconds:.1f}", end))
+    widths = [max(len(line[n]) for line in lines) for n in range(len(_COLUMNS) - 1)]
     return "\n".join(
-        "  ".join([*(f"{text:<{w}}" for text, w in zip(line, widths, strict=False)), line[5]])
+        "  ".join([*(f"{text:<{w}}" for text, w in zip(line, widths, strict=False)), line[-1]])
         for line in lines
     )

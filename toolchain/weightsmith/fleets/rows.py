@@ -26,7 +26,10 @@ class CellRow(JsonObject):
     verdict: str = ""
     """`passed`, `not proven`, `refused` or `not made`; empty until it has ended."""
     score: float | None = None
-    """The image's, from 0 to 1; null without questions."""
+    """From 0 to 1; null without questions."""
+    answered: str = ""
+    """Whose score it is: `image` or, where that was not started, `dequantized` (its weights in
+    transformers)."""
     digest: str | None = None
     seconds: float = 0.0
     cached: bool = False
@@ -121,6 +124,7 @@ def of_reply(row: CellRow, reply: Reply) -> CellRow:
         state=ENDED,
         verdict=str(built.get("verdict") or "passed"),
         score=built.get("score"),
+        answered=str(built.get("answered") or ""),
         digest=built.get("digest"),
         seconds=row.seconds + reply.seconds,
         cached=bool(reply.stages)

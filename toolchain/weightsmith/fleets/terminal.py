@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from weightsmith.fleets.page import left_seconds, table
+from weightsmith.fleets.page import ANSWERED, left_seconds, table
 from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows, SharedRow
 from weightsmith.fleets.running import Changed
 from weightsmith.lines import put_line
@@ -66,7 +66,8 @@ def _names(rows: FleetRows) -> list[str]:
 def _of_cell(row: CellRow) -> str:
     if row.error:
         return f"{row.verdict}: {row.error}"
-    score = "" if row.score is None else f", score {row.score:.3f}"
+    whose = f" ({ANSWERED[row.answered]})" if row.answered == "dequantized" else ""
+    score = "" if row.score is None else f", score {row.score:.3f}{whose}"
     took = "cached" if row.cached else f"{row.seconds:.1f} s"
     return f"{row.verdict}{score}, {took}" + (f" on {row.node}" if row.node else "")
 
