@@ -28,7 +28,11 @@ from weightsmith.planning.targets import all_targets
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import EXPERTS, JOINED, NAMED, ROUNDED, SEEING
 from weightsmith.quantizers.checkpoints import DENSE
-from weightsmith.quantizers.known import gguf_architectures, vllm_architectures
+from weightsmith.quantizers.known import (
+    STACKED_MXFP4,
+    gguf_architectures,
+    vllm_architectures,
+)
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
@@ -285,11 +289,15 @@ def _adapters() -> Iterator[str]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, of `awq` and `gptq`, and of many of `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_known.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, of `awq` and `gptq`, and of many of `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_known.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
     yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"
-    kinds = ((DENSE | JOINED | NAMED, ""), (EXPERTS, "experts"), (SEEING, "vision"))
+    kinds = (
+        (DENSE | JOINED | NAMED, ""),
+        (EXPERTS | STACKED_MXFP4, "experts"),
+        (SEEING, "vision"),
+    )
     for names, kind in kinds:
         for name in sorted(names):
             cells = ("yes" if _becomes(name, one) else "" for one in packed)

@@ -89,7 +89,7 @@ def test_the_text_models_part_counts_first(config: dict, tied: bool | None) -> N
     ("value", "kinds"),
     [
         ({"quant_method": "awq"}, {"awq"}),
-        ({"quant_method": "mxfp4"}, set()),
+        ({"quant_method": "mxfp4"}, {"mxfp4"}),
         ("packed somehow", set()),
         ({"quant_method": "compressed-tensors", "config_groups": {"a": []}}, set()),
         (

@@ -29,7 +29,7 @@ def test_what_an_engine_does_not_know_is_refused_with_what_it_knows(
 ) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}
     shape |= {"num_hidden_layers": 2, "vocab_size": 100}
-    for architecture in sorted(DENSE | {"Phi3ForCausalLM", "GptOssForCausalLM"}):
+    for architecture in sorted(DENSE | {"Phi3ForCausalLM", "FalconForCausalLM"}):
         model = facts({**shape, "architectures": [architecture]})
         check = of_format(name).check_input
         if architecture in known:

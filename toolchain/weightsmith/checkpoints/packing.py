@@ -55,7 +55,7 @@ def _kinds(method: str, groups: Json) -> frozenset[str]:
 
     compressed-tensors with 4-bit weights may be AWQ or GPTQ.
     """
-    if method in {"awq", "gptq", "fp8"}:
+    if method in {"awq", "gptq", "fp8", "mxfp4"}:
         return frozenset({method})
     if method != "compressed-tensors":
         return frozenset()

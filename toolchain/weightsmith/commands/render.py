@@ -12,7 +12,7 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
 from weightsmith.planning.sizes import estimated_bytes
 from weightsmith.planning.targets import all_targets
-from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target, find
@@ -163,11 +163,20 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
         raise InputRefused(
             f"{model.path} has packed weights ({packed}), but {target.name} serves"
             f" {target.format.name}",
-            hint=f"choose {' or '.join(f'{target.engine.name}-{kind}' for kind in sorted(kinds))}"
-            if kinds
+            hint=f"choose {' or '.join(served)}"
+            if (served := _serving(target.engine, kinds))
             else "start from the 16-bit checkpoint",
         )
     return ()
+
+
+def _serving(engine: Engine, kinds: frozenset[str]) -> list[str]:
+    """Return an engine's target, by its shortest name, for each kind of weights that it loads."""
+    found: dict[str, list[str]] = {}
+    for target in all_targets().values():
+        if target.engine == engine and target.format.kind in kinds:
+            found.setdefault(target.format.kind, []).append(target.name)
+    return sorted(min(names, key=len) for names in found.values())
 
 
 def render_model(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers.checkpoints import DENSE, check_config
+from weightsmith.quantizers.known import STACKED_MXFP4, what_works
 from weightsmith.quantizers.schemes import Scheme
 from weightsmith.values import Json
 
@@ -36,11 +37,11 @@ NAMED = frozenset({
     "PaliGemmaForConditionalGeneration", "StableLmForCausalLM", "VaultGemmaForCausalLM",
 })  # fmt: skip
 """Further decoders without experts whose layers consist of `*_proj` matrices, norms and biases."""
-ROUNDED = DENSE | EXPERTS | SEEING | JOINED | NAMED
+ROUNDED = DENSE | EXPERTS | SEEING | JOINED | NAMED | STACKED_MXFP4
 """Every architecture that a format without calibration can have."""
 LLAMA4 = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
 """Engines reorder the outputs of their Q and K while they load them."""
-WALKED = ROUNDED - LLAMA4 - {"PaliGemmaForConditionalGeneration"}
+WALKED = ROUNDED - LLAMA4 - STACKED_MXFP4 - {"PaliGemmaForConditionalGeneration"}
 """Every architecture that our walk can calibrate.
 
 Llama 4 calls its experts in another way. PaliGemma's tokens attend to later ones, so also to the
@@ -69,6 +70,12 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
     """Refuse an architecture that is not known, and rows or outputs that tiles do not divide."""
     check_config(model, ROUNDED)
+    if model.architecture in STACKED_MXFP4 and scheme.format.kind != "mxfp4":
+        raise InputRefused(
+            f"vLLM loads the experts of {model.architecture} in MXFP4 only, not in"
+            f" {scheme.format.name}",
+            hint=what_works(model.architecture),
+        )
     if scheme.tile[0] > 1 and model.architecture in LLAMA4:
         # vLLM 0.33, models/llama4.py permute_qk_weight_for_rotary
         raise InputRefused(
@@ -124,6 +131,12 @@ def check_kept(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
     keep = set(chosen.get("keep") or ())
     for end in sorted(keep):
         _check_there(model, end)
+    if keep and model.architecture in STACKED_MXFP4:
+        raise InputRefused(
+            f"keep: vLLM loads all experts of {model.architecture} in MXFP4, and attention is never"
+            " quantized",
+            hint="remove keep",
+        )
     if model.matrices.experts:
         _check_experts(keep)
 

@@ -9,6 +9,12 @@ from pathlib import Path
 from typing import cast
 
 _FOLDER = Path(__file__).parent
+STACKED_MXFP4 = frozenset({"GptOssForCausalLM"})
+"""Architectures whose experts vLLM loads in OpenAI's MXFP4 layout, and in no other packed one.
+
+vLLM 0.32 and 0.33, models/gpt_oss.py: `_load_weights_other` passes over tensors of single experts
+under the names of compressed-tensors, AWQ and GPTQ, and reads stacked ones in 16 bits.
+"""
 
 
 @cache
@@ -31,6 +37,8 @@ def vllm_architectures() -> Mapping[str, str]:
 def what_works(architecture: str) -> str:
     """Return how an architecture can be served that a packed format does not support."""
     choices = ["serve it in 16 bits (target vllm)"]
+    if architecture in STACKED_MXFP4:
+        choices.insert(0, "choose mxfp4a16")
     if architecture in gguf_architectures():
         choices.append("as GGUF (target llamacpp-q4_k_m)")
     return ", or ".join(choices)

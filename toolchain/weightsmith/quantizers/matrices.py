@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.quantizers.known import STACKED_MXFP4
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ _STACKED = re.compile(
     r"\.(?P<name>gate_up_proj|down_proj|input_linear\.weight|output_linear\.weight)"
 )
 """All experts of a layer as one tensor."""
-_TRANSPOSED = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
+_TRANSPOSED = STACKED_MXFP4 | {"Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
 """Architectures whose stacked experts are [experts, inputs, outputs]."""
 _LATENT = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 """Of latent attention: small, and vLLM fuses the first two, of which one is no multiple of 128."""
@@ -83,25 +84,25 @@ def matrices(source: CheckpointTensors, model: Path) -> tuple[Matrix, ...]:
     for name in source.names:
         match = _LAYER.fullmatch(name)
         if match and (not facts.layers or int(match["layer"]) < facts.layers):
-            shape = source.info(name).shape
-            found += _of(name, shape, transposed=facts.architecture in _TRANSPOSED)
+            found += _of(name, source.info(name).shape, facts.architecture)
     return tuple(sorted(found, key=lambda matrix: matrix.module))
 
 
-def _of(name: str, shape: tuple[int, ...], *, transposed: bool) -> Iterator[Matrix]:
+def _of(name: str, shape: tuple[int, ...], architecture: str) -> Iterator[Matrix]:
     """Yield the matrices in a tensor: none, itself, or one or two for each expert."""
+    whole = architecture in STACKED_MXFP4  # only experts, whose gate and up alternate
     plain = _PLAIN.fullmatch(name)
-    if plain and len(shape) == 2 and plain["name"] not in _LATENT:
+    if plain and len(shape) == 2 and plain["name"] not in _LATENT and not whole:
         module = name.removesuffix(".weight")
         yield Matrix(module=module, tensor=name, outputs=shape[0], inputs=shape[1])
     stacked = _STACKED.fullmatch(name)
     if not stacked or len(shape) != 3:
         return
-    turned = transposed and stacked["name"] in {"gate_up_proj", "down_proj"}
+    turned = architecture in _TRANSPOSED and stacked["name"] in {"gate_up_proj", "down_proj"}
     count, outputs, inputs = (shape[0], shape[2], shape[1]) if turned else shape
     parts: tuple[str, ...] = ("down_proj",)
     if stacked["name"] in {"gate_up_proj", "input_linear.weight"}:
-        parts = ("gate_proj", "up_proj")
+        parts = ("gate_up_proj",) if whole else ("gate_proj", "up_proj")
     place = (
         stacked["parent"]
         if stacked["parent"].endswith("experts")

@@ -2,7 +2,8 @@
 
 AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9), GPTQ's first layout
 (qlinear/torch.py of GPTQModel 7.6), and compressed-tensors 0.20 (compressors/: pack-quantized,
-int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized).
+int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), and OpenAI's layout of
+stacked experts in MXFP4 (convert_moe_packed_tensors in integrations/mxfp4.py of transformers 5.24).
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ if TYPE_CHECKING:
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
-FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized"})
+FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp4"})
 """Layouts of float4_e2m1, two codes per byte."""
 _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
-    ".weight_global_scale", ".input_global_scale",
+    ".weight_global_scale", ".input_global_scale", "_blocks", "_scales",
 )  # fmt: skip
 """Suffixes of a quantized module's tensors, except `.weight`."""
 
@@ -43,7 +44,7 @@ class Layout:
     """Storage layout of a checkpoint's quantized modules."""
 
     method: str
-    """`awq`, `gptq` or a compressed-tensors format."""
+    """`awq`, `gptq`, `mxfp4` or a compressed-tensors format."""
     bits: int
     group_size: int
     """Inputs per scale; 0: a whole row."""
@@ -72,9 +73,11 @@ class Layout:
 
     @property
     def marker(self) -> str:
-        """Suffix of a tensor that every quantized module has."""
+        """Suffix of a tensor that every quantized module has; of a whole stack in `mxfp4`."""
         if self.method in {"awq", "gptq"}:
             return ".qweight"
+        if self.method == "mxfp4":
+            return "_blocks"
         packed = self.method == "pack-quantized" or self.method in FLOAT4
         return ".weight_packed" if packed else ".weight_scale"
 
@@ -91,6 +94,8 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
         )
         group = int(quantization.get("group_size") or 0)
         return Layout(method=method, bits=4, group_size=max(0, group), symmetric=bool(symmetric))
+    if method == "mxfp4":
+        return Layout(method=method, bits=4, group_size=32, symmetric=True)
     if method == "compressed-tensors":
         (group,) = quantization["config_groups"].values()
         weights = group["weights"]
@@ -116,12 +121,15 @@ class PackedView:
         """Read config.json and the headers; `stacked` are parts of stacked tensors."""
         self.tensors = CheckpointTensors(folder)
         self.layout = layout_of(read_json(folder / "config.json"))
-        end = self.layout.marker
-        self.modules = frozenset(
-            name.removesuffix(end) for name in self.tensors.names if name.endswith(end)
-        )
+        end, known = self.layout.marker, tuple(stacked)
+        marked = {n.removesuffix(end) for n in self.tensors.names if n.endswith(end)}
+        self._experts: dict[str, Matrix] = {}
+        if self.layout.method == "mxfp4":
+            self._experts = {m.module: m for m in known if m.tensor in marked}
+            marked = marked - {m.tensor for m in known} | self._experts.keys()
+        self.modules = frozenset(marked)
         self._stacks: dict[str, list[Matrix]] = {}
-        for matrix in stacked:
+        for matrix in known:
             if matrix.module in self.modules:
                 self._stacks.setdefault(matrix.tensor, []).append(matrix)
 
@@ -172,7 +180,19 @@ class PackedView:
             return _gptq(self.tensors, module, start, stop)
         if self.layout.method == "pack-quantized":
             return _packed(self.tensors, module, start, stop)
+        if module in self._experts:
+            return _stacked_mxfp4(self.tensors, self._experts[module], start, stop)
         return _tiled(self.tensors, module, self.layout, start, stop)
+
+    def scales(self, module: str) -> npt.NDArray[np.float32]:
+        """Return what a module's codes are multiplied by, as `scales_of`."""
+        if self.layout.method in {"awq", "gptq"}:
+            return self.tensors.f32(f"{module}.scales")
+        if module in self._experts:
+            matrix = self._experts[module]
+            stored = self.tensors.array(f"{matrix.tensor}_scales")[matrix.expert]
+            return _powers_of_two(stored).reshape(len(stored), -1)
+        return scales_of(self.tensors, module, self.layout)
 
     def _stack(self, parts: Sequence[Matrix]) -> npt.NDArray[np.float32]:
         """Return all experts as one tensor, as the checkpoint has them."""
@@ -300,6 +320,25 @@ def _tiled(
     return np.asarray(values, np.float32)
 
 
+def _stacked_mxfp4(
+    tensors: CheckpointTensors, matrix: Matrix, start: int, stop: int | None
+) -> npt.NDArray[np.float32]:
+    """W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e."""
+    import numpy as np
+
+    blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
+    scales = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, start:stop]
+    values = _float4_pairs()[blocks].view(np.float32) * _powers_of_two(scales)[:, :, None]
+    return np.asarray(values.reshape(len(values), -1), np.float32)
+
+
+def _powers_of_two(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return the powers whose exponents, plus 127, are stored."""
+    import numpy as np
+
+    return np.ldexp(np.float32(1), stored.astype(np.int32) - 127).astype(np.float32)
+
+
 def scales_of(
     tensors: CheckpointTensors, module: str, layout: Layout, where: slice = slice(None)
 ) -> npt.NDArray[np.float32]:
@@ -307,9 +346,8 @@ def scales_of(
     import numpy as np
 
     name = f"{module}.weight_scale"
-    if layout.method == "mxfp4-pack-quantized":  # exponents of 2, plus 127
-        exponents = tensors.array(name)[where].astype(np.int32) - 127
-        return np.ldexp(np.float32(1), exponents).astype(np.float32)
+    if layout.method == "mxfp4-pack-quantized":
+        return _powers_of_two(tensors.array(name)[where])
     if math.prod(tensors.info(name).shape) == 1:
         where = slice(None)  # one for the whole matrix
     scales = tensors.part(name, (where,)) if tensors.info(name).shape else tensors.f32(name)

@@ -12,7 +12,7 @@ from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed
 from weightsmith.quantizers.checkpoints import LINEAR
 from weightsmith.quantizers.matrices import Matrix, matrices
-from weightsmith.quantizers.packed import FLOAT4, PARTS, Layout, PackedView, scales_of, view_of
+from weightsmith.quantizers.packed import FLOAT4, PARTS, Layout, PackedView, view_of
 from weightsmith.quantizers.unquantized import is_kept
 from weightsmith.values import Json
 
@@ -85,7 +85,7 @@ def check_checkpoint(
         "layout": view.layout.method,
         "group_size": view.layout.group_size,
         "quantized": len(view.modules),
-        "kept": len(view.names) - len(view.modules),
+        "kept": len(source.names - {matrix.tensor for matrix in found.values()}),
         "size": view.tensors.size,
         "bits_per_weight": round(view.tensors.size * 8 / total, 3),
         "bits_per_quantized_weight": round(bits, 3),
@@ -118,10 +118,7 @@ def _check_scales(view: PackedView, matrix: Matrix) -> None:
     import numpy as np
 
     module, layout = matrix.module, view.layout
-    if layout.method in {"awq", "gptq"}:
-        scales = view.tensors.f32(f"{module}.scales")
-    else:
-        scales = scales_of(view.tensors, module, layout)
+    scales = view.scales(module)
     if not bool(np.isfinite(scales).all()) or bool((scales <= 0).any()):
         raise CheckFailed(f"{module} has scales that are not finite and positive", hint=_HINT)
     if layout.inputs:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
 from weightsmith.errors import InputRefused
 from weightsmith.quantizers.architectures import check_kept, check_rounded
@@ -24,7 +24,7 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step
-from weightsmith.quantizers.schemes import SCHEMES, Scheme
+from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
 from weightsmith.quantizers.unquantized import keep_option, without_kept
 from weightsmith.quantizers.writing import Output, Work, copied, whole, write_checkpoint
 from weightsmith.values import Format, Json
@@ -59,7 +59,8 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Check the finished checkpoint against the original; raises CheckFailed."""
     keep = tuple(request.options.get("keep", ()))
-    layout = Layout.of_scheme(SCHEMES[request.format.name])
+    architecture = read_facts(request.model).architecture
+    layout = Layout.of_scheme(stored_as(SCHEMES[request.format.name], architecture))
     return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "rounded"}
 
 
@@ -77,7 +78,7 @@ def quantize(
     Raises InputRefused for matrices that the scheme's tiles do not divide, weights that are not
     finite, and what `without_kept` refuses.
     """
-    source = CheckpointTensors(model)
+    source, scheme = CheckpointTensors(model), stored_as(scheme, read_facts(model).architecture)
     known = matrices(source, model)
     found = without_kept(known, keep)
     for matrix in found:
@@ -87,7 +88,10 @@ def quantize(
                 hint="choose fp8 or w8a8, which have a scale per row",
             )
     fused = _FusedScales(source, scheme, found)
-    works = [_work(source, matrix, scheme, fused) for matrix in found]
+    if scheme.layout == "mxfp4":
+        works = list(_stacks(source, found, scheme))
+    else:
+        works = [_work(source, matrix, scheme, fused) for matrix in found]
     if scheme.observed:
         works += _input_scales(scheme, found, inputs)
     taken = {matrix.tensor for matrix in found}
@@ -174,6 +178,38 @@ def _work(source: CheckpointTensors, matrix: Matrix, scheme: Scheme, fused: _Fus
             yield f"{weight}_scale", scales
 
     return Work(tuple(outputs), blocks)
+
+
+def _stacks(source: CheckpointTensors, found: Sequence[Matrix], scheme: Scheme) -> Iterator[Work]:
+    """Yield the work for each stack of experts, whose codes and scales are stacked, too."""
+    stacks: dict[str, list[Matrix]] = {}
+    for matrix in found:
+        stacks.setdefault(matrix.tensor, []).append(matrix)
+    for name, experts in stacks.items():
+        one, groups = experts[0], experts[0].inputs // scheme.tile[1]
+        outputs = (
+            Output(
+                f"{name}_blocks",
+                scheme.codes,
+                (len(experts), one.outputs, groups, scheme.tile[1] // 2),
+            ),
+            Output(f"{name}_scales", scheme.scales, (len(experts), one.outputs, groups)),
+        )
+        inorder = sorted(experts, key=lambda matrix: matrix.expert)
+        yield Work(outputs, partial(_stack_rows, source, name, inorder, scheme))
+
+
+def _stack_rows(
+    source: CheckpointTensors, name: str, experts: Sequence[Matrix], scheme: Scheme
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    for matrix in experts:
+        for part in _blocks(source, matrix, 1):
+            try:
+                codes, scales = round_rows(part, scheme)
+            except ValueError:
+                raise not_finite(name) from None
+            yield f"{name}_blocks", codes
+            yield f"{name}_scales", scales
 
 
 QUANTIZER = Quantizer(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from weightsmith.quantizers.known import STACKED_MXFP4
 from weightsmith.values import FP8, Format, Json
 
 
@@ -18,7 +19,7 @@ class Scheme:
 
     format: Format
     layout: str
-    """compressed-tensors' `format`."""
+    """compressed-tensors' `format`, or `mxfp4` for OpenAI's layout of stacked experts."""
     codes: str
     """Safetensors dtype of the codes; U8 holds two 4-bit codes, the even column in the low bits."""
     scales: str
@@ -44,7 +45,9 @@ class Scheme:
         return self.codes == "U8"
 
     def config(self, ignored: Sequence[str]) -> dict[str, Json]:
-        """Return compressed-tensors' quantization_config; `ignored` modules stay in 16 bits."""
+        """Return the quantization_config; `ignored` modules stay in 16 bits."""
+        if self.layout == "mxfp4":
+            return {"quant_method": "mxfp4", "modules_to_not_convert": list(_BESIDE_EXPERTS)}
         group: dict[str, Json] = {"targets": ["Linear"], "weights": dict(self.weights)}
         group["input_activations"] = dict(self.inputs) if self.inputs else None
         return {
@@ -54,6 +57,12 @@ class Scheme:
             "config_groups": {"group_0": group},
             "ignore": ["lm_head", *ignored],
         }
+
+
+_BESIDE_EXPERTS = (
+    "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+)  # fmt: skip
+"""What stays in 16 bits, in the words of OpenAI's own checkpoints."""
 
 
 def _eight(kind: str, **more: Json) -> dict[str, Json]:
@@ -122,6 +131,15 @@ _SCHEMES = (
 )
 SCHEMES: Mapping[str, Scheme] = MappingProxyType({one.format.name: one for one in _SCHEMES})
 """Those that need no calibration text, by the format's name."""
+_STACKED = replace(SCHEMES["mxfp4a16"], layout="mxfp4")
+
+
+def stored_as(scheme: Scheme, architecture: str) -> Scheme:
+    """Return the scheme with the layout in which engines load this architecture."""
+    stacked = architecture in STACKED_MXFP4 and scheme == SCHEMES["mxfp4a16"]
+    return _STACKED if stacked else scheme
+
+
 NVFP4 = replace(
     SCHEMES["nvfp4a16"],
     format=Format(name="nvfp4", kind="nvfp4", bits_per_weight=4.5),

@@ -9,6 +9,9 @@ from weightsmith.values import Format
 _TILES = {"fp8-block": 128, "nvfp4a16": 16, "nvfp4": 16, "mxfp4a16": 32}
 """Format -> weights along the axis that tensor parallelism divides: a GPU has whole tiles."""
 
+_PADDED = frozenset({"GptOssForCausalLM"})
+"""Architectures whose experts vLLM pads to whole tiles (models/gpt_oss.py: _load_weights_mxfp4)."""
+
 
 def check_blocks(model: ModelFacts, format_: Format, gpus: int) -> None:
     """Refuse tensor parallelism that would cut through the blocks of a format.
@@ -17,7 +20,7 @@ def check_blocks(model: ModelFacts, format_: Format, gpus: int) -> None:
     in SGLang 0.5.23. Raises UsageError.
     """
     size = _TILES.get(format_.name, 0)
-    if not size or gpus < 2:
+    if not size or gpus < 2 or model.architecture in _PADDED:
         return
     shape, more = model.shape, model.matrices
     parts = {"o_proj": shape.heads * (shape.v_head_dim or shape.head_dim)}
