@@ -75,6 +75,51 @@ def test_what_the_recipe_has_as_text_is_set_as_it_stands(text: str) -> None:
     assert recipe.base.revision == recipe.adapters[0].run_id == text
 
 
+def test_a_label_is_set_by_its_name_which_has_dots() -> None:
+    settings = ["image.labels.org.opencontainers.image.revision=0f3e", "image.labels.team=x"]
+    settings += ["quantize.tensor_types.blk.0.attn_v=q8_0", "quality.limits.q8_0.top1=0.5"]
+    recipe = check_recipe(with_settings(SMALLEST, settings), "here")
+
+    assert recipe.image.labels == {"org.opencontainers.image.revision": "0f3e", "team": "x"}
+    assert recipe.quantize.tensor_types == {"blk.0.attn_v": "q8_0"}
+    assert recipe.quality.limits["q8_0"].top1 == 0.5
+
+
+def test_keys_that_are_shared_in_the_file(tmp_path: Path) -> None:
+    """YAML's merge key: what stands beside it wins, as its specification says."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: bot\nbase: {source: ./base}\nadapters:\n"
+        "  - &first {source: ./a, weight: 0.5, version: v1}\n"
+        "  - {<<: *first, source: ./b}\n  - <<: [*first]\n    version: v3\n"
+    )
+    rows = read_recipe(path).recipe.adapters
+
+    assert [(row.source, row.weight, row.version) for row in rows] == [
+        ("./a", 0.5, "v1"), ("./b", 0.5, "v1"), ("./a", 0.5, "v3"),
+    ]  # fmt: skip
+    path.write_text("name: bot\nbase: {source: a, source: b}\n")
+    with pytest.raises(UsageError, match="duplicate key 'source'"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": "vllm"}, "`targets`: expected a list"),
+        ({"base": "./base"}, "`base`: expected keys below it, such as source"),
+        ({"adapters": ["./a"]}, "`adapters.0`: expected keys below it, such as source"),
+        ({"serve": None}, "`serve`: expected keys below it, such as gpu"),
+        ({"merge": "ties"}, "`merge`: expected keys below it, such as method"),
+    ],
+)
+def test_what_a_key_holds_is_said_in_words_of_yaml(change: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_recipe(SMALLEST | change, "recipe.yaml")
+
+    assert message in caught.value.message
+
+
 def test_a_text_in_quotes_is_set_without_them() -> None:
     data = with_settings(SMALLEST, ['version="1.2"', "base.license='a: b'"])
 

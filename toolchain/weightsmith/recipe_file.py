@@ -140,8 +140,9 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
                 f"--set {setting}: expected key.path=value",
                 hint="as in --set serve.max_model_len=4096",
             )
-        *parents, last = path.strip().split(".")
-        value = text if _is_text([*parents, last], text) else _read(text)
+        (*parents, last), kind = _place(path.strip())
+        quoted = text.strip().startswith(("'", '"'))
+        value = text if kind is str and not quoted else _read(text)
         if parents[:1] == ["outputs"] and isinstance(result.get("outputs"), list):
             result["outputs"] = {"kinds": result["outputs"]}  # a list stands for this section
         place: Any = result
@@ -151,9 +152,10 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
             else:
                 place = place.setdefault(parent, {})
             if not isinstance(place, dict | list):
+                whole = path.strip().partition(f"{parent}.")[0] + parent
                 raise UsageError(
                     f"--set {setting}: {parent} is not a mapping of keys",
-                    hint=f"set it as a whole: --set {parent}=… takes any YAML value",
+                    hint=f"set it as a whole: --set {whole}=… takes any YAML value",
                 )
         place[_number(place, last, setting) if isinstance(place, list) else last] = value
     return result
@@ -166,17 +168,27 @@ def _read(text: str) -> Any:
         return text
 
 
-def _is_text(path: Sequence[str], text: str) -> bool:
-    """Return whether a setting is text as it stands: a version 1.2 is no number there."""
+def _place(path: str) -> tuple[list[str], Any]:
+    """Return the keys of a setting's path, and what the recipe takes there; None if unknown.
+
+    Below a mapping of text, such as `image.labels`, the rest of the path is one key: names of
+    labels have dots.
+    """
+    keys: list[str] = []
     kind: Any = Recipe
-    for step in path:
+    steps = path.split(".")
+    while steps:
+        if get_origin(kind) is dict and get_args(kind)[1] is str:
+            steps = [".".join(steps)]
+        step = steps.pop(0)
+        keys.append(step)
         if get_origin(kind) in (dict, tuple):
             kind = get_args(kind)[get_origin(kind) is dict]  # what it holds
         else:
             section = next(filter(is_section, [kind, *get_args(kind)]), None)
             fields = fields_of(section).items() if section else ()
             kind = next((f.annotation for name, f in fields if (f.alias or name) == step), None)
-    return kind is str and not text.strip().startswith(("'", '"'))
+    return keys, kind
 
 
 def _number(items: list[Any], word: str, setting: str) -> int:
@@ -189,6 +201,9 @@ def _number(items: list[Any], word: str, setting: str) -> int:
     )
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML without duplicate keys: the second would silently win."""
 
@@ -196,6 +211,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE:  # `<<: *shared`, which gives way to keys beside it
+            continue
         key = loader.construct_object(key_node)
         if isinstance(key, str) and key in seen:
             raise yaml.constructor.ConstructorError(
@@ -229,6 +246,11 @@ def _fault(error: Any) -> str:
         return f"`{place}` is missing"
     if error["type"] == "string_type" and (kind := _SCALARS.get(type(error.get("input")))):
         return f"`{place}`: YAML reads {error['input']} as {kind}; write it in quotes"
+    if error["type"] == "tuple_type":
+        return f"`{place}`: expected a list, such as [first, second]"
+    if error["type"] in {"model_type", "dataclass_type"}:
+        keys = ", ".join(_keys_at(error["loc"])[:3])
+        return f"`{place}`: expected keys below it, such as {keys}; without any, leave it out"
     return f"`{place}`: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
