@@ -115,9 +115,14 @@ def test_a_key_that_nothing_is_checked_with(read: Path) -> None:
     assert "--from" in refused(read, "build", {"base": "base", "key": "key.pub"})
 
 
-def test_a_repository_that_no_registry_takes(read: Path) -> None:
-    words = {"base": "base", "target": "vllm", "set": ["image.repository=Team/Model"]}
-    assert "Team/Model" in refused(read, "plan", words)
+@pytest.mark.parametrize("command", ["plan", "build"])
+@pytest.mark.parametrize(
+    "name", ["Team/Model", "localhost:5000/team/model:1.0", f"model@sha256:{'0' * 64}"]
+)
+def test_a_repository_that_no_registry_takes(read: Path, command: str, name: str) -> None:
+    """Or that has a tag already: it would be refused when all work is done."""
+    words = {"base": "base", "target": "vllm", "set": [f"image.repository={name}"]}
+    assert name in refused(read, command, words)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from weightsmith.errors import UsageError
 from weightsmith.planning.options import serve_options
 from weightsmith.recipe import Serve
 from weightsmith.serving.engine import ServeOptions
@@ -26,3 +27,10 @@ def test_what_a_recipe_leaves_out_is_the_planners_default() -> None:
 )  # fmt: skip
 def test_what_a_recipe_gives_is_in_the_planners_units(given, wanted) -> None:
     assert serve_options(Serve(**given)) == ServeOptions(**wanted)
+
+
+@pytest.mark.parametrize("key", ["gpu_memory", "memory"])
+def test_a_memory_without_its_unit_is_refused(key: str) -> None:
+    with pytest.raises(UsageError, match=f"serve.{key} 24 is 24 bytes") as caught:
+        serve_options(Serve(**{key: "24"}))
+    assert "24GiB" in caught.value.hint

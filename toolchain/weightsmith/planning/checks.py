@@ -37,6 +37,7 @@ from weightsmith.planning.tasks import check_leaks, probes, say_samples, tasks_o
 from weightsmith.ports import Runner, Silent
 from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
+from weightsmith.recipe import Recipe
 from weightsmith.serving.compatibility import check_engine_image, check_support
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
@@ -210,6 +211,18 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
     )
 
 
+def repository_of(recipe: Recipe) -> Reference:
+    """Return the recipe's repository; UsageError for none, or one with a tag or a digest."""
+    name = repository(recipe)
+    place = Reference.parse(name)
+    if place.digest or ":" in name.rpartition("/")[2]:
+        raise UsageError(
+            f"image.repository {name} must not have a tag or a digest",
+            hint="write REGISTRY/NAME alone: the tag is VERSION-TARGET",
+        )
+    return place
+
+
 def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
     """Raise UsageError for a weight file that is too large for a layer, by its estimated size.
 
@@ -217,7 +230,7 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
     """
     recipe, tree = request.file.recipe, sources.base.tree
     own = layer_limit(recipe.image.max_layer_size)
-    limits = limits_of(Reference.parse(repository(recipe)).registry)
+    limits = limits_of(repository_of(recipe).registry)
     theirs = limits.largest_layer if limits and request.outputs.push else 0
     for target in request.targets:
         if target.format.suffix == ".gguf":

@@ -9,10 +9,9 @@ from weightsmith.build_record import read_build
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
-from weightsmith.oci.references import Reference
 from weightsmith.planning.advice import advice_for
 from weightsmith.planning.cache_scales import forecast_scales, missing
-from weightsmith.planning.checks import check_format
+from weightsmith.planning.checks import check_format, repository_of
 from weightsmith.planning.dequantized import forecast_dequantized
 from weightsmith.planning.layer_time import measured_layer_time, stage_seconds, with_times
 from weightsmith.planning.memory import (
@@ -34,7 +33,6 @@ from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import disk_peak, estimated_bytes
 from weightsmith.planning.targets import can_make
 from weightsmith.planning.tasks import probes, tasks_of
-from weightsmith.provenance.labels import repository
 from weightsmith.quantizers import of_format
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.memory import human
@@ -71,7 +69,7 @@ def forecast(
     Raises what the build would raise before its first long step, except for lack of memory, which
     the rows show.
     """
-    Reference.parse(repository(file.recipe))
+    repository_of(file.recipe)
     tasks = tasks_of(file)
     lock = read_lock(file)
     file = file if update_lock else pinned(file, lock)

@@ -24,14 +24,25 @@ from weightsmith.stages.unmerged import served_adapters
 from weightsmith.tools import Tools
 from weightsmith.values import LORA, Format, Json, Snapshot, Sources, Tree
 
+_LEAST_MEMORY = 1 << 20
+"""Bytes; less is a number without its unit."""
+
 
 def serve_options(serve: Serve) -> ServeOptions:
     """Return the recipe's `serve` section in the planner's units; both have the same defaults."""
     given = serve.model_dump(exclude_defaults=True, exclude={"kv_cache_scales"})
     for ours, theirs in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
         if ours in given:
-            given[theirs] = parse_size(given.pop(ours))
+            given[theirs] = _memory(ours, given.pop(ours))
     return ServeOptions(**given)
+
+
+def _memory(key: str, text: str) -> int:
+    """Return a memory's bytes; raises UsageError for a number that lacks its unit."""
+    size = parse_size(text)
+    if size < _LEAST_MEMORY:
+        raise UsageError(f"serve.{key} {text} is {size} bytes", hint=f"write a unit: {text}GiB")
+    return size
 
 
 def texts_of(file: RecipeFile) -> Texts:
