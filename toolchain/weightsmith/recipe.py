@@ -5,9 +5,10 @@ from __future__ import annotations
 import shlex
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from weightsmith.merge_options import Merge
+from weightsmith.platforms import usual_names
 from weightsmith.recipe_section import Flag, Section
 
 
@@ -293,7 +294,7 @@ class ImageNames(Section):
         description="Image to use below the weights instead of the engine's pinned one: a "
         "reference or `oci:DIR`.",
     )
-    platforms: Annotated[tuple[str, ...], Flag("platform")] = Field(
+    platforms: Annotated[tuple[str, ...], Flag("platform"), AfterValidator(usual_names)] = Field(
         (),
         description="Platforms to make the image for, such as `linux/amd64` and `linux/arm64`; "
         "default: all that the base has, or this machine's for an engine that is made here.",

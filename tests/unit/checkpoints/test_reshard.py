@@ -65,6 +65,22 @@ def test_the_same_tensors_in_smaller_files(tmp_path: Path) -> None:
         assert Digest.of((out / file.path).read_bytes()) == file.digest
 
 
+@pytest.mark.parametrize("largest", [30_000, 65_536, 100_000])
+def test_small_limits_hold_too(tmp_path: Path, largest: int) -> None:
+    """A limit of some kilobytes has room for tensors of 4 kB, beside headers and padding."""
+    rows = np.random.default_rng(0)
+    wanted = {f"t{n}": rows.random(1000, np.float32) for n in range(30)}
+    save_file(wanted, tmp_path / "model.safetensors")
+    split = reshard(tree_of(tmp_path), largest, plain)
+    layers = weight_layers(split.tree, largest=largest, contents=split.contents, epoch=0)
+    assert len(layers) > 1
+    assert max(layer.size for layer in layers) <= largest
+    unpack(assemble(layers, config=ImageConfig(), epoch=0), tmp_path / "root")
+    parts = (load_file(p) for p in (tmp_path / "root" / "models").glob("*.safetensors"))
+    found = {name: value for part in parts for name, value in part.items()}
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_files_that_fit_stay_and_the_index_is_kept(tmp_path: Path) -> None:
     save_file(tensors(1, 1), tmp_path / "model-00001-of-00002.safetensors")
     save_file(tensors(2), tmp_path / "model-00002-of-00002.safetensors")
@@ -95,6 +111,10 @@ def test_what_cannot_be_split(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="maximum layer size") as caught:
         reshard(tree_of(tmp_path), LARGEST, plain)
     assert "--split-max-size" in caught.value.hint
+    (tmp_path / "model.gguf").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(UsageError, match=r"tokenizer\.json is larger") as caught:
+        reshard(tree_of(tmp_path), LARGEST, plain)
+    assert "--max-layer-size" in caught.value.hint
 
 
 def test_what_cannot_be_split_may_stay_whole(tmp_path: Path) -> None:

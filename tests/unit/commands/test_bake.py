@@ -254,3 +254,11 @@ def test_a_base_of_many_layers_leaves_few_to_the_weights(bakery: Bakery) -> None
     whole = b"".join(b"".join(layer.open()) for layer in image.layers)
     assert all(f"models/tiny-{n:02}.gguf".encode() in whole for n in range(30))
     assert len(weights(image)) == 12, "eleven of three files each, and the small ones"
+
+
+@pytest.mark.parametrize("name", ["linux/arm64/v8", "Linux/arm64", "linux/aarch64"])
+def test_a_platform_by_another_name(bakery: Bakery, name: str) -> None:
+    """Names that containerd takes for the same platform."""
+    usual = bakery.bake("team/app:1", base="", kind="volume", platform="linux/arm64")
+    other = bakery.bake("team/app:2", base="", kind="volume", platform=name)
+    assert other["digest"] == usual["digest"]

@@ -45,6 +45,15 @@ def test_refused_with_the_form_to_write(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "why"),
+    [("https://r.io/a:1", "a scheme"), ("r.io/a:" + "t" * 129, "longer than 128 characters")],
+)
+def test_the_reason_is_named(text: str, why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        Reference.parse(text)
+
+
+@pytest.mark.parametrize(
     ("registry", "loopback"),
     [("localhost:5000", True), ("LocalHost:5000", True), ("a.localhost", True),
      ("127.0.0.1", True), ("127.9.9.9:1", True), ("[::1]:5", True),

@@ -20,8 +20,8 @@ from weightsmith.values import Digest, FileEntry, Json, Pieces, Slice, Tree, can
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_SPARE = 64 << 10
-"""Bytes reserved in a layer for tar headers and folders."""
+_SPARE = 64 << 10, 4 << 10
+"""Bytes reserved in a layer for tar headers and folders: at most, and at least."""
 
 Memo = Callable[[str, Callable[[], str]], str]
 
@@ -40,7 +40,7 @@ def reshard(tree: Tree, largest: int, memo: Memo, *, strict: bool = True) -> Res
     Tensors keep their bytes and order; files that fit are unchanged. What cannot be split (a
     single tensor, another format, an adapter) stays larger, or with `strict` raises UsageError.
     """
-    large = [file for file in tree.files if file.size > largest - _SPARE]
+    large = [file for file in tree.files if file.size > largest - _spare(largest)]
     if not large:
         return Resharded(tree, {})
     weights, metadata = _index(tree)
@@ -49,7 +49,9 @@ def reshard(tree: Tree, largest: int, memo: Memo, *, strict: bool = True) -> Res
     if whole and strict:
         raise UsageError(
             f"{whole[0]} is larger than the maximum layer size",
-            hint="split GGUF files with `invoke quantize --split-max-size`",
+            hint="split GGUF files with `invoke quantize --split-max-size`"
+            if whole[0].endswith(".gguf")
+            else "choose a larger --max-layer-size",
         )
     contents: dict[str, Pieces] = {}
     gone: dict[str, Digest] = {}
@@ -91,13 +93,14 @@ def size_of(pieces: Pieces) -> int:
 def _groups(header: Header, largest: int, strict: bool) -> list[list[TensorInfo]]:
     """Return the tensors in as few consecutive groups as fit."""
     table = 8 + sum(len(t.name) + 256 for t in header.tensors)
-    room = largest - _SPARE - min(table, largest // 2)
+    room = largest - _spare(largest) - min(table, largest // 2)
     groups: list[list[TensorInfo]] = [[]]
     used = 0
     for tensor in header.tensors:
         if tensor.size > room and strict:
             raise UsageError(
-                f"{header.path.name}: tensor {tensor.name} alone has {tensor.size} bytes",
+                f"{header.path.name}: tensor {tensor.name} alone has {tensor.size} bytes, and"
+                f" beside its headers a layer of {largest} bytes has room for {max(room, 0)}",
                 hint="choose a larger --max-layer-size",
             )
         if groups[-1] and used + tensor.size > room:
@@ -106,6 +109,11 @@ def _groups(header: Header, largest: int, strict: bool) -> list[list[TensorInfo]
         groups[-1].append(tensor)
         used += tensor.size
     return groups
+
+
+def _spare(largest: int) -> int:
+    most, least = _SPARE
+    return max(least, min(most, largest // 16))
 
 
 def _name(path: str, number: int, count: int) -> str:

@@ -14,6 +14,7 @@ from weightsmith.oci.layout import is_layout
 from weightsmith.oci.locations import ImageLocation, RegistryLocation, open_location
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
+from weightsmith.platforms import usual
 from weightsmith.ports import ContainerEngine, Progress, Signer
 from weightsmith.provenance.evidence import read_attached, statement_parts
 from weightsmith.provenance.labels import PREFIX, TESTED_PLATFORM, plan_in, scores_in
@@ -162,6 +163,7 @@ def inspect_image(
     For an index, reads the image for `platform`, by default this machine's. If the registry does
     not have the image, reads it from the container engine.
     """
+    platform = usual(platform)
     if not platform and (held := _held_by_engine(source, registry, engine)):
         return {**_with_provenance(source, _described_by_engine(held)), "attached": []}
     place = open_location(source, registry)

@@ -16,7 +16,8 @@ _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
 _HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9a-fA-F:.]+\])(?::(?P<port>[0-9]{{1,5}}))?")
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_LONGEST_TAG = 128
 _LONGEST_NAME = 255
 _HIGHEST_PORT = 65535
 
@@ -33,12 +34,16 @@ class Reference:
     @classmethod
     def parse(cls, text: str) -> Reference:
         """Parse a reference as Docker does (`docker.io`, `library/`, `latest`), or UsageError."""
+        if "://" in text:
+            raise _refused(text, "it begins with a scheme")
         rest, _, digest_text = text.partition("@")
         digest = _digest(text, digest_text) if "@" in text else None
         registry, repository = _split_registry(rest)
         repository, colon, tag = repository.partition(":")
         if registry == DOCKER_HUB and "/" not in repository:
             repository = f"library/{repository}"
+        if len(tag) > _LONGEST_TAG:
+            raise _refused(text, f"the tag is longer than {_LONGEST_TAG} characters")
         if colon and not _TAG.fullmatch(tag):
             raise _refused(text, f"the tag {tag!r} may hold only letters, digits, '_', '.', '-'")
         _check_name(text, registry, repository)
