@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from weightsmith.commands.images import copy_image
+from weightsmith.commands.render import render_model
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.image import Image, ImageConfig, assemble
@@ -22,6 +23,7 @@ from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
+from weightsmith.serving.engine import ServeOptions
 
 from tests.fakes.baking import ENGINE, Bakery, bake, make_key, push_base
 from tests.fakes.tiny import write_model
@@ -240,8 +242,10 @@ def test_weights_that_are_of_no_known_kind(bakery: Bakery, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_base_of_many_layers_leaves_few_to_the_weights(bakery: Bakery) -> None:
-    for number in range(30):
-        (bakery.model / f"tiny-{number:02}.gguf").write_bytes(b"GGUF" + bytes([number]))
+    (bakery.model / "tiny.gguf").unlink()
+    names = [f"tiny-{number:05}-of-00031.gguf" for number in range(1, 32)]
+    for number, part in enumerate(names):
+        (bakery.model / part).write_bytes(b"GGUF" + bytes([number]))
     layers = tuple(
         TarLayer(members=(Member.of_bytes(f"app/{n}", b"%d" % n),), epoch=0) for n in range(110)
     )
@@ -252,7 +256,7 @@ def test_a_base_of_many_layers_leaves_few_to_the_weights(bakery: Bakery) -> None
     image = bakery.image("team/app:1")
     assert len(image.layers) <= 125
     whole = b"".join(b"".join(layer.open()) for layer in image.layers)
-    assert all(f"models/tiny-{n:02}.gguf".encode() in whole for n in range(30))
+    assert all(f"models/{part}".encode() in whole for part in names)
     assert len(weights(image)) == 12, "eleven of three files each, and the small ones"
 
 
@@ -262,3 +266,71 @@ def test_a_platform_by_another_name(bakery: Bakery, name: str) -> None:
     usual = bakery.bake("team/app:1", base="", kind="volume", platform="linux/arm64")
     other = bakery.bake("team/app:2", base="", kind="volume", platform=name)
     assert other["digest"] == usual["digest"]
+
+
+def served(image: Image) -> tuple[list[str], list[str]]:
+    """The file that the server opens: by its environment, and by the file that lists that."""
+    with tarfile.open(fileobj=BytesIO(b"".join(image.layers[-1].open()))) as layer:
+        file = layer.extractfile("etc/weightsmith/llamacpp.env")
+        assert file is not None
+        lines = file.read().decode().splitlines()
+    return tuple([row for row in rows if row.startswith("LLAMA_ARG_MODEL=")]
+                 for rows in (image.config["Env"], lines))  # type: ignore[return-value]  # fmt: skip
+
+
+def in_parts(bakery: Bakery) -> tuple[Path, Path]:
+    """Make the model one of two files, as `quantize --split-max-size` writes it."""
+    first, second = (bakery.model / f"tiny-0000{n}-of-00002.gguf" for n in (1, 2))
+    (bakery.model / "tiny.gguf").rename(first)
+    second.write_bytes(b"GGUF" + bytes(5000))
+    return first, second
+
+
+def test_of_a_model_in_parts_the_first_is_served(bakery: Bakery) -> None:
+    """llama.cpp opens the first file, and finds the others by their names."""
+    first, second = in_parts(bakery)
+    whole = bakery.bake("team/app:1")
+    image = bakery.image("team/app:1")
+    line = f"LLAMA_ARG_MODEL=/models/{first.name}"
+    assert served(image) == ([line], [line])
+    assert "LLAMA_ARG_ALIAS=tiny" in image.config["Env"]
+    assert {f"models/{first.name}", f"models/{second.name}"} <= {x.file for x in image.layers}
+
+    second.unlink()
+    with pytest.raises(InputRefused, match=f"not all the parts of one model: {first.name}"):
+        bakery.bake("team/app:2")
+    bakery.model = first
+    with pytest.raises(InputRefused, match=f"one of 2 parts, and {second.name} is not beside it"):
+        bakery.bake("team/app:2")
+    assert whole["digest"] == image.digest
+
+
+def test_two_models_in_a_folder_are_not_served(bakery: Bakery) -> None:
+    shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj.gguf")
+    with pytest.raises(InputRefused, match=r"mmproj\.gguf, tiny\.gguf") as caught:
+        bakery.bake("team/app:1")
+    assert "give the .gguf file itself" in caught.value.hint
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_configuration_is_for_the_file_that_is_baked(bakery: Bakery, parts: bool) -> None:
+    """It may have been rendered before the checkpoint was quantized, when there was no file."""
+    checkpoint, out = bakery.folder / "checkpoint", bakery.folder / "serving"
+    checkpoint.mkdir()
+    shutil.copy(bakery.model / "config.json", checkpoint)
+    render_model(checkpoint, "llamacpp-q8_0", "bot", ServeOptions(), out)
+    assert "LLAMA_ARG_MODEL=/models\n" in (out / "llamacpp.env").read_text()
+
+    name = in_parts(bakery)[0].name if parts else "tiny.gguf"
+    bakery.bake("team/app:1", config=out)
+    image = bakery.image("team/app:1")
+    line = f"LLAMA_ARG_MODEL=/models/{name}"
+    assert served(image) == ([line], [line])
+    assert "LLAMA_ARG_ALIAS=bot" in image.config["Env"]
+
+
+def test_a_configuration_of_another_engine_is_refused(bakery: Bakery) -> None:
+    model, out = write_model(bakery.folder / "other"), bakery.folder / "serving"
+    render_model(model, "sglang", "bot", ServeOptions(gpu="nvidia-l4"), out)
+    with pytest.raises(UsageError, match="rendered for sglang, not for llamacpp-q8_0"):
+        bakery.bake("team/app:1", config=out)

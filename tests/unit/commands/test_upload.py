@@ -152,6 +152,20 @@ def test_a_gguf_file_has_the_lines_of_its_runners(
     assert "gguf" in front(text.encode())["tags"]
 
 
+def test_a_gguf_file_in_parts_is_published_with_all_of_them(
+    hub: WritableHub, tools: Tools, tmp_path: Path
+) -> None:
+    names = [f"bot-0000{n}-of-00002.gguf" for n in (1, 2)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"GGUF" + name.encode() * 500)
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    push_to_hub(str(tmp_path / names[1]), HubDestination(repository="team/bot"), tools)
+
+    files = hub.repositories["team/bot"].files
+    assert set(files) == {".gitattributes", "README.md", *names}
+    assert f"--hf-file {names[0]}" in files["README.md"].decode()
+
+
 def _with_pickle(model: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04}\x94.")
 

@@ -12,9 +12,17 @@ from pathlib import Path
 
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_file_type
+from weightsmith.checkpoints.gguf_parts import model_name
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.commands.arguments import required
-from weightsmith.commands.render import Model, open_model, own_weights, read_config, serving_config
+from weightsmith.commands.render import (
+    Model,
+    open_model,
+    own_weights,
+    read_config,
+    served_file,
+    serving_config,
+)
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.layouts import check_layout
 from weightsmith.oci.references import Reference
@@ -24,7 +32,7 @@ from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.recipe import KINDS, LOADABLE, ImageNames
-from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target, find
 from weightsmith.stages.bake import bake, layer_limit
@@ -107,9 +115,10 @@ def _check(request: BakeRequest) -> None:
 def _name(path: Path) -> str:
     """Return the model file's name, or a default; it does not depend on the folder's name."""
     if path.is_file():
-        return path.stem
+        return model_name(path.name)
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return files[0].stem if len(files) == 1 else _DEFAULT_NAME
+    names = {model_name(file.name) for file in files}
+    return names.pop() if len(names) == 1 else _DEFAULT_NAME
 
 
 def _config(
@@ -117,16 +126,35 @@ def _config(
 ) -> ServingConfig:
     """Return the rendered configuration, else a new plan, else the engine's own defaults."""
     if request.config:
-        return read_config(request.config)
+        return _fitted(read_config(request.config), request.config, model, target)
     # Derive the size from the model, not from this machine, so that the digest is reproducible.
     options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
     try:
         return serving_config(model, target, options, place)
     except (UsageError, InputRefused) as error:
         tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
-        files = [name for name in model.weights if name.endswith(".gguf")]
-        file = files[0] if target.format.suffix == ".gguf" else ""
-        return render_unplanned(target, model.name, file, model.weight_bytes)
+        return render_unplanned(target, model.name, served_file(model, target), model.weight_bytes)
+
+
+def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -> ServingConfig:
+    """Return a rendered configuration for the file that is baked, whatever its name was then.
+
+    Raises UsageError if it was rendered for another engine.
+    """
+    if config.target.partition("-")[0] != target.engine.name:
+        raise UsageError(
+            f"--config {folder} was rendered for {config.target}, not for {target.name}",
+            hint=f"render it again with --target {target.name}",
+        )
+    path = f"{target.engine.model_dir}/{served_file(model, target)}".rstrip("/")
+    served = ServedModel(path=path, name=config.served_name, startup_seconds=0)
+    names = [key for key, text in target.engine.env(config.plan, served).items() if text == path]
+    old = {key: config.env[key] for key in names if config.env.get(key, path) != path}
+    files = dict(config.image_files)
+    for key, text in old.items():
+        for name in files:
+            files[name] = files[name].replace(f"{key}={text}\n", f"{key}={path}\n")
+    return replace(config, env={**config.env, **dict.fromkeys(old, path)}, image_files=files)
 
 
 def _inputs(
@@ -197,7 +225,7 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
             f"{model.path} has no {target.format.name} weights, which {target.name} needs",
             hint=f"run `invoke quantize --format {target.format.name}` first",
         )
-    names = scan(model.root, gguf=True) if model.path.is_dir() else [model.path.name]
+    names = scan(model.root, gguf=True) if model.path.is_dir() else [*model.weights]
     others = {name for name in model.weights if not name.endswith(ending)}
     files = []
     for name in sorted({*names} - others):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.folder import scan
+from weightsmith.checkpoints.gguf_parts import files_of, model_name, parts_of
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
 from weightsmith.planning.sizes import estimated_bytes
@@ -52,12 +53,13 @@ def open_model(path: Path, name: str = "") -> Model:
             raise InputRefused(
                 f"{path} is not a .gguf file", hint="give a .gguf file or the model's folder"
             )
+        weights = files_of(path)
         return Model(
             path=path,
-            name=name or path.stem,
-            facts=read_facts(path),
-            weights=(path.name,),
-            weight_bytes=path.stat().st_size,
+            name=name or model_name(path.name),
+            facts=read_facts(path.parent / weights[0]),
+            weights=weights,
+            weight_bytes=sum((path.parent / part).stat().st_size for part in weights),
         )
     if not path.is_dir():
         raise InputRefused(f"{path} does not exist", hint="give the model's folder or .gguf file")
@@ -129,13 +131,32 @@ def serving_config(
         name=model.name,
         version="0",
         model=model.facts,
-        model_file=own[0] if len(own) == 1 and target.format.suffix == ".gguf" else "",
+        model_file=served_file(model, target),
         weight_bytes=size,
         options=options,
         image=image,
         made_from=(),
         notes=model.notes,
     )
+
+
+def served_file(model: Model, target: Target) -> str:
+    """Return the file that the server opens: the GGUF file, or the first of its parts.
+
+    "" for engines that open a folder, and for a checkpoint that is not GGUF yet. Raises
+    InputRefused for a folder with several models.
+    """
+    found = [name for name in model.weights if name.endswith(".gguf")]
+    if target.format.suffix != ".gguf" or not found:
+        return ""
+    parts = parts_of(found[0])
+    if set(found) != set(parts):
+        raise InputRefused(
+            f"the GGUF files of {model.path} are not all the parts of one model:"
+            f" {', '.join(found[:3])}",
+            hint="give the .gguf file itself; of parts, all must be there",
+        )
+    return parts[0]
 
 
 def own_weights(model: Model, target: Target) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from weightsmith.build_record import FILE, BuildRecord, read_build
 from weightsmith.checkpoints.folder import check_model_folder, check_no_code, pickles_in, scan
+from weightsmith.checkpoints.gguf_parts import files_of, model_name
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import parse
 from weightsmith.oci.image import Image, blob_of
@@ -79,11 +80,12 @@ def _of_folder(path: Path, tools: Tools) -> _Model:
     if path.is_dir():
         names = _names(path)
     elif path.suffix == ".gguf" and path.is_file():
-        names = [path.name]
+        names = [*files_of(path)]
     else:
         raise InputRefused(f"{path} is no model", hint="give a checkpoint's folder or a .gguf file")
     tree = _tree(root, names, tools)
-    card = ModelCard(name=path.resolve().stem if path.is_file() else path.resolve().name)
+    name = model_name(path.name) if path.is_file() else path.resolve().name
+    card = ModelCard(name=name)
     return _Model(tree, replace(card, license=license_of(root) if path.is_dir() else ""))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.gguf_parts import parts_of
 from weightsmith.errors import CheckFailed
 from weightsmith.values import Json
 
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _HINT = "create it again; a common cause is a full disk"
 
 
@@ -63,10 +62,7 @@ def model_files(folder: Path) -> list[Path]:
 def _check_parts(files: Sequence[Path]) -> None:
     if not files:
         raise CheckFailed("no GGUF file found", hint=_HINT)
-    parts = [_PART.search(path.name) for path in files]
-    counts = {int(part[2]) for part in parts if part}
-    whole = len(files) == 1 and not parts[0]
-    if not whole and (None in parts or counts != {len(files)}):
+    if tuple(path.name for path in files) != parts_of(files[0].name):
         raise CheckFailed(
             f"{files[0].name} and {len(files) - 1} more files are not all the parts of one model",
             hint=_HINT,
