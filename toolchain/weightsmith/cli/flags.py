@@ -28,7 +28,7 @@ FLAGS = {
     "force": "move a tag that already names another image",
     "format": "weight format, such as q4_k_m",
     "from_": "image to rebuild from the sources it names and the adapters attached to it",
-    "image": "image to start: a reference in the container engine, or oci:DIR",
+    "image": "image to start: a name in the engine, a reference in a registry, or oci:DIR",
     "include": "folder with your own lm-evaluation-harness tasks",
     "json": "print the result as one JSON object, and nothing else, on standard output",
     "keep": "maximum size of the store afterwards, such as 20GiB",

@@ -6,17 +6,19 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from urllib.parse import urlsplit
 
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.client import check_served_name, first_name
 from weightsmith.evaluating.served import Served, find_served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
-from weightsmith.oci.layout import read_layout
+from weightsmith.oci.image import Image
+from weightsmith.oci.layout import is_layout, locate, read_layout
+from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Endpoint, StartSpec
 from weightsmith.provenance.labels import plan_of
+from weightsmith.stages.publish import candidate, discard_candidate
 from weightsmith.starting import idle_cpus, start
 from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
@@ -26,7 +28,7 @@ _START_SECONDS = 900.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSource:
-    """Either an image, by reference or as `oci:DIR`, or a URL."""
+    """Either an image, by reference or as a layout's folder, or a URL."""
 
     image: str = ""
     url: str = ""
@@ -48,7 +50,22 @@ def session_with(
         with ServerSession(_running(place.url), limits, key=key) as session:
             yield session
         return
-    config = _image_config(place.image, tools)
+    with (
+        _startable(place.image, tools) as (image, config),
+        _started(image, config, tools, limits, modest=modest) as session,
+    ):
+        yield session
+
+
+@contextmanager
+def _started(
+    image: str,
+    config: Mapping[str, Json],
+    tools: Tools,
+    limits: SessionLimits | None,
+    *,
+    modest: bool,
+) -> Iterator[ServerSession]:
     labels = config.get("Labels") or {}
     target = all_targets().get(labels.get("dev.weightsmith.target", ""))
     ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
@@ -62,7 +79,7 @@ def session_with(
     )
     path = target.engine.health_path if target else "/health"
     with start(
-        place.image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits
+        image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits
     ) as session:
         yield session
 
@@ -78,17 +95,50 @@ def _running(url: str) -> Endpoint:
     return Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
 
 
-def _image_config(image: str, tools: Tools) -> Mapping[str, Json]:
-    if image.startswith("oci:"):
-        return read_layout(Path(image.removeprefix("oci:"))).config
-    found = tools.engine.inspect(image)
-    if not found:
+@contextmanager
+def _startable(image: str, tools: Tools) -> Iterator[tuple[str, Mapping[str, Json]]]:
+    """Yield what the launcher starts, and the image's configuration.
+
+    A layout is started where it is, and an image of the container engine there. Any other is read
+    from its registry into the engine, or without one into a layout, and deleted afterwards.
+    """
+    folder, name = locate(image) if is_layout(image) else (None, None)
+    if folder and not name:
+        yield f"oci:{folder}", read_layout(folder).config
+        return
+    held = tools.engine.inspect(image) if not folder and tools.engine.answers() else {}
+    if held:
+        yield image, held.get("Config") or {}
+        return
+    found = read_layout(folder, name) if folder else _pulled(image, tools)
+    if found.has_files:
         raise UsageError(
-            f"the container engine has no image {image}",
-            hint="pull or load it first, or give a layout as oci:DIR",
+            f"{image} holds a model's files and no program to start",
+            hint="give an image of the kind `image`",
         )
-    config: Mapping[str, Json] = found.get("Config") or {}
-    return config
+    with tools.scratch() as scratch:
+        layout = None if tools.images_in_engine else scratch / "image"
+        try:
+            with candidate(found, layout, tools) as place:
+                yield place, found.config
+        finally:
+            discard_candidate(found, layout, tools)
+
+
+def _pulled(image: str, tools: Tools) -> Image:
+    """Return an image of a registry; raise UsageError if it has none of that name."""
+    place, why = Reference.parse(image), ""
+    # As in `inspect`: a name without a registry, such as `support-bot`, is not on Docker Hub.
+    if place.registry != DOCKER_HUB or image.startswith(DOCKER_HUB):
+        tools.progress.note(f"{image} is read from its registry")
+        try:
+            return tools.registry.pull(place)
+        except InputRefused as error:
+            why = f", and {error.message}"
+    raise UsageError(
+        f"the container engine has no image {image}{why}",
+        hint="load or push it first, or give a layout as oci:DIR",
+    )
 
 
 def served_model(session: ServerSession, place: ServerSource, requested: str) -> Served:
