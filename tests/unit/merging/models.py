@@ -60,6 +60,9 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | dict.fromkeys(("pad_token_id", "bos_token_id", "cls_token_id"), 0)
         | dict.fromkeys(("eos_token_id", "sep_token_id"), 1),
     ),
+    "bert_generation": ("BertGenerationConfig", SIZES | PLAIN | {"is_decoder": True}),
+    "biogpt": ("BioGptConfig", SIZES | PLAIN),
+    "openai": ("OpenAIGPTConfig", {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}),
     "mamba": ("MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
     "bart": (
         "BartConfig",

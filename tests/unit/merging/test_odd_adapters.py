@@ -142,6 +142,23 @@ WHERE: dict[str, Case] = {
         TIED,
         Q | {"layer_replication": [[0, 1], [0, 2]], "use_dora": True},
     ),
+    "head-of-another-name": ("biogpt", {}, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied-head-of-another-name": (
+        "biogpt",
+        {},
+        {"target_modules": ["q_proj"], "modules_to_save": ["output_projection"]},
+    ),
+    "head-of-a-class-of-another-name": (
+        "bert_generation",
+        {},
+        {"target_modules": ["word_embeddings"]},
+    ),
+    "embedding-of-another-name": ("openai", {}, {"target_modules": ["tokens_embed", "lm_head"]}),
+    "biases-that-peft-does-not-train": (
+        "gpt_oss",
+        {},
+        {"target_modules": ["q_proj"], "bias": "all"},
+    ),
     "untrained-start": ("llama", {}, Q | {"init_lora_weights": False}),
 }
 
@@ -225,6 +242,27 @@ def test_names_that_trainers_put_into_keys(
     merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out"))
 
     torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_that_older_versions_of_peft_trained(bases: MakeBase, tmp_path: Path) -> None:
+    """They trained every parameter with `bias` in its name; PEFT still loads them."""
+    from peft import LoraConfig
+
+    base, kind = bases("gpt_oss"), "gpt_oss"
+    adapter = train(base, kind, tmp_path / "adapter", LoraConfig(r=4, **Q, bias="all"))
+    file = adapter / "adapter_model.safetensors"
+    biases = {
+        f"base_model.model.{name}": tensor + 0.1
+        for name, tensor in load_file(base / "model.safetensors").items()
+        if name.endswith("proj_bias")
+    }
+    assert biases
+    save_file(load_file(file) | biases, file)
+    wanted = unmerged(base, kind, adapter)
+
+    merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out"))
+
+    torch.testing.assert_close(merged(tmp_path / "out", kind), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_that_peft_would_leave_out_are_reported(tmp_path: Path) -> None:

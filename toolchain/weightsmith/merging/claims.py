@@ -12,9 +12,6 @@ from weightsmith.merging.names import added_prefix
 from weightsmith.merging.tasks import TASKS
 from weightsmith.merging.tying import is_head
 
-_BUFFERS = ("e_score_correction_bias", "final_logits_bias")
-"""Biases that are buffers, not parameters, so they are never trained or saved."""
-
 
 def claims_of(view: AdapterView) -> list[Claim]:
     """Return the claims of all families for an adapter.
@@ -90,7 +87,7 @@ def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
     """Refuse an adapter whose file lacks weights that the configuration says were trained."""
     raw, keys = view.config.raw, list(view.keys)
     # For classifiers PEFT lists all possible names of a head.
-    heads = ("classifier", "score") if raw.get("task_type") in TASKS else ()
+    heads = ("classifier", "score") if str(raw.get("task_type")) in TASKS else ()
     missing = [
         f"modules_to_save {name}"
         for name in raw.get("modules_to_save") or ()
@@ -121,8 +118,8 @@ def _missing_biases(view: AdapterView, claims: Sequence[Claim]) -> list[str]:
     bias = str(view.config.raw.get("bias", "none"))
     have = {claim.target for claim in claims if claim.replacement}
     if bias == "all":
-        trained = [name for name in view.sources if name.endswith("bias")]
-        return [n for n in trained if n not in have and n.rpartition(".")[2] not in _BUFFERS]
+        # Not `dt_bias` or `experts.down_proj_bias`: PEFT trains parameters called `bias`.
+        return [name for name in view.sources if name.endswith(".bias") and name not in have]
     if not bias.endswith("_only"):
         return []
     modules = [claim.module for claim in claims if claim.terms or claim.change]

@@ -265,7 +265,9 @@ def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
         # Factors or rows may come with a copy of the base tensor that they apply to; PEFT writes
         # one only for embeddings, heads and biases.
         modules = [claim.module for claim in mine]
-        copied = name.endswith("bias") or all(is_embedding(m) or is_head(m) for m in modules)
+        wholes = [key for claim in mine if claim.replacement for key in claim.keys]
+        copied = name.endswith("bias") or all(".base_layer." in key for key in wholes)
+        copied = copied or all(is_embedding(m) or is_head(m) for m in modules)
         legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
         legal = legal and (not spans or set(kinds) <= {"replacement"})
         legal = legal and (len(mine) == 1 or copied or "replacement" not in kinds)

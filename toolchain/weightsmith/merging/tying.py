@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 
 EMBEDDINGS = (
     *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"),
-    "embeddings",
+    *("embeddings", "tokens_embed", "word_embedding"),
 )
 HEADS = ("lm_head", "embed_out", "output_layer")
-_HEAD_NAMES = {
-    "gpt_neox": "embed_out",
-    **dict.fromkeys(("bert", "deberta", "deberta-v2", "mobilebert"), "cls.predictions.decoder"),
-    "albert": "predictions.decoder",
-    "distilbert": "vocab_projector",
-    "electra": "generator_lm_head",
-    "modernbert": "decoder",
-    "roberta": "lm_head.decoder",
-    "xlm-roberta": "lm_head.decoder",
-}
-_TIED_MODELS = (
-    *("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text", "falcon", "bloom", "opt", "mpt"),
-    *("cohere", "cohere2", "t5", "bert", "roberta"),
+_TABLE = "tied_heads.json"
+_AMBIGUOUS = "output"
+"""A head's name (GIT's) that other layers have, too."""
+_WITH_HEAD = (
+    *("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining", "GenerationDecoder"),
+    *("DoubleHeadsModel", "ForSpeechToText", "ForTextToText"),
 )
-"""Models tied by default: older config.json files omit defaults."""
-_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForPreTraining")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +43,7 @@ def is_embedding(module: str) -> bool:
 
 def is_head(module: str) -> bool:
     """Return whether a module is a head."""
-    last = module.rpartition(".")[2]
-    return last in HEADS or any(f".{module}".endswith(f".{name}") for name in _HEAD_NAMES.values())
+    return module.rpartition(".")[2] in HEADS or f".{module}".endswith(_endings())
 
 
 def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie | None:
@@ -62,7 +55,7 @@ def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie |
     embeddings = [name for name in names if is_embedding(name.removesuffix(".weight"))]
     embeddings = [name for name in embeddings if name.endswith(".weight")]
     kinds, with_head = _classes(config), has_head(config)
-    heads = [name for name in names if is_head(name.removesuffix(".weight"))]
+    heads = _heads(config, names)
     if not embeddings or not with_head or not (_flag(config) or not heads):
         return None
     embedding = min(embeddings, key=lambda name: (name.count("."), name))
@@ -72,8 +65,7 @@ def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie |
     twice = head.endswith(".decoder.weight") and f"{outer}.bias" in names and bias not in names
     also: tuple[tuple[str, str], ...] = ((bias, f"{outer}.bias"),) if twice else ()
     causal = not kinds or any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
-    listed_type = str(config.get("model_type", "")) in _HEAD_NAMES or _shares(config)
-    known = bool(heads) or causal or listed_type
+    known = bool(heads) or causal or _kind(config) in _table() or _shares(config)
     also += _stacks(config, embedding, names)
     return Tie(embedding=embedding, head=head, also=also, known=known)
 
@@ -113,12 +105,41 @@ def _stacks(
 def _flag(config: Mapping[str, object]) -> bool:
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    absent = str(config.get("model_type", "")) in _TIED_MODELS
     found = config.get("tie_word_embeddings", nested)
-    return absent if found is None else bool(found)
+    return _default(config)[1] if found is None else bool(found)
+
+
+def _heads(config: Mapping[str, object], names: Mapping[str, object]) -> list[str]:
+    """Return the tensors of heads: the class's own if the file has it."""
+    own = f".{_default(config)[0]}.weight"
+    listed = [name for name in names if f".{name}".endswith(own)]
+    return listed or [name for name in names if is_head(name.removesuffix(".weight"))]
 
 
 def _head_name(config: Mapping[str, object], embedding: str) -> str:
-    head = _HEAD_NAMES.get(str(config.get("model_type", "")), "lm_head")
     outer = "language_model." if embedding.startswith("language_model.model.") else ""
-    return f"{outer}{head}.weight"
+    return f"{outer}{_default(config)[0]}.weight"
+
+
+def _kind(config: Mapping[str, object]) -> str:
+    return str(config.get("model_type", ""))
+
+
+def _default(config: Mapping[str, object]) -> tuple[str, bool]:
+    """Return the name of the class's head, and whether it is tied if config.json does not say."""
+    return _table().get(_kind(config), ("lm_head", False))
+
+
+@cache
+def _table() -> dict[str, tuple[str, bool]]:
+    """Return model type -> head and whether it is tied by default, if not `lm_head` and no.
+
+    A test compares the file with transformers, whose older configurations omit defaults.
+    """
+    text = resources.files(__package__).joinpath(_TABLE).read_text("utf-8")
+    return {kind: (head, tied) for kind, (head, tied) in json.loads(text).items()}
+
+
+@cache
+def _endings() -> tuple[str, ...]:
+    return tuple({f".{head}" for head, _ in _table().values() if head != _AMBIGUOUS})

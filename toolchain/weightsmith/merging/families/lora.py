@@ -139,7 +139,7 @@ def _layer(
     parameter = "weight"
     if not embedding and not view.find(group.module):
         parameter = "in_proj_weight" if view.find(group.module, "in_proj_weight") else "weight"
-    if is_embedding(group.module) and view.base_config.get("is_encoder_decoder"):
+    if is_embedding(group.module) and _is_shared_by_stacks(view):
         raise _encoder_decoder_error(view, group.module)
     target = view.need(group.module, parameter)
     shape = _shape(view, group, target)
@@ -167,6 +167,13 @@ def _layer(
         yield _bias(view, group, scaling)
     elif view.config.raw.get("lora_bias") and not embedding:
         raise _incomplete(view, "lora_bias", group.module, "lora_B.bias")
+
+
+def _is_shared_by_stacks(view: AdapterView) -> bool:
+    """Return whether encoder and decoder share an embedding; Whisper's decoder has its own."""
+    both = bool(view.base_config.get("is_encoder_decoder"))
+    tables = [name for name in view.sources if is_embedding(name.removesuffix(".weight"))]
+    return both and not all(".decoder." in f".{name}" for name in tables)
 
 
 def _encoder_decoder_error(view: AdapterView, module: str) -> InputRefused:

@@ -56,14 +56,24 @@ def _is_expected(view: AdapterView, key: str, module: str) -> bool:
     if _is_saved(view, module):
         return True
     owner, _, parameter = key.rpartition(".")
+    bias = str(view.config.raw.get("bias", "none"))
+    # Older versions of PEFT train all parameters with `bias` in their names.
+    if bias == "all" and "bias" in module_key(key):
+        return True
     if parameter == "bias":
-        wrapped = owner.endswith(".base_layer")
-        bias = str(view.config.raw.get("bias", "none"))
-        if bias == "all" or (bias.endswith("_only") and wrapped):
+        if bias.endswith("_only") and owner.endswith(".base_layer"):
             return True
         # The bias of a resized head, which PEFT saves whole.
         return is_head(module) and f"{key.rpartition('.')[0]}.weight" in view.keys
-    return parameter == "weight" and (is_embedding(module) or is_head(module))
+    if parameter == "weight" and (is_embedding(module) or is_head(module)):
+        return True
+    return owner.endswith(".base_layer") and _has_all_words(view, module, parameter)
+
+
+def _has_all_words(view: AdapterView, module: str, parameter: str) -> bool:
+    """Return whether it is an embedding or head by another name, which PEFT saves whole."""
+    target = view.find(module, parameter)
+    return bool(target) and view.shape(target)[:1] == (view.base_config.get("vocab_size"),)
 
 
 def _is_redundant(view: AdapterView, key: str, module: str, parameter: str) -> bool:
