@@ -16,3 +16,5 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of further templates, `NAME.jinja`, beside the default one."""

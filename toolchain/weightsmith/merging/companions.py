@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
+from weightsmith.checkpoints.tokenizer_files import (
+    NAMED_TEMPLATES,
+    TEMPLATE_FILES,
+    TOKENIZER_FILES,
+)
 from weightsmith.foreign import TOKENIZER, json_object, read_json
 from weightsmith.merging.plan import MergePlan
 
@@ -76,7 +80,7 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
     """Replace tokenizer and chat template by an adapter's, if it has them."""
     own = [name for name in names if name in TOKENIZER_FILES]
     before = _template_in(files)
-    template = [name for name in names if name in TEMPLATE_FILES]
+    template = [name for name in names if name in TEMPLATE_FILES or _is_named_template(name)]
     complete = any(name in own for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if complete:
         for name in TOKENIZER_FILES:
@@ -84,20 +88,29 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
     new = {name: (root / name).read_bytes() for name in (own if complete else []) + template}
     if not complete and not template and "tokenizer_config.json" in own:
         new = _template_of(root, files)
-    if any(name in TEMPLATE_FILES for name in new) or _template_in(new):
-        for name in TEMPLATE_FILES:
-            files.pop(name, None)
+    if template or _template_in(new):
+        for name in [name for name in files if name in TEMPLATE_FILES or _is_named_template(name)]:
+            del files[name]
     files.update(new)
     if before and not _template_in(files) and not any(name in files for name in TEMPLATE_FILES):
         # The adapter's tokenizer has no template and replaced the file with the base's.
-        files["chat_template.jinja"] = before.encode()
+        if isinstance(before, str):
+            files["chat_template.jinja"] = before.encode()
+        else:
+            settings = _object(files, "tokenizer_config.json") | {"chat_template": before}
+            files["tokenizer_config.json"] = _json(settings)
     return [f"{', '.join(sorted(new))} taken from the adapter {root.name}"] if new else []
 
 
-def _template_in(files: Mapping[str, bytes]) -> str:
-    """Return the chat template in tokenizer_config.json, or ""."""
+def _is_named_template(name: str) -> bool:
+    """Return whether a file is a further chat template, such as one for tools."""
+    return name.startswith(f"{NAMED_TEMPLATES}/") and name.endswith(".jinja")
+
+
+def _template_in(files: Mapping[str, bytes]) -> Any:
+    """Return the chat template in tokenizer_config.json: a text, named ones as a list, or ""."""
     template = _object(files, "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else ""
+    return template if isinstance(template, str | list) else ""
 
 
 def _template_of(root: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -188,16 +201,22 @@ def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
     text = end.get("content") if isinstance(end, dict) else end
     if not isinstance(text, str):
         return []
-    added = config.get("added_tokens_decoder") or {}
-    found = [int(n) for n, t in added.items() if isinstance(t, dict) and t.get("content") == text]
+    added = _mapping(config.get("added_tokens_decoder"))
+    found = [n for n, token in added.items() if _mapping(token).get("content") == text]
     if found or "tokenizer.json" not in files:
-        return found
+        return [int(number) for number in found if number.isdecimal()]
     tokenizer = _object(files, "tokenizer.json")
-    found = [t["id"] for t in tokenizer.get("added_tokens", []) if t.get("content") == text]
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if not found and isinstance(vocabulary, dict) and text in vocabulary:
-        found = [vocabulary[text]]
-    return found
+    listed = tokenizer.get("added_tokens")
+    tokens = [_mapping(token) for token in (listed if isinstance(listed, list) else [])]
+    numbers = [token.get("id") for token in tokens if token.get("content") == text]
+    vocabulary = _mapping(_mapping(tokenizer.get("model")).get("vocab"))
+    numbers = numbers or [vocabulary.get(text)]
+    return [number for number in numbers if type(number) is int]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Return the value if it is an object, else {}: a tokenizer's files may hold anything."""
+    return value if isinstance(value, dict) else {}
 
 
 def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

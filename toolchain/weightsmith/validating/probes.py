@@ -9,6 +9,7 @@ from typing import Any
 
 from weightsmith.checkpoints.folder import check_adapter_folder
 from weightsmith.checkpoints.templates import render_chat
+from weightsmith.checkpoints.tokenizer_files import NAMED_TEMPLATES
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.time_limits import doing
 from weightsmith.validating.findings import ERROR, WARNING, Finding, finding
@@ -62,7 +63,8 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
     """
     if not any(has_tokenizer(root) for root in (base, *adapters)):
         return None
-    root, template, author = base, "", base
+    root, author = base, base
+    template: Any = ""
     for adapter in adapters:
         files = check_adapter_folder(adapter)
         if any(name in files for name in _TOKENIZERS):
@@ -173,8 +175,19 @@ def _text(tokenizer: Any, item: Sequence[Message]) -> str:
     return "\n".join(message["content"] for message in item)
 
 
-def _template(root: Path) -> str:
-    """Return a folder's chat template, or ""."""
+def _template(root: Path) -> Any:
+    """Return a folder's chat template, several as a dictionary by name, or ""."""
+    named = {
+        path.stem: path.read_text("utf-8") for path in (root / NAMED_TEMPLATES).glob("*.jinja")
+    }
+    default = _default_template(root)
+    if isinstance(default, str):
+        return {"default": default, **named} if default and named else default or named
+    return {str(entry.get("name")): entry.get("template") for entry in default}
+
+
+def _default_template(root: Path) -> Any:
+    """Return a folder's template outside the folder of named ones: a text, a list, or ""."""
     from weightsmith.foreign import read_json
 
     if (root / _TEMPLATES[0]).is_file():
@@ -182,6 +195,6 @@ def _template(root: Path) -> str:
     for name in (_TEMPLATES[1], "tokenizer_config.json"):
         if (root / name).is_file():
             value = read_json(root / name).get("chat_template")
-            if isinstance(value, str):
+            if isinstance(value, str | list):
                 return value
     return ""

@@ -18,6 +18,7 @@ from weightsmith.checkpoints.without_data import data_of
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
+from weightsmith.values import canonical
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -123,7 +124,7 @@ def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding
         mine, theirs = old.get(key), new.get(key)
         if isinstance(mine, dict) and isinstance(theirs, dict):
             yield from _configs(mine, theirs)
-        elif mine != theirs:
+        elif canonical(mine) != canonical(theirs):  # NaN does not equal itself
             message = f"config.json: {key} is {theirs!r}, but {mine!r} in the base"
             yield finding(ERROR, "files", message[:300], "config.json")
 
