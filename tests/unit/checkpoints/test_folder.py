@@ -178,6 +178,15 @@ def test_adapters_in_folders_of_their_own_are_named(tmp_path: Path) -> None:
     assert hint.endswith(f": {tmp_path / 'style'} or {tmp_path / 'tone'}")
 
 
+def test_shards_may_have_any_name(tmp_path: Path) -> None:
+    """The index names them, and transformers reads what it names."""
+    for name in ("config.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "part one.safetensors").touch()
+
+    assert "part one.safetensors" in check_model_folder(tmp_path)
+
+
 def test_config_must_be_json(tmp_path: Path) -> None:
     touch(tmp_path, *MODEL)
     (tmp_path / "config.json").write_text("{")

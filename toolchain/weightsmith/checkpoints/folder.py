@@ -91,7 +91,10 @@ def check_model_folder(root: Path) -> list[str]:
     names = scan(root)
     _require(root, names, "config.json", "give the folder of a Hugging Face checkpoint")
     check_no_code(root, names)
-    if not any(re.fullmatch(r"model(-.*)?\.safetensors", name) for name in names):
+    if not any(
+        re.fullmatch(r"model(-.*)?\.safetensors|model\.safetensors\.index\.json", name)
+        for name in names
+    ):
         raise _no_weights(root, "model.safetensors")
     return names
 
