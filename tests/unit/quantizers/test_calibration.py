@@ -99,6 +99,18 @@ def test_bad_files_are_refused_with_their_line(tmp_path, raw, says):
         read_texts(path, TextBounds())
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    rows = "".join(json.dumps({"text": f"text {n} " * 40}) + "\r\n" for n in range(12))
+    plain, marked = tmp_path / "plain.jsonl", tmp_path / "marked.jsonl"
+    plain.write_bytes(rows.encode())
+    marked.write_bytes(rows.encode("utf-8-sig"))
+
+    first, second = (read_texts(path, TextBounds()) for path in (plain, marked))
+
+    assert first.calibration == second.calibration
+    assert first.held_out == second.held_out
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputRefused, match="cannot read"):
         read_texts(tmp_path / "no.jsonl", TextBounds())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ def _rows(path: Path) -> Iterator[Row]:
         number = 0
         while raw := stream.readline(_LONGEST_LINE + 1):
             number += 1
+            raw = raw.removeprefix(BOM_UTF8) if number == 1 else raw
             if raw.strip():
                 yield _row(raw, f"{path}:{number}")
 
