@@ -87,6 +87,12 @@ ODD: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "tied-head": ("llama", TIED, "LOHA", {"target_modules": ["lm_head"], "r": 4}),
     "untied-head": ("llama", {}, "LOHA", {"target_modules": ["lm_head"], "r": 4}),
     "tied-head-shared": ("llama", TIED, "VERA", {"target_modules": ["lm_head", "q_proj"], "r": 8}),
+    "tied-head-without-tensors": (
+        "llama",
+        TIED,
+        "UNILORA",
+        {"target_modules": ["q_proj", "lm_head"], "r": 4, "theta_d_length": 64},
+    ),
     "saved": ("llama", TIED, "VERA", {"r": 8, "modules_to_save": ["lm_head", "norm"]}),
     "its-biases": ("llama", BIAS, "BOFT", {"boft_block_size": 4, "bias": "boft_only"}),
     "shared-and-biases": ("llama", BIAS, "VERA", {"r": 8, "bias": "vera_only"}),

@@ -121,7 +121,9 @@ def _by_module(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str
 
 def _targeted(view: AdapterView) -> list[str]:
     """Return the modules that the configuration targets, for tuners without tensors per module."""
-    names = [name.removesuffix(".weight") for name in view.sources if name.endswith(".weight")]
+    stored = [name for name in view.sources if name.endswith(".weight")]
+    tied = [view.tie.head] if view.tie and view.tie.head not in view.sources else []
+    names = [name.removesuffix(".weight") for name in (*stored, *tied)]
     return [name for name in names if view.config.targets(name)]
 
 
