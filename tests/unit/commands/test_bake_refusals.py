@@ -26,6 +26,22 @@ def test_ollama_takes_gguf_only(bakery: Bakery, tmp_path: Path) -> None:
         bakery.bake("team/app:1", kind="ollama", base="", target="vllm")
 
 
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("vllm", "give the Hugging Face checkpoint"),
+        ("vllm-awq", "quantize --format awq"),
+        ("llamacpp-lora", "build --target llamacpp-lora"),
+    ],
+)
+def test_weights_in_another_format_are_refused_with_what_makes_them(
+    bakery: Bakery, target: str, hint: str
+) -> None:
+    with pytest.raises(InputRefused, match=r"has no .* weights, which") as caught:
+        bakery.bake("team/app:1", kind="volume", base="", target=target)
+    assert hint in caught.value.hint
+
+
 def hostile(folder: Path, kind: str) -> None:
     match kind:
         case "fifo":

@@ -173,3 +173,31 @@ def test_a_number_that_cannot_be_is_named(serve, evaluate, words):
     assert code == 2
     assert " ".join(words) in told["error"]["message"]
     assert server.asked == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_a_key_is_no_failed_check(serve, evaluate, status):
+    """Exit code 5: the same command may succeed with the key."""
+    server = serve(lambda handler, _: handler.send(status, {"error": "key"}))
+
+    code, told, _ = evaluate(server.endpoint.url, QUESTIONS)
+
+    assert code == 5
+    assert f"HTTP {status}" in told["error"]["message"]
+    assert "WEIGHTSMITH_API_KEY" in told["error"]["hint"]
+    assert len(server.asked) == 1
+
+
+def test_an_address_with_the_path_of_requests(serve, evaluate):
+    paths = []
+
+    def behave(handler, _):
+        paths.append(handler.path)
+        handler.send(200, answer())
+
+    url = serve(behave).endpoint.url
+
+    assert evaluate(f"{url}/v1/chat/completions", QUESTIONS)[0] == 0
+    assert set(paths) == {"/v1/chat/completions"}
+    code, told, _ = evaluate(f"{url}/v1?api-version=1", QUESTIONS)
+    assert (code, "invalid URL" in told["error"]["message"]) == (2, True)

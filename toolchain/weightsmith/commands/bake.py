@@ -30,6 +30,7 @@ from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
+from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.recipe import KINDS, LOADABLE, ImageNames
 from weightsmith.serving.engine import ServedModel, ServeOptions
@@ -41,6 +42,7 @@ from weightsmith.stages.publish import Outputs, publish
 from weightsmith.stages.render import render_unplanned, repository_name
 from weightsmith.tools import Tools
 from weightsmith.values import (
+    SAFETENSORS,
     Artifact,
     FileEntry,
     Json,
@@ -223,7 +225,11 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
     if not any(name.endswith(ending) for name in model.weights) or not _is_ready(model, target):
         raise InputRefused(
             f"{model.path} has no {target.format.name} weights, which {target.name} needs",
-            hint=f"run `invoke quantize --format {target.format.name}` first",
+            hint=f"run `invoke quantize --format {target.format.name}` first"
+            if target.format.name in formats()
+            else "give the Hugging Face checkpoint"
+            if target.format == SAFETENSORS
+            else f"run `invoke build --target {target.name}`",
         )
     names = scan(model.root, gguf=True) if model.path.is_dir() else [*model.weights]
     others = {name for name in model.weights if not name.endswith(ending)}

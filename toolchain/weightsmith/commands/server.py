@@ -86,12 +86,13 @@ def _started(
 
 def _running(url: str) -> Endpoint:
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    plain = not (parts.query or parts.fragment)
+    if parts.scheme not in ("http", "https") or not parts.netloc or not plain:
         raise UsageError(
             f"--url {without_passwords(url)}: invalid URL",
             hint="for example --url http://127.0.0.1:8000",
         )
-    address = url.rstrip("/").removesuffix("/v1")
+    address = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
     return Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
 
 

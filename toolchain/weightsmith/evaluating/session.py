@@ -20,6 +20,7 @@ from weightsmith.ports import Endpoint
 from weightsmith.values import Json
 
 _LOG_LINES = 15
+_NO_ACCESS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 _LOADER_ERRORS = {
     r"exec format error": "the image's program is for another CPU architecture: build it for this "
     "one, or start it on a matching machine",
@@ -171,6 +172,11 @@ class ServerSession:
             try:
                 return ask()
             except Refused as refusal:
+                if refusal.status in _NO_ACCESS:
+                    raise EnvironmentFailure(
+                        f"{self.endpoint.shown}{path}: {refusal}",
+                        hint="set WEIGHTSMITH_API_KEY to a key that the server accepts",
+                    ) from None
                 raise self.failed(path, str(refusal)) from None
             except TryAgain as failure:
                 if not self.endpoint.alive():
