@@ -249,9 +249,22 @@ def test_a_head_that_the_base_has_not_is_refused(tmp_path: Path) -> None:
         run(tmp_path, base, adapter, {"target_modules": ["q"], "modules_to_save": ["score"]})
 
 
-def test_older_names_of_vision_models(tmp_path: Path) -> None:
-    """A ViT checkpoint keeps the names of transformers 4, adapters have those of their version."""
-    old, new = "vit.encoder.layer.1.attention.attention.query", "vit.layers.1.attention.q_proj"
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("vit.encoder.layer.1.attention.attention.query", "vit.layers.1.attention.q_proj"),
+        (
+            "vision_tower.vision_model.encoder.layers.1.self_attn.q_proj",
+            "model.vision_tower.encoder.layers.1.self_attn.q_proj",
+        ),
+        (
+            "model.vision_tower.encoder.layers.1.self_attn.q_proj",
+            "model.vision_tower.vision_model.encoder.layers.1.self_attn.q_proj",
+        ),
+    ],
+)
+def test_older_names_of_vision_models(tmp_path: Path, old: str, new: str) -> None:
+    """A checkpoint keeps the names of transformers 4, adapters have those of their version."""
     a, b, weight = random(2, 8), random(8, 2), random(8, 8)
     for number, name in enumerate((old, new)):
         folder = tmp_path / str(number)

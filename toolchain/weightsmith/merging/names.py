@@ -21,6 +21,8 @@ _SPELLINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     ((r"\.block_sparse_moe\.", ".mlp."),),
     ((r"^model\.language_model\.", "language_model.model."),),
     ((r"^language_model\.model\.", "model.language_model."),),
+    ((r"\bvision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),),
+    ((r"\bvision_tower\.vision_model\.", "vision_tower."),),
     ((r"^lm_head\.", "embed_out."),),
     ((r"^embed_out\.", "lm_head."),),
     (
