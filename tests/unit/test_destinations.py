@@ -70,6 +70,20 @@ def test_a_single_file_gets_the_name_itself(tmp_path: Path) -> None:
     assert (tmp_path / "m.gguf").read_text() == "other.gguf"
 
 
+def test_a_file_of_that_name_has_the_others_beside_it(tmp_path: Path) -> None:
+    tools = memory_tools(tmp_path / "store")
+
+    with in_folder(tmp_path / "m.gguf", "x", tools) as to:
+        to.files(no_key, write("m.gguf", "mmproj-m.gguf"))
+    with in_folder(tmp_path / "parts.gguf", "x", tools) as to:
+        to.files(no_key, write("parts-1.gguf", "parts-2.gguf"))
+
+    files = ["m.gguf", "mmproj-m.gguf"]
+    assert [(tmp_path / name).read_text() for name in files] == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*files, "parts.gguf"]
+    assert (tmp_path / "parts.gguf").is_dir()
+
+
 def test_a_place_that_is_taken_meanwhile_keeps_what_it_has(tmp_path: Path) -> None:
     tools = memory_tools(tmp_path / "store")
 

@@ -163,9 +163,10 @@ class InFolder(Unkept):
 def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> Iterator[InFolder]:
     """Yield a destination whose files appear atomically at `out` when the block succeeds.
 
-    A single file gets the name `out` itself if the suffixes agree. Nothing is left if the block
-    fails; with `resumes`, an interrupted run is left for the next one to resume. Raises UsageError
-    if `out` is in use or another process is writing it.
+    A single file gets the name `out` itself if the suffixes agree; so does one of that name, and
+    the files with it get their places beside it. Nothing is left if the block fails; with
+    `resumes`, an interrupted run is left for the next one to resume. Raises UsageError if `out` is
+    in use or another process is writing it.
     """
     out = _unused(out, what)
     partial = out.with_name(f".{out.name}.partial")
@@ -206,18 +207,26 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
 
 
 def _rename(partial: Path, out: Path) -> None:
-    """Rename the result to `out`: either its single file or the folder."""
-    files = [path for path in below(partial) if path.is_file()]
-    one = len(files) == 1 and bool(out.suffix) and out.suffix == files[0].suffix
+    """Rename the result to `out`: its only file, its file of that name, or the folder.
+
+    Other files beside one of that name come first: without it, the result is not there.
+    """
+    files = sorted(path for path in below(partial) if path.is_file())
+    alike = bool(out.suffix) and all(path.suffix == out.suffix for path in files)
+    named = (path for path in files if alike and (len(files) == 1 or path.name == out.name))
+    main = next(named, None)
     try:
         if out.exists():
             out.rmdir()  # it is empty
-        (files[0] if one else partial).rename(out)
+        for path in files if main else ():
+            if path != main:
+                path.rename(out.with_name(path.name))
+        (main or partial).rename(out)
     except OSError as error:
         raise UsageError(
             f"the result cannot be put at {out}: {error.strerror}",
             hint=f"it is in {partial}: move it to another place",
         ) from None
-    if one:
+    if main:
         discard(partial)
     sync_folder(out.parent)
