@@ -148,12 +148,13 @@ def test_a_tokenizer_that_came_without_its_pieces_is_that_with_them(tmp_path, ki
 
 
 def test_the_architectures_are_those_of_the_pinned_converter():
-    from weightsmith.quantizers.known import gguf_architectures
+    from weightsmith.quantizers.known import gguf_architectures, gguf_projectors
 
     tools = toolset_folder(cache_folder(), "llamacpp")
     text = (tools / "convert" / "conversion" / "__init__.py").read_text()
-    table = text[text.index("TEXT_MODEL_MAP") : text.index("}", text.index("TEXT_MODEL_MAP"))]
-
-    assert gguf_architectures() == {
-        line.split('"')[1] for line in table.splitlines() if '": "' in line
-    }
+    for name, ours in (
+        ("TEXT_MODEL_MAP", gguf_architectures()),
+        ("MMPROJ_MODEL_MAP", gguf_projectors()),
+    ):
+        table = text[text.index(name) : text.index("}", text.index(name))]
+        assert ours == {line.split('"')[1] for line in table.splitlines() if '": "' in line}

@@ -95,6 +95,25 @@ def test_ollama_pulls_a_model(registry: tuple[Registry, str], tree: Tree, tmp_pa
     assert dict(back.labels) == {"a": "b"}
 
 
+def test_ollama_pulls_a_model_that_sees(
+    registry: tuple[Registry, str], tree: Tree, tmp_path: Path
+) -> None:
+    """Its projector is a layer of the type that server/images.go gives to the runner."""
+    client, host = registry
+    eyes = b"GGUF" + bytes(500)
+    (tmp_path / "mmproj-bot.gguf").write_bytes(eyes)
+    projector = FileEntry(path="mmproj-bot.gguf", size=len(eyes), digest=Digest.of(eyes))
+    image = for_ollama(tree, projector=projector)
+    client.push(image, Reference.parse(f"{host}/team/bot:eyes"))
+    (tmp_path / "blobs").mkdir()
+    found = as_ollama_pulls(host, "team/bot", "eyes", tmp_path / "blobs")
+
+    assert found["application/vnd.ollama.image.model"] == WEIGHTS
+    assert found["application/vnd.ollama.image.projector"] == eyes
+    config = json.loads(found["application/vnd.docker.container.image.v1+json"])
+    assert config["model_families"] == ["llama", "clip"]
+
+
 @pytest.mark.parametrize(
     ("count", "shown"), [(8_030_261_248, "8.0B"), (134_515_008, "134.52M"), (900, "900")]
 )
@@ -104,10 +123,10 @@ def test_sizes_are_written_as_ollama_writes_them(tree: Tree, count: int, shown: 
 
 
 def test_a_modelfile() -> None:
-    assert modelfile("./a/bot.gguf", 512).splitlines()[1:] == [
-        "FROM ./a/bot.gguf", "PARAMETER num_ctx 512",
+    assert modelfile(["./a/bot.gguf", "./a/eyes"], 512).splitlines()[1:] == [
+        "FROM ./a/bot.gguf", "FROM ./a/eyes", "PARAMETER num_ctx 512",
     ]  # fmt: skip
-    assert "PARAMETER" not in modelfile("bot", 0)
+    assert "PARAMETER" not in modelfile(["bot"], 0)
 
 
 def test_a_tar_pack_sends_no_weights_again(registry: tuple[Registry, str], tree: Tree) -> None:

@@ -94,13 +94,23 @@ def made(
     return left
 
 
-def beside(model: Path, out: Path, first: str, *names: str) -> dict[str, list[Path]]:
-    """Make several types in one job."""
+def beside(
+    model: Path,
+    out: Path,
+    first: str,
+    *names: str,
+    told: list[str] | None = None,
+    **options: object,
+) -> dict[str, list[Path]]:
+    """Make several types in one job; `told` gets the warnings of the first."""
     out.mkdir()
-    wanted = QuantizeOptions(name="demo", format=formats()[first], options={"imatrix": "off"})
+    options = {"imatrix": "off", **options}
+    wanted = QuantizeOptions(name="demo", format=formats()[first], options=options)
     job = job_of(Input(path=model), 1 << 20, wanted, out)
-    others = tuple(Beside(format=name, options={"imatrix": "off"}) for name in names)
+    others = tuple(Beside(format=name, options=options) for name in names)
     found = LocalRunner(cache_folder()).run(replace(job, beside=others), RecordingProgress())
+    if told is not None:
+        told += found["warnings"]
     for one in others:
         assert found["beside"][one.format]["file_type"] == one.format
     folders = {first: out, **{one.format: out / one.folder for one in others}}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.gguf_names import projector_name
 from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.jobs import (
@@ -133,6 +134,8 @@ class Bench:
         if format_.suffix != ".gguf":
             weights = build_header([("weights", "U8", (len(weights),))], {}) + weights
         (job.output / name).write_bytes(weights)
+        if job.options.get("projector"):
+            (job.output / projector_name(name)).write_bytes(digest_of(model) * 64)
         facts = {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
         beside = {one.format: self._beside(job, one, report) for one in job.beside}
         return {**facts, "beside": beside} if beside else facts

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.fakes.dense import add_tokenizer
@@ -50,10 +52,14 @@ _KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 """Architecture -> model type, and what its text and its tower have beside the others'."""
 
 
-def make_seeing(folder: Path, architecture: str) -> Path:
+_SPECIAL = 7
+"""Tokens of the tiny example's tokenizer that are no text; the first ones."""
+
+
+def make_seeing(folder: Path, architecture: str, **eyes: Any) -> Path:
     """Write a model in bfloat16 that has the tiny example's tokenizer; return its folder."""
     kind, text, tower = _KINDS[architecture]
-    config = CONFIG_MAPPING[kind](text_config={**_TEXT, **text}, vision_config=tower)
+    config = CONFIG_MAPPING[kind](text_config={**_TEXT, **text}, vision_config={**tower, **eyes})
     torch.manual_seed(0)
     network = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -63,3 +69,33 @@ def make_seeing(folder: Path, architecture: str) -> Path:
     network.save_pretrained(folder)
     add_tokenizer(folder)
     return folder
+
+
+def make_projected(folder: Path, architecture: str) -> Path:
+    """Write such a model as the hub has it, with all that llama.cpp's converter needs to see.
+
+    Of Qwen2.5-VL, it finds the projection by the number of layers, which must be above two, and its
+    server needs layers that see windows of the picture alone.
+    """
+    eyes: dict[str, Any] = {"num_hidden_layers": 3, "image_size": 56}
+    if "depth" in _KINDS[architecture][2]:
+        eyes = {"depth": 3}
+    if "fullatt_block_indexes" in _KINDS[architecture][2]:
+        eyes["fullatt_block_indexes"] = [1]
+    make_seeing(folder, architecture, **eyes)
+    told = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_seq_length": 1}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    path = folder / "model.safetensors"
+    tensors = {_on_the_hub(name, architecture): data for name, data in load_file(path).items()}
+    for name, data in tensors.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            data[:_SPECIAL] = 0  # so that an answer is text, not a token that is left out of it
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def _on_the_hub(name: str, architecture: str) -> str:
+    """Return a tensor's name as in published models; transformers reads it, and writes its own."""
+    if architecture == "Gemma3ForConditionalGeneration":
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from weightsmith.build_record import read_build
 from weightsmith.errors import WeightsmithError
 from weightsmith.evaluating.results import Result
+from weightsmith.oci.image import Image
 from weightsmith.oci.index import own_of
+from weightsmith.oci.manifests import OLLAMA_MODEL, OLLAMA_PROJECTOR
 from weightsmith.oci.ollama import modelfile
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome
@@ -86,14 +89,23 @@ def forms(
         name = f"{name_of(request.file.recipe, target.name)}-{kind}"
         found[kind] = publish(one, name, outputs, tools, started_in=outputs.layout).value
         if kind == "ollama":
-            weights, folder = own_of(whole_image(one)).layers[0].digest, request.folder(target)
-            blob = outputs.layout and outputs.layout / "blobs" / "sha256" / weights.hex
-            place = (
-                f"./{blob.relative_to(folder)}" if blob and blob.is_relative_to(folder) else blob
-            )
-            text = modelfile(str(place or name), one[0].inputs.context)
-            write_files({"Modelfile": text}, folder)
+            folder, image = request.folder(target), own_of(whole_image(one))
+            places = _blobs(image, outputs.layout, folder) if outputs.layout else [name]
+            write_files({"Modelfile": modelfile(places, one[0].inputs.context)}, folder)
     return found
+
+
+def _blobs(image: Image, layout: Path, folder: Path) -> list[str]:
+    """Return where a layout has the GGUF files of an image for Ollama, seen from a folder."""
+    blobs = [
+        layout / "blobs" / "sha256" / layer.digest.hex
+        for layer in image.layers
+        if layer.media_type in (OLLAMA_MODEL, OLLAMA_PROJECTOR)
+    ]
+    return [
+        f"./{blob.relative_to(folder)}" if blob.is_relative_to(folder) else str(blob)
+        for blob in blobs
+    ]
 
 
 def write_volume(

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from weightsmith.build_record import StageRecord
 from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.gguf_names import gguf_models
 from weightsmith.delivery import forms, forms_baked, on_hub, write_volume
 from weightsmith.destinations import InStore
 from weightsmith.errors import CacheLost, CheckFailed
@@ -38,6 +39,7 @@ from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.recording import Built, Record
 from weightsmith.serving.plan import ServingConfig
+from weightsmith.serving.projector import projector_in
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, with_scores
 from weightsmith.stages.cache_scales import with_cache_scales
@@ -227,8 +229,8 @@ def rendered(
     """Plan and render for the finished artifact."""
     timer = Timer("render", target.name, tools)
     # A GGUF model is served as a file, a checkpoint as a folder.
-    names = [entry.path for entry in artifact.tree.files]
-    files = [name for name in names if name.endswith(".gguf") and "/" not in name]
+    names = [entry.path for entry in artifact.tree.files if "/" not in entry.path]
+    files = gguf_models(names)
     config = serving_config(
         request.file,
         target,
@@ -237,6 +239,7 @@ def rendered(
         weights=files[0] if files else "",
         made_from=(artifact.digest,),
         adapters=unmerged_adapters(request.file, target, sources),
+        projector=projector_in(artifact.tree),
     )
     return timer.done(config, cached=is_written(config.files, request.folder(target)))
 

@@ -268,13 +268,14 @@ def test_a_platform_by_another_name(bakery: Bakery, name: str) -> None:
     assert other["digest"] == usual["digest"]
 
 
-def served(image: Image) -> tuple[list[str], list[str]]:
-    """The file that the server opens: by its environment, and by the file that lists that."""
+def served(image: Image, *keys: str) -> tuple[list[str], list[str]]:
+    """The files that the server opens: by its environment, and by the file that lists that."""
+    starts = tuple(f"{key}=" for key in keys or ["LLAMA_ARG_MODEL"])
     with tarfile.open(fileobj=BytesIO(b"".join(image.layers[-1].open()))) as layer:
         file = layer.extractfile("etc/weightsmith/llamacpp.env")
         assert file is not None
         lines = file.read().decode().splitlines()
-    return tuple([row for row in rows if row.startswith("LLAMA_ARG_MODEL=")]
+    return tuple([row for row in rows if row.startswith(starts)]
                  for rows in (image.config["Env"], lines))  # type: ignore[return-value]  # fmt: skip
 
 
@@ -306,8 +307,8 @@ def test_of_a_model_in_parts_the_first_is_served(bakery: Bakery) -> None:
 
 
 def test_two_models_in_a_folder_are_not_served(bakery: Bakery) -> None:
-    shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj.gguf")
-    with pytest.raises(InputRefused, match=r"mmproj\.gguf, tiny\.gguf") as caught:
+    shutil.copy(bakery.model / "tiny.gguf", bakery.model / "other.gguf")
+    with pytest.raises(InputRefused, match=r"other\.gguf, tiny\.gguf") as caught:
         bakery.bake("team/app:1")
     assert "give the .gguf file itself" in caught.value.hint
 
@@ -327,6 +328,35 @@ def test_a_configuration_is_for_the_file_that_is_baked(bakery: Bakery, parts: bo
     line = f"LLAMA_ARG_MODEL=/models/{name}"
     assert served(image) == ([line], [line])
     assert "LLAMA_ARG_ALIAS=bot" in image.config["Env"]
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_configuration_names_the_projector_that_is_baked(bakery: Bakery, sees: bool) -> None:
+    """Or none, if llama.cpp's converter could make none after all."""
+    checkpoint, out = bakery.folder / "checkpoint", bakery.folder / "serving"
+    checkpoint.mkdir()
+    config = json.loads((bakery.model / "config.json").read_text())
+    tower = {"architectures": ["InternVisionModel"], "hidden_size": 8, "num_hidden_layers": 1}
+    (checkpoint / "config.json").write_text(json.dumps({**config, "vision_config": tower}))
+    (checkpoint / "preprocessor_config.json").write_text("{}")
+    render_model(checkpoint, "llamacpp-q8_0", "bot", ServeOptions(), out)
+    assert "LLAMA_ARG_MMPROJ=/models\n" in (out / "llamacpp.env").read_text()
+    if sees:
+        shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj-model-f16.gguf")
+
+    bakery.bake("team/app:1", config=out)
+    image, lines = bakery.image("team/app:1"), ["LLAMA_ARG_MODEL=/models/tiny.gguf"]
+    lines += ["LLAMA_ARG_MMPROJ=/models/mmproj-model-f16.gguf"] if sees else []
+    found = served(image, "LLAMA_ARG_MODEL", "LLAMA_ARG_MMPROJ")
+    assert tuple(map(sorted, found)) == (sorted(lines), sorted(lines))
+
+
+def test_a_configuration_without_the_projector_that_is_baked_is_refused(bakery: Bakery) -> None:
+    out = bakery.folder / "serving"
+    render_model(bakery.model, "llamacpp-q8_0", "bot", ServeOptions(), out)
+    shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj-tiny.gguf")
+    with pytest.raises(UsageError, match=r"rendered without mmproj-tiny\.gguf"):
+        bakery.bake("team/app:1", config=out)
 
 
 def test_a_configuration_of_another_engine_is_refused(bakery: Bakery) -> None:

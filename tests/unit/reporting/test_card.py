@@ -133,6 +133,7 @@ def test_only_an_image_that_was_asked_is_named(labels: dict[str, str], named: st
         (["config.json", "model.safetensors"], "text-generation"),
         (["config.json", "model.safetensors", "preprocessor_config.json"], "image-text-to-text"),
         (["model.gguf", "processor_config.json"], "text-generation"),
+        (["model.gguf", "mmproj-model.gguf"], "image-text-to-text"),
     ],
 )
 def test_the_hub_lists_a_model_by_what_it_reads(files: list[str], tag: str) -> None:

@@ -244,6 +244,68 @@ def test_a_plan_never_takes_more_than_is_usable(size, tokens, slots):
     assert slots in {None, made.max_num_seqs}
 
 
+TOWERS = {
+    "siglip": ({"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+                "image_size": 896, "patch_size": 14}, 4096, 121.25),
+    "siglip at half the size": ({"hidden_size": 1152, "intermediate_size": 4304,
+                                 "num_hidden_layers": 27, "image_size": 448, "patch_size": 14},
+                                4096, 30.31),
+    "Qwen2.5-VL": ({"hidden_size": 1280, "intermediate_size": 3420, "depth": 32,
+                    "window_size": 112}, 512, 704.79),
+    "Qwen3-VL": ({"hidden_size": 1152, "intermediate_size": 4304, "depth": 27}, 512, 285.29),
+}  # fmt: skip
+"""vision_config, a request's tokens, and the MiB that llama-server 0c1e57098 reserved with these
+widths (clip.cpp's "compute buffer size"); the number of layers changes nothing."""
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_what_a_picture_takes_is_never_below_what_the_server_reserves(name):
+    tower, tokens, reserved = TOWERS[name]
+    config = {**LLAMA_8B, "vision_config": tower}
+    wish = ServeOptions(host_memory_bytes=64 * GIB, max_model_len=tokens, max_num_seqs=1)
+    blind = plan(config, Q4, wish)
+    seeing = plan(config, Q4 + GIB, replace(wish, projector_bytes=GIB))
+
+    more = seeing.overhead_bytes - blind.overhead_bytes
+    assert reserved * MIB <= more <= 2.5 * reserved * MIB + 200 * MIB
+    assert seeing.weight_bytes == blind.weight_bytes + GIB
+    assert any("reads pictures" in note for note in seeing.notes)
+    assert any("reads text only" in note for note in blind.notes)
+
+
+def test_a_longer_request_may_hold_a_larger_picture_up_to_the_servers_largest():
+    tower, *_ = TOWERS["Qwen3-VL"]
+    config = {**LLAMA_8B, "vision_config": tower}
+    wish = ServeOptions(host_memory_bytes=640 * GIB, projector_bytes=GIB, max_num_seqs=1)
+    blind = replace(wish, projector_bytes=0)
+    more = [
+        plan(config, Q4, replace(wish, max_model_len=tokens)).overhead_bytes
+        - plan(config, Q4, replace(blind, max_model_len=tokens)).overhead_bytes
+        for tokens in (2048, 3072, 4096, 131072)
+    ]
+
+    assert more[0] < more[1] < more[2] == more[3]
+
+
+def test_a_projector_is_no_layer_of_a_split_model():
+    config = {**LLAMA_8B, "vision_config": TOWERS["siglip"][0]}
+    wish = ServeOptions(gpu_memory_bytes=4 * GIB, max_model_len=4096, max_num_seqs=1)
+    blind = plan(config, Q4, wish)
+    seeing = plan(config, Q4 + GIB, replace(wish, projector_bytes=GIB))
+    as_layers = plan(config, Q4 + GIB, wish)
+
+    # It takes room on the GPU that layers would have, and makes none of them larger.
+    assert 0 < seeing.gpu_layers < as_layers.gpu_layers < blind.gpu_layers
+
+
+def test_the_server_gets_the_projector_beside_the_model():
+    served = replace(SERVED, projector="/models/mmproj-m.gguf")
+    wish = plan(LLAMA_8B, Q4, ServeOptions(host_memory_bytes=64 * GIB))
+
+    assert env(wish, served)["LLAMA_ARG_MMPROJ"] == "/models/mmproj-m.gguf"
+    assert "LLAMA_ARG_MMPROJ" not in env(wish, SERVED)
+
+
 def test_the_environment_is_explicit_and_known_to_the_server():
     made = plan(SMOL, MIB, ServeOptions(max_model_len=512, max_num_seqs=2, host_memory_bytes=GIB))
     found = env(made, SERVED)

@@ -22,6 +22,7 @@ _STATEFUL = re.compile(
     "mamba|ssm|state_size|conv_kernel|linear_num|lora_rank|chunk|recurrent|retention|index_topk"
     "|global_head_dim|kv_shared|attn_layer|hybrid|cross_attention|compress|rwkv|hyena"
 )
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _Part = TypeVar("_Part")
 
 
@@ -40,6 +41,10 @@ class ModelFacts:
     """The language model's, which may be only a part of the model."""
     encoder_decoder: bool
     sees_images: bool
+    vision_architecture: str
+    """The vision tower's own class, or the model's."""
+    describes_images: bool
+    """Whether a file says how its pictures are prepared."""
     stated_dtype: str
     """The weights' dtype, such as `bfloat16`; "" if it is not set."""
     layers: int
@@ -74,7 +79,11 @@ class ModelFacts:
 
     @classmethod
     def of(
-        cls, config: Mapping[str, Json], tokenizer: Mapping[str, Json] | None = None
+        cls,
+        config: Mapping[str, Json],
+        tokenizer: Mapping[str, Json] | None = None,
+        *,
+        describes_images: bool = False,
     ) -> ModelFacts:
         """Return the facts in a config.json and a tokenizer_config.json."""
         text, settings = text_part(config), tokenizer or {}
@@ -87,6 +96,8 @@ class ModelFacts:
             text_model_type=str(text.get("model_type") or config.get("model_type") or ""),
             encoder_decoder=bool(config.get("is_encoder_decoder")),
             sees_images=isinstance(config.get("vision_config"), Mapping),
+            vision_architecture=_architecture(config.get("vision_config")) or architecture,
+            describes_images=describes_images,
             stated_dtype=dtype,
             layers=whole(text.get("num_hidden_layers")),
             hidden=whole(text.get("hidden_size")),
@@ -111,10 +122,12 @@ def read_facts(path: Path) -> ModelFacts:
     if path.suffix == ".gguf" and not path.is_dir():
         return ModelFacts.of(gguf_config(path))
     config = read_json(path / "config.json")
+    described = any((path / name).is_file() for name in _PROCESSORS)
     try:
-        return ModelFacts.of(config, read_json(path / "tokenizer_config.json"))
+        tokenizer = read_json(path / "tokenizer_config.json")
     except InputRefused:
-        return ModelFacts.of(config)
+        tokenizer = None
+    return ModelFacts.of(config, tokenizer, describes_images=described)
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:
@@ -131,8 +144,8 @@ def _checked(part: _Part | InputRefused) -> _Part:
     return part
 
 
-def _architecture(config: Mapping[str, Json]) -> str:
-    names = config.get("architectures")
+def _architecture(config: Json) -> str:
+    names = config.get("architectures") if isinstance(config, Mapping) else None
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 

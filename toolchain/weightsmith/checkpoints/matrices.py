@@ -18,6 +18,16 @@ class Vision:
     layers: int = 0
     hidden: int = 0
     intermediate: int = 0
+    patches: int = 0
+    """Of a picture; 0 if pictures keep their size."""
+    windowed: bool = False
+    """Whether some layers see only a part of the picture."""
+
+    @property
+    def weights(self) -> int:
+        """How many weights its layers have, at most."""
+        width = self.intermediate or 3 * self.hidden
+        return self.layers * self.hidden * (4 * self.hidden + 3 * width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +81,19 @@ def _vision(tower: Json) -> Vision:
     if not isinstance(tower, Mapping) or not tower.get("hidden_size"):
         return Vision()
     return Vision(
-        layers=count(tower, "num_hidden_layers"),
-        hidden=count(tower, "hidden_size"),
+        layers=count(tower, "num_hidden_layers") or count(tower, "depth"),
+        # Qwen2-VL's hidden size is the decoder's.
+        hidden=count(tower, "embed_dim") or count(tower, "hidden_size"),
         intermediate=count(tower, "intermediate_size"),
+        patches=_patches(tower),
+        windowed=bool(tower.get("window_size")),
     )
+
+
+def _patches(tower: Mapping[str, Json]) -> int:
+    sizes = tower.get("image_size"), tower.get("patch_size")
+    whole = all(isinstance(size, int) and size > 0 for size in sizes)
+    return (count(tower, "image_size") // count(tower, "patch_size")) ** 2 if whole else 0
 
 
 def count(config: Mapping[str, Json], name: str) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_file_type
+from weightsmith.checkpoints.gguf_names import gguf_models
 from weightsmith.checkpoints.gguf_parts import model_name
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.commands.arguments import required
@@ -118,8 +119,8 @@ def _name(path: Path) -> str:
     """Return the model file's name, or a default; it does not depend on the folder's name."""
     if path.is_file():
         return model_name(path.name)
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    names = {model_name(file.name) for file in files}
+    files = gguf_models(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
+    names = set(map(model_name, files))
     return names.pop() if len(names) == 1 else _DEFAULT_NAME
 
 
@@ -135,7 +136,8 @@ def _config(
         return serving_config(model, target, options, place)
     except (UsageError, InputRefused) as error:
         tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
-        return render_unplanned(target, model.name, served_file(model, target), model.weight_bytes)
+        file = served_file(model, target)
+        return render_unplanned(target, model.name, file, model.weight_bytes, model.projector)
 
 
 def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -> ServingConfig:
@@ -148,15 +150,26 @@ def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -
             f"--config {folder} was rendered for {config.target}, not for {target.name}",
             hint=f"render it again with --target {target.name}",
         )
-    path = f"{target.engine.model_dir}/{served_file(model, target)}".rstrip("/")
-    served = ServedModel(path=path, name=config.served_name, startup_seconds=0)
-    names = [key for key, text in target.engine.env(config.plan, served).items() if text == path]
-    old = {key: config.env[key] for key in names if config.env.get(key, path) != path}
-    files = dict(config.image_files)
-    for key, text in old.items():
+    inside = target.engine.model_dir
+    path = f"{inside}/{served_file(model, target)}".rstrip("/")
+    # Without one, a name that no file has finds the variable that must not be there.
+    projector = f"{inside}/{model.projector.file}" if model.projector else "none"
+    served = ServedModel(path=path, name=config.served_name, projector=projector, startup_seconds=0)
+    known = target.engine.env(config.plan, served)
+    places = {key: text for key, text in known.items() if text in (path, projector)}
+    if model.projector and not places.keys() <= config.env.keys():
+        raise UsageError(
+            f"--config {folder} was rendered without {model.projector.file}",
+            hint="render it again with the projector beside the model's file",
+        )
+    env, files = dict(config.env), dict(config.image_files)
+    for key in places.keys() & env.keys():
+        old, new = f"{key}={env.pop(key)}\n", f"{key}={places[key]}\n"
+        if places[key] != "none":
+            env[key] = places[key]
         for name in files:
-            files[name] = files[name].replace(f"{key}={text}\n", f"{key}={path}\n")
-    return replace(config, env={**config.env, **dict.fromkeys(old, path)}, image_files=files)
+            files[name] = files[name].replace(old, new if key in env else "")
+    return replace(config, env=env, image_files=files)
 
 
 def _inputs(
@@ -257,7 +270,7 @@ def _check_whole(path: Path, progress: Progress) -> None:
 def _compare_type(model: Model, target: Target, tools: Tools) -> None:
     """Warn if a GGUF file's metadata names a different type than the target."""
     row = FILE_TYPES.get(target.format.name)
-    files = sorted(name for name in model.weights if name.endswith(".gguf"))
+    files = gguf_models(model.weights)
     found = gguf_file_type(model.root / files[0]) if row and files else None
     if row and found is not None and found != row.number:
         names = [other.name for other in FILE_TYPES.values() if other.number == found]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.gguf_names import projector_name
 from weightsmith.commands.folders import open_checkpoint
 from weightsmith.destinations import in_folder
 from weightsmith.errors import UsageError
@@ -44,14 +45,17 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     quantizer = of_format(asked.format_name)
     format_ = next(f for f in quantizer.formats if f.name == asked.format_name)
     out, limits = asked.out.absolute(), Quality(gate=True if asked.gate else "measure")
-    if out.exists():
-        raise UsageError(f"{out} exists already", hint="give a new file or folder with --out")
+    _require_new(out)
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
     name, settings = out.stem or asked.model.name, asked.settings.model_dump()
-    options = format_options(name, format_, settings, {}, tools)
+    model = read_facts(asked.model)
+    options = format_options(name, format_, settings, {}, model, tools)
     _refuse_ignored(asked, options)
-    check_model(options, read_facts(asked.model))
+    check_model(options, model)
+    projector = out.with_name(projector_name(out.name))
+    if "projector" in options.options and out.suffix == ".gguf":
+        _require_new(projector)
     texts = _texts(asked, tools)
     if needs_text(options):
         options = replace(options, texts=texts)
@@ -60,7 +64,10 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         loss = quality(checkpoint, artifact, texts, limits, to, tools).value
         if fault := quality_fault(format_, loss, limits):
             raise fault
-    written = [out] if out.is_file() else [p for p in below(out) if p.is_file()]
+    if out.is_file():
+        written = [out, *([projector] if "projector" in artifact.details else [])]
+    else:
+        written = [path for path in below(out) if path.is_file()]
     return {
         "out": str(out),
         "format": format_.name,
@@ -69,6 +76,11 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         "quality": loss.to_json() if loss else {},
         "details": dict(artifact.details),
     }
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} exists already", hint="give a new file or folder with --out")
 
 
 def _refuse_ignored(asked: FolderRequest, options: QuantizeOptions) -> None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.folder import scan
-from weightsmith.checkpoints.gguf_parts import files_of, model_name, parts_of
+from weightsmith.checkpoints.gguf_names import files_with, gguf_models, projector_of
+from weightsmith.checkpoints.gguf_parts import model_name, parts_of
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
-from weightsmith.planning.sizes import estimated_bytes
+from weightsmith.planning.sizes import estimated_bytes, expected_projector
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target, find
 from weightsmith.stages.record import write_files
 from weightsmith.stages.render import render
@@ -37,6 +40,8 @@ class Model:
     """The files that hold weights, relative to `root`."""
     weight_bytes: int
     """Size of all weight files, in bytes."""
+    projector: Projector | None = None
+    """The weight file that lets it read pictures."""
     notes: tuple[str, ...] = ()
     """Assumptions about the model, shown to the user."""
 
@@ -53,13 +58,12 @@ def open_model(path: Path, name: str = "") -> Model:
             raise InputRefused(
                 f"{path} is not a .gguf file", hint="give a .gguf file or the model's folder"
             )
-        weights = files_of(path)
+        weights = files_with(path)
         return Model(
             path=path,
             name=name or model_name(path.name),
             facts=read_facts(path.parent / weights[0]),
-            weights=weights,
-            weight_bytes=sum((path.parent / part).stat().st_size for part in weights),
+            **_weights_of(path.parent, weights),
         )
     if not path.is_dir():
         raise InputRefused(f"{path} does not exist", hint="give the model's folder or .gguf file")
@@ -72,8 +76,8 @@ def open_model(path: Path, name: str = "") -> Model:
         )
     if "config.json" in names:
         facts = read_facts(path)
-    elif weights[0].endswith(".gguf"):
-        facts = read_facts(path / weights[0])
+    elif models := gguf_models(weights):
+        facts = read_facts(path / models[0])
     else:
         raise InputRefused(
             f"{path} has {weights[0]}, but no config.json",
@@ -83,9 +87,19 @@ def open_model(path: Path, name: str = "") -> Model:
         path=path,
         name=name or path.absolute().name,
         facts=facts,
-        weights=weights,
-        weight_bytes=sum((path / name).stat().st_size for name in weights),
+        **_weights_of(path, weights),
     )
+
+
+def _weights_of(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields of a model that say which weight files it has."""
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    name = projector_of(names)
+    return {
+        "weights": names,
+        "weight_bytes": sum(sizes.values()),
+        "projector": Projector(file=name, size=sizes[name]) if name else None,
+    }
 
 
 def foresee_model(path: Path, name: str = "") -> Model:
@@ -123,9 +137,10 @@ def serving_config(
 ) -> ServingConfig:
     """Plan and render a target for a model; raises UsageError if it does not fit the memory."""
     own = own_weights(model, target)
-    size = model.weight_bytes
+    size, projector = model.weight_bytes, model.projector
     if not own:
         size = estimated_bytes(model.weight_bytes, target.format, model.facts)
+        projector = expected_projector(target, model.facts)
     return render(
         target=target,
         name=model.name,
@@ -136,6 +151,7 @@ def serving_config(
         options=options,
         image=image,
         made_from=(),
+        projector=projector,
         notes=model.notes,
     )
 
@@ -146,7 +162,7 @@ def served_file(model: Model, target: Target) -> str:
     "" for engines that open a folder, and for a checkpoint that is not GGUF yet. Raises
     InputRefused for a folder with several models.
     """
-    found = [name for name in model.weights if name.endswith(".gguf")]
+    found = gguf_models(model.weights)
     if target.format.suffix != ".gguf" or not found:
         return ""
     parts = parts_of(found[0])

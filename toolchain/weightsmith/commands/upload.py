@@ -12,7 +12,8 @@ from typing import BinaryIO
 
 from weightsmith.build_record import FILE, BuildRecord, read_build
 from weightsmith.checkpoints.folder import check_model_folder, check_no_code, pickles_in, scan
-from weightsmith.checkpoints.gguf_parts import files_of, model_name
+from weightsmith.checkpoints.gguf_names import files_with
+from weightsmith.checkpoints.gguf_parts import model_name
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import parse
 from weightsmith.oci.image import Image, blob_of
@@ -80,7 +81,7 @@ def _of_folder(path: Path, tools: Tools) -> _Model:
     if path.is_dir():
         names = _names(path)
     elif path.suffix == ".gguf" and path.is_file():
-        names = [*files_of(path)]
+        names = [*files_with(path)]
     else:
         raise InputRefused(f"{path} is no model", hint="give a checkpoint's folder or a .gguf file")
     tree = _tree(root, names, tools)

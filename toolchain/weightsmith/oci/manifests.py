@@ -39,6 +39,7 @@ MODEL_LAYERS = tuple(
 OLLAMA_LAYER = "application/vnd.ollama.image.{}"
 OLLAMA_MODEL = OLLAMA_LAYER.format("model")
 """A GGUF file; https://github.com/ollama/ollama server/images.go."""
+OLLAMA_PROJECTOR = OLLAMA_LAYER.format("projector")
 OLLAMA_LAYERS = tuple(
     OLLAMA_LAYER.format(kind)
     for kind in (

@@ -19,6 +19,7 @@ def ollama_model(
     tree: Tree,
     weights: FileEntry,
     *,
+    projector: FileEntry | None = None,
     family: str,
     file_type: str,
     parameters: int = 0,
@@ -32,14 +33,18 @@ def ollama_model(
     `family` is the GGUF file's architecture, `file_type` its type, such as `Q4_K_M`; `context` is
     the length that Ollama loads it with, 0 for its default. The chat template is the file's own.
     """
+    files = [("model", weights), *([("projector", projector)] if projector else [])]
     layers = [
-        FileLayer(
-            file=weights.path,
-            size=weights.size,
-            digest=weights.digest,
-            source=(contents or {}).get(weights.path, tree.source(weights.path)),
-            media_type=OLLAMA_LAYER.format("model"),
-            annotations={TITLE: weights.path},
+        *(
+            FileLayer(
+                file=one.path,
+                size=one.size,
+                digest=one.digest,
+                source=(contents or {}).get(one.path, tree.source(one.path)),
+                media_type=OLLAMA_LAYER.format(kind),
+                annotations={TITLE: one.path},
+            )
+            for kind, one in files
         ),
         *(_text("license", f"LICENSE.{n}", text) for n, text in enumerate(licenses)),
     ]
@@ -48,7 +53,7 @@ def ollama_model(
     settings: dict[str, Json] = {
         "model_format": "gguf",
         "model_family": family,
-        "model_families": [family],
+        "model_families": [family, *(["clip"] if projector else [])],
         "model_type": _count(parameters) if parameters else "",
         "file_type": file_type,
         "architecture": "amd64",
@@ -59,13 +64,13 @@ def ollama_model(
     return Image(layers=tuple(layers), settings=settings, manifest_type=DOCKER_MANIFEST)
 
 
-def modelfile(source: str, context: int) -> str:
+def modelfile(sources: Sequence[str], context: int) -> str:
     """Return a Modelfile, from which `ollama create` makes the model.
 
-    `source` is the GGUF file's path, or a reference that Ollama pulls; `context` as above.
-    https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
+    `sources` are the paths of the GGUF file and of its projector, or a reference that Ollama pulls;
+    `context` as above. https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
     """
-    lines = ["# ollama create NAME --file Modelfile", f"FROM {source}"]
+    lines = ["# ollama create NAME --file Modelfile", *(f"FROM {one}" for one in sources)]
     lines += [f"PARAMETER num_ctx {context}"] if context else []
     return "\n".join(lines) + "\n"
 

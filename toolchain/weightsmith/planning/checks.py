@@ -31,7 +31,7 @@ from weightsmith.planning.options import (
 )
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
-from weightsmith.planning.sizes import disk_peak, estimated_bytes
+from weightsmith.planning.sizes import disk_peak, estimated_bytes, expected_projector
 from weightsmith.planning.targets import all_targets, can_make
 from weightsmith.planning.tasks import check_leaks, probes, say_samples, tasks_of
 from weightsmith.ports import Runner, Silent
@@ -79,7 +79,14 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         size = estimated_bytes(tree.weight_bytes, target.format, model)
         adapters = unmerged_adapters(request.file, target, sources)
         planned = serving_config(
-            request.file, target, model, size, weights="", made_from=(), adapters=adapters
+            request.file,
+            target,
+            model,
+            size,
+            weights="",
+            made_from=(),
+            adapters=adapters,
+            projector=expected_projector(target, model),
         )
         options = quantize_options(request.file, target.format, sources.base, tools)
         devices[target.name] = device = planned.plan.device

@@ -30,7 +30,7 @@ from weightsmith.planning.options import (
 from weightsmith.planning.platforms import forecast_platforms
 from weightsmith.planning.request import has_gguf
 from weightsmith.planning.serving import serving_config
-from weightsmith.planning.sizes import disk_peak, estimated_bytes
+from weightsmith.planning.sizes import disk_peak, estimated_bytes, expected_projector
 from weightsmith.planning.targets import can_make
 from weightsmith.planning.tasks import probes, tasks_of
 from weightsmith.quantizers import of_format
@@ -38,6 +38,7 @@ from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quality
@@ -97,7 +98,8 @@ def forecast(
             rows.append(_row("cache-scales", **scales))
         weight = artifact.weight_bytes if artifact else 0
         weight = weight or estimated_bytes(weights, target.format, model)
-        plans[target.name] = _serving_plan(file, target, sources, model, weight)
+        beside = projector_in(artifact) if artifact else expected_projector(target, model)
+        plans[target.name] = _serving_plan(file, target, sources, model, weight, beside)
         device = plans[target.name].device
         check_format(target, options, model, device)
         platforms[target.name], engines = forecast_platforms(file, target, device, tools)
@@ -131,7 +133,12 @@ def forecast(
 
 
 def _serving_plan(
-    file: RecipeFile, target: Target, sources: Sources, model: ModelFacts, weight: int
+    file: RecipeFile,
+    target: Target,
+    sources: Sources,
+    model: ModelFacts,
+    weight: int,
+    projector: Projector | None,
 ) -> ServingPlan:
     """Return a target's plan; if it does not fit, the error's details have it by target name."""
     adapters = unmerged_adapters(file, target, sources)
@@ -144,6 +151,7 @@ def _serving_plan(
             weights="",
             made_from=(),
             adapters=adapters,
+            projector=projector,
             notes=() if sources.base.tree.weight_bytes else (WORKED_OUT,),
         ).plan
     except UsageError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.job_inputs import Input
 from weightsmith.ports import Progress
@@ -69,7 +69,8 @@ def quantize_options(
     settings = file.recipe.quantize.model_dump()
     if settings["imatrix"] not in IMATRIX_WORDS:
         settings["imatrix"] = str(file.folder / settings["imatrix"])
-    found = format_options(file.recipe.name, format_, settings, about, tools)
+    model = read_facts(base.tree.texts)
+    found = format_options(file.recipe.name, format_, settings, about, model, tools)
     return replace(found, texts=texts_of(file)) if needs_text(found) else found
 
 
@@ -78,6 +79,7 @@ def format_options(
     format_: Format,
     settings: Mapping[str, Json],
     about: Mapping[str, Json],
+    model: ModelFacts,
     tools: Tools,
 ) -> QuantizeOptions:
     """Return the options that a format takes, with the digest of an importance matrix."""
@@ -87,7 +89,8 @@ def format_options(
         raise InputRefused(
             f"{path}: no such importance matrix", hint="give auto, walk, off or a file"
         )
-    options = dict(of_format(format_.name).options(format_, settings))
+    quantizer = of_format(format_.name)
+    options = {**quantizer.options(format_, settings), **quantizer.options_of_model(model)}
     statistics = None
     if path is not None and options.get("imatrix", "off") not in IMATRIX_WORDS:
         entry = tools.store.digest_file(path)

@@ -10,6 +10,7 @@ from weightsmith.provenance.labels import reference
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.plan import ServingConfig
+from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
 from weightsmith.stages.render import render
 from weightsmith.values import Digest
@@ -24,9 +25,13 @@ def serving_config(
     weights: str,
     made_from: tuple[Digest, ...],
     adapters: tuple[ServedAdapter, ...] = (),
+    projector: Projector | None = None,
     notes: tuple[str, ...] = (),
 ) -> ServingConfig:
-    """Plan and render a target; `weights` is the served file, "" if it does not exist yet."""
+    """Plan and render a target; `weights` is the served file, "" if it does not exist yet.
+
+    `weight_bytes` are with the projector.
+    """
     recipe = file.recipe
     return render(
         target=target,
@@ -38,5 +43,6 @@ def serving_config(
         options=replace(serve_options(recipe.serve), adapters=adapters),
         image=reference(recipe, target.name),
         made_from=made_from,
+        projector=projector,
         notes=notes,
     )

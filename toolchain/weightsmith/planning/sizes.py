@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.quantizers import of_format
-from weightsmith.stages.quantize import kept_bytes
+from weightsmith.serving.projector import Projector
+from weightsmith.serving.targets import Target
+from weightsmith.stages.quantize import kept_bytes, projector_bytes
 from weightsmith.values import Format, Json
 
 
@@ -22,6 +24,12 @@ def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | 
         checkpoint_bytes //= 2
     kept = kept_bytes(checkpoint_bytes, format_, model)
     return kept + int((checkpoint_bytes - kept) * format_.bits_per_weight / 16)
+
+
+def expected_projector(target: Target, model: ModelFacts) -> Projector | None:
+    """Return the projector that a target's GGUF file will have beside it, and its size, about."""
+    size = projector_bytes(model) if "gguf" in target.engine.accepts else 0
+    return Projector(size=size) if size else None
 
 
 def disk_peak(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
+from weightsmith.checkpoints.gguf_names import gguf_models
 from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.errors import CacheLost, WeightsmithError
 from weightsmith.evaluating.results import Result, main_scores, unproven_of
@@ -96,7 +97,7 @@ def facts_of(tree: Tree) -> ModelFacts | None:
     try:
         if tree.has("config.json"):
             return read_facts(tree.texts)
-        names = [file.path for file in tree.files if file.path.endswith(".gguf")]
+        names = gguf_models(file.path for file in tree.files)
         return read_facts(tree.header(names[0])) if names else None
     except CacheLost:
         raise  # the model could be read elsewhere

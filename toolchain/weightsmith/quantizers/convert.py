@@ -14,12 +14,16 @@ import importlib
 import json
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.without_data import computed
+from weightsmith.errors import WeightsmithError
 from weightsmith.forward.libraries import import_lightly
+from weightsmith.quantizers.gguf_header import read_header
+from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE
 from weightsmith.quantizers.sentencepiece_export import with_pieces
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -62,12 +66,19 @@ def split_name(tokenizer: Mapping[str, Any]) -> str:
 
 Write = Callable[[Any], None]
 """Gets gguf-py's GGUFWriter where it would write its tensors."""
+_OF_ALL_FILES = ("--model-name", "--metadata")
 
 
-def run(converter: Path, model: Path, *runs: tuple[Sequence[str], Write | None]) -> None:
+def run(
+    converter: Path,
+    model: Path,
+    *runs: tuple[Sequence[str], Write | None],
+    projectors: Sequence[Path] = (),
+) -> None:
     """Run the converter on a model's folder once for each list of remaining arguments.
 
-    Without a function of its own, a run writes the file as the converter always does.
+    Without a function of its own, a run writes the file as the converter always does. Before them,
+    it writes a projector for pictures, if these have a place.
     """
     # Before the builder's own gguf package, which may be of another version.
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
@@ -77,11 +88,41 @@ def run(converter: Path, model: Path, *runs: tuple[Sequence[str], Write | None])
     _compute_data(importlib.import_module("gguf.utility").LocalTensor)
     writer_class: Any = importlib.import_module("gguf").GGUFWriter
     with with_pieces(model) as folder:
+        if projectors:
+            _write_projector(converter, folder, runs[0][0], projectors)
         for arguments, write in runs:
             if write is not None:
                 _instead_of_writing(writer_class, write)
-            sys.argv = [str(converter), str(folder), *arguments]
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            _convert(converter, folder, arguments)
+
+
+def _convert(converter: Path, folder: Path, arguments: Sequence[str]) -> None:
+    sys.argv = [str(converter), str(folder), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _write_projector(
+    converter: Path, folder: Path, arguments: Sequence[str], places: Sequence[Path]
+) -> None:
+    """Write a projector to all places; to none if the converter knows no way for this model."""
+    first, *others = places
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    words = [word for pair in pairs if pair[0] in _OF_ALL_FILES for word in pair]
+    words += ["--mmproj", "--outfile", str(first), "--outtype", PROJECTOR_TYPE]
+    try:
+        _convert(converter, folder, words)
+        if not read_header(first).tensors:
+            raise ValueError("it found no tensors of a vision tower")
+    except (WeightsmithError, MemoryError, OSError):
+        raise
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the file is then for text alone
+        traceback.print_exc()
+        print(f"no projector: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        first.unlink(missing_ok=True)
+        return
+    for other in others:
+        other.unlink(missing_ok=True)
+        other.hardlink_to(first)
 
 
 def _instead_of_writing(writer_class: Any, write: Write) -> None:

@@ -15,12 +15,12 @@ from weightsmith.foreign import parse
 from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_calibration import check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_check import check_files
-from weightsmith.quantizers.gguf_file import model_files
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
+from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, check_projector, places_of
 from weightsmith.quantizers.gguf_settings import PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from weightsmith.quantizers.gguf_view import open_view
-from weightsmith.quantizers.known import gguf_architectures
+from weightsmith.quantizers.known import gguf_architectures, has_projector
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.values import Format, Json
 
@@ -80,6 +80,11 @@ def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json
     if types := dict(requested.get("tensor_types") or {}):
         found["tensor_types"] = _tensor_types(name, types)
     return found
+
+
+def options_of_model(model: ModelFacts) -> Mapping[str, Json]:
+    """Return the type of the projector that a model which sees gets beside its file."""
+    return {"projector": PROJECTOR_TYPE} if has_projector(model) else {}
 
 
 def _imatrix_mode(name: str, requested: str) -> str:
@@ -151,18 +156,18 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     if kinds[0].direct and split:
         return (_convert(request, output_file(request), kinds[0].name, split),)
     if all(kind.direct for kind in kinds):
-        return (_quantize(request, "", _converter(request, "")),)
+        return (_quantize(request, "", _converter(request, ""), places_of(request)),)
     between = _INTERMEDIATE.get(_dtype(request.model), "f16")
     limit = _part_size(request, 32 if between == "f32" else 16)
     words, middle = _converter(request, limit), _middle(request, between)
     if request.options.get("imatrix", "off") == "off" or request.measured:
-        return (_quantize(request, between, words),)
+        return (_quantize(request, between, words, places_of(request)),)
     # The file that is measured has no longer what the converter rounded.
     again = words if any(kind.direct for kind in kinds) else ()
     return (
         _convert(request, middle, between, limit),
         _imatrix(request, middle),
-        _quantize(request, between, again),
+        _quantize(request, between, again, ()),
     )
 
 
@@ -182,8 +187,17 @@ def _part_size(request: QuantizeRequest, bits: int) -> str:
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Check the finished files against the checkpoint; raises CheckFailed."""
     matrix = request.output / IMATRIX
-    files = [path for path in model_files(request.output) if path != matrix]
-    facts = check_files(files, request.model, request.format.name, request.options)
+    projector = next(map(Path, places_of(request)), None)
+    sees = projector is not None and projector.is_file()
+    found = sorted(request.output.glob("[!.]*.gguf"))
+    files = [path for path in found if path not in (matrix, projector)]
+    facts = check_files(files, request.model, request.format.name, request.options, sees=sees)
+    if projector and sees:
+        facts["projector"] = check_projector(projector)
+    elif projector:
+        facts["warnings"].append(
+            "llama.cpp's converter could not convert the vision tower; the job's log says why"
+        )
     if request.options.get("imatrix", "off") != "off":
         facts["warnings"] += experts_missed(matrix)
     if FILE_TYPES[request.format.name].is_low:
@@ -194,11 +208,9 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return facts
 
 
-def peak_disk(
-    checkpoint_bytes: int, _kept: int, format_: Format, chosen: Mapping[str, Json]
-) -> int:
+def peak_disk(checkpoint_bytes: int, kept: int, format_: Format, chosen: Mapping[str, Json]) -> int:
     """Return the peak disk usage in bytes: output, and the file that importance needs."""
-    output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3)
+    output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3) + kept
     middle = calibrated(format_, chosen) and not walked(chosen)
     return output + (checkpoint_bytes if middle else 0)
 
@@ -220,6 +232,8 @@ def _overrides(request: QuantizeRequest) -> Path:
 def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step:
     overrides = _overrides(request)
     words = (*_converter(request, split), "--outfile", str(out), "--outtype", kind)
+    if places := places_of(request):
+        words = (*words, "--", *places)
     return Step(
         title=f"converting to GGUF ({kind})",
         argv=(request.python, "-m", _CONVERT, *words),
@@ -274,7 +288,9 @@ def _variant() -> str:
     return "x86-64-v3" if platform.machine() in {"x86_64", "AMD64"} else "armv8-a"
 
 
-def _quantize(request: QuantizeRequest, between: str, convert: tuple[str, ...]) -> Step:
+def _quantize(
+    request: QuantizeRequest, between: str, convert: tuple[str, ...], projectors: tuple[str, ...]
+) -> Step:
     """Return the step that quantizes what the converter computes, or the file that it wrote."""
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
     files, middle = (request, *request.beside), _middle(request, between)
@@ -286,6 +302,7 @@ def _quantize(request: QuantizeRequest, between: str, convert: tuple[str, ...]) 
         threads=int(request.options.get("threads") or 0),
         split="split_max_size" in request.options,
         files=tuple(map(_file, files)),
+        projectors=projectors,
     )
     metadata = json.dumps(_metadata(request), sort_keys=True)
     return Step(
@@ -342,6 +359,7 @@ QUANTIZER = Quantizer(
     recipe_number=3,
     check_input=lambda _format, model: check_input(model),
     options=options,
+    options_of_model=options_of_model,
     check_options=check_options,
     calibrated=calibrated,
     walked=walked,

@@ -42,9 +42,16 @@ _UNQUANTIZED_SHARE = 0.01
 
 
 def check_files(
-    files: Sequence[Path], model: Path, format_name: str, options: Mapping[str, Json]
+    files: Sequence[Path],
+    model: Path,
+    format_name: str,
+    options: Mapping[str, Json],
+    *,
+    sees: bool = False,
 ) -> dict[str, Json]:
     """Return a GGUF model's facts for the report; raises CheckFailed if a check fails.
+
+    A model that `sees` has its vision tower in another file, which is checked by itself.
 
     Checks: all tensors are inside the file and nothing follows the last; file type; tensor count;
     tokens, merges, special tokens and chat template equal the checkpoint's; scales are finite;
@@ -53,13 +60,13 @@ def check_files(
     read = GGUFModel(files)
     architecture = str(read.value("general.architecture"))
     _check_type(read, format_name)
-    _check_guesses(read)
+    check_guesses(read)
     names = _checkpoint_tensors(model)
     multimodal = {name for name in names if _MULTIMODAL.search(name)}
     _check_count(read, names - multimodal, architecture)
     tokens = check_tokenizer(read, model)
     template = _check_template(read, model)
-    _check_finite(read)
+    check_finite(read)
     fallbacks = _fallbacks(read, format_name, options.get("tensor_types", {}))
     elements = sum(int(t.n_elements) for t in read.tensors.values())
     stored = sum(int(t.n_bytes) for t in read.tensors.values())
@@ -79,7 +86,9 @@ def check_files(
         "tokens": tokens,
         "chat_template": template,
         "imatrix": read.get("weightsmith.imatrix.digest") or "",
-        "warnings": _warnings(fallbacks, len(read.tensors), len(multimodal), template=template),
+        "warnings": _warnings(
+            fallbacks, len(read.tensors), 0 if sees else len(multimodal), template=template
+        ),
     }
 
 
@@ -111,7 +120,8 @@ def _check_type(read: GGUFModel, format_name: str) -> None:
         )
 
 
-def _check_guesses(read: GGUFModel) -> None:
+def check_guesses(read: GGUFModel) -> None:
+    """Refuse metadata that depends on where the checkpoint lies."""
     guessed = [key for key in _GUESSED if read.get(key) is not None]
     if guessed:
         raise CheckFailed(
@@ -195,7 +205,7 @@ def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
         )
 
 
-def _check_finite(read: GGUFModel) -> None:
+def check_finite(read: GGUFModel) -> None:
     """Refuse scales and float16 weights that are infinite or NaN."""
     for name, tensor in read.tensors.items():
         kind = tensor.tensor_type.name

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.gguf_names import gguf_models
 from weightsmith.checkpoints.gguf_parts import parts_of
 from weightsmith.errors import CheckFailed
 from weightsmith.values import Json
@@ -55,8 +56,10 @@ class GGUFModel:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Return a folder's GGUF files in order; for a file, the file itself."""
-    return [folder] if folder.is_file() else sorted(folder.glob("[!.]*.gguf"))
+    """Return a folder's GGUF files in order, but for a projector; for a file, the file itself."""
+    if folder.is_file():
+        return [folder]
+    return [folder / name for name in gguf_models(path.name for path in folder.glob("[!.]*.gguf"))]
 
 
 def _check_parts(files: Sequence[Path]) -> None:

@@ -42,3 +42,5 @@ class PassSettings(JsonObject):
     """Write parts, as many as the unquantized file has."""
     files: tuple[PassFile, ...]
     """What to write, all in one pass over the weights."""
+    projectors: tuple[str, ...] = ()
+    """Where the converter's projector for pictures belongs; empty: none."""

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
+from weightsmith.checkpoints.facts import ModelFacts
+
 _FOLDER = Path(__file__).parent
 STACKED_MXFP4 = frozenset({"GptOssForCausalLM"})
 """Architectures whose experts vLLM loads in OpenAI's MXFP4 layout, and in no other packed one.
@@ -21,6 +23,21 @@ under the names of compressed-tensors, AWQ and GPTQ, and reads stacked ones in 1
 def gguf_architectures() -> frozenset[str]:
     """Return what `convert_hf_to_gguf.py --print-supported-models` prints."""
     return frozenset(json.loads((_FOLDER / "gguf_architectures.json").read_text("utf-8")))
+
+
+@cache
+def gguf_projectors() -> frozenset[str]:
+    """Return the architectures whose vision or audio part the same program can convert."""
+    return frozenset(json.loads((_FOLDER / "gguf_projectors.json").read_text("utf-8")))
+
+
+def has_projector(model: ModelFacts) -> bool:
+    """Return whether llama.cpp has a projector for a model that sees.
+
+    Its converter needs to know how pictures are prepared.
+    """
+    known = model.vision_architecture in gguf_projectors()
+    return model.sees_images and model.describes_images and known
 
 
 @cache

@@ -56,6 +56,10 @@ def _no_options(_format: Format, _requested: Mapping[str, Json]) -> Mapping[str,
     return {}
 
 
+def _nothing_more(_model: ModelFacts) -> Mapping[str, Json]:
+    return {}
+
+
 def _any_options(_model: ModelFacts, _options: Mapping[str, Json]) -> None:
     """Accept all options."""
 
@@ -94,6 +98,9 @@ class Quantizer:
     bytes, including the output."""
     options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
     """(format, the recipe's `quantize`) -> options that affect the output; raises UsageError."""
+    options_of_model: Callable[[ModelFacts], Mapping[str, Json]] = _nothing_more
+    """(model) -> further options, which nobody chooses, such as a part that only some models have.
+    """
     check_options: Callable[[ModelFacts, Mapping[str, Json]], None] = _any_options
     """(model, options) -> None; raises InputRefused for options that do not fit the model."""
     calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never

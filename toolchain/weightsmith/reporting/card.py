@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from weightsmith.build_record import BuildRecord, ScoreRecord
+from weightsmith.checkpoints.gguf_names import gguf_models, projector_of
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.values import Json
 
@@ -83,7 +84,7 @@ class ModelCard:
 
     def view(self, repository: str, files: Sequence[str]) -> dict[str, Any]:
         """Return what the card's template shows, for a repository `owner/name` with these files."""
-        gguf = sorted(name for name in files if name.endswith(".gguf"))
+        gguf = gguf_models(files)
         return {
             "card": self,
             "front": yaml.safe_dump(self._front(files, gguf), sort_keys=False, allow_unicode=True),
@@ -103,7 +104,7 @@ class ModelCard:
             relation = "quantized" if self.quantized and not self.adapters else "finetune"
             front |= {"base_model": self.base.hub, "base_model_relation": relation}
         front |= {} if gguf else {"library_name": "transformers"}
-        sees = not gguf and not _PROCESSORS.isdisjoint(files)
+        sees = bool(projector_of(files)) if gguf else not _PROCESSORS.isdisjoint(files)
         front["pipeline_tag"] = "image-text-to-text" if sees else "text-generation"
         front["tags"] = ["weightsmith", *(["gguf"] if gguf else [])]
         return front

@@ -41,6 +41,8 @@ class ServeOptions:
     served_model_name: str = ""
     adapters: tuple[ServedAdapter, ...] = ()
     """Served unmerged, for formats that do not merge them."""
+    projector_bytes: int = 0
+    """Bytes of the weights that are a projector for pictures."""
     format: Format = SAFETENSORS
     """The target's, not the user's: what the weights are packed in."""
     extra: Mapping[str, Json] = field(default_factory=dict)
@@ -53,6 +55,8 @@ class ServedModel:
     path: str
     """Absolute, in the image: the folder, or the GGUF file."""
     name: str
+    projector: str = ""
+    """Absolute path of the file that lets it read pictures; empty if there is none."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """Served name -> absolute path in the image."""
     startup_seconds: int

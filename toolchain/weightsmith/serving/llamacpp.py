@@ -25,6 +25,7 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """
     served: dict[str, Json] = {
         "model": model.path,
+        **({"mmproj": model.projector} if model.projector else {}),
         "alias": model.name,
         "host": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
         "port": _PORT,

@@ -36,12 +36,13 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     shape = model.shape
     require_attention(shape)
     extra = _with_options(extra_options(options.extra), options)
-    capacity = make_capacity(shape, weight_bytes, options, extra)
+    capacity = make_capacity(model, weight_bytes, options, extra)
     notes = _shape_notes(shape)
     if said := check_architecture(model):
         notes.append(said)
     limit = _length_limit(shape, options, extra)
     tokens, slots = _choose(capacity, options, limit)
+    notes += _picture_notes(model, capacity, tokens)
     if capacity.fits(tokens, slots):
         layers = capacity.shape.layers + 1 if capacity.machine.gpus else 0
     elif capacity.machine.gpus:
@@ -124,8 +125,8 @@ def _split(capacity: Capacity, tokens: int, slots: int, options: ServeOptions) -
     """Return how many layers fit on the GPU, counting a layer's weights and cache as equal."""
     layers = capacity.shape.layers
     kv = capacity.kv(tokens, slots)
-    each = -(-capacity.weights // layers) + -(-kv // layers)
-    room = capacity.machine.usable - capacity.overhead(tokens, slots)
+    each = -(-(capacity.weights - capacity.projector) // layers) + -(-kv // layers)
+    room = capacity.machine.usable - capacity.overhead(tokens, slots) - capacity.projector
     fitting = min(layers, room // each)
     if fitting < 1:
         raise _too_much(capacity, tokens, slots)
@@ -169,6 +170,20 @@ def _shape_notes(shape: ModelShape) -> list[str]:
             " of a step, and grows by nothing beyond them"
         )
     return notes
+
+
+def _picture_notes(model: ModelFacts, capacity: Capacity, tokens: int) -> list[str]:
+    text = (
+        "the server reads text only: the pinned llama.cpp has no projector for"
+        f" {model.architecture}, or the model has no preprocessor_config.json"
+    )
+    pictures = (
+        f"the server reads pictures: a projector of {human(capacity.projector)} lies beside the"
+        f" model, and a picture takes up to {human(capacity.picture(tokens))} more (an estimate)"
+    )
+    if capacity.projector:
+        return [pictures]
+    return [text] if model.sees_images else []
 
 
 def _result(

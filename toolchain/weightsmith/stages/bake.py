@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.gguf_names import gguf_models, projector_of
 from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.evaluating.results import Result
@@ -38,6 +39,7 @@ from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig
+from weightsmith.serving.projector import projector_in
 from weightsmith.tools import Tools
 from weightsmith.values import Tree
 
@@ -203,7 +205,7 @@ def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
         parameters=_count(facts),
         precision=facts.stated_dtype if facts else "",
         quantization=format_.name if format_.bits_per_weight < _PLAIN_BITS else "",
-        sees_images=bool(facts and facts.sees_images),
+        sees_images=bool(projector_in(split.tree) or (facts and facts.sees_images)),
     )
 
 
@@ -228,7 +230,8 @@ def _count(facts: ModelFacts | None) -> int:
 
 def _for_ollama(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]) -> Image:
     """Return a GGUF model in Ollama's form; raises UsageError if it is not one GGUF file."""
-    files = [entry for entry in split.tree.files if entry.path.endswith(".gguf")]
+    entries = {entry.path: entry for entry in split.tree.files}
+    files, projector = gguf_models(entries), projector_of(entries)
     if len(files) != 1:
         raise UsageError(
             f"Ollama takes a model of one GGUF file, and this one has {len(files)}",
@@ -239,7 +242,8 @@ def _for_ollama(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]
     trees = filter(None, (split.tree, inputs.beside, base))
     return ollama_model(
         split.tree,
-        files[0],
+        entries[files[0]],
+        projector=entries.get(projector),
         family=facts.model_type if facts else "llama",
         file_type=inputs.artifact.format.name.upper(),
         parameters=_count(facts),

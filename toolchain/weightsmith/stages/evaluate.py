@@ -21,6 +21,7 @@ from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import StartSpec
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
+from weightsmith.serving.projector import projector_in
 from weightsmith.starting import idle_cpus, start, why_not_started
 from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Digest, Json, StageInputs
@@ -144,6 +145,8 @@ def evaluate(
 
 def takes_pictures(artifact: Artifact) -> bool:
     """Return whether the started engine takes pictures: not of a GGUF file without a projector."""
+    if projector_in(artifact.tree):
+        return True
     folder = artifact.tree.texts
     return (folder / "config.json").is_file() and read_facts(folder).sees_images
 

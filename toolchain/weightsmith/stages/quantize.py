@@ -15,6 +15,7 @@ from weightsmith.jobs import Beside, ImportanceJob, QuantizeJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
+from weightsmith.quantizers.known import has_projector
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.resources import builder_pins
 from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
@@ -131,13 +132,22 @@ def quantize(
 
 
 def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None) -> int:
-    """Return the bytes that stay in 16 bits in a packed checkpoint: embeddings, head and tower."""
-    if model is None or format_.suffix == ".gguf":
+    """Return the bytes that stay in 16 bits in a packed checkpoint: embeddings, head and tower.
+
+    Beside a GGUF file, that is the projector.
+    """
+    if model is None:
         return 0
-    tables, tower = 1 if model.tied_embeddings else 2, model.matrices.vision
-    weights = tables * model.shape.vocab * model.shape.hidden
-    weights += tower.layers * tower.hidden * (4 * tower.hidden + 3 * tower.intermediate)
+    if format_.suffix == ".gguf":
+        return min(checkpoint_bytes, projector_bytes(model))
+    tables = 1 if model.tied_embeddings else 2
+    weights = tables * model.shape.vocab * model.shape.hidden + model.matrices.vision.weights
     return min(checkpoint_bytes, 2 * weights)
+
+
+def projector_bytes(model: ModelFacts) -> int:
+    """Return about how large a model's projector for llama.cpp is; 0 if it has none."""
+    return max(1, 2 * model.matrices.vision.weights) if has_projector(model) else 0
 
 
 def _run(
@@ -150,8 +160,8 @@ def _run(
 ) -> Mapping[str, Json]:
     quantizer = of_format(options.format.name)
     others = _others(checkpoint, options, beside, to)
-    packed = options.format.suffix != ".gguf"
-    model = read_facts(checkpoint.tree.texts) if packed else None
+    keeps = options.format.suffix != ".gguf" or "projector" in options.options
+    model = read_facts(checkpoint.tree.texts) if keeps else None
     kept = kept_bytes(checkpoint.tree.size, options.format, model)
     peak = quantizer.peak_disk(checkpoint.tree.size, kept, options.format, options.options)
     # What one format needs while it is made, the others share.

@@ -25,6 +25,7 @@ from weightsmith.resources import templates
 from weightsmith.serving.engine import Engine, ServedModel, ServeOptions
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
 from weightsmith.values import Digest, Json
 
@@ -46,22 +47,29 @@ def render(
     options: ServeOptions,
     image: str,
     made_from: tuple[Digest, ...],
+    projector: Projector | None = None,
     notes: tuple[str, ...] = (),
 ) -> ServingConfig:
     """Plan the memory and render every file of a target, without writing them.
 
-    `image` is a reference, or "" if it is not known yet; manifests then use `name:version`. The
-    caller's `notes` precede the plan's own.
+    `weight_bytes` are with a `projector`, which lies beside the model. `image` is a reference, or
+    "" if it is not known yet; manifests then use `name:version`. The caller's `notes` precede the
+    plan's own.
     Raises UsageError if the options do not fit or a template does not render, InputRefused for
     wrong numbers in config.json.
     """
     engine = target.engine
-    options = replace(options, format=target.format)
+    size = projector.size if projector else 0
+    options = replace(options, format=target.format, projector_bytes=size)
     plan = engine.plan(model, weight_bytes, options)
     legacy = (engine.legacy,) if engine.legacy else ()
     plan = replace(plan, notes=(*notes, *plan.notes, *legacy))
     served = _served(
-        engine, engine.fixed_name or options.served_model_name or name, model_file, weight_bytes
+        engine,
+        engine.fixed_name or options.served_model_name or name,
+        model_file,
+        weight_bytes,
+        projector,
     )
     paths = {a.name or served.name: f"{engine.model_dir}/{a.folder}" for a in options.adapters}
     served = replace(served, adapters=paths)
@@ -158,7 +166,11 @@ def render_volume(
 
 
 def render_unplanned(
-    target: Target, name: str, model_file: str, weight_bytes: int
+    target: Target,
+    name: str,
+    model_file: str,
+    weight_bytes: int,
+    projector: Projector | None = None,
 ) -> ServingConfig:
     """Return a configuration with the engine's defaults, for a target without a memory plan.
 
@@ -166,7 +178,7 @@ def render_unplanned(
     """
     engine = target.engine
     plan = ServingPlan(device="cpu" if engine.base.cpu else "gpu")
-    served = _served(engine, name, model_file, weight_bytes)
+    served = _served(engine, name, model_file, weight_bytes, projector)
     command = engine.command(plan, served)
     settings = engine.file_settings(plan, served)
     facts = {"name": name, "version": "0", "plan": plan, "file_settings": settings}
@@ -191,10 +203,16 @@ def render_unplanned(
     )
 
 
-def _served(engine: Engine, name: str, model_file: str, weight_bytes: int) -> ServedModel:
+def _served(
+    engine: Engine, name: str, model_file: str, weight_bytes: int, projector: Projector | None
+) -> ServedModel:
     """Return the model as the image serves it; `model_file` is "" for a folder."""
-    path = f"{engine.model_dir}/{model_file}".rstrip("/")
-    return ServedModel(path=path, name=name, startup_seconds=startup_seconds(weight_bytes))
+    return ServedModel(
+        path=f"{engine.model_dir}/{model_file}".rstrip("/"),
+        name=name,
+        projector=f"{engine.model_dir}/{projector.file}".rstrip("/") if projector else "",
+        startup_seconds=startup_seconds(weight_bytes),
+    )
 
 
 def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Mapping[str, Json]:

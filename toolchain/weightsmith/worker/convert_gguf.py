@@ -1,6 +1,6 @@
 """Program that runs llama.cpp's converter, which writes the file itself.
 
-python -m weightsmith.worker.convert_gguf CONVERTER MODEL ARGUMENTS
+python -m weightsmith.worker.convert_gguf CONVERTER MODEL ARGUMENTS [-- PROJECTOR...]
 """
 
 from __future__ import annotations
@@ -15,10 +15,16 @@ from weightsmith.worker.virtual import computed_for_program
 
 
 def main() -> None:
-    """Run the converter with the model's folder and the remaining arguments."""
+    """Run the converter with the model's folder and the remaining arguments.
+
+    Before that, it writes a projector for pictures to all places that are named.
+    """
+    converter, model, *rest = sys.argv[1:]
+    end = rest.index("--") if "--" in rest else len(rest)
+    places = [Path(place) for place in rest[end + 1 :]]
     try:
         with computed_for_program():
-            run(Path(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3:], None))
+            run(Path(converter), Path(model), (rest[:end], None), projectors=places)
     except InputRefused as error:
         print(refusal(error), file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)

@@ -97,7 +97,7 @@ def _run(settings: PassSettings) -> None:
 
     converter, model, *rest = settings.convert
     runs = [([*rest, "--outfile", str(out), "--outtype", kind], write) for out, kind in wanted]
-    run(Path(converter), Path(model), *runs)
+    run(Path(converter), Path(model), *runs, projectors=[Path(p) for p in settings.projectors])
 
 
 def _unfinished(file: PassFile) -> Path:

@@ -1,0 +1,102 @@
+"""A build in memory of a model that sees, for llama.cpp: one more file, wherever the weights go."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from weightsmith.checkpoints.facts import read_facts
+from weightsmith.oci.references import Reference
+from weightsmith.planning.forecast import forecast
+from weightsmith.stages.quantize import projector_bytes
+
+from tests.fakes.memory import Memory
+
+TARGET = "llamacpp-q4_k_m"
+MODEL, PROJECTOR = "tiny.gguf", "mmproj-tiny.gguf"
+TOWER = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96,
+         "image_size": 56, "patch_size": 14, "architectures": ["InternVisionModel"]}  # fmt: skip
+
+
+@pytest.fixture
+def seeing(warm: Memory) -> Memory:
+    """A build whose base sees, and says how pictures are prepared."""
+    give_eyes(warm, TOWER)
+    (warm.home / "base" / "preprocessor_config.json").write_text("{}")
+    return warm
+
+
+def give_eyes(memory: Memory, tower: dict[str, Any]) -> None:
+    config = memory.home / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vision_config": tower}))
+
+
+def planned(memory: Memory) -> dict[str, Any]:
+    request = memory.request()
+    found = forecast(request.file, request.targets, memory.dist, memory.tools)
+    return dict(found["serving"][TARGET])
+
+
+def test_the_projector_is_served_recorded_and_in_every_form(seeing: Memory) -> None:
+    kinds = ("volume", "modelpack", "modelpack-tar", "ollama")
+    seeing.build(f"outputs=[image, {', '.join(kinds)}]", push=True)
+
+    record = seeing.record(TARGET)
+    assert [file["path"] for file in record["artifact"]["files"]] == [PROJECTOR, MODEL]
+    assert record["image"]["takes_pictures"]
+    assert "picture" in [check["name"] for check in record["checks"]]
+    tag = f"{seeing.repository}:1.0.0-{TARGET}"
+    image = seeing.client.pull(Reference.parse(tag))
+    assert f"LLAMA_ARG_MODEL=/models/{MODEL}" in image.config["Env"]
+    assert f"LLAMA_ARG_MMPROJ=/models/{PROJECTOR}" in image.config["Env"]
+    forms = {kind: seeing.client.pull(Reference.parse(f"{tag}-{kind}")) for kind in kinds}
+    for one in (image, *forms.values()):
+        (layer,) = [layer for layer in one.layers if layer.file.endswith(PROJECTOR)]
+        assert layer.size < 10_000  # alone in it
+    types = [layer.media_type.rpartition(".")[2] for layer in forms["ollama"].layers]
+    assert types[:2] == ["model", "projector"]
+    assert forms["modelpack"].settings["config"]["capabilities"]["inputTypes"] == ["text", "image"]
+    manifest = (seeing.results() / "volume" / "kubernetes.yaml").read_text()
+    assert f"/models/{PROJECTOR}" in manifest
+
+
+def test_ollamas_modelfile_names_both_files_of_a_layout(seeing: Memory) -> None:
+    seeing.build("outputs=[image, ollama]")
+
+    lines = (seeing.results() / "Modelfile").read_text().splitlines()
+    places = [line.removeprefix("FROM ./") for line in lines if line.startswith("FROM ")]
+    assert len(places) == 2
+    sizes = [(seeing.results() / place).stat().st_size for place in places]
+    assert sizes[0] > sizes[1] > 0
+
+
+def test_the_plan_counts_it_and_says_so(seeing: Memory) -> None:
+    before = planned(seeing)
+    expected = projector_bytes(read_facts(seeing.home / "base"))
+    seeing.build()
+    after = planned(seeing)
+
+    assert expected > 2 * 2 * (4 * 64 * 64 + 2 * 64 * 96)
+    (said,) = [note for note in before["notes"] if "reads pictures" in note]
+    assert "projector" in said
+    assert after["weight_bytes"] == seeing.record(TARGET)["artifact"]["size"]
+    assert before["overhead_bytes"] == after["overhead_bytes"]
+
+
+@pytest.mark.parametrize("lacks", ["preprocessor_config.json", "a known architecture"])
+def test_without_one_the_server_reads_and_the_plan_says_so(seeing: Memory, lacks: str) -> None:
+    if lacks == "preprocessor_config.json":
+        (seeing.home / "base" / lacks).unlink()
+    else:
+        give_eyes(seeing, {**TOWER, "architectures": ["StrangeVisionModel"]})
+
+    seeing.build()
+
+    plan, record = planned(seeing), seeing.record(TARGET)
+    assert [file["path"] for file in record["artifact"]["files"]] == [MODEL]
+    assert "takes_pictures" not in record["image"]
+    assert "picture" not in [check["name"] for check in record["checks"]]
+    assert "projector" not in record["inputs"]["quantize"]["options"]
+    (said,) = [note for note in plan["notes"] if "reads text only" in note]
+    assert "preprocessor_config.json" in said
