@@ -59,9 +59,25 @@ class Cluster:
     """`ray` or `slurm`."""
     folder: Path
 
+    @property
+    def stores(self) -> list[Path]:
+        """The folders of both nodes' results."""
+        names = ("1", "2") if self.kind == "ray" else ("n1", "n2")
+        return [self.folder / f"store-{name}" for name in names]
+
+    def clean(self) -> None:
+        """Delete what an earlier test left."""
+        for name in ("hold", "taken", "held", "go"):
+            (self.folder / name).unlink(missing_ok=True)
+        for store in self.stores:
+            shutil.rmtree(store, ignore_errors=True)
+
     def lose(self) -> None:
         """Kill the second node with all that runs on it, as a power cut would."""
-        while found := self._processes():
+        killed = set[int]()
+        # One that dies has no variables any more, and still runs for a moment.
+        while (found := self._processes()) or not all(map(has_ended, killed)):
+            killed.update(found)
             for pid in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

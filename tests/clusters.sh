@@ -15,7 +15,8 @@ readonly HERE ACTION=${1:-start} FOLDER=${2:?a folder}
 readonly RAY=$FOLDER/ray SLURM=$FOLDER/slurm
 # Outside the ports that Ray gives to its workers, 10002 to 19999.
 readonly RAY_PORT=${WEIGHTSMITH_TEST_RAY_PORT:-26379} CTLD_PORT=26817 NODE_PORT=26820
-export RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=60
+# Tasks get as much of a busy machine as other programs, and not what these leave (15).
+export RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=60 RAY_worker_niceness=0
 export WEIGHTSMITH_TEST_CLUSTERS_FOLDER=$FOLDER
 export PYTHONPATH=$HERE/toolchain:$HERE${PYTHONPATH:+:$PYTHONPATH}
 
@@ -36,6 +37,21 @@ ray_node() {
 
 second_ray_node() {
   [ "${WEIGHTSMITH_TEST_RAY_NODES:-2}" = 1 ] || ray_node 2 --address="127.0.0.1:$RAY_PORT"
+}
+
+# Until Ray counts as many nodes as there are: on a busy machine, one that has started may end again,
+# and one that was killed counts for a while.
+wait_for_ray() {
+  "$PYTHON" - "127.0.0.1:$RAY_PORT" "${WEIGHTSMITH_TEST_RAY_NODES:-2}" <<'PYTHON' >>"$FOLDER/ray.log" 2>&1
+import sys, time, ray
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+until = time.monotonic() + 300
+while sum(node["Alive"] for node in ray.nodes()) != int(sys.argv[2]):
+    if time.monotonic() > until:
+        sys.exit("its nodes are not there")
+    time.sleep(0.2)
+PYTHON
 }
 
 slurm_node() {
@@ -62,7 +78,7 @@ start_ray() {
   for try in 1 2 3; do
     say "starting two Ray nodes"
     ray_node 1 --head --port="$RAY_PORT" --include-dashboard=false --temp-dir="$RAY" &&
-      second_ray_node && { touch "$RAY/started"; return; }
+      second_ray_node && wait_for_ray && { touch "$RAY/started"; return; }
     stop_ray
   done
   say "Ray does not start, see $FOLDER/ray.log"
@@ -170,7 +186,10 @@ case $ACTION in
     case ${WEIGHTSMITH_TEST_CLUSTERS:-both} in slurm | both) start_slurm || true ;; esac
     ;;
   env) print_environment ;;
-  revive-ray) second_ray_node || second_ray_node ;;
+  revive-ray)
+    second_ray_node || second_ray_node
+    wait_for_ray
+    ;;
   revive-slurm) slurm_node n2 && wait_for_slurm ;;
   stop) stop ;;
   *) say "start, env, revive-ray, revive-slurm or stop?"; exit 2 ;;

@@ -11,8 +11,11 @@ import pytest
 from weightsmith.fleets import running
 from weightsmith.oci.registry import Registry
 
+from tests.clusters import FOLDER, Cluster
 from tests.fakes.memory import Memory, in_memory
 from tests.fakes.store import MemoryStore
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +77,35 @@ def warm(memory: Memory, finished: tuple[MemoryStore, str]) -> Memory:
 def digest(finished: tuple[MemoryStore, str]) -> str:
     """The digest of the undisturbed build."""
     return finished[1]
+
+
+@pytest.fixture(scope="session")
+def fleet_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with a base, four adapters and a broken one, for fleets on clusters."""
+    from tests.fakes.fleet_home import write_home  # imports numpy
+
+    folder = tmp_path_factory.mktemp("home")
+    write_home(folder)
+    return folder
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("ray", marks=pytest.mark.ray),
+        pytest.param("slurm", marks=pytest.mark.slurm),
+    ]
+)
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Both nodes of one of the clusters, with empty stores."""
+    variables = request.getfixturevalue(f"{request.param}_cluster")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'toolchain'}:{ROOT}")
+    found = Cluster(request.param, Path(variables[FOLDER]))
+    found.clean()
+    yield found
+    found.revive()
+    found.clean()
 
 
 @pytest.fixture(scope="session")

@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import load_file, save_file
 from weightsmith.drivers.fleet_ray import RayFleet
 from weightsmith.drivers.fleet_slurm import SlurmFleet
 from weightsmith.fleets import running
@@ -35,54 +30,30 @@ from weightsmith.sharing.address import of_nodes
 from weightsmith.user_config import read_config
 from weightsmith.wiring import open_tools
 
-from tests.clusters import FOLDER, Cluster, has_ended
+from tests.clusters import Cluster, has_ended
 from tests.fakes.debian_registry import real_registry, start_again, stop_registry
+from tests.fakes.fleet_home import ADAPTERS, TARGETS
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.s3_server import S3Server
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny"
 NODE = "tests.fakes.held_node"
-TARGETS = ("llamacpp-q4_k_m", "llamacpp-q5_k_m", "llamacpp-q8_0")
-ADAPTERS = ("a", "b", "c", "d")
 PATIENCE = 900.0
 pytestmark = [pytest.mark.builders, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, four adapters, and one with a weight that is not a number."""
-    folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(TINY / "base", folder / "base")
-    shutil.copy(TINY / "calibration.jsonl", folder)
-    for name, source, factor in (("a", "a", 1), ("b", "b", 1), ("c", "a", 2), ("d", "b", 2)):
-        shutil.copytree(TINY / "adapters" / source, folder / "adapters" / name)
-        path = folder / "adapters" / name / "adapter_config.json"
-        settings = json.loads(path.read_text())
-        path.write_text(json.dumps({**settings, "lora_alpha": settings["lora_alpha"] * factor}))
-    shutil.copytree(TINY / "adapters" / "a", folder / "broken")
-    tensors = load_file(folder / "broken" / "adapter_model.safetensors")
-    first = next(iter(tensors.values()))
-    first.flat[0] = np.nan
-    save_file(tensors, folder / "broken" / "adapter_model.safetensors")
-    recipe = yaml.safe_load((TINY / "recipe.yaml").read_text())
-    del recipe["evaluate"], recipe["adapters"]
-    recipe |= {"validate": {"enabled": False}, "quality": {"gate": False}, "targets": [*TARGETS]}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], str]:
+def alone(
+    fleet_home: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[tuple[str, str], str]:
     """The digests of each adapter's images, built one by one without a fleet."""
     folder, found = tmp_path_factory.mktemp("alone"), {}
     for name in ADAPTERS:
         done = subprocess.run(
-            [sys.executable, "-m", "weightsmith", "build", "--recipe", home / "recipe.yaml",
+            [sys.executable, "-m", "weightsmith", "build", "--recipe", fleet_home / "recipe.yaml",
              "--set", f"name=tiny-capitals-{name}", "--set", f"image.repository=tiny-{name}",
              "--set", f"adapters=[{{source: ./adapters/{name}}}]", "--dist", folder / "dist",
              "--runner", "local", "--json"],
-            cwd=home, check=False, capture_output=True, text=True,
+            cwd=fleet_home, check=False, capture_output=True, text=True,
             env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -91,32 +62,6 @@ def alone(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple
         shutil.rmtree(folder / "dist")
     shutil.rmtree(folder / "store")
     return found
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("ray", marks=pytest.mark.ray),
-        pytest.param("slurm", marks=pytest.mark.slurm),
-    ]
-)
-def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Both nodes of one of the clusters, with empty stores."""
-    variables = request.getfixturevalue(f"{request.param}_cluster")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'toolchain'}:{ROOT}")
-    found = Cluster(request.param, Path(variables[FOLDER]))
-    clean(found.folder)
-    yield found
-    found.revive()
-    clean(found.folder)
-
-
-def clean(folder: Path) -> None:
-    for name in ("hold", "taken", "held", "go"):
-        (folder / name).unlink(missing_ok=True)
-    for store in folder.glob("store-*"):
-        shutil.rmtree(store)
 
 
 class Caches:
@@ -216,8 +161,8 @@ class Running:
 
 
 @pytest.fixture
-def fleet(cluster: Cluster, caches: Caches, home: Path, tmp_path: Path) -> Running:
-    return Running(cluster, caches, home, tmp_path)
+def fleet(cluster: Cluster, caches: Caches, fleet_home: Path, tmp_path: Path) -> Running:
+    return Running(cluster, caches, fleet_home, tmp_path)
 
 
 def digests(rows: FleetRows) -> dict[tuple[str, str], str | None]:
@@ -278,111 +223,3 @@ def test_a_cache_that_stops_and_starts_again_costs_no_cell(
     assert digests(fleet.rows()) == {
         (name, TARGETS[0]): alone[name, TARGETS[0]] for name in ("a", "b", "c")
     }
-
-
-class Terminal:
-    """`fleet --watch` as a user runs it, whose nodes share the folders of this machine."""
-
-    def __init__(self, cluster: Cluster, home: Path, folder: Path, *adapters: str) -> None:
-        self.dist, self.said = folder / "dist", b""
-        path = home / f"terminal-{folder.name}.yaml"
-        fleet = {"adapters": [f"./adapters/{name}" for name in adapters]}
-        path.write_text(yaml.safe_dump({**fleet, "targets": [*TARGETS[:1]]}))
-        words = ["--file", path, "--on", cluster.kind, "--cache", folder / "cache", "--dist",
-                 self.dist, "--runner", "local", "--watch", "--json"]  # fmt: skip
-        self._out = folder / "out.json"
-        self._ours, theirs = pty.openpty()
-        with self._out.open("w") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fakes.held_fleet", "fleet", *words],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, cwd=ROOT,
-                env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store"), "TERM": "xterm",
-                     "COLUMNS": "160"},
-            )  # fmt: skip
-        os.close(theirs)
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        with suppress(OSError):  # how a terminal ends
-            while chunk := os.read(self._ours, 4096):
-                self.said += chunk
-
-    def until(self, there: Callable[[], object]) -> None:
-        end = time.monotonic() + PATIENCE
-        while not there():
-            assert self.process.poll() is None, self.said.decode()[-2000:]
-            assert time.monotonic() < end, self.said.decode()[-2000:]
-            time.sleep(0.1)
-
-    def end(self) -> tuple[int, Any]:
-        """Wait for the end; return the exit code and what --json says."""
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        os.close(self._ours)
-        return code, json.loads(self._out.read_text() or "null")
-
-    def rows(self) -> list[Any]:
-        """What the fleet's file says of its cells so far."""
-        with suppress(OSError, ValueError):
-            return list(json.loads((self.dist / "fleet.json").read_text())["cells"])
-        return []
-
-
-ON_SLURM = pytest.mark.parametrize(
-    "cluster", [pytest.param("slurm", marks=pytest.mark.slurm)], indirect=True
-)
-
-
-def queued() -> str:
-    """What Slurm has to do."""
-    return subprocess.run(
-        ["squeue", "--noheader"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-
-
-@ON_SLURM
-def test_ctrl_c_ends_what_runs_and_the_next_run_does_what_is_missing(
-    cluster: Cluster, home: Path, tmp_path: Path
-) -> None:
-    (cluster.folder / "hold").write_text("2 merge")
-    first = Terminal(cluster, home, tmp_path, "a", "b")
-    first.until((cluster.folder / "held").exists)
-    first.until(lambda: [row for row in first.rows() if row["digest"]])
-    held = int((cluster.folder / "held").read_text())
-    first.until(lambda: b"cells a minute" in first.said and b" left" in first.said)
-    first.process.send_signal(signal.SIGINT)
-    code, _ = first.end()
-
-    assert code == 130, first.said.decode()[-2000:]
-    end = time.monotonic() + PATIENCE
-    while not has_ended(held) or queued():  # Slurm gives it some seconds to clean up
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-    second = Terminal(cluster, home, tmp_path, "a", "b")
-    code, told = second.end()
-    assert code == 0, second.said.decode()[-2000:]
-    assert sorted(row["cached"] for row in told["cells"]) == [False, True]
-    assert told["stages"]["merge"]["run"] == 1
-    assert b"2 of 2 cells" in second.said
-
-
-@ON_SLURM
-def test_a_cell_that_no_node_can_make_ends_with_5(
-    cluster: Cluster, home: Path, tmp_path: Path
-) -> None:
-    names = ("n1", "n2")
-    places = [cluster.folder / f"store-{name}" for name in names]
-    for place in places:
-        place.write_text("no folder")
-    try:
-        code, told = Terminal(cluster, home, tmp_path, "a").end()
-    finally:
-        for place in places:
-            place.unlink()
-
-    assert code == 5
-    (cell,) = told["cells"]
-    assert (cell["verdict"], cell["exit_code"], cell["tries"]) == ("not made", 5, 3)
-    assert {path.read_text().strip() for path in tmp_path.rglob("*.node")} == set(names)
