@@ -116,6 +116,14 @@ def test_a_key_that_nothing_is_checked_with(read: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["plan", "build"])
+def test_a_label_that_would_be_a_verdict(read: Path, command: str) -> None:
+    """Labels of ours say what was found out; a recipe must not say it instead."""
+    setting = "image.labels.dev.weightsmith.verdict=passed"
+    words = {"base": "base", "target": "vllm", "set": [setting]}
+    assert "dev.weightsmith.verdict" in refused(read, command, words)
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
 @pytest.mark.parametrize(
     "name", ["Team/Model", "localhost:5000/team/model:1.0", f"model@sha256:{'0' * 64}"]
 )

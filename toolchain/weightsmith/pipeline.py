@@ -19,7 +19,12 @@ from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.planning.cache_scales import has_scales
-from weightsmith.planning.checks import check_before_work, check_images, check_tags, repository_of
+from weightsmith.planning.checks import (
+    check_before_work,
+    check_image_names,
+    check_images,
+    check_tags,
+)
 from weightsmith.planning.images import evaluation_of, image_inputs
 from weightsmith.planning.options import (
     needs_files,
@@ -152,7 +157,7 @@ class Clock:
 
 def check_machine(request: BuildRequest, tools: Tools) -> None:
     """Check, before any long step, that jobs can run and results can be written and pushed."""
-    repository_of(request.file.recipe)
+    check_image_names(request.file.recipe)
     tools.runner.check(MERGE_BUILDER)
     for target in request.targets:
         check_layout(request.outputs_of(target).layout)

@@ -218,6 +218,16 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
     )
 
 
+def check_image_names(recipe: Recipe) -> None:
+    """Raise UsageError for a repository that is none, and for labels that only we set."""
+    repository_of(recipe)
+    if own := [name for name in recipe.image.labels if name.startswith(PREFIX)]:
+        raise UsageError(
+            f"image.labels sets {own[0]}, which only the build itself may set",
+            hint="choose another name, such as com.example.team",
+        )
+
+
 def repository_of(recipe: Recipe) -> Reference:
     """Return the recipe's repository; UsageError for none, or one with a tag or a digest."""
     name = repository(recipe)

@@ -11,7 +11,7 @@ from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.planning.advice import advice_for
 from weightsmith.planning.cache_scales import forecast_scales, missing
-from weightsmith.planning.checks import check_format, repository_of
+from weightsmith.planning.checks import check_format, check_image_names
 from weightsmith.planning.dequantized import forecast_dequantized
 from weightsmith.planning.layer_time import measured_layer_time, stage_seconds, with_times
 from weightsmith.planning.memory import (
@@ -70,7 +70,7 @@ def forecast(
     Raises what the build would raise before its first long step, except for lack of memory, which
     the rows show.
     """
-    repository_of(file.recipe)
+    check_image_names(file.recipe)
     tasks = tasks_of(file)
     lock = read_lock(file)
     file = file if update_lock else pinned(file, lock)
