@@ -31,6 +31,7 @@ from weightsmith.quantizers.checkpoints import DENSE
 from weightsmith.quantizers.known import (
     STACKED_MXFP4,
     gguf_architectures,
+    gguf_projectors,
     vllm_architectures,
 )
 from weightsmith.quantizers.schemes import SCHEMES
@@ -302,6 +303,9 @@ def _architectures() -> Iterator[str]:
         for name in sorted(names):
             cells = ("yes" if _becomes(name, one) else "" for one in packed)
             yield f"| {name}{f' ({kind})' if kind else ''} | {' | '.join(cells)} |"
+    yield "\n## Models that see, as GGUF\n"
+    yield "Beside the GGUF file of these, llama.cpp's converter can write a [projector](../how-to/quantize.md#models-that-see), with which its server reads pictures, if the model has a vision tower. Of other models that see, and of models that only hear, the file has the language model alone.\n"
+    yield f"{', '.join(sorted(gguf_projectors() & gguf_architectures()))}.\n"
     yield "\n## What else transformers and vLLM know\n"
     yield "Models that generate text in the pinned transformers and the pinned vLLM ([`docs/known.py`](../known.py) lists them), and have no packed format here. Serve them in 16 bits (target `vllm`); those with a star run in vLLM with transformers' own class. A packed format of them is refused before the merge with exit code 3.\n"
     rest = [name for name in vllm_architectures() if name not in ROUNDED]
