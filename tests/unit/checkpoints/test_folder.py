@@ -34,6 +34,7 @@ def test_keeps_what_belongs_to_a_model(tmp_path: Path) -> None:
     touch(tmp_path, *MODEL, "LICENSE", "sub/notes.txt", "chat_template.jinja")
     touch(tmp_path, ".git/config", ".cache/x", "sub/.hidden", "checkpoint-50/config.json")
     touch(tmp_path, "modeling_x.py", "consolidated.00.pth", "model.gguf", "training_args.bin")
+    touch(tmp_path, "original/model.safetensors", "original/config.json", "metal/model.safetensors")
     touch(tmp_path, "optimizer.pt", "rng_state.pth", "pytorch_model.bin", "runs/events", "x.so")
 
     assert scan(tmp_path) == sorted([*MODEL, "LICENSE", "sub/notes.txt", "chat_template.jinja"])

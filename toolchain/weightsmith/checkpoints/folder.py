@@ -21,7 +21,11 @@ _ALLOWED = re.compile(
     r"|(LICEN[CS]E|License|COPYING|COPYRIGHT|NOTICE|Notice|USE_POLICY|TERMS)([-_.][A-Za-z0-9_-]*)?"
 )
 """Names of a checkpoint's files (case-sensitive); all others are ignored."""
-_JUNK_FOLDERS = re.compile(r"__pycache__|checkpoint-\d+|global_step\d+|runs|wandb|logs")
+MAKERS_FOLDERS = ("original", "metal")
+"""Folders with the same weights in the format of those who trained the model, as in gpt-oss."""
+_JUNK_FOLDERS = re.compile(
+    rf"__pycache__|checkpoint-\d+|global_step\d+|runs|wandb|logs|{'|'.join(MAKERS_FOLDERS)}"
+)
 _JUNK_FILES = re.compile(
     r"consolidated.*|trainer_state\.json|training_args\..*|all_results\.json|train_results\.json"
     r"|eval_results\.json|trainer_log\.jsonl|events\.out\.tfevents.*|latest"

@@ -10,12 +10,14 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
+from weightsmith.checkpoints.folder import MAKERS_FOLDERS
 from weightsmith.drivers.folders import read_tree
 from weightsmith.errors import Altered, EnvironmentFailure, InputRefused
 from weightsmith.ports import Progress, Silent, Store
 from weightsmith.values import FileEntry, Snapshot, Tree
 
 _WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
+_UNWANTED = [f"{folder}/*" for folder in MAKERS_FOLDERS]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONTENT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _CHUNK = 1 << 20
@@ -68,7 +70,11 @@ class HubReader:
             return None
         try:
             root = snapshot_download(
-                repository, revision=revision, allow_patterns=list(_WANTED), local_files_only=True
+                repository,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=_UNWANTED,
+                local_files_only=True,
             )
         except (LocalEntryNotFoundError, HFValidationError, OSError):
             return None
@@ -101,7 +107,12 @@ class HubReader:
             if not pinned:
                 commit = HfApi().model_info(repository, revision=revision or None).sha or ""
             progress.note(f"fetching hf://{repository}@{commit[:12]} (kept in the hub's cache)")
-            root = snapshot_download(repository, revision=commit, allow_patterns=list(_WANTED))
+            root = snapshot_download(
+                repository,
+                revision=commit,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=_UNWANTED,
+            )
         except GatedRepoError:
             raise InputRefused(
                 f"hf://{repository} is gated and this account has no access",
