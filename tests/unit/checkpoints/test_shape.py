@@ -1,4 +1,7 @@
+import warnings
+
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused
@@ -34,6 +37,23 @@ def test_heads_without_groups_are_their_own_kv_heads():
 
 def test_head_dim_wins_over_the_quotient():
     assert shape_of({**LLAMA_8B, "head_dim": 256}).head_dim == 256
+
+
+def test_feed_forward_networks_may_differ_in_width():
+    """Gemma 3n's configuration lists a width for each layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.Gemma3nTextConfig(intermediate_size=[8192] * 34 + [16384]).to_dict()
+
+    assert shape_of(config | {"architectures": ["Gemma3nForCausalLM"]}).intermediate == 16384
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba", "Rwkv"])
+def test_a_model_of_states_alone_is_refused_by_its_kind(kind):
+    config = getattr(transformers, f"{kind}Config")().to_dict()
+
+    with pytest.raises(InputRefused, match="states instead of attention"):
+        shape_of(config | {"architectures": [f"{kind}ForCausalLM"]})
 
 
 def test_counts_sliding_layers():

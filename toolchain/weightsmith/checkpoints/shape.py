@@ -35,6 +35,7 @@ class ModelShape:
     layers: int
     hidden: int
     intermediate: int
+    """Width of the feed-forward networks: the largest if layers differ."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -72,6 +73,7 @@ class ModelShape:
             raise InputRefused("config.json has no architectures", hint=_HINT)
         layers = _number(inner, "num_hidden_layers", "n_layer")
         hidden = _number(inner, "hidden_size", "n_embd")
+        _require_attention(inner, architecture)
         heads = _number(inner, "num_attention_heads", "n_head")
         kv_heads = _kv_heads(inner, heads)
         head_dim = _number(inner, "head_dim", default=0) or _head_dim(inner, hidden, heads)
@@ -87,7 +89,7 @@ class ModelShape:
             architecture=architecture,
             layers=layers,
             hidden=hidden,
-            intermediate=_number(inner, "intermediate_size", "n_inner", default=4 * hidden),
+            intermediate=_intermediate(inner, hidden),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -102,6 +104,24 @@ class ModelShape:
             state_dtype=_state_dtype(architecture, inner),
             cache=cache_layers(architecture, inner, layers, window),
         )
+
+
+def _require_attention(config: Mapping[str, Json], architecture: str) -> None:
+    """Refuse Mamba and RWKV by their kind instead of by what their configuration lacks."""
+    stated = config.get("state_size") or config.get("attention_hidden_size")
+    if stated and "num_attention_heads" not in config and "n_head" not in config:
+        raise InputRefused(
+            f"{architecture} has states instead of attention, and its memory cannot be planned",
+            hint="serve it unplanned, or choose a decoder with attention",
+        )
+
+
+def _intermediate(config: Mapping[str, Json], hidden: int) -> int:
+    """Return the width of the feed-forward networks; Gemma 3n lists one per layer."""
+    listed, other = config.get("intermediate_size"), config.get("n_inner")
+    widths = listed if isinstance(listed, list) and listed else [listed]
+    each = ({"intermediate_size": width, "n_inner": other} for width in widths)
+    return max(_number(one, "intermediate_size", "n_inner", default=4 * hidden) for one in each)
 
 
 def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
