@@ -16,6 +16,7 @@ from weightsmith.cli.program import Weightsmith
 from weightsmith.drivers import checkup
 
 from tests.fakes.command_line import Ended, weightsmith
+from tests.fakes.tiny import write_model
 
 ROOT = Path(__file__).parents[3]
 PROGRAMS = {
@@ -291,3 +292,16 @@ def test_nobody_listens_to_the_progress(tmp_path, closed):
 
     assert done.returncode == 3
     assert json.loads(done.stdout)["error"]["message"].endswith("it has no file 'oci-layout'")
+
+
+def test_a_layout_is_written_where_references_to_it_lead(tmp_path, monkeypatch):
+    """`oci:DIR` had been a folder of that whole name."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    place = f"oci:{write_model(tmp_path / 'model').with_name('out')}"
+    words = ("--model", tmp_path / "model", "--target", "vllm", "--kind", "volume")
+    done = run("bake", *words, "--layout", place, "--json")
+
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["reference"] == place
+    assert (tmp_path / "out" / "oci-layout").is_file()

@@ -119,6 +119,11 @@ def test_weights_that_were_cut_off(bakery: Bakery, tmp_path: Path) -> None:
         bake(bakery.client, tmp_path / "cut", base, target="vllm", layout=tmp_path / "out")
 
 
+def test_an_engine_takes_no_digest_for_a_name(bakery: Bakery) -> None:
+    with pytest.raises(UsageError, match="by its tag, not by a digest"):
+        bake(bakery.client, bakery.model, bakery.base, load=f"app:1@sha256:{'0' * 64}")
+
+
 def test_layouts_that_cannot_be(bakery: Bakery, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailure, match="/proc/there"):
         bake(bakery.client, bakery.model, bakery.base, layout=Path("/proc/there/is/none"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import socket
 import warnings
 from dataclasses import replace
@@ -20,6 +21,7 @@ from weightsmith.drivers.docker_requests import (
     server_request,
 )
 from weightsmith.drivers.process import Completed
+from weightsmith.errors import InputRefused
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import ConvertAdapterJob
 from weightsmith.ports import StartSpec
@@ -203,3 +205,20 @@ def test_a_socket_that_nobody_listens_on_is_closed_again(tmp_path, monkeypatch):
 
         gc.collect()
     assert not leaks
+
+
+@pytest.mark.parametrize("auth", ["YWJj", "%%%", "/w=="])
+def test_a_damaged_login_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auth: str
+) -> None:
+    """No colon, no base64, no UTF-8: the client library ends with a ValueError of its own."""
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"r.example": {"auth": auth}}}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "engine.sock"))
+        listener.listen()
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
+        with pytest.raises(InputRefused, match=r"`auths` in its config\.json") as caught:
+            DockerEngine().answers()
+    assert "docker login" in caught.value.hint
+    assert auth not in str(caught.value)

@@ -78,6 +78,7 @@ def build(
         adapter,
         [*given("serve", serve), *set, *given("quantize", quantize), *_outputs(kind)],
     )
+    layout = layout.removeprefix("oci:")  # as references to layouts begin
     keep_clean(sources_of(file), dist=dist, layout=layout, cache=run.cache)
     targets = chosen_targets(file, tuple(target), to_build=True)
     with open_tools(run, Recorder(progress_for())) as tools:

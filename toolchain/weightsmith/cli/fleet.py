@@ -57,6 +57,7 @@ def fleet(
     if print_:
         return matrix_of(found.builds, print_, file)
     place = Path(dist).absolute()
+    layout = layout.removeprefix("oci:")  # as references to layouts begin
     keep_clean(found.sources, dist=dist, layout=layout, cache=run.cache)
     engine = None if plan else make_fleet_engine(on, address, place)
     nodes = {} if plan else of_nodes(on, run, read_config().cache)

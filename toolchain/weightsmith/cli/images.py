@@ -44,6 +44,7 @@ def bake(
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, target=target)
+    layout = layout.removeprefix("oci:")  # as references to layouts begin
     keep_clean([model, config, image.base], layout=layout, cache=run.cache)
     request = BakeRequest(
         model=Path(model),

@@ -150,7 +150,11 @@ def quantize(
     )
 
 
-@command(many=("set",), sections={"serve": Flags(section=Serve, only=SERVED)})
+@command(
+    many=("set",),
+    sections={"serve": Flags(section=Serve, only=SERVED)},
+    meanings={"out": "folder for the files; files of the same names are replaced"},
+)
 def render(
     *,
     model: str = "",

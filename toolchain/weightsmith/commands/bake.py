@@ -96,6 +96,11 @@ def _check(request: BakeRequest) -> None:
         required(**{"push (or --load, --layout)": ""})
     if request.kind not in KINDS:
         raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
+    if request.load and Reference.parse(request.load).digest:
+        raise UsageError(
+            f"--load {request.load}: an engine takes an image by its tag, not by a digest",
+            hint="give NAME:TAG",
+        )
     if request.kind not in LOADABLE and request.load:
         raise UsageError(
             f"--load {request.load}: a container engine cannot load the kind {request.kind}",

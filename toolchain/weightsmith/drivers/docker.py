@@ -39,7 +39,7 @@ from weightsmith.drivers.ownership import is_dead, owner_token, private_folder
 from weightsmith.drivers.process import TookTooLong
 from weightsmith.drivers.toolset import optional_toolsets, try_toolsets
 from weightsmith.drivers.worker_protocol import Conversation, open_log
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.jobs import Job, write_job
 from weightsmith.ports import CANDIDATES, Progress
 from weightsmith.resources import package
@@ -284,6 +284,12 @@ def _connect(timeout: int) -> docker.DockerClient:
         raise EnvironmentFailure(
             f"no container engine answers at {engine_host()}: {problem}",
             hint="start it, set DOCKER_HOST, or use `--runner local`, which needs no engine",
+        ) from problem
+    except (ValueError, TypeError, AttributeError) as problem:
+        raise InputRefused(
+            "Docker's client cannot read its settings: an entry of `auths` in its config.json, or"
+            " DOCKER_HOST, is damaged",
+            hint="repair the entry, or run `docker login` again for that registry",
         ) from problem
 
 
