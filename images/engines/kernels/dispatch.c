@@ -83,6 +83,10 @@ EXPORT void weightsmith_project_rows(
     DISPATCH(project_rows, found, to, base, from, rows, columns, signs, squares, products);
 }
 
+EXPORT void weightsmith_widen(const void *data, int type, int64_t count, float *out) {
+    DISPATCH(widen_weights, data, type, count, out);
+}
+
 EXPORT void weightsmith_multiply_rows(
     const float *inputs, int64_t count, const void *weights, int type, int64_t rows,
     int64_t columns, float *out, int64_t stride, float *packed

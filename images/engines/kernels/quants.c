@@ -40,6 +40,7 @@ INLINE vec greater(vec a, vec b) { return a > b ? a : b; }
 INLINE vec half(vec v) { return __builtin_convertvector(__builtin_convertvector(v, halves), vec); }
 
 INLINE int any(ints mask) { return __builtin_reduce_or(mask) != 0; }
+INLINE int all(ints mask) { return __builtin_reduce_and(mask) != 0; }
 
 // llama.cpp's nearest_int, which takes 23 bits of the sum whatever its exponent is.
 INLINE ints nearest(vec v) { return (bits(v + MAGIC) & 0x7fffff) - 0x400000; }
@@ -50,14 +51,45 @@ INLINE vec level(vec v, float low, float high) {
     return greater(lesser(sum, MAGIC + high), MAGIC + low) - MAGIC;
 }
 
+// Whether that sum only rounds `v` to the nearest integer, halves to even: it has MAGIC's exponent.
+// False for infinity and NaN.
+INLINE ints is_near(vec v) { return absolute(v) < 0x1p22f; }
+
+// `level`, for numbers that are near in all lanes: one operation in place of three.
+INLINE vec level_near(vec v, float low, float high) {
+    vec rounded = __builtin_elementwise_roundeven(v);
+    return greater(lesser(rounded, (vec)high), (vec)low);
+}
+
 INLINE ints whole(vec v) { return __builtin_convertvector(v, ints); }
 
-// Copies `count` columns, lane by lane, into vectors.
+#if WIDTH == 16
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif WIDTH == 8
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+
+// Copies `count` columns, a multiple of WIDTH, into vectors: column i of all rows into x[i].
 INLINE void load(const struct rows *r, int64_t first, int count, vec *x) {
-    float *flat = (float *)x;
-    for (int lane = 0; lane < WIDTH; lane++) {
-        const float *row = r->source[lane] + first;
-        for (int i = 0; i < count; i++) flat[i * WIDTH + lane] = row[i];
+    for (int at = 0; at < count; at += WIDTH) {
+        vec square[WIDTH], turned[WIDTH];
+        for (int lane = 0; lane < WIDTH; lane++)
+            memcpy(square + lane, r->source[lane] + first + at, sizeof(vec));
+        // Each shuffle moves a bit of the column's number into the row's; after all, they are swapped.
+        for (int left = WIDTH; left > 1; left /= 2) {
+            for (int i = 0; i < WIDTH / 2; i++) {
+                vec a = square[i], b = square[i + WIDTH / 2];
+                turned[2 * i] = __builtin_shufflevector(a, b, LOW);
+                turned[2 * i + 1] = __builtin_shufflevector(a, b, HIGH);
+            }
+            memcpy(square, turned, sizeof square);
+        }
+        memcpy(x + at, square, sizeof square);
     }
 }
 
@@ -87,13 +119,32 @@ struct found {
     ints dead; // lanes whose levels are all 0
 };
 
+// One step of such a search: each level, and the sums that the best scale follows from.
+INLINE void sum_levels(
+    int near, int count, int n, int most, const vec *x, const vec *w, const vec *min,
+    const vec *inverse, vec *levels, vec *sum_l, vec *sum_l2, vec *sum_xl
+) {
+    for (int g = 0; g < count; g++) sum_l[g] = sum_l2[g] = sum_xl[g] = 0.f;
+    for (int i = 0; i < n; i++)
+        for (int g = 0; g < count; g++) {
+            vec v = x[g * n + i], scaled = inverse[g] * (v - min[g]);
+            vec l = near ? level_near(scaled, 0, most) : level(scaled, 0, most);
+            vec wl = w[g * n + i] * l;
+            levels[g * n + i] = l;
+            sum_l[g] += wl;
+            sum_l2[g] += wl * l;
+            sum_xl[g] += wl * v;
+        }
+}
+
 // make_qkx2_quants and make_qkx3_quants: scale and minimum with the least error, for `count`
-// sub-blocks of n columns.
+// sub-blocks of n columns; at most SEARCHES of at most 32.
 INLINE void search_min(
     int count, int n, int most, float first, float step, int steps, int absolutes, const vec *x,
     const vec *w, struct found *out
 ) {
-    vec min[count], max[count], sum_w[count], sum_x[count], best[count], levels[count * n];
+    vec min[SEARCHES], max[SEARCHES], sum_w[SEARCHES], sum_x[SEARCHES], best[SEARCHES];
+    vec levels[SEARCHES * 32];
     for (int g = 0; g < count; g++) {
         const vec *xs = x + g * n, *ws = w + g * n;
         min[g] = max[g] = xs[0];
@@ -118,25 +169,22 @@ INLINE void search_min(
             vec diff = out[g].scale * level(out[g].inverse * (v - min[g]), 0, most) + min[g] - v;
             best[g] += w[g * n + i] * (absolutes ? absolute(diff) : diff * diff);
         }
-    vec start[count];
+    vec start[SEARCHES];
     for (int g = 0; g < count; g++) start[g] = min[g];
     for (int s = 0; s <= steps; s++) {
-        vec inverse[count], sum_l[count], sum_l2[count], sum_xl[count];
+        vec inverse[SEARCHES], sum_l[SEARCHES], sum_l2[SEARCHES], sum_xl[SEARCHES];
+        ints near = -1;
         for (int g = 0; g < count; g++) {
             inverse[g] = (first + step * s + most) / (max[g] - min[g]);
-            sum_l[g] = sum_l2[g] = sum_xl[g] = 0.f;
+            // All others are between these two, also as they are rounded.
+            near &= is_near(inverse[g] * (max[g] - min[g]));
+            near &= is_near(inverse[g] * (start[g] - min[g]));
         }
-        for (int i = 0; i < n; i++)
-            for (int g = 0; g < count; g++) {
-                vec v = x[g * n + i];
-                vec l = level(inverse[g] * (v - min[g]), 0, most), wl = w[g * n + i] * l;
-                levels[g * n + i] = l;
-                sum_l[g] += wl;
-                sum_l2[g] += wl * l;
-                sum_xl[g] += wl * v;
-            }
-        vec scale[count], low[count], error[count];
-        ints solvable[count];
+        if (all(near))
+            sum_levels(1, count, n, most, x, w, min, inverse, levels, sum_l, sum_l2, sum_xl);
+        else sum_levels(0, count, n, most, x, w, min, inverse, levels, sum_l, sum_l2, sum_xl);
+        vec scale[SEARCHES], low[SEARCHES], error[SEARCHES];
+        ints solvable[SEARCHES];
         for (int g = 0; g < count; g++) {
             vec D = sum_w[g] * sum_l2[g] - sum_l[g] * sum_l[g];
             solvable[g] = D > 0.f;
@@ -144,7 +192,7 @@ INLINE void search_min(
             low[g] = (sum_l2[g] * sum_x[g] - sum_l[g] * sum_xl[g]) / D;
             ints above = low[g] > 0.f;
             low[g] = above ? (vec)0.f : low[g];
-            scale[g] = above ? sum_xl[g] / sum_l2[g] : scale[g];
+            if (any(above)) scale[g] = above ? sum_xl[g] / sum_l2[g] : scale[g];
             error[g] = 0.f;
         }
         for (int i = 0; i < n; i++)
@@ -171,12 +219,27 @@ INLINE vec level_min(const struct found *f, vec x, int most) {
     return f->dead ? (vec)0.f : level(f->inverse * (x - f->from), 0, most);
 }
 
+// The same for a signed scale.
+INLINE void sum_signed(
+    int near, int count, int n, int most, const vec *x, const vec *w, const vec *wx,
+    const vec *inverse, vec *sum_x, vec *sum_2
+) {
+    for (int g = 0; g < count; g++) sum_x[g] = sum_2[g] = 0.f;
+    for (int i = 0; i < n; i++)
+        for (int g = 0; g < count; g++) {
+            vec scaled = inverse[g] * x[g * n + i];
+            vec l = near ? level_near(scaled, -most, most - 1) : level(scaled, -most, most - 1);
+            sum_x[g] += wx[g * n + i] * l;
+            sum_2[g] += w[g * n + i] * l * l;
+        }
+}
+
 // make_qx_quants with rmse_type 1: the signed scale with the least error, for `count` sub-blocks.
 // `out.inverse` gives the levels, which llama.cpp stores with `most` added.
 INLINE void search_signed(
     int count, int n, int most, const vec *x, const vec *w, struct found *out
 ) {
-    vec max[count], best[count], wx[count * n], sum_x[count], sum_2[count];
+    vec max[SEARCHES], best[SEARCHES], wx[SEARCHES * 32], sum_x[SEARCHES], sum_2[SEARCHES];
     for (int g = 0; g < count; g++) {
         vec amax = 0.f;
         max[g] = 0.f;
@@ -191,17 +254,14 @@ INLINE void search_signed(
     }
     for (int s = -10; s <= 9; s++) { // the first is llama.cpp's own start, then -9 to 9 without 0
         if (s == 0) continue;
-        vec inverse[count];
+        vec inverse[SEARCHES];
+        ints near = -1;
         for (int g = 0; g < count; g++) {
             inverse[g] = (s == -10 ? -(float)most : -(most + 0.1f * s)) / max[g];
-            sum_x[g] = sum_2[g] = 0.f;
+            near &= is_near(inverse[g] * max[g]); // no other is larger
         }
-        for (int i = 0; i < n; i++)
-            for (int g = 0; g < count; g++) {
-                vec l = level(inverse[g] * x[g * n + i], -most, most - 1);
-                sum_x[g] += wx[g * n + i] * l;
-                sum_2[g] += w[g * n + i] * l * l;
-            }
+        if (all(near)) sum_signed(1, count, n, most, x, w, wx, inverse, sum_x, sum_2);
+        else sum_signed(0, count, n, most, x, w, wx, inverse, sum_x, sum_2);
         for (int g = 0; g < count; g++) {
             if (s == -10) {
                 out[g].scale = sum_2[g] != 0.f ? sum_x[g] / sum_2[g] : (vec)0.f;

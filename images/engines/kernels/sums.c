@@ -199,6 +199,20 @@ void NAME(project_rows, WIDTH)(
     }
 }
 
+void NAME(widen_weights, WIDTH)(const void *data, int type, int64_t count, float *out) {
+    const char *bytes = data;
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) {
+        vec v = widen(bytes + i * bytes_of(type), type);
+        memcpy(out + i, &v, sizeof v);
+    }
+    if (i == count) return;
+    char buffer[sizeof(vec)] = {0};
+    memcpy(buffer, bytes + i * bytes_of(type), (count - i) * bytes_of(type));
+    vec v = widen(buffer, type);
+    memcpy(out + i, &v, (count - i) * sizeof(float));
+}
+
 void NAME(dot_products, WIDTH)(
     const float *left, const float *right, const double *gains, int64_t depth, const int64_t *row,
     const int64_t *column, int64_t count, double *out

@@ -34,6 +34,10 @@ typedef void project_rows(
     const float *signs, float *squares, float *products
 );
 
+// Weights as float32, exactly.
+typedef void widen_weights(const void *data, int type, int64_t count, float *out);
+
 round_sums round_sums_4, round_sums_8, round_sums_16;
 dot_products dot_products_4, dot_products_8, dot_products_16;
 project_rows project_rows_4, project_rows_8, project_rows_16;
+widen_weights widen_weights_4, widen_weights_8, widen_weights_16;

@@ -1,5 +1,6 @@
 """Our kernels give llama.cpp's bytes, with every width of vectors that this CPU has."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from weightsmith.checkpoints.gguf_import import import_gguf
@@ -122,6 +123,18 @@ def test_bytes_of_real_weights(kind, smollm2):
         rows = np.ascontiguousarray(smollm2.tensor(name).reshape(-1, 4608))
         for importance in (None, *importances(random, 4608).values()):
             assert same_as_llama(kind, rows, importance)
+
+
+@pytest.mark.parametrize("kind", ["BF16", "F16", "F32"])
+def test_stored_weights_are_widened_exactly(kind, lanes):
+    """Every 16-bit pattern, and counts that are no multiple of the vectors."""
+    types = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+    patterns = np.arange(1 << 16, dtype=np.uint16).view(types["BF16" if kind == "F32" else kind])
+    stored = patterns.astype(types[kind])
+    for count in (1, 7, 16, 33, len(stored)):
+        made = quants.widen(kind, stored[:count])
+        np.testing.assert_array_equal(made, stored[:count].astype(np.float32))
+        assert np.array_equal(np.signbit(made), np.signbit(stored[:count]))
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 17])

@@ -47,6 +47,8 @@ def kernels() -> ctypes.CDLL:
         *(_DATA, _DATA, _DATA),
     ]
     library.weightsmith_project_rows.restype = None
+    library.weightsmith_widen.argtypes = [_DATA, _NUMBER, _COUNT, _DATA]
+    library.weightsmith_widen.restype = None
     library.weightsmith_multiply_rows.argtypes = [
         *(_DATA, _COUNT, _DATA, _NUMBER, _COUNT),
         *(_COUNT, _DATA, _COUNT, _DATA),

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 _QUANTIZED = -1
+_NOT_WIDE = {"BF16": 0, "F16": 1}
+"""Numbers in the kernels' `types.h`."""
 _NEEDS_IMPORTANCE = frozenset({"IQ2_XXS", "IQ2_XS", "IQ1_S"})
 
 
@@ -48,6 +50,22 @@ def quantize_rows(kind: str, rows: np.ndarray, importance: np.ndarray | None) ->
         library.ggml().ggml_quantize_chunk(type_, source, target, 0, count, columns, weights)
     check_rows(kind, made)
     return made
+
+
+def widen(kind: str, data: np.ndarray) -> np.ndarray:
+    """Return weights of type F32, F16 or BF16 as float32, exactly: C-contiguous, of data's shape.
+
+    `data` has one element per weight, of any type of the weight's size.
+    """
+    import numpy as np
+
+    if kind not in _NOT_WIDE:
+        return data.view(np.float32)
+    data, out = np.ascontiguousarray(data), np.empty(data.shape, np.float32)
+    library.kernels().weightsmith_widen(
+        data.ctypes.data, _NOT_WIDE[kind], data.size, out.ctypes.data
+    )
+    return out
 
 
 def check_rows(kind: str, rows: np.ndarray) -> None:
