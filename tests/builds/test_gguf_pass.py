@@ -129,16 +129,25 @@ def load(at, dtype="BF16", rows=4):
     span = gguf.utility.LocalTensorRange(filename=Path(sys.argv[2]), offset=at * size, size=size)
     local = gguf.utility.LocalTensor(dtype=dtype, shape=(rows, 32), data_range=span)
     return LazyTorchTensor.from_local_tensor(local).to(torch.float32)
-turn = lambda t: t.reshape(2, 2, 32).swapaxes(0, 1).reshape(4, 32)
+turn = lambda t: t.reshape(2, 2, 32).swapaxes(0, 1).reshape(t.shape)
 cases = {
     "plain": (lambda: load(0), True),
     "stacked": (lambda: torch.stack([load(0), load(1)], dim=0), True),
-    "turned": (lambda: turn(load(0)), False), "plus": (lambda: load(0) + 1, False),
+    "turned": (lambda: turn(load(0)), True), "turned twice": (lambda: turn(turn(load(0))), True),
+    "stacked and turned": (lambda: torch.stack([turn(load(0)), load(1)], dim=0), True),
+    "turned as a stack": (
+        lambda: torch.stack([load(0), load(1)], dim=0).swapaxes(0, 1), False),
+    "turned inside rows": (lambda: load(0).reshape(4, 2, 16).swapaxes(1, 2).reshape(4, 32), False),
+    "turned with columns": (lambda: load(0).swapaxes(0, 1).reshape(4, 32), False),
+    "turned, plus": (lambda: turn(load(0)) + 1, False), "plus": (lambda: load(0) + 1, False),
     "narrowed": (lambda: load(0, "F16"), False), "stacked otherwise": (
         lambda: torch.stack([load(0), load(1)], dim=1), False),
     "half stacked": (lambda: torch.stack([load(0), load(0) + 1], dim=0), False),
+    "turned far": (lambda: turn(load(0)), False),
 }
+near = gguf_lazy._NEAR
 for name, (make, in_parts) in cases.items():
+    gguf_lazy._NEAR = 16 if name == "turned far" else near
     tensor = gguf.quants.quantize(make().numpy(), BF16)
     assert bool(gguf_lazy._places(tensor, "BF16", 32)) == in_parts, name
     rows = gguf_lazy.rows_of(tensor, "BF16", 32)
@@ -149,6 +158,7 @@ for name, (make, in_parts) in cases.items():
 """
 
 
+@pytest.mark.usefixtures("compiled_kernels")
 def test_what_the_converter_passes_on_is_read_in_parts_and_nothing_else(tmp_path):
     """By the lazy tensors of the pinned converter; each is held against what it computes itself."""
     weights = np.random.default_rng(0).standard_normal((8, 32)).astype(ml_dtypes.bfloat16)

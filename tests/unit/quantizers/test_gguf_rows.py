@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from weightsmith.quantizers.gguf_rows import Place, joined, to_bfloat16
 
+pytestmark = [pytest.mark.builders, pytest.mark.usefixtures("compiled_kernels")]
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -19,6 +20,18 @@ def test_rows_are_read_at_their_place(tmp_path, kind):
     assert place.read(0, 7).dtype == np.float32
     with pytest.raises(ValueError, match="ends inside a tensor"):
         place.read(5, 9)
+
+
+def test_rows_in_another_order_are_read_with_those_between(tmp_path):
+    stored = np.arange(8 * 32, dtype=np.float32).reshape(8, 32)
+    (tmp_path / "data").write_bytes(stored.tobytes())
+    order = np.array([0, 2, 1, 3, 4, 6, 5, 7])
+    size = {"rows": 8, "columns": 32}
+
+    place = Place(path=tmp_path / "data", kind="F32", offset=0, order=order, **size)
+
+    for start, end in ((0, 8), (1, 2), (2, 6), (5, 8)):
+        np.testing.assert_array_equal(place.read(start, end), stored[order[start:end]])
 
 
 def test_matrices_of_several_places_are_one(tmp_path):

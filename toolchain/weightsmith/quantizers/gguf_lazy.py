@@ -8,19 +8,27 @@ correctness.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 
-from weightsmith.quantizers.gguf_rows import STORED, Place, Read, as_float32, joined, to_bfloat16
+from weightsmith.kernels import quants
+from weightsmith.quantizers.gguf_rows import STORED, Place, Read, joined, to_bfloat16
+
+_MOVES = ("reshape", "swapaxes")
+"""Steps by which the converter moves rows: llama.cpp rotates other pairs of a head's rows."""
+_NEAR = 1 << 20
+"""Weights between a row's places: as many as a block of the pass."""
 
 
 def rows_of(tensor: Any, kind: str, columns: int) -> Read:
     """Return the rows of a tensor that the converter would write in type `kind`.
 
     A weight that it passes on unchanged is read from the checkpoint a few rows at a time, as are
-    stacked experts; every other tensor is computed as a whole.
+    stacked experts and weights whose heads' rows change places; every other tensor is computed as
+    a whole.
     """
     if places := _places(tensor, kind, columns):
         return joined(places)
@@ -29,7 +37,7 @@ def rows_of(tensor: Any, kind: str, columns: int) -> Read:
         exact = _eager(_argument(tensor)).astype(np.float32, copy=False).reshape(-1, columns)
         return lambda start, end: to_bfloat16(exact[start:end])
     whole = computed(tensor).view(STORED[kind]).reshape(-1, columns)
-    return lambda start, end: as_float32(kind, whole[start:end])
+    return lambda start, end: quants.widen(kind, whole[start:end])
 
 
 def is_stored(tensor: Any, kind: str, columns: int) -> bool:
@@ -71,20 +79,43 @@ def _eager(tensor: Any) -> np.ndarray:
 
 
 def _places(node: Any, kind: str, columns: int) -> list[Place]:
-    """Return where a tensor's weights lie; empty if anything but their type changes."""
-    while (step := _step(node)) in ("to float32", "numpy", "astype", "quantize"):
+    """Return where a tensor's weights lie; empty if anything but type and order of rows changes."""
+    moves: list[tuple[str, list[Any]]] = []
+    while (step := _step(node)) in ("to float32", "numpy", "astype", "quantize", *_MOVES):
+        if step in _MOVES:
+            moves.insert(0, (step, list(vars(node)["_args"][1:])))
         node = _argument(node)
     if step == "stack":
-        inner = [_places(one, kind, columns) for one in _argument(node)]
+        inner = [] if moves else [_places(one, kind, columns) for one in _argument(node)]
         return [found[0] for found in inner] if all(len(found) == 1 for found in inner) else []
     if step != "load":
         return []
     local = _argument(node)
     if local.dtype not in STORED or kind not in ("F32", local.dtype):
         return []  # rounded on the way
-    span, rows = local.data_range, math.prod(local.shape) // columns
+    span, rows, order = local.data_range, math.prod(local.shape) // columns, None
+    if moves and (order := _order(moves, rows, columns)) is None:
+        return []
     place = {"path": span.filename, "offset": span.offset, "rows": rows, "columns": columns}
-    return [Place(kind=local.dtype, **place)]
+    return [Place(kind=local.dtype, order=order, **place)]
+
+
+def _order(moves: Sequence[tuple[str, list[Any]]], rows: int, columns: int) -> np.ndarray | None:
+    """Return where each row was before it was moved: int64 [rows].
+
+    None if more than whole rows moved, or one so far that a block would need many others.
+    """
+    order = np.arange(rows)
+    for step, given in moves:
+        sizes = list(given[0]) if isinstance(given[0], list | tuple) else given
+        if step == "reshape" and sizes[-1] == columns and min(sizes) > 0:
+            order = order.reshape(sizes[:-1])
+        elif step == "swapaxes" and 0 <= min(sizes) <= max(sizes) < order.ndim:
+            order = order.swapaxes(*sizes)
+        else:
+            return None
+    order = order.reshape(-1)
+    return order if np.abs(order - np.arange(rows)).max() * columns <= _NEAR else None
 
 
 def _step(node: Any) -> str:
@@ -108,6 +139,8 @@ def _step(node: Any) -> str:
             return "stack"
         case "LazyMeta.__new__", _ if _method(func) == "to":
             return "to float32" if arguments == ["torch.float32"] and not words else ""
+        case "LazyMeta.__new__", _ if (move := _method(func)) in _MOVES and not words:
+            return move
     return ""
 
 

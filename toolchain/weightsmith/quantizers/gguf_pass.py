@@ -271,7 +271,7 @@ class _Writer:
 
     def _quantize(self, read: Read, span: tuple[int, int], parts: Sequence[_Part]) -> _Written:
         rows, name = read(*span), parts[0].target.name
-        if not np.isfinite(rows).all():
+        if not _all_finite(rows):
             raise _not_finite(f"{name} has NaN or infinite weights")
         written: _Written = {}
         for part in parts:
@@ -309,6 +309,17 @@ def _part(file: _File, entry: Entry, importance: np.ndarray | None, start: int) 
     target = file.targets[entry.name]
     at = file.offsets[entry.name] + start * quants.row_bytes(target.target, entry.columns)
     return _Part(file=file, target=target, importance=importance, at=at)
+
+
+def _all_finite(rows: np.ndarray) -> bool:
+    """Return whether no weight is NaN or infinite: then so is the sum of their squares, as a rule.
+
+    That takes half the time of looking at each.
+    """
+    flat = rows.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.dot(flat, flat)
+    return bool(np.isfinite(squares)) or bool(np.isfinite(rows).all())
 
 
 def _not_finite(message: str) -> InputRefused:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from weightsmith.checkpoints.without_data import computed
+from weightsmith.kernels import quants
 
 Read = Callable[[int, int], np.ndarray]
 """(first row, end) -> float32 [rows, columns], C-contiguous."""
@@ -23,7 +24,7 @@ STORED: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Rows that lie in a file one after the other, or would if it had data."""
+    """Rows that lie in a file, or would if it had data."""
 
     path: Path
     kind: str
@@ -31,9 +32,22 @@ class Place:
     offset: int
     rows: int
     columns: int
+    order: np.ndarray | None = field(default=None, compare=False)
+    """Where each row lies in the file, if not one after the other: int64 [rows]."""
 
     def read(self, start: int, end: int) -> np.ndarray:
-        """Return rows as float32; raises ValueError at the file's end."""
+        """Return rows as float32; raises ValueError at the file's end.
+
+        Rows that lie between those of another order are read, too.
+        """
+        if self.order is None:
+            return self._stored(start, end)
+        picked = self.order[start:end]
+        first = int(picked.min())
+        rows: np.ndarray = self._stored(first, int(picked.max()) + 1)[picked - first]
+        return rows
+
+    def _stored(self, start: int, end: int) -> np.ndarray:
         dtype, count = STORED[self.kind], (end - start) * self.columns
         at = self.offset + start * self.columns * dtype.itemsize
         if virtual := computed(self.path):
@@ -42,7 +56,7 @@ class Place:
             data = np.fromfile(self.path, dtype, count, offset=at)
         if len(data) != count:
             raise ValueError(f"{self.path.name} ends inside a tensor")
-        return as_float32(self.kind, data).reshape(-1, self.columns)
+        return quants.widen(self.kind, data).reshape(-1, self.columns)
 
 
 def joined(places: Sequence[Place]) -> Read:
@@ -57,14 +71,6 @@ def joined(places: Sequence[Place]) -> Read:
         return spans[0] if len(spans) == 1 else np.concatenate(spans)
 
     return read
-
-
-def as_float32(kind: str, data: np.ndarray) -> np.ndarray:
-    """Return stored weights as float32, exactly."""
-    if kind == "BF16":
-        bits = np.left_shift(data.view(np.uint16), 16, dtype=np.uint32)
-        return bits.view(np.float32)
-    return data.view(STORED[kind]).astype(np.float32, copy=False)
 
 
 def to_bfloat16(rows: np.ndarray) -> np.ndarray:
