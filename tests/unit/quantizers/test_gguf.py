@@ -204,14 +204,23 @@ def test_a_matrix_is_measured_on_a_file_that_is_then_quantized_and_removed(tmp_p
 
     convert, measure, quantize = of_format("q4_k_m").steps(made)
 
-    assert (
-        measure.argv[measure.argv.index("-m") + 1]
-        == convert.argv[convert.argv.index("--outfile") + 1]
-    )
+    (written,) = settings(convert).files
+    assert (written.format, written.direct, settings(convert).middle) == ("f16", True, "")
+    assert measure.argv[measure.argv.index("-m") + 1] == written.out == settings(quantize).middle
+    assert Path(written.out) not in convert.removes
     assert measure.env["WEIGHTSMITH_CPU_VARIANT"] in {"x86-64-v3", "armv8-a"}
     assert settings(quantize).files[0].importance == "imatrix.gguf"
     assert settings(quantize).convert == ()
     assert Path(settings(quantize).middle) in quantize.removes
+
+
+def test_parts_that_are_measured_are_the_converters_own(tmp_path):
+    made = with_text(request(tmp_path, "q4_k_m", imatrix="auto", split_max_size="1G"))
+
+    convert, measure, _ = of_format("q4_k_m").steps(made)
+
+    assert convert.argv[1:3] == ("-m", "weightsmith.worker.convert_gguf")
+    assert measure.argv[measure.argv.index("-m") + 1] == "{first}"
 
 
 def test_a_finished_measurement_is_known_again_when_other_cpus_are_idle(tmp_path, monkeypatch):

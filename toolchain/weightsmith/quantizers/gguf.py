@@ -155,20 +155,29 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     split = str(request.options.get("split_max_size", ""))
     if kinds[0].direct and split:
         return (_convert(request, output_file(request), kinds[0].name, split),)
+    files, projectors = tuple(map(_file, (request, *request.beside))), places_of(request)
     if all(kind.direct for kind in kinds):
-        return (_quantize(request, "", _converter(request, ""), places_of(request)),)
+        return (_pass(request, files, "", _converter(request, ""), projectors),)
     between = _INTERMEDIATE.get(_dtype(request.model), "f16")
     limit = _part_size(request, 32 if between == "f32" else 16)
     words, middle = _converter(request, limit), _middle(request, between)
     if request.options.get("imatrix", "off") == "off" or request.measured:
-        return (_quantize(request, between, words, places_of(request)),)
+        return (_pass(request, files, between, words, projectors),)
     # The file that is measured has no longer what the converter rounded.
     again = words if any(kind.direct for kind in kinds) else ()
     return (
-        _convert(request, middle, between, limit),
+        _measured(request, middle, between, limit),
         _imatrix(request, middle),
-        _quantize(request, between, again, ()),
+        _pass(request, files, between, again, ()),
     )
+
+
+def _measured(request: QuantizeRequest, middle: Path, between: str, split: str) -> Step:
+    """Return the step that writes the file that importance is measured on."""
+    if split:
+        return _convert(request, middle, between, split)
+    file = PassFile(out=str(middle), format=between, direct=True)
+    return _pass(request, (file,), "", _converter(request, ""), places_of(request))
 
 
 def _middle(request: QuantizeRequest, between: str) -> Path:
@@ -288,12 +297,16 @@ def _variant() -> str:
     return "x86-64-v3" if platform.machine() in {"x86_64", "AMD64"} else "armv8-a"
 
 
-def _quantize(
-    request: QuantizeRequest, between: str, convert: tuple[str, ...], projectors: tuple[str, ...]
+def _pass(
+    request: QuantizeRequest,
+    files: tuple[PassFile, ...],
+    between: str,
+    convert: tuple[str, ...],
+    projectors: tuple[str, ...],
 ) -> Step:
     """Return the step that quantizes what the converter computes, or the file that it wrote."""
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
-    files, middle = (request, *request.beside), _middle(request, between)
+    middle = _middle(request, between)
     contents = PassSettings(
         convert=convert,
         middle=str(middle) if between else "",
@@ -301,13 +314,13 @@ def _quantize(
         quantize=str(request.tools / "bin" / "llama-quantize"),
         threads=int(request.options.get("threads") or 0),
         split="split_max_size" in request.options,
-        files=tuple(map(_file, files)),
+        files=files,
         projectors=projectors,
     )
     metadata = json.dumps(_metadata(request), sort_keys=True)
     return Step(
         title=f"{'quantizing' if between else 'converting'} to "
-        f"{', '.join(file.format.name for file in files)}",
+        f"{', '.join(file.format for file in files)}",
         argv=(request.python, "-m", _QUANTIZE, str(settings)),
         env=_OFFLINE,
         writes={

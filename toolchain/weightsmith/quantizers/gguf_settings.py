@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weightsmith.json_objects import JsonObject
 
@@ -16,10 +16,10 @@ class PassFile(JsonObject):
     format: str
     direct: bool
     """The converter writes this type itself."""
-    tensor_types: Mapping[str, str]
-    importance: str
+    tensor_types: Mapping[str, str] = field(default_factory=dict)
+    importance: str = ""
     """File of the importance matrix; empty: none."""
-    overrides: Mapping[str, str]
+    overrides: Mapping[str, str] = field(default_factory=dict)
     """Keys to set, such as the licence."""
 
 
