@@ -23,6 +23,8 @@ from weightsmith.quantizers.gguf_rows import Read
 
 _BLOCK = 1 << 20
 """Weights per block: as many as the merge computes at a time, which takes longer for fewer."""
+_AHEAD = 2 * _BLOCK
+"""Weights of earlier tensors that may be unfinished when a tensor is started."""
 _FLOATS = ("F32", "F16", "BF16")
 _LINE = re.compile(
     r"\[ *\d+/ *\d+\] (?P<name>\S+) +- \[.*\], type = +(?P<kind>\w+), size = +[^(]*"
@@ -219,17 +221,22 @@ class _Writer:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, "rows")
         self._noter = ThreadPoolExecutor(1, "journal")
-        self._waiting: list[Future[None]] = []
+        self._waiting: list[tuple[int, list[Future[_Written]]]] = []
+        """Weights and blocks of tensors that are being computed."""
+        self._notes: list[Future[None]] = []
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Wait for all work at the end; after an error, drop what has not begun."""
+        """Wait for all work at the end, and note what is finished after an error, too."""
         try:
             yield
-            self._wait(0)
+            for note in self._notes:
+                note.result()
         finally:
-            self._pool.shutdown(cancel_futures=True)
-            self._noter.shutdown(cancel_futures=True)
+            started = [block for _, blocks in self._waiting for block in blocks]
+            failed = any(block.done() and block.exception() for block in started)
+            self._pool.shutdown(cancel_futures=failed)
+            self._noter.shutdown()
 
     def add(self, source: Source, entry: Entry, files: Sequence[_File]) -> None:
         """Start a tensor; returns while its last blocks are being computed."""
@@ -246,13 +253,21 @@ class _Writer:
         elif sharing:
             data = source.stored(entry, kind)
             blocks += [self._pool.submit(self._copy, name, data, file) for file in sharing]
-        self._waiting.append(self._noter.submit(self._note, name, blocks, files))
-        self._wait(1)
+        self._waiting.append((entry.rows * entry.columns, blocks))
+        self._notes.append(self._noter.submit(self._note, name, blocks, files))
+        self._wait()
 
-    def _wait(self, most: int) -> None:
-        """Wait until at most so many tensors are unfinished; raises what their work raised."""
-        while len(self._waiting) > most:
-            self._waiting.pop(0).result()
+    def _wait(self) -> None:
+        """Wait until few weights of earlier tensors are unfinished; raises what their work raised.
+
+        Nobody waits for the disk here: the notes are taken while the next tensors are computed.
+        """
+        while sum(weights for weights, _ in self._waiting[:-1]) > _AHEAD:
+            for block in self._waiting[0][1]:
+                block.result()
+            self._waiting.pop(0)
+        while self._notes and self._notes[0].done():
+            self._notes.pop(0).result()
 
     def _blocks(self, rows: Read, entry: Entry, files: Sequence[_File]) -> list[Future[_Written]]:
         matrices = entry.shape[2] if len(entry.shape) > 2 else 1
