@@ -282,6 +282,8 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
             str(request.tools / "bin" / "llama-imatrix"),
             *("-m", "{first}" if split else str(model), "-f", text.name, "-o", IMATRIX),
             *("-c", str(window), "--parse-special", "--no-ppl", "-fa", "off"),
+            # Else it loads the vocabulary twice, to find out what fits into a GPU's memory.
+            *("-fit", "off"),
         ),
         # The order of sums affects the last bits, so use the same CPU variant everywhere. Threads
         # are no argument: a resumed run knows a finished step by its arguments.
