@@ -26,7 +26,14 @@ from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.planning.targets import all_targets
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import EXPERTS, JOINED, NAMED, ROUNDED, SEEING
+from weightsmith.quantizers.architectures import (
+    EXPERTS,
+    FURTHER_EXPERTS,
+    JOINED,
+    NAMED,
+    ROUNDED,
+    SEEING,
+)
 from weightsmith.quantizers.checkpoints import DENSE
 from weightsmith.quantizers.known import (
     STACKED_MXFP4,
@@ -296,7 +303,7 @@ def _architectures() -> Iterator[str]:
     yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"
     kinds = (
         (DENSE | JOINED | NAMED, ""),
-        (EXPERTS | STACKED_MXFP4, "experts"),
+        (EXPERTS | FURTHER_EXPERTS | STACKED_MXFP4, "experts"),
         (SEEING, "vision"),
     )
     for names, kind in kinds:

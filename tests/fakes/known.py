@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.fakes.dense import save_random
 
@@ -30,30 +29,44 @@ _TOWER = {
     "num_heads": 2, "out_hidden_size": 128,
 }  # fmt: skip
 _ALSO_UNSET = ("head_dim", "intermediate_size", "num_key_value_heads")
+_BOTH = {"layer_types": ["linear_attention", "full_attention"]}
+_OWN: dict[str, dict[str, Any]] = {
+    "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1},
+    "GraniteMoeHybridForCausalLM": {"mamba_d_head": 64, "layer_types": ["mamba", "attention"]},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "Qwen3_5ForConditionalGeneration": _BOTH,
+    "Qwen3_5MoeForConditionalGeneration": _BOTH,
+    "Qwen3_5ForCausalLM": _BOTH,
+    "Qwen3_5MoeForCausalLM": _BOTH,
+    "Qwen3NextForCausalLM": _BOTH,
+}
+"""Architecture -> what else its configuration needs, of its text if it has one apart."""
 _TABLES = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 
 def make_known(folder: Path, architecture: str) -> Path:
     """Write a model in bfloat16 that has the tiny example's tokenizer; return its folder."""
-    kind = next(kind for table in _TABLES for kind, name in table.items() if name == architecture)
-    config = _config(CONFIG_MAPPING[kind])
+    network_class = getattr(transformers, architecture)
+    config = _config(network_class.config_class, _OWN.get(architecture, {}))
     torch.manual_seed(0)
-    network = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
+    network = network_class._from_config(config, dtype=torch.bfloat16)
     return save_random(network, folder)
 
 
-def _config(kind: type[Any]) -> Any:
+def _config(kind: type[Any], more: dict[str, Any]) -> Any:
     """Return the class's defaults with small dimensions, also of its text and its towers."""
     default = kind()
     parts: dict[str, Any] = {}
     for name in getattr(kind, "sub_configs", {}):
         if (part := getattr(default, name, None)) is not None:
             small = _small(type(part), _SMALL if name == "text_config" else _TOWER)
+            small |= more if name == "text_config" else {}
             parts[name] = {**small, "model_type": part.model_type}
     own = _small(kind, _SMALL)
     if "text_config" in parts:
         own = {name: value for name, value in own.items() if name.endswith("token_id")}
-    return kind(**own, **parts)
+        more = {}
+    return kind(**{**own, **more}, **parts)
 
 
 def _small(kind: type[Any], sizes: dict[str, int]) -> dict[str, int]:

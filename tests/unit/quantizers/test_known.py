@@ -15,7 +15,15 @@ from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import InputRefused
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import JOINED, NAMED, ROUNDED, WALKED, check_kept
+from weightsmith.quantizers.architectures import (
+    FURTHER_EXPERTS,
+    JOINED,
+    NAMED,
+    ROUNDED,
+    SCANNING,
+    WALKED,
+    check_kept,
+)
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.known import (
     STACKED_MXFP4,
@@ -39,8 +47,8 @@ ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2]
 MOST = {"w8a8": 0.1, "fp8": 0.2, "fp8-block": 0.2, "nvfp4a16": 0.45, "mxfp4a16": 0.6}
 """Errors of layers, as in test_architectures.py."""
 
-FALCON = "FalconH1ForCausalLM"
-CELLS = [(a, s) for a in sorted(NAMED) for s in SCHEMES if (a, s) != (FALCON, "fp8-block")]
+BY_RULE = sorted(NAMED | FURTHER_EXPERTS)
+CELLS = [(a, s) for a in BY_RULE for s in SCHEMES if a not in SCANNING or s != "fp8-block"]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +86,8 @@ def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: 
 
     check_checkpoint(tmp_path, model, Layout.of_scheme(scheme))
     view, source = view_of(tmp_path, model), CheckpointTensors(model)
-    for tensor in source.names - {f"{module}.weight" for module in view.modules}:
+    stacks = {n for n in source.names - view.tensors.names if len(source.info(n).shape) == 3}
+    for tensor in source.names - stacks - {f"{module}.weight" for module in view.modules}:
         assert np.array_equal(view.tensors.raw(tensor), source.raw(tensor)), tensor
     # Engines must be told of every linear layer that stays as it is.
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -88,16 +97,17 @@ def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: 
         if name.endswith("_proj.weight") and len(source.info(name).shape) == 2
     }
     assert linear <= view.modules | set(config["ignore"])
-    # Q, K, V and O of some layer, and what leads into and out of a feed-forward network.
+    # The last matrix of attention, and that of a feed-forward network.
     ends = {module.rpartition(".")[2] for module in view.modules}
-    assert ends >= {"o_proj", "down_proj"}
+    assert ends & {"o_proj", "out_proj"}
+    assert ends & {"down_proj", "w2"}
     found = measure(model, view, ROWS[:1], 100, lambda *_: None)
     assert found.kl_mean > 0
     assert 0 < found.layer_error < MOST[name]
 
 
 @pytest.mark.grid(9)
-@pytest.mark.parametrize("architecture", sorted(NAMED & WALKED))
+@pytest.mark.parametrize("architecture", sorted(WALKED.intersection(BY_RULE)))
 def test_the_walk_finds_the_largest_inputs(models, tmp_path: Path, architecture: str) -> None:
     model = models(architecture)
     of_format("nvfp4").check_input(NVFP4.format, read_facts(model))
@@ -110,32 +120,58 @@ def test_the_walk_finds_the_largest_inputs(models, tmp_path: Path, architecture:
     check_checkpoint(tmp_path, model, Layout.of_scheme(NVFP4))
     view = view_of(tmp_path, model)
     assert set(inputs) == set(view.modules)
-    for module, most in inputs.items():
-        assert most == pytest.approx(right[source.raw(f"{module}.weight").tobytes()], rel=1e-3)
+    for matrix in matrices(source, model):
+        weight = torch.from_numpy(matrix.rows(source, 0, matrix.outputs))
+        assert inputs[matrix.module] == pytest.approx(right[as_key(weight)], rel=1e-3)
     found = measure(model, view, ROWS[:1], 100, lambda *_: None)
     assert 0 < found.layer_error < MOST["nvfp4a16"]
 
 
-def by_transformers(model: Path, lines: list[str]) -> dict[bytes, float]:
-    """The largest inputs of each linear layer of the whole model, by the bytes of its weight."""
+def by_transformers(model: Path, lines: list[str]) -> dict[object, float]:
+    """The largest inputs of each matrix of the whole model, by the bytes of its weight.
+
+    All experts of a layer have the largest of any.
+    """
     network = getattr(transformers, read_facts(model).architecture).from_pretrained(
         model, dtype=torch.float32
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    most: dict[bytes, float] = {}
+    most: dict[object, float] = {}
+    weights: dict[bytes, object] = {}
 
-    def see(key: bytes, _, args) -> None:
+    def see(key: object, _, args) -> None:
         most[key] = max(most.get(key, 0.0), float(args[0].abs().max()))
+
+    def see_experts(module, args) -> None:
+        rows, chosen = (
+            args[0].reshape(-1, args[0].shape[-1]),
+            args[1].reshape(-1, args[1].shape[-1]),
+        )
+        for expert, both in enumerate(module.gate_up_proj):
+            gate, up = both.chunk(2)
+            mine = rows[(chosen == expert).any(1)]
+            for weight in (gate, up):
+                weights[as_key(weight)] = ("in", id(module))
+            if len(mine):
+                see(("in", id(module)), None, (mine,))
+                inner = module.act_fn(mine @ gate.T) * (mine @ up.T)
+                see(("inner", id(module)), None, (inner,))
+            weights[as_key(module.down_proj[expert])] = ("inner", id(module))
 
     for module in network.modules():
         if type(module) is torch.nn.Linear:
-            key = module.weight.data.bfloat16().view(torch.int16).numpy().tobytes()
-            module.register_forward_pre_hook(partial(see, key))
+            module.register_forward_pre_hook(partial(see, as_key(module.weight)))
+        elif isinstance(getattr(module, "gate_up_proj", None), torch.nn.Parameter):
+            module.register_forward_pre_hook(see_experts)
     for line in lines:
         ids = tokenizer(line, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
-            network(input_ids=ids[:, :512])
-    return most
+            network(input_ids=ids[:, :512], use_cache=False)
+    return most | {key: most[place] for key, place in weights.items()}
+
+
+def as_key(weight: torch.Tensor) -> bytes:
+    return weight.detach().bfloat16().contiguous().view(torch.int16).numpy().tobytes()
 
 
 @pytest.mark.grid(9)
@@ -153,11 +189,11 @@ def test_what_a_model_lacks_cannot_be_kept(models, architecture: str) -> None:
     check_kept(read_facts(model), {"keep": ["o_proj", "down_proj"]})
 
 
-def test_blocks_that_vllm_would_split_are_refused(models) -> None:
-    with pytest.raises(
-        InputRefused, match=r"splits FalconH1ForCausalLM's mamba\.in_proj"
-    ) as refused:
-        of_format("fp8-block").check_input(formats()["fp8-block"], read_facts(models(FALCON)))
+@pytest.mark.parametrize("architecture", sorted(SCANNING))
+def test_blocks_that_vllm_would_split_are_refused(models, architecture: str) -> None:
+    model = read_facts(models(architecture))
+    with pytest.raises(InputRefused, match=rf"splits {architecture}'s mamba\.in_proj") as refused:
+        of_format("fp8-block").check_input(formats()["fp8-block"], model)
     assert "choose fp8" in refused.value.hint
 
 

@@ -17,7 +17,14 @@ from weightsmith.errors import InputRefused
 from weightsmith.forward.layers import Layers
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import EXPERTS, GROUPED, NAMED, SEEING
+from weightsmith.quantizers.architectures import (
+    EXPERTS,
+    FURTHER_EXPERTS,
+    GROUPED,
+    NAMED,
+    SCANNING,
+    SEEING,
+)
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise import quantizing, scaling
 from weightsmith.quantizers.layerwise.observing import Observer
@@ -42,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory):
 
     @cache
     def made(architecture: str) -> Path:
-        if architecture in NAMED:
+        if architecture in NAMED | FURTHER_EXPERTS:
             return make_known(root / architecture, architecture)
         if architecture in SEEING:
             return make_seeing(root / architecture, architecture)
@@ -96,7 +103,7 @@ def test_a_model_of_this_architecture_becomes_this_format(
 @pytest.mark.parametrize(
     ("architecture", "method"),
     [
-        *(("FalconH1ForCausalLM", method) for method in ("awq", "gptq")),
+        *((scanning, method) for scanning in sorted(SCANNING) for method in ("awq", "gptq")),
         *(("PaliGemmaForConditionalGeneration", method) for method in ("awq", "gptq", "nvfp4")),
     ],
 )

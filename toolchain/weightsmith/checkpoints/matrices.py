@@ -69,7 +69,8 @@ class Matrices:
 
 def _sparse_layers(text: Mapping[str, Json], layers: int) -> int:
     step = count(text, "decoder_sparse_step") or count(text, "moe_layer_interval") or 1
-    first = count(text, "first_k_dense_replace") or count(text, "moe_layer_start_index")
+    starts = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+    first = next((count(text, name) for name in starts if text.get(name)), 0)
     end = text.get("moe_layer_end_index")
     last = layers - 1 if end is None or end == -1 else count(text, "moe_layer_end_index")
     listed = text.get("mlp_only_layers")

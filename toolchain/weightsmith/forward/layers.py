@@ -93,6 +93,15 @@ class Layers:
                 del layer.forward
         return first[0]
 
+    def stored_path(self, number: int) -> str:
+        """Return a layer's path in the checkpoint, where the model's part may have another name."""
+        path: str = self.paths[number]
+        for name, _ in self.layers[number].named_parameters():
+            tensor = self.weights.tensor_of(f"{path}.{name}")
+            if tensor.endswith(f".{name}"):
+                return tensor.removesuffix(f".{name}")
+        return path
+
     @contextmanager
     def loaded(self, number: int) -> Iterator[Any]:
         """Give a layer its weights in float32 for as long as the context lasts."""

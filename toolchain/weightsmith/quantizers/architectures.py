@@ -18,6 +18,16 @@ EXPERTS = frozenset({
     "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
 })  # fmt: skip
 """Decoders with experts, whose routers and gates of shared experts stay in 16 bits."""
+FURTHER_EXPERTS = frozenset({
+    "Cohere2MoeForCausalLM", "Ernie4_5_MoeForCausalLM", "ExaoneMoeForCausalLM",
+    "Glm4MoeLiteForCausalLM", "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM",
+    "HunYuanMoEV1ForCausalLM", "Lfm2MoeForCausalLM",
+    "Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
+})  # fmt: skip
+"""Further decoders with experts, quantized by the same rule; some have linear attention or states.
+
+That vLLM's loaders read their files is tested with vLLM's own models (test_vllm_loads.py).
+"""
 SEEING = frozenset({
     "Gemma3ForConditionalGeneration", "Llama4ForConditionalGeneration",
     "Mistral3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
@@ -34,10 +44,11 @@ NAMED = frozenset({
     "InternVLForConditionalGeneration", "Jais2ForCausalLM", "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration",
     "MiniCPM3ForCausalLM", "Ministral3ForCausalLM", "NemotronForCausalLM", "OlmoForCausalLM",
-    "PaliGemmaForConditionalGeneration", "StableLmForCausalLM", "VaultGemmaForCausalLM",
+    "PaliGemmaForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration",
+    "StableLmForCausalLM", "VaultGemmaForCausalLM",
 })  # fmt: skip
 """Further decoders without experts whose layers consist of `*_proj` matrices, norms and biases."""
-ROUNDED = DENSE | EXPERTS | SEEING | JOINED | NAMED | STACKED_MXFP4
+ROUNDED = DENSE | EXPERTS | FURTHER_EXPERTS | SEEING | JOINED | NAMED | STACKED_MXFP4
 """Every architecture that a format without calibration can have."""
 LLAMA4 = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
 """Engines reorder the outputs of their Q and K while they load them."""
@@ -47,9 +58,11 @@ WALKED = ROUNDED - LLAMA4 - STACKED_MXFP4 - {"PaliGemmaForConditionalGeneration"
 Llama 4 calls its experts in another way. PaliGemma's tokens attend to later ones, so also to the
 padding of a batch.
 """
-GROUPED = WALKED - {"FalconH1ForCausalLM"}
-"""Those of `awq` and `gptq`, which need 8 outputs each: Falcon-H1's in_proj ends in one a head."""
-MEASURED = WALKED - NAMED
+SCANNING = frozenset({"FalconH1ForCausalLM", "GraniteMoeHybridForCausalLM"})
+"""Those with Mamba layers, whose in_proj vLLM splits into parts of odd heights."""
+GROUPED = WALKED - SCANNING
+"""Those of `awq` and `gptq`, which need 8 outputs each: Mamba's in_proj ends in one a head."""
+MEASURED = WALKED - NAMED - FURTHER_EXPERTS
 """Those whose importance matrices and cache our walk measures; it was not tried on the others."""
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -83,8 +96,8 @@ def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
             " the rows of Q and K, and a block has one scale for several rows",
             hint="choose fp8, which has a scale per row",
         )
-    if scheme.tile[0] > 1 and model.architecture == "FalconH1ForCausalLM":
-        # vLLM 0.33, layers/mamba/mamba_mixer2.py: in_proj is split into parts of odd heights
+    if scheme.tile[0] > 1 and model.architecture in SCANNING:
+        # vLLM 0.33, layers/mamba/mamba_mixer2.py
         raise InputRefused(
             f"{scheme.format.name} has blocks of rows, and vLLM splits {model.architecture}'s"
             " mamba.in_proj inside them",

@@ -20,7 +20,9 @@ _LAYER = re.compile(
     r"(?P<block>(?:model|language_model\.model|model\.language_model)\.layers\.(?P<layer>\d+)\..*)"
 )
 """A tensor of the language model; towers for pictures and sound have other names."""
-_PLAIN = re.compile(r"(?P<parent>.+)\.(?P<name>\w+_proj|w[123])\.weight")
+_PLAIN = re.compile(
+    r"(?P<parent>.+)\.(?P<name>\w+_proj|w[123]|(?<=shared_mlp\.)(?:in|out)put_linear)\.weight"
+)
 _STACKED = re.compile(
     r"(?P<parent>.+\.(?:experts|block_sparse_moe))"
     r"\.(?P<name>gate_up_proj|down_proj|input_linear\.weight|output_linear\.weight)"

@@ -29,7 +29,8 @@ def input_maxima(model: Path, lines: Sequence[str], found: Sequence[Matrix]) -> 
     most: dict[str, float] = {}
     for number, path in enumerate(layers.paths):
         prefix = f"{path}."
-        experts = [m.module for m in found if m.module.startswith(prefix) and _is_expert(m)]
+        stored = f"{layers.stored_path(number)}."
+        experts = [m.module for m in found if m.module.startswith(stored) and _is_expert(m)]
         with layers.loaded(number) as layer:
             _run(layers, number, _Maxima(layer, layers, prefix, own, experts, most))
     return most

@@ -165,9 +165,10 @@ class _Origins:
         others = [module for module in others if id(module) not in self._own]
         return found + [module.register_forward_pre_hook(self._taken) for module in others]
 
-    def _made(self, norm: Any, _: Any, output: torch.Tensor) -> None:
+    def _made(self, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
         self._kept.append(output)
-        self._norms[_memory(output)] = norm
+        if len(args) == 1:  # linear attention's norm takes a gate, too
+            self._norms[_memory(output)] = norm
 
     def _taken(self, _: Any, args: tuple[Any, ...]) -> None:
         self._elsewhere |= {_memory(one) for one in args if isinstance(one, torch.Tensor)}

@@ -250,7 +250,7 @@ def _scaled(
 
 def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor]:
     """Return the stored tensors of a layer's experts, each calibrated on the tokens it gets."""
-    prefix = f"{walk.layers.paths[number]}."
+    prefix = f"{walk.layers.stored_path(number)}."
     mine: dict[int, dict[int, Matrix]] = {}
     for matrix in walk.found:
         match = _EXPERT.fullmatch(matrix.module)
