@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed
 from weightsmith.quantizers.checkpoints import LINEAR
+from weightsmith.quantizers.expected import expected
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.packed import FLOAT4, PARTS, Layout, PackedView, view_of
 from weightsmith.quantizers.unquantized import is_kept
@@ -55,7 +57,9 @@ def check_checkpoint(
             f"{folder.name} has layout {view.layout}, expected {expected}",
             hint="check the quantizer's output",
         )
-    found = {m.module: m for m in matrices(source, model) if not is_kept(m.module, keep)}
+    known = matrices(source, model)
+    _check_expected(source, model, known)
+    found = {m.module: m for m in known if not is_kept(m.module, keep)}
     if view.modules != found.keys():
         odd = min(view.modules ^ found.keys())
         what = "is unexpectedly quantized" if odd in view.modules else "is not quantized"
@@ -94,6 +98,20 @@ def check_checkpoint(
         **_worst_experts(errors),
         "warnings": [],
     }
+
+
+def _check_expected(source: CheckpointTensors, model: Path, known: Iterable[Matrix]) -> None:
+    """Raise CheckFailed if the writer's rule and the check's differ about this checkpoint."""
+    wanted, written = expected(source, read_facts(model)), {matrix.tensor for matrix in known}
+    if wanted == written:
+        return
+    odd = min(wanted ^ written)
+    what = "stays in 16 bits" if odd in wanted else "is quantized"
+    raise CheckFailed(
+        f"{odd} {what}, against what is known of this architecture",
+        hint="this is a defect of weightsmith, not of the model: report it, and serve it in 16 bits"
+        " (target vllm) until then",
+    )
 
 
 def _worst_experts(errors: Mapping[str, float]) -> Mapping[str, Json]:
