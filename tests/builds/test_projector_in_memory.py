@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 from weightsmith.checkpoints.facts import read_facts
+from weightsmith.errors import UsageError
 from weightsmith.oci.references import Reference
+from weightsmith.planning.checks import check_layer_sizes
 from weightsmith.planning.forecast import forecast
+from weightsmith.planning.sizes import estimated_bytes
+from weightsmith.planning.sources import resolve_request
+from weightsmith.quantizers import formats
 from weightsmith.stages.quantize import projector_bytes
 
 from tests.fakes.memory import Memory
@@ -82,6 +87,20 @@ def test_the_plan_counts_it_and_says_so(seeing: Memory) -> None:
     assert "projector" in said
     assert after["weight_bytes"] == seeing.record(TARGET)["artifact"]["size"]
     assert before["overhead_bytes"] == after["overhead_bytes"]
+
+
+def test_it_is_no_part_of_the_file_that_must_fit_a_layer(seeing: Memory) -> None:
+    model = read_facts(seeing.home / "base")
+    weights = (seeing.home / "base" / "model.safetensors").stat().st_size
+    both = estimated_bytes(weights, formats()["q4_k_m"], model)
+    limit = f"image.max_layer_size={both - projector_bytes(model) // 2}"
+    request = seeing.request(limit)
+    sources = resolve_request(request, seeing.tools).value[1]
+
+    check_layer_sizes(request, sources)
+    limit = f"image.max_layer_size={both - projector_bytes(model) - 100}"
+    with pytest.raises(UsageError, match="one layer"):
+        check_layer_sizes(seeing.request(limit), sources)
 
 
 @pytest.mark.parametrize("lacks", ["preprocessor_config.json", "a known architecture"])

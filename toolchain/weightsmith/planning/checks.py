@@ -47,7 +47,7 @@ from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
 from weightsmith.stages.bake import layer_limit
 from weightsmith.stages.base import OWN, base_reference, check_own, data_base
-from weightsmith.stages.quantize import QuantizeOptions
+from weightsmith.stages.quantize import QuantizeOptions, projector_bytes
 from weightsmith.tools import Tools
 from weightsmith.values import Sources, Tree
 
@@ -251,7 +251,10 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
     theirs = limits.largest_layer if limits and request.outputs.push else 0
     for target in request.targets:
         if target.format.suffix == ".gguf":
-            size = estimated_bytes(tree.weight_bytes, target.format, read_facts(tree.root))
+            model = read_facts(tree.root)
+            beside = projector_bytes(model)
+            size = estimated_bytes(tree.weight_bytes, target.format, model) - beside
+            size = max(size, beside)
             most, key = min(filter(None, (own, theirs)), default=0), "quantize.split_max_size"
             fits = bool(recipe.quantize.split_max_size)
         else:
