@@ -25,12 +25,20 @@ def test_none_and_an_empty_one(folder: Path) -> None:
     assert docker_config() == {}
 
 
-def test_doctor_names_the_registries_and_no_secret(folder: Path) -> None:
+def test_doctor_names_the_registries_and_no_secret(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret = base64.b64encode(b"ann:s3cret").decode()
     rows = {"auths": {"r.example": {"auth": secret}}, "credHelpers": {"h.example": "odd"}}
     (folder / "config.json").write_text(json.dumps(rows))
     found = checkup._credentials()
+    assert (found.ok, found.found) == (False, "h.example, r.example")
+    assert "install docker-credential-odd" in found.todo
 
+    (folder / "docker-credential-odd").write_text("#!/bin/sh\n")
+    (folder / "docker-credential-odd").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    found = checkup._credentials()
     assert (found.ok, found.found) == (True, "h.example, r.example")
     assert not [text for text in (secret, "s3cret", "ann") if text in found.found + found.todo]
 

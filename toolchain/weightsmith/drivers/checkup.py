@@ -130,7 +130,16 @@ def _credentials() -> Checkup:
         return Checkup(error.message, todo=error.hint)
     hosts = sorted({*(config.get("auths") or {}), *(config.get("credHelpers") or {})})
     if hosts or config.get("credsStore"):
-        return Checkup(", ".join(hosts) or f"kept by {config['credsStore']}", ok=True)
+        found = ", ".join(hosts) or f"kept by {config['credsStore']}"
+        named = filter(
+            None, {config.get("credsStore"), *(config.get("credHelpers") or {}).values()}
+        )
+        programs = sorted(f"docker-credential-{name}" for name in named)
+        if missing := [program for program in programs if not shutil.which(program)]:
+            return Checkup(
+                found, todo=f"install {missing[0]}, which config.json names: it has the logins"
+            )
+        return Checkup(found, ok=True)
     return Checkup("none", todo="`docker login HOST` before pushing to a registry that asks")
 
 
