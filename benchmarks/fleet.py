@@ -1,7 +1,7 @@
 """Fleets of the tiny example, and a runner that starts cold with a warm cache.
 
     python benchmarks/fleet.py [--adapters N] [--work DIR]   # own share, nothing changed
-    python benchmarks/fleet.py --nodes [--adapters N]        # two Ray nodes against one
+    python benchmarks/fleet.py --nodes [--adapters N]        # two Ray nodes against one, and no Ray
     python benchmarks/fleet.py --runner                      # the support bot on a CI runner
 
 It needs docker-registry, which is the cache and takes the images, and builders that are made. It
@@ -19,11 +19,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import yaml
 
@@ -46,11 +49,16 @@ class Ran(NamedTuple):
     seconds: float
 
 
-def run(folder: Path, *words: object, **environment: str) -> Ran:
-    """Run weightsmith in a folder; the CPU seconds are those of all its processes."""
+def run(folder: Path, *words: object, core: int | None = None, **environment: str) -> Ran:
+    """Run weightsmith in a folder, on one core if it is named.
+
+    The CPU seconds are those of all its processes, and of those that run beside it.
+    """
     before, began = os.times(), time.monotonic()
+    pinned = [] if core is None else ["taskset", "-c", str(core)]
     done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", *map(str, words), "--runner", "local", "--json"],
+        [*pinned, sys.executable, "-m", "weightsmith", *map(str, words), "--runner", "local",
+         "--json"],
         cwd=folder, check=False, capture_output=True, text=True,
         env={**os.environ, "DOCKER_HOST": f"unix://{folder}/none",
              "PYTHONPATH": f"{ROOT / 'toolchain'}:{os.environ.get('PYTHONPATH', '')}",
@@ -131,29 +139,131 @@ def report(name: str, runs: list[Ran]) -> None:
 
 
 def nodes(work: Path, count: int) -> None:
-    """Run a fleet on one Ray node and on two, each on a core of its own."""
+    """Run a fleet on one Ray node and on two, each on a core of its own; then without Ray."""
     adapters(work, count)
     took = {}
     for number in (1, 2):
         clean = {"WEIGHTSMITH_STORE": str(work / f"store-{number}")}
-        with cluster(number) as address, registry(work / f"registry-{number}") as host:
+        with (
+            cluster(number) as (address, of_cluster),
+            registry(work / f"registry-{number}") as host,
+            Watch(of_cluster) as watch,
+        ):
             words = ("fleet", "--push", "--cache", f"oci://{host}/team/cache", "--on", "ray",
                      "--address", address, "--set", f"image.repository={host}/team/tiny",
                      "--dist", str(work / f"dist-{number}"))  # fmt: skip
             took[number] = run(work, *words, **clean)
         said(f"{count} adapters on {number} Ray node(s)", took[number])
+        told = took[number].told
+        watch.tell(took[number].cpu, told["cpu_seconds"] - told["own_cpu_seconds"], count)
     print(f"two nodes are {took[1].seconds / took[2].seconds:.2f} times as fast as one")
+    alone = [chains(work, count, number) for number in (1, 2)]
+    print(f"without Ray, two cores are {alone[0].seconds / alone[1].seconds:.2f} times as fast")
+
+
+def chains(work: Path, count: int, cores: int) -> Ran:
+    """Build the same with `build` in two chains, on one core or on a core each: what is possible.
+
+    A chain has a store and no cache, as a loop in a shell. On one core, one chain follows the
+    other: the work is the same.
+    """
+    names = sorted(path.name for path in (work / "adapters").iterdir())[:count]
+
+    def chain(number: int, host: str) -> None:
+        store = {"WEIGHTSMITH_STORE": str(work / f"chain-{cores}-{number}")}
+        for name in names[number::2]:
+            words = ("build", "--recipe", "recipe.yaml", "--push", "--set", f"name=tiny-{name}",
+                     "--set", f"adapters=[{{source: ./adapters/{name}}}]",
+                     "--set", f"image.repository={host}/team/tiny-{name}",
+                     "--dist", str(work / f"chains-{cores}"))  # fmt: skip
+            run(work, *words, core=number % cores, **store)
+
+    with registry(work / f"registry-chains-{cores}") as host, ThreadPoolExecutor(cores) as pool:
+        before, began = os.times(), time.monotonic()
+        for done in [pool.submit(chain, number, host) for number in range(2)]:
+            done.result()
+        seconds, after = time.monotonic() - began, os.times()
+    took = Ran(None, sum(after[2:4]) - sum(before[2:4]), seconds)
+    said(f"{count} builds without Ray on {cores} core(s)", took)
+    return took
+
+
+class Watch:
+    """Adds up the CPU seconds of Ray's processes and the registry, which nothing else counts.
+
+    It looks every second, so it misses the last part of a process that ends.
+    """
+
+    KINDS = (("gcs_server", "Ray's head"), ("raylet/raylet", "raylets"),
+             ("ray::DashboardAgent", "Ray's agents"), ("ray::RuntimeEnvAgent", "Ray's agents"),
+             ("ray::", "workers"), ("default_worker.py", "workers"),
+             ("docker-registry", "registry"), ("/ray/", "Ray's agents"))  # fmt: skip
+
+    def __init__(self, folder: str) -> None:
+        self._variable = f"WEIGHTSMITH_TEST_CLUSTERS_FOLDER={folder}".encode()
+        self._kinds: dict[str, str] = {}
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        for _ in range(2):  # parents first, then all that they started
+            self._look(begin=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+    def tell(self, fleet: float, tasks: float, cells: int) -> None:
+        """Print each kind's share of a cell, beside the fleet's own process and its tasks."""
+        used = Counter({"fleet's process": fleet, "tasks": tasks})
+        for pid, kind in self._kinds.items():
+            used[kind] += self._last[pid] - self._first[pid]
+        workers = sum(kind == "workers" for kind in self._kinds.values())
+        parts = ", ".join(f"{kind} {seconds / cells:.2f}" for kind, seconds in used.most_common())
+        print(f"  CPU seconds for each cell: {parts}; {workers} worker processes")
+
+    def _watch(self) -> None:
+        while not self._stop.wait(1):
+            self._look()
+
+    def _look(self, *, begin: bool = False) -> None:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError):
+                if folder.name not in self._kinds and (kind := self._kind(folder)):
+                    self._kinds[folder.name] = kind
+                    self._first[folder.name] = self._used(folder) if begin else 0.0
+                if folder.name in self._kinds:
+                    self._last[folder.name] = self._used(folder)
+
+    def _kind(self, folder: Path) -> str:
+        words = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        kind = next((kind for part, kind in self.KINDS if part in words), "")
+        if kind == "registry" or not kind:
+            return kind
+        # A process that has named itself, ray::…, has overwritten its variables.
+        parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        known = self._variable in (folder / "environ").read_bytes().split(b"\0")
+        return kind if known or parent in self._kinds else ""
+
+    def _used(self, folder: Path) -> float:
+        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
-def cluster(count: int) -> Iterator[str]:
-    """Start so many Ray nodes, each on one core; yield the address."""
+def cluster(count: int) -> Iterator[tuple[str, str]]:
+    """Start so many Ray nodes, each on one core; yield the address and the cluster's folder."""
     script, folder = ROOT / "tests" / "clusters.sh", tempfile.mkdtemp(prefix="wf-", dir="/tmp")
     environment = {**os.environ, "PYTHON": sys.executable, "WEIGHTSMITH_TEST_CLUSTERS": "ray",
                    "WEIGHTSMITH_TEST_RAY_NODES": str(count)}  # fmt: skip
     try:
         subprocess.run(["bash", script, "start", folder], env=environment, check=True)
-        yield "127.0.0.1:26379"
+        yield "127.0.0.1:26379", folder
     finally:
         subprocess.run(["bash", script, "stop", folder], env=environment, check=False)
         shutil.rmtree(folder, ignore_errors=True)
