@@ -61,7 +61,8 @@ def run(folder: Path, *words: object, core: int | None = None, **environment: st
          "--json"],
         cwd=folder, check=False, capture_output=True, text=True,
         env={**os.environ, "DOCKER_HOST": f"unix://{folder}/none",
-             "PYTHONPATH": f"{ROOT / 'toolchain'}:{os.environ.get('PYTHONPATH', '')}",
+             "PYTHONPATH": ":".join([str(ROOT / "toolchain"), str(ROOT / "tests" / "without"),
+                                     os.environ.get("PYTHONPATH", "")]),
              **environment},
     )  # fmt: skip
     if done.returncode:

@@ -18,7 +18,7 @@ readonly RAY_PORT=${WEIGHTSMITH_TEST_RAY_PORT:-26379} CTLD_PORT=26817 NODE_PORT=
 # Tasks get as much of a busy machine as other programs, and not what these leave (15).
 export RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=60 RAY_worker_niceness=0
 export WEIGHTSMITH_TEST_CLUSTERS_FOLDER=$FOLDER
-export PYTHONPATH=$HERE/toolchain:$HERE${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$HERE/tests/without:$HERE/toolchain:$HERE${PYTHONPATH:+:$PYTHONPATH}
 
 say() { printf '%4d s  %s\n' "$SECONDS" "$*" >&2; }
 

@@ -50,7 +50,7 @@ def test_six_images_come_out_of_two_nodes(tmp_path: Path) -> None:
         environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}",
+            "PYTHONPATH": f"{ROOT / 'tests/without'}:{ROOT / 'toolchain'}:{ROOT}",
             "HOME": str(home),
             "WEIGHTSMITH_CACHE": str(cache_folder()),  # the builders that are made
             "WEIGHTSMITH_STORE": str(tmp_path / "store"),
