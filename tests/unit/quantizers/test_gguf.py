@@ -66,6 +66,31 @@ def test_vocabularies_of_ones_own_are_named_by_their_split(name, before, by_word
     assert split_name(json.loads(tokenizer.to_str())) == name
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("q8_0", {}),
+        ("q8_0", {"split_max_size": "1G"}),
+        ("q4_k_m", {}),
+        ("q4_k_m", {"split_max_size": "1G"}),
+        ("q4_k_m", {"imatrix": "auto"}),
+        ("q4_k_m", {"imatrix": "auto", "split_max_size": "1G"}),
+    ],
+)
+def test_the_first_step_makes_the_projector_of_a_model_that_sees(tmp_path, name, more):
+    """And no other: it is the one that reads the model's weights."""
+    asked = with_text(request(tmp_path, name, projector="f16", **more))
+    wanted = str(asked.output / f"mmproj-{asked.name}.gguf")
+
+    first, *others = of_format(name).steps(asked)
+    told = [*first.argv, *first.writes.values()]
+    assert any(wanted in words for words in told)
+    assert not [words for step in others for words in (*step.argv, *step.writes.values())
+                if wanted in words]  # fmt: skip
+    blind = of_format(name).steps(replace(asked, options=more))
+    assert not any("mmproj" in words for step in blind for words in step.argv)
+
+
 def test_metadata_from_folder_names_is_switched_off(tmp_path):
     (step,) = of_format("f16").steps(request(tmp_path, "f16"))
 
