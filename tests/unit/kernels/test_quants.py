@@ -106,6 +106,17 @@ def test_bytes_are_those_of_llama_cpp(kind, lanes):
     assert not different
 
 
+@pytest.mark.parametrize("kind", ["Q2_K", "Q4_K", "Q4_1", "Q5_1"])
+def test_a_search_whose_levels_are_beyond_ordinary_rounding(kind, lanes):
+    """Weights of one sign and any size, some far more important: levels of more than 2**22."""
+    for seed in range(4):
+        random = np.random.default_rng(seed)
+        sizes = 10.0 ** random.uniform(-12, 6, (32, COLUMNS))
+        rows = -np.abs(random.standard_normal((32, COLUMNS)) * sizes).astype(np.float32)
+        importance = (10.0 ** random.uniform(-15, 15, COLUMNS)).astype(np.float32)
+        assert same_as_llama(kind, rows, importance)
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory) -> CheckpointTensors:
     """A published model's checkpoint."""
