@@ -54,6 +54,7 @@ def _kind(key: str) -> str:
         "modules_to_save": "a fully trained module",
         "base_layer": "a trained base weight",
         "lora_diag": "KaSA",
+        "beft_bias": "BEFT on a layer without a bias",
         "lora_": "an unknown LoRA tensor",
     }
     return next((text for part, text in kinds.items() if part in key), "a full weight")

@@ -42,6 +42,7 @@ from weightsmith.validating.result import Comparison, Distance, Validation
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _SHOWN = 20
 """Findings of one kind that are listed; more are only counted."""
 
@@ -130,10 +131,24 @@ def _tokenizers(request: Request, expected: Any) -> list[Finding]:
     return probes.compare(expected, merged, vocabulary(request.merged), request.base)
 
 
+def _not_causal(base: Path) -> str:
+    """Return what the base is if transformers would load only a part of it, such as a decoder."""
+    config = read_json(base / "config.json")
+    listed = config.get("architectures")
+    name = str(listed[0]) if isinstance(listed, list) and listed else "the model"
+    if name.endswith(_CLASSIFIERS):
+        return name
+    return f"{name}, an encoder with a decoder," if config.get("is_encoder_decoder") is True else ""
+
+
 def _compare(
     request: Request, expected: Any, findings: list[Finding], progress: Progress
 ) -> tuple[Distance, Comparison] | None:
     """Run and compare both sides; None and a finding if one cannot run."""
+    if kind := _not_causal(request.base):
+        text = f"{kind} cannot be run as a causal model: only files were checked"
+        findings.append(finding(WARNING, "logits", text))
+        return None
     try:
         model = skeleton(request.merged)
     except InputRefused as error:

@@ -1,0 +1,65 @@
+"""Models that are no causal ones, and heads with biases: right merges of them pass."""
+
+import pytest
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.validating.validate import Request, validate
+
+NOT_CAUSAL = {
+    "bart": "an encoder with a decoder, cannot be run",
+    "whisper": "an encoder with a decoder, cannot be run",
+    "roberta": "RobertaForSequenceClassification cannot be run",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_CAUSAL)
+def test_a_model_of_which_only_a_part_would_run_is_checked_by_its_files(kind, tmp_path):
+    """Transformers has a causal class for each, without the encoder or with another head."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    small = {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    small |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0, "eos_token_id": 2}
+    plain = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+    plain |= {"num_attention_heads": 2, "intermediate_size": 48}
+    model = {
+        "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**small)),
+        "whisper": lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(**small, bos_token_id=1, decoder_start_token_id=1)
+        ),
+        "roberta": lambda: transformers.RobertaForSequenceClassification(
+            transformers.RobertaConfig(**plain)
+        ),
+    }[kind]()
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    adapters = ((tmp_path / "adapter", 1.0),)
+    merge(MergeRequest(base=tmp_path / "base", adapters=adapters, out=tmp_path / "out"))
+
+    found = validate(Request(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out"))
+
+    assert found.passed
+    assert any(NOT_CAUSAL[kind] in each.message for each in found.findings)
+
+
+def test_a_heads_bias_that_an_adapter_trains_is_validated(tmp_path):
+    """Phi's head has a bias, and with `bias: all` it is the adapter's."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": 2}
+    model = transformers.PhiForCausalLM(transformers.PhiConfig(**sizes))
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], bias="all", init_lora_weights=False)
+    tuned = get_peft_model(model, config)
+    tuned.base_model.model.lm_head.bias.data += 0.5
+    tuned.save_pretrained(tmp_path / "adapter")
+    adapters = ((tmp_path / "adapter", 1.0),)
+    merge(MergeRequest(base=tmp_path / "base", adapters=adapters, out=tmp_path / "out"))
+
+    found = validate(Request(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out"))
+
+    assert found.passed
+    assert found.top1_agreement == 1.0
