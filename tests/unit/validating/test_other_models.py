@@ -8,6 +8,7 @@ NOT_CAUSAL = {
     "bart": "an encoder with a decoder, cannot be run",
     "whisper": "an encoder with a decoder, cannot be run",
     "roberta": "RobertaForSequenceClassification cannot be run",
+    "llama": "LlamaForSequenceClassification cannot be run",
 }
 
 
@@ -26,6 +27,9 @@ def test_a_model_of_which_only_a_part_would_run_is_checked_by_its_files(kind, tm
         "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**small)),
         "whisper": lambda: transformers.WhisperForConditionalGeneration(
             transformers.WhisperConfig(**small, bos_token_id=1, decoder_start_token_id=1)
+        ),
+        "llama": lambda: transformers.LlamaForSequenceClassification(
+            transformers.LlamaConfig(**plain)
         ),
         "roberta": lambda: transformers.RobertaForSequenceClassification(
             transformers.RobertaConfig(**plain)

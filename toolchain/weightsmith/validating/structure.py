@@ -51,7 +51,7 @@ def compare_files(base: Path, adapters: Sequence[Path], merged: Path) -> list[Fi
         *(_tensors(before, after, config, new) if comparable else ()),
         *(_types(before, after) if comparable else ()),
         *_ends(base, adapters, merged, new),
-        *_tied(after, new),
+        *_tied(after, new, headless=_is_tied(config) is False and not _heads(before)),
     ]
 
 
@@ -147,12 +147,21 @@ def _ends(
         )
 
 
-def _tied(after: CheckpointIndex, config: Mapping[str, Any]) -> Iterator[Finding]:
-    """Compare the flag `tie_word_embeddings` with the file's head and embedding."""
-    heads = [n for n in after.tensors if n.endswith(_HEADS)]
+def _heads(index: CheckpointIndex) -> list[str]:
+    return [name for name in index.tensors if name.endswith(_HEADS)]
+
+
+def _tied(
+    after: CheckpointIndex, config: Mapping[str, Any], *, headless: bool
+) -> Iterator[Finding]:
+    """Compare the flag `tie_word_embeddings` with the file's head and embedding.
+
+    `headless`: the base has no head either, such as a classifier.
+    """
+    heads = _heads(after)
     embeddings = [n for n in after.tensors if n.endswith(_EMBEDDINGS)]
     tied = _is_tied(config)
-    if not tied and not heads and embeddings and tied is not None:
+    if not tied and not heads and embeddings and tied is not None and not headless:
         yield finding(
             ERROR,
             "files",
