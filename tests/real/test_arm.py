@@ -18,10 +18,13 @@ import pytest
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.toolset import make_toolset
-from weightsmith.kernels import quants
+from weightsmith.kernels import quants, tiles
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Silent
+from weightsmith.quantizers import rounding
+from weightsmith.quantizers.rounding import fused_scale, largest
+from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.wiring import cache_folder
 
 from tests.conftest import emulator
@@ -182,24 +185,39 @@ def test_the_weights_are_the_same_layers(baked: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def rows_program(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command that quantizes rows with the kernels for Arm, on an emulated CPU."""
+def kernels(compiler: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the kernels for Arm, and a C library in `root`."""
     folder = tmp_path_factory.mktemp("rows")
     compile_with(compiler, "kernels", folder / "kernels")
-    find = (compiler, "-c", "import ziglang; print(ziglang.__path__[0])")
-    zig = Path(subprocess.check_output(find, text=True).strip()) / "zig"
-    source, program = Path(__file__).with_name("rows.c"), folder / "rows"
-    target = ("-target", "aarch64-linux-gnu.2.28")
-    subprocess.run([zig, "cc", *target, "-O1", source, "-o", program, "-ldl"], check=True)
     debs, lock = debian(), json.loads((ENGINES / "modelcar" / "debian.json").read_text())
     with debs.open_package(lock, LIBC) as archive:
         for name in (m.name for m in archive if m.isreg()):
             if name.endswith((".so.0", ".so.1", ".so.2", ".so.6")):
                 debs.write(archive, name, folder / "root" / "lib" / Path(name).name, 0o755)
+    return folder
+
+
+def program(compiler: Path, kernels: Path, name: str) -> list[str]:
+    """The command that runs a program of this folder for Arm, on an emulated CPU."""
+    find = (compiler, "-c", "import ziglang; print(ziglang.__path__[0])")
+    zig = Path(subprocess.check_output(find, text=True).strip()) / "zig"
+    source, made = Path(__file__).with_name(f"{name}.c"), kernels / name
+    target = ("-target", "aarch64-linux-gnu.2.28")
+    subprocess.run([zig, "cc", *target, "-O1", source, "-o", made, "-ldl"], check=True)
     return [
-        emulator(), "-L", str(folder / "root"), str(program),
-        str(folder / "kernels" / "libkernels.so"), str(folder / "kernels" / "libggml.so"),
+        emulator(), "-L", str(kernels / "root"), str(made),
+        str(kernels / "kernels" / "libkernels.so"),
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows_program(compiler: Path, kernels: Path) -> list[str]:
+    return [*program(compiler, kernels, "rows"), str(kernels / "kernels" / "libggml.so")]
+
+
+@pytest.fixture(scope="module")
+def tiles_program(compiler: Path, kernels: Path) -> list[str]:
+    return program(compiler, kernels, "tiles")
 
 
 def debian() -> ModuleType:
@@ -223,3 +241,25 @@ def test_rows_have_the_bytes_of_x86(rows_program: list[str], kind: str) -> None:
     ours, theirs = done.stdout[: len(expected)], done.stdout[len(expected) :]
     assert ours == expected
     assert theirs == expected
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_rounded_rows_have_the_bytes_of_numpy(tiles_program: list[str], name: str) -> None:
+    scheme, random = SCHEMES[name], np.random.default_rng(4)
+    rows = random.standard_t(2, (130, 288)) * 10.0 ** random.uniform(-44, 15, (130, 1))
+    rows = rows.astype(np.float32)
+    shared = fused_scale(largest(rows), scheme) if scheme.fused_scale else None
+    codes, scales = rounding._round_rows(rows, scheme, shared)
+    numbers = [tiles._CODES[scheme.codes], tiles._SCALES[scheme.scales], scheme.tile[0]]
+    numbers += [scheme.tile[1] or rows.shape[1], float(shared or 0).hex(), *rows.shape]
+
+    done = subprocess.run(
+        [*tiles_program, *map(str, numbers)], input=rows.tobytes(), capture_output=True, check=True
+    )
+
+    made = codes.tobytes() + scales.tobytes()
+    assert done.stdout[: len(made)] == made
+    if scheme.codes == "I8":
+        scaled = codes.astype(np.float64) * scales
+        wrong, norm = ((scaled - rows) ** 2).sum(), (rows.astype(np.float64) ** 2).sum()
+        assert np.frombuffer(done.stdout[len(made) :]) == pytest.approx([wrong, norm], rel=1e-3)

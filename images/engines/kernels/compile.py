@@ -30,6 +30,7 @@ GLIBC = "2.28"
 """The oldest C library that the libraries load with; the builders' wheels need no older one."""
 CPU = {"x86_64": "x86_64_v2", "aarch64": "generic"}
 """What code that is not compiled per variant may use, as llama-quantize's own."""
+KERNELS = ("quants", "sums", "products", "rounding", "comparing")
 MUSL_PARTS = (
     "stdlib/qsort",
     "stdlib/qsort_nr",
@@ -79,7 +80,7 @@ def build_kernels(job: Job, variants: list[dict[str, Any]], out: Path) -> None:
         job.cc(f"gnu.{GLIBC}", cpu, *words, HERE / f"{name}.c")
         return made
 
-    each = [(name, variant) for name in ("quants", "sums", "products") for variant in variants]
+    each = [(name, variant) for name in KERNELS for variant in variants]
     with ThreadPoolExecutor() as pool:
         objects = list(pool.map(build, *zip(*each, strict=True)))
     words = ["-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-shared", "-s"]

@@ -1,7 +1,9 @@
 // Chooses the code for the CPU that it runs on.
 
+#include "comparing.h"
 #include "products.h"
 #include "quants.h"
+#include "rounding.h"
 #include "sums.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -92,4 +94,23 @@ EXPORT void weightsmith_multiply_rows(
     int64_t columns, float *out, int64_t stride, float *packed
 ) {
     DISPATCH(multiply_rows, inputs, count, weights, type, rows, columns, out, stride, packed);
+}
+
+EXPORT int weightsmith_round_tiles(
+    const void *rows, int type, int64_t count, int64_t columns, int64_t high, int64_t wide,
+    int kind, int scaling, float shared, uint8_t *codes, void *scales, float *room
+) {
+    return DISPATCH(
+        round_tiles, rows, type, count, columns, high, wide, kind, scaling, shared, codes, scales,
+        room
+    );
+}
+
+EXPORT int weightsmith_compare_tiles(
+    const uint8_t *codes, const float *values, int per, const float *scales, int64_t high,
+    int64_t wide, const void *weights, int type, int64_t count, int64_t columns, double *sums
+) {
+    return DISPATCH(
+        compare_tiles, codes, values, per, scales, high, wide, weights, type, count, columns, sums
+    );
 }

@@ -8,7 +8,6 @@
 #include "vectors.h"
 
 typedef LANE_TYPE(int32_t) ints;
-typedef LANE_TYPE(uint16_t) shorts;
 typedef LANE_TYPE(_Bool) flags;
 typedef double __attribute__((ext_vector_type(WIDTH / 2))) doubles;
 typedef float __attribute__((ext_vector_type(WIDTH / 2))) singles;
@@ -26,18 +25,6 @@ INLINE unsigned lanes_of(ints mask) {
     unsigned bits = 0;
     memcpy(&bits, &set, (WIDTH + 7) / 8);
     return bits & ((1u << WIDTH) - 1);
-}
-
-INLINE vec widen(const void *data, int type) {
-    if (type == F32) {
-        vec v;
-        memcpy(&v, data, sizeof v);
-        return v;
-    }
-    shorts s;
-    memcpy(&s, data, sizeof s);
-    if (type == F16) return __builtin_convertvector((halves)s, vec);
-    return (vec)(__builtin_convertvector(s, words) << 16);
 }
 
 // Rounds both ends of sum ± bound, the outer one into `out`; returns the lanes where they differ.
@@ -84,9 +71,7 @@ INLINE void add(
     if (n == WIDTH) {
         sum = product + widen(weights, from);
     } else { // the end of a row
-        char buffer[sizeof(vec)] = {0};
-        memcpy(buffer, weights, n * bytes_of(from));
-        sum = product + widen(buffer, from);
+        sum = product + widen_some(weights, n, from);
     }
     ints differ = round_ends(sum, bound, to, &made);
     vec size = (vec)((ints)sum & 0x7fffffff);
@@ -161,11 +146,8 @@ INLINE void projected(
                 memcpy(&one, signs + c, sizeof one);
                 memcpy(&two, signs + columns + c, sizeof two);
             } else {
-                char buffers[2][sizeof(vec)] = {{0}};
-                memcpy(buffers[0], (const char *)found + at * bytes_of(to), n * bytes_of(to));
-                memcpy(buffers[1], (const char *)base + at * bytes_of(from), n * bytes_of(from));
-                made = widen(buffers[0], to);
-                weight = widen(buffers[1], from);
+                made = widen_some((const char *)found + at * bytes_of(to), n, to);
+                weight = widen_some((const char *)base + at * bytes_of(from), n, from);
                 memcpy(&one, signs + c, n * sizeof(float));
                 memcpy(&two, signs + columns + c, n * sizeof(float));
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
+from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.kernels import library
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize as write
@@ -218,14 +221,71 @@ def test_damaged_codes_and_scales_are_found(
     out, scheme = tmp_path / "out", SCHEMES[name]
     out.mkdir()
     write(scheme, model, out, [])
-    tensors = load_file(out / "model.safetensors")
-    part = "weight_packed" if damage == "weight" and scheme.packed else damage
-    bad = tensors[f"model.layers.0.mlp.down_proj.{part}"].view(-1).view(torch.uint8)
-    bad[: len(bad) // 2] = bad[: len(bad) // 2].flip(0) ^ 0x18
-    save_file(tensors, out / "model.safetensors")
+    damage_half(out, "weight_packed" if damage == "weight" and scheme.packed else damage)
 
     with pytest.raises(CheckFailed):
         check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+
+
+def damage_half(folder: Path, part: str) -> None:
+    """Put half of a tensor's bytes in another order, and change some bits."""
+    tensors = load_file(folder / "model.safetensors")
+    bad = tensors[f"model.layers.0.mlp.down_proj.{part}"].view(-1).view(torch.uint8)
+    bad[: len(bad) // 2] = bad[: len(bad) // 2].flip(0) ^ 0x18
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.builders
+@pytest.mark.usefixtures("compiled_kernels")
+@pytest.mark.parametrize("name", SCHEMES)
+def test_with_and_without_kernels_the_file_and_its_check_are_the_same(
+    model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme, layout = SCHEMES[name], Layout.of_scheme(SCHEMES[name])
+    facts = []
+    for way in ("C", "numpy"):
+        (tmp_path / way).mkdir()
+        write(scheme, model, tmp_path / way, [])
+        facts.append(check_checkpoint(tmp_path / way, model, layout, ()))
+        monkeypatch.setattr(library, "found", lambda: None)
+    ours, other = ((tmp_path / way / "model.safetensors").read_bytes() for way in ("C", "numpy"))
+    assert ours == other
+    assert facts[0] == facts[1]
+
+    monkeypatch.undo()
+    damage_half(tmp_path / "C", "weight_packed" if scheme.packed else "weight")
+    with pytest.raises(CheckFailed, match="down_proj"):
+        check_checkpoint(tmp_path / "C", model, layout, ())
+
+
+@pytest.mark.parametrize(("room", "times"), [(1 << 20, 1), (100_000, 2), (0, 2)])
+def test_rows_are_read_once_where_they_fit_into_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, times: int
+) -> None:
+    """A scale that matrices share needs all of their rows before the first one is rounded."""
+    from weightsmith.quantizers import rounded
+
+    (tmp_path / "whole").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "whole", [])
+    monkeypatch.setattr(rounded, "_KEPT", room)
+    monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
+    read: Counter[str] = Counter()
+    raw = CheckpointTensors.raw
+
+    def counted(self: CheckpointTensors, name: str, *where: int) -> Any:
+        found = raw(self, name, *where)
+        read[name] += found.size
+        return found
+
+    monkeypatch.setattr(CheckpointTensors, "raw", counted)
+    (tmp_path / "out").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [])
+
+    sizes = {f"model.layers.0.{name}.weight": 2 * a * b for name, (a, b) in SHAPES.items()}
+    assert max(read[name] / size for name, size in sizes.items()) <= times
+    assert (sum(read[name] for name in sizes) > sum(sizes.values())) == (times == 2)
+    made, whole = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert made.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow

@@ -54,6 +54,14 @@ def kernels() -> ctypes.CDLL:
         *(_COUNT, _DATA, _COUNT, _DATA),
     ]
     library.weightsmith_multiply_rows.restype = None
+    library.weightsmith_round_tiles.argtypes = [
+        *(_DATA, _NUMBER, _COUNT, _COUNT, _COUNT, _COUNT),
+        *(_NUMBER, _NUMBER, ctypes.c_float, _DATA, _DATA, _DATA),
+    ]
+    library.weightsmith_compare_tiles.argtypes = [
+        *(_DATA, _DATA, _NUMBER, _DATA, _COUNT, _COUNT),
+        *(_DATA, _NUMBER, _COUNT, _COUNT, _DATA),
+    ]
     return library
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors
@@ -65,14 +65,23 @@ class Matrix:
 
     def rows(self, source: CheckpointTensors, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Return some of its outputs as float32 [stop - start, inputs]."""
+        return self._read(source.part, start, stop)
+
+    def stored(self, source: CheckpointTensors, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return some of its outputs in the tensor's own type: [stop - start, inputs]."""
+        return self._read(source.array, start, stop)
+
+    def _read(
+        self, part: Callable[..., npt.NDArray[Any]], start: int, stop: int
+    ) -> npt.NDArray[Any]:
         import numpy as np
 
         span = slice(self.first + start, self.first + stop)
         if self.expert < 0:
-            return source.part(self.tensor, (span,))
+            return part(self.tensor, (span,))
         if not self.transposed:
-            return source.part(self.tensor, (self.expert, span))
-        return np.ascontiguousarray(source.part(self.tensor, (self.expert, slice(None), span)).T)
+            return part(self.tensor, (self.expert, span))
+        return np.ascontiguousarray(part(self.tensor, (self.expert, slice(None), span)).T)
 
 
 def matrices(source: CheckpointTensors, model: Path) -> tuple[Matrix, ...]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
+from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.errors import CheckFailed
 from weightsmith.foreign import read_json
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.schemes import Scheme
+from weightsmith.quantizers.tiled import Tiles
 from weightsmith.values import Json
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
 FLOAT4 = frozenset({"nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp4"})
 """Layouts of float4_e2m1, two codes per byte."""
-_FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 PARTS = (
     ".qweight", ".qzeros", ".scales", ".g_idx",
     ".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".input_scale",
@@ -65,6 +64,11 @@ class Layout:
             inputs=scheme.observed,
             outputs=scheme.tile[0],
         )
+
+    @property
+    def tiled(self) -> bool:
+        """Whether codes have a byte or half of one, and scales are of tiles."""
+        return self.method not in {"awq", "gptq", "pack-quantized"}
 
     @property
     def input_scale(self) -> str:
@@ -180,9 +184,14 @@ class PackedView:
             return _gptq(self.tensors, module, start, stop)
         if self.layout.method == "pack-quantized":
             return _packed(self.tensors, module, start, stop)
+        skipped = start % self.layout.outputs
+        return self.tiles(module, start - skipped, stop).rows()[skipped:]
+
+    def tiles(self, module: str, start: int = 0, stop: int | None = None) -> Tiles:
+        """Return codes and scales of outputs from `start`, which begins a tile, to `stop`."""
         if module in self._experts:
             return _stacked_mxfp4(self.tensors, self._experts[module], start, stop)
-        return _tiled(self.tensors, module, self.layout, start, stop)
+        return _tiles(self.tensors, module, self.layout, start, stop)
 
     def scales(self, module: str) -> npt.NDArray[np.float32]:
         """Return what a module's codes are multiplied by, as `scales_of`."""
@@ -294,42 +303,34 @@ def _packed(
     return np.ascontiguousarray(values.astype(np.float32) * np.repeat(scales, group, 1))
 
 
-def _tiled(
+def _tiles(
     tensors: CheckpointTensors, module: str, layout: Layout, start: int, stop: int | None
-) -> npt.NDArray[np.float32]:
-    """W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4."""
+) -> Tiles:
+    """W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4.
+
+    `start` begins a tile.
+    """
     import numpy as np
 
-    name = f"{module}.weight"
-    if layout.method in FLOAT4:
-        packed = tensors.array(f"{name}_packed")[start:stop]
-        values = _float4_pairs()[packed].view(np.float32).reshape(len(packed), -1)
-    elif tensors.info(name).dtype == "F8_E4M3":
-        values = _float8()[tensors.array(name)[start:stop].view(np.uint8)]
-    else:
-        values = tensors.part(name, (slice(start, stop),))
-    count, columns = values.shape
+    name = f"{module}.weight_packed" if layout.method in FLOAT4 else f"{module}.weight"
+    codes = tensors.array(name)[start:stop].view(np.uint8)
     first = start // layout.outputs
     last = None if stop is None else -(-stop // layout.outputs)
     scales = scales_of(tensors, module, layout, slice(first, last))
-    if layout.group_size:
-        scales = np.repeat(scales, layout.group_size, 1)[:, :columns]
-    if layout.outputs > 1:
-        scales = np.repeat(scales, layout.outputs, 0)[start - first * layout.outputs :][:count]
-    values *= scales
-    return np.asarray(values, np.float32)
+    high, wide = layout.outputs, layout.group_size or codes.shape[1]
+    if len(scales) == 1:  # one for all
+        high = max(1, len(codes))
+    return Tiles(dtype=tensors.info(name).dtype, codes=codes, scales=scales, tile=(high, wide))
 
 
 def _stacked_mxfp4(
     tensors: CheckpointTensors, matrix: Matrix, start: int, stop: int | None
-) -> npt.NDArray[np.float32]:
+) -> Tiles:
     """W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e."""
-    import numpy as np
-
     blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
     scales = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, start:stop]
-    values = _float4_pairs()[blocks].view(np.float32) * _powers_of_two(scales)[:, :, None]
-    return np.asarray(values.reshape(len(values), -1), np.float32)
+    codes, wide = blocks.reshape(len(blocks), -1), 2 * blocks.shape[-1]
+    return Tiles(dtype="U8", codes=codes, scales=_powers_of_two(scales), tile=(1, wide))
 
 
 def _powers_of_two(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -355,23 +356,3 @@ def scales_of(
     if layout.method == "nvfp4-pack-quantized":
         return np.asarray(scales / tensors.f32(f"{module}.weight_global_scale"), np.float32)
     return scales
-
-
-@cache
-def _float4_pairs() -> npt.NDArray[np.complex64]:
-    """Return the two values of each byte, the low bits first, as the halves of a complex number."""
-    import numpy as np
-
-    values = np.array([*_FLOAT4, *(-value for value in _FLOAT4)], np.float32)
-    codes = np.arange(256)
-    pairs = np.stack([values[codes & 15], values[codes >> 4]], 1)
-    return np.ascontiguousarray(pairs).view(np.complex64)[:, 0]
-
-
-@cache
-def _float8() -> npt.NDArray[np.float32]:
-    """Return the value of each float8_e4m3fn."""
-    import numpy as np
-
-    codes = np.arange(256, dtype=np.uint8)
-    return np.asarray(codes.view(array_type("F8_E4M3")).astype(np.float32))

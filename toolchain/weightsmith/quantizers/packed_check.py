@@ -201,20 +201,34 @@ def _check_near(
 
 def _error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     """Return the relative error of a matrix, a few rows at a time where the layout allows it."""
-    import numpy as np
-
     step = matrix.outputs
-    if view.layout.method not in {"awq", "gptq", "pack-quantized"}:
+    if view.layout.tiled:
         step = max(1, _BLOCK // matrix.inputs // view.layout.outputs) * view.layout.outputs
     wrong = norm = 0.0
     for start in range(0, matrix.outputs, step):
-        stop = min(start + step, matrix.outputs)
-        found, before = view.matrix(matrix.module, start, stop), matrix.rows(source, start, stop)
-        _check_values(found, before, matrix.module)
-        norm += float(np.vdot(before, before))
-        np.subtract(found, before, out=found)
-        wrong += float(np.vdot(found, found))
+        off, size = _squares(view, source, matrix, start, min(start + step, matrix.outputs))
+        wrong += off
+        norm += size
     return math.sqrt(wrong / norm) if norm else math.sqrt(wrong)
+
+
+def _squares(
+    view: PackedView, source: CheckpointTensors, matrix: Matrix, start: int, stop: int
+) -> tuple[float, float]:
+    """Return the sums of squares of some outputs' error, and of these outputs."""
+    import numpy as np
+
+    if view.layout.tiled:
+        before = matrix.stored(source, start, stop)
+        try:
+            return view.tiles(matrix.module, start, stop).squares(before)
+        except ValueError as problem:
+            raise CheckFailed(f"{matrix.module} has {problem}", hint=_HINT) from None
+    found, before = view.matrix(matrix.module, start, stop), matrix.rows(source, start, stop)
+    _check_values(found, before, matrix.module)
+    norm = float(np.vdot(before, before))
+    found -= before
+    return float(np.vdot(found, found)), norm
 
 
 def _rescaled_error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:

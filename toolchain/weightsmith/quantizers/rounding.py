@@ -1,14 +1,16 @@
-"""Round rows of a matrix to a scheme's codes and scales, in numpy.
+"""Round rows of a matrix to a scheme's codes and scales: in C where it is compiled, else in numpy.
 
-The numbers are those of compressed-tensors' own quantization in float32 (quantization/utils/
-helpers.py: calculate_qparams and generate_gparam; quantization/lifecycle/forward.py).
+Both give the same bytes. The numbers are those of compressed-tensors' own quantization in float32
+(quantization/utils/helpers.py: calculate_qparams and generate_gparam;
+quantization/lifecycle/forward.py).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.tensors import array_type
+from weightsmith.checkpoints.tensors import array_type, widened
+from weightsmith.kernels import tiles
 from weightsmith.quantizers.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -42,16 +44,47 @@ def fused_scale(most: float, scheme: Scheme) -> np.float32:
     return np.float32(found) if np.isfinite(found) else np.float32(1)
 
 
+def largest(rows: npt.NDArray[Any]) -> float:
+    """Return the largest magnitude, by bits without the sign: of floats, they have its order.
+
+    NaN counts as larger than all.
+    """
+    import numpy as np
+
+    bits = rows.view(f"u{rows.itemsize}")
+    most = (bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max(keepdims=True)
+    return float(most.view(rows.dtype).item())
+
+
 def round_rows(
-    rows: Floats, scheme: Scheme, shared: np.float32 | None = None
+    rows: npt.NDArray[Any], scheme: Scheme, shared: np.float32 | None = None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return codes and scales of rows [n, inputs], in the scheme's types.
+    """Return codes and scales of rows [n, inputs] of floats, in the scheme's types.
 
     `n` is a multiple of the tile's outputs unless the matrix ends there; for 4 bits, `inputs` is a
     multiple of the tile's. Without a fused scale, a tile of zeros has scale 1 in float32 and the
     least one as an exponent. `shared` is the fused scale of a scheme that has one. Raises
     ValueError for weights that are not finite.
     """
+    import numpy as np
+
+    if scheme.fused_scale and shared is None:
+        raise ValueError(f"{scheme.format.name} needs the fused scale")
+    if not tiles.reads(rows.dtype):
+        return _round_rows(widened(rows), scheme, shared)
+    (count, inputs), (high, wide) = rows.shape, (scheme.tile[0], scheme.tile[1] or rows.shape[1])
+    size = inputs // 2 if scheme.packed else inputs
+    codes = np.empty((count, size), array_type(scheme.codes))
+    scales = np.empty((-(-count // high), -(-inputs // wide)), array_type(scheme.scales))
+    named = (scheme.codes, codes), (scheme.scales, scales)
+    if not tiles.round_tiles(rows, (high, wide), float(shared or 0), *named):
+        raise ValueError("weights that are not finite")
+    return codes, scales
+
+
+def _round_rows(
+    rows: Floats, scheme: Scheme, shared: np.float32 | None
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     import numpy as np
 
     count, inputs = rows.shape
@@ -64,8 +97,8 @@ def round_rows(
         raise ValueError("weights that are not finite")
     stored, scale = _scales(most, scheme, shared)
     wide = np.repeat(scale, width, 1) if scheme.tile[1] else scale
-    tiles = rows.reshape(-1, outputs, rows.shape[1]) / wide[:, None]
-    codes = _codes(tiles.reshape(rows.shape), scheme)
+    tiled = rows.reshape(-1, outputs, rows.shape[1]) / wide[:, None]
+    codes = _codes(tiled.reshape(rows.shape), scheme)
     return codes[:count, : inputs // 2 if scheme.packed else inputs], stored
 
 
@@ -90,11 +123,9 @@ def _scales(
     if scheme.scales == "U8":
         return _powers_of_two(most)
     scale = most / np.float32(scheme.largest)
-    if not scheme.fused_scale:
+    if shared is None:
         scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
         return scale, scale
-    if shared is None:
-        raise ValueError(f"{scheme.format.name} needs the fused scale")
     small = np.minimum(scale * shared, np.float32(_LARGEST_SCALE)).astype(array_type(scheme.scales))
     wide = small.astype(np.float32)
     wide = np.where(wide == 0, np.float32(_LEAST_SCALE), wide)

@@ -123,7 +123,7 @@ def _write_shard(path: Path, outputs: Sequence[Output], works: Sequence[Work]) -
                 # A matrix's codes and scales may be in two shards.
                 if name in places:
                     file.seek(places[name])
-                    places[name] += file.write(memoryview(data.tobytes()))
+                    places[name] += file.write(data.reshape(-1).view("u1").data)
         file.flush()
         os.fsync(file.fileno())
     if places != ends:
