@@ -1,0 +1,82 @@
+"""vLLM's own models load what is written for experts: every code and scale where its weight was.
+
+vLLM 0.32 for CPUs builds each model with its loaders, without kernels. The 16-bit checkpoint says
+which weight is where; packed parameters must be near these, all others the same, and nothing may
+stay unloaded. So this needs no GPU, and says nothing about what kernels compute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SCANNING
+from weightsmith.quantizers.known import STACKED_MXFP4
+from weightsmith.quantizers.rounded import quantize
+from weightsmith.quantizers.schemes import SCHEMES
+
+from tests import vllm_parts
+from tests.fakes.known import make_known
+from tests.fakes.sparse import make_sparse
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the engine's packages are for it"),
+]
+PROBE = Path(__file__).with_name("vllm_loads.py")
+MOST = {"w8a8": 0.02, "fp8": 0.04, "fp8-block": 0.04, "nvfp4a16": 0.12, "mxfp4a16": 0.15}
+SPARSE = ("GptOssForCausalLM", "GraniteMoeForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
+CELLS = [
+    (architecture, name)
+    for architecture in sorted({*SPARSE, "Qwen3_5ForCausalLM"} | FURTHER_EXPERTS)
+    for name in SCHEMES
+    if not (architecture in STACKED_MXFP4 and name != "mxfp4a16")
+    and not (architecture in SCANNING and name == "fp8-block")
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def probe(root: Path) -> Iterator[subprocess.Popen[str]]:
+    """vLLM's own code, which answers a line by a line."""
+    env = {"PATH": os.environ["PATH"], "HOME": str(root), "OMP_NUM_THREADS": "1"}
+    with (root / "stderr").open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-S", PROBE],
+            env={**env, "PYTHONPATH": str(vllm_parts.packages())},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+        )  # fmt: skip
+        with process:
+            yield process
+            process.stdin.close()
+
+
+@pytest.mark.parametrize(("architecture", "name"), CELLS)
+def test_every_weight_comes_where_vllm_has_it(
+    probe: subprocess.Popen[str], root: Path, architecture: str, name: str
+) -> None:
+    plain, made = root / architecture, root / f"{architecture}-{name}"
+    if not plain.exists():
+        (make_sparse if architecture in SPARSE else make_known)(plain, architecture)
+    made.mkdir()
+    quantize(SCHEMES[name], plain, made, [])
+
+    probe.stdin.write(json.dumps({"plain": str(plain), "made": str(made)}) + "\n")
+    probe.stdin.flush()
+    answers = (line for line in probe.stdout if line.startswith("TOLD "))
+    told = json.loads(next(answers, "TOLD {}")[5:])
+    assert told.get("left") == [], told or (root / "stderr").read_text()[-3000:]
+    assert told["moved"] == []
+    assert any(one.endswith("w13_weight") or "gate_up" in one for one in told["errors"])
+    assert 0 < max(told["errors"].values()) < MOST[name]

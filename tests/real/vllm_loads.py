@@ -1,0 +1,168 @@
+"""Loads checkpoints with vLLM's own models and loaders; run with vLLM's packages, not with ours.
+
+Reads one JSON object per line: `made`, a packed checkpoint's folder, and `plain`, the folder of the
+16-bit one. Writes one per line: `errors`, the relative error of each packed parameter; `moved`,
+those in 16 bits that differ; `left`, those of which the packed checkpoint leaves some bytes as they
+were; or `error`. Nothing is computed: the kernels, which a CPU lacks, are replaced by nothing.
+"""
+
+import importlib
+import importlib.machinery
+import json
+import os
+import pkgutil
+import sys
+import tempfile
+import types
+from pathlib import Path
+from unittest.mock import MagicMock
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="ERROR")
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1")
+
+import torch
+import transformers.image_processing_utils  # noqa: F401  # before torchvision seems to be there
+from safetensors.torch import load_file
+
+
+class Nothing(types.ModuleType):
+    """A module that has everything: vLLM imports torchvision for pictures, which none here has."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__path__ = []
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+
+    def __getattr__(self, name):
+        return MagicMock()
+
+
+for name in ("", ".transforms", ".transforms.v2", ".transforms.v2.functional"):
+    sys.modules[f"torchvision{name}"] = Nothing(f"torchvision{name}")
+
+# ruff: noqa: E402
+import vllm.model_executor.models.registry as registry
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+UNSTORED = (
+    *(f"attn.{part}_{kind}" for part in "qkv" for kind in ("scale", "zero_point")),
+    "attn.prob_scale", "w13_input_global_scale", "w2_input_global_scale",
+)  # fmt: skip
+"""Parameters with defaults, which no checkpoint here has."""
+PLACES = ("layers.quantization.compressed_tensors", "layers.fused_moe.oracle")
+
+
+def without_kernels():
+    """Have vLLM choose no kernels: where tensors are stored does not depend on them."""
+    for place in PLACES:
+        package = importlib.import_module(f"vllm.model_executor.{place}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            try:
+                importlib.import_module(module.name)
+            except ImportError:
+                continue  # of another platform
+    for module in [one for name, one in sys.modules.items() if name.startswith("vllm.")]:
+        for name in dir(module):
+            if name.startswith("select_") and name.endswith("_moe_backend"):
+                setattr(module, name, chooser(sys.modules[getattr(module, name).__module__]))
+            elif name == "mxfp4_round_up_hidden_size_and_intermediate_size":
+                setattr(module, name, lambda _, *sizes: sizes)
+            elif name.startswith("init_") and name.endswith("_linear_kernel"):
+                setattr(module, name, MagicMock())
+    registry._run_in_subprocess = lambda make: make()
+
+
+def chooser(module):
+    """A function that chooses Marlin where there is one: its weights are as in the checkpoint."""
+    kinds = [one for name, one in vars(module).items() if name.endswith("Backend")]
+    kind = next((one for one in kinds if hasattr(one, "MARLIN")), kinds[0])
+    chosen = getattr(kind, "MARLIN", next(iter(kind)))
+    return lambda *_, **__: (chosen, MagicMock())
+
+
+def loaded(folder, fill):
+    """The parameters after loading, which had only these bytes before."""
+    args = EngineArgs(model=folder, dtype="bfloat16", enforce_eager=True, max_model_len=64)
+    config = args.create_engine_config()
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
+        if not torch.distributed.is_initialized():
+            store = f"file://{tempfile.mkdtemp()}/store"
+            init_distributed_environment(1, 0, store, 0, "gloo")
+            initialize_model_parallel(1, 1, backend="gloo")
+        model = initialize_model(vllm_config=config)
+        for parameter in model.parameters():
+            in_bytes(parameter.data).fill_(fill)
+        files = sorted(Path(folder).glob("*.safetensors"))
+        model.load_weights((n, t) for file in files for n, t in load_file(file).items())
+    return {n: p.data for n, p in model.named_parameters() if not n.endswith(UNSTORED)}
+
+
+def in_bytes(tensor):
+    return tensor.view(-1).view(torch.uint8)
+
+
+def same(one, other):
+    return torch.equal(in_bytes(one), in_bytes(other))
+
+
+def complete(folder):
+    """The parameters, and the names of those that loading leaves in part as they were."""
+    first, second = loaded(folder, 0x3C), loaded(folder, 0x3B)
+    return first, [name for name in first if not same(first[name], second[name])]
+
+
+def dequantized(found, name):
+    """A parameter's values from its codes and scales."""
+    codes = found.get(f"{name}_packed", found.get(name))
+    if codes.dtype == torch.uint8:
+        values = torch.stack([VALUES[(codes & 15).long()], VALUES[(codes >> 4).long()]], -1)
+        values = values.flatten(-2)
+    else:
+        values = codes.float()
+    scale = found[f"{name}_scale"]
+    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    if (shared := found.get(f"{name}_global_scale")) is not None:
+        experts = scale.dim() == 3
+        scale = scale / (shared.reshape(len(shared), -1)[:, :1, None] if experts else shared[0])
+    for axis in (-1, -2):
+        width, groups = values.shape[axis], scale.shape[axis]
+        if groups not in (1, width):
+            times = width // groups if width % groups == 0 else 128
+            scale = scale.repeat_interleave(times, axis).narrow(axis, 0, width)
+    return values * scale
+
+
+def about(asked):
+    plain, left = complete(asked["plain"])
+    if left:
+        return {"error": f"the 16-bit checkpoint leaves {left[:4]}"}
+    made, left = complete(asked["made"])
+    errors, moved = {}, []
+    for name, right in plain.items():
+        kept = made.get(name)
+        if kept is not None and (kept.dtype, kept.shape) == (right.dtype, right.shape):
+            moved += [] if same(kept, right) else [name]
+            continue
+        wrong = dequantized(made, name) - right.float()
+        errors[name] = float(wrong.norm() / right.float().norm())
+    return {"errors": errors, "moved": moved, "left": left}
+
+
+def main():
+    without_kernels()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            told = about(asked)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is the answer
+            told = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.write("TOLD " + json.dumps(told) + "\n")
+        sys.stdout.flush()
+
+
+main()
