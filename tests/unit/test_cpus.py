@@ -58,3 +58,20 @@ def test_counts_are_those_of_the_kernel(tmp_path):
     assert cpus._unused(stat) == {}
     assert cpus._unused(tmp_path / "absent") == {}
     assert cpus._unused().keys() == {f"cpu{n}" for n in mine}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu sse4_2 fma avx avx2 bmi2", True),
+        ("flags\t\t: fpu sse4_2 avx avx2", False),  # no CPU is known
+        ("flags\t\t: fpu sse4_2 fma avx", False),
+        ("Features\t: fp asimd", False),  # Arm
+        ("", False),
+    ],
+)
+def test_avx2_needs_fused_multiply_add(tmp_path, flags, expected):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\n{flags}\n")
+    assert cpus.has_avx2(info) is expected
+    assert not cpus.has_avx2(tmp_path / "absent")

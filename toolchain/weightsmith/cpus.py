@@ -1,4 +1,4 @@
-"""How many threads a computation gets on this machine."""
+"""What this machine's CPUs can do, and how many threads a computation gets."""
 
 from __future__ import annotations
 
@@ -7,8 +7,20 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+AVX2_LOOPS = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
+"""Environment in which torch and MKL use the same loops on all CPUs that have AVX2 and FMA."""
 _MOMENT = 0.2
 """Seconds; the kernel counts hundredths."""
+
+
+def has_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this CPU is an x86-64 with AVX2 and FMA."""
+    try:
+        lines = cpuinfo.read_text("ascii", errors="replace").splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return {"avx2", "fma"} <= set(flags)
 
 
 def all_but_one() -> int:

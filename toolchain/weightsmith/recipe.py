@@ -148,9 +148,10 @@ class Quantize(Section):
     )
     imatrix: str = Field(
         "",
-        description="Importance matrix of GGUF types: `auto` (llama-imatrix measures it on the "
-        "calibration text), `walk` (weightsmith does), `off`, or a file; default: `auto` below "
-        "five bits, else `off`.",
+        description="Importance matrix of GGUF types: `walk` (weightsmith measures it on the "
+        "calibration text), `auto` (llama-imatrix does), `off`, or a file; default: below five bits"
+        " `walk`, or `auto` for checkpoints below 200 MB and where it is not supported; else "
+        "`off`.",
     )
     split_max_size: str = Field(
         "",

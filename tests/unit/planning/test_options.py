@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 from weightsmith.errors import UsageError
-from weightsmith.planning.options import serve_options
+from weightsmith.planning.options import format_options, serve_options
+from weightsmith.quantizers import formats, gguf_calibration
 from weightsmith.recipe import Serve
 from weightsmith.serving.engine import ServeOptions
+from weightsmith.values import FileEntry, Tree
+
+from tests.fakes.memory import memory_tools
 
 
 def test_what_a_recipe_leaves_out_is_the_planners_default() -> None:
@@ -34,3 +38,28 @@ def test_a_memory_without_its_unit_is_refused(key: str) -> None:
     with pytest.raises(UsageError, match=f"serve.{key} 24 is 24 bytes") as caught:
         serve_options(Serve(**{key: "24"}))
     assert "24GiB" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("q4_k_m", "", "walk"),
+        ("q4_k_m", "auto", "auto"),
+        ("q4_k_m", "off", "off"),
+        ("q5_k_m", "", "off"),
+        ("q5_k_m", "walk", "walk"),
+        ("f16", "", "off"),
+    ],
+)
+def test_our_own_walk_measures_where_nobody_is_named(
+    tmp_path, monkeypatch, name, given, expected
+) -> None:
+    monkeypatch.setattr(gguf_calibration, "has_avx2", lambda: True)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    model = Tree(
+        root=tmp_path, files=(FileEntry(path="model.safetensors", size=1 << 30, digest="0" * 64),)
+    )
+    made = format_options(
+        "m", formats()[name], {"imatrix": given}, {}, model, memory_tools(tmp_path)
+    )
+    assert made.options["imatrix"] == expected

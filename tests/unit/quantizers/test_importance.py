@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import InputRefused
-from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers import formats, gguf_calibration, of_format
 from weightsmith.quantizers.architectures import EXPERTS, MEASURED, SEEING
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK
+from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK, measured_by
 from weightsmith.quantizers.gguf_imatrix import experts_missed, read_imatrix
 from weightsmith.quantizers.gguf_importance import read_importance
 from weightsmith.quantizers.layerwise import importance as walking
@@ -218,3 +218,21 @@ def test_an_unknown_architecture_is_refused_before_any_work(
     quantizer.check_options(model, quantizer.options(format_, {"imatrix": "auto"}))
     with pytest.raises(InputRefused, match=f"walk does not support {architecture}"):
         quantizer.check_options(model, quantizer.options(format_, {"imatrix": "walk"}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "avx2", "expected"),
+    [
+        ("LlamaForCausalLM", 200_000_000, True, "walk"),
+        ("LlamaForCausalLM", 199_999_999, True, "auto"),
+        ("LlamaForCausalLM", 10**12, False, "auto"),
+        ("DeepseekV3ForCausalLM", 10**12, True, "auto"),
+        ("GPT2LMHeadModel", 10**12, True, "auto"),
+    ],
+)
+def test_who_measures_depends_on_the_model_and_on_avx2(
+    monkeypatch, architecture, size, avx2, expected
+) -> None:
+    monkeypatch.setattr(gguf_calibration, "has_avx2", lambda: avx2)
+    model = ModelFacts.of({"architectures": [architecture]})
+    assert measured_by(model, size) == expected

@@ -50,7 +50,7 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     checkpoint = open_checkpoint(asked.model, tools.store)
     name, settings = out.stem or asked.model.name, asked.settings.model_dump()
     model = read_facts(asked.model)
-    options = format_options(name, format_, settings, {}, model, tools)
+    options = format_options(name, format_, settings, {}, checkpoint.tree, tools)
     _refuse_ignored(asked, options)
     check_model(options, model)
     projector = out.with_name(projector_name(out.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.cpus import all_but_one
 from weightsmith.errors import InputRefused
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
@@ -28,7 +28,7 @@ _CACHE = frozenset({"cache", "past_key_values"})
 """A layer's argument for keys and values; transformers has renamed it."""
 _TOKENS = 4096
 """Of a batch, padding included."""
-product = Products(all_but_one()).multiply
+product = Products(len(os.sched_getaffinity(0))).multiply
 """(rows [n, inputs], matrix [m, inputs]) -> float32 [n, m], by the fastest way."""
 
 

@@ -78,11 +78,10 @@ def _nothing_drawn() -> Iterator[None]:
             setattr(nn.init, name, draw)
 
 
-def _drawn(
-    draw: Callable[..., torch.Tensor], values: torch.Tensor, *more: Any, **named: Any
-) -> Any:
-    """Leave a parameter as it is."""
-    return values if isinstance(values, nn.Parameter) else draw(values, *more, **named)
+def _drawn(draw: Callable[..., torch.Tensor], *given: Any, **named: Any) -> Any:
+    """Leave a parameter as it is; torch names it where a mode replaces functions."""
+    values = given[0] if given else named["tensor"]
+    return values if isinstance(values, nn.Parameter) else draw(*given, **named)
 
 
 def _set_missing(model: Any) -> None:

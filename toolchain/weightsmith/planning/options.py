@@ -13,11 +13,12 @@ from weightsmith.ports import Progress
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
-from weightsmith.quantizers.gguf_calibration import IMATRIX_WORDS
+from weightsmith.quantizers.gguf_calibration import IMATRIX_WORDS, measured_by
 from weightsmith.recipe import Serve, TextBounds
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import parse_size
+from weightsmith.serving.parameters import weights_from_config
 from weightsmith.serving.targets import Target
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.stages.unmerged import served_adapters
@@ -69,8 +70,7 @@ def quantize_options(
     settings = file.recipe.quantize.model_dump()
     if settings["imatrix"] not in IMATRIX_WORDS:
         settings["imatrix"] = str(file.folder / settings["imatrix"])
-    model = read_facts(base.tree.texts)
-    found = format_options(file.recipe.name, format_, settings, about, model, tools)
+    found = format_options(file.recipe.name, format_, settings, about, base.tree, tools)
     return replace(found, texts=texts_of(file)) if needs_text(found) else found
 
 
@@ -79,18 +79,24 @@ def format_options(
     format_: Format,
     settings: Mapping[str, Json],
     about: Mapping[str, Json],
-    model: ModelFacts,
+    model: Tree,
     tools: Tools,
 ) -> QuantizeOptions:
-    """Return the options that a format takes, with the digest of an importance matrix."""
+    """Return the options that a format takes, with the digest of an importance matrix.
+
+    `model` is the checkpoint, or the base that it will be merged from.
+    """
     given = str(settings.get("imatrix", ""))
     path = None if given in IMATRIX_WORDS else Path(given).absolute()
     if path is not None and not path.is_file():
         raise InputRefused(
             f"{path}: no such importance matrix", hint="give auto, walk, off or a file"
         )
-    quantizer = of_format(format_.name)
-    options = {**quantizer.options(format_, settings), **quantizer.options_of_model(model)}
+    quantizer, facts = of_format(format_.name), read_facts(model.texts)
+    options = {**quantizer.options(format_, settings), **quantizer.options_of_model(facts)}
+    if options.get("imatrix") == "auto" and not given:
+        size = model.weight_bytes or weights_from_config(facts)
+        options["imatrix"] = measured_by(facts, size)
     statistics = None
     if path is not None and options.get("imatrix", "off") not in IMATRIX_WORDS:
         entry = tools.store.digest_file(path)

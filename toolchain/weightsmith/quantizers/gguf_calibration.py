@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.cpus import has_avx2
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse_file
 from weightsmith.quantizers.architectures import MEASURED
@@ -16,6 +17,8 @@ WITHOUT_WALK = frozenset({"DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"})
 WALK_TOKENS = 1 << 16
 """Our walk runs so many through all layers before the next: their states are in memory."""
 
+_WALK_BYTES = 200_000_000
+"""Of a checkpoint: below, the walk's imports take longer than llama-imatrix."""
 _WINDOW = 512
 """llama-imatrix's default."""
 _MIN_TOKENS = 256
@@ -42,6 +45,15 @@ def check_walk(model: ModelFacts) -> None:
             f"imatrix: walk does not support {model.architecture}",
             hint="set imatrix to auto, which lets llama-imatrix measure",
         )
+
+
+def measured_by(model: ModelFacts, size: int) -> str:
+    """Return who measures importance if nobody was named: `walk`, or `auto` for llama-imatrix.
+
+    `size` is the checkpoint's in bytes. Without AVX2, the bits of a walk are this CPU's own.
+    """
+    known = model.architecture in MEASURED - WITHOUT_WALK
+    return "walk" if known and size >= _WALK_BYTES and has_avx2() else "auto"
 
 
 def config_of(model: Path) -> dict[str, object]:

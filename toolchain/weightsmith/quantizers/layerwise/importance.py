@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from weightsmith.cpus import all_but_one
 from weightsmith.forward.layers import Layers, product
 from weightsmith.forward.libraries import load_tokenizer
+from weightsmith.forward.reproducible import reproducible
 from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, window_of
 from weightsmith.quantizers.layerwise.observing import is_experts
 
@@ -74,21 +74,22 @@ def importance(
     """Return the importance of each matrix of the layers, on the windows of llama-imatrix.
 
     `texts`, of `tokens` tokens by themselves, are joined by line ends. One layer at a time is in
-    memory in float32, and the states of 65,536 tokens. Raises InputRefused for too little text, for
+    memory in float32, and the states of 65,536 tokens. In an environment of `AVX2_LOOPS`, the bits
+    do not depend on the CPU. Raises InputRefused for too little text, for
     a checkpoint that lacks a tensor, and for inputs that are not finite.
     """
-    torch.set_num_threads(all_but_one())
     window = window_of(model, len(texts), tokens)
     chunks = list(_windows(load_tokenizer(model), "\n".join(texts), window))
     found: dict[str, Sums] = {}
     step = max(1, WALK_TOKENS // window)
     starts = range(0, len(chunks), step)
-    for number, start in enumerate(starts):
-        layers = Layers(model, chunks[start : start + step])
-        total = len(layers.layers)
-        for layer in range(total):
-            _run(layers, layer, found)
-            progress(number * total + layer + 1, len(starts) * total)
+    with reproducible(product):
+        for number, start in enumerate(starts):
+            layers = Layers(model, chunks[start : start + step])
+            total = len(layers.layers)
+            for layer in range(total):
+                _run(layers, layer, found)
+                progress(number * total + layer + 1, len(starts) * total)
     return Measured(sums=found, chunks=len(chunks), window=window)
 
 

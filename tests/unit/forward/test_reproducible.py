@@ -1,0 +1,92 @@
+"""Products in place of torch's own: the same values, in every shape that models use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+from weightsmith.forward.reproducible import reproducible
+
+SHAPES = [
+    ((5, 7), (7, 3)),
+    ((2, 5, 7), (2, 7, 3)),
+    ((2, 4, 5, 7), (2, 4, 7, 3)),
+    ((2, 4, 5, 7), (7, 3)),
+    ((1, 4, 5, 7), (2, 1, 7, 3)),
+    ((7,), (7, 3)),
+    ((2, 5, 7), (7,)),
+]
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+class Counted:
+    """Multiplies in float64, and counts how often."""
+
+    calls = 0
+
+    def __call__(self, rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.einsum("ni,mi->nm", rows.double(), matrix.double()).float()
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("way", [torch.matmul, torch.Tensor.matmul, lambda a, b: a @ b])
+def test_matrices_are_multiplied_as_torch_does(shapes, way) -> None:
+    left, right = (numbers(*shape) for shape in shapes)
+    product = Counted()
+    with reproducible(product):
+        found = way(left, right)
+    assert product.calls
+    torch.testing.assert_close(found, torch.matmul(left, right))
+
+
+@pytest.mark.parametrize("bias", [None, numbers(3)])
+def test_a_linear_layer_is_torchs(bias) -> None:
+    rows, matrix, product = numbers(2, 5, 7), numbers(3, 7), Counted()
+    with reproducible(product):
+        found = functional.linear(rows, matrix, bias)
+    assert product.calls == 1
+    torch.testing.assert_close(found, functional.linear(rows, matrix, bias))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": numbers(2, 1, 6, 6)},
+        {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril(1)},
+    ],
+    ids=lambda how: ",".join(how),
+)
+@pytest.mark.parametrize("heads", [4, 2])
+def test_attention_is_torchs(how, heads) -> None:
+    query, key, value = numbers(2, 4, 6, 8), numbers(2, heads, 6, 8), numbers(2, heads, 6, 5)
+    product = Counted()
+    with reproducible(product):
+        found = functional.scaled_dot_product_attention(
+            query, key, value, **how, enable_gqa=heads < 4
+        )
+    assert product.calls == 16
+    right = functional.scaled_dot_product_attention(query, key, value, **how, enable_gqa=heads < 4)
+    torch.testing.assert_close(found, right)
+
+
+def test_groups_of_rows_have_matrices_of_their_own() -> None:
+    rows, matrices, product = numbers(6, 8), numbers(3, 5, 8).transpose(1, 2), Counted()
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    with reproducible(product):
+        found = functional.grouped_mm(rows, matrices, offs=ends)
+    assert product.calls == 3
+    torch.testing.assert_close(found, torch.cat([rows[:2] @ matrices[0], rows[2:] @ matrices[2]]))
+
+
+def test_threads_are_as_before() -> None:
+    before = torch.get_num_threads()
+    with reproducible(Counted()):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before

@@ -1,0 +1,119 @@
+"""Torch's arithmetic with the same bits on every x86-64 CPU that has AVX2 and FMA.
+
+Our kernel for products adds up each element in the same order whatever the width of the CPU's
+vectors, but torch's libraries for them choose an order by CPU and maker. So here our kernel does
+all products. What is left is torch's own loops, each compiled for several kinds of CPU: they are
+asked for those of AVX2 (`weightsmith.cpus.AVX2_LOOPS`), and run on one thread, because the rest of
+a thread's share that does not fill a vector is computed by other code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(rows [n, columns], matrix [m, columns]) -> float32 [n, m]"""
+
+
+@contextmanager
+def reproducible(multiply: Product) -> Iterator[None]:
+    """Do all products of matrices by `multiply`, and the rest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with _ByProduct(multiply):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _ByProduct(TorchFunctionMode):
+    """Replaces the functions by which models multiply matrices."""
+
+    def __init__(self, multiply: Product) -> None:
+        super().__init__()
+        self._multiply = multiply
+        matmul = torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.bmm
+        self._ours: Mapping[Any, Callable[..., torch.Tensor]] = {
+            **dict.fromkeys((torch.matmul, torch.bmm, *matmul), self._matmul),
+            functional.linear: self._linear,
+            functional.scaled_dot_product_attention: self._attention,
+            torch._grouped_mm: self._of_groups,  # noqa: SLF001 - functional.grouped_mm calls it
+        }
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        return self._ours.get(func, func)(*args, **(kwargs or {}))
+
+    def _linear(
+        self, rows: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        flat = self._multiply(rows.reshape(-1, rows.shape[-1]), matrix)
+        found = flat.reshape(*rows.shape[:-1], len(matrix))
+        return found if bias is None else found + bias
+
+    def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return left [..., n, columns] times right [..., columns, m], as `torch.matmul` does."""
+        if left.dim() == 1:
+            return self._matmul(left[None], right)[..., 0, :]
+        if right.dim() == 1:
+            return self._matmul(left, right[:, None])[..., 0]
+        many = (left[..., 0, 0] + right[..., 0, 0]).shape
+        lefts = left.expand(*many, *left.shape[-2:]).reshape(-1, *left.shape[-2:])
+        rights = right.expand(*many, *right.shape[-2:]).reshape(-1, *right.shape[-2:])
+        pairs = zip(lefts, rights.transpose(1, 2), strict=True)
+        found = torch.stack([self._multiply(a, b) for a, b in pairs])
+        return found.reshape(*many, left.shape[-2], right.shape[-1])
+
+    def _of_groups(
+        self, rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """Return rows [n, columns] times matrices [groups, columns, m], each its group's.
+
+        `offs` [groups] are the ends of groups; rows behind the last are zero.
+        """
+        found = rows.new_zeros((len(rows), matrices.shape[2]))
+        for matrix, (start, end) in zip(matrices, pairwise([0, *offs.tolist()]), strict=True):
+            found[start:end] = self._multiply(rows[start:end], matrix.T)
+        return found
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,  # noqa: ARG002 - of training
+        *,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Return the attention [..., heads, n, head]; the formula is torch's own documentation's.
+
+        https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+        """
+        if is_causal:
+            attn_mask = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool).tril()
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, float("-inf"))
+        scaled = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+        times = query.shape[-3] // key.shape[-3] if enable_gqa else 1
+        keys, values = (each.repeat_interleave(times, -3) for each in (key, value))
+        found = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        masks = None if attn_mask is None else attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        # One head at a time, whose scores stay in the CPU's cache.
+        for place in product(*map(range, query.shape[:-2])):
+            scores = self._multiply(scaled[place], keys[place])
+            if masks is not None:
+                scores += masks[place]
+            found[place] = self._multiply(scores.softmax(-1), values[place].T)
+        return found
