@@ -33,7 +33,7 @@ from weightsmith.values import (
 )
 
 WALK_BUILDER = "merge"
-WALK_RECIPE_NUMBER = 1
+WALK_RECIPE_NUMBER = 2
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
@@ -57,7 +57,10 @@ class QuantizeOptions:
 
 def inputs(checkpoint: Digest, options: QuantizeOptions) -> StageInputs:
     """Return everything that the quantized artifact depends on."""
-    quantizer = of_format(options.format.name)
+    quantizer, texts = of_format(options.format.name), options.texts
+    walk = (
+        walked_inputs(checkpoint, texts).key if texts and quantizer.walked(options.options) else ""
+    )
     return StageInputs(
         stage="quantize",
         recipe_number=quantizer.recipe_number,
@@ -67,7 +70,8 @@ def inputs(checkpoint: Digest, options: QuantizeOptions) -> StageInputs:
             "format": options.format.name,
             "name": options.name,
             "options": dict(options.options),
-            "calibration": options.texts.calibration_digest if options.texts else "",
+            "calibration": texts.calibration_digest if texts else "",
+            **({"importance": walk} if walk else {}),
             "builder": builder_pins(quantizer.builder),
         },
     )
