@@ -98,8 +98,29 @@ def test_keys_that_are_shared_in_the_file(tmp_path: Path) -> None:
     assert [(row.source, row.weight, row.version) for row in rows] == [
         ("./a", 0.5, "v1"), ("./b", 0.5, "v1"), ("./a", 0.5, "v3"),
     ]  # fmt: skip
-    path.write_text("name: bot\nbase: {source: a, source: b}\n")
-    with pytest.raises(UsageError, match="duplicate key 'source'"):
+
+
+def test_keys_that_the_mapping_around_them_shares(tmp_path: Path) -> None:
+    """A mapping is looked at as it is written, whatever was merged into it before."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: &one {<<: &any {source: ./a}, source: ./b}\n<<: [{name: x}, *one]\n")
+    with pytest.raises(UsageError, match="unknown key `source`"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("base: {source: a, source: b}", "'source'"),
+        ("base: {<<: {source: a, source: b}}", "'source'"),
+        ("base: {<<: {source: a}, <<: {source: b}}", "'<<'"),
+        ("image: {labels: {1: a, 1: b}}", "1"),
+    ],
+)
+def test_a_key_that_is_there_twice(tmp_path: Path, text: str, key: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: bot\n{text}\n")
+    with pytest.raises(UsageError, match=f"line 2, column .*duplicate key {key}"):
         read_recipe(path)
 
 

@@ -207,23 +207,21 @@ _MERGE = "tag:yaml.org,2002:merge"
 class _StrictLoader(yaml.SafeLoader):
     """YAML without duplicate keys: the second would silently win."""
 
-
-def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        if key_node.tag == _MERGE:  # `<<: *shared`, which gives way to keys beside it
-            continue
-        key = loader.construct_object(key_node)
-        if isinstance(key, str) and key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"duplicate key {key!r}", key_node.start_mark
-            )
-        seen.add(key if isinstance(key, str) else repr(key))
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping as it is written, before keys that it shares are merged into it."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):  # refused later: no key of a mapping
+                continue
+            merges = key_node.tag == _MERGE  # `<<: *shared`, which gives way to keys beside it
+            key = "<<" if merges else self.construct_object(key_node)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
+                )
+            seen.add(key)
+        return node
 
 
 def _yaml_fault(error: ValueError) -> str:
