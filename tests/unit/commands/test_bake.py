@@ -359,6 +359,16 @@ def test_a_configuration_without_the_projector_that_is_baked_is_refused(bakery: 
         bakery.bake("team/app:1", config=out)
 
 
+def test_a_configuration_keeps_its_options(bakery: Bakery) -> None:
+    out = bakery.folder / "serving"
+    options = ServeOptions(extra={"rope-scaling": "none", "reasoning-format": "none"})
+    render_model(bakery.model, "llamacpp-q8_0", "bot", options, out)
+    bakery.bake("team/app:1", config=out)
+    lines = ["LLAMA_ARG_ROPE_SCALING_TYPE=none", "LLAMA_ARG_THINK=none"]
+    found = served(bakery.image("team/app:1"), *(line.partition("=")[0] for line in lines))
+    assert tuple(map(sorted, found)) == (lines, lines)
+
+
 def test_a_configuration_of_another_engine_is_refused(bakery: Bakery) -> None:
     model, out = write_model(bakery.folder / "other"), bakery.folder / "serving"
     render_model(model, "sglang", "bot", ServeOptions(gpu="nvidia-l4"), out)

@@ -157,8 +157,9 @@ def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -
         )
     inside = target.engine.model_dir
     path = f"{inside}/{served_file(model, target)}".rstrip("/")
-    # Without one, a name that no file has finds the variable that must not be there.
-    projector = f"{inside}/{model.projector.file}" if model.projector else "none"
+    # Without one, a path that no option has finds the variable that must not be there.
+    absent = f"{inside}/no projector"
+    projector = f"{inside}/{model.projector.file}" if model.projector else absent
     served = ServedModel(path=path, name=config.served_name, projector=projector, startup_seconds=0)
     known = target.engine.env(config.plan, served)
     places = {key: text for key, text in known.items() if text in (path, projector)}
@@ -170,7 +171,7 @@ def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -
     env, files = dict(config.env), dict(config.image_files)
     for key in places.keys() & env.keys():
         old, new = f"{key}={env.pop(key)}\n", f"{key}={places[key]}\n"
-        if places[key] != "none":
+        if places[key] != absent:
             env[key] = places[key]
         for name in files:
             files[name] = files[name].replace(old, new if key in env else "")
