@@ -124,7 +124,8 @@ def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding
         mine, theirs = old.get(key), new.get(key)
         if isinstance(mine, dict) and isinstance(theirs, dict):
             yield from _configs(mine, theirs)
-        elif canonical(mine) != canonical(theirs):  # NaN does not equal itself
+        # NaN does not equal itself, and 10000 is written as 10000.0, too.
+        elif mine != theirs and canonical(mine) != canonical(theirs):
             message = f"config.json: {key} is {theirs!r}, but {mine!r} in the base"
             yield finding(ERROR, "files", message[:300], "config.json")
 
