@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from weightsmith.errors import InputRefused
@@ -123,10 +123,21 @@ def check_adapter_folder(root: Path) -> list[str]:
     return names
 
 
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise InputRefused for a file of a folder that is a link which `scan` would not follow."""
+    real = folder.resolve()
+    for name in names:
+        if (real / name).is_symlink():
+            _check_link(real, name, _link_root(real))
+
+
 def _link_root(real: Path) -> Path:
-    """Return the folder that links may not leave: a snapshot's hub cache folder, else `real`."""
-    cache = real.parent.parent
-    return cache if real.parent.name == "snapshots" and cache.name.startswith("models--") else real
+    """Return the folder that links may not leave: `real`, or the hub cache folder it is in."""
+    for place in (real, *real.parents):
+        cache = place.parent.parent
+        if place.parent.name == "snapshots" and cache.name.startswith("models--"):
+            return cache
+    return real
 
 
 def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from weightsmith.checkpoints.folder import check_links
 from weightsmith.checkpoints.gguf_parts import files_of, model_name
 
 _PREFIX = "mmproj"
@@ -40,10 +41,13 @@ def gguf_models(names: Iterable[str]) -> list[str]:
 def files_with(path: Path) -> tuple[str, ...]:
     """Return the names of a GGUF model's parts, and of the projector beside them if there is one.
 
-    Raises InputRefused if a part is missing.
+    Raises InputRefused if a part is missing, or if one of the files beside `path` is a link out of
+    its folder.
     """
     names, projector = files_of(path), projector_name(path.name)
-    return (*names, projector) if (path.parent / projector).is_file() else names
+    names = (*names, projector) if (path.parent / projector).is_file() else names
+    check_links(path.parent, (name for name in names if name != path.name))
+    return names
 
 
 def _gguf(names: Iterable[str]) -> list[str]:
