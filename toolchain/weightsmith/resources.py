@@ -115,7 +115,8 @@ def compiled_engines(builder: str) -> tuple[str, ...]:
 def optional_engines(builder: str) -> tuple[str, ...]:
     """Return the engines whose tools make a builder's jobs faster, without changing a byte.
 
-    They are not part of the builder's pins, and its jobs run without them.
+    They are not part of the builder's pins, and its jobs run without them. A walk over calibration
+    text is the exception: it needs the kernels, and names them in its key.
     """
     return _naming(builder, "speeds_up")
 

@@ -13,6 +13,7 @@ from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
 from weightsmith.recipe import TextBounds
+from weightsmith.stages import quantize as stage
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.worker import jobs
@@ -69,6 +70,32 @@ def test_other_texts_measure_again(checkpoint, tools):
     again = quantize(checkpoint, wanted("iq4_xs", fewer), InStore(tools.store), tools).value
 
     assert again.details["given"] == ""
+
+
+def test_importance_of_a_walk_is_measured_again_with_other_kernels(monkeypatch):
+    """Their order of sums decides its last bits."""
+    checkpoint, key = Digest.of(b"model"), stage.walked_inputs(Digest.of(b"model"), TEXTS).key
+    walked = replace(wanted(), options={"imatrix": "walk"})
+    file = stage.inputs(checkpoint, walked).key
+
+    monkeypatch.setattr(stage, "engine_pins", lambda name: Digest.of(f"other {name}".encode()))
+
+    assert stage.walked_inputs(checkpoint, TEXTS).key != key
+    assert stage.inputs(checkpoint, walked).key != file
+
+
+def test_a_walk_has_the_kernels_that_the_quantizers_builder_compiles(checkpoint, tmp_path):
+    def walk(job, _report):
+        (job.output / job.file).write_text("walked")
+        return {}
+
+    tools = memory_tools(tmp_path, {"quantize": quantizer_job, "importance": walk})
+    walked = replace(wanted(), options={"imatrix": "walk"})
+
+    made = quantize(checkpoint, walked, InStore(tools.store), tools).value
+
+    assert made.details["given"] == "walked"
+    assert tools.runner.prepared == ["gguf", "merge"]
 
 
 def test_the_same_wish_is_not_quantized_again(checkpoint, tools):

@@ -17,7 +17,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.known import has_projector
 from weightsmith.quantizers.quantizer import Quantizer
-from weightsmith.resources import builder_pins
+from weightsmith.resources import builder_pins, engine_pins
 from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
 from weightsmith.tools import Tools
 from weightsmith.trees import discard
@@ -34,6 +34,8 @@ from weightsmith.values import (
 
 WALK_BUILDER = "merge"
 WALK_RECIPE_NUMBER = 2
+_KERNELS = "kernels"
+"""What multiplies in a walk: its order of sums decides the last bits."""
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
@@ -100,6 +102,7 @@ def walked_inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
             "checkpoint": checkpoint,
             "calibration": texts.calibration_digest,
             "builder": builder_pins(WALK_BUILDER),
+            "kernels": engine_pins(_KERNELS),
         },
     )
 
@@ -176,7 +179,7 @@ def _run(
         result = _quantized(folder, checkpoint, options, others, tools)
         return _kept(folder, checkpoint, others, to, result)
     if quantizer.walked(options.options):
-        with _walked(checkpoint, texts, quantizer.statistics, to, tools) as given:
+        with _walked(checkpoint, texts, quantizer, to, tools) as given:
             options = replace(options, texts=None, statistics=given)
             result = _quantized(folder, checkpoint, options, others, tools)
         return _kept(folder, checkpoint, others, to, result)
@@ -193,14 +196,16 @@ def _run(
 
 @contextmanager
 def _walked(
-    checkpoint: Checkpoint, texts: Texts, name: str, to: Destination, tools: Tools
+    checkpoint: Checkpoint, texts: Texts, quantizer: Quantizer, to: Destination, tools: Tools
 ) -> Iterator[Input]:
     """Yield the statistics that a walk over the layers has measured, or does now."""
-    known = partial(walked_inputs, checkpoint.digest, texts)
+    known, name = partial(walked_inputs, checkpoint.digest, texts), quantizer.statistics
     if earlier := to.find(known):
         yield Input.file(earlier, name)
         return
-    tools.runner.prepare(WALK_BUILDER, tools.progress)
+    # The quantizer's builder first: it compiles the kernels, which the walk needs too.
+    for builder in (quantizer.builder, WALK_BUILDER):
+        tools.runner.prepare(builder, tools.progress)
     size = checkpoint.tree.weight_bytes
     with tools.scratch() as folder:
         job = ImportanceJob(

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from weightsmith.cpus import has_avx2
+from weightsmith.errors import EnvironmentFailure
 from weightsmith.foreign import parse
 from weightsmith.jobs import CacheScalesJob, ImportanceJob
 from weightsmith.values import Json
@@ -14,7 +16,16 @@ Report = Callable[[int, int, str], None]
 
 
 def importance(job: ImportanceJob, report: Report) -> Mapping[str, Json]:
-    """Write the file; return how much text it was measured on."""
+    """Write the file; return how much text it was measured on.
+
+    Raises EnvironmentFailure where the bits would depend on the CPU although it has AVX2.
+    """
+    native: Any = importlib.import_module("weightsmith.forward.native")
+    if has_avx2() and not native.is_fast():
+        raise EnvironmentFailure(
+            "the importance matrix would depend on this CPU: weightsmith's kernels are missing",
+            hint="a warning above says why they could not be compiled; `imatrix: auto` needs none",
+        )
     module: Any = importlib.import_module("weightsmith.quantizers.layerwise.importance")
     rows = _rendered(job)
     found = module.importance(

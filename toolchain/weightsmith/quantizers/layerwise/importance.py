@@ -75,8 +75,8 @@ def importance(
 
     `texts`, of `tokens` tokens by themselves, are joined by line ends. One layer at a time is in
     memory in float32, and the states of 65,536 tokens. In an environment of `AVX2_LOOPS`, the bits
-    do not depend on the CPU. Raises InputRefused for too little text, for
-    a checkpoint that lacks a tensor, and for inputs that are not finite.
+    do not depend on the CPU. Raises InputRefused for too little text, for a checkpoint that lacks a
+    tensor, and for inputs that are not finite.
     """
     window = window_of(model, len(texts), tokens)
     chunks = list(_windows(load_tokenizer(model), "\n".join(texts), window))
