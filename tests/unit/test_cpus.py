@@ -63,14 +63,16 @@ def test_counts_are_those_of_the_kernel(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("flags\t\t: fpu sse4_2 fma avx avx2 bmi2", True),
-        ("flags\t\t: fpu sse4_2 avx avx2", False),  # no CPU is known
-        ("flags\t\t: fpu sse4_2 fma avx", False),
+        ("flags\t\t: fpu sse4_2 fma avx f16c bmi1 avx2 bmi2", True),
+        ("flags\t\t: fpu sse4_2 avx f16c bmi1 avx2 bmi2", False),  # no CPU is known
+        ("flags\t\t: fpu sse4_2 fma avx f16c bmi1 bmi2", False),
+        ("flags\t\t: fpu sse4_2 fma avx bmi1 avx2 bmi2", False),  # hidden by a virtual machine
+        ("flags\t\t: fpu sse4_2 fma avx f16c avx2", False),
         ("Features\t: fp asimd", False),  # Arm
         ("", False),
     ],
 )
-def test_avx2_needs_fused_multiply_add(tmp_path, flags, expected):
+def test_avx2_comes_with_what_the_kernels_use(tmp_path, flags, expected):
     info = tmp_path / "cpuinfo"
     info.write_text(f"processor\t: 0\n{flags}\n")
     assert cpus.has_avx2(info) is expected
