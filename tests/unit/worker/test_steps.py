@@ -1,6 +1,8 @@
-"""Who is blamed when a step's program fails."""
+"""Who is blamed when a step's program fails, and when a step counts as finished."""
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused
@@ -35,3 +37,21 @@ def test_an_exception_of_the_converter_is_the_models_fault(tmp_path):
 def test_other_exceptions_are_not(tmp_path, line, reads):
     with pytest.raises(EnvironmentFailure, match="ValueError: no offset"):
         run_steps(failing(line, reads), tmp_path, lambda *_: None)
+
+
+def test_a_step_is_finished_when_its_files_are_on_the_disk(tmp_path, monkeypatch):
+    """A program of others does not wait for that, and a power cut would leave half of a file."""
+    synced: list[str] = []
+
+    def sync(file: int) -> None:
+        assert not (tmp_path / ".done").exists()
+        synced.append(Path(f"/proc/self/fd/{file}").readlink().name)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    code = "import os; os.mkdir('raw'); open('a.gguf', 'w'); open('raw/.b', 'w')"
+    step = Step(title="converting", argv=(sys.executable, "-c", code), env={})
+
+    run_steps((step,), tmp_path, lambda *_: None)
+
+    assert sorted(synced) == [".b", "a.gguf"]
+    assert (tmp_path / ".done").is_file()

@@ -16,6 +16,7 @@ from weightsmith.drivers import process
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
 from weightsmith.quantizers.running import REFUSED
+from weightsmith.trees import below
 from weightsmith.worker.wire import Report, note
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def run_steps(
             f"{step.title} ({Path(step.argv[0]).name})",
             hint="the lines above are the program's own; the job's log has all of them",
         )
+        # What a step wrote is on the disk before the mark: programs of others do not wait for that.
+        _sync(output)
         # Marked before its inputs are deleted: a run that is killed in between can be resumed.
         with done.open("a", encoding="utf-8") as marks:
             marks.write(mark + "\n")
@@ -71,6 +74,13 @@ def run_steps(
             for found in path.parent.glob(path.name):
                 found.unlink()
     report(len(steps), len(steps), "steps")
+
+
+def _sync(output: Path) -> None:
+    for path in below(output):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _lacked_memory(ended: process.Completed) -> bool:
