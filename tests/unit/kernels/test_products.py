@@ -42,6 +42,22 @@ def test_exact_sums_are_exact(lanes: int) -> None:
     assert torch.equal(found, inputs @ matrix.float().T)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 5, 13])
+def test_bits_do_not_depend_on_the_width_of_vectors(dtype: torch.dtype, count: int) -> None:
+    """What measures importance promises that for CPUs with AVX2; 4 lanes fuse nothing."""
+    torch.manual_seed(count)
+    inputs, matrix = torch.randn(count, 1030), torch.randn(301, 1030).to(dtype)
+    found = {}
+    for most in (8, 16):
+        width = library.kernels().weightsmith_lanes(most)
+        found[width] = torch.empty(count, 301)
+        native.multiply(inputs, matrix, found[width])
+    if found.keys() != {8, 16}:
+        pytest.skip("this CPU has no AVX-512")
+    assert torch.equal(found[8], found[16])
+
+
 def test_a_transposed_matrix(lanes: int) -> None:
     inputs, matrix = torch.randn(3, 40), torch.randn(40, 50).T
     found = torch.empty(3, 50)
