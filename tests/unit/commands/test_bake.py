@@ -222,6 +222,16 @@ def test_an_image_without_a_plan_has_the_file_that_its_process_reads(
     assert not [key for key in (*settings, *words) if "len" in key or "seq" in key]
 
 
+def test_the_version_of_the_base_is_not_the_images(bakery: Bakery) -> None:
+    version = "org.opencontainers.image.version"
+    push_base(bakery.client, bakery.base, {**ENGINE, version: "1.4.0", "vendor": "x"}, {"a": b"2"})
+    bakery.bake("team/app:1")
+
+    labels = bakery.image("team/app:1").labels
+    assert version not in labels
+    assert (labels["dev.weightsmith.engine.version"], labels["vendor"]) == ("1.4.0", "x")
+
+
 def test_weights_below_a_base_that_hides_them(bakery: Bakery) -> None:
     base = f"{bakery.fake.host}/base/engine:hides"
     push_base(bakery.client, base, ENGINE, {"models/config.json": b"{}"})

@@ -266,6 +266,8 @@ def _as_oci(layer: Layer) -> Layer:
     return replace(layer, blob=replace(layer.blob, media_type=kind))
 
 
+_VERSION = "org.opencontainers.image.version"
+"""Label that is not inherited: of a base, it is the engine's version and not the model's."""
 _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
 
 
@@ -290,7 +292,8 @@ def _merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
     env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
     env.update(added.env)
     merged["Env"] = [f"{key}={value}" for key, value in env.items()]
-    merged["Labels"] = {**(base.get("Labels") or {}), **added.labels}
+    inherited = {k: v for k, v in (base.get("Labels") or {}).items() if k != _VERSION}
+    merged["Labels"] = {**inherited, **added.labels}
     if added.user is not None:
         merged["User"] = added.user
     if added.entrypoint is not None:
