@@ -166,6 +166,8 @@ def test_targets_are_pefts(values: dict[str, Any], tmp_path: Path) -> None:
         ({"r": 0}, "rank must be"),
         ({"r": "4"}, "rank must be"),
         ({"lora_alpha": None}, "alpha must be"),
+        ({"rank_pattern": None}, "rank_pattern is null"),
+        ({"bias": None}, "bias is null"),
         ({"rank_pattern": {"(": 3}}, "not a valid LoRA configuration"),
         ({"target_modules": "("}, "not a valid LoRA configuration"),
         ({"use_rslora": "yes"}, "use_rslora must be"),

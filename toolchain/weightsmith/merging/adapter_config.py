@@ -29,6 +29,8 @@ _PLAIN = (
     "use_bdlora use_qalora megatron_config token_indices init_weights peft_type"
 )
 """Fields that are read here or do not affect a merge."""
+_NEVER_NULL = ("alpha_pattern", "bias", "lora_dropout", "rank_pattern")
+"""Fields of LoRA without which a merge could do, but not its validation, for which PEFT runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,8 +182,11 @@ def _check_values(raw: Mapping[str, Any]) -> None:
         given = raw.get(name) or ()
         if not isinstance(given, list | tuple) or not all(isinstance(one, str) for one in given):
             raise TypeError(f"{name} must be a list of names, not {str(given)[:80]!r}")
+    lora = raw.get("peft_type") == "LORA"
+    if nulls := [name for name in _NEVER_NULL if lora and raw.get(name, "") is None]:
+        raise ValueError(f"{nulls[0]} is null, which PEFT cannot load")
     # Each other method has a name of its own for this: `vera_only`, `oft_only`.
-    only = "lora_only" if raw.get("peft_type") == "LORA" else "_only"
+    only = "lora_only" if lora else "_only"
     bias = raw.get("bias") or "none"
     if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith(only)):
         raise ValueError(f"bias must be none, all or lora_only, not {str(bias)[:80]!r}")
