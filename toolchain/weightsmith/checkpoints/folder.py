@@ -43,6 +43,8 @@ _CODE_CONFIGS = (
     "generation_config.json",
 )
 _MAX_DEPTH = 16
+_SCHEMES = ("hf", "pypi")
+"""Of sources that recipes name and that are no folders."""
 
 
 def scan(root: Path, *, gguf: bool = False) -> list[str]:
@@ -54,7 +56,7 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
     InputRefused for other links, devices, pipes, sockets, and non-portable names.
     """
     if not root.is_dir():
-        raise InputRefused(f"{root} is not a folder", hint="give the folder with the files")
+        raise _no_folder(root)
     real = root.resolve()
     names = sorted(_walk(real, "", _link_root(real), 0, gguf))
     seen: dict[str, str] = {}
@@ -189,6 +191,16 @@ def _check_link(root: Path, name: str, home: Path) -> None:
         )
     if not stat.S_ISREG(mode):
         raise _irregular(path)
+
+
+def _no_folder(root: Path) -> InputRefused:
+    scheme, colon, place = str(root).partition(":/")  # a path has lost the second slash of a URL
+    if scheme in _SCHEMES and colon:
+        return InputRefused(
+            f"{scheme}://{place} is not a folder, and this command downloads no models",
+            hint="download it first, and give the folder with the files",
+        )
+    return InputRefused(f"{root} is not a folder", hint="give the folder with the files")
 
 
 def _irregular(path: Path) -> InputRefused:

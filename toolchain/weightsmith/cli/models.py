@@ -15,8 +15,14 @@ from weightsmith.validating.result import Validation
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined
 
+_BASE = "folder of the base model"
 
-@command(many=("adapter",), sections={"options": Flags(section=Merge), "run": JOBS})
+
+@command(
+    many=("adapter",),
+    sections={"options": Flags(section=Merge), "run": JOBS},
+    meanings={"base": _BASE},
+)
 def merge(
     *,
     base: str = "",
@@ -57,7 +63,10 @@ def merge(
         "validation": Flags(section=Validate, only=("probes",)),
         "run": JOBS,
     },
-    meanings={"probes": "JSON Lines of chats to probe with; default: built-in ones"},
+    meanings={
+        "base": _BASE,
+        "probes": "JSON Lines of chats to probe with; default: built-in ones",
+    },
 )
 def validate(
     *,
