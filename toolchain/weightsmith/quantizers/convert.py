@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.without_data import computed
-from weightsmith.errors import WeightsmithError
+from weightsmith.errors import WeightsmithError, ran_out_of_memory
 from weightsmith.forward.libraries import import_lightly
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE
@@ -115,7 +115,10 @@ def _write_projector(
             raise ValueError("it found no tensors of a vision tower")
     except (WeightsmithError, MemoryError, OSError):
         raise
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - the file is then for text alone
+    except (Exception, SystemExit) as error:
+        if ran_out_of_memory(error):  # with more of it there would be a projector
+            raise
+        # The file is then for text alone.
         traceback.print_exc()
         print(f"no projector: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         first.unlink(missing_ok=True)

@@ -1,0 +1,40 @@
+"""A model that sees is for text alone only if the converter cannot read its vision tower."""
+
+import pytest
+from weightsmith.quantizers import convert
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Run a converter that ends with an error; return what is left of the projector."""
+
+    def write(error: str) -> list[str]:
+        converter = tmp_path / "convert.py"
+        converter.write_text(
+            "import pathlib, sys\n"
+            "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('half')\n"
+            f"raise {error}\n"
+        )
+        convert._write_projector(converter, tmp_path, [], [tmp_path / "mmproj-demo.gguf"])
+        return [path.name for path in tmp_path.glob("*.gguf")]
+
+    return write
+
+
+@pytest.mark.parametrize("error", ["ValueError('no such tower')", "SystemExit(1)"])
+def test_without_a_way_to_convert_it_there_is_no_projector(written, error):
+    assert written(error) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory')",
+        "MemoryError()",
+        "OSError(28, 'No space left on device')",
+    ],
+)
+def test_a_lack_of_memory_or_disk_is_no_such_reason(written, error):
+    """Else a file without a projector would be stored, and found again on a larger machine."""
+    with pytest.raises((RuntimeError, MemoryError, OSError)):
+        written(error)
