@@ -93,6 +93,27 @@ def test_manifests_that_an_old_registry_does_not_know(
     assert "subject" in caught.value.hint
 
 
+def test_what_is_attached_already_is_not_sent_again(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    client.push(image, at(fake))
+    old, new = (
+        Attachment(
+            artifact_type="a/b",
+            subject=image.manifest_blob,
+            parts=(Part.of_bytes(text, "application/json"),),
+        )
+        for text in (b"{}", b"[]")
+    )
+    client.attach(at(fake), old)
+    fake.log.clear()
+    client.attach(at(fake), old, new)
+    sent = [path for method, path in fake.log if method == "PUT" and "/manifests/" in path]
+    assert f"/v2/team/app/manifests/{old.blob.digest}" not in sent
+    found = client.attached(at(fake), image.digest)
+    assert {blob.digest for blob, _ in found} == {old.blob.digest, new.blob.digest}
+
+
 def test_layers_are_mounted_from_another_repository(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:

@@ -20,20 +20,31 @@ _COSIGN = (".sig", ".att")
 
 
 def attach(session: RegistrySession, reference: Reference, *attachments: Attachment) -> None:
-    """Push attachments into their image's repository, where every reader will find them."""
+    """Push attachments into their image's repository, where every reader will find them.
+
+    One whose manifest is there is not sent again: a registry takes a manifest after its blobs.
+    """
     added: dict[Digest, list[Attachment]] = {}
     knows = True
-    blobs = {blob.digest: (blob, o) for a in attachments for blob, o in a.blobs()}
+    there = {
+        attachment.blob.digest
+        for attachment in attachments
+        if downloads.digest_of(session, reference.at(attachment.blob.digest))
+    }
+    missing = [a for a in attachments if a.blob.digest not in there]
+    blobs = {blob.digest: (blob, o) for a in missing for blob, o in a.blobs()}
     for blob, opener in blobs.values():
         uploads.upload_blob(session, blob, opener)
     for attachment in attachments:
-        data = attachment.manifest_bytes
-        reply = uploads.put_manifest(session, attachment.blob.digest, data, manifests.OCI_MANIFEST)
+        data, digest = attachment.manifest_bytes, attachment.blob.digest
+        reply = None
+        if digest not in there:
+            reply = uploads.put_manifest(session, digest, data, manifests.OCI_MANIFEST)
         if attachment.tag:
             target = Reference(reference.registry, reference.repository, attachment.tag)
             uploads.put_tag(session, target, data, manifests.OCI_MANIFEST, force=True)
         if attachment.raw is None or b'"subject"' in attachment.raw:
-            knows = knows and "oci-subject" in reply.headers
+            knows = knows and (reply is None or "oci-subject" in reply.headers)
             added.setdefault(attachment.subject.digest, []).append(attachment)
     for subject, those in added.items():
         # Some registries send this header and still have no referrers API.

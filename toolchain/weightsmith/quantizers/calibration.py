@@ -5,7 +5,7 @@ from __future__ import annotations
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import file_digest
 from pathlib import Path
@@ -37,16 +37,15 @@ class Texts:
     held_out: tuple[Row, ...]
     general: int = 0
     """Number of general texts among them, added if the file has too few."""
+    calibration_digest: Digest = field(init=False)
+    """Key of the calibration texts. Each stage of a build asks for it."""
+    held_out_digest: Digest = field(init=False)
+    """Key of the held-out texts."""
 
-    @property
-    def calibration_digest(self) -> Digest:
-        """Key of the calibration texts."""
-        return key_of(self.calibration)
-
-    @property
-    def held_out_digest(self) -> Digest:
-        """Key of the held-out texts."""
-        return key_of(self.held_out)
+    def __post_init__(self) -> None:
+        """Compute both keys once."""
+        object.__setattr__(self, "calibration_digest", key_of(self.calibration))
+        object.__setattr__(self, "held_out_digest", key_of(self.held_out))
 
     @property
     def letters(self) -> int:
