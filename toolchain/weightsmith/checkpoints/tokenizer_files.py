@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -16,5 +18,11 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-NAMED_TEMPLATES = "additional_chat_templates"
+_NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of further templates, `NAME.jinja`, beside the default one."""
+
+
+def is_named_template(name: str) -> bool:
+    """Return whether a model's file is a further chat template, such as one for tools."""
+    path = PurePosixPath(name)
+    return str(path.parent) == _NAMED_TEMPLATES and path.suffix == ".jinja"

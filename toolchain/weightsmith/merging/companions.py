@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.tokenizer_files import (
-    NAMED_TEMPLATES,
     TEMPLATE_FILES,
     TOKENIZER_FILES,
+    is_named_template,
 )
 from weightsmith.foreign import TOKENIZER, json_object, read_json
 from weightsmith.merging.plan import MergePlan
@@ -80,7 +80,7 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
     """Replace tokenizer and chat template by an adapter's, if it has them."""
     own = [name for name in names if name in TOKENIZER_FILES]
     before = _template_in(files)
-    template = [name for name in names if name in TEMPLATE_FILES or _is_named_template(name)]
+    template = [name for name in names if name in TEMPLATE_FILES or is_named_template(name)]
     complete = any(name in own for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if complete:
         for name in TOKENIZER_FILES:
@@ -89,7 +89,7 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
     if not complete and not template and "tokenizer_config.json" in own:
         new = _template_of(root, files)
     if template or _template_in(new):
-        for name in [name for name in files if name in TEMPLATE_FILES or _is_named_template(name)]:
+        for name in [name for name in files if name in TEMPLATE_FILES or is_named_template(name)]:
             del files[name]
     files.update(new)
     if before and not _template_in(files) and not any(name in files for name in TEMPLATE_FILES):
@@ -100,11 +100,6 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
             settings = _object(files, "tokenizer_config.json") | {"chat_template": before}
             files["tokenizer_config.json"] = _json(settings)
     return [f"{', '.join(sorted(new))} taken from the adapter {root.name}"] if new else []
-
-
-def _is_named_template(name: str) -> bool:
-    """Return whether a file is a further chat template, such as one for tools."""
-    return name.startswith(f"{NAMED_TEMPLATES}/") and name.endswith(".jinja")
 
 
 def _template_in(files: Mapping[str, bytes]) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 from weightsmith.checkpoints.folder import check_adapter_folder
 from weightsmith.checkpoints.templates import render_chat
-from weightsmith.checkpoints.tokenizer_files import NAMED_TEMPLATES
-from weightsmith.forward.libraries import load_tokenizer
+from weightsmith.checkpoints.tokenizer_files import is_named_template
+from weightsmith.forward.libraries import load_tokenizer, reading
 from weightsmith.time_limits import doing
 from weightsmith.validating.findings import ERROR, WARNING, Finding, finding
 
@@ -69,9 +69,9 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
         files = check_adapter_folder(adapter)
         if any(name in files for name in _TOKENIZERS):
             root, template = adapter, ""
-        if any(name in files for name in (*_TEMPLATES, "tokenizer_config.json")):
-            found = _template(adapter)
-            template, author = (found, adapter) if found else (template, author)
+        with reading(f"the chat template of {adapter}", "write it again: a text in UTF-8"):
+            found = _template(adapter, files)
+        template, author = (found, adapter) if found else (template, author)
     tokenizer = load_tokenizer(root)
     if template:
         tokenizer.chat_template = template
@@ -175,25 +175,27 @@ def _text(tokenizer: Any, item: Sequence[Message]) -> str:
     return "\n".join(message["content"] for message in item)
 
 
-def _template(root: Path) -> Any:
+def _template(root: Path, files: Sequence[str]) -> Any:
     """Return a folder's chat template, several as a dictionary by name, or ""."""
     named = {
-        path.stem: path.read_text("utf-8") for path in (root / NAMED_TEMPLATES).glob("*.jinja")
+        Path(name).stem: (root / name).read_text("utf-8")
+        for name in files
+        if is_named_template(name)
     }
-    default = _default_template(root)
+    default = _default_template(root, files)
     if isinstance(default, str):
         return {"default": default, **named} if default and named else default or named
-    return {str(entry.get("name")): entry.get("template") for entry in default}
+    return {str(entry["name"]): entry["template"] for entry in default}
 
 
-def _default_template(root: Path) -> Any:
+def _default_template(root: Path, files: Sequence[str]) -> Any:
     """Return a folder's template outside the folder of named ones: a text, a list, or ""."""
     from weightsmith.foreign import read_json
 
-    if (root / _TEMPLATES[0]).is_file():
+    if _TEMPLATES[0] in files:
         return (root / _TEMPLATES[0]).read_text("utf-8")
     for name in (_TEMPLATES[1], "tokenizer_config.json"):
-        if (root / name).is_file():
+        if name in files:
             value = read_json(root / name).get("chat_template")
             if isinstance(value, str | list):
                 return value
