@@ -1,10 +1,15 @@
 """What is read and refused before a quantized file is begun; tests/builds has the files."""
 
+import errno
+import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from weightsmith.errors import InputRefused
+from weightsmith.quantizers import gguf_pass
 from weightsmith.quantizers.gguf_header import Entry, Header
 from weightsmith.quantizers.gguf_pass import (
     Output,
@@ -67,6 +72,26 @@ def test_other_tensors_than_the_headers_are_an_error(tmp_path, named):
         write(source, targets, 15, tmp_path / "demo.gguf")
 
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_counts_as_finished_after_a_fault_of_the_disk(tmp_path, monkeypatch):
+    """The system tells of a lost write once, whoever's it was: the next call succeeds."""
+    faults = iter([None, OSError(errno.EIO, "Input/output error"), None, None])
+
+    def sync(_file: int) -> None:
+        if fault := next(faults):
+            raise fault
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    writer, journal = gguf_pass._Writer(1), tmp_path / "journal"
+    with journal.open("wb") as log:
+        file = SimpleNamespace(out=0, log=log.fileno())
+        writer._note("first", [], [file])
+        for name in ("second", "third"):
+            with pytest.raises(OSError, match="Input/output"):
+                writer._note(name, [], [file])
+
+    assert [json.loads(line) for line in journal.read_text().splitlines()] == [["first"]]
 
 
 def write(source: Source, targets: list[Target], file_type: int, path: Path) -> None:

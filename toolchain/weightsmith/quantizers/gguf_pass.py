@@ -224,6 +224,8 @@ class _Writer:
         self._waiting: list[tuple[int, list[Future[_Written]]]] = []
         """Weights and blocks of tensors that are being computed."""
         self._notes: list[Future[None]] = []
+        self._lost: OSError | None = None
+        """Why something may not be on the disk."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -308,9 +310,22 @@ class _Writer:
     def _note(self, name: str, blocks: Sequence[Future[_Written]], files: Sequence[_File]) -> None:
         written = [block.result() for block in blocks]
         for file in files:
-            os.fdatasync(file.out)
+            self._sync(file.out)
             pieces = [block[file.out] for block in written if file.out in block]
             os.write(file.log, line_of(name, pieces))
+
+    def _sync(self, out: int) -> None:
+        """Wait until what was written is on the disk; after an error, raise it each time.
+
+        The system tells of a lost write once (man 2 fsync): a later call proves nothing.
+        """
+        if self._lost is None:
+            try:
+                os.fdatasync(out)
+            except OSError as error:
+                self._lost = error
+        if self._lost is not None:
+            raise self._lost
 
 
 def _importance(file: _File, entry: Entry, matrices: int) -> np.ndarray | None:
