@@ -168,6 +168,8 @@ def test_shards_keep_their_order(tmp_path: Path) -> None:
         ({"a": ONE, "b": TWO}, {ONE: ["a"], TWO: ["a", "b"]}, "duplicate tensor 'a'"),
         ({"a": "../" + ONE}, {}, "invalid file name"),
         ({"a": "weights.bin"}, {}, "invalid file name"),
+        ({"a": ".own.safetensors"}, {".own.safetensors": ["a"]}, "invalid file name"),
+        ({"a": "consolidated.safetensors"}, {"consolidated.safetensors": ["a"]}, "invalid file"),
         ({}, {}, "weight_map"),
         ({"a": ONE}, {}, "cannot be read"),
     ],

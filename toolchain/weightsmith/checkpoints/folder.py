@@ -71,6 +71,11 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
     return [name for name in names if _belongs(name, gguf)]
 
 
+def is_ignored(name: str) -> bool:
+    """Return whether `scan` ignores files of this name: it neither checks nor digests them."""
+    return name.startswith(".") or bool(_JUNK_FILES.fullmatch(name))
+
+
 def ignored_files(root: Path) -> str:
     """Return a short list of the files that `scan` ignores, except hidden ones; "" if none."""
     taken = set(scan(root))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.folder import is_ignored
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import INDEX, json_object, read_json
 
@@ -220,6 +221,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             or not name.endswith(".safetensors")
             or not name.isprintable()
             or Path(name).name != name
+            or is_ignored(name)
         ):
             raise _refuse(index, f"{tensor!r} is mapped to the invalid file name {name!r}")
     return weight_map
