@@ -53,12 +53,14 @@ def test_a_layout_is_started_by_its_folder_and_by_its_name(bakery: Bakery) -> No
 
 
 def test_what_is_nowhere_or_no_server(bakery: Bakery) -> None:
-    bakery.bake("team/app:pack", base="", kind="modelpack")
+    layout = bakery.folder / "layout"
+    bakery.bake("team/app:pack", base="", kind="modelpack", layout=layout)
     tools, _ = tools_of(bakery, engine=True)
     for name, says in (
         ("support-bot", "the container engine has no image support-bot"),
         (f"{bakery.fake.host}/team/app:none", "no image .*404"),
         (f"{bakery.fake.host}/team/app:pack", "no program to start"),
+        (f"oci:{layout}", "no program to start"),
     ):
         with pytest.raises(UsageError, match=says):
             answer_of(name, tools)

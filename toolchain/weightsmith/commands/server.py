@@ -104,9 +104,6 @@ def _startable(image: str, tools: Tools) -> Iterator[tuple[str, Mapping[str, Jso
     from its registry into the engine, or without one into a layout, and deleted afterwards.
     """
     folder, name = locate(image) if is_layout(image) else (None, None)
-    if folder and not name:
-        yield f"oci:{folder}", read_layout(folder).config
-        return
     held = tools.engine.inspect(image) if not folder and tools.engine.answers() else {}
     if held:
         yield image, held.get("Config") or {}
@@ -117,6 +114,9 @@ def _startable(image: str, tools: Tools) -> Iterator[tuple[str, Mapping[str, Jso
             f"{image} holds a model's files and no program to start",
             hint="give an image of the kind `image`",
         )
+    if folder and not name:
+        yield f"oci:{folder}", found.config
+        return
     with tools.scratch() as scratch:
         layout = None if tools.images_in_engine else scratch / "image"
         try:
