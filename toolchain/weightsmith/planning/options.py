@@ -42,7 +42,9 @@ def _memory(key: str, text: str) -> int:
     """Return a memory's bytes; raises UsageError for a number that lacks its unit."""
     size = parse_size(text)
     if size < _LEAST_MEMORY:
-        raise UsageError(f"serve.{key} {text} is {size} bytes", hint=f"write a unit: {text}GiB")
+        raise UsageError(
+            f"serve.{key} {text} is {size} bytes", hint="write it with its unit, such as 24GiB"
+        )
     return size
 
 
