@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
@@ -85,8 +89,28 @@ def test_groups_of_rows_have_matrices_of_their_own() -> None:
     torch.testing.assert_close(found, torch.cat([rows[:2] @ matrices[0], rows[2:] @ matrices[2]]))
 
 
-def test_threads_are_as_before() -> None:
-    before = torch.get_num_threads()
+def test_threads_and_libraries_are_as_before() -> None:
+    before = torch.get_num_threads(), torch.backends.mkldnn.enabled
     with reproducible(Counted()):
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
+        assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == (1, False)
+    assert (torch.get_num_threads(), torch.backends.mkldnn.enabled) == before
+
+
+ACTIVATIONS = """
+import torch
+from transformers.activations import ACT2FN
+from weightsmith.forward.reproducible import reproducible
+with torch.inference_mode(), reproducible(None):
+    for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "tanh"):
+        print(name, ACT2FN[name](torch.ones(64, 512)).shape)
+"""
+
+
+def test_onednn_computes_no_activation() -> None:
+    """Its loops are made for the CPU that they run on; it tells what it does."""
+    done = subprocess.run(
+        [sys.executable, "-c", ACTIVATIONS],
+        check=True, capture_output=True, text=True, env={**os.environ, "ONEDNN_VERBOSE": "1"},
+    )  # fmt: skip
+    assert "silu torch.Size" in done.stdout
+    assert "eltwise" not in done.stdout

@@ -2,9 +2,10 @@
 
 Our kernel for products adds up each element in the same order whatever the width of the CPU's
 vectors, but torch's libraries for them choose an order by CPU and maker. So here our kernel does
-all products. What is left is torch's own loops, each compiled for several kinds of CPU: they are
-asked for those of AVX2 (`weightsmith.cpus.AVX2_LOOPS`), and run on one thread, because the rest of
-a thread's share that does not fill a vector is computed by other code.
+all products, and oneDNN, which also does GELU, is turned off. What is left is torch's own loops,
+each compiled for several kinds of CPU: they are asked for those of AVX2
+(`weightsmith.cpus.AVX2_LOOPS`), and run on one thread, because the rest of a thread's share that
+does not fill a vector is computed by other code.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @contextmanager
 def reproducible(multiply: Product) -> Iterator[None]:
-    """Do all products of matrices by `multiply`, and the rest on one thread."""
-    threads = torch.get_num_threads()
+    """Do all products of matrices by `multiply`, and the rest by torch's loops on one thread."""
+    onednn: Any = torch.backends.mkldnn
+    threads, enabled = torch.get_num_threads(), onednn.enabled
     torch.set_num_threads(1)
+    onednn.enabled = False
     try:
         with _ByProduct(multiply):
             yield
     finally:
+        onednn.enabled = enabled
         torch.set_num_threads(threads)
 
 
