@@ -132,6 +132,12 @@ def test_a_key_that_is_there_twice(tmp_path: Path, text: str, key: str) -> None:
         ({"adapters": ["./a"]}, "`adapters.0`: expected keys below it, such as source"),
         ({"serve": None}, "`serve`: expected keys below it, such as gpu"),
         ({"merge": "ties"}, "`merge`: expected keys below it, such as method"),
+        ({"image": {"labels": ["x"]}}, "`image.labels`: expected names with a value each"),
+        ({"image": {"labels": {"int": []}}}, "`image.labels.int`: input should be"),
+        ({"int": 1}, "unknown key `int`"),
+        ({"serve": {"max_num_seqs": 0}}, "`serve.max_num_seqs`: must be at least 1"),
+        ({"serve": {"max_num_seqs": 1.5}}, ".yaml: `serve.max_num_seqs`: expected a whole number"),
+        ({"quality": {"gate": "x"}}, ".yaml: `quality.gate`: expected true, false or 'measure'"),
     ],
 )
 def test_what_a_key_holds_is_said_in_words_of_yaml(change: dict, message: str) -> None:

@@ -28,6 +28,8 @@ _SCALARS: Mapping[type, str] = {
     datetime: "a time",
 }
 """Type that YAML gives to a text without quotes -> what it is."""
+_OR_A_WORD = {"int": "a whole number", "bool": "true, false"}
+"""Type that a field takes beside a word, such as `auto`, by pydantic's name -> what it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +107,9 @@ def _checked(
     try:
         return TypeAdapter(section).validate_python(dict(data))
     except ValidationError as error:
-        faults = [
-            _fault({**item, "loc": (*place, *item["loc"])})
-            for item in error.errors(include_url=False)
-        ]
+        faults = _faults(
+            [{**item, "loc": (*place, *item["loc"])} for item in error.errors(include_url=False)]
+        )
         raise UsageError(
             f"{where}: " + "; ".join(faults[:5]),
             hint="docs/reference/recipe.md lists every key",
@@ -233,6 +234,25 @@ def _yaml_fault(error: ValueError) -> str:
     return str(error)
 
 
+def _faults(errors: Sequence[Any]) -> list[str]:
+    """Return what is wrong; of a number or a word, pydantic says for each that it is not that."""
+    words = {e["loc"][:-1]: e["ctx"]["expected"] for e in errors if _is_of_word(e)}
+    found = []
+    for error in errors:
+        *outer, last = error["loc"] or ("",)
+        word = words.get(tuple(outer))
+        if word and last in _OR_A_WORD:
+            place = ".".join(map(str, outer))
+            found.append(f"`{place}`: expected {_OR_A_WORD[last]} or {word}")
+        elif not word:
+            found.append(_fault(error))
+    return found
+
+
+def _is_of_word(error: Any) -> bool:
+    return bool(error["loc"]) and str(error["loc"][-1]).startswith("literal[")
+
+
 def _fault(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if place == "evaluate.certainty":
@@ -244,6 +264,10 @@ def _fault(error: Any) -> str:
         return f"`{place}` is missing"
     if error["type"] == "string_type" and (kind := _SCALARS.get(type(error.get("input")))):
         return f"`{place}`: YAML reads {error['input']} as {kind}; write it in quotes"
+    if error["type"] == "value_error":
+        return (f"`{place}`: " if place else "") + str(error["ctx"]["error"])
+    if error["type"] == "dict_type":
+        return f"`{place}`: expected names with a value each, such as {{first: …, second: …}}"
     if error["type"] == "tuple_type":
         return f"`{place}`: expected a list, such as [first, second]"
     if error["type"] in {"model_type", "dataclass_type"}:
