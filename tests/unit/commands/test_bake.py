@@ -341,6 +341,19 @@ def test_a_configuration_is_for_the_file_that_is_baked(bakery: Bakery, parts: bo
 
 
 @pytest.mark.parametrize("sees", [False, True])
+def test_a_gguf_model_takes_pictures_if_it_has_a_projector(bakery: Bakery, sees: bool) -> None:
+    """Whatever the configuration beside it says."""
+    path = bakery.model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_config": {}}))
+    if sees:
+        shutil.copy(bakery.model / "tiny.gguf", bakery.model / "mmproj-tiny.gguf")
+    bakery.bake("team/app:pack", base="", kind="modelpack")
+
+    said = json.loads(bakery.image("team/app:pack").config_bytes)["config"]["capabilities"]
+    assert said["inputTypes"] == ["text", *(["image"] if sees else [])]
+
+
+@pytest.mark.parametrize("sees", [False, True])
 def test_a_configuration_names_the_projector_that_is_baked(bakery: Bakery, sees: bool) -> None:
     """Or none, if llama.cpp's converter could make none after all."""
     checkpoint, out = bakery.folder / "checkpoint", bakery.folder / "serving"

@@ -205,8 +205,15 @@ def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
         parameters=_count(facts),
         precision=facts.stated_dtype if facts else "",
         quantization=format_.name if format_.bits_per_weight < _PLAIN_BITS else "",
-        sees_images=bool(projector_in(split.tree) or (facts and facts.sees_images)),
+        sees_images=_sees_images(facts, split.tree),
     )
+
+
+def _sees_images(facts: ModelFacts | None, tree: Tree) -> bool:
+    """Return whether a model's files take pictures: GGUF files only with a projector."""
+    if gguf_models(file.path for file in tree.files):
+        return projector_in(tree) is not None
+    return bool(facts and facts.sees_images)
 
 
 def _license_name(inputs: ImageInputs, split: Resharded) -> str:
