@@ -128,7 +128,7 @@ def test_a_volume_is_for_both_and_a_modelpack_for_any(warm: Memory) -> None:
         ("vllm", "linux/arm64"),
         (TARGET, "linux/s390x"),
         (TARGET, "arm64"),
-        (TARGET, "linux/arm64/v8"),
+        (TARGET, "linux/arm/v7"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_any_work(
