@@ -5,7 +5,8 @@
 #include "types.h"
 
 // Multiplies inputs with rows of a matrix: out[i][row] = Σₖ inputs[i][k] · weights[row][k], in
-// float32, in any order.
+// float32. With fused sums (8 and 16 lanes), the order depends on k and `columns` alone: the bits of
+// what a walk over calibration text measures depend on it.
 // inputs: float32 (count, columns). weights: (rows, columns), of type `type`. out: float32 (count,
 // stride), of which the first `rows` of each are written. packed: room for PACKED floats.
 typedef void multiply_rows(

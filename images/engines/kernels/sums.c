@@ -189,9 +189,7 @@ void NAME(widen_weights, WIDTH)(const void *data, int type, int64_t count, float
         memcpy(out + i, &v, sizeof v);
     }
     if (i == count) return;
-    char buffer[sizeof(vec)] = {0};
-    memcpy(buffer, bytes + i * bytes_of(type), (count - i) * bytes_of(type));
-    vec v = widen(buffer, type);
+    vec v = widen_some(bytes + i * bytes_of(type), count - i, type);
     memcpy(out + i, &v, (count - i) * sizeof(float));
 }
 
