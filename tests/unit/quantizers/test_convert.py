@@ -38,3 +38,14 @@ def test_a_lack_of_memory_or_disk_is_no_such_reason(written, error):
     """Else a file without a projector would be stored, and found again on a larger machine."""
     with pytest.raises((RuntimeError, MemoryError, OSError)):
         written(error)
+
+
+def test_a_stored_projector_is_not_written_again(written, tmp_path):
+    """All formats of a pass share one; a killed run may have stored only some of them."""
+    stored = tmp_path / "stored"
+    stored.write_text("whole")
+    (tmp_path / "mmproj-demo.gguf").hardlink_to(stored)
+
+    written("ValueError('no such tower')")
+
+    assert stored.read_text() == "whole"

@@ -109,6 +109,7 @@ def _write_projector(
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
     words = [word for pair in pairs if pair[0] in _OF_ALL_FILES for word in pair]
     words += ["--mmproj", "--outfile", str(first), "--outtype", PROJECTOR_TYPE]
+    first.unlink(missing_ok=True)  # of a killed run: another format's stored file may be a link
     try:
         _convert(converter, folder, words)
         if not read_header(first).tensors:
