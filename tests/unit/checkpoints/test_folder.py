@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, scan
+from weightsmith.commands.render import open_model
 from weightsmith.errors import InputRefused
 
 
@@ -201,8 +202,9 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert "is not a folder" in refusal(scan, tmp_path / "x").message
 
 
-def test_a_source_of_recipes_is_no_folder() -> None:
+@pytest.mark.parametrize("read", [check_model_folder, open_model])
+def test_a_source_of_recipes_is_no_folder(read: Any) -> None:
     """`Path` takes the second slash from it."""
     with pytest.raises(InputRefused, match="hf://org/name is not a folder") as caught:
-        check_model_folder(Path("hf://org/name"))
+        read(Path("hf://org/name"))
     assert "download it first" in caught.value.hint

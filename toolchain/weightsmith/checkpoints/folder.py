@@ -56,7 +56,7 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
     InputRefused for other links, devices, pipes, sockets, and non-portable names.
     """
     if not root.is_dir():
-        raise _no_folder(root)
+        raise no_folder(root, "give the folder with the files")
     real = root.resolve()
     names = sorted(_walk(real, "", _link_root(real), 0, gguf))
     seen: dict[str, str] = {}
@@ -198,14 +198,15 @@ def _check_link(root: Path, name: str, home: Path) -> None:
         raise _irregular(path)
 
 
-def _no_folder(root: Path) -> InputRefused:
+def no_folder(root: Path, hint: str) -> InputRefused:
+    """Return the refusal of a path that is no folder, or that was the source of a recipe."""
     scheme, colon, place = str(root).partition(":/")  # a path has lost the second slash of a URL
     if scheme in _SCHEMES and colon:
         return InputRefused(
             f"{scheme}://{place} is not a folder, and this command downloads no models",
             hint="download it first, and give the folder with the files",
         )
-    return InputRefused(f"{root} is not a folder", hint="give the folder with the files")
+    return InputRefused(f"{root} is not a folder", hint=hint)
 
 
 def _irregular(path: Path) -> InputRefused:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.folder import scan
+from weightsmith.checkpoints.folder import no_folder, scan
 from weightsmith.checkpoints.gguf_names import files_with, gguf_models, projector_of
 from weightsmith.checkpoints.gguf_parts import model_name, parts_of
 from weightsmith.errors import InputRefused, UsageError
@@ -66,7 +66,7 @@ def open_model(path: Path, name: str = "") -> Model:
             **_weights_of(path.parent, weights),
         )
     if not path.is_dir():
-        raise InputRefused(f"{path} does not exist", hint="give the model's folder or .gguf file")
+        raise no_folder(path, "give the model's folder or .gguf file")
     names = scan(path, gguf=True)
     weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
     if not weights:
