@@ -8,8 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers.toolset import tools_variable, toolset_folder
 from weightsmith.fleets import running
 from weightsmith.oci.registry import Registry
+from weightsmith.wiring import cache_folder
 
 from tests.clusters import FOLDER, Cluster
 from tests.fakes.memory import Memory, in_memory
@@ -114,3 +116,14 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.fakes.ggufs import make_middle  # imports torch
 
     return make_middle(tmp_path_factory.mktemp("middle"))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Our kernels are found in this process, as in a job's."""
+    from weightsmith.forward import native
+
+    monkeypatch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
+    native.is_fast.cache_clear()
+    yield
+    native.is_fast.cache_clear()

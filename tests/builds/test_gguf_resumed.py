@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from weightsmith.drivers.toolset import tools_variable, toolset_folder
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_pass import (
     Output,
@@ -18,16 +17,10 @@ from weightsmith.quantizers.gguf_pass import (
     write_files,
 )
 from weightsmith.quantizers.gguf_rows import Place
-from weightsmith.wiring import cache_folder
 
 from tests.fakes.ggufs import program, run, same, theirs
 
 pytestmark = pytest.mark.builders
-
-
-@pytest.fixture
-def kernels(monkeypatch) -> None:
-    monkeypatch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
 
 
 def written(middle: Path, out: Path, broken_at: str = "", key: str = "") -> list[str]:

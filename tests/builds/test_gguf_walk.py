@@ -92,6 +92,7 @@ def test_a_file_made_with_it_is_llama_quantizes_own(tmp_path):
     assert same(files, theirs(middle, tmp_path / "theirs", "q4_k_m", *words))
 
 
+@pytest.mark.usefixtures("kernels")
 def test_base_and_adapter_give_the_file_of_the_merged_checkpoint(tmp_path):
     (config,) = (config for config in CONFIGS if config.model_type == "llama")
     config.vocab_size = 512

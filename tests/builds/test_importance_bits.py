@@ -10,7 +10,6 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from weightsmith.cpus import AVX2_LOOPS
 from weightsmith.drivers.local import LocalRunner
-from weightsmith.drivers.toolset import tools_variable, toolset_folder
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import ImportanceJob
 from weightsmith.quantizers.architectures import MEASURED
@@ -43,11 +42,6 @@ stack sub sum tanh to topk transpose tril type_as unbind uniform_ unsqueeze view
 zeros zeros_like
 """
 """Of torch: elementwise, sums along one axis, and what moves values; none calls a library."""
-
-
-@pytest.fixture
-def kernels(monkeypatch) -> None:
-    monkeypatch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
 
 
 class Watch(TorchDispatchMode):
