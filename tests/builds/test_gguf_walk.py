@@ -41,7 +41,7 @@ relative. For Phi-3, the converter takes this tokenizer to put a space before th
 
 def walked(model: Path, out: Path) -> Path:
     out.mkdir()
-    job = ImportanceJob(builder="merge", output=out, seconds=0, model=Input(path=model),
+    job = ImportanceJob(builder="gguf", output=out, seconds=0, model=Input(path=model),
                         texts=ROWS, file="imatrix.gguf")  # fmt: skip
     LocalRunner(cache_folder()).run(job, RecordingProgress())
     (file,) = out.iterdir()
@@ -104,7 +104,7 @@ def test_base_and_adapter_give_the_file_of_the_merged_checkpoint(tmp_path):
         made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
         out.mkdir()
         job = ImportanceJob(
-            builder="merge", output=out, seconds=0, model=Input(path=model), texts=ROWS,
+            builder="gguf", output=out, seconds=0, model=Input(path=model), texts=ROWS,
             file="imatrix.gguf", virtual=computing(base, adapters, made) if unwritten else None,
         )  # fmt: skip
         with computed(job):

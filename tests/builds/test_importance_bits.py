@@ -86,7 +86,7 @@ def test_bits_are_those_of_other_cpus(tmp_path, cpu):
     for model in models:
         out = tmp_path / f"{model.name}-here"
         out.mkdir()
-        job = ImportanceJob(builder="merge", output=out, seconds=0, model=Input(path=model),
+        job = ImportanceJob(builder="gguf", output=out, seconds=0, model=Input(path=model),
                             texts=rows, file="imatrix.gguf")  # fmt: skip
         LocalRunner(cache_folder()).run(job, RecordingProgress())
         assert (out / job.file).read_bytes() == Path(f"{model}.gguf").read_bytes()

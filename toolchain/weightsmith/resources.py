@@ -115,8 +115,7 @@ def compiled_engines(builder: str) -> tuple[str, ...]:
 def optional_engines(builder: str) -> tuple[str, ...]:
     """Return the engines whose tools make a builder's jobs faster, without changing a byte.
 
-    They are not part of the builder's pins, and its jobs run without them. A walk over calibration
-    text is the exception: it needs the kernels, and names them in its key.
+    They are not part of the builder's pins, and its jobs run without them.
     """
     return _naming(builder, "speeds_up")
 

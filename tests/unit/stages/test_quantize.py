@@ -13,6 +13,7 @@ from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
 from weightsmith.recipe import TextBounds
+from weightsmith.resources import compiled_engines
 from weightsmith.stages import quantize as stage
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.values import Checkpoint, Digest, FileEntry, Tree
@@ -78,13 +79,15 @@ def test_importance_of_a_walk_is_measured_again_with_other_kernels(monkeypatch):
     walked = replace(wanted(), options={"imatrix": "walk"})
     file = stage.inputs(checkpoint, walked).key
 
-    monkeypatch.setattr(stage, "engine_pins", lambda name: Digest.of(f"other {name}".encode()))
+    # Their sources are in the pins of the builder that compiles them.
+    assert "kernels" in compiled_engines(stage.WALK_BUILDER)
+    monkeypatch.setattr(stage, "builder_pins", lambda name: Digest.of(f"other {name}".encode()))
 
     assert stage.walked_inputs(checkpoint, TEXTS).key != key
     assert stage.inputs(checkpoint, walked).key != file
 
 
-def test_a_walk_has_the_kernels_that_the_quantizers_builder_compiles(checkpoint, tmp_path):
+def test_a_walk_runs_in_the_builder_that_has_the_kernels(checkpoint, tmp_path):
     def walk(job, _report):
         (job.output / job.file).write_text("walked")
         return {}
@@ -95,7 +98,7 @@ def test_a_walk_has_the_kernels_that_the_quantizers_builder_compiles(checkpoint,
     made = quantize(checkpoint, walked, InStore(tools.store), tools).value
 
     assert made.details["given"] == "walked"
-    assert tools.runner.prepared == ["gguf", "merge"]
+    assert tools.runner.prepared == ["gguf"]
 
 
 def test_the_same_wish_is_not_quantized_again(checkpoint, tools):

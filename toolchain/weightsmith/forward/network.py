@@ -41,7 +41,6 @@ def skeleton(root: Path) -> Any:
     A missing parameter is one NaN expanded to the parameter's shape, so that using it by mistake
     gives NaN. Raises InputRefused if transformers cannot build what config.json describes.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -50,10 +49,27 @@ def skeleton(root: Path) -> Any:
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         kind: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
-        with init_empty_weights(include_buffers=False), _nothing_drawn():
+        with _without_memory(), _nothing_drawn():
             model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
     _set_missing(model)
     return model.eval()
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Register parameters on the meta device; buffers are computed and kept."""
+    own = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, values: nn.Parameter | None) -> None:
+        if values is not None:
+            values = nn.Parameter(values.to("meta"), requires_grad=values.requires_grad)
+        own(module, name, values)
+
+    setattr(nn.Module, "register_parameter", register)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(nn.Module, "register_parameter", own)  # noqa: B010
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.known import has_projector
 from weightsmith.quantizers.quantizer import Quantizer
-from weightsmith.resources import builder_pins, engine_pins
+from weightsmith.resources import builder_pins
 from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
 from weightsmith.tools import Tools
 from weightsmith.trees import discard
@@ -32,10 +32,9 @@ from weightsmith.values import (
     Tree,
 )
 
-WALK_BUILDER = "merge"
+WALK_BUILDER = "gguf"
+"""It has the kernels that a walk multiplies with, and they are in its pins."""
 WALK_RECIPE_NUMBER = 2
-_KERNELS = "kernels"
-"""What multiplies in a walk: its order of sums decides the last bits."""
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
@@ -102,7 +101,6 @@ def walked_inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
             "checkpoint": checkpoint,
             "calibration": texts.calibration_digest,
             "builder": builder_pins(WALK_BUILDER),
-            "kernels": engine_pins(_KERNELS),
         },
     )
 
@@ -203,9 +201,7 @@ def _walked(
     if earlier := to.find(known):
         yield Input.file(earlier, name)
         return
-    # The quantizer's builder first: it compiles the kernels, which the walk needs too.
-    for builder in (quantizer.builder, WALK_BUILDER):
-        tools.runner.prepare(builder, tools.progress)
+    tools.runner.prepare(WALK_BUILDER, tools.progress)
     size = checkpoint.tree.weight_bytes
     with tools.scratch() as folder:
         job = ImportanceJob(
