@@ -135,7 +135,7 @@ def test_a_walk_serves_all_types_and_nothing_else_is_measured(memory: Memory) ->
     walk, pass_ = (job for job in memory.runner.jobs if job.kind in ("importance", "quantize"))
 
     assert walk.kind == "importance"
-    assert walk.builder == "merge"
+    assert walk.builder == "gguf"
     assert walk.virtual is not None
     assert (pass_.texts, pass_.options["imatrix"]) == ((), "walk")
     assert pass_.statistics is not None
