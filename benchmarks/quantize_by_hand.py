@@ -2,13 +2,14 @@
 
     python benchmarks/quantize_by_hand.py CHECKPOINT [--formats q4_k_m,gptq] [--rounds 3]
     python benchmarks/quantize_by_hand.py CHECKPOINT --billion --formats q4_k_m --imatrix off
-    python benchmarks/quantize_by_hand.py CHECKPOINT --billion --lora --formats q4_k_m --imatrix off
+    python benchmarks/quantize_by_hand.py CHECKPOINT --billion --lora 64 --formats q4_k_m \
+        --imatrix off|FILE [--only ours]
 
 Ours is the job in the local builder: it applies the chat template, writes the result with the
 checkpoint's own tokenizer, reads it back and checks it, without the gate. By hand means llama.cpp's
 three commands (two without a matrix), or a script that calls the library and saves. Both
 use the general texts. `--billion` takes CHECKPOINT's tokenizer alone, for random weights in the
-shape of a Llama of 1.07 billion. With `--lora`, an adapter of rank 64 on all linear layers is
+shape of a Llama of 1.07 billion. With `--lora`, an adapter of that rank on all linear layers is
 merged as well: by our merge that writes no checkpoint, and by PEFT's `merge_and_unload`. `start` is
 the builder's Python importing the library. Files are written below
 benchmarks/work/quantize-by-hand.
@@ -27,6 +28,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import merge as shapes
 import ml_dtypes
 import numpy as np
 from merge import PEFT, Shape, make_adapter, make_base
@@ -73,7 +75,7 @@ from weightsmith.ports import Silent
 from weightsmith.quantizers import formats
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.wiring import cache_folder
-base, out, name, _, adapter = sys.argv[1:]
+base, out, name, imatrix, adapter = sys.argv[1:]
 base, out, adapter = Path(base), Path(out), Path(adapter)
 model, file = out / "model", out / "file"
 model.mkdir(), file.mkdir()
@@ -84,6 +86,9 @@ made = runner.run(MergeJob(builder="merge", output=model, seconds=0, memory_byte
                            unwritten=True, **given), Silent())
 digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
 wanted = QuantizeOptions(name="m", format=formats()[name], options={"imatrix": "off"})
+if imatrix != "off":
+    matrix = Input(path=Path(imatrix))
+    wanted = QuantizeOptions(name="m", format=formats()[name], options={}, statistics=matrix)
 job = job_of(Input(path=model), 4 << 30, wanted, file)
 runner.run(replace(job, virtual=Virtual(**given, digests=digests)), Silent())
 """
@@ -171,6 +176,9 @@ def by_hand(
         if imatrix == "auto":
             measure = [tools / "bin" / "llama-imatrix", "-m", "f16.gguf", "-f", "text", *settings]
             commands.append(measure)
+        elif imatrix != "off":
+            matrix[1] = imatrix
+        if imatrix != "off":
             files = [*matrix, *files]
         return [*commands, [tools / "bin" / "llama-quantize", *files]]
     (folder / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -209,10 +217,12 @@ def timed(commands: list[list], folder: Path, made: Path) -> tuple[float, float,
     return time.monotonic() - began, cpu, peak / 1024, disk[0] / 1e6
 
 
-def compare(name: str, model: Path, rounds: int, imatrix: str, adapter: Path | None = None) -> None:
-    """Print the medians of our jobs, of the tools by hand, and of their start."""
+def compare(
+    name: str, model: Path, ways: list[str], rounds: int, imatrix: str, adapter: Path | None = None
+) -> None:
+    """Print the medians of the ways: our jobs, the tools by hand, and their start."""
     builder = of_format(name).builder
-    found: dict[str, list[tuple[float, ...]]] = {"ours": [], "by hand": [], "start": []}
+    found: dict[str, list[tuple[float, ...]]] = {way: [] for way in ways}
     for _ in range(rounds):
         shutil.rmtree(WORK, ignore_errors=True)
         for way in found:
@@ -220,16 +230,22 @@ def compare(name: str, model: Path, rounds: int, imatrix: str, adapter: Path | N
         ours = [sys.executable, "-c", OURS, model, WORK / "ours", name, imatrix]
         if adapter:
             ours = [*ours[:2], MERGED, *ours[3:], adapter]
-        hand, start = WORK / "by hand", WORK / "start"
-        found["ours"].append(timed([ours], ROOT, WORK / "ours"))
-        found["by hand"].append(timed(by_hand(name, model, hand, imatrix, adapter), hand, hand))
-        found["start"].append(timed([[python_of(builder), "-c", START[builder]]], start, start))
+        commands = {
+            "ours": [ours],
+            "by hand": by_hand(name, model, WORK / "by hand", imatrix, adapter)
+            if "by hand" in found
+            else [],
+            "start": [[python_of(builder), "-c", START[builder]]],
+        }
+        for way, rows in found.items():
+            at = ROOT if way == "ours" else WORK / way
+            rows.append(timed(commands[way], at, WORK / way))
     median = {
         way: [statistics.median(column) for column in zip(*rows, strict=True)]
         for way, rows in found.items()
     }
     for way, (wall, cpu, peak, disk) in median.items():
-        ratio = f"{cpu / median['by hand'][1]:.2f}"
+        ratio = f"{cpu / median['by hand'][1]:.2f}" if "by hand" in median else "-"
         cells = (name, way, f"{wall:.1f}", f"{cpu:.1f}", ratio, f"{peak:.0f}", f"{disk:.1f}")
         print(f"| {' | '.join(cells)} |", flush=True)
 
@@ -259,20 +275,22 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", default=ROOT / "examples" / "tiny" / "base")
     parser.add_argument("--formats", default="q4_k_m,gptq,fp8-static")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--imatrix", choices=("auto", "off"), default="auto")
+    parser.add_argument("--imatrix", default="auto", metavar="auto|off|FILE")
     parser.add_argument("--billion", action="store_true")
-    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--lora", type=int, metavar="RANK")
+    parser.add_argument("--only", default="ours,by hand,start", help="ways, separated by commas")
     asked = parser.parse_args()
     model = asked.model.absolute()
     if asked.billion:
         model = billion(model, WORK.with_name("billion"))
-    adapter = WORK.with_name("billion-lora") if asked.lora else None
+    adapter = WORK.with_name(f"billion-lora-{asked.lora}") if asked.lora else None
     if adapter and not adapter.exists():
+        shapes.RANK = asked.lora
         make_adapter(adapter, BILLION, "LORA")
     headings = ("format", "way", "wall s", "CPU s", "of by hand", "peak MiB", "peak disk MB")
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for name in asked.formats.split(","):
-        compare(name, model, asked.rounds, asked.imatrix, adapter)
+        compare(name, model, asked.only.split(","), asked.rounds, asked.imatrix, adapter)
     shutil.rmtree(WORK, ignore_errors=True)
 
 
