@@ -63,6 +63,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert_generation": ("BertGenerationConfig", SIZES | PLAIN | {"is_decoder": True}),
     "biogpt": ("BioGptConfig", SIZES | PLAIN),
     "openai": ("OpenAIGPTConfig", {"vocab_size": 96, "n_layer": 2, "n_head": 4, "n_embd": 32}),
+    "ctrl": (
+        "CTRLConfig",
+        {"vocab_size": 96, "n_positions": 32, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4},
+    ),
     "mamba": ("MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
     "bart": (
         "BartConfig",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,12 @@ WHERE: dict[str, Case] = {
         {"target_modules": ["word_embeddings"]},
     ),
     "embedding-of-another-name": ("openai", {}, {"target_modules": ["tokens_embed", "lm_head"]}),
+    "embedding-called-w": ("ctrl", {}, {"target_modules": ["w", "Wq"]}),
+    "saved-embedding-called-w": (
+        "ctrl",
+        {},
+        {"target_modules": ["Wq"], "modules_to_save": ["w"]},
+    ),
     "biases-that-peft-does-not-train": (
         "gpt_oss",
         {},
@@ -172,6 +180,36 @@ def test_merged_as_unmerged(name: str, bases: MakeBase, tmp_path: Path) -> None:
 
 
 BOTH = {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}
+APART: dict[str, dict[str, Any]] = {
+    "neither": Q,
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embedding-dora": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "embedding-once": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+    "head": {"target_modules": ["lm_head"]},
+    "both": BOTH,
+    "saved-embedding": Q | {"modules_to_save": ["embed_tokens"]},
+    "saved-head": Q | {"modules_to_save": ["lm_head"]},
+    "tokens": Q | {"trainable_token_indices": [1, 5]},
+    "tokens-of-the-head": Q | {"trainable_token_indices": {"lm_head": [3]}},
+    "tokens-that-differ": Q | {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [3]}},
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_head_of_its_own_that_config_json_ties(
+    name: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    base = shutil.copytree(bases("llama"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | TIED))
+
+    result = check(base, "llama", tmp_path, APART[name])
+
+    assert "tie_word_embeddings is set to false" in result["findings"][0]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+
+
 ONCE = {"ensure_weight_tying": True}
 RESIZED: dict[str, Case] = {
     "gpt2": ("gpt2", {}, {"target_modules": ["c_attn"]}),

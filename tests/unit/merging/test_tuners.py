@@ -93,6 +93,7 @@ ODD: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         "UNILORA",
         {"target_modules": ["q_proj", "lm_head"], "r": 4, "theta_d_length": 64},
     ),
+    "beside-experts": ("qwen3_moe", {}, "LOHA", {"r": 4}),
     "saved": ("llama", TIED, "VERA", {"r": 8, "modules_to_save": ["lm_head", "norm"]}),
     "its-biases": ("llama", BIAS, "BOFT", {"boft_block_size": 4, "bias": "boft_only"}),
     "shared-and-biases": ("llama", BIAS, "VERA", {"r": 8, "bias": "vera_only"}),

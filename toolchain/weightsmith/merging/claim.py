@@ -67,6 +67,8 @@ class AdapterView:
     base_config: Mapping[str, object]
     tie: Tie | None = None
     """The weight shared by the base's embedding and head."""
+    apart: Tie | None = None
+    """Embedding and head that config.json ties although the base has different weights for them."""
 
     def stored(self, key: str) -> Stored:
         """Return one of the adapter's tensors."""

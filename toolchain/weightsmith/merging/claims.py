@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from weightsmith.errors import InputRefused
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim
 from weightsmith.merging.families import families
+from weightsmith.merging.families.experts import is_one_of_stack
 from weightsmith.merging.names import added_prefix
 from weightsmith.merging.tasks import TASKS
 from weightsmith.merging.tying import is_head
@@ -70,10 +71,13 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
         return
     cut, put = added_prefix(f"{plain.module}.weight", plain.target)
     have = {claim.target for claim in claims}
+    # PEFT puts LoRA alone into stacks of experts; other tuners find no module of these names there.
+    stacked = view.config.kind != "LORA" and not any(is_one_of_stack(c.module) for c in claims)
     missing = []
     for name, source in view.sources.items():
         module = put + name.removeprefix(cut).removesuffix(".weight")
         matrix = name.endswith(".weight") and len(source.shape) == 2
+        matrix = matrix and not (stacked and is_one_of_stack(module))
         if matrix and name not in have and view.config.targets(module):
             missing.append(module)
     if missing:

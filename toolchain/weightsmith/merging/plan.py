@@ -37,7 +37,7 @@ from weightsmith.merging.quantized.base import STALE, base_view
 from weightsmith.merging.quantized.sources import held_bytes
 from weightsmith.merging.refused import REFUSED, UNMERGED
 from weightsmith.merging.tasks import task_settings
-from weightsmith.merging.tying import Tie, find_tie
+from weightsmith.merging.tying import Tie, find_tie, stored_apart
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 KINDS = ("merged", "copied", "replaced")
@@ -116,7 +116,9 @@ def make_plan(
     if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in planned]):
         tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
     tie = find_tie(config, tensors.sources)
-    views = [_view(n, adapter, tensors, config, tie) for n, adapter in enumerate(planned)]
+    apart = tie if tie and planned and stored_apart(tie, tensors.sources) else None
+    tie = None if apart else tie
+    views = [_view(n, one, tensors, config, tie, apart) for n, one in enumerate(planned)]
     claims = [_claims(view) for view in views]
     made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"), combination)
     return MergePlan(
@@ -129,6 +131,7 @@ def make_plan(
         settings={
             **dict.fromkeys(based.dropped),
             **settings,
+            **({"tie_word_embeddings": False} if apart else {}),
             **made.settings,
             **task_settings(config, views, claims),
         },
@@ -139,6 +142,7 @@ def make_plan(
             *_other_bases(planned, config),
             *made.findings,
             *_replicated(settings),
+            *((_untied(apart),) if apart else ()),
         ),
     )
 
@@ -231,12 +235,20 @@ def _replicated(settings: Mapping[str, Any]) -> list[str]:
     return [f"layer_replication: replicas are written as separate layers; config.json has {counts}"]
 
 
+def _untied(apart: Tie) -> str:
+    return (
+        f"config.json ties {apart.head} to {apart.embedding}, but the base has different weights "
+        "for them, so transformers does not tie them: tie_word_embeddings is set to false"
+    )
+
+
 def _view(
     number: int,
     adapter: PlannedAdapter,
     tensors: BaseTensors,
     config: Mapping[str, Any],
     tie: Tie | None,
+    apart: Tie | None,
 ) -> AdapterView:
     return AdapterView(
         index=number,
@@ -249,6 +261,7 @@ def _view(
         sources=tensors.sources,
         base_config=config,
         tie=tie,
+        apart=apart,
     )
 
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from weightsmith.merging.duplicates import same_bytes
+from weightsmith.merging.outputs import Source, Stored
+
 EMBEDDINGS = (
     *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"),
-    *("embeddings", "tokens_embed", "word_embedding"),
+    *("embeddings", "tokens_embed", "word_embedding", "w"),
 )
 HEADS = ("lm_head", "embed_out", "output_layer")
 _TABLE = "tied_heads.json"
@@ -49,8 +52,9 @@ def is_head(module: str) -> bool:
 def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie | None:
     """Return the shared weight of a model with tied embeddings, or None.
 
-    transformers ties if `tie_word_embeddings` is true, regardless of the file; a checkpoint without
-    a head's weight can only be tied. If config.json does not set it, the class decides.
+    transformers ties if `tie_word_embeddings` is true, unless the file has both (`stored_apart`); a
+    checkpoint without a head's weight can only be tied. If config.json does not set it, the class
+    decides.
     """
     embeddings = [name for name in names if is_embedding(name.removesuffix(".weight"))]
     embeddings = [name for name in embeddings if name.endswith(".weight")]
@@ -68,6 +72,19 @@ def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie |
     known = bool(heads) or causal or _kind(config) in _table() or _shares(config)
     also += _stacks(config, embedding, names)
     return Tie(embedding=embedding, head=head, also=also, known=known)
+
+
+def stored_apart(tie: Tie, sources: Mapping[str, Source]) -> bool:
+    """Return whether the base has different weights for embedding and head.
+
+    transformers then does not tie them (`PreTrainedModel.tie_weights`).
+    """
+    head, embedding = sources.get(tie.head), sources[tie.embedding]
+    if head is None:
+        return False
+    if not (isinstance(head, Stored) and isinstance(embedding, Stored)):
+        return True
+    return not same_bytes(head.path, head.info, embedding.info, embedding.path)
 
 
 def has_head(config: Mapping[str, object]) -> bool:

@@ -30,7 +30,7 @@ from weightsmith.values import (
 )
 
 BUILDER = "merge"
-RECIPE_NUMBER = 2
+RECIPE_NUMBER = 3
 _MEMORY_BYTES = 2 << 30
 """Smallest memory limit of the merge container; a sum of deltas needs only a fraction of it."""
 

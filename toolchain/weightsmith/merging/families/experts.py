@@ -60,6 +60,11 @@ def is_expert(view: AdapterView, module: str) -> bool:
     return bool(_stacks(view, module) or (one and _place(view, one["stack"], one["name"])))
 
 
+def is_one_of_stack(module: str) -> bool:
+    """Return whether a module is a layer of one expert, which transformers 5 loads in a stack."""
+    return _ONE.fullmatch(module) is not None
+
+
 def claims(view: AdapterView, module: str, pairs: Sequence[Pair]) -> Iterator[Claim]:
     """Yield one claim per base tensor that a module's pairs change.
 

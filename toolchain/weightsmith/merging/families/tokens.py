@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from weightsmith.errors import InputRefused
@@ -23,7 +24,11 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         if (match := _KEY.fullmatch(module_key(key)))
     }
     for module, key in found.items():
-        yield _one(view, module, key, found)
+        claim = _one(view, module, key, found)
+        yield claim
+        # PEFT goes by config.json here: its layer for tokens follows into a head of other weights.
+        if view.apart and is_embedding(module) and not any(map(is_head, found)):
+            yield replace(claim, keys=(), target=view.apart.head)
 
 
 FAMILY = Family(
@@ -66,8 +71,8 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
 
 def _check_bias(view: AdapterView, module: str) -> None:
     """Refuse a head with a bias, which PEFT's layer for trained tokens ignores."""
-    follows = view.tie and is_embedding(module)
-    head = view.tie.head.removesuffix(".weight") if view.tie and follows else module
+    tie = view.tie or view.apart
+    head = tie.head.removesuffix(".weight") if tie and is_embedding(module) else module
     if is_head(head) and view.find(head, "bias"):
         raise InputRefused(
             f"{view.path} trains tokens of {head}, whose bias PEFT ignores for such adapters: a "
