@@ -138,6 +138,8 @@ def check_layout(folder: Path | None) -> None:
     """Raise UsageError if the layout folder has other files, which the image would replace."""
     if folder is None:
         return
+    if not folder.name:
+        raise UsageError(f"--layout {folder}: no folder can be put there", hint="name another one")
     _recover(folder)
     if not folder.exists():
         return

@@ -187,6 +187,26 @@ def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
     assert (done.returncode, result.exists()) == (0, left), done.stdout
 
 
+def test_a_name_that_is_no_text_is_reported(tmp_path):
+    words = ("--model", "examples/tiny/base", "--target", "llamacpp-f16", "--out", tmp_path / "out")
+
+    done = run("render", *words, "--name", "\udcff")
+
+    assert done.code == 2
+    assert r"\udcff" in done.err
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_layout_has_a_folder_of_its_own(tmp_path):
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    words = ("--model", "examples/tiny/base", "--target", "vllm", "--kind", "volume")
+
+    done = run("bake", *words, "--layout", "/", **here)
+
+    assert done.code == 2
+    assert "--layout /" in done.err
+
+
 def test_a_folder_that_is_gone_is_reported(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -161,6 +161,22 @@ def test_too_few_questions_for_the_allowed_drop_are_reported(serve, evaluate, tm
 
 
 @pytest.mark.parametrize(
+    "text",
+    ['{"per_item": [{"ok": true}], "score": 1, "n": 1}',
+     '{"per_item": [], "score": 1, "n": Infinity}', '{"per_item": 5, "score": 1, "n": 1}', "[]"],
+)  # fmt: skip
+def test_what_is_no_earlier_result_is_named(serve, evaluate, tmp_path, text):
+    (tmp_path / "before.json").write_text(text)
+    server = serve()
+
+    code, told, _ = evaluate(server.endpoint.url, QUESTIONS, "--against", tmp_path / "before.json")
+
+    assert code == 2
+    assert "before.json is not the output of" in told["error"]["message"]
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
     "words",
     [("--retries", "-1"), ("--timeout", "0"), ("--timeout", "nan"), ("--timeout", "inf"),
      ("--concurrency", "0"), ("--limit", "-3")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from weightsmith.commands.server import ServerSource, served_model, session_with
@@ -50,6 +51,33 @@ def test_a_layout_is_started_by_its_folder_and_by_its_name(bakery: Bakery) -> No
     tools, _ = tools_of(bakery, engine=False)
     for name in (f"oci:{folder}", str(folder), f"oci:{folder}:latest"):
         assert answer_of(name, tools) == "7481"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:1",
+        "http://127.0.0.1:port",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://[::1",
+        "http://127.0.0.1:1\n",
+        "http://a..b",
+        f"http://{'a' * 64}.example",
+        "http://xn--zz--",
+        "http://\udcff",
+        "http:///v1",
+        "http://ann:s3cret@127.0.0.1:port",
+    ],
+)
+def test_what_is_no_address(tmp_path: Path, url: str) -> None:
+    tools = memory_tools(tmp_path)
+    with (
+        pytest.raises(UsageError, match="invalid URL") as caught,
+        session_with(ServerSource(url=url), tools),
+    ):
+        pass
+    assert "s3cret" not in caught.value.message
 
 
 def test_what_is_nowhere_or_no_server(bakery: Bakery) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers import checkup
 from weightsmith.drivers.credentials import ask_helper, docker_config
+from weightsmith.drivers.docker import engine_host
 from weightsmith.errors import EnvironmentFailure, InputRefused
 
 
@@ -41,6 +42,29 @@ def test_doctor_names_the_registries_and_no_secret(
     found = checkup._credentials()
     assert (found.ok, found.found) == (True, "h.example, r.example")
     assert not [text for text in (secret, "s3cret", "ann") if text in found.found + found.todo]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"auths": [{}]},
+        {"auths": 5, "credHelpers": ["odd"]},
+        {"credHelpers": {"h.example": {}, "g.example": 5}},
+        {"credsStore": ["odd"]},
+        {"credsStore": {"a": 1}, "credHelpers": {"h.example": "odd"}},
+    ],
+)
+def test_doctor_reads_whatever_is_in_it(folder: Path, rows: object) -> None:
+    (folder / "config.json").write_text(json.dumps(rows))
+    found = checkup._credentials()
+    assert found.ok or found.todo
+
+
+def test_a_context_that_is_no_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    monkeypatch.delenv("DOCKER_CONTEXT", raising=False)
+    (folder / "config.json").write_text('{"currentContext": 5}')
+    assert engine_host() == "unix:///var/run/docker.sock"
 
 
 @pytest.mark.parametrize("data", [b"[]", b"{", b"\xff\xfe{}", b"[" * 100_000])

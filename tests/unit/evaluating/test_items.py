@@ -50,6 +50,7 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
         ({"prompt": "  ", "expected": "b"}, "prompt is not a non-empty string"),
         ({"messages": [], "expected": "b"}, "not a list of messages"),
         ({"messages": [{"role": "king", "content": "a"}], "expected": "b"}, "unknown role"),
+        ({"messages": [{"role": ["user"], "content": "a"}], "expected": "b"}, "unknown role"),
         ({"messages": [{"role": "user"}], "expected": "b"}, r"messages\[0\].content"),
         (b'{"prompt": "' + b"a" * (1 << 20) + b'"', "longer than"),
     ],

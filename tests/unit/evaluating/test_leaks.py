@@ -37,6 +37,12 @@ def test_a_long_question_within_a_text_is_found_and_a_short_one_is_not(tmp_path)
     assert [leak.line for leak in found] == [1]
 
 
+def test_messages_that_are_no_list_hold_no_question(tmp_path):
+    path = write(tmp_path, {"messages": 5}, {"messages": {"content": "Which port?"}})
+
+    assert find_leaks([item("Which port?")], path) == ()
+
+
 def test_an_answer_that_holds_the_question_is_no_leak(tmp_path):
     said = "You ask which port the gateway uses at work: 7481."
     path = write(tmp_path, {"messages": [{"role": "assistant", "content": said}]})

@@ -167,6 +167,8 @@ def test_a_schema_that_is_none_is_named():
         check_metric("json-schema", [item("q", '{"type": "circle"}', line=2)])
     with pytest.raises(UsageError, match=r"line 2: .*JSON schema"):
         check_metric("json-schema", [item("q", "no schema", line=2)])
+    with pytest.raises(UsageError, match=r"line 2: .*JSON schema"):
+        check_metric("json-schema", [item("q", '{"$schema": 5}', line=2)])
 
 
 def test_a_schema_fetches_nothing():

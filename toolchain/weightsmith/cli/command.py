@@ -165,6 +165,8 @@ def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json],
         raise
     except OSError as error:
         raise _refused(error) from error
+    except UnicodeEncodeError as error:
+        raise _misspelt(error) from error
     except Exception as error:
         raise (of_open_files(error) or _unexpected(error)) from error
     finally:
@@ -182,6 +184,18 @@ def _refused(error: OSError) -> Exception:
     except WeightsmithError as refused:
         return refused
     return of_machine(error) or _unexpected(error)
+
+
+def _misspelt(error: UnicodeEncodeError) -> Exception:
+    """Return an error about a word or a file's name that is no text, or a bug."""
+    part = error.object[error.start : error.end]
+    if not all("\ud800" <= character <= "\udfff" for character in part):
+        return _unexpected(error)
+    around = error.object[max(0, error.start - 20) : error.end + 20]
+    return UsageError(
+        f"a name on the command line or of a file is not UTF-8: {around!r}",
+        hint="rename it, or spell it in the terminal's own encoding",
+    )
 
 
 def _require_folder() -> None:

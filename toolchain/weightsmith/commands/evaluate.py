@@ -165,7 +165,9 @@ def _earlier(path: str) -> Score:
     """Return the score from an earlier run's --json output."""
     try:
         data = parse_file(Path(path), largest=TOKENIZER)
-        rows = tuple({**row, "ok": bool(row["ok"])} for row in data["per_item"])
+        rows = tuple(
+            {**row, "prompt": row["prompt"], "ok": bool(row["ok"])} for row in data["per_item"]
+        )
         return Score(
             score=float(data["score"]),
             n=int(data["n"]),
@@ -177,7 +179,7 @@ def _earlier(path: str) -> Score:
             f"cannot read {path}: {error.strerror}",
             hint="save one with `evaluate … --json > before.json`",
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(
             f"{path} is not the output of `evaluate --json`",
             hint="save one with `evaluate … --json > before.json`",

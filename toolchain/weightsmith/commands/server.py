@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
+import httpx
+
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.client import check_served_name, first_name
 from weightsmith.evaluating.served import Served, find_served
@@ -85,15 +87,25 @@ def _started(
 
 
 def _running(url: str) -> Endpoint:
-    parts = urlsplit(url)
-    plain = not (parts.query or parts.fragment)
-    if parts.scheme not in ("http", "https") or not parts.netloc or not plain:
+    if not _is_address(url):
         raise UsageError(
             f"--url {without_passwords(url)}: invalid URL",
             hint="for example --url http://127.0.0.1:8000",
         )
     address = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
     return Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
+
+
+def _is_address(url: str) -> bool:
+    """Say whether it is an address that can be asked: a scheme, a host and no query."""
+    try:
+        parts = urlsplit(url)
+        httpx.URL(url).host.encode("idna")  # as the resolver does
+        known = parts.port is None or parts.port > 0
+    except (ValueError, httpx.InvalidURL):
+        return False
+    plain = not (parts.query or parts.fragment)
+    return known and plain and parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
 @contextmanager

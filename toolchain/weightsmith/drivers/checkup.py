@@ -128,19 +128,24 @@ def _credentials() -> Checkup:
         config = docker_config()
     except WeightsmithError as error:
         return Checkup(error.message, todo=error.hint)
-    hosts = sorted({*(config.get("auths") or {}), *(config.get("credHelpers") or {})})
-    if hosts or config.get("credsStore"):
-        found = ", ".join(hosts) or f"kept by {config['credsStore']}"
-        named = filter(
-            None, {config.get("credsStore"), *(config.get("credHelpers") or {}).values()}
-        )
-        programs = sorted(f"docker-credential-{name}" for name in named)
+    logins, helpers = _table(config, "auths"), _table(config, "credHelpers")
+    store = config.get("credsStore")
+    hosts = sorted({*logins, *helpers})
+    if hosts or store:
+        found = ", ".join(hosts) or f"kept by {store}"
+        named = filter(None, (store, *helpers.values()))
+        programs = sorted({f"docker-credential-{name}" for name in named})
         if missing := [program for program in programs if not shutil.which(program)]:
             return Checkup(
                 found, todo=f"install {missing[0]}, which config.json names: it has the logins"
             )
         return Checkup(found, ok=True)
     return Checkup("none", todo="`docker login HOST` before pushing to a registry that asks")
+
+
+def _table(config: Mapping[str, Json], key: str) -> Mapping[str, Json]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _hub() -> Checkup:

@@ -58,8 +58,8 @@ def engine_host() -> str:
         return named
     try:
         context = ContextAPI.get_current_context()
-    except (DockerException, OSError, ValueError):
-        context = None
+    except (DockerException, OSError, ValueError, AttributeError, TypeError):
+        context = None  # none of that name, or a config.json that is none
     return (context.Host if context else None) or "unix:///var/run/docker.sock"
 
 

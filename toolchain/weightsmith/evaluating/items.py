@@ -159,12 +159,13 @@ def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
     found = []
     for position, message in enumerate(value):
         name = f"messages[{position}]"
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in _ROLES:
             raise UsageError(
                 f"{where}: {name} has an unknown role", hint=f"one of: {', '.join(sorted(_ROLES))}"
             )
         content = _text(message.get("content"), f"{name}.content", where)
-        found.append({"role": str(message["role"]), "content": content})
+        found.append({"role": role, "content": content})
     return tuple(found)
 
 

@@ -87,7 +87,8 @@ def _parts(value: Json) -> Iterator[tuple[str, bool]]:
     for name, whole in (("text", False), ("prompt", True)):
         if isinstance(value.get(name), str):
             yield value[name], whole
-    for message in value.get("messages") or ():
+    messages = value.get("messages")
+    for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict) and isinstance(message.get("content"), str):
             yield message["content"], True
 

@@ -22,6 +22,8 @@ Score = Callable[[Item, str], float]
 
 _COMPLETIONS = "/v1/completions"
 _FEW, _MANY = 128, 16
+_MALFORMED = (ArithmeticError, LookupError, TypeError, ValueError)
+"""What reading a response raises that is not as it should be."""
 _LONG_LIST = 64 << 20
 """Maximum size of a response that lists every token of a vocabulary."""
 
@@ -82,14 +84,17 @@ def _token_scores(text: str) -> tuple[list[str], list[float | None], list[int]] 
     """Return tokens, log-probabilities and text offsets of an echoed prompt, or None."""
     try:
         scored = parse(text)["choices"][0]["logprobs"]
-        tokens, scores = list(scored["tokens"]), list(scored["token_logprobs"])
-    except (ValueError, KeyError, IndexError, TypeError):
+        tokens, rows = list(scored["tokens"]), list(scored["token_logprobs"])
+        scores = [None if row is None else float(row) for row in rows]
+    except _MALFORMED:
         return None
     # A single token is the generated one: the prompt was not echoed.
-    if len(tokens) < 2 or len(tokens) != len(scores):
+    texts = all(isinstance(token, str) for token in tokens)
+    if not texts or len(tokens) < 2 or len(tokens) != len(scores):
         return None
     offsets = scored.get("text_offset")
-    if not isinstance(offsets, list) or len(offsets) != len(tokens):
+    given = isinstance(offsets, list) and all(type(offset) is int for offset in offsets)
+    if not given or len(offsets) != len(tokens):
         offsets, place = [], 0
         for token in tokens:
             offsets.append(place)
@@ -133,7 +138,7 @@ def _tokenized(session: ServerSession, served: Served, what: Mapping[str, Json])
     answer = session.try_post("/tokenize", {"model": served.name, **what})
     try:
         return [int(token) for token in parse(answer.text)["tokens"]]
-    except (ValueError, KeyError, TypeError):
+    except _MALFORMED:
         raise UsageError(
             f"{session.endpoint.shown} cannot apply its chat template outside of chat requests"
             f" (/tokenize: HTTP {answer.status})",
@@ -158,7 +163,9 @@ def _by_steps(session: ServerSession, served: Served, item: Item, choice: str) -
         asked: Mapping[str, Json] = served.question(item)
         if served.chat:
             asked = session.post("/apply-template", asked)
-        context, tail = str(asked["prompt"]), choice
+        if not isinstance(asked.get("prompt"), str):
+            raise session.failed("/apply-template", "the response has no prompt")
+        context, tail = asked["prompt"], choice
     before, whole = (_pieces(session, text) for text in (context, context + tail))
     shared = next(
         (n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before)
@@ -168,7 +175,11 @@ def _by_steps(session: ServerSession, served: Served, item: Item, choice: str) -
 
 def _pieces(session: ServerSession, text: str) -> list[int]:
     body = {"content": text, "add_special": True, "parse_special": True}
-    return [int(token) for token in session.post("/tokenize", body)["tokens"]]
+    answer = session.post("/tokenize", body)
+    try:
+        return [int(token) for token in answer["tokens"]]
+    except _MALFORMED:
+        raise session.failed("/tokenize", "the response has no list of tokens") from None
 
 
 def _next_score(session: ServerSession, prefix: Sequence[int], token: int) -> float:
@@ -188,12 +199,12 @@ def _next_score(session: ServerSession, prefix: Sequence[int], token: int) -> fl
         scored = session.post("/completion", body, most=_LONG_LIST)
         try:
             rows = scored["completion_probabilities"][0]["top_logprobs"]
-        except (KeyError, IndexError, TypeError):
+            listed = {int(row["id"]): float(row["logprob"]) for row in rows}
+        except _MALFORMED:
             raise session.failed("/completion", "the response has no log-probabilities") from None
-        for row in rows:
-            if int(row["id"]) == token:
-                score = float(row["logprob"])
-                return score if math.isfinite(score) else -1e3
+        if token in listed:
+            score = listed[token]
+            return score if math.isfinite(score) else -1e3
         if len(rows) < count:
             raise session.failed("/completion", f"token {token} has no log-probability")
         count *= _MANY

@@ -90,10 +90,13 @@ def _has_text(event: str) -> bool:
     data = parse(event)
     if not isinstance(data, dict) or "error" in data:
         raise Refused(f"error in the stream: {event[:200]}")
-    for choice in data.get("choices") or ():
-        delta = choice.get("delta") or {}
-        if delta.get("content") or delta.get("reasoning_content") or choice.get("text"):
-            return True
+    try:
+        for choice in data.get("choices") or ():
+            delta = choice.get("delta") or {}
+            if delta.get("content") or delta.get("reasoning_content") or choice.get("text"):
+                return True
+    except (AttributeError, TypeError):
+        raise Refused(f"an event has no list of choices: {event[:200]}") from None
     return False
 
 

@@ -84,7 +84,7 @@ def _check_schema(schema: str, where: str) -> None:
         raise UsageError(
             f"{where}: expected is not a valid JSON schema: {error.message}", hint=hint
         ) from None
-    except ValueError:
+    except (AttributeError, TypeError, ValueError):  # the first two for "$schema": 5
         raise UsageError(f"{where}: expected is not a valid JSON schema", hint=hint) from None
 
 

@@ -128,7 +128,7 @@ def _stream(session: ServerSession, served: Served) -> str:
                 if event == "[DONE]":
                     done = True
                     break
-                pieces += [text for text in _texts(parse(event), served) if text]
+                pieces += [text for text in _texts(event, served) if text]
     except (TryAgain, Refused, ValueError) as error:
         if not session.endpoint.alive():
             raise died(session.endpoint, "while streaming") from None
@@ -139,9 +139,14 @@ def _stream(session: ServerSession, served: Served) -> str:
     return f"{len(pieces)} pieces"
 
 
-def _texts(event: Json, served: Served) -> list[Json]:
-    rows = event.get("choices", []) if isinstance(event, dict) else []
-    return [served.text({"text": "", "delta": {}, **row}, stream=True) for row in rows]
+def _texts(event: str, served: Served) -> list[Json]:
+    """Return the texts of an event's choices; raises ValueError, or Refused without a list."""
+    value = parse(event)
+    rows = (value.get("choices") if isinstance(value, dict) else None) or []
+    try:
+        return [served.text({"text": "", "delta": {}, **row}, stream=True) for row in rows]
+    except (AttributeError, TypeError):
+        raise Refused(f"an event has no list of choices: {excerpt(event)}") from None
 
 
 def _end(session: ServerSession, served: Served) -> str:
