@@ -73,6 +73,19 @@ def test_what_each_system_reads() -> None:
     assert matrix_of(builds(300, "vllm"), "gitlab", "f.yaml")[1].startswith("# 300 cells are more")
 
 
+def test_no_job_of_gitlab_has_too_long_a_name() -> None:
+    """A matrix's job is called by all of its variables, and of 256 characters there is none."""
+    many = builds(5000, "vllm", "vllm-awq")
+    facts, text = matrix_of(many, "gitlab", "f.yaml")
+    jobs = yaml.safe_load(text)
+
+    script = jobs.pop(".build")["script"]
+    assert "$ARGUMENTS" in script[0]
+    assert all(len(name) < 256 and job["extends"] == ".build" for name, job in jobs.items())
+    found = [job["variables"]["ARGUMENTS"] for job in jobs.values()]
+    assert found == [row["arguments"] for row in facts["matrix"]["include"]]
+
+
 def test_another_system_is_refused() -> None:
     with pytest.raises(UsageError, match="--print jenkins"):
         matrix_of(builds(1, "vllm"), "jenkins", "f.yaml")
