@@ -187,6 +187,14 @@ def test_emptying_the_store_asks_on_a_terminal(tmp_path, answer, left):
     assert (done.returncode, result.exists()) == (0, left), done.stdout
 
 
+def test_a_closed_input_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+
+    done = run("clean", WEIGHTSMITH_STORE=str(tmp_path / "store"))
+
+    assert (done.code, done.out) == (0, "deleted 0 result(s), 0 B; kept 0 B\n")
+
+
 def test_a_name_that_is_no_text_is_reported(tmp_path):
     words = ("--model", "examples/tiny/base", "--target", "llamacpp-f16", "--out", tmp_path / "out")
 

@@ -18,6 +18,7 @@ def test_docker_config() -> None:
             "https://index.docker.io/v1/": _auth("hub:pw"),
             "id.example": {"identitytoken": "refresh"},
             "plain.example": {"username": "u", "password": "p"},
+            "both.example": {"username": "u", **_auth("ann:new"), "password": "old"},
             "empty.example": {},
         }
     }
@@ -26,6 +27,7 @@ def test_docker_config() -> None:
     assert find("docker.io") == ("hub", "pw")
     assert find("id.example") == ("<token>", "refresh")
     assert find("plain.example") == ("u", "p")
+    assert find("both.example") == ("ann", "new")
     assert find("empty.example") is None
     assert find("other.example") is None
 

@@ -33,6 +33,18 @@ def test_a_bad_moment_is_survived(
     assert client.digest_of(at(fake)) == image.digest
 
 
+@pytest.mark.parametrize("status", ["405", "501"])
+def test_a_proxy_that_passes_no_head_on(
+    fake: FakeRegistry, client: Registry, image: Image, status: str
+) -> None:
+    """What HEAD would say is in GET's headers; no layer is read for it, and none is sent twice."""
+    fake.faults = [("HEAD", "/", status)] * 100
+    client.push(image, at(fake))
+    assert client.push(image, at(fake)).uploaded_bytes == 0
+    assert client.digest_of(at(fake)) == image.digest
+    assert client.digest_of(Reference.parse(f"{fake.host}/team/app:none")) is None
+
+
 def test_patience_ends(
     fake: FakeRegistry, client: Registry, image: Image, pauses: list[float]
 ) -> None:

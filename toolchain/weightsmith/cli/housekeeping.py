@@ -90,7 +90,8 @@ def clean(*, keep: str = "", json: bool = False) -> tuple[Mapping[str, Json], st
     from weightsmith.wiring import make_store
 
     store = make_store()
-    if not keep and not json and sys.stdin.isatty() and sys.stderr.isatty():
+    asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    if not keep and not json and asks:
         where = escaped(str(store.root))
         sys.stderr.write(f"Delete all results in {where} that are not in use? [y/N] ")
         sys.stderr.flush()

@@ -94,7 +94,7 @@ def _stored(entry: Json, host: str) -> tuple[str, str] | None:
         raise _damaged(host)
     if entry.get("identitytoken"):
         return IDENTITY, str(entry["identitytoken"])
-    if entry.get("username"):
+    if entry.get("username") and not entry.get("auth"):  # beside it, Docker ignores them
         return str(entry["username"]), str(entry.get("password", ""))
     try:
         user, colon, secret = (

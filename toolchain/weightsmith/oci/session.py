@@ -44,6 +44,8 @@ LONGEST_PAUSE = 60.0
 """Seconds; the longest pause before a retry, even if the registry asks for more."""
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_NO_HEAD = frozenset({405, 501})
+"""Replies of proxies that pass HEAD on to nobody; the headers of GET are the same."""
 _MOST_REDIRECTS = 5
 _BAD = 400
 _TOKEN = re.compile(r"[\x21-\x7e]+")
@@ -99,6 +101,9 @@ class RegistrySession:
         with self.stream(method, url, headers=headers, body=body, wait=wait) as response:
             data = b"" if method == "HEAD" else read_limited(response, limit, self.registry)
             reply = Reply(response.status_code, response.headers, data, str(response.url))
+        if method == "HEAD" and reply.status in _NO_HEAD:
+            with self.stream("GET", url, headers=headers, wait=wait) as response:
+                reply = Reply(response.status_code, response.headers, b"", str(response.url))
         self._check_transient(reply)
         return reply
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -22,11 +23,11 @@ def parse_size(text: str) -> int:
     `i` makes it binary, its absence decimal, as in the SI. Raises UsageError otherwise.
     """
     match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise UsageError(f"not a size: {text!r}", hint="write it like 24GiB, 24GB or 512MiB")
-    number, unit, binary = match.groups()
-    base = 1024 if binary else 1000
-    return int(float(number) * base ** _POWERS[unit.upper()])
+    number, unit, binary = match.groups() if match else ("inf", "", "")
+    size = float(number) * (1024 if binary else 1000) ** _POWERS[unit.upper()]
+    if not math.isfinite(size):
+        raise UsageError(f"not a size: {text[:40]!r}", hint="write it like 24GiB, 24GB or 512MiB")
+    return int(size)
 
 
 def human(size: int) -> str:
