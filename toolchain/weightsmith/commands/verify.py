@@ -16,7 +16,12 @@ from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, Layer, verified
-from weightsmith.oci.locations import ImageLocation, RegistryLocation, open_location
+from weightsmith.oci.locations import (
+    ImageLocation,
+    LayoutLocation,
+    RegistryLocation,
+    open_location,
+)
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import ChunkFile, Entry
 from weightsmith.ports import Progress
@@ -149,7 +154,9 @@ def _image(place: ImageLocation, found: _Found) -> Image | None:
 
 
 def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
-    """Raise the error again if the reference does not exist."""
+    """Raise the error again if the reference or the layout's folder does not exist."""
+    if isinstance(place, LayoutLocation) and not place.folder.is_dir():
+        raise error
     if isinstance(place, RegistryLocation) and place.registry.digest_of(place.reference) is None:
         raise error
 
