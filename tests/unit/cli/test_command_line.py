@@ -134,6 +134,13 @@ def test_letters_that_the_terminal_lacks_are_escaped(tmp_path):
     assert r"`n\xf6`" in done.err
 
 
+def test_help_in_a_terminal_that_lacks_its_letters():
+    done = started("weightsmith", "build", "--help", PYTHONIOENCODING="ascii")
+
+    assert (done.code, done.err) == (0, "")
+    assert r"awskms://\u2026" in done.out
+
+
 PLAN = ("plan", "--base", "examples/tiny/base", "--target", "vllm")
 
 

@@ -67,7 +67,7 @@ def command(
         @functools.wraps(body)
         def run(_context: object, /, **arguments: Any) -> None:
             as_json = arguments["json"] if asks else arguments.pop("json")
-            _settle_streams()
+            settle_streams()
             try:
                 values = {name: flags.read(arguments) for name, flags in sections.items()}
                 result, text = _guarded(body, {**_numbers(body, arguments), **values})
@@ -94,7 +94,7 @@ def command(
     return wrap
 
 
-def _settle_streams() -> None:
+def settle_streams() -> None:
     """Escape what the locale cannot encode; replace streams that were closed before the start."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -13,7 +13,7 @@ from invoke.program import Program
 
 from weightsmith import __version__
 from weightsmith.cli import namespace
-from weightsmith.cli.command import print_error
+from weightsmith.cli.command import print_error, settle_streams
 from weightsmith.errors import EnvironmentFailure, UsageError
 
 _HELP = frozenset({"--help", "-h"})
@@ -91,6 +91,7 @@ def _fail(error: UsageError | EnvironmentFailure) -> None:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    settle_streams()  # also for lists and help, which Invoke prints itself
     try:
         Weightsmith(name="weightsmith", version=__version__, namespace=namespace).run()
     except KeyboardInterrupt:  # before a command began; commands handle it themselves
