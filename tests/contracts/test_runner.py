@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -269,6 +270,23 @@ def test_a_job_that_hangs_is_ended_and_the_next_one_runs(real_runner, tmp_path, 
     assert not running(real_runner.name, tmp_path)
     assert Path(caught.value.hint.rpartition(": ")[2]).is_file()
     assert real_runner.run(echo(tmp_path, seconds=600), progress)["text"] == "grüße\n"
+
+
+@pytest.mark.parametrize("moment", ["before it begins", "as it runs"])
+def test_a_job_that_another_thread_stops_is_killed(real_runner, tmp_path, moment):
+    stop = os.eventfd(1 if moment == "before it begins" else 0)
+
+    class Watched(RecordingProgress):
+        def note(self, text: str) -> None:
+            if text == "echo begins":
+                threading.Thread(target=os.eventfd_write, args=[stop, 1]).start()
+
+    with pytest.raises(InterruptedError):
+        real_runner.run(echo(tmp_path, sleep=600), Watched(), stop=stop)
+    os.close(stop)
+
+    assert not running(real_runner.name, tmp_path)
+    assert not list(tmp_path.glob("out/echo.txt"))
 
 
 @pytest.mark.docker

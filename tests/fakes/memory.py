@@ -65,6 +65,8 @@ class Memory:
     adapters: tuple[str, ...] = ("a",)
     room: Room = NO_LIMIT
     """Memory that its jobs may use."""
+    two_at_once: bool = False
+    """Whether quantizing may run beside validation."""
     cache: Cache | None = None
     """A cache shared with other users; each build opens it anew."""
     verify_key: Path | None = None
@@ -134,6 +136,7 @@ class Memory:
             signer=self.signer,
             clock=self._tick,
             memory=self.room,
+            two_at_once=lambda: self.two_at_once,
             images_in_engine=self.engine.answering,
             share=lambda *_, **__: None,  # its nodes have this very store
         )

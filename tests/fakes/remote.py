@@ -33,7 +33,7 @@ class RemoteRunner:
     def ready(self, builder: str) -> bool:
         return self.inner.ready(builder)
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         sent = {name: self._send(given) for name, given in job.inputs.items()}
         there = read_job(write_job(job.at(sent, job.output)))
         self.machine.mkdir(exist_ok=True)

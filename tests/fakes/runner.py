@@ -45,7 +45,7 @@ class MemoryRunner:
     def ready(self, builder: str) -> bool:
         return builder in self.prepared
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         self.prepare(job.builder, progress)
         self.jobs.append(job)
         try:

@@ -35,7 +35,7 @@ class Runner:
         self.passed = passed
         self.kinds: list[str] = []
 
-    def run(self, job: Any, _: Any) -> Any:
+    def run(self, job: Any, _: Any, **_stop: Any) -> Any:
         self.kinds.append(job.kind)
         self.now += {ProofJob.kind: 40.0, ReferenceJob.kind: 30.0}.get(job.kind, 0.0)
         return {"answers": ANSWERS, "seconds": 30.0, "validation": {"passed": self.passed}}
@@ -83,7 +83,7 @@ def test_answers_before_a_validation_that_does_not_end_are_kept(
     tmp_path: Path, error: BaseException
 ) -> None:
     class Ended(Runner):
-        def run(self, job: Any, _: Any) -> Any:
+        def run(self, job: Any, _: Any, **_stop: Any) -> Any:
             (job.output / EARLY_ANSWERS).write_text(json.dumps(ANSWERS), "utf-8")
             raise error
 
@@ -98,7 +98,7 @@ def test_answers_that_a_killed_run_left_are_not_taken_for_those_of_this_one(tmp_
     """The validation's key, and so its folder, is the same for other questions."""
 
     class Ended(Runner):
-        def run(self, job: Any, _: Any) -> Any:
+        def run(self, job: Any, _: Any, **_stop: Any) -> Any:
             raise KeyboardInterrupt
 
     (tmp_path / EARLY_ANSWERS).write_text(json.dumps(ANSWERS), "utf-8")
@@ -111,7 +111,7 @@ def test_answers_that_a_killed_run_left_are_not_taken_for_those_of_this_one(tmp_
 
 def test_an_error_before_any_answer_is_the_only_one(tmp_path: Path) -> None:
     class Ended(Runner):
-        def run(self, job: Any, _: Any) -> Any:
+        def run(self, job: Any, _: Any, **_stop: Any) -> Any:
             raise InputRefused("no base", hint="give one")
 
     kept: list[Any] = []

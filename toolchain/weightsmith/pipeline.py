@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
+from weightsmith.ahead import Ahead
 from weightsmith.build_record import StageRecord
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.gguf_names import gguf_models
@@ -18,6 +19,7 @@ from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
+from weightsmith.planning.ahead import shares
 from weightsmith.planning.cache_scales import has_scales
 from weightsmith.planning.checks import (
     check_before_work,
@@ -40,6 +42,7 @@ from weightsmith.planning.sources import resolve_request
 from weightsmith.planning.tasks import probes, tasks_of
 from weightsmith.provenance.labels import reference as name_of
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
+from weightsmith.quality.result import Quality
 from weightsmith.quantizers import formats
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.recording import Built, Record
@@ -70,6 +73,7 @@ from weightsmith.values import (
 )
 
 T = TypeVar("T")
+Weighed = tuple[Outcome[Artifact], Outcome[Quality | None]]
 
 
 def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
@@ -81,17 +85,18 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     seen: set[str] = set()
     while True:
         try:
-            for built in _build(request, tools):
-                if built.target.name not in seen:
-                    seen.add(built.target.name)
-                    yield built
+            with Ahead[Weighed](tools) as ahead:
+                for built in _build(request, tools, ahead):
+                    if built.target.name not in seen:
+                        seen.add(built.target.name)
+                        yield built
         except CacheLost as lost:
             tools.progress.note(f"{lost.message}; it is made here instead")
         else:
             return
 
 
-def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
+def _build(request: BuildRequest, tools: Tools, ahead: Ahead[Weighed]) -> Iterator[Built]:
     recipe, clock, store = request.file.recipe, Clock(tools), InStore(tools.store)
     tasks = tasks_of(request.file)
     check_machine(request, tools)
@@ -101,22 +106,25 @@ def _build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
     merged = sources_to_merge(request.targets, sources)
     files = needs_files(request.targets)
     checkpoint = clock.take(merge(merged, recipe.merge, store, tools, files=files))
-    prover = proving(request, sources, checkpoint, tools)
+    weighing = partial(weighed, request, sources, checkpoint)
+    meanwhile = tools
+    if room := shares(request.file, request.targets, sources, tools):
+        first = request.targets[0]
+        meanwhile = ahead.start(first.name, partial(weighing, first), room)
+    prover = proving(request, sources, checkpoint, meanwhile)
     validation = validated(request, merged, checkpoint, replace(clock, tools=prover))
     expected = clock.take(reference(tasks, sources, checkpoint, store, prover))
     begun = Record(request, sources, checkpoint, tools, validation)
     judge(begun, expected, clock.stages)
     for target in request.targets:
         timed = Clock(tools, dict(clock.stages))
-        artifact = weights = timed.take(
-            quantized(request.file, target, sources, checkpoint, tools, beside=request.targets)
-        )
-        texts = texts_of(request.file)
-        loss = timed.take(quality(checkpoint, artifact, texts, recipe.quality, store, tools))
-        record = replace(begun, target=target, artifact=artifact, quality=loss)
+        packed, loss = ahead.result(target.name, partial(weighing, target))
+        artifact = weights = timed.take(packed)
+        record = replace(begun, target=target, artifact=artifact, quality=timed.take(loss))
         judge_quality(record, expected, timed.stages)
         if has_scales(request.file, target, read_facts(checkpoint.tree.texts)):
             demanded = recipe.serve.kv_cache_scales == "calibrated"
+            texts = texts_of(request.file)
             scaled = with_cache_scales(checkpoint, artifact, texts, store, tools, demanded=demanded)
             artifact = timed.take(scaled)
             record = replace(record, artifact=artifact)
@@ -221,6 +229,16 @@ def quantized(
     base = Checkpoint(tree=sources.base.tree)
     options = quantize_options(file, formats()["f16"], sources.base, tools)
     return unmerged_gguf(sources, quantize(base, options, store, tools), tools)
+
+
+def weighed(
+    request: BuildRequest, sources: Sources, checkpoint: Checkpoint, target: Target, tools: Tools
+) -> Weighed:
+    """Return the weights in the target's format, and what they lost."""
+    file, store = request.file, InStore(tools.store)
+    made = quantized(file, target, sources, checkpoint, tools, beside=request.targets)
+    limits, texts = file.recipe.quality, texts_of(file)
+    return made, quality(checkpoint, made.value, texts, limits, store, tools)
 
 
 def rendered(

@@ -221,8 +221,12 @@ class Runner(Protocol):
     def ready(self, builder: str) -> bool:
         """Return whether the builder already exists."""
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
-        """Run the job and return its result; raises the job's own error."""
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+        """Run the job and return its result; raises the job's own error.
+
+        The job is killed once the open file `stop` can be read, with InterruptedError: so another
+        thread ends it.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,9 @@ from weightsmith.visible import escaped, printed, quoted
 
 _PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines of one stage, so that a CI log stays readable."""
+_AT_ONCE_S = 0.2
+"""Seconds after a stage's start in which what is reported was done before it: by an interrupted
+run, or ahead of the stage's turn. It does not count for the rate."""
 
 
 def progress_for() -> Progress:
@@ -47,18 +50,23 @@ class PlainProgress:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._started = self._printed = time.monotonic()
+        self._before = 0
 
     def stage(self, name: str, detail: str) -> None:
         """Print the stage's name and detail."""
         self._started = self._printed = time.monotonic()
+        self._before = 0
         self._print(quoted(f"{name}: {detail}" if detail else name))
 
     def advance(self, done: int, total: int, unit: str) -> None:
         """Print done, total, rate and time left, at most every ten seconds."""
         now = time.monotonic()
+        if now - self._started < _AT_ONCE_S:
+            self._before = done
         if now - self._printed >= _PLAIN_EVERY_S:
             self._printed = now
-            self._print(quoted("  " + describe(done, total, unit, now - self._started)))
+            shown = describe(done, total, unit, now - self._started, self._before)
+            self._print(quoted("  " + shown))
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
         """Print how long the stage took."""
@@ -103,19 +111,24 @@ class LiveProgress:
         )
         self._task: TaskID | None = None
         self._began = time.monotonic()
+        self._before = 0
 
     def stage(self, name: str, detail: str) -> None:
         """Start the stage's bar."""
         self.stop()
         self._print((name, "bold"), (f"  {detail}" if detail else "", ""))
         self._began = time.monotonic()
+        self._before = 0
         self._task = self._bars.add_task(escaped(name), total=None, detail="")
         self._bars.start()
 
     def advance(self, done: int, total: int, unit: str) -> None:
         """Move the bar."""
         if self._task is not None:
-            detail = escaped(describe(done, total, unit, time.monotonic() - self._began))
+            seconds = time.monotonic() - self._began
+            if seconds < _AT_ONCE_S:
+                self._before = done
+            detail = escaped(describe(done, total, unit, seconds, self._before))
             self._bars.update(self._task, completed=done, total=total or None, detail=detail)
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
@@ -164,14 +177,17 @@ class Recorder:
             self._inner.warn(text)
 
 
-def describe(done: int, total: int, unit: str, seconds: float) -> str:
-    """Return `done of total, rate, time left` in a unit for people."""
+def describe(done: int, total: int, unit: str, seconds: float, before: int = 0) -> str:
+    """Return `done of total, rate, time left` in a unit for people.
+
+    The rate is that of what was done in these seconds, without what had been done `before`.
+    """
     amount = _megabytes if unit == "bytes" else str
     text = f"{amount(done)} of {amount(total)}" if total else amount(done)
     if unit != "bytes":
         text += f" {unit}"
-    if seconds > 0.5 and done:
-        rate = done / seconds
+    if seconds > 0.5 and done > before:
+        rate = (done - before) / seconds
         text += f", {_megabytes(int(rate))}/s" if unit == "bytes" else f", {rate:.1f}/s"
         if total > done:
             text += f", {_clock((total - done) / rate)} left"

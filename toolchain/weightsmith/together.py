@@ -56,12 +56,12 @@ class Together:
         """Return whether the builder already exists."""
         return self.runner.ready(builder)
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         """Run the job, or return what ran with the validation; raises the job's own error."""
         expected = self.reference
         if isinstance(job, ValidateJob):
             progress.note("the reference questions are asked first, in the same process")
-            both: Any = self._run_both(_both(expected, job), progress)
+            both: Any = self._run_both(_both(expected, job), progress, stop)
             self._answers, self._early = both["answers"], float(both.get("seconds", 0.0))
             if self._answers and not both["validation"]["passed"]:
                 with suppress(WeightsmithError):  # what was found matters more
@@ -70,14 +70,14 @@ class Together:
         if isinstance(job, ReferenceJob) and self._answers and _alike(job, expected):
             answers, self._answers, self._early = self._answers, {}, 0.0
             return {"answers": answers}
-        return self.runner.run(job, progress)
+        return self.runner.run(job, progress, stop=stop)
 
-    def _run_both(self, job: ProofJob, progress: Progress) -> Mapping[str, Json]:
+    def _run_both(self, job: ProofJob, progress: Progress, stop: int | None) -> Mapping[str, Json]:
         """Run both; if the validation does not end, store the answers that came before it."""
         # A killed run may have left answers to other questions.
         (job.output / EARLY_ANSWERS).unlink(missing_ok=True)
         try:
-            return self.runner.run(job, progress)
+            return self.runner.run(job, progress, stop=stop)
         except BaseException:
             with suppress(WeightsmithError, OSError, ValueError):
                 early = parse_file(job.output / EARLY_ANSWERS, largest=RECORD)

@@ -101,5 +101,7 @@ class Tools:
     share: Share = shares_nothing
     moved: Callable[[], int] = lambda: 0
     """Returns the bytes that have come from the shared caches and gone to them so far."""
+    two_at_once: Callable[[], bool] = lambda: False
+    """Returns whether a job of a later stage may run beside another one."""
     images_in_engine: bool = False
     """Whether built images are started in the container engine or from an OCI layout."""

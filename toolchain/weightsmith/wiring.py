@@ -25,7 +25,7 @@ from weightsmith.drivers.fleet_ray import RayFleet
 from weightsmith.drivers.fleet_slurm import SlurmFleet
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.folders import FolderReader
-from weightsmith.drivers.hardware import free_memory
+from weightsmith.drivers.hardware import cores, free_memory, gpu_names
 from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.hub_upload import HubWriter
 from weightsmith.drivers.local import LocalRunner
@@ -204,6 +204,7 @@ def open_tools(
             command=run_command,
             signer=signer,
             memory=room,
+            two_at_once=lambda: cores() > 1 and not gpu_names(),
             images_in_engine=answers,
             share=store.share if isinstance(store, SharedStore) else shares_nothing,
             moved=store.moved if isinstance(store, SharedStore) else lambda: 0,

@@ -25,7 +25,7 @@ class Runner:
     def ready(self, builder):
         return self._prepares
 
-    def run(self, job, progress):
+    def run(self, job, progress, *, stop=None):
         self.jobs.append(job.kind)
         if self._fails:
             raise InputRefused("no")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import os
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from socket import AF_UNIX, SHUT_RDWR
+from socket import AF_UNIX
 from socket import socket as Socket  # noqa: N812 - docker names its own values `socket`
 from typing import Any
 
 import docker
 from docker.context import ContextAPI
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
-from docker.models.containers import Container
-from docker.utils.socket import SocketError, frames_iter
+from docker.utils.socket import SocketError
 from requests.exceptions import RequestException
 
+from weightsmith.drivers.docker_containers import ANSWER_SECONDS, GONE, remove, run_container
 from weightsmith.drivers.docker_images import build_image, image_tag
 from weightsmith.drivers.docker_loading import load_in_order
 from weightsmith.drivers.docker_requests import (
@@ -33,10 +31,8 @@ from weightsmith.drivers.docker_requests import (
 )
 from weightsmith.drivers.handover import owned_by, readable
 from weightsmith.drivers.hardware import gpu_names
-from weightsmith.drivers.lines import RESULT, Lines
 from weightsmith.drivers.local import worker_environment
 from weightsmith.drivers.ownership import is_dead, owner_token, private_folder
-from weightsmith.drivers.process import TookTooLong
 from weightsmith.drivers.toolset import optional_toolsets, try_toolsets
 from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure, InputRefused
@@ -45,9 +41,6 @@ from weightsmith.ports import CANDIDATES, Progress
 from weightsmith.resources import package
 from weightsmith.values import Json
 
-GONE = (DockerException, RequestException, OSError)
-"""What the client library raises if the engine is not running or stops."""
-_ANSWER_SECONDS = 120
 _UNPACK_SECONDS = 24 * 3600
 """Seconds; the engine sends nothing while it unpacks a large layer."""
 
@@ -80,7 +73,7 @@ class DockerEngine:
     def client(self) -> docker.DockerClient:
         """The connection, opened on first use; raises EnvironmentFailure without an engine."""
         if self._opened is None:
-            self._opened = _connect(_ANSWER_SECONDS)
+            self._opened = _connect(ANSWER_SECONDS)
             weakref.finalize(self, self._opened.close)
         return self._opened
 
@@ -215,10 +208,11 @@ class DockerRunner:
         """Say whether the engine has the builder's image."""
         return self._engine.holds(image_tag(builder, self._flavour()))
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         """Run the job; raises the job's own error, or EnvironmentFailure if it died.
 
-        `builder_image` in the result is the digest of its image.
+        InterruptedError once the open file `stop` can be read. `builder_image` in the result is
+        the digest of its image.
         """
         self.prepare(job.builder, progress)
         root = os.getuid() == 0
@@ -237,18 +231,12 @@ class DockerRunner:
             conversation = Conversation(job=job, progress=progress, log=log, inside=INPUTS)
             stack.enter_context(conversation.in_time())
             with engine_errors(f"running the {job.kind} job"):
-                returncode = _run_container(self._engine.client, request, conversation)
+                returncode = run_container(self._engine.client, request, conversation, stop)
             ran_in = self._engine.inspect(image).get("Id", "")
             return {**conversation.result(returncode), "builder_image": ran_in}
 
     def _flavour(self) -> str:
         return "cuda" if self._engine.has_gpu() else "cpu"
-
-
-def remove(container: Container) -> None:
-    """Remove a container, running or not; ignores one that is gone, even with its engine."""
-    with contextlib.suppress(*GONE):
-        container.remove(force=True, v=True)
 
 
 @contextlib.contextmanager
@@ -298,7 +286,7 @@ def _try_socket(host: str) -> None:
     scheme, _, path = host.partition("://")
     if scheme == "unix":
         with Socket(AF_UNIX) as trial:
-            trial.settimeout(_ANSWER_SECONDS)
+            trial.settimeout(ANSWER_SECONDS)
             trial.connect("/" + path.lstrip("/"))
 
 
@@ -328,73 +316,3 @@ def _hand_over(job: Job, staging: Path, tools: Mapping[str, Path], *, by_others:
     files.job_file.write_text(write_job(inside(job)), encoding="utf-8")
     files.job_file.chmod(0o444)
     return files
-
-
-def _run_container(
-    client: docker.DockerClient, request: Mapping[str, Any], conversation: Conversation
-) -> int:
-    """Start the container, process its output until it ends, and return its exit code."""
-    container = client.containers.create(**request)
-    api: Any = client.api
-    seconds = conversation.job.seconds
-    patience = seconds + _ANSWER_SECONDS if seconds else None
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        try:
-            streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-            socket = api.attach_socket(container.id, params=streams)
-            with (
-                contextlib.closing(socket),
-                contextlib.closing(_raw_socket(socket)),
-                _ended_after(seconds, container, _raw_socket(socket)),
-            ):
-                # Attached before it starts: the container is removed as soon as it ends.
-                ended = pool.submit(api.wait, container.id, patience, "removed")
-                container.start()
-                _read_output(socket, conversation)
-                return int(ended.result()["StatusCode"])
-        finally:
-            remove(container)
-
-
-@contextlib.contextmanager
-def _ended_after(seconds: int, container: Container, socket: Any) -> Iterator[None]:
-    """Remove the container after its time limit, and raise TookTooLong then; 0 for no limit."""
-    over = threading.Event()
-
-    def end() -> None:
-        over.set()
-        remove(container)
-        # A hanging engine does not report the container's end; do not wait for it.
-        with contextlib.suppress(*GONE):
-            socket.shutdown(SHUT_RDWR)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    if seconds:
-        timer.start()
-    try:
-        yield
-    except (*GONE, EnvironmentFailure):
-        if not over.is_set():
-            raise
-    finally:
-        timer.cancel()
-    if over.is_set():
-        raise TookTooLong("the container exceeded its time limit", hint="see the job's log")
-
-
-def _raw_socket(socket: Any) -> Any:
-    """Return the socket below the client library's file, which does not close it."""
-    return getattr(socket, "_sock", socket)
-
-
-def _read_output(socket: Any, conversation: Conversation) -> None:
-    listeners = {1: (Lines(RESULT), conversation.on_line), 2: (Lines(), conversation.on_error_line)}
-    frames: Any = frames_iter
-    for number, chunk in frames(socket, tty=False):
-        lines, on_line = listeners.get(number, listeners[2])
-        for line in lines.feed(chunk):
-            on_line(line)
-    for lines, on_line in listeners.values():
-        for line in lines.feed(b""):
-            on_line(line)

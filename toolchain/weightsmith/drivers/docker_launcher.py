@@ -13,7 +13,8 @@ from docker.models.containers import Container
 from docker.models.networks import Network
 from requests.exceptions import RequestException
 
-from weightsmith.drivers.docker import GONE, DockerEngine, engine_errors, engine_host, remove
+from weightsmith.drivers.docker import DockerEngine, engine_errors, engine_host
+from weightsmith.drivers.docker_containers import GONE, remove
 from weightsmith.drivers.docker_requests import LABEL_OWNER, server_request
 from weightsmith.drivers.ownership import owner_token
 from weightsmith.drivers.start_errors import from_engine_message

@@ -54,10 +54,10 @@ class FallbackRunner:
         """Say whether either runner has the builder."""
         return self._first.ready(builder) or self._second.ready(builder)
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         """Run the job in the runner that has its builder."""
         self.prepare(job.builder, progress)
-        return self._chosen[job.builder].run(job, progress)
+        return self._chosen[job.builder].run(job, progress, stop=stop)
 
 
 def _first_and_last(message: str) -> str:

@@ -1,11 +1,13 @@
-"""Reads a running program's output line by line, on the caller's thread."""
+"""Reads a running program's output line by line, on the caller's thread, until told to stop."""
 
 from __future__ import annotations
 
 import os
 import selectors
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO
 
 Listener = Callable[[str], None]
@@ -92,3 +94,28 @@ def _read(source: int, lines: Lines, listener: Listener) -> bool:
     for line in lines.feed(chunk):
         listener(line)
     return bool(chunk)
+
+
+@contextmanager
+def when_readable(file: int | None, act: Callable[[], None]) -> Iterator[None]:
+    """During the block, call `act` on a thread once an open file can be read; None for no file."""
+    if file is None:
+        yield
+        return
+    over = os.eventfd(0)
+
+    def watch() -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(over, selectors.EVENT_READ)
+            selector.register(file, selectors.EVENT_READ)
+            if over not in {key.fd for key, _ in selector.select()}:
+                act()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        os.eventfd_write(over, 1)
+        watcher.join()
+        os.close(over)

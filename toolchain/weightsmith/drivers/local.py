@@ -94,8 +94,11 @@ class LocalRunner:
             folder.is_dir() for folder in tools
         )
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
-        """Run the job; raises the job's own error, or EnvironmentFailure if it died."""
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+        """Run the job; raises the job's own error, or EnvironmentFailure if it died.
+
+        InterruptedError once the open file `stop` can be read.
+        """
         self.prepare(job.builder, progress)
         here = {n: given.at(given.path.absolute()) for n, given in job.inputs.items()}
         job = job.at(here, job.output.absolute())
@@ -124,6 +127,7 @@ class LocalRunner:
                 longest_line=RESULT,
                 hold_stdin=True,
                 timeout=job.seconds or None,
+                stop=stop,
                 limits=process.ResourceLimits(
                     # A GPU's memory is mapped into the process, so no such limit would hold.
                     memory_bytes=0 if job.use_gpu and gpu_names() else _most_data(job),

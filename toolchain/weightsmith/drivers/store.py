@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -45,6 +46,8 @@ class FileStore:
         """Open descriptors whose shared locks last as long as this process."""
         self._found: dict[Digest, Entry] = {}
         """Entries in use, read once: nobody can delete them meanwhile."""
+        self._holding = threading.Lock()
+        """Two stages may look for the same entry at once."""
 
     def find(self, key: Digest) -> Entry | None:
         """Return the entry, protected from deletion while this process lives, or None."""
@@ -252,7 +255,9 @@ class FileStore:
         )
 
     def _hold(self, key: Digest) -> None:
-        if key not in self._held:
+        with self._holding:
+            if key in self._held:
+                return
             descriptor = self._open_lock(key.hex)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

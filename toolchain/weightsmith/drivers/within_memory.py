@@ -39,7 +39,7 @@ class WithinMemory:
         """Say whether the builder is ready."""
         return self._runner.ready(builder)
 
-    def run(self, job: Job, progress: Progress) -> Mapping[str, Json]:
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         """Run the job within the lower one of its own limit and this one."""
         limit = min(filter(None, (job.memory_bytes, self._limit)), default=0)
-        return self._runner.run(replace(job, memory_bytes=limit), progress)
+        return self._runner.run(replace(job, memory_bytes=limit), progress, stop=stop)

@@ -132,7 +132,8 @@ def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Result:
     if request.kind == BASE:
         _base(request, asked, clock, tools)
     elif request.kind == CELL:
-        (built,) = build(asked, tools)
+        # Other cells use the other CPUs, and memory is planned for one job of each.
+        (built,) = build(asked, replace(tools, two_at_once=lambda: False))
         clock.stages |= built.stages
         row = row_of(
             read_build(asked.folder(built.target)), built.report, built.published.reference

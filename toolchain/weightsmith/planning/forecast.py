@@ -10,6 +10,7 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.planning.advice import advice_for
+from weightsmith.planning.ahead import peak_memory
 from weightsmith.planning.cache_scales import forecast_scales, missing
 from weightsmith.planning.checks import check_format, check_image_names
 from weightsmith.planning.dequantized import forecast_dequantized
@@ -125,8 +126,9 @@ def forecast(
         **({"layer_time": layer_time.to_json()} if layer_time else {}),
         "read_bytes": sum(int(row["read_bytes"]) for row in todo),
         "write_bytes": sum(int(row["write_bytes"]) for row in todo),
-        "peak_memory_bytes": max((int(row["peak_memory_bytes"]) for row in todo), default=0),
-        # Permanent files plus the largest temporary ones: one stage runs at a time.
+        "peak_memory_bytes": peak_memory(todo, file, targets, sources, tools),
+        # Permanent files plus the largest temporary ones: of the stages that run beside another,
+        # only one writes more than a few answers.
         "peak_disk_bytes": sum(int(row["write_bytes"]) for row in todo)
         + max((int(row["disk_bytes"]) - int(row["write_bytes"]) for row in todo), default=0),
     }

@@ -91,8 +91,15 @@ def fit_together(
     model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: Memory
 ) -> bool:
     """Return whether a job may use what reference answers and validation need in one process."""
-    larger = max(reference_memory(model, sources, tasks, memory), validate_memory(model, sources))
-    return not memory.limit or larger + _LEFT <= memory.limit
+    return not memory.limit or proof_memory(model, sources, tasks, memory) <= memory.limit
+
+
+def proof_memory(
+    model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: Memory
+) -> int:
+    """Return the peak in bytes of reference answers and validation in one process."""
+    answers = reference_memory(model, sources, tasks, memory) if tasks else 0
+    return max(answers, validate_memory(model, sources)) + _LEFT
 
 
 def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,25 +41,29 @@ class RemoteFiles:
         """Called when a blob, or a file in it, turned out to be another."""
         self._whole: Path | None = None
         self._texts: Path | None = None
+        self._fetching = threading.RLock()
+        """Two stages may read the same result at once."""
 
     def whole(self) -> Path:
         """Return the folder with all files, now a result of the store."""
-        if self._whole is None:
-            made = self._store.produce(self._entry.key, self._entry.note, self._fill)
-            self._whole = made.tree.root
-        return self._whole
+        with self._fetching:
+            if self._whole is None:
+                made = self._store.produce(self._entry.key, self._entry.note, self._fill)
+                self._whole = made.tree.root
+            return self._whole
 
     def texts(self) -> Path:
         """Return a folder with all files but the weights."""
         if self._whole is not None or not any(_is_weights(f.path) for f in self._entry.files):
             return self.whole()
-        if self._texts is None:
-            folder = self._scratch() / self._entry.key.hex
-            for layer, blob in self._layers:
-                if not any(_is_weights(member.path) for member in layer.members):
-                    self._unpack(layer, blob, folder)
-            self._texts = folder
-        return self._texts
+        with self._fetching:
+            if self._texts is None:
+                folder = self._scratch() / self._entry.key.hex
+                for layer, blob in self._layers:
+                    if not any(_is_weights(member.path) for member in layer.members):
+                        self._unpack(layer, blob, folder)
+                self._texts = folder
+            return self._texts
 
     def file(self, name: str) -> Path:
         """Return the file on this disk."""
@@ -77,19 +82,23 @@ class RemoteFiles:
         """
         if self._whole is not None or not name.endswith(".gguf"):
             return self.whole() / name
-        blob = self._entry.headers.get(name)
         path = self._scratch() / self._entry.key.hex / "headers" / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if blob is None:
-                replace_file(path, ())
-            else:
-                with self._kept_honest(blob):
-                    replace_file(path, self._blob_bytes(blob))
-            (size,) = (file.size for file in self._entry.files if file.path == name)
-            with path.open("r+b") as file:
-                file.truncate(size)
+        with self._fetching:
+            if not path.exists():
+                self._write_header(name, path)
         return path
+
+    def _write_header(self, name: str, path: Path) -> None:
+        blob = self._entry.headers.get(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if blob is None:
+            replace_file(path, ())
+        else:
+            with self._kept_honest(blob):
+                replace_file(path, self._blob_bytes(blob))
+        (size,) = (file.size for file in self._entry.files if file.path == name)
+        with path.open("r+b") as file:
+            file.truncate(size)
 
     def mode(self, name: str) -> int:
         """Return the file's mode."""

@@ -105,14 +105,14 @@ class SharedStore:
         if entry := self._local.find(key):
             self._lazy.pop(key, None)
             return entry
-        if key in self._lazy:
-            return self._lazy[key]
+        if lazy := self._lazy.get(key):
+            return lazy
         if key in self._refused or (key in self._missed and not again):
             return None
         for shared in self._caches:
             if found := shared.find(key):
-                self._lazy[key] = self._entry(found, shared)
-                return self._lazy[key]
+                entry = self._lazy[key] = self._entry(found, shared)
+                return entry
         self._missed.add(key)
         return None
 

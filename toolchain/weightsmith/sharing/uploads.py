@@ -50,6 +50,8 @@ class Uploads:
         self._tasks = queue.SimpleQueue()
         self._seen: set[Digest] = set()
         self._left = 0
+        self._counting = threading.Lock()
+        """Two stages may add results at once, while another is uploaded."""
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self.sent = 0
@@ -66,15 +68,16 @@ class Uploads:
 
         With `again`, also if it has one: that could not be used, because it lacks a blob.
         """
-        if key in self._seen or self._shared.closed:
-            return
-        self._seen.add(key)
-        self._left += 1
-        self._tasks.put((key, note, entry, again))
-        if self._thread is None:
-            # A daemon, so that a process does not wait for an upload that was given up.
-            self._thread = threading.Thread(target=self._work, daemon=True, name="uploads")
-            self._thread.start()
+        with self._counting:
+            if key in self._seen or self._shared.closed:
+                return
+            self._seen.add(key)
+            self._left += 1
+            self._tasks.put((key, note, entry, again))
+            if self._thread is None:
+                # A daemon, so that a process does not wait for an upload that was given up.
+                self._thread = threading.Thread(target=self._work, daemon=True, name="uploads")
+                self._thread.start()
 
     def close(self, seconds: float) -> int:
         """Wait at most so long for what is on its way; return how many results were given up."""
@@ -97,7 +100,8 @@ class Uploads:
             except Exception as error:  # noqa: BLE001 - a fault of a cache never ends a build
                 if not self._stopped.is_set():
                     self._shared.close(error)
-            self._left -= 1
+            with self._counting:
+                self._left -= 1
 
     def upload(
         self, key: Digest, note: Mapping[str, Json], entry: Entry, again: bool = False

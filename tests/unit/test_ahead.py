@@ -1,0 +1,169 @@
+"""Work ahead of its turn: what is seen of it, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.ahead import Ahead, Shares
+from weightsmith.errors import CheckFailed
+from weightsmith.jobs import ExportEngineJob
+from weightsmith.ports import Progress
+from weightsmith.tools import Tools
+
+from tests.fakes.journal import RecordingProgress
+from tests.fakes.memory import memory_tools
+
+PATIENCE = 60.0
+"""Seconds that nothing here takes."""
+
+
+class Blocked:
+    """A runner whose jobs run until they are stopped, or let go."""
+
+    name, networked = "blocked", False
+
+    def __init__(self) -> None:
+        self.begun, self.let_go = threading.Event(), os.eventfd(0)
+        self.limits: list[int] = []
+        self.stopped = False
+
+    def run(self, job: Any, progress: Progress, *, stop: int | None = None) -> Mapping[str, Any]:
+        self.limits.append(job.memory_bytes)
+        self.begun.set()
+        if stop is None:
+            return {}
+        found, *_ = select.select([stop, self.let_go], [], [], PATIENCE)
+        if stop in found:
+            self.stopped = True
+            raise InterruptedError
+        return {"by": self.name}
+
+
+@pytest.fixture
+def runner() -> Iterator[Blocked]:
+    made = Blocked()
+    yield made
+    os.close(made.let_go)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, runner: Any) -> Tools:
+    return replace(memory_tools(tmp_path), runner=runner, progress=RecordingProgress())
+
+
+def job(memory: int = 0) -> ExportEngineJob:
+    return ExportEngineJob(builder="gguf", output=Path(), memory_bytes=memory, seconds=0)
+
+
+def work(tools: Tools) -> str:
+    """Say something, run a job, and say that it is done."""
+    tools.progress.stage("quantize", "q4_k_m")
+    tools.progress.advance(1, 9, "steps")
+    tools.progress.advance(2, 9, "steps")
+    found = tools.runner.run(job(8 << 30), tools.progress)
+    tools.progress.warn("a warning")
+    tools.progress.finish("quantize", 1.0, False)
+    return str(found["by"])
+
+
+SHARES = Shares(now=3 << 30, ahead=1 << 30)
+
+
+def test_it_runs_before_its_turn_and_is_seen_in_its_turn(tools: Any, runner: Blocked) -> None:
+    with Ahead[str](tools) as ahead:
+        ahead.start("q4", work, SHARES)
+        assert runner.begun.wait(PATIENCE)
+        assert tools.progress.lines == []
+        tools.progress.finish("reference", 1.0, False)
+        os.eventfd_write(runner.let_go, 1)
+
+        assert ahead.result("q4", work) == "blocked"
+
+    assert [line for line in tools.progress.lines if line[0] != "advance"] == [
+        ("finish", "reference"),
+        ("stage", "quantize", "q4_k_m"),
+        ("warn", "a warning"),
+        ("finish", "quantize"),
+    ]
+
+
+def test_it_is_followed_from_its_turn_on(tools: Any, runner: Blocked) -> None:
+    class Reader(RecordingProgress):
+        def stage(self, name: str, detail: str) -> None:
+            os.eventfd_write(runner.let_go, 1)  # it ends only once its beginning was shown
+            super().stage(name, detail)
+
+    with Ahead[str](replace(tools, progress=(seen := Reader()))) as ahead:
+        ahead.start("q4", work, SHARES)
+        assert runner.begun.wait(PATIENCE)
+        ahead.result("q4", work)
+
+    assert seen.lines == [
+        ("stage", "quantize", "q4_k_m"),
+        ("advance", "2", "9", "steps"),  # where its bar stood
+        ("warn", "a warning"),
+        ("finish", "quantize"),
+    ]
+
+
+def test_each_side_gets_its_share_of_the_memory(tools: Any, runner: Blocked) -> None:
+    with Ahead[str](tools) as ahead:
+        now = ahead.start("q4", work, SHARES)
+        assert runner.begun.wait(PATIENCE)
+        for asked in (0, 2 << 30, 8 << 30):
+            now.runner.run(job(asked), now.progress)
+
+    assert runner.limits == [1 << 30, 3 << 30, 2 << 30, 3 << 30]
+
+
+def test_its_error_waits_for_its_turn(tools: Any) -> None:
+    def fails(_: Tools) -> str:
+        raise CheckFailed("it is damaged", hint="make it again")
+
+    with Ahead[str](tools) as ahead:
+        ahead.start("q4", fails, SHARES)
+        with pytest.raises(CheckFailed, match="it is damaged"):
+            ahead.result("q4", fails)
+
+    with Ahead[str](tools) as ahead:
+        ahead.start("q4", fails, SHARES)  # whose turn never comes
+
+
+@pytest.mark.parametrize("error", [CheckFailed("no", hint="none"), KeyboardInterrupt()], ids=repr)
+def test_an_error_before_its_turn_ends_its_job(
+    tools: Any, runner: Blocked, error: BaseException
+) -> None:
+    seen: list[BaseException] = []
+
+    def resumable(given: Tools) -> str:
+        try:
+            return work(given)
+        except BaseException as end:
+            seen.append(end)
+            raise
+
+    with pytest.raises(type(error)), Ahead[str](tools) as ahead:  # noqa: PT012
+        ahead.start("q4", resumable, SHARES)
+        assert runner.begun.wait(PATIENCE)
+        raise error
+
+    assert runner.stopped
+    assert isinstance(seen[0], KeyboardInterrupt)  # as if Ctrl-C had ended its stage
+    assert tools.progress.lines == []
+
+
+def test_what_was_not_begun_is_done_in_its_turn(tools: Any, runner: Blocked) -> None:
+    with Ahead[str](tools) as ahead:
+        ahead.start("q4", work, SHARES)
+        assert ahead.result("q8", lambda given: given.runner.name) == "blocked"
+        os.eventfd_write(runner.let_go, 1)
+
+    with Ahead[str](tools) as nothing:
+        assert nothing.result("q4", lambda given: "now") == "now"
