@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.faults.workshop import Outcome, Workshop
+from tests.faults.workshop import Outcome, Running, Workshop
 
 pytestmark = pytest.mark.builders
 
@@ -25,6 +25,11 @@ SEED = 20240521
 KILLS = 2
 TRIES = 8
 """Builds that a test disturbs at the most: now and then one is done before it can be caught."""
+
+
+two_cpus = pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) < 2, reason="with one CPU, one job runs after the other"
+)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -85,6 +90,71 @@ def killed(workshop: Workshop, name: str, stage: str) -> Outcome:
         if outcome.code != 0:
             return outcome
     raise AssertionError(f"no {name} is seen")
+
+
+def caught_ahead(workshop: Workshop, running: Running) -> dict[str, int]:
+    """Return the workers of a validation and of the quantizing beside it, by the kind of the job.
+
+    {} where the build ended before both were seen.
+    """
+    while running.process.poll() is None:
+        seen = [line.partition(": ") for line in workshop.processes() if "sandbox_lau" not in line]
+        found: dict[str, int] = {}
+        for job in workshop.cache.glob("jobs/*/job.json"):
+            with suppress(OSError):
+                kind = job.read_text("utf-8").partition('"kind": "')[2].partition('"')[0]
+                for number, _, words in seen:
+                    if str(job) in words:
+                        found[kind] = int(number)
+        if {"proof", "quantize"} <= found.keys():
+            return found
+        time.sleep(0.005)
+    return {}
+
+
+@two_cpus
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_ends_what_runs_ahead_of_its_turn(
+    workshop: Workshop, digest: str, number: signal.Signals
+) -> None:
+    for _ in range(TRIES):
+        workshop.forget("validate", "reference", "quantize", "quality")
+        running = workshop.start_build()
+        if caught_ahead(workshop, running):
+            running.process.send_signal(number)
+            outcome = running.end()
+            break
+    else:
+        raise AssertionError("nothing runs beside the validation")
+
+    assert outcome.code == (-number if number == signal.SIGKILL else 130), outcome
+    if number != signal.SIGKILL:
+        assert not workshop.processes()  # it waited for their end
+    workshop.check_quiet()
+    assert "quantize:" not in outcome.err
+    assert "Traceback" not in outcome.err
+    check_repaired(workshop, digest)
+
+
+@two_cpus
+def test_a_failed_validation_ends_what_runs_ahead_of_its_turn(
+    workshop: Workshop, digest: str
+) -> None:
+    for _ in range(TRIES):
+        workshop.forget("validate", "reference", "quantize", "quality")
+        running = workshop.start_build()
+        if found := caught_ahead(workshop, running):
+            os.kill(found["proof"], signal.SIGKILL)
+            outcome = running.end()
+            break
+    else:
+        raise AssertionError("nothing runs beside the validation")
+
+    outcome.refused(5, "proof", "killed", "memory")
+    assert not workshop.processes()
+    assert "quantize:" not in outcome.err
+    workshop.check_whole()
+    check_repaired(workshop, digest)
 
 
 def moments() -> list[float]:
