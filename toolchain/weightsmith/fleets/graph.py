@@ -121,6 +121,7 @@ def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
 
     Nothing is fetched or made. A cell that the plan refuses has its failure and no needs.
     """
+    tools = replace(tools, two_at_once=lambda: False)  # as the nodes build
     forecasts = {
         cell: _forecast(build, target, dist, tools)
         for build in builds
