@@ -33,6 +33,10 @@ def config_of(kind: str, **options: Any) -> Any:
         case "qwen3_moe":
             moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
             return transformers.Qwen3MoeConfig(**SIZES | LLAMA | moe | {"head_dim": 16} | options)
+        case "mixtral" | "gpt_oss":
+            name = {"mixtral": "MixtralConfig", "gpt_oss": "GptOssConfig"}[kind]
+            moe = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+            return getattr(transformers, name)(**SIZES | LLAMA | moe | options)
         case "gpt2":
             sizes = {"vocab_size": 512, "n_layer": 3, "n_head": 4, "n_embd": 64}
             return transformers.GPT2Config(**sizes, n_positions=128, **options)

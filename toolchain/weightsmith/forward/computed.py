@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -37,6 +38,12 @@ class Computed:
             return torch.cat(found) if found else torch.empty((0, *self.shape[1:])).to(self.dtype)
         first, last, _ = rows.indices(len(self))
         return self._read(first, max(first, last))
+
+    def part(self, number: int) -> Computed:
+        """Return one matrix of a stack."""
+        start = self._info.start + number * self._row
+        shape, end = self._info.shape[1:], start + self._row
+        return Computed(self._data, replace(self._info, shape=shape, start=start, end=end))
 
     def whole(self) -> torch.Tensor:
         """Return the whole tensor."""

@@ -32,7 +32,7 @@ class _Random:
         shapes = {name: tuple(part.shape) for name, part in model.named_parameters()}
         head = model.get_output_embeddings().weight.shape
         self._rows = min(_HEAD_ROWS, head[0])
-        sizes = [math.prod(shape) for name, shape in shapes.items() if ".layers." in f".{name}"]
+        sizes = [math.prod(shape[-2:]) for n, shape in shapes.items() if ".layers." in f".{n}"]
         sizes.append(self._rows * head[1])
         block = (torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
         self._buffer = block.repeat(-(-max(sizes) // _BLOCK))
@@ -42,6 +42,15 @@ class _Random:
     def tensor_of(self, parameter: str) -> str:
         """Return the parameter's own name, or "" for one that is not a matrix."""
         return parameter if len(self._shapes.get(parameter, ())) == 2 else ""
+
+    def tensors_of(self, parameter: str) -> tuple[str, ...]:
+        """Return the parameter's own name."""
+        return (parameter,)
+
+    def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], torch.Tensor]]]:
+        """Return what reads each expert's matrix: all have the same weights."""
+        count, *shape = self._shapes[parameter]
+        return [[partial(self.matrix, shape)]] * count
 
     def mapped(self, tensor: str) -> torch.Tensor:
         """Return a matrix; an embedding that is larger than the buffer has equal rows."""

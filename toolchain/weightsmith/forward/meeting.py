@@ -15,8 +15,9 @@ from weightsmith.forward.device import OnDevice
 from weightsmith.forward.products import Matrix, Products
 
 T = TypeVar("T")
-Key = tuple[int, int]
-"""The weight's position in the order in which the model uses it, and the checkpoint's number."""
+Key = tuple[int, ...]
+"""The weight's position in the order in which the model uses it, the checkpoint's number, and what
+else tells matrices apart, such as an expert's number."""
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from weightsmith.errors import InputRefused
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.experts import (
+    Deltas,
+    Parts,
+    call_only,
+    is_stacked,
+    read_one_by_one,
+    wrapped_experts,
+)
+from weightsmith.forward.meeting import Key, Meeting
 from weightsmith.forward.network import (
     base_name,
     fill_while_running,
@@ -67,14 +75,52 @@ def stream(
     Matrices are multiplied in the meeting, as those of checkpoint `number`.
     """
     left = {id(module) for layer in skip for module in layer.modules()}
-    own = _outermost([layer for layer in _tuned(model) if not _is_plain(layer)])
+    own = [
+        layer
+        for layer in _outermost([layer for layer in _tuned(model) if not _is_plain(layer)])
+        if id(layer) not in left and not _stream_wrapped(model, layer, weights, meeting, number)
+    ]
     for path, layer in model.named_modules():
-        if layer in own and id(layer) not in left:
+        if layer in own:
             fill_while_running(layer, weights, missing_below(layer, path))
     left |= {id(module) for layer in own for module in layer.modules()}
     for path, module in model.named_modules():
         if id(module) not in left:
             _stream(path, module, weights, meeting, number)
+
+
+def _stream_wrapped(
+    model: Any, layer: Any, weights: Weights, meeting: Meeting, number: int
+) -> bool:
+    """Make experts with adapters on their stacked parameters read these one by one, if possible."""
+    if (found := reads_one_by_one(model, layer, weights)) is None:
+        return False
+    path, module, deltas = found
+    call_only(layer, module)
+    _stream(path, module, weights, meeting, number, deltas)
+    return True
+
+
+def reads_one_by_one(
+    model: Any, layer: Any, weights: Weights
+) -> tuple[str, Any, Mapping[str, Deltas]] | None:
+    """Return path and module of experts with adapters, and what these add to each parameter.
+
+    None if they cannot be read one by one.
+    """
+    if (found := wrapped_experts(layer)) is None:
+        return None
+    module, deltas = found
+    path = next(path for path, one in model.named_modules() if one is module)
+    stacks = _stacks(path, module, weights)
+    return (path, module, deltas) if deltas.keys() <= stacks.keys() else None
+
+
+def _stacks(path: str, module: Any, weights: Weights) -> dict[str, Sequence[Parts]]:
+    """Return a module's missing parameters whose matrices can be read one by one."""
+    names = [n for n, p in module.named_parameters(recurse=False) if is_missing(p)]
+    found = {n: weights.experts(base_name(f"{path}.{n}")) for n in names if is_stacked(module, n)}
+    return {name: experts for name, experts in found.items() if experts}
 
 
 def _tuned(model: Any) -> list[Any]:
@@ -105,8 +151,16 @@ def _stream(
     weights: Weights,
     meeting: Meeting,
     number: int,
+    deltas: Mapping[str, Deltas] | None = None,
 ) -> None:
-    """Make a module read its weights when it runs; vectors such as norms stay in memory."""
+    """Make a module read its weights when it runs; vectors such as norms stay in memory.
+
+    `deltas` has what adapters add to its stacked parameters.
+    """
+    if stacks := _stacks(path, module, weights):
+        tensors = weights.tensors_of(base_name(f"{path}.{next(iter(stacks))}"))
+        key = (weights.order[tensors[0]], number)
+        read_one_by_one(module, stacks, key, meeting, deltas or {})
     names = [n for n, p in module.named_parameters(recurse=False) if is_missing(p)]
     places = {name: base_name(f"{path}.{name}") for name in names}
     tensor = weights.tensor_of(places.get("weight", ""))
@@ -128,7 +182,7 @@ def _stream(
 def _linear(
     module: Any,
     meeting: Meeting,
-    key: tuple[int, int],
+    key: Key,
     matrix: Callable[[], Matrix],
     x: torch.Tensor,
 ) -> torch.Tensor:

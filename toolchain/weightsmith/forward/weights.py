@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,12 @@ class Weights:
 
         # By tensor: a view with replicated layers has other parameters than its base. A tied head's
         # tensor has the place of the head, the last one.
-        self.order = {self.tensor_of(name): place for place, name in enumerate(self.parameters)}
+        self.order = {
+            tensor: place
+            for place, name in enumerate(self.parameters)
+            if self.has(name)
+            for tensor in self.tensors_of(name)
+        }
 
     def replicate(self, sources: Sequence[int]) -> None:
         """Rename for a model with replicated layers: layer i is the file's layer `sources[i]`."""
@@ -129,6 +135,30 @@ class Weights:
                 self._open[path] = safe_open(path, framework="pt")
             self._mapped[tensor] = self._open[path].get_tensor(tensor)
         return self._mapped[tensor]
+
+    @property
+    def of_experts(self) -> Collection[str]:
+        """The tensors of single experts."""
+        stacks = [one for _, one in self._fused.values() if _only_stacks(one.converter)]
+        return {name for stack in stacks for name, _ in stack.parts}
+
+    def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], torch.Tensor | Computed]]]:
+        """Return what reads the matrices [rows, columns] of each expert of a stacked parameter.
+
+        An expert's matrices follow each other. () if the parameter is stored in another form.
+        """
+        if parameter in self._direct:
+            tensor = self._direct[parameter]
+            return [[partial(self._expert, tensor, n)] for n in range(self.infos[tensor].shape[0])]
+        converter, parts = self._fused[parameter][1].converter, self._fused[parameter][1].parts
+        if not _only_stacks(converter):
+            return ()
+        lists = [[n for n, of in parts if of == pattern] for pattern in converter.source_patterns]
+        return [[partial(self.mapped, name) for name in one] for one in zip(*lists, strict=True)]
+
+    def _expert(self, tensor: str, number: int) -> torch.Tensor | Computed:
+        stack = self.mapped(tensor)
+        return stack.part(number) if isinstance(stack, Computed) else stack[number]
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
         """Return a copy of rows of a tensor, in the file's dtype."""
@@ -194,6 +224,13 @@ class Weights:
                 self._fused[first.replace(targets[0], target)] = (first, group)
         self.unused = tuple(name for names in unused.values() for name in names)
         self.parameters = tuple(known)
+
+
+def _only_stacks(converter: Any) -> bool:
+    """Return whether matrices become rows of an expert, and experts a stack, and nothing else."""
+    done = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    stacked, joined = ("MergeModulelist", 0), ("Concatenate", 1)
+    return done == [stacked, joined] or (done == [stacked] and len(converter.source_patterns) == 1)
 
 
 def blocks_of(values: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

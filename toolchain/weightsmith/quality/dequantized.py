@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ class Dequantized(Weights):
             self._last = tensor, self._tiles(tensor)
         return self._last[1]
 
+    def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], Any]]]:
+        """Return what reads single experts, as for a checkpoint; () if one tensor has all."""
+        return super().experts(parameter) if not self.tensor_of(parameter) else ()
+
+    def compare_rest(self) -> None:
+        """Compare the experts that got no token.
+
+        Raises Unmeasurable and CheckFailed as `read` does.
+        """
+        for name in sorted(self.of_experts):
+            if not self._squares.get(name):
+                self.read(name)
+
     def read(self, tensor: str) -> torch.Tensor:
         """Return a whole tensor as float32.
 
@@ -70,7 +83,7 @@ class Dequantized(Weights):
         self._require(tensor)
         values = _as_tensor(self._view.tensor(tensor))
         self._check_shape(tensor, values, 0, None)
-        if tensor not in self._squares:
+        if not self._squares.get(tensor):
             found = [
                 self._compared(tensor, first, values[first : first + len(rows)], rows)
                 if rows.dim()

@@ -82,7 +82,8 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
 
     both: dict[str, Opening] = {"checkpoint": _Checkpoint(model), "quantized": quantized}
     found = walk(both, dict.fromkeys(both, run), alike=True)
-    weights = quantized.weights
+    if weights := quantized.weights:
+        weights.compare_rest()
     return Both(
         **found,
         layers=compared.found,

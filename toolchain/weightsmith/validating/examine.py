@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightsmith.forward.experts import stacks_of
 from weightsmith.forward.network import is_missing, missing_below
 from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.jobs import Mixture
@@ -17,6 +18,13 @@ from weightsmith.validating.elements import ARITHMETIC, Tally, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.mixtures import TRUNCATION, Kept, can_judge, compare_kept, truncated
 from weightsmith.validating.sites import Site, is_approximate, tuner_layers
+from weightsmith.validating.stacked import (
+    compare_experts,
+    dtype_of,
+    rounded_experts,
+    rows_of,
+    stored,
+)
 
 _SAMPLES = 8
 """Tokens per layer at which PEFT's output is compared with the formula."""
@@ -58,7 +66,9 @@ class Examiner:
 
     def watch(self, site: Site) -> None:
         """Examine a site when it runs."""
-        if site.kind == "other":
+        if stacks_of(site.layer):
+            site.layer.register_forward_hook(self._stacked(site))
+        elif site.kind == "other":
             site.layer.register_forward_pre_hook(lambda *_: self._fill(site))
             site.layer.register_forward_hook(self._other(site))
         else:
@@ -69,7 +79,7 @@ class Examiner:
 
         `parameters` maps attributes to the model's parameter names.
         """
-        kinds = {part: _dtype_of(self.merged, name) for part, name in parameters.items()}
+        kinds = {part: dtype_of(self.merged, name) for part, name in parameters.items()}
         busy = False
 
         def rerun(_: Any, args: tuple[Any, ...], out: Any) -> torch.Tensor | None:
@@ -95,7 +105,9 @@ class Examiner:
             return
         if ".experts." not in site.path:  # an expert that got no token is not bypassed
             self.bypassed += [n for part, n in site.parameters.items() if part != "bias"]
-        if site.kind == "other":
+        if stacks_of(site.layer):
+            compare_experts(site, self.base, self.merged, self.tallies)
+        elif site.kind == "other":
             self._fill(site)
             self._merge(site)
             self._empty(site)
@@ -118,7 +130,7 @@ class Examiner:
             self.findings += outputs.judge(bias)
             self.signal[site.parameters["weight"]] = outputs.loss()
             if bias is not None:  # an adapter's own bias may have a higher precision
-                bias = bias.to(_dtype_of(self.merged, site.parameters["bias"])).float()
+                bias = bias.to(dtype_of(self.merged, site.parameters["bias"])).float()
             return outputs.with_twins(bias)
 
         return examine
@@ -185,6 +197,18 @@ class Examiner:
 
         return examine
 
+    def _stacked(self, site: Site) -> Callable[..., torch.Tensor | None]:
+        def examine(_: Any, args: tuple[Any, ...], out: Any) -> Any:
+            if site.seen:
+                return None
+            site.seen = True
+            with self.apart():
+                compare_experts(site, self.base, self.merged, self.tallies)
+                with rounded_experts(site, self.merged):
+                    return self._twins_of_other(site, args, out)
+
+        return examine
+
     def _merge(self, site: Site) -> None:
         """Let PEFT merge this layer in float32, and compare the resulting parameters.
 
@@ -207,15 +231,15 @@ class Examiner:
         for part, name in site.parameters.items():
             tensor = self.merged.tensor_of(name) or name
             tally = self.tallies.setdefault(name, Tally(tensor=tensor))
-            found = _stored(self.merged, name)
+            found = stored(self.merged, name)
             compare_rows(
-                tally, 0, _rows(before[part]), _rows(total[part]), _rows(found), slack=slack
+                tally, 0, rows_of(before[part]), rows_of(total[part]), rows_of(found), slack=slack
             )
             exact = before[part] + total[part]
             _attribute(inner, part).data = exact.to(found.dtype).float()
 
     def _twins_of_other(self, site: Site, args: tuple[Any, ...], out: Any) -> Any:
-        """Recompute the twins with the rounded parameters that `_merge` set."""
+        """Recompute the twins with the rounded parameters that were set."""
         if not isinstance(out, torch.Tensor):
             self.unjudged += list(site.parameters.values())
             return out
@@ -356,24 +380,6 @@ def _with_rounded(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor
     for part, values in exact.items():
         getattr(module, part).data = values
     return again
-
-
-def _dtype_of(weights: Weights, parameter: str) -> torch.dtype:
-    """Return a parameter's dtype in the file."""
-    return next(weights.blocks(weights.tensors_of(parameter)[0]))[1].dtype
-
-
-def _stored(weights: Weights, parameter: str) -> torch.Tensor:
-    """Return a parameter in its dtype in the file."""
-    tensor = weights.tensor_of(parameter)
-    if tensor:
-        return weights.read(tensor)
-    kind = weights.read(weights.tensors_of(parameter)[0]).dtype
-    return weights.whole(parameter).to(kind)
-
-
-def _rows(values: torch.Tensor) -> torch.Tensor:
-    return values.reshape(len(values), -1) if values.dim() else values.reshape(1, 1)
 
 
 def _attribute(module: Any, path: str) -> Any:

@@ -24,7 +24,7 @@ from weightsmith.forward.network import (
     tie_again,
     with_adapters,
 )
-from weightsmith.forward.views import require_complete, stream
+from weightsmith.forward.views import reads_one_by_one, require_complete, stream
 from weightsmith.forward.weights import Weights
 from weightsmith.jobs import Mixture
 from weightsmith.validating.examine import Examiner
@@ -131,7 +131,11 @@ class BaseAndAdapters:
     def streamed(self, meeting: Meeting, number: int) -> Unmerged:
         """Return it with its weights in files; raise InputRefused if one is missing."""
         built = self._built()
-        skip = [site.layer for site in built.sites if site.kind == "other"]
+        skip = [
+            site.layer
+            for site in built.sites
+            if site.kind == "other" and not reads_one_by_one(built.model, site.layer, built.base)
+        ]
         stream(built.model, built.base, meeting, number, skip)
         return built
 

@@ -1,0 +1,125 @@
+"""Stacked experts in a walk: the model's own logits, and no more read than single experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from weightsmith.forward import experts
+from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.views import view
+from weightsmith.forward.weights import Weights
+from weightsmith.quantizers.architectures import EXPERTS
+
+from tests.fakes.sparse import make_sparse
+from tests.unit.validating.conftest import make_adapter, make_model
+
+IDS = torch.arange(7, 47).reshape(2, 20)
+ALL_AT_ONCE = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
+"""They multiply the inputs with all experts."""
+
+
+@pytest.fixture
+def stacks_read(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The stacks that were read as a whole."""
+    found: list[torch.Size] = []
+    own = experts.Stack.whole
+
+    def whole(stack: experts.Stack) -> torch.Tensor:
+        found.append(stack.shape)
+        return own(stack)
+
+    monkeypatch.setattr(experts.Stack, "whole", whole)
+    return found
+
+
+def network_of(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except ValueError:
+        return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS, use_cache=False).logits.float()
+
+
+def streamed(folder: Path, *adapters: Path) -> torch.Tensor:
+    meeting = Meeting(cpus=2)
+    network = view(folder, [(adapter, 1.0) for adapter in adapters], meeting, 0)
+    return meeting.run({"": lambda: logits(network)})[""]
+
+
+@pytest.mark.parametrize("architecture", sorted(EXPERTS))
+def test_logits_are_those_of_the_model_in_memory(
+    tmp_path: Path, stacks_read: list[torch.Size], architecture: str
+) -> None:
+    folder = make_sparse(tmp_path, architecture)
+
+    found = streamed(folder)
+
+    torch.testing.assert_close(found, logits(network_of(folder)), rtol=1e-4, atol=1e-5)
+    assert bool(stacks_read) == (architecture in ALL_AT_ONCE)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_an_adapter_on_stacked_parameters_adds_to_single_experts(
+    tmp_path: Path, stacks_read: list[torch.Size], kind: str
+) -> None:
+    from peft import PeftModel
+
+    base = make_model(tmp_path / "base", kind)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"target_modules": ["q_proj"], "target_parameters": parameters}
+    adapter = make_adapter(tmp_path / "adapter", base, **options)
+
+    found, alone = streamed(base, adapter), streamed(base)
+
+    tuned = PeftModel.from_pretrained(network_of(base), adapter).eval()
+    torch.testing.assert_close(found, logits(tuned), rtol=1e-4, atol=1e-5)
+    assert (found - alone).abs().max() > 0.01
+    assert not stacks_read
+
+
+def test_base_and_adapter_share_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base", "qwen3_moe")
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"target_modules": ["q_proj"], "target_parameters": parameters}
+    adapter = make_adapter(tmp_path / "adapter", base, **options)
+    meeting, served = Meeting(cpus=1), []
+    own = meeting._multiply
+
+    def count(requests: Any) -> None:
+        served.append(len(requests))
+        own(requests)
+
+    monkeypatch.setattr(meeting, "_multiply", count)
+    views = {"base": view(base, [], meeting, 0), "adapter": view(base, [(adapter, 1)], meeting, 0)}
+
+    meeting.run({name: lambda one=one: logits(one) for name, one in views.items()})
+
+    assert served.count(2) > 0.9 * len(served)
+
+
+def test_experts_without_tokens_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base", "qwen3_moe", num_experts=64, num_experts_per_tok=1)
+    own, read = Weights.mapped, set()
+
+    def mapped(weights: Weights, tensor: str) -> Any:
+        read.add(tensor)
+        return own(weights, tensor)
+
+    monkeypatch.setattr(Weights, "mapped", mapped)
+
+    streamed(base)
+
+    assert 0 < len({name for name in read if ".experts." in name}) <= 3 * 3 * IDS.numel()

@@ -1,0 +1,190 @@
+"""Stacked experts of which a walk reads only those that get tokens, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from weightsmith.forward.meeting import Key, Meeting
+from weightsmith.forward.products import Matrix
+
+Parts: TypeAlias = Sequence[Callable[[], Matrix]]
+"""Read the matrices [rows, columns] of one expert, which follow each other."""
+Delta: TypeAlias = tuple[torch.Tensor, torch.Tensor, float]
+"""Of all experts: left [experts, rows, rank], right [experts, rank, columns], and their factor."""
+Deltas: TypeAlias = Callable[[], Sequence[Delta]]
+
+
+class Stored:
+    """Stands for a tensor in float32 that is read only if code asks for more than its shape."""
+
+    dtype, device, requires_grad = torch.float32, torch.device("cpu"), False
+    shape: torch.Size
+
+    def whole(self) -> torch.Tensor:
+        """Return the tensor."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the tensor."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.whole(), name)
+
+    def __len__(self) -> int:
+        """Return the length of the first dimension."""
+        return self.shape[0]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Multiply by an expert's matrix in the meeting; read it for everything else."""
+        named = dict(kwargs or {})
+        if func is functional.linear and not named and isinstance(args[1], Expert):
+            product, bias = args[1].multiply(args[0]), args[2] if args[2:] else None
+            return product if bias is None else product + bias
+        return func(*map(_read, args), **{name: _read(value) for name, value in named.items()})
+
+
+class Expert(Stored):
+    """One expert's matrix."""
+
+    def __init__(self, key: Key, parts: Parts, deltas: Sequence[Delta], meeting: Meeting) -> None:
+        """Open the files of its parts."""
+        self._key, self._meeting = key, meeting
+        self._parts, self._deltas = [read() for read in parts], deltas
+        rows = sum(part.shape[0] for part in self._parts)
+        self.shape = torch.Size((rows, *self._parts[0].shape[1:]))
+
+    def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return inputs [..., columns] times the matrix transposed, in float32."""
+        products = [
+            self._meeting.multiply((*self._key, number), inputs, part)
+            for number, part in enumerate(self._parts)
+        ]
+        whole = torch.cat(products, -1) if products[1:] else products[0]
+        for left, right, factor in self._deltas:
+            whole = whole + (inputs @ right.T) @ left.T * factor
+        return whole
+
+    def whole(self) -> torch.Tensor:
+        """Return the matrix."""
+        matrix = torch.cat([part[:].float() for part in self._parts])
+        for left, right, factor in self._deltas:
+            matrix += left @ right * factor
+        return matrix
+
+
+class Stack(Stored):
+    """A parameter [experts, rows, columns]; an expert taken by its number is an `Expert`."""
+
+    def __init__(
+        self, key: Key, experts: Sequence[Parts], deltas: Deltas, meeting: Meeting
+    ) -> None:
+        """Let `deltas` say what adapters add to it when an expert is taken."""
+        self._key, self._experts = key, experts
+        self._deltas, self._meeting = deltas, meeting
+        self.shape = torch.Size((len(experts), *self._expert(0).shape))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one expert, or what the whole tensor has at any other index."""
+        if isinstance(index, torch.Tensor) and not index.dim():
+            index = int(index)
+        return self._expert(index) if type(index) is int else self.whole()[index]
+
+    def __iter__(self) -> Iterator[Expert]:
+        """Return the experts."""
+        return map(self._expert, range(len(self)))
+
+    def deltas(self, number: int) -> Sequence[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Return an expert's deltas: left [rows, rank], right [rank, columns], and their factor."""
+        return [(left[number], right[number], by) for left, right, by in self._deltas()]
+
+    def whole(self) -> torch.Tensor:
+        """Return all experts."""
+        return torch.stack([one.whole() for one in self])
+
+    def _expert(self, number: int) -> Expert:
+        number = range(len(self._experts))[number]
+        return Expert(
+            (*self._key, number), self._experts[number], self.deltas(number), self._meeting
+        )
+
+
+def _read(value: Any) -> Any:
+    return value.whole() if isinstance(value, Stored) else value
+
+
+def read_one_by_one(
+    module: Any, stacks: Mapping[str, Sequence[Parts]], key: Key, meeting: Meeting, deltas: Any
+) -> None:
+    """Replace a module's stacked parameters by ones that read single experts.
+
+    `deltas` has what adapters add, by parameter. Transformers then uses its loop over experts.
+    """
+    for name, experts in stacks.items():
+        stack = Stack(key, experts, deltas.get(name, tuple), meeting)
+        if stack.shape != getattr(module, name).shape:
+            shapes = f"{[*stack.shape]}, not {[*getattr(module, name).shape]}"
+            raise RuntimeError(f"{name} has shape {shapes}")
+        delattr(module, name)
+        object.__setattr__(module, name, stack)
+    if hasattr(module, "config"):
+        module.config._experts_implementation = "eager"  # noqa: SLF001 - transformers' own switch
+
+
+def wrapped_experts(layer: Any) -> tuple[Any, Mapping[str, Deltas]] | None:
+    """Return the module below PEFT's wrappers of stacked parameters, and what these add to each.
+
+    The wrappers then only call it. None if another kind of layer is among them, or biases.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    added: dict[str, list[Any]] = {}
+    wrappers, inner = [], layer
+    while isinstance(inner, ParamWrapper):
+        if inner.num_experts < 2 or any(inner.lora_bias.values()):
+            return None
+        added.setdefault(inner.parameter_name, []).append(inner)
+        wrappers.append(inner)
+        inner = inner.base_layer
+    if not wrappers or any(True for _ in inner.children() if hasattr(_, "base_layer")):
+        return None
+    return inner, {name: _deltas(all_) for name, all_ in added.items()}
+
+
+def call_only(layer: Any, inner: Any) -> None:
+    """Let PEFT's wrappers around a module do nothing but call it."""
+    while layer is not inner:
+        below = layer.base_layer
+        object.__setattr__(layer, "forward", lambda *args, _of=below, **named: _of(*args, **named))
+        layer = below
+
+
+def _deltas(wrappers: Sequence[Any]) -> Deltas:
+    def factors() -> list[Delta]:
+        return [
+            wrapper.get_delta_factors(name)
+            for wrapper in wrappers
+            if not wrapper.disable_adapters
+            for name in wrapper.active_adapters
+            if name in wrapper.lora_A
+        ]
+
+    return factors
+
+
+def stacks_of(layer: Any) -> Mapping[str, Stack]:
+    """Return the stacks of the module below PEFT's wrappers."""
+    return {n: one for n, one in vars(layer.get_base_layer()).items() if isinstance(one, Stack)}
+
+
+def is_stacked(module: Any, name: str) -> bool:
+    """Return whether a parameter may be a stack of matrices, and no filter of a convolution."""
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return not convolution and getattr(module, name).dim() == 3
