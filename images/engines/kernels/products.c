@@ -54,7 +54,9 @@ INLINE words load(const char *from, int type) {
 }
 
 // Packs the columns of WIDTH rows, those of a column beside each other, and asks for the rows that
-// are `next` bytes behind them: so many rows at once are more than a CPU foresees.
+// are `next` bytes behind them: so many rows at once are more than a CPU foresees. It asks for them
+// in the second-level cache, because rows that are a multiple of 4 KiB apart displace each other from
+// the first: that is a quarter of the time with few inputs.
 INLINE void pack(const char *const *rows, int64_t depth, int type, int64_t next, float *packed) {
     // Two bf16 are transposed as one word.
     const int step = type == BF16 ? 2 * WIDTH : WIDTH;
@@ -67,7 +69,7 @@ INLINE void pack(const char *const *rows, int64_t depth, int type, int64_t next,
             const char *from = rows[r] + k * bytes_of(type);
             if (n < step) from = memcpy(buffer, from, n * bytes_of(type));
             square[r] = load(from, type);
-            __builtin_prefetch(rows[r] + k * bytes_of(type) + next);
+            __builtin_prefetch(rows[r] + k * bytes_of(type) + next, 0, 2);
         }
         transpose(square);
 #pragma unroll
