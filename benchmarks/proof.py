@@ -3,14 +3,16 @@
 "reference and validation" is what a build runs: both in one process.
 
     python benchmarks/proof.py [--folders BASE ADAPTER MERGED] [--questions FILE] [--limit 33]
-        [--only NAME,…] [--work benchmarks/work]
+        [--only NAME,…] [--merged-dtype bfloat16|float32] [--work benchmarks/work]
 
 Without folders, the model is a synthetic Llama with 1.07 billion weights in bfloat16 and an adapter
-of rank 16 on every linear layer, merged here. By hand means transformers and PEFT with whole models
-in float32: the questions in one batch to base, adapter and merged model; logits of the same probes
-with and without merging, and every tensor against `merge_and_unload`; the held-out text through the
-checkpoint and its copy rounded to int8. Every way runs in its own process. Memory is the largest
-anonymous memory seen every 20 ms; pages of mapped files do not count, as the kernel may drop them.
+of rank 16 on every linear layer, merged here. With random weights, answers have near ties, at which
+a merged model in bfloat16 leaves the adapter's text; in float32 it hardly ever does. By hand means
+transformers and PEFT with whole models in float32: the questions in one batch to base, adapter and
+merged model; logits of the same probes with and without merging, and every tensor against
+`merge_and_unload`; the held-out text through the checkpoint and its copy rounded to int8. Every way
+runs in its own process. Memory is the largest anonymous memory seen every 20 ms; pages of mapped
+files do not count, as the kernel may drop them.
 """
 
 from __future__ import annotations
@@ -148,15 +150,16 @@ BILLION = replace(shapes.SMALL, layers=16, inner=8192, key_heads=8, vocabulary=4
 """1.07 billion weights with the head."""
 
 
-def make_inputs(work: Path) -> tuple[Path, Path, Path]:
+def make_inputs(work: Path, dtype: str) -> tuple[Path, Path, Path]:
     """Make base, adapter and merged model once."""
-    base, adapter, merged = (work / f"proof-{name}" for name in ("base", "adapter", "merged"))
+    names = "base", "adapter", "merged" if dtype == "bfloat16" else f"merged-{dtype}"
+    base, adapter, merged = (work / f"proof-{name}" for name in names)
     shapes.RANK = 16
     if not (base / "config.json").exists():
         shapes.make_base(base, BILLION)
     if not (adapter / "adapter_config.json").exists():
         shapes.make_adapter(adapter, BILLION, "LORA")
-    make_merged(base, adapter, merged)
+    make_merged(base, adapter, merged, dtype)
     return base, adapter, merged
 
 
@@ -188,15 +191,16 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, default=EXAMPLE / "eval.jsonl")
     parser.add_argument("--limit", type=int, default=33)
     parser.add_argument("--only", default="", help="comma-separated ways to run")
+    parser.add_argument("--merged-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "work")
     parser.add_argument("--make", action="store_true", help="make the inputs, run nothing")
     options = parser.parse_args()
     if options.make:
-        make_inputs(options.work)
+        make_inputs(options.work, options.merged_dtype)
         return
     if not options.folders:  # in its own process: a child's peak memory starts at its parent's
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--make"], check=True)
-    folders = options.folders or make_inputs(options.work)
+    folders = options.folders or make_inputs(options.work, options.merged_dtype)
     words = [*folders, options.questions, options.limit, EXAMPLE / "calibration.jsonl"]
     loads = " ".join(f"{load:.1f}" for load in os.getloadavg())
     print(f"{os.cpu_count()} CPUs, load {loads}, {options.limit} questions\n", flush=True)

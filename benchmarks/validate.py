@@ -48,17 +48,17 @@ import sys
 from pathlib import Path
 from weightsmith.merging.engine import MergeRequest, merge
 base, adapter, out = map(Path, sys.argv[1:4])
-merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out))
+merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, dtype=sys.argv[4]))
 """
 
 
-def make_merged(base: Path, adapter: Path, out: Path) -> None:
-    """Merge once, and add a tokenizer to both folders."""
+def make_merged(base: Path, adapter: Path, out: Path, dtype: str = "auto") -> None:
+    """Merge once into a type, and add a tokenizer to both folders."""
     for path in (ROOT / "examples" / "tiny" / "base").iterdir():
         if "token" in path.name or "template" in path.name:
             shutil.copy(path, base)
     if not (out / "config.json").exists():
-        words = [sys.executable, "-c", MERGE, str(base), str(adapter), str(out)]
+        words = [sys.executable, "-c", MERGE, str(base), str(adapter), str(out), dtype]
         subprocess.run(words, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
