@@ -230,17 +230,60 @@ def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_
     assert found["adapter"].tokens == generated(base, lora)
 
 
-def test_a_draft_of_other_text_costs_a_few_passes(
+def multiplied_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of rows of each product."""
+    found: list[int] = []
+    multiply = Meeting.multiply
+
+    def counted(self: Meeting, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
+        found.append(inputs[..., 0].numel())
+        return multiply(self, key, inputs, matrix)
+
+    monkeypatch.setattr(Meeting, "multiply", counted)
+    return found
+
+
+def test_a_draft_of_other_text_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = make_model(tmp_path / "base")
-    true = generated(base)
-    passes: list[object] = []
-    verify = greedy_module._verify
-    monkeypatch.setattr(greedy_module, "_verify", lambda *a: (passes.append(1), verify(*a))[1])
+    true, rows = generated(base), multiplied_rows(monkeypatch)
+    other = next(token for token in range(9, 99) if all(token not in row for row in true))
 
-    assert answer(base, drafts={n: [9] * 40 for n in range(len(PROMPTS))}) == true
-    assert len(passes) <= 2
+    answer(base)
+    written = sum(rows)
+    assert answer(base, drafts={n: [other] * 40 for n in range(len(PROMPTS))}) == true
+
+    assert sum(rows) - 2 * written <= len(PROMPTS) * (MOST - 1) * 22
+
+
+def test_a_draft_fits_again_after_a_wrong_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    true, rows = generated(base), multiplied_rows(monkeypatch)
+    drafts = {n: [*row[:5], 499, *row[6:]] for n, row in enumerate(true)}
+
+    assert answer(base, drafts=drafts) == true
+    assert len(rows) == 2 * 22  # a row of each of seven matrices in three layers, and of the head
+
+
+def test_only_tokens_are_multiplied_and_in_the_last_layer_those_with_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    rows = multiplied_rows(monkeypatch)
+
+    answer(base)
+
+    tokens = sum(map(len, PROMPTS))
+    projections = [tokens] * 3
+    assert rows[:22] == [
+        *([tokens] * 7 * 2),
+        *projections,
+        *([len(PROMPTS)] * 4),
+        len(PROMPTS),
+    ]
 
 
 def test_drafts_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:

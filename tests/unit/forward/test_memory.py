@@ -8,8 +8,9 @@ from typing import Any, cast
 
 import pytest
 from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.forward.greedy import Questions, batch_tokens
+from weightsmith.forward.greedy import Questions, _fits, batch_tokens, batches
 from weightsmith.forward.memory import Walk, batch_bytes, single_pass_bytes, walk_bytes
+from weightsmith.forward.prefix import Prefix
 from weightsmith.merging.reference import load_network
 from weightsmith.planning.memory import quality_memory, quantize_memory
 from weightsmith.quantizers import formats
@@ -132,6 +133,23 @@ def test_a_batch_holds_the_tokens_that_fit(tmp_path: Path) -> None:
     for room, tokens in ((10 * one, 10), (11 * one - 1, 10), (1 << 40, 4096)):
         asked = Questions(prompts=[], ends=[], most=1, batch_bytes=room)
         assert batch_tokens(model, asked) == tokens
+
+
+def test_only_the_tokens_of_one_pass_have_activations(tmp_path: Path) -> None:
+    model: Any = load_network(make_model(tmp_path / "base"), [])
+    kept, passing = 4 * 2 * 3 * 2 * 16, 4 * (8 * 64 + 3 * 96)
+    rows = {n: [1] * 10 for n in range(9)}
+    room = 3 * ((10 + 90) * kept + 10 * passing)
+
+    for room_, drafts, count in (
+        (room, {}, 3),
+        (room - 1, {}, 2),
+        (room, {0: [1] * 90}, 1),
+        (3 * (100 * kept + 65 * passing), {0: [1] * 90}, 3),
+    ):
+        asked = Questions(prompts=[], ends=[], most=90, batch_bytes=room_)
+        fits = _fits(model, asked, Prefix(layers=3), drafts)
+        assert len(next(batches(rows, fits))) == count
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from weightsmith.forward.greedy import Questions, greedy
+from weightsmith.forward.keys import Keys
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.prefix import Prefix, align_right, shared_prefix
+from weightsmith.forward.prefix import Prefix, shared_prefix
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 
@@ -45,7 +46,7 @@ def test_answers_after_a_shared_prefix_are_those_of_each_prompt_alone(
     true = generated(load_network(base, []))
     lengths: list[int] = []
     rows = Prefix.rows
-    monkeypatch.setattr(Prefix, "rows", lambda p, n: (lengths.append(p.length), rows(p, n))[1])
+    monkeypatch.setattr(Prefix, "rows", lambda p, *n: (lengths.append(p.length), rows(p, *n))[1])
     model = view(base, [], meeting := Meeting(2), 0)
     wrong = [[*row[:3], 11, *row[4:]] for row in true]
 
@@ -86,7 +87,7 @@ def test_a_window_shorter_than_the_text_has_no_shared_prefix(tmp_path: Path, win
 def test_a_model_with_other_states_has_no_shared_prefix(tmp_path: Path) -> None:
     network = load_network(make_model(tmp_path / "base", "jamba"), [])
 
-    assert shared_prefix(network, PROMPTS, MOST) == Prefix()
+    assert not shared_prefix(network, PROMPTS, MOST).layers
 
 
 @pytest.mark.parametrize(
@@ -129,14 +130,23 @@ def test_answers_that_have_ended_leave_the_batch(tmp_path: Path) -> None:
     assert rows[-1] < len(prompts) / 2
 
 
-def test_columns_are_aligned_to_the_right() -> None:
-    from transformers import DynamicCache
+def test_rows_of_keys_keep_their_tokens_without_the_holes() -> None:
+    keys = Keys(layers=1, rows=3, room=4, positioned=True)
+    for first in (0, 4):
+        states = torch.arange(12.0).view(3, 1, 4, 1) + 100 * first
+        keys.cache.update(states, -states, 0)
+        keys.keep(torch.tensor([4, 1, 2]), 4)
 
-    cache = DynamicCache()
-    keys = torch.arange(8.0).view(2, 1, 4, 1)
-    cache.update(keys, -keys, 0)
+    assert keys.lengths.tolist() == [8, 2, 4]
+    assert keys.holes == 0
+    keys.select([2, 1])
 
-    align_right(cache, [0, 3])
-
-    assert cache.layers[0].keys.flatten().tolist() == [0, 1, 2, 3, 5, 6, 7, 4]
-    assert cache.layers[0].values.flatten().tolist() == [-0, -1, -2, -3, -5, -6, -7, -4]
+    layer = keys.cache.layers[0]
+    assert keys.lengths.tolist() == [4, 2]
+    assert layer.keys.shape == (2, 1, 4, 1)
+    assert layer.keys[0].flatten().tolist() == [8, 9, 408, 409]
+    assert layer.keys[1].flatten().tolist()[2:] == [4, 404]
+    assert layer.values[0].flatten().tolist() == [-8, -9, -408, -409]
+    mask = keys.given(torch.tensor([2, 1]), 2)
+    assert mask["attention_mask"].tolist() == [[1] * 6, [0, 0, 1, 1, 1, 1]]
+    assert mask["position_ids"].tolist() == [[4, 5], [2, 2]]

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.drafts import Draft, read_at_once
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
-from weightsmith.forward.prefix import Prefix, align_right, depends_on_length, shared_prefix
+from weightsmith.forward.positions import Positions, only
+from weightsmith.forward.prefix import Prefix, depends_on_length, shared_prefix
 
 Tokens = Sequence[int]
 Written = tuple[int, int, list[int]]
@@ -25,6 +27,8 @@ _HIDDEN = 4096
 """Hidden size if the configuration has none at its top: that of most models of 7B."""
 _LEAVE = 4
 """A batch continues without its finished answers as soon as they are one in so many."""
+_HOLES = 16
+"""Columns of keys and values that hold no text's token, before they are removed."""
 
 
 @dataclass(slots=True)
@@ -45,14 +49,15 @@ class _Found:
 
     def append(
         self, number: int, tokens: Tokens, margins: Sequence[float], asked: Questions
-    ) -> None:
-        """Add tokens to an answer, up to one that ends it."""
+    ) -> Written:
+        """Add tokens to an answer, up to one that ends it; return what is new."""
         ends = (i for i, token in enumerate(tokens) if token in asked.ends)
         end = next(ends, len(tokens) - 1) + 1
-        asked.keep([(number, len(self.tokens[number]), list(tokens[:end]))])
+        written = number, len(self.tokens[number]), list(tokens[:end])
         self.tokens[number] += tokens[:end]
         self.margins[number] += margins[:end]
         del self.tokens[number][asked.most :], self.margins[number][asked.most :]
+        return written
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,27 +80,26 @@ class Questions:
 def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answers:
     """Return the most likely tokens after each prompt, including the token that ends an answer.
 
-    A draft is checked in one pass. Its tokens are accepted up to the first that is not the most
-    likely one; that token is replaced, and the tokens after it are checked again. The rest is
-    generated. `advance` is called with the number of finished answers.
+    A draft's tokens are read some at a time and accepted up to the first that is not the most
+    likely one, which is replaced. `advance` is called with the number of finished answers.
     """
     numbers = range(len(asked.prompts))
     answers = _Found({n: [] for n in numbers}, {n: [] for n in numbers})
-    found = answers.tokens
     shared = shared_prefix(model, asked.prompts, asked.most)
-    rest = _usable_drafts(model, asked)
-    for _ in range(_ROUNDS):
-        rows = {n: [*asked.prompts[n], *found[n], *rest[n]] for n in rest}
-        for batch in batches(rows, batch_tokens(model, asked), padding=_PADDING):
-            _verify(model, asked, shared, batch, answers, rest)
-        rest = {n: draft for n, draft in rest.items() if draft and not _ended(found[n], asked)}
-    left = [n for n in found if not _ended(found[n], asked)]
-    advance(len(found) - len(left))
-    rows = {n: [*asked.prompts[n], *found[n]] for n in left}
-    for batch in batches(rows, batch_tokens(model, asked), asked.most):
-        _generate(model, asked, shared, batch, answers)
+    drafts = _usable_drafts(model, asked)
+    if not shared.layers:
+        _read_drafts(model, asked, answers, drafts)
+    left = [n for n in numbers if not _ended(answers.tokens[n], asked)]
+    advance(len(numbers) - len(left))
+    rows = {n: [*asked.prompts[n], *answers.tokens[n]] for n in left}
+    for batch in batches(rows, _fits(model, asked, shared, drafts)):
+        if shared.layers:
+            texts = {n: Draft(drafts.get(n, ())) for n in batch}
+            _continue(model, asked, shared, texts, answers)
+        else:
+            _generate(model, asked, batch, answers)
         advance(len(batch))
-    return Answers([found[n] for n in numbers], [answers.margins[n] for n in numbers])
+    return Answers([answers.tokens[n] for n in numbers], [answers.margins[n] for n in numbers])
 
 
 def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
@@ -115,17 +119,44 @@ def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
 
 def batch_tokens(model: Any, asked: Questions) -> int:
     """Return how many tokens of prompts and answers a batch may have."""
+    return min(BATCH_TOKENS, asked.batch_bytes // token_bytes(**_sizes(model)))
+
+
+def _fits(
+    model: Any, asked: Questions, shared: Prefix, drafts: Mapping[int, Tokens]
+) -> Callable[[int, int], bool]:
+    """Return whether a batch of so many rows, the longest of so many tokens, fits into memory.
+
+    With a cache, all tokens have keys and values, but only those of one pass have activations.
+    """
+    most = batch_tokens(model, asked)
+    if not shared.layers:
+        return lambda count, longest: count * (longest + asked.most) <= most
+    sizes = _sizes(model)
+    whole = token_bytes(**sizes)
+    kept = token_bytes(**{**sizes, "hidden": 0, "intermediate": 0})
+    drafted = max(map(len, drafts.values()), default=0)
+
+    def fits(count: int, longest: int) -> bool:
+        tokens = count * (longest + asked.most)
+        passing = count * read_at_once(longest - shared.length, drafted)
+        needed = tokens * kept + passing * (whole - kept)
+        return tokens <= BATCH_TOKENS and needed <= asked.batch_bytes
+
+    return fits
+
+
+def _sizes(model: Any) -> dict[str, int]:
     config = model.config.get_text_config()
     heads = _size(config, "num_attention_heads") or 1
     hidden = _size(config, "hidden_size") or _HIDDEN
     width = _size(config, "head_dim") or hidden // heads
-    one = token_bytes(
-        layers=_size(config, "num_hidden_layers") or 1,
-        cached=(_size(config, "num_key_value_heads") or heads) * width,
-        hidden=hidden,
-        intermediate=_size(config, "intermediate_size") or 4 * hidden,
-    )
-    return min(BATCH_TOKENS, asked.batch_bytes // one)
+    return {
+        "layers": _size(config, "num_hidden_layers") or 1,
+        "cached": (_size(config, "num_key_value_heads") or heads) * width,
+        "hidden": hidden,
+        "intermediate": _size(config, "intermediate_size") or 4 * hidden,
+    }
 
 
 def _size(config: Any, name: str) -> int:
@@ -139,22 +170,22 @@ def _size(config: Any, name: str) -> int:
 
 
 def batches(
-    rows: Mapping[int, Tokens], most: int, more: int = 0, padding: int | None = None
+    rows: Mapping[int, Tokens], fits: Callable[[int, int], bool], padding: int | None = None
 ) -> Iterator[list[int]]:
     """Yield batches of row numbers of similar length, to keep padding small.
 
-    A batch has at most `most` tokens, `more` of them per row beyond the longest row's, and
-    `padding` of them without meaning.
+    A batch `fits` by its number of rows and the longest row's length, and has at most `padding`
+    tokens without meaning.
     """
     batch: list[int] = []
     tokens = 0
     for number in sorted(rows, key=lambda n: (len(rows[n]), n)):
-        whole = (len(batch) + 1) * len(rows[number])
-        tokens += len(rows[number])
-        full = whole + (len(batch) + 1) * more > most
-        if batch and (full or (padding is not None and whole - tokens > padding)):
+        count, longest = len(batch) + 1, len(rows[number])
+        tokens += longest
+        wide = padding is not None and count * longest - tokens > padding
+        if batch and (wide or not fits(count, longest)):
             yield batch
-            batch, tokens = [], len(rows[number])
+            batch, tokens = [], longest
         batch.append(number)
     if batch:
         yield batch
@@ -164,49 +195,82 @@ def _ended(tokens: Tokens, asked: Questions) -> bool:
     return len(tokens) >= asked.most or bool(tokens and tokens[-1] in asked.ends)
 
 
-def _verify(
-    model: Any,
-    asked: Questions,
-    shared: Prefix,
-    batch: Sequence[int],
-    found: _Found,
-    rest: dict[int, list[int]],
+def _continue(
+    model: Any, asked: Questions, shared: Prefix, drafts: Mapping[int, Draft], found: _Found
 ) -> None:
-    """Check a batch's drafts in one pass."""
-    rows = [[*asked.prompts[n], *found.tokens[n], *rest[n]][shared.length :] for n in batch]
-    cache = shared.rows(len(batch)) if shared.length else None
-    counts = [len(rest[n]) + 1 for n in batch]
-    read = _read(model, rows, counts, asked.filler, cache)
-    for number, (tokens, margins) in zip(batch, read, strict=True):
-        draft = rest[number]
-        same = next((i for i, t in enumerate(draft) if tokens[i] != t), len(draft))
-        kept = [*draft[:same], tokens[same]]
-        found.append(number, kept, margins, asked)
-        rest[number] = draft[same + 1 :]
+    """Write answers to their ends, each with its draft."""
+    longest = max(len(asked.prompts[n]) for n in drafts)
+    keys = shared.rows(len(drafts), longest + asked.most + _HOLES - shared.length)
+    batch = list(drafts)
+    new = {n: list(asked.prompts[n][shared.length :]) for n in batch}
+    while going := [n for n in batch if not _ended(found.tokens[n], asked)]:
+        if keys.holes > _HOLES or _LEAVE * (len(batch) - len(going)) >= len(batch):
+            keys.select([row for row, n in enumerate(batch) if n in going])
+            batch = going
+        guesses = {n: _guess(asked, drafts[n], found.tokens[n]) for n in going}
+        rows = [[*new[n], *guesses[n]] if n in going else [] for n in batch]
+        counts = [len(guesses[n]) + 1 if n in going else 0 for n in batch]
+        read = _read(model, rows, counts, asked.filler, keys)
+        right, written = [], []
+        for number, row, (tokens, margins) in zip(batch, rows, read, strict=True):
+            guess = guesses.get(number, [])
+            same = next((i for i, t in enumerate(guess) if tokens[i] != t), len(guess))
+            right.append(len(row) - len(guess) + same)
+            if tokens:
+                written.append(found.append(number, tokens[: same + 1], margins, asked))
+                drafts[number].learn(len(guess), same, tokens[same])
+                new[number] = [tokens[same]]
+        asked.keep(written)
+        keys.keep(torch.tensor(right), max(map(len, rows)))
+
+
+def _guess(asked: Questions, draft: Draft, tokens: Tokens) -> list[int]:
+    return draft.guess(asked.most - len(tokens) - 1, asked.ends)
+
+
+def _read_drafts(model: Any, asked: Questions, found: _Found, drafts: Mapping[int, Tokens]) -> None:
+    """Check drafts, each as a whole, by a model without keys and values of single tokens."""
+    rest, most = dict(drafts), batch_tokens(model, asked)
+    for _ in range(_ROUNDS):
+        rows = {n: [*asked.prompts[n], *found.tokens[n], *rest[n]] for n in rest}
+        for batch in batches(rows, lambda count, longest: count * longest <= most, _PADDING):
+            counts = [len(rest[n]) + 1 for n in batch]
+            read = _read(model, [rows[n] for n in batch], counts, asked.filler)
+            for number, (tokens, margins) in zip(batch, read, strict=True):
+                draft = rest[number]
+                same = next((i for i, t in enumerate(draft) if tokens[i] != t), len(draft))
+                asked.keep([found.append(number, tokens[: same + 1], margins, asked)])
+                rest[number] = draft[same + 1 :]
+        rest = {
+            n: draft for n, draft in rest.items() if draft and not _ended(found.tokens[n], asked)
+        }
 
 
 def _read(
-    model: Any, rows: Sequence[Tokens], counts: Sequence[int], filler: int, cache: Any = None
+    model: Any, rows: Sequence[Tokens], counts: Sequence[int], filler: int, keys: Any = None
 ) -> list[tuple[list[int], list[float]]]:
     """Return the most likely token after each of a row's last tokens, so many per row, and margins.
 
-    The rows continue those in `cache`. They are padded on the right, which causal models ignore.
+    The rows continue those in `keys`. They are padded on the right, which causal models ignore.
     """
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
-    places = (
-        torch.tensor([i for i, count in enumerate(counts) for _ in range(count)]),
-        torch.tensor(
-            [c for row, count in zip(rows, counts, strict=True)
-             for c in range(len(row) - count, len(row))]
-        ),
-    )  # fmt: skip
-    kept = {} if cache is None else {"cache": cache}
-    parts = some_logits(model, ids, places, use_cache=bool(kept), **kept)
-    found = [_best(part) for part in parts]
+    lengths = torch.tensor([len(row) for row in rows])
+    columns = torch.arange(width)
+    tokens = columns < lengths[:, None]
+    wanted = tokens & (columns >= (lengths - torch.tensor(counts))[:, None])
+    asked_at = wanted.flatten().nonzero()[:, 0]
+    positions = Positions(len(rows), width, tokens.flatten().nonzero()[:, 0], asked_at)
+    given: dict[str, Any] = {"use_cache": False}
+    if keys is not None:
+        given = keys.given(lengths, width)
+        keys.narrow(positions)
+    with only(positions):
+        parts = some_logits(model, ids, (asked_at // width, asked_at % width), **given)
+        found = [_best(part) for part in parts]
     both = (torch.cat(each) for each in zip(*found, strict=True))
-    tokens, margins = (torch.split(each, list(counts)) for each in both)
-    return [(a.tolist(), b.tolist()) for a, b in zip(tokens, margins, strict=True)]
+    best, margins = (torch.split(each, list(counts)) for each in both)
+    return [(a.tolist(), b.tolist()) for a, b in zip(best, margins, strict=True)]
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,49 +281,17 @@ def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best[..., 0], logits.gather(-1, best)[..., 0] - others
 
 
-def _generate(
-    model: Any,
-    asked: Questions,
-    shared: Prefix,
-    batch: Sequence[int],
-    found: _Found,
-) -> None:
-    """Continue a batch to the end of every answer."""
-    cache = shared.rows(len(batch))
-    if cache is not None:
-        rows = [[*asked.prompts[n], *found.tokens[n]][shared.length :] for n in batch]
-        firsts = _read(model, rows, [1] * len(batch), asked.filler, cache)
-        for number, first in zip(batch, firsts, strict=True):
-            found.append(number, *first, asked)
-        align_right(cache, [max(map(len, rows)) - len(row) for row in rows])
-    left = list(batch)
-    while kept := [i for i, n in enumerate(left) if not _ended(found.tokens[n], asked)]:
-        if cache is not None and len(kept) < len(left):
-            cache.batch_select_indices(torch.tensor(kept))
-        left = [left[i] for i in kept]
-        _decode(model, asked, left, found, cache)
+def _generate(model: Any, asked: Questions, batch: Sequence[int], found: _Found) -> None:
+    """Continue a batch until all of its answers have ended, by the model's own kind of cache.
 
-
-def _decode(model: Any, asked: Questions, batch: Sequence[int], found: _Found, cache: Any) -> None:
-    """Continue a batch until a part of its answers has ended; without a cache, until all have.
-
-    It is padded on the left; padding is masked and positions count without it. The cache has every
-    token but each row's last.
+    It is padded on the left; padding is masked and positions count without it.
     """
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers import GenerationConfig, LogitsProcessorList
 
     rows = [[*asked.prompts[n], *found.tokens[n]] for n in batch]
-    width = max(1, *map(len, rows)) if cache is None else cache.get_seq_length() + 1
+    width = max(1, *map(len, rows))
     ids = torch.tensor([[*[asked.filler] * (width - len(row)), *row] for row in rows])
     mask = torch.tensor([[*[0] * (width - len(row)), *[1] * len(row)] for row in rows])
-    left = torch.tensor([asked.most - len(found.tokens[n]) for n in batch])
-    ends = torch.tensor(list(asked.ends))
-
-    def some_ended(ids: torch.Tensor, _: object, **__: object) -> torch.Tensor:
-        new = ids[:, width:]
-        ended = torch.isin(new, ends).any(1) | (left <= new.shape[1])
-        return ended | (_LEAVE * ended.sum() >= len(ended))
-
     margins: list[torch.Tensor] = []
 
     def record(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -272,7 +304,7 @@ def _decode(model: Any, asked: Questions, batch: Sequence[int], found: _Found, c
     # Always greedy; ignore sampling and penalties in generation_config.json.
     settings = GenerationConfig(
         do_sample=False,
-        max_new_tokens=int(left.max()),
+        max_new_tokens=asked.most - min(len(found.tokens[n]) for n in batch),
         pad_token_id=asked.filler,
         eos_token_id=list(asked.ends) or None,
     )
@@ -282,9 +314,7 @@ def _decode(model: Any, asked: Questions, batch: Sequence[int], found: _Found, c
         attention_mask=mask,
         generation_config=settings,
         logits_processor=LogitsProcessorList([record]),
-        stopping_criteria=StoppingCriteriaList([] if cache is None else [some_ended]),
-        **({} if cache is None else {"cache": cache}),
     )
     gaps = torch.stack(margins, 1).tolist() if margins else [[] for _ in batch]
     for number, row, gap in zip(batch, made[:, width:].tolist(), gaps, strict=True):
-        found.append(number, row, gap, asked)
+        asked.keep([found.append(number, row, gap, asked)])

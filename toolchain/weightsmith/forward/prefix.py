@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,22 +20,22 @@ class Prefix:
     """The number of tokens that all prompts begin with, and a model's keys and values of them."""
 
     length: int = 0
-    caches: Any = None
-    """Configuration for new caches; None if the model's cache is not of plain keys and values."""
+    layers: int = 0
+    """Of a model's cache; 0 if it is not of plain keys and values."""
+    positioned: bool = True
+    """Whether the model takes each token's position."""
     states: tuple[tuple[int, torch.Tensor, torch.Tensor], ...] = ()
     """Each layer's number, keys and values [1, heads, length, width]."""
 
-    def rows(self, count: int) -> Any:
-        """Return a cache that holds the prefix in each of so many rows, or None."""
-        from transformers import DynamicCache
+    def rows(self, count: int, more: int) -> Any:
+        """Return the `Keys` of so many rows that begin so, with room for more tokens."""
+        from weightsmith.forward.keys import Keys
 
-        if self.caches is None:
-            return None
-        cache = DynamicCache(config=self.caches)
-        for layer, keys, values in self.states:
-            shape = (count, *keys.shape[1:]), (count, *values.shape[1:])
-            cache.update(keys.expand(shape[0]), values.expand(shape[1]), layer)
-        return cache
+        keys = Keys(self.layers, count, self.length + more, positioned=self.positioned)
+        for layer, *states in self.states:
+            keys.cache.update(*(one.expand(count, *one.shape[1:]) for one in states), layer)
+        keys.keep(torch.full((count,), self.length), self.length)
+        return keys
 
 
 def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], most: int) -> Prefix:
@@ -43,15 +43,17 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], most: int) -> Pr
 
     At least one token of each prompt is left. `most` is how many tokens may follow a prompt.
     """
-    caches = _plain(model, max(map(len, prompts), default=0) + most)
+    layers = _plain_layers(model, max(map(len, prompts), default=0) + 2 * most)
     length = _common(prompts)
-    if caches is None or length * (len(prompts) - 1) < _WORTH:
-        return Prefix(caches=caches)
-    cache = Prefix(caches=caches).rows(1)
+    positioned = "position_ids" in inspect.signature(_bare(model).forward).parameters
+    prefix = Prefix(layers=layers, positioned=positioned)
+    if not layers or length * (len(prompts) - 1) < _WORTH:
+        return prefix
+    cache = prefix.rows(1, length).cache
     ids = torch.tensor([prompts[0][:length]])
     # One logit is enough: the head of a small model is a fifth of its weights.
     model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
-    return Prefix(length=length, caches=caches, states=tuple(_states(cache)))
+    return replace(prefix, length=length, states=tuple(_states(cache)))
 
 
 def depends_on_length(model: Any) -> bool:
@@ -60,39 +62,29 @@ def depends_on_length(model: Any) -> bool:
     return any(kind in settings for kind in _LENGTH_DEPENDENT)
 
 
-def align_right(cache: Any, holes: Sequence[int]) -> None:
-    """Move each row's unused last columns, so many per row, to the front.
+def _plain_layers(model: Any, width: int) -> int:
+    """Return how many layers of keys and values of every token the model's cache has.
 
-    A window or a position that counts columns then finds none between a row's tokens.
-    """
-    for layer in cache.layers:
-        if layer.is_initialized:
-            columns = torch.arange(layer.keys.shape[-2])
-            order = (columns - torch.tensor(holes)[:, None]) % len(columns)
-            for name in ("keys", "values"):
-                old = getattr(layer, name)
-                index = order[:, None, :, None].expand(old.shape)
-                setattr(layer, name, old.gather(-2, index))
-
-
-def _plain(model: Any, width: int) -> Any:
-    """Return the configuration for caches of keys and values of every token, or None.
-
-    None for models with other states, and for windows shorter than the text of `width` tokens.
+    0 for models with other states, and for windows shorter than the text of `width` tokens.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    bare = _bare(model)
     takes_one = "cache" in inspect.signature(bare.forward).parameters
     if not takes_one or getattr(bare, "_is_stateful", True) or depends_on_length(bare):
-        return None
+        return 0
     config = bare.config.get_text_config(decoder=True)
-    for layer in DynamicCache(config=config).layers:
+    layers = DynamicCache(config=config).layers
+    for layer in layers:
         windowed = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > width
         if type(layer) is not DynamicLayer and not windowed:
-            return None
-    return config
+            return 0
+    return len(layers)
+
+
+def _bare(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

@@ -31,6 +31,7 @@ from weightsmith.forward.network import (
     skeleton_with_weights,
     with_adapters,
 )
+from weightsmith.forward.positions import multiplied
 from weightsmith.forward.products import Matrix
 from weightsmith.forward.weights import Weights
 
@@ -186,7 +187,7 @@ def _linear(
     matrix: Callable[[], Matrix],
     x: torch.Tensor,
 ) -> torch.Tensor:
-    product = meeting.multiply(key, x, matrix())
+    product = multiplied(x, lambda some: meeting.multiply(key, some, matrix()))
     return product if module.bias is None else product + module.bias
 
 
