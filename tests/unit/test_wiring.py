@@ -30,3 +30,16 @@ def test_more_memory_than_is_free_is_warned_of(
     assert progress.texts == warnings * [
         "--memory 5GiB is more than the 4.0 GiB that are free, so jobs may swap"
     ]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "two"), [(1, (), False), (2, (), True), (8, ("NVIDIA L4",), False)]
+)
+def test_two_jobs_run_at_once_only_where_nobody_must_plan_a_gpu_for_both(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, gpus: tuple[str, ...], *, two: bool
+) -> None:
+    monkeypatch.setattr(wiring, "cores", lambda: cpus)
+    monkeypatch.setattr(wiring, "gpu_names", lambda: gpus)
+
+    with open_tools(RunOptions(runner="local"), Silent()) as tools:
+        assert tools.two_at_once() == two
