@@ -135,7 +135,7 @@ def test_docker_registry_mounts_weights_of_140_gb_for_a_machine_with_1_gb(
         assert user.jobs() == []
         was_mounted(published)
         assert there.bytes < 1 << 20
-        assert client.has(Reference.parse(published.reference))
+        assert client.confirmed(Reference.parse(published.reference))
     assert disk_bytes(folder) < SMALL_DISK
 
 

@@ -30,6 +30,8 @@ class FakeRegistry:
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
         self.uploads: dict[str, bytes] = {}
         self.log: list[tuple[str, str]] = []
+        self.connections = 0
+        """How many were opened."""
         self.authorizations: list[tuple[str, str]] = []
         self.watch: Callable[[str, str], None] = lambda method, path: None
         """Told of each request (method, path) before it is answered."""
@@ -85,6 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def setup(self) -> None:
+        super().setup()
+        with self.state.lock:
+            self.state.connections += 1
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)

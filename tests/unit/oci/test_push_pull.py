@@ -42,10 +42,35 @@ def test_pushed_and_pulled_whole(fake: FakeRegistry, client: Registry, image: Im
 def test_what_is_there_is_not_sent_again(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
-    client.push(image, at(fake))
+    client.push(image, at(fake), also_tags=["1-again"])
     fake.log.clear()
+    assert client.push(image, at(fake), also_tags=["1-again"]).uploaded_bytes == 0
+    assert {path for _, path in fake.log} == {
+        f"/v2/team/app/manifests/{t}" for t in ("1", "1-again")
+    }
+    assert set(fake.counts()) == {"HEAD", "GET"}
+
+
+def test_an_image_that_is_gone_is_sent_again(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    """Without its tag everything is looked for; with it, only if that is asked for."""
+    client.push(image, at(fake))
+    layer = ("team/app", image.layers[0].digest)
+    del fake.blobs[layer], fake.manifests["team/app", "1"]
+    assert client.push(image, at(fake)).uploaded_bytes == image.layers[0].size
+    del fake.blobs[layer]
     assert client.push(image, at(fake)).uploaded_bytes == 0
-    assert fake.counts()["POST"] == 0
+    assert client.push(image, at(fake), force=True).uploaded_bytes == image.layers[0].size
+
+
+def test_requests_share_a_connection(fake: FakeRegistry, client: Registry, image: Image) -> None:
+    client.push(image, at(fake))
+    before = fake.connections
+    for _ in range(5):
+        assert client.digest_of(at(fake)) == image.digest
+        assert client.digest_of(at(fake, "team/app:none")) is None
+    assert fake.connections == before
 
 
 def test_the_tag_comes_last(fake: FakeRegistry, client: Registry, image: Image) -> None:
@@ -112,6 +137,13 @@ def test_what_is_attached_already_is_not_sent_again(
     assert f"/v2/team/app/manifests/{old.blob.digest}" not in sent
     found = client.attached(at(fake), image.digest)
     assert {blob.digest for blob, _ in found} == {old.blob.digest, new.blob.digest}
+    fake.log.clear()
+    client.attach(at(fake), old, new)
+    lists = [path.rpartition("/")[2] for _, path in fake.log]
+    assert lists == [image.digest, f"sha256-{image.digest.hex}"]
+    del fake.manifests["team/app", old.blob.digest]
+    client.attach(at(fake), old, every=True)
+    assert ("team/app", old.blob.digest) in fake.manifests
 
 
 def test_layers_are_mounted_from_another_repository(
@@ -363,7 +395,7 @@ def test_a_mounted_layer_whose_size_is_stated_wrongly(
     """Cloudflare's registry tells HEAD the size of its own link, and GET the blob's."""
     client.push(image, at(fake))
     fake.faults = [("HEAD", "/blobs/", "short")] * 5
-    assert client.push(image, at(fake)).uploaded_bytes == 0
+    assert client.push(image, at(fake), force=True).uploaded_bytes == 0
     assert not fake.faults
 
 

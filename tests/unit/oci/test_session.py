@@ -145,7 +145,10 @@ def test_leave_to_push_is_asked_for_and_leaves_nothing(
     fake: FakeRegistry, client: Registry
 ) -> None:
     client.check_push(at(fake))
+    client.check_push(at(fake, "team/other:1"))  # the same holds beside it
     assert [method for method, _ in fake.log] == ["POST", "DELETE"]
+    client.check_push(at(fake, "others/app:1"))
+    assert len(fake.log) == 4
     assert not fake.uploads
 
 

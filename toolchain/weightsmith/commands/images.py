@@ -193,8 +193,9 @@ def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) ->
         return {}
     reference = Reference.parse(source)
     held = engine.inspect(source) if engine.answers() else {}
-    public = reference.registry != DOCKER_HUB and bool(held) and registry.has(reference)
-    return {} if public else held
+    if reference.registry == DOCKER_HUB or not held:
+        return held
+    return {} if registry.confirmed(reference) else held
 
 
 def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:

@@ -41,6 +41,8 @@ class RegistryLocation:
 
     registry: Registry
     reference: Reference
+    every: bool = False
+    """Whether an attachment that is listed is looked for all the same."""
 
     def image(self, platform: str | None = None) -> Image:
         """Return the image for a platform (default: this one)."""
@@ -61,7 +63,7 @@ class RegistryLocation:
 
     def attach(self, *attachments: Attachment) -> None:
         """Store attachments with their image."""
-        self.registry.attach(self.reference, *attachments)
+        self.registry.attach(self.reference, *attachments, every=self.every)
 
 
 @dataclass(frozen=True, slots=True)

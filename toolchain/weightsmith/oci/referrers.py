@@ -5,6 +5,8 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md#listing-re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from weightsmith.errors import InputRefused
 from weightsmith.oci import downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
@@ -19,17 +21,20 @@ _COSIGN = (".sig", ".att")
 """Tag suffixes under which cosign keeps signatures and statements."""
 
 
-def attach(session: RegistrySession, reference: Reference, *attachments: Attachment) -> None:
+def attach(
+    session: RegistrySession, reference: Reference, *attachments: Attachment, every: bool = False
+) -> None:
     """Push attachments into their image's repository, where every reader will find them.
 
-    One whose manifest is there is not sent again: a registry takes a manifest after its blobs.
+    One that is listed already, or whose manifest is there, is not sent again: a registry takes a
+    manifest after its blobs, and a list is written last. With `every`, each manifest is looked for.
     """
     added: dict[Digest, list[Attachment]] = {}
     knows = True
-    there = {
-        attachment.blob.digest
-        for attachment in attachments
-        if downloads.digest_of(session, reference.at(attachment.blob.digest))
+    digests = {attachment.blob.digest for attachment in attachments}
+    listed = set() if every else _listed(session, reference, attachments)
+    there = listed | {
+        one for one in digests - listed if downloads.digest_of(session, reference.at(one))
     }
     missing = [a for a in attachments if a.blob.digest not in there]
     blobs = {blob.digest: (blob, o) for a in missing for blob, o in a.blobs()}
@@ -43,13 +48,33 @@ def attach(session: RegistrySession, reference: Reference, *attachments: Attachm
         if attachment.tag:
             target = Reference(reference.registry, reference.repository, attachment.tag)
             uploads.put_tag(session, target, data, manifests.OCI_MANIFEST, force=True)
-        if attachment.raw is None or b'"subject"' in attachment.raw:
+        if _has_subject(attachment):
             knows = knows and (reply is None or "oci-subject" in reply.headers)
             added.setdefault(attachment.subject.digest, []).append(attachment)
     for subject, those in added.items():
+        if all(one.blob.digest in listed for one in those):
+            continue
         # Some registries send this header and still have no referrers API.
         if not knows or _by_api(session, reference, subject) is None:
             _list(session, reference, subject, those)
+
+
+def _listed(
+    session: RegistrySession, reference: Reference, attachments: Sequence[Attachment]
+) -> set[Digest]:
+    """Return which attachments their images' lists have."""
+    found: set[str] = set()
+    for subject in {one.subject.digest for one in attachments if _has_subject(one)}:
+        rows = _by_api(session, reference, subject)
+        if rows is None:
+            rows = _by_tag(session, reference, fallback_tag(subject)) or []
+        found |= {str(row.get("digest")) for row in rows if isinstance(row, dict)}
+    return {one.blob.digest for one in attachments if one.blob.digest in found}
+
+
+def _has_subject(attachment: Attachment) -> bool:
+    """Return whether its manifest names the image, as cosign's own do not."""
+    return attachment.raw is None or b'"subject"' in attachment.raw
 
 
 def _list(

@@ -70,6 +70,8 @@ class Registry:
         self._pause = pause
         self._clock = clock
         self._sessions: dict[tuple[str, str, tuple[str, ...]], RegistrySession] = {}
+        self._allowed: set[tuple[str, str]] = set()
+        """Registries, with what their repositories' names begin with, that took an upload."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -87,10 +89,14 @@ class Registry:
     def check_push(self, reference: Reference) -> None:
         """Check that we may push, before long work; leaves nothing in the registry.
 
-        It opens and cancels an upload, which needs the same rights as a push. Raises
-        EnvironmentFailure if the registry cannot be reached or refuses the credentials.
+        It opens and cancels an upload, which needs the same rights as a push; of repositories
+        side by side, only in the first, since a fleet pushes to hundreds with the same credentials.
+        Raises EnvironmentFailure if the registry cannot be reached or refuses the credentials.
         """
-        uploads.try_upload(self.session(reference, "pull,push"), str(reference))
+        beside = (reference.registry, reference.repository.rpartition("/")[0])
+        if beside not in self._allowed:
+            uploads.try_upload(self.session(reference, "pull,push"), str(reference))
+            self._allowed.add(beside)
 
     def push(
         self,
@@ -107,6 +113,8 @@ class Registry:
     ) -> Published:
         """Push the image: missing blobs, then the manifest, then the tag.
 
+        If the tag names the image already, its blobs are not looked for, unless `force`: a registry
+        takes a manifest after its blobs.
         `mount_from` are repositories of the same registry that may have layers already;
         `before_tag` is called once the image is there by its digest; `also_tags` are set before
         the reference's own; `warn` gets a message about a layer that uploads too slowly.
@@ -119,23 +127,24 @@ class Registry:
         check_layers(names, reference.registry)
         sources = uploads.mount_sources(image, reference, mount_from)
         session = self.session(reference, "pull,push", sources)
-        _guard_tag(session, reference, image, force)
-        sent = uploads.upload_layers(
-            session,
-            image,
-            sources,
-            progress,
-            parallel,
-            lambda blob: self._elsewhere(reference, blob),
-            deadline=UploadDeadline(limits_of(reference.registry), warn, self._clock),
-        )
-        uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
+        sent: list[tuple[uploads.Transfer, int]] = []
+        if is_new := not _guard_tag(session, reference, image, force):
+            sent = uploads.upload_layers(
+                session,
+                image,
+                sources,
+                progress,
+                parallel,
+                lambda blob: self._elsewhere(reference, blob),
+                deadline=UploadDeadline(limits_of(reference.registry), warn, self._clock),
+            )
+            uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
         before_tag()
-        for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
+        for tag in (*also_tags, *([reference.tag] if is_new and reference.tag else [])):
             target = Reference(reference.registry, reference.repository, tag)
             data, kind = image.manifest_bytes, image.media_type
             uploads.put_tag(session, target, data, kind, force=force)
-        if self._memory:
+        if self._memory and is_new:
             large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
         return Published(
@@ -186,20 +195,21 @@ class Registry:
         session = self.session(reference, "pull,push")
         if reference.digest and reference.digest != index.digest:
             raise _another_digest(index.digest, reference)
-        _guard_tag(session, reference, index, force)
         target = Reference(reference.registry, reference.repository)
-        done = [self.push(image, target, progress=progress, warn=warn) for image in index.images]
+        is_new = not _guard_tag(session, reference, index, force)
+        images = index.images if is_new else ()
+        done = [self.push(image, target, progress=progress, warn=warn) for image in images]
         data = index.manifest_bytes
-        uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
+        if is_new:
+            uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
         before_tag()
-        for tag in (*also_tags, *([reference.tag] if reference.tag else [])):
+        for tag in (*also_tags, *([reference.tag] if is_new and reference.tag else [])):
             target = Reference(reference.registry, reference.repository, tag)
             uploads.put_tag(session, target, data, manifests.OCI_INDEX, force=force)
-        own = done[index.images.index(index.own)]
         return Published(
             reference=str(reference),
             digest=index.digest,
-            layers=own.layers,
+            layers=image_layers(index.own),
             uploaded_bytes=sum(one.uploaded_bytes for one in done),
             mounted=sum(one.mounted for one in done),
             seconds=sum(one.seconds for one in done),
@@ -217,13 +227,12 @@ class Registry:
         """Return the digest that the reference resolves to now (image or index), or None."""
         return downloads.digest_of(self.session(reference, "pull"), reference)
 
-    def has(self, reference: Reference) -> bool:
-        """Say whether the registry confirms, after few tries, that it has the reference."""
+    def confirmed(self, reference: Reference) -> Digest | None:
+        """Return the same, or None also if the registry does not answer after few tries."""
         try:
-            session = self.session(reference, "pull")
-            return downloads.digest_of(session, reference, tries=2) is not None
+            return downloads.digest_of(self.session(reference, "pull"), reference, tries=2)
         except WeightsmithError:
-            return False
+            return None
 
     def read_manifest(self, reference: Reference) -> tuple[bytes, str]:
         """Return a manifest's bytes, checked against its digest, and its media type."""
@@ -284,9 +293,10 @@ class Registry:
             seconds=time.monotonic() - began,
         )
 
-    def attach(self, reference: Reference, *attachments: Attachment) -> None:
-        """Push attachments into the reference's repository."""
-        referrers.attach(self.session(reference, "pull,push"), reference, *attachments)
+    def attach(self, reference: Reference, *attachments: Attachment, every: bool = False) -> None:
+        """Push attachments into the reference's repository, as `referrers.attach` does."""
+        session = self.session(reference, "pull,push")
+        referrers.attach(session, reference, *attachments, every=every)
 
     def attached(
         self, reference: Reference, subject: Digest, *, tagged: bool = True
@@ -341,10 +351,14 @@ def _another_digest(found: Digest, reference: Reference) -> UsageError:
 
 def _guard_tag(
     session: RegistrySession, reference: Reference, image: Image | Index | Digest, force: bool
-) -> None:
-    """Refuse to move a tag; the image is hashed only if the tag exists."""
+) -> bool:
+    """Refuse to move a tag, and return whether it names the image already; not with `force`.
+
+    The image is hashed only if the tag exists.
+    """
     if force or not reference.tag:
-        return
+        return False
     found = downloads.digest_of(session, replace(reference, digest=None))
     if found and found != (image if isinstance(image, Digest) else image.digest):
         raise uploads.tag_conflict(reference, found)
+    return found is not None

@@ -99,7 +99,8 @@ class RegistrySession:
     ) -> Reply:
         """Send one request and read at most `limit` bytes; raises Transient if a retry may help."""
         with self.stream(method, url, headers=headers, body=body, wait=wait) as response:
-            data = b"" if method == "HEAD" else read_limited(response, limit, self.registry)
+            # Of HEAD too, whose body is empty: only a reply that was read keeps its connection.
+            data = read_limited(response, limit, self.registry)
             reply = Reply(response.status_code, response.headers, data, str(response.url))
         if method == "HEAD" and reply.status in _NO_HEAD:
             with self.stream("GET", url, headers=headers, wait=wait) as response:

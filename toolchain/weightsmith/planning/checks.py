@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
+from weightsmith.build_record import read_build
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating.results import RecipeTask
@@ -281,10 +282,11 @@ def check_tags(request: BuildRequest, sources: Sources, tools: Tools) -> None:
         for number, adapter in enumerate(sources.adapters)
     }
     for target in request.targets:
-        name = reference(recipe, target.name)
+        name, ours = reference(recipe, target.name), _pushed_before(request, target, sources)
         for tag in (name, *(f"{name}-{kind}" for kind in request.forms_of(target))):
             place, labels = Reference.parse(tag), {}
-            if not tools.registry.has(place):
+            found = tools.registry.confirmed(place)
+            if found is None or found in ours:
                 continue
             try:
                 labels = dict(tools.registry.pull(place).labels)
@@ -298,6 +300,18 @@ def check_tags(request: BuildRequest, sources: Sources, tools: Tools) -> None:
                     f"{tag} already names an image of other sources",
                     hint="raise `version` in the recipe, or move the tag with --force",
                 )
+
+
+def _pushed_before(request: BuildRequest, target: Target, sources: Sources) -> set[str]:
+    """Return the digests of the images that the last build of these sources has recorded."""
+    try:
+        record = read_build(request.folder(target))
+    except (OSError, ValueError):
+        return set()
+    digests = [record.base.digest, *(adapter.digest for adapter in record.adapters)]
+    if digests != [sources.base.digest, *(a.snapshot.digest for a in sources.adapters)]:
+        return set()
+    return {str(one.digest) for one in (record.image, *record.forms.values()) if one}
 
 
 def check_images(

@@ -121,7 +121,7 @@ def deliver(
         with final_layout(whole, outputs.layout, tools) as folder:
             _attach(whole, attachments, LayoutLocation(folder), place, tools)
     if outputs.push:
-        there = RegistryLocation(tools.registry, place)
+        there = RegistryLocation(tools.registry, place, every=outputs.force)
         push: Callable[..., Published] = (
             tools.registry.push_index if isinstance(whole, Index) else tools.registry.push
         )
