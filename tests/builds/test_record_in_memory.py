@@ -74,3 +74,33 @@ def test_a_record_without_a_key_or_with_another_type_is_not_what_the_schema_says
     del document["scores"]["image"]["n"]
     with pytest.raises(jsonschema.ValidationError):
         check(document)
+
+
+@pytest.mark.slow
+def test_a_build_that_changes_nothing_leaves_record_and_report(memory: Memory) -> None:
+    memory.build()
+    memory.build()  # of which all is cached, unlike the first
+    folder = memory.results()
+    files = [folder / name for name in ("build.json", "report.html", "report.md", "junit.xml")]
+    before = {path: (path.read_bytes(), path.stat().st_ino) for path in files}
+
+    memory.build()
+    assert {path: (path.read_bytes(), path.stat().st_ino) for path in files} == before
+
+    memory.build('card.license="mit"')
+    assert memory.record()["recipe"]["card"] == {"license": "mit"}
+    assert memory.record()["created"] >= json.loads(before[files[0]][0])["created"]
+
+
+@pytest.mark.slow
+def test_a_report_that_is_gone_or_lacks_a_target_is_written_again(memory: Memory) -> None:
+    for _ in range(2):
+        memory.build()
+    page = memory.results() / "report.html"
+    page.unlink()
+    memory.build()
+    assert "llamacpp-q5_k_m" not in page.read_text()
+
+    memory.build(targets=["llamacpp-q5_k_m"])
+    memory.build()
+    assert "llamacpp-q5_k_m" in page.read_text()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
-from weightsmith.foreign import RECORD, parse_file
+from weightsmith.foreign import RECORD, content, parse
 from weightsmith.json_objects import INLINE, OMITTED, JsonObject
 from weightsmith.merge_options import Merge
 from weightsmith.quality.result import Quality
@@ -14,6 +15,8 @@ from weightsmith.validating.result import Validation
 from weightsmith.values import FileEntry, Json
 
 FILE = "build.json"
+_KEPT = 4 << 20
+"""Bytes of a record that stays in memory for who asks next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,4 +283,41 @@ class BuildRecord(JsonObject):
 
 def read_build(folder: Path) -> BuildRecord:
     """Read a folder's build.json; raises OSError, and ValueError for a damaged one."""
-    return BuildRecord.from_json(parse_file(folder / FILE, largest=RECORD))
+    return _read(folder)[1]
+
+
+def recorded(folder: Path, made: BuildRecord) -> BuildRecord | None:
+    """Return a folder's record if a build that ran nothing would only write it again, else None.
+
+    That is if the two differ in no more than when they were written, how long finding each result
+    took, and the memory that no job used.
+    """
+    try:
+        text, earlier = _read(folder)
+    except (OSError, ValueError):
+        return None
+    if not all(stage.cached for stage in made.stages.values()):
+        return None
+    same = replace(
+        made,
+        created=earlier.created,
+        memory_bytes=earlier.memory_bytes,
+        stages={
+            name: replace(stage, seconds=earlier.stages[name].seconds)
+            for name, stage in made.stages.items()
+            if name in earlier.stages
+        },
+    )
+    return earlier if same.to_json() == text else None
+
+
+def _read(folder: Path) -> tuple[Json, BuildRecord]:
+    data = content(folder / FILE, RECORD)
+    return _parsed(data) if len(data) <= _KEPT else _parsed.__wrapped__(data)
+
+
+@lru_cache(maxsize=1)
+def _parsed(data: bytes) -> tuple[Json, BuildRecord]:
+    """Return a record as JSON and read; a build asks for it four times."""
+    value = parse(data, largest=RECORD)
+    return value, BuildRecord.from_json(value)

@@ -61,7 +61,7 @@ def parse(
 
 def parse_file(path: Path, *, largest: int = SMALL, unique: bool = False) -> Any:
     """Return the value of a JSON file; raises OSError, and ValueError as `parse` does."""
-    return parse(_content(path, largest), largest=largest, unique=unique)
+    return parse(content(path, largest), largest=largest, unique=unique)
 
 
 def read_json(path: Path, *, largest: int = SMALL, unique: bool = True) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def json_object(
 def read_bytes(path: Path, largest: int) -> bytes:
     """Return a regular file's content; raises InputRefused for other kinds and larger files."""
     try:
-        return _content(path, largest)
+        return content(path, largest)
     except OSError as error:
         raise InputRefused(
             f"{path} cannot be read: {error.strerror}", hint="check that the folder is complete"
@@ -98,7 +98,8 @@ def read_bytes(path: Path, largest: int) -> bytes:
         ) from None
 
 
-def _content(path: Path, largest: int) -> bytes:
+def content(path: Path, largest: int) -> bytes:
+    """Return a regular file's bytes; ValueError for other kinds and larger files, and OSError."""
     # An ordinary open of a pipe would wait forever.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(handle, "rb") as file:

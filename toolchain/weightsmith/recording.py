@@ -164,7 +164,7 @@ class Record:
             network_in_jobs=network_in_jobs(self.checkpoint, self.artifact, self.tools),
             memory_bytes=self.tools.memory.limit,
         )
-        return write_report(write_record(facts, folder), folder).html
+        return write_report(write_record(facts, folder), folder, anew=False).html
 
     def _inputs(self, results: tuple[Result, ...]) -> Mapping[str, Json]:
         """Return what each cached stage depended on."""

@@ -161,7 +161,7 @@ def test_a_record_says_whether_jobs_had_the_network(
 ) -> None:
     """Also for what an earlier build made with it, and the store has kept."""
     shown = SimpleNamespace(html=tmp_path / "report.html")
-    monkeypatch.setattr(recording, "write_report", lambda document, folder: shown)
+    monkeypatch.setattr(recording, "write_report", lambda document, folder, **_: shown)
     result = {"network_in_jobs": True} if when == "when it was merged" else {}
     tools = memory_tools(
         tmp_path,

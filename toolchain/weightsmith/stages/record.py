@@ -29,6 +29,7 @@ from weightsmith.build_record import (
     TaskRecord,
     VerdictRecord,
     read_build,
+    recorded,
 )
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.evaluating.results import Result
@@ -96,10 +97,14 @@ class Facts:
 def write_record(facts: Facts, folder: Path) -> BuildRecord:
     """Write build.json and the rendered files into a folder; return what build.json says.
 
-    Each file is replaced atomically. Raises EnvironmentFailure if that fails.
+    A record of a build that ran nothing stays as it is. Each file is replaced atomically. Raises
+    EnvironmentFailure if that fails.
     """
     record = build_record(facts)
     files = facts.config.files if facts.config else {}
+    if earlier := recorded(folder, record):
+        write_files(files, folder)
+        return earlier
     write_files({**files, FILE: json.dumps(record.to_json(), indent=2) + "\n"}, folder)
     return record
 

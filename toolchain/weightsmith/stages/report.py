@@ -73,13 +73,18 @@ def read_as_facts(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_report(build: BuildRecord, folder: Path) -> Written:
-    """Write report.html, report.md and junit.xml of a build.
+def write_report(build: BuildRecord, folder: Path, *, anew: bool = True) -> Written:
+    """Write report.html, report.md and junit.xml of a build; not `anew`, only if they are older.
 
     The page is self-contained: it loads no script, font or image. It includes other targets of the
     version, and a bench.json if the folder has one. Raises UsageError for missing facts and
     EnvironmentFailure if the folder cannot be written.
     """
+    written = Written(
+        html=folder / "report.html", markdown=folder / "report.md", junit=folder / "junit.xml"
+    )
+    if not anew and _is_current(written, folder):
+        return written
     bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
     view = build_view(build, _siblings(folder, build), bench)
     texts = {
@@ -88,9 +93,20 @@ def write_report(build: BuildRecord, folder: Path) -> Written:
         "junit.xml": junit(build),
     }
     _write(texts, folder)
-    return Written(
-        html=folder / "report.html", markdown=folder / "report.md", junit=folder / "junit.xml"
-    )
+    return written
+
+
+def _is_current(written: Written, folder: Path) -> bool:
+    """Return whether a report is there that was written after everything that it shows."""
+    version = _version_of(folder)
+    others = {*_records(version), folder / _BENCH, version} - {folder / _BUILD}
+    files = filter(None, (written.html, written.markdown, written.junit))
+    try:
+        oldest = min(path.stat().st_mtime_ns for path in files)
+        newest = max(path.stat().st_mtime_ns for path in others if path.exists())
+        return (folder / _BUILD).stat().st_mtime_ns <= oldest and newest < oldest
+    except OSError:
+        return False
 
 
 def write_comparison(first: Path, second: Path, folder: Path) -> Written:
@@ -222,9 +238,8 @@ def _side(place: Path) -> _Side:
 
 def _siblings(folder: Path, build: BuildRecord) -> list[BuildRecord]:
     """Return this build and the other targets of its version, from their folders."""
-    version = folder.parent.parent if folder.name == "refused" else folder.parent
     found = [build]
-    for path in sorted([*version.glob(f"*/{_BUILD}"), *version.glob(f"*/refused/{_BUILD}")]):
+    for path in sorted(_records(_version_of(folder))):
         if path.parent == folder:
             continue
         try:
@@ -235,6 +250,16 @@ def _siblings(folder: Path, build: BuildRecord) -> list[BuildRecord]:
         if same and other.target not in {each.target for each in found}:
             found.append(other)
     return found
+
+
+def _version_of(folder: Path) -> Path:
+    """Return the folder with all targets of a version."""
+    return folder.parent.parent if folder.name == "refused" else folder.parent
+
+
+def _records(version: Path) -> list[Path]:
+    """Return every build.json of a version, passed or refused."""
+    return [*version.glob(f"*/{_BUILD}"), *version.glob(f"*/refused/{_BUILD}")]
 
 
 def render_view(view: Mapping[str, Any], template: str) -> str:
