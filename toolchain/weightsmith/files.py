@@ -29,13 +29,17 @@ _FORGOTTEN = 7 * 86400
 """Seconds after which another machine's unfinished work counts as left over."""
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, lasting: bool = True) -> None:
     """Write a file atomically; creates its folder if needed.
 
+    Unless `lasting`, a machine that loses its power may lose it, and the disk is not waited for.
     Raises OSError if it cannot be written; then the old file stays and nothing else is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (data,))
+    if lasting:
+        replace_file(path, (data,))
+    else:
+        _replace(path, (data,), lasting=False)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -73,7 +77,9 @@ def replace_file(path: Path, chunks: Iterable[bytes], mode: int | None = None) -
     sync_folder(path.parent)
 
 
-def _replace(path: Path, chunks: Iterable[bytes], mode: int | None = None) -> None:
+def _replace(
+    path: Path, chunks: Iterable[bytes], mode: int | None = None, *, lasting: bool = True
+) -> None:
     sweep(path.parent)
     handle, temporary = _claim(path.parent)
     try:
@@ -84,7 +90,8 @@ def _replace(path: Path, chunks: Iterable[bytes], mode: int | None = None) -> No
                     rest = rest[file.write(rest) :]
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
             temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

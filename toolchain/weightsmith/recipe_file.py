@@ -40,6 +40,8 @@ class RecipeFile:
     folder: Path
     path: Path | None = None
     """The file, unless the command line changed its sources."""
+    lasting: bool = True
+    """Whether the file and its lock outlive the command."""
 
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:

@@ -43,7 +43,7 @@ from weightsmith.planning.targets import chosen_targets
 from weightsmith.planning.tasks import task_of, tasks_of
 from weightsmith.quantizers import of_format
 from weightsmith.recipe import Evaluate
-from weightsmith.recipe_file import RecipeFile, check_section, read_recipe
+from weightsmith.recipe_file import RecipeFile, check_recipe, check_section
 from weightsmith.stages import reference as references
 from weightsmith.stages.lock import read_lock
 from weightsmith.stages.merge import BUILDER as MERGE_BUILDER
@@ -199,14 +199,13 @@ def _merged(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -
 
 
 def _written(request: Request, home: Path, tools: Tools) -> RecipeFile:
-    """Write the recipe, its lock and what it names into a folder, and read it as a user's."""
-    data = unpacked(request, home, tools)
+    """Write the lock of a recipe and what it names into a folder, and check it as a user's."""
+    recipe = check_recipe(unpacked(request, home, tools), request.adapter)
     path = home / "recipe.yaml"
-    path.write_text(json.dumps(data), "utf-8")  # which is YAML too
     path.with_suffix(".lock").write_text(
         json.dumps({"sources": {}, "bases": {}, **request.lock}), "utf-8"
     )
-    return read_recipe(path)
+    return RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
 
 
 def _outputs(request: Request) -> Outputs:

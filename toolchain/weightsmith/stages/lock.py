@@ -35,6 +35,8 @@ class Lock:
     """Source -> `pin` (with revision or hash) and `digest` of its files."""
     bases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Image reference -> platform -> digest."""
+    lasting: bool = True
+    """Whether its file outlives the command."""
 
     def with_base(self, reference: str, image: Image) -> Lock:
         """Return the lock with a base added."""
@@ -47,9 +49,8 @@ class Lock:
 def read_lock(file: RecipeFile) -> Lock:
     """Return a recipe's lock, empty if it has none; raise UsageError for an invalid one."""
     path = file.path.with_suffix(".lock") if file.path else None
-    if path is None or not path.is_file():
-        return Lock(path=path)
-    return _read(path)
+    found = _read(path) if path is not None and path.is_file() else Lock(path=path)
+    return found if file.lasting else replace(found, lasting=False)
 
 
 def _read(path: Path) -> Lock:
@@ -139,7 +140,8 @@ def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
                 stack.enter_context(alone(path.parent))
             now = _joined(before, after, _read(path) if path.is_file() else before)
             data = {"bases": now.bases, "sources": now.sources}
-            write_whole(path, (json.dumps(plain(data), indent=2, sort_keys=True) + "\n").encode())
+            text = json.dumps(plain(data), indent=2, sort_keys=True) + "\n"
+            write_whole(path, text.encode(), lasting=after.lasting)
     except OSError as error:
         progress.warn(f"cannot write {path}: {error.strerror}")
 
