@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from weightsmith.checkpoints.positions import Positions, whole
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
+from weightsmith.foreign import SMALL, json_object, read_bytes
 from weightsmith.values import Json
 
 _STATEFUL = re.compile(
@@ -23,6 +24,8 @@ _STATEFUL = re.compile(
     "|global_head_dim|kv_shared|attn_layer|hybrid|cross_attention|compress|rwkv|hyena"
 )
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_KEPT = 1 << 20
+"""Bytes of configurations whose facts stay in memory for who asks next."""
 _Part = TypeVar("_Part")
 
 
@@ -121,13 +124,25 @@ def read_facts(path: Path) -> ModelFacts:
     """
     if path.suffix == ".gguf" and not path.is_dir():
         return ModelFacts.of(gguf_config(path))
-    config = read_json(path / "config.json")
+    config = read_bytes(path / "config.json", SMALL)
     described = any((path / name).is_file() for name in _PROCESSORS)
     try:
-        tokenizer = read_json(path / "tokenizer_config.json")
+        tokenizer = read_bytes(path / "tokenizer_config.json", SMALL)
     except InputRefused:
-        tokenizer = None
-    return ModelFacts.of(config, tokenizer, describes_images=described)
+        tokenizer = b""
+    read = _facts if len(config) + len(tokenizer) <= _KEPT else _facts.__wrapped__
+    return read(path, config, tokenizer, describes_images=described)
+
+
+@lru_cache(maxsize=8)
+def _facts(path: Path, config: bytes, tokenizer: bytes, *, describes_images: bool) -> ModelFacts:
+    """Return the facts in two files with this content; a build asks for them ten times."""
+    try:
+        settings = json_object(tokenizer, str(path / "tokenizer_config.json"), unique=True)
+    except InputRefused:
+        settings = None
+    model = json_object(config, str(path / "config.json"), unique=True)
+    return ModelFacts.of(model, settings, describes_images=describes_images)
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import file_digest
 from pathlib import Path
 
 from weightsmith.errors import UsageError
@@ -45,6 +47,17 @@ def read_items(path: Path) -> tuple[Item, ...]:
     Raises UsageError with file and line for invalid lines and duplicate questions, and for a file
     without questions.
     """
+    try:
+        with path.open("rb") as file:
+            digest = file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return _read.__wrapped__(path, "")  # which says what is wrong
+    return _read(path, digest)
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, _digest: str) -> tuple[Item, ...]:
+    """Return the questions of a file with this digest; a build asks for them ten times."""
     items: list[Item] = []
     asked: dict[str, int] = {}
     for number, line in _lines(path):

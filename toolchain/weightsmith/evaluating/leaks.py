@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from weightsmith.errors import UsageError
@@ -14,6 +15,8 @@ from weightsmith.values import Json
 
 _SHORTEST = 12
 """Shorter questions may occur in other texts by chance."""
+_KEPT = 4 << 20
+"""Bytes of a file whose texts stay in memory for the next build."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +61,22 @@ def describe(leaks: Sequence[Leak]) -> str:
     )
 
 
-def _texts(path: Path) -> Iterator[tuple[int, str, bool]]:
-    """Yield line number, normalised text, and whether it must match as a whole (a message)."""
+def _texts(path: Path) -> Iterable[tuple[int, str, bool]]:
+    """Return line number, normalised text, and whether it must match as a whole (a message)."""
+    try:
+        small = path.read_bytes() if path.is_file() and path.stat().st_size <= _KEPT else b""
+    except OSError:
+        small = b""  # reading it says what is wrong
+    return _small(path, small) if small else _read(path)
+
+
+@lru_cache(maxsize=2)
+def _small(path: Path, _content: bytes) -> tuple[tuple[int, str, bool], ...]:
+    """Return the same of a file with this content; the builds of a fleet share it."""
+    return tuple(_read(path))
+
+
+def _read(path: Path) -> Iterator[tuple[int, str, bool]]:
     try:
         with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, start=1):

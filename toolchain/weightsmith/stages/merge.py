@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 from weightsmith.checkpoints.without_data import UnwrittenTree
 from weightsmith.destinations import Destination, InFolder
@@ -90,15 +91,25 @@ def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[st
 
     The keys are `read_bytes`, `write_bytes` and `peak_memory_bytes`. Raises InputRefused.
     """
-    plan = _plan(sources, options)
-    cost = estimate(plan)
-    return cost if files or not can_be_virtual(plan) else {**cost, "write_bytes": 0}
+    cost, virtual = _cost(*_planned_of(sources, options))
+    return {**cost, "write_bytes": 0} if virtual and not files else cost
 
 
-def _plan(sources: Sources, options: Merge) -> MergePlan:
+_PlannedOf: TypeAlias = tuple[Path, tuple[tuple[Path, float], ...], tuple[Digest, ...], Merge]
+"""What decides a plan: base, adapters with their weights, the digests of all, how to merge."""
+
+
+def _planned_of(sources: Sources, options: Merge) -> _PlannedOf:
     adapters = tuple((a.snapshot.tree.root, a.weight) for a in sources.adapters)
     digests = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
-    return _planned(sources.base.tree.root, adapters, digests, options)
+    return sources.base.tree.root, adapters, digests, options
+
+
+@lru_cache(maxsize=1000)
+def _cost(*planned_of: *_PlannedOf) -> tuple[Mapping[str, int], bool]:
+    """Return a plan's cost, and whether it can be virtual; a fleet asks first for all cells."""
+    plan = _planned(*planned_of)
+    return estimate(plan), can_be_virtual(plan)
 
 
 @lru_cache(maxsize=1)
@@ -108,7 +119,7 @@ def _planned(
     _digests: tuple[Digest, ...],
     options: Merge,
 ) -> MergePlan:
-    """Return the plan of files with these digests; planning a build asks for it four times."""
+    """Return the plan of files with these digests; a build asks for it more than once."""
     return make_plan(
         base,
         adapters,
@@ -134,7 +145,7 @@ def merge(
         base = Checkpoint(tree=sources.base.tree)
         return timer.done(base, cached=True)
     there = to.find(lambda: inputs(sources, options))
-    unwritten = not files and not there and can_be_virtual(_plan(sources, options))
+    unwritten = not files and not there and _cost(*_planned_of(sources, options))[1]
     made = to.files(
         lambda: inputs(sources, options, unwritten=unwritten),
         lambda folder: _run(folder, sources, options, tools, unwritten=unwritten),
