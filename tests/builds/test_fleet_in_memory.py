@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,56 @@ def test_a_second_run_does_nothing(two: Memory) -> None:
     assert all(row.cached for row in again.cells)
     assert [row.digest for row in again.cells] == [row.digest for row in first.cells]
     assert again.share_cached == 1.0
+
+
+def test_an_unchanged_cell_asks_for_its_tags_and_its_list_and_writes_nothing(
+    two: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_fleet(two, targets=[Q4])
+    for _ in range(2):  # the second still writes that all of it was cached
+        first, _ = run(two, path, outputs={"push": True})
+    synced: list[Path] = []
+    sync = os.fsync
+
+    def seen(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    two.registry.log.clear()
+    rows, _ = run(two, path, outputs={"push": True})
+
+    assert [row.digest for row in rows.cells] == [row.digest for row in first.cells]
+    assert {place if place.is_dir() else place.parent for place in synced} == {two.dist}
+    assert set(two.registry.counts()) == {"HEAD", "GET"}
+    assert len(two.registry.log) <= 2 * 8  # it states no digests, so a tag is read beside its HEAD
+    asked = {re.sub("[0-9a-f]{64}", "…", url) for _, url in two.registry.log}
+    for row in rows.cells:
+        assert row.digest is not None
+        place = f"/v2/team/tiny-{row.adapter}"
+        assert {url for url in asked if url.startswith(place)} == {
+            f"{place}/manifests/1.0.0-{Q4}",
+            f"{place}/manifests/1.0.0-{Q4}-{row.digest[7:19]}",
+            f"{place}/manifests/sha256-…",
+            f"{place}/referrers/sha256:…",
+        }
+
+
+def test_a_cell_whose_image_is_gone_is_pushed_again(two: Memory) -> None:
+    path = write_fleet(two, targets=[Q4])
+    first, _ = run(two, path, outputs={"push": True})
+    gone = {name: held for name, held in two.registry.manifests.items() if name[0].endswith("-b")}
+    for name in gone:
+        del two.registry.manifests[name]
+    blobs = [name for name in two.registry.blobs if name[0].endswith("-b")]
+    for name in blobs:
+        del two.registry.blobs[name]
+    again, engine = run(two, path, outputs={"push": True})
+
+    assert engine.done == []
+    assert [row.digest for row in again.cells] == [row.digest for row in first.cells]
+    assert all(name in two.registry.blobs for name in blobs)
+    assert {k: v for k, v in two.registry.manifests.items() if k[0].endswith("-b")} == gone
 
 
 def test_a_refusal_ends_its_cell_and_no_other(two: Memory) -> None:
