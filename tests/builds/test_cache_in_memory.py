@@ -53,12 +53,7 @@ CHANGES = (
     Change("quality.tokens=128", ("quality",), ("quality",)),
     Change("quality.limits={q4_k_m: {kl_mean: 0.2}}", stages=()),
     Change("quantize.imatrix='off'", MERGED[4:], ("quantize", "quality", *LATE), QUESTIONS),
-    Change(
-        "quantize.imatrix=walk",
-        ("importance", *MERGED[4:]),
-        ("quantize", "quality", *LATE),
-        QUESTIONS,
-    ),
+    Change("quantize.imatrix=walk", MERGED[4:], ("quantize", "quality", *LATE), QUESTIONS),
     Change("merge.method=linear", ("merge",), ("merge", "evaluate", "publish")),
     Change("merge.precision=fast", stages=()),
     Change("adapters.0.weight=0.5", MERGED, AGAIN, QUESTIONS),
@@ -130,19 +125,18 @@ def test_what_one_target_made_another_takes(warm: Memory) -> None:
 
 
 def test_a_walk_serves_all_types_and_nothing_else_is_measured(memory: Memory) -> None:
-    """Its file is what the pass is given, which then needs no text and no 16-bit file."""
+    """It is part of the first pass; its file is what a later one is given, which needs no text."""
     memory.build("quantize.imatrix=walk", targets=[TARGET, "llamacpp-iq4_xs"])
-    walk, pass_ = (job for job in memory.runner.jobs if job.kind in ("importance", "quantize"))
+    (pass_,) = (job for job in memory.runner.jobs if job.kind == "quantize")
 
-    assert walk.kind == "importance"
-    assert walk.builder == "gguf"
-    assert walk.virtual is not None
-    assert (pass_.texts, pass_.options["imatrix"]) == ((), "walk")
-    assert pass_.statistics is not None
+    assert pass_.virtual is not None
+    assert pass_.texts
+    assert (pass_.statistics, pass_.options["imatrix"]) == (None, "walk")
     assert {pass_.format, *(one.format for one in pass_.beside)} == {"q4_k_m", "iq4_xs"}
 
     memory.build("quantize.imatrix=walk", targets=["llamacpp-iq4_nl"])
     assert memory.jobs() == ["quantize", "quality"]
+    assert memory.runner.jobs[0].texts == ()
     assert memory.runner.jobs[0].statistics is not None
 
 

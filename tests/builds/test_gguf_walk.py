@@ -1,26 +1,25 @@
 """Importance from our own walk, beside llama-imatrix's, and in files of llama-quantize's bytes."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import ImportanceJob
+from transformers import LlamaConfig
+from weightsmith.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY
 from weightsmith.quantizers.layerwise.importance import importance, write_importance
-from weightsmith.wiring import cache_folder
-from weightsmith.worker.jobs import STAGES
-from weightsmith.worker.virtual import computed
 
 from tests.builds.test_gguf_virtual import computing, make_adapter
 from tests.fakes.ggufs import (
     CONFIGS,
+    SHAPE,
     TINY,
     converted,
     made,
@@ -29,23 +28,14 @@ from tests.fakes.ggufs import (
     program,
     same,
     theirs,
+    walked,
 )
-from tests.fakes.journal import RecordingProgress
 
 pytestmark = [pytest.mark.builders, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 ROWS = tuple(json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:8])
 CLOSE = {"llama": 0.005, "mixtral": 0.005, "gemma3_text": 0.005, "phi3": 0.2}
 """Rows reordered, experts stacked, norms changed, projections joined: the largest difference,
 relative. For Phi-3, the converter takes this tokenizer to put a space before the text."""
-
-
-def walked(model: Path, out: Path) -> Path:
-    out.mkdir()
-    job = ImportanceJob(builder="gguf", output=out, seconds=0, model=Input(path=model),
-                        texts=ROWS, file="imatrix.gguf")  # fmt: skip
-    LocalRunner(cache_folder()).run(job, RecordingProgress())
-    (file,) = out.iterdir()
-    return file
 
 
 def sums(file: Path) -> dict[str, np.ndarray]:
@@ -83,16 +73,50 @@ def test_it_is_nearly_that_of_llama_imatrix_and_read_as_such(tmp_path, config):
 
 def test_a_file_made_with_it_is_llama_quantizes_own(tmp_path):
     ((middle,),) = converted(TINY / "base", tmp_path, "bf16")
-    ours = walked(TINY / "base", tmp_path / "walk")
+    ours = walked(TINY / "base", tmp_path / "walk", ROWS)
     (middle.parent / ours.name).write_bytes(ours.read_bytes())
     files = made(TINY / "base", tmp_path / "ours", "q4_k_m", ours)
+    measured = ours.with_name(files[0].name)
 
     digest = gguf.GGUFReader(files[0]).fields[DIGEST_KEY].contents()
     words = ("--imatrix", ours.name, "--override-kv", f"{DIGEST_KEY}=str:{digest}")
     assert same(files, theirs(middle, tmp_path / "theirs", "q4_k_m", *words))
+    assert same(files, [measured])
+    assert {path.name for path in ours.parent.iterdir()} == {ours.name, measured.name}
 
 
-@pytest.mark.usefixtures("kernels")
+def test_what_a_killed_run_has_measured_is_not_measured_again(tmp_path):
+    ours = walked(TINY / "base", tmp_path / "first", ROWS[:4])
+    (tmp_path / "second").mkdir()
+    shutil.copy(ours, tmp_path / "second")
+
+    again = walked(TINY / "base", tmp_path / "second", ROWS)
+
+    assert again.read_bytes() == ours.read_bytes()
+    assert same([again.with_name("demo.gguf")], [ours.with_name("demo.gguf")])
+
+
+def test_a_text_that_is_too_short_is_refused_beside_the_converter(tmp_path):
+    with pytest.raises(InputRefused, match="1 calibration texts have 1 tokens") as refused:
+        walked(TINY / "base", tmp_path / "out", ({"text": "a"},))
+
+    assert "imatrix to off" in refused.value.hint
+
+
+def test_the_walks_loops_do_not_change_what_the_converter_computes(tmp_path):
+    """Powers of this base have other last bits with AVX-512."""
+    rotary = {"rope_type": "llama3", "rope_theta": 9058.0, "factor": 8.0, "low_freq_factor": 0.01,
+              "high_freq_factor": 700.0, "original_max_position_embeddings": 4096}  # fmt: skip
+    config = LlamaConfig(**SHAPE, head_dim=32, vocab_size=512, rope_parameters=rotary)
+    model = make_random(tmp_path / "model", config, TINY / "base")
+
+    ours = walked(model, tmp_path / "walk", ROWS)
+
+    (file,) = made(model, tmp_path / "made", "q4_k_m", ours)
+    assert "rope_freqs.weight" in read_header(file).tensors
+    assert same([file], [ours.with_name("demo.gguf")])
+
+
 def test_base_and_adapter_give_the_file_of_the_merged_checkpoint(tmp_path):
     (config,) = (config for config in CONFIGS if config.model_type == "llama")
     config.vocab_size = 512
@@ -100,15 +124,10 @@ def test_base_and_adapter_give_the_file_of_the_merged_checkpoint(tmp_path):
     adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
     files = []
     for unwritten in (False, True):
-        model, out = tmp_path / f"model-{unwritten}", tmp_path / f"out-{unwritten}"
+        model = tmp_path / f"model-{unwritten}"
         made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
-        out.mkdir()
-        job = ImportanceJob(
-            builder="gguf", output=out, seconds=0, model=Input(path=model), texts=ROWS,
-            file="imatrix.gguf", virtual=computing(base, adapters, made) if unwritten else None,
-        )  # fmt: skip
-        with computed(job):
-            STAGES[job.kind](job, lambda *_: None)
-        files.append((out / job.file).read_bytes())
+        virtual = computing(base, adapters, made) if unwritten else None
+        files.append(walked(model, tmp_path / f"out-{unwritten}", ROWS, virtual=virtual))
 
-    assert files[0] == files[1]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert same(*([file.with_name("demo.gguf")] for file in files))

@@ -1,5 +1,6 @@
 """Importance from our own walk has the same bits on CPUs of other makers, with other vectors."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,14 +10,9 @@ from pathlib import Path
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from weightsmith.cpus import AVX2_LOOPS
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import ImportanceJob
 from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK
-from weightsmith.wiring import cache_folder
 
-from tests.fakes.journal import RecordingProgress
 from tests.unit.quantizers.test_importance import LINES, importance, make, tokens_of
 
 pytestmark = [pytest.mark.builders, pytest.mark.timeout(1800)]
@@ -30,6 +26,15 @@ from tests.unit.quantizers.test_importance import LINES, tokens_of
 assert native.is_fast()
 for model in map(Path, sys.argv[1:]):
     write_importance(Path(f"{model}.gguf"), importance(model, LINES, tokens_of(model)))
+"""
+HERE = """
+import sys
+from weightsmith.quantizers.gguf_settings import Walk
+from weightsmith.worker.walking import walking
+texts, *models = sys.argv[1:]
+for model in models:
+    with walking(Walk(model=model, texts=texts, out=f"{model}-here.gguf")) as measured:
+        measured()
 """
 LOOPS = """
 __and__ _local_scalar_dense _to_copy _unique2 add add_ alias all any arange bitwise_not cat
@@ -76,17 +81,14 @@ def test_bits_are_those_of_other_cpus(tmp_path, cpu):
     if not emulator:
         pytest.skip("no qemu-x86_64 (tests/engine.sh as root installs it)")
     models = [make(tmp_path / name, name) for name in MODELS]
-    rows = tuple({"text": line, "tokens": 300} for line in LINES)
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [emulator, "-cpu", cpu, sys.executable, "-c", PROGRAM, *models],
-        check=True, capture_output=True,
-        env={**os.environ, **AVX2_LOOPS, "PYTHONPATH": f"{root / 'toolchain'}:{root}"},
-    )  # fmt: skip
+    texts, root = tmp_path / "texts.jsonl", Path(__file__).parents[2]
+    texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    paths = {**os.environ, "PYTHONPATH": f"{root / 'toolchain'}:{root}"}
+
+    there = [emulator, "-cpu", cpu, sys.executable, "-c", PROGRAM, *models]
+    subprocess.run(there, check=True, capture_output=True, env=paths | AVX2_LOOPS)
+    here = [sys.executable, "-c", HERE, texts, *models]
+    subprocess.run(here, check=True, capture_output=True, env=paths)
+
     for model in models:
-        out = tmp_path / f"{model.name}-here"
-        out.mkdir()
-        job = ImportanceJob(builder="gguf", output=out, seconds=0, model=Input(path=model),
-                            texts=rows, file="imatrix.gguf")  # fmt: skip
-        LocalRunner(cache_folder()).run(job, RecordingProgress())
-        assert (out / job.file).read_bytes() == Path(f"{model}.gguf").read_bytes()
+        assert Path(f"{model}-here.gguf").read_bytes() == Path(f"{model}.gguf").read_bytes()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,16 @@ def made(
     left = sorted(path for path in out.iterdir() if path.name != "imatrix.gguf")
     assert all(path.suffix == ".gguf" and not path.name.startswith(".") for path in left)
     return left
+
+
+def walked(model: Path, out: Path, rows: tuple[Mapping[str, str], ...], **more: object) -> Path:
+    """Quantize with importance from our own walk; return the file that it wrote."""
+    out.mkdir(exist_ok=True)
+    options = {"imatrix": "walk"}
+    wanted = QuantizeOptions(name="demo", format=formats()["q4_k_m"], options=options)
+    job = job_of(Input(path=model), 1 << 20, wanted, out)
+    LocalRunner(cache_folder()).run(replace(job, texts=rows, **more), RecordingProgress())
+    return out / "imatrix.gguf"
 
 
 def beside(

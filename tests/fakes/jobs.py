@@ -23,7 +23,6 @@ from weightsmith.jobs import (
     ConvertAdapterJob,
     DequantizedJob,
     ExportEngineJob,
-    ImportanceJob,
     QuantizeJob,
     ReferenceJob,
 )
@@ -77,7 +76,6 @@ class Bench:
                 **self._reference(job.reference, report),
             },
             "quantize": self._quantize,
-            "importance": _importance,
             "cache-scales": _cache_scales,
             "quality": lambda job, report: self.quality,
             "dequantized": self._dequantized,
@@ -116,9 +114,13 @@ class Bench:
     def _quantize(self, job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         format_, source = formats()[job.format], job.model.path
         statistics = of_format(format_.name).statistics
-        if job.texts and statistics and not job.statistics:
-            (job.output / statistics).write_bytes(digest_of(job.texts))
-        told = [job.quantizer, job.format, job.name, job.options, job.texts]
+        measured, texts = b"", job.texts
+        if job.statistics:
+            measured, texts = job.statistics.path.read_bytes(), ()
+        elif texts and statistics:
+            measured, texts = digest_of(texts), ()
+            (job.output / statistics).write_bytes(measured)
+        told = [job.quantizer, job.format, job.name, job.options, texts, measured.hex()]
         tensors = CheckpointTensors(source)
         model = {name: Digest.of(tensors.array(name).tobytes()) for name in tensors.names}
         weights = digest_of([model, told]) * 4096
@@ -144,10 +146,9 @@ class Bench:
         """Quantize as a job of its own would; it has no texts if it needs none."""
         folder = job.output / other.folder
         folder.mkdir()
-        texts = job.texts if other.options.get("imatrix") == "auto" else ()
-        alone = replace(
-            job, format=other.format, options=other.options, output=folder, texts=texts, beside=()
-        )
+        alone = replace(job, format=other.format, options=other.options, output=folder, beside=())
+        if other.options.get("imatrix", "off") == "off":
+            alone = replace(alone, texts=(), statistics=None)
         found = self._quantize(alone, report)
         if statistics := of_format(other.format).statistics:
             (folder / statistics).unlink(missing_ok=True)
@@ -157,14 +158,6 @@ class Bench:
         for name in self.programs:
             (job.output / name).write_bytes(b"\x7fELF " + name.encode())
         return {}
-
-
-def _importance(job: ImportanceJob, report: Report) -> Mapping[str, Json]:
-    tensors = CheckpointTensors(job.model.path)  # which asks for weights that have no file
-    read = {name: Digest.of(tensors.array(name).tobytes()) for name in tensors.names}
-    (job.output / job.file).write_bytes(digest_of([read, job.texts]))
-    report(1, 1, "layers")
-    return {"chunks": 3, "window": 512}
 
 
 def _cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, Json]:

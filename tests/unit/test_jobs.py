@@ -16,7 +16,6 @@ from weightsmith.jobs import (
     DequantizedJob,
     EchoJob,
     ExportEngineJob,
-    ImportanceJob,
     ImportGgufJob,
     Job,
     LayerTimeJob,
@@ -105,7 +104,6 @@ JOBS = (
         virtual=Virtual(base=KNOWN, adapters=(UNKNOWN, KNOWN), weights=(1.0, 0.5), options=OPTIONS),
     ),
     ExportEngineJob(**ENVELOPE),
-    ImportanceJob(**ENVELOPE, model=UNKNOWN, texts=({"text": "a"},), file="imatrix.gguf"),
     ProofJob(
         **ENVELOPE,
         validation=ValidateJob(

@@ -230,17 +230,6 @@ class QuantizeJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImportanceJob(Job):
-    """Measure the importance of each matrix's inputs for GGUF types."""
-
-    kind = "importance"
-    model: Input
-    texts: tuple[Row, ...]
-    file: str
-    """Name of the output file."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheScalesJob(Job):
     """Measure the scales of an 8-bit KV cache."""
 
@@ -333,7 +322,6 @@ _KINDS: Mapping[str, type[Job]] = {
         ProofJob,
         ImportGgufJob,
         QuantizeJob,
-        ImportanceJob,
         CacheScalesJob,
         ConvertAdapterJob,
         QualityJob,

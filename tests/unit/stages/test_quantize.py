@@ -87,18 +87,17 @@ def test_importance_of_a_walk_is_measured_again_with_other_kernels(monkeypatch):
     assert stage.inputs(checkpoint, walked).key != file
 
 
-def test_a_walk_runs_in_the_builder_that_has_the_kernels(checkpoint, tmp_path):
-    def walk(job, _report):
-        (job.output / job.file).write_text("walked")
-        return {}
-
-    tools = memory_tools(tmp_path, {"quantize": quantizer_job, "importance": walk})
+def test_a_walk_is_kept_under_a_key_of_its_own(checkpoint, tools):
+    """It is not llama-imatrix's measurement, whose last bits differ."""
     walked = replace(wanted(), options={"imatrix": "walk"})
+    quantize(checkpoint, wanted(), InStore(tools.store), tools)
 
-    made = quantize(checkpoint, walked, InStore(tools.store), tools).value
+    first = quantize(checkpoint, walked, InStore(tools.store), tools).value
+    second = replace(walked, format=formats()["iq4_xs"])
+    again = quantize(checkpoint, second, InStore(tools.store), tools).value
 
-    assert made.details["given"] == "walked"
-    assert tools.runner.prepared == ["gguf"]
+    assert [made.details["given"] for made in (first, again)] == ["", "measured"]
+    assert tools.store.find(stage.walked_inputs(checkpoint.digest, TEXTS).key)
 
 
 def test_the_same_wish_is_not_quantized_again(checkpoint, tools):

@@ -3,18 +3,15 @@
 import pytest
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.forward import native
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import ImportanceJob
 from weightsmith.worker import calibrating
 
 
 def test_importance_is_not_measured_without_our_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(calibrating, "has_avx2", lambda: True)
     monkeypatch.setattr(native, "is_fast", lambda: False)
-    job = ImportanceJob(builder="merge", output=tmp_path, seconds=0, model=Input(path=tmp_path),
-                        texts=(), file="imatrix.gguf")  # fmt: skip
 
     with pytest.raises(EnvironmentFailure, match="depend on this CPU") as refused:
-        calibrating.importance(job, lambda *_: None)
+        calibrating.importance(tmp_path, (), tmp_path / "imatrix.gguf", lambda *_: None)
 
     assert "imatrix: auto" in refused.value.hint
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.quantizers.quantizer import Step
-from weightsmith.quantizers.running import refusal
+from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.steps import run_steps
 
 
@@ -55,3 +55,22 @@ def test_a_step_is_finished_when_its_files_are_on_the_disk(tmp_path, monkeypatch
 
     assert sorted(synced) == [".b", "a.gguf"]
     assert (tmp_path / ".done").is_file()
+
+
+def test_a_program_says_how_far_it_is(tmp_path, capfd):
+    code = f"print({progress_line(3, 30, 'layers')!r}); print('30 of 30 layers')"
+    told = []
+
+    step = Step(title="measuring", argv=(sys.executable, "-c", code), env={})
+    run_steps((step,), tmp_path, lambda *said: told.append(said))
+
+    assert told == [(0, 1, "steps"), (3, 30, "layers"), (1, 1, "steps")]
+    assert "30 of 30 layers\n" in capfd.readouterr().err
+
+
+def test_a_program_of_ours_may_lack_something_else_than_a_good_input(tmp_path):
+    line = refusal(EnvironmentFailure("no kernels", hint="make them"))
+    code = f"import sys; print({line!r}); sys.exit({EnvironmentFailure.exit_code})"
+    step = Step(title="a", argv=(sys.executable, "-c", code), env={}, reads="the model")
+    with pytest.raises(EnvironmentFailure, match=r"^no kernels$"):
+        run_steps((step,), tmp_path, lambda *_: None)

@@ -125,9 +125,10 @@ def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> i
     writing = min(_GGUF + 2 * 4 * largest, limit)
     if not of_format(options.format.name).walked(options.options):
         return writing
-    # One layer in float32, and the states of as many tokens as run together.
+    # One layer in float32, and the states of as many tokens as run together, while the converter
+    # starts.
     walking = _GGUF + 2 * size // max(1, model.layers) + 4 * shape.hidden * WALK_TOKENS
-    return max(writing, walking)
+    return max(writing, walking + _GGUF)
 
 
 def cache_scales_memory(model: ModelFacts, size: int, texts: Texts) -> int:

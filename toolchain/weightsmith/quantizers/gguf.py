@@ -17,7 +17,7 @@ from weightsmith.quantizers.gguf_calibration import check_walk, config_of, windo
 from weightsmith.quantizers.gguf_check import check_files
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
 from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, check_projector, places_of
-from weightsmith.quantizers.gguf_settings import PassFile, PassSettings
+from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from weightsmith.quantizers.gguf_view import open_view
 from weightsmith.quantizers.known import gguf_architectures, has_projector
@@ -129,7 +129,7 @@ def calibrated(_format: Format, chosen: Mapping[str, Json]) -> bool:
 
 
 def walked(chosen: Mapping[str, Json]) -> bool:
-    """Return whether our own walk over the layers measures importance, before this job."""
+    """Return whether our own walk over the layers measures importance."""
     return chosen.get("imatrix") == "walk"
 
 
@@ -147,8 +147,9 @@ def output_file(request: QuantizeRequest) -> Path:
 def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     """Return the steps: convert or quantize in one pass.
 
-    Only llama-imatrix needs a 16-bit file of the model: where it measures importance, the file is
-    made before, and quantized and deleted afterwards. It has the checkpoint's dtype, so nothing is
+    Our own walk measures importance while the converter starts. Only llama-imatrix needs a 16-bit
+    file of the model: where it measures, the file is made before, and quantized and deleted
+    afterwards. It has the checkpoint's dtype, so nothing is
     rounded before quantization. `options.threads` does not affect the bytes.
     """
     kinds = [FILE_TYPES[each.format.name] for each in (request, *request.beside)]
@@ -161,7 +162,8 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     between = _INTERMEDIATE.get(_dtype(request.model), "f16")
     limit = _part_size(request, 32 if between == "f32" else 16)
     words, middle = _converter(request, limit), _middle(request, between)
-    if request.options.get("imatrix", "off") == "off" or request.measured:
+    mode = request.options.get("imatrix", "off")
+    if mode in ("off", "walk") or request.measured:
         return (_pass(request, files, between, words, projectors),)
     # The file that is measured has no longer what the converter rounded.
     again = words if any(kind.direct for kind in kinds) else ()
@@ -308,7 +310,11 @@ def _pass(
 ) -> Step:
     """Return the step that quantizes what the converter computes, or the file that it wrote."""
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
-    middle = _middle(request, between)
+    middle, texts = _middle(request, between), request.output / ".texts.jsonl"
+    walk = None
+    if walked(request.options) and not request.measured:
+        matrix = request.output / IMATRIX
+        walk = Walk(model=str(request.model), texts=str(texts), out=str(matrix))
     contents = PassSettings(
         convert=convert,
         middle=str(middle) if between else "",
@@ -317,21 +323,28 @@ def _pass(
         threads=int(request.options.get("threads") or 0),
         split="split_max_size" in request.options,
         files=files,
+        walk=walk,
         projectors=projectors,
     )
     metadata = json.dumps(_metadata(request), sort_keys=True)
     return Step(
-        title=f"{'quantizing' if between else 'converting'} to "
+        title=f"{'measuring importance and ' if walk else ''}"
+        f"{'quantizing' if between else 'converting'} to "
         f"{', '.join(file.format for file in files)}",
         argv=(request.python, "-m", _QUANTIZE, str(settings)),
         env=_OFFLINE,
         writes={
             settings: json.dumps(contents.to_json()),
             **({overrides: metadata} if convert else {}),
+            **({texts: "".join(map(_line, request.texts))} if walk else {}),
         },
-        removes=(settings, overrides, middle, middle.with_name(f"{middle.stem}-*.gguf")),
+        removes=(settings, overrides, texts, middle, middle.with_name(f"{middle.stem}-*.gguf")),
         reads="the model" if convert else "",
     )
+
+
+def _line(row: Mapping[str, Json]) -> str:
+    return json.dumps(dict(row)) + "\n"
 
 
 def _file(request: QuantizeRequest) -> PassFile:

@@ -24,6 +24,18 @@ class PassFile(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Walk(JsonObject):
+    """What our walk measures first, as far as no interrupted run has; paths are absolute."""
+
+    model: str
+    """The checkpoint's folder."""
+    texts: str
+    """JSON Lines: calibration texts as they were given."""
+    out: str
+    """The importance matrix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PassSettings(JsonObject):
     """What to quantize, and how; paths are absolute or relative to the program's folder."""
 
@@ -42,5 +54,7 @@ class PassSettings(JsonObject):
     """Write parts, as many as the unquantized file has."""
     files: tuple[PassFile, ...]
     """What to write, all in one pass over the weights."""
+    walk: Walk | None = None
+    """What measures the files' importance; None: nothing does, or it lies there."""
     projectors: tuple[str, ...] = ()
     """Where the converter's projector for pictures belongs; empty: none."""

@@ -45,6 +45,8 @@ class QuantizeRequest:
     """The builder's Python interpreter."""
     calibration: Path | None = None
     """JSON Lines `{text, tokens}`: rendered text and its number of tokens."""
+    texts: tuple[Mapping[str, Json], ...] = ()
+    """Calibration texts as they were given, if the steps have a walk that renders them."""
     measured: bool = False
     """The output already has the calibration statistics (`Quantizer.statistics`)."""
     options: Mapping[str, Json]
@@ -115,8 +117,7 @@ class Quantizer:
     """Name of the output file with calibration statistics, which is stored separately for use by
     other formats of the same checkpoint."""
     walked: Callable[[Mapping[str, Json]], bool] = _unwalked
-    """(options) -> whether a job of its own measures these statistics, by a walk over the layers.
-    """
+    """(options) -> whether our own walk over the layers measures these statistics."""
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""
     computed: bool = False

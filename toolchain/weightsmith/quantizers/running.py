@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import InputRefused
+from weightsmith.errors import InputRefused, WeightsmithError
 from weightsmith.foreign import parse
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
 from weightsmith.values import Json
@@ -20,6 +21,8 @@ BLOCK = 512
 _MIN_TOKENS = 256
 REFUSED = "refused: "
 """Begins the last line of a program of ours that refuses its input."""
+PROGRESS = re.compile(r"weightsmith: (\d+) of (\d+) (\w+)")
+"""A line by which a program of ours says how far it is."""
 RAW = ".engine"
 """Subfolder of the output for the engine's own output."""
 
@@ -59,9 +62,14 @@ def read_settings() -> Mapping[str, Json]:
     return settings
 
 
-def refusal(error: InputRefused) -> str:
+def refusal(error: WeightsmithError) -> str:
     """Return the last line of a program of ours that refuses its input."""
     return REFUSED + json.dumps([error.message, error.hint])
+
+
+def progress_line(done: int, total: int, unit: str) -> str:
+    """Return the line by which a program of ours says how far it is."""
+    return f"weightsmith: {done} of {total} {unit}"
 
 
 def texts(calibration: str) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.destinations import Destination
 from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import Beside, ImportanceJob, QuantizeJob
+from weightsmith.jobs import Beside, QuantizeJob
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import Texts
@@ -29,7 +28,6 @@ from weightsmith.values import (
     Format,
     Json,
     StageInputs,
-    Tree,
 )
 
 WALK_BUILDER = "gguf"
@@ -176,48 +174,18 @@ def _run(
     if not (texts and quantizer.statistics):
         result = _quantized(folder, checkpoint, options, others, tools)
         return _kept(folder, checkpoint, others, to, result)
-    if quantizer.walked(options.options):
-        with _walked(checkpoint, texts, quantizer, to, tools) as given:
-            options = replace(options, texts=None, statistics=given)
-            result = _quantized(folder, checkpoint, options, others, tools)
-        return _kept(folder, checkpoint, others, to, result)
     known = statistics_inputs(checkpoint.digest, texts, quantizer)
+    if quantizer.walked(options.options):
+        known = walked_inputs(checkpoint.digest, texts)
     if earlier := to.find(lambda: known):
-        options = replace(options, statistics=Input.file(earlier, quantizer.statistics))
+        given = Input.file(earlier, quantizer.statistics)
+        options = replace(options, texts=None, statistics=given)
     result = _quantized(folder, checkpoint, options, others, tools)
     measured = folder / quantizer.statistics
     if measured.is_file():
         to.keep(lambda: known, measured)
     measured.unlink(missing_ok=True)
     return _kept(folder, checkpoint, others, to, result)
-
-
-@contextmanager
-def _walked(
-    checkpoint: Checkpoint, texts: Texts, quantizer: Quantizer, to: Destination, tools: Tools
-) -> Iterator[Input]:
-    """Yield the statistics that a walk over the layers has measured, or does now."""
-    known, name = partial(walked_inputs, checkpoint.digest, texts), quantizer.statistics
-    if earlier := to.find(known):
-        yield Input.file(earlier, name)
-        return
-    tools.runner.prepare(WALK_BUILDER, tools.progress)
-    size = checkpoint.tree.weight_bytes
-    with tools.scratch() as folder:
-        job = ImportanceJob(
-            builder=WALK_BUILDER,
-            model=Input.checkpoint(checkpoint),
-            virtual=Virtual.of(checkpoint),
-            texts=texts.calibration,
-            file=name,
-            output=folder,
-            memory_bytes=(4 << 30) + 2 * size,
-            seconds=job_seconds(size, tokens=sum(len(str(row)) for row in texts.calibration)),
-        )
-        tools.runner.run(job, tools.progress)
-        to.keep(known, folder / name)
-        entry = tools.store.digest_file(folder / name)
-        yield Input.file(Tree(root=folder, files=(entry,)), name)
 
 
 def _made_together(
@@ -322,13 +290,18 @@ def memory_limit(size: int, options: QuantizeOptions) -> int:
 
     GGUF is made tensor by tensor, in float32 where the converter changes a tensor, so the largest
     count: a quarter of the model is more than any known one has in its stacked experts.
-    llama-imatrix maps the whole 16-bit file. Other engines load the model, unless they stream it.
+    llama-imatrix maps the whole 16-bit file; our walk holds a layer in float32, and the states of
+    its text, beside the converter. Other engines load the model, unless they stream it.
     """
     if of_format(options.format.name).streams:
         return _STREAMING
     if options.format.suffix != ".gguf":
         return (4 << 30) + 2 * size
-    return (2 << 30) + size // 4 + (size if options.texts else 0)
+    writing = (2 << 30) + size // 4
+    if not options.texts:
+        return writing
+    walked = of_format(options.format.name).walked(options.options)
+    return writing + ((4 << 30) + 2 * size if walked else size)
 
 
 def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> QuantizeJob:

@@ -11,7 +11,6 @@ import threading
 import traceback
 from pathlib import Path
 
-from weightsmith.cpus import AVX2_LOOPS, has_avx2
 from weightsmith.errors import (
     EnvironmentFailure,
     InputRefused,
@@ -20,7 +19,7 @@ from weightsmith.errors import (
     ran_out_of_memory,
 )
 from weightsmith.forward.libraries import import_for_good
-from weightsmith.jobs import ImportanceJob, Job, out_of_memory, read_job
+from weightsmith.jobs import Job, out_of_memory, read_job
 from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.time_limits import tell_what_is_done
 from weightsmith.worker.jobs import LIBRARIES, STAGES
@@ -33,8 +32,6 @@ PARENT_GONE = 130
 def run_job(job: Job, wire: Wire) -> int:
     """Run the job, send its result or error, and return the exit code."""
     try:
-        if job.kind == ImportanceJob.kind and has_avx2():
-            os.environ.update(AVX2_LOOPS)  # before torch is imported
         if job.kind in LIBRARIES:
             keep_freed_memory()
             import_for_good(*LIBRARIES[job.kind])

@@ -1,24 +1,29 @@
-"""Runs the jobs that measure a model on calibration text."""
+"""Measures a model on calibration text."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from weightsmith.cpus import has_avx2
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.foreign import parse
-from weightsmith.jobs import CacheScalesJob, ImportanceJob
+from weightsmith.jobs import CacheScalesJob
 from weightsmith.values import Json
 
 Report = Callable[[int, int, str], None]
 
 
-def importance(job: ImportanceJob, report: Report) -> Mapping[str, Json]:
-    """Write the file; return how much text it was measured on.
+def importance(
+    model: Path, texts: Sequence[Mapping[str, Json]], file: Path, report: Report
+) -> None:
+    """Write the importance of a model's matrices to a file, which is whole as soon as it is there.
 
-    Raises EnvironmentFailure where the bits would depend on the CPU although it has AVX2.
+    Raises EnvironmentFailure where the bits would depend on the CPU although it has AVX2, and
+    RuntimeError outside of an environment of `AVX2_LOOPS`.
     """
     native: Any = importlib.import_module("weightsmith.forward.native")
     if has_avx2() and not native.is_fast():
@@ -26,16 +31,21 @@ def importance(job: ImportanceJob, report: Report) -> Mapping[str, Json]:
             "the importance matrix would depend on this CPU: weightsmith's kernels are missing",
             hint="a warning above says why they could not be compiled; `imatrix: auto` needs none",
         )
+    if has_avx2() and (loops := _loops()) != "AVX2":
+        raise RuntimeError(f"the importance matrix would depend on this CPU: torch runs {loops}")
     module: Any = importlib.import_module("weightsmith.quantizers.layerwise.importance")
-    rows = _rendered(job)
+    rows = _rendered(model, texts)
     found = module.importance(
-        job.model.path,
+        model,
         [row["text"] for row in rows],
         sum(int(row["tokens"]) for row in rows),
         lambda done, total: report(done, total, "layers"),
     )
-    module.write_importance(job.output / job.file, found)
-    return {"chunks": found.chunks, "window": found.window}
+    partial = file.with_name(f".{file.name}.partial")
+    module.write_importance(partial, found)
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    partial.rename(file)
 
 
 def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, Json]:
@@ -43,14 +53,19 @@ def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, Json]:
     module: Any = importlib.import_module("weightsmith.quantizers.layerwise.cache")
     found = module.cache_scales(
         job.model.path,
-        [row["text"] for row in _rendered(job)],
+        [row["text"] for row in _rendered(job.model.path, job.texts)],
         lambda done, total: report(done, total, "layers"),
     )
     return {"scales": {name: list(pair) for name, pair in found.items()}}
 
 
-def _rendered(job: CacheScalesJob | ImportanceJob) -> list[Mapping[str, Json]]:
+def _loops() -> str:
+    """Return for which vectors torch's loops are compiled that this process runs."""
+    torch: Any = importlib.import_module("torch")
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _rendered(model: Path, texts: Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
     """Return each text as the model reads it, with its number of tokens."""
     rendering: Any = importlib.import_module("weightsmith.quality.texts")
-    lines = rendering.as_lines(job.model.path, job.texts).splitlines()
-    return [parse(line) for line in lines]
+    return [parse(line) for line in rendering.as_lines(model, texts).splitlines()]

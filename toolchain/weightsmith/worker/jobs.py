@@ -34,7 +34,6 @@ from weightsmith.jobs import (
     DequantizedJob,
     EchoJob,
     ExportEngineJob,
-    ImportanceJob,
     ImportGgufJob,
     LayerTimeJob,
     MergeJob,
@@ -46,7 +45,7 @@ from weightsmith.jobs import (
 )
 from weightsmith.trees import discard
 from weightsmith.values import Format, Json, canonical, plain
-from weightsmith.worker.calibrating import cache_scales, importance
+from weightsmith.worker.calibrating import cache_scales
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
@@ -92,7 +91,8 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     quantizer, model = _quantizer(job.quantizer), job.model.path
     _forget_other_wishes(job, quantizer.formats)
     calibration, measured = None, job.output / (quantizer.statistics or ".none")
-    if job.texts:
+    walked = quantizer.walked(job.options)
+    if job.texts and not walked:
         calibration = job.output / ".calibration.jsonl"
         rendering: Any = importlib.import_module("weightsmith.quality.texts")
         calibration.write_text(rendering.as_lines(model, job.texts), encoding="utf-8")
@@ -107,6 +107,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         tools=_tools(),
         python=sys.executable,
         calibration=calibration,
+        texts=job.texts if walked else (),
         measured=job.statistics is not None,
         options=job.options,
     )
@@ -118,6 +119,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         beside = {one.format.name: _checked(one, quantizer, measured) for one in request.beside}
     except CheckFailed:
         forget_steps(job.output)  # a retry must not trust files from this run
+        measured.unlink(missing_ok=True)
         raise
     for path in (calibration, measured if job.statistics else None):
         if path is not None:
@@ -372,7 +374,6 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     MergeJob.kind: _merge,
     ImportGgufJob.kind: _import_gguf,
     QuantizeJob.kind: _quantize,
-    ImportanceJob.kind: importance,
     CacheScalesJob.kind: cache_scales,
     ConvertAdapterJob.kind: _convert_adapter,
     ReferenceJob.kind: _reference,
@@ -391,7 +392,6 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     ValidateJob.kind: ("peft",),
     QualityJob.kind: (),
     DequantizedJob.kind: (),
-    ImportanceJob.kind: (),
     CacheScalesJob.kind: (),
     LayerTimeJob.kind: (),
 }

@@ -26,7 +26,7 @@ import numpy as np
 
 from weightsmith.drivers import process
 from weightsmith.drivers.hardware import cores
-from weightsmith.errors import InputRefused, WeightsmithError
+from weightsmith.errors import WeightsmithError
 from weightsmith.foreign import read_json
 from weightsmith.kernels import quants
 from weightsmith.merging.libc import keep_freed_memory
@@ -48,6 +48,7 @@ from weightsmith.quantizers.gguf_settings import PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import refusal
 from weightsmith.worker.virtual import computed_for_program
+from weightsmith.worker.walking import walking
 
 
 def main() -> None:
@@ -56,9 +57,11 @@ def main() -> None:
     gc.disable()
     keep_freed_memory()
     try:
-        with computed_for_program():
-            _run(PassSettings.from_json(read_json(Path(sys.argv[1]))))
-    except InputRefused as error:
+        settings = PassSettings.from_json(read_json(Path(sys.argv[1])))
+        # Two processes must not share open files, so the walk's begins before any is open.
+        with walking(settings.walk) as measured, computed_for_program():
+            _run(settings, measured)
+    except WeightsmithError as error:
         print(refusal(error), file=sys.stderr)  # noqa: T201
         end(error.exit_code)
 
@@ -74,7 +77,8 @@ class Fault(Exception):  # A name in -Error would be taken for an exception of t
     """A fault of our own in the middle of the converter's run."""
 
 
-def _run(settings: PassSettings) -> None:
+def _run(settings: PassSettings, measured: Callable[[], object]) -> None:
+    """Quantize; `measured` is called when the importance matrix is needed."""
     if not settings.convert:
         files = _parts(settings)
         _quantize(settings, files, [_of_file(path) for path in files])
@@ -89,6 +93,7 @@ def _run(settings: PassSettings) -> None:
         try:
             plans.append(_Plan.of(writer))
             if len(plans) == len(wanted):
+                measured()
                 _quantize_planned(settings, plans)
         except (WeightsmithError, MemoryError, OSError):
             raise

@@ -7,15 +7,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from weightsmith.drivers import process
-from weightsmith.errors import InputRefused
+from weightsmith.errors import InputRefused, from_code
 from weightsmith.foreign import parse
-from weightsmith.quantizers.running import REFUSED
+from weightsmith.quantizers.running import PROGRESS, REFUSED
 from weightsmith.trees import below
 from weightsmith.worker.wire import Report, note
 
@@ -55,12 +56,12 @@ def run_steps(
             argv,
             cwd=output,
             env=process.scrubbed({**_inherited(), **step.env, **variables}),
-            on_line=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
+            on_line=partial(_show, report),
         )
         if ended.returncode and _lacked_memory(ended):
             raise MemoryError(step.title)
         if ended.returncode:
-            _refuse(step, ended.tail)
+            _refuse(step, ended)
         ended.require(
             f"{step.title} ({Path(step.argv[0]).name})",
             hint="the lines above are the program's own; the job's log has all of them",
@@ -76,6 +77,14 @@ def run_steps(
     report(len(steps), len(steps), "steps")
 
 
+def _show(report: Report, line: str) -> None:
+    """Report a program's progress; what else it says is for the log."""
+    if found := PROGRESS.fullmatch(line):
+        report(int(found[1]), int(found[2]), found[3])
+    else:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
 def _sync(output: Path) -> None:
     for path in below(output):
         if path.is_file() and not path.is_symlink():
@@ -89,12 +98,12 @@ def _lacked_memory(ended: process.Completed) -> bool:
     return ended.returncode == -signal.SIGKILL or said
 
 
-def _refuse(step: Step, tail: Sequence[str]) -> None:
-    """Raise InputRefused if the last line is a refusal, or an exception of the converter."""
-    last = next((line.strip() for line in reversed(tail) if line.strip()), "")
+def _refuse(step: Step, ended: process.Completed) -> None:
+    """Raise the error of the last line, or InputRefused if it is the converter's exception."""
+    last = next((line.strip() for line in reversed(ended.tail) if line.strip()), "")
     if last.startswith(REFUSED):
         message, hint = parse(last.removeprefix(REFUSED))
-        raise InputRefused(message, hint=hint)
+        raise from_code(ended.returncode, message, hint)
     if step.reads and _EXCEPTION.fullmatch(last):
         raise InputRefused(
             f"{step.title}: the converter cannot read {step.reads}: {last}",

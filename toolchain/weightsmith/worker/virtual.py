@@ -53,12 +53,12 @@ def described(job: Job) -> Iterator[Mapping[str, str]]:
 
 
 @contextmanager
-def computed_for_program() -> Iterator[None]:
-    """Let a program of the job read those weights, all of them, while the block runs."""
+def computed_for_program(*, compared: bool = True) -> Iterator[None]:
+    """Let a program of the job read those weights, all of them if they are `compared`."""
     if not (file := os.environ.get(_VARIABLE)):
         yield
         return
-    with computed(read_job(Path(file).read_text("utf-8")), compared=True):
+    with computed(read_job(Path(file).read_text("utf-8")), compared=compared):
         yield
 
 
