@@ -191,6 +191,35 @@ def test_a_number_that_cannot_be_is_named(serve, evaluate, words):
     assert server.asked == []
 
 
+def test_the_line_end_of_a_key_is_not_sent(serve, evaluate, monkeypatch):
+    """As a file or a cluster's secret has it."""
+    seen = []
+
+    def behave(handler, _):
+        seen.append(handler.headers["Authorization"])
+        handler.send(200, answer())
+
+    monkeypatch.setenv("WEIGHTSMITH_API_KEY", "hush-hush\n")
+
+    code, _, _ = evaluate(serve(behave).endpoint.url, QUESTIONS)
+
+    assert code == 0
+    assert set(seen) == {"Bearer hush-hush"}
+
+
+@pytest.mark.parametrize("key", ["hush\nhush", "hush hush", "hüsh"])
+def test_a_key_that_cannot_be_sent_is_not_shown(serve, evaluate, monkeypatch, key):
+    server = serve()
+    monkeypatch.setenv("WEIGHTSMITH_API_KEY", key)
+
+    code, told, err = evaluate(server.endpoint.url, QUESTIONS)
+
+    assert code == 2
+    assert "WEIGHTSMITH_API_KEY" in told["error"]["message"]
+    assert not [part for part in key.split() if part in err]
+    assert server.asked == []
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_server_that_wants_a_key_is_no_failed_check(serve, evaluate, status):
     """Exit code 5: the same command may succeed with the key."""

@@ -10,6 +10,8 @@ from weightsmith.commands.server import ServerSource, served_model, session_with
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import ask
+from weightsmith.oci.image import Image
+from weightsmith.oci.layout import write_layout
 from weightsmith.tools import Tools
 
 from tests.fakes.baking import Bakery
@@ -43,6 +45,17 @@ def test_an_image_of_a_registry_is_read_and_started(bakery: Bakery, engine: bool
     assert held.names == {}
     assert len(held.sent) == 2 * engine
     assert {path.name for path in bakery.folder.iterdir()} <= before | {"store"}
+
+
+def test_a_port_that_is_none_is_not_taken(bakery: Bakery) -> None:
+    """Docker's own files name ranges, too."""
+    bakery.bake("team/app:1")
+    image = bakery.image("team/app:1")
+    ports = {"8000-8010/tcp": {}, "http": {}, "99999/tcp": {}, "8080/tcp": {}}
+    settings = {**image.settings, "config": {**image.config, "ExposedPorts": ports}}
+    write_layout(Image(layers=image.layers, settings=settings), bakery.folder / "layout")
+    tools, _ = tools_of(bakery, engine=False)
+    assert answer_of(f"oci:{bakery.folder}/layout", tools) == "7481"
 
 
 def test_a_layout_is_started_by_its_folder_and_by_its_name(bakery: Bakery) -> None:

@@ -6,12 +6,11 @@ The command line and result files are documented at https://github.com/EleutherA
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.commands.server import ServerSource, served_model, session_with
+from weightsmith.commands.server import ServerSource, api_key, served_model, session_with
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.foreign import TOKENIZER, parse_file
@@ -57,7 +56,7 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
     with session_with(request.place, tools, modest=True) as session, tools.scratch() as out:
         served = served_model(session, request.place, request.served_name)
         words = command(request, session.endpoint.url, served.name, out)
-        key = os.environ.get("WEIGHTSMITH_API_KEY", "") or "none"
+        key = api_key() or "none"
         try:
             tools.command(words, {"OPENAI_API_KEY": key}, b"", _SECONDS)
         except EnvironmentFailure:

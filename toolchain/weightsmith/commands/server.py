@@ -26,6 +26,7 @@ from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 
 _START_SECONDS = 900.0
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,11 @@ def session_with(
 
     `modest` leaves busy CPUs alone if the engine's number of threads can be set. The key in
     WEIGHTSMITH_API_KEY is sent only to a server at a URL.
-    Raises UsageError for a missing image or a malformed URL, CheckFailed for an image that does
-    not become ready.
+    Raises UsageError for a missing image, or a malformed URL or key, CheckFailed for an image that
+    does not become ready.
     """
     if place.url:
-        key = os.environ.get("WEIGHTSMITH_API_KEY", "")
-        with ServerSession(_running(place.url), limits, key=key) as session:
+        with ServerSession(_running(place.url), limits, key=api_key()) as session:
             yield session
         return
     with (
@@ -57,6 +57,20 @@ def session_with(
         _started(image, config, tools, limits, modest=modest) as session,
     ):
         yield session
+
+
+def api_key() -> str:
+    """Return the key in WEIGHTSMITH_API_KEY, or ""; a line end after it, as files have, is none.
+
+    Raises UsageError, without the key, if it cannot be sent: the HTTP library would print it.
+    """
+    key = os.environ.get("WEIGHTSMITH_API_KEY", "").strip()
+    if not all("!" <= character <= "~" for character in key):
+        raise UsageError(
+            "WEIGHTSMITH_API_KEY has a space, a line end or another character that no key has",
+            hint="set it to the key alone",
+        )
+    return key
 
 
 @contextmanager
@@ -70,7 +84,8 @@ def _started(
 ) -> Iterator[ServerSession]:
     labels = config.get("Labels") or {}
     target = all_targets().get(labels.get("dev.weightsmith.target", ""))
-    ports = sorted(int(port.partition("/")[0]) for port in config.get("ExposedPorts") or ())
+    named = (port.partition("/")[0] for port in config.get("ExposedPorts") or ())
+    ports = sorted(int(port) for port in named if port.isdecimal() and 0 < int(port) <= _LAST_PORT)
     spec = StartSpec(
         port=ports[0] if ports else 8000,
         env=idle_cpus(target.engine.threads_variable) if target and modest else {},
