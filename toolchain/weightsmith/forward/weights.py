@@ -150,11 +150,16 @@ class Weights:
         if parameter in self._direct:
             tensor = self._direct[parameter]
             return [[partial(self._expert, tensor, n)] for n in range(self.infos[tensor].shape[0])]
-        converter, parts = self._fused[parameter][1].converter, self._fused[parameter][1].parts
-        if not _only_stacks(converter):
+        return [[partial(self.mapped, name) for name in one] for one in self._stacked(parameter)]
+
+    def _stacked(self, parameter: str) -> Sequence[tuple[str, ...]]:
+        """Return each expert's tensors, whose rows follow each other; () for other forms."""
+        fused = self._fused[parameter][1]
+        if not _only_stacks(fused.converter):
             return ()
-        lists = [[n for n, of in parts if of == pattern] for pattern in converter.source_patterns]
-        return [[partial(self.mapped, name) for name in one] for one in zip(*lists, strict=True)]
+        patterns = fused.converter.source_patterns
+        lists = [[name for name, of in fused.parts if of == pattern] for pattern in patterns]
+        return list(zip(*lists, strict=True))
 
     def _expert(self, tensor: str, number: int) -> torch.Tensor | Computed:
         stack = self.mapped(tensor)
@@ -180,6 +185,13 @@ class Weights:
         """Return a whole parameter as float32, which holds every 16-bit type exactly."""
         if parameter in self._direct:
             return self.read(self._direct[parameter]).float()
+        if experts := self._stacked(parameter):  # the converter would hold all of them twice more
+            read = (torch.cat([self.read(n).float() for n in names]) for names in experts)
+            one = next(read)
+            stack = one.expand(len(experts), *one.shape).contiguous()
+            for number, matrix in enumerate(read, 1):
+                stack[number] = matrix
+            return stack
         first, fused = self._fused[parameter]
         converter = deepcopy(fused.converter)
         for name, pattern in fused.parts:
