@@ -82,7 +82,9 @@ def make_model(tmp_path: Path) -> MakeModel:
 def make_adapter(tmp_path: Path) -> MakeAdapter:
     """Write a LoRA adapter for a base model, with random A and B."""
 
-    def make(base: Path, name: str = "adapter", seed: int = 1, **options: Any) -> Path:
+    def make(
+        base: Path, name: str = "adapter", seed: int = 1, copies: bool = False, **options: Any
+    ) -> Path:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
@@ -95,8 +97,8 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
             for key, parameter in tuned.named_parameters():
                 if "lora_" in key:
                     torch.nn.init.normal_(parameter, std=0.2)
-            # Without the copy of a targeted head's base weight, which PEFT adds by default.
-            save_adapter(tuned, tmp_path / name, save_embedding_layers=False)
+            # By default PEFT adds a copy of a targeted head's base weight.
+            save_adapter(tuned, tmp_path / name, save_embedding_layers=copies)
         return tmp_path / name
 
     return make

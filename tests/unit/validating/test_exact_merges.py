@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from weightsmith.checkpoints.tensors import CheckpointTensors
 
 from tests.unit.validating.conftest import (
     edit_tensors,
@@ -63,6 +65,27 @@ def test_exact_merge_passes(tmp_path: Path, kind: str, model: dict, adapter: dic
     assert result.top1_agreement > 0.9
     assert result.comparison.first_difference is None
     assert result.max_abs_logit_diff < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_copy_of_the_base_in_16_bits_beside_the_factors(
+    tmp_path: Path, target: str, dtype: torch.dtype
+) -> None:
+    """As PEFT saves it after training in 16 bits; it then rounds the factors when it loads them."""
+    base = make_model(tmp_path / "base", "llama", dtype=dtype)
+    lora = make_adapter(tmp_path / "lora", base, target_modules=[target, "q_proj"])
+    path = lora / "adapter_model.safetensors"
+    weights = CheckpointTensors(base)
+    name = next(name for name in weights.names if target in name)
+    copy = torch.from_numpy(weights.tensor(name)).to(dtype)
+    key = f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight"
+    save_file(load_file(path) | {key: copy}, path, {"format": "pt"})
+    out = merged(tmp_path / "out", base, lora)
+
+    result = held(base, out, lora)
+
+    assert result.passed, tell(result)
 
 
 @pytest.mark.grid(12)

@@ -137,7 +137,9 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         except (ValueError, KeyError) as error:
             raise IncompatibleAdapters(f"{type(error).__name__}: {error}") from error
     model.base_model.set_adapter(names)
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    # Beside an adapter's copy of a base weight in 16 bits, PEFT rounds the factors to 16 bits.
+    short = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    if short or any(parameter.device.type == "meta" for parameter in model.parameters()):
         _load_again(model, dict(zip(names, adapters, strict=True)))
     return model.eval().requires_grad_(requires_grad=False)
 
@@ -187,18 +189,16 @@ def _parameter(model: Any, name: str) -> Any:
 
 
 def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
-    """Load what PEFT left on the meta device, such as layers that it replicates."""
+    """Load all tensors in float32, such as those of layers that PEFT replicates."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     _set_missing(model)
     for name, (root, _) in adapters.items():
-        weights = load_peft_weights(
+        stored = load_peft_weights(
             str(root), device="cpu", key_mapping=KEY_MAPPING, use_safetensors=True
         )
+        weights = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
         set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
-    for parameter in model.parameters():
-        if parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
 
 
 def replication(model: Any) -> list[int] | None:

@@ -154,11 +154,13 @@ def compose_output(
         terms = tuple(term for claim in claims for term in claim.terms)
         return replace(plain, terms=terms, kind="merged")
     alone = len({share.path for share in shares}) == 1 and shares[0].weight == 1.0
-    replaces = any(claim.replacement or claim.patch for claim in claims)
-    # A tensor or rows replaced by a single adapter are not a delta to vote on or prune.
+    resized = [c.replacement for c in claims if c.replacement]
+    # A tensor or rows replaced by a single adapter are not a delta to vote on or prune; a copy of
+    # the base's tensor, beside the factors that change it, makes them no replacement.
+    replaces = all(claim.replacement or claim.patch for claim in claims)
+    replaces = replaces or any(stored.shape != source.shape for stored in resized)
     if alone and (combination.sums or replaces):
         return _single(plain, claims)
-    resized = [c.replacement for c in claims if c.replacement]
     if len(resized) == len(claims) and _only_grown(source, resized):
         return replace(plain, source=resized[0], shape=resized[0].shape, kind="replaced")
     if any(stored.shape != source.shape for stored in resized):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft.utils import merge_utils
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from weightsmith.errors import InputRefused
 from weightsmith.merging.combining.changes import adapter_digest
 from weightsmith.merging.combining.pruning import drop_at_random
@@ -218,3 +218,49 @@ def test_what_peft_gets_wrong_is_refused(
         with pytest.raises(InputRefused, match=what) as caught:
             run(base, [other, plain], tmp_path / "out", method="linear", space="factors")
         assert "--space" in caught.value.hint
+
+
+COPIED: dict[str, dict[str, Any]] = {
+    "sequential": {},
+    "ties": {"method": "ties", "density": 0.1},
+    "svd": {"method": "svd", "rank": 2},
+    "factors": {"method": "cat", "space": "factors"},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "saved"),
+    # A copy of another type counts as a trained tensor, which no factors have.
+    [
+        *((m, torch.bfloat16) for m in COPIED),
+        ("sequential", torch.float32),
+        ("ties", torch.float32),
+    ],
+)
+def test_a_copy_of_the_base_beside_the_factors_changes_nothing(
+    method: str,
+    saved: torch.dtype,
+    make_model: MakeModel,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    """PEFT saves the weight of a targeted head or embedding with the factors, as it was loaded."""
+    base = make_model(dtype=torch.bfloat16)
+    written = {}
+    for copies in (False, True):
+        targets = {"target_modules": ["q_proj", "lm_head"]}
+        adapters = [make_adapter(base, f"{n}-{copies}", n, copies, **targets) for n in (1, 2)]
+        for adapter in adapters if copies else ():
+            path = adapter / "adapter_model.safetensors"
+            tensors, key = load_file(path), "base_model.model.lm_head.base_layer.weight"
+            save_file(tensors | {key: tensors[key].to(saved)}, path, {"format": "pt"})
+        for count in (1, 2):
+            out = tmp_path / f"out-{copies}-{count}"
+            pairs = tuple((adapter, 1.0) for adapter in adapters[:count])
+            merge(
+                MergeRequest(base=base, adapters=pairs, out=out, dtype="float32", **COPIED[method])
+            )
+            written[copies, count] = load_file(out / "model.safetensors")
+    for count in (1, 2):
+        for name, tensor in written[False, count].items():
+            torch.testing.assert_close(written[True, count][name], tensor, rtol=0, atol=2e-6)

@@ -25,7 +25,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         owner, _, parameter = name.rpartition(".")
         module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
         module = _WRAPPED.sub("", module)
-        if _is_redundant(view, key, module, parameter):
+        if _is_redundant(view, key, module, parameter) or _is_unchanged(view, key, module):
             yield Claim(keys=(key,), module=module)
         elif _is_expected(view, key, module):
             yield _one(view, key, owner, module, parameter)
@@ -88,6 +88,15 @@ def _is_redundant(view: AdapterView, key: str, module: str, parameter: str) -> b
         return False
     original = ".original_module." in key
     return original or same_bytes(view.file, view.keys[key], view.keys[other])
+
+
+def _is_unchanged(view: AdapterView, key: str, module: str) -> bool:
+    """Return whether it is the base's own weight, which PEFT saves with an embedding's factors."""
+    target = view.find(module) if key.endswith(".base_layer.weight") else ""
+    source = view.source(target) if target else None
+    if not isinstance(source, Stored):
+        return False
+    return same_bytes(view.file, view.keys[key], source.info, source.path)
 
 
 def _is_saved(view: AdapterView, module: str) -> bool:
