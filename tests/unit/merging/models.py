@@ -94,6 +94,25 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         SIZES | NARROW | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "head_dim": 8},
     ),
     "mixtral": ("MixtralConfig", SIZES | NARROW | {"num_local_experts": 4}),
+    "aria": (
+        "AriaTextConfig",
+        SIZES | NARROW | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    ),
+    "granitemoe": ("GraniteMoeConfig", SIZES | NARROW | EXPERTS | {"num_local_experts": 4}),
+    "hy_v3": (
+        "HYV3Config",
+        SIZES | NARROW | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "head_dim": 8},
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        SIZES
+        | NARROW
+        | EXPERTS
+        | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "head_dim": 8}
+        | {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1}
+        | {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 24}
+        | {"moe_shared_expert_intermediate_size": 24},
+    ),
     "gpt_oss": ("GptOssConfig", SIZES | NARROW | EXPERTS | {"num_local_experts": 4, "head_dim": 8}),
 }
 

@@ -66,16 +66,20 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     if not claims or view.config.target_modules is None:
         return
     # Translate the base's names like the first module's: they may lack `model.`.
-    plain = next((c for c in claims if _same_end(f"{c.module}.weight", c.target)), None)
+    named = ((c, name) for name in (str, view.names.loaded) for c in claims)
+    plain, as_model = next(
+        ((c, name) for c, name in named if _same_end(f"{c.module}.weight", name(c.target))),
+        (None, str),
+    )
     if plain is None:
         return
-    cut, put = added_prefix(f"{plain.module}.weight", plain.target)
+    cut, put = added_prefix(f"{plain.module}.weight", as_model(plain.target))
     have = {claim.target for claim in claims}
-    # PEFT puts LoRA alone into stacks of experts; other tuners find no module of these names there.
-    stacked = view.config.kind != "LORA" and not any(is_one_of_stack(c.module) for c in claims)
+    # Experts are no modules in transformers 5, so PEFT finds no targets among them.
+    stacked = not any(is_one_of_stack(claim.module) for claim in claims)
     missing = []
     for name, source in view.sources.items():
-        module = put + name.removeprefix(cut).removesuffix(".weight")
+        module = put + as_model(name).removeprefix(cut).removesuffix(".weight")
         matrix = name.endswith(".weight") and len(source.shape) == 2
         matrix = matrix and not (stacked and is_one_of_stack(module))
         if matrix and name not in have and view.config.targets(module):

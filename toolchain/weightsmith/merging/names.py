@@ -40,10 +40,18 @@ checkpoints keep the older names, adapters have those of the version that traine
 
 
 class BaseNames:
-    """The base's tensors by name: an exact match first, else the tensor with the same ending."""
+    """The base's tensors by name: an exact match first, else the tensor with the same ending.
 
-    def __init__(self, tensors: Mapping[str, object]) -> None:
+    `loaded` has the tensors that transformers renames: name in the model -> name in the base.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, object], loaded: Mapping[str, str] | None = None
+    ) -> None:
         self._tensors = tensors
+        self._loaded = loaded or {}
+        self._stored = {stored: name for name, stored in self._loaded.items()}
+        self._renamed = BaseNames(self._loaded) if self._loaded else None
         self._endings: dict[str, list[str]] = defaultdict(list)
         for name in tensors:
             parts = name.split(".")
@@ -56,7 +64,16 @@ class BaseNames:
         `tensor` is the model's name (`model.layers.0.mlp.up_proj.weight`); the base may have fewer
         or more leading parts, or the names of another transformers version.
         """
-        return next((found for name in spellings(tensor) if (found := self._find(name))), ())
+        if tensor in self._loaded:
+            return (self._loaded[tensor],)
+        found = next((found for name in spellings(tensor) if (found := self._find(name))), ())
+        if found or self._renamed is None:
+            return found
+        return tuple(self._loaded[name] for name in self._renamed.find(tensor))
+
+    def loaded(self, stored: str) -> str:
+        """Return the name that transformers gives one of the base's tensors."""
+        return self._stored.get(stored, stored)
 
     def _find(self, tensor: str) -> tuple[str, ...]:
         if tensor in self._tensors:

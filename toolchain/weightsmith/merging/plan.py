@@ -30,6 +30,7 @@ from weightsmith.merging.claims import claims_of
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.compose import compose
 from weightsmith.merging.families import families
+from weightsmith.merging.loading import loaded_names
 from weightsmith.merging.names import BaseNames, plain_key
 from weightsmith.merging.origin import other_family
 from weightsmith.merging.outputs import Output, OutputShard, Stored
@@ -257,7 +258,7 @@ def _view(
         weight=adapter.weight,
         keys={info.name: info for info in adapter.header.tensors},
         config=adapter.config,
-        names=BaseNames(tensors.sources),
+        names=BaseNames(tensors.sources, loaded_names(config, tensors.sources)),
         sources=tensors.sources,
         base_config=config,
         tie=tie,
