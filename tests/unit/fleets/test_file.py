@@ -121,6 +121,17 @@ def test_the_recipe_may_lie_elsewhere(home: Path) -> None:
     assert found.evaluate.data == str(home / "shared" / "eval.jsonl")
 
 
+@pytest.mark.parametrize("place", [".", "/"])
+def test_a_folder_stands_for_its_recipe(home: Path, place: str) -> None:
+    if place == "/":
+        with pytest.raises(UsageError, match=r"/recipe\.yaml: no such recipe"):
+            builds(home, recipe=place, adapters=["./adapters/one"])
+        return
+    (one,) = builds(home, recipe=place, adapters=["./adapters/one"])
+
+    assert one.file.recipe.name == "bot-one"
+
+
 def test_pins_of_the_recipes_lock_are_used(home: Path) -> None:
     commit = "b" * 40
     recipe = {**RECIPE, "base": {"source": "hf://acme/base"}}

@@ -55,13 +55,19 @@ def lock_of(fleet: Fleet, path: Path) -> Lock:
 
     Its path is that of the fleet's lock. Raises UsageError for one that cannot be read.
     """
-    shared = read_lock(_named(path.parent / fleet.recipe))
+    shared = read_lock(_named(_recipe_of(fleet, path)))
     own = read_lock(_named(path))
     return Lock(
         path=own.path,
         sources={**shared.sources, **own.sources},
         bases={**shared.bases, **own.bases},
     )
+
+
+def _recipe_of(fleet: Fleet, path: Path) -> Path:
+    """Return the shared recipe's file; a folder stands for its recipe.yaml, as elsewhere."""
+    place = path.parent / fleet.recipe
+    return place / "recipe.yaml" if place.is_dir() else place
 
 
 def _named(path: Path) -> RecipeFile:
@@ -82,7 +88,7 @@ def builds_of(
     UsageError, with the place in the file, for a glob without folders, a fault in what an entry
     changes, two builds of one name, and two images of one name.
     """
-    recipe_path = path.parent / fleet.recipe
+    recipe_path = _recipe_of(fleet, path)
     shared = with_settings(
         read_mapping(
             recipe_path,
