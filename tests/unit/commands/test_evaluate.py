@@ -1,13 +1,16 @@
 """`weightsmith evaluate` as its users call it: bad data, bad servers, every metric."""
 
 import json
+import ssl
 import sys
 import time
 
 import pytest
 
+from tests.fakes.auth_server import make_certificate
 from tests.fakes.command_line import weightsmith
-from tests.fakes.openai_server import answer, flood
+from tests.fakes.openai_server import FakeServer, answer, flood
+from tests.fakes.serving import serving
 
 QUESTIONS = ({"prompt": "Which port?", "expected": "7481"}, {"prompt": "And why?", "expected": "x"})
 
@@ -189,6 +192,23 @@ def test_a_number_that_cannot_be_is_named(serve, evaluate, words):
     assert code == 2
     assert " ".join(words) in told["error"]["message"]
     assert server.asked == []
+
+
+def test_a_server_with_a_certificate_of_ones_own(evaluate, tmp_path, monkeypatch):
+    key, certificate = make_certificate(tmp_path, "localhost")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = FakeServer()
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    with serving(server):
+        url = f"https://localhost:{server.server_port}"
+        code, told, _ = evaluate(url, QUESTIONS, "--retries", 0)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        trusted, _, _ = evaluate(url, QUESTIONS)
+
+    assert (code, trusted) == (5, 0)
+    assert "SSL_CERT_FILE" in told["error"]["hint"]
 
 
 def test_the_line_end_of_a_key_is_not_sent(serve, evaluate, monkeypatch):

@@ -14,6 +14,7 @@ from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.client import check_served_name, first_name
 from weightsmith.evaluating.served import Served, find_served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
+from weightsmith.oci import tls
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_layout
 from weightsmith.oci.references import DOCKER_HUB, Reference
@@ -49,7 +50,8 @@ def session_with(
     does not become ready.
     """
     if place.url:
-        with ServerSession(_running(place.url), limits, key=api_key()) as session:
+        running, trusted = _running(place.url), tls.trusted()
+        with ServerSession(running, limits, key=api_key(), trusted=trusted) as session:
             yield session
         return
     with (

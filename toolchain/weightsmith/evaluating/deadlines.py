@@ -16,12 +16,13 @@ import httpx
 class DeadlineTransport(httpx.HTTPTransport):
     """An HTTP transport that limits the total time of requests made inside `within`."""
 
-    def __init__(self) -> None:
-        super().__init__(trust_env=False)
+    def __init__(self, trusted: ssl.SSLContext | None = None) -> None:
+        context = trusted or httpx.create_ssl_context(trust_env=False)
+        super().__init__(verify=context, trust_env=False)
         self._deadline = _Deadline()
         # httpx does not accept a network backend, so replace its pool.
         self._pool = httpcore.ConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False),
+            ssl_context=context,
             max_connections=None,
             max_keepalive_connections=None,
             network_backend=_Network(self._deadline),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,12 +77,18 @@ class Answer:
 class ServerSession:
     """Sends requests to one endpoint, from any number of threads.
 
-    `key` is sent as a bearer token. Failures raise CheckFailed with the server's last log lines, or
+    `key` is sent as a bearer token; `trusted` are certificate authorities, by default those of the
+    certifi package. Failures raise CheckFailed with the server's last log lines, or
     EnvironmentFailure if no server listens.
     """
 
     def __init__(
-        self, endpoint: Endpoint, limits: SessionLimits | None = None, *, key: str = ""
+        self,
+        endpoint: Endpoint,
+        limits: SessionLimits | None = None,
+        *,
+        key: str = "",
+        trusted: ssl.SSLContext | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.limits = limits or SessionLimits()
@@ -89,7 +96,7 @@ class ServerSession:
         headers = {"Accept-Encoding": "identity", "User-Agent": "weightsmith"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        self._transport = DeadlineTransport()
+        self._transport = DeadlineTransport(trusted)
         self._http = httpx.Client(
             transport=self._transport,
             headers=headers,
@@ -186,7 +193,9 @@ class ServerSession:
                     if isinstance(failure, Unreachable):
                         raise EnvironmentFailure(
                             f"cannot connect to {self.endpoint.shown}: {failure}{self.log()}",
-                            hint="start the server, or correct the URL",
+                            hint="set SSL_CERT_FILE to your CA's certificates"
+                            if "CERTIFICATE_VERIFY_FAILED" in str(failure)
+                            else "start the server, or correct the URL",
                         ) from None
                     raise self.failed(path, f"{failure} ({attempt} tries)") from None
             time.sleep(pause)
