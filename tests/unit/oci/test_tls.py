@@ -7,6 +7,7 @@ from pathlib import Path
 
 import certifi
 import pytest
+from weightsmith.errors import EnvironmentFailure
 from weightsmith.oci.tls import trusted, unverified
 
 END = "-----END CERTIFICATE-----\n"
@@ -25,6 +26,26 @@ def test_clients_of_the_same_authorities_share_a_context(tmp_path: Path) -> None
     assert other.verify_mode == ssl.CERT_REQUIRED
     assert other.check_hostname
     assert trusted() is first
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+def test_a_bundle_of_other_programs_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    one = tmp_path / "one.pem"
+    one.write_text(Path(certifi.where()).read_text().partition(END)[0] + END)
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(one))
+    assert trusted().cert_store_stats()["x509_ca"] == 1
+    monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
+    assert trusted().cert_store_stats()["x509_ca"] > 1
+    monkeypatch.delenv("SSL_CERT_FILE")
+    monkeypatch.setenv(variable, str(tmp_path / "none.pem"))
+    assert trusted().cert_store_stats()["x509_ca"] > 1
+    monkeypatch.setenv(variable, __file__)
+    with pytest.raises(EnvironmentFailure, match="certificates cannot be read"):
+        trusted()
 
 
 def test_what_accepts_any_certificate_reads_no_authorities() -> None:

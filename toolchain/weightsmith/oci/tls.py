@@ -6,24 +6,45 @@ import os
 import socket
 import ssl
 from functools import cache
+from pathlib import Path
 
 import certifi
 
+from weightsmith.errors import EnvironmentFailure
+
 _SECONDS = 2.0
+_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def trusted() -> ssl.SSLContext:
-    """Return a context that trusts the system's CAs, or those of SSL_CERT_FILE.
+    """Return a context that trusts the system's CAs, or those of SSL_CERT_FILE and SSL_CERT_DIR.
 
-    If the system has none, it trusts Mozilla's, from the certifi package. Reading them takes longer
-    than a request, so clients of the same CAs share a context.
+    Without these, it trusts the CAs of REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE, a file or a folder. If
+    the system has none, it trusts Mozilla's, from the certifi package. Reading them takes longer
+    than a request, so clients of the same CAs share a context. Raises EnvironmentFailure for a
+    bundle without certificates; one that does not exist counts for nothing, as with OpenSSL.
     """
-    return _trusting(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+    file, folder, *bundles = map(os.environ.get, _VARIABLES)
+    there = (bundle for bundle in bundles if bundle and Path(bundle).exists())
+    bundle = next(there, "") if not (file or folder) else ""
+    try:
+        return _trusting(file, folder, bundle)
+    except OSError as error:  # an SSLError is one
+        raise EnvironmentFailure(
+            f"{bundle or file}: the certificates cannot be read: {error.strerror or error}",
+            hint=f"correct {' or '.join(_VARIABLES[2:] if bundle else _VARIABLES[:2])}",
+        ) from None
 
 
 @cache
-def _trusting(_file: str | None, _folder: str | None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
+def _trusting(_file: str | None, _folder: str | None, bundle: str) -> ssl.SSLContext:
+    is_folder = Path(bundle).is_dir()
+    context = ssl.create_default_context(
+        cafile=(bundle or None) if not is_folder else None,
+        capath=(bundle or None) if is_folder else None,
+    )
+    if bundle:
+        return context
     if not context.cert_store_stats()["x509_ca"]:
         context.load_verify_locations(certifi.where())
     return context
