@@ -1,7 +1,8 @@
 """Measures importance in a copy of the program that quantizes, while the program starts.
 
-Both need torch and transformers, which are imported once, before there are two. Nothing is computed
-before: with its first tensor, a process chooses torch's loops, and the converter's differ.
+Libraries are imported once, before there are two: also those that the copy alone needs, since it
+takes longer. Nothing is computed before: with its first tensor, a process chooses torch's loops,
+and the converter's differ.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from weightsmith.cpus import AVX2_LOOPS, has_avx2
 from weightsmith.drivers.forked import forked
 from weightsmith.foreign import parse
-from weightsmith.forward.libraries import import_lightly, import_models
+from weightsmith.forward.libraries import import_models
 from weightsmith.quantizers.gguf_settings import Walk
 from weightsmith.quantizers.running import progress_line
 from weightsmith.worker.calibrating import importance
@@ -32,7 +33,7 @@ def walking(walk: Walk | None) -> Iterator[Callable[[], object]]:
     if walk is None or Path(walk.out).is_file():
         yield lambda: None
         return
-    import_lightly("torch", "transformers")
+    import_models()
     with forked(partial(_measure, walk), "measuring importance") as copy:
         yield copy.join
 
@@ -42,7 +43,6 @@ def _measure(walk: Walk) -> None:
     gc.enable()
     if has_avx2():
         os.environ.update(AVX2_LOOPS)
-    import_models()
     rows = [parse(line) for line in Path(walk.texts).read_text("utf-8").splitlines()]
     with computed_for_program(compared=False):
         importance(Path(walk.model), rows, Path(walk.out), _tell)
