@@ -285,6 +285,7 @@ READS_OUR_OWN = {
     "quantizers/sentencepiece_export.py", "resources.py", "serving/llamacpp_options.py",
     "checkpoints/text.py", "serving/options.py", "serving/vllm.py", "stages/base.py",
     "merging/peft_layers.py", "merging/tuned.py", "merging/tying.py", "destinations.py", "jobs.py",
+    "merging/loading.py",
 }  # fmt: skip
 """Files that read JSON of this very program: its own lists, job files, results; and two that run
 inside llama.cpp's converter, which parses the same files."""
