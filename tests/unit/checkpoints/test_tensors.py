@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save
 from weightsmith.checkpoints.safetensors import NO_DATA, build_header, open_checkpoint
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.checkpoints.without_data import filled
@@ -26,6 +28,18 @@ def test_parts_are_those_of_numpy(tmp_path: Path) -> None:
     for part in PARTS:
         for name, whole in (("a", VALUES), ("b", -VALUES)):
             np.testing.assert_array_equal(tensors.part(name, part), whole[part])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_scalar_is_an_array(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Apertus has some in each layer."""
+    torch_save({"a": torch.tensor(1.5, dtype=dtype)}, tmp_path / "model.safetensors")
+    tensors = CheckpointTensors(tmp_path)
+
+    for found in (tensors.f32("a"), tensors.part("a", ())):
+        assert isinstance(found, np.ndarray)
+        assert found.shape == ()
+        assert found == 1.5
 
 
 class Counting:

@@ -98,7 +98,8 @@ class CheckpointTensors:
         import numpy as np
 
         if self.info(name).dtype == "BF16":  # GGUF's builder has no ml_dtypes
-            bits = self._part(name, np.dtype("<u2"), where).astype(np.uint32)
+            # A scalar's array has no dimension, and numpy converts it to a number.
+            bits = np.asarray(self._part(name, np.dtype("<u2"), where).astype(np.uint32))
             return np.left_shift(bits, 16, out=bits).view(np.float32)
         return np.asarray(self.array(name, where).astype(np.float32))
 
