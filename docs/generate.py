@@ -313,12 +313,21 @@ def _architectures() -> Iterator[str]:
     yield "\n## Models that see, as GGUF\n"
     yield "Beside the GGUF file of these, llama.cpp's converter can write a [projector](../how-to/quantize.md#models-that-see), with which its server reads pictures, if the model has a vision tower. Of other models that see, and of models that only hear, the file has the language model alone.\n"
     yield f"{', '.join(sorted(gguf_projectors() & gguf_architectures()))}.\n"
+    yield "The same for these, if `text_config` in config.json names the language model's own class in `architectures`, as SmolVLM's published files do: the converter knows their language models by no other name.\n"
+    yield f"{', '.join(sorted(_by_their_text()))}.\n"
     yield "\n## What else transformers and vLLM know\n"
     yield "Models that generate text in the pinned transformers and the pinned vLLM ([`docs/known.py`](../known.py) lists them), and have no packed format here. Serve them in 16 bits (target `vllm`); those with a star run in vLLM with transformers' own class. A packed format of them is refused before the merge with exit code 3.\n"
     rest = [name for name in vllm_architectures() if name not in ROUNDED]
+    as_gguf = gguf_architectures() | _by_their_text()
     for title, there in (("Also as GGUF", True), ("Not as GGUF", False)):
-        names = [name for name in rest if (name in gguf_architectures()) == there]
+        names = [name for name in rest if (name in as_gguf) == there]
         yield f"{title}: {', '.join(map(_starred, names))}.\n"
+
+
+def _by_their_text() -> set[str]:
+    """Return the models with a projector whose language model has a class of its own."""
+    seeing = gguf_projectors() - gguf_architectures()
+    return {name for name in seeing if name.endswith("ForConditionalGeneration")}
 
 
 def _starred(architecture: str) -> str:

@@ -1,6 +1,7 @@
 """What llama.cpp's converter does to each architecture and its tokenizer."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -148,7 +149,11 @@ def test_a_tokenizer_that_came_without_its_pieces_is_that_with_them(tmp_path, ki
 
 
 def test_the_architectures_are_those_of_the_pinned_converter():
-    from weightsmith.quantizers.known import gguf_architectures, gguf_projectors
+    from weightsmith.quantizers.known import (
+        CONVERTED_WHOLE,
+        gguf_architectures,
+        gguf_projectors,
+    )
 
     tools = toolset_folder(cache_folder(), "llamacpp")
     text = (tools / "convert" / "conversion" / "__init__.py").read_text()
@@ -158,3 +163,6 @@ def test_the_architectures_are_those_of_the_pinned_converter():
     ):
         table = text[text.index(name) : text.index("}", text.index(name))]
         assert ours == {line.split('"')[1] for line in table.splitlines() if '": "' in line}
+    base = (tools / "convert" / "conversion" / "base.py").read_text()
+    (row,) = re.findall(r"model_type == ModelType.TEXT and arch in \((.*)\)", base)
+    assert set(re.findall(r'"(\w+)"', row)) == CONVERTED_WHOLE

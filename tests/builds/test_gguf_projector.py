@@ -23,6 +23,7 @@ SEEING = [
     "Gemma3ForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
 ]
 GUESSED = ("basename", "finetune", "organization", "version", "size_label")
 pytestmark = [pytest.mark.builders, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -42,7 +43,7 @@ def converted(model: Path, folder: Path, name: str, **about: object) -> Path:
     return out
 
 
-@pytest.mark.parametrize("architecture", SEEING[:2])
+@pytest.mark.parametrize("architecture", [*SEEING[:2], SEEING[3]])
 def test_it_has_the_converters_bytes_beside_each_format(tmp_path, architecture):
     model = make_projected(tmp_path / "model", architecture)
     ours = beside(model, tmp_path / "ours", "q4_0", "f16", projector="f16")
@@ -94,7 +95,7 @@ def merged_by_peft(base: Path, adapter: Path, folder: Path) -> Path:
     after = PeftModel.from_pretrained(network, adapter).merge_and_unload().state_dict()
     changed = {name for name, data in after.items() if not torch.equal(data, before[name])}
     assert any("vis" in name for name in changed)
-    assert any("language_model" in name for name in changed)
+    assert any(f"{part}_model" in name for name in changed for part in ("language", "text"))
     tensors = load_file(base / "model.safetensors")
     for name in changed:
         same_values = [key for key, data in tensors.items() if data.shape == before[name].shape
@@ -105,7 +106,7 @@ def merged_by_peft(base: Path, adapter: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("architecture", [SEEING[0], SEEING[2]])
+@pytest.mark.parametrize("architecture", [SEEING[0], *SEEING[2:]])
 def test_a_build_serves_pictures_with_the_merged_tower(tmp_path, architecture):
     """The started server gets a picture, and the adapter's changes are in what it sees with."""
     base = make_projected(tmp_path / "base", architecture)

@@ -29,18 +29,42 @@ _TOWER = {
     "num_heads": 2, "out_hidden_size": 128,
 }  # fmt: skip
 _ALSO_UNSET = ("head_dim", "intermediate_size", "num_key_value_heads")
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _BOTH = {"layer_types": ["linear_attention", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
+    "AfmoeForCausalLM": {
+        "n_group": 1,
+        "route_norm": True,
+        "score_func": "sigmoid",
+        "topk_group": 1,
+    },
     "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1},
     "GraniteMoeHybridForCausalLM": {"mamba_d_head": 64, "layer_types": ["mamba", "attention"]},
+    "HYV3ForCausalLM": {
+        "expert_hidden_dim": 128,
+        "first_k_dense_replace": 1,
+        "qk_norm": True,
+        "route_norm": True,
+    },
+    "Lfm2ForCausalLM": {
+        "block_auto_adjust_ff_dim": False,
+        "block_dim": 128,
+        "conv_dim": 128,
+        "layer_types": ["conv", "full_attention"],
+    },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "MellumForCausalLM": {"num_mtp_layers": 0},
+    "Qwen2VLForConditionalGeneration": {"rope_parameters": {**_ROPE, "mrope_section": [4, 6, 6]}},
     "Qwen3_5ForConditionalGeneration": _BOTH,
     "Qwen3_5MoeForConditionalGeneration": _BOTH,
     "Qwen3_5ForCausalLM": _BOTH,
     "Qwen3_5MoeForCausalLM": _BOTH,
     "Qwen3NextForCausalLM": _BOTH,
 }
-"""Architecture -> what else its configuration needs, of its text if it has one apart."""
+"""Architecture -> what else its configuration needs, of its text if it has one apart.
+
+Some of it is for vLLM alone: published files have it, and transformers' classes do not.
+"""
 _TABLES = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
 

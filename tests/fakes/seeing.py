@@ -48,18 +48,37 @@ _KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "qwen3_vl", {"rope_scaling": _SECTIONS},
         {**_QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "qwen3_vl_moe",
+        {"rope_scaling": _SECTIONS, "num_experts": 4, "num_experts_per_tok": 2,
+         "moe_intermediate_size": 256, "norm_topk_prob": True},
+        {**_QWEN, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+    "SmolVLMForConditionalGeneration": (
+        "smolvlm", {"model_type": "llama", "architectures": ["VLlama3ForCausalLM"]}, _TOWER
+    ),
 }  # fmt: skip
 """Architecture -> model type, and what its text and its tower have beside the others'."""
 
 
+_AROUND = ("<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "\n", "\n\n")
+"""What llama.cpp writes around SmolVLM's pictures, and the tiny tokenizer lacks."""
 _SPECIAL = 7
 """Tokens of the tiny example's tokenizer that are no text; the first ones."""
 
 
-def make_seeing(folder: Path, architecture: str, **eyes: Any) -> Path:
-    """Write a model in bfloat16 that has the tiny example's tokenizer; return its folder."""
+def make_seeing(
+    folder: Path, architecture: str, also: dict[str, int] | None = None, **eyes: Any
+) -> Path:
+    """Write a model in bfloat16 that has the tiny example's tokenizer; return its folder.
+
+    `also` are further settings of the whole model, `eyes` of its tower.
+    """
     kind, text, tower = _KINDS[architecture]
-    config = CONFIG_MAPPING[kind](text_config={**_TEXT, **text}, vision_config={**tower, **eyes})
+    rows = {"vocab_size": max(_TEXT["vocab_size"], 16 + max((also or {}).values(), default=0))}
+    config = CONFIG_MAPPING[kind](
+        text_config={**_TEXT, **text, **rows}, vision_config={**tower, **eyes}, **(also or {})
+    )
     torch.manual_seed(0)
     network = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -67,8 +86,20 @@ def make_seeing(folder: Path, architecture: str, **eyes: Any) -> Path:
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.06)
     network.save_pretrained(folder)
+    if architecture == "Qwen3VLMoeForConditionalGeneration":
+        turn_experts(folder)
     add_tokenizer(folder)
     return folder
+
+
+def turn_experts(folder: Path) -> None:
+    """Store stacked experts as [experts, inputs, outputs], as published files do, or back."""
+    path = folder / "model.safetensors"
+    tensors = {
+        name: data.transpose(1, 2).contiguous() if ".experts." in name else data
+        for name, data in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def make_projected(folder: Path, architecture: str) -> Path:
@@ -82,14 +113,19 @@ def make_projected(folder: Path, architecture: str) -> Path:
         eyes = {"depth": 3}
     if "fullatt_block_indexes" in _KINDS[architecture][2]:
         eyes["fullatt_block_indexes"] = [1]
-    make_seeing(folder, architecture, **eyes)
+    named = _AROUND if architecture == "SmolVLMForConditionalGeneration" else ()
+    tokens = {text: int(_TEXT["vocab_size"]) + place for place, text in enumerate(named)}
+    make_seeing(folder, architecture, tokens, **eyes)
+    _add_tokens(folder, tokens)
     told = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_seq_length": 1}
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
     path = folder / "model.safetensors"
     tensors = {_on_the_hub(name, architecture): data for name, data in load_file(path).items()}
     for name, data in tensors.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            data[:_SPECIAL] = 0  # so that an answer is text, not a token that is left out of it
+            data[:_SPECIAL] = data[512:] = (
+                0  # so that an answer is text, not a token that is left out of it
+            )
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
@@ -99,3 +135,63 @@ def _on_the_hub(name: str, architecture: str) -> str:
     if architecture == "Gemma3ForConditionalGeneration":
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
     return name
+
+
+_PICTURED: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any]]] = {
+    "Gemma3ForConditionalGeneration": (
+        {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+         "image_token": "<image_soft_token>"},
+        {"image_size": 56, "num_hidden_layers": 2},
+        {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor",
+         "size": {"height": 56, "width": 56}, "image_seq_length": 4},
+    ),
+    "Qwen2_5_VLForConditionalGeneration": (
+        {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
+         "image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        {"depth": 2, "fullatt_block_indexes": [1]},
+        {"image_processor_type": "Qwen2VLImageProcessor",
+         "processor_class": "Qwen2_5_VLProcessor", "min_pixels": 3136, "max_pixels": 12544},
+    ),
+}  # fmt: skip
+"""Architecture -> its further tokens, its tower, and how its pictures are prepared."""
+PICTURED = sorted(_PICTURED)
+
+
+def make_pictured(folder: Path, architecture: str) -> Path:
+    """Write such a model with all that transformers and vLLM need to read pictures.
+
+    Of Gemma 3's tokenizer, vLLM needs tokens of one to four line ends.
+    """
+    named, tower, preparing = _PICTURED[architecture]
+    first = int(_TEXT["vocab_size"])
+    ids = {name: first + place for place, name in enumerate(named)}
+    told = {f"{name}_{end}": number for name, number in ids.items() for end in ("id", "index")}
+    make_seeing(folder, architecture, also=told | {"mm_tokens_per_image": 4}, **tower)
+    lines = {"\n" * count: first + len(named) + count for count in range(1, 5)}
+    _add_tokens(folder, {text: ids[name] for name, text in named.items()} | lines)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"processor_class": preparing["processor_class"], "extra_special_tokens": named}
+    path.write_text(json.dumps(settings))
+    prepared = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 14, **preparing}
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
+    kept = {name: preparing[name] for name in preparing if name == "image_seq_length"}
+    said = {"processor_class": preparing["processor_class"], **kept}
+    (folder / "processor_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def _add_tokens(folder: Path, tokens: dict[str, int]) -> None:
+    """Give the tokenizer special tokens behind its own."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    rows = [{"id": number, "content": text, **plain, "special": text.strip() != ""}
+            for text, number in tokens.items()]  # fmt: skip
+    tokenizer["added_tokens"] += rows
+    path.write_text(json.dumps(tokenizer))
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    for row in rows:
+        settings["added_tokens_decoder"][str(row.pop("id"))] = row
+    path.write_text(json.dumps(settings))

@@ -35,7 +35,7 @@ from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.fakes.configs import facts
 from tests.fakes.dense import make_dense
-from tests.fakes.seeing import make_seeing
+from tests.fakes.seeing import make_seeing, turn_experts
 from tests.fakes.sparse import make_sparse
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:1]]
@@ -254,3 +254,20 @@ def test_layers_that_predict_further_tokens_stay_in_16_bits(models, tmp_path: Pa
 
     made, source = CheckpointTensors(tmp_path / "out"), CheckpointTensors(model)
     assert all(_same(made, source, name) for name in more)
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4a16"])
+def test_experts_stored_either_way_give_the_same_file(models, tmp_path: Path, name: str) -> None:
+    """Published files of Qwen3-VL have stacked experts transposed, transformers' own do not."""
+    architecture = "Qwen3VLMoeForConditionalGeneration"
+    published, saved = models(architecture), tmp_path / "saved"
+    shutil.copytree(published, saved)
+    turn_experts(saved)
+    files = []
+    for number, model in enumerate((published, saved)):
+        out = tmp_path / str(number)
+        out.mkdir()
+        quantize(SCHEMES[name], model, out, [])
+        check_checkpoint(out, model, Layout.of_scheme(SCHEMES[name]))
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]

@@ -318,3 +318,15 @@ def test_tensor_types_have_the_blocks_that_gguf_knows():
 def test_an_architecture_that_the_converter_lacks_is_refused():
     with pytest.raises(InputRefused, match="MambaVisionForever"):
         check_input(facts({"architectures": ["MambaVisionForever"]}))
+
+
+def test_a_language_model_is_known_by_its_own_class():
+    """SmolVLM's configuration names it, and the converter reads no other name."""
+    sees = {"architectures": ["SmolVLMForConditionalGeneration"]}
+    check_input(facts({**sees, "text_config": {"architectures": ["VLlama3ForCausalLM"]}}))
+    with pytest.raises(InputRefused, match="does not support SmolVLMForConditionalGeneration"):
+        check_input(facts(sees))
+    with pytest.raises(InputRefused, match="does not support OtherModel"):
+        check_input(facts({**LLAMA, "text_config": {"architectures": ["OtherModel"]}}))
+    whole = {"architectures": ["Exaone4_5_ForConditionalGeneration"]}
+    check_input(facts({**whole, "text_config": {"architectures": ["OtherModel"]}}))

@@ -44,6 +44,8 @@ class ModelFacts:
     """The language model's, which may be only a part of the model."""
     encoder_decoder: bool
     sees_images: bool
+    text_architecture: str
+    """The language model's own class, or the model's."""
     vision_architecture: str
     """The vision tower's own class, or the model's."""
     describes_images: bool
@@ -99,6 +101,7 @@ class ModelFacts:
             text_model_type=str(text.get("model_type") or config.get("model_type") or ""),
             encoder_decoder=bool(config.get("is_encoder_decoder")),
             sees_images=isinstance(config.get("vision_config"), Mapping),
+            text_architecture=_architecture(config.get("text_config")) or architecture,
             vision_architecture=_architecture(config.get("vision_config")) or architecture,
             describes_images=describes_images,
             stated_dtype=dtype,

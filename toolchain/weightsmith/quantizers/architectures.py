@@ -19,10 +19,11 @@ EXPERTS = frozenset({
 })  # fmt: skip
 """Decoders with experts, whose routers and gates of shared experts stay in 16 bits."""
 FURTHER_EXPERTS = frozenset({
-    "Cohere2MoeForCausalLM", "Ernie4_5_MoeForCausalLM", "ExaoneMoeForCausalLM",
-    "Glm4MoeLiteForCausalLM", "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM",
-    "HunYuanMoEV1ForCausalLM", "Lfm2MoeForCausalLM",
-    "Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
+    "AfmoeForCausalLM", "Cohere2MoeForCausalLM", "Ernie4_5_MoeForCausalLM", "ExaoneMoeForCausalLM",
+    "FlexOlmoForCausalLM", "Glm4MoeLiteForCausalLM", "GraniteMoeHybridForCausalLM",
+    "GraniteMoeSharedForCausalLM", "HYV3ForCausalLM", "HunYuanMoEV1ForCausalLM",
+    "Lfm2MoeForCausalLM", "MellumForCausalLM", "Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
 })  # fmt: skip
 """Further decoders with experts, quantized by the same rule; some have linear attention or states.
 
@@ -31,21 +32,23 @@ That vLLM's loaders read their files is tested with vLLM's own models (test_vllm
 SEEING = frozenset({
     "Gemma3ForConditionalGeneration", "Llama4ForConditionalGeneration",
     "Mistral3ForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration",
 })  # fmt: skip
 """Vision models: only the language model is quantized."""
 JOINED = frozenset({"Phi3ForCausalLM"})
 """Decoders whose checkpoints join Q, K and V, and gate and up."""
 NAMED = frozenset({
-    "ArceeForCausalLM", "Cohere2VisionForConditionalGeneration", "CohereForCausalLM",
-    "CwmForCausalLM", "Ernie4_5ForCausalLM", "Exaone4_5_ForConditionalGeneration",
-    "FalconH1ForCausalLM", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration",
-    "Glm4ForCausalLM", "GlmForCausalLM", "HyperCLOVAXForCausalLM",
-    "InternVLForConditionalGeneration", "Jais2ForCausalLM", "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration", "LlavaOnevisionForConditionalGeneration",
+    "ApertusForCausalLM", "ArceeForCausalLM", "Cohere2VisionForConditionalGeneration",
+    "CohereForCausalLM", "CwmForCausalLM", "Ernie4_5ForCausalLM",
+    "Exaone4_5_ForConditionalGeneration", "FalconH1ForCausalLM", "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration", "Glm4ForCausalLM", "GlmForCausalLM", "HyperCLOVAXForCausalLM",
+    "Idefics3ForConditionalGeneration", "InternVLForConditionalGeneration", "Jais2ForCausalLM",
+    "Lfm2ForCausalLM", "LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration", "LlavaOnevisionForConditionalGeneration",
     "MiniCPM3ForCausalLM", "Ministral3ForCausalLM", "NemotronForCausalLM", "OlmoForCausalLM",
-    "PaliGemmaForConditionalGeneration", "Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration",
-    "StableLmForCausalLM", "VaultGemmaForCausalLM",
+    "PaliGemmaForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration", "SmolVLMForConditionalGeneration", "StableLmForCausalLM",
+    "VaultGemmaForCausalLM",
 })  # fmt: skip
 """Further decoders without experts whose layers consist of `*_proj` matrices, norms and biases."""
 ROUNDED = DENSE | EXPERTS | FURTHER_EXPERTS | SEEING | JOINED | NAMED | STACKED_MXFP4
@@ -72,8 +75,12 @@ _LACKED = {
     **dict.fromkeys(JOINED, (_QKV | _GATED, "joins Q, K and V, and gate and up")),
     **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), (_GATED, "joins gate and up")),
     **dict.fromkeys(
-        ("ArceeForCausalLM", "Jais2ForCausalLM", "NemotronForCausalLM"),
+        ("ApertusForCausalLM", "ArceeForCausalLM", "Jais2ForCausalLM", "NemotronForCausalLM"),
         (frozenset({"gate_proj"}), "has no gate"),
+    ),
+    "Lfm2ForCausalLM": (
+        _GATED | {"down_proj", "o_proj"},
+        "has w1, w3, w2 and out_proj instead",
     ),
 }
 """Architecture -> matrices of other decoders that its layers lack, and why."""
@@ -87,7 +94,7 @@ def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
         raise InputRefused(
             f"vLLM loads the experts of {model.architecture} in MXFP4 only, not in"
             f" {scheme.format.name}",
-            hint=what_works(model.architecture),
+            hint=what_works(model),
         )
     if scheme.tile[0] > 1 and model.architecture in LLAMA4:
         # vLLM 0.33, models/llama4.py permute_qk_weight_for_rotary
@@ -167,9 +174,10 @@ def _check_there(model: ModelFacts, end: str) -> None:
     if model.shape.kv_lora_rank:
         lacked, why = _QKV, "makes Q, K and V in several steps"
     if end.rpartition(".")[2] in lacked:
+        others = "" if "o_proj" in lacked else "; o_proj and down_proj can be kept"
         raise InputRefused(
             f"keep: no matrix has a name that ends in {end!r}: {model.architecture} {why}",
-            hint="remove it, and what engines fuse with it; o_proj and down_proj can be kept",
+            hint=f"remove it, and what engines fuse with it{others}",
         )
 
 

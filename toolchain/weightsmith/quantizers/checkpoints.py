@@ -69,7 +69,7 @@ def check_config(model: ModelFacts, known: Collection[str]) -> None:
     if model.architecture not in known:
         raise InputRefused(
             f"unsupported architecture {model.architecture}; supported are {_listed(known)}",
-            hint=what_works(model.architecture),
+            hint=what_works(model),
         )
 
 

@@ -20,7 +20,7 @@ from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, check_projecto
 from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from weightsmith.quantizers.gguf_view import open_view
-from weightsmith.quantizers.known import gguf_architectures, has_projector
+from weightsmith.quantizers.known import converted_as, gguf_architectures, has_projector
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.values import Format, Json
 
@@ -56,9 +56,9 @@ def check_input(model: ModelFacts) -> None:
             hint="choose a decoder-only model",
         )
     check_unpacked(model)
-    if model.architecture not in gguf_architectures():
+    if (name := converted_as(model)) not in gguf_architectures():
         raise InputRefused(
-            f"the pinned llama.cpp does not support {model.architecture}",
+            f"the pinned llama.cpp does not support {name}",
             hint="use an engine that loads safetensors, or a newer llama.cpp (see "
             "images/engines/llamacpp/README.md)",
         )

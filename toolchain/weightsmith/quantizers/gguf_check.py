@@ -28,7 +28,7 @@ _NOT_WEIGHTS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _MULTIMODAL = re.compile(
     r"^(mlp|vit\.|vpm\.|siglip2\.|conformer\.|merger\.|resampler\.)|(visual|vision|audio|talker)\."
-    r"|(vision|audio)_|projector\.|image_newline|patch_(embed|embedding|merger|merge_mlp)"
+    r"|(vision|audio)_|(projector|connector)\.|image_newline|patch_(embed|embedding|merger|merge_mlp)"
 )
 """Tensors of vision and audio models, which the converter omits
 (TextModel.filter_tensors of llama.cpp's conversion/base.py)."""

@@ -23,6 +23,8 @@ _UNCHANGED = frozenset(
         "starcoder2",
     }
 )  # fmt: skip
+_TEXT = re.compile(r"(language|text)_model\.")
+"""The part of a name that says which part of a model a tensor belongs to."""
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -94,7 +96,7 @@ class GGUFView:
         found: dict[str, tuple[str, int | None]] = {}
         for name in names:
             expert = _EXPERT.search(name)
-            plain = _EXPERT.sub(".experts.", name).replace("language_model.", "", 1)
+            plain = _TEXT.sub("", _EXPERT.sub(".experts.", name), count=1)
             place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
             if plain == "lm_head.weight" and place not in self._read.tensors:
                 place = "token_embd.weight"  # tied

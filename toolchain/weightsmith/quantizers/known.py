@@ -31,6 +31,23 @@ def gguf_projectors() -> frozenset[str]:
     return frozenset(json.loads((_FOLDER / "gguf_projectors.json").read_text("utf-8")))
 
 
+CONVERTED_WHOLE = frozenset({
+    "Exaone4_5_ForConditionalGeneration", "KimiK3ForConditionalGeneration",
+    "Sarashina2VisionForCausalLM", "Step3p7ForConditionalGeneration",
+    "StepVLForConditionalGeneration",
+})  # fmt: skip
+"""Models whose own class the converter looks up (its `get_model_architecture`)."""
+
+
+def converted_as(model: ModelFacts) -> str:
+    """Return the class by which llama.cpp's converter knows the language model.
+
+    That is what `text_config` says of itself in config.json, as SmolVLM's does, else the model's.
+    """
+    whole = model.architecture in CONVERTED_WHOLE
+    return model.architecture if whole else model.text_architecture
+
+
 def has_projector(model: ModelFacts) -> bool:
     """Return whether llama.cpp has a projector for a model that sees.
 
@@ -51,11 +68,11 @@ def vllm_architectures() -> Mapping[str, str]:
     return cast("Mapping[str, str]", json.loads(text))
 
 
-def what_works(architecture: str) -> str:
-    """Return how an architecture can be served that a packed format does not support."""
+def what_works(model: ModelFacts) -> str:
+    """Return how a model can be served that a packed format does not support."""
     choices = ["serve it in 16 bits (target vllm)"]
-    if architecture in STACKED_MXFP4:
+    if model.architecture in STACKED_MXFP4:
         choices.insert(0, "choose mxfp4a16")
-    if architecture in gguf_architectures():
+    if converted_as(model) in gguf_architectures():
         choices.append("as GGUF (target llamacpp-q4_k_m)")
     return ", or ".join(choices)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.quantizers.known import STACKED_MXFP4
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _LAYER = re.compile(
-    r"(?P<block>(?:model|language_model\.model|model\.language_model)\.layers\.(?P<layer>\d+)\..*)"
+    r"(?P<block>(?:model|language_model\.model|model\.(?:language|text)_model)"
+    r"\.layers\.(?P<layer>\d+)\..*)"
 )
 """A tensor of the language model; towers for pictures and sound have other names."""
 _PLAIN = re.compile(
@@ -30,6 +31,11 @@ _STACKED = re.compile(
 """All experts of a layer as one tensor."""
 _TRANSPOSED = STACKED_MXFP4 | {"Llama4ForCausalLM", "Llama4ForConditionalGeneration"}
 """Architectures whose stacked experts are [experts, inputs, outputs]."""
+_EITHER = frozenset({"Qwen3VLMoeForConditionalGeneration"})
+"""Those of which published files have them so, and files that transformers 5 saves have not.
+
+Transformers turns what does not fit (`Transpose(check_dims=True)` in its conversion_mapping.py).
+"""
 _LATENT = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 """Of latent attention: small, and vLLM fuses the first two, of which one is no multiple of 128."""
 FUSED: Mapping[str, tuple[str, ...]] = {
@@ -95,13 +101,13 @@ def matrices(source: CheckpointTensors, model: Path) -> tuple[Matrix, ...]:
     for name in source.names:
         match = _LAYER.fullmatch(name)
         if match and (not facts.layers or int(match["layer"]) < facts.layers):
-            found += _of(name, source.info(name).shape, facts.architecture)
+            found += _of(name, source.info(name).shape, facts)
     return tuple(sorted(found, key=lambda matrix: matrix.module))
 
 
-def _of(name: str, shape: tuple[int, ...], architecture: str) -> Iterator[Matrix]:
+def _of(name: str, shape: tuple[int, ...], model: ModelFacts) -> Iterator[Matrix]:
     """Yield the matrices in a tensor: none, itself, or one or two for each expert."""
-    whole = architecture in STACKED_MXFP4  # only experts, whose gate and up alternate
+    whole = model.architecture in STACKED_MXFP4  # only experts, whose gate and up alternate
     plain = _PLAIN.fullmatch(name)
     if plain and len(shape) == 2 and plain["name"] not in _LATENT and not whole:
         module = name.removesuffix(".weight")
@@ -109,7 +115,7 @@ def _of(name: str, shape: tuple[int, ...], architecture: str) -> Iterator[Matrix
     stacked = _STACKED.fullmatch(name)
     if not stacked or len(shape) != 3:
         return
-    turned = architecture in _TRANSPOSED and stacked["name"] in {"gate_up_proj", "down_proj"}
+    turned = _is_transposed(stacked["name"], shape, model)
     count, outputs, inputs = (shape[0], shape[2], shape[1]) if turned else shape
     parts: tuple[str, ...] = ("down_proj",)
     if stacked["name"] in {"gate_up_proj", "input_linear.weight"}:
@@ -130,6 +136,15 @@ def _of(name: str, shape: tuple[int, ...], architecture: str) -> Iterator[Matrix
                 first=number * outputs // len(parts),
                 transposed=turned,
             )
+
+
+def _is_transposed(name: str, shape: tuple[int, ...], model: ModelFacts) -> bool:
+    """Return whether a stack is [experts, inputs, outputs]."""
+    if name not in {"gate_up_proj", "down_proj"}:
+        return False
+    if model.architecture in _EITHER:
+        return shape[2 if name == "gate_up_proj" else 1] != model.hidden
+    return model.architecture in _TRANSPOSED
 
 
 def unquantized(
