@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from weightsmith.checkpoints.peft_keys import check_peft_keys
 from weightsmith.errors import InputRefused
@@ -177,6 +178,19 @@ def test_merged_as_unmerged(name: str, bases: MakeBase, tmp_path: Path) -> None:
     architecture, model, lora = WHERE[name]
 
     check(bases(architecture, **model), architecture, tmp_path, lora)
+
+
+def test_another_tensor_with_a_heads_name_unties_nothing(bases: MakeBase, tmp_path: Path) -> None:
+    base = shutil.copytree(bases("llama", **TIED), tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    other = {"vision.proj_out.weight": torch.ones(3, 4)}
+    save_file(weights | other, base / "model.safetensors", {"format": "pt"})
+    adapter = train(bases("llama", **TIED), "llama", tmp_path / "adapter", LoraConfig(**Q))
+
+    result = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out"))
+
+    assert result["findings"] == []
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
 
 BOTH = {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}

@@ -80,7 +80,8 @@ def stored_apart(tie: Tie, sources: Mapping[str, Source]) -> bool:
     transformers then does not tie them (`PreTrainedModel.tie_weights`).
     """
     head, embedding = sources.get(tie.head), sources[tie.embedding]
-    if head is None:
+    # A tensor of another shape only has a head's name.
+    if head is None or head.shape != embedding.shape:
         return False
     if not (isinstance(head, Stored) and isinstance(embedding, Stored)):
         return True
