@@ -36,7 +36,7 @@ import json, os, sys
 from pathlib import Path
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.merging.libc import keep_freed_memory
-keep_freed_memory()  # as in a job
+keep_freed_memory(192 << 20)  # as in a job
 import_for_good("peft")
 import torch
 base, adapter, merged = map(Path, sys.argv[1:4])

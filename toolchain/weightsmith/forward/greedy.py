@@ -274,11 +274,16 @@ def _read(
 
 
 def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's most likely token, and by how much it exceeds the second one."""
+    """Return each row's most likely token, and by how much it exceeds the second one.
+
+    Two maxima are found in a fraction of the time that topk takes. The second is looked for without
+    a copy of the logits, which are most of the memory: the first is put back afterwards.
+    """
     best = torch.argmax(logits, -1, keepdim=True)
-    # Two maxima are found in a fraction of the time that topk takes.
-    others = logits.scatter(-1, best, -torch.inf).amax(-1)
-    return best[..., 0], logits.gather(-1, best)[..., 0] - others
+    highest = logits.gather(-1, best)
+    others = logits.scatter_(-1, best, -torch.inf).amax(-1)
+    logits.scatter_(-1, best, highest)
+    return best[..., 0], highest[..., 0] - others
 
 
 def _generate(model: Any, asked: Questions, batch: Sequence[int], found: _Found) -> None:

@@ -15,16 +15,17 @@ _HEAP = 32 << 20
 _UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(kept: int = _KEPT) -> None:
     """Make glibc reuse freed memory for arrays of some megabytes, in one heap for all threads.
 
-    By default glibc maps and unmaps each array, so the kernel clears every page again: a tenth of
-    a merge's CPU time. Does nothing with other C libraries.
+    It gives memory back only if more than `kept` bytes are free at the heap's end. By default it
+    maps and unmaps each array, so the kernel clears every page again: a tenth of a merge's CPU
+    time. Does nothing with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in (
-            (_M_TRIM_THRESHOLD, _KEPT),
+            (_M_TRIM_THRESHOLD, kept),
             (_M_MMAP_THRESHOLD, _HEAP),
             (_M_ARENA_MAX, 1),
         ):
