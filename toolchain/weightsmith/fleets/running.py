@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.files import write_whole
+from weightsmith.files import write_folder
 from weightsmith.fleets.graph import Graph, Task
 from weightsmith.fleets.node import answer
 from weightsmith.fleets.parcels import packed
@@ -294,10 +294,13 @@ class Run:
 
     def _put_reports(self, reply: Reply) -> None:
         """Put the reports of a node with a folder of its own where the user's are."""
-        for name, text in reply.files.items():
-            place = self.order.dist / name
-            if ".." not in place.parts and not Path(name).is_absolute():
-                write_whole(place, base64.b64decode(text))
+        inside = {
+            name: base64.b64decode(text)
+            for name, text in reply.files.items()
+            if ".." not in Path(name).parts and not Path(name).is_absolute()
+        }
+        if inside:  # all at once: the disk is waited for once for each folder
+            write_folder(self.order.dist, inside)
 
     def _pin(self, lock: Mapping[str, Json]) -> None:
         """Take over what a task pinned: later tasks use the same commits and base images."""
