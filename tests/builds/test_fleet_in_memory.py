@@ -16,6 +16,7 @@ from weightsmith.oci.registry import Registry
 
 from tests.fakes.fleet_runs import GOOD, Q4, Q5, facts, run, write_fleet
 from tests.fakes.memory import Memory, in_memory
+from tests.fakes.records import as_of_old
 
 
 @pytest.mark.slow
@@ -82,6 +83,8 @@ def test_an_unchanged_cell_asks_for_its_tags_and_its_list_and_writes_nothing(
     path = write_fleet(two, targets=[Q4])
     for _ in range(2):  # the second still writes that all of it was cached
         first, _ = run(two, path, outputs={"push": True})
+    for record in two.dist.rglob("build.json"):
+        as_of_old(record)
     synced: list[Path] = []
     sync = os.fsync
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 DIGEST = "sha256:" + "ab" * 32
@@ -109,3 +112,12 @@ def many(count: int, length: int) -> dict[str, Any]:
         for i in range(count)
     ]  # fmt: skip
     return build
+
+
+def as_of_old(record: Path) -> None:
+    """Change a build.json as if it had been written on another day, but for the file's own time."""
+    times = record.stat()
+    document = json.loads(record.read_text("utf-8"))
+    document["created"] = "2001-01-01T00:00:00+00:00"
+    record.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+    os.utime(record, ns=(times.st_atime_ns, times.st_mtime_ns))

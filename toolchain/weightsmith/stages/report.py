@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -93,6 +94,9 @@ def write_report(build: BuildRecord, folder: Path, *, anew: bool = True) -> Writ
         "junit.xml": junit(build),
     }
     _write(texts, folder)
+    with suppress(OSError):  # then it is only rendered again
+        for name in texts:  # those whose text is the same, too
+            os.utime(folder / name)
     return written
 
 
