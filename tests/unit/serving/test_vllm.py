@@ -74,6 +74,19 @@ def test_a_cpu_server_gets_its_cache_in_bytes_and_no_more():
     assert config.env["TORCH_COMPILE_DISABLE"] == "1"
 
 
+def test_a_cpu_server_keeps_no_prepared_pictures():
+    """By default it would keep 8 GiB of them, whatever memory it has."""
+    sees = {**LLAMA_8B, "vision_config": {"hidden_size": 64}}
+    config = rendered(config=sees, max_model_len=4096, host_memory_bytes=64 * GIB)
+
+    assert settings_of(config)["mm-processor-cache-gb"] == 0
+    assert any("reads pictures" in note for note in config.plan.notes)
+    wishes = {"extra": {"mm-processor-cache-gb": 1}, "host_memory_bytes": 64 * GIB}
+    assert settings_of(rendered(config=sees, **wishes))["mm-processor-cache-gb"] == 1
+    for other in (rendered(config=sees, gpu="nvidia-l40s"), rendered(host_memory_bytes=64 * GIB)):
+        assert "mm-processor-cache-gb" not in settings_of(other)
+
+
 def test_it_writes_below_tmp_and_asks_nobody():
     env = rendered(gpu="nvidia-l40s").env
 

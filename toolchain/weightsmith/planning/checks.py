@@ -39,7 +39,7 @@ from weightsmith.ports import Runner, Silent
 from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
 from weightsmith.recipe import Recipe
-from weightsmith.serving.compatibility import check_engine_image, check_support
+from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
@@ -95,8 +95,6 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
         if uncalibrated := missing(request.file, target, model):
             tools.progress.warn(uncalibrated)
         packed = max(packed, disk_peak(tree.size, target.format, model, options.options))
-        if not recipe.image.base:
-            check_engine_image(target.engine, device, model)
     if any(target.format.packed for target in request.targets):
         warn_of_texts(request.file, tools.progress)
     require_memory(_needs(request, sources, model, devices, tools), tools.memory)

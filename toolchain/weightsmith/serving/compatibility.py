@@ -69,15 +69,3 @@ def _ways_out(engine: Engine, device: str) -> str:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-def check_engine_image(engine: Engine, device: str, model: ModelFacts) -> None:
-    """Refuse a model that the CPU engine assembled here cannot load; another base image may.
-
-    Raises InputRefused.
-    """
-    if device == "cpu" and (lacks := engine.cpu_build_lacks(model)):
-        raise InputRefused(
-            lacks,
-            hint="choose a llamacpp target or a GPU, or name an image that can with image.base",
-        )

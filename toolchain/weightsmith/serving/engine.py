@@ -156,5 +156,3 @@ class Engine:
 
     A test fails when a pin changes: then read the files that the rows name again.
     """
-    cpu_build_lacks: Callable[[ModelFacts], str] = field(default=lambda _model: "")
-    """(model) -> why the CPU engine that is assembled here cannot load it, or empty."""

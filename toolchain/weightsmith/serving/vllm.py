@@ -116,6 +116,12 @@ RULES = Rules(
 )
 
 
+_PICTURES = (
+    "the server reads pictures; what preparing and encoding one takes is not in this plan, so leave"
+    " memory for it"
+)
+
+
 @cache
 def known_options(*, cpu: bool = False) -> OptionList:
     """Return the options of the pinned version; the CPU build's may be an earlier one."""
@@ -140,7 +146,12 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, chosen)
     check_blocks(model, options.format, planned.tensor_parallel_size)
     notes = (*planned.notes, *check_packing(model.packing, capacity.machine))
-    return replace(planned, notes=notes, settings={**_settings(planned, capacity), **extra})
+    settings = _settings(planned, capacity)
+    if model.sees_images:
+        notes = (*notes, _PICTURES)
+        # By default two of its processes keep 4 GiB of prepared pictures each.
+        settings |= {} if planned.gpus else {"mm-processor-cache-gb": 0}
+    return replace(planned, notes=notes, settings={**settings, **extra})
 
 
 def switches(extra: Mapping[str, Json]) -> Switches:
@@ -347,17 +358,6 @@ _SUPPORT: Mapping[str, Support] = {
 }
 
 
-def cpu_build_lacks(model: ModelFacts) -> str:
-    """Return why the CPU engine that is assembled here cannot load a model, or nothing.
-
-    vLLM imports torchvision for every model with images, also where it serves text alone; the CPU
-    build here is for text (images/engines/vllm-cpu).
-    """
-    if not model.sees_images:
-        return ""
-    return "vLLM's CPU engine here is for text models, and this one reads images: no torchvision"
-
-
 ENGINE = Engine(
     name="vllm",
     title="vLLM",
@@ -385,5 +385,4 @@ ENGINE = Engine(
     image_files={CONFIG_FILE: "vllm.yaml"},
     support=_SUPPORT,
     support_versions={"gpu": "0.33.0", "cpu": "0.32.0"},
-    cpu_build_lacks=cpu_build_lacks,
 )

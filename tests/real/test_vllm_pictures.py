@@ -1,0 +1,139 @@
+"""Models that see, in vLLM on a CPU: the image reads pictures, and sees what transformers sees."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import struct
+import subprocess
+import sys
+import urllib.request
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.evaluating.client import wait_until_healthy
+from weightsmith.oci.layout import read_layout
+from weightsmith.ports import Silent, StartSpec
+from weightsmith.provenance.labels import plan_of
+from weightsmith.run_options import RunOptions
+from weightsmith.wiring import open_tools
+
+from tests import vllm_parts
+from tests.builds.test_gguf_projector import make_adapter, weightsmith
+from tests.fakes.seeing import PICTURED, make_pictured
+from tests.real.test_vllm import weights_of
+
+PROBE = Path(__file__).with_name("picture_probe.py")
+COLOURS = {"red": (200, 30, 30), "blue": (30, 30, 220)}
+MOST = 0.1
+"""Nats between bfloat16 in vLLM and float32 in transformers, of the most likely tokens."""
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.builders,
+    pytest.mark.vllm,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the engine's packages are for it"),
+]
+
+
+@pytest.mark.parametrize("architecture", PICTURED)
+def test_the_image_sees_what_transformers_sees(tmp_path: Path, architecture: str) -> None:
+    base = make_pictured(tmp_path / "base", architecture)
+    make_adapter(base, tmp_path / "adapter")
+    recipe = {
+        "name": "eyes", "version": "1.0.0", "base": {"source": "./base"},
+        "adapters": [{"source": "./adapter"}], "targets": ["vllm"],
+        "serve": {"max_model_len": 256, "max_num_seqs": 2, "memory": "4GB"},
+        "image": {"repository": "localhost/eyes"}, "validate": {"enabled": False},
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    weightsmith("build", "--recipe", tmp_path / "recipe.yaml", "--runner", "local", "--dist",
+                tmp_path / "dist", "--layout", tmp_path / "image",
+                store=store_with_engine(tmp_path / "store"))  # fmt: skip
+
+    record = json.loads((tmp_path / "dist/eyes/1.0.0/vllm/build.json").read_text())
+    seen = {check["name"]: check["seen"] for check in record["checks"]}
+    assert seen["picture"] == "answered"
+    assert record["image"]["takes_pictures"]
+    model = weights_of(tmp_path / "image", tmp_path)
+    pictures = {name: picture(tmp_path / f"{name}.png", name) for name in COLOURS}
+    answers = asked(tmp_path / "image", list(pictures.values()))
+    for (told, ids), path in zip(answers, pictures.values(), strict=True):
+        right = by_transformers(model, path, ids)
+        assert len(told) == 5
+        for token, value in told.items():
+            assert value == pytest.approx(right[token], abs=MOST)
+    first, second = (told for told, _ in answers)
+    assert any(abs(first[token] - second.get(token, 0)) > MOST for token in first)
+
+
+def store_with_engine(store: Path) -> Path:
+    """A store with nothing but the engine."""
+    held = vllm_parts.packages().parents[5]
+    (store / "results").mkdir(parents=True)
+    (store / "results" / held.name).symlink_to(held)
+    return store
+
+
+def picture(path: Path, name: str) -> Path:
+    """Write a square of a colour that darkens to the right, as PNG (RFC 2083)."""
+    row = b"\0" + bytes(part * (56 - x) // 56 for x in range(56) for part in COLOURS[name])
+    header = struct.pack(">2I5B", 56, 56, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row * 56)), (b"IEND", b""))
+    written = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + written)
+    return path
+
+
+def asked(layout: Path, pictures: Sequence[Path]) -> list[tuple[dict[int, float], list[int]]]:
+    """Return the likeliest next tokens after each picture, and the prompt's tokens."""
+    spec = StartSpec(port=8000, env={}, shm_bytes=plan_of(read_layout(layout).labels).shm_bytes)
+    with (
+        open_tools(RunOptions(runner="local"), Silent()) as tools,
+        tools.launcher.serve(f"oci:{layout}", spec) as endpoint,
+    ):
+        wait_until_healthy(endpoint, "/health", 900)
+        return [ask(endpoint.url, path) for path in pictures]
+
+
+def ask(url: str, path: Path) -> tuple[dict[int, float], list[int]]:
+    address = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": address}},
+        {"type": "text", "text": "Which colour is this?"},
+    ]
+    body = {
+        "model": "eyes", "messages": [{"role": "user", "content": content}], "max_tokens": 1,
+        "temperature": 0, "logprobs": True, "top_logprobs": 5, "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        told: dict[str, Any] = json.load(answer)
+    (first,) = told["choices"][0]["logprobs"]["content"]
+    rows = {int(row["token"].rpartition(":")[2]): row["logprob"] for row in first["top_logprobs"]}
+    return rows, told["prompt_token_ids"]
+
+
+def by_transformers(model: Path, path: Path, ids: Sequence[int]) -> list[float]:
+    done = subprocess.run(
+        [sys.executable, "-S", PROBE, model, path, json.dumps(ids)],
+        env={"PATH": os.environ["PATH"], "HOME": str(path.parent),
+             "PYTHONPATH": str(vllm_parts.packages())},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    values: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return values
