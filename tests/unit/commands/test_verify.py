@@ -232,6 +232,32 @@ def test_a_layout_holds_and_is_pushed_with_all_that_hangs_on_it(
     assert "layer 1" in scene.check(f"oci:{layout}")
 
 
+@pytest.mark.parametrize("how", ["plain", "signed", "made"])
+def test_an_attachment_that_a_registry_lost_is_sent_again_by_force(scene: Scene, how: str) -> None:
+    """That is by whatever command has brought it there: `push` of an image, `bake` and `build`."""
+    base = f"{scene.fake.host}/base/engine:1"
+    key = None if how == "plain" else scene.key
+    source, other = f"{scene.fake.host}/team/lost:1", f"{scene.fake.host}/prod/app:1"
+    bake(scene.client, scene.model, base, key, push=source)
+
+    def send(*, force: bool) -> None:
+        if how == "made":
+            bake(scene.client, scene.model, base, key, push=other, force=force)
+        else:
+            copy_image(source, other, scene.client, Silent(), force=force)
+
+    send(force=False)
+    held = scene.fake.manifests
+    hung = [at for at, (_, data) in held.items() if at[0] == "prod/app" and b'"subject"' in data]
+    gone = {at: held.pop(at) for at in hung if at[1].startswith("sha256:")}
+    assert gone
+    if how == "plain":
+        send(force=False)  # it is listed, so it is not looked for
+        assert not gone.keys() & held.keys()
+    send(force=True)
+    assert gone.keys() <= held.keys()
+
+
 def test_unsigned(scene: Scene) -> None:
     name = f"{scene.fake.host}/team/plain:1"
     base = f"{scene.fake.host}/base/engine:1"

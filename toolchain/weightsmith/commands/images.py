@@ -35,11 +35,12 @@ def copy_image(
 ) -> Mapping[str, Json]:
     """Copy an image and its attachments to a registry, byte for byte.
 
-    Layers that the registry already has are not sent. With a key, the copied image and its
-    statements are signed; existing signatures are kept.
+    What the registry already has is not sent, and if the tag names the image already, not looked
+    for unless `force`. With a key, the copied image and its statements are signed; existing
+    signatures are kept.
     """
     origin, place = open_location(source, registry), Reference.parse(to)
-    there = RegistryLocation(registry, place)
+    there = RegistryLocation(registry, place, every=force)
     progress.stage("push", to)
     if (index := origin.index()) is not None:
         return _copy_index(index, origin, there, progress, force=force, signer=signer)

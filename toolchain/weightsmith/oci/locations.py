@@ -42,7 +42,7 @@ class RegistryLocation:
     registry: Registry
     reference: Reference
     every: bool = False
-    """Whether an attachment that is listed is looked for all the same."""
+    """Whether an attachment that is listed is looked for all the same, and sent if it is gone."""
 
     def image(self, platform: str | None = None) -> Image:
         """Return the image for a platform (default: this one)."""
@@ -54,8 +54,15 @@ class RegistryLocation:
         return body if kind in manifests.INDEXES else None
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
-        """Return the manifests attached to an image, each with its tag or an empty one."""
-        return self.registry.attached(self.reference, subject)
+        """Return the manifests attached to an image, each with its tag or an empty one.
+
+        With `every`, only those that are really there: a registry may lose what it still lists.
+        """
+        listed = self.registry.attached(self.reference, subject)
+        if not self.every:
+            return listed
+        asked, there = self.reference, self.registry.digest_of
+        return [(blob, tag) for blob, tag in listed if there(asked.at(blob.digest))]
 
     def read(self, blob: Blob, tag: str = "") -> Attachment:
         """Return an attachment; raises Altered if it does not match its digest."""
