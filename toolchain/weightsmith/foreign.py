@@ -111,6 +111,18 @@ def content(path: Path, largest: int) -> bytes:
     return data
 
 
+def small_file(path: Path, largest: int) -> bytes:
+    """Return a regular file's bytes; nothing of other kinds, of larger files and for an error.
+
+    Nothing else is opened: a pipe can be read only once.
+    """
+    try:
+        is_small = path.is_file() and path.stat().st_size <= largest
+        return content(path, largest) if is_small else b""
+    except (OSError, ValueError):
+        return b""
+
+
 def parse_yaml(text: str, loader: type[Any] | None = None) -> Any:
     """Return the value of a YAML text; raises only ValueError, for broken or oversized YAML.
 

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 from weightsmith.errors import UsageError
@@ -27,6 +29,16 @@ def test_reads_prompts_and_messages_in_order(tmp_path):
     assert first.messages == ({"role": "user", "content": "Capital of France?"},)
     assert (first.expected, first.line) == (("Paris",), 1)
     assert (second.prompt, second.expected, second.line) == ("Port?", ("7481", "seven"), 3)
+
+
+def test_questions_come_through_a_pipe(tmp_path):
+    path = write(tmp_path, {"prompt": "Capital of France?", "expected": "Paris"})
+    reading, writing = os.pipe()
+    os.write(writing, path.read_bytes())
+    os.close(writing)
+
+    assert read_items(Path(f"/dev/fd/{reading}")) == read_items(path)
+    os.close(reading)
 
 
 def test_a_byte_order_mark_is_no_error(tmp_path):

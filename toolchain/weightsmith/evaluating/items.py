@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import file_digest
 from pathlib import Path
 
 from weightsmith.errors import UsageError
-from weightsmith.foreign import parse
+from weightsmith.foreign import parse, small_file
 from weightsmith.values import Json, key_of
 
 _LONGEST_LINE = 1 << 20
+_KEPT = 4 << 20
+"""Bytes of a file whose questions stay in memory for who asks next."""
 _MOST_ITEMS = 100_000
 _ROLES = frozenset({"system", "user", "assistant", "developer", "tool"})
 _SHAPE = (
@@ -47,17 +48,17 @@ def read_items(path: Path) -> tuple[Item, ...]:
     Raises UsageError with file and line for invalid lines and duplicate questions, and for a file
     without questions.
     """
-    try:
-        with path.open("rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return _read.__wrapped__(path, "")  # which says what is wrong
-    return _read(path, digest)
+    data = small_file(path, _KEPT)
+    return _small(path, data) if data else _read(path)
 
 
 @lru_cache(maxsize=4)
-def _read(path: Path, _digest: str) -> tuple[Item, ...]:
-    """Return the questions of a file with this digest; a build asks for them ten times."""
+def _small(path: Path, _content: bytes) -> tuple[Item, ...]:
+    """Return the questions of a file with this content; a build asks for them ten times."""
+    return _read(path)
+
+
+def _read(path: Path) -> tuple[Item, ...]:
     items: list[Item] = []
     asked: dict[str, int] = {}
     for number, line in _lines(path):

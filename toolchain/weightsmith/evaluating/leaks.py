@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.items import Item
-from weightsmith.foreign import parse
+from weightsmith.foreign import parse, small_file
 from weightsmith.values import Json
 
 _SHORTEST = 12
@@ -63,11 +63,8 @@ def describe(leaks: Sequence[Leak]) -> str:
 
 def _texts(path: Path) -> Iterable[tuple[int, str, bool]]:
     """Return line number, normalised text, and whether it must match as a whole (a message)."""
-    try:
-        small = path.read_bytes() if path.is_file() and path.stat().st_size <= _KEPT else b""
-    except OSError:
-        small = b""  # reading it says what is wrong
-    return _small(path, small) if small else _read(path)
+    data = small_file(path, _KEPT)
+    return _small(path, data) if data else _read(path)
 
 
 @lru_cache(maxsize=2)
