@@ -112,6 +112,15 @@ def test_an_unchanged_cell_asks_for_its_tags_and_its_list_and_writes_nothing(
         }
 
 
+def test_the_record_of_an_unchanged_cell_keeps_its_warnings(two: Memory) -> None:
+    two.bench.quantized["warnings"] = ["a warning of the quantizer"]
+    path = write_fleet(two, adapters=["./a"], targets=[Q4])
+    for _ in range(2):
+        run(two, path)
+        (record,) = two.dist.rglob("build.json")
+        assert "a warning of the quantizer" in json.loads(record.read_text())["warnings"]
+
+
 def test_a_cell_whose_image_is_gone_is_pushed_again(two: Memory) -> None:
     path = write_fleet(two, targets=[Q4])
     first, _ = run(two, path, outputs={"push": True})

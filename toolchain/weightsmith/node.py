@@ -60,7 +60,8 @@ def _answer(request: Request) -> Reply:
     from weightsmith.errors import EnvironmentFailure, WeightsmithError, of_machine
     from weightsmith.fleets.node import answer
     from weightsmith.fleets.requests import Failure, Reply
-    from weightsmith.progress import PlainProgress, Recorder
+    from weightsmith.progress import PlainProgress
+    from weightsmith.recorder import Recorder
     from weightsmith.run_options import RunOptions
     from weightsmith.wiring import open_tools
 

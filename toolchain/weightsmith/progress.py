@@ -10,6 +10,7 @@ from typing import TextIO
 
 from weightsmith.lines import put_line
 from weightsmith.ports import Progress, Silent
+from weightsmith.recorder import Recorder
 from weightsmith.visible import escaped, printed, quoted
 
 _PLAIN_EVERY_S = 10.0
@@ -157,24 +158,6 @@ class LiveProgress:
             self._bars.stop()
             self._bars.remove_task(self._task)
             self._task = None
-
-
-class Recorder:
-    """Passes everything on and collects the warnings for the report."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-        self.warnings: list[str] = []
-        self.stage = inner.stage
-        self.advance = inner.advance
-        self.finish = inner.finish
-        self.note = inner.note
-
-    def warn(self, text: str) -> None:
-        """Keep the warning and show it."""
-        if text not in self.warnings:
-            self.warnings.append(text)
-            self._inner.warn(text)
 
 
 def describe(done: int, total: int, unit: str, seconds: float, before: int = 0) -> str:

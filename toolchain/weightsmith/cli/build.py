@@ -55,7 +55,8 @@ def build(
     from weightsmith.pipeline import build as build_all
     from weightsmith.planning.request import BuildRequest
     from weightsmith.planning.targets import chosen_targets
-    from weightsmith.progress import Recorder, progress_for
+    from weightsmith.progress import progress_for
+    from weightsmith.recorder import Recorder
     from weightsmith.stages.publish import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 

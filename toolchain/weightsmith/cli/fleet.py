@@ -48,7 +48,8 @@ def fleet(
     from weightsmith.fleets.page import PAGE, table
     from weightsmith.fleets.terminal import watcher
     from weightsmith.ports import Silent
-    from weightsmith.progress import Recorder, progress_for
+    from weightsmith.progress import progress_for
+    from weightsmith.recorder import Recorder
     from weightsmith.sharing.address import of_nodes
     from weightsmith.user_config import read_config
     from weightsmith.wiring import keep_clean, make_fleet_engine, open_tools
