@@ -78,18 +78,19 @@ def test_a_record_without_a_key_or_with_another_type_is_not_what_the_schema_says
 
 
 @pytest.mark.slow
-def test_a_build_that_changes_nothing_leaves_record_and_report(memory: Memory) -> None:
-    memory.build()
-    memory.build()  # of which all is cached, unlike the first
+@pytest.mark.parametrize("forms", ["outputs=[image]", "outputs=[image, volume]"])
+def test_a_build_that_changes_nothing_leaves_record_and_report(memory: Memory, forms: str) -> None:
+    memory.build(forms, push=True)
+    memory.build(forms, push=True)  # of which all is cached, unlike the first
     folder = memory.results()
     as_of_old(folder / "build.json")
     files = [folder / name for name in ("build.json", "report.html", "report.md", "junit.xml")]
     before = {path: (path.read_bytes(), path.stat().st_ino) for path in files}
 
-    memory.build()
+    memory.build(forms, push=True)
     assert {path: (path.read_bytes(), path.stat().st_ino) for path in files} == before
 
-    memory.build('card.license="mit"')
+    memory.build(forms, 'card.license="mit"')
     assert memory.record()["recipe"]["card"] == {"license": "mit"}
     assert memory.record()["created"] >= json.loads(before[files[0]][0])["created"]
 

@@ -138,7 +138,8 @@ def _build(request: BuildRequest, tools: Tools, ahead: Ahead[Weighed]) -> Iterat
         layout = request.candidate_layout(target)
         others = forms_baked(record, made, results)
         published = timed.take(publish(made, name, outputs, tools, started_in=layout))
-        if others:  # what is published is recorded, whatever happens to its other forms
+        if others and not record.names(published):
+            # What is published is recorded, whatever happens to its other forms.
             record.keep(published, {}, results, timed.stages)
         found = forms(request, target, others, tools)
         write_volume(request, target, config, made[0].inputs, found, tools)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from weightsmith.build_record import StageRecord
+from weightsmith.build_record import StageRecord, read_build
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image
 from weightsmith.planning.images import network_in_jobs
@@ -110,6 +110,15 @@ class Record:
             report=report,
             started=self.started,
         )
+
+    def names(self, published: Published) -> bool:
+        """Return whether the build.json that is there names this image already."""
+        try:
+            image = read_build(self.request.folder(self.target)).image if self.target else None
+        except (OSError, ValueError):
+            return False
+        place = (published.reference, published.digest)
+        return image is not None and (image.reference, image.digest) == place
 
     def refuse(
         self, results: tuple[Result, ...], stages: Mapping[str, StageRecord], why: str
