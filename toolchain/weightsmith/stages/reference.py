@@ -33,7 +33,7 @@ from weightsmith.values import (
 )
 
 BUILDER = "merge"
-RECIPE_NUMBER = 4
+RECIPE_NUMBER = 5
 _ANSWERS = "answers.json"
 _VOICE = frozenset((*TOKENIZER_FILES, *TEMPLATE_FILES))
 """Files that decide how a question becomes tokens."""
