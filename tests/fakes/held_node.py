@@ -44,8 +44,8 @@ def _node() -> str:
 
 def _held_runner(run: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(run)
-    def held(self: object, job: Any, progress: Any) -> Any:
-        done = run(self, job, progress)
+    def held(self: object, job: Any, progress: Any, **more: Any) -> Any:
+        done = run(self, job, progress, **more)
         if type(job).__name__ == "MergeJob":
             hold("merge")  # its files are there, and not yet a result
         return done
