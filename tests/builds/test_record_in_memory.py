@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -93,6 +95,17 @@ def test_a_build_that_changes_nothing_leaves_record_and_report(memory: Memory, f
     memory.build(forms, 'card.license="mit"')
     assert memory.record()["recipe"]["card"] == {"license": "mit"}
     assert memory.record()["created"] >= json.loads(before[files[0]][0])["created"]
+
+
+def test_a_report_is_written_again_although_the_clock_was_put_back(memory: Memory) -> None:
+    memory.build()
+    pages = [memory.results() / name for name in ("report.html", "report.md", "junit.xml")]
+    for page in pages:
+        page.write_text("of before")
+        os.utime(page, (time.time() + 3600,) * 2)
+
+    memory.build('card.license="mit"')
+    assert all(page.read_text() != "of before" for page in pages)
 
 
 @pytest.mark.slow

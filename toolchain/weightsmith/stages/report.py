@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ def _is_current(written: Written, folder: Path) -> bool:
     try:
         oldest = min(path.stat().st_mtime_ns for path in files)
         newest = max(path.stat().st_mtime_ns for path in others if path.exists())
-        return (folder / _BUILD).stat().st_mtime_ns <= oldest and newest < oldest
+        record = (folder / _BUILD).stat().st_mtime_ns
+        # A later time than now was set before the clock was put back, and says nothing.
+        return record <= oldest and newest < oldest <= time.time_ns()
     except OSError:
         return False
 
