@@ -146,6 +146,18 @@ def test_what_is_attached_already_is_not_sent_again(
     assert ("team/app", old.blob.digest) in fake.manifests
 
 
+def test_a_registry_that_fails_when_it_is_asked_for_a_list_gets_attachments(
+    fake: FakeRegistry, client: Registry, image: Image
+) -> None:
+    client.push(image, at(fake))
+    part = Part.of_bytes(b"{}", "application/json")
+    one = Attachment(artifact_type="a/b", subject=image.manifest_blob, parts=(part,))
+    fake.faults = [("GET", "/referrers/", "500")] * 20
+    client.attach(at(fake), one)
+    fake.faults.clear()
+    assert [blob.digest for blob, _ in client.attached(at(fake), image.digest)] == [one.blob.digest]
+
+
 def test_layers_are_mounted_from_another_repository(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:

@@ -6,8 +6,9 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md#listing-re
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
-from weightsmith.errors import InputRefused
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.oci import downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from weightsmith.oci.paging import next_page
@@ -62,13 +63,15 @@ def attach(
 def _listed(
     session: RegistrySession, reference: Reference, attachments: Sequence[Attachment]
 ) -> set[Digest]:
-    """Return which attachments their images' lists have."""
+    """Return which attachments their images' lists have; none of a list that cannot be read."""
     found: set[str] = set()
     for subject in {one.subject.digest for one in attachments if _has_subject(one)}:
-        rows = _by_api(session, reference, subject)
-        if rows is None:
-            rows = _by_tag(session, reference, fallback_tag(subject)) or []
-        found |= {str(row.get("digest")) for row in rows if isinstance(row, dict)}
+        # Some registries without the API fail when they are asked for it.
+        with suppress(EnvironmentFailure):
+            rows = _by_api(session, reference, subject)
+            if rows is None:
+                rows = _by_tag(session, reference, fallback_tag(subject)) or []
+            found |= {str(row.get("digest")) for row in rows if isinstance(row, dict)}
     return {one.blob.digest for one in attachments if one.blob.digest in found}
 
 
