@@ -14,7 +14,7 @@ from weightsmith.forward.prefix import Prefix, shared_prefix
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 
-from tests.unit.validating.conftest import make_adapter, make_model
+from tests.unit.validating.conftest import edit_tensors, make_adapter, make_model
 
 MOST = 12
 HEAD = [1, *range(40, 99)]
@@ -82,6 +82,39 @@ def test_a_window_shorter_than_the_text_has_no_shared_prefix(tmp_path: Path, win
 
     assert prefix.length == (0 if window == 8 else len(HEAD))
     assert greedy(network, asked, lambda _: None).tokens == generated(network)
+
+
+@pytest.mark.parametrize("kind", ["mpt", "gpt_neo", "doge"])
+@pytest.mark.parametrize("prompts", [PROMPTS, [prompt[-7:] for prompt in PROMPTS]])
+def test_attention_that_counts_columns_finds_no_holes(
+    tmp_path: Path, kind: str, prompts: list[list[int]]
+) -> None:
+    base = make_model(tmp_path / "base", kind)
+    # What Doge makes of all values, strong enough to decide tokens.
+    edit_tensors(base, lambda t: t.update({n: 40 * t[n] for n in t if n.endswith(".A")}))
+    true = generated(load_network(base, []), prompts)
+    model = view(base, [], meeting := Meeting(2), 0)
+    wrong = [[*row[:3], 11, *row[4:]] for row in true]
+
+    for drafts in ({}, {0: true[0], 1: wrong[1]}):
+        asked = Questions(prompts=prompts, ends=[], most=MOST, filler=3, drafts=drafts)
+        found = meeting.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
+
+        assert found[""].tokens == true
+
+
+def test_a_window_has_to_hold_the_text_and_no_more_than_a_pass_leaves(tmp_path: Path) -> None:
+    text = len(HEAD) + 5 + 200
+    layers = [
+        shared_prefix(
+            load_network(make_model(tmp_path / str(w), "mistral", sliding_window=w), []),
+            PROMPTS,
+            200,
+        ).layers
+        for w in (text, text + 81)
+    ]
+
+    assert layers == [0, 3]
 
 
 def test_a_model_with_other_states_has_no_shared_prefix(tmp_path: Path) -> None:

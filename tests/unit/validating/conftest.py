@@ -19,12 +19,25 @@ from tests.unit.merging.oracle import save_adapter
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 SIZES = {"vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2}
+_LOCAL = {"window_size": 8, "attention_types": [[["global", "local", "local"], 1]]}
+_OTHERS = {
+    "bloom": ("BloomConfig", {"vocab_size": 512, "n_layer": 3, "n_head": 4, "hidden_size": 64}),
+    "mpt": ("MptConfig", {"vocab_size": 512, "n_layers": 3, "n_heads": 4, "d_model": 64}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"vocab_size": 512, "num_layers": 3, "num_heads": 4, "hidden_size": 64, **_LOCAL},
+    ),
+    "doge": ("DogeConfig", SIZES | LLAMA),
+}
 QUIET = ("transformers", "torch", "peft")
 
 
 def config_of(kind: str, **options: Any) -> Any:
     import transformers
 
+    if kind in _OTHERS:
+        name, sizes = _OTHERS[kind]
+        return getattr(transformers, name)(**sizes | options)
     match kind:
         case "llama":
             return transformers.LlamaConfig(**SIZES | LLAMA | options)
@@ -44,8 +57,6 @@ def config_of(kind: str, **options: Any) -> Any:
             return transformers.Gemma3TextConfig(**SIZES | LLAMA | {"head_dim": 16} | options)
         case "granite":
             return transformers.GraniteConfig(**SIZES | LLAMA | options)
-        case "bloom":
-            return transformers.BloomConfig(vocab_size=512, n_layer=3, n_head=4, hidden_size=64)
         case "opt":
             sizes = {"ffn_dim": 96, "word_embed_proj_dim": 64, "hidden_size": 64}
             return transformers.OPTConfig(**SIZES | sizes | options)

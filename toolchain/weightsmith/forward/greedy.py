@@ -13,7 +13,7 @@ from weightsmith.forward.drafts import Draft, read_at_once
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
 from weightsmith.forward.positions import Positions, only
-from weightsmith.forward.prefix import Prefix, depends_on_length, shared_prefix
+from weightsmith.forward.prefix import HOLES, Prefix, depends_on_length, shared_prefix
 
 Tokens = Sequence[int]
 Written = tuple[int, int, list[int]]
@@ -27,8 +27,6 @@ _HIDDEN = 4096
 """Hidden size if the configuration has none at its top: that of most models of 7B."""
 _LEAVE = 4
 """A batch continues without its finished answers as soon as they are one in so many."""
-_HOLES = 16
-"""Columns of keys and values that hold no text's token, before they are removed."""
 
 
 @dataclass(slots=True)
@@ -200,11 +198,11 @@ def _continue(
 ) -> None:
     """Write answers to their ends, each with its draft."""
     longest = max(len(asked.prompts[n]) for n in drafts)
-    keys = shared.rows(len(drafts), longest + asked.most + _HOLES - shared.length)
+    keys = shared.rows(len(drafts), longest + asked.most + HOLES - shared.length)
     batch = list(drafts)
     new = {n: list(asked.prompts[n][shared.length :]) for n in batch}
     while going := [n for n in batch if not _ended(found.tokens[n], asked)]:
-        if keys.holes > _HOLES or _LEAVE * (len(batch) - len(going)) >= len(batch):
+        if keys.holes > HOLES or _LEAVE * (len(batch) - len(going)) >= len(batch):
             keys.select([row for row, n in enumerate(batch) if n in going])
             batch = going
         guesses = {n: _guess(asked, drafts[n], found.tokens[n]) for n in going}

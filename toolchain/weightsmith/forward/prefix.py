@@ -9,10 +9,20 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.drafts import MOST
+
 _WORTH = 128
 """Tokens that sharing must save: its own pass reads and converts every weight once more."""
 _LENGTH_DEPENDENT = ("longrope", "'dynamic'")
 """Kinds of positions that are computed from the length of the whole text."""
+_OTHERWISE = frozenset({"doge", "gpt_neo", "mpt"})
+"""Model types whose attention is not that of single keys and values.
+
+GPT-Neo's windows and MPT's distances count columns, also those that hold no token. Doge multiplies
+all values again in each layer.
+"""
+HOLES = 16
+"""Columns of keys and values that hold no text's token, before they are removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +53,8 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], most: int) -> Pr
 
     At least one token of each prompt is left. `most` is how many tokens may follow a prompt.
     """
-    layers = _plain_layers(model, max(map(len, prompts), default=0) + 2 * most)
+    columns = max(map(len, prompts), default=0) + most + HOLES + min(most, MOST)
+    layers = _plain_layers(model, columns)
     length = _common(prompts)
     positioned = "position_ids" in inspect.signature(_bare(model).forward).parameters
     prefix = Prefix(layers=layers, positioned=positioned)
@@ -62,10 +73,10 @@ def depends_on_length(model: Any) -> bool:
     return any(kind in settings for kind in _LENGTH_DEPENDENT)
 
 
-def _plain_layers(model: Any, width: int) -> int:
+def _plain_layers(model: Any, columns: int) -> int:
     """Return how many layers of keys and values of every token the model's cache has.
 
-    0 for models with other states, and for windows shorter than the text of `width` tokens.
+    0 for models with other states, and for windows that may be shorter than so many columns.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -75,9 +86,11 @@ def _plain_layers(model: Any, width: int) -> int:
     if not takes_one or getattr(bare, "_is_stateful", True) or depends_on_length(bare):
         return 0
     config = bare.config.get_text_config(decoder=True)
+    if config.model_type in _OTHERWISE:
+        return 0
     layers = DynamicCache(config=config).layers
     for layer in layers:
-        windowed = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > width
+        windowed = type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > columns
         if type(layer) is not DynamicLayer and not windowed:
             return 0
     return len(layers)
