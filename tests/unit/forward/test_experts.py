@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.errors import InputRefused
 from weightsmith.forward import experts
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.views import view
@@ -14,7 +15,7 @@ from weightsmith.forward.weights import Weights
 from weightsmith.quantizers.architectures import EXPERTS
 
 from tests.fakes.sparse import make_sparse
-from tests.unit.validating.conftest import make_adapter, make_model
+from tests.unit.validating.conftest import edit_tensors, make_adapter, make_model
 
 IDS = torch.arange(7, 47).reshape(2, 20)
 ALL_AT_ONCE = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
@@ -106,6 +107,32 @@ def test_base_and_adapter_share_what_is_read(
     meeting.run({name: lambda one=one: logits(one) for name, one in views.items()})
 
     assert served.count(2) > 0.9 * len(served)
+
+
+def test_each_matrix_of_an_expert_has_a_key_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view that worked apart may ask for the first one while another asks for the second."""
+    base = make_model(tmp_path / "base", "mixtral", intermediate_size=64)
+    own, keys = Meeting.multiply, dict[Any, set[int]]()
+
+    def multiply(meeting: Meeting, key: Any, inputs: torch.Tensor, matrix: Any) -> torch.Tensor:
+        keys.setdefault(key, set()).add(matrix.data_ptr())
+        return own(meeting, key, inputs, matrix)
+
+    monkeypatch.setattr(Meeting, "multiply", multiply)
+
+    streamed(base)
+
+    assert {len(matrices) for matrices in keys.values()} == {1}
+
+
+def test_a_checkpoint_without_an_experts_matrix_is_refused(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "mixtral")
+    edit_tensors(base, lambda tensors: tensors.pop(next(n for n in tensors if ".experts.3." in n)))
+
+    with pytest.raises(InputRefused, match=r"has no tensor model\.layers\.\d\.mlp\.experts"):
+        streamed(base)
 
 
 def test_experts_without_tokens_are_not_read(

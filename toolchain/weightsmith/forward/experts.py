@@ -84,10 +84,13 @@ class Stack(Stored):
     """A parameter [experts, rows, columns]; an expert taken by its number is an `Expert`."""
 
     def __init__(
-        self, key: Key, experts: Sequence[Parts], deltas: Deltas, meeting: Meeting
+        self, key: Key, place: int, experts: Sequence[Parts], deltas: Deltas, meeting: Meeting
     ) -> None:
-        """Let `deltas` say what adapters add to it when an expert is taken."""
-        self._key, self._experts = key, experts
+        """Let `deltas` say what adapters add to it when an expert is taken.
+
+        `place` tells it apart from the module's other stacks, which have the same `key`.
+        """
+        self._key, self._place, self._experts = key, place, experts
         self._deltas, self._meeting = deltas, meeting
         self.shape = torch.Size((len(experts), *self._expert(0).shape))
 
@@ -111,9 +114,8 @@ class Stack(Stored):
 
     def _expert(self, number: int) -> Expert:
         number = range(len(self._experts))[number]
-        return Expert(
-            (*self._key, number), self._experts[number], self.deltas(number), self._meeting
-        )
+        key = (*self._key, number, self._place)
+        return Expert(key, self._experts[number], self.deltas(number), self._meeting)
 
 
 def _read(value: Any) -> Any:
@@ -127,8 +129,8 @@ def read_one_by_one(
 
     `deltas` has what adapters add, by parameter. Transformers then uses its loop over experts.
     """
-    for name, experts in stacks.items():
-        stack = Stack(key, experts, deltas.get(name, tuple), meeting)
+    for place, (name, experts) in enumerate(stacks.items()):
+        stack = Stack(key, place, experts, deltas.get(name, tuple), meeting)
         if stack.shape != getattr(module, name).shape:
             shapes = f"{[*stack.shape]}, not {[*getattr(module, name).shape]}"
             raise RuntimeError(f"{name} has shape {shapes}")
