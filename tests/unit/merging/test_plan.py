@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.merging import plan as planning
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.plan import MergePlan, estimate, make_plan
 from weightsmith.merging.refused import REFUSED, SETTINGS
@@ -50,6 +51,22 @@ def test_plan_says_what_is_added_where(pair: tuple[Path, Path]) -> None:
     assert (term.adapter, term.rank, term.scaling, term.factor) == (0, 4, 1.5, 0.75)
     assert term.right.stored.info.name == f"base_model.model.{Q}.lora_A.weight"
     assert not term.right.transposed
+
+
+def test_the_bases_names_are_read_once_for_all_adapters(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, read = planning.loaded_names, list[int]()
+
+    def loaded(config: Any, names: Any) -> dict[str, str]:
+        read.append(len(names))
+        return own(config, names)
+
+    monkeypatch.setattr(planning, "loaded_names", loaded)
+
+    make_plan(pair[0], [(pair[1], 0.2)] * 5)
+
+    assert len(read) == 1
 
 
 @pytest.mark.parametrize(

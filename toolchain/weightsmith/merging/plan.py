@@ -119,7 +119,8 @@ def make_plan(
     tie = find_tie(config, tensors.sources)
     apart = tie if tie and planned and stored_apart(tie, tensors.sources) else None
     tie = None if apart else tie
-    views = [_view(n, one, tensors, config, tie, apart) for n, one in enumerate(planned)]
+    names = BaseNames(tensors.sources, loaded_names(config, tensors.sources))
+    views = [_view(n, one, tensors, config, names, tie, apart) for n, one in enumerate(planned)]
     claims = [_claims(view) for view in views]
     made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"), combination)
     return MergePlan(
@@ -248,6 +249,7 @@ def _view(
     adapter: PlannedAdapter,
     tensors: BaseTensors,
     config: Mapping[str, Any],
+    names: BaseNames,
     tie: Tie | None,
     apart: Tie | None,
 ) -> AdapterView:
@@ -258,7 +260,7 @@ def _view(
         weight=adapter.weight,
         keys={info.name: info for info in adapter.header.tensors},
         config=adapter.config,
-        names=BaseNames(tensors.sources, loaded_names(config, tensors.sources)),
+        names=names,
         sources=tensors.sources,
         base_config=config,
         tie=tie,
