@@ -149,8 +149,8 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 
     Our own walk measures importance while the converter starts. Only llama-imatrix needs a 16-bit
     file of the model: where it measures, the file is made before, and quantized and deleted
-    afterwards. It has the checkpoint's dtype, so nothing is
-    rounded before quantization. `options.threads` does not affect the bytes.
+    afterwards. It has the checkpoint's dtype, so nothing is rounded before quantization.
+    `options.threads` does not affect the bytes.
     """
     kinds = [FILE_TYPES[each.format.name] for each in (request, *request.beside)]
     split = str(request.options.get("split_max_size", ""))
