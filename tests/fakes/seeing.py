@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.fakes.dense import add_tokenizer
 
-_TEXT = {
+TEXT = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32,
     "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
@@ -32,6 +32,10 @@ _QWEN = {
 _SECTIONS = {"rope_type": "default", "mrope_section": [4, 6, 6]}
 _KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Gemma3ForConditionalGeneration": ("gemma3", {}, _TOWER),
+    "Idefics3ForConditionalGeneration": ("idefics3", {"model_type": "llama"}, _TOWER),
+    "LlavaNextForConditionalGeneration": (
+        "llava_next", {"model_type": "llama"}, {**_TOWER, "model_type": "clip_vision_model"}
+    ),
     "Llama4ForConditionalGeneration": (
         "llama4",
         {"num_local_experts": 4, "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2},
@@ -43,6 +47,10 @@ _KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "Qwen2_5_VLForConditionalGeneration": (
         "qwen2_5_vl", {"rope_scaling": _SECTIONS}, {**_QWEN, "fullatt_block_indexes": [0]}
+    ),
+    "Qwen2VLForConditionalGeneration": (
+        "qwen2_vl", {"rope_scaling": _SECTIONS},
+        {"depth": 1, "embed_dim": 64, "hidden_size": 128, "num_heads": 2},
     ),
     "Qwen3VLForConditionalGeneration": (
         "qwen3_vl", {"rope_scaling": _SECTIONS},
@@ -68,16 +76,17 @@ _SPECIAL = 7
 
 
 def make_seeing(
-    folder: Path, architecture: str, also: dict[str, int] | None = None, **eyes: Any
+    folder: Path, architecture: str, also: dict[str, Any] | None = None, **eyes: Any
 ) -> Path:
     """Write a model in bfloat16 that has the tiny example's tokenizer; return its folder.
 
     `also` are further settings of the whole model, `eyes` of its tower.
     """
     kind, text, tower = _KINDS[architecture]
-    rows = {"vocab_size": max(_TEXT["vocab_size"], 16 + max((also or {}).values(), default=0))}
+    numbers = [value for value in (also or {}).values() if isinstance(value, int)]
+    rows = {"vocab_size": max(TEXT["vocab_size"], 16 + max(numbers, default=0))}
     config = CONFIG_MAPPING[kind](
-        text_config={**_TEXT, **text, **rows}, vision_config={**tower, **eyes}, **(also or {})
+        text_config={**TEXT, **text, **rows}, vision_config={**tower, **eyes}, **(also or {})
     )
     torch.manual_seed(0)
     network = getattr(transformers, architecture)._from_config(config, dtype=torch.bfloat16)
@@ -114,62 +123,33 @@ def make_projected(folder: Path, architecture: str) -> Path:
     if "fullatt_block_indexes" in _KINDS[architecture][2]:
         eyes["fullatt_block_indexes"] = [1]
     named = _AROUND if architecture == "SmolVLMForConditionalGeneration" else ()
-    tokens = {text: int(_TEXT["vocab_size"]) + place for place, text in enumerate(named)}
+    tokens = {text: int(TEXT["vocab_size"]) + place for place, text in enumerate(named)}
     make_seeing(folder, architecture, tokens, **eyes)
-    _add_tokens(folder, tokens)
+    add_tokens(folder, tokens)
     told = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_seq_length": 1}
     (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    publish_names(folder, architecture, mute=True)
+    return folder
+
+
+def publish_names(folder: Path, architecture: str, *, mute: bool = False) -> None:
+    """Give the tensors their published names; `mute` tokens that are no text of an answer."""
     path = folder / "model.safetensors"
     tensors = {_on_the_hub(name, architecture): data for name, data in load_file(path).items()}
     for name, data in tensors.items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            data[:_SPECIAL] = data[512:] = (
-                0  # so that an answer is text, not a token that is left out of it
-            )
+        if mute and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            data[:_SPECIAL] = data[512:] = 0
     save_file(tensors, path, metadata={"format": "pt"})
-    return folder
 
 
 def _on_the_hub(name: str, architecture: str) -> str:
     """Return a tensor's name as in published models; transformers reads it, and writes its own."""
-    if architecture == "Gemma3ForConditionalGeneration":
+    if architecture in {"Gemma3ForConditionalGeneration", "LlavaNextForConditionalGeneration"}:
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
     return name
 
 
-_PICTURED: dict[str, tuple[dict[str, str], dict[str, Any], dict[str, Any]]] = {
-    "Qwen2_5_VLForConditionalGeneration": (
-        {"vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
-         "image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
-        {"depth": 2, "fullatt_block_indexes": [1]},
-        {"image_processor_type": "Qwen2VLImageProcessor",
-         "processor_class": "Qwen2_5_VLProcessor", "min_pixels": 3136, "max_pixels": 12544},
-    ),
-}  # fmt: skip
-"""Architecture -> its further tokens, its tower, and how its pictures are prepared."""
-PICTURED = sorted(_PICTURED)
-
-
-def make_pictured(folder: Path, architecture: str) -> Path:
-    """Write such a model with all that transformers and vLLM need to read pictures."""
-    named, tower, preparing = _PICTURED[architecture]
-    first = int(_TEXT["vocab_size"])
-    ids = {name: first + place for place, name in enumerate(named)}
-    told = {f"{name}_{end}": number for name, number in ids.items() for end in ("id", "index")}
-    make_seeing(folder, architecture, also=told, **tower)
-    _add_tokens(folder, {text: ids[name] for name, text in named.items()})
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    settings |= {"processor_class": preparing["processor_class"], "extra_special_tokens": named}
-    path.write_text(json.dumps(settings))
-    prepared = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 14, **preparing}
-    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
-    said = {"processor_class": preparing["processor_class"]}
-    (folder / "processor_config.json").write_text(json.dumps(said))
-    return folder
-
-
-def _add_tokens(folder: Path, tokens: dict[str, int]) -> None:
+def add_tokens(folder: Path, tokens: dict[str, int]) -> None:
     """Give the tokenizer special tokens behind its own."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())

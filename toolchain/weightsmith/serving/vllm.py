@@ -27,6 +27,7 @@ from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.tiles import check_blocks
 from weightsmith.serving.vllm_packing import check_packing
+from weightsmith.serving.vllm_pictures import check_pictures
 from weightsmith.values import Json
 
 GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
@@ -116,12 +117,6 @@ RULES = Rules(
 )
 
 
-_PICTURES = (
-    "the server reads pictures; what preparing and encoding one takes is not in this plan, so leave"
-    " memory for it"
-)
-
-
 @cache
 def known_options(*, cpu: bool = False) -> OptionList:
     """Return the options of the pinned version; the CPU build's may be an earlier one."""
@@ -148,7 +143,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     notes = (*planned.notes, *check_packing(model.packing, capacity.machine))
     settings = _settings(planned, capacity)
     if model.sees_images:
-        notes = (*notes, _PICTURES)
+        notes = (*notes, *check_pictures(model.architecture, extra, on_cpu=not planned.gpus))
         # By default two of its processes keep 4 GiB of prepared pictures each.
         settings |= {} if planned.gpus else {"mm-processor-cache-gb": 0}
     return replace(planned, notes=notes, settings={**settings, **extra})
