@@ -250,12 +250,12 @@ def compare(
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def billion(tokenizer: Path, folder: Path) -> Path:
+def billion(tokenizer: Path, folder: Path, shape: Shape = BILLION) -> Path:
     """Make random weights with tied embeddings for a tokenizer, once; return their folder."""
     if folder.exists():
         return folder
     vocabulary = json.loads((tokenizer / "config.json").read_text())["vocab_size"]
-    make_base(folder, replace(BILLION, vocabulary=vocabulary))
+    make_base(folder, replace(shape, vocabulary=vocabulary))
     config = json.loads((folder / "config.json").read_text())
     more = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048}
     (folder / "config.json").write_text(json.dumps(config | more))
@@ -263,7 +263,7 @@ def billion(tokenizer: Path, folder: Path) -> Path:
     places = json.loads(index.read_text())["weight_map"]
     last = folder / places.pop("lm_head.weight")
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    save_file({"model.norm.weight": np.ones(2048, ml_dtypes.bfloat16)}, last)
+    save_file({"model.norm.weight": np.ones(shape.hidden, ml_dtypes.bfloat16)}, last)
     for name in TOKENIZER:
         shutil.copy(tokenizer / name, folder)
     return folder

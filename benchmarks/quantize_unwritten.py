@@ -1,11 +1,13 @@
 """CPU seconds and memory of formats without calibration, made of base and adapter.
 
-    python benchmarks/quantize_unwritten.py [--formats fp8,fp8-block] [--rounds 1]
+    python benchmarks/quantize_unwritten.py [--case billion|layer70b] [--formats fp8,fp8-block]
+        [--rounds 1]
 
-A Llama of 1.07 billion random weights and the tiny example's tokenizer, with an adapter of rank 64
-on all linear layers. Each job runs in the local builder, in a process of its own: the merge that
-writes its files, the one that writes headers alone, and then each format, of the files and of base
-and adapter, which must give the same bytes. Files are written below benchmarks/work.
+A Llama of 1.07 billion random weights, or one layer of a model of 70 billion, with the tiny
+example's tokenizer and an adapter of rank 64 on all linear layers. Each job runs in the local
+builder, in a process of its own: the merge that writes its files, the one that writes headers
+alone, and then each format, of the files and of base and adapter, which must give the same bytes.
+Files are written below benchmarks/work.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import sys
 from pathlib import Path
 from shutil import rmtree
 
-from merge import make_adapter
+from merge import LAYER, make_adapter
 from quantize_by_hand import BILLION, ROOT, billion, timed
 
 WORK = ROOT / "benchmarks" / "work" / "quantize-unwritten"
+CASES = {"billion": BILLION, "layer70b": LAYER}
 
 MERGE = """
 import json, sys
@@ -90,13 +93,14 @@ def once(name: str, base: Path, adapter: Path) -> dict[str, tuple[float, ...]]:
 def main() -> None:
     """Measure each format, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", choices=CASES, default="billion")
     parser.add_argument("--formats", default="fp8,fp8-block,w8a8,nvfp4a16,mxfp4a16")
     parser.add_argument("--rounds", type=int, default=1)
     asked = parser.parse_args()
-    base = billion(ROOT / "examples" / "tiny" / "base", WORK.with_name("billion-tiny"))
-    adapter = WORK.with_name("billion-lora")
+    base, adapter = (WORK.with_name(f"{asked.case}-{what}") for what in ("tiny", "lora"))
+    billion(ROOT / "examples" / "tiny" / "base", base, CASES[asked.case])
     if not adapter.exists():
-        make_adapter(adapter, BILLION, "LORA")
+        make_adapter(adapter, CASES[asked.case], "LORA")
     print("| job | wall s | CPU s | peak MiB | disk MB |\n|---|---|---|---|---|")
     for name in asked.formats.split(","):
         rounds = [once(name, base, adapter) for _ in range(asked.rounds)]
