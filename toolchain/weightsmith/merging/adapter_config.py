@@ -12,6 +12,7 @@ from typing import Any
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.merging.refused import SETTINGS, UNMERGED
+from weightsmith.merging.tying import is_embedding, is_head
 
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that also change the base weights, so that B·A alone is not the adapter."""
@@ -89,13 +90,36 @@ class AdapterConfig:
 
     def targets(self, module: str) -> bool:
         """Return whether PEFT targets the module (`check_target_module_exists`)."""
-        if names_match(self.exclude_modules, module):
+        if self.target_modules is None or self._excludes(module):
             return False
         if isinstance(self.target_modules, str):
             return re.fullmatch(self.target_modules, module) is not None
-        if self.target_modules is None or not names_match(self.target_modules, module):
+        if module in self.target_modules:
+            return True
+        if not names_match(self.target_modules, module):
             return False
         return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+
+    def wraps(self, module: str) -> bool:
+        """Return whether PEFT may wrap the module: if it or one of its parameters is targeted.
+
+        Unknown targets, which PEFT chooses by the model, leave out only excluded modules.
+        """
+        for parameter in self.raw.get("target_parameters") or ():
+            name = f".{module}.{parameter.rpartition('.')[2]}"
+            if name.endswith(f".{parameter}"):
+                return True
+        if self.target_modules is None:
+            linear = str(self.raw.get("target_modules")).lower() == "all-linear"
+            ends = linear and (is_head(module) or is_embedding(module))
+            return not ends and not self._excludes(module)
+        return self.targets(module)
+
+    def _excludes(self, module: str) -> bool:
+        """Return whether PEFT never targets a module: it is excluded, or part of a saved one."""
+        saved = self.raw.get("modules_to_save") or ()
+        whole = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved)
+        return whole or names_match(self.exclude_modules, module)
 
     def _layer(self, module: str) -> int:
         for pattern in self.layers_pattern or (r"[^.]*",):
@@ -140,7 +164,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
         },
         fan_in_fan_out=_flag(raw, "fan_in_fan_out"),
         # PEFT expands `all-linear` before saving; if it is still there, the targets are unknown.
-        target_modules=None if targets in (None, "all-linear") else _texts(targets),
+        target_modules=None if str(targets).lower() in ("none", "all-linear") else _texts(targets),
         exclude_modules=_texts(raw.get("exclude_modules") or ()),
         layers_to_transform=_numbers(raw.get("layers_to_transform")),
         layers_pattern=_several(_texts(raw.get("layers_pattern") or ())),

@@ -30,6 +30,7 @@ from weightsmith.merging.claims import claims_of
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.compose import compose
 from weightsmith.merging.families import families
+from weightsmith.merging.left_out import without_left_out
 from weightsmith.merging.loading import loaded_names
 from weightsmith.merging.names import BaseNames, plain_key
 from weightsmith.merging.origin import other_family
@@ -121,7 +122,8 @@ def make_plan(
     tie = None if apart else tie
     names = BaseNames(tensors.sources, loaded_names(config, tensors.sources))
     views = [_view(n, one, tensors, config, names, tie, apart) for n, one in enumerate(planned)]
-    claims = [_claims(view) for view in views]
+    claimed = [_claims(view) for view in views]
+    claims = [claims for claims, _ in claimed]
     made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"), combination)
     return MergePlan(
         base=index,
@@ -142,6 +144,7 @@ def make_plan(
             *based.findings,
             *_unknown_fields(planned),
             *_other_bases(planned, config),
+            *(text for _, texts in claimed for text in texts),
             *made.findings,
             *_replicated(settings),
             *((_untied(apart),) if apart else ()),
@@ -268,12 +271,14 @@ def _view(
     )
 
 
-def _claims(view: AdapterView) -> Sequence[Claim]:
+def _claims(view: AdapterView) -> tuple[Sequence[Claim], tuple[str, ...]]:
+    """Return an adapter's claims, and findings."""
     modules = {name.removesuffix(".weight") for name in view.sources}
     modules |= {plain_key(key).rsplit(".", parts)[0] for key in view.keys for parts in (1, 2)}
     check_peft_patterns(view.path, sorted(modules))
     with limit_matching(view.path, len(view.keys)):
-        return claims_of(view)
+        kept, findings = without_left_out(view)
+        return claims_of(kept), findings
 
 
 def _unknown_fields(adapters: Sequence[PlannedAdapter]) -> list[str]:

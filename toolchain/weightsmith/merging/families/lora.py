@@ -23,6 +23,12 @@ _KEY = re.compile(
     r"|lora_velora_embed|lora_monteclora_sampler)(?P<rest>(?:\.[^.]+)*)"
 )
 _REST = re.compile(r"(?:\.(?!weight$|bias$)[^.]+)?(?P<end>\.weight|\.bias)?")
+_SETTINGS = {
+    "lora_magnitude_vector": "use_dora",
+    "lora_diag": "kasa_config",
+    "lora_B.bias": "lora_bias",
+}
+"""Part of a module's keys -> the setting that it belongs to."""
 _TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
 
 
@@ -88,6 +94,12 @@ FAMILY = Family(
         Variant(name="KaSA", how="float64 singular values, rounded once"),
     ),
 )
+
+
+def module_of(name: str) -> str:
+    """Return the wrapped module of a key without PEFT's prefix, as named in the file, or ""."""
+    match = _KEY.fullmatch(name)
+    return match["module"] if match else ""
 
 
 def _groups(view: AdapterView) -> dict[str, Group]:
@@ -281,6 +293,7 @@ def _check_rank(view: AdapterView, module: str, a: int, b: int) -> None:
 def _variant(view: AdapterView, group: Group, claim: Claim) -> Claim:
     """Return the claim, changed to DoRA's or KaSA's if the module has their keys."""
     (term,) = claim.terms
+    _check_settings(view, group)
     # These scale the base too, so the adapter's weight applies to the whole change.
     plain = replace(term, factor=term.scaling)
     if magnitude := group.keys.get("lora_magnitude_vector"):
@@ -300,6 +313,17 @@ def _variant(view: AdapterView, group: Group, claim: Claim) -> Claim:
     if view.config.raw.get("kasa_config") and not is_head(claim.module):
         raise _incomplete(view, "kasa_config", claim.module, "lora_diag")
     return claim
+
+
+def _check_settings(view: AdapterView, group: Group) -> None:
+    """Refuse weights without the setting that makes PEFT load them."""
+    for part, setting in _SETTINGS.items():
+        if part in group.keys and not view.config.raw.get(setting):
+            raise InputRefused(
+                f"{view.path}: {group.module} has {part}, but adapter_config.json does not set "
+                f"{setting}, without which PEFT ignores it",
+                hint=f"set {setting} if the adapter was trained with it; else export it again",
+            )
 
 
 def _incomplete(view: AdapterView, setting: str, module: str, key: str) -> InputRefused:

@@ -88,8 +88,10 @@ def _places(view: AdapterView, module: str) -> tuple[int, ...]:
         raw = view.config.raw.get("token_indices")
     if isinstance(raw, dict):
         named = [rows for name, rows in raw.items() if f".{module}".endswith(f".{name}")]
-        # A tied head follows its embedding.
-        raw = named[0] if named else next(iter(raw.values()), ())
+        if (view.tie or view.apart) and is_head(module):
+            # It follows its embedding.
+            named += raw.values()
+        raw = named[0] if named else None
     if not isinstance(raw, list) or not all(type(row) is int and row >= 0 for row in raw):
         raise InputRefused(
             f"{view.path}: adapter_config.json does not say which tokens {module} trains",

@@ -1,0 +1,120 @@
+"""Adapters with weights of modules that their configuration does not target: PEFT ignores these."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoHaConfig, LoraConfig
+from weightsmith.errors import InputRefused
+from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.validating.validate import Request, validate
+
+from tests.unit.merging.oracle import MakeBase, merged, train, unmerged
+
+TARGETS = ["q_proj", "v_proj", "up_proj"]
+LORA = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS}
+LINEAR = [*TARGETS, "k_proj", "o_proj", "gate_proj", "down_proj"]
+HEAD = {"target_modules": [*LINEAR, "lm_head", "embed_tokens"]}
+BIAS = {"attention_bias": True}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "excluded": (LoraConfig(**LORA), {"exclude_modules": ["v_proj"]}),
+    "excluded-by-regex": (LoraConfig(**LORA), {"exclude_modules": r".*layers\.0.*(q|up)_proj"}),
+    "excluded-with-biases": (
+        LoraConfig(**LORA | {"bias": "lora_only"}),
+        {"exclude_modules": ["v_proj"]},
+    ),
+    "excluded-dora": (LoraConfig(**LORA, use_dora=True), {"exclude_modules": ["0.mlp.up_proj"]}),
+    "other-layers": (LoraConfig(**LORA), {"layers_to_transform": [1]}),
+    "layers-of-a-pattern": (
+        LoraConfig(**LORA),
+        {"layers_to_transform": 0, "layers_pattern": ["layers"]},
+    ),
+    "one-by-name-beside-layers": (
+        LoraConfig(**LORA),
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"]}
+        | {"layers_to_transform": [1]},
+    ),
+    "other-targets": (LoraConfig(**LORA), {"target_modules": ["q_proj"]}),
+    "other-targets-by-regex": (LoraConfig(**LORA), {"target_modules": r".*\.1\..*v_proj"}),
+    "embedding-and-head": (LoraConfig(**LORA | HEAD), {"target_modules": ["q_proj"]}),
+    "all-linear-and-a-head": (LoraConfig(**LORA | HEAD), {"target_modules": "all-linear"}),
+    "parameters-alone": (
+        LoraConfig(
+            **LORA | {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"]}
+        ),
+        {"target_modules": []},
+    ),
+    "loha": (
+        LoHaConfig(r=4, target_modules=LORA["target_modules"]),
+        {"exclude_modules": ["v_proj"]},
+    ),
+    "ia3": (
+        IA3Config(target_modules=["v_proj", "k_proj"], feedforward_modules=[]),
+        {"target_modules": ["k_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_merged_as_peft_loads_it(name: str, bases: MakeBase, tmp_path: Path) -> None:
+    trained, edits = CASES[name]
+    base = bases("llama", **BIAS)
+    adapter = train(base, "llama", tmp_path / "adapter", trained)
+    whole = unmerged(base, "llama", adapter)
+    edit(adapter, **edits)
+    wanted = unmerged(base, "llama", adapter)
+    assert (whole - wanted).abs().max() > 1e-3
+
+    adapters = ((adapter, 1.0),)
+    result = merge(MergeRequest(base=base, adapters=adapters, out=tmp_path / "out"))
+
+    torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
+    assert any("left out, as PEFT leaves them out" in found for found in result["findings"])
+    assert validate(Request(base=base, adapters=adapters, merged=tmp_path / "out")).passed
+
+
+def test_an_adapter_of_which_nothing_remains_is_refused(bases: MakeBase, tmp_path: Path) -> None:
+    adapter = train(bases("llama"), "llama", tmp_path / "adapter", LoraConfig(**LORA))
+    edit(adapter, exclude_modules=r".*layers.*")
+
+    with pytest.raises(InputRefused, match="changes nothing: 12 tensors are left out"):
+        merge(MergeRequest(base=bases("llama"), adapters=((adapter, 1.0),), out=tmp_path / "out"))
+
+
+UNSET: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, {"use_dora": False}, "does not set use_dora"),
+    "lora-bias": (
+        {"target_modules": ["q_proj"], "lora_bias": True},
+        {"lora_bias": False},
+        "does not set lora_bias",
+    ),
+    "tokens": (
+        {"trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [1, 3]}},
+        {"trainable_token_indices": {"embed_tokens": [1, 2]}},
+        "does not say which tokens lm_head trains",
+    ),
+}
+"""What was trained, what adapter_config.json says then, and the refusal."""
+
+
+@pytest.mark.parametrize("name", UNSET)
+def test_weights_without_their_setting_are_refused(
+    name: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    """PEFT ignores them, and the rest is not what was trained."""
+    options, edits, said = UNSET[name]
+    base = bases("llama", **BIAS)
+    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA | options))
+    edit(adapter, **edits)
+
+    with pytest.raises(InputRefused, match=said):
+        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out"))
+
+
+def edit(adapter: Path, **values: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -1,0 +1,87 @@
+"""Weights that PEFT leaves out when it loads an adapter: of modules that it does not target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from weightsmith.errors import InputRefused
+from weightsmith.merging.claim import SHOWN, AdapterView
+from weightsmith.merging.families import lora
+from weightsmith.merging.names import module_key, plain_module
+from weightsmith.merging.tying import is_embedding, is_head
+
+_WHOLE = ("modules_to_save", "original_module", "token_adapter", "trainable_tokens_delta")
+"""Parts of keys that `target_modules` says nothing about."""
+_LENGTH = 80
+"""Characters of a setting that are shown."""
+
+
+def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
+    """Return the adapter without what PEFT leaves out, and a finding that names it.
+
+    Raises InputRefused if nothing remains.
+    """
+    wrapped = _wrapped(view)
+    left = sorted(raw for raw in wrapped if not _is_targeted(view, raw))
+    if not left:
+        return view, ()
+    dropped = {key for raw in left for key in wrapped[raw]}
+    text = (
+        f"{len(dropped)} tensors are left out, as PEFT leaves them out: adapter_config.json does "
+        f"not target their modules ({', '.join(_settings(view))}), such as "
+        + ", ".join(map(plain_module, left[:SHOWN]))
+    )
+    kept = {key: info for key, info in view.keys.items() if key not in dropped}
+    if not kept:
+        raise InputRefused(
+            f"{view.path} changes nothing: {text}",
+            hint="correct adapter_config.json if they were trained; export the adapter again",
+        )
+    return replace(view, keys=kept), (f"{view.path.name}: {text}",)
+
+
+def _wrapped(view: AdapterView) -> dict[str, list[str]]:
+    """Return the keys by the name of the module that PEFT would wrap for them."""
+    found: dict[str, list[str]] = {}
+    for key in view.keys:
+        if raw := _wrapped_module(view, key):
+            found.setdefault(raw.partition(".base_layer")[0], []).append(key)
+    return found
+
+
+def _wrapped_module(view: AdapterView, key: str) -> str:
+    """Return a key's module with the wrappers in its name, or "" for a key without a wrapper."""
+    name = module_key(key)
+    parts = name.split(".")
+    if any(part in parts for part in _WHOLE):
+        return ""
+    if "base_layer" in parts:
+        return name
+    if view.config.kind == "LORA":
+        return lora.module_of(name)
+    names = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
+    module = next((module for module in names if view.find(module)), "")
+    return "" if name in (f"{module}.weight", f"{module}.bias") else module
+
+
+def _is_targeted(view: AdapterView, module: str) -> bool:
+    """Return whether PEFT wraps a module, by its name in the file or in the loaded model."""
+    config = view.config
+    if config.ties(module) and (is_embedding(module) or is_head(module)):
+        return True
+    return any(config.wraps(name) for name in _names(view, module))
+
+
+def _names(view: AdapterView, module: str) -> Iterator[str]:
+    yield module
+    if target := view.find(module):
+        yield view.names.loaded(target).removesuffix(".weight")
+
+
+def _settings(view: AdapterView) -> Iterator[str]:
+    """Return the settings that choose modules, as adapter_config.json has them."""
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        if value := view.config.raw.get(name):
+            shown = str(value)
+            yield f"{name} {shown if len(shown) <= _LENGTH else shown[:_LENGTH] + '…'}"
