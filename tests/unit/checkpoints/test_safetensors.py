@@ -193,6 +193,17 @@ def test_single_file_and_index_contradict_each_other(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_single_file_may_have_an_index(tmp_path: Path) -> None:
+    name = "model.safetensors"
+    sharded(tmp_path, {"a": name, "b": name}, {name: ["a", "b"]})
+
+    assert sorted(open_checkpoint(tmp_path).tensors) == ["a", "b"]
+
+    sharded(tmp_path, {"a": name}, {name: ["a", "b"]})
+    with pytest.raises(InputRefused, match="no shard"):
+        open_checkpoint(tmp_path)
+
+
 def test_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(InputRefused, match="has neither"):
         open_checkpoint(tmp_path)

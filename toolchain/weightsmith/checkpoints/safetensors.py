@@ -112,15 +112,17 @@ def read_header(path: Path) -> Header:
 def open_checkpoint(root: Path) -> CheckpointIndex:
     """Return the index of `model.safetensors`, or of the shards in `model.safetensors.index.json`.
 
-    Shards are sorted by name. Raises InputRefused if index and headers disagree.
+    An index of a single file is read like any other. Shards are sorted by name. Raises
+    InputRefused if index and headers disagree.
     """
     single, index = root / "model.safetensors", root / "model.safetensors.index.json"
-    if single.exists() and index.exists():
+    both = single.exists() and index.exists()
+    if both and set(_weight_map(index).values()) != {single.name}:
         raise InputRefused(
             f"{root} has both {single.name} and {index.name}",
             hint="remove the outdated one",
         )
-    if single.exists():
+    if single.exists() and not both:
         return CheckpointIndex(root=root, shards=(read_header(single),), index_file="")
     if not index.exists():
         raise InputRefused(
