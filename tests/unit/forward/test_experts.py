@@ -68,6 +68,16 @@ def test_logits_are_those_of_the_model_in_memory(
     assert bool(stacks_read) == (architecture in ALL_AT_ONCE)
 
 
+def test_vectors_of_three_dimensions_are_no_experts(tmp_path: Path) -> None:
+    """RWKV mixes tokens by parameters of shape [1, 1, columns], in sums."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "rescale_every": 0}
+    RwkvForCausalLM(RwkvConfig(**sizes)).save_pretrained(tmp_path)
+
+    torch.testing.assert_close(streamed(tmp_path), logits(network_of(tmp_path)))
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_an_adapter_on_stacked_parameters_adds_to_single_experts(
     tmp_path: Path, stacks_read: list[torch.Size], kind: str

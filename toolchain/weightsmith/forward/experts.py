@@ -187,6 +187,10 @@ def stacks_of(layer: Any) -> Mapping[str, Stack]:
 
 
 def is_stacked(module: Any, name: str) -> bool:
-    """Return whether a parameter may be a stack of matrices, and no filter of a convolution."""
+    """Return whether a parameter may be a stack of matrices.
+
+    Not a convolution's filter, and not a vector of shape [1, 1, columns] such as RWKV's.
+    """
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return not convolution and getattr(module, name).dim() == 3
+    shape = getattr(module, name).shape
+    return not convolution and len(shape) == 3 and shape[0] > 1
