@@ -1,7 +1,7 @@
 """Fleets of the tiny example, and a runner that starts cold with a warm cache.
 
     python benchmarks/fleet.py [--adapters N] [--work DIR]   # own share, nothing changed
-    python benchmarks/fleet.py --nodes [--adapters N]        # two Ray nodes against one, and no Ray
+    python benchmarks/fleet.py --nodes [--adapters N]        # two Ray nodes against one
     python benchmarks/fleet.py --runner                      # the support bot on a CI runner
 
 It needs docker-registry, which is the cache and takes the images, and builders that are made. It
@@ -23,7 +23,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Self
@@ -49,15 +48,11 @@ class Ran(NamedTuple):
     seconds: float
 
 
-def run(folder: Path, *words: object, core: int | None = None, **environment: str) -> Ran:
-    """Run weightsmith in a folder, on one core if it is named.
-
-    The CPU seconds are those of all its processes, and of those that run beside it.
-    """
+def run(folder: Path, *words: object, **environment: str) -> Ran:
+    """Run weightsmith in a folder; CPU seconds are of all its processes and of those beside it."""
     before, began = os.times(), time.monotonic()
-    pinned = [] if core is None else ["taskset", "-c", str(core)]
     done = subprocess.run(
-        [*pinned, sys.executable, "-m", "weightsmith", *map(str, words), "--runner", "local",
+        [sys.executable, "-m", "weightsmith", *map(str, words), "--runner", "local",
          "--json"],
         cwd=folder, check=False, capture_output=True, text=True,
         env={**os.environ, "DOCKER_HOST": f"unix://{folder}/none",
@@ -140,7 +135,7 @@ def report(name: str, runs: list[Ran]) -> None:
 
 
 def nodes(work: Path, count: int) -> None:
-    """Run a fleet on one Ray node and on two, each on a core of its own; then without Ray."""
+    """Run a fleet on one Ray node and on two, each with half of a core of its own."""
     adapters(work, count)
     took = {}
     for number in (1, 2):
@@ -158,35 +153,6 @@ def nodes(work: Path, count: int) -> None:
         told = took[number].told
         watch.tell(took[number].cpu, told["cpu_seconds"] - told["own_cpu_seconds"], count)
     print(f"two nodes are {took[1].seconds / took[2].seconds:.2f} times as fast as one")
-    alone = [chains(work, count, number) for number in (1, 2)]
-    print(f"without Ray, two cores are {alone[0].seconds / alone[1].seconds:.2f} times as fast")
-
-
-def chains(work: Path, count: int, cores: int) -> Ran:
-    """Build the same with `build` in two chains, on one core or on a core each: what is possible.
-
-    A chain has a store and no cache, as a loop in a shell. On one core, one chain follows the
-    other: the work is the same.
-    """
-    names = sorted(path.name for path in (work / "adapters").iterdir())[:count]
-
-    def chain(number: int, host: str) -> None:
-        store = {"WEIGHTSMITH_STORE": str(work / f"chain-{cores}-{number}")}
-        for name in names[number::2]:
-            words = ("build", "--recipe", "recipe.yaml", "--push", "--set", f"name=tiny-{name}",
-                     "--set", f"adapters=[{{source: ./adapters/{name}}}]",
-                     "--set", f"image.repository={host}/team/tiny-{name}",
-                     "--dist", str(work / f"chains-{cores}"))  # fmt: skip
-            run(work, *words, core=number % cores, **store)
-
-    with registry(work / f"registry-chains-{cores}") as host, ThreadPoolExecutor(cores) as pool:
-        before, began = os.times(), time.monotonic()
-        for done in [pool.submit(chain, number, host) for number in range(2)]:
-            done.result()
-        seconds, after = time.monotonic() - began, os.times()
-    took = Ran(None, sum(after[2:4]) - sum(before[2:4]), seconds)
-    said(f"{count} builds without Ray on {cores} core(s)", took)
-    return took
 
 
 class Watch:
@@ -258,7 +224,7 @@ class Watch:
 
 @contextlib.contextmanager
 def cluster(count: int) -> Iterator[tuple[str, str]]:
-    """Start so many Ray nodes, each on one core; yield the address and the cluster's folder."""
+    """Start so many Ray nodes with half a core each; yield the address and the cluster's folder."""
     script, folder = ROOT / "tests" / "clusters.sh", tempfile.mkdtemp(prefix="wf-", dir="/tmp")
     environment = {**os.environ, "PYTHON": sys.executable, "WEIGHTSMITH_TEST_CLUSTERS": "ray",
                    "WEIGHTSMITH_TEST_RAY_NODES": str(count)}  # fmt: skip

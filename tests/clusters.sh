@@ -24,15 +24,34 @@ say() { printf '%4d s  %s\n' "$SECONDS" "$*" >&2; }
 
 # With ports of its own choice, a node waits 15 s at most until its agents have told it theirs, which
 # a busy machine does not always make: then both are started again, with all files in memory.
-# WEIGHTSMITH_TEST_RAY_NODES, 1 or 2, keeps each node to one core, for measurements.
-ray_node() {
+# WEIGHTSMITH_TEST_RAY_NODES, 1 or 2, gives each node half of one core, for measurements: on a machine
+# of two, the registry and the command have the rest, as they have machines of their own elsewhere.
+ray_node() (
   local pinned=()
-  [ -z "${WEIGHTSMITH_TEST_RAY_NODES:-}" ] || pinned=(taskset -c "$(($1 - 1))")
+  if [ -n "${WEIGHTSMITH_TEST_RAY_NODES:-}" ]; then
+    pinned=(taskset -c "$(($1 - 1))")
+    half_a_core "$1"
+  fi
   WEIGHTSMITH_STORE=$FOLDER/store-$1 "${pinned[@]}" "$PYTHON" -m ray.scripts.scripts start "${@:2}" \
     --num-cpus=1 --memory=8000000000 --object-store-memory=100000000 \
     --dashboard-agent-grpc-port=2640"$1" --dashboard-agent-listen-port=2641"$1" \
     --runtime-env-agent-port=2642"$1" --metrics-export-port=2643"$1" \
     --node-ip-address=127.0.0.1 --disable-usage-stats </dev/null >>"$FOLDER/ray.log" 2>&1
+)
+
+# Limits this shell and what it starts, as root.
+half_a_core() {
+  local group=/sys/fs/cgroup/weightsmith-ray-$1
+  if [ -d /sys/fs/cgroup/cpu ]; then
+    group=/sys/fs/cgroup/cpu/weightsmith-ray-$1
+    mkdir -p "$group"
+    echo 50000 >"$group/cpu.cfs_quota_us"
+  else
+    echo +cpu >/sys/fs/cgroup/cgroup.subtree_control
+    mkdir -p "$group"
+    echo 50000 100000 >"$group/cpu.max"
+  fi
+  echo "$BASHPID" >"$group/cgroup.procs"
 }
 
 second_ray_node() {
