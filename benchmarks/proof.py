@@ -11,8 +11,8 @@ a merged model in bfloat16 leaves the adapter's text; in float32 it hardly ever 
 transformers and PEFT with whole models in float32: the questions in one batch to base, adapter and
 merged model; logits of the same probes with and without merging, and every tensor against
 `merge_and_unload`; the held-out text through the checkpoint and its copy rounded to int8. Every way
-runs in its own process. Memory is the largest anonymous memory seen every 20 ms; pages of mapped
-files do not count, as the kernel may drop them.
+runs in its own process, ours with our kernels, as a job does. Memory is the largest anonymous
+memory seen every 20 ms; pages of mapped files do not count, as the kernel may drop them.
 """
 
 from __future__ import annotations
@@ -97,11 +97,13 @@ found = validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged, i
 assert found.passed, found.findings
 """,
     "reference and validation": """
+import tempfile
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import AskedModel, ProofJob, Question, ReferenceJob, ValidateJob
 from weightsmith.worker.jobs import STAGES
 inputs = [Input(path=path) for path in (base, adapter, merged)]
-envelope = {"builder": "merge", "output": Path.cwd(), "seconds": 0}
+folder = tempfile.TemporaryDirectory()
+envelope = {"builder": "merge", "output": Path(folder.name), "seconds": 0}
 asked = (AskedModel(name="base", model=0),
          AskedModel(name="adapter", model=0, adapters=(0,), weights=(1.0,)),
          AskedModel(name="merged", model=1, draft="adapter"))
@@ -166,7 +168,7 @@ def make_inputs(work: Path, dtype: str) -> tuple[Path, Path, Path]:
 def run(argv: list[str]) -> dict[str, float]:
     """Run a process; return its CPU and wall seconds and its peak anonymous MiB."""
     paths = os.pathsep.join([str(ROOT / "toolchain"), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"} | shapes.kernels()
     began, peak = time.monotonic(), 0
     quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
     pid = os.posix_spawnp(argv[0], argv, environment, file_actions=quiet)
