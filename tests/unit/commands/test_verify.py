@@ -19,9 +19,11 @@ from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.locations import RegistryLocation
+from weightsmith.oci.manifests import OCI_INDEX
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
+from weightsmith.values import canonical
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.debian_registry import real_registry
@@ -405,3 +407,20 @@ def test_cosign_reads_every_signature(scene: Scene, tmp_path: Path) -> None:
         signer = open_signer(str(release))
         copy_image(name, name, scene.client, Silent(), force=False, signer=signer)
         assert all(map(believed, (scene.key, second, release)))
+
+
+def test_an_image_in_an_index_without_platforms_is_checked(scene: Scene) -> None:
+    """Platforms are left open by the specification; nothing but the index had been looked at."""
+    image = scene.image()
+    blob = image.manifest_blob
+    row = {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size}
+    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [row]}
+    index = Reference.parse(f"{scene.fake.host}/team/app:index")
+    scene.client.push_manifest(index, canonical(document), OCI_INDEX)
+    result = verify_image(str(index), None, scene.client, Silent())
+    assert "layer 0" in [one["check"] for one in result["checks"]]
+
+    layer = image.layers[1].digest
+    scene.fake.blobs["team/app", layer] = bytes(image.layers[1].size)
+    with pytest.raises(CheckFailed, match="layer 1"):
+        verify_image(str(index), None, scene.client, Silent())

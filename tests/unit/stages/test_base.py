@@ -2,21 +2,24 @@
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from weightsmith.drivers.store import FileStore
-from weightsmith.errors import InputRefused
+from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.image import ImageConfig, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import write_layout
+from weightsmith.platforms import host_platform
 from weightsmith.provenance.labels import ENGINE_LABEL
 from weightsmith.stages import base as stage
-from weightsmith.stages.base import base_image
+from weightsmith.stages.base import base_image, base_images
 from weightsmith.values import key_of
 
 from tests.fakes.journal import RecordingProgress
@@ -50,6 +53,64 @@ def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:
     with pytest.raises(InputRefused, match="vllm") as caught:
         base_image(layout(tmp_path, {ENGINE_LABEL: "vllm"}), "llamacpp", tools)
     assert caught.value.hint
+
+
+def index_of(folder: Path, *platforms: dict[str, str] | None) -> str:
+    """Put an image's manifest below an index, once for each platform that the index names."""
+    index = json.loads((folder / "index.json").read_text())
+    (row,) = index["manifests"]
+    row.pop("platform", None)
+    rows = [row | ({} if said is None else {"platform": said}) for said in platforms]
+    kind = "application/vnd.oci.image.index.v1+json"
+    data = json.dumps({"schemaVersion": 2, "mediaType": kind, "manifests": rows}).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    (folder / "blobs" / "sha256" / digest).write_bytes(data)
+    row = {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(data)}
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [row]}))
+    return f"oci:{folder}"
+
+
+UNKNOWN = {"os": "unknown", "architecture": "unknown"}
+
+
+@pytest.mark.parametrize("platforms", [(None,), ({},), (None, UNKNOWN)])
+def test_an_index_need_not_say_the_platform_of_its_only_image(tmp_path, tools, platforms) -> None:
+    """The specification leaves it open; an image had been made on no base at all."""
+    layout(tmp_path, {ENGINE_LABEL: "llamacpp"})
+    (image,) = base_images(index_of(tmp_path, *platforms), "llamacpp", tools)
+
+    assert image.platform == host_platform()
+    assert len(image.layers) == 1
+
+
+def test_an_index_for_other_systems_is_no_base(tmp_path, tools) -> None:
+    layout(tmp_path, {ENGINE_LABEL: "llamacpp"})
+    windows = {"os": "windows", "architecture": "amd64"}
+
+    with pytest.raises(UsageError, match="has no image for linux/") as caught:
+        base_images(index_of(tmp_path, windows), "llamacpp", tools)
+    assert "windows/amd64" in caught.value.hint
+
+
+@pytest.mark.parametrize(("platform", "named"), [("windows/amd64", "windows/amd64"), ("", "say")])
+def test_an_image_for_no_linux_machine_is_no_base(tmp_path, tools, platform, named) -> None:
+    layer = TarLayer(members=(Member.of_bytes("app/server", b"program"),))
+    made = assemble((), (layer,), config=ImageConfig())
+    config = {key: text for key, text in made.settings.items() if key not in ("os", "architecture")}
+    system, _, machine = platform.partition("/")
+    config |= {"os": system, "architecture": machine} if platform else {}
+    write_layout(replace(made, settings=config), tmp_path)
+
+    with pytest.raises(InputRefused, match=named):
+        base_images(f"oci:{tmp_path}", "llamacpp", tools)
+
+
+def test_a_layout_without_an_image_is_no_base(tmp_path, tools) -> None:
+    layout(tmp_path, {})
+    (tmp_path / "index.json").write_text('{"schemaVersion": 2, "manifests": []}')
+
+    with pytest.raises(UsageError, match=r"holds no image$"):
+        base_images(f"oci:{tmp_path}", "llamacpp", tools)
 
 
 PACKAGE = "usr/local/lib/python3.13/dist-packages/torch/lib.so"

@@ -169,7 +169,7 @@ def inspect_image(
         return {**_with_provenance(source, _described_by_engine(held)), "attached": []}
     place = open_location(source, registry)
     if index := place.index():
-        named = manifests.platforms_in(index, source)
+        named = [name for name in manifests.platforms_in(index, source) if name]
         whole: dict[str, Json] = {"index": Digest.of(index), "platforms": named}
     else:
         whole = {}

@@ -50,7 +50,7 @@ def write_layout(
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",
-            hint="check free space and permissions, then run it again: finished blobs are kept",
+            hint="check free space and permissions, then run it again",
         ) from None
     return image.digest
 
@@ -121,14 +121,18 @@ def locate(text: str) -> tuple[Path, str | None]:
     """Return folder and image name of `[oci:]DIR[:NAME]`, as skopeo and umoci write it."""
     whole = text.removeprefix("oci:")
     folder, colon, name = whole.rpartition(":")
-    if colon and name and not (Path(whole) / "oci-layout").is_file():
+    if colon and name and not _has_marker(Path(whole)):
         return Path(folder), name
     return Path(whole), None
 
 
+def _has_marker(folder: Path) -> bool:
+    return (folder / "oci-layout").is_file()
+
+
 def is_layout(text: str) -> bool:
     """Say whether a source is a layout: by its prefix, or because the folder is one."""
-    return text.startswith("oci:") or (locate(text)[0] / "oci-layout").is_file()
+    return text.startswith("oci:") or _has_marker(locate(text)[0])
 
 
 def read_index(folder: Path, ref: str | None = None) -> bytes | None:
@@ -217,7 +221,8 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
     if not named:
         names = sorted({_name(row) for row in images} - {""})
         raise UsageError(
-            f"{where} holds no image named {ref!r}", hint=f"it holds: {', '.join(names)[:200]}"
+            f"{where} holds no image" + ("" if ref is None else f" named {ref!r}"),
+            hint=f"it holds: {', '.join(names)[:200]}" if names else "write the layout again",
         )
     if _how_many(named) == 1:
         return manifests.descriptor(

@@ -105,16 +105,20 @@ def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:
 
 
 def choose(entries: Sequence[Json], platform: str | None, where: str) -> Blob:
-    """Return the index entry for a platform (default: this one); UsageError if there is none."""
+    """Return the index entry for a platform (default: this one); UsageError if there is none.
+
+    An entry need not say its platform; the only image of an index is taken without it.
+    """
     wanted = platform or host_platform()
     kinds = (*MANIFESTS, *INDEXES)
-    for entry in entries:
-        if isinstance(entry, dict) and platform_of(entry.get("platform")) == wanted:
+    rows = [(platform_of(e.get("platform")), e) for e in entries if isinstance(e, dict)]
+    for said, entry in rows:
+        if said == wanted:
             return descriptor(entry, where, kinds, LARGEST_MANIFEST)
-    there = sorted(
-        {platform_of(e.get("platform")) for e in entries if isinstance(e, dict)}
-        - {"", "unknown/unknown"}
-    )
+    there = sorted({said for said, _ in rows} - {"", "unknown/unknown"})
+    silent = [entry for said, entry in rows if not said]
+    if not there and len({str(entry.get("digest")) for entry in silent}) == 1:
+        return descriptor(silent[0], where, kinds, LARGEST_MANIFEST)
     raise UsageError(
         f"{where} has no image for {wanted}",
         hint=f"it has: {', '.join(there)[:200]}" if there else "it lists no platform",
@@ -122,14 +126,18 @@ def choose(entries: Sequence[Json], platform: str | None, where: str) -> Blob:
 
 
 def platforms_in(index: bytes, where: str) -> list[str]:
-    """Return the Linux platforms that an index has images for, sorted."""
+    """Return the Linux platforms that an index has images for, sorted; [""] if it names none.
+
+    `choose` then says which image that is, or that there is none.
+    """
     rows = listed(read_json(index, where), "manifests", where)
     found = {platform_of(row.get("platform")) for row in rows if isinstance(row, dict)}
-    return sorted(platform for platform in found if platform.startswith("linux/"))
+    return sorted(platform for platform in found if platform.startswith("linux/")) or [""]
 
 
 def platform_of(value: Json) -> str:
     """Return a platform object as `os/architecture`, or empty; the variant is ignored."""
     if not isinstance(value, dict):
         return ""
-    return f"{value.get('os')}/{value.get('architecture')}"
+    system, machine = str(value.get("os") or ""), str(value.get("architecture") or "")
+    return f"{system}/{machine}" if system and machine else ""

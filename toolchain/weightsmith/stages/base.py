@@ -174,6 +174,13 @@ def base_images(
 
 
 def _checked(image: Image, reference: str, engine: str, tools: Tools) -> Image:
+    if not image.platform.startswith("linux/"):
+        what = "holds a model's files" if image.artifact_type else "does not say its platform"
+        raise InputRefused(
+            f"{reference} {f'is for {image.platform}' if image.platform else what}, and cannot be"
+            " the base of a server",
+            hint="choose an image for linux/amd64 or linux/arm64",
+        )
     said = image.labels.get(ENGINE_LABEL, "")
     if engine and not said:
         tools.progress.warn(f"{reference} does not declare its engine; assuming {engine}")
