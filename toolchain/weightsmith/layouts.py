@@ -25,8 +25,11 @@ from weightsmith.trees import discard
 
 @contextmanager
 def candidate_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Write an image's layout next to its final path; yield the folder."""
-    with _alone(_candidate(folder), tools) as candidate:
+    """Write an image's layout next to its final path; yield the folder.
+
+    If the block fails, nothing is left; what an interrupt leaves is used by the next run.
+    """
+    with _alone(_candidate(folder), tools) as candidate, _nothing_left(candidate):
         _write(whole, candidate, tools)
         yield candidate
 
@@ -40,8 +43,11 @@ def discard_candidate_layout(folder: Path, tools: Tools) -> None:
 
 @contextmanager
 def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
-    """Yield the complete candidate layout; move it to its final path afterwards."""
-    with _alone(_candidate(folder), tools) as candidate:
+    """Yield the complete candidate layout; move it to its final path afterwards.
+
+    If the block fails, nothing is left; what an interrupt leaves is used by the next run.
+    """
+    with _alone(_candidate(folder), tools) as candidate, _nothing_left(candidate):
         stale = held_digest(candidate)
         _write(whole, candidate, tools)
         if stale is not None and stale != whole.digest:
@@ -111,6 +117,16 @@ def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
                             f"the layout {folder} is in use by another process: waiting for it"
                         )
         yield folder
+
+
+@contextmanager
+def _nothing_left(candidate: Path) -> Iterator[None]:
+    """Delete a candidate, which may be as large as the model, if the block fails."""
+    try:
+        yield
+    except Exception:
+        discard(candidate)
+        raise
 
 
 @contextmanager

@@ -109,6 +109,22 @@ def test_a_file_that_changes_while_it_is_sent(bakery: Bakery, how: str) -> None:
         assert any(promised in b"".join(chunks) for chunks in sent)
 
 
+def test_a_layout_that_fails_on_the_way_leaves_nothing_beside_it(
+    bakery: Bakery, tmp_path: Path
+) -> None:
+    weights, place = bakery.model / "tiny.gguf", tmp_path / "images"
+    weights.write_bytes(b"GGUF" + bytes(4 << 20))
+
+    class Meddling(Silent):
+        def advance(self, done: int, total: int, unit: str) -> None:
+            weights.write_bytes(b"EVIL" + bytes(4 << 20))
+
+    with pytest.raises(InputRefused):
+        bake(bakery.client, bakery.model, bakery.base, layout=place / "one", progress=Meddling())
+
+    assert list(place.iterdir()) == []
+
+
 def test_weights_that_were_cut_off(bakery: Bakery, tmp_path: Path) -> None:
     tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
     shutil.copytree(tiny, tmp_path / "cut")
@@ -158,4 +174,5 @@ def test_a_layout_takes_room_on_its_own_disk(
     )
     with pytest.raises(EnvironmentFailure, match=r"needs .* of disk, .*full has 100 B"):
         bake(bakery.client, bakery.model, bakery.base, layout=full / "layout")
+    assert list(full.iterdir()) == []
     assert bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "layout")["digest"]

@@ -42,6 +42,7 @@ def fleet(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
+    from weightsmith.commands.arguments import layout_folder
     from weightsmith.fleets.foresight import plan_of, text_of
     from weightsmith.fleets.matrix import matrix_of
     from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
@@ -58,7 +59,7 @@ def fleet(
     if print_:
         return matrix_of(found.builds, print_, file)
     place = Path(dist).absolute()
-    layout = layout.removeprefix("oci:")  # as references to layouts begin
+    layout = layout_folder(layout)
     keep_clean(found.sources, dist=dist, layout=layout, cache=run.cache)
     engine = None if plan else make_fleet_engine(on, address, place)
     nodes = {} if plan else of_nodes(on, run, read_config().cache)

@@ -25,6 +25,23 @@ def required(**values: object) -> None:
         raise UsageError(f"missing: {', '.join(missing)}", hint="`--help COMMAND` lists every flag")
 
 
+def layout_folder(text: str) -> str:
+    """Return the folder of `--layout DIR` or `oci:DIR`, as references to layouts begin.
+
+    Raises UsageError for `oci:DIR:NAME`: a layout that is written holds one image, which is read
+    without a name.
+    """
+    folder = text.removeprefix("oci:")
+    if folder != text and ":" in folder:
+        place = folder.partition(":")[0]
+        raise UsageError(
+            f"--layout {text}: the image in a layout gets no name of yours",
+            hint=f"give oci:{place}: its only image is read without a name. A folder with a colon"
+            " in its name is given without oci:",
+        )
+    return folder
+
+
 def number(text: str, flag: str) -> float:
     """Return a number from 0 to 1; raise UsageError naming the flag for anything else."""
     try:
