@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from weightsmith.checkpoints.facts import read_facts
-from weightsmith.errors import UsageError
+from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.oci.references import Reference
 from weightsmith.planning.checks import check_layer_sizes
 from weightsmith.planning.forecast import forecast
@@ -64,6 +64,34 @@ def test_the_projector_is_served_recorded_and_in_every_form(seeing: Memory) -> N
     assert forms["modelpack"].settings["config"]["capabilities"]["inputTypes"] == ["text", "image"]
     manifest = (seeing.results() / "volume" / "kubernetes.yaml").read_text()
     assert f"/models/{PROJECTOR}" in manifest
+
+
+TEXT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+PARTS = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_an_image_that_takes_no_pictures_is_published_with_a_warning(
+    seeing: Memory, status: int
+) -> None:
+    """A chat template for text alone ends in any error, by the server."""
+    (seeing.home / "base" / "chat_template.jinja").write_text(TEXT)
+    seeing.launcher.pictures = status
+
+    for _ in range(2):  # the second time, the image is not started
+        seeing.build()
+
+        said = [text for text in seeing.progress.warnings if "reads pictures" in text]
+        assert len(said) == (status != 200)
+        assert all(f"HTTP {status}: the chat template is for text alone" in text for text in said)
+
+
+def test_a_server_that_fails_with_a_template_for_pictures_is_refused(seeing: Memory) -> None:
+    (seeing.home / "base" / "chat_template.jinja").write_text(PARTS)
+    seeing.launcher.pictures = 500
+
+    with pytest.raises(CheckFailed, match="'picture' failed"):
+        seeing.build()
 
 
 def test_ollamas_modelfile_names_both_files_of_a_layout(seeing: Memory) -> None:

@@ -77,6 +77,8 @@ class MemoryLauncher:
     """The question at which the server ends."""
     ends: str = "stop"
     """What every answer says of its end."""
+    pictures: int = 200
+    """The status with which a question with a picture is answered."""
     running: int = 0
     journal: Journal = field(default_factory=Journal)
     name: str = "memory"
@@ -170,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
             started.lines.append("out of memory")
             started.alive = False
             self.close_connection = True
+            return
+        if isinstance(question, list):
+            self.send(launcher.pictures, {"error": {"message": "of a picture"}})
             return
         if len(question.split()) > program.longest:
             self.send(400, {"error": {"message": "the prompt is longer than the context"}})

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from weightsmith.checkpoints.templates import own_template
+from weightsmith.checkpoints.templates import own_template, takes_parts
 from weightsmith.errors import InputRefused
 
 
@@ -22,3 +22,17 @@ def test_a_template_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputRefused, match="chat_template"):
         own_template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("template", "taken"),
+    [
+        ("{% for message in messages %}{{ message['content'] }}{% endfor %}", False),
+        ("{%- for m in messages %}{% if m.content is string %}{{ m.content }}{% endif %}", False),
+        ("{% for message in messages %}{% for part in message['content'] %}", True),
+        ("{%- macro shown(content) %}{%- for item in content -%}", True),
+        ("{% for block in message.content | reverse %}", True),
+    ],
+)
+def test_a_template_for_contents_in_parts_goes_through_them(template: str, taken: bool) -> None:
+    assert takes_parts(template) is taken

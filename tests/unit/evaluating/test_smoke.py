@@ -255,3 +255,10 @@ def test_a_picture_may_be_refused_but_nothing_may_fail(server):
     server.picture_status, server.crowd = 500, None
     with pytest.raises(CheckFailed, match=r"'picture' failed: .*HTTP 500"):
         look(server, sees)
+
+
+def test_a_chat_template_for_text_refuses_pictures_with_any_error(server):
+    """vLLM answers HTTP 500 then, for some models."""
+    server.picture_status = 500
+    seen = look(server, replace(PROMISE, sees=True, parts=False))["picture"]
+    assert seen == "refused with HTTP 500: the chat template is for text alone"

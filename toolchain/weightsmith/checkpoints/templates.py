@@ -5,6 +5,7 @@ The sandbox prevents access to files and Python, but does not limit time and mem
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,14 @@ from weightsmith import time_limits
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.time_limits import TooLong, cpu_limit, doing
+
+_PARTS = re.compile(r"\bfor\s+\w+\s+in\b[^%]{0,200}\bcontent\b")
+"""A loop over a message's content, which only a template for contents in parts has."""
+
+
+def takes_parts(template: str) -> bool:
+    """Return whether a chat template takes contents in parts, as those of pictures are."""
+    return _PARTS.search(template) is not None
 
 
 def own_template(model: Path) -> str | None:

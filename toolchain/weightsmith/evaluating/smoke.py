@@ -19,6 +19,9 @@ from weightsmith.foreign import parse
 from weightsmith.ports import Endpoint
 from weightsmith.values import Json
 
+PICTURE = "picture"
+"""Name of the check with a picture; what it saw begins with REFUSED if the server takes none."""
+REFUSED = "refused"
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 _SHORT, _LONG = 8, 256
 _MOST_AT_ONCE = 64
@@ -42,6 +45,8 @@ class Promise:
     start_seconds: float
     sees: bool = False
     """Whether the model reads pictures."""
+    parts: bool = True
+    """Whether the chat template takes contents in parts, as a message with a picture has."""
 
 
 @dataclass(slots=True)
@@ -86,7 +91,7 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
     smoke.check(f"{count} requests at once", session, lambda: _together(session, served, count))
     smoke.check("log-probabilities", session, lambda: _logprobs(session, served))
     if promise.sees:
-        smoke.check("picture", session, lambda: _picture(session, served))
+        smoke.check(PICTURE, session, lambda: _picture(session, promise))
 
 
 def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
@@ -196,7 +201,8 @@ def _logprobs(session: ServerSession, served: Served) -> str:
     return "supported" if answer.status == 200 else f"HTTP {answer.status}: {excerpt(answer.text)}"
 
 
-def _picture(session: ServerSession, served: Served) -> str:
+def _picture(session: ServerSession, promise: Promise) -> str:
+    served = promise.served
     if not served.chat:
         return "not tried: the model has no chat template"
     body = served.body(_GREETING, _SHORT)
@@ -211,12 +217,16 @@ def _picture(session: ServerSession, served: Served) -> str:
         }
     ]
     answer = session.try_post(served.path, body)
-    # A chat template for text, or a short context, may refuse pictures; nothing may fail.
-    if answer.status >= 500 or not session.endpoint.alive():
+    # A chat template for text, or a short context, may refuse pictures; nothing may fail. Only with
+    # such a template, vLLM refuses some models' pictures as an error of its own.
+    failed = answer.status >= 500 and promise.parts
+    if failed or not session.endpoint.alive():
         raise session.failed(served.path, f"a picture got HTTP {answer.status}")
     if answer.status == 200:
         return "answered"
-    return f"refused with HTTP {answer.status}: {excerpt(answer.text)}"
+    if not promise.parts:
+        return f"{REFUSED} with HTTP {answer.status}: the chat template is for text alone"
+    return f"{REFUSED} with HTTP {answer.status}: {excerpt(answer.text)}"
 
 
 def _png() -> bytes:

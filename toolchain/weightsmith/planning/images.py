@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from weightsmith.checkpoints.templates import own_template
+from weightsmith.checkpoints.templates import own_template, takes_parts
 from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.oci.index import own_of, whole_of
 from weightsmith.planning.bases import bases_of
@@ -106,12 +106,14 @@ def evaluation_of(
     if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
         raise AssertionError("an image built from a recipe has a serving configuration")
     served = inputs.sources.base if target.format == LORA else inputs.checkpoint
+    template = own_template(served.tree.texts)
     return Evaluation(
         artifact=inputs.artifact,
         config=inputs.config,
         base=own_of(whole_of(inputs.bases)).digest,
         engine=target.engine,
-        chat=own_template(served.tree.texts) is not None,
+        chat=template is not None,
+        parts=template is None or takes_parts(template),
         questions=tuple(_question(request, target, inputs.sources, one) for one in results),
     )
 

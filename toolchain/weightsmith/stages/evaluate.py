@@ -14,7 +14,14 @@ from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.results import Result, judged
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession
-from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
+from weightsmith.evaluating.smoke import (
+    PICTURE,
+    REFUSED,
+    Promise,
+    Smoke,
+    check_life,
+    check_serving,
+)
 from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.oci.image import Image
 from weightsmith.outcome import Outcome, Timer
@@ -55,6 +62,8 @@ class Evaluation:
     engine: Engine
     chat: bool
     """Whether the served model has a chat template."""
+    parts: bool = True
+    """Whether that template takes contents in parts, as a message with a picture has."""
     questions: tuple[Question, ...]
 
     def inputs(self, question: Question) -> StageInputs:
@@ -104,6 +113,7 @@ class Evaluation:
             max_num_seqs=self.config.plan.max_num_seqs,
             start_seconds=max(_START_SECONDS, self.artifact.tree.size / _SLOWEST_DISK),
             sees=takes_pictures(self.artifact),
+            parts=self.parts,
         )
 
 
@@ -138,6 +148,9 @@ def evaluate(
     if not cached:
         with candidate as name:
             _run(name, image.digest, evaluation, tools)
+    for check in checks_of(image.digest, tools):
+        if check["name"] == PICTURE and str(check["seen"]).startswith(REFUSED):
+            tools.progress.warn(f"the model reads pictures, the image does not: {check['seen']}")
     answers = (_answers(evaluation, question, None, tools) for question in questions)
     scored = (_scored(q.result, a, tools) for q, a in zip(questions, answers, strict=True))
     return timer.done(tuple(scored), cached=cached)
