@@ -11,6 +11,7 @@ import pytest
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.references import Reference
+from weightsmith.planning.forecast import forecast
 
 from tests.fakes.memory import Memory, new_signer
 
@@ -169,6 +170,10 @@ def test_a_locked_build_takes_its_sources_as_they_were(warm: Memory) -> None:
     assert set(lock["sources"]) == {"./base", "./a"}
     with pytest.raises(InputRefused, match=r"\./a"):
         warm.build(locked=True)
+    request = warm.request()
+    forecast(request.file, request.targets, warm.dist, warm.tools)
+    with pytest.raises(InputRefused, match=r"\./a"):
+        forecast(request.file, request.targets, warm.dist, warm.tools, locked=True)
     assert json.loads((warm.home / "recipe.lock").read_text()) == lock
 
 

@@ -23,7 +23,7 @@ class RunOptions:
         False, "run jobs even if this machine cannot isolate them from the network"
     )
     memory: str = _option("", "most memory that a job may use, such as 6GiB; default: what is free")
-    insecure: bool = _option(False, "allow plain HTTP and untrusted certificates")
+    insecure: bool = _option(False, "allow registries without HTTPS or with untrusted certificates")
     sign_key: str = _option(
         "",
         "private key to sign with: a PEM or cosign key file, or a reference such as awskms://…",

@@ -340,3 +340,69 @@ def test_a_layout_is_written_where_references_to_it_lead(tmp_path, monkeypatch):
     assert done.code == 0, done.err
     assert json.loads(done.out)["reference"] == place
     assert (tmp_path / "out" / "oci-layout").is_file()
+
+
+@pytest.mark.parametrize("words", [("bake",), ("build",), ("plan",)])
+def test_a_layout_that_is_written_has_no_name_of_its_own(tmp_path, words):
+    """`oci:DIR:NAME` had been a folder of that whole name."""
+    model = write_model(tmp_path / "model")
+    bake = ("--model", model, "--kind", "volume")
+    given = bake if words == ("bake",) else ("--base", model, "--runner", "local")
+
+    done = run(*words, *given, "--target", "vllm", "--layout", f"oci:{tmp_path}/out:1.0", "--json")
+
+    assert done.code == 2
+    error = json.loads(done.out)["error"]
+    assert error["message"].startswith(f"--layout oci:{tmp_path}/out:1.0: ")
+    assert f"give oci:{tmp_path}/out:" in error["hint"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def flags(command):
+    return {argument.name for argument in namespace[command].get_arguments()}
+
+
+def test_a_plan_takes_the_flags_of_the_build_that_it_foresees():
+    """All but those of an image that is built again, whose recipe has to be fetched first."""
+    assert flags("build") - flags("plan") == {"from_", "key"}
+    assert flags("plan") - flags("build") == {"measure"}
+
+
+def test_who_speaks_with_registries_may_do_so_without_https():
+    """Messages about certificates name --insecure, so every such command must have it."""
+    speaking = {
+        name
+        for name in namespace.task_names
+        if flags(name) & {"cache", "cache-from", "cache_from"}
+        or name in {"push", "inspect", "verify"}
+    }
+    assert {"merge", "evaluate", "bench", "rebase", "fleet"} <= speaking
+    assert [name for name in speaking if "insecure" not in flags(name)] == []
+
+
+def test_a_plan_needs_the_flags_that_its_build_needs(tmp_path):
+    model = write_model(tmp_path / "model")
+    words = ("plan", "--base", model, "--target", "llamacpp-q2_k", "--json")
+
+    refused, planned = run(*words), run(*words, "--allow-low-bits")
+
+    assert (refused.code, planned.code) == (2, 0), planned.err
+    assert "--allow-low-bits" in json.loads(refused.out)["error"]["hint"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "a" * 5000),
+        ("verify", "a:" * 3000),
+        ("plan", "--recipe", "a" * 300),
+        ("evaluate", "--url", "http://127.0.0.1:9", "--data", "a" * 300),
+        ("render", "--model", "a" * 300, "--target", "vllm", "--out", "x"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_path_that_is_too_long_is_a_wrong_use(words):
+    done = run(*words)
+
+    assert done.code in (2, 3), done.err
+    assert "hint: " in done.err

@@ -18,15 +18,13 @@ if TYPE_CHECKING:  # imported when it is called: the list of commands must appea
     from weightsmith.recipe_file import RecipeFile
 
 _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
+_QUANTIZE = Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True)
+_RUN = Flags(section=RunOptions)
 
 
 @command(
     many=("target", "adapter", "set", "kind"),
-    sections={
-        "serve": _SERVE,
-        "quantize": Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True),
-        "run": Flags(section=RunOptions),
-    },
+    sections={"serve": _SERVE, "quantize": _QUANTIZE, "run": _RUN},
 )
 def build(
     *,
@@ -50,7 +48,7 @@ def build(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
-    from weightsmith.commands.arguments import sources_of
+    from weightsmith.commands.arguments import layout_folder, sources_of
     from weightsmith.errors import UsageError
     from weightsmith.pipeline import build as build_all
     from weightsmith.planning.request import BuildRequest
@@ -60,11 +58,7 @@ def build(
     from weightsmith.stages.publish import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 
-    if update_lock and (locked or from_):
-        raise UsageError(
-            f"--update-lock and {'--locked' if locked else '--from'} exclude each other",
-            hint="give only one of them",
-        )
+    _one_lock(locked=locked, update_lock=update_lock, from_=from_)
     if key and not from_:
         raise UsageError(
             "--key needs --from: it is the public key that the image's signature must match",
@@ -73,13 +67,8 @@ def build(
     if from_:
         keep_clean([base], dist=dist, cache=run.cache)
         base, recipe, locked = "", _recipe_again(from_, base, key, dist, run.insecure), not base
-    file = recipe_file(
-        recipe,
-        base,
-        adapter,
-        [*given("serve", serve), *set, *given("quantize", quantize), *_outputs(kind)],
-    )
-    layout = layout.removeprefix("oci:")  # as references to layouts begin
+    file = recipe_file(recipe, base, adapter, _settings(serve, set, quantize, kind))
+    layout = layout_folder(layout)
     keep_clean(sources_of(file), dist=dist, layout=layout, cache=run.cache)
     targets = chosen_targets(file, tuple(target), to_build=True)
     with open_tools(run, Recorder(progress_for())) as tools:
@@ -148,10 +137,7 @@ def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
 
 @command(
     many=("target", "adapter", "set", "kind"),
-    sections={
-        "serve": _SERVE,
-        "run": Flags(section=RunOptions, without=("allow_network_in_jobs", "insecure", "sign_key")),
-    },
+    sections={"serve": _SERVE, "quantize": _QUANTIZE, "run": _RUN},
 )
 def plan(
     *,
@@ -166,32 +152,50 @@ def plan(
     serve: Serve,
     set: Sequence[str] = (),  # noqa: A002 - the flag's name
     kind: Sequence[str] = (),
+    quantize: Quantize,
+    force: bool = False,
+    locked: bool = False,
     update_lock: bool = False,
     measure: bool = False,
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
-    del push, load, layout
-    from weightsmith.commands.arguments import sources_of
+    del push, load, force
+    from weightsmith.commands.arguments import layout_folder, sources_of
     from weightsmith.commands.plan import table
     from weightsmith.planning.forecast import forecast
     from weightsmith.planning.targets import chosen_targets
     from weightsmith.ports import Silent
     from weightsmith.wiring import keep_clean, open_tools
 
-    settings = [*given("serve", serve), *set, *_outputs(kind)]
-    file = recipe_file(recipe, base, adapter, settings)
-    keep_clean(sources_of(file), cache=run.cache)
+    _one_lock(locked=locked, update_lock=update_lock)
+    file = recipe_file(recipe, base, adapter, _settings(serve, set, quantize, kind))
+    keep_clean(sources_of(file), layout=layout_folder(layout), cache=run.cache)
     targets = chosen_targets(file, tuple(target))
     with open_tools(run, Silent(), uploads=False) as tools:
         folder = Path(dist).absolute()
-        result = forecast(file, targets, folder, tools, update_lock=update_lock, measure=measure)
+        lock = {"locked": locked, "update_lock": update_lock}
+        result = forecast(file, targets, folder, tools, **lock, measure=measure)
     return result, table(result)
 
 
-def _outputs(kinds: Sequence[str]) -> list[str]:
-    """Return --kind as the recipe's setting."""
-    return [f"outputs.kinds=[{', '.join(kinds)}]"] if kinds else []
+def _settings(
+    serve: Serve, settings: Sequence[str], quantize: Quantize, kinds: Sequence[str]
+) -> list[str]:
+    """Return what the flags set of the recipe, in the order in which they take effect."""
+    outputs = [f"outputs.kinds=[{', '.join(kinds)}]"] if kinds else []
+    return [*given("serve", serve), *settings, *given("quantize", quantize), *outputs]
+
+
+def _one_lock(*, locked: bool, update_lock: bool, from_: str = "") -> None:
+    """Raise UsageError for flags that want the lock both kept and written again."""
+    from weightsmith.errors import UsageError
+
+    if update_lock and (locked or from_):
+        raise UsageError(
+            f"--update-lock and {'--locked' if locked else '--from'} exclude each other",
+            hint="give only one of them",
+        )
 
 
 def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import io
@@ -36,6 +37,8 @@ _NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
 """Type of a flag's default -> what the flag takes, in words."""
 
 _JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)
+_SHOWN = 200
+"""Characters of a path that is too long."""
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
 """Invoke's own first argument, which no command uses."""
 
@@ -177,6 +180,10 @@ def _refused(error: OSError) -> Exception:
     """Return what the machine refused, or a bug if it refused nothing."""
     if too_many := of_open_files(error):
         return too_many
+    if error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename or "a path")
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
+        return UsageError(f"{shown}: {error.strerror}", hint="give a shorter name or path")
     from weightsmith.wiring import require_folders
 
     try:

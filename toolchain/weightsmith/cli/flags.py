@@ -6,7 +6,7 @@ from weightsmith.run_options import RunOptions
 SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
 """Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""
 
-JOBS = Flags(section=RunOptions, without=("insecure", "sign_key"))
+JOBS = Flags(section=RunOptions, without=("sign_key",))
 """How a command runs that starts jobs and publishes nothing."""
 
 FLAGS = {

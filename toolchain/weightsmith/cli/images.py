@@ -38,13 +38,13 @@ def bake(
     run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
-    from weightsmith.commands.arguments import required
+    from weightsmith.commands.arguments import layout_folder, required
     from weightsmith.commands.bake import BakeRequest, bake_model
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
 
     required(model=model, target=target)
-    layout = layout.removeprefix("oci:")  # as references to layouts begin
+    layout = layout_folder(layout)
     keep_clean([model, config, image.base], layout=layout, cache=run.cache)
     request = BakeRequest(
         model=Path(model),

@@ -114,7 +114,7 @@ def evaluate(
 
 
 @command(
-    sections={"run": Flags(section=RunOptions, only=("runner", "cache", "cache_from"))},
+    sections={"run": Flags(section=RunOptions, only=("runner", "insecure", "cache", "cache_from"))},
     meanings={
         "concurrency": "numbers of requests at once, separated by commas; one run for each",
         "data": "JSON Lines as for `evaluate`; default: built-in questions",

@@ -100,10 +100,14 @@ def plan(
     *,
     targets: Texts = (),
     set: Texts = (),  # noqa: A002 - the flag's name
+    locked: bool = False,
     update_lock: bool = False,
     measure: bool = False,
     dist: AnyPath = "dist",
     runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
     memory: str = "",
     cache: str = "",
     cache_from: str = "",
@@ -127,7 +131,8 @@ def plan(
     wanted = chosen_targets(file, texts_of(targets))
     with wiring.open_tools(run, Silent(), uploads=False) as tools:
         folder = path_of(dist).absolute()
-        return forecast(file, wanted, folder, tools, update_lock=update_lock, measure=measure)
+        lock = {"locked": locked, "update_lock": update_lock}
+        return forecast(file, wanted, folder, tools, **lock, measure=measure)
 
 
 def build(

@@ -62,6 +62,7 @@ def forecast(
     dist: Path,
     tools: Tools,
     *,
+    locked: bool = False,
     update_lock: bool = False,
     measure: bool = False,
 ) -> Mapping[str, Json]:
@@ -78,7 +79,7 @@ def forecast(
     sources, why = known(file, tools)
     if sources is None:
         return _unresolved(file, targets, why)
-    with_sources(lock, file, sources, progress=tools.progress, update=update_lock)
+    with_sources(lock, file, sources, progress=tools.progress, locked=locked, update=update_lock)
     earlier = _earlier(file, targets, dist)
     rows = [_row("resolve", cached=True, why="", read=sources.base.tree.size)]
     whole = sources_to_merge(targets, sources)
