@@ -113,6 +113,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 24}
         | {"moe_shared_expert_intermediate_size": 24},
     ),
+    "hrm_text": (
+        "HrmTextConfig",
+        SIZES
+        | PLAIN
+        | {"num_key_value_heads": 4, "head_dim": 8}
+        | {"num_layers_per_stack": 1, "num_hidden_layers": 8},
+    ),
+    "sarvam_moe": (
+        "SarvamMoEConfig",
+        SIZES
+        | NARROW
+        | EXPERTS
+        | {"head_dim": 8, "moe_intermediate_size": 24, "n_routed_experts": 4},
+    ),
     "gpt_oss": ("GptOssConfig", SIZES | NARROW | EXPERTS | {"num_local_experts": 4, "head_dim": 8}),
 }
 

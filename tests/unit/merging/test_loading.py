@@ -2,46 +2,93 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import weightsmith.merging.loading as module
-from transformers import conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, PretrainedConfig, conversion_mapping
+from transformers.core_model_loading import Chunk, Split, WeightRenaming
 from transformers.models.auto import modeling_auto
+from weightsmith.errors import InputRefused
 from weightsmith.merging.loading import loaded_names
 
 from tests.unit.merging.oracle import MakeBase, check
 
-FILE = Path(module.__file__).with_name("renamed_tensors.json")
 TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT")
 
 
-def told_by_transformers() -> dict[str, list[list[str]]]:
-    """Return class or model type -> the plain renamings of models that make text."""
+def told_by_transformers(rules_of: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
+    """Return class or model type -> rules, of models that make text and of their parts.
+
+    A part has the rules of its class under the name of its type.
+    """
     kinds: set[str] = set()
+    parts: set[str] = set()
     for task in TASKS:
         for kind, names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").items():
             kinds |= {kind, *([names] if isinstance(names, str) else names)}
-    found = {}
-    for kind in sorted(kinds):
-        mapping = conversion_mapping.get_checkpoint_conversion_mapping(kind) or []
-        plain = [rule for rule in mapping if type(rule) is WeightRenaming]
-        # Without the name of the group around the only pattern.
-        rules = [[r.compiled_sources.pattern[6:-1], r.target_patterns[0]] for r in plain]
-        if rules:
-            assert all(r.compiled_sources.pattern.startswith("(?P<g0>") for r in plain)
-            found[kind] = [[old.removeprefix(">"), new] for old, new in rules]
+            with suppress(StrictDataclassError):  # a part that has no model without its whole
+                parts |= set(parts_of(CONFIG_MAPPING[kind]()))
+    found = {kind: rules for kind in sorted(kinds) if (rules := rules_of(kind))}
+    for part in sorted(parts - found.keys()):
+        listed = modeling_auto.MODEL_MAPPING_NAMES.get(part, ())
+        names = [*([listed] if isinstance(listed, str) else listed), part]
+        if rules := next((told for name in names if (told := rules_of(name))), []):
+            found[part] = rules
     return found
 
 
-def test_the_renamings_are_those_of_transformers() -> None:
-    told = told_by_transformers()
+def parts_of(config: Any) -> Iterator[str]:
+    """Yield the types of the models that a configuration has configurations of."""
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield value.model_type
+            yield from parts_of(value)
+
+
+def splits(kind: str) -> list[Any]:
+    """Return the tensors whose rows become parameters as they are: pattern, names, equal sizes."""
+    rules: list[Any] = []
+    for rule in conversion_mapping.get_checkpoint_conversion_mapping(kind) or []:
+        steps = getattr(rule, "operations", [])
+        if (
+            len(steps) == 1
+            and isinstance(steps[0], Chunk | Split)
+            and len(rule.target_patterns) > 1
+        ):
+            assert steps[0].dim == 0
+            pattern = rule.compiled_sources.pattern[6:-1].removeprefix(">")
+            rules.append([pattern, rule.target_patterns, isinstance(steps[0], Chunk)])
+    return rules
+
+
+def renamings(kind: str) -> list[list[str]]:
+    mapping = conversion_mapping.get_checkpoint_conversion_mapping(kind) or []
+    plain = [rule for rule in mapping if type(rule) is WeightRenaming]
+    assert all(r.compiled_sources.pattern.startswith("(?P<g0>") for r in plain)
+    # Without the name of the group around the only pattern.
+    rules = [[r.compiled_sources.pattern[6:-1], r.target_patterns[0]] for r in plain]
+    return [[old.removeprefix(">"), new] for old, new in rules]
+
+
+@pytest.mark.parametrize(
+    ("file", "rules_of"),
+    [("renamed_tensors.json", renamings), ("split_tensors.json", splits)],
+    ids=["renamed", "split"],
+)
+def test_the_tables_are_those_of_transformers(
+    file: str, rules_of: Callable[[str], list[Any]]
+) -> None:
+    path = Path(module.__file__).with_name(file)
+    told = told_by_transformers(rules_of)
     if os.environ.get("UPDATE_GOLDEN"):
         rows = [f"{json.dumps(kind)}: {json.dumps(rules)}" for kind, rules in told.items()]
-        FILE.write_text("{\n" + ",\n".join(rows) + "\n}\n", "utf-8")
-    assert json.loads(FILE.read_text("utf-8")) == told, "UPDATE_GOLDEN=1 writes it"
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n", "utf-8")
+    assert json.loads(path.read_text("utf-8")) == told, "UPDATE_GOLDEN=1 writes it"
 
 
 def test_tensors_that_become_one_have_no_name_of_their_own() -> None:
@@ -51,6 +98,13 @@ def test_tensors_that_become_one_have_no_name_of_their_own() -> None:
 
     assert found == {"model.layers.0.mixer.in_proj.weight": names[0]}
     assert loaded_names({"model_type": "llama"}, names) == {}
+
+
+def test_a_parts_names_are_renamed_below_it_alone() -> None:
+    config = {"model_type": "lfm3_vl", "vision_config": {"model_type": "lfm3_vl_vision"}}
+    names = ["model.vision_tower.patchifier.weight", "model.language_model.patchifier.weight"]
+
+    assert loaded_names(config, names) == {"model.vision_tower.patch_embed.weight": names[0]}
 
 
 STACKED = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -69,6 +123,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-experts": ("granitemoe", {"target_modules": ["q_proj"]} | STACKED),
     "aria-experts": ("aria", {"target_modules": ["q_proj"]} | STACKED),
     "shared-experts": ("hy_v3", ALL | {"use_dora": True}),
+    "split": ("hrm_text", ALL | {"use_rslora": True, "rank_pattern": {"up_proj": 2}}),
+    "one-of-four": ("hrm_text", {"target_modules": ["v_proj"]}),
+    "split-by-size": ("sarvam_moe", {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
+    "first-and-last": ("sarvam_moe", {"target_modules": ["q_proj", "v_proj", "o_proj"]}),
 }
 
 
@@ -77,3 +135,18 @@ def test_merged_as_unmerged(name: str, bases: MakeBase, tmp_path: Path) -> None:
     kind, lora = CASES[name]
 
     check(bases(kind), kind, tmp_path, lora)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "said"),
+    [
+        ("sarvam_moe", {"target_modules": ["k_proj"]}, "begin is unknown"),
+        ("hrm_text", {"target_modules": ["k_proj"], "use_dora": True}, "lora_magnitude_vector on"),
+    ],
+    ids=["place", "dora"],
+)
+def test_pieces_that_cannot_be_merged_are_refused(
+    kind: str, lora: dict[str, Any], said: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    with pytest.raises(InputRefused, match=said):
+        check(bases(kind), kind, tmp_path, lora)

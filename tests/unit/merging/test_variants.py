@@ -14,7 +14,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.families import families
 
-from tests.unit.merging import test_layouts, test_tuners
+from tests.unit.merging import test_layouts, test_loading, test_tuners
 from tests.unit.merging.oracle import MakeBase, check
 
 Q = {"target_modules": ["q_proj", "v_proj"]}
@@ -225,6 +225,7 @@ ROWS = {
     "`trainable_token_indices`, trainable tokens": "tokens-both",
     "`target_parameters`: matrices and stacked experts": "qwen3-moe",
     "`layer_replication`": "replication",
+    "LoRA on layers that the base stores in one tensor": test_loading.test_merged_as_unmerged,
 }
 """Row of the reference's table -> what tries it: a case of these tables, or a test."""
 

@@ -67,3 +67,34 @@ def test_a_heads_bias_that_an_adapter_trains_is_validated(tmp_path):
 
     assert found.passed
     assert found.top1_agreement == 1.0
+
+
+def test_layers_that_the_base_stores_in_one_tensor_are_compared_one_by_one(tmp_path):
+    """Of Sarvam's query, key and value, which are one tensor, the adapter changes two."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    from tests.unit.merging.oracle import make_base, train
+
+    base = make_base(tmp_path / "base", "sarvam_moe")
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    adapters = ((train(base, "sarvam_moe", tmp_path / "adapter", config), 1.0),)
+    merge(MergeRequest(base=base, adapters=adapters, out=tmp_path / "out"))
+    request = Request(base=base, adapters=adapters, merged=tmp_path / "out")
+
+    found = validate(request)
+
+    assert found.passed
+    assert found.comparison.streamed
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    fused = "model.layers.1.attention.query_key_value.weight"
+    for row, part in ((3, "q_proj"), (35, "k_proj"), (50, "v_proj")):
+        wrong = tensors[fused].clone()
+        wrong[row, 5] += 0.1
+        save_file(tensors | {fused: wrong}, file, {"format": "pt"})
+
+        said = [one.message for one in validate(request).findings if one.check == "elements"]
+
+        assert len(said) == 1
+        assert f"self_attn.{part}.weight: 1 element differs" in said[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,10 +137,10 @@ class Weights:
         return self._mapped[tensor]
 
     @property
-    def of_experts(self) -> Collection[str]:
+    def of_experts(self) -> frozenset[str]:
         """The tensors of single experts."""
         stacks = [one for _, one in self._fused.values() if _only_stacks(one.converter)]
-        return {name for stack in stacks for name, _ in stack.parts}
+        return frozenset(name for stack in stacks for name, _ in stack.parts)
 
     def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], torch.Tensor | Computed]]]:
         """Return what reads the matrices [rows, columns] of each expert of a stacked parameter.

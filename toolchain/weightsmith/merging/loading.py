@@ -1,18 +1,25 @@
 """The names that transformers gives a checkpoint's tensors when it loads them.
 
-Adapters have these names. Only plain renamings are known here: of tensors that transformers stacks
-or splits, the part that is renamed.
+Adapters have these names. Known here are plain renamings (of tensors that transformers stacks, the
+part that is renamed), and tensors whose rows it splits into several parameters.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-_TABLE = "renamed_tensors.json"
+_RENAMED, _SPLIT = "renamed_tensors.json", "split_tensors.json"
+_NAMED = {
+    "text": "language_model|text_model",
+    "vision": "vision|visual|image|vit",
+    "audio": "audio|sound|speech",
+}
+"""Key of a part's configuration, without its end -> what the names of its modules contain."""
 
 
 def loaded_names(config: Mapping[str, object], names: Iterable[str]) -> dict[str, str]:
@@ -25,31 +32,94 @@ def loaded_names(config: Mapping[str, object], names: Iterable[str]) -> dict[str
     return {new: old for new, (old, *more) in found.items() if not more and new != old}
 
 
-def _loaded(name: str, rules: Iterable[tuple[re.Pattern[str], str]]) -> str:
-    """Rename a tensor as `WeightTransform.rename_source_key` does, by all rules in turn."""
-    for pattern, target in rules:
-        if match := pattern.search(name):
-            put = target.replace(r"\1", match[1]) if r"\1" in target else target
-            name = name.replace(match[0], put, 1)
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A parameter that is rows of a tensor of the checkpoint."""
+
+    tensor: str
+    """The tensor's name in the checkpoint."""
+    names: tuple[str, ...]
+    """The model's names of all parameters that the tensor consists of, in the order of its rows."""
+    equal: bool
+    """True if all have the same number of rows."""
+
+
+def split_names(config: Mapping[str, object], names: Iterable[str]) -> dict[str, Piece]:
+    """Return name in the model -> piece, of parameters that transformers splits a tensor into."""
+    splits = _rules(config, _SPLIT)
+    renamings = _rules(config) if splits else []
+    found: dict[str, Piece] = {}
+    for name in names if splits else ():
+        new = _loaded(name, renamings)
+        for rule in splits:
+            pieces = tuple(rule.apply(new, put) for put in rule.targets)
+            if pieces[0] != new:
+                piece = Piece(name, pieces, rule.equal)
+                found |= dict.fromkeys(pieces, piece)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What replaces a pattern in names, from behind a part's name on."""
+
+    pattern: re.Pattern[str]
+    targets: tuple[str, ...]
+    """More than one for a tensor that is split."""
+    equal: bool
+    """True if the pieces have the same number of rows."""
+    part: re.Pattern[str] | None
+    everywhere: bool
+    """Also in names without the part."""
+
+    def apply(self, name: str, target: str) -> str:
+        """Rename a tensor as `WeightTransform.rename_source_key` does."""
+        part = self.part.match(name) if self.part else None
+        start = part.end() if part else 0
+        match = self.pattern.search(name[start:])
+        if match is None or not (part or self.everywhere):
+            return name
+        put = target.replace(r"\1", match[1]) if r"\1" in target else target
+        return name[:start] + name[start:].replace(match[0], put, 1)
+
+
+def _loaded(name: str, rules: Iterable[_Rule]) -> str:
+    """Rename a tensor by all rules in turn."""
+    for rule in rules:
+        name = rule.apply(name, rule.targets[0])
     return name
 
 
-def _rules(config: Mapping[str, object]) -> list[tuple[re.Pattern[str], str]]:
-    """Return the rules of a model's class, else of its type, and those of its text model."""
-    listed, text = config.get("architectures"), config.get("text_config")
+def _rules(config: Mapping[str, object], table: str = _RENAMED) -> list[_Rule]:
+    """Return a table's rules of a model's class, else of its type, and those of its parts."""
+    listed = config.get("architectures")
     kinds = [str(kind) for kind in listed] if isinstance(listed, list) else []
     kinds.append(str(config.get("model_type", "")))
-    own = next((kind for kind in kinds if kind in _table()), "")
-    inner = str(text.get("model_type", "")) if isinstance(text, dict) else ""
-    both = dict.fromkeys(kind for kind in (own, inner) if kind)
-    return [(re.compile(rule), put) for kind in both for rule, put in _table().get(kind, ())]
+    own = next((kind for kind in kinds if kind in _table(table)), "")
+    rules = list(_of(table, own))
+    for key, value in config.items():
+        if isinstance(value, dict) and value.get("model_type") != config.get("model_type"):
+            rules += _of(table, str(value.get("model_type", "")), key.removesuffix("_config"))
+    return rules
+
+
+def _of(table: str, kind: str, part: str = "") -> Iterator[_Rule]:
+    """Yield a class's or type's rules, if it is the model or a part of it."""
+    word = _NAMED.get(part, re.escape(part))
+    below = re.compile(rf"(?:[^.]+\.)*?[^.]*(?:{word})[^.]*\.") if part else None
+    # Some checkpoints have the text model at the top.
+    everywhere = part in ("", "text")
+    for pattern, targets, equal in _table(table).get(kind, ()):
+        yield _Rule(re.compile(pattern), tuple(targets), equal, below, everywhere)
 
 
 @cache
-def _table() -> dict[str, list[tuple[str, str]]]:
-    """Return class or model type -> patterns and what they become, in order.
+def _table(name: str) -> dict[str, list[tuple[str, list[str], bool]]]:
+    """Return class or model type -> pattern, what it becomes, and whether pieces are equal.
 
-    A test compares the file with transformers' `conversion_mapping.py`.
+    A test compares the files with transformers' `conversion_mapping.py`.
     """
-    text = resources.files(__package__).joinpath(_TABLE).read_text("utf-8")
-    return {kind: [(old, new) for old, new in rules] for kind, rules in json.loads(text).items()}
+    rules = json.loads(resources.files(__package__).joinpath(name).read_text("utf-8"))
+    if name == _RENAMED:
+        return {kind: [(old, [new], True) for old, new in some] for kind, some in rules.items()}
+    return {kind: [(old, new, equal) for old, new, equal in some] for kind, some in rules.items()}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from weightsmith.checkpoints.peft_keys import WRAPPERS
+from weightsmith.merging.loading import Piece
 
 _WRAPPER = "base_model.model."
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -43,12 +44,17 @@ class BaseNames:
     """The base's tensors by name: an exact match first, else the tensor with the same ending.
 
     `loaded` has the tensors that transformers renames: name in the model -> name in the base.
+    `pieces` has the parameters that it makes of a tensor's rows.
     """
 
     def __init__(
-        self, tensors: Mapping[str, object], loaded: Mapping[str, str] | None = None
+        self,
+        tensors: Mapping[str, object],
+        loaded: Mapping[str, str] | None = None,
+        pieces: Mapping[str, Piece] | None = None,
     ) -> None:
         self._tensors = tensors
+        self._pieces = pieces or {}
         self._loaded = loaded or {}
         self._stored = {stored: name for name, stored in self._loaded.items()}
         self._renamed = BaseNames(self._loaded) if self._loaded else None
@@ -70,6 +76,10 @@ class BaseNames:
         if found or self._renamed is None:
             return found
         return tuple(self._loaded[name] for name in self._renamed.find(tensor))
+
+    def piece(self, tensor: str) -> Piece | None:
+        """Return the rows of the base that a parameter of the model is made of."""
+        return self._pieces.get(tensor)
 
     def loaded(self, stored: str) -> str:
         """Return the name that transformers gives one of the base's tensors."""

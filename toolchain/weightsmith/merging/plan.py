@@ -31,7 +31,7 @@ from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.compose import compose
 from weightsmith.merging.families import families
 from weightsmith.merging.left_out import without_left_out
-from weightsmith.merging.loading import loaded_names
+from weightsmith.merging.loading import loaded_names, split_names
 from weightsmith.merging.names import BaseNames, plain_key
 from weightsmith.merging.origin import other_family
 from weightsmith.merging.outputs import Output, OutputShard, Stored
@@ -120,7 +120,11 @@ def make_plan(
     tie = find_tie(config, tensors.sources)
     apart = tie if tie and planned and stored_apart(tie, tensors.sources) else None
     tie = None if apart else tie
-    names = BaseNames(tensors.sources, loaded_names(config, tensors.sources))
+    names = BaseNames(
+        tensors.sources,
+        loaded_names(config, tensors.sources),
+        split_names(config, tensors.sources),
+    )
     views = [_view(n, one, tensors, config, names, tie, apart) for n, one in enumerate(planned)]
     claimed = [_claims(view) for view in views]
     claims = [claims for claims, _ in claimed]

@@ -31,7 +31,7 @@ from weightsmith.values import (
 )
 
 BUILDER = "merge"
-RECIPE_NUMBER = 3
+RECIPE_NUMBER = 4
 _MEMORY_BYTES = 2 << 30
 """Smallest memory limit of the merge container; a sum of deltas needs only a fraction of it."""
 

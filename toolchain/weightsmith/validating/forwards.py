@@ -155,7 +155,7 @@ class BaseAndAdapters:
             tie_again(model.get_base_model())
         if (layers := replication(model)) is not None:
             weights.replicate(layers)
-        adapted, replaced = tuple(sites(model)), tuple(replaced_parameters(model, names))
+        adapted, replaced = tuple(sites(model, weights)), tuple(replaced_parameters(model, names))
         _apply_weights(model, self.adapters, adapted, replaced, weights)
         return Unmerged(model=model, base=weights, sites=adapted, replaced=replaced)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from weightsmith.forward.network import base_name
+from weightsmith.forward.weights import Weights
 from weightsmith.validating.elements import Factors
 
 
@@ -54,8 +55,11 @@ class Site:
         )
 
 
-def sites(reference: Any) -> list[Site]:
-    """Return the layers that PEFT wrapped, outermost, in the model's order."""
+def sites(reference: Any, base: Weights) -> list[Site]:
+    """Return the layers that PEFT wrapped, outermost, in the model's order.
+
+    A layer whose weight is rows of a tensor of `base` is of the kind `other`.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: list[Site] = []
@@ -64,8 +68,8 @@ def sites(reference: Any) -> list[Site]:
         if not isinstance(layer, BaseTunerLayer) or id(layer) in inside:
             continue
         inside |= {id(module) for module in layer.modules()}
-        kind = _kind(layer)
         names = [name for name, _ in layer.get_base_layer().named_parameters()]
+        kind = _kind(layer) if base.tensor_of(base_name(f"{path}.weight")) else "other"
         found.append(
             Site(
                 path=path,

@@ -23,7 +23,8 @@ def explain(
     """Return the finding for a tensor with wrong elements, with the most likely cause."""
     name = tally.tensor or parameter
     where = f"[{tally.row}, {tally.column}] is {tally.found:.6g}, not {tally.expected:.6g}"
-    if site is not None and not examiner.merged.tensor_of(parameter):
+    tensors = examiner.merged.tensors_of(parameter) if examiner.merged.has(parameter) else ()
+    if site is not None and examiner.merged.of_experts.intersection(tensors):
         # transformers stacks experts along the first dimension.
         where = f"first in expert {tally.row}: {tally.found:.6g}, not {tally.expected:.6g}"
     few = tally.wrong <= max(8, tally.total // 1000)

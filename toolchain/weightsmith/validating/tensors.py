@@ -10,6 +10,7 @@ from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.forwards import Reference
 from weightsmith.validating.mixtures import left_out
 from weightsmith.validating.result import ElementCount
+from weightsmith.validating.stacked import rows_of, stored
 from weightsmith.validating.suspicion import explain
 
 
@@ -50,16 +51,21 @@ def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dic
     """Compare tensors that no adapter changes; a tied head counts as the embedding."""
     base = reference.base
     pairs: dict[tuple[str, str], None] = {}
+    found = {}
+    changed = {t for name in touched if base.has(name) for t in base.tensors_of(name)}
     for name in base.parameters:
         if name in touched or not weights.has(name):
             continue
-        if base.tensor_of(name) and weights.tensor_of(name):
+        if not base.tensor_of(name) and changed.intersection(base.tensors_of(name)):
+            tally = found[name] = Tally(tensor=name)
+            before, after = (rows_of(stored(one, name)) for one in (base, weights))
+            compare_bytes(tally, 0, before, after)
+        elif base.tensor_of(name) and weights.tensor_of(name):
             pairs[base.tensor_of(name), weights.tensor_of(name)] = None
         else:
             pairs.update(((t, t), None) for t in base.tensors_of(name) if t in weights.infos)
     pairs.update(((t, t), None) for t in base.unused if t in weights.infos)
     done = {t.tensor for n, t in reference.examiner.tallies.items()}
-    found = {}
     for mine, theirs in pairs:
         if theirs in done or base.infos[mine].shape != weights.infos[theirs].shape:
             continue

@@ -12,7 +12,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim, Family, Variant
 from weightsmith.merging.dora import Dora
 from weightsmith.merging.duplicates import same_transposed
-from weightsmith.merging.families import experts
+from weightsmith.merging.families import experts, pieces
 from weightsmith.merging.kasa import Kasa
 from weightsmith.merging.names import CONV1D_MODELS, is_conv1d, module_key, plain_module
 from weightsmith.merging.outputs import Part, Term, matrix_columns
@@ -47,6 +47,8 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
     mismatches: list[str] = []
     stacks: dict[str, list[experts.Pair]] = {}
     groups = _groups(view)
+    split: dict[str, tuple[TensorInfo, TensorInfo]] = {}
+    roles: set[str] = set()
     tied_copy = _has_tied_copy(view, groups)
     for group in groups.values():
         if group.unused:
@@ -56,6 +58,9 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         a, b = _factors(view, group)
         if len(a.shape) == 2 and experts.is_expert(view, group.module):
             stacks.setdefault(group.module, []).append(experts.Pair(group.raw, a, b))
+        elif len(a.shape) == 2 and pieces.is_piece(view, group.module):
+            split[group.module] = a, b
+            roles |= group.keys.keys()
         elif tied_copy and is_head(group.module):
             # The embedding's factors, transposed: already applied to the shared weight.
             yield Claim(keys=(a.name, b.name), module=group.module)
@@ -63,6 +68,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             yield from _layer(view, group, (a, b), tied_copy, mismatches)
     for module, pairs in stacks.items():
         yield from experts.claims(view, module, pairs)
+    yield from pieces.claims(view, split, sorted(roles))
     if mismatches:
         raise InputRefused(
             f"{view.path} was trained on another model: {len(mismatches)} shapes differ, such as "
@@ -85,6 +91,7 @@ FAMILY = Family(
             name="`target_parameters`: matrices and stacked experts",
             how="exact, also for bases with one tensor per expert",
         ),
+        Variant(name="LoRA on layers that the base stores in one tensor", how="exact; LoRA alone"),
         Variant(name="`layer_replication`", how="exact: every replica is written out"),
         Variant(name="`rank_pattern`, `alpha_pattern`, `use_rslora`", how="exact"),
         Variant(name="`lora_bias`", how="exact: b + s·bias; the base must have a bias"),
