@@ -20,12 +20,12 @@ from weightsmith.drivers.docker import DockerEngine, DockerRunner
 from weightsmith.drivers.docker_requests import LABEL_JOB
 from weightsmith.drivers.folders import read_tree
 from weightsmith.drivers.local import LocalRunner
-from weightsmith.drivers.within_memory import WithinMemory
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import EchoJob, MergeJob
 from weightsmith.merge_options import Merge
 from weightsmith.ports import Runner, Silent
+from weightsmith.runners import WithinMemory
 from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
 

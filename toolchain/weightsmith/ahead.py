@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Generic, Self, TypeVar
 
 from weightsmith.held import Held
 from weightsmith.jobs import Job
 from weightsmith.ports import Progress, Runner
+from weightsmith.runners import WithinMemory, Wrapped
 from weightsmith.tools import Tools
 from weightsmith.values import Json
 
@@ -61,11 +62,11 @@ class Ahead(Generic[T]):
     def start(self, name: str, work: Callable[[Tools], T], shares: Shares) -> Tools:
         """Begin the work of this name; return the tools for the stages before it."""
         self._name, self._stop = name, os.eventfd(0)
-        runner = Limited(self._tools.runner, shares.ahead, self._stop)
+        runner = Stopped(WithinMemory(self._tools.runner, shares.ahead), self._stop)
         tools = replace(self._tools, runner=runner, progress=self._held)
         # A daemon, so that an interrupted command does not wait for it at its very end.
         threading.Thread(target=self._run, args=(work, tools), daemon=True, name="ahead").start()
-        return replace(self._tools, runner=Limited(self._tools.runner, shares.now))
+        return replace(self._tools, runner=WithinMemory(self._tools.runner, shares.now))
 
     def _run(self, work: Callable[[Tools], T], tools: Tools) -> None:
         try:
@@ -89,43 +90,16 @@ class Ahead(Generic[T]):
         return self._value[0]
 
 
-@dataclass(slots=True)
-class Limited:
-    """A runner whose jobs get a share of the memory, and end once the file `stop` can be read."""
+class Stopped(Wrapped):
+    """A runner whose jobs end once the file `stop` can be read."""
 
-    runner: Runner
-    most: int
-    """Bytes; 0 for no limit."""
-    stop: int | None = None
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Take over the runner's name."""
-        self.name = self.runner.name
-
-    @property
-    def networked(self) -> bool:
-        """Whether any job has run with network access."""
-        return self.runner.networked
-
-    def prepare(self, builder: str, progress: Progress) -> None:
-        """Make the builder ready."""
-        self.runner.prepare(builder, progress)
-
-    def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure if it is certain that the builder cannot be made."""
-        self.runner.check(builder)
-
-    def ready(self, builder: str) -> bool:
-        """Return whether the builder already exists."""
-        return self.runner.ready(builder)
+    def __init__(self, runner: Runner, stop: int) -> None:
+        super().__init__(runner)
+        self._stop = stop
 
     def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         """Run the job; raises KeyboardInterrupt if it was stopped, as stages know it."""
-        most = min(filter(None, (job.memory_bytes, self.most)), default=0)
         try:
-            return self.runner.run(
-                replace(job, memory_bytes=most), progress, stop=self.stop if stop is None else stop
-            )
+            return self.runner.run(job, progress, stop=self._stop if stop is None else stop)
         except InterruptedError:
             raise KeyboardInterrupt from None

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from weightsmith.errors import WeightsmithError
 from weightsmith.foreign import RECORD, parse_file
 from weightsmith.jobs import EARLY_ANSWERS, Job, ProofJob, ReferenceJob, ValidateJob
 from weightsmith.ports import Progress, Runner
+from weightsmith.runners import Wrapped
 from weightsmith.values import Json
 
 
-@dataclass(slots=True)
-class Together:
+class Together(Wrapped):
     """A runner whose validation also runs the reference job that follows, and keeps its answers.
 
     Two jobs import the same libraries, which takes longer than many a validation; and a validation
@@ -23,38 +23,24 @@ class Together:
     own job, gets its own result and stores it under its own key.
     """
 
-    runner: Runner
-    reference: ReferenceJob
-    """The reference job that follows."""
-    keep: Callable[[Mapping[str, Json]], None]
-    """Stores its answers, if no reference stage will follow: the validation has failed."""
-    clock: Callable[[], float]
-    """Monotonic clock in seconds."""
-    name: str = field(init=False)
-    _answers: Mapping[str, Json] = field(default_factory=dict, init=False)
-    _early: float = field(default=0.0, init=False)
-    """Seconds that the answers took in the validation's time."""
+    def __init__(
+        self,
+        runner: Runner,
+        reference: ReferenceJob,
+        keep: Callable[[Mapping[str, Json]], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """Take the reference job that follows, and a monotonic clock in seconds.
 
-    def __post_init__(self) -> None:
-        """Take over the runner's name."""
-        self.name = self.runner.name
-
-    @property
-    def networked(self) -> bool:
-        """Whether any job has run with network access."""
-        return self.runner.networked
-
-    def prepare(self, builder: str, progress: Progress) -> None:
-        """Make the builder ready."""
-        self.runner.prepare(builder, progress)
-
-    def check(self, builder: str) -> None:
-        """Raise EnvironmentFailure if it is certain that the builder cannot be made."""
-        self.runner.check(builder)
-
-    def ready(self, builder: str) -> bool:
-        """Return whether the builder already exists."""
-        return self.runner.ready(builder)
+        `keep` stores its answers, if no reference stage will follow: the validation has failed.
+        """
+        super().__init__(runner)
+        self.reference = reference
+        self.keep = keep
+        self.clock = clock
+        self._answers: Mapping[str, Json] = {}
+        self._early = 0.0
+        """Seconds that the answers took in the validation's time."""
 
     def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
         """Run the job, or return what ran with the validation; raises the job's own error."""

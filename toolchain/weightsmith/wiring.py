@@ -37,7 +37,6 @@ from weightsmith.drivers.s3_cache import S3Cache
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.user_program import run_command
-from weightsmith.drivers.within_memory import WithinMemory
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci import auth
 from weightsmith.oci.layout import read_layout
@@ -49,6 +48,7 @@ from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Si
 from weightsmith.privacy import private
 from weightsmith.provenance.signing import check_by, check_of
 from weightsmith.run_options import RunOptions
+from weightsmith.runners import WithinMemory
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.sharing.address import Address, Sharing, chosen, required
 from weightsmith.sharing.cache import SharedCache
