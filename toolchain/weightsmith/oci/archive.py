@@ -74,14 +74,8 @@ def _held(image: Image, skip_diff_ids: Sequence[str]) -> set[Digest]:
 
 
 def _index(image: Image, name: str, tag: str) -> bytes:
-    blob = image.manifest_blob
-    row = {
-        "mediaType": blob.media_type,
-        "digest": blob.digest,
-        "size": blob.size,
-        "annotations": {"io.containerd.image.name": name, REF_NAME: tag},
-    }
-    return canonical({"schemaVersion": 2, "mediaType": manifests.OCI_INDEX, "manifests": [row]})
+    names = {"io.containerd.image.name": name, REF_NAME: tag}
+    return manifests.index_of([manifests.described(image.manifest_blob, names)])
 
 
 def _blob_path(digest: Digest) -> str:

@@ -90,9 +90,9 @@ class Attachment:
             "schemaVersion": 2,
             "mediaType": manifests.OCI_MANIFEST,
             "artifactType": self.artifact_type,
-            "config": _row(self._config_blob),
-            "layers": [_row(part.blob, part.annotations) for part in self.parts],
-            "subject": _row(self.subject),
+            "config": manifests.described(self._config_blob),
+            "layers": [manifests.described(part.blob, part.annotations) for part in self.parts],
+            "subject": manifests.described(self.subject),
         }
         if self.annotations:
             document["annotations"] = dict(self.annotations)
@@ -107,7 +107,8 @@ class Attachment:
     @property
     def row(self) -> Mapping[str, Json]:
         """Its entry in a referrers index."""
-        return {**_row(self.blob, self.annotations), "artifactType": self.artifact_type}
+        row = manifests.described(self.blob, self.annotations)
+        return {**row, "artifactType": self.artifact_type}
 
     @property
     def _config_blob(self) -> Blob:
@@ -176,24 +177,7 @@ def with_rows(rows: Sequence[Json], attachments: Sequence[Attachment]) -> bytes:
     """Return a referrers index with the attachments added, each once."""
     new = {str(attachment.blob.digest): attachment.row for attachment in attachments}
     old = {str(row.get("digest")): row for row in rows if isinstance(row, dict)}
-    return canonical(
-        {
-            "schemaVersion": 2,
-            "mediaType": manifests.OCI_INDEX,
-            "manifests": [row for _, row in sorted({**old, **new}.items())],
-        }
-    )
-
-
-def _row(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, Json]:
-    found: dict[str, Json] = {
-        "mediaType": blob.media_type,
-        "digest": blob.digest,
-        "size": blob.size,
-    }
-    if annotations:
-        found["annotations"] = dict(annotations)
-    return found
+    return manifests.index_of([row for _, row in sorted({**old, **new}.items())])
 
 
 def _blob(row: Json, where: str) -> Blob:

@@ -89,8 +89,10 @@ class Image:
         document = {
             "schemaVersion": 2,
             "mediaType": self.manifest_type,
-            "config": _descriptor(config),
-            "layers": [_descriptor(blob_of(layer), layer.annotations) for layer in self.layers],
+            "config": manifests.described(config),
+            "layers": [
+                manifests.described(blob_of(layer), layer.annotations) for layer in self.layers
+            ],
         }
         if self.artifact_type:
             document["artifactType"] = self.artifact_type
@@ -274,17 +276,6 @@ _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
 def image_layers(image: Image) -> tuple[ImageLayer, ...]:
     """Return an image's layers as they are reported, bottom first."""
     return tuple(ImageLayer(digest=x.digest, size=x.size, file=x.file) for x in image.layers)
-
-
-def _descriptor(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, Json]:
-    found: dict[str, Json] = {
-        "mediaType": blob.media_type,
-        "digest": blob.digest,
-        "size": blob.size,
-    }
-    if annotations:
-        found["annotations"] = dict(annotations)
-    return found
 
 
 def _merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:

@@ -26,7 +26,7 @@ class Index:
     def manifest_bytes(self) -> bytes:
         """The index document, platforms sorted."""
         rows = sorted(map(_row, self.images), key=lambda row: canonical(row["platform"]))
-        return canonical({"schemaVersion": 2, "mediaType": manifests.OCI_INDEX, "manifests": rows})
+        return manifests.index_of(rows)
 
     @property
     def digest(self) -> Digest:
@@ -70,13 +70,10 @@ def is_own(image: Image) -> bool:
 
 
 def _row(image: Image) -> dict[str, Json]:
-    blob = image.manifest_blob
     system, _, machine = image.platform.partition("/")
     platform: Mapping[str, Json] = {"os": system, "architecture": machine}
     variant = image.settings.get("variant")
     return {
-        "mediaType": blob.media_type,
-        "digest": blob.digest,
-        "size": blob.size,
+        **manifests.described(image.manifest_blob),
         "platform": {**platform, **({"variant": variant} if variant else {})},
     }

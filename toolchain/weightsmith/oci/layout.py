@@ -46,7 +46,7 @@ def write_layout(
             put_blob(store, blob, opener, meter)
         put_blob(store, image.manifest_blob, lambda: iter((image.manifest_bytes,)), Meter(0))
         replace_file(folder / "oci-layout", [MARKER], MODE)
-        replace_file(folder / "index.json", [canonical(_index(image, ref, folder))], MODE)
+        replace_file(folder / "index.json", [_index(image, ref, folder)], MODE)
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",
@@ -66,18 +66,9 @@ def write_index(
         store = folder / "blobs" / "sha256"
         put_blob(store, index.blob, lambda: iter((data,)), Meter(0))
         rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
-        row = {
-            "mediaType": manifests.OCI_INDEX,
-            "digest": index.digest,
-            "size": index.blob.size,
-            "annotations": {REF_NAME: ref},
-        }
-        document = {
-            "schemaVersion": 2,
-            "mediaType": manifests.OCI_INDEX,
-            "manifests": [*(kept for kept in rows if _name(kept) != ref), row],
-        }
-        replace_file(folder / "index.json", [canonical(document)], MODE)
+        kept = [row for row in rows if _name(row) != ref]
+        document = manifests.index_of([*kept, manifests.described(index.blob, {REF_NAME: ref})])
+        replace_file(folder / "index.json", [document], MODE)
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write the image layout {folder}: {error.strerror or error}",
@@ -183,26 +174,19 @@ def _is_right(path: Path, blob: Blob) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == blob.digest.hex
 
 
-def _index(image: Image, ref: str, folder: Path) -> Mapping[str, Json]:
+def _index(image: Image, ref: str, folder: Path) -> bytes:
     """Return the folder's index with the image added; other names stay."""
     kept: list[Json] = []
     if (folder / "index.json").exists():
         rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
         kept = [row for row in rows if _name(row) not in ("", ref)]
-    blob = image.manifest_blob
+    row = manifests.described(image.manifest_blob, {REF_NAME: ref})
     system, _, machine = image.platform.partition("/")
-    row = {
-        "mediaType": blob.media_type,
-        "digest": blob.digest,
-        "size": blob.size,
-        **({"platform": {"os": system, "architecture": machine}} if system else {}),
-        "annotations": {REF_NAME: ref},
-    }
-    return {
-        "schemaVersion": 2,
-        "mediaType": manifests.OCI_INDEX,
-        "manifests": sorted([*kept, row], key=lambda row: (_name(row), str(row["digest"]))),
-    }
+    if system:
+        row["platform"] = {"os": system, "architecture": machine}
+    return manifests.index_of(
+        sorted([*kept, row], key=lambda row: (_name(row), str(row["digest"])))
+    )
 
 
 def index_document(folder: Path) -> Mapping[str, Json]:

@@ -11,7 +11,7 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import SMALL, parse
 from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.platforms import host_platform
-from weightsmith.values import Blob, Digest, Json
+from weightsmith.values import Blob, Digest, Json, canonical
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -94,6 +94,21 @@ def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | N
             f"{where} has no valid sha256 digest",
             hint=DAMAGED,
         ) from None
+
+
+def described(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, Json]:
+    """Return a blob's descriptor as documents have it."""
+    found: dict[str, Json] = {
+        "mediaType": blob.media_type,
+        "digest": blob.digest,
+        "size": blob.size,
+    }
+    return {**found, "annotations": dict(annotations)} if annotations else found
+
+
+def index_of(rows: Sequence[Json]) -> bytes:
+    """Return an index of these descriptors."""
+    return canonical({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(rows)})
 
 
 def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:

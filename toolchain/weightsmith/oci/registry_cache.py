@@ -75,8 +75,8 @@ class RegistryCache:
             "schemaVersion": 2,
             "mediaType": manifests.OCI_MANIFEST,
             "artifactType": DOCUMENT_TYPE,
-            "config": _descriptor(config) | inline,
-            "layers": [_descriptor(blob) for blob, _ in layers],
+            "config": manifests.described(config) | inline,
+            "layers": [manifests.described(blob) for blob, _ in layers],
             "annotations": {_CREATED: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")},
         }
         pushed = self._registry.push_manifest(
@@ -147,10 +147,6 @@ def _kept(key: Digest, manifest: Mapping[str, Json]) -> Kept:
     rows = [manifest["config"], *manifest["layers"]]
     written = datetime.fromisoformat(str(manifest["annotations"][_CREATED]))
     return Kept(key=key, size=sum(int(row["size"]) for row in rows), used=written.timestamp())
-
-
-def _descriptor(blob: Blob) -> dict[str, Json]:
-    return {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size}
 
 
 def _inlined(row: Mapping[str, Json]) -> bytes:
