@@ -145,7 +145,7 @@ def test_the_lock_names_a_base_for_each_flavour():
 
 def test_a_base_is_pinned_where_its_digest_is_known():
     digest = Digest.of(b"")
-    found = Base(purpose="p", reference="r:1", digests={"linux/amd64": digest, "linux/arm64": None})
+    found = Base(reference="r:1", digests={"linux/amd64": digest, "linux/arm64": None})
 
     assert found.pinned("linux/amd64") == f"r:1@{digest}"
     assert found.pinned("linux/arm64") == "r:1"

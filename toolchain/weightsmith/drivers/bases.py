@@ -16,7 +16,6 @@ from weightsmith.values import Digest
 class Base:
     """An upstream image: its tag, and its digest per platform if pinned."""
 
-    purpose: str
     reference: str
     digests: Mapping[str, Digest | None]
     """Platform (`linux/amd64`) -> digest; None if not pinned."""
@@ -55,7 +54,6 @@ def _base(purpose: str, entry: Mapping[str, object]) -> Base:
     if not isinstance(digests, dict):
         raise TypeError(f"the digests of {purpose} are not an object")
     return Base(
-        purpose=purpose,
         reference=str(entry["reference"]),
         digests={str(k): Digest(v) if v else None for k, v in sorted(digests.items())},
     )

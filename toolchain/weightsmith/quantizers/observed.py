@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import InputRefused
 from weightsmith.quantizers.architectures import WALKED, check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import check_config, output_bytes
 from weightsmith.quantizers.matrices import matrices
@@ -18,7 +16,7 @@ from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.rounded import options, quantize
-from weightsmith.quantizers.running import python_step, read_settings, refusal, texts
+from weightsmith.quantizers.running import python_step, read_settings, refusals, texts
 from weightsmith.quantizers.schemes import NVFP4
 from weightsmith.values import Format, Json
 
@@ -49,13 +47,10 @@ def main() -> None:
     libraries.import_for_good()
     walk: Any = importlib.import_module("weightsmith.quantizers.layerwise.maxima")
     model, out = Path(settings["model"]), Path(settings["out"])
-    try:
+    with refusals():
         found = matrices(CheckpointTensors(model), model)
         inputs = walk.input_maxima(model, texts(settings["calibration"]), found)
         quantize(NVFP4, model, out, settings["keep"], inputs)
-    except InputRefused as error:
-        print(refusal(error), file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
 
 
 QUANTIZER = Quantizer(

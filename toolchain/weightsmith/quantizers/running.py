@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def read_settings() -> Mapping[str, Json]:
 def refusal(error: WeightsmithError) -> str:
     """Return the last line of a program of ours that refuses its input."""
     return REFUSED + json.dumps([error.message, error.hint])
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """End the program with its refusal as the last line, if the block refuses its input."""
+    try:
+        yield
+    except InputRefused as error:
+        print(refusal(error), file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
 
 
 def progress_line(done: int, total: int, unit: str) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.quantizers.architectures import GROUPED, check_kept
 from weightsmith.quantizers.checkpoints import (
@@ -22,7 +20,7 @@ from weightsmith.quantizers.checkpoints import (
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
-from weightsmith.quantizers.running import python_step, read_settings, refusal
+from weightsmith.quantizers.running import python_step, read_settings, refusals
 from weightsmith.quantizers.unquantized import keep_option
 from weightsmith.values import AWQ, GPTQ, Format, Json
 
@@ -77,11 +75,8 @@ def main() -> None:
     libraries: Any = importlib.import_module("weightsmith.forward.libraries")
     libraries.import_for_good()
     walk: Any = importlib.import_module("weightsmith.quantizers.layerwise.quantizing")
-    try:
+    with refusals():
         walk.quantize(settings)
-    except InputRefused as error:
-        print(refusal(error), file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
 
 
 def peak_disk(size: int, kept: int, format_: Format, _options: Mapping[str, Json]) -> int:

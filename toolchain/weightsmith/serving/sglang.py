@@ -79,11 +79,6 @@ def _batched_tokens(machine: Machine) -> int:
     return 4096 if machine.bytes_each < 90 * GIB else 8192
 
 
-def _most_requests(machine: Machine) -> int:
-    del machine
-    return 256
-
-
 RULES = Rules(
     name="sglang",
     block=1,
@@ -95,7 +90,7 @@ RULES = Rules(
     small_target="sglang-awq",
     state_dtype="float32",
     batched_tokens=_batched_tokens,
-    most_requests=_most_requests,
+    most_requests=lambda _machine: 256,
     cache_dtypes={"bf16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1},
 )
 

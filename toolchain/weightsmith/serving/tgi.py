@@ -11,7 +11,6 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.positions import Positions
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
-from weightsmith.serving.machine import Machine
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
@@ -64,16 +63,6 @@ _NOT_HERE: Mapping[str, str] = {
 }
 
 
-def _batched_tokens(machine: Machine) -> int:
-    del machine
-    return 4096
-
-
-def _most_requests(machine: Machine) -> int:
-    del machine
-    return 128  # the launcher's MAX_CONCURRENT_REQUESTS
-
-
 RULES = Rules(
     name="tgi",
     block=1,  # flashinfer's pages, with prefix caching
@@ -85,8 +74,8 @@ RULES = Rules(
     wiggle=0.9,  # TGI_WIGGLE_ROOM of the server; the launcher's is 0.95
     splits_by_layers=False,
     small_target="tgi-awq",
-    batched_tokens=_batched_tokens,
-    most_requests=_most_requests,
+    batched_tokens=lambda _machine: 4096,
+    most_requests=lambda _machine: 128,  # the launcher's MAX_CONCURRENT_REQUESTS
     cache_dtypes={"fp8": 1, "fp8_e4m3": 1, "fp8_e4m3fn": 1, "fp8_e5m2": 1},
 )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions
-from weightsmith.serving.machine import Machine
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
@@ -50,16 +49,6 @@ _NOT_HERE: Mapping[str, str] = {
 }
 
 
-def _batched_tokens(machine: Machine) -> int:
-    del machine
-    return 8192
-
-
-def _most_requests(machine: Machine) -> int:
-    del machine
-    return 256
-
-
 RULES = Rules(
     name="trtllm",
     block=32,
@@ -69,8 +58,8 @@ RULES = Rules(
     fraction=0.9,
     fraction_of="free",
     state_dtype="float32",
-    batched_tokens=_batched_tokens,
-    most_requests=_most_requests,
+    batched_tokens=lambda _machine: 8192,
+    most_requests=lambda _machine: 256,
     cache_dtypes={"fp8": 1},
 )
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from weightsmith.errors import InputRefused
 from weightsmith.quantizers.convert import run
-from weightsmith.quantizers.running import refusal
+from weightsmith.quantizers.running import refusals
 from weightsmith.worker.virtual import computed_for_program
 
 
@@ -22,12 +21,8 @@ def main() -> None:
     converter, model, *rest = sys.argv[1:]
     end = rest.index("--") if "--" in rest else len(rest)
     places = [Path(place) for place in rest[end + 1 :]]
-    try:
-        with computed_for_program():
-            run(Path(converter), Path(model), (rest[:end], None), projectors=places)
-    except InputRefused as error:
-        print(refusal(error), file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+    with refusals(), computed_for_program():
+        run(Path(converter), Path(model), (rest[:end], None), projectors=places)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ python -m weightsmith.worker.quantize_rounded SETTINGS
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from weightsmith.errors import InputRefused
 from weightsmith.quantizers.rounded import quantize
-from weightsmith.quantizers.running import read_settings, refusal
+from weightsmith.quantizers.running import read_settings, refusals
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.worker.virtual import computed_for_program
 
@@ -19,12 +17,8 @@ def main() -> None:
     """Quantize as set in the settings file."""
     settings = read_settings()
     scheme = SCHEMES[settings["method"]]
-    try:
-        with computed_for_program():
-            quantize(scheme, Path(settings["model"]), Path(settings["out"]), settings["keep"])
-    except InputRefused as error:
-        print(refusal(error), file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+    with refusals(), computed_for_program():
+        quantize(scheme, Path(settings["model"]), Path(settings["out"]), settings["keep"])
 
 
 if __name__ == "__main__":
