@@ -16,6 +16,7 @@ from weightsmith.visible import joined
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
     from weightsmith.recipe_file import RecipeFile
+    from weightsmith.recording import Built
 
 _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
 _QUANTIZE = Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True)
@@ -87,37 +88,38 @@ def build(
             locked=locked,
             update_lock=update_lock,
         )
-        built = list(build_all(request, tools))
-    result = {
-        b.target.name: {
-            "image": b.published.reference,
-            "digest": b.published.digest,
-            "verdict": b.verdict,
-            "unproven": b.unproven,
-            "scores": {name: score.score for name, score in b.scores.items()},
-            "sameness": b.sameness,
-            "verdicts": [v.facts for result in b.results for v in result.verdicts],
-            "forms": {
-                kind: {
-                    "reference": form.reference,
-                    "digest": form.digest,
-                    "uploaded_bytes": form.uploaded_bytes,
-                    "mounted": form.mounted,
-                }
-                for kind, form in b.forms.items()
-            },
-            "platforms": {
-                platform: {"digest": digest, "started": platform == b.started}
-                for platform, digest in b.published.platforms.items()
-            },
-            "uploaded_bytes": b.published.uploaded_bytes,
-            "stages": b.stages,
-            "report": b.report,
-        }
-        for b in built
-    }
+        result = {built.target.name: _facts(built) for built in build_all(request, tools)}
     lines = [line for name, facts in result.items() for line in _lines(name, facts)]
     return {"targets": result}, joined(lines)
+
+
+def _facts(built: Built) -> dict[str, Json]:
+    """Return what is printed of a target's image."""
+    return {
+        "image": built.published.reference,
+        "digest": built.published.digest,
+        "verdict": built.verdict,
+        "unproven": built.unproven,
+        "scores": {name: score.score for name, score in built.scores.items()},
+        "sameness": built.sameness,
+        "verdicts": [v.facts for result in built.results for v in result.verdicts],
+        "forms": {
+            kind: {
+                "reference": form.reference,
+                "digest": form.digest,
+                "uploaded_bytes": form.uploaded_bytes,
+                "mounted": form.mounted,
+            }
+            for kind, form in built.forms.items()
+        },
+        "platforms": {
+            platform: {"digest": digest, "started": platform == built.started}
+            for platform, digest in built.published.platforms.items()
+        },
+        "uploaded_bytes": built.published.uploaded_bytes,
+        "stages": built.stages,
+        "report": built.report,
+    }
 
 
 def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
