@@ -19,19 +19,21 @@ KSERVE = "ln -s /proc/$$/root/models /tmp/models && ls /tmp/models/ && test -r /
 """What KServe's injector has a modelcar run, but for the end, where it sleeps."""
 
 
+def baked(folder: Path, *words: str | Path) -> None:
+    """Bake a modelcar of the tiny model."""
+    bake = ("bake", "--model", TINY / "base", "--target", "vllm", "--kind", "modelcar", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "weightsmith", *map(str, (*bake, *words))],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.emulator
 @pytest.mark.builders
 def test_a_modelcar_for_arm_has_a_shell_for_arm(tmp_path: Path) -> None:
-    words = (
-        "bake", "--model", TINY / "base", "--target", "vllm", "--kind", "modelcar",
-        "--platform", "linux/arm64", "--layout", tmp_path / "layout", "--json",
-    )  # fmt: skip
-    environment = {**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")}
-    baked = subprocess.run(
-        [sys.executable, "-m", "weightsmith", *map(str, words)],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert baked.returncode == 0, baked.stderr
+    baked(tmp_path, "--platform", "linux/arm64", "--layout", tmp_path / "layout")
     image = read_layout(tmp_path / "layout", platform="linux/arm64")
     unpack(image, tmp_path / "root")
     said = subprocess.run(
@@ -46,16 +48,7 @@ def test_a_modelcar_for_arm_has_a_shell_for_arm(tmp_path: Path) -> None:
 @pytest.mark.builders
 def test_a_modelcar_has_the_shell_that_kserve_starts(tmp_path: Path) -> None:
     name = f"weightsmith-test-modelcar:{uuid.uuid4().hex[:12]}"
-    words = (
-        "bake", "--model", TINY / "base", "--target", "vllm", "--kind", "modelcar",
-        "--load", name, "--json",
-    )  # fmt: skip
-    environment = {**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "store")}
-    baked = subprocess.run(
-        [sys.executable, "-m", "weightsmith", *map(str, words)],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
-    assert baked.returncode == 0, baked.stderr
+    baked(tmp_path, "--load", name)
     try:
         said = subprocess.run(
             ["docker", "run", "--rm", "--network=none", "--tmpfs=/tmp", name, "sh", "-c", KSERVE],

@@ -1,4 +1,4 @@
-"""A config.json that many tests plan for: Llama 3.1 8B's, as far as planners read it."""
+"""Configurations that many tests plan for, as far as planners read them."""
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
@@ -17,6 +17,16 @@ LLAMA_8B = {
 }
 LLAMA_8B_BYTES = 16_060_522_496
 """Its weights in 16 bits."""
+SMOL = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 30,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "vocab_size": 49152,
+}
 
 
 def facts(config: dict) -> ModelFacts:

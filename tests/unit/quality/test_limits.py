@@ -9,13 +9,13 @@ from weightsmith.quality.result import (
     Quality,
     QualityVerdict,
     TensorError,
-    TextsUsed,
 )
 from weightsmith.quantizers import formats
 from weightsmith.recipe import Quality as Wanted
 from weightsmith.recipe import QualityLimits
 from weightsmith.stages.quality import larger_than
-from weightsmith.values import Digest
+
+from tests.unit.quality.conftest import TEXTS
 
 GOOD = Loss(
     kl_mean=0.0,
@@ -27,14 +27,6 @@ GOOD = Loss(
     texts=2,
     tokens=300,
     layer_error=0.0,
-)
-TEXTS = TextsUsed(
-    source="texts.jsonl",
-    texts=3,
-    held_out=1,
-    general=0,
-    digest=Digest("sha256:" + "a" * 64),
-    held_out_digest=Digest("sha256:" + "b" * 64),
 )
 
 

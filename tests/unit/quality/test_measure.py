@@ -24,11 +24,12 @@ from weightsmith.errors import CheckFailed, InputRefused, Unmeasurable
 from weightsmith.quality.faults import ROUNDING
 from weightsmith.quality.limits import limits_for
 from weightsmith.quality.measure import measure
-from weightsmith.quality.result import Quality, TextsUsed
+from weightsmith.quality.result import Quality
 from weightsmith.quality.runs import run_both
 from weightsmith.quantizers import formats
 from weightsmith.recipe import Quality as Wanted
-from weightsmith.values import Digest
+
+from tests.unit.quality.conftest import TEXTS
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()][:12]
@@ -69,16 +70,6 @@ def sound(name, data):
 
 def measured(view, tokens=300, rows=ROWS):
     return measure(TINY / "base", view, rows, tokens, lambda done, total: None)
-
-
-TEXTS = TextsUsed(
-    source="texts.jsonl",
-    texts=3,
-    held_out=1,
-    general=0,
-    digest=Digest("sha256:" + "a" * 64),
-    held_out_digest=Digest("sha256:" + "b" * 64),
-)
 
 
 def allowed(found, name="q4_k_m"):

@@ -11,18 +11,8 @@ from weightsmith.serving.llamacpp_cache import padded
 from weightsmith.serving.llamacpp_options import environment_names, extra_options
 from weightsmith.serving.memory import GIB, MIB
 
-from tests.fakes.configs import LLAMA_8B, facts
+from tests.fakes.configs import LLAMA_8B, SMOL, facts
 
-SMOL = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "vocab_size": 49152,
-}
 Q4 = 4_920_000_000
 SERVED = ServedModel(path="/models/m.gguf", name="support", startup_seconds=600)
 

@@ -8,23 +8,13 @@ from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, known_options
-from weightsmith.stages.render import render
 
+from tests.fakes import rendering
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
 
 
-def rendered(target="vllm", *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support", **wishes):
-    return render(
-        target=all_targets()[target],
-        name=name,
-        version="1.0.0",
-        model=facts(config),
-        model_file="",
-        weight_bytes=weights,
-        options=ServeOptions(**wishes),
-        image="",
-        made_from=(),
-    )
+def rendered(target="vllm", **given):
+    return rendering.rendered(target, **given)
 
 
 def plan(config, weight_bytes, wishes):

@@ -13,11 +13,10 @@ import kubernetes_validate
 import pytest
 import yaml
 from weightsmith.planning.targets import all_targets
-from weightsmith.serving.engine import ServeOptions
-from weightsmith.stages.render import render, render_volume
+from weightsmith.stages.render import render_volume
 from weightsmith.values import Digest
 
-from tests.fakes.configs import LLAMA_8B, facts
+from tests.fakes import rendering
 
 # What our documents use of serving.kserve.io/v1beta1 and v1alpha2, KServe at aaac4e29 (August
 # 2026), config/crd/full: names and types, nothing else allowed. Pods are held against Kubernetes.
@@ -46,19 +45,8 @@ CASES = {
 
 
 def rendered(target, name="support", image=IMAGE, **wishes):
-    return render(
-        target=all_targets()[target],
-        name=name,
-        version="1.0.0",
-        model=facts(LLAMA_8B),
-        model_file="",
-        weight_bytes=16_000_000_000,
-        options=ServeOptions(
-            **{**CASES[target], "max_num_seqs": 4, "max_model_len": 4096, **wishes}
-        ),
-        image=image,
-        made_from=(),
-    )
+    own = {**CASES[target], "max_num_seqs": 4, "max_model_len": 4096, **wishes}
+    return rendering.rendered(target, name=name, image=image, **own)
 
 
 @pytest.fixture(params=CASES)

@@ -14,18 +14,8 @@ from weightsmith.serving.targets import find, targets
 from weightsmith.stages.render import render, render_files
 from weightsmith.values import Digest
 
-from tests.fakes.configs import LLAMA_8B, facts
+from tests.fakes.configs import LLAMA_8B, SMOL, facts
 
-SMOL = {
-    "architectures": ["LlamaForCausalLM"],
-    "num_hidden_layers": 30,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "vocab_size": 49152,
-}
 CPU = ServeOptions(max_model_len=2048, max_num_seqs=4, host_memory_bytes=2 * GIB)
 
 
