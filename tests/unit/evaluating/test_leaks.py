@@ -2,6 +2,7 @@ import json
 
 import pytest
 from weightsmith.errors import UsageError
+from weightsmith.evaluating import leaks
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.leaks import describe, find_leaks
 
@@ -35,6 +36,25 @@ def test_a_long_question_within_a_text_is_found_and_a_short_one_is_not(tmp_path)
     found = find_leaks([item("Which port does the gateway use?", 1), item("Yes or no?", 2)], path)
 
     assert [leak.line for leak in found] == [1]
+
+
+def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_path, monkeypatch):
+    asked = [item(f"Answer this: what is at port {n * 7919}? One word.", n) for n in range(3000)]
+    texts = [{"text": f"the thing at {n} " * 20} for n in range(200)]
+    path = write(tmp_path, *texts, {"text": f"so: {asked[77].prompt} A gateway."})
+    likely, searched = leaks._likely, []
+
+    def counted(*given):
+        for question in likely(*given):
+            searched.append(question)
+            yield question
+
+    monkeypatch.setattr(leaks, "_likely", counted)
+
+    found = find_leaks(asked, path)
+
+    assert [leak.line for leak in found] == [77]
+    assert len(searched) < 10
 
 
 def test_messages_that_are_no_list_hold_no_question(tmp_path):

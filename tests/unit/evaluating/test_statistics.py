@@ -52,6 +52,15 @@ def test_mcnemar_of_many():
     assert mcnemar(1100, 900) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.05)
 
 
+def test_mcnemar_computes_each_coefficient_from_the_one_before(monkeypatch):
+    exact = 2 * sum(math.comb(700, k) for k in range(331)) / 2**700
+    monkeypatch.delattr(math, "comb")  # of 50,000 changed answers, each takes milliseconds
+
+    assert mcnemar(330, 370) == exact
+    assert mcnemar(370, 330) == exact
+    assert mcnemar(25_500, 24_500) == pytest.approx(math.erfc(999 / math.sqrt(1e5)), rel=0.05)
+
+
 @given(st.integers(0, 200), st.integers(0, 200), st.integers(0, 200))
 def test_the_interval_is_symmetric_and_grows_narrow(lost, won, same):
     n = lost + won + same

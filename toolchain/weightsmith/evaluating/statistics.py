@@ -30,7 +30,11 @@ def mcnemar(lost: int, won: int) -> float:
     difference between correlated proportions", 1947, in its exact form.
     """
     n = lost + won
-    tail = sum(math.comb(n, k) for k in range(min(lost, won) + 1))
+    tail = term = 1
+    # Each coefficient from the one before: from scratch, 50,000 changed answers took minutes.
+    for k in range(min(lost, won)):
+        term = term * (n - k) // (k + 1)
+        tail += term
     # Integer division, because floats would overflow.
     return min(1.0, 2 * tail / (1 << n))
 
