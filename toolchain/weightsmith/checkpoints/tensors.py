@@ -69,12 +69,9 @@ class CheckpointTensors:
         """Read the headers; raise InputRefused for damaged or incomplete files."""
         shards = open_checkpoint(folder).shards
         self._where = {info.name: (shard, info) for shard in shards for info in shard.tensors}
+        self.names = frozenset(self._where)
+        """Every tensor's name; made once, since checks of 90,000 tensors ask for each."""
         self._last: tuple[tuple[str, int, int], npt.NDArray[np.uint8]] | None = None
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Every tensor's name."""
-        return frozenset(self._where)
 
     @property
     def size(self) -> int:

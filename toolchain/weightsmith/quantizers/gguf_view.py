@@ -51,11 +51,8 @@ class GGUFView:
                 hint="use the task score instead",
             )
         self._places = self._find(CheckpointTensors(model).names)
-
-    @property
-    def names(self) -> frozenset[str]:
+        self.names = frozenset(self._places)
         """Names of the tensors."""
-        return frozenset(self._places)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Return one tensor as float32, in the checkpoint's shape and order."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ class PackedView:
             if matrix.module in self.modules:
                 self._stacks.setdefault(matrix.tensor, []).append(matrix)
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         """Names of the tensors, as in the original checkpoint."""
         parts = {matrix.module for stack in self._stacks.values() for matrix in stack}

@@ -189,7 +189,7 @@ def test_fp8_in_blocks(name: str, decode_file: Decode) -> None:
             wanted[i, j] = codes[i, j].float() * scale[i // 16, j // 16]
     assert np.array_equal(bits(decoded["m.weight"]), bits(wanted))
     assert layout.dropped == {"m.input_scale"}
-    assert layout.parts == {"m.weight": "m.weight", f"m.{name}": "m.weight"}
+    assert layout.owners() == {"m.weight": "m.weight", f"m.{name}": "m.weight"}
 
 
 def test_mxfp4_as_transformers_decodes_it(decode_file: Decode) -> None:

@@ -63,12 +63,13 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> BaseView:
             return file.read(info.size)
 
     layout = read_layout(config, index.tensors, read)
+    owners = layout.owners()
     sources: dict[str, Source] = {}
     files = []
     for shard in index.shards:
         names = []
         for info in shard.tensors:
-            name = _name(info, layout)
+            name = _name(info, layout, owners)
             if not name:
                 continue
             names.append(name)
@@ -94,11 +95,11 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> BaseView:
     )
 
 
-def _name(info: TensorInfo, layout: Layout) -> str:
+def _name(info: TensorInfo, layout: Layout, owners: Mapping[str, str]) -> str:
     """Return the plain tensor that replaces a stored one, or ""."""
     if info.name in layout.dropped:
         return ""
-    name = layout.parts.get(info.name)
+    name = owners.get(info.name)
     if name is None:
         return info.name
     return name if layout.packed[name].parts["weight"].name == info.name else ""

@@ -34,9 +34,8 @@ class Layout:
     dropped: frozenset[str]
     """Stored tensors used only in quantized inference, such as activation scales."""
 
-    @property
-    def parts(self) -> dict[str, str]:
-        """Stored tensor -> the weight that it belongs to."""
+    def owners(self) -> dict[str, str]:
+        """Return the weight that each stored tensor belongs to."""
         return {
             part.name: weight.name
             for weight in self.packed.values()
