@@ -15,7 +15,7 @@ from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.s3_cache import S3Cache
 from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.fleets import running
+from weightsmith.fleets import parcels, running
 from weightsmith.fleets.parcels import packed
 from weightsmith.fleets.requests import Request
 from weightsmith.fleets.rows import FleetRows
@@ -52,6 +52,22 @@ def test_nodes_that_share_only_the_cache_send_images_and_reports(two: Memory) ->
         assert Path(row.report).is_relative_to(two.dist)
         assert (f"team/tiny-{row.adapter}", f"1.0.0-{Q4}") in two.registry.manifests
     assert rows.bytes_moved > 0
+
+
+def test_questions_go_through_the_cache_unless_they_are_few(
+    two: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each of 1,500 tasks, a file of megabytes would fill the memory."""
+    monkeypatch.setattr(parcels, "_ALONG", 10)
+    path = write_fleet(two, adapters=["./a"], targets=[Q4])
+    cache = two.cache = MemoryCache()
+    texts: list[str] = []
+
+    with two.sharing():
+        rows = run_elsewhere(two, path, cache, [lambda _: None], texts)
+
+    assert rows.cells[0].verdict == GOOD, rows.cells[0].error
+    assert [json.loads(text)["files"] for text in texts] == [{}]
 
 
 def test_an_image_for_a_folder_that_a_node_does_not_see_is_refused(two: Memory) -> None:
@@ -199,12 +215,15 @@ def run_elsewhere(
     path: Path,
     cache: Cache,
     losses: Sequence[Callable[[Any], None]] = (),
+    texts: list[str] | None = None,
 ) -> FleetRows:
     """Run a fleet whose nodes share only the cache, which has a loss before each of their tasks."""
     assert memory.shared is not None
     left = [*losses]
 
     def do(text: str) -> str:
+        if texts is not None:
+            texts.append(text)
         if left:
             left.pop(0)(cache)
         with TemporaryDirectory() as folder:

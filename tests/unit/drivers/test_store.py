@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -35,6 +36,24 @@ def test_what_is_held_is_looked_at_once(tmp_path: Path) -> None:
     assert FileStore(tmp_path).find(KEY) is None
     store.close()
     assert store.find(KEY) is None
+
+
+def hold_many(root: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (96, 1024))
+    store = FileStore(root)
+    keys = [key_of(number) for number in range(150)]
+    for key in keys:
+        store.produce(key, {}, write("one"))
+    raise SystemExit(sum(store.find(key) is None for key in keys))
+
+
+def test_more_results_are_held_than_files_may_be_open_at_first(tmp_path: Path) -> None:
+    """A fleet of 500 adapters holds thousands, and most systems begin with 1024."""
+    process = multiprocessing.get_context("spawn").Process(target=hold_many, args=(tmp_path,))
+    process.start()
+    process.join()
+
+    assert process.exitcode == 0
 
 
 def test_a_file_in_the_place_of_the_store_is_no_bug(tmp_path: Path) -> None:

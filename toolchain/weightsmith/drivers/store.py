@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from hashlib import file_digest, sha256
 from pathlib import Path
 
+from weightsmith.drivers.open_files import allow_more
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.files import age_order, sync_folder, write_whole
 from weightsmith.foreign import parse
@@ -265,6 +266,7 @@ class FileStore:
                 os.close(descriptor)
                 raise
             self._held[key] = descriptor
+            allow_more(descriptor)  # a fleet holds thousands of results
 
     def results(self) -> Iterator[tuple[Digest, Mapping[str, Json], Entry]]:
         """Yield the key, the note and the entry of every result, most recently used first."""

@@ -14,8 +14,9 @@ from weightsmith.fleets.requests import Request
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, StageInputs, Tree
 
-_FILE = 64 << 20
-"""Bytes of a file of questions or texts; it goes along with each task."""
+_ALONG = 64 << 10
+"""Bytes of a file that goes along with each task; of a larger one, 1,500 tasks would be too much
+for memory."""
 NAMED = (
     ("evaluate", "data"),
     ("evaluate", "training"),
@@ -36,8 +37,8 @@ def source_inputs(tree: Tree) -> StageInputs:
 def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
     """Return the request for a node that shares no folder with this machine.
 
-    Small files go along; folders go into the store, and so into the shared cache. With `again`,
-    what the cache has lost since is sent again. Raises UsageError for a file that is too large or
+    Small files go along; others and folders go into the store, and so into the shared cache. With
+    `again`, what the cache has lost since is sent again. Raises UsageError for a file that is
     missing, InputRefused for an unsafe folder, EnvironmentFailure for a cache that cannot be
     written.
     """
@@ -49,18 +50,19 @@ def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
     for part, key in (*_places(data), *asked):
         path = Path(str(part[key]))
         try:
-            content = path.read_bytes() if path.stat().st_size <= _FILE else None
+            name, sent = path.name, path.stat().st_size > _ALONG
+            content = b"" if sent else path.read_bytes()
+            tree = Tree(root=path.parent, files=(tools.store.digest_file(path),) if sent else ())
         except OSError as error:
             raise UsageError(
                 f"cannot read {path}: {error.strerror}", hint="correct its path in the recipe"
             ) from None
-        if content is None:
-            raise UsageError(
-                f"{path} is too large to go to the nodes with each task",
-                hint="use fewer questions or texts; some megabytes are enough",
-            )
-        name = f"files/{len(files)}/{path.name}"
-        files[name], part[key] = base64.b64encode(content).decode(), name
+        if sent:
+            folder = f"folders/{len(parcels)}/files"
+            parcels[folder], part[key] = str(_sent(tree, tools, again=again)), f"{folder}/{name}"
+        else:
+            place = f"files/{len(files)}/{name}"
+            files[place], part[key] = base64.b64encode(content).decode(), place
     for part in _folders(data):
         source = Path(part["source"])
         tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree

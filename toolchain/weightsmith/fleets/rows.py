@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -154,11 +154,20 @@ def failed(row: CellRow, failure: Failure) -> CellRow:
     )
 
 
-def counted(stages: Sequence[Mapping[str, bool]]) -> dict[str, dict[str, Json]]:
-    """Return how often each stage was run, and how often it was cached."""
-    found: dict[str, dict[str, Json]] = {}
-    for one in stages:
-        for name, cached in one.items():
-            row = found.setdefault(name, {"run": 0, "cached": 0})
+@dataclass(slots=True)
+class Spent:
+    """What all replies together spent; they themselves are not kept, since they hold reports."""
+
+    bytes_moved: int = 0
+    cpu_seconds: float = 0.0
+    """Of the nodes."""
+    stages: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Stage -> how often it was `run`, and how often it was `cached`."""
+
+    def add(self, reply: Reply) -> None:
+        """Add a reply."""
+        self.bytes_moved += reply.bytes_moved
+        self.cpu_seconds += reply.cpu_seconds if reply.node else 0.0
+        for name, cached in reply.stages.items():
+            row = self.stages.setdefault(name, {"run": 0, "cached": 0})
             row["cached" if cached else "run"] += 1
-    return found

@@ -23,7 +23,7 @@ from weightsmith.fleets.rows import (
     CellRow,
     FleetRows,
     SharedRow,
-    counted,
+    Spent,
     failed,
     of_reply,
 )
@@ -69,7 +69,7 @@ class Run:
     engine: FleetEngine
     tools: Tools
     changed: Changed
-    _replies: list[Reply] = field(default_factory=list)
+    _spent: Spent = field(default_factory=Spent)
     _cells: dict[str, CellRow] = field(default_factory=dict)
     _shared: dict[str, SharedRow] = field(default_factory=dict)
     _failures: dict[str, Failure] = field(default_factory=dict)
@@ -112,15 +112,14 @@ class Run:
     def rows(self) -> FleetRows:
         """Return how the fleet stands."""
         own = sum(os.times()[:2])
-        nodes = sum(reply.cpu_seconds for reply in self._replies if reply.node)
         return FleetRows(
             cells=tuple(self._cells.values()),
             shared=tuple(self._shared.values()),
-            bytes_moved=sum(reply.bytes_moved for reply in self._replies) + self.tools.moved(),
-            cpu_seconds=round(own + nodes, 3),
+            bytes_moved=self._spent.bytes_moved + self.tools.moved(),
+            cpu_seconds=round(own + self._spent.cpu_seconds, 3),
             own_cpu_seconds=round(own, 3),
             seconds=round(time.monotonic() - self._began, 3),
-            stages=counted([reply.stages for reply in self._replies]),
+            stages={name: dict(row) for name, row in self._spent.stages.items()},
         )
 
     def _begin(self) -> None:
@@ -254,13 +253,13 @@ class Run:
         self.tools.progress.warn(
             f"{task.name}{where}: {failure.message}; tried again in {pause:g} s"
         )
-        self._replies.append(replace(reply, stages={}))
+        self._spent.add(replace(reply, stages={}))
         self._given.discard(task.id)
         self._not_before[task.id] = time.monotonic() + pause
         self._set_state(task, WAITING)
 
     def _end(self, task: Task, reply: Reply) -> None:
-        self._replies.append(reply)
+        self._spent.add(reply)
         self._done.add(task.id)
         self._pin(reply.lock)
         self._put_reports(reply)
