@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ INDEX = 64 << 20
 """Bytes of an index of weights; 100,000 tensors take 10 MiB."""
 PART = 64 << 20
 """Bytes of a part of an attachment; a large engine's signed bill of materials has 20 MiB."""
-RECORD = 256 << 20
-"""Bytes of a build's record, including every answer."""
+RECORD = 512 << 20
+"""Bytes of a build's record, including every answer: of 100,000 questions, 200 MB and more."""
 TOKENIZER = 256 << 20
 """Bytes of a tokenizer.json; those of today's largest vocabularies have 35 MB."""
 LONGEST_YAML = 256 << 10
@@ -32,6 +33,8 @@ DEEPEST = 100
 MOST_VALUES = 6_000_000
 """A few hundred megabytes of objects; the largest tokenizers have two million values."""
 _MOST_YAML = 50_000
+_STRING = re.compile(r'"(?:[^"\\]+|\\.?)*+"?', re.DOTALL)
+"""A string of JSON; one without an end goes to the text's end, so no character is read twice."""
 _AGAIN = "the file is damaged or incomplete; download or export it again and compare its sha256"
 
 
@@ -47,7 +50,7 @@ def parse(
     if len(text) > largest:
         raise ValueError(f"it has {len(text)} bytes; at most {largest} are read")
     text = text.decode() if isinstance(text, bytes) else text
-    if sum(map(text.count, ",[{")) > MOST_VALUES:
+    if _has_more_values(text, MOST_VALUES):
         raise ValueError(f"it has more than {MOST_VALUES} values")
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
@@ -57,6 +60,13 @@ def parse(
     if pairs and ("\\ud" in text or "\\uD" in text):
         _check_pairs(value)
     return value
+
+
+def _has_more_values(text: str, most: int) -> bool:
+    """Say whether a JSON text may have more values: commas in its strings make none."""
+    if sum(map(text.count, ",[{")) <= most:
+        return False
+    return sum(map(_STRING.sub("", text).count, ",[{")) > most
 
 
 def parse_file(path: Path, *, largest: int = SMALL, unique: bool = False) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from weightsmith.evaluating.sameness import Difference, describe, sameness
 from weightsmith.values import Score
 
@@ -13,9 +14,16 @@ def score(*rows: Any) -> Score:
     return Score(score=1.0, n=len(rows), metric="contains", per_item=per_item)
 
 
-def test_the_first_token_that_differs_is_named_with_its_margin() -> None:
-    said = {"answer": "It is port 7481.", "token_ends": [2, 5, 10, 13, 15, 16],
-            "margins": [9.0, 8.0, 7.0, 0.25, 6.0, 5.0]}  # fmt: skip
+@pytest.mark.parametrize(
+    ("ends", "margins"),
+    [
+        ("2 5 10 13 15 16", "9 8 7 0.25 6 5"),
+        ([2, 5, 10, 13, 15, 16], [9.0, 8.0, 7.0, 0.25, 6.0, 5.0]),
+    ],
+    ids=["as they are written", "as they were"],
+)
+def test_the_first_token_that_differs_is_named_with_its_margin(ends: Any, margins: Any) -> None:
+    said = {"answer": "It is port 7481.", "token_ends": ends, "margins": margins}
     found = sameness(
         {
             "adapter": score("Yes.", said),

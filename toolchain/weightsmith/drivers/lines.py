@@ -14,8 +14,8 @@ Listener = Callable[[str], None]
 
 LONGEST = 1 << 20
 """Bytes of a line for people; a longer one is split."""
-RESULT = 256 << 20
-"""Bytes of a line with a worker's result: it has all answers of an evaluation."""
+RESULT = 512 << 20
+"""Bytes of a line with a worker's result: it has all answers to an evaluation's questions."""
 _CHUNK = 1 << 16
 _TURN = 3600.0
 

@@ -81,12 +81,17 @@ def _difference(
     skipped = len(text) - len(text.lstrip())
     pairs = zip(text.lstrip(), other.lstrip(), strict=False)
     same = skipped + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    ends: list[int] = list(expected.get("token_ends") or ())
-    margins: list[float] = list(expected.get("margins") or ())
+    ends = [int(end) for end in _numbers(expected.get("token_ends"))]
+    margins = _numbers(expected.get("margins"))
     place = bisect_right(ends, same)
     end = ends[place] if place < len(ends) else len(text)
     margin = margins[place] if place < len(margins) else None
     return Difference(question=number, token=text[same:end], margin=margin)
+
+
+def _numbers(given: Json) -> list[float]:
+    """Return the numbers in a text; answers that were stored earlier have them in a list."""
+    return [float(one) for one in (given.split() if isinstance(given, str) else given or ())]
 
 
 def describe(who: str, same: Sameness) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from weightsmith.fleets.requests import Failure, Reply
 from weightsmith.json_objects import JsonObject
-from weightsmith.values import Json
 
 REFUSED, NOT_MADE = "refused", "not made"
 _ASSEMBLY = frozenset({"render", "bake", "publish"})

@@ -127,7 +127,8 @@ def answered(
     Each has `answer`; `finish_reason`: `stop` if the model ended it, `length` if it was cut off;
     `prompt_tokens`, the number of tokens it was asked with; `token_ends`, the length of the text
     after each of its tokens, in characters; `margins`, the nats by which each token was likelier
-    than the second likeliest.
+    than the second likeliest. Both are numbers in one text: as lists, those of 100,000 answers
+    would take gigabytes of everybody's memory.
 
     Adapters stay unmerged and act in parallel, each times its weight, as in training. Items are
     chat messages, rendered by the model's chat template (or an adapter's, if it has one, also for
@@ -215,8 +216,8 @@ def _texts(asked: _Asked, found: Answers) -> list[dict[str, Json]]:
             "answer": str(text),
             "finish_reason": "stop" if set(row) & ends else "length",
             "prompt_tokens": len(prompt),
-            "token_ends": _token_ends(asked.tokenizer, row),
-            "margins": [round(margin, 4) for margin in margins],
+            "token_ends": " ".join(map(str, _token_ends(asked.tokenizer, row))),
+            "margins": " ".join(f"{round(margin, 4):g}" for margin in margins),
         }
         for text, row, margins, prompt in zip(
             texts, found.tokens, found.margins, asked.questions.prompts, strict=True

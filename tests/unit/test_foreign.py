@@ -1,0 +1,35 @@
+"""How much untrusted JSON is read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from weightsmith import foreign
+from weightsmith.foreign import parse
+
+TRICKY = ["a, b", "[{,", 'say "no, no"', "back\\", '\\", ', "\u2028,\n"]
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "MOST_VALUES", 8)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("said", TRICKY)
+def test_commas_in_texts_are_no_values(said: str) -> None:
+    """Answers of 100,000 questions have millions of them."""
+    rows = [said * 9, {"key, of": said}]
+
+    assert parse(json.dumps(rows)) == rows
+    assert parse(json.dumps(rows, ensure_ascii=False)) == rows
+    with pytest.raises(ValueError, match="more than 8 values"):
+        parse(json.dumps([said, *range(9)]))
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("end", ["", "\\", "x", '\\"'])
+def test_a_string_without_an_end_is_refused_soon(end: str) -> None:
+    with pytest.raises(ValueError, match=r"Unterminated|escape|delimiter|Expecting"):
+        parse('["' + '\\",' * 300_000 + end)
