@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.weights import fastest_layer, weight_layers
-from weightsmith.values import Digest
+from weightsmith.values import Digest, FileEntry, Tree
 
 from tests.fakes.images import FILES, tree_of
 
@@ -78,6 +78,19 @@ def test_the_members_order_does_not_count() -> None:
     one, other = TarLayer(members=members, epoch=0), TarLayer(members=members[::-1], epoch=0)
     assert (one.digest, one.key, one.file) == (other.digest, other.key, other.file)
     assert one.file == "a/x and 2 more"
+
+
+def test_a_layer_has_as_many_neighbours_as_fit_where_there_are_too_many(tmp_path: Path) -> None:
+    """158 shards of 4.3 GB, DeepSeek-V3's: three are more than a registry's 10 GB."""
+    digest = Digest.of(b"")
+    files = [
+        FileEntry(path=f"model-{n:05d}.safetensors", size=4_300_000_000, digest=digest)
+        for n in range(158)
+    ]
+
+    layers = weight_layers(Tree(root=tmp_path, files=tuple(files)), largest=10**10)
+
+    assert [len(layer.members) for layer in layers] == [2] * 79
 
 
 def test_large_files_alone_and_small_ones_together(tmp_path: Path) -> None:

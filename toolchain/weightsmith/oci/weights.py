@@ -65,10 +65,12 @@ def weight_layers(
         (large if alone else small).append(member)
     together = max(1, -(-len(large) // most))
     groups = [large[start : start + together] for start in range(0, len(large), together)]
+    parts = [part for group in groups for part in _below(group, largest)]
+    if len(parts) > most:  # three shards of 4 GB are too large for a layer, two are not
+        parts = _below(large, largest)
     return tuple(
         TarLayer(members=tuple(part), epoch=when, memo=memo)
-        for group in [*groups, small]
-        for part in _below(group, largest)
+        for part in [*parts, *_below(small, largest)]
         if part
     )
 
