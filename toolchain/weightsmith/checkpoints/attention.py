@@ -109,6 +109,12 @@ def _names(
     if config.get("full_attention_interval") and config.get("linear_num_value_heads"):
         every = _int(config, "full_attention_interval", 1)  # Qwen3-Next
         return ["state" if (i + 1) % every else "full" for i in range(layers)]
+    if blocks := block_attention(config):  # Nemotron's pruned Llama: some layers attend to nothing
+        skipped = ("no_op", "replace_with_linear")
+        return ["" if any(one.get(key) for key in skipped) else "full" for one in blocks]
+    kinds = config.get("attn_type_list")
+    if isinstance(kinds, list) and 0 in kinds:  # MiniMax-01
+        return ["full" if kind else "state" for kind in kinds]
     if not window:
         return ["full"] * layers
     every = _full_every(architecture, config)
@@ -118,6 +124,14 @@ def _names(
     if isinstance(first, int) and config.get("use_sliding_window") is True:
         return ["full" if i < first else "sliding" for i in range(layers)]
     return ["sliding"] * layers  # Mistral 7B v0.1, Phi-3
+
+
+def block_attention(config: Mapping[str, Json]) -> list[Mapping[str, Json]]:
+    """Return what `block_configs` say of each layer's attention; [] without them."""
+    blocks = config.get("block_configs")
+    found = blocks if isinstance(blocks, list) else []
+    parts = [one.get("attention") if isinstance(one, Mapping) else None for one in found]
+    return [part if isinstance(part, Mapping) else {} for part in parts]
 
 
 def _kind(architecture: str, name: str) -> str:
@@ -146,7 +160,8 @@ def _chunk(config: Mapping[str, Json], kind: str) -> int:
 def _state(config: Mapping[str, Json]) -> tuple[int, int]:
     """Return the elements of a layer's convolution and recurrent state; (0, 0) if unknown.
 
-    vLLM 0.33, model_executor/layers/mamba/mamba_utils.py: gated delta net, Mamba 2, Mamba 1.
+    vLLM 0.33, model_executor/layers/mamba/mamba_utils.py: gated delta net, linear attention,
+    Mamba 2, Mamba 1.
     """
     if config.get("linear_num_value_heads"):
         keys = _int(config, "linear_num_key_heads", 0) * _int(config, "linear_key_head_dim", 0)
@@ -154,6 +169,9 @@ def _state(config: Mapping[str, Json]) -> tuple[int, int]:
         width = _int(config, "linear_value_head_dim", 0)
         conv = (2 * keys + heads * width) * (_int(config, "linear_conv_kernel_dim", 4) - 1)
         return conv, heads * width * _int(config, "linear_key_head_dim", 0)
+    if isinstance(kinds := config.get("attn_type_list"), list) and 0 in kinds:
+        heads, width = _int(config, "num_attention_heads", 0), _int(config, "head_dim", 0)
+        return 0, heads * width**2
     if heads := _first(config, "mamba_n_heads", "mamba_num_heads"):
         width = _first(config, "mamba_d_head", "mamba_head_dim")
         size = _first(config, "mamba_d_state", "ssm_state_size")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.attention import CacheLayers, cache_layers
+from weightsmith.checkpoints.attention import CacheLayers, block_attention, cache_layers
 from weightsmith.errors import InputRefused
 from weightsmith.values import Json
 
@@ -129,6 +129,9 @@ def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
     # Older Falcon and GPT-BigCode: one key-value head.
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         return 1
+    grouped = (one.get("n_heads_in_group") for one in block_attention(config))
+    if each := next((n for n in grouped if type(n) is int and 0 < n <= heads), 0):
+        return heads // each  # Nemotron's pruned Llama has null where others have a number
     names = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
     return _number(config, *names, default=heads)
 

@@ -57,12 +57,26 @@ def kv_cache_bytes(
     """Return llama.cpp's whole cache for `slots` requests of up to `tokens` each.
 
     Full layers hold every token of a slot; sliding layers hold window + ubatch
-    (src/llama-kv-cache-iswa.cpp); both are padded to 256.
+    (src/llama-kv-cache-iswa.cpp); both are padded to 256. Recurrent layers hold a state in float32
+    for each slot (src/llama-memory-recurrent.cpp).
     """
     sliding = sliding_layers(shape)
-    full = (shape.layers - sliding) * padded(tokens)
+    full = (attention_layers(shape) - sliding) * padded(tokens)
     window = padded(min(padded(tokens), shape.sliding_window + ubatch))
-    return (full + sliding * window) * slots * layer_bytes
+    return slots * ((full + sliding * window) * layer_bytes + _state_bytes(shape))
+
+
+def attention_layers(shape: ModelShape) -> int:
+    """Return the layers that keep tokens; all of them where a state's size is not known."""
+    if not _state_bytes(shape):
+        return shape.layers
+    return sum(part.layers for part in shape.cache if part.kind != "state")
+
+
+def _state_bytes(shape: ModelShape) -> int:
+    """Return what all recurrent layers keep for one slot; 0 without any, or if it is not known."""
+    states = [part for part in shape.cache if part.kind == "state" and part.recurrent]
+    return 4 * sum(part.layers * (part.convolved + part.recurrent) for part in states)
 
 
 def sliding_layers(shape: ModelShape) -> int:
@@ -71,10 +85,13 @@ def sliding_layers(shape: ModelShape) -> int:
     Raises InputRefused for a model whose layers slide otherwise than llama.cpp computes them.
     """
     period = _PERIODS.get(shape.architecture)
-    if not period or not shape.sliding_layers:
+    if not period or not shape.sliding_window:
         return 0
     slides = [layer % period < period - 1 for layer in range(shape.layers)]
-    if [kind == "sliding_attention" for kind in shape.layer_types] != slides:
+    listed = [kind == "sliding_attention" for kind in shape.layer_types]
+    if listed and not any(listed):
+        return 0
+    if listed and listed != slides:
         raise InputRefused(
             f"config.json: layer_types of {shape.architecture} are not {period - 1} sliding and one"
             " full in turn, and llama.cpp computes no others",

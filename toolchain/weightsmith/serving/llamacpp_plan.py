@@ -13,7 +13,13 @@ from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.llamacpp_cache import KV_PADDING, padded, require_attention, sliding_layers
+from weightsmith.serving.llamacpp_cache import (
+    KV_PADDING,
+    attention_layers,
+    padded,
+    require_attention,
+    sliding_layers,
+)
 from weightsmith.serving.llamacpp_capacity import PROGRAM, UBATCH, Capacity, make_capacity, ways
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import human
@@ -194,7 +200,7 @@ def _result(
     extra: Mapping[str, Json],
     notes: list[str],
 ) -> ServingPlan:
-    growing = capacity.shape.layers - sliding_layers(capacity.shape)
+    growing = attention_layers(capacity.shape) - sliding_layers(capacity.shape)
     settings: dict[str, Json] = {
         "ctx-size": padded(tokens) * slots,
         "parallel": slots,
