@@ -112,9 +112,8 @@ def _names(
     if blocks := block_attention(config):  # Nemotron's pruned Llama: some layers attend to nothing
         skipped = ("no_op", "replace_with_linear")
         return ["" if any(one.get(key) for key in skipped) else "full" for one in blocks]
-    kinds = config.get("attn_type_list")
-    if isinstance(kinds, list) and 0 in kinds:  # MiniMax-01
-        return ["full" if kind else "state" for kind in kinds]
+    if types := _attention_types(config):
+        return types
     if not window:
         return ["full"] * layers
     every = _full_every(architecture, config)
@@ -124,6 +123,14 @@ def _names(
     if isinstance(first, int) and config.get("use_sliding_window") is True:
         return ["full" if i < first else "sliding" for i in range(layers)]
     return ["sliding"] * layers  # Mistral 7B v0.1, Phi-3
+
+
+def _attention_types(config: Mapping[str, Json]) -> list[str]:
+    """Return one kind per layer by `attn_type_list` (MiniMax-01); [] if all are full."""
+    types = config.get("attn_type_list")
+    if not isinstance(types, list) or 0 not in types:
+        return []
+    return ["full" if kind else "state" for kind in types]
 
 
 def block_attention(config: Mapping[str, Json]) -> list[Mapping[str, Json]]:
@@ -169,7 +176,7 @@ def _state(config: Mapping[str, Json]) -> tuple[int, int]:
         width = _int(config, "linear_value_head_dim", 0)
         conv = (2 * keys + heads * width) * (_int(config, "linear_conv_kernel_dim", 4) - 1)
         return conv, heads * width * _int(config, "linear_key_head_dim", 0)
-    if isinstance(kinds := config.get("attn_type_list"), list) and 0 in kinds:
+    if _attention_types(config):
         heads, width = _int(config, "num_attention_heads", 0), _int(config, "head_dim", 0)
         return 0, heads * width**2
     if heads := _first(config, "mamba_n_heads", "mamba_num_heads"):

@@ -95,7 +95,7 @@ class FolderCache:
         freed, gone = 0, set[str]()
         for key in keys:
             with suppress(OSError, ValueError):
-                gone |= _blobs_of(self._entry(key)).keys()
+                gone.update(_blobs_of(self._entry(key)))
             for path in (self._entry(key), self._entry(key).with_suffix(".blobs")):
                 with suppress(FileNotFoundError):
                     freed += path.stat().st_size
@@ -103,7 +103,7 @@ class FolderCache:
         named = set[str]()
         for path in _files(self.root / "entries", ".json"):
             try:
-                named |= _blobs_of(path).keys()
+                named.update(_blobs_of(path))  # `|=` with keys copies the whole set
             except (FileNotFoundError, ValueError):  # its blobs are not known: it goes before them
                 path.unlink(missing_ok=True)
         young = time.time() - _BEING_WRITTEN

@@ -115,7 +115,7 @@ class S3Cache:
         with self._asked():
             for key in keys:
                 with suppress(FileNotFoundError, ValueError):
-                    gone |= self._blobs_of(key).keys()
+                    gone.update(self._blobs_of(key))
                 for path in (self._entry(key), self._named(key)):
                     freed += self._size(path) or 0
                     with suppress(FileNotFoundError):

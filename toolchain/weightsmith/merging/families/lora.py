@@ -60,7 +60,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             stacks.setdefault(group.module, []).append(experts.Pair(group.raw, a, b))
         elif len(a.shape) == 2 and pieces.is_piece(view, group.module):
             split[group.module] = a, b
-            roles |= group.keys.keys()
+            roles.update(group.keys)
         elif tied_copy and is_head(group.module):
             # The embedding's factors, transposed: already applied to the shared weight.
             yield Claim(keys=(a.name, b.name), module=group.module)
