@@ -99,18 +99,20 @@ assert found.passed, found.findings
     "reference and validation": """
 import tempfile
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import AskedModel, ProofJob, Question, ReferenceJob, ValidateJob
+from weightsmith.jobs import (AskedModel, AskedTask, AskedWalk, ProofJob, Question, ReferenceJob,
+                              ValidateJob)
 from weightsmith.worker.jobs import STAGES
 inputs = [Input(path=path) for path in (base, adapter, merged)]
 folder = tempfile.TemporaryDirectory()
 envelope = {"builder": "merge", "output": Path(folder.name), "seconds": 0}
-asked = (AskedModel(name="base", model=0),
-         AskedModel(name="adapter", model=0, adapters=(0,), weights=(1.0,)),
-         AskedModel(name="merged", model=1, draft="adapter"))
+models = (AskedModel(name="base", key="base", model=0),
+          AskedModel(name="adapter", key="adapter", model=0, adapters=(0,), weights=(1.0,)),
+          AskedModel(name="merged", key="merged", model=1, draft="adapter"))
+task = AskedTask(models=models, max_tokens=32,
+                 questions=tuple(Question(messages=tuple(chat)) for chat in chats))
 job = ProofJob(**envelope,
     reference=ReferenceJob(**envelope, models=(inputs[0], inputs[2]), adapters=(inputs[1],),
-        asked=asked, questions=tuple(Question(messages=tuple(chat)) for chat in chats),
-        max_tokens=32, choose=False),
+        walks=(AskedWalk(tasks=(task,), choose=False),)),
     validation=ValidateJob(**envelope, base=inputs[0], merged=inputs[2], adapters=(inputs[1],),
         weights=(1.0,), chats=tuple(map(tuple, chats)), scope="all", mixture=None))
 found = STAGES["proof"](job, lambda *_: None)

@@ -207,7 +207,7 @@ def test_a_target_that_passed_stays_when_the_next_is_refused(memory: Memory) -> 
 @pytest.mark.parametrize("target", ["vllm-lora", "llamacpp-lora"])
 def test_an_unmerged_adapter_is_served_beside_the_base(memory: Memory, target: str) -> None:
     built = memory.build(targets=[target])[target]
-    converted = ["quantize", "convert-adapter", "export-engine"]
+    converted = ["quantize", "convert-adapters", "export-engine"]
 
     assert memory.jobs() == [
         "reference base",
@@ -251,9 +251,11 @@ def test_of_several_merged_adapters_each_is_held_against_itself(two: Memory) -> 
     asking = [job for job in two.runner.jobs if job.kind in {"proof", "reference"}]
     jobs: list[Any] = [getattr(job, "reference", job) for job in asking]
 
-    assert [[given.path.name for given in job.adapters] for job in jobs] == [["a"], ["b"]]
-    assert all(job.models[0].path.name == "base" for job in jobs)
-    assert [[one.weights for one in job.asked] for job in jobs] == [[(), (1.0,), ()]] * 2
+    (job,) = jobs
+    assert [given.path.name for given in job.adapters] == ["a", "b"]
+    assert job.models[0].path.name == "base"
+    told = [task.models for walk in job.walks for task in walk.tasks]
+    assert [[one.weights for one in models] for models in told] == [[(), (1.0,), ()]] * 2
     assert [result.task.task.name for result in built.results] == ["a v1", "b v1"]
     assert len(two.launcher.asked) > 2 * QUESTIONS
     assert asked(two) == {"": {"a", "b"}}

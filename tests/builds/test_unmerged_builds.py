@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from weightsmith.drivers.local import LocalRunner
+from weightsmith.errors import InputRefused
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import ConvertAdapterJob
+from weightsmith.jobs import ConvertAdaptersJob
 from weightsmith.ports import Silent
 from weightsmith.quantizers.gguf_lora import FILE
 from weightsmith.wiring import cache_folder
@@ -55,24 +57,66 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(
     }
 
 
-def test_a_converted_adapter_does_not_depend_on_its_folders_name(tmp_path):
-    made = []
-    for name in ("a", "other"):
-        adapter = shutil.copytree(TINY.parent / "adapters" / "a", tmp_path / name / name)
-        output = tmp_path / name / "out"
-        output.mkdir()
-        job = ConvertAdapterJob(
-            builder="gguf",
-            base=Input(path=TINY.parent / "base"),
-            adapter=Input(path=adapter),
-            output=output,
-            seconds=600,
-        )
-        LocalRunner(cache_folder()).run(job, Silent())
-        assert [path.name for path in output.iterdir()] == [FILE]
-        made.append((output / FILE).read_bytes())
+def converted(output, adapters):
+    """Convert adapters by folder in one job; return its result."""
+    output.mkdir(exist_ok=True)
+    job = ConvertAdaptersJob(
+        builder="gguf",
+        base=Input(path=TINY.parent / "base"),
+        adapters=tuple(Input(path=path) for path in adapters.values()),
+        folders=tuple(adapters),
+        output=output,
+        seconds=600,
+    )
+    return LocalRunner(cache_folder()).run(job, Silent())
 
-    assert made[0] == made[1]
+
+def copies(folder, count):
+    """Write adapters that differ from each other, and from where they lie; return their folders."""
+    made = {}
+    for number in range(count):
+        name = f"{number}" * (number + 1)
+        path = shutil.copytree(TINY.parent / "adapters" / "ab"[number % 2], folder / name)
+        file = path / "adapter_config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"lora_alpha": 8 + number}))
+        made[name] = path
+    return made
+
+
+def test_adapters_that_are_converted_together_have_the_bytes_of_each_alone(tmp_path):
+    """Nor do the bytes depend on the names of folders."""
+    adapters = copies(tmp_path, 4)
+
+    found = converted(tmp_path / "together", adapters)
+
+    assert found["tensors"].keys() == adapters.keys()
+    written = {name: (tmp_path / "together" / name / FILE).read_bytes() for name in adapters}
+    files = sorted(path.relative_to(tmp_path / "together").as_posix()
+                   for path in (tmp_path / "together").rglob("*") if path.is_file())  # fmt: skip
+    assert files == sorted(f"{name}/{FILE}" for name in adapters)
+    assert len(set(written.values())) == len(adapters)
+    for name, path in list(adapters.items())[1:3]:
+        moved = shutil.copytree(path, tmp_path / "elsewhere" / f"other{name}")
+        converted(tmp_path / f"alone{name}", {"made": moved})
+        assert (tmp_path / f"alone{name}" / "made" / FILE).read_bytes() == written[name]
+
+
+def test_a_refused_adapter_is_named_and_those_before_it_are_kept(tmp_path):
+    adapters = copies(tmp_path, 3)
+    bad = list(adapters.values())[1] / "adapter_model.safetensors"
+    data = bad.read_bytes()
+    bad.write_bytes(data.replace(b"q_proj.lora_A", b"q_proj.lora_X"))
+
+    with pytest.raises(InputRefused, match=re.escape(str(bad.parent))):
+        converted(tmp_path / "out", adapters)
+
+    bad.write_bytes(data)
+    first = tmp_path / "out" / "0" / FILE
+    before = first.stat()
+    assert converted(tmp_path / "out", adapters)["tensors"].keys() == adapters.keys()
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not list((tmp_path / "out").rglob("*.part"))
 
 
 def test_each_of_several_adapters_answers_its_own_task(tmp_path, shared_store):

@@ -18,9 +18,10 @@ from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.checkpoints.tensors import CheckpointTensors
 from weightsmith.jobs import (
     AskedModel,
+    AskedTask,
     Beside,
     CacheScalesJob,
-    ConvertAdapterJob,
+    ConvertAdaptersJob,
     DequantizedJob,
     ExportEngineJob,
     QuantizeJob,
@@ -80,7 +81,7 @@ class Bench:
             "quality": lambda job, report: self.quality,
             "dequantized": self._dequantized,
             "export-engine": self._export_engine,
-            "convert-adapter": _convert_adapter,
+            "convert-adapters": _convert_adapters,
             "layer_time": lambda job, report: {
                 "layers": 80,
                 "counts": list(job.counts),
@@ -91,7 +92,12 @@ class Bench:
 
     def _reference(self, job: ReferenceJob, report: Report) -> Mapping[str, Json]:
         report(1, 1, "items")
-        return {"answers": {one.name: self._answers(job, one) for one in job.asked}}
+        tasks = [task for walk in job.walks for task in walk.tasks]
+        return {
+            "answers": {
+                one.key: self._answers(job, task, one) for task in tasks for one in task.models
+            }
+        }
 
     def _dequantized(self, job: DequantizedJob, report: Report) -> Mapping[str, Json]:
         if "skipped" in self.quality:  # what the gate cannot read cannot be asked
@@ -101,13 +107,15 @@ class Bench:
         answers = [self.minds.answer("dequantized", adapters, each) for each in questions]
         return {"answers": [{"answer": text, "finish_reason": "stop"} for text in answers]}
 
-    def _answers(self, job: ReferenceJob, asked: AskedModel) -> list[dict[str, str]]:
+    def _answers(
+        self, job: ReferenceJob, task: AskedTask, asked: AskedModel
+    ) -> list[dict[str, str]]:
         adapters = tuple(job.adapters[number].path.name for number in asked.adapters)
         model = job.models[asked.model].path
         who = "adapter" if adapters else "base" if model == self.base else "merged"
         if who == "merged":
             adapters = tuple(teacher for teacher, _ in self.minds.facts.values())
-        questions = [each.messages[-1]["content"] for each in job.questions]
+        questions = [each.messages[-1]["content"] for each in task.questions]
         answers = [self.minds.answer(who, adapters, question) for question in questions]
         return [{"answer": text, "finish_reason": "stop"} for text in answers]
 
@@ -165,10 +173,12 @@ def _cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, Json]:
     return {"scales": {"model.layers.0.self_attn": [0.5, 0.25]}}
 
 
-def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:
-    weights = (job.adapter.path / "adapter_model.safetensors").read_bytes()
-    (job.output / gguf_lora.FILE).write_bytes(b"GGUF" + weights)
-    return {"tensors": 2}
+def _convert_adapters(job: ConvertAdaptersJob, report: Report) -> Mapping[str, Json]:
+    for folder, adapter in zip(job.folders, job.adapters, strict=True):
+        weights = (adapter.path / "adapter_model.safetensors").read_bytes()
+        (job.output / folder).mkdir()
+        (job.output / folder / gguf_lora.FILE).write_bytes(b"GGUF" + weights)
+    return {"tensors": dict.fromkeys(job.folders, 2)}
 
 
 def digest_of(value: Json) -> bytes:

@@ -265,7 +265,8 @@ def _names(job: Job) -> list[str]:
     if isinstance(job, ProofJob):
         return [*_names(job.validation), *_names(job.reference)]
     if isinstance(job, ReferenceJob):
-        return [f"reference {one.name}" for one in job.asked]
+        tasks = [task for walk in job.walks for task in walk.tasks]
+        return [f"reference {one.name}" for task in tasks for one in task.models]
     return [job.kind]
 
 

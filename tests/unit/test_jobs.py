@@ -11,8 +11,10 @@ import pytest
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import (
     AskedModel,
+    AskedTask,
+    AskedWalk,
     CacheScalesJob,
-    ConvertAdapterJob,
+    ConvertAdaptersJob,
     DequantizedJob,
     EchoJob,
     ExportEngineJob,
@@ -74,13 +76,21 @@ JOBS = (
         **ENVELOPE,
         models=(KNOWN,),
         adapters=(UNKNOWN,),
-        asked=(
-            AskedModel(name="a", model=0, adapters=(0,), weights=(0.5,)),
-            AskedModel(name="m", model=0, draft="a", draft_texts=("x",)),
+        walks=(
+            AskedWalk(
+                tasks=(
+                    AskedTask(
+                        models=(
+                            AskedModel(name="a", key="1", model=0, adapters=(0,), weights=(0.5,)),
+                            AskedModel(name="m", key="2", model=0, draft="1", draft_texts=("x",)),
+                        ),
+                        questions=(Question(messages=CHAT, choices=("a", "b"), plain=True),),
+                        max_tokens=8,
+                    ),
+                ),
+                choose=True,
+            ),
         ),
-        questions=(Question(messages=CHAT, choices=("a", "b"), plain=True),),
-        max_tokens=8,
-        choose=True,
     ),
     ImportGgufJob(**ENVELOPE, gguf=Input.file(TREE, "model.safetensors")),
     QuantizeJob(
@@ -93,7 +103,7 @@ JOBS = (
         texts=({"text": "a"}, {"messages": list(CHAT)}),
         statistics=Input.file(TREE, "model.safetensors"),
     ),
-    ConvertAdapterJob(**ENVELOPE, base=KNOWN, adapter=UNKNOWN),
+    ConvertAdaptersJob(**ENVELOPE, base=KNOWN, adapters=(UNKNOWN, KNOWN), folders=("a", "b")),
     QualityJob(
         **ENVELOPE,
         model=KNOWN,
@@ -120,10 +130,19 @@ JOBS = (
             **ENVELOPE,
             models=(KNOWN, UNKNOWN),
             adapters=(KNOWN,),
-            asked=(AskedModel(name="a", model=1),),
-            questions=(Question(messages=CHAT),),
-            max_tokens=8,
-            choose=False,
+            walks=(
+                AskedWalk(
+                    tasks=(
+                        AskedTask(
+                            models=(AskedModel(name="a", key="1", model=1),),
+                            questions=(Question(messages=CHAT),),
+                            max_tokens=8,
+                        ),
+                    ),
+                    choose=False,
+                    batch_bytes=1 << 28,
+                ),
+            ),
         ),
     ),
     CacheScalesJob(**ENVELOPE, model=UNKNOWN, texts=({"text": "a"},)),

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.early_answers import EarlyAnswers
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import EARLY_ANSWERS, ProofJob, ReferenceJob, ValidateJob
+from weightsmith.jobs import AskedWalk, ProofJob, ReferenceJob, ValidateJob
 from weightsmith.ports import Silent
 from weightsmith.together import Together
 
 ENVELOPE: dict[str, Any] = {"builder": "merge", "output": Path("out"), "seconds": 0}
 MODEL = Input(path=Path("model"))
-REFERENCE = ReferenceJob(
-    **ENVELOPE, models=(MODEL,), adapters=(), asked=(), questions=(), max_tokens=8, choose=False
-)
+WALK = AskedWalk(tasks=(), choose=False)
+REFERENCE = ReferenceJob(**ENVELOPE, models=(MODEL,), adapters=(), walks=(WALK,))
 VALIDATION = ValidateJob(
     **ENVELOPE, base=MODEL, merged=MODEL, adapters=(), weights=(), chats=(), scope="all",
     mixture=None,
@@ -73,7 +72,7 @@ def test_another_reference_job_runs_by_itself() -> None:
     together = both(runner, [])
 
     together.run(VALIDATION, Silent())
-    together.run(replace(REFERENCE, max_tokens=9), Silent())
+    together.run(replace(REFERENCE, walks=(WALK, WALK)), Silent())
 
     assert runner.kinds == ["proof", "reference"]
 
@@ -84,7 +83,7 @@ def test_answers_before_a_validation_that_does_not_end_are_kept(
 ) -> None:
     class Ended(Runner):
         def run(self, job: Any, _: Any, **_stop: Any) -> Any:
-            (job.output / EARLY_ANSWERS).write_text(json.dumps(ANSWERS), "utf-8")
+            EarlyAnswers(job.output).keep("base", ANSWERS["base"])
             raise error
 
     kept: list[Any] = []
@@ -101,7 +100,7 @@ def test_answers_that_a_killed_run_left_are_not_taken_for_those_of_this_one(tmp_
         def run(self, job: Any, _: Any, **_stop: Any) -> Any:
             raise KeyboardInterrupt
 
-    (tmp_path / EARLY_ANSWERS).write_text(json.dumps(ANSWERS), "utf-8")
+    EarlyAnswers(tmp_path).keep("base", ANSWERS["base"])
     kept: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
         both(Ended(passed=True), kept).run(replace(VALIDATION, output=tmp_path), Silent())

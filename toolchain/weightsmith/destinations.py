@@ -25,6 +25,17 @@ Inputs = Callable[[], StageInputs]
 """Computes a store key; not called for a user's folder, which has none."""
 
 
+def moved(made: Path, facts: Mapping[str, Json]) -> Make:
+    """Return what stores the files of a folder that another result was made in."""
+
+    def move(folder: Path) -> Mapping[str, Json]:
+        for path in made.iterdir():
+            path.rename(folder / path.name)
+        return facts
+
+    return move
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
     """A stage's result that is one JSON document."""

@@ -142,6 +142,8 @@ class AskedModel:
     """A model to query: a checkpoint with unmerged adapters, each with its weight."""
 
     name: str
+    key: str
+    """The digest of all that its answers depend on, by which they are returned."""
     model: int
     """Index of the job's model."""
     adapters: tuple[int, ...] = ()
@@ -151,32 +153,44 @@ class AskedModel:
     speakers: tuple[int, ...] = ()
     """Indices of adapters whose tokenizer and chat template word the questions; none: its own."""
     draft: str = ""
-    """Name of another subject in the job that probably gives the same answers."""
+    """Key of another model in the walk that probably gives the same answers."""
     draft_texts: tuple[str, ...] = ()
-    """Drafts of this subject's answers, if they are already known."""
+    """Drafts of this model's answers, if they are already known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedTask:
+    """Models that are asked the same questions."""
+
+    models: tuple[AskedModel, ...]
+    questions: tuple[Question, ...]
+    max_tokens: int
+    """Maximum length of an answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedWalk:
+    """Tasks whose models answer in one walk over the weights."""
+
+    tasks: tuple[AskedTask, ...]
+    choose: bool
+    """Return each choice's log-likelihood instead of an answer."""
+    batch_bytes: int = 0
+    """Memory for the texts that are read at a time, of all models together; 0: a usual amount."""
 
 
 ANSWER_JOURNAL = ".answers.jsonl"
 """File in a reference job's output: the tokens so far, with which an interrupted job goes on."""
-EARLY_ANSWERS = ".answers.json"
-"""File in a proof job's output while the validation runs: the answers of its reference job."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceJob(Job):
-    """Ask several models the same questions, in one pass over their weights."""
+    """Ask several models questions, in few walks over their weights, one after another."""
 
     kind = "reference"
     models: tuple[Input, ...]
     adapters: tuple[Input, ...]
-    asked: tuple[AskedModel, ...]
-    questions: tuple[Question, ...]
-    max_tokens: int
-    """Maximum length of an answer."""
-    choose: bool
-    """Return each choice's log-likelihood instead of an answer."""
-    batch_bytes: int = 0
-    """Memory for the texts that are read at a time, of all subjects together; 0: a usual amount."""
+    walks: tuple[AskedWalk, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,12 +253,14 @@ class CacheScalesJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConvertAdapterJob(Job):
-    """Convert a LoRA adapter to GGUF."""
+class ConvertAdaptersJob(Job):
+    """Convert LoRA adapters of one base to GGUF, each into a folder of the output."""
 
-    kind = "convert-adapter"
+    kind = "convert-adapters"
     base: Input
-    adapter: Input
+    adapters: tuple[Input, ...]
+    folders: tuple[str, ...]
+    """One per adapter: its name stands for the adapter's content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,7 +339,7 @@ _KINDS: Mapping[str, type[Job]] = {
         ImportGgufJob,
         QuantizeJob,
         CacheScalesJob,
-        ConvertAdapterJob,
+        ConvertAdaptersJob,
         QualityJob,
         DequantizedJob,
         ExportEngineJob,

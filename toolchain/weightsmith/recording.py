@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.build_record import StageRecord, read_build
+from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image
 from weightsmith.planning.images import network_in_jobs
@@ -21,7 +22,6 @@ from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
 from weightsmith.stages import publish as publishing
 from weightsmith.stages import quantize as quantizing
-from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
 from weightsmith.stages.evaluate import checks_of, takes_pictures
 from weightsmith.stages.record import Facts, write_record

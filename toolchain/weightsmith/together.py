@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from weightsmith.early_answers import EarlyAnswers, early_answers
 from weightsmith.errors import WeightsmithError
-from weightsmith.foreign import RECORD, parse_file
-from weightsmith.jobs import EARLY_ANSWERS, Job, ProofJob, ReferenceJob, ValidateJob
+from weightsmith.jobs import Job, ProofJob, ReferenceJob, ValidateJob
 from weightsmith.ports import Progress, Runner
 from weightsmith.runners import Wrapped
 from weightsmith.values import Json
@@ -61,13 +61,12 @@ class Together(Wrapped):
     def _run_both(self, job: ProofJob, progress: Progress, stop: int | None) -> Mapping[str, Json]:
         """Run both; if the validation does not end, store the answers that came before it."""
         # A killed run may have left answers to other questions.
-        (job.output / EARLY_ANSWERS).unlink(missing_ok=True)
+        EarlyAnswers(job.output).forget()
         try:
             return self.runner.run(job, progress, stop=stop)
         except BaseException:
-            with suppress(WeightsmithError, OSError, ValueError):
-                early = parse_file(job.output / EARLY_ANSWERS, largest=RECORD)
-                if isinstance(early, dict) and early:
+            with suppress(WeightsmithError, OSError):
+                if early := early_answers(job.output):
                     self.keep(early)
             raise
 

@@ -23,11 +23,11 @@ from weightsmith.drivers.docker_requests import (
 from weightsmith.drivers.process import Completed
 from weightsmith.errors import InputRefused
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import ConvertAdapterJob
+from weightsmith.jobs import ConvertAdaptersJob
 from weightsmith.ports import StartSpec
 
 PLACE = JobFiles(
-    inputs={"base": Path("/models/base"), "adapter": Path("/models/lora")},
+    inputs={"base": Path("/models/base"), "adapter0": Path("/models/lora")},
     output=Path("/store/tmp/out"),
     job_file=Path("/staging/job.json"),
     package=Path("/src/weightsmith"),
@@ -35,10 +35,11 @@ PLACE = JobFiles(
 
 
 def request(*, gpu: bool = False, memory: int = 1 << 30):
-    job = ConvertAdapterJob(
+    job = ConvertAdaptersJob(
         builder="gguf",
         base=Input(path=PLACE.inputs["base"]),
-        adapter=Input(path=PLACE.inputs["adapter"]),
+        adapters=(Input(path=PLACE.inputs["adapter0"]),),
+        folders=("lora",),
         output=PLACE.output,
         seconds=0,
         memory_bytes=memory,
@@ -68,7 +69,7 @@ def test_a_job_sees_its_inputs_read_only_and_writes_one_folder():
     }
 
     assert mounts == {
-        "/in/adapter": ("/models/lora", True),
+        "/in/adapter0": ("/models/lora", True),
         "/in/base": ("/models/base", True),
         "/job/job.json": ("/staging/job.json", True),
         "/weightsmith/weightsmith": ("/src/weightsmith", True),
@@ -84,7 +85,7 @@ def test_memory_is_limited_without_swap_beside_it():
 
 
 def test_the_owner_is_on_the_label():
-    assert request()["labels"] == {"weightsmith.owner": "me", "weightsmith.job": "convert-adapter"}
+    assert request()["labels"] == {"weightsmith.owner": "me", "weightsmith.job": "convert-adapters"}
 
 
 def test_gpus_are_asked_for_only_when_there_are_any():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from weightsmith.merging import reference
 from weightsmith.merging.answer_journal import AnswerJournal
-from weightsmith.merging.reference import Subject, answered
+from weightsmith.merging.reference import Asked, Subject, answered
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
@@ -39,6 +39,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def subjects(base: Path) -> dict[str, Subject]:
     adapter = ((TINY / "adapters" / "a", 1.0),)
     return {"base": Subject(model=base), "adapter": Subject(model=base, adapters=adapter)}
+
+
+def asked(subjects: dict[str, Subject]) -> dict[str, Asked]:
+    return {
+        name: Asked(subject=one, items=QUESTIONS, max_tokens=MOST) for name, one in subjects.items()
+    }
 
 
 def texts(found: Any) -> dict[str, list[tuple[Any, ...]]]:
@@ -67,7 +73,7 @@ def keep(self, subject, prompts):
     return count
 AnswerJournal.keep = keep
 base, journal = map(Path, sys.argv[1:3])
-here.answered(here.subjects(base), here.QUESTIONS, here.MOST, journal=journal)
+here.answered(here.asked(here.subjects(base)), journal=AnswerJournal(journal))
 """
 
 
@@ -95,10 +101,10 @@ def test_a_killed_job_goes_on_where_it_was(
 
     monkeypatch.setattr(reference, "greedy", counted)
 
-    found = answered(subjects(base), QUESTIONS, MOST, journal=journal)
+    found = answered(asked(subjects(base)), journal=AnswerJournal(journal))
     resumed = len(decoded)
     decoded.clear()
-    uninterrupted = answered(subjects(base), QUESTIONS, MOST, journal=whole)
+    uninterrupted = answered(asked(subjects(base)), journal=AnswerJournal(whole))
 
     assert before == 20
     assert texts(found) == texts(uninterrupted)
@@ -137,8 +143,8 @@ def test_a_journal_of_other_questions_or_another_subject_is_not_used(tmp_path: P
 @pytest.mark.slow
 def test_a_wrong_journal_changes_no_answer(base: Path, tmp_path: Path) -> None:
     """It is a draft that the model does not confirm."""
-    path, asked = tmp_path / "journal", {"base": subjects(base)["base"]}
-    right = answered(asked, QUESTIONS, MOST, journal=path)
+    path, only = tmp_path / "journal", asked({"base": subjects(base)["base"]})
+    right = answered(only, journal=AnswerJournal(path))
     path.write_bytes(path.read_bytes().replace(b"[1", b"[2").replace(b",3", b",4"))
 
-    assert texts(answered(asked, QUESTIONS, MOST, journal=path)) == texts(right)
+    assert texts(answered(only, journal=AnswerJournal(path))) == texts(right)

@@ -151,10 +151,12 @@ def test_choices_are_scored_by_the_models_own_probabilities(
         "adapter": Subject(model=base, adapters=[(adapter, 1.0)]),
         "base": Subject(model=base),
     }
-    found = likelihoods(subjects, [item])
+    found = likelihoods({name: (one, [item]) for name, one in subjects.items()})
     monkeypatch.setattr(heads, "LOGIT_BYTES", 1)  # one position at a time
 
-    assert likelihoods(subjects, [item])["adapter"][0] == pytest.approx(wanted, abs=1e-4)
+    assert likelihoods({"adapter": (subjects["adapter"], [item])})["adapter"][0] == pytest.approx(
+        wanted, abs=1e-4
+    )
     assert found["adapter"][0] == pytest.approx(wanted, abs=1e-4)
     assert found["base"][0] != pytest.approx(wanted, abs=1e-4)
 

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 from weightsmith.destinations import InStore
 from weightsmith.drivers.store import FileStore
+from weightsmith.early_answers import EarlyAnswers
+from weightsmith.errors import InputRefused
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.subjects import Subject
 from weightsmith.evaluating.task import Task
+from weightsmith.evaluating.walks import asked_of, walk_of
 from weightsmith.jobs import ANSWER_JOURNAL, ReferenceJob
 from weightsmith.ports import Silent
-from weightsmith.stages.reference import Subject, answers, walk_of
+from weightsmith.stages.reference import answers
 from weightsmith.tools import Memory
 from weightsmith.values import Tree
 
@@ -28,7 +32,7 @@ def test_choices_are_planned_by_the_longest_one(tmp_path) -> None:
 
     short = [item(30, "a", "b")] * 20
     walks = [
-        walk_of(asked, Task(items=tuple(items), metric="choice", max_tokens=1))
+        walk_of(asked_of(asked, Task(items=tuple(items), metric="choice", max_tokens=1)))
         for items in (short, [*short, item(6000, "a", "b" * 300)], [item(6000, "b" * 300)])
     ]
 
@@ -53,7 +57,8 @@ class Runner:
         journal.write_text("half of them")
         if self.interrupted:
             raise KeyboardInterrupt
-        return {"answers": {one.name: ROWS for one in job.asked}}
+        models = [one for walk in job.walks for task in walk.tasks for one in task.models]
+        return {"answers": {one.key: ROWS for one in models}}
 
 
 ROWS = [{"answer": "4", "finish_reason": "stop", "prompt_tokens": 3}]
@@ -83,3 +88,63 @@ def test_an_interrupted_job_leaves_what_the_next_one_goes_on_with(tmp_path: Path
     files = [path.name for path in tmp_path.glob("results/*/data/*")]
     assert files == ["answers.json"] * 2, "a temporary file was stored"
     assert not list(tmp_path.glob("partial/*"))
+
+
+class Half(Runner):
+    """Finishes the answers of some models and then ends: by itself, or killed with the build."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error: BaseException | None = error
+        self.asked: list[list[str]] = []
+
+    def run(self, job: ReferenceJob, _: object) -> dict[str, Any]:
+        models = [one for walk in job.walks for task in walk.tasks for one in task.models]
+        self.asked.append([one.key for one in models])
+        for one in models[:-1] if self.error else models:
+            EarlyAnswers(job.output).keep(one.key, ROWS)
+        if self.error:
+            raise self.error
+        return {"answers": {one.key: ROWS for one in models}}
+
+
+def several(count: int) -> dict[str, Subject]:
+    base = Tree(root=Path("base"), files=())
+    return {str(n): Subject(model=base, weights=(n / 10,)) for n in range(1, count + 1)}
+
+
+@pytest.mark.parametrize("error", [InputRefused("no"), KeyboardInterrupt()])
+def test_what_a_job_has_finished_is_not_asked_again(tmp_path: Path, error: BaseException) -> None:
+    """Also of other recipes: all but the first one's, which stay in its folder."""
+    runner, store = Half(error), FileStore(tmp_path)
+    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=Memory())
+    five, task = several(5), one_question()
+    with pytest.raises(type(error)):
+        answers(five, task, InStore(store), tools)
+    first, *_, last = [one.key for one in asked_of(five, task)]
+    runner.error = None
+
+    answers({"3": five["3"], "2": five["2"]}, task, InStore(store), tools)
+    found = answers(five, task, InStore(store), tools)
+
+    assert runner.asked[1:] == [[last]]
+    assert runner.asked[0][0] == first
+    assert list(found) == list(five)
+    assert not list(tmp_path.glob("partial/*"))
+
+
+def test_what_a_killed_build_has_left_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, store = Half(KeyboardInterrupt()), FileStore(tmp_path)
+    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=Memory())
+    five, task = several(5), one_question()
+    monkeypatch.setattr("weightsmith.stages.reference._keep", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        answers(five, task, InStore(store), tools)
+    monkeypatch.undo()
+    runner.error = None
+
+    answers(five, task, InStore(store), tools)
+
+    assert runner.asked[1:] == [[asked_of(five, task)[-1].key]]

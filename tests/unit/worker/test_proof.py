@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ import pytest
 import torch
 from weightsmith.forward.meeting import Meeting
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import AskedModel, ProofJob, Question, ReferenceJob, ValidateJob
+from weightsmith.jobs import (
+    AskedModel,
+    AskedTask,
+    AskedWalk,
+    ProofJob,
+    Question,
+    ReferenceJob,
+    ValidateJob,
+)
 from weightsmith.validating.greedy import drafts
 from weightsmith.worker.jobs import STAGES
 
@@ -20,6 +28,17 @@ from tests.unit.validating.conftest import edit_tensors, make_adapter, make_mode
 
 CHATS = tuple(({"role": "user", "content": text},) for text in ("Which port?", "Who are you?"))
 MEASURED = ("seconds", "peak_rss_bytes")
+
+
+def task(chats: Sequence[Any]) -> AskedTask:
+    return AskedTask(
+        models=(
+            AskedModel(name="adapter", key="adapter", model=0, adapters=(0,), weights=(1.0,)),
+            AskedModel(name="merged", key="merged", model=1, draft="adapter"),
+        ),
+        questions=tuple(Question(messages=chat) for chat in chats),
+        max_tokens=20,
+    )
 
 
 @pytest.fixture
@@ -35,13 +54,7 @@ def job(tmp_path: Path) -> ProofJob:
             **envelope,
             models=models,
             adapters=(adapter,),
-            asked=(
-                AskedModel(name="adapter", model=0, adapters=(0,), weights=(1.0,)),
-                AskedModel(name="merged", model=1, draft="adapter"),
-            ),
-            questions=tuple(Question(messages=chat) for chat in CHATS),
-            max_tokens=20,
-            choose=False,
+            walks=(AskedWalk(tasks=(task(CHATS),), choose=False),),
         ),
         validation=ValidateJob(
             **envelope,
@@ -140,10 +153,10 @@ def test_a_merge_that_cannot_answer_fails_its_validation(
 
 
 def test_a_model_that_gives_no_answers_is_validated_all_the_same(job: ProofJob) -> None:
-    nothing = (Question(messages=({"role": "user", "content": ""},) * 2),)
+    nothing = AskedWalk(tasks=(task([({"role": "user", "content": ""},) * 2]),), choose=False)
     (job.reference.models[0].path / "chat_template.jinja").write_text("")
 
-    found = run(replace(job, reference=replace(job.reference, questions=nothing)))
+    found = run(replace(job, reference=replace(job.reference, walks=(nothing,))))
 
     assert found["answers"] == {}
     assert found["validation"]["findings"]

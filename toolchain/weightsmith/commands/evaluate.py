@@ -18,11 +18,12 @@ from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.statistics import wilson
+from weightsmith.evaluating.subjects import BUILDER
+from weightsmith.evaluating.subjects import Subject as AskedModel
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
 from weightsmith.recipe import Scoring
-from weightsmith.stages.reference import BUILDER, answers
-from weightsmith.stages.reference import Subject as AskedModel
+from weightsmith.stages.reference import answers
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Score
 

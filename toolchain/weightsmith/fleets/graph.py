@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import WeightsmithError
+from weightsmith.evaluating import subjects as references
 from weightsmith.fleets.cells import AdapterBuild, Cell
 from weightsmith.fleets.requests import BASE, CELL, MERGE, WEIGHTS, Failure
 from weightsmith.planning.forecast import forecast
@@ -21,7 +22,6 @@ from weightsmith.planning.tasks import task_of
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import check_section
 from weightsmith.serving.targets import Target
-from weightsmith.stages import reference as references
 from weightsmith.stages.resolve import known
 from weightsmith.tools import Tools
 from weightsmith.values import LORA, Json, key_of, plain

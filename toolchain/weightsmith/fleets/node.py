@@ -23,6 +23,8 @@ from weightsmith.errors import (
     WeightsmithError,
     of_machine,
 )
+from weightsmith.evaluating.subjects import inputs as answer_inputs
+from weightsmith.evaluating.subjects import subjects
 from weightsmith.fleets.parcels import unpacked
 from weightsmith.fleets.requests import (
     BASE,
@@ -44,12 +46,12 @@ from weightsmith.planning.tasks import task_of, tasks_of
 from weightsmith.quantizers import of_format
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import RecipeFile, check_recipe, check_section
-from weightsmith.stages import reference as references
 from weightsmith.stages.lock import read_lock
 from weightsmith.stages.merge import BUILDER as MERGE_BUILDER
 from weightsmith.stages.merge import merge
 from weightsmith.stages.publish import Outputs
 from weightsmith.stages.quality import quality
+from weightsmith.stages.reference import answers, reference
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import Json
@@ -160,10 +162,10 @@ def _base(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> 
         with _left_to_cells(tools, UsageError, InputRefused, CheckFailed):
             evaluate = check_section(Evaluate, settings, "evaluate")
             task = task_of(asked.file, evaluate)
-            asked_now = references.subjects(sources, None)
+            asked_now = subjects(sources, None)
             began = time.monotonic()
-            there = tools.store.find(references.inputs(asked_now["base"], task.task).key)
-            references.answers(asked_now, task.task, InStore(tools.store), tools)
+            there = tools.store.find(answer_inputs(asked_now["base"], task.task).key)
+            answers(asked_now, task.task, InStore(tools.store), tools)
             clock.stages[_BASE_ANSWERS] = StageRecord(
                 cached=there is not None and clock.stages.get(_BASE_ANSWERS, _NONE).cached,
                 seconds=round(time.monotonic() - began, 3),
@@ -191,7 +193,7 @@ def _merged(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -
     checkpoint = clock.take(merge(sources_, recipe.merge, store, tools, files=files))
     prover = proving(asked, sources, checkpoint, tools)
     validated(asked, sources_, checkpoint, replace(clock, tools=prover))
-    clock.take(references.reference(tasks_of(asked.file), sources, checkpoint, store, prover))
+    clock.take(reference(tasks_of(asked.file), sources, checkpoint, store, prover))
     if request.kind == WEIGHTS:
         artifact = clock.take(quantized(asked.file, asked.targets[0], sources, checkpoint, tools))
         texts = texts_of(asked.file)

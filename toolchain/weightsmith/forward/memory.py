@@ -14,8 +14,13 @@ LOGIT_BYTES = 64 << 20
 """For the logits of one view's positions that are computed at a time."""
 _LEAST, _MOST = 256 << 20, 4 << 30
 """For the batches of all views: less would read the weights too often, more saves few readings."""
+VIEWS = 64
+"""Most models in one walk, each of which has a thread."""
 START = 380 << 20
 """Python, torch, transformers and PEFT, 304 MiB of it by imports, and the tokenizer."""
+_FEW, _MODULES = 3, 320 << 10
+"""How many models' modules START has, and the bytes of a layer's in a further one: 290 KiB of them
+were measured."""
 _FLOAT = 4
 _STREAMS = 8
 """Vectors of the hidden size that a layer holds per token: input, residual, norms, queries, keys,
@@ -38,6 +43,16 @@ class Walk:
     """The adapters' weights in float32, which stay in memory."""
 
 
+def beside(one: Walk, other: Walk) -> Walk:
+    """Return both in one walk, as if all texts were as many and as long as the larger one's."""
+    return Walk(
+        views=one.views + other.views,
+        rows=max(one.rows, other.rows),
+        tokens=max(one.tokens, other.tokens),
+        adapter_bytes=one.adapter_bytes + other.adapter_bytes,
+    )
+
+
 def token_bytes(*, layers: int, cached: int, hidden: int, intermediate: int) -> int:
     """Return what a token of a batch takes: keys and values in float32, a layer's activations.
 
@@ -55,12 +70,27 @@ def _token(shape: ModelShape) -> int:
     )
 
 
+def all_at_once(shape: ModelShape, walk: Walk, budget: int) -> bool:
+    """Return whether a walk's models read all of their texts at once, in half of a budget.
+
+    The other half is for a job beside it.
+    """
+    half = budget // 2
+    whole = batch_bytes(shape, walk, half) == _wanted(shape, walk)
+    fits = not half or walk_bytes(shape, walk, half) <= half
+    return whole and fits and walk.views <= VIEWS
+
+
+def _wanted(shape: ModelShape, walk: Walk) -> int:
+    return walk.views * min(walk.tokens, BATCH_TOKENS) * _token(shape)
+
+
 def batch_bytes(shape: ModelShape, walk: Walk, budget: int) -> int:
     """Return how much of a budget the batches of all views together may fill.
 
     If that is too little for all texts, they are read in several batches.
     """
-    wanted = walk.views * min(walk.tokens, BATCH_TOKENS) * _token(shape)
+    wanted = _wanted(shape, walk)
     # Of each layer's keys and values, one layer's are held twice more: see `walk_bytes`.
     layers = max(1, shape.layers)
     left = (_usable(budget) - _fixed(shape, walk)) * layers // (layers + 2)
@@ -94,4 +124,7 @@ def _fixed(shape: ModelShape, walk: Walk) -> int:
     # A generated token's logits are copied three times by transformers.
     rows = min(walk.rows, BATCH_TOKENS * walk.rows // max(1, walk.tokens))
     logits = max(3 * LOGIT_BYTES, 4 * _FLOAT * walk.views * rows * shape.vocab)
-    return START + walk.adapter_bytes + min(logits, 12 * walk.tokens * shape.vocab)
+    # Each model's tokens, of which one was counted where there are few models.
+    logits = min(logits, 12 * walk.tokens * shape.vocab * max(1, walk.views - _FEW + 1))
+    modules = max(0, walk.views - _FEW) * shape.layers * _MODULES
+    return START + walk.adapter_bytes + logits + modules

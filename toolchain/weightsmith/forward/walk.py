@@ -108,11 +108,17 @@ def _asked_whole(opening: Opening, ask: Callable[[Any, Meeting], T]) -> T:
         raise
     except NOT_STREAMABLE as error:
         raise DoesNotRun(
-            f"the model in {opening.checkpoint} does not run in transformers: "
+            f"the model in {_named(opening)} does not run in transformers: "
             f"{why(_not_memory(error))}",
             hint="compare config.json with the published one, and check that the adapters were "
             "trained on this model",
         ) from error
+
+
+def _named(opening: Opening) -> str:
+    """Return a model's folder, and those of its adapters: others in the walk have others."""
+    adapters = [str(root) for root, _ in getattr(opening, "adapters", ())]
+    return f"{opening.checkpoint}" + (f" with {' and '.join(adapters)}" if adapters else "")
 
 
 def _views(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,44 @@ import torch
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import stay_offline
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.walk import Count, Progress, walk
+from weightsmith.forward.walk import walk
 from weightsmith.jobs import Question
 from weightsmith.merging.reference import (
     Message,
     Subject,
+    Voice,
     prompt_tokens,
     speaker,
 )
 
+Asked = tuple[Subject, Sequence[Question]]
+"""A subject, and what it is asked."""
+
 
 def likelihoods(
-    subjects: Mapping[str, Subject], items: Sequence[Question], progress: Progress | None = None
+    subjects: Mapping[str, Asked],
+    count: Callable[[int], None] = lambda _: None,
+    finished: Callable[[str, list[list[float]]], None] = lambda *_: None,
 ) -> dict[str, list[list[float]]]:
     """Return each choice's log-likelihood (natural logarithm, float32 forward), item by item.
 
     A choice continues a plain question's single message as text, after a space, without a chat
-    template. The sum is over the tokens that the choice adds to the context. Raises InputRefused
-    as `reference.answers` does.
+    template. The sum is over the tokens that the choice adds to the context. `count` and `finished`
+    are called as by `reference.answered`, which also says what it raises.
     """
     stay_offline()
-    count = Count(len(items) * len(subjects), progress)
-    ask = {name: partial(_scores, _pairs(one, items), count) for name, one in subjects.items()}
-    return walk(subjects, ask)
+    loaded = dict[Voice, Any]()
+    ask = {
+        name: partial(_scores, _pairs(*one, loaded), count, partial(finished, name))
+        for name, one in subjects.items()
+    }
+    return walk({name: subject for name, (subject, _) in subjects.items()}, ask)
 
 
-def _pairs(subject: Subject, items: Sequence[Question]) -> list[list[tuple[list[int], int]]]:
-    tokenizer = speaker(subject)
+def _pairs(
+    subject: Subject, items: Sequence[Question], loaded: dict[Voice, Any]
+) -> list[list[tuple[list[int], int]]]:
+    tokenizer = speaker(subject, loaded)
     return [
         [_tokens(tokenizer, item, choice, subject.model) for choice in item.choices]
         for item in items
@@ -46,12 +57,18 @@ def _pairs(subject: Subject, items: Sequence[Question]) -> list[list[tuple[list[
 
 
 def _scores(
-    items: Sequence[Sequence[tuple[list[int], int]]], count: Count, network: Any, _: Meeting
+    items: Sequence[Sequence[tuple[list[int], int]]],
+    count: Callable[[int], None],
+    finished: Callable[[list[list[float]]], None],
+    network: Any,
+    meeting: Meeting,
 ) -> list[list[float]]:
     found = []
     for pairs in items:
         found.append([_score(network, whole, shared) for whole, shared in pairs])
         count(1)
+    with meeting.away():
+        finished(found)
     return found
 
 

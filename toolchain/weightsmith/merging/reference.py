@@ -66,8 +66,9 @@ class Subject:
         try:
             network = view(self.model, self.adapters, meeting, number)
         except IncompatibleAdapters as error:
+            together = " and ".join(str(root) for root, _ in self.adapters)
             raise InputRefused(
-                f"PEFT cannot load these adapters together: {error}",
+                f"PEFT cannot load these adapters together: {together}: {error}",
                 hint="evaluate each adapter by itself",
             ) from None
         _weigh(network, [weight for _, weight in self.adapters])
@@ -76,6 +77,15 @@ class Subject:
     def whole(self) -> Any:
         """Return the model with its weights in memory."""
         return load_network(self.model, self.adapters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A subject, its chats, and the maximum length of an answer in tokens."""
+
+    subject: Subject
+    items: Sequence[Sequence[Message]]
+    max_tokens: int
 
 
 def answer(
@@ -99,7 +109,12 @@ def answers(
     batch_bytes: int = 0,
 ) -> dict[str, list[dict[str, Json]]]:
     """Return one greedy answer per item of each subject, in order; see `answered`."""
-    found = answered(subjects, items, max_tokens, progress, batch_bytes=batch_bytes)
+    asked = {
+        name: Asked(subject=one, items=items, max_tokens=max_tokens)
+        for name, one in subjects.items()
+    }
+    count = Count(len(items) * len(subjects), progress)
+    found = answered(asked, count, batch_bytes=batch_bytes)
     return {name: one.rows for name, one in found.items()}
 
 
@@ -114,13 +129,12 @@ class Answered:
 
 
 def answered(
-    subjects: Mapping[str, Subject],
-    items: Sequence[Sequence[Message]],
-    max_tokens: int,
-    progress: Progress | None = None,
+    subjects: Mapping[str, Asked],
+    count: Callable[[int], None] = lambda _: None,
     *,
     batch_bytes: int = 0,
-    journal: Path | None = None,
+    journal: AnswerJournal | None = None,
+    finished: Callable[[str, list[dict[str, Json]]], None] = lambda *_: None,
 ) -> dict[str, Answered]:
     """Return one greedy answer per item of each subject, in order, from local files only.
 
@@ -134,62 +148,56 @@ def answered(
     chat messages, rendered by the model's chat template (or an adapter's, if it has one, also for
     the base alone); without a template, an item's single message is completed as plain text.
     Weights are streamed from their files for all subjects at once; a model that does not support
-    this is loaded. `progress` is called with answers done and total answers; `batch_bytes` is the
-    memory for the items of all subjects that are read at a time, 0 for a usual amount. What an
-    interrupted call left in the file `journal` is read as drafts. Raises InputRefused for folders
-    that need custom code.
+    this is loaded. `count` is called with the number of new answers; `batch_bytes` is the memory
+    for the items of all subjects that are read at a time, 0 for a usual amount. What an interrupted
+    call left in the `journal` is read as drafts. `finished` is called with a subject's answers as
+    soon as it has all of them, in a thread. Raises InputRefused for folders that need custom code.
     """
     stay_offline()
-    kept = AnswerJournal(journal) if journal else None
-    count = Count(len(items) * len(subjects), progress)
-    asked = {name: _asked(subject, items, max_tokens) for name, subject in subjects.items()}
-    found: dict[str, Answers] = {}
+    loaded = dict[Voice, Any]()
+    asked = {name: _asked(one, loaded) for name, one in subjects.items()}
+    found: dict[str, Answered] = {}
     for round_ in (False, True):
-        names = [name for name, subject in subjects.items() if bool(subject.draft) is round_]
+        names = [name for name, one in asked.items() if bool(one.subject.draft) is round_]
         for name in names:
-            asked[name].questions.drafts = _drafts(subjects[name], asked[name], found)
-            if kept:
-                _go_on(name, asked[name].questions, kept)
+            asked[name].questions.drafts = _drafts(asked[name], found)
+            if journal:
+                _go_on(name, asked[name].questions, journal)
             if batch_bytes:
                 asked[name].questions.batch_bytes = batch_bytes // len(names)
-        chosen = {name: subjects[name] for name in names}
-        ask = {name: partial(_greedy, asked[name].questions, count) for name in names}
+        chosen = {name: asked[name].subject for name in names}
+        ask = {
+            name: partial(_answered, asked[name], count, partial(finished, name)) for name in names
+        }
         found |= walk(chosen, ask) if names else {}
-    return {
-        name: Answered(
-            rows=_texts(asked[name], found[name]),
-            texts=tuple(zip(asked[name].questions.prompts, found[name].tokens, strict=True)),
-        )
-        for name in subjects
-    }
+    return {name: found[name] for name in subjects}
 
 
 @dataclass(slots=True, kw_only=True)
 class _Asked:
+    subject: Subject
     tokenizer: Any
     questions: Questions
 
 
-def _asked(subject: Subject, items: Sequence[Sequence[Message]], max_tokens: int) -> _Asked:
-    tokenizer = speaker(subject)
+def _asked(one: Asked, loaded: dict[Voice, Any]) -> _Asked:
+    subject, tokenizer = one.subject, speaker(one.subject, loaded)
     questions = Questions(
-        prompts=[prompt_tokens(tokenizer, item, subject.model) for item in items],
+        prompts=[prompt_tokens(tokenizer, item, subject.model) for item in one.items],
         ends=_ends(subject.model, tokenizer),
-        most=max_tokens,
+        most=one.max_tokens,
     )
-    return _Asked(tokenizer=tokenizer, questions=questions)
+    return _Asked(subject=subject, tokenizer=tokenizer, questions=questions)
 
 
-def _drafts(
-    subject: Subject, asked: _Asked, found: Mapping[str, Answers]
-) -> Mapping[int, Sequence[int]]:
+def _drafts(asked: _Asked, found: Mapping[str, Answered]) -> Mapping[int, Sequence[int]]:
     """Return the tokens of probable answers by question index."""
-    if subject.draft in found:
-        return dict(enumerate(found[subject.draft].tokens))
+    if asked.subject.draft in found:
+        return {n: answer for n, (_, answer) in enumerate(found[asked.subject.draft].texts)}
     end = asked.questions.ends[:1]
     return {
         number: [*asked.tokenizer(text, add_special_tokens=False)["input_ids"], *end]
-        for number, text in enumerate(subject.draft_texts)
+        for number, text in enumerate(asked.subject.draft_texts)
         if text
     }
 
@@ -202,10 +210,18 @@ def _go_on(name: str, questions: Questions, kept: AnswerJournal) -> None:
     questions.drafts, questions.keep = drafts, kept.keep(name, questions.prompts)
 
 
-def _greedy(
-    questions: Questions, count: Callable[[int], None], network: Any, _: Meeting
-) -> Answers:
-    return greedy(network, questions, count)
+def _answered(
+    asked: _Asked,
+    count: Callable[[int], None],
+    finished: Callable[[list[dict[str, Json]]], None],
+    network: Any,
+    meeting: Meeting,
+) -> Answered:
+    found = greedy(network, asked.questions, count)
+    with meeting.away():
+        rows = _texts(asked, found)
+        finished(rows)
+    return Answered(rows=rows, texts=tuple(zip(asked.questions.prompts, found.tokens, strict=True)))
 
 
 def _texts(asked: _Asked, found: Answers) -> list[dict[str, Json]]:
@@ -231,22 +247,28 @@ def _token_ends(tokenizer: Any, row: Sequence[int]) -> list[int]:
     return [len(text) for text in tokenizer.batch_decode(starts, skip_special_tokens=True)]
 
 
-def speaker(subject: Subject) -> Any:
+def speaker(subject: Subject, loaded: dict[Voice, Any] | None = None) -> Any:
     """Return the tokenizer and chat template that word a subject's questions.
 
     The base alone is asked as the adapter is, unless it has no embeddings for the adapter's tokens.
+    Those that others were asked with are `loaded`: a large vocabulary takes 100 MB.
     """
-    if not subject.speakers:
-        return tokenizer_of(subject.model, subject.adapters)
-    tokenizer = tokenizer_of(subject.model, [(root, 1.0) for root in subject.speakers])
-    known = text_part(read_json(subject.model / "config.json")).get("vocab_size")
-    if isinstance(known, int) and len(tokenizer) > known:
-        return tokenizer_of(subject.model, subject.adapters)
-    return tokenizer
+    loaded = {} if loaded is None else loaded
+    if subject.speakers:
+        voice = voice_of(subject.model, [(root, 1.0) for root in subject.speakers])
+        tokenizer = _spoken(voice, loaded)
+        known = text_part(read_json(subject.model / "config.json")).get("vocab_size")
+        if not isinstance(known, int) or len(tokenizer) <= known:
+            return tokenizer
+    return _spoken(voice_of(subject.model, subject.adapters), loaded)
 
 
-def tokenizer_of(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
-    """Load tokenizer and chat template of the last adapter that has them, else the base's."""
+Voice = tuple[Path, Path, str, Path]
+"""A model, the folder of the tokenizer, a chat template that replaces its own, and whose it is."""
+
+
+def voice_of(model: Path, adapters: Sequence[tuple[Path, float]]) -> Voice:
+    """Return tokenizer and chat template of the last adapter that has them, else the base's."""
     folder, template, author = model, "", model
     for root, _ in adapters:
         files = check_adapter_folder(root)
@@ -254,6 +276,18 @@ def tokenizer_of(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
             folder, template, author = root, "", root
         if own := own_template(root):
             template, author = own, root
+    return model, folder, template, author
+
+
+def _spoken(voice: Voice, loaded: dict[Voice, Any]) -> Any:
+    if voice not in loaded:
+        loaded[voice] = tokenizer_of(voice)
+    return loaded[voice]
+
+
+def tokenizer_of(voice: Voice) -> Any:
+    """Load a tokenizer with its chat template."""
+    model, folder, template, author = voice
     tokenizer = load_tokenizer(folder, padding_side="left")
     if folder != model and not tokenizer.chat_template:
         tokenizer.chat_template, author = load_tokenizer(model).chat_template, model

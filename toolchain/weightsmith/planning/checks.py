@@ -9,6 +9,7 @@ from dataclasses import replace
 from weightsmith.build_record import read_build
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
@@ -44,7 +45,6 @@ from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quantize as quantizing
-from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
 from weightsmith.stages.bake import layer_limit
 from weightsmith.stages.base import OWN, base_reference, check_own, data_base

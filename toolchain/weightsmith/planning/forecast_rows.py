@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.planning.memory import (
     quality_memory,
@@ -25,7 +26,6 @@ from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages import quality
 from weightsmith.stages import quantize as quantizing
-from weightsmith.stages import reference as references
 from weightsmith.stages import validate as validating
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Tools

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import reduce
 
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import InputRefused
+from weightsmith.evaluating.asking import walk_of as walk_of_task
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.evaluating.task import Task
-from weightsmith.forward.memory import Walk, batch_bytes, token_bytes
+from weightsmith.evaluating.walks import walk_of, walks
+from weightsmith.forward.memory import Walk, batch_bytes, beside, token_bytes
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import LayerTimeJob
 from weightsmith.json_objects import JsonObject
-from weightsmith.planning.memory import PADDED, PROBED_TOKENS, PROBES
-from weightsmith.stages import reference as references
+from weightsmith.planning.memory import PADDED, PROBED_TOKENS, PROBES, asked_before_merging
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Sources
@@ -77,30 +79,39 @@ def stage_seconds(
     probed = 3 * PROBED_TOKENS
     weights = sources.base.tree.weight_bytes // 2  # in 16 bits
     new = FEW_NEW if weights > LARGE else NEW
-    walks = [
-        (references.walk_of(references.subjects(sources, t.adapter), t.task), t.task) for t in tasks
-    ]
+    walked = _walked(shape, sources, tasks, budget)
     validate = new * layer_time.passed(PROBES, PROBES) + layer_time.passed(probed, probed)
     read = PADDED * quality_tokens
     return {
         "validate": validate if merged else 0.0,
-        "reference": sum(
-            _answers(layer_time, shape, walk, task, budget)
-            + (_checked(layer_time, walk, task) if merged else 0.0)
-            for walk, task in walks
-        ),
+        "reference": sum(_answers(layer_time, shape, *each, budget) for each in walked)
+        + (sum(_checked(layer_time, one.task) for one in tasks) if merged else 0.0),
         "quality": 2 * layer_time.passed(read, quality_tokens),
         # As if no draft were right, and without what it takes to dequantize the weights.
         "dequantized": sum(
-            _answers(layer_time, shape, replace(walk, views=1), task, budget)
-            for walk, task in walks
+            _answers(layer_time, shape, walk_of_task(one.task), one.task, budget) for one in tasks
         ),
     }
 
 
-def _checked(layer_time: LayerTime, walk: Walk, task: Task) -> float:
+def _steps(task: Task) -> int:
+    return len(task.items) * max(1, task.max_tokens)
+
+
+def _walked(
+    shape: ModelShape, sources: Sources, tasks: Sequence[RecipeTask], budget: int
+) -> list[tuple[Walk, Task]]:
+    """Return each walk of base and adapters, with the task that it takes the most steps for."""
+    groups = walks(asked_before_merging(sources, tasks), shape, budget)
+    return [
+        (reduce(beside, map(walk_of, group)), max((u[0].task for u in group), key=_steps))
+        for group in groups
+    ]
+
+
+def _checked(layer_time: LayerTime, task: Task) -> float:
     """Return the seconds of the merged model, which reads the adapter's answers in one pass."""
-    return layer_time.passed(walk.tokens, len(task.items) * max(1, task.max_tokens))
+    return layer_time.passed(walk_of_task(task).tokens, _steps(task))
 
 
 def _answers(

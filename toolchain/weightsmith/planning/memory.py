@@ -8,6 +8,8 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.evaluating.asking import LETTERS, walk_of
 from weightsmith.evaluating.results import RecipeTask
+from weightsmith.evaluating.subjects import subjects
+from weightsmith.evaluating.walks import Unit, asked_of, once, planned_bytes
 from weightsmith.forward.memory import (
     BATCH_TOKENS,
     START,
@@ -22,7 +24,6 @@ from weightsmith.quantizers.gguf_calibration import WALK_TOKENS
 from weightsmith.quantizers.running import BLOCK
 from weightsmith.serving.memory import human
 from weightsmith.stages import quantize as quantizing
-from weightsmith.stages import reference as references
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.tools import Memory
 from weightsmith.values import AWQ, GPTQ, Sources
@@ -62,11 +63,16 @@ _WAYS_OUT: Mapping[str, str] = {
 def reference_memory(
     model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: Memory
 ) -> int:
-    """Return the peak of the reference answers in bytes, of the largest task."""
-    return max(
-        _walk(model, references.walk_of(references.subjects(sources, t.adapter), t.task), memory)
-        for t in tasks
-    )
+    """Return the peak of the reference answers in bytes, whichever of them are missing."""
+    try:
+        return planned_bytes(asked_before_merging(sources, tasks), model.shape, memory.budget)
+    except InputRefused:
+        return _UNKNOWN
+
+
+def asked_before_merging(sources: Sources, tasks: Sequence[RecipeTask]) -> tuple[Unit, ...]:
+    """Return what base and adapters are asked; the merged model follows them."""
+    return tuple(once(asked_of(subjects(sources, t.adapter), t.task) for t in tasks))
 
 
 def dequantized_memory(model: ModelFacts, tasks: Sequence[RecipeTask], memory: Memory) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.checkpoints.safetensors import read_header
@@ -9,40 +11,42 @@ from weightsmith.errors import CheckFailed
 from weightsmith.quantizers.quantizer import Step
 
 FILE = "adapter.gguf"
+_PROGRAM = "weightsmith.worker.convert_adapters"
 
 
-def steps(base: Path, adapter: Path, output: Path, tools: Path, python: str) -> tuple[Step, ...]:
-    """Return the converter's step; A and B are written in float32, so nothing is rounded."""
-    converter = tools / "convert"
+def steps(
+    base: Path, files: Mapping[Path, Path], output: Path, tools: Path, python: str
+) -> tuple[Step, ...]:
+    """Return the step that converts adapters, each to its file; none without adapters."""
+    if not files:
+        return ()
+    converter = tools / "convert" / "convert_lora_to_gguf.py"
+    listed = output / ".adapters.json"
+    pairs = [[str(adapter), str(file)] for adapter, file in files.items()]
     return (
         Step(
-            title="converting the adapter to GGUF",
-            argv=(
-                python,
-                str(converter / "convert_lora_to_gguf.py"),
-                str(adapter),
-                *("--base", str(base), "--outfile", str(output / FILE), "--outtype", "f32"),
-            ),
+            title=f"converting {len(files)} adapter(s) to GGUF",
+            argv=(python, "-m", _PROGRAM, str(converter), str(base), str(listed)),
+            writes={listed: json.dumps(pairs)},
+            removes=(listed,),
             env={
-                "PYTHONPATH": f"{converter}:{converter / 'gguf-py'}",
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "HF_HUB_OFFLINE": "1",
                 "TRANSFORMERS_OFFLINE": "1",
             },
-            reads="the adapter",
         ),
     )
 
 
-def check(adapter: Path, output: Path) -> int:
-    """Return the file's tensor count; raise CheckFailed if the adapter's differs."""
+def check(adapter: Path, file: Path) -> int:
+    """Return a file's tensor count; raise CheckFailed if its adapter's differs."""
     import gguf  # here to keep listing the formats fast
 
     expected = len(read_header(adapter / "adapter_model.safetensors").tensors)
-    found = len(gguf.GGUFReader(output / FILE).tensors)
+    found = len(gguf.GGUFReader(file).tensors)
     if found != expected:
         raise CheckFailed(
-            f"the converted adapter has {found} tensors, but the adapter has {expected}",
+            f"the converted adapter has {found} tensors, but {adapter} has {expected}",
             hint="the converter dropped some; merge this adapter instead",
         )
     return found

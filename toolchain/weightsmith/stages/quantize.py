@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.destinations import Destination
+from weightsmith.destinations import Destination, moved
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import Beside, QuantizeJob
 from weightsmith.outcome import Outcome, Timer
@@ -252,14 +252,8 @@ def _kept(
     for one in others:
         made = folder / _beside(one).folder
         found = {**result["beside"][one.format.name], **about}
-        to.files(partial(inputs, checkpoint.digest, one), partial(_moved, made, found))
+        to.files(partial(inputs, checkpoint.digest, one), moved(made, found))
         discard(made)
-    return facts
-
-
-def _moved(made: Path, facts: Mapping[str, Json], folder: Path) -> Mapping[str, Json]:
-    for path in made.iterdir():
-        path.rename(folder / path.name)
     return facts
 
 

@@ -5,24 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from weightsmith.destinations import InStore
+from weightsmith.destinations import InStore, moved
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import ConvertAdapterJob
+from weightsmith.jobs import ConvertAdaptersJob
 from weightsmith.outcome import Outcome, Timer
-from weightsmith.ports import Entry
 from weightsmith.quantizers import gguf_lora
 from weightsmith.resources import builder_pins
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
+from weightsmith.trees import discard
 from weightsmith.values import (
     LORA,
     AdapterSnapshot,
     Artifact,
+    Digest,
     FileEntry,
     Json,
     Sources,
@@ -35,6 +37,8 @@ FOLDER = "adapters"
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 2
+_AT_ONCE = 256
+"""Adapters in one job: a container gets each one's folder by itself."""
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
@@ -61,23 +65,67 @@ def unmerged_gguf(
 ) -> Outcome[Artifact]:
     """Return one tree with a GGUF base and its adapters, converted in their builder."""
     timer = Timer("quantize", f"{len(sources.adapters)} adapter(s) to GGUF", tools)
-    base, cached = converted.value, converted.cached
+    base, served = converted.value, served_adapters(sources, gguf=True)
     files, places = list(base.tree.files), {}
-    for served, adapter in zip(served_adapters(sources, gguf=True), sources.adapters, strict=True):
-        made = _converted(sources, adapter, tools)
-        tree, cached = made.tree, cached and made.cached
+    adapters, made = _converted(sources, tools)
+    for one, tree in zip(served, adapters, strict=True):
         (entry,) = (entry for entry in tree.files if entry.path == gguf_lora.FILE)
-        files.append(FileEntry(path=served.folder, size=entry.size, digest=entry.digest))
-        places[served.folder] = tree.path(entry.path)
+        files.append(FileEntry(path=one.folder, size=entry.size, digest=entry.digest))
+        places[one.folder] = tree.path(entry.path)
     tree = Tree(
         root=base.tree.root, files=tuple(sorted(files, key=lambda e: e.path)), places=places
     )
-    outcome = timer.done(Artifact(format=LORA, tree=tree), cached=cached)
+    outcome = timer.done(Artifact(format=LORA, tree=tree), cached=converted.cached and not made)
     return replace(outcome, seconds=round(outcome.seconds + converted.seconds, 3))
 
 
-def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entry:
-    stage = StageInputs(
+def _converted(sources: Sources, tools: Tools) -> tuple[list[Tree], bool]:
+    """Return each adapter as GGUF, and whether any was made; one job makes all that are missing.
+
+    It holds its first adapter's lock in the store while it stores the others. All builds take the
+    locks in the order of the keys, so that no two of them wait for each other.
+    """
+    store, made = InStore(tools.store), False
+    wanted = {_inputs(sources, one).key: one for one in sources.adapters}
+    while left := sorted(key for key in wanted if not tools.store.find(key)):
+        missing = {key: wanted[key] for key in left[:_AT_ONCE]}
+        first = next(iter(missing.values()))
+        make = partial(_make, sources, missing, tools)
+        made |= not store.files(partial(_inputs, sources, first), make, resume=True).cached
+    found = (store.find(partial(_inputs, sources, one)) for one in sources.adapters)
+    return [tree for tree in found if tree], made
+
+
+def _make(
+    sources: Sources, missing: Mapping[Digest, AdapterSnapshot], tools: Tools, folder: Path
+) -> Mapping[str, Json]:
+    """Convert adapters in one job; store all but the first, and leave this one in the folder."""
+    trees = {key.hex: one.snapshot.tree for key, one in missing.items()}
+    tools.runner.prepare(_BUILDER, tools.progress)
+    job = ConvertAdaptersJob(
+        builder=_BUILDER,
+        base=Input.tree(sources.base.tree),
+        adapters=tuple(map(Input.tree, trees.values())),
+        folders=tuple(trees),
+        output=folder,
+        memory_bytes=4 << 30,
+        seconds=job_seconds(sum(tree.size for tree in trees.values())),
+    )
+    result = tools.runner.run(job, tools.progress)
+    first, *others = missing.items()
+    facts = {key: {**result, "tensors": result["tensors"][key.hex]} for key in missing}
+    for key, one in others:
+        made = moved(folder / key.hex, facts[key])
+        InStore(tools.store).files(partial(_inputs, sources, one), made)
+        discard(folder / key.hex)
+    own = folder / first[0].hex
+    moved(own, {})(folder)
+    discard(own)
+    return facts[first[0]]
+
+
+def _inputs(sources: Sources, adapter: AdapterSnapshot) -> StageInputs:
+    return StageInputs(
         stage="convert-adapter",
         recipe_number=_RECIPE_NUMBER,
         inputs={
@@ -86,22 +134,6 @@ def _converted(sources: Sources, adapter: AdapterSnapshot, tools: Tools) -> Entr
             "builder": builder_pins(_BUILDER),
         },
     )
-
-    def make(folder: Path) -> Mapping[str, Json]:
-        tools.runner.prepare(_BUILDER, tools.progress)
-        return tools.runner.run(
-            ConvertAdapterJob(
-                builder=_BUILDER,
-                base=Input.tree(sources.base.tree),
-                adapter=Input.tree(adapter.snapshot.tree),
-                output=folder,
-                memory_bytes=4 << 30,
-                seconds=job_seconds(adapter.snapshot.tree.size),
-            ),
-            tools.progress,
-        )
-
-    return InStore(tools.store).files(lambda: stage, make)
 
 
 def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:

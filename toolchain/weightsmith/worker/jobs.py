@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.drivers.sandbox_probe import attempts
+from weightsmith.early_answers import EarlyAnswers
 from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,
@@ -24,13 +25,11 @@ from weightsmith.errors import (
     Unmeasurable,
     from_code,
 )
-from weightsmith.files import write_whole
 from weightsmith.jobs import (
     ANSWER_JOURNAL,
-    EARLY_ANSWERS,
     Beside,
     CacheScalesJob,
-    ConvertAdapterJob,
+    ConvertAdaptersJob,
     DequantizedJob,
     EchoJob,
     ExportEngineJob,
@@ -44,8 +43,10 @@ from weightsmith.jobs import (
     ValidateJob,
 )
 from weightsmith.trees import discard
-from weightsmith.values import Format, Json, canonical, plain
+from weightsmith.values import Format, Json, plain
+from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
+from weightsmith.worker.converting import convert_adapters, tools_folder
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
@@ -67,7 +68,7 @@ def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
 
 def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
     """Copy the engine's programs, compiled by the builder, to the output."""
-    source = _tools() / "app"
+    source = tools_folder() / "app"
     if not source.is_dir():
         raise EnvironmentFailure(
             f"the builder {job.builder!r} has no engine programs in {source}",
@@ -104,7 +105,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
         format=next(f for f in quantizer.formats if f.name == job.format),
         output=job.output,
         name=job.name,
-        tools=_tools(),
+        tools=tools_folder(),
         python=sys.executable,
         calibration=calibration,
         texts=job.texts if walked else (),
@@ -161,22 +162,6 @@ def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, Json]
     return found
 
 
-def _convert_adapter(job: ConvertAdapterJob, report: Report) -> Mapping[str, Json]:
-    """Convert a LoRA adapter to GGUF and read it back."""
-    gguf_lora: Any = importlib.import_module("weightsmith.quantizers.gguf_lora")
-    # The converter writes the folder's name into the file; without this, the bytes would depend on
-    # where the adapter lies.
-    named = job.output / "adapter"
-    named.unlink(missing_ok=True)
-    named.symlink_to(job.adapter.path)
-    made = gguf_lora.steps(job.base.path, named, job.output, _tools(), sys.executable)
-    run_steps(made, job.output, report)
-    found = gguf_lora.check(named, job.output)
-    named.unlink()
-    forget_steps(job.output)
-    return {"tensors": found}
-
-
 def _quantizer(name: str) -> Any:
     if not name.isidentifier():
         raise InputRefused(
@@ -184,57 +169,6 @@ def _quantizer(name: str) -> Any:
             hint="builder and control plane must have the same version",
         )
     return importlib.import_module(f"weightsmith.quantizers.{name}").QUANTIZER
-
-
-def _tools() -> Path:
-    """Return the folder of the builder's own programs."""
-    return Path(os.environ.get("WEIGHTSMITH_TOOLS_LLAMACPP", "/opt/llamacpp"))
-
-
-def _reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
-    """Return `answers`, of each subject."""
-    if job.choose:
-        choices: Any = importlib.import_module("weightsmith.merging.choices")
-        tell = partial(_report_items, report)
-        return {"answers": choices.likelihoods(_subjects(job), job.questions, tell)}
-    found = _answered(job, report)
-    (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
-    return {"answers": plain({name: one.rows for name, one in found.items()})}
-
-
-def _report_items(report: Report, done: int, total: int) -> None:
-    report(done, total, "items")
-
-
-def _answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
-    reference: Any = importlib.import_module("weightsmith.merging.reference")
-    chats = [question.messages for question in job.questions]
-    found: Mapping[str, Any] = reference.answered(
-        _subjects(job),
-        chats,
-        job.max_tokens,
-        partial(_report_items, report),
-        batch_bytes=job.batch_bytes,
-        journal=job.output / ANSWER_JOURNAL,
-    )
-    return found
-
-
-def _subjects(job: ReferenceJob) -> Mapping[str, Any]:
-    reference: Any = importlib.import_module("weightsmith.merging.reference")
-    return {
-        one.name: reference.Subject(
-            model=job.models[one.model].path,
-            adapters=tuple(
-                (job.adapters[number].path, weight)
-                for number, weight in zip(one.adapters, one.weights, strict=True)
-            ),
-            speakers=tuple(job.adapters[number].path for number in one.speakers),
-            draft=one.draft,
-            draft_texts=one.draft_texts,
-        )
-        for one in job.asked
-    }
 
 
 def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
@@ -246,30 +180,27 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
     The reference stage then asks for them again, and says why there are none, but only if the
     validation finds nothing wrong with the merged model.
     """
-    asked, drafts, began = job.reference, (), time.monotonic()
+    asked, drafts, began = job.reference, [], time.monotonic()
     answers: Mapping[str, Json] = {}
-    found: Mapping[str, Any] = {}
     try:
         with computed(asked):
-            if asked.choose:
-                answers = _mapping(_reference(asked, report)["answers"])
-            else:
-                found = _answered(asked, report)
-                answers = _mapping({name: one.rows for name, one in found.items()})
-                drafts = found["merged"].texts if "merged" in found else ()
-        write_whole(job.output / EARLY_ANSWERS, canonical(answers))
+            found = answered(asked, report)
+        answers = rows_of(found)
+        models = [one for walk in asked.walks for task in walk.tasks for one in task.models]
+        merged = [found[one.key] for one in models if one.name == "merged"]
+        drafts = [text for one in merged for text in getattr(one, "texts", ())]
+        del found, merged
     except Exception as error:  # noqa: BLE001 - what is wrong with the merge is said below
         traceback.print_exc()
         why = " ".join(str(getattr(error, "message", error)).split())
         note(f"no reference answers yet: {why[:200] or type(error).__name__}")
-    found = {}
     gc.collect()  # modules with hooks refer to each other
     seconds = round(time.monotonic() - began, 3)
     with computed(job.validation):
-        found = _validate(job.validation, report, drafts)
-    for name in (EARLY_ANSWERS, ANSWER_JOURNAL):
-        (job.output / name).unlink(missing_ok=True)
-    return {"validation": found, "answers": answers, "seconds": seconds}
+        validation = _validate(job.validation, report, drafts)
+    EarlyAnswers(job.output).forget()
+    (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
+    return {"validation": validation, "answers": answers, "seconds": seconds}
 
 
 def _validate(job: ValidateJob, report: Report, drafts: Sequence[Any] = ()) -> Mapping[str, Json]:
@@ -300,13 +231,16 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
 def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
     """Return `answers`, of the one subject, or `skipped`: why its weights cannot be read."""
     answering: Any = importlib.import_module("weightsmith.quality.answering")
-    model, tell = job.model.path, partial(_report_items, report)
+    walking: Any = importlib.import_module("weightsmith.forward.walk")
+    model, tell = job.model.path, partial(report_items, report)
+    count = walking.Count(len(job.questions), tell)
     try:
         view = _quantizer(job.quantizer).view(job.artifact.path, model)
         subjects = {"": answering.QuantizedSubject(model, view, draft_texts=job.drafts)}
         if job.choose:
             choices: Any = importlib.import_module("weightsmith.merging.choices")
-            return {"answers": choices.likelihoods(subjects, job.questions, tell)[""]}
+            asked = {"": (subjects[""], job.questions)}
+            return {"answers": choices.likelihoods(asked, count)[""]}
         reference: Any = importlib.import_module("weightsmith.merging.reference")
         given = [question.messages for question in job.questions], job.max_tokens, tell
         found = reference.answers(subjects, *given, batch_bytes=job.batch_bytes)[""]
@@ -317,7 +251,7 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
 
 def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, Json]:
     module: Any = importlib.import_module("weightsmith.forward.layer_time")
-    tell = partial(_report_items, report)
+    tell = partial(report_items, report)
     return _mapping(module.layer_time(job.model.path, job.counts, tell))
 
 
@@ -375,8 +309,8 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     ImportGgufJob.kind: _import_gguf,
     QuantizeJob.kind: _quantize,
     CacheScalesJob.kind: cache_scales,
-    ConvertAdapterJob.kind: _convert_adapter,
-    ReferenceJob.kind: _reference,
+    ConvertAdaptersJob.kind: convert_adapters,
+    ReferenceJob.kind: reference,
     DequantizedJob.kind: _dequantized,
     ProofJob.kind: _prove,
     ValidateJob.kind: _validate,

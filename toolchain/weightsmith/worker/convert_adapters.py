@@ -1,0 +1,80 @@
+"""Program that runs llama.cpp's converter on several LoRA adapters of one base.
+
+python -m weightsmith.worker.convert_adapters CONVERTER BASE LIST
+
+LIST is a JSON file with the folder and the output file of each adapter.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+from weightsmith.errors import InputRefused, ran_out_of_memory
+from weightsmith.foreign import TOKENIZER, parse_file
+from weightsmith.forward.libraries import import_lightly
+from weightsmith.quantizers.running import progress_line, refusal
+
+_TYPE = "f32"
+"""Of A and B, so that nothing is rounded."""
+
+
+class _Last(logging.Handler):
+    """Keeps the last error that the converter logs before it exits."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep an error."""
+        if record.levelno >= logging.ERROR:
+            self.text = record.getMessage()
+
+
+def main() -> None:
+    """Convert each adapter; each output is there as soon as it is whole."""
+    converter, base, listed = sys.argv[1:]
+    pairs = [tuple(map(Path, pair)) for pair in parse_file(Path(listed), largest=TOKENIZER)]
+    # Before the builder's own gguf package, which may be of another version.
+    sys.path[:0] = [str(Path(converter).parent), str(Path(converter).parent / "gguf-py")]
+    import_lightly("torch", "transformers.activations")
+    last = _Last()
+    logging.getLogger().addHandler(last)
+    for number, (adapter, output) in enumerate(pairs):
+        try:
+            _convert(converter, base, adapter, output)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, OSError) or ran_out_of_memory(error):
+                raise
+            traceback.print_exc()
+            why = last.text if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+            _refuse(adapter, why)
+        print(progress_line(number + 1, len(pairs), "adapters"), flush=True)  # noqa: T201
+
+
+def _convert(converter: str, base: str, adapter: Path, output: Path) -> None:
+    output.parent.mkdir(exist_ok=True)
+    part = output.with_suffix(".part")
+    words = ["--base", base, "--outfile", str(part), "--outtype", _TYPE]
+    sys.argv = [converter, str(adapter), *words]
+    runpy.run_path(converter, run_name="__main__")
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.rename(output)
+
+
+def _refuse(adapter: Path, why: str) -> None:
+    error = InputRefused(
+        f"llama.cpp's converter cannot read the adapter in {adapter.readlink()}: {why[:300]}",
+        hint="the job's log has more; merge this adapter, or try another engine, such as target "
+        "vllm-lora",
+    )
+    print(refusal(error), file=sys.stderr)  # noqa: T201
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
