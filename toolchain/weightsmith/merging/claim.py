@@ -12,7 +12,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.merging.adapter_config import AdapterConfig
 from weightsmith.merging.names import BaseNames
 from weightsmith.merging.outputs import Change, Patch, Source, Stored, Term
-from weightsmith.merging.tying import Tie, is_head
+from weightsmith.merging.tying import HEADS, Tie, is_head
 
 SHOWN = 5
 
@@ -93,6 +93,16 @@ class AdapterView:
             )
         return factor
 
+    def is_head(self, module: str) -> bool:
+        """Return whether a module is the model's head.
+
+        In a model with another head, a layer may have the name that a head has elsewhere.
+        """
+        tie = self.tie or self.apart
+        last = module.rpartition(".")[2]
+        own = last in HEADS or not tie or tie.head.endswith(f"{last}.weight")
+        return own and is_head(module)
+
     def alias_target(self, name: str) -> str:
         """Return the base tensor that a tied bias is an alias of, or ""."""
         biases = self.tie.also if self.tie and name.endswith(".bias") else ()
@@ -103,7 +113,7 @@ class AdapterView:
 
         Raises InputRefused if it is ambiguous.
         """
-        if self.tie and parameter == "weight" and is_head(module):
+        if self.tie and parameter == "weight" and self.is_head(module):
             return self.tie.head
         name = f"{module}.{parameter}"
         found = self.names.find(name) or self.names.find(self.alias_target(name) or name)

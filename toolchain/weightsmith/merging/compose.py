@@ -231,22 +231,25 @@ def _vocabulary(
     base: BaseTensors, outputs: Mapping[str, Output], tie: Tie | None
 ) -> dict[str, Any]:
     """Return the new `vocab_size` if embeddings and heads are resized alike."""
-    sizes: dict[str, int] = {}
+    rows: dict[str, tuple[int, int]] = {}
     for name, output in outputs.items():
         module = name.removesuffix(".weight")
         if (is_embedding(module) or is_head(module)) and output.shape:
             source = base.sources.get(name) or base.sources[tie.embedding if tie else name]
-            sizes[name] = output.shape[0] if output.shape != source.shape else -1
-    changed = {size for size in sizes.values() if size > 0}
-    if not changed:
+            rows[name] = source.shape[0], output.shape[0]
+    words = {before for before, after in rows.values() if before != after}
+    # Layers of another size only have such a name.
+    sizes = {name: after for name, (before, after) in rows.items() if before in words}
+    if not sizes:
         return {}
     if len(set(sizes.values())) > 1:
+        resized = [name for name, size in sizes.items() if size != rows[name][0]]
         raise InputRefused(
-            f"the adapter resizes only {', '.join(n for n, s in sizes.items() if s > 0)}: "
+            f"the adapter resizes only {', '.join(resized)}: "
             "embedding and head would have different numbers of tokens",
             hint="export the adapter with save_pretrained(..., save_embedding_layers=True)",
         )
-    return {"vocab_size": changed.pop()}
+    return {"vocab_size": next(iter(sizes.values()))}
 
 
 def _check_overlaps(name: str, shares: Sequence[Share]) -> None:

@@ -128,9 +128,14 @@ def _flag(config: Mapping[str, object]) -> bool:
 
 
 def _heads(config: Mapping[str, object], names: Mapping[str, object]) -> list[str]:
-    """Return the tensors of heads: the class's own if the file has it."""
+    """Return the tensors of heads: the class's own if the file has it.
+
+    A model whose head has a name of its own, or is of no known type, may have one of another name.
+    """
     own = f".{_default(config)[0]}.weight"
     listed = [name for name in names if f".{name}".endswith(own)]
+    if not listed and _default(config)[0] == "lm_head":
+        return [name for name in names if name.removesuffix(".weight").endswith(HEADS)]
     return listed or [name for name in names if is_head(name.removesuffix(".weight"))]
 
 

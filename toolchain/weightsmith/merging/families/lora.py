@@ -61,7 +61,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         elif len(a.shape) == 2 and pieces.is_piece(view, group.module):
             split[group.module] = a, b
             roles.update(group.keys)
-        elif tied_copy and is_head(group.module):
+        elif tied_copy and view.is_head(group.module):
             # The embedding's factors, transposed: already applied to the shared weight.
             yield Claim(keys=(a.name, b.name), module=group.module)
         else:
@@ -137,7 +137,7 @@ def _groups(view: AdapterView) -> dict[str, Group]:
 def _has_tied_copy(view: AdapterView, groups: dict[str, Group]) -> bool:
     """Return whether a tied head has its embedding's factors (`ensure_weight_tying`)."""
     embeddings = [g for g in groups.values() if "lora_embedding_A" in g.keys]
-    heads = [g for g in groups.values() if is_head(g.module) and "lora_A" in g.keys]
+    heads = [g for g in groups.values() if view.is_head(g.module) and "lora_A" in g.keys]
     if not view.tie or len(embeddings) != 1 or len(heads) != 1:
         return False
     a, b = _factors(view, embeddings[0])

@@ -121,7 +121,7 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
         )
     if parameter == "weight" and _is_unused_table(view, module):
         return _unused_table(view, key, module)
-    if view.tie and parameter == "weight" and (is_embedding(module) or is_head(module)):
+    if view.tie and parameter == "weight" and (is_embedding(module) or view.is_head(module)):
         return _tied(view, key, owner, module)
     if not target and str(view.config.raw.get("task_type")) in TASKS and _is_saved(view, module):
         return Claim(
@@ -171,14 +171,14 @@ def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:
     other = _counterpart(view, key, is_embedding(module))
     _check_shape(view, key, module, tie.embedding)
     if other and same_bytes(view.file, view.keys[key], view.keys[other]):
-        if is_head(module):
+        if view.is_head(module):
             return Claim(keys=(key,), module=module)
         alone = False
     else:
         wrapped = owner.endswith("base_layer")
         tying = view.config.ties(module)
         alone = bool(other) or (_is_saved(view, module) and not wrapped and not tying)
-    own = tie.head if is_head(module) else tie.embedding
+    own = tie.head if view.is_head(module) else tie.embedding
     return Claim(
         keys=(key,),
         module=module,
@@ -194,7 +194,7 @@ def _counterpart(view: AdapterView, key: str, embedding: bool) -> str:
         name = module_key(other)
         owner, _, parameter = name.rpartition(".")
         module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
-        right = is_head(module) if embedding else is_embedding(module)
+        right = view.is_head(module) if embedding else is_embedding(module)
         if other != key and right and parameter == "weight" and not _OTHERS.fullmatch(name):
             return other
     return ""

@@ -48,7 +48,7 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
     _check_bias(view, module)
     places = _places(view, module)
     info = view.keys[key]
-    head = bool(view.tie) and is_head(module)
+    head = bool(view.tie) and view.is_head(module)
     target = view.need(module)
     shape = view.shape(target)
     if info.shape != (len(places), *shape[1:]):
@@ -59,7 +59,7 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
         )
     # In PEFT a tied head follows its embedding, but not the other way round.
     both = bool(view.tie) and is_embedding(module)
-    others = [m for m in found if (is_embedding(m) if head else is_head(m))]
+    others = [m for m in found if (is_embedding(m) if head else view.is_head(m))]
     if others and (head or both):
         other = found[others[0]]
         both = places == _places(view, others[0]) and same_bytes(view.file, info, view.keys[other])
@@ -88,7 +88,7 @@ def _places(view: AdapterView, module: str) -> tuple[int, ...]:
         raw = view.config.raw.get("token_indices")
     if isinstance(raw, dict):
         named = [rows for name, rows in raw.items() if f".{module}".endswith(f".{name}")]
-        if (view.tie or view.apart) and is_head(module):
+        if (view.tie or view.apart) and view.is_head(module):
             # It follows its embedding.
             named += raw.values()
         raw = named[0] if named else None
