@@ -133,18 +133,19 @@ def test_a_repository_that_no_registry_takes(read: Path, command: str, name: str
     assert name in refused(read, command, words)
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        ("merge", {"base": "base", "adapter": ["adapter"], "out": "new"}),
-        ("validate", {"base": "base", "adapter": ["adapter"], "merged": "merged"}),
-        ("quantize", {"model": "base", "out": "new"}),
-        ("bake", {"model": "base", "target": "vllm", "layout": "image"}),
-        ("evaluate", {"model": "base", "data": "eval.jsonl"}),
-        ("build", {"base": "base"}),
-        ("plan", {"base": "base"}),
-    ],
-)
+READERS = [
+    ("merge", {"base": "base", "adapter": ["adapter"], "out": "new"}),
+    ("validate", {"base": "base", "adapter": ["adapter"], "merged": "merged"}),
+    ("quantize", {"model": "base", "out": "new"}),
+    ("bake", {"model": "base", "target": "vllm", "layout": "image"}),
+    ("evaluate", {"model": "base", "data": "eval.jsonl"}),
+    ("build", {"base": "base"}),
+    ("plan", {"base": "base"}),
+]
+"""Commands that read folders and use a shared cache."""
+
+
+@pytest.mark.parametrize(("command", "words"), READERS)
 def test_a_shared_cache_in_a_folder_that_is_read(
     read: Path, command: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,16 +162,7 @@ def test_a_shared_cache_in_a_folder_that_is_read(
 @pytest.mark.parametrize("variable", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
 @pytest.mark.parametrize(
     ("command", "words"),
-    [
-        ("merge", {"base": "base", "adapter": ["adapter"], "out": "new"}),
-        ("validate", {"base": "base", "adapter": ["adapter"], "merged": "merged"}),
-        ("quantize", {"model": "base", "out": "new"}),
-        ("render", {"model": "base", "target": "vllm", "out": "new"}),
-        ("bake", {"model": "base", "target": "vllm", "layout": "image"}),
-        ("evaluate", {"model": "base", "data": "eval.jsonl"}),
-        ("build", {"base": "base"}),
-        ("plan", {"base": "base"}),
-    ],
+    [*READERS, ("render", {"model": "base", "target": "vllm", "out": "new"})],
 )
 def test_a_store_or_cache_in_a_folder_that_is_read(
     read: Path,
