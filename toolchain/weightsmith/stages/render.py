@@ -73,17 +73,17 @@ def render(
     )
     paths = {a.name or served.name: f"{engine.model_dir}/{a.folder}" for a in options.adapters}
     served = replace(served, adapters=paths)
-    env = dict(engine.env(plan, served))
-    # Upstream's GPU images have their own check.
-    healthcheck = engine.healthcheck if plan.device == "cpu" else ()
+    config = replace(_config(target, plan, served), made_from=made_from)
+    if plan.device != "cpu":  # upstream's GPU images have their own check
+        config = replace(config, healthcheck=())
     image = image or f"{repository_name(name)}:{version}"
     facts = {
         "name": name,
         "version": version,
         "image": image,
         "image_parts": _parts(image),
-        "env": env,
-        "healthcheck": list(healthcheck),
+        "env": config.env,
+        "healthcheck": list(config.healthcheck),
         "model_path": served.path,
         "served_name": served.name,
         "adapters": served.adapters,
@@ -94,19 +94,10 @@ def render(
     plan_json = json.dumps(plan.to_json(), indent=2, sort_keys=True) + "\n"
     inside_json = json.dumps(plan.portable(), indent=2, sort_keys=True) + "\n"
     inside = {path: files[file] for path, file in engine.image_files.items()}
-    return ServingConfig(
-        target=target.name,
+    return replace(
+        config,
         files={**files, "plan.json": plan_json},
         image_files={**inside, "/etc/weightsmith/plan.json": inside_json},
-        entrypoint=engine.entrypoint,
-        command=engine.command(plan, served),
-        env=env,
-        port=engine.port,
-        health_path=engine.health_path,
-        healthcheck=healthcheck,
-        served_name=served.name,
-        plan=plan,
-        made_from=made_from,
     )
 
 
@@ -179,25 +170,31 @@ def render_unplanned(
     engine = target.engine
     plan = ServingPlan(device="cpu" if engine.base.cpu else "gpu")
     served = _served(engine, name, model_file, weight_bytes, projector)
-    command = engine.command(plan, served)
-    settings = engine.file_settings(plan, served)
+    config, settings = _config(target, plan, served), engine.file_settings(plan, served)
     facts = {"name": name, "version": "0", "plan": plan, "file_settings": settings}
     environment = _environment((templates() / engine.name, templates() / "deploy"))
+    inside = {
+        path: _one(environment, f"{file}.j2", facts)
+        for path, file in engine.image_files.items()
+        if path in config.command
+    }
+    return replace(config, image_files=inside)
+
+
+def _config(target: Target, plan: ServingPlan, served: ServedModel) -> ServingConfig:
+    """Return the configuration of a planned server, without files."""
+    engine = target.engine
     return ServingConfig(
         target=target.name,
         files={},
-        image_files={
-            path: _one(environment, f"{file}.j2", facts)
-            for path, file in engine.image_files.items()
-            if path in command
-        },
+        image_files={},
         entrypoint=engine.entrypoint,
-        command=command,
-        env=engine.env(plan, served),
+        command=engine.command(plan, served),
+        env=dict(engine.env(plan, served)),
         port=engine.port,
         health_path=engine.health_path,
         healthcheck=engine.healthcheck,
-        served_name=name,
+        served_name=served.name,
         plan=plan,
         made_from=(),
     )
