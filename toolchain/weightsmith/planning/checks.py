@@ -31,6 +31,7 @@ from weightsmith.planning.options import (
     unmerged_adapters,
     warn_of_texts,
 )
+from weightsmith.planning.origins import origin_of
 from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import disk_peak, estimated_bytes, expected_projector
@@ -73,28 +74,30 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     say_samples(tasks, tools.progress)
     if not tasks:
         tools.progress.warn("the recipe has no `evaluate`: the image's answers are not tested")
-    tree, model = sources.base.tree, read_facts(sources.base.tree.root)
+    model = read_facts(sources.base.tree.root)
     for target in request.targets:
+        origin = origin_of(target, sources, recipe.merge)
         if target.engine.legacy:
             tools.progress.warn(target.engine.legacy)
-        size = estimated_bytes(tree.weight_bytes, target.format, model)
+        size = estimated_bytes(origin.weight_bytes, target.format, origin.model)
         adapters = unmerged_adapters(request.file, target, sources)
         planned = serving_config(
             request.file,
             target,
-            model,
+            origin.model,
             size,
             weights="",
             made_from=(),
             adapters=adapters,
-            projector=expected_projector(target, model),
+            projector=expected_projector(target, origin.model),
         )
         options = quantize_options(request.file, target.format, sources.base, tools)
         devices[target.name] = device = planned.plan.device
-        check_format(target, options, model, device)
-        if uncalibrated := missing(request.file, target, model):
+        check_format(target, options, origin.model, device)
+        if uncalibrated := missing(request.file, target, origin.model):
             tools.progress.warn(uncalibrated)
-        packed = max(packed, disk_peak(tree.size, target.format, model, options.options))
+        peak = disk_peak(origin.size, target.format, origin.model, options.options)
+        packed = max(packed, peak)
     if any(target.format.packed for target in request.targets):
         warn_of_texts(request.file, tools.progress)
     require_memory(_needs(request, sources, model, devices, tools), tools.memory)
@@ -148,7 +151,9 @@ def _needs(
         key = quantizing.inputs(checkpoint.digest, options).key if checkpoint else None
         made = tools.store.find(key) if key else None
         if not made:
-            yield "quantize", target.name, quantize_memory(model, sources.base.tree.size, options)
+            origin = origin_of(target, sources, recipe.merge)
+            needed = quantize_memory(origin.model, origin.size, options)
+            yield "quantize", target.name, needed
         if recipe.quality.gate is not False:
             yield "quality", target.name, quality_memory(model, recipe.quality.tokens)
         pair, given = (checkpoint, made.tree if made else None), (tasks, sources, model)

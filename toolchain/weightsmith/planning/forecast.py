@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.build_record import read_build
@@ -31,12 +32,13 @@ from weightsmith.planning.options import (
     sources_to_merge,
     unmerged_adapters,
 )
+from weightsmith.planning.origins import origin_of
 from weightsmith.planning.platforms import forecast_platforms
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import estimated_bytes, expected_projector
 from weightsmith.planning.tasks import tasks_of
 from weightsmith.recipe_file import RecipeFile
-from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
+from weightsmith.serving.parameters import WORKED_OUT
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
@@ -74,10 +76,9 @@ def forecast(
     known = _known(file, targets, sources, tasks, dist, tools)
     rows = [row("resolve", cached=True, why="", read=sources.base.tree.size), merge_row(known)]
     rows += [*validate_rows(known), *reference_rows(known)]
-    weights = sources.base.tree.weight_bytes or weights_from_config(known.model)
     plans, platforms = {}, {}
     for target in targets:
-        found, plans[target.name], platforms[target.name] = _of_target(known, target, weights)
+        found, plans[target.name], platforms[target.name] = _of_target(known, target)
         rows += found
     layer_time = measured_layer_time(sources, tools) if measure else None
     if layer_time is not None:
@@ -131,23 +132,23 @@ def _known(
 
 
 def _of_target(
-    known: Known, target: Target, weights: int
+    known: Known, target: Target
 ) -> tuple[list[dict[str, Json]], ServingPlan, Mapping[str, str]]:
-    """Return the rows of a target's own stages, its serving plan and its platforms.
-
-    `weights` are the bytes of the base's.
-    """
-    file, sources, model = known.file, known.sources, known.model
+    """Return the rows of a target's own stages, its serving plan and its platforms."""
+    file, sources = known.file, known.sources
+    origin = origin_of(target, sources, file.recipe.merge)
+    model = origin.model
+    known = replace(known, model=model)
     checkpoint, tools = known.checkpoint, known.tools
     options = quantize_options(file, target.format, sources.base, tools)
-    quantizing, artifact = quantize_row(known, target, options)
+    quantizing, artifact = quantize_row(known, target, options, origin.size)
     rows = [quantizing, *quality_rows(known, target, artifact)]
     if uncalibrated := missing(file, target, model):
         tools.progress.warn(uncalibrated)
     if scales := forecast_scales(file, target, model, sources, checkpoint, tools):
         rows.append(row("cache-scales", **scales))
     weight = artifact.weight_bytes if artifact else 0
-    weight = weight or estimated_bytes(weights, target.format, model)
+    weight = weight or estimated_bytes(origin.weight_bytes, target.format, model)
     beside = projector_in(artifact) if artifact else expected_projector(target, model)
     plan = _serving_plan(known, target, weight, beside)
     check_format(target, options, model, plan.device)

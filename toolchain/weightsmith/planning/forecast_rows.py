@@ -104,10 +104,13 @@ def reference_rows(known: Known) -> list[dict[str, Json]]:
 
 
 def quantize_row(
-    known: Known, target: Target, options: QuantizeOptions
+    known: Known, target: Target, options: QuantizeOptions, size: int
 ) -> tuple[dict[str, Json], Tree | None]:
-    """Return the row of a target's weights, and the weights if they exist."""
-    size, checkpoint, tools = known.sources.base.tree.size, known.checkpoint, known.tools
+    """Return the row of a target's weights, and the weights if they exist.
+
+    `size` is that of the checkpoint that they are made from.
+    """
+    checkpoint, tools = known.checkpoint, known.tools
     if not target.format.packed:
         return row("quantize", target=target.name, cached=True, why=""), checkpoint
     if not can_make(target.format):
