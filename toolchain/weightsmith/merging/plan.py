@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from weightsmith.merging.loading import loaded_names, split_names
 from weightsmith.merging.names import BaseNames, plain_key
 from weightsmith.merging.origin import other_family
 from weightsmith.merging.outputs import Output, OutputShard, Stored
-from weightsmith.merging.quantized.base import STALE, base_view
+from weightsmith.merging.quantized.base import STALE, BaseView, base_view
 from weightsmith.merging.quantized.sources import held_bytes
 from weightsmith.merging.refused import REFUSED, UNMERGED
 from weightsmith.merging.tasks import task_settings
@@ -109,8 +110,7 @@ def make_plan(
     _check_weights(adapters)
     combination = _for_adapters(combination or Combination(), len(adapters))
     files = check_model_folder(base)
-    index = open_checkpoint(base)
-    based = base_view(index, read_json(base / "config.json"), quantized_base)
+    index, based = _opened(base, quantized_base, tuple(_stamp(base / name) for name in files))
     planned = tuple(_open_adapter(root, weight) for root, weight in adapters)
     _check_factor_space(combination, planned)
     tensors, config = based.tensors, based.config
@@ -154,6 +154,20 @@ def make_plan(
             *((_untied(apart),) if apart else ()),
         ),
     )
+
+
+@lru_cache(maxsize=1)
+def _opened(
+    base: Path, quantized_base: str, _stamps: tuple[tuple[int, ...], ...]
+) -> tuple[CheckpointIndex, BaseView]:
+    """Return a base's tensors; a fleet merges hundreds of adapters into the same 90,000."""
+    index = open_checkpoint(base)
+    return index, base_view(index, read_json(base / "config.json"), quantized_base)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
 
 
 def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
