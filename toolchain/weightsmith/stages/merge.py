@@ -105,7 +105,7 @@ def _planned_of(sources: Sources, options: Merge) -> _PlannedOf:
     return sources.base.tree.root, adapters, digests, options
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=100_000)
 def _cost(*planned_of: *_PlannedOf) -> tuple[Mapping[str, int], bool]:
     """Return a plan's cost, and whether it can be virtual; a fleet asks first for all cells."""
     plan = _planned(*planned_of)
