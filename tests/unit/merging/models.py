@@ -68,6 +68,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 96, "n_positions": 32, "n_embd": 32, "dff": 48, "n_layer": 2, "n_head": 4},
     ),
     "mamba": ("MambaConfig", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}),
+    "mamba2": (
+        "Mamba2Config",
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+        | {"num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+    ),
     "bart": (
         "BartConfig",
         {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}

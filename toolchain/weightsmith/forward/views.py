@@ -156,6 +156,7 @@ def _stream(
 ) -> None:
     """Make a module read its weights when it runs; vectors such as norms stay in memory.
 
+    So do filters of single channels, which models with states read without calling their layer.
     `deltas` has what adapters add to its stacked parameters.
     """
     if stacks := _stacks(path, module, weights):
@@ -174,10 +175,16 @@ def _stream(
         places.pop("weight")
         lookup = functools.partial(_embedding, module, type(module).forward, matrix)
         setattr(module, "forward", lookup)  # noqa: B010
-    for name in [name for name in places if module.get_parameter(name).dim() < 2]:
+    for name in [name for name in places if _stays(module, name)]:
         module.get_parameter(name).data = weights.whole(places.pop(name))
     if places:
         fill_while_running(module, weights, {(module, n): p for n, p in places.items()})
+
+
+def _stays(module: nn.Module, name: str) -> bool:
+    """Return whether a parameter is small: a vector, or a convolution's of channels each alone."""
+    alone = isinstance(module, nn.Conv1d) and module.groups == module.in_channels
+    return alone or module.get_parameter(name).dim() < 2
 
 
 def _linear(
