@@ -354,3 +354,24 @@ def test_logits_that_are_computed_in_pieces_are_the_same(
     monkeypatch.setattr(heads, "LOGIT_BYTES", 3 * 4 * 512)  # of three positions
 
     assert answer(base, drafts={n: [*row[:7], 11, *row[8:]] for n, row in enumerate(true)}) == true
+
+
+def test_texts_with_states_that_mix_are_written_one_by_one() -> None:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2}
+    model = RwkvForCausalLM(RwkvConfig(**sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    prompts = [list(range(first, first + 9)) for first in (30, 50, 70)]
+
+    found = greedy(model, Questions(prompts=prompts, ends=[], most=8), lambda _: None)
+
+    for prompt, tokens in zip(prompts, found.tokens, strict=True):
+        text = [*prompt]
+        for _ in range(8):
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([text]), use_cache=False).logits
+            text.append(int(logits[0, -1].argmax()))
+        assert tokens == text[len(prompt) :]
