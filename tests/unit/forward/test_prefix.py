@@ -10,7 +10,7 @@ import torch
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.keys import Keys
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.prefix import Prefix, shared_prefix
+from weightsmith.forward.prefix import Prefix, empty_prefix, shared_prefix
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 
@@ -78,7 +78,7 @@ def test_a_window_shorter_than_the_text_has_no_shared_prefix(tmp_path: Path, win
     network = load_network(base, [])
     asked = Questions(prompts=PROMPTS, ends=[2], most=MOST)
 
-    prefix = shared_prefix(network, PROMPTS, MOST)
+    prefix = shared_prefix(network, PROMPTS, empty_prefix(network, PROMPTS, MOST))
 
     assert prefix.length == (0 if window == 8 else len(HEAD))
     assert greedy(network, asked, lambda _: None).tokens == generated(network)
@@ -106,7 +106,7 @@ def test_attention_that_counts_columns_finds_no_holes(
 def test_a_window_has_to_hold_the_text_and_no_more_than_a_pass_leaves(tmp_path: Path) -> None:
     text = len(HEAD) + 5 + 200
     layers = [
-        shared_prefix(
+        empty_prefix(
             load_network(make_model(tmp_path / str(w), "mistral", sliding_window=w), []),
             PROMPTS,
             200,
@@ -120,7 +120,7 @@ def test_a_window_has_to_hold_the_text_and_no_more_than_a_pass_leaves(tmp_path: 
 def test_a_model_with_other_states_has_no_shared_prefix(tmp_path: Path) -> None:
     network = load_network(make_model(tmp_path / "base", "jamba"), [])
 
-    assert not shared_prefix(network, PROMPTS, MOST).layers
+    assert not shared_prefix(network, PROMPTS, empty_prefix(network, PROMPTS, MOST)).layers
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,9 @@ def test_a_model_with_other_states_has_no_shared_prefix(tmp_path: Path) -> None:
     ],
 )
 def test_what_prompts_share(tmp_path: Path, prompts: list[list[int]], length: int) -> None:
+    network = load_network(make_model(tmp_path / "base"), [])
     with torch.inference_mode():
-        prefix = shared_prefix(load_network(make_model(tmp_path / "base"), []), prompts, MOST)
+        prefix = shared_prefix(network, prompts, empty_prefix(network, prompts, MOST))
 
     assert prefix.length == length
     assert all(keys.shape[:1] == (1,) and keys.shape[2] == length for _, keys, _ in prefix.states)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.alone import batches_change
 from weightsmith.forward.drafts import Draft, read_at_once
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
 from weightsmith.forward.positions import Positions, only
-from weightsmith.forward.prefix import HOLES, Prefix, depends_on_length, shared_prefix
+from weightsmith.forward.prefix import HOLES, Prefix, depends_on_length, empty_prefix, shared_prefix
 
 Tokens = Sequence[int]
 Written = tuple[int, int, list[int]]
@@ -85,14 +86,17 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     """
     numbers = range(len(asked.prompts))
     answers = _Found({n: [] for n in numbers}, {n: [] for n in numbers})
-    shared = shared_prefix(model, asked.prompts, asked.most)
-    drafts = _usable_drafts(model, asked)
+    empty = empty_prefix(model, asked.prompts, asked.most)
+    alone = batches_change(model, empty, asked.prompts, asked.filler)
+    shared = Prefix() if alone else shared_prefix(model, asked.prompts, empty)
+    drafts = {} if alone else _usable_drafts(model, asked)
     if not shared.layers:
         _read_drafts(model, asked, answers, drafts)
     left = [n for n in numbers if not _ended(answers.tokens[n], asked)]
     advance(len(numbers) - len(left))
     rows = {n: [*asked.prompts[n], *answers.tokens[n]] for n in left}
-    for batch in batches(rows, _fits(model, asked, shared, drafts)):
+    fits = _one_by_one if alone else _fits(model, asked, shared, drafts)
+    for batch in batches(rows, fits):
         if shared.layers:
             texts = {n: Draft(drafts.get(n, ())) for n in batch}
             _continue(model, asked, shared, texts, answers)
@@ -146,6 +150,10 @@ def _fits(
         return tokens <= BATCH_TOKENS and needed <= asked.batch_bytes
 
     return fits
+
+
+def _one_by_one(count: int, _longest: int) -> bool:
+    return count == 1
 
 
 def _sizes(model: Any) -> dict[str, int]:

@@ -15,11 +15,11 @@ _WORTH = 128
 """Tokens that sharing must save: its own pass reads and converts every weight once more."""
 _LENGTH_DEPENDENT = ("longrope", "'dynamic'")
 """Kinds of positions that are computed from the length of the whole text."""
-_OTHERWISE = frozenset({"doge", "gpt_neo", "mpt"})
+_OTHERWISE = frozenset({"doge", "dory", "gpt_neo", "mpt"})
 """Model types whose attention is not that of single keys and values.
 
 GPT-Neo's windows and MPT's distances count columns, also those that hold no token. Doge multiplies
-all values again in each layer.
+all values again in each layer. Dory adds layers to the cache that it is given.
 """
 HOLES = 16
 """Columns of keys and values that hold no text's token, before they are removed."""
@@ -48,23 +48,28 @@ class Prefix:
         return keys
 
 
-def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], most: int) -> Prefix:
-    """Return the tokens that all prompts begin with, read in one pass; none if it saves too little.
+def empty_prefix(model: Any, prompts: Sequence[Sequence[int]], most: int) -> Prefix:
+    """Return a prefix without tokens; it has no layers if the model's cache is of another kind.
 
-    At least one token of each prompt is left. `most` is how many tokens may follow a prompt.
+    `most` is how many tokens may follow a prompt.
     """
     columns = max(map(len, prompts), default=0) + most + HOLES + min(most, MOST)
-    layers = _plain_layers(model, columns)
+    return Prefix(layers=_plain_layers(model, columns), positioned=takes(model, "position_ids"))
+
+
+def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], empty: Prefix) -> Prefix:
+    """Return the tokens that all prompts begin with, read in one pass; none if it saves too little.
+
+    At least one token of each prompt is left. `empty` is the model's prefix without tokens.
+    """
     length = _common(prompts)
-    positioned = "position_ids" in inspect.signature(_bare(model).forward).parameters
-    prefix = Prefix(layers=layers, positioned=positioned)
-    if not layers or length * (len(prompts) - 1) < _WORTH:
-        return prefix
-    cache = prefix.rows(1, length).cache
+    if not empty.layers or length * (len(prompts) - 1) < _WORTH:
+        return empty
+    cache = empty.rows(1, length).cache
     ids = torch.tensor([prompts[0][:length]])
     # One logit is enough: the head of a small model is a fifth of its weights.
     model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
-    return replace(prefix, length=length, states=tuple(_states(cache)))
+    return replace(empty, length=length, states=tuple(_states(cache)))
 
 
 def depends_on_length(model: Any) -> bool:
@@ -81,11 +86,10 @@ def _plain_layers(model: Any, columns: int) -> int:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    bare = _bare(model)
-    takes_one = "cache" in inspect.signature(bare.forward).parameters
-    if not takes_one or getattr(bare, "_is_stateful", True) or depends_on_length(bare):
+    own = bare(model)
+    if not takes(model, "cache") or getattr(own, "_is_stateful", True) or depends_on_length(own):
         return 0
-    config = bare.config.get_text_config(decoder=True)
+    config = own.config.get_text_config(decoder=True)
     if config.model_type in _OTHERWISE:
         return 0
     layers = DynamicCache(config=config).layers
@@ -96,8 +100,14 @@ def _plain_layers(model: Any, columns: int) -> int:
     return len(layers)
 
 
-def _bare(model: Any) -> Any:
+def bare(model: Any) -> Any:
+    """Return transformers' model without PEFT's around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def takes(model: Any, name: str) -> bool:
+    """Return whether a model is called with an argument of this name."""
+    return name in inspect.signature(bare(model).forward).parameters
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:
