@@ -12,7 +12,15 @@ from types import SimpleNamespace
 import pytest
 from weightsmith import time_limits
 from weightsmith.errors import UsageError
-from weightsmith.time_limits import GGUF_PER_GB, TooLong, cpu_limit, doing, job_seconds, steady
+from weightsmith.time_limits import (
+    GGUF_PER_GB,
+    ROUNDING_PER_GB,
+    TooLong,
+    cpu_limit,
+    doing,
+    job_seconds,
+    steady,
+)
 
 ROOT = Path(__file__).parents[2]
 HOURS = 3600
@@ -92,10 +100,12 @@ def test_what_is_done_is_told_when_it_begins_and_when_it_has_ended(monkeypatch):
         (job_seconds(141 * 10**9), 141e9 * 4 / 50e6),
         # Its GGUF, at 60 CPU seconds for a GB with a matrix, on one CPU that has other work too.
         (job_seconds(141 * 10**9, per_gb=GGUF_PER_GB), 141 * 60 * 20),
+        # Formats without calibration at 14 CPU seconds for a GB, without our compiled kernels.
+        (job_seconds(141 * 10**9, per_gb=ROUNDING_PER_GB), 141 * 14 * 20),
         # 100 answers of 64 tokens, each a walk through 282 GB in float32 at 2 GB/s.
         (job_seconds(141 * 10**9, tokens=6400), 6400 * 282 / 2),
     ],
-    ids=["least", "slow disk", "quantizing", "answering"],
+    ids=["least", "slow disk", "quantizing", "rounding", "answering"],
 )
 def test_slow_machines_with_large_models_are_not_cut(limit, at_least):
     assert limit >= at_least

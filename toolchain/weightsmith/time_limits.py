@@ -22,6 +22,8 @@ GGUF_PER_GB = 3_000.0
 """The same for GGUF; 60 were measured with an importance matrix."""
 PACKING_PER_GB = 30_000.0
 """The same for packed checkpoints; 1,040 were measured for AWQ, which searches for scales."""
+ROUNDING_PER_GB = 600.0
+"""The same for those that are rounded a few rows at a time; 7 were measured, 14 with numpy."""
 _PER_TOKEN = 2.0
 """Seconds per GB and token that a model reads or writes; less than 0.1 was measured."""
 _TICK, _DIGITS = 0.25, 9

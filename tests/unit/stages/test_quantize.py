@@ -292,3 +292,15 @@ def test_a_run_with_other_formats_beside_takes_nothing_from_a_killed_one(
 
     left = {path.name for path in request_.output.iterdir()}
     assert left == {"demo.gguf", ".engine", *(f".{name}" for name in now)}
+
+
+def test_a_job_that_only_rounds_gets_less_time_than_one_that_searches():
+    """A hanging job on 70 billion weights ends after a day, not after weeks."""
+    seconds = {
+        name: stage.job_of(
+            Input(path=Path("model")), 141 * 10**9, wanted(name, None), Path()
+        ).seconds
+        for name in ("nvfp4a16", "awq")
+    }
+
+    assert seconds["nvfp4a16"] < 30 * 3600 < seconds["awq"]

@@ -156,7 +156,7 @@ def _needs(
             yield "quantize", target.name, needed
         if recipe.quality.gate is not False:
             yield "quality", target.name, quality_memory(model, recipe.quality.tokens)
-        pair, given = (checkpoint, made.tree if made else None), (tasks, sources, model)
+        pair, given = (checkpoint, made.tree if made else None), (tasks, model)
         row = forecast_dequantized(request.file, target, devices[target.name], *given, pair, tools)
         if row and not row["cached"]:
             yield "dequantized", target.name, row["memory"]

@@ -16,7 +16,7 @@ from weightsmith.stages import dequantized as stage
 from weightsmith.stages.base import base_reference
 from weightsmith.starting import has_device
 from weightsmith.tools import Tools
-from weightsmith.values import Json, Sources, Tree
+from weightsmith.values import Json, Tree
 
 
 def forecast_dequantized(
@@ -24,12 +24,11 @@ def forecast_dequantized(
     target: Target,
     device: str,
     tasks: Sequence[RecipeTask],
-    sources: Sources,
     model: ModelFacts,
     made: tuple[Tree | None, Tree | None],
     tools: Tools,
 ) -> dict[str, Json] | None:
-    """Return the stage's row of a forecast; None if there is no such stage.
+    """Return the stage's row of a forecast without what it reads; None if there is no such stage.
 
     `made` are the checkpoint and the artifact, None if they do not exist yet.
     """
@@ -37,10 +36,8 @@ def forecast_dequantized(
         return None
     if not (why := _why_not_started(file, target, device, tools)):
         return None
-    base = sources.base.tree
     row: dict[str, Json] = {
         "target": target.name,
-        "read": base.size,
         "memory": dequantized_memory(model, tasks, tools.memory),
     }
     checkpoint, artifact = made

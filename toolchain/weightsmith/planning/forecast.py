@@ -142,7 +142,7 @@ def _of_target(
     checkpoint, tools = known.checkpoint, known.tools
     options = quantize_options(file, target.format, sources.base, tools)
     quantizing, artifact = quantize_row(known, target, options, origin.size)
-    rows = [quantizing, *quality_rows(known, target, artifact)]
+    rows = [quantizing, *quality_rows(known, target, artifact, origin.size)]
     if uncalibrated := missing(file, target, model):
         tools.progress.warn(uncalibrated)
     if scales := forecast_scales(file, target, model, sources, checkpoint, tools):
@@ -154,9 +154,9 @@ def _of_target(
     check_format(target, options, model, plan.device)
     platforms, engines = forecast_platforms(file, target, plan.device, tools)
     rows += [row("base", target=target.name, cached=cached, why=why) for cached, why in engines]
-    given, made = (known.tasks, sources, model), (checkpoint, artifact)
+    given, made = (known.tasks, model), (checkpoint, artifact)
     if answers := forecast_dequantized(file, target, plan.device, *given, made, tools):
-        rows.append(row("dequantized", **answers))
+        rows.append(row("dequantized", **answers, read=weight))
     return [*rows, publish_row(file, target, artifact, weight)], plan, platforms
 
 

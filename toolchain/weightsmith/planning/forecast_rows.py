@@ -134,8 +134,13 @@ def quantize_row(
     return row("quantize", **state, **cost), entry.tree if entry else None
 
 
-def quality_rows(known: Known, target: Target, artifact: Tree | None) -> list[dict[str, Json]]:
-    """Return the row of a target's quality gate, if it has one."""
+def quality_rows(
+    known: Known, target: Target, artifact: Tree | None, size: int
+) -> list[dict[str, Json]]:
+    """Return the row of a target's quality gate, if it has one.
+
+    `size` is that of the checkpoint that the artifact is made from.
+    """
     checkpoint, wanted = known.checkpoint, known.file.recipe.quality
     if not target.format.packed or not can_make(target.format) or wanted.gate is False:
         return []
@@ -144,9 +149,9 @@ def quality_rows(known: Known, target: Target, artifact: Tree | None) -> list[di
     if checkpoint and artifact:
         stage = quality.inputs(checkpoint.digest, artifact.digest, texts, wanted.tokens)
         state = _state(stage, None, known.tools)
-    size = checkpoint.size if checkpoint else 0
+    made = artifact.size if artifact else estimated_bytes(size, target.format, known.model)
     memory = quality_memory(known.model, wanted.tokens)
-    return [row("quality", target=target.name, **state, read=size, memory=memory)]
+    return [row("quality", target=target.name, **state, read=size + made, memory=memory)]
 
 
 def publish_row(

@@ -17,7 +17,7 @@ from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.known import has_projector
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.resources import builder_pins
-from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, job_seconds
+from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
 from weightsmith.tools import Tools
 from weightsmith.trees import discard
 from weightsmith.values import (
@@ -302,7 +302,9 @@ def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> Q
     """Return the job that quantizes a checkpoint of `size` bytes into a folder."""
     quantizer = of_format(options.format.name)
     texts = options.texts.calibration if options.texts else ()
-    per_gb = GGUF_PER_GB if options.format.suffix == ".gguf" else PACKING_PER_GB
+    per_gb = ROUNDING_PER_GB if quantizer.streams else PACKING_PER_GB
+    if options.format.suffix == ".gguf":
+        per_gb = GGUF_PER_GB
     return QuantizeJob(
         builder=quantizer.builder,
         model=model,
