@@ -40,7 +40,7 @@ job = MergeJob(builder="merge", base=Input(path=Path(base)), weights=(1.0,), opt
                memory_bytes=4 << 30, unwritten=bool(unwritten))
 made = LocalRunner(cache_folder()).run(job, Silent())
 digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
-Path(f"{out}.json").write_text(json.dumps(digests))
+Path(f"{out}.json").write_text(json.dumps([digests, made.get("largest", {})]))
 """
 
 QUANTIZE = """
@@ -58,9 +58,9 @@ base, adapter, model, name, out, unwritten = sys.argv[1:]
 job = job_of(Input(path=Path(model)), 4 << 30, QuantizeOptions(name="m", format=formats()[name]),
              Path(out))
 if unwritten:
-    digests = json.loads(Path(f"{model}.json").read_text())
+    digests, largest = json.loads(Path(f"{model}.json").read_text())
     virtual = Virtual(base=Input(path=Path(base)), adapters=(Input(path=Path(adapter)),),
-                      weights=(1.0,), options=Merge(), digests=digests)
+                      weights=(1.0,), options=Merge(), digests=digests, largest=largest)
     job = replace(job, virtual=virtual)
 LocalRunner(cache_folder()).run(job, Silent())
 """

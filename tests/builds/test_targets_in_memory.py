@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,36 @@ def test_of_a_dequantized_base_everything_can_be_made(memory: Memory) -> None:
     asked = memory.request(targets=["llamacpp-q8_0"])
     with pytest.raises(InputRefused, match="quantized"):
         forecast(asked.file, asked.targets, memory.dist, memory.tools)
+
+
+def test_a_merge_that_an_earlier_version_stored_is_read_without_largest_weights(
+    memory: Memory,
+) -> None:
+    def told() -> list[dict[str, float]]:
+        jobs = memory.runner.jobs
+        return [dict(job.virtual.largest) for job in jobs if job.kind == "quantize"]
+
+    vllm_base(memory)
+    memory.build(targets=["vllm-fp8"])
+    (largest,) = told()
+    assert "model.layers.0.self_attn.q_proj.weight" in largest
+    assert "largest" not in memory.record("vllm-fp8")["merge"]
+
+    for key, entry in memory.store.entries.items():
+        meta = {name: value for name, value in entry.meta.items() if name != "largest"}
+        memory.store.entries[key] = replace(entry, meta=meta)
+    memory.build(targets=["vllm-w8a8"])
+    assert "merge" not in memory.jobs()
+    assert told() == [{}]
+
+
+def test_the_plan_counts_what_the_gate_reads(memory: Memory) -> None:
+    request = memory.request(targets=[TARGET])
+    found = forecast(request.file, request.targets, memory.dist, memory.tools)
+
+    (read,) = (row["read_bytes"] for row in found["stages"] if row["stage"] == "quality")
+    merged = sum(file.stat().st_size for file in (memory.home / "base").glob("*.safetensors"))
+    assert merged < read < 2 * merged
 
 
 @pytest.mark.parametrize("target", ["vllm", "vllm-awq", "vllm-gptq"])

@@ -111,7 +111,14 @@ JOBS = (
         quantizer="gguf",
         texts=({"text": "a"},),
         tokens=9,
-        virtual=Virtual(base=KNOWN, adapters=(UNKNOWN, KNOWN), weights=(1.0, 0.5), options=OPTIONS),
+        virtual=Virtual(
+            base=KNOWN,
+            adapters=(UNKNOWN, KNOWN),
+            weights=(1.0, 0.5),
+            options=OPTIONS,
+            digests={"model.safetensors": "ab"},
+            largest={"a.weight": 0.125, "b.weight": 2.0},
+        ),
     ),
     ExportEngineJob(**ENVELOPE),
     ProofJob(
@@ -203,12 +210,14 @@ def test_a_job_names_what_it_reads() -> None:
 def test_a_job_gets_the_files_that_are_there() -> None:
     sources = Sources(base=Snapshot(tree=TREE, source="base", pin="base", pinned=True))
     there = Tree(root=TREE.root, files=(replace(ENTRY, size=2, digest=Digest.of(b"ab")),))
-    computed = Computed(tree=there, sources=sources, merge=asdict(OPTIONS))
+    most = {"a.weight": 0.5}
+    computed = Computed(tree=there, sources=sources, merge=asdict(OPTIONS), largest=most)
 
     assert Input.checkpoint(Checkpoint(tree=TREE)).files == TREE.files
     assert Input.checkpoint(Checkpoint(tree=TREE, computed=computed)).files == there.files
     assert Virtual.of(Checkpoint(tree=TREE)) is None
-    assert Virtual.of(Checkpoint(tree=TREE, computed=computed)).options == OPTIONS
+    virtual = Virtual.of(Checkpoint(tree=TREE, computed=computed))
+    assert (virtual.options, virtual.largest) == (OPTIONS, most)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.kind)

@@ -52,6 +52,8 @@ class Virtual:
     options: Merge
     digests: Mapping[str, str] = field(default_factory=dict)
     """File -> sha256 in hex of what the merge computed."""
+    largest: Mapping[str, float] = field(default_factory=dict)
+    """Matrix -> its largest magnitude, where the merge has recorded it."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Self | None:
@@ -69,6 +71,7 @@ class Virtual:
                 for file in checkpoint.tree.files
                 if file.path.endswith(".safetensors")
             },
+            largest=computed.largest,
         )
 
     @property

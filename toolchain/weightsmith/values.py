@@ -246,6 +246,8 @@ class Computed:
     sources: Sources
     merge: Mapping[str, Json]
     """The fields of `merge_options.Merge`."""
+    largest: Mapping[str, float] = field(default_factory=dict)
+    """Matrix -> its largest magnitude, where the merge has recorded it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as torch_save
 from weightsmith.checkpoints.safetensors import NO_DATA, build_header, open_checkpoint
-from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.checkpoints.tensors import CheckpointTensors, array_type, largest
 from weightsmith.checkpoints.without_data import filled
 
 VALUES = np.random.default_rng(0).standard_normal((3, 4, 6)).astype(np.float32)
@@ -40,6 +40,28 @@ def test_a_scalar_is_an_array(tmp_path: Path, dtype: torch.dtype) -> None:
         assert isinstance(found, np.ndarray)
         assert found.shape == ()
         assert found == 1.5
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("signs", [(1, -1), (1,), (-1,)], ids=["both signs", "plus", "minus"])
+def test_the_largest_magnitude_is_that_of_plain_arithmetic(
+    dtype: str, signs: tuple[int, ...]
+) -> None:
+    random = np.random.default_rng(1)
+    for size in (1, 2, 1000):
+        values = np.abs(random.standard_normal(size)) * random.choice(signs, size)
+        values[0] *= random.choice([0, 1, 100])
+        stored = values.astype(array_type(dtype))
+
+        found = largest(stored)
+
+        assert found == max(abs(float(value)) for value in stored)
+        assert str(found)[0] != "-"
+
+
+def test_nan_is_larger_than_all() -> None:
+    for nan in (np.nan, -np.nan):
+        assert np.isnan(largest(np.array([1, nan, -np.inf], np.float32)))
 
 
 class Counting:

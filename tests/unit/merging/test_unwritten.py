@@ -53,6 +53,31 @@ def test_digests_and_findings_are_those_of_the_files(both):
     assert all(path.stat().st_size < 8192 for path in empty)
 
 
+def test_the_largest_weights_of_computed_matrices_are_recorded(both):
+    base, _, (folder, written), (_, unwritten) = both
+    before, after = (CheckpointTensors(one) for one in (base, folder))
+    changed = {
+        name
+        for name in after.names
+        if len(after.info(name).shape) == 2
+        and not np.array_equal(before.array(name), after.array(name))
+    }
+
+    assert unwritten["largest"].keys() >= changed
+    for name, most in unwritten["largest"].items():
+        assert most == np.abs(after.f32(name)).max(), name
+    assert "largest" not in written
+
+
+def test_the_largest_weights_are_those_of_all_blocks(both, monkeypatch):
+    base, adapters, _, (_, whole) = both
+    monkeypatch.setattr(engine, "BLOCK", 64)
+
+    _, pieces = merged(base, adapters, "pieces", unwritten=True)
+
+    assert pieces["largest"] == whole["largest"]
+
+
 def test_data_are_computed_when_they_are_read(both):
     base, adapters, (written, _), (folder, _) = both
 
@@ -148,7 +173,7 @@ def test_a_killed_run_goes_on_at_the_file_that_it_had_reached(
     _, again = merged(base, ((adapter, 1.0),), "out", unwritten=True)
 
     assert computed == [*names[: 1 if damaged else 0], *names[2:]]
-    for kept in ("files", "shards", "findings", "tensors", "repairs"):
+    for kept in ("files", "shards", "findings", "tensors", "repairs", "largest"):
         assert again[kept] == whole[kept]
 
 

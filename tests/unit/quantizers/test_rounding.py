@@ -20,7 +20,7 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, quanti
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.kernels import library
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
@@ -37,6 +37,9 @@ SHAPES = {
     "self_attn.o_proj": (136, 128), "mlp.gate_proj": (256, 128), "mlp.up_proj": (256, 128),
     "mlp.down_proj": (128, 256),
 }  # fmt: skip
+
+SIZES = {f"model.layers.0.{name}.weight": 2 * a * b for name, (a, b) in SHAPES.items()}
+"""Bytes of each matrix in bfloat16."""
 
 
 def awkward(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -269,6 +272,18 @@ def test_rows_are_read_once_where_they_fit_into_memory(
     write(SCHEMES["nvfp4a16"], model, tmp_path / "whole", [])
     monkeypatch.setattr(rounded, "_KEPT", room)
     monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
+    read = counting(monkeypatch)
+    (tmp_path / "out").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [])
+
+    assert max(read[name] / size for name, size in SIZES.items()) <= times
+    assert (sum(read[name] for name in SIZES) > sum(SIZES.values())) == (times == 2)
+    made, whole = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert made.read_bytes() == whole.read_bytes()
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the bytes of each tensor that are read from now on."""
     read: Counter[str] = Counter()
     raw = CheckpointTensors.raw
 
@@ -278,14 +293,48 @@ def test_rows_are_read_once_where_they_fit_into_memory(
         return found
 
     monkeypatch.setattr(CheckpointTensors, "raw", counted)
-    (tmp_path / "out").mkdir()
-    write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [])
+    return read
 
-    sizes = {f"model.layers.0.{name}.weight": 2 * a * b for name, (a, b) in SHAPES.items()}
-    assert max(read[name] / size for name, size in sizes.items()) <= times
-    assert (sum(read[name] for name in sizes) > sum(sizes.values())) == (times == 2)
+
+@pytest.mark.parametrize("missing", ["none", "k_proj"])
+def test_rows_are_read_once_where_the_largest_weights_are_recorded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    from weightsmith.quantizers import rounded
+
+    (tmp_path / "whole").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "whole", [])
+    known = {name: most for name, most in recorded(model).items() if missing not in name}
+    monkeypatch.setattr(rounded, "_KEPT", 0)
+    monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
+    read = counting(monkeypatch)
+    (tmp_path / "out").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [], recorded=known)
+
+    for name, size in SIZES.items():
+        assert read[name] == (1 if name in known else 2) * size, name
     made, whole = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
     assert made.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_a_weight_that_was_recorded_wrongly_is_an_error(
+    model: Path, tmp_path: Path, factor: float
+) -> None:
+    """Too small a scale would cut weights off, too large a one would waste codes."""
+    known = recorded(model)
+    known["model.layers.0.self_attn.v_proj.weight"] *= factor
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(EnvironmentFailure, match=r"largest weight of .*v_proj"):
+        write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [], recorded=known)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def recorded(model: Path) -> dict[str, float]:
+    """Return the largest magnitude of each matrix, as a merge records it."""
+    tensors = load_file(model / "model.safetensors")
+    return {name: float(tensors[name].abs().max()) for name in SIZES}
 
 
 @pytest.mark.slow

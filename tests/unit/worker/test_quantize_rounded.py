@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from weightsmith.errors import InputRefused
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import CacheScalesJob, DequantizedJob, QualityJob, QuantizeJob, Question
 from weightsmith.merge_options import Merge
@@ -79,6 +79,17 @@ def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path: Path) -> 
 
     with pytest.raises(InputRefused, match="not those that were merged"):
         quantized(model, "fp8", computing(base, others, made), tmp_path / "out")
+
+
+def test_a_largest_weight_that_was_recorded_wrongly_is_no_scale(tmp_path: Path) -> None:
+    architecture = "LlamaForCausalLM"
+    base, model = make(architecture, tmp_path / "base"), tmp_path / "model"
+    adapters = ((make_adapter(base, architecture, tmp_path / "adapter"), 1.0),)
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    made["largest"]["model.layers.0.mlp.up_proj.weight"] /= 2
+
+    with pytest.raises(EnvironmentFailure, match=r"largest weight of .*up_proj"):
+        quantized(model, "nvfp4a16", computing(base, adapters, made), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +161,7 @@ def computing(base: Path, adapters: tuple[tuple[Path, float], ...], made: dict) 
         weights=tuple(weight for _, weight in adapters),
         options=Merge(),
         digests={shard["file"]: shard["sha256"] for shard in made["shards"]},
+        largest=made["largest"],
     )
 
 

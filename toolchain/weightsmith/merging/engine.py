@@ -113,6 +113,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
         "conflicts": conflicts,
         "quantized_base": dict(plan.quantized_base),
         "repairs": {"float64": tally.repairs.float64, "exact": tally.repairs.exact},
+        **({"largest": tally.largest} if request.unwritten else {}),
     }
 
 
@@ -269,6 +270,7 @@ def _compute_shards(
             unwritten = maker.compute(shard, journal.path.parent / shard.name, advance)
             finished[shard.name] = unwritten.finish()
             tally.unchanged += tuple(unwritten.unchanged)
+            tally.largest |= unwritten.largest
             names, repairs = (one.name for one in shard.outputs), tally.repairs.since(before)
             parts[shard.name] = tally.about(names, repairs)
             journal.record(finished, parts)

@@ -18,6 +18,8 @@ class Tally:
     """Adapter index -> tensors for which a factor is all zero."""
     unchanged: tuple[str, ...] = ()
     """Changed tensors whose result equals the base's bits."""
+    largest: dict[str, float] = field(default_factory=dict)
+    """Computed matrices -> their largest magnitude, if no weights are written."""
 
     def about(self, names: Iterable[str], repairs: Repairs) -> dict[str, Any]:
         """Return the counts of these tensors as JSON; `repairs` are theirs."""
@@ -30,6 +32,7 @@ class Tally:
             },
             "unchanged": [name for name in self.unchanged if name in own],
             "repairs": [repairs.float64, repairs.exact],
+            "largest": {name: most for name, most in self.largest.items() if name in own},
         }
 
     def add(self, part: Mapping[str, Any]) -> None:
@@ -38,5 +41,6 @@ class Tally:
             if names:
                 self.silent.setdefault(int(number), []).extend(names)
         self.unchanged += tuple(part["unchanged"])
+        self.largest |= part.get("largest", {})  # older journals have none
         self.repairs.float64 += part["repairs"][0]
         self.repairs.exact += part["repairs"][1]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.checkpoints.safetensors import NO_DATA, build_header
+from weightsmith.checkpoints.tensors import largest
 from weightsmith.merging.outputs import Output, OutputShard, Stored
 from weightsmith.merging.proof import BLOCK, is_changed
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer
@@ -64,6 +65,8 @@ class UnwrittenShard:
     ) -> None:
         self.path, self.size = path, 0
         self.unchanged: list[str] = []
+        self.largest: dict[str, float] = {}
+        """Computed matrices -> their largest magnitude."""
         self._shard, self._files, self._again = shard, files, again
         self._hash = hashlib.sha256()
         self._left = iter([output for output in shard.outputs if output.size])
@@ -110,6 +113,9 @@ class UnwrittenShard:
         if self._output is not None and self._queue is not None:
             block = data.view(ARRAY_TYPES[self._output.dtype])
             self._put(block.reshape(-1, self._output.columns))
+            if len(self._output.shape) == 2:
+                name = self._output.name
+                self.largest[name] = max(self.largest.get(name, 0.0), largest(block))
             if not self._rest:
                 self._put(None)
                 self._queue = None

@@ -14,15 +14,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
-from weightsmith.errors import InputRefused
+from weightsmith.checkpoints.tensors import CheckpointTensors, array_type, largest
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.quantizers.architectures import check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import not_finite, output_bytes, write_companions
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
-from weightsmith.quantizers.rounding import fused_scale, largest, round_rows
+from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
 from weightsmith.quantizers.unquantized import keep_option, without_kept
@@ -73,13 +73,15 @@ def quantize(
     out: Path,
     keep: Sequence[str],
     inputs: Mapping[str, float] = MappingProxyType({}),
+    recorded: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Write a model's checkpoint in a scheme's format, except the matrices in `keep`.
 
-    `inputs` has the largest magnitude of each module's inputs, for a scheme that needs it.
+    `inputs` has the largest magnitude of each module's inputs, for a scheme that needs it;
+    `recorded` that of tensors' weights, where it is known before they are read.
 
     Raises InputRefused for matrices that the scheme's tiles do not divide, weights that are not
-    finite, and what `without_kept` refuses.
+    finite, and what `without_kept` refuses; EnvironmentFailure if weights are not as recorded.
     """
     source, scheme = CheckpointTensors(model), stored_as(scheme, read_facts(model).architecture)
     known = matrices(source, model)
@@ -90,7 +92,7 @@ def quantize(
                 f"{matrix.module} has {matrix.inputs} inputs, no multiple of {scheme.tile[1]}",
                 hint="choose fp8 or w8a8, which have a scale per row",
             )
-    rows = _Rows(source, scheme, found)
+    rows = _Rows(source, scheme, found, recorded)
     if scheme.layout == "mxfp4":
         works = list(_stacks(found, scheme, rows))
     else:
@@ -122,12 +124,20 @@ def _input_scales(
 class _Rows:
     """The matrices' rows, and the scales that fused matrices share.
 
-    Such a scale needs all rows of its matrices before the first one is rounded. What fits into
-    memory is kept until then, and the rest is read or computed twice.
+    Such a scale needs the largest weight of its matrices before the first row is rounded. Where
+    that is not recorded, all rows are read before; what fits into memory is kept until then, and
+    the rest is read or computed twice.
     """
 
-    def __init__(self, source: CheckpointTensors, scheme: Scheme, found: list[Matrix]) -> None:
+    def __init__(
+        self,
+        source: CheckpointTensors,
+        scheme: Scheme,
+        found: Sequence[Matrix],
+        recorded: Mapping[str, float],
+    ) -> None:
         self._source, self._scheme = source, scheme
+        self._recorded = recorded if scheme.fused_scale else {}
         self._parts: dict[str, list[Matrix]] = {}
         self._known: dict[str, np.float32] = {}
         self._kept: dict[tuple[str, int], npt.NDArray[Any]] = {}
@@ -145,16 +155,36 @@ class _Rows:
         return self._known[matrix.fused]
 
     def blocks(self, matrix: Matrix) -> Iterator[npt.NDArray[Any]]:
-        """Yield a matrix's rows in its own type, whole tiles of them at a time."""
+        """Yield a matrix's rows in its own type, whole tiles of them at a time.
+
+        Raises EnvironmentFailure after the last one if the largest weight is not as recorded, for
+        which the scale would have been another.
+        """
+        recorded, most = self._known_most(matrix), 0.0
         for start, stop in self._spans(matrix):
-            kept = self._kept.pop((matrix.module, start), None)
-            if kept is None:
-                yield matrix.stored(self._source, start, stop)
+            rows = self._kept.pop((matrix.module, start), None)
+            if rows is None:
+                rows = matrix.stored(self._source, start, stop)
             else:
-                self._room += kept.nbytes
-                yield kept
+                self._room += rows.nbytes
+            if recorded is not None:
+                most = max(most, largest(rows))
+            yield rows
+        if recorded is not None and most != recorded:
+            raise EnvironmentFailure(
+                f"the largest weight of {matrix.tensor} is {most:g}, but {recorded:g} was recorded "
+                "when it was merged",
+                hint="memory or disk may be faulty: build again; if it recurs, delete what was "
+                "recorded with `invoke clean`",
+            )
+
+    def _known_most(self, matrix: Matrix) -> float | None:
+        """Return a matrix's recorded largest weight; None for a part of a stack."""
+        return self._recorded.get(matrix.tensor) if matrix.expert < 0 else None
 
     def _most(self, matrix: Matrix) -> float:
+        if (known := self._known_most(matrix)) is not None:
+            return known
         most = 0.0
         for start, stop in self._spans(matrix):
             rows = matrix.stored(self._source, start, stop)

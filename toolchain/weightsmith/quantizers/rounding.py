@@ -44,18 +44,6 @@ def fused_scale(most: float, scheme: Scheme) -> np.float32:
     return np.float32(found) if np.isfinite(found) else np.float32(1)
 
 
-def largest(rows: npt.NDArray[Any]) -> float:
-    """Return the largest magnitude, by bits without the sign: of floats, they have its order.
-
-    NaN counts as larger than all.
-    """
-    import numpy as np
-
-    bits = rows.view(f"u{rows.itemsize}")
-    most = (bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)).max(keepdims=True)
-    return float(most.view(rows.dtype).item())
-
-
 def round_rows(
     rows: npt.NDArray[Any], scheme: Scheme, shared: np.float32 | None = None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

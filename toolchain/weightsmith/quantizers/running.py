@@ -70,10 +70,10 @@ def refusal(error: WeightsmithError) -> str:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """End the program with its refusal as the last line, if the block refuses its input."""
+    """End the program with its refusal as the last line, if the block raises an error of ours."""
     try:
         yield
-    except InputRefused as error:
+    except WeightsmithError as error:
         print(refusal(error), file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
 

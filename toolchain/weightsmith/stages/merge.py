@@ -67,6 +67,7 @@ def find(sources: Sources, options: Merge, store: Store, *, files: bool) -> Chec
 def _unwritten(made: Entry, sources: Sources, options: Merge) -> Checkpoint:
     """Return a checkpoint whose files have no weights, with the digests of files that have them."""
     details = dict(made.meta)
+    largest = details.pop("largest", {})  # older entries have none
     files = tuple(
         FileEntry(path=f["path"], size=f["size"], digest=Digest(f"sha256:{f['sha256']}"))
         for f in details.pop("files")
@@ -74,7 +75,12 @@ def _unwritten(made: Entry, sources: Sources, options: Merge) -> Checkpoint:
     return Checkpoint(
         tree=UnwrittenTree(files, made.tree),
         details=details,
-        computed=Computed(tree=made.tree, sources=sources, merge=asdict(options.as_done)),
+        computed=Computed(
+            tree=made.tree,
+            sources=sources,
+            merge=asdict(options.as_done),
+            largest=largest,
+        ),
     )
 
 

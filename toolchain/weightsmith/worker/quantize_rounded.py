@@ -17,8 +17,9 @@ def main() -> None:
     """Quantize as set in the settings file."""
     settings = read_settings()
     scheme = SCHEMES[settings["method"]]
-    with refusals(), computed_for_program():
-        quantize(scheme, Path(settings["model"]), Path(settings["out"]), settings["keep"])
+    model, out = Path(settings["model"]), Path(settings["out"])
+    with refusals(), computed_for_program() as recorded:
+        quantize(scheme, model, out, settings["keep"], recorded=recorded)
 
 
 if __name__ == "__main__":

@@ -53,13 +53,17 @@ def described(job: Job) -> Iterator[Mapping[str, str]]:
 
 
 @contextmanager
-def computed_for_program(*, compared: bool = True) -> Iterator[None]:
-    """Let a program of the job read those weights, all of them if they are `compared`."""
+def computed_for_program(*, compared: bool = True) -> Iterator[Mapping[str, float]]:
+    """Let a program of the job read those weights, all of them if they are `compared`.
+
+    Yields the largest magnitudes of matrices that the merge has recorded.
+    """
     if not (file := os.environ.get(_VARIABLE)):
-        yield
+        yield {}
         return
-    with computed(read_job(Path(file).read_text("utf-8")), compared=compared):
-        yield
+    job = read_job(Path(file).read_text("utf-8"))
+    with computed(job, compared=compared):
+        yield job.virtual.largest if job.virtual else {}
 
 
 def _is_empty(folder: Path) -> bool:
