@@ -26,8 +26,6 @@ _PADDING = 128
 """Padding of a batch that is only read: another batch reads and converts every weight again."""
 _HIDDEN = 4096
 """Hidden size if the configuration has none at its top: that of most models of 7B."""
-_ALONE = ("rwkv",)
-"""Model types that continue one text at a time: with more, transformers mixes their states."""
 _LEAVE = 4
 """A batch continues without its finished answers as soon as they are one in so many."""
 
@@ -134,8 +132,6 @@ def _fits(
     With a cache, all tokens have keys and values, but only those of one pass have activations.
     """
     most = batch_tokens(model, asked)
-    if model.config.get_text_config().model_type in _ALONE:
-        return lambda count, _: count == 1
     if not shared.layers:
         return lambda count, longest: count * (longest + asked.most) <= most
     sizes = _sizes(model)
