@@ -46,7 +46,7 @@ from weightsmith.stages import merge as merging
 from weightsmith.stages.lock import pinned, read_lock, with_sources
 from weightsmith.stages.resolve import known as sources_here
 from weightsmith.tools import Tools
-from weightsmith.values import Json, Sources, Tree
+from weightsmith.values import LORA, Json, Sources, Tree
 
 
 def forecast(
@@ -157,7 +157,11 @@ def _of_target(
     given, made = (known.tasks, model), (checkpoint, artifact)
     if answers := forecast_dequantized(file, target, plan.device, *given, made, tools):
         rows.append(row("dequantized", **answers, read=weight))
-    return [*rows, publish_row(file, target, artifact, weight)], plan, platforms
+    served = sources.adapters if target.format == LORA else ()
+    whole = artifact.size if artifact else weight
+    whole += sum(one.snapshot.tree.size for one in served)
+    rows.append(publish_row(file, target, whole, made=artifact is not None))
+    return rows, plan, platforms
 
 
 def _serving_plan(

@@ -154,12 +154,9 @@ def quality_rows(
     return [row("quality", target=target.name, **state, read=size + made, memory=memory)]
 
 
-def publish_row(
-    file: RecipeFile, target: Target, artifact: Tree | None, weight: int
-) -> dict[str, Json]:
-    """Return the row of publishing a target; `weight` is the size of weights that do not exist."""
-    size = artifact.size if artifact else weight
-    why = "not known before the image is assembled" if artifact else "its weights do not exist yet"
+def publish_row(file: RecipeFile, target: Target, size: int, *, made: bool) -> dict[str, Json]:
+    """Return the row of publishing a target of `size` bytes; `made`: its weights exist."""
+    why = "not known before the image is assembled" if made else "its weights do not exist yet"
     # Other kinds share the weight layers; these have the same weights as a blob of its own.
     runners = ("modelpack", "ollama") if has_gguf(target) else ("modelpack",)
     plain = [kind for kind in runners if kind in file.recipe.outputs.kinds]
