@@ -16,10 +16,11 @@ from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.without_data import has_no_data
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci import weights
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
+from weightsmith.planning import checks
 from weightsmith.planning.forecast import forecast
 from weightsmith.ports import Silent
 
@@ -152,6 +153,19 @@ def test_formats_without_calibration_need_no_merged_weights_on_the_disk(memory: 
     for name in names:
         for part in ("merge", "artifact", "image"):
             assert memory.record(name)[part]["digest"] == alone[name][part]["digest"]
+
+
+def test_weights_of_more_layers_than_engines_take_are_refused_before_any_work(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.3 TB, DeepSeek-V3's in 16 bits."""
+    monkeypatch.setattr(checks, "LARGEST_ANYWHERE", 100)
+
+    with pytest.raises(UsageError, match=r"layers or more, and engines support 125"):
+        memory.build(targets=["vllm"])
+
+    assert memory.jobs() == []
+    memory.build(targets=["llamacpp-q4_k_m"])  # one file is one layer, of any size
 
 
 def test_the_disk_for_unmerged_adapters_is_planned(two: Memory) -> None:

@@ -11,8 +11,10 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.results import RecipeTask
+from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
+from weightsmith.oci.weights import LARGEST_ANYWHERE
 from weightsmith.planning.bases import bases_of
 from weightsmith.planning.cache_scales import forecast_scales, missing
 from weightsmith.planning.dequantized import forecast_dequantized
@@ -272,6 +274,27 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
             )
 
 
+def check_layer_count(request: BuildRequest, sources: Sources) -> None:
+    """Raise UsageError for weights that no engine takes in layers that every registry accepts.
+
+    By their estimated size, hours before the image would be refused for its layers.
+    """
+    recipe = request.file.recipe
+    if layer_limit(recipe.image.max_layer_size) is not None:
+        return
+    for target in request.targets:
+        origin = origin_of(target, sources, recipe.merge)
+        size = estimated_bytes(origin.weight_bytes, target.format, origin.model)
+        layers = -(-size // LARGEST_ANYWHERE)
+        if target.format.suffix != ".gguf" and layers > MOST_LAYERS - 2:
+            raise UsageError(
+                f"{target.name}: weights of about {human(size)} would be {layers} layers or more,"
+                f" and engines support {MOST_LAYERS} of an image",
+                hint="set image.max_layer_size to a larger size, such as 40GB, and push to a"
+                " registry that accepts such layers",
+            )
+
+
 def check_tags(request: BuildRequest, sources: Sources, tools: Tools) -> None:
     """Raise UsageError, before any long step, if a tag to push names an image of other sources.
 
@@ -330,6 +353,7 @@ def check_images(
     on this machine are assembled later, when they are needed.
     """
     check_layer_sizes(request, sources)
+    check_layer_count(request, sources)
     settings = request.file.recipe.image
     for target in request.targets:
         check_own(
