@@ -8,7 +8,10 @@ TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
 
 SCRIPT = """
 import sys
-from weightsmith.forward.libraries import import_for_good
+from weightsmith.forward.libraries import import_for_good, load_torch_beside_transformers
+if "beside" in sys.argv:
+    load_torch_beside_transformers()
+    assert "torch" not in sys.modules
 import_for_good("peft")
 left_out = {"torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys()
 assert not left_out, left_out
@@ -37,9 +40,10 @@ assert torch.distributed.is_available()
 
 
 @pytest.mark.slow
-def test_the_compiler_is_imported_only_by_who_uses_it():
+@pytest.mark.parametrize("words", [[], ["beside"]])
+def test_the_compiler_is_imported_only_by_who_uses_it(words):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, TINY], check=False, capture_output=True, text=True
+        [sys.executable, "-c", SCRIPT, TINY, *words], check=False, capture_output=True, text=True
     )
 
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
@@ -46,6 +48,29 @@ def import_models(*names: str) -> None:
     """Import what runs models, and other libraries."""
     stay_offline()
     import_lightly(*_MODELS, *names)
+
+
+def load_torch_beside_transformers() -> None:
+    """Import transformers, which needs no torch yet, while a thread loads torch's library.
+
+    That is a fifth of torch's import, and does not hold up Python.
+    """
+    stay_offline()
+    found = find_spec("torch")
+    folder = Path(found.origin).parent / "lib" if found and found.origin else Path()
+    thread = threading.Thread(target=_load, args=(folder,))
+    thread.start()
+    try:
+        _import("transformers")
+    finally:
+        thread.join()
+
+
+def _load(folder: Path) -> None:
+    # Torch loads those of CUDA in an order of its own. What cannot be loaded, it says itself.
+    if not (folder / "libtorch_cuda.so").exists():
+        with suppress(OSError):
+            ctypes.CDLL(str(folder / "libtorch_cpu.so"))
 
 
 def import_lightly(*names: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from weightsmith.cpus import AVX2_LOOPS, has_avx2
 from weightsmith.drivers.forked import forked
 from weightsmith.foreign import parse
-from weightsmith.forward.libraries import import_models
+from weightsmith.forward.libraries import import_models, load_torch_beside_transformers
 from weightsmith.quantizers.gguf_settings import Walk
 from weightsmith.quantizers.running import progress_line
 from weightsmith.worker.calibrating import importance
@@ -33,6 +33,7 @@ def walking(walk: Walk | None) -> Iterator[Callable[[], object]]:
     if walk is None or Path(walk.out).is_file():
         yield lambda: None
         return
+    load_torch_beside_transformers()
     import_models()
     with forked(partial(_measure, walk), "measuring importance") as copy:
         yield copy.join
