@@ -293,6 +293,7 @@ QUANTIZER = Quantizer(
     default="q4_k_m",
     computed=True,
     statistics=IMATRIX,
+    check_imports=("weightsmith.checkpoints.gguf_reader",),
     check_statistics=check_imatrix,
     together=together,
 )

@@ -44,6 +44,7 @@ from weightsmith.jobs import (
 )
 from weightsmith.trees import discard
 from weightsmith.values import Format, Json, plain
+from weightsmith.worker.ahead import import_ahead
 from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
 from weightsmith.worker.converting import convert_adapters, tools_folder
@@ -114,6 +115,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     )
     request = replace(request, beside=tuple(_beside(request, quantizer, one) for one in job.beside))
     try:
+        import_ahead(quantizer.check_imports)
         with described(job) as variables:
             run_steps(quantizer.steps(request), job.output, report, variables)
         result = _mapping(quantizer.check(request))

@@ -1,0 +1,36 @@
+"""Modules imported while programs run: once, and with their errors where they are needed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+from weightsmith.quantizers.gguf import QUANTIZER
+from weightsmith.worker.ahead import import_ahead
+
+
+def test_whoever_imports_a_module_meanwhile_waits_for_it(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "slow_one.py").write_text("import time\ntime.sleep(0.2)\ndone = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    import_ahead(["slow_one"])
+
+    assert importlib.import_module("slow_one").done
+
+
+def test_an_error_is_that_of_the_import_where_it_is_needed(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "broken_one.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    import_ahead(["broken_one"])
+
+    with pytest.raises(ImportError, match="no_such_module"):
+        importlib.import_module("broken_one")
+
+
+def test_the_modules_of_a_check_exist() -> None:
+    for name in QUANTIZER.check_imports:
+        importlib.import_module(name)
+        assert name in sys.modules
