@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from weightsmith.cpus import AVX2_LOOPS
 from weightsmith.quantizers.architectures import MEASURED
+from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK
+from weightsmith.quantizers.layerwise import importance as walking
 
 from tests.unit.quantizers.test_importance import LINES, importance, make, tokens_of
 
@@ -43,18 +46,18 @@ eq expand fill_ flatten floor_divide full gather gelu gt histc index index_put_ 
 isfinite isnan item le lift_fresh lt masked_fill masked_fill_ mean mul ne neg new_empty new_ones
 new_zeros numpy_T ones pow randn reciprocal repeat_interleave reshape resolve_conj resolve_neg
 rsqrt scatter_ select set_ sigmoid silu sin slice softmax sort split split_with_sizes square_
-stack sub sum tanh to topk transpose tril type_as unbind uniform_ unsqueeze view where zero_
-zeros zeros_like
+stack sub sum tanh tensor_split to topk transpose tril type_as unbind uniform_ unsqueeze view where
+zero_ zeros zeros_like
 """
 """Of torch: elementwise, sums along one axis, and what moves values; none calls a library."""
 
 
 class Watch(TorchDispatchMode):
-    """Notes the operations that torch runs."""
+    """Notes the operations that torch runs in a thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: set[str]) -> None:
         super().__init__()
-        self.seen: set[str] = set()
+        self.seen = seen
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.seen.add(func.overloadpacket.__name__)
@@ -64,12 +67,38 @@ class Watch(TorchDispatchMode):
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.grid(9)
 @pytest.mark.parametrize("architecture", sorted(MEASURED - WITHOUT_WALK))
-def test_torch_runs_its_own_loops_alone(tmp_path, architecture):
-    model = make(tmp_path / "model", architecture)
-    with Watch() as watch:
+def test_torch_runs_its_own_loops_alone(tmp_path, monkeypatch, architecture):
+    model, seen = make(tmp_path / "model", architecture), set()
+    follow = walking.follow
+
+    def begin(product):
+        follow(product)
+        Watch(seen).__enter__()
+
+    monkeypatch.setattr(walking, "follow", begin)
+    with Watch(seen):
         importance(model, LINES, tokens_of(model))
-    assert watch.seen
-    assert not watch.seen - set(LOOPS.split())
+    assert {"embedding", "softmax"} <= seen
+    assert seen - set(LOOPS.split()) == set()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("cpus", [1, 2, 3, 8])
+def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
+    model = make(tmp_path / "model", "LlamaForCausalLM")
+    lines = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()]
+    monkeypatch.setattr(walking, "CPUS", cpus)
+    beside = importance(model, lines, 1 << 20)
+    assert walking._beside(model, beside.window)
+    assert beside.chunks * beside.window > 3 * walking._ROWS
+
+    monkeypatch.setattr(walking, "_SMALL", 0)
+
+    at_once = importance(model, lines, 1 << 20)
+    assert beside.sums.keys() == at_once.sums.keys()
+    for name, sums in at_once.sums.items():
+        assert np.array_equal(beside.sums[name].squares, sums.squares), name
+        assert np.array_equal(beside.sums[name].counts, sums.counts)
 
 
 @pytest.mark.slow

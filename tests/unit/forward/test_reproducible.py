@@ -75,9 +75,31 @@ def test_attention_is_torchs(how, heads) -> None:
         found = functional.scaled_dot_product_attention(
             query, key, value, **how, enable_gqa=heads < 4
         )
-    assert product.calls == 16
+    assert product.calls == 2 * 2 * heads
     right = functional.scaled_dot_product_attention(query, key, value, **how, enable_gqa=heads < 4)
     torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("tokens", [300, 512, 700])
+def test_keys_that_no_query_sees_are_not_multiplied_if_they_change_no_bit(tokens) -> None:
+    """In torch's softmax, and up to 512 keys in ours: then all are one part of the sum."""
+    query, key, value = (numbers(1, 2, tokens, 8) for _ in range(3))
+    sizes: list[tuple[int, int]] = []
+
+    def product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        sizes.append((len(rows), len(matrix)))
+        # One chain of sums per element, as in our kernel.
+        steps = (rows[:, None, k] * matrix[None, :, k] for k in range(rows.shape[1]))
+        return sum(steps, torch.zeros(len(rows), len(matrix)))
+
+    mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    with reproducible(product):
+        found = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        several = len(sizes)
+        whole = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert torch.equal(found, whole)
+    assert len(sizes) - several == 4
+    assert several == (4 if tokens > 512 else 4 * -(-tokens // 128))
 
 
 def test_groups_of_rows_have_matrices_of_their_own() -> None:

@@ -19,6 +19,10 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+_QUERIES = 128
+"""That look at keys together; a multiple of the lanes of a vector."""
+_PART = 512
+"""DEPTH in products.h."""
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows [n, columns], matrix [m, columns]) -> float32 [n, m]"""
 
@@ -36,6 +40,13 @@ def reproducible(multiply: Product) -> Iterator[None]:
     finally:
         onednn.enabled = enabled
         torch.set_num_threads(threads)
+
+
+def follow(multiply: Product) -> None:
+    """Let this thread compute as the block of `reproducible` does in which it was started."""
+    torch.set_num_threads(1)
+    mode: Any = _ByProduct(multiply)
+    mode.__enter__()  # for as long as the thread lives
 
 
 class _ByProduct(TorchFunctionMode):
@@ -109,15 +120,38 @@ class _ByProduct(TorchFunctionMode):
             attn_mask = torch.ones((query.shape[-2], key.shape[-2]), dtype=torch.bool).tril()
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, float("-inf"))
+        # Heads that share keys follow each other, also where each has its own.
+        groups = key.shape[-3] if enable_gqa else query.shape[-3]
+        shape = (*query.shape[:-3], groups, query.shape[-3] // groups, query.shape[-2])
         scaled = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-        times = query.shape[-3] // key.shape[-3] if enable_gqa else 1
-        keys, values = (each.repeat_interleave(times, -3) for each in (key, value))
-        found = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        masks = None if attn_mask is None else attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        # One head at a time, whose scores stay in the CPU's cache.
-        for place in product(*map(range, query.shape[:-2])):
-            scores = self._multiply(scaled[place], keys[place])
-            if masks is not None:
-                scores += masks[place]
-            found[place] = self._multiply(scores.softmax(-1), values[place].T)
-        return found
+        scaled = scaled.reshape(*shape, -1)
+        found = query.new_empty((*shape, value.shape[-1]))
+        masks = None
+        if attn_mask is not None:
+            masks = attn_mask.expand(*query.shape[:-1], key.shape[-2]).reshape(*shape, -1)
+        blocks = _blocks(query.shape[-2], key.shape[-2], is_causal=is_causal)
+        # One head's keys at a time, whose scores stay in the CPU's cache.
+        for place in product(*map(range, found.shape[:-3])):
+            turned = value[place].T.contiguous()
+            for start, end, seen in blocks:
+                some = scaled[place][:, start:end]
+                rows = some.reshape(-1, some.shape[-1])
+                scores = self._multiply(rows, key[place][:seen]).view(*some.shape[:-1], seen)
+                if masks is not None:
+                    scores += masks[place][:, start:end, :seen]
+                weights = scores.softmax(-1).reshape(-1, seen)
+                made = self._multiply(weights, turned[:, :seen])
+                found[place][:, start:end] = made.view(*some.shape[:-1], -1)
+        return found.reshape(*query.shape[:-1], value.shape[-1])
+
+
+def _blocks(queries: int, keys: int, *, is_causal: bool) -> list[tuple[int, int, int]]:
+    """Return first and last query, and how many keys these see.
+
+    What the others would add is zero. It changes no bit as long as the kernel adds up all keys in
+    one part, and torch's softmax whole vectors.
+    """
+    if not is_causal or queries != keys or keys > _PART:
+        return [(0, queries, keys)]
+    ends = [min(start + _QUERIES, queries) for start in range(0, queries, _QUERIES)]
+    return [(start, end, end) for start, end in zip(range(0, queries, _QUERIES), ends, strict=True)]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +16,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from weightsmith.forward.layers import Layers, product
+from weightsmith.forward.crew import CPUS, crew, product, unwatched
+from weightsmith.forward.layers import TOKENS, Layers
 from weightsmith.forward.libraries import load_tokenizer
-from weightsmith.forward.reproducible import reproducible
-from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, window_of
+from weightsmith.forward.pipeline import Pipeline
+from weightsmith.forward.reproducible import follow, reproducible
+from weightsmith.quantizers.architectures import EXPERTS
+from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, config_of, window_of
 from weightsmith.quantizers.layerwise.observing import is_experts
 
 Progress = Callable[[int, int], object]
 
 _ROWS = 512
-"""Rows that are squared at a time."""
+"""Rows whose squares are added up by themselves; sums depend on it."""
+_COLUMNS = 128
+"""About as many of them stay in the CPU's cache."""
+_ALIGNED = 16
+"""Torch's loops for AVX2 compute so many numbers at a time, and what is left in another way."""
+_SMALL = 128 << 20
+"""Bytes of a decoder layer in float32 of which there may be two."""
 _NAMES: Mapping[str, str] = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -35,6 +48,20 @@ _NAMES: Mapping[str, str] = {
 }
 """Name of a linear layer -> llama.cpp's (gguf-py/gguf/tensor_mapping.py)."""
 _GATED, _DOWN = ("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of the inputs that one product gets."""
+
+    squares: Sequence[np.ndarray]
+    """float64 [columns], of up to 512 inputs each: they are added up in this order."""
+    count: int
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Part:
+        """Return that of inputs [rows, columns]."""
+        return cls([_squares(some) for some in torch.split(rows, _ROWS)], len(rows))
 
 
 @dataclass(slots=True)
@@ -51,11 +78,11 @@ class Sums:
         """Return those of no inputs."""
         return cls(np.zeros((matrices, columns)), np.zeros(matrices, np.int64))
 
-    def add(self, rows: torch.Tensor, matrix: int = 0) -> None:
-        """Add a matrix's inputs [rows, columns]."""
-        for part in torch.split(rows, _ROWS):
-            self.squares[matrix] += part.double().square_().sum(0).numpy()
-        self.counts[matrix] += len(rows)
+    def add(self, part: Part, matrix: int = 0) -> None:
+        """Add some of a matrix's inputs."""
+        for squares in part.squares:
+            self.squares[matrix] += squares
+        self.counts[matrix] += part.count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +110,33 @@ def importance(
     found: dict[str, Sums] = {}
     step = max(1, WALK_TOKENS // window)
     starts = range(0, len(chunks), step)
-    with reproducible(product):
+    beside = _beside(model, window)
+    tokens, workers = (_ROWS, min(CPUS, TOKENS // _ROWS)) if beside else (TOKENS, 1)
+    with reproducible(product), crew(workers, partial(follow, product)) as pool:
         for number, start in enumerate(starts):
-            layers = Layers(model, chunks[start : start + step])
+            layers = Layers(model, chunks[start : start + step], tokens)
             total = len(layers.layers)
-            for layer in range(total):
-                _run(layers, layer, found)
+            for layer in _run(layers, pool, 1 + beside, found):
                 progress(number * total + layer + 1, len(starts) * total)
     return Measured(sums=found, chunks=len(chunks), window=window)
+
+
+def _beside(model: Path, window: int) -> bool:
+    """Return whether each thread takes a batch of its own, with two layers in memory.
+
+    That is worth it where a layer is small: what is no product takes one thread otherwise. The
+    bits are the same, as windows fill the parts that are added up, and vectors. Experts get the
+    inputs of all batches at once, since they also read less then.
+    """
+    config = config_of(model)
+    hidden, inner = (config.get(name) for name in ("hidden_size", "intermediate_size"))
+    if not isinstance(hidden, int) or not isinstance(inner, int) or _has_experts(config):
+        return False
+    return not (_ROWS % window or window % _ALIGNED) and 16 * hidden * (hidden + inner) <= _SMALL
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    return bool(EXPERTS.intersection(map(str, config.get("architectures") or ())))
 
 
 def _windows(tokenizer: Any, text: str, window: int) -> Iterator[list[int]]:
@@ -105,30 +151,57 @@ def _windows(tokenizer: Any, text: str, window: int) -> Iterator[list[int]]:
         yield [begin, *chunk[1:]] if begins else chunk
 
 
-def _run(layers: Layers, number: int, found: dict[str, Sums]) -> None:
-    """Run a layer on all chunks, add its matrices' inputs, and move the states behind it."""
-    with layers.loaded(number) as layer:
-        hooks = list(_hooks(layer, f"blk.{number}.", found))
-        for batch in range(len(layers.batches)):
+def _run(
+    layers: Layers, pool: ThreadPoolExecutor, most: int, found: dict[str, Sums]
+) -> Iterator[int]:
+    """Run all chunks through the layers, and yield a layer when its matrices' inputs are added."""
+    seen = _Seen()
+
+    @contextmanager
+    def watched(number: int) -> Iterator[None]:
+        with layers.with_weights(number) as layer:
+            hooks = list(_hooks(layer, f"blk.{number}.", seen, found))
+            yield
+            for hook in hooks:
+                hook.remove()
+
+    def run(number: int, batch: int) -> Sequence[tuple[str, Part]]:
+        seen.parts = []
+        with torch.inference_mode():
             layers.states[batch] = layers.run(number, batch)
-        layers.require_finite(number, layers.states)
-        for hook in hooks:
-            hook.remove()
+            layers.require_finite(number, layers.states[batch : batch + 1])
+        return seen.parts
+
+    made = Pipeline(pool, watched, run).run(len(layers.layers), len(layers.batches), most)
+    for number, parts in enumerate(made):
+        for tensor, part in chain.from_iterable(parts):
+            found.setdefault(tensor, Sums.empty(1, len(part.squares[0]))).add(part)
+        yield number
 
 
-def _hooks(layer: Any, block: str, found: dict[str, Sums]) -> Iterator[Any]:
+class _Seen(threading.local):
+    """What a thread sees of a batch in a decoder layer's linear layers."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[str, Part]] = []
+        self._last: tuple[torch.Tensor, Part] | None = None
+
+    def see(self, tensor: str, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        """Add up the inputs of a linear layer."""
+        if self._last is None or self._last[0] is not args[0]:  # Q, K and V get the same
+            with unwatched():
+                self._last = args[0], Part.of(args[0].reshape(-1, module.in_features))
+        self.parts.append((tensor, self._last[1]))
+
+
+def _hooks(layer: Any, block: str, seen: _Seen, found: dict[str, Sums]) -> Iterator[Any]:
     for name, module in layer.named_modules():
         if is_experts(module):
             yield module.register_forward_pre_hook(partial(_see_experts, block, found))
         elif type(module) is nn.Linear and (known := _NAMES.get(name.rpartition(".")[2])):
             shared = "_shexp" if "shared_expert" in name else ""
             tensor = f"{block}{known}{shared}.weight"
-            yield module.register_forward_pre_hook(partial(_see, tensor, found))
-
-
-def _see(tensor: str, found: dict[str, Sums], module: Any, args: tuple[torch.Tensor, ...]) -> None:
-    rows = args[0].reshape(-1, module.in_features)
-    found.setdefault(tensor, Sums.empty(1, module.in_features)).add(rows)
+            yield module.register_forward_pre_hook(partial(seen.see, tensor))
 
 
 def _see_experts(
@@ -145,10 +218,18 @@ def _see_experts(
         mine = rows[(chosen == expert).any(1)]
         if not len(mine):
             continue
+        inputs = Part.of(mine)
         for name in _GATED:
-            found[f"{block}{name}.weight"].add(mine, expert)
+            found[f"{block}{name}.weight"].add(inputs, expert)
         gate, up = product(mine, module.gate_up_proj[expert]).chunk(2, 1)
-        found[f"{block}{_DOWN[0]}.weight"].add(module.act_fn(gate) * up, expert)
+        found[f"{block}{_DOWN[0]}.weight"].add(Part.of(module.act_fn(gate) * up), expert)
+
+
+def _squares(rows: torch.Tensor) -> np.ndarray:
+    """Return the sums of squares of inputs [rows, columns], each column's from the first row on."""
+    some = torch.tensor_split(rows, max(1, rows.shape[1] // _COLUMNS), 1)
+    sums: np.ndarray = torch.cat([part.double().square_().sum(0) for part in some]).numpy()
+    return sums
 
 
 def write_importance(path: Path, measured: Measured) -> None:

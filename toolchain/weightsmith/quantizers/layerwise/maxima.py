@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from weightsmith.cpus import all_but_one
-from weightsmith.forward.layers import Layers, product
+from weightsmith.forward.crew import product
+from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.quantizers.layerwise.observing import Routed, is_experts
 from weightsmith.quantizers.matrices import Matrix
