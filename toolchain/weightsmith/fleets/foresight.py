@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith.fleets.graph import Graph, Task
+from weightsmith.fleets.requests import CELL
 from weightsmith.serving.memory import human
 from weightsmith.values import Json
 
@@ -17,7 +18,7 @@ def plan_of(graph: Graph) -> dict[str, Json]:
     the largest task and of all at once, and the disk that all results take.
     """
     todo = [task for task in graph.tasks if not task.cached and not task.failure]
-    cells = [task for task in todo if task in graph.cells]
+    cells = [task for task in todo if task.kind == CELL]
     return {
         "cells": [
             {
