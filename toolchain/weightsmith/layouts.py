@@ -29,13 +29,14 @@ def candidate_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]
 
     If the block fails, nothing is left; what an interrupt leaves is used by the next run.
     """
-    with _alone(_candidate(folder), tools) as candidate, _nothing_left(candidate):
+    with _alone(_candidate(_real(folder)), tools) as candidate, _nothing_left(candidate):
         _write(whole, candidate, tools)
         yield candidate
 
 
 def discard_candidate_layout(folder: Path, tools: Tools) -> None:
     """Delete the candidate layout next to the final path, if there is one."""
+    folder = _real(folder)
     if _candidate(folder).exists():
         with _alone(_candidate(folder), tools) as candidate:
             discard(candidate)
@@ -47,6 +48,7 @@ def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
 
     If the block fails, nothing is left; what an interrupt leaves is used by the next run.
     """
+    folder = _real(folder)
     with _alone(_candidate(folder), tools) as candidate, _nothing_left(candidate):
         stale = held_digest(candidate)
         _write(whole, candidate, tools)
@@ -70,7 +72,7 @@ def _take_place(candidate: Path, folder: Path) -> None:
         return
     discard(old)
     with alone(folder):  # it briefly has the candidate's name, so lock it
-        if not folder.is_symlink() and exchange(candidate, folder):
+        if exchange(candidate, folder):
             candidate.rename(old)
         else:
             folder.rename(old)
@@ -156,6 +158,7 @@ def check_layout(folder: Path | None) -> None:
         return
     if not folder.name:
         raise UsageError(f"--layout {folder}: no folder can be put there", hint="name another one")
+    folder = _real(folder)
     _recover(folder)
     if not folder.exists():
         return
@@ -192,6 +195,11 @@ def _require_room(whole: Whole, folder: Path) -> None:
             " free",
             hint="free some space there, or give a folder on a larger disk",
         )
+
+
+def _real(folder: Path) -> Path:
+    """Return where a link leads, perhaps to another disk: the link itself stays as it is."""
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def _old(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci.layout import read_layout
 from weightsmith.ports import Silent
 
 from tests.fakes.baking import Bakery, bake, push_base
@@ -107,6 +108,23 @@ def test_a_file_that_changes_while_it_is_sent(bakery: Bakery, how: str) -> None:
         assert how in ("vanishes", "becomes a pipe")
         sent = [layer.open() for layer in bakery.image("team/app:1").layers]
         assert any(promised in b"".join(chunks) for chunks in sent)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_layout_is_written_where_a_link_leads(
+    bakery: Bakery, tmp_path: Path, *, there: bool
+) -> None:
+    """The link, perhaps to a larger disk, had been replaced by a folder beside it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk/image")
+    if there:
+        bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "disk" / "image")
+
+    bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "link", order="weights-first")
+
+    assert (tmp_path / "link").readlink() == Path("disk/image")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["image"]
+    assert read_layout(tmp_path / "link").layers[0].file == "models/tiny.gguf"
 
 
 def test_a_layout_that_fails_on_the_way_leaves_nothing_beside_it(
