@@ -121,6 +121,18 @@ def content(path: Path, largest: int) -> bytes:
     return data
 
 
+def given_content(path: Path, largest: int = SMALL) -> bytes:
+    """Return the bytes of a file that a user names, which may be a pipe.
+
+    Raises ValueError for more bytes than `largest`, as a device never ends, and OSError.
+    """
+    with path.open("rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"it has more than {largest} bytes")
+    return data
+
+
 def small_file(path: Path, largest: int) -> bytes:
     """Return a regular file's bytes; nothing of other kinds, of larger files and for an error.
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from weightsmith.errors import UsageError
-from weightsmith.foreign import parse_yaml
+from weightsmith.foreign import given_content, parse_yaml
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
 
@@ -71,10 +71,10 @@ def read_mapping(path: Path, *, kind: str, missing: str, begins: str) -> dict[st
     `kind` is what the file is, `missing` the hint if it does not exist, `begins` how one starts.
     """
     try:
-        text = path.read_text("utf-8")
+        text = given_content(path).decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such {kind}", hint=missing) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text"
         ) from None

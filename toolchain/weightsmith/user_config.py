@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from weightsmith.errors import UsageError
-from weightsmith.foreign import parse_yaml
+from weightsmith.foreign import given_content, parse_yaml
 from weightsmith.recipe_section import Section
 
 VARIABLE = "WEIGHTSMITH_CONFIG"
@@ -74,7 +74,7 @@ def read_config() -> UserConfig:
     """Return the user's configuration, the defaults without a file; raises UsageError."""
     path = config_path()
     try:
-        data = parse_yaml(path.read_text("utf-8"), yaml.SafeLoader)
+        data = parse_yaml(given_content(path).decode("utf-8"), yaml.SafeLoader)
     except FileNotFoundError:
         if os.environ.get(VARIABLE):
             raise UsageError(f"{VARIABLE} names {path}, which does not exist", hint=_HINT) from None

@@ -268,8 +268,11 @@ def test_a_key_that_cannot_sign_is_reported_before_any_work(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "key.pem"]
 
 
-def test_a_home_that_is_no_folder_is_reported():
-    done = run("targets", "--json", HOME="/dev/null")
+@pytest.mark.parametrize("home", ["file", "loop", "a" * 5000])
+def test_a_home_that_is_no_folder_is_reported(tmp_path, home):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    done = run("targets", "--json", HOME=str(tmp_path / home))
 
     assert done.code == 5
     assert json.loads(done.out)["error"]["hint"] == "set HOME"
@@ -406,3 +409,86 @@ def test_a_path_that_is_too_long_is_a_wrong_use(words):
 
     assert done.code in (2, 3), done.err
     assert "hint: " in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bake", "--model", "base", "--target", "vllm", "--kind", "volume", "--layout", "loop"),
+        ("render", "--model", "base", "--target", "vllm", "--out", "loop"),
+        ("merge", "--base", "base", "--adapter", "base", "--out", "loop", "--runner", "local"),
+        ("build", "--base", "base", "--target", "vllm", "--dist", "loop", "--runner", "local"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_links_in_a_circle_are_a_wrong_use(tmp_path, words):
+    (tmp_path / "loop").symlink_to("loop")
+    places = {"loop": tmp_path / "loop", "base": write_model(tmp_path / "base")}
+
+    done = run(*(places.get(word, word) for word in words))
+
+    assert done.code == 2, done.err
+    assert "loop" in done.err
+    assert "correct the symbolic links" in done.err
+
+
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
+def test_a_place_that_links_to_itself_is_reported(tmp_path, variable):
+    (tmp_path / "loop").symlink_to("loop")
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    model = write_model(tmp_path / "base")
+    words = ("bake", "--model", model, "--target", "vllm", "--kind", "volume")
+
+    done = run(*words, "--layout", tmp_path / "x", **here | {variable: str(tmp_path / "loop")})
+
+    assert done.code in (2, 5), done.err
+    assert "hint: " in done.err
+    assert "bug" not in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--recipe", "/dev/zero"),
+        ("fleet", "--plan", "--file", "/dev/zero"),
+        ("push", "oci:none", "--to", "127.0.0.1:9/a:1", "--sign-key", "/dev/zero"),
+        ("evaluate", "--url", "http://127.0.0.1:9", "--data", "/dev/zero"),
+        ("evaluate", "--data", "DATA", "--url", "http://127.0.0.1:9", "--training", "/dev/zero"),
+        ("quantize", "--model", "BASE", "--out", "OUT", "--calibration", "/dev/zero"),
+    ],
+    ids=lambda words: f"{words[0]} {words[-2]}",
+)
+def test_a_file_that_never_ends_is_refused(tmp_path, words):
+    """It had filled the memory, or been read for ever."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')
+    places = {"DATA": tmp_path / "data.jsonl", "OUT": tmp_path / "out"}
+    places["BASE"] = write_model(tmp_path / "base")
+    given = [str(places.get(word, word)) for word in words]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -v 4000000; exec "$@"', "sh", *PROGRAMS["weightsmith"], *given],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode in (2, 3), done.stderr
+    assert "/dev/zero" in done.stderr
+
+
+def test_results_go_into_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    model = write_model(tmp_path / "base")
+
+    done = run("render", "--model", model, "--target", "vllm", "--out", tmp_path / "file")
+
+    assert (done.code, (tmp_path / "file").read_text()) == (2, "mine")
+    assert "file is not a folder" in done.err
+
+
+@pytest.mark.parametrize("value", ["1", "[]", "x", "null"])
+def test_a_section_that_is_no_mapping_is_refused(tmp_path, value):
+    model = write_model(tmp_path / "base")
+    words = ("render", "--model", model, "--target", "vllm", "--out", tmp_path / "out")
+
+    done = run(*words, "--set", f"serve={value}")
+
+    assert done.code == 2, done.err
+    assert "serve" in done.err

@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import pytest
 from weightsmith.errors import InputRefused
@@ -109,6 +111,17 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
     assert first.calibration == second.calibration
     assert first.held_out == second.held_out
+
+
+def test_texts_come_through_a_pipe(data):
+    reading, writing = os.pipe()
+    os.write(writing, data.read_bytes())
+    os.close(writing)
+
+    texts = read_texts(Path(f"/dev/fd/{reading}"), TextBounds())
+
+    os.close(reading)
+    assert texts.calibration == read_texts(data, TextBounds()).calibration
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -37,6 +37,10 @@ _NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
 """Type of a flag's default -> what the flag takes, in words."""
 
 _JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)
+_NO_PATHS = {
+    errno.ENAMETOOLONG: "give a shorter name or path",
+    errno.ELOOP: "correct the symbolic links, or give another path",
+}
 _SHOWN = 200
 """Characters of a path that is too long."""
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
@@ -171,7 +175,7 @@ def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json],
     except UnicodeEncodeError as error:
         raise _misspelt(error) from error
     except Exception as error:
-        raise (of_open_files(error) or _unexpected(error)) from error
+        raise (of_open_files(error) or _of_links(error) or _unexpected(error)) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -180,10 +184,10 @@ def _refused(error: OSError) -> Exception:
     """Return what the machine refused, or a bug if it refused nothing."""
     if too_many := of_open_files(error):
         return too_many
-    if error.errno == errno.ENAMETOOLONG:
+    if error.errno in _NO_PATHS:
         name = str(error.filename or "a path")
         shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
-        return UsageError(f"{shown}: {error.strerror}", hint="give a shorter name or path")
+        return UsageError(f"{shown}: {error.strerror}", hint=_NO_PATHS[error.errno])
     from weightsmith.wiring import require_folders
 
     try:
@@ -191,6 +195,13 @@ def _refused(error: OSError) -> Exception:
     except WeightsmithError as refused:
         return refused
     return of_machine(error) or _unexpected(error)
+
+
+def _of_links(error: Exception) -> UsageError | None:
+    """Return an error about links in a circle, for which pathlib has no class of its own."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):
+        return UsageError(str(error), hint=_NO_PATHS[errno.ELOOP])
+    return None
 
 
 def _misspelt(error: UnicodeEncodeError) -> Exception:

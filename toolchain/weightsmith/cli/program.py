@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -96,7 +97,9 @@ def main() -> None:
         Weightsmith(name="weightsmith", version=__version__, namespace=namespace).run()
     except KeyboardInterrupt:  # before a command began; commands handle it themselves
         sys.exit(130)
-    except NotADirectoryError as error:  # Invoke looks for its settings in the home folder
+    except OSError as error:  # Invoke looks for its settings in the home folder
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.ENAMETOOLONG):
+            raise
         _fail(
             EnvironmentFailure(f"cannot read {error.filename}: {error.strerror}", hint="set HOME")
         )

@@ -107,6 +107,10 @@ def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
             f"--set {extra[0]}: only serve.KEY can be set here",
             hint="other recipe keys are for `build` and `plan`",
         )
+    if not isinstance(data["serve"], dict):
+        raise UsageError(
+            "--set serve=…: serve is a mapping of keys", hint="as in --set serve.max_num_seqs=4"
+        )
     return serve_options(check_section(Serve, data["serve"], "the command line"))
 
 

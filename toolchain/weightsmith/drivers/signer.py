@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.drivers import process
 from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.foreign import given_content
 from weightsmith.ports import Signer
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def open_signer(key: str) -> Signer:
 
 def _by_file(path: Path) -> Signer:
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = given_content(path)
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"the signing key {path} cannot be read: {error.strerror}",
+            f"the signing key {path} cannot be read: {getattr(error, 'strerror', error)}",
             hint="give a key file or a reference to a key management service",
         ) from None
     if any(kind in data for kind in _COSIGNS_OWN):

@@ -18,6 +18,7 @@ _SHORTEST = 12
 """Shorter questions may occur in other texts by chance."""
 _KEPT = 4 << 20
 """Bytes of a file whose texts stay in memory for the next build."""
+_LONGEST_LINE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +103,13 @@ def _small(path: Path, _content: bytes) -> tuple[tuple[int, str, bool], ...]:
 def _read(path: Path) -> Iterator[tuple[int, str, bool]]:
     try:
         with path.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, start=1):
+            lines = iter(lambda: stream.readline(_LONGEST_LINE + 1), "")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise UsageError(
+                        f"{path}:{number} is longer than {_LONGEST_LINE} characters",
+                        hint="use JSON Lines, one text per line",
+                    )
                 if line.strip():
                     for text, whole in _parts(_parse(line, f"{path}:{number}")):
                         yield number, _key(text), whole

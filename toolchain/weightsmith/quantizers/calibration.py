@@ -70,6 +70,8 @@ def read_texts(path: Path, bounds: TextBounds) -> Texts:
     to the other. If a file has less than MIN_TEXTS or MIN_CHARACTERS, the general texts are added.
     Raises InputRefused with file and line for invalid lines, and for a file without texts.
     """
+    if path.exists() and not path.is_file():  # a pipe can be read only once
+        return _texts.__wrapped__(path, "", bounds)
     return _texts(path, _digest(path), bounds)
 
 

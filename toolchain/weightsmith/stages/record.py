@@ -31,7 +31,7 @@ from weightsmith.build_record import (
     read_build,
     recorded,
 )
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.evaluating.results import Result
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.files import write_folder
@@ -127,9 +127,17 @@ def layers_in(folder: Path) -> tuple[str, ...]:
 
 
 def write_files(files: Mapping[str, str], folder: Path) -> None:
-    """Write texts to a folder, each atomically; raises EnvironmentFailure."""
+    """Write texts to a folder, each atomically.
+
+    Raises UsageError if it is a file, EnvironmentFailure if it cannot be written.
+    """
     try:
         write_folder(folder, {name: text.encode() for name, text in files.items()})
+    except FileExistsError as error:
+        raise UsageError(
+            f"cannot write results to {folder}: {error.filename or folder} is not a folder",
+            hint="give another path, or move that file away",
+        ) from None
     except OSError as error:
         raise EnvironmentFailure(
             f"cannot write results to {folder}: {error.strerror}",
