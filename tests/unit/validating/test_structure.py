@@ -28,3 +28,24 @@ def test_a_number_of_config_json(tmp_path, before, after, same):
     found = compare_files(tmp_path / "base", (), tmp_path / "merged")
 
     assert any("rope_theta" in each.message for each in found) != same
+
+
+def test_a_layer_with_a_heads_name_is_not_compared_with_the_embedding(tmp_path):
+    """Vision towers have layers called `attention.output`."""
+    import torch
+    from safetensors.torch import save_file
+
+    words, other = torch.ones(8, 4), torch.zeros(4, 4)
+    name = "vision_model.encoder.layer.0.attention.output.weight"
+    config = {"model_type": "kosmos-2.5", "tie_word_embeddings": True}
+    for folder in (tmp_path / "base", tmp_path / "merged"):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = {"text_model.model.embed_tokens.weight": words, name: other}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    assert compare_files(tmp_path / "base", (), tmp_path / "merged") == []
+
+    save_file(tensors | {name: torch.zeros(8, 4)}, folder / "model.safetensors", {"format": "pt"})
+    messages = [found.message for found in compare_files(tmp_path / "base", (), folder)]
+    assert any("ties the head" in message for message in messages)

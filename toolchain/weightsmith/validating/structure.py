@@ -21,6 +21,8 @@ from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
 from weightsmith.values import canonical
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")
+_OFTEN_OTHERS = ("output.weight", "decoder.weight")
+"""Names that layers of other shapes have, too."""
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _FREE = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "tie_word_embeddings",
@@ -149,7 +151,12 @@ def _ends(
 
 
 def _heads(index: CheckpointIndex) -> list[str]:
-    return [name for name in index.tensors if name.endswith(_HEADS)]
+    tables = {info.shape for name, info in index.tensors.items() if name.endswith(_EMBEDDINGS)}
+    return [
+        name
+        for name, info in index.tensors.items()
+        if name.endswith(_HEADS) and (not name.endswith(_OFTEN_OTHERS) or info.shape in tables)
+    ]
 
 
 def _tied(
