@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.without_data import has_no_data
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.oci import weights
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -178,38 +176,6 @@ def test_the_disk_for_unmerged_adapters_is_planned(two: Memory) -> None:
     rows = forecast(asked.file, asked.targets, two.dist, two.tools)["stages"]
 
     assert [row["write_bytes"] for row in rows if row["stage"] == "publish"] == [whole]
-
-
-def quantize_base(memory: Memory) -> int:
-    """Store the base's matrices in 8-bit floats, and return the size of their files in 16 bits."""
-    folder = memory.home / "base"
-    tensors, whole = load_file(folder / "model.safetensors"), 0
-    for name, tensor in list(tensors.items()):
-        whole += 2 * tensor.numel()
-        if tensor.dim() == 2 and "proj" in name:
-            tensors[name] = tensor.to(torch.float8_e4m3fn)
-            tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    packing = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": packing}))
-    return whole
-
-
-def test_of_a_dequantized_base_everything_can_be_made(memory: Memory) -> None:
-    """DeepSeek-V3 is published in 8-bit floats alone."""
-    whole = quantize_base(memory)
-    memory.write_recipe(merge={"quantized_base": "dequantize"})
-    asked = memory.request(targets=["llamacpp-q8_0", "llamacpp-f16"])
-
-    plan = forecast(asked.file, asked.targets, memory.dist, memory.tools)["serving"]
-
-    assert plan["llamacpp-f16"]["weight_bytes"] == pytest.approx(whole, rel=0.1)
-    assert plan["llamacpp-q8_0"]["weight_bytes"] == pytest.approx(whole * 8.5 / 16, rel=0.1)
-    memory.write_recipe(merge={"quantized_base": "refuse"})
-    asked = memory.request(targets=["llamacpp-q8_0"])
-    with pytest.raises(InputRefused, match="quantized"):
-        forecast(asked.file, asked.targets, memory.dist, memory.tools)
 
 
 def test_a_merge_that_an_earlier_version_stored_is_read_without_largest_weights(

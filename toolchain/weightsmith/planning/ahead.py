@@ -8,6 +8,7 @@ from weightsmith.ahead import Shares
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.planning.memory import proof_memory, quality_memory, quantize_memory
 from weightsmith.planning.options import quantize_options, sources_to_merge
+from weightsmith.planning.origins import origin_of
 from weightsmith.planning.targets import can_make
 from weightsmith.planning.tasks import tasks_of
 from weightsmith.quantizers import of_format
@@ -52,11 +53,16 @@ def _needs(
     model, quantizer = read_facts(sources.base.tree.root), of_format(targets[0].format.name)
     now = proof_memory(model, sources, tasks, tools.memory) if validates or tasks else 0
     passes = (
-        quantize_options(file, one.format, sources.base, tools)
+        (origin_of(one, sources, recipe.merge), one.format)
         for one in targets  # those of one quantizer may be made in one pass
         if one.format.packed and can_make(one.format) and of_format(one.format.name) == quantizer
     )
-    ahead = max(quantize_memory(model, sources.base.tree.size, options) for options in passes)
+    ahead = max(
+        quantize_memory(
+            origin.model, origin.size, quantize_options(file, format_, sources.base, tools)
+        )
+        for origin, format_ in passes
+    )
     if recipe.quality.gate is not False:
         ahead = max(ahead, quality_memory(model, recipe.quality.tokens))
     return now, ahead

@@ -8,6 +8,7 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 from weightsmith.planning.memory import cache_scales_memory
 from weightsmith.planning.options import texts_of
+from weightsmith.planning.origins import origin_of
 from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.memory import human
@@ -85,11 +86,12 @@ def forecast_scales(
     if not has_scales(file, target, model):
         return None
     base, texts = sources.base.tree, texts_of(file)
+    whole = origin_of(target, sources, file.recipe.merge).size
     row: dict[str, Json] = {
         "target": target.name,
-        "read": base.size,
+        "read": whole,
         "write": base.size - base.weight_bytes,  # the small files, beside which the scales lie
-        "memory": cache_scales_memory(model, base.size, texts),
+        "memory": cache_scales_memory(model, whole, texts),
     }
     if checkpoint is None:
         return {**row, "cached": False, "why": "merge comes first"}

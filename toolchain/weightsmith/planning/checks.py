@@ -257,9 +257,9 @@ def check_layer_sizes(request: BuildRequest, sources: Sources) -> None:
     theirs = limits.largest_layer if limits and request.outputs.push else 0
     for target in request.targets:
         if target.format.suffix == ".gguf":
-            model = read_facts(tree.root)
-            beside = projector_bytes(model)
-            size = estimated_bytes(tree.weight_bytes, target.format, model) - beside
+            origin = origin_of(target, sources, recipe.merge)
+            beside = projector_bytes(origin.model)
+            size = estimated_bytes(origin.weight_bytes, target.format, origin.model) - beside
             size = max(size, beside)
             most, key = min(filter(None, (own, theirs)), default=0), "quantize.split_max_size"
             fits = bool(recipe.quantize.split_max_size)
