@@ -51,9 +51,11 @@ from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.checkpoints.tensors import CheckpointTensors
 class View(CheckpointTensors):
     def tensor(self, name):
-        return self._rounded(name, super().tensor(name))
+        return self._rounded(name, self.f32(name))
     def rows(self, name, start, stop):
-        return self._rounded(name, super().rows(name, start, stop))
+        return self._rounded(name, self.part(name, (slice(start, stop),)))
+    def kind(self, name):
+        return ""
     def _rounded(self, name, data):
         if "layers" not in name or data.ndim != 2:
             return data
