@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 from weightsmith import foreign
@@ -33,3 +34,27 @@ def test_commas_in_texts_are_no_values(said: str) -> None:
 def test_a_string_without_an_end_is_refused_soon(end: str) -> None:
     with pytest.raises(ValueError, match=r"Unterminated|escape|delimiter|Expecting"):
         parse('["' + '\\",' * 300_000 + end)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("one", ['""', '"\\\\"', '{"":""}'])
+def test_many_strings_are_refused_without_memory_for_each(one: str) -> None:
+    """Ten times the text, if each were cut out."""
+    text = "[" + ",".join([one] * 300_000) + "]"
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than 8 values"):
+            parse(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < len(text)
+
+
+@pytest.mark.usefixtures("few")
+def test_texts_of_as_many_values_as_allowed_are_read() -> None:
+    """Each with a key and a text of nothing but quotes."""
+    rows = {f'"\\"{n}': '"\\' * 50 + "," for n in range(8)}
+    assert parse(json.dumps(rows)) == rows
