@@ -159,7 +159,7 @@ def test_weights_of_more_layers_than_engines_take_are_refused_before_any_work(
     """1.3 TB, DeepSeek-V3's in 16 bits."""
     monkeypatch.setattr(checks, "LARGEST_ANYWHERE", 100)
 
-    with pytest.raises(UsageError, match=r"layers or more, and engines support 125"):
+    with pytest.raises(UsageError, match=r"layers or more, and engines support at most 125 layers"):
         memory.build(targets=["vllm"])
 
     assert memory.jobs() == []

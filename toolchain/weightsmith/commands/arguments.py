@@ -35,9 +35,9 @@ def layout_folder(text: str) -> str:
     if folder != text and ":" in folder:
         place = folder.partition(":")[0]
         raise UsageError(
-            f"--layout {text}: the image in a layout gets no name of yours",
-            hint=f"give oci:{place}: its only image is read without a name. A folder with a colon"
-            " in its name is given without oci:",
+            f"--layout {text}: the image in the layout cannot be named",
+            hint=f"give oci:{place}: its only image is read without a name. If the folder's name"
+            " has a colon, leave out oci:",
         )
     return folder
 

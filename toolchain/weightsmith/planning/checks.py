@@ -289,7 +289,7 @@ def check_layer_count(request: BuildRequest, sources: Sources) -> None:
         if target.format.suffix != ".gguf" and layers > MOST_LAYERS - 2:
             raise UsageError(
                 f"{target.name}: weights of about {human(size)} would be {layers} layers or more,"
-                f" and engines support {MOST_LAYERS} of an image",
+                f" and engines support at most {MOST_LAYERS} layers in an image",
                 hint="set image.max_layer_size to a larger size, such as 40GB, and push to a"
                 " registry that accepts such layers",
             )
