@@ -30,7 +30,7 @@ ray_node() (
   local pinned=()
   if [ -n "${WEIGHTSMITH_TEST_RAY_NODES:-}" ]; then
     pinned=(taskset -c "$(($1 - 1))")
-    half_a_core "$1"
+    half_a_core "$1" || exit 1
   fi
   WEIGHTSMITH_STORE=$FOLDER/store-$1 "${pinned[@]}" "$PYTHON" -m ray.scripts.scripts start "${@:2}" \
     --num-cpus=1 --memory=8000000000 --object-store-memory=100000000 \
@@ -39,19 +39,17 @@ ray_node() (
     --node-ip-address=127.0.0.1 --disable-usage-stats </dev/null >>"$FOLDER/ray.log" 2>&1
 )
 
-# Limits this shell and what it starts, as root.
+# Limits this shell and what it starts, as root. Where a caller looks at the result, `set -e` is off:
+# each step says itself that it failed, since a node without the limit would be measured as with it.
 half_a_core() {
   local group=/sys/fs/cgroup/weightsmith-ray-$1
   if [ -d /sys/fs/cgroup/cpu ]; then
     group=/sys/fs/cgroup/cpu/weightsmith-ray-$1
-    mkdir -p "$group"
-    echo 50000 >"$group/cpu.cfs_quota_us"
+    mkdir -p "$group" && echo 50000 >"$group/cpu.cfs_quota_us"
   else
-    echo +cpu >/sys/fs/cgroup/cgroup.subtree_control
-    mkdir -p "$group"
-    echo 50000 100000 >"$group/cpu.max"
-  fi
-  echo "$BASHPID" >"$group/cgroup.procs"
+    echo +cpu >/sys/fs/cgroup/cgroup.subtree_control && mkdir -p "$group" &&
+      echo 50000 100000 >"$group/cpu.max"
+  fi && echo "$BASHPID" >"$group/cgroup.procs"
 }
 
 second_ray_node() {
