@@ -35,6 +35,7 @@ NEMOTRON = [
     {"attention": {"n_heads_in_group": None, "replace_with_linear": True}},
     {"attention": {"n_heads_in_group": 8}},
 ]
+FEWER = {"attention": {"n_heads_in_group": 16}}
 DELTA = {
     "full_attention_interval": 4, "linear_num_value_heads": 32, "linear_num_key_heads": 16,
     "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
@@ -62,8 +63,11 @@ def shape(given: dict[str, Any]) -> ModelShape:
          62 * 2 * 8 * 128 * 2),
         (config("DeciLMForCausalLM", 4, 8192, 64, None, block_configs=NEMOTRON),
          2 * 2 * 8 * 128 * 2),
+        (config("DeciLMForCausalLM", 5, 8192, 64, None, block_configs=[FEWER, *NEMOTRON]),
+         3 * 2 * 8 * 128 * 2),
     ],
-    ids=["llama", "qwen", "deepseek", "kimi", "glm", "mistral", "minimax-m2", "nemotron-nas"],
+    ids=["llama", "qwen", "deepseek", "kimi", "glm", "mistral", "minimax-m2", "nemotron-nas",
+         "layers with fewer heads"],
 )  # fmt: skip
 def test_a_token_in_vllm(given: dict[str, Any], per_token: int) -> None:
     cache = paged_cache(shape(given), block=16, element=2, state_element=2)

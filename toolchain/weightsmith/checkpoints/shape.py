@@ -129,9 +129,12 @@ def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
     # Older Falcon and GPT-BigCode: one key-value head.
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
         return 1
+    # Nemotron's pruned Llama has null where others have a number. Its layers may differ: the most
+    # heads that one of them has are planned for all, since a cache too small is worse than one too
+    # large.
     grouped = (one.get("n_heads_in_group") for one in block_attention(config))
-    if each := next((n for n in grouped if type(n) is int and 0 < n <= heads), 0):
-        return heads // each  # Nemotron's pruned Llama has null where others have a number
+    if each := min((n for n in grouped if type(n) is int and 0 < n <= heads), default=0):
+        return heads // each
     names = ("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num")
     return _number(config, *names, default=heads)
 
