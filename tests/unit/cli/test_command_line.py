@@ -428,7 +428,7 @@ def test_links_in_a_circle_are_a_wrong_use(tmp_path, words):
     done = run(*(places.get(word, word) for word in words))
 
     assert done.code == 2, done.err
-    assert "loop" in done.err
+    assert f"{tmp_path}/loop: symbolic links lead in a circle" in done.err
     assert "correct the symbolic links" in done.err
 
 

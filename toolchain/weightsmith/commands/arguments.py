@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -129,13 +130,19 @@ def keep_apart(
     outputs: Mapping[str, str | Path | None],
     own: Mapping[str, Path] | None = None,
 ) -> None:
-    """Raise UsageError if an output would be written inside an input folder.
+    """Raise UsageError if an output would be written inside an input folder, or can be nowhere.
 
     Inputs that are not local folders are ignored. `outputs` maps flags to paths, empty if not
     given. `own` maps environment variables to our own folders. These may be hidden folders inside
     an input: sources never include hidden names, and some CI systems cache only what is in the
     project.
     """
+    for flag, out in {**outputs, **(own or {})}.items():
+        if out and _is_circle(Path(out)):
+            raise UsageError(
+                f"{flag} {out}: symbolic links lead in a circle",
+                hint="correct the symbolic links, or give another path",
+            )
     folders = [
         place.resolve()
         for text in inputs
@@ -149,6 +156,15 @@ def keep_apart(
             if not any(part.startswith(".") for part in parts):
                 hint = f"set {variable} to a path outside it, or in a hidden folder inside it"
                 raise _inside(variable, out, folder, hint)
+
+
+def _is_circle(path: Path) -> bool:
+    """Say whether links lead in a circle; since Python 3.13, `resolve` does not."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
 
 
 def not_nested(first: tuple[str, str], second: tuple[str, str]) -> None:
