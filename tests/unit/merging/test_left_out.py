@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig
+from safetensors.torch import load_file, save_file
 from weightsmith.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.merging.left_out import require_all_targeted
 from weightsmith.validating.validate import Request, validate
 
 from tests.unit.merging.oracle import MakeBase, merged, train, unmerged
@@ -77,36 +79,48 @@ def test_merged_as_peft_loads_it(name: str, bases: MakeBase, tmp_path: Path) -> 
     assert validate(Request(base=base, adapters=adapters, merged=tmp_path / "out")).passed
 
 
-@pytest.mark.parametrize(
-    ("edits", "said"),
-    [
-        ({"target_modules": []}, "target_modules []"),
-        ({"exclude_modules": ["proj"], "target_modules": "x"}, "target_modules x, exclude_modules"),
-        ({"layers_to_transform": 0, "target_modules": ["up_proj"]}, "layers_to_transform 0"),
-    ],
-)
-def test_the_finding_shows_the_settings(
-    edits: dict[str, Any], said: str, bases: MakeBase, tmp_path: Path
-) -> None:
-    base = bases("llama", **BIAS)
-    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
-    edit(adapter, **edits)
-    request = MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out")
-    try:
-        text = " ".join(merge(request)["findings"])
-    except InputRefused as error:
-        text = error.message
-
-    assert said in text
-    assert "()" not in text
-
-
 def test_an_adapter_of_which_nothing_remains_is_refused(bases: MakeBase, tmp_path: Path) -> None:
     adapter = train(bases("llama"), "llama", tmp_path / "adapter", LoraConfig(**LORA))
     edit(adapter, exclude_modules=r".*layers.*")
 
     with pytest.raises(InputRefused, match="changes nothing: 12 tensors are left out"):
         merge(MergeRequest(base=bases("llama"), adapters=((adapter, 1.0),), out=tmp_path / "out"))
+
+
+PLAIN = [name for name, (trained, _) in CASES.items() if isinstance(trained, LoraConfig)]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_for_engines_that_would_use_them_such_adapters_are_refused(
+    name: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    trained, edits = CASES[name]
+    base = bases("llama", **BIAS)
+    adapter = train(base, "llama", tmp_path / "adapter", trained)
+    require_all_targeted(base, adapter)
+    edit(adapter, **edits)
+
+    with pytest.raises(InputRefused, match="PEFT leaves them out, and this engine would use them"):
+        require_all_targeted(base, adapter)
+
+
+def test_a_target_may_have_the_name_that_transformers_gives_a_module(
+    bases: MakeBase, tmp_path: Path
+) -> None:
+    """The adapter's file has the names of an older version, its configuration the newer ones."""
+    base = bases("llama", **BIAS)
+    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
+    path = adapter / "adapter_model.safetensors"
+    save_file(
+        {key.replace("model.model.", "model."): t for key, t in load_file(path).items()}, path
+    )
+
+    edit(adapter, target_modules=r"model\.layers\.\d+\..*(q_proj|v_proj|up_proj)")
+    require_all_targeted(base, adapter)
+
+    edit(adapter, target_modules=r"model\.layers\.\d+\..*(q_proj|v_proj)")
+    with pytest.raises(InputRefused, match="up_proj"):
+        require_all_targeted(base, adapter)
 
 
 UNSET: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -134,6 +134,11 @@ def read_adapter_config(root: Path) -> AdapterConfig:
     path = root / "adapter_config.json"
     raw = read_json(path)
     _check_kind(path, raw)
+    return parse_adapter_config(path, raw)
+
+
+def parse_adapter_config(path: Path, raw: Mapping[str, Any]) -> AdapterConfig:
+    """Return a configuration, also of a kind that is not merged; raise InputRefused if invalid."""
     try:
         config = _read(raw)
         _check_patterns(config)

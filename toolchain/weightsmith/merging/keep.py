@@ -116,16 +116,9 @@ def _modules(output: Output) -> Iterator[_Module]:
             "experts or whole tensors), which a combined LoRA adapter cannot represent",
             hint=_HINT,
         )
-    plain = replace(output, terms=terms, change=None)
-    for band in change.bands(output) if isinstance(change, Combined) else bands(plain):
+    for band in bands(replace(output, terms=terms, change=None)):
         if not band.terms:
             continue
-        if any(term.shape[0] != band.end - band.first for term in band.terms):
-            raise InputRefused(
-                f"this method changes {output.name} as a whole, but the adapters change several "
-                "layers in it, so the result is not a LoRA adapter",
-                hint=_HINT,
-            )
         a, b = _keys(output, band)
         rank = sum(term.rank for term in band.terms)
         if isinstance(change, Combined):

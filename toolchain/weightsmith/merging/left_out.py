@@ -1,14 +1,23 @@
-"""Weights that PEFT leaves out when it loads an adapter: of modules that it does not target."""
+"""Weights that PEFT leaves out when it loads an adapter: of modules that it does not target.
+
+llama.cpp's converter and vLLM load them: they read no such setting but rank and scaling.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+from weightsmith.checkpoints.peft_patterns import check_peft_patterns, limit_matching
+from weightsmith.checkpoints.safetensors import open_checkpoint, read_header
 from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
+from weightsmith.merging.adapter_config import parse_adapter_config
 from weightsmith.merging.claim import SHOWN, AdapterView
 from weightsmith.merging.families import lora
-from weightsmith.merging.names import module_key, plain_module
+from weightsmith.merging.loading import loaded_names, split_names
+from weightsmith.merging.names import BaseNames, module_key, plain_module
 from weightsmith.merging.tying import is_embedding, is_head
 
 _WHOLE = ("modules_to_save", "original_module", "token_adapter", "trainable_tokens_delta")
@@ -39,6 +48,51 @@ def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
             hint="correct adapter_config.json if they were trained; export the adapter again",
         )
     return replace(view, keys=kept), (f"{view.path.name}: {text}",)
+
+
+def require_all_targeted(base: Path, adapter: Path) -> None:
+    """Refuse a LoRA adapter with weights that PEFT leaves out, for engines that would load them.
+
+    Reads headers and configurations. Raises InputRefused.
+    """
+    view = _view(adapter)
+    wrapped = _wrapped(view)
+    check_peft_patterns(adapter, sorted(wrapped))
+    with limit_matching(adapter, len(view.keys)):
+        # The file's own names are enough for nearly all adapters, and need no base.
+        left = sorted(raw for raw in wrapped if not view.config.wraps(raw))
+        if left:
+            named = replace(view, names=_base_names(base))
+            left = [raw for raw in left if not _is_targeted(named, raw)]
+    if left:
+        raise InputRefused(
+            f"{adapter} has weights of modules that adapter_config.json does not target "
+            f"({', '.join(_settings(view))}), such as {', '.join(map(plain_module, left[:SHOWN]))}:"
+            " PEFT leaves them out, and this engine would use them",
+            hint="merge it; or remove them: load it with PEFT and save it with save_pretrained",
+        )
+
+
+def _view(adapter: Path) -> AdapterView:
+    """Return an adapter without its base."""
+    path = adapter / "adapter_config.json"
+    header = read_header(adapter / "adapter_model.safetensors")
+    return AdapterView(
+        index=0,
+        path=adapter,
+        file=header.path,
+        weight=1.0,
+        keys={info.name: info for info in header.tensors},
+        config=parse_adapter_config(path, read_json(path)),
+        names=BaseNames({}),
+        sources={},
+        base_config={},
+    )
+
+
+def _base_names(base: Path) -> BaseNames:
+    config, tensors = read_json(base / "config.json"), open_checkpoint(base).tensors
+    return BaseNames(tensors, loaded_names(config, tensors), split_names(config, tensors))
 
 
 def _wrapped(view: AdapterView) -> dict[str, list[str]]:
@@ -82,8 +136,6 @@ def _names(view: AdapterView, module: str) -> Iterator[str]:
 def _settings(view: AdapterView) -> Iterator[str]:
     """Return the settings that choose modules, as adapter_config.json has them."""
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-        value = view.config.raw.get(name)
-        # Layer 0 is a choice; so are targets of which there are none.
-        if value not in (None, [], "") or (name == "target_modules" and value is not None):
+        if value := view.config.raw.get(name):
             shown = str(value)
             yield f"{name} {shown if len(shown) <= _LENGTH else shown[:_LENGTH] + '…'}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.job_inputs import Input
+from weightsmith.merging.left_out import require_all_targeted
 from weightsmith.ports import Progress
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
@@ -23,7 +25,7 @@ from weightsmith.serving.targets import Target
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.stages.unmerged import served_adapters
 from weightsmith.tools import Tools
-from weightsmith.values import LORA, Format, Json, Snapshot, Sources, Tree
+from weightsmith.values import LORA, Digest, Format, Json, Snapshot, Sources, Tree
 
 _LEAST_MEMORY = 1 << 20
 """Bytes; less is a number without its unit."""
@@ -180,4 +182,14 @@ def unmerged_adapters(
             " `evaluate` tests them together",
             hint="give each adapter its own `evaluate`",
         )
-    return served_adapters(sources, gguf="gguf" in target.engine.accepts)
+    found = served_adapters(sources, gguf="gguf" in target.engine.accepts)
+    for adapter in sources.adapters:
+        own = adapter.snapshot
+        _require_all_targeted(sources.base.tree.root, own.tree.root, own.digest)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _require_all_targeted(base: Path, adapter: Path, _digest: Digest) -> None:
+    """Do so once for each adapter: a build asks for its adapters more than once."""
+    require_all_targeted(base, adapter)

@@ -58,7 +58,6 @@ def claims(
             target=piece.tensor,
             columns=columns,
             terms=(term,),
-            piece=True,
         )
 
 
