@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import InputRefused
 from weightsmith.job_inputs import Input
@@ -55,6 +56,30 @@ def test_an_image_with_the_adapter_beside_the_base_answers_as_the_adapter_does(
         "tiny-capitals.gguf",
         "adapters/a-v1.gguf",
     }
+
+
+def test_a_server_with_many_adapters_starts_within_its_plan(tmp_path, shared_store):
+    """The limit for one adapter is too low for twelve."""
+    made = copies(tmp_path / "adapters", 16)
+    recipe = yaml.safe_load(TINY.read_text()) | {
+        "base": {"source": str(TINY.parent / "base")},
+        "adapters": [{"source": str(path)} for path in made.values()],
+    }
+    del recipe["evaluate"], recipe["calibration"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+
+    build(path, tmp_path, shared_store)
+
+
+def test_the_converter_reads_no_targets(tmp_path):
+    """So it would add what PEFT leaves out, and such adapters are refused."""
+    (path,) = copies(tmp_path, 1).values()
+    file = path / "adapter_config.json"
+    left_out = {"exclude_modules": ["v_proj"], "layers_to_transform": [0]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | left_out))
+
+    assert converted(tmp_path / "out", {"a": path})["tensors"] == {"a": 56}
 
 
 def converted(output, adapters):

@@ -60,7 +60,7 @@ from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import quantize
 from weightsmith.stages.record import is_written, layers_in
 from weightsmith.stages.reference import reference
-from weightsmith.stages.unmerged import unmerged, unmerged_gguf
+from weightsmith.stages.unmerged import base_weight_bytes, unmerged, unmerged_gguf
 from weightsmith.stages.upload import may_refuse
 from weightsmith.stages.validate import validate
 from weightsmith.tools import Tools
@@ -259,7 +259,7 @@ def rendered(
         request.file,
         target,
         read_facts((sources.base if target.format == LORA else checkpoint).tree.texts),
-        artifact.tree.weight_bytes,
+        base_weight_bytes(artifact),
         weights=files[0] if files else "",
         made_from=(artifact.digest,),
         adapters=unmerged_adapters(request.file, target, sources),

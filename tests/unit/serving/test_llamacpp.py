@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.serving import llamacpp_plan
-from weightsmith.serving.engine import ServedModel, ServeOptions
+from weightsmith.serving.engine import ServedAdapter, ServedModel, ServeOptions
 from weightsmith.serving.llamacpp import ENGINE, command, env
 from weightsmith.serving.llamacpp_cache import padded
 from weightsmith.serving.llamacpp_options import environment_names, extra_options
@@ -261,6 +261,36 @@ def test_what_a_picture_takes_is_never_below_what_the_server_reserves(name):
     assert seeing.weight_bytes == blind.weight_bytes + GIB
     assert any("reads pictures" in note for note in seeing.notes)
     assert any("reads text only" in note for note in blind.notes)
+
+
+TINY = {**LLAMA_8B, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 512,
+        "max_position_embeddings": 512}  # fmt: skip
+ALLOCATED = {1: 5.0, 10: 43.8, 30: 129.9, 60: 259.2, 200: 863.8, 300: 1299.0}
+"""Adapters of rank 8 on all 28 matrices -> the MiB of private memory (VmData) that llama-server
+0c1e57098 had more than without them, after it had been asked by all."""
+
+
+@pytest.mark.parametrize("count", ALLOCATED)
+def test_adapters_never_take_more_than_planned_nor_much_less(count):
+    each = ServedAdapter(name="a", folder="a", rank=8, matrices=28, weight_bytes=720_896)
+    wish = ServeOptions(host_memory_bytes=64 * GIB, max_num_seqs=4)
+    own = count * each.weight_bytes
+    alone = plan(TINY, 8 * MIB, wish)
+    made = plan(TINY, 8 * MIB + own, replace(wish, adapters=(each,) * count))
+
+    more = made.host_bytes - alone.host_bytes
+    assert ALLOCATED[count] * MIB <= more <= 1.09 * ALLOCATED[count] * MIB + MIB
+    assert any(f"{count} adapter(s) are loaded" in note for note in made.notes)
+
+
+def test_on_a_gpu_adapters_take_their_weights_and_what_they_add():
+    each = ServedAdapter(name="a", folder="a", rank=8, matrices=28, weight_bytes=720_896)
+    wish = ServeOptions(gpu="nvidia-l4", max_model_len=512, max_num_seqs=4)
+    alone = plan(TINY, 8 * MIB, wish)
+    made = plan(TINY, 8 * MIB + each.weight_bytes, replace(wish, adapters=(each,)))
+
+    assert made.overhead_bytes - alone.overhead_bytes == 4 * 768 * 512
 
 
 def test_a_longer_request_may_hold_a_larger_picture_up_to_the_servers_largest():

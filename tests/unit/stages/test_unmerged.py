@@ -1,31 +1,19 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import torch
 import yaml
-from weightsmith.drivers.store import FileStore
+from safetensors.torch import load_file, save_file
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.outcome import Outcome
 from weightsmith.planning.options import sources_to_merge
 from weightsmith.planning.targets import all_targets
-from weightsmith.ports import Silent
-from weightsmith.quantizers.gguf_lora import FILE
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
-from weightsmith.stages.unmerged import served_adapters, unmerged, unmerged_gguf
-from weightsmith.values import (
-    LORA,
-    AdapterSnapshot,
-    Artifact,
-    Digest,
-    FileEntry,
-    Snapshot,
-    Sources,
-    Tree,
-)
+from weightsmith.stages.unmerged import base_weight_bytes, served_adapters, unmerged
+from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
 
 from tests.fakes.configs import facts
 
@@ -78,6 +66,42 @@ def test_base_and_adapters_lie_side_by_side_and_nothing_is_copied():
     for entry in tree.files:
         data = tree.path(entry.path).read_bytes()
         assert entry.digest.hex == hashlib.sha256(data).hexdigest()
+
+
+def test_an_adapters_size_is_what_its_engine_loads(tmp_path):
+    """llama.cpp, which has them in float32, said `LoRA buffer size = 0.69 MiB` of 56 tensors."""
+    shutil.copytree(TINY / "adapters" / "a", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "adapter_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(path).items()}
+    save_file(half, path)
+    made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
+
+    (gguf,), (vllm,) = served_adapters(made, gguf=True), served_adapters(made)
+    assert (gguf.matrices, gguf.weight_bytes) == (28, 720_896)
+    assert (vllm.matrices, vllm.weight_bytes) == (28, 720_896 // 2)
+
+
+def test_the_experts_of_a_layer_are_one_matrix(tmp_path):
+    """llama.cpp's converter stacks them."""
+    config = (TINY / "adapters" / "a" / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(config)
+    modules = [
+        f"layers.0.mlp.experts.{n}.{part}_proj" for n in range(64) for part in ("up", "down")
+    ]
+    tensors = {
+        f"base_model.model.model.{module}.lora_{factor}.weight": torch.zeros(8, 8)
+        for module in modules
+        for factor in "AB"
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+
+    (one,) = served_adapters(sources(AdapterSnapshot(snapshot=snapshot(tmp_path))), gguf=True)
+    assert (one.matrices, one.weight_bytes) == (2, 256 * 64 * 4)
+
+
+def test_the_bases_weights_are_told_apart_from_the_adapters():
+    base = (TINY / "base" / "model.safetensors").stat().st_size
+    assert base_weight_bytes(unmerged(sources(A, B))) == base
 
 
 def test_a_single_adapter_is_served_under_the_models_name():
@@ -144,8 +168,9 @@ def test_what_engines_do_not_add_at_run_time_is_refused(tmp_path, change, says):
 
 
 def test_the_largest_rank_counts_and_has_a_limit(tmp_path):
-    config = json.loads((TINY / "adapters" / "a" / "adapter_config.json").read_text())
+    shutil.copytree(TINY / "adapters" / "a", tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "r": 65}))
     made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
     assert served_adapters(made)[0].rank == 65
@@ -179,8 +204,9 @@ def test_llamacpp_adds_one_adapter_always_and_of_several_none():
 
 
 def test_llamacpp_reads_ranks_and_no_other_scaling(tmp_path):
-    config = json.loads((TINY / "adapters" / "a" / "adapter_config.json").read_text())
+    shutil.copytree(TINY / "adapters" / "a", tmp_path, dirs_exist_ok=True)
     path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "rank_pattern": {"q_proj": 16}}))
     made = sources(AdapterSnapshot(snapshot=snapshot(tmp_path)))
     assert served_adapters(made, gguf=True)[0].rank == 16
@@ -197,40 +223,3 @@ def test_weights_and_double_names_are_refused():
         served_adapters(sources(A, A))
     with pytest.raises(UsageError, match="no adapter"):
         served_adapters(sources())
-
-
-class Converter:
-    """Converts adapters, and is killed at the end as long as it is told so."""
-
-    killed = True
-
-    def prepare(self, *_: Any) -> None:
-        pass
-
-    def run(self, job: Any, _: Any) -> dict[str, Any]:
-        for folder in job.folders:
-            (job.output / folder).mkdir(exist_ok=True)
-            (job.output / folder / FILE).write_bytes(b"GGUF")
-        if self.killed:
-            raise KeyboardInterrupt
-        return {"tensors": dict.fromkeys(job.folders, 2)}
-
-
-def test_what_a_killed_run_converted_for_another_recipe_is_not_stored(tmp_path):
-    runner = Converter()
-    tools: Any = SimpleNamespace(
-        runner=runner, progress=Silent(), store=FileStore(tmp_path / "store"), clock=lambda: 0.0
-    )
-    tree = Tree(root=tmp_path, files=())
-    base = Outcome(stage="", value=Artifact(format=LORA, tree=tree), cached=True, seconds=0.0)
-    with pytest.raises(KeyboardInterrupt):
-        unmerged_gguf(sources(A, B), base, tools)
-    left = {path.parent.name for path in tmp_path.rglob(FILE)}
-    assert len(left) == 2
-    runner.killed = False
-
-    for one in (A, B):  # the folder is that of one of them
-        unmerged_gguf(sources(one), base, tools)
-
-    stored = [path.relative_to(tmp_path) for path in tmp_path.rglob(FILE)]
-    assert sorted(path.parent.name for path in stored) == ["data", "data"], stored

@@ -30,7 +30,7 @@ def serving_config(
 ) -> ServingConfig:
     """Plan and render a target; `weights` is the served file, "" if it does not exist yet.
 
-    `weight_bytes` are with the projector.
+    `weight_bytes` are with the projector, and without the adapters.
     """
     recipe = file.recipe
     return render(
@@ -39,7 +39,7 @@ def serving_config(
         version=recipe.version,
         model=model,
         model_file=weights,
-        weight_bytes=weight_bytes,
+        weight_bytes=weight_bytes + sum(adapter.weight_bytes for adapter in adapters),
         options=replace(serve_options(recipe.serve), adapters=adapters),
         image=reference(recipe, target.name),
         made_from=made_from,

@@ -20,6 +20,10 @@ class ServedAdapter:
     folder: str
     """Below the model's folder in the image."""
     rank: int
+    matrices: int = 0
+    """Matrices of the base that it changes; the experts of a layer are one."""
+    weight_bytes: int = 0
+    """Its weights as the engine loads them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

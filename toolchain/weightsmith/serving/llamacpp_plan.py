@@ -49,6 +49,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     limit = _length_limit(shape, options, extra)
     tokens, slots = _choose(capacity, options, limit)
     notes += _picture_notes(model, capacity, tokens)
+    notes += _adapter_notes(capacity, options)
     if capacity.fits(tokens, slots):
         layers = capacity.shape.layers + 1 if capacity.machine.gpus else 0
     elif capacity.machine.gpus:
@@ -190,6 +191,15 @@ def _picture_notes(model: ModelFacts, capacity: Capacity, tokens: int) -> list[s
     if capacity.projector:
         return [pictures]
     return [text] if model.sees_images else []
+
+
+def _adapter_notes(capacity: Capacity, options: ServeOptions) -> list[str]:
+    if not (found := options.adapters):
+        return []
+    weights = human(sum(adapter.weight_bytes for adapter in found))
+    graph = f", and a graph that has room for all of them {human(capacity.graph)} (an estimate)"
+    on_cpu = "" if capacity.machine.gpus else graph
+    return [f"{len(found)} adapter(s) are loaded: their weights take {weights}{on_cpu}"]
 
 
 def _result(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
+from math import prod
 from pathlib import Path
 
+from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.destinations import InStore, moved
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import read_json
@@ -39,6 +41,7 @@ _BUILDER = "gguf"
 _RECIPE_NUMBER = 2
 _AT_ONCE = 256
 """Adapters in one job: a container gets each one's folder by itself."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
@@ -118,10 +121,9 @@ def _make(
         made = moved(folder / key.hex, facts[key])
         InStore(tools.store).files(partial(_inputs, sources, one), made)
         discard(folder / key.hex)
-    moved(folder / first[0].hex, {})(folder)
-    for path in list(folder.iterdir()):
-        if path.is_dir():  # also of adapters that a killed run converted and this one lacks
-            discard(path)
+    own = folder / first[0].hex
+    moved(own, {})(folder)
+    discard(own)
     return facts[first[0]]
 
 
@@ -137,8 +139,17 @@ def _inputs(sources: Sources, adapter: AdapterSnapshot) -> StageInputs:
     )
 
 
+def base_weight_bytes(artifact: Artifact) -> int:
+    """Return the bytes of an artifact's weights, without adapters that lie beside them."""
+    own = artifact.tree
+    if artifact.format == LORA:
+        base = (entry for entry in own.files if not entry.path.startswith(f"{FOLDER}/"))
+        own = replace(own, files=tuple(base))
+    return own.weight_bytes
+
+
 def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:
-    """Return each adapter's name, rank, and folder (or file, as `gguf`) in the image.
+    """Return each adapter's name, rank, size, and folder (or file, as `gguf`) in the image.
 
     A single adapter has no own name: it is served under the model's name. Raises UsageError if
     there is none or one has a weight, InputRefused for adapters that engines cannot apply at run
@@ -159,9 +170,29 @@ def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdap
         if any(other.folder == place for other in found):
             raise UsageError(f"two adapters are named {name}", hint="give them different versions")
         rank = _rank(adapter, gguf=gguf)
+        tree = adapter.snapshot.tree
+        count, size = _weights(tree.path("adapter_model.safetensors"), tree.digest, gguf=gguf)
         alone = len(sources.adapters) == 1
-        found.append(ServedAdapter(name="" if alone else name, folder=place, rank=rank))
+        served = ServedAdapter(
+            name="" if alone else name,
+            folder=place,
+            rank=rank,
+            matrices=count,
+            weight_bytes=size,
+        )
+        found.append(served)
     return tuple(found)
+
+
+@lru_cache(maxsize=8192)
+def _weights(path: Path, _digest: Digest, *, gguf: bool) -> tuple[int, int]:
+    """Return the matrices that an adapter changes, and its bytes; as GGUF, all are in float32.
+
+    Engines stack a layer's experts, so that these are one matrix.
+    """
+    tensors = read_header(path).tensors
+    changed = {_EXPERT.sub(".experts.", one.name.partition(".lora_")[0]) for one in tensors}
+    return len(changed), sum(4 * prod(one.shape) if gguf else one.size for one in tensors)
 
 
 def _name(adapter: AdapterSnapshot) -> str:

@@ -13,7 +13,6 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
-from typing import TextIO
 
 from weightsmith.errors import InputRefused, ran_out_of_memory
 from weightsmith.foreign import TOKENIZER, parse_file
@@ -24,16 +23,15 @@ _TYPE = "f32"
 """Of A and B, so that nothing is rounded."""
 
 
-class _Log(logging.StreamHandler[TextIO]):
-    """Writes what the converter warns of to the job's log, and keeps its errors."""
+class _Last(logging.Handler):
+    """Keeps the last error that the converter logs before it exits."""
 
-    errors = ""
+    text = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message, and keep an error."""
-        super().emit(record)
+        """Keep an error."""
         if record.levelno >= logging.ERROR:
-            self.errors += f" {record.getMessage()}"
+            self.text = record.getMessage()
 
 
 def main() -> None:
@@ -43,18 +41,17 @@ def main() -> None:
     # Before the builder's own gguf package, which may be of another version.
     sys.path[:0] = [str(Path(converter).parent), str(Path(converter).parent / "gguf-py")]
     import_lightly("torch", "transformers.activations")
-    log = _Log()
-    logging.getLogger().addHandler(log)
+    last = _Last()
+    logging.getLogger().addHandler(last)
     for number, (adapter, output) in enumerate(pairs):
-        log.errors = ""
         try:
             _convert(converter, base, adapter, output)
         except (Exception, SystemExit) as error:
             if isinstance(error, OSError) or ran_out_of_memory(error):
                 raise
             traceback.print_exc()
-            said = log.errors if isinstance(error, SystemExit) else ""
-            _refuse(adapter, said.strip() or f"{type(error).__name__}: {error}")
+            why = last.text if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+            _refuse(adapter, why)
         print(progress_line(number + 1, len(pairs), "adapters"), flush=True)  # noqa: T201
 
 
