@@ -147,13 +147,28 @@ def test_bytes_of_computed_tensors_do_not_depend_on_blocks(
     assert torch.equal(one, two)
 
 
+def test_factors_of_a_module_that_is_saved_as_a_whole_are_left_out(tmp_path: Path) -> None:
+    """PEFT never targets it."""
+    whole = {f"{Q}.weight": W * 2, f"{Q}.lora_magnitude_vector": M}
+    path = adapter(tmp_path / "adapter", factors() | whole, modules_to_save=["q_proj"])
+
+    assert torch.equal(run(tmp_path, [(path, 1.0)]), W * 2)
+
+
 def test_one_tensor_changed_twice_by_one_adapter_is_refused(tmp_path: Path) -> None:
-    both = factors() | {f"{Q}.weight": W * 2}
-    path = adapter(
-        tmp_path / "adapter", both | {f"{Q}.lora_magnitude_vector": M}, modules_to_save=["q_proj"]
-    )
+    again = {name.replace("model.", ""): tensor for name, tensor in factors().items()}
+    path = adapter(tmp_path / "adapter", factors() | again)
 
     with pytest.raises(InputRefused, match=r"changes model\.layers\.0\.q_proj\.weight twice"):
+        run(tmp_path, [(path, 1.0)])
+
+
+def test_a_whole_weight_beside_factors_is_refused(tmp_path: Path) -> None:
+    """Only one of them is what was trained, unless the configuration says which."""
+    both = factors() | {f"{Q}.weight": W * 2, f"{Q}.lora_magnitude_vector": M}
+    path = adapter(tmp_path / "adapter", both, use_dora=True)
+
+    with pytest.raises(InputRefused, match=r"q_proj\.weight \(a full weight\)"):
         run(tmp_path, [(path, 1.0)])
 
 
