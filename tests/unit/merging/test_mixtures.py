@@ -156,7 +156,7 @@ def test_factors_of_a_module_that_is_saved_as_a_whole_are_left_out(tmp_path: Pat
 
 
 def test_one_tensor_changed_twice_by_one_adapter_is_refused(tmp_path: Path) -> None:
-    again = {name.replace("model.", ""): tensor for name, tensor in factors().items()}
+    again = {name.replace("model.", ""): tensor.clone() for name, tensor in factors().items()}
     path = adapter(tmp_path / "adapter", factors() | again)
 
     with pytest.raises(InputRefused, match=r"changes model\.layers\.0\.q_proj\.weight twice"):
