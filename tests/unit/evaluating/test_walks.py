@@ -8,9 +8,11 @@ from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
+import pytest
 from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.evaluating import task as tasks
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.subjects import Subject
+from weightsmith.evaluating.subjects import Subject, inputs
 from weightsmith.evaluating.task import Task
 from weightsmith.evaluating.walks import (
     Unit,
@@ -76,6 +78,18 @@ def test_a_base_is_asked_the_same_questions_once() -> None:
     assert names(left) == [["base", "adapter"], ["adapter"], ["base", "adapter"]]
     assert names(list(once(units, [units[0][0].key]))) == [["adapter"]] * 2 + [["base", "adapter"]]
     assert list(once(units, [one.key for each in units for one in each])) == []
+
+
+def test_questions_are_hashed_once_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The questions of a large task take a second, and every look into the store asks for them."""
+    hashed, own = list[object](), tasks.key_of
+    monkeypatch.setattr(tasks, "key_of", lambda value: hashed.append(value) or own(value))
+
+    asked = unit("a", task("one"), merged=True)
+    keys = [str(inputs(one.subject, one.task).key) for one in asked]
+
+    assert keys == [one.key for one in asked]
+    assert len(hashed) == 1
 
 
 def test_small_tasks_share_a_walk_and_large_ones_do_not() -> None:

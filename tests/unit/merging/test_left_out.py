@@ -79,6 +79,30 @@ def test_merged_as_peft_loads_it(name: str, bases: MakeBase, tmp_path: Path) -> 
     assert validate(Request(base=base, adapters=adapters, merged=tmp_path / "out")).passed
 
 
+@pytest.mark.parametrize(
+    ("edits", "said"),
+    [
+        ({"target_modules": []}, "target_modules []"),
+        ({"exclude_modules": ["proj"], "target_modules": "x"}, "target_modules x, exclude_modules"),
+        ({"layers_to_transform": 0, "target_modules": ["up_proj"]}, "layers_to_transform 0"),
+    ],
+)
+def test_the_finding_shows_the_settings(
+    edits: dict[str, Any], said: str, bases: MakeBase, tmp_path: Path
+) -> None:
+    base = bases("llama", **BIAS)
+    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
+    edit(adapter, **edits)
+    request = MergeRequest(base=base, adapters=((adapter, 1.0),), out=tmp_path / "out")
+    try:
+        text = " ".join(merge(request)["findings"])
+    except InputRefused as error:
+        text = error.message
+
+    assert said in text
+    assert "()" not in text
+
+
 def test_an_adapter_of_which_nothing_remains_is_refused(bases: MakeBase, tmp_path: Path) -> None:
     adapter = train(bases("llama"), "llama", tmp_path / "adapter", LoraConfig(**LORA))
     edit(adapter, exclude_modules=r".*layers.*")

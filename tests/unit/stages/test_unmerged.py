@@ -2,18 +2,33 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.outcome import Outcome
 from weightsmith.planning.options import sources_to_merge
 from weightsmith.planning.targets import all_targets
+from weightsmith.ports import Silent
+from weightsmith.quantizers.gguf_lora import FILE
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
-from weightsmith.stages.unmerged import base_weight_bytes, served_adapters, unmerged
-from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Sources, Tree
+from weightsmith.stages.unmerged import base_weight_bytes, served_adapters, unmerged, unmerged_gguf
+from weightsmith.values import (
+    LORA,
+    AdapterSnapshot,
+    Artifact,
+    Digest,
+    FileEntry,
+    Snapshot,
+    Sources,
+    Tree,
+)
 
 from tests.fakes.configs import facts
 
@@ -223,3 +238,40 @@ def test_weights_and_double_names_are_refused():
         served_adapters(sources(A, A))
     with pytest.raises(UsageError, match="no adapter"):
         served_adapters(sources())
+
+
+class Converter:
+    """Converts adapters, and is killed at the end as long as it is told so."""
+
+    killed = True
+
+    def prepare(self, *_: Any) -> None:
+        pass
+
+    def run(self, job: Any, _: Any) -> dict[str, Any]:
+        for folder in job.folders:
+            (job.output / folder).mkdir(exist_ok=True)
+            (job.output / folder / FILE).write_bytes(b"GGUF")
+        if self.killed:
+            raise KeyboardInterrupt
+        return {"tensors": dict.fromkeys(job.folders, 2)}
+
+
+def test_what_a_killed_run_converted_for_another_recipe_is_not_stored(tmp_path):
+    runner = Converter()
+    tools: Any = SimpleNamespace(
+        runner=runner, progress=Silent(), store=FileStore(tmp_path / "store"), clock=lambda: 0.0
+    )
+    tree = Tree(root=tmp_path, files=())
+    base = Outcome(stage="", value=Artifact(format=LORA, tree=tree), cached=True, seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        unmerged_gguf(sources(A, B), base, tools)
+    left = {path.parent.name for path in tmp_path.rglob(FILE)}
+    assert len(left) == 2
+    runner.killed = False
+
+    for one in (A, B):  # the folder is that of one of them
+        unmerged_gguf(sources(one), base, tools)
+
+    stored = [path.relative_to(tmp_path) for path in tmp_path.rglob(FILE)]
+    assert sorted(path.parent.name for path in stored) == ["data", "data"], stored

@@ -21,7 +21,7 @@ from weightsmith.values import (
 )
 
 BUILDER = "merge"
-RECIPE_NUMBER = 5
+RECIPE_NUMBER = 6
 _VOICE = frozenset((*TOKENIZER_FILES, *TEMPLATE_FILES))
 """Files that decide how a question becomes tokens."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from weightsmith.evaluating.client import Ask, ask_all
 from weightsmith.evaluating.harness import question_lines, read_verdict
@@ -23,7 +23,7 @@ Answers = tuple[Mapping[str, Json], ...]
 _COMMAND_SECONDS = 3600.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Questions, metric and maximum length of an answer."""
 
@@ -35,7 +35,7 @@ class Task:
     name: str = ""
     """The task's name, if a build has several."""
 
-    @property
+    @cached_property
     def digest(self) -> Digest:
         """Key of the questions, without expected answers: changing those needs no new run."""
         asked: list[Json] = [[dict(m) for m in item.messages] for item in self.items]

@@ -35,6 +35,8 @@ class Claim:
     columns: int = 0
     """Width of the target viewed as a matrix; 0: from its shape."""
     terms: tuple[Term, ...] = ()
+    piece: bool = False
+    """True if the rows that the terms change are a layer of their own in the model."""
     patch: Patch | None = None
     replacement: Stored | None = None
     change: Change | None = None

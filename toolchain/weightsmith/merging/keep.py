@@ -116,9 +116,16 @@ def _modules(output: Output) -> Iterator[_Module]:
             "experts or whole tensors), which a combined LoRA adapter cannot represent",
             hint=_HINT,
         )
-    for band in bands(replace(output, terms=terms, change=None)):
+    plain = replace(output, terms=terms, change=None)
+    for band in change.bands(output) if isinstance(change, Combined) else bands(plain):
         if not band.terms:
             continue
+        if any(term.shape[0] != band.end - band.first for term in band.terms):
+            raise InputRefused(
+                f"this method changes {output.name} as a whole, but the adapters change several "
+                "layers in it, so the result is not a LoRA adapter",
+                hint=_HINT,
+            )
         a, b = _keys(output, band)
         rank = sum(term.rank for term in band.terms)
         if isinstance(change, Combined):

@@ -136,6 +136,8 @@ def _names(view: AdapterView, module: str) -> Iterator[str]:
 def _settings(view: AdapterView) -> Iterator[str]:
     """Return the settings that choose modules, as adapter_config.json has them."""
     for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
-        if value := view.config.raw.get(name):
+        value = view.config.raw.get(name)
+        # Layer 0 is a choice; so are targets of which there are none.
+        if value not in (None, [], "") or (name == "target_modules" and value is not None):
             shown = str(value)
             yield f"{name} {shown if len(shown) <= _LENGTH else shown[:_LENGTH] + '…'}"

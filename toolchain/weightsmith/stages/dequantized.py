@@ -21,7 +21,7 @@ from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 
 BUILDER = "merge"
-RECIPE_NUMBER = 2
+RECIPE_NUMBER = 3
 _ANSWERS = "answers.json"
 
 

@@ -121,9 +121,10 @@ def _make(
         made = moved(folder / key.hex, facts[key])
         InStore(tools.store).files(partial(_inputs, sources, one), made)
         discard(folder / key.hex)
-    own = folder / first[0].hex
-    moved(own, {})(folder)
-    discard(own)
+    moved(folder / first[0].hex, {})(folder)
+    for path in list(folder.iterdir()):
+        if path.is_dir():  # also of adapters that a killed run converted and this one lacks
+            discard(path)
     return facts[first[0]]
 
 

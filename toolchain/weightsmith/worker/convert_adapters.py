@@ -13,6 +13,7 @@ import runpy
 import sys
 import traceback
 from pathlib import Path
+from typing import TextIO
 
 from weightsmith.errors import InputRefused, ran_out_of_memory
 from weightsmith.foreign import TOKENIZER, parse_file
@@ -23,15 +24,16 @@ _TYPE = "f32"
 """Of A and B, so that nothing is rounded."""
 
 
-class _Last(logging.Handler):
-    """Keeps the last error that the converter logs before it exits."""
+class _Log(logging.StreamHandler[TextIO]):
+    """Writes what the converter warns of to the job's log, and keeps its errors."""
 
-    text = ""
+    errors = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep an error."""
+        """Write a message, and keep an error."""
+        super().emit(record)
         if record.levelno >= logging.ERROR:
-            self.text = record.getMessage()
+            self.errors += f" {record.getMessage()}"
 
 
 def main() -> None:
@@ -41,17 +43,18 @@ def main() -> None:
     # Before the builder's own gguf package, which may be of another version.
     sys.path[:0] = [str(Path(converter).parent), str(Path(converter).parent / "gguf-py")]
     import_lightly("torch", "transformers.activations")
-    last = _Last()
-    logging.getLogger().addHandler(last)
+    log = _Log()
+    logging.getLogger().addHandler(log)
     for number, (adapter, output) in enumerate(pairs):
+        log.errors = ""
         try:
             _convert(converter, base, adapter, output)
         except (Exception, SystemExit) as error:
             if isinstance(error, OSError) or ran_out_of_memory(error):
                 raise
             traceback.print_exc()
-            why = last.text if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
-            _refuse(adapter, why)
+            said = log.errors if isinstance(error, SystemExit) else ""
+            _refuse(adapter, said.strip() or f"{type(error).__name__}: {error}")
         print(progress_line(number + 1, len(pairs), "adapters"), flush=True)  # noqa: T201
 
 

@@ -117,6 +117,17 @@ def test_a_truncated_adapter_has_its_rank(pair: tuple[Path, list[Path]], tmp_pat
     assert {min(tensor.shape) for tensor in tensors.values()} == {3}
 
 
+def test_a_module_has_no_more_than_the_ranks_of_its_adapters(
+    pair: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    """Together they may have less than the rank that is asked for."""
+    base, adapters = pair
+    result = run(base, adapters, tmp_path / "kept", keep_adapter=True, method="svd", rank=8)
+    run(base, adapters, tmp_path / "merged", method="svd", rank=8)
+    assert result["ranks"] == [4, 8]
+    assert (logits(base, tmp_path / "kept") - logits(tmp_path / "merged")).abs().max() < 1e-5
+
+
 def test_what_is_no_adapter_is_not_kept(
     pair: tuple[Path, list[Path]], make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:

@@ -102,8 +102,12 @@ class Combined:
         return tuple(term for share in self.shares for term in share.claim.terms)
 
     def bands(self, output: Output) -> list[Band]:
-        """Return row ranges changed by the same adapters; each has its own low-rank result."""
-        if self.combination.needs_deltas or not self._low_rank:
+        """Return row ranges changed by the same adapters; each has its own low-rank result.
+
+        A method that needs deltas gets the whole tensor, or each layer that it consists of.
+        """
+        layers = any(share.claim.piece for share in self.shares)
+        if not self._low_rank or (self.combination.needs_deltas and not layers):
             return [Band(first=0, end=output.rows, terms=self._terms)]
         found = bands(replace(output, terms=self._terms, change=None))
         return [band for band in found if band.terms]
@@ -112,6 +116,8 @@ class Combined:
         """Return the largest possible rank of a band's result."""
         ranks = [term.rank for term in band.terms]
         width = min(band.end - band.first, output.columns)
+        if not self.combination.needs_deltas and self._low_rank:
+            width = min(width, sum(ranks))
         if self.combination.truncates:
             return min(self.combination.rank or max(ranks, default=width), width)
         return sum(ranks) if self.combination.method == "cat" else max(ranks)
@@ -127,7 +133,7 @@ class Combined:
         if not self.combination.needs_deltas and self._low_rank:
             pairs = [pair(term, band, files) for term in band.terms]
             return lowrank.to_float32(lowrank.truncate(pairs, rank), output.name)
-        deltas = self._deltas(output, files)
+        deltas = [delta[band.first : band.end] for delta in self._deltas(output, files)]
         whole = combine(deltas, list(self._adapters.values()), self.combination)
         return lowrank.to_float32(lowrank.truncate_whole(whole, rank), output.name)
 
@@ -137,7 +143,10 @@ class Combined:
 
         deltas = [self._delta(output, path, files) for path in self._adapters]
         names = [adapter_digest(path) for path in self._adapters]
-        prune(deltas, self.combination, output.name, names)
+        for band in self.bands(output):
+            some = [delta[band.first : band.end] for delta in deltas]
+            name = f"{output.name} {band.first}" if band.first else output.name
+            prune(some, self.combination, name, names)
         return deltas
 
     def _delta(self, output: Output, path: Path, files: Files) -> np.ndarray:

@@ -58,6 +58,7 @@ def claims(
             target=piece.tensor,
             columns=columns,
             terms=(term,),
+            piece=True,
         )
 
 
