@@ -15,7 +15,7 @@ import pytest
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.reference import Subject, answered
+from weightsmith.merging.reference import Subject, answers
 from weightsmith.quality.texts import as_lines, readings
 from weightsmith.validating.validate import Request, validate
 
@@ -44,7 +44,7 @@ def merged(folder: Path) -> Path:
 
 def ask(folder: Path) -> None:
     base, adapter = (Subject(model=folder / "base", adapters=a) for a in ((), adapters(folder)))
-    answered({"base": base, "adapter": adapter}, [QUESTION], 2)
+    answers({"base": base, "adapter": adapter}, [QUESTION], 2)
 
 
 def compare(folder: Path) -> None:

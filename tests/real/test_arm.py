@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from weightsmith.checkpoints.tensors import largest
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.toolset import make_toolset
@@ -23,7 +24,7 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Silent
 from weightsmith.quantizers import rounding
-from weightsmith.quantizers.rounding import fused_scale, largest
+from weightsmith.quantizers.rounding import fused_scale
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.wiring import cache_folder
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from weightsmith.checkpoints.tensors import largest
 from weightsmith.drivers.toolset import tools_variable
 from weightsmith.kernels import library, tiles
 from weightsmith.quantizers import rounding
-from weightsmith.quantizers.rounding import fused_scale, largest, round_rows
+from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.schemes import SCHEMES, Scheme
 from weightsmith.quantizers.tiled import Tiles
 
