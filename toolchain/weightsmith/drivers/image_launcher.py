@@ -21,6 +21,10 @@ from weightsmith.ports import StartSpec
 
 Mode = Literal["apart", "folder", "bare"]
 """In its own namespaces; with a folder as its root; or only as the calling user."""
+_STACK = 8 << 20
+"""Bytes of a thread's stack, by default."""
+_CPUS = 4
+"""CPUs whose threads fit into what a plan leaves for the program."""
 _CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]);"
     " from weightsmith.drivers.image_sandbox import main; main(int(sys.argv[2]))"
@@ -94,12 +98,21 @@ def _settings(
         "workdir": inside.workdir,
         "user": list(inside.user),
         # GPU memory is mapped into the process, so this limit would be too low.
-        "memory_bytes": 0 if spec.use_gpu else spec.memory_bytes,
+        "memory_bytes": 0 if spec.use_gpu or not spec.memory_bytes else memory_limit(spec),
         "shm_bytes": spec.shm_bytes,
         "gpu": spec.use_gpu,
         "relay": [relay.listener.fileno(), relay.port] if relay else None,
         "network": Path("/proc/self/ns/net").stat().st_ino,
     }
+
+
+def memory_limit(spec: StartSpec) -> int:
+    """Return the bytes that a server may write to, with room for its threads' stacks.
+
+    The limit counts whole stacks, used or not, and servers start two threads for each CPU. Plans
+    leave room for those of a few CPUs.
+    """
+    return spec.memory_bytes + 2 * _STACK * max(0, (os.cpu_count() or 1) - _CPUS)
 
 
 def _write(file: IO[bytes], settings: Mapping[str, Any]) -> None:
