@@ -10,7 +10,7 @@ from socket import SHUT_RDWR
 from typing import Any
 
 import docker
-from docker.errors import DockerException
+from docker.errors import APIError, DockerException
 from docker.models.containers import Container
 from docker.utils.socket import frames_iter
 from requests.exceptions import RequestException
@@ -24,6 +24,8 @@ GONE = (DockerException, RequestException, OSError)
 """What the client library raises if the engine is not running or stops."""
 ANSWER_SECONDS = 120
 """After which an engine that says nothing counts as gone."""
+_NOT_STARTED = "waiting for init preliminary setup"
+"""runc says so of a container that ended before its program: on a busy machine, now and then."""
 
 
 def run_container(
@@ -34,9 +36,24 @@ def run_container(
 ) -> int:
     """Start a job's container, process its output until it ends, and return its exit code.
 
-    Raises TookTooLong after the job's time limit, InterruptedError once the open file `stop` can be
-    read; the container is removed in any case.
+    A container that the engine could not start is started once more. Raises TookTooLong after the
+    job's time limit, InterruptedError once the open file `stop` can be read; the container is
+    removed in any case.
     """
+    try:
+        return _run_once(client, request, conversation, stop)
+    except APIError as problem:
+        if _NOT_STARTED not in str(problem.explanation):
+            raise
+    return _run_once(client, request, conversation, stop)
+
+
+def _run_once(
+    client: docker.DockerClient,
+    request: Mapping[str, Any],
+    conversation: Conversation,
+    stop: int | None,
+) -> int:
     container = client.containers.create(**request)
     api: Any = client.api
     seconds = conversation.job.seconds
