@@ -42,7 +42,8 @@ def start(layout: Path, to: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "weightsmith", "push", f"oci:{layout}", "--to", to],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_CACHE": str(folder)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}",
+             "WEIGHTSMITH_CACHE": str(folder)},
     )  # fmt: skip
 
 

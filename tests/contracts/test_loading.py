@@ -32,6 +32,7 @@ from tests.fakes.memory import memory_tools
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 LOAD = Outputs(load=True)
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -242,7 +243,7 @@ def load_and_die(name: str) -> None:
 @pytest.mark.usefixtures("all_are_large")
 def test_a_killed_load_goes_on_where_it_was(tools: Tools, name: str) -> None:
     act = f"from tests.contracts.test_loading import load_and_die; load_and_die({name!r})"
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}  # wherever we are started
+    env = {**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"}  # wherever we are started
     killed = subprocess.run([sys.executable, "-c", act], env=env, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert tools.engine.inspect(f"{name}:1") == {}

@@ -334,7 +334,11 @@ def test_a_job_ends_with_its_parent(kind, number, tmp_path):
     parent = subprocess.Popen(
         [sys.executable, "-c", SLEEPER, kind, str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_TEST_CACHE": str(CACHE)},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}",
+            "WEIGHTSMITH_TEST_CACHE": str(CACHE),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

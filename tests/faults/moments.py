@@ -32,7 +32,8 @@ class Moments:
     """A process that does operations, each in a child that can be killed."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_CACHE": str(folder)}
+        paths = f"{ROOT / 'toolchain'}:{ROOT}"
+        environment = {**os.environ, "PYTHONPATH": paths, "WEIGHTSMITH_CACHE": str(folder)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.moments"],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

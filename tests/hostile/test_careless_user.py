@@ -34,6 +34,8 @@ from weightsmith.wiring import keep_clean
 
 from tests.fakes.command_line import weightsmith
 
+ROOT = Path(__file__).parents[2]
+
 # Folders that are read: nothing is made in them, not for a moment.
 
 
@@ -333,7 +335,7 @@ def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "weightsmith", *words, "--retries", "0"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
         capture_output=True,
         text=True,
         check=False,

@@ -185,7 +185,7 @@ process.run(["/bin/sh", "-c", "echo $$; exec sleep 600"], on_line=lambda x: prin
 def test_the_program_dies_with_us(number):
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

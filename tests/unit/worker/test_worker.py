@@ -33,7 +33,7 @@ def worker(job: Job | str, tmp_path: Path) -> subprocess.Popen[str]:
     file.write_text(job if isinstance(job, str) else write_job(job), encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, "-m", "weightsmith.worker", str(file)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -120,7 +120,7 @@ def test_the_worker_needs_nothing_of_the_control_plane():
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
         capture_output=True,
         text=True,
         check=True,
