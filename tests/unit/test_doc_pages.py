@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith import errors
+from weightsmith.planning.targets import all_targets
 
 from tests.unit.test_docs import PAGES, ROOT, listed
 
@@ -39,6 +40,45 @@ def test_exit_code_page_lists_every_code() -> None:
     kinds = (errors.WeightsmithError, *errors.WeightsmithError.__subclasses__())
     codes = {str(kind.exit_code) for kind in kinds}
     assert listed("docs/reference/exit-codes.md") == codes | {"0", "130"}
+
+
+def test_the_readme_counts_the_targets_and_names_those_that_are_there() -> None:
+    """`llamacpp-f16`, `-q8_0`, … and so many more: the rows of its table are all there is."""
+    names = {target.name for target in all_targets().values()}
+    page = (ROOT / "README.md").read_text("utf-8")
+    table = page.partition("## Targets")[2].partition("\n## ")[0]
+    words = re.findall(r"`([\w-]+)`", "\n".join(row.split("|")[1] for row in rows_of(table)))
+
+    named = {f"llamacpp{word}" if word.startswith("-") else word for word in words}
+
+    assert named <= names
+    llamacpp = {name for name in names if name.startswith("llamacpp")}
+    assert f"and [{len(llamacpp - named)} more](docs/reference/targets.md)" in table
+    bits = [
+        target.format.bits_per_weight
+        for target in all_targets().values()
+        if target.name in llamacpp
+    ]
+    assert f"{min(bits):.1f} to {max(bits):.0f} bits" in table
+
+
+def test_the_readmes_memory_is_what_was_measured() -> None:
+    figures = rows_of((ROOT / "benchmarks/README.md").read_text("utf-8"))
+    page = (ROOT / "README.md").read_text("utf-8")
+
+    def peaks(stage: str) -> list[str]:
+        """Return the peaks of a stage in the two tables of whole builds, in GB."""
+        mib = [int(row.split("|")[4]) for row in figures if row.startswith(f"| {stage} |")]
+        return [f"{one * 2**20 / 1e9:.1f} GB" for one in mib]
+
+    small, large = peaks("quantize, with the importance matrix")
+    assert f"measured {small} for 1.17 billion weights and {large} for 7.4 billion" in page
+    assert f"that was {peaks('start and questions')[-1]}" in page
+
+
+def rows_of(text: str) -> list[str]:
+    """Return the rows of a page's tables."""
+    return [line for line in text.splitlines() if line.startswith("| ")]
 
 
 def slug(heading: str) -> str:
