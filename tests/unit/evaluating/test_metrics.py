@@ -79,6 +79,15 @@ def test_a_drop_of_exactly_what_is_allowed_passes():
     gate(scored(*[True] * 7, *[False] * 3), scored(*[True] * 8, *[False] * 2), 0.1, 0.0)
 
 
+def test_one_question_of_many_beyond_what_is_allowed_fails():
+    """Of 1000, ten may be lost, and not eleven."""
+    reference = scored(*[True] * 1000)
+    gate(scored(*[False] * 10, *[True] * 990), reference, 0.01, 0.0)
+
+    with pytest.raises(CheckFailed, match=r"0\.011 below.*at most 0\.010 is allowed"):
+        gate(scored(*[False] * 11, *[True] * 989), reference, 0.01, 0.0)
+
+
 def test_a_larger_drop_fails_with_the_numbers_and_what_changed():
     image = scored(False, False, False, False, True)
     reference = scored(True, True, True, True, True)
