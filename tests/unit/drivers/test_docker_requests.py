@@ -108,6 +108,8 @@ def test_a_server_is_published_on_loopback_alone_and_keeps_its_user():
     assert "user" not in asked
     assert "network_mode" not in asked
     assert asked["read_only"] is True
+    assert asked["cap_drop"] == ["ALL"]
+    assert "no-new-privileges" in asked["security_opt"]
     assert asked["mem_limit"] == 1 << 30
     assert asked["shm_size"] is None
     shared = replace(spec, shm_bytes=1 << 28)

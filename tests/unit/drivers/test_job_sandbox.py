@@ -14,7 +14,7 @@ import pytest
 from weightsmith.drivers import landlock, local, process, seccomp
 from weightsmith.drivers.confinement import Confinement, confinement, interpreter, job_sandbox
 from weightsmith.drivers.fallback import FallbackRunner
-from weightsmith.drivers.job_sandbox import ALL, NONE
+from weightsmith.drivers.job_sandbox import ALL, LEVELS, NONE
 from weightsmith.errors import EnvironmentFailure
 
 from tests.fakes.bare_builder import bare_builder, echo_job
@@ -147,6 +147,39 @@ def test_a_crash_in_a_sandbox_is_told_as_one(tmp_path):
     crash = "import ctypes; ctypes.string_at(0)"
 
     assert sandboxed(tmp_path, crash).returncode == -signal.SIGSEGV
+
+
+@pytest.mark.parametrize("namespaces", LEVELS)
+def test_a_job_changes_nothing_that_it_reads(namespaces, tmp_path):
+    """With a mount namespace, and by Landlock's rules alone."""
+    if namespaces != ALL and landlock.abi() == 0:
+        pytest.skip("this kernel has no Landlock")
+    given, own = tmp_path / "given", tmp_path / "own"
+    for folder in (given, own):
+        folder.mkdir()
+        (folder / "model").write_text("weights")
+    sandbox = job_sandbox(
+        Confinement(namespaces=namespaces, filtered=False),
+        run=interpreter(BASE_PYTHON), read=[], inputs=[given], write=[own],
+    )  # fmt: skip
+    code = (
+        "import sys; path = sys.argv[1]\n"
+        "print(open(path).read(), flush=True); open(path, 'w').write('else')"
+    )
+
+    first, second = (
+        process.run(
+            [BASE_PYTHON, "-I", "-S", "-c", code, folder / "model"],
+            cwd=own, limits=process.ResourceLimits(sandbox=sandbox),
+        )
+        for folder in (given, own)
+    )  # fmt: skip
+
+    if "cannot prepare" in " ".join(first.tail):
+        pytest.skip("this kernel refuses namespaces")
+    assert (first.tail[0], (given / "model").read_text()) == ("weights", "weights")
+    assert first.returncode == 1
+    assert (second.returncode, (own / "model").read_text()) == (0, "else")
 
 
 def test_no_capability_is_left_but_roots_to_read(tmp_path):

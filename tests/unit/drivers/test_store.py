@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from weightsmith.drivers import store as stores
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import EnvironmentFailure, of_machine
-from weightsmith.values import key_of
+from weightsmith.values import Digest, key_of
 
 KEY = key_of("a result")
 
@@ -36,6 +37,48 @@ def test_what_is_held_is_looked_at_once(tmp_path: Path) -> None:
     assert FileStore(tmp_path).find(KEY) is None
     store.close()
     assert store.find(KEY) is None
+
+
+def test_all_of_a_result_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then its name: a machine that loses its power has the whole result, or none."""
+    events: list[tuple[str, Path]] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(handle: int) -> None:
+        events.append(("sync", Path(f"/proc/self/fd/{handle}").readlink()))
+        sync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(("rename", target))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    FileStore(tmp_path).produce(KEY, {}, write("one"))
+
+    partial, final = tmp_path / "partial" / KEY.hex, tmp_path / "results" / KEY.hex
+    at = events.index(("rename", final))
+    before = {path for event, path in events[:at] if event == "sync"}
+    assert {partial / "data", partial / "data/sub", partial / "data/sub/file", partial} <= before
+    assert events[at + 1 :] == [("sync", final.parent)]
+
+
+def test_a_digest_is_remembered_of_a_file_that_nobody_changed_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size, with its old time and in the same place, it may be another file."""
+    store, file, old = FileStore(tmp_path / "store"), tmp_path / "file", time.time() - 60
+    for byte in (b"a", b"b", b"c"):
+        file.write_bytes(byte * (1 << 20))
+        os.utime(file, (old, old))
+
+        assert store.digest_file(file).digest == Digest.of(byte * (1 << 20))
+        # Within a tick of the clock, a file may change and have the same times.
+        remembered = (tmp_path / "store" / "digests").exists()
+        assert remembered == (byte != b"a")
+        monkeypatch.setattr(stores, "_SETTLED_NS", -1)
 
 
 def hold_many(root: Path) -> None:

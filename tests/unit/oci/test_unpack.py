@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.oci import unpack as unpacking
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer
 from weightsmith.oci.unpack import unpack
@@ -80,6 +81,20 @@ def test_escapes_are_refused(root: Path, entries: list[tarfile.TarInfo]) -> None
     assert list(root.parent.iterdir()) == [], "nothing is left behind"
 
 
+def test_more_files_than_any_image_has_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all layers together: each entry costs an inode, and an empty file nothing in the layer."""
+    monkeypatch.setattr(unpacking, "_MOST_ENTRIES", 3)
+    unpack(foreign_image(tar_of(entry("a"), entry("b")), tar_of(entry("c"))), root)
+
+    with pytest.raises(InputRefused, match="more than 3 files"):
+        unpack(foreign_image(tar_of(entry("a"), entry("b")), tar_of(entry("c"), entry("d"))),
+               root.with_name("second"))  # fmt: skip
+
+    assert [path.name for path in root.parent.iterdir()] == [root.name]
+
+
 @pytest.mark.parametrize("to", ["..", "../../..", "/", "OUT"])
 def test_links_are_followed_only_inside(root: Path, tmp_path: Path, to: str) -> None:
     outside = tmp_path / "outside"
@@ -93,6 +108,8 @@ def test_links_are_followed_only_inside(root: Path, tmp_path: Path, to: str) -> 
     )  # fmt: skip
     upper = tar_of(entry("door/.wh.kept"), entry("hard", LNK, to="abs/file"))
     unpack(foreign_image(layer, upper), root)
+    inside = root / (place.lstrip("/") if to == "OUT" else "")
+    assert (inside / "evil").read_bytes() == b"1"
     assert (outside / "kept").read_bytes() == b"kept"
     assert [p for p in sorted(tmp_path.rglob("*")) if root.parent not in (p, *p.parents)] == before
     assert (root / "file").read_bytes() == b"2"
