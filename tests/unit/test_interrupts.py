@@ -45,7 +45,9 @@ def test_it_ends_at_once_while_python_imports(start, module):
     done = run(AWAKE + STRIKE.format(module=module, program=start, start=STARTS[start]))
 
     assert done.returncode == 130
-    assert done.stderr == "error: interrupted before it began\n"
+    assert done.stderr == (
+        "error: interrupted before it began\n  hint: run the same command again\n"
+    )
     assert done.stdout == ""
 
 

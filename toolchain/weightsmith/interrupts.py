@@ -24,5 +24,5 @@ def raise_it() -> None:
 
 
 def _leave(_number: int, _frame: object) -> None:
-    os.write(2, b"error: interrupted before it began\n")
+    os.write(2, b"error: interrupted before it began\n  hint: run the same command again\n")
     os._exit(130)

@@ -109,6 +109,14 @@ def test_a_low_score_fails_even_where_the_reference_is_as_low():
     assert "'q0' now gives" in caught.value.hint
 
 
+def test_scores_without_answers_fail_with_what_to_do_next():
+    """A harness states scores alone."""
+    with pytest.raises(CheckFailed) as caught:
+        gate(Score(score=0.5, n=0, metric="acc"), Score(score=0.9, n=0, metric="acc"), 0.1, 0.0)
+
+    assert "train the adapter further" in caught.value.hint
+
+
 def test_a_loss_is_reported_with_its_uncertainty():
     before = scored(*[True] * 30)
     verdict = gate(scored(*[True] * 29, False), before, 0.05, 0.0)

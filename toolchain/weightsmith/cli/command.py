@@ -82,7 +82,8 @@ def command(
                 print_error(error, as_json=as_json)
                 raise Exit(code=error.exit_code) from None
             except KeyboardInterrupt:
-                print_error(_Interrupted("interrupted; what was finished is kept"), as_json=as_json)
+                again = "run the same command again: what was finished is kept"
+                print_error(_Interrupted("interrupted", hint=again), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
             else:
                 _print_result(visible.as_json(plain(result)) if as_json else text)

@@ -12,6 +12,7 @@ from weightsmith.values import Json, Score
 _MOST_SHOWN = 3
 _SHOWN_LENGTH = 120
 _CHANCE = 0.05
+_NEXT = "train the adapter further, choose a format that loses less, or allow a lower score"
 NAMES = {
     "base": "the base",
     "adapter": "base + adapter",
@@ -43,7 +44,7 @@ class Verdict:
     reason: str
     """One sentence for users."""
     hint: str = ""
-    """Up to three lost items."""
+    """Up to three lost items; "" if a score has none, such as a harness's."""
     comparison: Comparison | None = None
     needed: int = 0
     """Number of items needed to show the requested `max_drop`; 0 if there are enough."""
@@ -76,7 +77,7 @@ class Verdict:
     def require(self) -> None:
         """Raise CheckFailed unless it passed."""
         if self.binding and not self.passed:
-            raise CheckFailed(self.reason, hint=self.hint)
+            raise CheckFailed(self.reason, hint=self.hint or _NEXT)
 
 
 def judge_drop(
