@@ -13,7 +13,7 @@ merge. `whole70b` plans the merge of all 80 layers on a sparse file and prints t
 With `--peers` mergekit and axolotl's wheel are installed beside the inputs, not into the project's
 environment. Of axolotl only the module that merges shard by shard is used, with a standard logger,
 since the package itself needs CUDA. Variables for BLAS and OpenMP are removed, so that every tool
-runs with its defaults.
+runs with its defaults; ours has the one that its jobs get.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RANK = 64
 OURS = """
-import sys
+import os, sys
 from pathlib import Path
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 from weightsmith.merging.engine import MergeRequest, merge
 base, adapter, out = sys.argv[1:4]
 merge(MergeRequest(base=Path(base), adapters=((Path(adapter), 1.0),), out=Path(out)))

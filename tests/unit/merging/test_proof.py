@@ -20,7 +20,7 @@ from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import make_plan
 from weightsmith.merging.proof import prove
-from weightsmith.merging.stream import Checksum, OpenFiles, Writer
+from weightsmith.merging.stream import Checksum, OpenFiles, Writer, continued
 
 
 @pytest.fixture
@@ -168,6 +168,19 @@ def test_one_wrong_byte_changes_the_checksum(data: bytes, place: float, other: i
     one, two = (Checksum.of(memoryview(bytes(some)), 0) for some in (data, changed))
 
     assert one != two
+
+
+@given(words=st.lists(st.integers(0, 70_000), max_size=3), rest=st.integers(0, 7))
+def test_a_checksum_does_not_depend_on_the_pieces(words: list[int], rest: int) -> None:
+    """They are of whole words, but for the last; a checksum's own pieces have 32,768."""
+    sizes = [*(8 * some for some in words), rest]
+    data = np.random.default_rng(1).bytes(sum(sizes))
+    value, at = 0, 0
+    for size in sizes:
+        value = continued(value, memoryview(data)[at : at + size], at)
+        at += size
+
+    assert value == continued(0, memoryview(data))
 
 
 def test_a_change_that_rounding_swallows_is_reported(make_model: Any, make_adapter: Any) -> None:

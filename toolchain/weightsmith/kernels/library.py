@@ -14,13 +14,13 @@ _NUMBER, _DATA, _COUNT = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
 
 def found() -> ctypes.CDLL | None:
     """Return our kernels, or None where they were not compiled or cannot be loaded."""
-    return _found(_path("libkernels.so"))
+    return _found(_folder())
 
 
 @cache
-def _found(path: Path) -> ctypes.CDLL | None:
+def _found(folder: str) -> ctypes.CDLL | None:
     try:
-        return kernels() if path.is_file() else None
+        return kernels() if Path(folder, "libkernels.so").is_file() else None
     except EnvironmentFailure:
         return None
 
@@ -82,12 +82,12 @@ def ggml() -> ctypes.CDLL:
     return library
 
 
-def _path(name: str) -> Path:
-    return Path(os.environ.get("WEIGHTSMITH_TOOLS_KERNELS", "/opt/kernels")) / name
+def _folder() -> str:
+    return os.environ.get("WEIGHTSMITH_TOOLS_KERNELS", "/opt/kernels")
 
 
 def _load(name: str) -> ctypes.CDLL:
-    path = _path(name)
+    path = Path(_folder(), name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

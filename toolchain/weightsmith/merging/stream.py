@@ -162,15 +162,18 @@ class Checksum:
 _ODD = np.random.default_rng().integers(0, 1 << 63, _PIECE // 8, np.uint64) * 2 + 1
 
 
-def continued(value: int, data: memoryview) -> int:
-    """Update a checksum's value by bytes; all calls but the last need multiples of `_PIECE`."""
-    for at in range(0, len(data), _PIECE):
-        part = data[at : at + _PIECE]
+def continued(value: int, data: memoryview, before: int = 0) -> int:
+    """Update the checksum of the `before` bytes before: a multiple of 8."""
+    at = 0
+    while at < len(data):
+        place = (before + at) % _PIECE
+        part = data[at : at + _PIECE - place]
         count = len(part) // 8
         words = np.frombuffer(part, np.uint64, count)
         tail = int.from_bytes(part[8 * count :], "little")
-        odd = int(np.dot(words, _ODD[:count])) + tail * 0x9E3779B97F4A7C15
-        value = (value * 0x2545F4914F6CDD1D + odd) % (1 << 64)
+        odd = int(np.dot(words, _ODD[place // 8 :][:count])) + tail * 0x9E3779B97F4A7C15
+        value = (value * (1 if place else 0x2545F4914F6CDD1D) + odd) % (1 << 64)
+        at += len(part)
     return value
 
 
