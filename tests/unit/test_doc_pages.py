@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,36 @@ def test_the_readmes_memory_is_what_was_measured() -> None:
     small, large = peaks("quantize, with the importance matrix")
     assert f"measured {small} for 1.17 billion weights and {large} for 7.4 billion" in page
     assert f"that was {peaks('start and questions')[-1]}" in page
+
+
+def test_where_things_are() -> None:
+    """Names after a row's first are of files beside it."""
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = rows_of(page.partition("## Where things are\n")[2].partition("\n## ")[0])
+    for first, *others in (re.findall(r"`([^`]+)`", row.split("|")[1]) for row in rows[1:]):
+        assert (ROOT / first).exists(), first
+        for name in others:
+            beside = (ROOT / first).parent / name
+            assert beside.exists() or (ROOT / name).exists(), name
+
+
+def test_contributing_lists_every_marker() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    markers = {
+        text.partition(":")[0] for text in settings["tool"]["pytest"]["ini_options"]["markers"]
+    }
+    names = listed("CONTRIBUTING.md", "Check and test")
+
+    assert markers <= names
+
+
+def test_help_of_make_lists_every_target() -> None:
+    text = (ROOT / "Makefile").read_text("utf-8")
+    phony = set(re.findall(r"^\.PHONY: (.*)$", text, re.MULTILINE)[0].split())
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+
+    assert {row[0] for row in rows if len(row) == 2} == phony
 
 
 def rows_of(text: str) -> list[str]:

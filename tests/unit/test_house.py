@@ -256,6 +256,29 @@ def test_every_error_says_what_to_do_next() -> None:
     assert not silent
 
 
+VALUES = ("values", "ports", "recipe*", "*_options", "job*", "build_record", "outcome", "tools")
+
+
+def test_what_stages_hand_on_cannot_be_changed() -> None:
+    import ast
+
+    package = ROOT / "toolchain" / "weightsmith"
+    paths = [path for name in VALUES for path in package.glob(f"{name}.py")]
+    for folder in ("planning", "stages", "serving", "provenance", "oci", "reporting", "library"):
+        paths += (package / folder).glob("*.py")
+    made = [
+        (f"{path.relative_to(package)}: {node.name}", ast.unparse(one))
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef)
+        for one in node.decorator_list
+        if ast.unparse(one).startswith("dataclass")
+    ]
+
+    assert len(made) > 100
+    assert [name for name, words in made if "frozen=True" not in words] == []
+
+
 def test_generated_files_are_up_to_date() -> None:
     result = run(sys.executable, "docs/generate.py", "--check")
 

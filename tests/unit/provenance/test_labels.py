@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from weightsmith.provenance.labels import public_name
+from weightsmith.provenance.labels import _quality, public_name
+from weightsmith.quality.result import Loss, Quality
 
 
 @pytest.mark.parametrize(
@@ -18,3 +19,19 @@ from weightsmith.provenance.labels import public_name
 )
 def test_a_folder_is_named_without_the_path_to_it(source: str, named: str) -> None:
     assert public_name(source) == named
+
+
+def test_last_digits_of_what_was_lost_are_in_no_label() -> None:
+    """They are float32's, and differ on another CPU: the image's digest would, too."""
+
+    def label(kl_mean: float) -> dict[str, str]:
+        loss = Loss(
+            kl_mean=kl_mean, kl_p99=0.1234567, top1=0.9876543, perplexity=11.0,
+            perplexity_reference=10.0, perplexity_ratio=1.1, texts=2, tokens=99, layer_error=0.1,
+        )  # fmt: skip
+        return _quality(Quality(loss=loss))
+
+    assert label(0.0123401) == label(0.0123402) != label(0.0133)
+    assert label(0.0123401) == {
+        "dev.weightsmith.quality": "kl_mean=0.012 kl_p99=0.12 top1=0.99 perplexity_ratio=1.1"
+    }
