@@ -3,13 +3,56 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from weightsmith import foreign
-from weightsmith.foreign import parse
+from weightsmith.foreign import content, given_content, parse, parse_yaml
 
 TRICKY = ["a, b", "[{,", 'say "no, no"', "back\\", '\\", ', "\u2028,\n"]
+
+
+def test_no_more_is_read_than_allowed(tmp_path: Path) -> None:
+    """Of texts from the network, of files, and of a device that never ends."""
+    text, file = '"twelve....."', tmp_path / "file"
+    file.write_text(text)
+
+    assert parse(text, largest=13) == json.loads(text)
+    assert content(file, 13) == given_content(file, 13) == text.encode()
+    for read in (
+        lambda: parse(text, largest=12),
+        lambda: content(file, 12),
+        lambda: given_content(Path("/dev/zero"), 12),
+    ):
+        with pytest.raises(ValueError, match="12"):
+            read()
+
+
+def test_depth_is_limited_in_json_and_yaml() -> None:
+    levels = foreign.DEEPEST
+    for read in (parse, parse_yaml):
+        assert read("[" * (levels - 1) + "]" * (levels - 1)) is not None
+        with pytest.raises(ValueError, match=f"{levels} levels"):
+            read("[" * (levels + 1) + "]" * (levels + 1))
+
+
+def test_aliases_do_not_unfold_to_more_than_a_file_could_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(foreign, "_MOST_YAML", 100)
+    bomb = "a: &a [x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a]\nc: [*b, *b, *b, *b, *b]"
+
+    with pytest.raises(ValueError, match="more than 100 values"):
+        parse_yaml(bomb)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(ValueError, match="not a regular file"):
+        content(tmp_path / "pipe", 100)
 
 
 @pytest.fixture
