@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from weightsmith.files import write_whole
+from weightsmith.files import write_folder, write_whole
 
 
 def test_a_file_is_replaced_in_a_folder_that_is_made(tmp_path: Path) -> None:
@@ -31,3 +31,31 @@ def test_a_write_that_fails_leaves_the_old_file(
 
     assert path.read_bytes() == b"one"
     assert [p.name for p in tmp_path.iterdir()] == ["facts.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether one is written or several of a folder: those need one wait for all names."""
+    events: list[tuple[str, str]] = []
+    replace = Path.replace
+
+    def synced(handle: int) -> None:
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        events.append(("sync", path.name if path.is_dir() else path.read_text()))
+
+    def replaced(path: Path, target: Path) -> Path:
+        events.append(("name", target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    write_whole(tmp_path / "one" / "a", b"1")
+    write_folder(tmp_path / "two", {"b": b"2", "c": b"3"})
+    write_folder(tmp_path / "two", {"b": b"2", "c": b"4"})
+
+    assert events == [
+        *[("sync", "1"), ("name", "a"), ("sync", "one")],
+        *[("sync", "2"), ("name", "b"), ("sync", "3"), ("name", "c"), ("sync", "two")],
+        *[("sync", "4"), ("name", "c"), ("sync", "two")],
+    ]
