@@ -220,6 +220,13 @@ def test_a_server_that_answers_nothing_after_its_restart_is_reported(server):
         life(server)
 
 
+def test_a_server_that_is_up_after_its_restart_and_says_nothing_is_reported(server):
+    server.text = ""
+
+    with pytest.raises(CheckFailed, match="'restart' failed: .*empty answer"):
+        life(server)
+
+
 def test_what_cannot_be_stopped_is_not_checked(server):
     endpoint = Endpoint(url="http://127.0.0.1:9", logs=lambda n: "", alive=lambda: True)
     smoke = Smoke()
