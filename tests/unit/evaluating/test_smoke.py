@@ -223,7 +223,7 @@ def test_a_server_that_answers_nothing_after_its_restart_is_reported(server):
 def test_a_server_that_is_up_after_its_restart_and_says_nothing_is_reported(server):
     server.text = ""
 
-    with pytest.raises(CheckFailed, match="'restart' failed: .*empty answer"):
+    with pytest.raises(CheckFailed, match=r"'restart' failed: .*empty answer"):
         life(server)
 
 
