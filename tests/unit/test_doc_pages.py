@@ -77,6 +77,24 @@ def test_the_readmes_memory_is_what_was_measured() -> None:
     assert f"that was {peaks('start and questions')[-1]}" in page
 
 
+def test_pages_say_what_the_benchmarks_do_of_images_and_merges() -> None:
+    figures = rows_of((ROOT / "benchmarks/README.md").read_text("utf-8"))
+
+    def row(start: str) -> list[str]:
+        (first, *_) = (one for one in figures if one.startswith(f"| {start} |"))
+        return [cell.strip() for cell in first.split("|")[2:-1]]
+
+    images = (ROOT / "docs/explanation/assembled-images.md").read_text("utf-8")
+    for way in ("`docker build` and `docker push`", "assemble and push"):
+        wall, _, *cpu, _ = row(way)
+        said = f"took {wall} s, and {sum(map(float, cpu)):.1f} s of CPU time"
+        assert said in images, said
+    merge = (ROOT / "docs/explanation/exact-merge.md").read_text("utf-8")
+    (_, part, _, ours), (*_, theirs) = row("weightsmith"), row("PEFT merge_and_unload")
+    said = f"{part} of the CPU time of PEFT's `merge_and_unload` and {int(ours) / int(theirs):.2f}"
+    assert said in merge, said
+
+
 def test_where_things_are() -> None:
     """Names after a row's first are of files beside it."""
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
