@@ -241,6 +241,17 @@ def test_a_build_says_what_its_gate_shows(memory: Memory) -> None:
     assert memory.record()["sameness"]["image"]["same"] == 8
 
 
+def test_no_label_has_a_password(memory: Memory) -> None:
+    """People copy the address that they clone from."""
+    address = "image.labels.origin=https://ann:hunter2@git.example.com/bot"
+
+    built = memory.build(address)[TARGET]
+
+    labels = memory.engine.inspect(built.published.reference)["Config"]["Labels"]
+    assert labels["origin"] == "https://git.example.com/bot"
+    assert "hunter2" not in str(labels)
+
+
 def test_what_is_not_proven_is_published_with_a_warning_last_of_all(memory: Memory) -> None:
     built = memory.build()[TARGET]
     labels = memory.engine.inspect(built.published.reference)["Config"]["Labels"]
