@@ -327,6 +327,23 @@ def test_a_text_of_many_colons_is_read_at_once() -> None:
     assert time.process_time() - began < 1
 
 
+@pytest.mark.parametrize("inside", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
+def test_a_cache_or_a_store_in_a_folder_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    """Each where only it lies there."""
+    (tmp_path / "model").mkdir()
+    for name in ("WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere" / name))
+    keep_clean([tmp_path / "model"])
+    monkeypatch.setenv(inside, str(tmp_path / "model" / "own"))
+
+    with pytest.raises(UsageError, match=inside):
+        keep_clean([tmp_path / "model"])
+
+    assert not list((tmp_path / "model").iterdir())
+
+
 @pytest.mark.slow
 def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
     """`--url http://ann:KEY@…` of a server that is not there: the message names it without."""
