@@ -1,6 +1,7 @@
 """A model that sees is for text alone only if the converter cannot read its vision tower."""
 
 import pytest
+from weightsmith.errors import InputRefused
 from weightsmith.quantizers import convert
 
 
@@ -49,3 +50,22 @@ def test_a_stored_projector_is_not_written_again(written, tmp_path):
     written("ValueError('no such tower')")
 
     assert stored.read_text() == "whole"
+
+
+def test_a_model_without_a_tokenizer_is_refused_by_name(tmp_path):
+    """transformers' own error has several lines, and none of them says what is missing."""
+    converter = tmp_path / "convert.py"
+    converter.write_text("raise ValueError('Couldn\\'t instantiate:\\n(1) a file\\n(2) another')\n")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+
+    with pytest.raises(InputRefused, match=f"{tmp_path} has no tokenizer"):
+        convert._convert_text(converter, tmp_path, [])
+
+
+def test_a_failure_beside_a_tokenizer_is_the_converters_own(tmp_path):
+    converter = tmp_path / "convert.py"
+    converter.write_text("raise ValueError('no such architecture')\n")
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    with pytest.raises(ValueError, match="no such architecture"):
+        convert._convert_text(converter, tmp_path, [])

@@ -17,6 +17,16 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
+"""Those that hold the tokens; without one of them, there is no tokenizer."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _NAMED_TEMPLATES = "additional_chat_templates"
 """Folder of further templates, `NAME.jinja`, beside the default one."""

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from weightsmith.checkpoints.tokenizer_files import VOCABULARY_FILES
 from weightsmith.checkpoints.without_data import computed
-from weightsmith.errors import WeightsmithError, ran_out_of_memory
+from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
 from weightsmith.forward.libraries import import_lightly
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE
@@ -93,12 +94,26 @@ def run(
         for arguments, write in runs:
             if write is not None:
                 _instead_of_writing(writer_class, write)
-            _convert(converter, folder, arguments)
+            _convert_text(converter, folder, arguments)
 
 
 def _convert(converter: Path, folder: Path, arguments: Sequence[str]) -> None:
     sys.argv = [str(converter), str(folder), *arguments]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _convert_text(converter: Path, folder: Path, arguments: Sequence[str]) -> None:
+    """Run the converter; raises InputRefused if it fails because the folder has no tokenizer."""
+    try:
+        _convert(converter, folder, arguments)
+    except Exception as error:
+        # Asked only now, because the converter knows more files of tokenizers than we do.
+        if ran_out_of_memory(error) or any((folder / name).is_file() for name in VOCABULARY_FILES):
+            raise
+        raise InputRefused(
+            f"{folder} has no tokenizer, which a GGUF file needs",
+            hint="put the model's tokenizer files, such as tokenizer.json, beside config.json",
+        ) from error
 
 
 def _write_projector(
