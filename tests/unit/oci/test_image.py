@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
+from weightsmith.oci.image import (
+    Healthcheck,
+    Image,
+    ImageConfig,
+    Order,
+    assemble,
+    load_image,
+)
 from weightsmith.oci.inspect import describe
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.values import Digest
@@ -50,6 +57,15 @@ def test_configuration(tmp_path: Path) -> None:
             "Retries": 3,
         },
     }
+
+
+@pytest.mark.parametrize("order", ["engine-first", "weights-first"])
+def test_a_volume_of_the_base_does_not_cover_the_weights(order: Order) -> None:
+    """An engine would copy them into it whenever it starts a container."""
+    volumes = {path: {} for path in ("/", "/models", "models/", "/models/w", "/data", "/mod")}
+    base = foreign_image(tar_of((entry("bin/sh"), b"sh")), config={"Volumes": volumes})
+    image = assemble([_layer("models/w")], config=ImageConfig(), base=base, order=order, epoch=0)
+    assert sorted(image.config["Volumes"]) == ["/data", "/mod"]
 
 
 def test_a_base_is_kept_and_overridden() -> None:
@@ -143,6 +159,7 @@ def test_malformed_manifests_are_refused(change: dict[str, object]) -> None:
         {"Labels": {"a": 1}},
         {"Entrypoint": {}},
         {"User": 5},
+        {"Volumes": ["/models"]},
     ],
 )
 def test_malformed_configurations_are_refused(config: dict[str, object]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Literal, TypeAlias
 
 from weightsmith.errors import InputRefused, UsageError
@@ -190,7 +191,7 @@ def assemble(
     settings = {
         **{key: value for key, value in start.items() if key in _KEPT},
         "created": created,
-        "config": _merged(base.config if base else {}, config),
+        "config": _merged(_uncovered(base, (*weights, *files)) if base else {}, config),
         "history": [
             *(_entry(layer, created) for layer in lower),
             *(_base_history(base, created) if base else ()),
@@ -278,6 +279,20 @@ def image_layers(image: Image) -> tuple[ImageLayer, ...]:
     return tuple(ImageLayer(digest=x.digest, size=x.size, file=x.file) for x in image.layers)
 
 
+def _uncovered(base: Image, own: Sequence[Layer]) -> Mapping[str, Json]:
+    """Return the base's configuration without volumes over our own layers' files.
+
+    An engine would copy the weights into such a volume whenever it starts a container.
+    """
+    files = [PurePosixPath("/", layer.file) for layer in own]
+    volumes = {
+        path: options
+        for path, options in (base.config.get("Volumes") or {}).items()
+        if not any(file.is_relative_to(PurePosixPath("/", path)) for file in files)
+    }
+    return {**base.config, "Volumes": volumes}
+
+
 def _merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
     merged = dict(base)
     env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
@@ -360,7 +375,7 @@ def _checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
         )
     kinds: Iterable[tuple[str, type]] = (
         *((name, list) for name in ("Env", "Entrypoint", "Cmd")),
-        *((name, dict) for name in ("Labels", "ExposedPorts")),
+        *((name, dict) for name in ("Labels", "ExposedPorts", "Volumes")),
         *((name, str) for name in ("User", "WorkingDir")),
     )
     for name, kind in kinds:
