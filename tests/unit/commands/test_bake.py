@@ -232,6 +232,18 @@ def test_the_version_of_the_base_is_not_the_images(bakery: Bakery) -> None:
     assert (labels["dev.weightsmith.engine.version"], labels["vendor"]) == ("1.4.0", "x")
 
 
+def test_the_release_of_ubuntu_is_not_the_engines_version(bakery: Bakery) -> None:
+    """Images made from Ubuntu's inherit its labels; an engine's own version replaces one of them."""
+    version = "org.opencontainers.image.version"
+    inherited = {**ENGINE, "org.opencontainers.image.ref.name": "ubuntu"}
+    for tag, said in enumerate(("22.04", "24.04", "0.11.0"), 1):
+        push_base(bakery.client, bakery.base, {**inherited, version: said}, {"a": b"2"})
+        bakery.bake(f"team/app:{tag}")
+
+    found = [bakery.image(f"team/app:{tag}").labels for tag in (1, 2, 3)]
+    assert [one.get("dev.weightsmith.engine.version") for one in found] == [None, None, "0.11.0"]
+
+
 def test_weights_below_a_base_that_hides_them(bakery: Bakery) -> None:
     base = f"{bakery.fake.host}/base/engine:hides"
     push_base(bakery.client, base, ENGINE, {"models/config.json": b"{}"})

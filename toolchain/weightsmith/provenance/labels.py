@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,8 @@ ENGINE_LABEL = PREFIX + "engine"
 """Label: the engine in the image."""
 ENGINE_VERSION = PREFIX + "engine.version"
 """The version of the engine in the image, which the plan was made for."""
+_RELEASE = re.compile(r"\d\d\.(04|10)\b")
+"""Of Ubuntu: year and month."""
 ARTIFACT = PREFIX + "artifact.digest"
 TESTED_PLATFORM = PREFIX + "tested.platform"
 """Label: the platform whose image was started and questioned in place of this one."""
@@ -160,8 +163,14 @@ def plan_of(labels: Mapping[str, str]) -> ServingPlan:
 
 
 def engine_version(labels: Mapping[str, str]) -> str:
-    """Return the engine version in a base's labels, or empty."""
-    return labels.get(ENGINE_VERSION) or labels.get("org.opencontainers.image.version", "")
+    """Return the engine version in a base's labels, or empty.
+
+    What is made from Ubuntu's image, such as NVIDIA's and so the engines' own, inherits its labels
+    `ref.name` and `version`, unless it sets others. Ubuntu's release is no engine's version.
+    """
+    said = labels.get("org.opencontainers.image.version", "")
+    release = labels.get("org.opencontainers.image.ref.name") == "ubuntu" and _RELEASE.match(said)
+    return labels.get(ENGINE_VERSION) or ("" if release else said)
 
 
 def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
