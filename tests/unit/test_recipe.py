@@ -136,6 +136,8 @@ def test_a_key_that_is_there_twice(tmp_path: Path, text: str, key: str) -> None:
         ({"image": {"labels": {"int": []}}}, "`image.labels.int`: input should be"),
         ({"int": 1}, "unknown key `int`"),
         ({"serve": {"max_num_seqs": 0}}, "`serve.max_num_seqs`: must be at least 1"),
+        ({"serve": {"gpu_memory_utilization": 0}}, "_utilization`: must be above 0 and at most 1"),
+        ({"serve": {"gpu_memory_utilization": 90}}, "_utilization`: must be above 0 and at most"),
         ({"serve": {"max_num_seqs": 1.5}}, ".yaml: `serve.max_num_seqs`: expected a whole number"),
         ({"quality": {"gate": "x"}}, ".yaml: `quality.gate`: expected true, false or 'measure'"),
     ],

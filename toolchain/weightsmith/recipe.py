@@ -282,6 +282,13 @@ class Serve(Section):
             raise ValueError("must be at least 1")
         return value
 
+    @field_validator("gpu_memory_utilization")
+    @classmethod
+    def _fraction(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError("must be above 0 and at most 1: it is a fraction of a GPU's memory")
+        return value
+
 
 class ImageNames(Section):
     """Where the image goes."""
