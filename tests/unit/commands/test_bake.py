@@ -233,7 +233,7 @@ def test_the_version_of_the_base_is_not_the_images(bakery: Bakery) -> None:
 
 
 def test_the_release_of_ubuntu_is_not_the_engines_version(bakery: Bakery) -> None:
-    """Images made from Ubuntu's inherit its labels; an engine's own version replaces one of them."""
+    """Images made from Ubuntu's inherit its labels, unless they set their own."""
     version = "org.opencontainers.image.version"
     inherited = {**ENGINE, "org.opencontainers.image.ref.name": "ubuntu"}
     for tag, said in enumerate(("22.04", "24.04", "0.11.0"), 1):
