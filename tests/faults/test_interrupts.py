@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from weightsmith.early_answers import early_answers
 
 from tests.faults.workshop import Outcome, Running, Workshop
 
@@ -22,6 +23,8 @@ STAGES = {
 }
 """The long stages, by what the store calls their results."""
 SEED = 20240521
+MODELS = 3
+"""Base, base with adapter, and merged model answer the questions."""
 KILLS = 2
 TRIES = 8
 """Builds that a test disturbs at the most: now and then one is done before it can be caught."""
@@ -155,6 +158,32 @@ def test_a_failed_validation_ends_what_runs_ahead_of_its_turn(
     assert "quantize:" not in outcome.err
     workshop.check_whole()
     check_repaired(workshop, digest)
+
+
+def killed_after_answers(workshop: Workshop) -> Outcome:
+    """Kill a build as soon as its validation, which comes after them, has all answers."""
+    for _ in range(TRIES):
+        workshop.forget("validate", "reference")
+        running = workshop.start_build()
+        while running.process.poll() is None:
+            answered = [early_answers(path) for path in workshop.store.glob("partial/*/data")]
+            if any(len(found) == MODELS for found in answered):
+                running.process.kill()
+        outcome = running.end()
+        if "validate: done" not in outcome.err:
+            return outcome
+    raise AssertionError("the validation is done too quickly to be killed")
+
+
+def test_the_answers_of_a_killed_validation_are_kept(workshop: Workshop, digest: str) -> None:
+    assert killed_after_answers(workshop).code == -signal.SIGKILL
+    workshop.check_quiet()
+
+    built = workshop.build()
+
+    assert built.digest == digest
+    assert not built.stages["validate"]["cached"]
+    assert built.stages["reference"]["cached"]
 
 
 def moments() -> list[float]:

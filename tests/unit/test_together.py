@@ -41,7 +41,7 @@ class Runner:
 
 
 def both(runner: Any, kept: list[Any]) -> Together:
-    return Together(runner, REFERENCE, kept.append, lambda: runner.now)
+    return Together(runner, lambda: REFERENCE, kept.append, lambda: runner.now)
 
 
 def test_each_stage_takes_the_time_of_its_own_part() -> None:
@@ -93,8 +93,39 @@ def test_answers_before_a_validation_that_does_not_end_are_kept(
     assert kept == [ANSWERS]
 
 
-def test_answers_that_a_killed_run_left_are_not_taken_for_those_of_this_one(tmp_path: Path) -> None:
-    """The validation's key, and so its folder, is the same for other questions."""
+def test_what_a_killed_run_answered_is_stored_and_not_asked_again(tmp_path: Path) -> None:
+    left = replace(REFERENCE, walks=(WALK, WALK))
+    asked, kept = list[Any](), list[Any]()
+
+    class Asked(Runner):
+        def run(self, job: Any, _: Any, **_stop: Any) -> Any:
+            asked.append(job)
+            return super().run(job, _)
+
+    EarlyAnswers(tmp_path).keep("base", ANSWERS["base"])
+    runner = Asked(passed=True)
+    together = Together(runner, lambda: left if kept else REFERENCE, kept.append, lambda: 0.0)
+
+    together.run(replace(VALIDATION, output=tmp_path), Silent())
+
+    assert kept == [ANSWERS]
+    assert asked[0].reference == replace(left, output=tmp_path)
+    assert together.run(left, Silent()) == {"answers": ANSWERS}
+
+
+def test_a_validation_runs_alone_if_a_killed_run_answered_everything(tmp_path: Path) -> None:
+    EarlyAnswers(tmp_path).keep("base", ANSWERS["base"])
+    runner, kept = Runner(passed=True), list[Any]()
+    together = Together(runner, lambda: None if kept else REFERENCE, kept.append, lambda: 0.0)
+
+    together.run(replace(VALIDATION, output=tmp_path), Silent())
+
+    assert runner.kinds == ["validate"]
+    assert kept == [ANSWERS]
+
+
+def test_answers_of_a_killed_run_are_stored_once(tmp_path: Path) -> None:
+    """The folder is the validation's: what lies there later is of the run after it."""
 
     class Ended(Runner):
         def run(self, job: Any, _: Any, **_stop: Any) -> Any:
@@ -105,7 +136,7 @@ def test_answers_that_a_killed_run_left_are_not_taken_for_those_of_this_one(tmp_
     with pytest.raises(KeyboardInterrupt):
         both(Ended(passed=True), kept).run(replace(VALIDATION, output=tmp_path), Silent())
 
-    assert kept == []
+    assert kept == [ANSWERS]
 
 
 def test_an_error_before_any_answer_is_the_only_one(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ def proving(request: BuildRequest, sources: Sources, checkpoint: Checkpoint, too
     Only if one job may use the memory of both.
     """
     tasks, store = tasks_of(request.file), InStore(tools.store)
-    job = next_job(tasks, sources, checkpoint, store, tools)
+    first = partial(next_job, tasks, sources, checkpoint, store, tools)
     model = read_facts(sources.base.tree.root)
-    if job is None or not fit_together(model, sources, tasks, tools.memory):
+    if first() is None or not fit_together(model, sources, tasks, tools.memory):
         return tools
     keep = partial(keep_answers, tasks, sources, checkpoint, store)
-    together = Together(tools.runner, job, keep, tools.clock)
+    together = Together(tools.runner, first, keep, tools.clock)
     return replace(tools, runner=together, clock=together.time)
