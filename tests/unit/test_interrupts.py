@@ -60,3 +60,23 @@ def test_a_background_job_stays_deaf():
 
     assert done.returncode == 0
     assert "llamacpp" in done.stdout
+
+
+HANG_UP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+from weightsmith.cli.command import _guarded
+_guarded(lambda: (os.kill(os.getpid(), signal.SIGHUP), print("went on")) and ({}, ""), {})
+"""
+
+
+@pytest.mark.parametrize(("before", "goes_on"), [("SIG_DFL", False), ("SIG_IGN", True)])
+def test_a_closed_terminal_ends_a_command_as_ctrl_c_does(before: str, goes_on: bool) -> None:
+    """Under `nohup` it goes on."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANG_UP, before], check=False, capture_output=True, text=True
+    )
+
+    assert ("went on" in done.stdout) == goes_on, done
+    assert ("KeyboardInterrupt" in done.stderr) != goes_on
+    assert (done.returncode == 0) == goes_on

@@ -41,6 +41,8 @@ _NO_PATHS = {
     errno.ENAMETOOLONG: "give a shorter name or path",
     errno.ELOOP: "correct the symbolic links, or give another path",
 }
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals of a scheduler, and of a terminal that is closed; `nohup` ignores the latter."""
 _SHOWN = 200
 """Characters of a path that is too long."""
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
@@ -161,10 +163,11 @@ def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json], str]:
-    """Run a body; SIGTERM ends it like Ctrl-C, and a bug leaves its traceback in a file."""
+    """Run a body; some signals end it like Ctrl-C, and a bug leaves its traceback in a file."""
     raise_it()
     _require_folder()
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _terminate) for number in heard}
     try:
         return body(**arguments)
     except WeightsmithError as error:
@@ -178,7 +181,8 @@ def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json],
     except Exception as error:
         raise (of_open_files(error) or _of_links(error) or _unexpected(error)) from error
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _refused(error: OSError) -> Exception:
