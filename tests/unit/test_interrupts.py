@@ -80,3 +80,26 @@ def test_a_closed_terminal_ends_a_command_as_ctrl_c_does(before: str, goes_on: b
     assert ("went on" in done.stdout) == goes_on, done
     assert ("KeyboardInterrupt" in done.stderr) != goes_on
     assert (done.returncode == 0) == goes_on
+
+
+AGAIN = """
+import atexit, os, signal, sys
+from weightsmith.cli.command import command
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+@command()
+def body():
+    "Wait for Ctrl-C."
+    os.kill(os.getpid(), signal.SIGINT)
+try:
+    body.body(None, json=False)
+except Exception as ended:
+    sys.exit(ended.code)
+"""
+
+
+def test_a_second_ctrl_c_while_python_ends_is_not_heard() -> None:
+    done = run(AWAKE + AGAIN)
+
+    assert done.returncode == 130
+    assert done.stderr.startswith("error: interrupted\n  hint: ")
+    assert "Traceback" not in done.stderr

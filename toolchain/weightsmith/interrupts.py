@@ -23,6 +23,11 @@ def raise_it() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def ignore_it() -> None:
+    """Ignore Ctrl-C from now on: the command has ended, and Python tells of what it interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _leave(_number: int, _frame: object) -> None:
     os.write(2, b"error: interrupted before it began\n  hint: run the same command again\n")
     os._exit(130)

@@ -29,7 +29,7 @@ from weightsmith.errors import (
     of_machine,
     of_open_files,
 )
-from weightsmith.interrupts import raise_it
+from weightsmith.interrupts import ignore_it, raise_it
 from weightsmith.lines import put_line
 from weightsmith.values import Json, plain
 
@@ -84,6 +84,7 @@ def command(
                 print_error(error, as_json=as_json)
                 raise Exit(code=error.exit_code) from None
             except KeyboardInterrupt:
+                ignore_it()
                 again = "run the same command again: what was finished is kept"
                 print_error(_Interrupted("interrupted", hint=again), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
