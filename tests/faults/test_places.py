@@ -71,6 +71,19 @@ def fill(path: Path) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("format_", ["q8_0", "fp8"])
+def test_a_full_disk_for_a_quantized_model(empty: Workshop, format_: str) -> None:
+    small = empty.folder / "small"
+    model = ("--model", str(empty.tiny / "base"), "--format", format_)
+    with mounted(small, "-t", "tmpfs", "-o", "size=1m"):
+        words = ("quantize", *model, "--runner", "local", "--out", str(small / "out"))
+        error = empty.run(*words).refused(5, "the disk is full", str(small))
+
+        assert "File" not in error["message"]
+        assert not list(small.iterdir())
+
+
+@pytest.mark.root
 def test_a_full_disk_for_the_results(workshop: Workshop, digest: str) -> None:
     with mounted(workshop.folder / "dist", "-t", "tmpfs", "-o", "size=4m"):
         workshop.build().refused(5, str(workshop.folder / "dist"), "disk")

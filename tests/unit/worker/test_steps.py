@@ -1,5 +1,6 @@
 """Who is blamed when a step's program fails, and when a step counts as finished."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ def test_an_exception_of_the_converter_is_the_models_fault(tmp_path):
 def test_other_exceptions_are_not(tmp_path, line, reads):
     with pytest.raises(EnvironmentFailure, match="ValueError: no offset"):
         run_steps(failing(line, reads), tmp_path, lambda *_: None)
+
+
+def test_a_program_that_finds_the_disk_full_is_not_blamed(tmp_path):
+    with pytest.raises(OSError, match="No space left") as found:
+        run_steps(failing("OSError: [Errno 28] No space left on device"), tmp_path, lambda *_: None)
+    assert found.value.errno == errno.ENOSPC
 
 
 def test_a_step_is_finished_when_its_files_are_on_the_disk(tmp_path, monkeypatch):

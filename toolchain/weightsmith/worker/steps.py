@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _DONE = ".done"
 """One file for all steps: forgetting half of them would leave a step without its input."""
 _NO_MEMORY = ("std::bad_alloc", "MemoryError", "can't allocate memory", "Cannot allocate memory")
+_NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 _EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
 
 
@@ -37,7 +39,8 @@ def run_steps(
 ) -> None:
     """Run the commands in order, except those that an interrupted run finished.
 
-    `variables` are added to each command's environment.
+    `variables` are added to each command's environment. Raises MemoryError or OSError for a program
+    that lacked memory or room on the disk, else the error that it reports or EnvironmentFailure.
     """
     done = output / _DONE
     known = done.read_text("utf-8").splitlines() if done.is_file() else []
@@ -60,6 +63,8 @@ def run_steps(
         )
         if ended.returncode and _lacked_memory(ended):
             raise MemoryError(step.title)
+        if ended.returncode and _says(ended, _NO_ROOM):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if ended.returncode:
             _refuse(step, ended)
         ended.require(
@@ -94,8 +99,11 @@ def _sync(output: Path) -> None:
 
 def _lacked_memory(ended: process.Completed) -> bool:
     """Return whether the kernel killed a program, or it says itself that memory ran out."""
-    said = any(words in line for line in ended.tail[-20:] for words in _NO_MEMORY)
-    return ended.returncode == -signal.SIGKILL or said
+    return ended.returncode == -signal.SIGKILL or _says(ended, _NO_MEMORY)
+
+
+def _says(ended: process.Completed, any_of: tuple[str, ...]) -> bool:
+    return any(words in line for line in ended.tail[-20:] for words in any_of)
 
 
 def _refuse(step: Step, ended: process.Completed) -> None:
