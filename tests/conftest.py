@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -145,7 +146,9 @@ def as_found() -> Iterator[None]:
     Libraries of models, and what runs in a worker elsewhere, set some for their whole process.
     """
     folder, environment = Path.cwd(), dict(os.environ)
+    heard = signal.getsignal(signal.SIGINT)  # ignored after a command that was interrupted
     yield
+    signal.signal(signal.SIGINT, heard)
     os.chdir(folder)
     environment["PYTEST_CURRENT_TEST"] = os.environ["PYTEST_CURRENT_TEST"]
     for name in os.environ.keys() - environment.keys():
