@@ -15,14 +15,16 @@ done; \
 echo "setup: no package index? pip's own configuration is used, WEIGHTSMITH_WHEELS may name a folder of wheels" >&2; exit 1
 endef
 
-# What one machine has one of, so that only one test at a time may use it; and what test-fast does
-# without: these, and tests that take half a second or more.
-SHARED := builders or vllm or docker or registry or other_registries or browser or ray or slurm
-FAST := not ($(SHARED) or root or gpu or real or slow)
-# As many processes as cores, each with one thread for torch and numpy: their tests are small. And
-# all of them, and what they start, read compiled modules, also where a container's variable forbids
-# to write these: that is a tenth of the time.
-PARALLEL := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# What a machine has one of, so that only one test at a time may use it: the engine's names, a
+# cluster's ports, the cores and the memory that a server of vLLM takes. All else is a test's own.
+ALONE := docker or ray or slurm or vllm
+# What test-fast does without: other programs, and tests that take half a second or more.
+FAST := not ($(ALONE) or builders or registry or other_registries or browser or root or gpu or real or slow)
+# All tests, and what they start, read and write compiled modules, also where a container's variable
+# forbids to write these: that is a tenth of the time.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+# As many processes as cores, each with one thread for torch and numpy: their tests are small.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-real test-gpu fuzz docs bench clean
@@ -75,8 +77,8 @@ test: setup-dev ## Every test that needs no GPU; starts a container engine where
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
 	@echo "test: making builders; ten minutes the first time, nothing afterwards"
 	@$(BIN)/python -m tests.builders
-	@$(PARALLEL) -m "not (real or gpu or $(SHARED))" $(PYTEST_FLAGS)
-	@$(BIN)/python -m pytest -m "($(SHARED)) and not (real or gpu)" $(PYTEST_FLAGS)
+	@$(PARALLEL) -m "not (real or gpu or $(ALONE))" $(PYTEST_FLAGS)
+	@$(PYTEST) -m "($(ALONE)) and not (real or gpu)" $(PYTEST_FLAGS)
 
 test-fast: setup-dev ## The tests that need neither builders nor an engine nor other programs
 	@$(PARALLEL) -m "$(FAST)" $(PYTEST_FLAGS)
@@ -84,8 +86,8 @@ test-fast: setup-dev ## The tests that need neither builders nor an engine nor o
 test-real: setup-dev ## The heavy tests on real weights as well
 	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
 	@$(BIN)/python -m tests.builders
-	@$(PARALLEL) -m "not (real or gpu or $(SHARED))" $(PYTEST_FLAGS)
-	@$(BIN)/python -m pytest -m "(real or $(SHARED)) and not gpu" $(PYTEST_FLAGS)
+	@$(PARALLEL) -m "not (real or gpu or $(ALONE))" $(PYTEST_FLAGS)
+	@$(PYTEST) -m "(real or $(ALONE)) and not gpu" $(PYTEST_FLAGS)
 
 test-gpu: setup-dev ## The tests that need an NVIDIA GPU; prints what the GPU gave beside the CPU
 	@$(BIN)/python -m pytest -m gpu -s tests/gpu $(PYTEST_FLAGS)
