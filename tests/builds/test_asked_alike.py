@@ -45,7 +45,8 @@ def running(request: Any, tmp_path_factory: Any) -> Iterator[Running]:
     )  # fmt: skip
     port = free_port()
     program = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"
-    words = ["--model", made["files"][0], "--port", str(port), "--jinja", "--no-ui", "-np", "1"]
+    words = ["--model", made["files"][0], "--port", str(port), "--jinja", "--no-ui"]
+    words += ["-np", "1", "-t", "1"]
     with started([program, *words], dict(os.environ), port, folder / "log") as client:
         tokenizer = speaker(Subject(model=root))
         yield Running(client, prompt_tokens(tokenizer, ITEM.messages, root))

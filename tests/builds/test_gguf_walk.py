@@ -58,7 +58,7 @@ def test_it_is_nearly_that_of_llama_imatrix_and_read_as_such(tmp_path, config):
     texts = [row["text"] for row in ROWS]
     write_importance(tmp_path / "ours.gguf", importance(model, texts, 4096))
     (middle.parent / "text").write_text("\n".join(texts))
-    words = ("-f", "text", "-o", "theirs.gguf", "-c", "128", "--no-ppl", "-fa", "off")
+    words = ("-f", "text", "-o", "theirs.gguf", "-c", "128", "--no-ppl", "-fa", "off", "-t", "1")
     command = [program("llama-imatrix"), "-m", middle.name, *words]
     subprocess.run(command, cwd=middle.parent, check=True, capture_output=True)
 

@@ -44,7 +44,7 @@ def server(planned, tmp_path_factory):
         "LLAMA_ARG_MODEL": str(gguf),
         "LLAMA_ARG_HOST": "127.0.0.1",
         "LLAMA_ARG_PORT": str(port),
-        "LLAMA_ARG_THREADS": "2",
+        "LLAMA_ARG_THREADS": "1",
     }
     assert set(moved) - {"LLAMA_ARG_THREADS"} <= set(config["env"])
     program = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"

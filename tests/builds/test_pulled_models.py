@@ -56,7 +56,8 @@ def answer(file: Path, log: Path) -> str:
     """Return what llama.cpp's server says with a file."""
     port = free_port()
     program = toolset_folder(cache_folder(), "llamacpp") / "app" / "llama-server"
-    words = ["--model", str(file), "--port", str(port), "--no-ui", "-np", "1", "-c", "256"]
+    words = ["--model", str(file), "--port", str(port), "--no-ui"]
+    words += ["-np", "1", "-c", "256", "-t", "1"]
     body = {"prompt": [5, 6, 7, 8], "n_predict": 8, "temperature": 0, "ignore_eos": True}
     with started([program, *words], dict(os.environ), port, log) as client:
         reply: httpx.Response = client.post("/completion", json=body)
