@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -141,29 +142,15 @@ def run(
     started = time.monotonic()
     deadline = None if timeout is None else started + timeout
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-
-    def listening(listener: OnLine | None) -> OnLine:
-        def keep(line: str) -> None:
-            tail.append(line[:LONGEST])
-            if listener is not None:
-                listener(line)
-
-        return keep
-
     with _stdin(input, hold=hold_stdin) as stdin:
         merge = on_error_line is None
         process = _spawn(words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=merge)
         both = (
-            (process.stdout, Lines(longest_line), on_line),
-            (process.stderr, Lines(), on_error_line),
+            (process.stdout, Lines(longest_line), _kept(tail, on_line)),
+            (process.stderr, Lines(), _kept(tail, on_error_line)),
         )
-        streams = [
-            (stream, lines, listening(to)) for stream, lines, to in both if stream is not None
-        ]
-
-        def kill() -> None:
-            _signal_group(process, signal.SIGKILL)
-
+        streams = [(stream, lines, to) for stream, lines, to in both if stream is not None]
+        kill = partial(_signal_group, process, signal.SIGKILL)
         with _ended(process), watched(process.pid, limits.resident_bytes, kill):
             try:
                 pump(process.pid, streams, deadline, kill, stop)
@@ -178,6 +165,17 @@ def run(
         seconds=time.monotonic() - started,
         tail=tuple(tail),
     )
+
+
+def _kept(tail: deque[str], listener: OnLine | None) -> OnLine:
+    """Return what keeps a line in the tail, and passes it on."""
+
+    def keep(line: str) -> None:
+        tail.append(line[:LONGEST])
+        if listener is not None:
+            listener(line)
+
+    return keep
 
 
 @dataclass(slots=True)
@@ -218,7 +216,7 @@ def start(
 ) -> Iterator[Server]:
     """Start a server; it is stopped with all its children when the context ends.
 
-    `handing` are numbers of open files that it inherits. Raises EnvironmentFailure if the program
+    `inherited` are numbers of open files that it inherits. Raises EnvironmentFailure if the program
     is missing; the caller must check whether it serves.
     """
     words = tuple(str(word) for word in argv)

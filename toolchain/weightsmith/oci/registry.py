@@ -140,21 +140,13 @@ class Registry:
             )
             uploads.put_manifest(session, image.digest, image.manifest_bytes, image.media_type)
         before_tag()
-        for tag in (*also_tags, *([reference.tag] if is_new and reference.tag else [])):
-            target = Reference(reference.registry, reference.repository, tag)
-            data, kind = image.manifest_bytes, image.media_type
-            uploads.put_tag(session, target, data, kind, force=force)
+        tags = (*also_tags, *([reference.tag] if is_new and reference.tag else []))
+        _put_tags(session, reference, tags, image.manifest_bytes, image.media_type, force)
         if self._memory and is_new:
             large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
-        return Published(
-            reference=str(reference),
-            digest=image.digest,
-            layers=image_layers(image),
-            uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
-            mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
-            seconds=time.monotonic() - began,
-        )
+        done = _published(reference, image.digest, sent, began)
+        return replace(done, layers=image_layers(image))
 
     def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
         """Return the image for a platform (default: this one); layers are read when opened."""
@@ -203,9 +195,8 @@ class Registry:
         if is_new:
             uploads.put_manifest(session, index.digest, data, manifests.OCI_INDEX)
         before_tag()
-        for tag in (*also_tags, *([reference.tag] if is_new and reference.tag else [])):
-            target = Reference(reference.registry, reference.repository, tag)
-            uploads.put_tag(session, target, data, manifests.OCI_INDEX, force=force)
+        tags = (*also_tags, *([reference.tag] if is_new and reference.tag else []))
+        _put_tags(session, reference, tags, data, manifests.OCI_INDEX, force)
         return Published(
             reference=str(reference),
             digest=index.digest,
@@ -284,14 +275,7 @@ class Registry:
         if reference.tag:
             target = replace(reference, digest=None)
             uploads.put_tag(session, target, manifest, media_type, force=force)
-        return Published(
-            reference=str(reference),
-            digest=digest,
-            layers=(),
-            uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
-            mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
-            seconds=time.monotonic() - began,
-        )
+        return _published(reference, digest, sent, began)
 
     def attach(self, reference: Reference, *attachments: Attachment, every: bool = False) -> None:
         """Push attachments into the reference's repository, as `referrers.attach` does."""
@@ -340,6 +324,33 @@ class Registry:
                     pause=self._pause,
                 )
             return self._sessions[key]
+
+
+def _put_tags(
+    session: RegistrySession,
+    reference: Reference,
+    tags: Sequence[str],
+    manifest: bytes,
+    media_type: str,
+    force: bool,
+) -> None:
+    for tag in tags:
+        target = Reference(reference.registry, reference.repository, tag)
+        uploads.put_tag(session, target, manifest, media_type, force=force)
+
+
+def _published(
+    reference: Reference, digest: Digest, sent: Sequence[tuple[uploads.Transfer, int]], began: float
+) -> Published:
+    """Return what was pushed, without layers; `began` is a time of the monotonic clock."""
+    return Published(
+        reference=str(reference),
+        digest=digest,
+        layers=(),
+        uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
+        mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
+        seconds=time.monotonic() - began,
+    )
 
 
 def _another_digest(found: Digest, reference: Reference) -> UsageError:
