@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weightsmith.cli.command import command
 from weightsmith.cli.sections import Flags
 from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
+
+if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
+    from weightsmith.fleets.ordering import Ordered
 
 
 @command(
@@ -43,12 +47,10 @@ def fleet(
 ) -> tuple[Mapping[str, Json], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
     from weightsmith.commands.arguments import layout_folder
-    from weightsmith.fleets.foresight import plan_of, text_of
     from weightsmith.fleets.matrix import matrix_of
     from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
     from weightsmith.fleets.page import PAGE, table
     from weightsmith.fleets.terminal import watcher
-    from weightsmith.ports import Silent
     from weightsmith.progress import progress_for
     from weightsmith.recorder import Recorder
     from weightsmith.sharing.address import of_nodes
@@ -58,37 +60,35 @@ def fleet(
     found = ordered(file, settings=set, adapters=adapter, targets=target, update_lock=update_lock)
     if print_:
         return matrix_of(found.builds, print_, file)
-    place = Path(dist).absolute()
-    layout = layout_folder(layout)
+    place, layout = Path(dist).absolute(), layout_folder(layout)
     keep_clean(found.sources, dist=dist, layout=layout, cache=run.cache)
-    engine = None if plan else make_fleet_engine(on, address, place)
-    nodes = {} if plan else of_nodes(on, run, read_config().cache)
-    progress = Silent() if plan else Recorder(progress_for())
-    with open_tools(run, progress, uploads=not plan) as tools:
+    if plan:
+        return _planned(found, place, run)
+    engine, nodes = make_fleet_engine(on, address, place), of_nodes(on, run, read_config().cache)
+    layout = str(Path(layout).absolute()) if layout else ""
+    outputs = {"push": push, "load": load, "layout": layout, "force": force}
+    with open_tools(run, Recorder(progress_for())) as tools:
         graph = foreseen(found, place, tools)
-        if engine is None:
-            planned = plan_of(graph)
-            return planned, text_of(planned)
         with watcher(live=watch) as changed:
             rows = run_fleet(
-                found,
-                graph,
-                engine,
-                tools,
-                dist=place,
-                outputs={
-                    "push": push,
-                    "load": load,
-                    "layout": str(Path(layout).absolute()) if layout else "",
-                    "force": force,
-                },
-                options=nodes,
-                cpus=cpus,
-                changed=changed,
-            )
+                found, graph, engine, tools,
+                dist=place, outputs=outputs, options=nodes, cpus=cpus, changed=changed,
+            )  # fmt: skip
     if error := rows.error():
         raise error
     return rows.to_json(), f"{table(rows)}\npage: {place / PAGE}"
+
+
+def _planned(found: Ordered, dist: Path, run: RunOptions) -> tuple[Mapping[str, Json], str]:
+    """Return what `fleet` would do, as JSON and as text."""
+    from weightsmith.fleets.foresight import plan_of, text_of
+    from weightsmith.fleets.ordering import foreseen
+    from weightsmith.ports import Silent
+    from weightsmith.wiring import open_tools
+
+    with open_tools(run, Silent(), uploads=False) as tools:
+        planned = plan_of(foreseen(found, dist, tools))
+    return planned, text_of(planned)
 
 
 COMMANDS = (fleet,)

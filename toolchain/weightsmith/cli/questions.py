@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weightsmith.cli.command import command
 from weightsmith.cli.flags import JOBS
@@ -12,7 +13,10 @@ from weightsmith.errors import UsageError
 from weightsmith.recipe import Scoring
 from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
-from weightsmith.visible import joined
+
+if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
+    from weightsmith.commands.evaluate import EvaluateOptions, Subject
+    from weightsmith.commands.lm_eval import HarnessRequest
 
 _SHORTEST = 0.001
 """Seconds to wait for an answer."""
@@ -54,63 +58,61 @@ def evaluate(
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     from weightsmith.commands.arguments import at_least, number, required
-    from weightsmith.commands.evaluate import (
-        EvaluateOptions,
-        Subject,
-        check_subject,
-        evaluate_subject,
-    )
-    from weightsmith.commands.lm_eval import HarnessRequest, evaluate_tasks, tasks_text
+    from weightsmith.commands.evaluate import EvaluateOptions, Subject, check_subject
+    from weightsmith.commands.lm_eval import HarnessRequest
     from weightsmith.commands.server import ServerSource
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, open_tools
+    from weightsmith.wiring import keep_clean
 
     keep_clean([model, *adapter, image], cache=run.cache)
     at_least(0, limit=limit, retries=retries)
     at_least(1, concurrency=concurrency)
     at_least(_SHORTEST, timeout=timeout)
     if tasks:
-        if run.memory:
-            raise UsageError(
-                "--memory limits jobs, and --tasks starts none: your own lm_eval asks the server",
-                hint="leave out --memory",
-            )
         request = HarnessRequest(
-            tasks=tasks,
-            place=ServerSource(image=image, url=url),
-            served_name=served_name,
-            tokenizer=tokenizer,
-            include=include,
-            limit=limit,
-            concurrency=concurrency,
-        )
-        with open_tools(run, progress_for()) as tools:
-            result = evaluate_tasks(request, tools)
-        return result, tasks_text(result)
+            tasks=tasks, place=ServerSource(image=image, url=url), served_name=served_name,
+            tokenizer=tokenizer, include=include, limit=limit, concurrency=concurrency,
+        )  # fmt: skip
+        return _by_harness(request, run)
     required(data=data)
     subject = Subject(
         image=image, url=url, model=model, adapters=tuple(adapter), served_name=served_name
     )
     check_subject(subject)
     options = EvaluateOptions(
-        scoring=scoring,
-        concurrency=concurrency,
-        timeout=timeout,
-        retries=retries,
-        calibration=calibration,
-        limit=limit,
-        against=against,
+        scoring=scoring, concurrency=concurrency, timeout=timeout, retries=retries, limit=limit,
+        calibration=calibration, against=against,
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
-    )
+    )  # fmt: skip
+    return _on_data(subject, Path(data), options, run)
+
+
+def _by_harness(request: HarnessRequest, run: RunOptions) -> tuple[Mapping[str, Json], str]:
+    """Score a server on tasks of lm-evaluation-harness."""
+    from weightsmith.commands.lm_eval import evaluate_tasks, tasks_text
+    from weightsmith.progress import progress_for
+    from weightsmith.wiring import open_tools
+
+    if run.memory:
+        raise UsageError(
+            "--memory limits jobs, and --tasks starts none: your own lm_eval asks the server",
+            hint="leave out --memory",
+        )
     with open_tools(run, progress_for()) as tools:
-        result = evaluate_subject(subject, Path(data), options, tools)
-    low, high = result["interval"]
-    text = (
-        f"{result['score']:.4f} ({scoring.metric}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
-    )
-    if "comparison" in result:
-        return result, joined([text, result["comparison"]["reason"]])
-    return result, text
+        result = evaluate_tasks(request, tools)
+    return result, tasks_text(result)
+
+
+def _on_data(
+    subject: Subject, data: Path, options: EvaluateOptions, run: RunOptions
+) -> tuple[Mapping[str, Json], str]:
+    """Score an image, a server or a checkpoint on a file of questions."""
+    from weightsmith.commands.evaluate import evaluate_subject, evaluate_text
+    from weightsmith.progress import progress_for
+    from weightsmith.wiring import open_tools
+
+    with open_tools(run, progress_for()) as tools:
+        result = evaluate_subject(subject, data, options, tools)
+    return result, evaluate_text(result)
 
 
 @command(

@@ -26,6 +26,7 @@ from weightsmith.recipe import Scoring
 from weightsmith.stages.reference import answers
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Score
+from weightsmith.visible import joined
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,16 @@ def evaluate_subject(
             tools.progress.warn(few)
     verdict.require()
     return result
+
+
+def evaluate_text(result: Mapping[str, Json]) -> str:
+    """Return the score with its interval as text, and the comparison's reason below it."""
+    low, high = result["interval"]
+    text = (
+        f"{result['score']:.4f} "
+        f"({result['metric']}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
+    )
+    return joined([text, result["comparison"]["reason"]] if "comparison" in result else [text])
 
 
 def check_subject(subject: Subject) -> None:
