@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 from weightsmith.cli.program import main
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {
+    "weightsmith": [sys.executable, "-m", "weightsmith"],
+    "invoke": [sys.executable, "-m", "invoke", "--search-root", str(ROOT)],
+}
 
 
 @dataclass(frozen=True)
@@ -37,3 +46,18 @@ def weightsmith(*words: object, env: Mapping[str, str] | None = None) -> Ended:
             code = int(end.code or 0)
     assert "Traceback" not in err.getvalue()
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run(*words: object, **environment: str) -> Ended:
+    """Run a command in this process, in the project's folder."""
+    with chdir(ROOT):
+        return weightsmith(*words, env=environment)
+
+
+def started(program: str, *words: str, **environment: str) -> Ended:
+    """Run a command as a program of its own, in the project's folder."""
+    done = subprocess.run(
+        [*PROGRAMS[program], *words], cwd=ROOT, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)

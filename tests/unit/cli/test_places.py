@@ -1,0 +1,214 @@
+"""Files and folders that users name: too long, gone, endless, in a circle, not writable."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from weightsmith.drivers import checkup
+
+from tests.fakes.command_line import PROGRAMS, ROOT, run
+from tests.fakes.tiny import write_model
+
+
+def test_a_layout_has_a_folder_of_its_own(tmp_path):
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    words = ("--model", "examples/tiny/base", "--target", "vllm", "--kind", "volume")
+
+    done = run("bake", *words, "--layout", "/", **here)
+
+    assert done.code == 2
+    assert "--layout /" in done.err
+
+
+def test_a_folder_that_is_gone_is_reported(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = f"rmdir '{gone}'; exec {sys.executable} -m weightsmith plan --base {ROOT} --target vllm"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "toolchain")}
+    done = subprocess.run(
+        ["sh", "-c", words], cwd=gone, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, "current folder was deleted" in done.stderr) == (5, True), done.stderr
+
+
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
+@pytest.mark.parametrize("place", ["/proc/nosuch", "file", "file/below"])
+def test_a_place_that_can_hold_no_folder_is_reported(tmp_path, monkeypatch, variable, place):
+    (tmp_path / "file").touch()
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    here[variable] = str(tmp_path / place)  # an absolute one stays as it is
+    merge = ("merge", "--base", "examples/tiny/base", "--adapter", "examples/tiny/adapters/a")
+
+    done = run(*merge, "--out", str(tmp_path / "out"), "--runner", "local", **here)
+
+    assert done.code == 5
+    said, hint = done.err.split("hint: ")
+    assert here[variable] in said
+    assert variable in hint
+    monkeypatch.setattr(checkup, "_ENOUGH_DISK", 1)  # what is free here is of no interest
+    disk = run("doctor", "--json", **here)
+    ok = json.loads(disk.out)["checks"]["disk"]["ok"]
+    assert ok is (variable == "WEIGHTSMITH_CACHE")
+
+
+def test_a_key_that_cannot_sign_is_reported_before_any_work(tmp_path):
+    (tmp_path / "key.pem").write_text("no key")
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    recipe = ("--recipe", "examples/tiny/recipe.yaml", "--dist", str(tmp_path / "dist"))
+
+    done = run(
+        "build", *recipe, "--sign-key", str(tmp_path / "key.pem"), "--runner", "local", **here
+    )
+
+    assert done.code == 2
+    assert "key.pem" in done.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "key.pem"]
+
+
+@pytest.mark.parametrize("home", ["file", "loop", "a" * 5000])
+def test_a_home_that_is_no_folder_is_reported(tmp_path, home):
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    done = run("targets", "--json", HOME=str(tmp_path / home))
+
+    assert done.code == 5
+    assert json.loads(done.out)["error"]["hint"] == "set HOME"
+
+
+@pytest.mark.slow
+def test_a_home_that_cannot_be_made_is_needed_by_the_first_build_only(tmp_path, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    recipe = ("--recipe", str(ROOT / "examples/tiny/recipe.yaml"))
+    build = ("build", *recipe, "--runner", "local", "--dist", str(tmp_path))
+
+    for words in (("targets",), ("doctor",), ("plan", *recipe)):
+        assert run(*words, HOME="/proc/no-home").code == 0
+    done = run(*build, HOME="/proc/no-home")
+
+    assert done.code == 5
+    assert done.err.splitlines()[-1].split() == [
+        "hint:", "set", "WEIGHTSMITH_CACHE", "to", "a", "writable", "folder"
+    ]  # fmt: skip
+
+
+def test_a_layout_is_written_where_references_to_it_lead(tmp_path, monkeypatch):
+    """`oci:DIR` had been a folder of that whole name."""
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    place = f"oci:{write_model(tmp_path / 'model').with_name('out')}"
+    words = ("--model", tmp_path / "model", "--target", "vllm", "--kind", "volume")
+    done = run("bake", *words, "--layout", place, "--json")
+
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["reference"] == place
+    assert (tmp_path / "out" / "oci-layout").is_file()
+
+
+@pytest.mark.parametrize("words", [("bake",), ("build",), ("plan",)])
+def test_a_layout_that_is_written_has_no_name_of_its_own(tmp_path, words):
+    """`oci:DIR:NAME` had been a folder of that whole name."""
+    model = write_model(tmp_path / "model")
+    bake = ("--model", model, "--kind", "volume")
+    given = bake if words == ("bake",) else ("--base", model, "--runner", "local")
+
+    done = run(*words, *given, "--target", "vllm", "--layout", f"oci:{tmp_path}/out:1.0", "--json")
+
+    assert done.code == 2
+    error = json.loads(done.out)["error"]
+    assert error["message"].startswith(f"--layout oci:{tmp_path}/out:1.0: ")
+    assert f"give oci:{tmp_path}/out:" in error["hint"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "a" * 5000),
+        ("verify", "a:" * 3000),
+        ("plan", "--recipe", "a" * 300),
+        ("evaluate", "--url", "http://127.0.0.1:9", "--data", "a" * 300),
+        ("render", "--model", "a" * 300, "--target", "vllm", "--out", "x"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_path_that_is_too_long_is_a_wrong_use(words):
+    done = run(*words)
+
+    assert done.code in (2, 3), done.err
+    assert "hint: " in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bake", "--model", "base", "--target", "vllm", "--kind", "volume", "--layout", "loop"),
+        ("render", "--model", "base", "--target", "vllm", "--out", "loop"),
+        ("merge", "--base", "base", "--adapter", "base", "--out", "loop", "--runner", "local"),
+        ("build", "--base", "base", "--target", "vllm", "--dist", "loop", "--runner", "local"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_links_in_a_circle_are_a_wrong_use(tmp_path, words):
+    (tmp_path / "loop").symlink_to("loop")
+    places = {"loop": tmp_path / "loop", "base": write_model(tmp_path / "base")}
+
+    done = run(*(places.get(word, word) for word in words))
+
+    assert done.code == 2, done.err
+    assert f"{tmp_path}/loop: symbolic links lead in a circle" in done.err
+    assert "correct the symbolic links" in done.err
+
+
+@pytest.mark.parametrize("variable", ["WEIGHTSMITH_STORE", "WEIGHTSMITH_CACHE"])
+def test_a_place_that_links_to_itself_is_reported(tmp_path, variable):
+    (tmp_path / "loop").symlink_to("loop")
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    model = write_model(tmp_path / "base")
+    words = ("bake", "--model", model, "--target", "vllm", "--kind", "volume")
+
+    done = run(*words, "--layout", tmp_path / "x", **here | {variable: str(tmp_path / "loop")})
+
+    assert done.code in (2, 5), done.err
+    assert "hint: " in done.err
+    assert "bug" not in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "--recipe", "/dev/zero"),
+        ("fleet", "--plan", "--file", "/dev/zero"),
+        ("push", "oci:none", "--to", "127.0.0.1:9/a:1", "--sign-key", "/dev/zero"),
+        ("evaluate", "--url", "http://127.0.0.1:9", "--data", "/dev/zero"),
+        ("evaluate", "--data", "DATA", "--url", "http://127.0.0.1:9", "--training", "/dev/zero"),
+        ("quantize", "--model", "BASE", "--out", "OUT", "--calibration", "/dev/zero"),
+    ],
+    ids=lambda words: f"{words[0]} {words[-2]}",
+)
+def test_a_file_that_never_ends_is_refused(tmp_path, words):
+    """It had filled the memory, or been read for ever."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')
+    places = {"DATA": tmp_path / "data.jsonl", "OUT": tmp_path / "out"}
+    places["BASE"] = write_model(tmp_path / "base")
+    given = [str(places.get(word, word)) for word in words]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -v 4000000; exec "$@"', "sh", *PROGRAMS["weightsmith"], *given],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode in (2, 3), done.stderr
+    assert "/dev/zero" in done.stderr
+
+
+def test_results_go_into_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    model = write_model(tmp_path / "base")
+
+    done = run("render", "--model", model, "--target", "vllm", "--out", tmp_path / "file")
+
+    assert (done.code, (tmp_path / "file").read_text()) == (2, "mine")
+    assert "file is not a folder" in done.err

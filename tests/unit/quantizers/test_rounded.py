@@ -1,0 +1,184 @@
+"""The writer of formats without calibration: what it reads and refuses, and interrupts."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.quantizers import rounded, writing
+from weightsmith.quantizers.packed import Layout
+from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.rounded import quantize as write
+from weightsmith.quantizers.rounding import round_rows
+from weightsmith.quantizers.schemes import SCHEMES
+
+from tests.fakes.awkward import SIZES, make
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("room", "times"), [(1 << 20, 1), (100_000, 2), (0, 2)])
+def test_rows_are_read_once_where_they_fit_into_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, times: int
+) -> None:
+    """A scale that matrices share needs all of their rows before the first one is rounded."""
+    (tmp_path / "whole").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "whole", [])
+    monkeypatch.setattr(rounded, "_KEPT", room)
+    monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
+    read = counting(monkeypatch)
+    (tmp_path / "out").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [])
+
+    assert max(read[name] / size for name, size in SIZES.items()) <= times
+    assert (sum(read[name] for name in SIZES) > sum(SIZES.values())) == (times == 2)
+    made, whole = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert made.read_bytes() == whole.read_bytes()
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the bytes of each tensor that are read from now on."""
+    read: Counter[str] = Counter()
+    raw = CheckpointTensors.raw
+
+    def counted(self: CheckpointTensors, name: str, *where: int) -> Any:
+        found = raw(self, name, *where)
+        read[name] += found.size
+        return found
+
+    monkeypatch.setattr(CheckpointTensors, "raw", counted)
+    return read
+
+
+@pytest.mark.parametrize("missing", ["none", "k_proj"])
+def test_rows_are_read_once_where_the_largest_weights_are_recorded(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    (tmp_path / "whole").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "whole", [])
+    known = {name: most for name, most in recorded(model).items() if missing not in name}
+    monkeypatch.setattr(rounded, "_KEPT", 0)
+    monkeypatch.setattr(rounded, "_BLOCK", 1 << 12)
+    read = counting(monkeypatch)
+    (tmp_path / "out").mkdir()
+    write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [], recorded=known)
+
+    for name, size in SIZES.items():
+        assert read[name] == (1 if name in known else 2) * size, name
+    made, whole = (tmp_path / name / "model.safetensors" for name in ("out", "whole"))
+    assert made.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_a_weight_that_was_recorded_wrongly_is_an_error(
+    model: Path, tmp_path: Path, factor: float
+) -> None:
+    """Too small a scale would cut weights off, too large a one would waste codes."""
+    known = recorded(model)
+    known["model.layers.0.self_attn.v_proj.weight"] *= factor
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(EnvironmentFailure, match=r"largest weight of .*v_proj"):
+        write(SCHEMES["nvfp4a16"], model, tmp_path / "out", [], recorded=known)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def recorded(model: Path) -> dict[str, float]:
+    """Return the largest magnitude of each matrix, as a merge records it."""
+    tensors = load_file(model / "model.safetensors")
+    return {name: float(tensors[name].abs().max()) for name in SIZES}
+
+
+@pytest.mark.slow
+def test_a_large_embedding_is_compared_in_little_memory(model: Path, tmp_path: Path) -> None:
+    """The job's limit does not grow with the model."""
+    name, size = "model.embed_tokens.weight", 1 << 26
+    tensors = load_file(model / "model.safetensors")
+    width = tensors[name].shape[1]
+    tensors[name] = torch.ones((size // 2 // width, width), dtype=torch.bfloat16)
+    save_file(tensors, model / "model.safetensors")
+    out, scheme = tmp_path / "out", SCHEMES["fp8"]
+    out.mkdir()
+    write(scheme, model, out, [])
+
+    tracemalloc.start()
+    try:
+        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < size // 2
+    tensors = load_file(out / "model.safetensors")
+    tensors[name][-1, -1] = 2
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(CheckFailed, match="unexpectedly changed"):
+        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 14, 1 << 16])
+def test_shards_hold_the_same_tensors_and_a_killed_run_goes_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    scheme, single, out = SCHEMES["nvfp4a16"], tmp_path / "single", tmp_path / "out"
+    single.mkdir()
+    out.mkdir()
+    write(scheme, model, single, [])
+    monkeypatch.setattr(writing, "SHARD_BYTES", shard_bytes)
+    calls = []
+
+    def failing(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return round_rows(*given)
+
+    monkeypatch.setattr(rounded, "round_rows", failing)
+    with pytest.raises(KeyboardInterrupt):
+        write(scheme, model, out, [])
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("model-*")}
+    assert finished
+    assert not (out / "model.safetensors.index.json").exists()
+
+    write(scheme, model, out, [])
+
+    assert all(path.stat().st_mtime_ns == when for path, when in finished.items())
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    whole = load_file(single / "model.safetensors")
+    assert index.keys() == whole.keys()
+    for shard in set(index.values()):
+        for name, value in load_file(out / shard).items():
+            assert index[name] == shard
+            assert torch.equal(value.view(torch.uint8), whole[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_that_are_not_finite_are_refused(
+    model: Path, tmp_path: Path, name: str, value: float
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3, 3] = value
+    save_file(tensors, model / "model.safetensors")
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(InputRefused, match=r"down_proj.* has NaN or infinite weights"):
+        write(SCHEMES[name], model, tmp_path / "out", [])
+
+
+def test_a_name_in_keep_that_matches_nothing_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputRefused, match=r"no matrix has a name that ends in 'layers\.7\.mlp"):
+        write(SCHEMES["fp8"], model, tmp_path, ["layers.7.mlp.down_proj"])
