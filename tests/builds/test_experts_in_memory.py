@@ -2,7 +2,7 @@
 
 Every job is the real one: merge, validation, rounding, calibration, the gate and the questions. No
 CPU without AMX has vLLM's kernels for experts, so the images are for a GPU and are not started
-here: their weights answer in transformers, and the record says so.
+here, whatever the CPU: their weights answer in transformers, and the record says so.
 """
 
 from __future__ import annotations
