@@ -205,7 +205,7 @@ def worker_environment() -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": str(cores()),
-        # Workers share out rows themselves, and idle threads of numpy's BLAS take CPU time.
+        # Jobs have threads of their own; idle ones of numpy's BLAS would take CPU time.
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONNOUSERSITE": "1",

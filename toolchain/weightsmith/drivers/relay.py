@@ -72,7 +72,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
             target.sendall(chunk)
         target.shutdown(socket.SHUT_WR)
     except OSError:
-        # Closing would not wake the thread that reads the other way, and keep the client waiting.
+        # `close` does not wake the thread that reads the other way, so the client would wait.
         for each in (source, target):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

@@ -87,7 +87,7 @@ class _Written:
         """
         row = self.info.size // self.output.rows
         step = max(1, BLOCK // self.output.columns)
-        # Whole words, as checksums need them.
+        # Four rows are a multiple of 8 bytes, as checksums need it.
         most = row * (step - step % 4 if step > 4 else 4)
         for start, data in _checked_blocks(self.reader, self.checksums, most):
             piece = data.view(ARRAY_TYPES[self.info.dtype])

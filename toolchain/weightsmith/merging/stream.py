@@ -163,7 +163,7 @@ _ODD = np.random.default_rng().integers(0, 1 << 63, _PIECE // 8, np.uint64) * 2 
 
 
 def continued(value: int, data: memoryview, before: int = 0) -> int:
-    """Update the checksum of the `before` bytes before: a multiple of 8."""
+    """Return a checksum's value after more bytes, which follow `before` bytes, a multiple of 8."""
     at = 0
     while at < len(data):
         place = (before + at) % _PIECE
