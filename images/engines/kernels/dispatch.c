@@ -79,10 +79,16 @@ EXPORT void weightsmith_dot_products(
 }
 
 EXPORT void weightsmith_project_rows(
-    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
-    const float *signs, float *squares, float *products
+    const void *weights, int type, int64_t rows, int64_t columns, const float *signs,
+    float *squares, float *products
 ) {
-    DISPATCH(project_rows, found, to, base, from, rows, columns, signs, squares, products);
+    DISPATCH(project_rows, weights, type, rows, columns, signs, squares, products);
+}
+
+EXPORT uint64_t weightsmith_sum_words(
+    const uint64_t *words, const uint64_t *factors, int64_t count
+) {
+    return DISPATCH(sum_words, words, factors, count);
 }
 
 EXPORT void weightsmith_widen(const void *data, int type, int64_t count, float *out) {

@@ -131,30 +131,27 @@ int64_t NAME(round_sums, WIDTH)(
 }
 
 INLINE void projected(
-    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
-    const float *signs, float *squares, float *products
+    const char *weights, int type, int64_t rows, int64_t columns, const float *signs,
+    float *squares, float *products
 ) {
     for (int64_t row = 0; row < rows; row++) {
         vec square = 0.f, first = 0.f, second = 0.f;
         for (int64_t c = 0; c < columns; c += WIDTH) {
-            const int64_t at = row * columns + c;
+            const char *at = weights + (row * columns + c) * bytes_of(type);
             const int n = columns - c < WIDTH ? (int)(columns - c) : WIDTH;
-            vec made, weight, one = 0.f, two = 0.f;
+            vec weight, one = 0.f, two = 0.f;
             if (n == WIDTH) {
-                made = widen((const char *)found + at * bytes_of(to), to);
-                weight = widen((const char *)base + at * bytes_of(from), from);
+                weight = widen(at, type);
                 memcpy(&one, signs + c, sizeof one);
                 memcpy(&two, signs + columns + c, sizeof two);
-            } else {
-                made = widen_some((const char *)found + at * bytes_of(to), n, to);
-                weight = widen_some((const char *)base + at * bytes_of(from), n, from);
+            } else { // the end of a row
+                weight = widen_some(at, n, type);
                 memcpy(&one, signs + c, n * sizeof(float));
                 memcpy(&two, signs + columns + c, n * sizeof(float));
             }
-            vec change = made - weight;
-            square += made * made;
-            first += change * one;
-            second += change * two;
+            square += weight * weight;
+            first += weight * one;
+            second += weight * two;
         }
         float sums[3] = {0};
         for (int lane = 0; lane < WIDTH; lane++) {
@@ -169,16 +166,18 @@ INLINE void projected(
 }
 
 void NAME(project_rows, WIDTH)(
-    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
-    const float *signs, float *squares, float *products
+    const void *weights, int type, int64_t rows, int64_t columns, const float *signs,
+    float *squares, float *products
 ) {
-#define PROJECT(from, to) \
-    projected(found, to, base, from, rows, columns, signs, squares, products)
-    if (to == BF16) {
-        CHOOSE(PROJECT, from, BF16)
-    } else {
-        CHOOSE(PROJECT, from, F16)
-    }
+    if (type == BF16) projected(weights, BF16, rows, columns, signs, squares, products);
+    else if (type == F16) projected(weights, F16, rows, columns, signs, squares, products);
+    else projected(weights, F32, rows, columns, signs, squares, products);
+}
+
+uint64_t NAME(sum_words, WIDTH)(const uint64_t *words, const uint64_t *factors, int64_t count) {
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += words[i] * factors[i];
+    return sum;
 }
 
 void NAME(widen_weights, WIDTH)(const void *data, int type, int64_t count, float *out) {

@@ -27,12 +27,15 @@ typedef void dot_products(
     const int64_t *column, int64_t count, double *out
 );
 
-// Per row: the sum of squares of `found`, and two products of found - base with vectors of signs.
+// Per row of weights: the sum of squares, and the products with two vectors of signs.
 // signs: float32 (2, columns). squares: (rows). products: (rows, 2).
 typedef void project_rows(
-    const void *found, int to, const void *base, int from, int64_t rows, int64_t columns,
-    const float *signs, float *squares, float *products
+    const void *weights, int type, int64_t rows, int64_t columns, const float *signs,
+    float *squares, float *products
 );
+
+// Σ words[i] · factors[i] modulo 2⁶⁴, for checksums.
+typedef uint64_t sum_words(const uint64_t *words, const uint64_t *factors, int64_t count);
 
 // Weights as float32, exactly.
 typedef void widen_weights(const void *data, int type, int64_t count, float *out);
@@ -40,4 +43,5 @@ typedef void widen_weights(const void *data, int type, int64_t count, float *out
 round_sums round_sums_4, round_sums_8, round_sums_16;
 dot_products dot_products_4, dot_products_8, dot_products_16;
 project_rows project_rows_4, project_rows_8, project_rows_16;
+sum_words sum_words_4, sum_words_8, sum_words_16;
 widen_weights widen_weights_4, widen_weights_8, widen_weights_16;

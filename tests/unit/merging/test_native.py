@@ -6,7 +6,7 @@ import torch
 from weightsmith.drivers.toolset import tools_variable
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.kernels import library
-from weightsmith.merging import engine, kernel, native, proof
+from weightsmith.merging import engine, kernel, native, sketch
 from weightsmith.merging.repair import Factors
 from weightsmith.merging.rounding import BF16, F16, F32
 
@@ -92,16 +92,23 @@ def test_products_for_repairs(lanes):
     assert np.allclose(found, exact, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize(("base", "out"), TYPES, ids=str)
-def test_projections_for_the_proof(base, out, lanes, monkeypatch):
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_projections_for_the_proof(dtype, lanes, monkeypatch):
     random = np.random.default_rng(5)
-    weight, found = random.standard_normal((7, 301)).astype(base), np.ones((7, 301), out)
+    weights = random.standard_normal((7, 301)).astype(dtype)
     signs = random.integers(0, 2, (2, 301)).astype(F32) * 2 - 1
-    ours = proof._projected(found, weight, signs)
+    ours = sketch.project(weights, signs)
     monkeypatch.setattr(library, "found", lambda: None)
-    for one, other in zip(ours, proof._projected(found, weight, signs), strict=True):
+    for one, other in zip(ours, sketch.project(weights, signs), strict=True):
         assert one.shape == other.shape
         assert np.allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 1000])
+def test_sums_of_words_for_checksums(count, lanes):
+    words, factors = np.random.default_rng(9).integers(0, 2**64, (2, count), np.uint64)
+    exact = sum(int(a) * int(b) for a, b in zip(words, factors, strict=True)) % 2**64
+    assert native.sum_words(words, factors) == exact
 
 
 def test_factors_and_weights_in_fortran_order_merge_to_the_same_bits(lanes):
@@ -130,18 +137,17 @@ def test_products_of_factors_in_fortran_order(lanes):
     assert np.allclose(found, exact, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("wrong", ["found", "base", "signs"])
+@pytest.mark.parametrize("wrong", ["weights", "signs"])
 def test_projections_of_arrays_in_fortran_order(wrong, lanes):
     random = np.random.default_rng(8)
     arrays = {
-        "found": random.standard_normal((7, 301)).astype(BF16),
-        "base": random.standard_normal((7, 301)).astype(BF16),
+        "weights": random.standard_normal((7, 301)).astype(BF16),
         "signs": random.integers(0, 2, (2, 301)).astype(F32) * 2 - 1,
     }
-    found, base, signs = (array.astype(np.float64) for array in arrays.values())
+    weights, signs = (array.astype(np.float64) for array in arrays.values())
     squares, products = native.project_rows(**arrays | {wrong: np.asfortranarray(arrays[wrong])})
-    assert np.allclose(squares, (found**2).sum(1), rtol=1e-5)
-    assert np.allclose(products, (found - base) @ signs.T, rtol=1e-5, atol=1e-4)
+    assert np.allclose(squares, (weights**2).sum(1), rtol=1e-5)
+    assert np.allclose(products, weights @ signs.T, rtol=1e-5, atol=1e-4)
 
 
 def test_two_adapters_on_transposed_layers(make_model, make_adapter, tmp_path, monkeypatch):

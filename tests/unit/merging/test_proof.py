@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.errors import CheckFailed
+from weightsmith.merging import proof
+from weightsmith.merging.blocks import RowMaker, Settings
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.outputs import OutputShard
+from weightsmith.merging.outputs import OutputShard, Stored
 from weightsmith.merging.plan import make_plan
 from weightsmith.merging.proof import prove
-from weightsmith.merging.stream import Checksum, OpenFiles, Writer, continued
+from weightsmith.merging.shards import ShardMaker
+from weightsmith.merging.sketch import Sketch
+from weightsmith.merging.stream import Checksum, Writer, continued
+from weightsmith.merging.tally import Tally
 
 
 @pytest.fixture
@@ -40,10 +45,9 @@ def check(shard: OutputShard, path: Path) -> None:
     infos = read_header(path).tensors
     edges = [0, *(info.start for info in infos), len(data)]
     checksums = tuple(Checksum.of(data[start:end], start) for start, end in pairwise(edges))
-    files = OpenFiles()
-    with ThreadPoolExecutor(2) as pool:
-        prove(shard, path, checksums, files, pool)
-    files.close()
+    with closing(ShardMaker(Settings(device="cpu", workers=2), Tally())) as maker:
+        maker.write(shard, path.with_name("again"), lambda _: None).finish()
+        prove(shard, path, checksums, maker.sketches, maker.files, maker.pool)
 
 
 def rows_of(path: Path, name: str) -> np.memmap:
@@ -190,3 +194,37 @@ def test_a_change_that_rounding_swallows_is_reported(make_model: Any, make_adapt
     found = merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
 
     assert "2 of 2 merged tensors equal the base" in found["findings"][0]
+
+
+def test_base_rows_that_were_read_wrongly_are_caught(
+    make_model: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Projections are taken of the rows that were merged, so recomputed rows are read again."""
+    base = make_model(dtype=torch.bfloat16)
+    adapter, right = make_adapter(base), RowMaker._merge
+
+    def another_place(self: Any, output: Any, *rest: Any) -> Any:
+        rows = Stored.rows
+        with monkeypatch.context() as patch:
+            patch.setattr(Stored, "rows", lambda *args: rows(*args)[::-1].copy())
+            return right(self, output, *rest)
+
+    monkeypatch.setattr(RowMaker, "_merge", another_place)
+    with pytest.raises(CheckFailed, match="was written wrongly"):
+        merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
+
+
+def test_rows_whose_base_was_not_projected_are_recomputed(
+    merged: tuple[OutputShard, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+    compare = proof._compare_rows
+    monkeypatch.setattr(Sketch, "add", lambda *_: None)
+    monkeypatch.setattr(
+        proof, "_compare_rows", lambda *args: rows.extend(args[2]) or compare(*args)
+    )
+
+    check(*merged)
+
+    shard, _ = merged
+    assert len(rows) == sum(output.rows for output in shard.outputs if output.terms)

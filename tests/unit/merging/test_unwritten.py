@@ -111,8 +111,8 @@ def test_a_wrong_computation_is_noticed(make_model, make_adapter, monkeypatch):
     adapters = ((make_adapter(base), 1.0),)
     right = blocks.RowMaker._merge
 
-    def wrong(self, output, addition, offset, first, count):
-        rows = right(self, output, addition, offset, first, count)
+    def wrong(self, output, *rest):
+        rows = right(self, output, *rest)
         if "layers.1.mlp.up_proj" in output.name:
             rows[0, 0] += 1
         return rows
@@ -197,8 +197,8 @@ def test_a_wrong_row_is_found_by_the_proof(both, monkeypatch):
     base, adapters, _, (folder, _) = both
     right = blocks.RowMaker._merge
 
-    def wrong(self, output, addition, offset, first, count):
-        rows = right(self, output, addition, offset, first, count)
+    def wrong(self, output, *rest):
+        rows = right(self, output, *rest)
         rows[:, 0] += 1
         return rows
 

@@ -83,8 +83,8 @@ def test_a_single_wrong_weight_is_noticed(make_model, make_adapter, monkeypatch)
     digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
     right = blocks.RowMaker._merge
 
-    def wrong(self, output, addition, offset, first, count):
-        rows = right(self, output, addition, offset, first, count)
+    def wrong(self, output, sketch, addition, offset, first, count):
+        rows = right(self, output, sketch, addition, offset, first, count)
         if first == 0 and "layers.1.mlp.up_proj" in output.name:
             rows.view(np.uint16)[0, 0] ^= 1
         return rows

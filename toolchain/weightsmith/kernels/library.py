@@ -43,10 +43,12 @@ def kernels() -> ctypes.CDLL:
     ]
     library.weightsmith_dot_products.restype = None
     library.weightsmith_project_rows.argtypes = [
-        *(_DATA, _NUMBER, _DATA, _NUMBER, _COUNT, _COUNT),
+        *(_DATA, _NUMBER, _COUNT, _COUNT),
         *(_DATA, _DATA, _DATA),
     ]
     library.weightsmith_project_rows.restype = None
+    library.weightsmith_sum_words.argtypes = [_DATA, _DATA, _COUNT]
+    library.weightsmith_sum_words.restype = ctypes.c_uint64
     library.weightsmith_widen.argtypes = [_DATA, _NUMBER, _COUNT, _DATA]
     library.weightsmith_widen.restype = None
     library.weightsmith_multiply_rows.argtypes = [

@@ -22,6 +22,7 @@ from weightsmith.merging.kernel import (
 from weightsmith.merging.outputs import Band, Output, Patch, Rows, Stored, bands
 from weightsmith.merging.repair import Factors, Repairs
 from weightsmith.merging.rounding import F32, F64, round_once
+from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles
 from weightsmith.merging.tally import Tally
 
@@ -78,8 +79,11 @@ class RowMaker:
         self._local, self._lock = threading.local(), threading.Lock()
         self._on_device: tuple[Prepared, Any] | None = None
 
-    def spans(self, output: Output) -> Iterator[Span]:
-        """Yield a tensor's spans in order; each reads its factors when it is yielded."""
+    def spans(self, output: Output, sketch: Sketch | None = None) -> Iterator[Span]:
+        """Yield a tensor's spans in order; each reads its factors when it is yielded.
+
+        `sketch` takes the base's rows as they are merged.
+        """
         if not output.size:
             return
         if output.change is not None:
@@ -92,9 +96,9 @@ class RowMaker:
         step = max(1, self._settings.block // output.columns)
         for band in bands(output):
             addition = self._prepare(output, band)
-            make = partial(self._unchanged, output)
+            make = partial(self._unchanged, output, sketch)
             if addition is not None:
-                make = partial(self._merge, output, addition, band.first)
+                make = partial(self._merge, output, sketch, addition, band.first)
             size = band.end - band.first
             yield Span(first=band.first, count=size, rows=make, step=step, fixed=False)
 
@@ -124,11 +128,19 @@ class RowMaker:
         return prepare(output.name, factors, ARRAY_TYPES[output.dtype])
 
     def _merge(
-        self, output: Output, addition: Prepared, offset: int, first: int, count: int
+        self,
+        output: Output,
+        sketch: Sketch | None,
+        addition: Prepared,
+        offset: int,
+        first: int,
+        count: int,
     ) -> np.ndarray:
         weight = output.source.rows(self.files, first, count, output.columns)
         out = np.empty(weight.shape, addition.dtype)
         done = self._apply(addition, weight, first - offset, out)
+        if sketch is not None:
+            sketch.add(first, weight, out)
         with self._lock:
             self._tally.repairs.float64 += done.float64
             self._tally.repairs.exact += done.exact
@@ -162,16 +174,21 @@ class RowMaker:
             self._local.space = held
         return held[2]
 
-    def _unchanged(self, output: Output, first: int, count: int) -> np.ndarray:
+    def _unchanged(
+        self, output: Output, sketch: Sketch | None, first: int, count: int
+    ) -> np.ndarray:
         """Return rows without terms: patched and cast, with one rounding."""
-        weight = output.source.rows(self.files, first, count, output.columns)
-        weight = patched(output.patches, self.files, weight, first)
+        base = output.source.rows(self.files, first, count, output.columns)
+        weight = patched(output.patches, self.files, base, first)
         if output.kind != "copied" and not np.isfinite(weight).all():
             raise InputRefused(
                 f"the adapter's {output.name} has NaN or infinite values",
                 hint="the training diverged or a file is damaged; use an earlier checkpoint",
             )
-        return self._rounded(output, weight)
+        out = self._rounded(output, weight)
+        if sketch is not None:
+            sketch.add(first, base, out)
+        return out
 
     def _computed(self, output: Output, rows: Rows, first: int, count: int) -> np.ndarray:
         values = rows(first, count)

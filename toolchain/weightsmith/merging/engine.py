@@ -292,7 +292,7 @@ def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker) -> Proof:
     """Check a written shard; delete it if the check fails."""
     checksums = tuple(writer.checksums)
     try:
-        return prove(shard, writer.path, checksums, maker.files, maker.pool)
+        return prove(shard, writer.path, checksums, maker.sketches, maker.files, maker.pool)
     except CheckFailed:
         writer.path.unlink(missing_ok=True)
         raise

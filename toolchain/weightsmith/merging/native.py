@@ -77,21 +77,28 @@ def dot_products(
     return out
 
 
-def project_rows(
-    found: np.ndarray, base: np.ndarray, signs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return each row's sum of squares, (rows,), and products of its change with two vectors.
+def project_rows(weights: np.ndarray, signs: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return each row's sum of squares, (rows,), and products with two vectors, (rows, 2).
 
-    The products, (rows, 2), are of found - base with `signs`, float32 (2, columns). None without
-    the library or for other types.
+    `signs` are float32 (2, columns). None without the library or for other types.
     """
-    if not rounds(base.dtype, found.dtype):
+    if weights.dtype not in _TYPES or signs.dtype != F32 or library.found() is None:
         return None
-    found, base, signs = map(np.ascontiguousarray, (found, base, signs))
-    rows, columns = found.shape
+    weights, signs = map(np.ascontiguousarray, (weights, signs))
+    rows, columns = weights.shape
     squares, products = np.empty(rows, F32), np.empty((rows, 2), F32)
     library.kernels().weightsmith_project_rows(
-        *(found.ctypes.data, _TYPES[found.dtype], base.ctypes.data, _TYPES[base.dtype]),
-        *(rows, columns, signs.ctypes.data, squares.ctypes.data, products.ctypes.data),
+        *(weights.ctypes.data, _TYPES[weights.dtype], rows, columns),
+        *(signs.ctypes.data, squares.ctypes.data, products.ctypes.data),
     )
     return squares, products
+
+
+def sum_words(words: np.ndarray, factors: np.ndarray) -> int:
+    """Return Σ words · factors modulo 2**64 of two contiguous uint64 arrays."""
+    if library.found() is None:
+        return int(np.dot(words, factors))
+    found: int = library.kernels().weightsmith_sum_words(
+        words.ctypes.data, factors.ctypes.data, len(words)
+    )
+    return found

@@ -4,13 +4,12 @@ Two checks cover every byte. A checksum of the bytes (a projection onto random o
 while writing, is compared with the file's: a single wrong byte always changes it. And each merged
 tensor, projected onto random vectors, is compared with the projections of base and factors
 (Freivalds, "Probabilistic machines can use less running time", 1977), row by row, which detects a
-wrong scaling, order, position or transposition; suspicious rows and a few random ones are
-recomputed in float64.
+wrong scaling, order, position or transposition. The base's are taken while it is merged
+(`sketch.py`); suspicious rows and a few random ones are read again and recomputed in float64.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
@@ -22,9 +21,9 @@ import numpy as np
 
 from weightsmith.checkpoints.safetensors import TensorInfo, read_header
 from weightsmith.errors import CheckFailed
-from weightsmith.merging import native
 from weightsmith.merging.outputs import Output, OutputShard, Patch, Stored, Term
-from weightsmith.merging.rounding import F32, F64, FORMATS, round_once
+from weightsmith.merging.rounding import F64, FORMATS, round_once
+from weightsmith.merging.sketch import Sketch, bits_of, differ, project, seed_of
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
 
 ROWS = 16
@@ -32,8 +31,6 @@ ROWS = 16
 BLOCK = 1 << 19
 """Elements read and checked at once: they stay in the second-level cache."""
 _COPY = 1 << 20
-_VECTORS = 2
-"""Random vectors per tensor: a single one misses about one wrong row in a hundred."""
 _SIGMAS = 6.0
 """Deviation of a row's projection, in standard deviations of rounding, to be recomputed."""
 
@@ -57,6 +54,10 @@ class Tested(Protocol):
     def files(self) -> OpenFiles:
         """The inputs."""
 
+    @property
+    def sketch(self) -> Sketch | None:
+        """The base's projections; None of a tensor without terms."""
+
     def row(self, row: int) -> np.ndarray:
         """Return one row, (1, columns)."""
 
@@ -75,6 +76,7 @@ class _Written:
     reader: Reader
     files: OpenFiles
     """The inputs."""
+    sketch: Sketch | None
 
     def row(self, row: int) -> np.ndarray:
         """Read one row, (1, columns)."""
@@ -98,13 +100,15 @@ def prove(
     shard: OutputShard,
     path: Path,
     checksums: tuple[Checksum, ...],
+    sketches: dict[str, Sketch],
     files: OpenFiles,
     pool: Executor,
 ) -> Proof:
-    """Check a written shard against its plan; `checksums` were taken while writing.
+    """Check a written shard against its plan; `checksums` and `sketches` were taken while writing.
 
-    They are in file order: first the header's, then each tensor's, in whole rows if the tensor is
-    changed. Raises CheckFailed with the first wrong tensor or the file.
+    Checksums are in file order: first the header's, then each tensor's, in whole rows if the tensor
+    is changed. Sketches, of tensors with terms, are taken out of their dictionary. Raises
+    CheckFailed with the first wrong tensor or the file.
     """
     reader, left = Reader(path), deque(checksums)
     checks: list[tuple[str, Future[bool]]] = []
@@ -117,7 +121,12 @@ def prove(
                 while left and left[0].start < info.end:
                     own.append(left.popleft())
                 written = _Written(
-                    output=output, info=info, checksums=tuple(own), reader=reader, files=files
+                    output=output,
+                    info=info,
+                    checksums=tuple(own),
+                    reader=reader,
+                    files=files,
+                    sketch=sketches.pop(output.name, None),
                 )
                 checks.append((output.name, pool.submit(_check, written)))
         unchanged = tuple(name for name, moved in checks if not moved.result())
@@ -170,8 +179,6 @@ def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
 
 def _check(written: _Written) -> bool:
     """Check one tensor; return whether it differs from the base's bits."""
-    if written.output.terms:
-        return is_changed(written)
     if written.output.change is not None:
         _check_bytes(written.reader, written.checksums)
         return _recompute(written)
@@ -186,52 +193,38 @@ def is_changed(tested: Tested) -> bool:
 
     Raises CheckFailed with the tensor's name.
     """
-    return _project(tested) if tested.output.terms else _compare_values(tested)
+    sketch = tested.sketch
+    return _compare_values(tested) if sketch is None else _project(tested, sketch)
 
 
-def _project(written: Tested) -> bool:
+def _project(written: Tested, sketch: Sketch) -> bool:
     """Compare W'x with Wx + Σ factor · B(Ax) for random signs x; recompute suspicious rows."""
-    output, files = written.output, written.files
-    work = F64 if output.dtype == "F32" else F32
-    random = np.random.default_rng(_seed(output.name))
-    signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
-    factors = _loaded(output, files)
-    expected = np.zeros((output.rows, _VECTORS))
-    for some in factors:
-        some.projected(signs.T.astype(F64), expected)
-    rows = set(random.integers(0, output.rows, ROWS).tolist())
-    moved = output.kind == "replaced"
+    output = written.output
     # A row that is never filled in is recomputed.
-    squares, products = np.full(output.rows, np.nan), np.empty((output.rows, _VECTORS))
+    squares, products = np.full(output.rows, np.nan), np.empty(sketch.products.shape)
     for first, found in written.pieces():
-        count = len(found)
-        base = output.source.rows(files, first, count, output.columns)
-        moved = moved or _differ(base, found)
-        place = slice(first, first + count)
-        squares[place], products[place] = _projected(found, base, signs)
+        place = slice(first, first + len(found))
+        squares[place], products[place] = project(found, sketch.signs)
+    # Only now, since the sketch may have been filled piece by piece as well.
+    expected, factors = sketch.products.copy(), _loaded(output, written.files)
+    for some in factors:
+        some.projected(sketch.signs.T.astype(F64), expected)
     # A rounding error is uniform up to half a unit, so its variance is a third of its square.
     form = FORMATS[ARRAY_TYPES[output.dtype]]
     size = squares * 4.0**-form.precision / 3
     size += output.columns * 4.0 ** (form.least - form.precision)
     off = np.abs(products - expected).max(1)
     fine = (off <= _SIGMAS * np.sqrt(size)) & np.isfinite(size)
-    suspicious = sorted(rows.union(np.flatnonzero(~fine).tolist()))
+    suspicious = sorted(_some_rows(output).union(np.flatnonzero(~fine).tolist()))
     for at in range(0, len(suspicious), ROWS):
         _compare_rows(written, factors, suspicious[at : at + ROWS])
-    return moved
+    return sketch.moved
 
 
-def _projected(
-    found: np.ndarray, base: np.ndarray, signs: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's sum of squares, and the products of its change with the signs."""
-    if (made := native.project_rows(found, base, signs)) is not None:
-        return made
-    change = found.astype(signs.dtype)
-    squares = np.vecdot(change, change)
-    np.subtract(change, base, out=change, dtype=signs.dtype)
-    # One vector at a time: products with narrow matrices are slow.
-    return squares, np.stack([change @ some for some in signs], 1)
+def _some_rows(output: Output) -> set[int]:
+    """Return the rows to recompute in any case, which nothing of the merge knows."""
+    random = np.random.default_rng((seed_of(output.name), ROWS))
+    return set(random.integers(0, output.rows, ROWS).tolist())
 
 
 def _compare_rows(written: Tested, factors: list[_Factors], rows: list[int]) -> None:
@@ -319,16 +312,15 @@ def _recompute(written: _Written) -> bool:
     if output.change is None or not output.change.by_row:
         return True
     rows, moved = output.change.begin(output, files), False
-    random = np.random.default_rng(_seed(output.name))
-    for row in sorted(set(random.integers(0, output.rows, ROWS).tolist())):
+    for row in sorted(_some_rows(output)):
         found = written.row(row)
         _compare(output, rows(row, 1), found)
-        moved = moved or _differ(output.source.rows(files, row, 1, output.columns), found)
+        moved = moved or differ(output.source.rows(files, row, 1, output.columns), found)
     step = max(1, BLOCK // output.columns)
     for first in range(0, 0 if moved else output.rows, step):
         count = min(step, output.rows - first)
         base = output.source.rows(files, first, count, output.columns)
-        if _differ(base, written.reader.rows(written.info, first, count, output.columns)):
+        if differ(base, written.reader.rows(written.info, first, count, output.columns)):
             return True
     return moved
 
@@ -350,34 +342,18 @@ def _compare_values(written: Tested) -> bool:
     for patch in output.patches:
         for row in patch.places:
             base = output.source.rows(files, row, 1, output.columns)
-            moved = moved or _differ(base, written.row(row))
+            moved = moved or differ(base, written.row(row))
     patched = {row for patch in output.patches for row in patch.places}
     for first, found in written.pieces():
         count = len(found)
         expected = output.source.rows(files, first, count, output.columns).astype(F64)
         for row in patched & set(range(first, first + count)):
             expected[row - first] = _source_row(output, files, row)[0]
-        off = round_once(expected, found.dtype).view(_bits(found)) != found.view(_bits(found))
+        off = round_once(expected, found.dtype).view(bits_of(found)) != found.view(bits_of(found))
         off &= ~np.isnan(expected)
         if off.any():
             raise _wrong(output, int(off.sum()), off.size)
     return moved
-
-
-def _differ(base: np.ndarray, found: np.ndarray) -> bool:
-    """Return whether a result differs from the base rounded to the result's dtype."""
-    if base.dtype != found.dtype:
-        base = round_once(base.astype(F64), found.dtype)
-    return not np.array_equal(base.view(_bits(base)), found.view(_bits(found)))
-
-
-def _bits(array: np.ndarray) -> np.dtype:
-    return np.dtype(f"u{array.dtype.itemsize}")
-
-
-def _seed(name: str) -> int:
-    """Return a seed from the tensor's name, so that a failure is reproducible."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
 
 
 def _wrong(output: Output, off: int, size: int) -> CheckFailed:

@@ -13,6 +13,7 @@ import numpy as np
 from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
 from weightsmith.merging.outputs import Output, OutputShard
+from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Writer, as_bytes
 from weightsmith.merging.tally import Tally
 from weightsmith.merging.unwritten import UnwrittenShard
@@ -32,6 +33,8 @@ class ShardMaker:
         self._settings, self._rows = settings, RowMaker(settings, tally)
         self.files = self._rows.files
         self._second = RowMaker(settings, Tally())  # its rows count nowhere
+        self.sketches: dict[str, Sketch] = {}
+        """Tensors with terms -> their base's projections, until a proof has used them."""
         self.pool = ThreadPoolExecutor(settings.workers, "merge")
 
     def close(self) -> None:
@@ -54,7 +57,7 @@ class ShardMaker:
         self, shard: OutputShard, path: Path, progress: Callable[[int], None]
     ) -> UnwrittenShard:
         """Do the same with a shard of which only the header is to be written."""
-        unwritten = UnwrittenShard(shard, path, self.files, self._again)
+        unwritten = UnwrittenShard(shard, path, self.files, self.sketches, self._again)
         self._fill(unwritten, header_of(shard), shard, progress)
         return unwritten
 
@@ -96,7 +99,10 @@ class ShardMaker:
                 size = min(_COPY_BYTES, info.end - start)
                 yield partial(self._copy, stored.path, start, size)
             return
-        for span in self._rows.spans(output):
+        sketch = None
+        if output.terms:
+            sketch = self.sketches[output.name] = Sketch(output)
+        for span in self._rows.spans(output, sketch):
             for first, count in span.blocks():
                 yield partial(span.rows, first, count)
 

@@ -18,6 +18,7 @@ from weightsmith.checkpoints.tensors import array_type
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.files import sync_folder
 from weightsmith.merging.libc import reserve
+from weightsmith.merging.native import sum_words
 from weightsmith.merging.outputs import Part
 from weightsmith.merging.rounding import BF16, F16, F32, F64
 
@@ -171,7 +172,7 @@ def continued(value: int, data: memoryview, before: int = 0) -> int:
         count = len(part) // 8
         words = np.frombuffer(part, np.uint64, count)
         tail = int.from_bytes(part[8 * count :], "little")
-        odd = int(np.dot(words, _ODD[place // 8 :][:count])) + tail * 0x9E3779B97F4A7C15
+        odd = sum_words(words, _ODD[place // 8 :][:count]) + tail * 0x9E3779B97F4A7C15
         value = (value * (1 if place else 0x2545F4914F6CDD1D) + odd) % (1 << 64)
         at += len(part)
     return value

@@ -17,6 +17,7 @@ from weightsmith.checkpoints.safetensors import NO_DATA, build_header
 from weightsmith.checkpoints.tensors import largest
 from weightsmith.merging.outputs import Output, OutputShard, Stored
 from weightsmith.merging.proof import BLOCK, is_changed
+from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer
 
 _WAITING = 4
@@ -31,6 +32,7 @@ class Passing:
 
     output: Output
     files: OpenFiles
+    sketch: Sketch | None
     blocks: Iterator[np.ndarray]
     """All rows in order, each (rows, columns)."""
     again: Callable[[int], np.ndarray]
@@ -61,6 +63,7 @@ class UnwrittenShard:
         shard: OutputShard,
         path: Path,
         files: OpenFiles,
+        sketches: dict[str, Sketch],
         again: Callable[[Output], Callable[[int], np.ndarray]],
     ) -> None:
         self.path, self.size = path, 0
@@ -68,6 +71,7 @@ class UnwrittenShard:
         self.largest: dict[str, float] = {}
         """Computed matrices -> their largest magnitude."""
         self._shard, self._files, self._again = shard, files, again
+        self._sketches = sketches
         self._hash = hashlib.sha256()
         self._left = iter([output for output in shard.outputs if output.size])
         self._output: Output | None = None
@@ -128,8 +132,14 @@ class UnwrittenShard:
         self._checks.append((output.name, self._checker.submit(self._check, output, queue)))
 
     def _check(self, output: Output, queue: Queue[np.ndarray | None]) -> bool:
-        again, blocks = self._again(output), _taken(queue)
-        return is_changed(Passing(output=output, files=self._files, blocks=blocks, again=again))
+        passing = Passing(
+            output=output,
+            files=self._files,
+            sketch=self._sketches.pop(output.name, None),
+            blocks=_taken(queue),
+            again=self._again(output),
+        )
+        return is_changed(passing)
 
     def _put(self, block: np.ndarray | None) -> None:
         """Pass a block on, unless its check has failed."""
