@@ -13,12 +13,14 @@ merge. `whole70b` plans the merge of all 80 layers on a sparse file and prints t
 With `--peers` mergekit and axolotl's wheel are installed beside the inputs, not into the project's
 environment. Of axolotl only the module that merges shard by shard is used, with a standard logger,
 since the package itself needs CUDA. Variables for BLAS and OpenMP are removed, so that every tool
-runs with its defaults; ours has the one that its jobs get.
+runs with its defaults; ours has the one that its jobs get. Our modules are compiled first, as pip
+does when it installs a package.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import shutil
@@ -314,6 +316,7 @@ def main() -> None:
         argv = [sys.executable, "-c", PLAN, str(base), str(adapter)]
         subprocess.run(argv, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
         return
+    compileall.compile_dir(ROOT / "toolchain" / "weightsmith", quiet=1)
     out = options.work / "out"
     chosen = ways(options, base, adapter, out)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}

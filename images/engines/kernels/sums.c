@@ -130,38 +130,53 @@ int64_t NAME(round_sums, WIDTH)(
     else CHOOSE(ROUND, from, F16)
 }
 
+// Rows that are projected at once: signs are read once for all, and sums do not wait for each other.
+enum { STRIP = 4 };
+
+struct projection {
+    vec squares, products[2];
+};
+
+INLINE void project(vec weights, vec one, vec two, struct projection *sums) {
+    sums->squares = multiply_add(weights, weights, sums->squares);
+    sums->products[0] = multiply_add(weights, one, sums->products[0]);
+    sums->products[1] = multiply_add(weights, two, sums->products[1]);
+}
+
+INLINE float total(vec v) {
+    float sum = 0;
+    for (int lane = 0; lane < WIDTH; lane++) sum += v[lane];
+    return sum;
+}
+
 INLINE void projected(
     const char *weights, int type, int64_t rows, int64_t columns, const float *signs,
     float *squares, float *products
 ) {
-    for (int64_t row = 0; row < rows; row++) {
-        vec square = 0.f, first = 0.f, second = 0.f;
-        for (int64_t c = 0; c < columns; c += WIDTH) {
-            const char *at = weights + (row * columns + c) * bytes_of(type);
-            const int n = columns - c < WIDTH ? (int)(columns - c) : WIDTH;
-            vec weight, one = 0.f, two = 0.f;
-            if (n == WIDTH) {
-                weight = widen(at, type);
-                memcpy(&one, signs + c, sizeof one);
-                memcpy(&two, signs + columns + c, sizeof two);
-            } else { // the end of a row
-                weight = widen_some(at, n, type);
-                memcpy(&one, signs + c, n * sizeof(float));
-                memcpy(&two, signs + columns + c, n * sizeof(float));
-            }
-            square += weight * weight;
-            first += weight * one;
-            second += weight * two;
+    for (int64_t row = 0; row < rows; row += STRIP) {
+        const int some = rows - row < STRIP ? (int)(rows - row) : STRIP;
+        const char *strip[STRIP]; // the last row again where there are no more
+        for (int r = 0; r < STRIP; r++)
+            strip[r] = weights + (row + (r < some ? r : some - 1)) * columns * bytes_of(type);
+        struct projection sums[STRIP] = {0};
+        int64_t c = 0;
+        for (; c + WIDTH <= columns; c += WIDTH) {
+            vec one, two;
+            memcpy(&one, signs + c, sizeof one);
+            memcpy(&two, signs + columns + c, sizeof two);
+            for (int r = 0; r < STRIP; r++)
+                project(widen(strip[r] + c * bytes_of(type), type), one, two, &sums[r]);
         }
-        float sums[3] = {0};
-        for (int lane = 0; lane < WIDTH; lane++) {
-            sums[0] += square[lane];
-            sums[1] += first[lane];
-            sums[2] += second[lane];
+        if (c < columns) {
+            const vec one = widen_some(signs + c, columns - c, F32);
+            const vec two = widen_some(signs + columns + c, columns - c, F32);
+            for (int r = 0; r < STRIP; r++)
+                project(widen_some(strip[r] + c * bytes_of(type), columns - c, type), one, two, &sums[r]);
         }
-        squares[row] = sums[0];
-        products[2 * row] = sums[1];
-        products[2 * row + 1] = sums[2];
+        for (int r = 0; r < some; r++) {
+            squares[row + r] = total(sums[r].squares);
+            for (int v = 0; v < 2; v++) products[2 * (row + r) + v] = total(sums[r].products[v]);
+        }
     }
 }
 
