@@ -141,67 +141,96 @@ def _not_causal(base: Path) -> str:
     return f"{name}, an encoder with a decoder," if config.get("is_encoder_decoder") is True else ""
 
 
+class _Uncompared(Exception):
+    """One of the two sides cannot run; the finding says why."""
+
+    def __init__(self, severity: str, check: str, message: str, where: str = "") -> None:
+        super().__init__(message)
+        self.finding = finding(severity, check, message, where)
+
+
 def _compare(
     request: Request, expected: Any, findings: list[Finding], progress: Progress
 ) -> tuple[Distance, Comparison] | None:
     """Run and compare both sides; None and a finding if one cannot run."""
+    try:
+        sides, texts = _sides(request, expected, findings)
+        before = len(findings)
+        reference, run = _forwards(sides, findings, progress)
+    except _Uncompared as error:
+        findings.append(error.finding)
+        return None
+    streamed, batch = len(findings) == before, sides.batch
+    greedy_texts = list(greedy.read(reference.run.logits, run.logits, batch, texts))
+    seen, comparison = judge_models(
+        reference,
+        run,
+        sides.weights,
+        batch,
+        sides.twins,
+        findings,
+        greedy_texts,
+        summed=sides.summed,
+    )
+    return seen, replace(
+        comparison,
+        probes=sides.probes,
+        positions=len(run.logits),
+        streamed=streamed,
+        greedy=greedy.described(greedy_texts, expected),
+    )
+
+
+def _sides(
+    request: Request, expected: Any, findings: list[Finding]
+) -> tuple[Sides, list[list[int]]]:
+    """Return both sides, and the merged model's greedy tokens after each probe."""
+    model = _model(request, findings)
+    weights = Weights(request.merged, model)
+    if lacking := next((name for name in weights.parameters if not weights.has(name)), ""):
+        message = f"the merged model cannot run: its files lack {lacking}"
+        raise _Uncompared(ERROR, "files", message, lacking)
+    size = _vocabulary(model)
+    ids = probes.encode(expected, probes.choose(request.items), size)
+    highest = max(max(probe) for probe in ids)
+    if highest >= model.get_input_embeddings().weight.shape[0]:
+        message = f"the tokenizer produces token {highest}, which the merged model does not embed"
+        raise _Uncompared(ERROR, "tokenizer", message, "tokenizer.json")
+    most = probes.most_logits(len(ids), size)
+    texts = _texts(request, ids, min(most, greedy.most_new(weights)), findings)
+    batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
+    sides = Sides(request=request, model=model, weights=weights, batch=batch, probes=len(ids))
+    return sides, texts
+
+
+def _model(request: Request, findings: list[Finding]) -> Any:
+    """Return the merged model without weights."""
     if kind := _not_causal(request.base):
         text = f"{kind} cannot be run as a causal model: only files were checked"
-        findings.append(finding(WARNING, "logits", text))
-        return None
+        raise _Uncompared(WARNING, "logits", text)
     try:
-        model = skeleton(request.merged)
+        return skeleton(request.merged)
     except InputRefused as error:
         cause = error.__cause__ or error
         if not isinstance(cause, ValueError) and not failed(findings):
             raise
         why = " ".join(str(cause).split())[:120]
         text = f"transformers cannot load it as a causal model: only files were checked ({why})"
-        findings.append(finding(WARNING, "logits", text))
-        return None
-    weights = Weights(request.merged, model)
-    lacking = [name for name in weights.parameters if not weights.has(name)]
-    if lacking:
-        message = f"the merged model cannot run: its files lack {lacking[0]}"
-        findings.append(finding(ERROR, "files", message, lacking[0]))
-        return None
-    size = _vocabulary(model)
-    ids = probes.encode(expected, probes.choose(request.items), size)
-    highest = max(max(probe) for probe in ids)
-    if highest >= model.get_input_embeddings().weight.shape[0]:
-        message = f"the tokenizer produces token {highest}, which the merged model does not embed"
-        findings.append(finding(ERROR, "tokenizer", message, "tokenizer.json"))
-        return None
-    most = probes.most_logits(len(ids), size)
-    texts = _texts(request, ids, min(most, greedy.most_new(weights)), findings)
-    batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
-    sides = Sides(request=request, model=model, weights=weights, batch=batch)
-    before = len(findings)
+        raise _Uncompared(WARNING, "logits", text) from None
+
+
+def _forwards(sides: Sides, findings: list[Finding], progress: Progress) -> tuple[Reference, Run]:
     try:
-        reference, run = sides.forwards(progress, partial(_tell, findings))
+        return sides.forwards(progress, partial(_tell, findings))
     except IncompatibleAdapters as error:
         text = f"PEFT cannot load these adapters together: only files were checked ({error})"
-        findings.append(finding(WARNING, "logits", text))
-        return None
+        raise _Uncompared(WARNING, "logits", text) from None
     except NOT_STREAMABLE as error:
         if not failed(findings):
             raise
         # The findings already say why: the merged files do not fit the base.
         text = f"logits were not compared: the model does not run ({type(error).__name__})"
-        findings.append(finding(NOTE, "logits", text))
-        return None
-    streamed = len(findings) == before
-    greedy_texts = list(greedy.read(reference.run.logits, run.logits, batch, texts))
-    seen, comparison = judge_models(
-        reference, run, weights, batch, sides.twins, findings, greedy_texts, summed=sides.summed
-    )
-    return seen, replace(
-        comparison,
-        probes=len(ids),
-        positions=len(run.logits),
-        streamed=streamed,
-        greedy=greedy.described(greedy_texts, expected),
-    )
+        raise _Uncompared(NOTE, "logits", text) from None
 
 
 def _tell(findings: list[Finding], error: Exception) -> None:
@@ -246,6 +275,8 @@ class Sides:
     weights: Weights
     """Of the merged checkpoint."""
     batch: Batch
+    probes: int
+    """Number of probes; some may be longer in the batch by their greedy tokens."""
 
     @property
     def summed(self) -> bool:
