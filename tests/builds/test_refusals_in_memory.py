@@ -18,6 +18,7 @@ from weightsmith.errors import (
 )
 from weightsmith.oci import limits
 from weightsmith.planning import checks
+from weightsmith.planning.forecast import forecast
 from weightsmith.tools import Memory as Room
 
 from tests.fakes.baking import push_base
@@ -122,6 +123,15 @@ BEFORE_WORK = {
         "resolve", UsageError, "linux/arm64", lambda m: own_base(m, "llamacpp"),
         ("image.platforms=[linux/arm64]",),
     ),
+    "a base image in no folder": Refusal(
+        "resolve", InputRefused, "is not an OCI layout", settings=("image.base=oci:nowhere",)
+    ),
+    "a base image of no name": Refusal(
+        "resolve", UsageError, "not an image reference", settings=("image.base=Engine",)
+    ),
+    "a form that Ollama does not take": Refusal(
+        "", UsageError, "Ollama", settings=("outputs=[ollama]", "quantize.split_max_size=1G")
+    ),
     "a layer that is too large": Refusal(
         "resolve", UsageError, "one layer", settings=("image.max_layer_size=1kB",)
     ),
@@ -134,6 +144,20 @@ BEFORE_WORK = {
         lambda m: m.registry.faults.append(("POST", "/uploads/", "403")), outputs={"push": True},
     ),
 }  # fmt: skip
+
+BY_A_PLAN = (
+    "a broken question",
+    "a broken probe",
+    "a question of the training text",
+    "an adapter of another base",
+    "a context that no memory holds",
+    "a base image in no folder",
+    "a base image of no name",
+    "a form that Ollama does not take",
+    "a layer that is too large",
+    "a folder that holds something else",
+)
+"""What a plan refuses too: it asks no registry, and does not say what this machine lacks."""
 
 AT_WORK = {
     "a merge that dies": Refusal(
@@ -262,6 +286,17 @@ def test_what_can_be_known_before_the_work_is_refused_before_it(memory: Memory, 
         f"stage {stage}" for stage in [case.stage] if stage
     ]
     assert memory.store.made() == []
+
+
+@pytest.mark.parametrize("name", BY_A_PLAN)
+def test_a_plan_refuses_what_its_build_would(memory: Memory, name: str) -> None:
+    case = BEFORE_WORK[name]
+    case.change(memory)
+    folder = memory.folder / case.outputs["layout"] if case.outputs else None
+    request = memory.request(*case.settings, layout=folder)
+
+    with pytest.raises(case.error, match=case.says):
+        forecast(request.file, request.targets, memory.dist, memory.tools, outputs=request.outputs)
 
 
 @pytest.mark.parametrize("name", AT_WORK)

@@ -15,7 +15,6 @@ from weightsmith.delivery import forms, forms_baked, on_hub, write_volume
 from weightsmith.destinations import InStore
 from weightsmith.errors import CacheLost, CheckFailed
 from weightsmith.evaluating.results import Result, unproven_of
-from weightsmith.layouts import check_layout
 from weightsmith.oci.index import own_of
 from weightsmith.oci.references import Reference
 from weightsmith.outcome import Outcome, Timer
@@ -23,8 +22,8 @@ from weightsmith.planning.ahead import shares
 from weightsmith.planning.cache_scales import has_scales
 from weightsmith.planning.checks import (
     check_before_work,
-    check_image_names,
     check_images,
+    check_places,
     check_tags,
 )
 from weightsmith.planning.images import evaluation_of, image_inputs
@@ -166,12 +165,9 @@ class Clock:
 
 def check_machine(request: BuildRequest, tools: Tools) -> None:
     """Check, before any long step, that jobs can run and results can be written and pushed."""
-    check_image_names(request.file.recipe)
+    check_places(request)
     tools.runner.check(MERGE_BUILDER)
     for target in request.targets:
-        check_layout(request.outputs_of(target).layout)
-        for kind in request.forms_of(target):
-            check_layout(request.outputs_of_form(target, kind).layout)
         if (place := request.hub_of(target)) and may_refuse(place, tools.hub):
             tools.progress.note(
                 f"{place.reference} already holds a model: if this build makes another one, nothing"

@@ -162,22 +162,26 @@ def plan(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
-    del push, load, force
     from weightsmith.commands.arguments import layout_folder, sources_of
     from weightsmith.commands.plan import table
     from weightsmith.planning.forecast import forecast
     from weightsmith.planning.targets import chosen_targets
     from weightsmith.ports import Silent
+    from weightsmith.stages.publish import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 
     _one_lock(locked=locked, update_lock=update_lock)
     file = recipe_file(recipe, base, adapter, _settings(serve, set, quantize, kind))
-    keep_clean(sources_of(file), layout=layout_folder(layout), cache=run.cache)
+    layout = layout_folder(layout)
+    keep_clean(sources_of(file), layout=layout, cache=run.cache)
+    place = Path(layout).absolute() if layout else None
+    outputs = Outputs(load=load, layout=place, push=push, force=force)
     targets = chosen_targets(file, tuple(target))
     with open_tools(run, Silent(), uploads=False) as tools:
         folder = Path(dist).absolute()
         lock = {"locked": locked, "update_lock": update_lock}
-        result = forecast(file, targets, folder, tools, **lock, measure=measure)
+        options = {**lock, "measure": measure}
+        result = forecast(file, targets, folder, tools, outputs=outputs, **options)
     return result, table(result)
 
 

@@ -131,8 +131,8 @@ def plan(
     wanted = chosen_targets(file, texts_of(targets))
     with wiring.open_tools(run, Silent(), uploads=False) as tools:
         folder = path_of(dist).absolute()
-        lock = {"locked": locked, "update_lock": update_lock}
-        return forecast(file, wanted, folder, tools, **lock, measure=measure)
+        options = {"locked": locked, "update_lock": update_lock, "measure": measure}
+        return forecast(file, wanted, folder, tools, outputs=Outputs(), **options)
 
 
 def build(

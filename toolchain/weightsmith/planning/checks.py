@@ -11,6 +11,7 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.results import RecipeTask
+from weightsmith.layouts import check_layout
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.references import Reference
@@ -50,7 +51,7 @@ from weightsmith.stages import merge as merging
 from weightsmith.stages import quantize as quantizing
 from weightsmith.stages import validate as validating
 from weightsmith.stages.bake import layer_limit
-from weightsmith.stages.base import OWN, base_reference, check_own, data_base
+from weightsmith.stages.base import OWN, base_reference, check_base, check_own, data_base
 from weightsmith.stages.quantize import QuantizeOptions, projector_bytes
 from weightsmith.tools import Tools
 from weightsmith.values import Sources, Tree
@@ -224,6 +225,19 @@ def everything_cached(request: BuildRequest, sources: Sources, tools: Tools) -> 
     )
 
 
+def check_places(request: BuildRequest) -> None:
+    """Raise UsageError for names and folders that nothing can be published to.
+
+    Reads no source and asks no registry.
+    """
+    check_image_names(request.file.recipe)
+    for target in request.targets:
+        check_layout(request.outputs_of(target).layout)
+        for kind in request.forms_of(target):
+            check_layout(request.outputs_of_form(target, kind).layout)
+        request.hub_of(target)
+
+
 def check_image_names(recipe: Recipe) -> None:
     """Raise UsageError for a repository that is none, and for labels that only we set."""
     repository_of(recipe)
@@ -340,6 +354,24 @@ def _pushed_before(request: BuildRequest, target: Target, sources: Sources) -> s
     return {str(one.digest) for one in (record.image, *record.forms.values()) if one}
 
 
+def check_assembly(
+    request: BuildRequest, sources: Sources, devices: Mapping[str, str], tools: Tools
+) -> None:
+    """Check, without a network, that each image can be assembled of its layers and its base.
+
+    `devices` maps target names to planned devices. Raises UsageError for layers that are too large
+    or too many, and what `check_base` raises.
+    """
+    check_layer_sizes(request, sources)
+    check_layer_count(request, sources)
+    settings = request.file.recipe.image
+    for target in request.targets:
+        base = base_reference(target.engine, devices[target.name], settings.base)
+        check_base(base, target.engine.name, tools, platforms=settings.platforms)
+        for kind in request.forms_of(target):
+            check_own(data_base(kind, ""), settings.platforms)
+
+
 def check_images(
     request: BuildRequest,
     sources: Sources,
@@ -348,19 +380,11 @@ def check_images(
 ) -> None:
     """Check, before any long step, that each image can be assembled.
 
-    Checks the sizes of layers, and that the base can be reached and has every platform. `devices`
-    maps target names to planned devices. Raises what `bases_of` raises. Bases that are assembled
-    on this machine are assembled later, when they are needed.
+    Also that its base can be reached and has every platform. Raises what `check_assembly` and
+    `bases_of` raise. Bases that are assembled on this machine are assembled later, when they are
+    needed.
     """
-    check_layer_sizes(request, sources)
-    check_layer_count(request, sources)
-    settings = request.file.recipe.image
-    for target in request.targets:
-        check_own(
-            base_reference(target.engine, devices[target.name], settings.base), settings.platforms
-        )
-        for kind in request.forms_of(target):
-            check_own(data_base(kind, ""), settings.platforms)
+    check_assembly(request, sources, devices, tools)
     for target in () if everything_cached(request, sources, tools) else request.targets:
         device = devices[target.name]
         chosen = base_reference(target.engine, device, request.file.recipe.image.base)

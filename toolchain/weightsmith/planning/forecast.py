@@ -13,7 +13,7 @@ from weightsmith.evaluating.results import RecipeTask
 from weightsmith.planning.advice import advice_for
 from weightsmith.planning.ahead import peak_memory
 from weightsmith.planning.cache_scales import forecast_scales, missing
-from weightsmith.planning.checks import check_format, check_image_names
+from weightsmith.planning.checks import check_assembly, check_format, check_places
 from weightsmith.planning.dequantized import forecast_dequantized
 from weightsmith.planning.forecast_rows import (
     Known,
@@ -34,9 +34,10 @@ from weightsmith.planning.options import (
 )
 from weightsmith.planning.origins import origin_of
 from weightsmith.planning.platforms import forecast_platforms
+from weightsmith.planning.request import BuildRequest
 from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import estimated_bytes, expected_projector
-from weightsmith.planning.tasks import tasks_of
+from weightsmith.planning.tasks import check_leaks, probes, tasks_of
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.parameters import WORKED_OUT
 from weightsmith.serving.plan import ServingPlan
@@ -44,9 +45,12 @@ from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
 from weightsmith.stages import merge as merging
 from weightsmith.stages.lock import pinned, read_lock, with_sources
+from weightsmith.stages.publish import Outputs
 from weightsmith.stages.resolve import known as sources_here
 from weightsmith.tools import Tools
 from weightsmith.values import LORA, Json, Sources, Tree
+
+_NOWHERE = Outputs()
 
 
 def forecast(
@@ -55,6 +59,7 @@ def forecast(
     dist: Path,
     tools: Tools,
     *,
+    outputs: Outputs = _NOWHERE,
     locked: bool = False,
     update_lock: bool = False,
     measure: bool = False,
@@ -63,10 +68,13 @@ def forecast(
 
     With `measure`, one layer of the model is timed, and rows have `seconds`. Sizes are in bytes.
     Raises what the build would raise before its first long step, except for lack of memory, which
-    the rows show.
+    the rows show, and for what only a registry or a hub can say.
     """
-    check_image_names(file.recipe)
+    request = _request(file, targets, dist, outputs, tools)
+    check_places(request)
     tasks = tasks_of(file)
+    check_leaks(file, tasks, tools.progress)
+    probes(file)
     lock = read_lock(file)
     file = file if update_lock else pinned(file, lock)
     sources, why = sources_here(file, tools)
@@ -80,6 +88,7 @@ def forecast(
     for target in targets:
         found, plans[target.name], platforms[target.name] = _of_target(known, target)
         rows += found
+    check_assembly(request, sources, {name: p.device for name, p in plans.items()}, tools)
     layer_time = measured_layer_time(sources, tools) if measure else None
     if layer_time is not None:
         args = (sources, tasks, file.recipe.quality.tokens, tools.memory.budget)
@@ -103,6 +112,19 @@ def forecast(
         "peak_disk_bytes": sum(int(one["write_bytes"]) for one in todo)
         + max((int(one["disk_bytes"]) - int(one["write_bytes"]) for one in todo), default=0),
     }
+
+
+def _request(
+    file: RecipeFile, targets: Sequence[Target], dist: Path, outputs: Outputs, tools: Tools
+) -> BuildRequest:
+    """Return the build that is foreseen."""
+    return BuildRequest(
+        file=file,
+        targets=tuple(targets),
+        outputs=outputs,
+        dist=dist,
+        engine_answers=tools.images_in_engine,
+    )
 
 
 def _known(

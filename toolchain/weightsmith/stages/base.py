@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import OWN_LAYER
 from weightsmith.platforms import host_platform
-from weightsmith.ports import Entry
+from weightsmith.ports import Entry, Silent
 from weightsmith.provenance.bills import OWN_ENGINE
 from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION
 from weightsmith.resources import (
@@ -114,6 +115,20 @@ def check_own(reference: str, platforms: Sequence[str]) -> None:
             "image.base (--base-image), or choose a llamacpp-* target, which is made for "
             "linux/amd64 and linux/arm64",
         )
+
+
+def check_base(reference: str, engine: str, tools: Tools, *, platforms: Sequence[str] = ()) -> None:
+    """Check a base as far as that needs no network: a layout whole, a reference by its form.
+
+    Raises what `base_images` raises.
+    """
+    if reference.startswith(OWN):
+        check_own(reference, platforms)
+    elif is_layout(reference):
+        # Its warnings are shown later, when the image is assembled.
+        base_images(reference, engine, replace(tools, progress=Silent()), platforms=platforms)
+    else:
+        Reference.parse(reference)
 
 
 def base_image(reference: str, engine: str, tools: Tools, *, platform: str | None = None) -> Image:
