@@ -40,6 +40,47 @@ def test_other_exceptions_are_not(tmp_path, line, reads):
         run_steps(failing(line, reads), tmp_path, lambda *_: None)
 
 
+def raising(statement: str) -> tuple[Step]:
+    """A program of Python that ends with this exception's traceback."""
+    argv = (sys.executable, "-c", statement)
+    return (Step(title="converting", argv=argv, env={}, reads="the model"),)
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("raise ValueError('no map for tensor\\nmodel.x.weight')", "no map for tensor model.x.w"),
+        ("import json; json.loads('')", r"json\.decoder\.JSONDecodeError: Expecting value"),
+        ("raise Exception('data did not match any variant')", "Exception: data did not match"),
+        ("raise NotImplementedError", "cannot read the model: NotImplementedError$"),
+        (
+            "import logging, sys; logging.basicConfig();"
+            "logging.getLogger('hf-to-gguf').error('Error: Missing tokenizer.model'); sys.exit(1)",
+            "the model: Error: Missing tokenizer.model",
+        ),
+    ],
+)
+def test_what_the_converter_says_of_its_input_is_a_refusal(tmp_path, statement, said):
+    with pytest.raises(InputRefused, match=said):
+        run_steps(raising(statement), tmp_path, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import nowhere_to_be_found",
+        "raise PermissionError(13, 'Permission denied', 'model')",
+        "raise OSError('first line\\nsecond: line')",
+        "raise ConnectionResetError('by peer')",
+        "import sys; sys.exit('convert_hf_to_gguf.py: error: unrecognized arguments: --mmproj')",
+        "raise type('Fault', (Exception,), {})('ValueError: no offset\\nin the plan')",
+    ],
+)
+def test_what_it_says_of_the_machine_or_of_us_is_not(tmp_path, statement):
+    with pytest.raises(EnvironmentFailure, match="failed .exit code 1."):
+        run_steps(raising(statement), tmp_path, lambda *_: None)
+
+
 def test_a_program_that_finds_the_disk_full_is_not_blamed(tmp_path):
     with pytest.raises(OSError, match="No space left") as found:
         run_steps(failing("OSError: [Errno 28] No space left on device"), tmp_path, lambda *_: None)

@@ -8,8 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import dropwhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -28,7 +29,17 @@ _DONE = ".done"
 """One file for all steps: forgetting half of them would leave a step without its input."""
 _NO_MEMORY = ("std::bad_alloc", "MemoryError", "can't allocate memory", "Cannot allocate memory")
 _NO_ROOM = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-_EXCEPTION = re.compile(r"(?!OSError|MemoryError|BrokenPipe)(\w+Error): .+")
+_TRACEBACK = "Traceback (most recent call last):"
+_EXCEPTION = re.compile(r"(?:[\w.]+\.)?(\w+)(?::.*)?")
+"""The line after a traceback's frames."""
+_NOT_OF_INPUT = re.compile(
+    r"Fault|KeyboardInterrupt|(OS|IO|Memory|Permission|BrokenPipe|Timeout|Interrupted|BlockingIO"
+    r"|Connection\w*|Import|ModuleNotFound)Error"
+)
+"""Exceptions of ours, of the machine or of its builder."""
+_LOGGED = re.compile(r"ERROR:[\w.-]+:\s*(.+)")
+"""What the converter says before it exits without an exception."""
+_LONGEST = 300
 
 
 def run_steps(
@@ -107,16 +118,39 @@ def _says(ended: process.Completed, any_of: tuple[str, ...]) -> bool:
 
 
 def _refuse(step: Step, ended: process.Completed) -> None:
-    """Raise the error of the last line, or InputRefused if it is the converter's exception."""
+    """Raise the error of the last line, or InputRefused for what the converter says of its input."""
     last = next((line.strip() for line in reversed(ended.tail) if line.strip()), "")
     if last.startswith(REFUSED):
         message, hint = parse(last.removeprefix(REFUSED))
         raise from_code(ended.returncode, message, hint)
-    if step.reads and _EXCEPTION.fullmatch(last):
+    if step.reads and (why := _complaint(ended.tail)):
         raise InputRefused(
-            f"{step.title}: the converter cannot read {step.reads}: {last}",
+            f"{step.title}: the converter cannot read {step.reads}: {why}",
             hint="the job's log has the traceback; try another engine, such as target vllm",
         )
+
+
+def _complaint(tail: Sequence[str]) -> str:
+    """Return what a program of Python says against its input at its end, in one line.
+
+    That is the message of its last exception, which may have several lines, or the last error that
+    it logged. Empty if it says nothing, or something about the machine.
+    """
+    lines = [line.rstrip() for line in tail if line.strip()]
+    if not lines:
+        return ""
+    if logged := _LOGGED.fullmatch(lines[-1]):
+        return logged[1][:_LONGEST]
+    starts = [number for number, line in enumerate(lines) if line == _TRACEBACK]
+    after = lines[starts[-1] + 1 :] if starts else lines[-1:]
+    # Frames are indented, the first line of the message is not.
+    message = [*dropwhile(lambda line: line[0].isspace(), after)]
+    found = _EXCEPTION.fullmatch(message[0]) if message else None
+    if not found or _NOT_OF_INPUT.fullmatch(found[1]):
+        return ""
+    if not starts and not found[1].endswith("Error"):
+        return ""
+    return " ".join(line.strip() for line in message)[:_LONGEST]
 
 
 def _filled(step: Step, output: Path) -> tuple[str, ...]:
