@@ -11,6 +11,8 @@ from weightsmith.drivers import checkup
 from tests.fakes.command_line import PROGRAMS, ROOT, run
 from tests.fakes.tiny import write_model
 
+TINY = ("--model", "examples/tiny/base", "--target", "vllm")
+
 
 def test_a_layout_has_a_folder_of_its_own(tmp_path):
     here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
@@ -20,6 +22,58 @@ def test_a_layout_has_a_folder_of_its_own(tmp_path):
 
     assert done.code == 2
     assert "--layout /" in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", ""),
+        ("inspect", " "),
+        ("verify", ""),
+        ("push", "a", "--to", " "),
+        ("report", "--compare", "\t"),
+        ("merge", "--base", "a", "--adapter", "", "--out", "b"),
+    ],
+)
+def test_a_blank_argument_is_no_place(words):
+    done = run(*words)
+
+    assert done.code == 2
+    assert "is empty" in done.err
+
+
+@pytest.mark.parametrize(
+    "place", ["./outt", "/nowhere/outt", "~/outt", "outt/", "outt/Big/1", "oci:outt", "../outt:1.0"]
+)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "{}"),
+        ("verify", "{}"),
+        ("push", "{}", "--to", "127.0.0.1:1/a"),
+        ("bench", "--image", "{}"),
+        ("bake", *TINY, "--base-image", "{}", "--layout", "/tmp/never"),
+    ],
+)
+def test_a_mistyped_folder_is_not_asked_of_a_registry(place, words):
+    done = run(*(word.format(place) for word in words))
+
+    assert (done.code, "does not exist" in done.err) == (3, True), done.err
+    assert "outt" in done.err
+
+
+@pytest.mark.parametrize("place", ["examples", "oci:examples", "./README.md"])
+def test_a_folder_that_is_no_layout_is_refused(place):
+    for command in ("inspect", "verify"):
+        done = run(command, place)
+
+        assert (done.code, "not an OCI layout" in done.err) == (3, True), done.err
+
+
+def test_a_name_of_a_registry_is_no_folder():
+    done = run("inspect", "ghcr.io/Team/App")
+
+    assert (done.code, "must be lower case" in done.err) == (2, True), done.err
 
 
 def test_a_folder_that_is_gone_is_reported(tmp_path):

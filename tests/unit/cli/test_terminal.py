@@ -114,4 +114,4 @@ def test_nobody_listens_to_the_progress(tmp_path, closed):
     )  # fmt: skip
 
     assert done.returncode == 3
-    assert json.loads(done.stdout)["error"]["message"].endswith("it has no file 'oci-layout'")
+    assert json.loads(done.stdout)["error"]["message"].endswith("none does not exist")

@@ -176,8 +176,10 @@ def test_what_is_not_there_is_not_a_failed_check(scene: Scene) -> None:
         scene.check(f"{scene.fake.host}/team/none:1")
     with pytest.raises(UsageError, match=r"config\.json"):
         scene.check(key=scene.model / "config.json")
-    with pytest.raises(InputRefused, match="is not an OCI layout"):
+    with pytest.raises(InputRefused, match="none does not exist"):
         scene.check(f"oci:{scene.folder}/none")
+    with pytest.raises(InputRefused, match="is not an OCI layout"):
+        scene.check(f"oci:{scene.model}")
 
 
 def test_the_same_again_adds_nothing(scene: Scene) -> None:

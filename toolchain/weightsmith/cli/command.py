@@ -78,6 +78,7 @@ def command(
             as_json = arguments["json"] if asks else arguments.pop("json")
             settle_streams()
             try:
+                _require_words(positional, arguments)
                 values = {name: flags.read(arguments) for name, flags in sections.items()}
                 result, text = _guarded(body, {**_numbers(body, arguments), **values})
             except WeightsmithError as error:
@@ -143,6 +144,21 @@ def _for_invoke(
 
     given = {"context": _CONTEXT, **signature.parameters, "json": _JSON}.values()
     return signature.replace(parameters=[each for one in given for each in seen(one)])
+
+
+def _require_words(positional: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
+    """Raise UsageError for a blank argument, which as a path would be the current folder.
+
+    A flag's own value may be empty, which is its default.
+    """
+    for name, value in arguments.items():
+        words = value if isinstance(value, list) else [value]
+        must = isinstance(value, list) or name in positional
+        if any(isinstance(word, str) and not word.strip() and (word or must) for word in words):
+            flag = name.upper() if name in positional else f"--{name.replace('_', '-')}"
+            raise UsageError(
+                f"{flag} is empty", hint="give a value; a variable of the shell may not be set"
+            )
 
 
 def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:

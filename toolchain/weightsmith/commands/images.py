@@ -11,7 +11,12 @@ from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.inspect import describe
 from weightsmith.oci.layout import is_layout
-from weightsmith.oci.locations import ImageLocation, RegistryLocation, open_location
+from weightsmith.oci.locations import (
+    ImageLocation,
+    RegistryLocation,
+    open_location,
+    reference_of,
+)
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.platforms import usual
@@ -192,7 +197,7 @@ def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) ->
     """
     if is_layout(source) or Path(source).is_dir():
         return {}
-    reference = Reference.parse(source)
+    reference = reference_of(source)
     held = engine.inspect(source) if engine.answers() else {}
     if reference.registry == DOCKER_HUB or not held:
         return held

@@ -17,6 +17,7 @@ from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.oci import tls
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_layout
+from weightsmith.oci.locations import reference_of
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Endpoint, StartSpec
@@ -133,7 +134,8 @@ def _startable(image: str, tools: Tools) -> Iterator[tuple[str, Mapping[str, Jso
     from its registry into the engine, or without one into a layout, and deleted afterwards.
     """
     folder, name = locate(image) if is_layout(image) else (None, None)
-    held = tools.engine.inspect(image) if not folder and tools.engine.answers() else {}
+    place = None if folder else reference_of(image)
+    held = tools.engine.inspect(image) if place and tools.engine.answers() else {}
     if held:
         yield image, held.get("Config") or {}
         return

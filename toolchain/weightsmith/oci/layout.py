@@ -123,6 +123,8 @@ def _has_marker(folder: Path) -> bool:
 
 def is_layout(text: str) -> bool:
     """Say whether a source is a layout: by its prefix, or because the folder is one."""
+    if not text.removeprefix("oci:").strip():  # as a path, it would be the current folder
+        return False
     return text.startswith("oci:") or _has_marker(locate(text)[0])
 
 
@@ -191,12 +193,21 @@ def _index(image: Image, ref: str, folder: Path) -> bytes:
 
 def index_document(folder: Path) -> Mapping[str, Json]:
     """Return a layout's index.json; raises InputRefused if the folder is not a layout."""
+    require_layout(folder)
+    return manifests.read_json(read_small_file(folder / "index.json"), f"{folder}/index.json")
+
+
+def require_layout(folder: Path) -> None:
+    """Raise InputRefused if the folder does not exist, or is not a layout."""
+    if not folder.exists():
+        raise InputRefused(
+            f"{folder} does not exist", hint="give the folder that `--layout` wrote"
+        )
     if not (folder / "oci-layout").is_file():
         raise InputRefused(
             f"{folder} is not an OCI layout: it has no file 'oci-layout'",
             hint="give the folder that `--layout` wrote",
         )
-    return manifests.read_json(read_small_file(folder / "index.json"), f"{folder}/index.json")
 
 
 def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: str) -> Blob:

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from weightsmith.errors import UsageError
+from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci import layout_attachments, manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import Image
-from weightsmith.oci.layout import is_layout, locate, read_index, read_layout
+from weightsmith.oci.layout import is_layout, locate, read_index, read_layout, require_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.values import Blob, Digest
+
+_HINT = "give the folder that `--layout` wrote, or an image reference"
 
 
 class ImageLocation(Protocol):
@@ -106,13 +108,40 @@ class LayoutLocation:
 def open_location(source: str, registry: Registry) -> ImageLocation:
     """Return the location of a layout folder (`[oci:]DIR[:NAME]`) or a registry reference.
 
-    Raises UsageError for anything else.
+    Raises InputRefused for a folder that is not there or not a layout, UsageError for what is
+    neither path nor reference.
     """
     if is_layout(source):
-        return LayoutLocation(*locate(source))
-    if Path(source).is_dir():
-        raise UsageError(
-            f"{source} is a folder, but not an OCI layout",
-            hint="give the folder that `--layout` wrote, or an image reference",
-        )
-    return RegistryLocation(registry, Reference.parse(source))
+        folder, name = locate(source)
+        require_layout(folder)
+        return LayoutLocation(folder, name)
+    if source.strip() and Path(source).is_dir():
+        raise InputRefused(f"{source} is a folder, but not an OCI layout", hint=_HINT)
+    return RegistryLocation(registry, reference_of(source))
+
+
+def reference_of(source: str) -> Reference:
+    """Return the reference of an image that is no layout.
+
+    Raises InputRefused if the user means a path, which no registry should be asked for, UsageError
+    for what is neither path nor reference.
+    """
+    if _is_path(source):
+        why = "is not an OCI layout" if Path(source).exists() else "does not exist"
+        raise InputRefused(f"{source} {why}", hint=_HINT)
+    try:
+        return Reference.parse(source)
+    except UsageError as error:
+        if not _may_be_path(source):
+            raise
+        raise InputRefused(f"{source} does not exist, and {error.message}", hint=_HINT) from None
+
+
+def _is_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.endswith("/")
+
+
+def _may_be_path(source: str) -> bool:
+    """Say whether what is no reference has a separator, and does not begin with a registry."""
+    first, slash, _ = source.partition("/")
+    return bool(slash) and not any(character in first for character in ".:@")

@@ -34,6 +34,11 @@ class Reference:
     @classmethod
     def parse(cls, text: str) -> Reference:
         """Parse a reference as Docker does (`docker.io`, `library/`, `latest`), or UsageError."""
+        if not text.strip():
+            raise UsageError(
+                "the image reference is empty",
+                hint="write [registry[:port]/]repository[:tag][@sha256:…]",
+            )
         if "://" in text:
             raise _refused(text, "it begins with a scheme")
         rest, _, digest_text = text.partition("@")

@@ -26,7 +26,7 @@ from weightsmith.oci.layers import (
     verified,
 )
 from weightsmith.oci.layout import is_layout, locate, read_all, read_layout
-from weightsmith.oci.references import Reference
+from weightsmith.oci.locations import reference_of
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import OWN_LAYER
 from weightsmith.platforms import host_platform
@@ -128,7 +128,7 @@ def check_base(reference: str, engine: str, tools: Tools, *, platforms: Sequence
         # Its warnings are shown later, when the image is assembled.
         base_images(reference, engine, replace(tools, progress=Silent()), platforms=platforms)
     else:
-        Reference.parse(reference)
+        reference_of(reference)
 
 
 def base_image(reference: str, engine: str, tools: Tools, *, platform: str | None = None) -> Image:
@@ -143,7 +143,7 @@ def base_image(reference: str, engine: str, tools: Tools, *, platform: str | Non
     if is_layout(reference):
         image = read_layout(*locate(reference), platform=platform)
     else:
-        image = tools.registry.pull(Reference.parse(reference), platform=platform)
+        image = tools.registry.pull(reference_of(reference), platform=platform)
     return _checked(image, reference, engine, tools)
 
 
@@ -170,7 +170,7 @@ def base_images(
     elif is_layout(reference):
         images = read_all(*locate(reference))
     else:
-        place = Reference.parse(reference)
+        place = reference_of(reference)
         known = {} if place.digest else dict(pins or {})
         images = tuple(
             tools.registry.pull(place.at(Digest(known[p])) if p in known else place, platform=p)
