@@ -113,6 +113,9 @@ def test_an_index_stays_one_and_shares_the_weights(bakery: Bakery, tmp_path: Pat
         copied = copy_image(source, place, bakery.client, Silent(), force=False)
         assert copied["digest"] == bakery.client.digest_of(Reference.parse(place)) == done["digest"]
         assert weights(bakery.image(to, "linux/arm64")) == weights(each[1])
+        layers = {layer.digest: layer.size for image in each for layer in image.layers}
+        assert {row["digest"]: row["size"] for row in copied["layers"]} == layers
+        assert len(copied["layers"]) == len(layers)
     if shutil.which("skopeo"):
         skopeo = ["skopeo", "copy", "-q", "--all", "--preserve-digests"]
         places = [f"oci:{tmp_path}/layout:latest", f"dir:{tmp_path}/dir"]

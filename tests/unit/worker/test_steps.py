@@ -54,9 +54,8 @@ def raising(statement: str) -> tuple[Step]:
         ("raise Exception('data did not match any variant')", "Exception: data did not match"),
         ("raise NotImplementedError", "cannot read the model: NotImplementedError$"),
         (
-            "import logging, sys; logging.basicConfig();"
-            "logging.getLogger('hf-to-gguf').error('Error: Missing tokenizer.model'); sys.exit(1)",
-            "the model: Error: Missing tokenizer.model",
+            "import logging, sys; logging.basicConfig(); logging.error('Missing it'); sys.exit(1)",
+            "the model: Missing it",
         ),
     ],
 )
@@ -77,7 +76,7 @@ def test_what_the_converter_says_of_its_input_is_a_refusal(tmp_path, statement, 
     ],
 )
 def test_what_it_says_of_the_machine_or_of_us_is_not(tmp_path, statement):
-    with pytest.raises(EnvironmentFailure, match="failed .exit code 1."):
+    with pytest.raises(EnvironmentFailure, match=r"failed \(exit code 1\)"):
         run_steps(raising(statement), tmp_path, lambda *_: None)
 
 

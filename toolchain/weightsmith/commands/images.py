@@ -25,8 +25,11 @@ from weightsmith.provenance.evidence import read_attached, statement_parts
 from weightsmith.provenance.labels import PREFIX, TESTED_PLATFORM, plan_in, scores_in
 from weightsmith.provenance.sealing import cosign_tag, countersigned, only_held, strays
 from weightsmith.serving.memory import human
-from weightsmith.values import Blob, Digest, Json, plain
+from weightsmith.values import Blob, Digest, ImageLayer, Json, Published, plain
 from weightsmith.visible import joined
+
+_ASIDE = "unknown/unknown"
+"""Platform of manifests that other builders put beside their images, such as attestations."""
 
 
 def copy_image(
@@ -83,12 +86,14 @@ def _copy_index(
     whole = Blob(digest=Digest.of(index), size=len(index), media_type=kind)
     if not force:
         registry.check_tag(to, whole.digest)
-    done = []
+    sent, layers = list[Published](), dict[Digest, ImageLayer]()
     for row in manifests.listed(document, "manifests", str(to)):
         blob = manifests.descriptor(row, str(to), manifests.MANIFESTS, manifests.LARGEST_MANIFEST)
         one = origin.read(blob)
+        if manifests.platform_of(row.get("platform")) != _ASIDE:
+            layers |= _layers_of(one)
         place = Reference(to.registry, to.repository)
-        done.append(
+        sent.append(
             registry.push_manifest(
                 place,
                 one.manifest_bytes,
@@ -107,11 +112,23 @@ def _copy_index(
         force=force,
         before_tag=lambda: copy_attachments(whole, origin, there, signer, progress.warn),
     )
-    sent = sum(one.uploaded_bytes for one in done)
-    seconds = last.seconds + sum(one.seconds for one in done)
-    progress.finish("push", seconds, cached=sent == 0)
-    mounted = sum(one.mounted for one in done)
-    return dict(plain(replace(last, uploaded_bytes=sent, mounted=mounted, seconds=seconds)))
+    done = replace(
+        last,
+        layers=tuple(layers.values()),
+        uploaded_bytes=sum(one.uploaded_bytes for one in sent),
+        mounted=sum(one.mounted for one in sent),
+        seconds=last.seconds + sum(one.seconds for one in sent),
+    )
+    progress.finish("push", done.seconds, cached=done.uploaded_bytes == 0)
+    return dict(plain(done))
+
+
+def _layers_of(one: Attachment) -> dict[Digest, ImageLayer]:
+    """Return the layers of an image's manifest, by digest: platforms share some."""
+    return {
+        part.blob.digest: ImageLayer(digest=part.blob.digest, size=part.blob.size, file=part.title)
+        for part in one.parts
+    }
 
 
 def copy_attachments(

@@ -200,9 +200,7 @@ def index_document(folder: Path) -> Mapping[str, Json]:
 def require_layout(folder: Path) -> None:
     """Raise InputRefused if the folder does not exist, or is not a layout."""
     if not folder.exists():
-        raise InputRefused(
-            f"{folder} does not exist", hint="give the folder that `--layout` wrote"
-        )
+        raise InputRefused(f"{folder} does not exist", hint="give the folder that `--layout` wrote")
     if not (folder / "oci-layout").is_file():
         raise InputRefused(
             f"{folder} is not an OCI layout: it has no file 'oci-layout'",

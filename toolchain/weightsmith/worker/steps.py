@@ -118,7 +118,7 @@ def _says(ended: process.Completed, any_of: tuple[str, ...]) -> bool:
 
 
 def _refuse(step: Step, ended: process.Completed) -> None:
-    """Raise the error of the last line, or InputRefused for what the converter says of its input."""
+    """Raise the error of the last line, or InputRefused for what is said of the input."""
     last = next((line.strip() for line in reversed(ended.tail) if line.strip()), "")
     if last.startswith(REFUSED):
         message, hint = parse(last.removeprefix(REFUSED))
