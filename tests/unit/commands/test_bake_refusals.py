@@ -6,12 +6,16 @@ import os
 import shutil
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.oci.layout import read_layout
 from weightsmith.ports import Silent
+from weightsmith.quantizers.gguf_types import FILE_TYPES
 
 from tests.fakes.baking import Bakery, bake, push_base
+from tests.fakes.journal import RecordingProgress
 from tests.fakes.tiny import write_model
 
 
@@ -41,6 +45,34 @@ def test_weights_in_another_format_are_refused_with_what_makes_them(
     with pytest.raises(InputRefused, match=r"has no .* weights, which") as caught:
         bakery.bake("team/app:1", kind="volume", base="", target=target)
     assert hint in caught.value.hint
+
+
+def write_gguf(path: Path, file_type: int | None) -> None:
+    """Write a GGUF file of one q8_0 matrix, whose metadata says this type."""
+    writer = gguf.GGUFWriter(path, "llama")
+    if file_type is not None:
+        writer.add_file_type(file_type)
+    blocks = np.zeros((32, 34), np.uint8)
+    writer.add_tensor("blk.0.attn_q.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_file_of_another_type_than_the_targets_is_refused(bakery: Bakery) -> None:
+    write_gguf(bakery.model / "tiny.gguf", FILE_TYPES["q8_0"].number)
+    with pytest.raises(InputRefused, match=r"type q8_0 .*mostly q8_0.*promises q4_k_m") as caught:
+        bakery.bake("team/app:1", kind="volume", base="", target="llamacpp-q4_k_m")
+    assert "--target llamacpp-q8_0" in caught.value.hint
+
+
+@pytest.mark.parametrize("said", [FILE_TYPES["q4_k_s"].number, 999, None])
+def test_a_mix_of_the_targets_family_is_baked(bakery: Bakery, said: int | None) -> None:
+    write_gguf(bakery.model / "tiny.gguf", said)
+    progress = RecordingProgress()
+    bakery.bake("team/app:1", kind="volume", base="", target="llamacpp-q4_k_m", progress=progress)
+    assert any("labels will say q4_k_m" in text for text in progress.warnings) == (said is not None)
 
 
 def hostile(folder: Path, kind: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def gguf_file_type(path: Path) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def gguf_tensor_types(path: Path) -> Mapping[str, int]:
+    """Return how many weights of a GGUF file have each tensor type, most first.
+
+    Raises InputRefused if the file is invalid.
+    """
+    weights = Counter[str]()
+    for tensor in _reader(path).tensors:
+        weights[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    return dict(weights.most_common())
+
+
 def _contents(path: Path, field: Any) -> Json:
     try:
         return field.contents()
@@ -56,13 +68,17 @@ def _contents(path: Path, field: Any) -> Json:
         raise _unreadable(path, error) from None
 
 
-def _fields(path: Path) -> Mapping[str, Any]:
+def _reader(path: Path) -> Any:
     from weightsmith.checkpoints.gguf_reader import GGUFReader
 
     try:
-        fields: Mapping[str, Any] = GGUFReader(path).fields
+        return GGUFReader(path)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
+
+
+def _fields(path: Path) -> Mapping[str, Any]:
+    fields: Mapping[str, Any] = _reader(path).fields
     if "general.architecture" not in fields:
         raise _unreadable(path, "it has no general.architecture")
     return fields

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.folder import scan
-from weightsmith.checkpoints.gguf_config import gguf_file_type
+from weightsmith.checkpoints.gguf_config import gguf_file_type, gguf_tensor_types
 from weightsmith.checkpoints.gguf_names import gguf_models
 from weightsmith.checkpoints.gguf_parts import model_name
 from weightsmith.checkpoints.safetensors import read_header
@@ -187,7 +187,7 @@ def _inputs(
     if request.kind == "ollama":  # it has no place for other files
         gguf = tuple(file for file in artifact.tree.files if file.path.endswith(".gguf"))
         artifact = replace(artifact, tree=replace(artifact.tree, files=gguf))
-    _compare_type(model, target, tools)
+    _check_type(model, target, tools)
     config, engine = None, ""
     base_name = data_base(request.kind, request.image.base)
     if request.kind == "image":
@@ -273,17 +273,26 @@ def _check_whole(path: Path, progress: Progress) -> None:
         progress.warn(f"{error.message}; it is added to the image unchanged")
 
 
-def _compare_type(model: Model, target: Target, tools: Tools) -> None:
-    """Warn if a GGUF file's metadata names a different type than the target."""
+def _check_type(model: Model, target: Target, tools: Tools) -> None:
+    """Refuse a GGUF file of another type than the target's; warn about another size of its mix."""
     row = FILE_TYPES.get(target.format.name)
     files = gguf_models(model.weights)
     found = gguf_file_type(model.root / files[0]) if row and files else None
-    if row and found is not None and found != row.number:
-        names = [other.name for other in FILE_TYPES.values() if other.number == found]
+    if row is None or found is None or found == row.number:
+        return
+    named = next((other for other in FILE_TYPES.values() if other.number == found), None)
+    if named is None or named.family == row.family:
         tools.progress.warn(
-            f"the metadata of {files[0]} says {names[0] if names else f'type {found}'}, but the"
-            f" image's labels will say {target.format.name}, because of --target {target.name}"
+            f"the metadata of {files[0]} says {named.name if named else f'type {found}'}, but the"
+            f" image's labels will say {row.name}, because of --target {target.name}"
         )
+        return
+    most = [*gguf_tensor_types(model.root / files[0])][:3]
+    raise InputRefused(
+        f"{files[0]} has weights of the type {named.name} (general.file_type {found}, tensors"
+        f" mostly {', '.join(most)}), but {target.name} promises {row.name}",
+        hint=f"give --target llamacpp-{named.name}, or run `invoke quantize --format {row.name}`",
+    )
 
 
 def _is_ready(model: Model, target: Target) -> bool:

@@ -33,6 +33,11 @@ class FileType:
         return int(found[0]) if found else 16
 
     @property
+    def family(self) -> str:
+        """The name without the size of the mix: q4_k for q4_k_s and q4_k_m, iq3 for iq3_xxs."""
+        return re.sub(r"_(xxs|xs|s|m|l)$", "", self.name)
+
+    @property
     def is_low(self) -> bool:
         """Whether the name says less than four bits."""
         return self.named_bits < 4
