@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
+from weightsmith.checkpoints.safetensors import build_header, read_header
+from weightsmith.errors import InputRefused
+from weightsmith.merging.plan import make_plan
 
 from tests.fakes.command_line import weightsmith
 
@@ -68,6 +72,20 @@ def test_a_checkpoint_that_is_quantized_already(model, tmp_path, format_) -> Non
     said = refused(model, tmp_path, "--format", format_)
     assert "already quantized (gptq)" in said
     assert "16-bit checkpoint" in said
+
+
+@pytest.mark.parametrize("format_", ["q8_0", "fp8"])
+def test_weights_of_64_bits_are_refused_as_by_a_merge(model, tmp_path, format_) -> None:
+    path = model / "model.safetensors"
+    wide = [(t.name, "F64", t.shape) for t in read_header(path).tensors]
+    size = sum(8 * math.prod(shape) for _, _, shape in wide)
+    path.write_bytes(build_header(wide, {"format": "pt"}) + bytes(size))
+
+    said = refused(model, tmp_path, "--format", format_)
+    with pytest.raises(InputRefused, match="unsupported dtype F64") as merging:
+        make_plan(model, [(TINY / "adapters" / "a", 1.0)])
+    assert "has the unsupported dtype F64" in said
+    assert merging.value.hint in said
 
 
 @pytest.mark.parametrize("format_", ["awq", "gptq", "awq-compressed"])

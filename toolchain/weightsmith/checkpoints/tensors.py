@@ -35,6 +35,15 @@ def array_type(dtype: str) -> np.dtype[Any]:
     return np.dtype("<" + _NUMPY[dtype])
 
 
+def unsupported(name: str, dtype: str) -> InputRefused:
+    """Return the refusal of a model's weight, because of its safetensors dtype."""
+    return InputRefused(
+        f"{name} has the unsupported dtype {dtype}",
+        hint="models in bfloat16, float16 and float32 can be merged and quantized: load it with "
+        "from_pretrained(…, dtype=torch.float32) and write it with save_pretrained",
+    )
+
+
 def widened(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Return floats as float32; bfloat16 by its bits, faster than ml_dtypes does it."""
     import numpy as np

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.gguf_names import projector_name
+from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.checkpoints.tensors import unsupported
 from weightsmith.commands.folders import open_checkpoint
 from weightsmith.destinations import in_folder
 from weightsmith.errors import UsageError
@@ -20,7 +22,7 @@ from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.tools import Tools
 from weightsmith.trees import below
-from weightsmith.values import Json
+from weightsmith.values import Json, Tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,7 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
     _require_new(out)
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
+    _check_dtypes(checkpoint.tree)
     name, settings = out.stem or asked.model.name, asked.settings.model_dump()
     model = read_facts(asked.model)
     options = format_options(name, format_, settings, {}, checkpoint.tree, tools)
@@ -76,6 +79,15 @@ def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
         "quality": loss.to_json() if loss else {},
         "details": dict(artifact.details),
     }
+
+
+def _check_dtypes(tree: Tree) -> None:
+    """Raise InputRefused for matrices in float64, as `merge` does; reads only the headers."""
+    for file in tree.files:
+        if file.path.endswith(".safetensors"):
+            for info in read_header(tree.path(file.path)).tensors:
+                if info.dtype == "F64" and len(info.shape) > 1:
+                    raise unsupported(f"the model's {info.name}", info.dtype)
 
 
 def _require_new(out: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from weightsmith.checkpoints.tensors import unsupported
 from weightsmith.errors import InputRefused
 from weightsmith.merging.base import BaseTensors
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim
@@ -143,10 +144,7 @@ def compose_output(
     if not shares:
         return plain
     if source.dtype not in MERGEABLE and not _is_copied(source, shares):
-        raise InputRefused(
-            f"the base's {name} has the unsupported dtype {source.dtype}",
-            hint="adapters can be merged onto bfloat16, float16 and float32 weights",
-        )
+        raise unsupported(f"the base's {name}", source.dtype)
     claims = [share.claim for share in shares]
     plain = replace(plain, columns=next((c.columns for c in claims if c.columns), columns))
     _check_overlaps(name, shares)
