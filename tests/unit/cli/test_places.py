@@ -8,7 +8,7 @@ import sys
 import pytest
 from weightsmith.drivers import checkup
 
-from tests.fakes.command_line import PROGRAMS, ROOT, run
+from tests.fakes.command_line import PROGRAMS, ROOT, run, started
 from tests.fakes.tiny import write_model
 
 TINY = ("--model", "examples/tiny/base", "--target", "vllm")
@@ -74,6 +74,24 @@ def test_a_name_of_a_registry_is_no_folder():
     done = run("inspect", "ghcr.io/Team/App")
 
     assert (done.code, "must be lower case" in done.err) == (2, True), done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+def test_names_are_read_where_python_was_told_to_expect_ascii(tmp_path, program):
+    """As the tool, run by a job of CI without a locale, is; Invoke reads our code too late."""
+    model = write_model(tmp_path / "mödel")
+    recipe = tmp_path / "récipe.yaml"
+    base = {"source": f"./{model.name}"}
+    recipe.write_text(json.dumps({"name": "a", "version": "1", "base": base, "targets": ["vllm"]}))
+    here = {"WEIGHTSMITH_CACHE": str(tmp_path / "cache"), "WEIGHTSMITH_STORE": str(tmp_path / "st")}
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", **here}
+
+    done = started(program, "plan", "--recipe", str(recipe), **ascii_only)
+
+    assert "Traceback" not in done.err
+    assert done.code == (0 if program == "weightsmith" else 3), done.err
+    assert ("set LC_ALL=C.UTF-8" in done.err) == (program == "invoke")
 
 
 def test_a_folder_that_is_gone_is_reported(tmp_path):

@@ -276,9 +276,12 @@ class _Interrupted(WeightsmithError):
 
 def print_error(error: WeightsmithError, *, as_json: bool) -> None:
     """Print an error in a few lines on stderr, and with --json as an object on stdout."""
+    hint = error.hint
+    if sys.getfilesystemencoding() == "ascii" and not error.message.isascii():
+        hint = f"set LC_ALL=C.UTF-8 and not PYTHONUTF8=0, else names must be ASCII; or {hint}"
     if as_json:
-        report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        report = {"message": error.message, "hint": hint, "exit_code": error.exit_code}
         put_line(visible.as_json({**plain(error.details), "error": report}), sys.stdout)
     text = f"error: {visible.quoted(error.message)}"
-    text += f"\n  hint: {visible.quoted(error.hint)}" if error.hint else ""
+    text += f"\n  hint: {visible.quoted(hint)}" if hint else ""
     put_line(text, sys.stderr)
