@@ -94,6 +94,34 @@ def test_names_are_read_where_python_was_told_to_expect_ascii(tmp_path, program)
     assert ("set LC_ALL=C.UTF-8" in done.err) == (program == "invoke")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "a", "--key", "~nobody-of-this-name/key.pem"),
+        ("cache", "stat", "--cache", "~nobody-of-this-name/cache"),
+        ("plan", "--base", "~nobody-of-this-name/base", "--target", "vllm"),
+    ],
+)
+def test_a_user_without_a_home_is_reported(words):
+    done = run(*words)
+
+    assert (done.code, "has no home folder" in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize("action", ["stat", "pull", "push", "prune"])
+def test_a_file_is_no_cache(tmp_path, action):
+    (tmp_path / "file").touch()
+    done = run("cache", action, "--cache", str(tmp_path / "file"), "--keep", "1GiB")
+
+    assert (done.code, "it is not a folder" in done.err) == (2, True), done.err
+
+
+def test_a_cache_below_a_folder_that_is_not_mounted_is_reported(tmp_path):
+    done = run("cache", "stat", "--cache", str(tmp_path / "share" / "cache"))
+
+    assert (done.code, "cannot be used" in done.err) == (5, True), done.err
+
+
 def test_a_folder_that_is_gone_is_reported(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()

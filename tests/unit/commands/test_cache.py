@@ -99,7 +99,8 @@ def test_the_cache_is_pruned_to_a_size(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_used_is_an_error_here(tmp_path: Path, run: Run) -> None:
-    (tmp_path / "shared").write_text("")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "blobs").write_text("")
     made(tmp_path / "one")
     with pytest.raises(EnvironmentFailure, match="cannot be used"):
         run("push")

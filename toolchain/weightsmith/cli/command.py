@@ -196,7 +196,7 @@ def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json],
     except UnicodeEncodeError as error:
         raise _misspelt(error) from error
     except Exception as error:
-        raise (of_open_files(error) or _of_links(error) or _unexpected(error)) from error
+        raise (of_open_files(error) or _of_path(error) or _unexpected(error)) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -219,10 +219,15 @@ def _refused(error: OSError) -> Exception:
     return of_machine(error) or _unexpected(error)
 
 
-def _of_links(error: Exception) -> UsageError | None:
-    """Return an error about links in a circle, for which pathlib has no class of its own."""
+def _of_path(error: Exception) -> UsageError | None:
+    """Return an error about a path for which pathlib has no class of its own, or None."""
     if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):
         return UsageError(str(error), hint=_NO_PATHS[errno.ELOOP])
+    if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
+        return UsageError(
+            "a path begins with ~ and the name of a user who has no home folder",
+            hint="write the folder in full",
+        )
     return None
 
 

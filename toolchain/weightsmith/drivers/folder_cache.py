@@ -7,6 +7,7 @@ blobs/<2>/<sha256>     blobs by digest
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -41,7 +42,7 @@ class FolderCache:
         try:
             document = b"".join(_chunks(path, _SMALL))
         except FileNotFoundError:
-            if not self.root.is_dir() and not self.root.parent.is_dir():
+            if self._is_lost():
                 raise
             return None
         if use:
@@ -83,7 +84,9 @@ class FolderCache:
         self._blob(blob.digest).unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Kept]:
-        """Yield every entry; blobs that several have count for each."""
+        """Yield every entry; blobs that several have count for each. OSError as in `find`."""
+        if self._is_lost():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
         for path in _files(self.root / "entries", ".json"):
             with suppress(OSError, ValueError):
                 size = sum(_blobs_of(path).values()) + path.stat().st_size
@@ -115,6 +118,10 @@ class FolderCache:
                     path.unlink()
                     freed += status.st_size
         return freed
+
+    def _is_lost(self) -> bool:
+        """Say whether even the folder is missing that the cache would be made in."""
+        return not self.root.is_dir() and not self.root.parent.is_dir()
 
     def _entry(self, key: Digest) -> Path:
         return self.root / "entries" / f"{key.hex}.json"

@@ -55,8 +55,10 @@ def parse_address(text: str, flag: str) -> Address:
     scheme, separator, rest = text.partition("://")
     match scheme if separator else "file":
         case "file":
-            folder = rest if separator else text
-            return Address("folder", str(Path(folder).expanduser().absolute()))
+            folder = Path(rest if separator else text).expanduser().absolute()
+            if folder.exists() and not folder.is_dir():
+                raise _refused(flag, text, "it is not a folder")
+            return Address("folder", str(folder))
         case "oci":
             try:
                 found = Reference.parse(rest)
