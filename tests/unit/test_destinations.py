@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from weightsmith.destinations import in_folder
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.errors import (
+    CheckFailed,
+    EnvironmentFailure,
+    InputRefused,
+    UsageError,
+    of_machine,
+)
 
 from tests.fakes.memory import memory_tools
 
@@ -59,6 +67,18 @@ def test_what_is_left_of_a_run_that_failed(tmp_path: Path, error: Any, resumes: 
     assert not (tmp_path / "out").exists()
     kept = resumes and error is EnvironmentFailure
     assert (tmp_path / ".out.partial").exists() is kept
+
+
+def test_a_full_disk_is_named_by_the_users_folder(tmp_path: Path) -> None:
+    """A write to an open file does not say where it was."""
+    tools = memory_tools(tmp_path / "store")
+
+    with pytest.raises(OSError, match="No space") as full, in_folder(tmp_path / "out", "x", tools):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    refused = of_machine(full.value)
+    assert refused is not None
+    assert str(tmp_path / "out") in refused.message
 
 
 def test_a_single_file_gets_the_name_itself(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -189,6 +190,9 @@ def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> I
         try:
             yield InFolder(tools, partial, resumes)
         except BaseException as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full and error.filename is None:  # as of a write to an open file
+                error.filename = str(out)
             if not resumes or isinstance(error, CheckFailed | InputRefused | UsageError):
                 discard(partial)
             raise

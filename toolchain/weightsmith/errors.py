@@ -75,8 +75,8 @@ def of_machine(error: OSError) -> EnvironmentFailure | None:
         return None
     return EnvironmentFailure(
         f"cannot write {error.filename or 'a file'}: {error.strerror or error}",
-        hint="free some space or get write permission there, or set WEIGHTSMITH_CACHE, "
-        "WEIGHTSMITH_STORE and TMPDIR to folders where you may write",
+        hint="free some space or get write permission there, or name another folder; our own are "
+        "set by WEIGHTSMITH_CACHE, WEIGHTSMITH_STORE and TMPDIR",
     )
 
 

@@ -71,6 +71,17 @@ def test_an_expected_error_is_one_message_without_traceback(tmp_path):
     assert "Traceback" not in err
 
 
+def test_a_full_disk_is_named_by_the_folder_that_is_written(tmp_path):
+    (tmp_path / "echo.txt").symlink_to("/dev/full")
+    messages, _ = ended(worker(echo(tmp_path), tmp_path))
+
+    error = messages[-1]["error"]
+    assert error["exit_code"] == 5
+    assert "the disk is full" in error["message"]
+    assert error["message"].endswith(str(tmp_path))
+    assert "--out" in error["hint"]
+
+
 def test_a_surprise_has_its_traceback_on_standard_error(tmp_path):
     process = worker(echo(tmp_path, crash="boom"), tmp_path)
 

@@ -59,9 +59,9 @@ def _of_the_system(problem: OSError, job: Job) -> WeightsmithError:
     # shutil raises several failures as one error without a number.
     if problem.errno in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(problem):
         return EnvironmentFailure(
-            f"the disk is full while the {job.kind} job writes to {job.output}",
-            hint="free some (`invoke clean --keep 0` empties the store) or set WEIGHTSMITH_STORE "
-            "to a folder on a larger disk",
+            f"the disk is full while the {job.kind} job writes to {problem.filename or job.output}",
+            hint="free some space on that disk, or write to a larger one: give another --out, or "
+            "if it is the store, set WEIGHTSMITH_STORE (`invoke clean --keep 0` empties it)",
         )
     if too_many := of_open_files(problem):
         return too_many
