@@ -16,6 +16,7 @@ from weightsmith.errors import CheckFailed
 from weightsmith.jobs import ExportEngineJob
 from weightsmith.ports import Progress
 from weightsmith.tools import Tools
+from weightsmith.waiting import check_stopped
 
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.memory import memory_tools
@@ -157,6 +158,25 @@ def test_an_error_before_its_turn_ends_its_job(
     assert runner.stopped
     assert isinstance(seen[0], KeyboardInterrupt)  # as if Ctrl-C had ended its stage
     assert tools.progress.lines == []
+
+
+def test_work_that_waits_for_another_builds_lock_ends_with_the_block(tools: Any) -> None:
+    waiting, ended = threading.Event(), threading.Event()
+
+    def waits(_: Tools) -> str:
+        waiting.set()
+        try:
+            check_stopped(PATIENCE)
+        except KeyboardInterrupt:
+            ended.set()
+            raise
+        return "it came free"
+
+    with Ahead[str](tools) as ahead:
+        ahead.start("q4", waits, SHARES)
+        assert waiting.wait(PATIENCE)
+
+    assert ended.is_set()
 
 
 def test_what_was_not_begun_is_done_in_its_turn(tools: Any, runner: Blocked) -> None:

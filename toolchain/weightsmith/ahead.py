@@ -14,6 +14,7 @@ from weightsmith.ports import Progress, Runner
 from weightsmith.runners import WithinMemory, Wrapped
 from weightsmith.tools import Tools
 from weightsmith.values import Json
+from weightsmith.waiting import stopped_by
 
 T = TypeVar("T")
 
@@ -70,7 +71,8 @@ class Ahead(Generic[T]):
 
     def _run(self, work: Callable[[Tools], T], tools: Tools) -> None:
         try:
-            self._value.append(work(tools))
+            with stopped_by(self._stop):
+                self._value.append(work(tools))
         except BaseException as error:  # noqa: BLE001 - raised in its turn
             self._error = error
         finally:

@@ -17,6 +17,7 @@ from weightsmith.ports import Entry, Store
 from weightsmith.tools import Tools
 from weightsmith.trees import below, discard
 from weightsmith.values import Digest, FileEntry, Json, StageInputs, Tree
+from weightsmith.waiting import holder
 
 Make = Callable[[Path], Mapping[str, Json]]
 """Fills an empty folder and returns metadata to store with the files."""
@@ -190,9 +191,9 @@ def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> I
         try:
             yield InFolder(tools, partial, resumes)
         except BaseException as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full and error.filename is None:  # as of a write to an open file
-                error.filename = str(out)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                # A write to an open file does not say where it was.
+                error.filename = error.filename or str(out)
             if not resumes or isinstance(error, CheckFailed | InputRefused | UsageError):
                 discard(partial)
             raise
@@ -216,7 +217,7 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
             stack.enter_context(alone(partial, wait=False))
         except (BlockingIOError, FileNotFoundError):
             raise UsageError(
-                f"another process is writing {out}", hint="wait for it, or give another path"
+                f"{holder(partial)} is writing {out}", hint="wait for it, or give another path"
             ) from None
         yield
 

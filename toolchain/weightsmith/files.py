@@ -17,11 +17,12 @@ import re
 import secrets
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightsmith.trees import discard
+from weightsmith.waiting import take
 
 _OURS = re.compile(r"\.weightsmith-[0-9a-f]{16}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -140,16 +141,21 @@ def is_unfinished(name: str) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
+def alone(
+    folder: Path, *, wait: bool = True, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[None]:
     """Hold a folder's lock during the block; if the folder is replaced meanwhile, lock the new one.
 
-    Raises FileNotFoundError if it does not exist, BlockingIOError without `wait` if another process
-    has the lock.
+    Before it waits, `tell` gets who has the lock. Raises FileNotFoundError if the folder does not
+    exist, BlockingIOError without `wait` if another process has the lock.
     """
     while True:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if wait:
+                take(handle, fcntl.LOCK_EX, tell)
+            else:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(folder.stat(), os.fstat(handle)):
                 yield
                 return

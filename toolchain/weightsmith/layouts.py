@@ -21,6 +21,7 @@ from weightsmith.oci.layout_attachments import PARTS, forget
 from weightsmith.serving.memory import human
 from weightsmith.tools import Tools
 from weightsmith.trees import discard
+from weightsmith.waiting import holder
 
 
 @contextmanager
@@ -116,7 +117,7 @@ def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
                     wait = True
                     if tools is not None:
                         tools.progress.note(
-                            f"the layout {folder} is in use by another process: waiting for it"
+                            f"the layout {folder} is in use by {holder(folder)}: waiting for it"
                         )
         yield folder
 

@@ -134,8 +134,8 @@ def _startable(image: str, tools: Tools) -> Iterator[tuple[str, Mapping[str, Jso
     from its registry into the engine, or without one into a layout, and deleted afterwards.
     """
     folder, name = locate(image) if is_layout(image) else (None, None)
-    place = None if folder else reference_of(image)
-    held = tools.engine.inspect(image) if place and tools.engine.answers() else {}
+    named = None if folder else reference_of(image)
+    held = tools.engine.inspect(image) if named and tools.engine.answers() else {}
     if held:
         yield image, held.get("Config") or {}
         return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from weightsmith.waiting import PAUSE, check_stopped, holder
 
 
 @contextmanager
@@ -16,8 +18,11 @@ def locked(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        tell(f"another process {what}: waiting for it")
-        lock.acquire()
+        tell(f"{holder(path)} {what}: waiting for it ({path})")
+        while not lock.is_locked:
+            check_stopped()
+            with suppress(Timeout):
+                lock.acquire(timeout=PAUSE)
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ from weightsmith.ports import Entry
 from weightsmith.privacy import private
 from weightsmith.trees import below, discard, give, remove
 from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
+from weightsmith.waiting import take
 
 _WORTH_REMEMBERING = 256 << 10
 """Bytes below which hashing a file again is cheaper than caching its digest."""
@@ -299,14 +300,12 @@ class FileStore:
         with self._writing("waiting for a result"):
             descriptor = self._open_lock(key.hex)
             try:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._tell(
-                        f"another process is making the same result of {stage}: waiting for it"
-                    )
-                    # The kernel releases it when the other process dies.
-                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                told = f"is making the same result of {stage}: waiting for it"
+                take(
+                    descriptor,
+                    fcntl.LOCK_SH,
+                    lambda who: self._tell(f"{who} {told} (in {self.root})"),
+                )
             finally:
                 os.close(descriptor)
             time.sleep(_PAUSE_SECONDS)  # a damaged result may be locked by a reader

@@ -137,7 +137,14 @@ def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
     try:
         with ExitStack() as stack:
             with suppress(OSError):  # a file system without locks
-                stack.enter_context(alone(path.parent))
+                stack.enter_context(
+                    alone(
+                        path.parent,
+                        tell=lambda who: progress.note(
+                            f"{who} uses {path.parent}: waiting for it to write {path.name}"
+                        ),
+                    )
+                )
             now = _joined(before, after, _read(path) if path.is_file() else before)
             data = {"bases": now.bases, "sources": now.sources}
             text = json.dumps(plain(data), indent=2, sort_keys=True) + "\n"
