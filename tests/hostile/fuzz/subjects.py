@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors.numpy import save
 from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type
+from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.safetensors import open_checkpoint
 from weightsmith.commands.report import report_builds
@@ -74,7 +74,7 @@ def read_gguf(data: bytes, folder: Path) -> None:
     path = folder / "x.gguf"
     path.write_bytes(data)
     gguf_file_type(path)
-    for read in (gguf_config, lambda path: import_gguf(path, folder / "out")):
+    for read in (gguf_config, gguf_tensor_types, lambda path: import_gguf(path, folder / "out")):
         try:
             read(path)
         except WeightsmithError:

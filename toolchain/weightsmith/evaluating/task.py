@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from weightsmith.evaluating.client import Ask, ask_all
 from weightsmith.evaluating.harness import question_lines, read_verdict
 from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.kept import KeptAnswers
 from weightsmith.evaluating.likelihood import choose, scorer
 from weightsmith.evaluating.metrics import score_answers
 from weightsmith.evaluating.served import Served, ask
@@ -76,13 +77,19 @@ def ask_server(
     progress: Progress,
     *,
     concurrency: int = 1,
+    kept: KeptAnswers | None = None,
 ) -> Answers:
-    """Return a server's answers in order; raises CheckFailed if the server fails."""
+    """Return a server's answers in order, but ask for none that is `kept`.
+
+    Raises CheckFailed if the server fails.
+    """
     answer = (
         _chooser(session, served)
         if task.metric == "choice"
         else partial(ask, session, served, max_tokens=task.max_tokens)
     )
+    if kept:
+        answer = kept.around(answer, [served.name, served.path, task.max_tokens])
     return ask_all(task.items, answer, progress, concurrency=concurrency)
 
 
