@@ -124,7 +124,7 @@ BEFORE_WORK = {
         ("image.platforms=[linux/arm64]",),
     ),
     "a base image in no folder": Refusal(
-        "resolve", InputRefused, "is not an OCI layout", settings=("image.base=oci:nowhere",)
+        "resolve", InputRefused, "nowhere does not exist", settings=("image.base=oci:nowhere",)
     ),
     "a base image of no name": Refusal(
         "resolve", UsageError, "not an image reference", settings=("image.base=Engine",)
