@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,22 @@ def test_every_promise_names_a_test_that_is_there() -> None:
         assert named, row
         for file, name in named:
             assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
+
+
+def test_setup_leaves_another_checkouts_environment_alone(tmp_path: Path) -> None:
+    """`make check VENV=…` would replace the tool that the other checkout's tests run."""
+    place = tmp_path / "other" / "weightsmith"
+    place.mkdir(parents=True)
+    (place / "__init__.py").touch()
+    venv.create(tmp_path / "venv")
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "other.pth").write_text(str(place.parent))
+
+    done = subprocess.run(
+        ["make", "--no-print-directory", "setup", f"VENV={tmp_path / 'venv'}"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert f"another checkout installed, {place}" in done.stderr
+    assert not (tmp_path / "venv" / ".ready").exists()
