@@ -1,6 +1,7 @@
 """Images: one digest for the same inputs, and a base that stays what it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,17 @@ def test_a_base_is_kept_and_overridden() -> None:
     ]
     assert manifest["layers"][0]["digest"] == base.layers[0].digest
     assert json.loads(image.config_bytes)["rootfs"]["diff_ids"][0] == base.layers[0].diff_id
+
+
+def test_what_a_base_says_of_itself_alone_is_not_inherited() -> None:
+    """A base may be an image of ours, with the verdict on another model."""
+    labels = {"dev.weightsmith.verdict": "passed", "org.opencontainers.image.version": "9"}
+    base = foreign_image(tar_of((entry("bin/sh"), b"sh")))
+    said = {**base.config, "Labels": {**labels, "team": "a"}, "OnBuild": ["RUN false"]}
+    base = replace(base, settings={**base.settings, "config": said})
+    image = assemble([_layer("/w")], config=ImageConfig(labels={"x": "y"}), base=base)
+    assert image.labels == {"team": "a", "x": "y"}
+    assert "OnBuild" not in image.config
 
 
 def test_weights_below_the_base() -> None:

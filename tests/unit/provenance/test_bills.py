@@ -108,6 +108,18 @@ def test_attached_and_stated_ones_are_signed_with_the_image(base: Base, tmp_path
     assert {"base.spdx.json", CYCLONEDX} <= set(documents["found"].split(", "))
 
 
+def test_a_base_of_ours_has_a_bill_of_another_model(base: Base, tmp_path: Path) -> None:
+    first, second = (f"{base.place.registry}/team/app:{number}" for number in "12")
+    model = make_model(tmp_path / "model")
+    bake(base.client, model, str(base.place), push=first)
+    (model / "tiny.gguf").write_bytes(b"GGUF" + bytes(1000))
+    bake(base.client, model, first, push=second)
+    rows = verify_image(second, None, base.client, Silent())["checks"]
+    (documents,) = [row for row in rows if row["check"].endswith("documents")]
+    assert (documents["ok"], documents["found"]) == (True, "model.cdx.json")
+    assert not [row for row in rows if row["check"].startswith("document model")]
+
+
 @pytest.mark.parametrize("statement", [b"[]", b"no JSON", b'{"predicate":[]}', b"{}"])
 def test_a_statement_that_says_nothing_is_no_bill(base: Base, statement: bytes) -> None:
     base.attach(BILL)

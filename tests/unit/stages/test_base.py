@@ -49,6 +49,16 @@ def test_a_base_that_says_nothing_is_taken_with_a_warning(tmp_path, tools) -> No
     assert "does not declare its engine" in tools.progress.warnings[0]
 
 
+def test_the_warning_is_given_once_for_all_platforms(tmp_path, tools) -> None:
+    place = layout(tmp_path, {})
+    arm = {"os": "linux", "architecture": "arm64"}
+    index_of(tmp_path, {"os": "linux", "architecture": "amd64"}, arm)
+
+    base_images(place, "llamacpp", tools)
+
+    assert len(tools.progress.warnings) == 1
+
+
 def test_a_base_of_another_engine_is_refused(tmp_path, tools) -> None:
     with pytest.raises(InputRefused, match="vllm") as caught:
         base_image(layout(tmp_path, {ENGINE_LABEL: "vllm"}), "llamacpp", tools)

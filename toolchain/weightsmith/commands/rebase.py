@@ -20,8 +20,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.outcome import Timer
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
-from weightsmith.provenance.attest import MODEL_BILL
-from weightsmith.provenance.bills import base_documents
+from weightsmith.provenance.bills import MODEL_BILL, base_documents
 from weightsmith.provenance.evidence import Document, Evidence
 from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION, PREFIX, engine_version
 from weightsmith.provenance.lineage import trace

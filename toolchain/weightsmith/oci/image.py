@@ -23,8 +23,6 @@ FILE_PATH = "org.cncf.model.filepath"
 MOST_LAYERS = 125
 """Docker's overlay2 refuses the 126th with "max depth exceeded"."""
 _SECOND = 1_000_000_000
-
-
 DEFAULT_PLATFORM = "linux/amd64"
 """Of an image from scratch, on every machine, so that it has one digest."""
 
@@ -269,8 +267,9 @@ def _as_oci(layer: Layer) -> Layer:
     return replace(layer, blob=replace(layer.blob, media_type=kind))
 
 
-_VERSION = "org.opencontainers.image.version"
-"""Label that is not inherited: of a base, it is the engine's version and not the model's."""
+OWN_LABELS = "dev.weightsmith."
+_ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)
+"""Beginnings of labels that are not inherited: a base's are of its own version and weights."""
 _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
 
 
@@ -298,8 +297,10 @@ def _merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
     env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
     env.update(added.env)
     merged["Env"] = [f"{key}={value}" for key, value in env.items()]
-    inherited = {k: v for k, v in (base.get("Labels") or {}).items() if k != _VERSION}
+    labels = base.get("Labels") or {}
+    inherited = {k: v for k, v in labels.items() if not k.startswith(_ITS_OWN)}
     merged["Labels"] = {**inherited, **added.labels}
+    merged.pop("OnBuild", None)  # as Docker does: it is for builds on top of the base itself
     if added.user is not None:
         merged["User"] = added.user
     if added.entrypoint is not None:
@@ -339,9 +340,8 @@ def _entry(layer: Layer, created: str) -> dict[str, Json]:
 def _base_history(base: Image, created: str) -> list[Json]:
     """Return the base's history, or one entry per layer if it does not match the layers."""
     rows = [row for row in base.settings.get("history") or () if isinstance(row, dict)]
-    if sum(not row.get("empty_layer") for row in rows) == len(base.layers):
-        return rows
-    return [{"created": created, "created_by": "base"} for _ in base.layers]
+    fits = sum(not row.get("empty_layer") for row in rows) == len(base.layers)
+    return rows if fits else [{"created": created, "created_by": "base"}] * len(base.layers)
 
 
 def _time(epoch: int) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.layers import TITLE
 from weightsmith.provenance import statements
+from weightsmith.provenance.bills import MODEL_BILL
 from weightsmith.provenance.evaluation import evaluation, test_result
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
@@ -40,8 +41,6 @@ from weightsmith.values import (
     plain,
     without_passwords,
 )
-
-MODEL_BILL = "model.cdx.json"
 
 
 def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Evidence:

@@ -13,6 +13,7 @@ from weightsmith.errors import WeightsmithError
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import LARGEST_PART, Attachment
 from weightsmith.oci.image import Image
+from weightsmith.oci.layers import TITLE
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.evidence import SPDX_TYPE, Document, titled
@@ -22,7 +23,7 @@ from weightsmith.resources import engine_source
 OWN_ENGINE = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
 
-ENGINE_BILL = "engine.cdx.json"
+ENGINE_BILL, MODEL_BILL = "engine.cdx.json", "model.cdx.json"
 _TYPES = (MEDIA_TYPE, SPDX_TYPE)
 _PREDICATES = {
     "https://spdx.dev/Document": (SPDX_TYPE, "base.spdx.json"),
@@ -63,6 +64,9 @@ def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator
     there = reference.at(base.digest)
     for blob, _ in registry.attached(there, base.digest, tagged=False)[:_MOST]:
         one = registry.read_attachment(there, blob)
+        titles = {part.annotations.get(TITLE) for part in one.parts}
+        if MODEL_BILL in titles:
+            continue  # the base is an image of ours, and its model is not the one that is served
         if one.artifact_type in _TYPES and _size(one) <= LARGEST_PART:
             yield Document(
                 artifact_type=one.artifact_type, parts=one.parts, annotations=one.annotations

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of
 from weightsmith.foreign import parse
+from weightsmith.oci.image import OWN_LABELS
 from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.values import Artifact, Json, Sources, without_passwords
 
-PREFIX = "dev.weightsmith."
+PREFIX = OWN_LABELS
 """Prefix of our labels; the others are those of image-spec annotations.md."""
 _SCORE = PREFIX + "score."
 _SAMENESS = PREFIX + "sameness."

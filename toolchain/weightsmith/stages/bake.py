@@ -281,7 +281,7 @@ def _require_clear(base: Image, name: str, model_dir: str, store: Store) -> None
     """Raise InputRefused if the base has files in the folder of the weights."""
     if found := first_collision(base, [model_dir.strip("/")], store.memo):
         raise InputRefused(
-            f"the base {name} has /{found}, which would hide weights below it",
+            f"the base {name or 'image'} has /{found}, which would hide weights below it",
             hint="use the order engine-first, or another base",
         )
 

@@ -144,7 +144,9 @@ def base_image(reference: str, engine: str, tools: Tools, *, platform: str | Non
         image = read_layout(*locate(reference), platform=platform)
     else:
         image = tools.registry.pull(reference_of(reference), platform=platform)
-    return _checked(image, reference, engine, tools)
+    _check(image, reference, engine)
+    _warn_of_silence((image,), reference, engine, tools)
+    return image
 
 
 def base_images(
@@ -184,11 +186,12 @@ def base_images(
         )
     chosen = tuple(image for image in images if image.platform in platforms or not platforms)
     for image in chosen:
-        _checked(image, reference, engine, tools)
+        _check(image, reference, engine)
+    _warn_of_silence(chosen, reference, engine, tools)
     return chosen
 
 
-def _checked(image: Image, reference: str, engine: str, tools: Tools) -> Image:
+def _check(image: Image, reference: str, engine: str) -> None:
     if not image.platform.startswith("linux/"):
         what = "holds a model's files" if image.artifact_type else "does not say its platform"
         raise InputRefused(
@@ -197,14 +200,17 @@ def _checked(image: Image, reference: str, engine: str, tools: Tools) -> Image:
             hint="choose an image for linux/amd64 or linux/arm64",
         )
     said = image.labels.get(ENGINE_LABEL, "")
-    if engine and not said:
-        tools.progress.warn(f"{reference} does not declare its engine; assuming {engine}")
-    elif engine and said != engine:
+    if engine and said and said != engine:
         raise InputRefused(
             f"{reference} declares the engine {said}, but the target needs {engine}",
             hint="choose a base with that engine, or another target",
         )
-    return image
+
+
+def _warn_of_silence(images: Sequence[Image], reference: str, engine: str, tools: Tools) -> None:
+    """Warn once if any platform's image does not declare its engine."""
+    if engine and not all(image.labels.get(ENGINE_LABEL) for image in images):
+        tools.progress.warn(f"{reference} does not declare its engine; assuming {engine}")
 
 
 def public_base(reference: str) -> str:
