@@ -316,6 +316,42 @@ def test_what_counts_as_tied(
         assert told["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("changed", ["head", "embed"])
+@pytest.mark.parametrize(
+    ("kind", "embedding", "stored"),
+    [
+        ("deepseek_v4", "model.embed_tokens", {"head": "head", "embed": "model.embed_tokens"}),
+        (
+            "mistral_large4",
+            "model.language_model.embed_tokens",
+            {"head": "output", "embed": "tok_embeddings"},
+        ),
+    ],
+)
+def test_a_head_that_the_base_stores_under_another_name_is_not_tied(
+    kind: str, embedding: str, stored: dict[str, str], changed: str, tmp_path: Path
+) -> None:
+    base = {f"{name}.weight": random(8, 4) + n for n, name in enumerate(stored.values())}
+    a, b = random(2, 4), random(8, 2)
+    factors = {"head": {"lm_head.lora_A.weight": a, "lm_head.lora_B.weight": b}}
+    tables = {f"{embedding}.lora_embedding_A": b.T, f"{embedding}.lora_embedding_B": a.T}
+    factors["embed"] = tables
+
+    found = run(
+        tmp_path,
+        base,
+        factors[changed],
+        {"target_modules": [{"head": "lm_head", "embed": "embed_tokens"}[changed]]},
+        model_type=kind,
+        tie_word_embeddings=False,
+    )
+
+    target = f"{stored[changed]}.weight"
+    assert found.keys() == base.keys()
+    close(found.pop(target), base[target].double() + delta(a, b))
+    assert all(torch.equal(values, base[other]) for other, values in found.items())
+
+
 @pytest.mark.parametrize(
     ("name", "config", "what"),
     [

@@ -117,14 +117,11 @@ def make_plan(
     settings: dict[str, Any] = {}
     if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in planned]):
         tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
-    tie = find_tie(config, tensors.sources)
+    loaded = loaded_names(config, tensors.sources)
+    tie = find_tie(config, tensors.sources, loaded)
     apart = tie if tie and planned and stored_apart(tie, tensors.sources) else None
     tie = None if apart else tie
-    names = BaseNames(
-        tensors.sources,
-        loaded_names(config, tensors.sources),
-        split_names(config, tensors.sources),
-    )
+    names = BaseNames(tensors.sources, loaded, split_names(config, tensors.sources))
     views = [_view(n, one, tensors, config, names, tie, apart) for n, one in enumerate(planned)]
     claimed = [_claims(view) for view in views]
     claims = [claims for claims, _ in claimed]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -49,17 +49,21 @@ def is_head(module: str) -> bool:
     return module.rpartition(".")[2] in HEADS or f".{module}".endswith(_endings())
 
 
-def find_tie(config: Mapping[str, object], names: Mapping[str, object]) -> Tie | None:
+def find_tie(
+    config: Mapping[str, object],
+    names: Mapping[str, object],
+    loaded: Mapping[str, str] | None = None,
+) -> Tie | None:
     """Return the shared weight of a model with tied embeddings, or None.
 
     transformers ties if `tie_word_embeddings` is true, unless the file has both (`stored_apart`); a
     checkpoint without a head's weight can only be tied. If config.json does not set it, the class
-    decides.
+    decides. `loaded` has the tensors that transformers renames: name in the model -> in the file.
     """
-    embeddings = [name for name in names if is_embedding(name.removesuffix(".weight"))]
-    embeddings = [name for name in embeddings if name.endswith(".weight")]
+    renamed = loaded or {}
+    embeddings = _tables(names) or [renamed[name] for name in _tables(renamed)]
     kinds, with_head = _classes(config), has_head(config)
-    heads = _heads(config, names)
+    heads = _heads(config, names) or [renamed[name] for name in _heads(config, renamed)]
     if not embeddings or not with_head or not (_flag(config) or not heads):
         return None
     embedding = min(embeddings, key=lambda name: (name.count("."), name))
@@ -118,6 +122,12 @@ def _stacks(
         return ()
     tables = (f"{outer}{stack}.embed_tokens.weight" for stack in ("encoder", "decoder"))
     return tuple((table, embedding) for table in tables if table not in names)
+
+
+def _tables(names: Iterable[str]) -> list[str]:
+    """Return the weights of embeddings."""
+    weights = [name for name in names if name.endswith(".weight")]
+    return [name for name in weights if is_embedding(name.removesuffix(".weight"))]
 
 
 def _flag(config: Mapping[str, object]) -> bool:
