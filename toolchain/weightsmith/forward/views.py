@@ -171,9 +171,9 @@ def _stream(
         places.pop("weight")
         key = (weights.order[tensor], number)
         setattr(module, "forward", functools.partial(_linear, module, meeting, key, matrix))  # noqa: B010
-    elif tensor and _looks_up(module):
+    elif tensor and looks_up(module):
         places.pop("weight")
-        lookup = functools.partial(_embedding, module, type(module).forward, matrix)
+        lookup = functools.partial(look_up, module, type(module).forward, matrix)
         setattr(module, "forward", lookup)  # noqa: B010
     for name in [name for name in places if _stays(module, name)]:
         module.get_parameter(name).data = weights.whole(places.pop(name))
@@ -198,7 +198,7 @@ def _linear(
     return product if module.bias is None else product + module.bias
 
 
-def _looks_up(module: nn.Module) -> bool:
+def looks_up(module: nn.Module) -> bool:
     """Return whether a module is an embedding, or Gemma's that scales what it looks up."""
     scaled = isinstance(module, nn.Embedding) and "ScaledWordEmbedding" in type(module).__name__
     return scaled or type(module) is nn.Embedding
@@ -212,8 +212,8 @@ def _matrix(weights: Weights, tensor: str, module: Any) -> Matrix:
     return matrix
 
 
-def _embedding(
-    module: Any, forward: Any, matrix: Callable[[], Matrix], ids: torch.Tensor
+def look_up(
+    module: Any, forward: Any, matrix: Callable[[], Any], ids: torch.Tensor
 ) -> torch.Tensor:
     """Look ids up in the rows that are used, by the module's own forward."""
     unique, places = torch.unique(ids, return_inverse=True)

@@ -27,6 +27,7 @@ from weightsmith.forward.network import (
 from weightsmith.forward.views import reads_one_by_one, require_complete, stream
 from weightsmith.forward.weights import Weights
 from weightsmith.jobs import Mixture
+from weightsmith.validating.casts import watch_casts
 from weightsmith.validating.examine import Examiner
 from weightsmith.validating.sites import Site, sites
 
@@ -242,6 +243,7 @@ def _watch(examiner: Examiner, unmerged: Unmerged, merged: Weights) -> None:
         if id(module) not in inside:
             known = {part: name for part, name in parameters.items() if merged.has(name)}
             examiner.watch_replaced(module, known)
+    watch_casts(examiner, unmerged.model, inside | {id(module) for module, _ in unmerged.replaced})
 
 
 @torch.no_grad()
@@ -297,7 +299,7 @@ def _forward(model: Any, outer: Any, batch: Batch, rows: Sequence[int], advance:
     columns = torch.arange(0, length, max(1, length // _KEPT_TOKENS))
 
     def keep(_: Any, __: Any, out: Any) -> None:
-        state = out[0] if isinstance(out, tuple) else out
+        state = out if isinstance(out, torch.Tensor) else out[0]
         hidden.append(state[rows][:, columns].flatten(0, 1).clone())
         advance()
 

@@ -71,18 +71,21 @@ def _factors(stack: Stack, number: int) -> Factors:
     )
 
 
-class _Rounded(Stored):
-    """A stack with adapters whose experts are rounded to a type."""
+class Rounded(Stored):
+    """A stack, with adapters or without, whose experts are rounded to a type."""
 
     def __init__(self, stack: Stack, kind: torch.dtype) -> None:
+        """Round what is taken of `stack`; nothing is read before."""
         self._stack, self._kind, self.shape = stack, kind, stack.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        """Return what the stack has at the index, rounded, in float32."""
         found: torch.Tensor = self._stack[index]
         exact = found.whole() if isinstance(found, Stored) else found
         return exact.to(self._kind).float()
 
     def whole(self) -> torch.Tensor:
+        """Return all experts, rounded."""
         return self._stack.whole().to(self._kind).float()
 
 
@@ -91,7 +94,7 @@ def rounded_experts(site: Site, merged: Weights) -> Iterator[None]:
     """Run a module with its experts rounded to the merged file's type while the block runs."""
     module, stacks = site.layer.get_base_layer(), stacks_of(site.layer)
     for part, stack in stacks.items():
-        object.__setattr__(module, part, _Rounded(stack, dtype_of(merged, site.parameters[part])))
+        object.__setattr__(module, part, Rounded(stack, dtype_of(merged, site.parameters[part])))
     try:
         yield
     finally:
