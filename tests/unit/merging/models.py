@@ -104,6 +104,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         SIZES | NARROW | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     ),
     "granitemoe": ("GraniteMoeConfig", SIZES | NARROW | EXPERTS | {"num_local_experts": 4}),
+    "jetmoe": (
+        "JetMoeConfig",
+        {"vocab_size": 96, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 24}
+        | {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4},
+    ),
     "hy_v3": (
         "HYV3Config",
         SIZES | NARROW | EXPERTS | {"moe_intermediate_size": 24, "num_experts": 4, "head_dim": 8},

@@ -316,6 +316,19 @@ def test_what_counts_as_tied(
         assert told["tie_word_embeddings"] is False
 
 
+def test_a_head_that_computes_with_more_than_its_weight_is_refused(tmp_path: Path) -> None:
+    base = {"model.q.weight": random(4, 4), "lm_head.weight": random(8, 4)}
+    adapter = {"lm_head.lora_A.weight": random(2, 4), "lm_head.lora_B.weight": random(8, 2)}
+
+    with pytest.raises(InputRefused, match="also computes with logit_scale"):
+        run(
+            tmp_path,
+            base | {"lm_head.logit_scale": random(1)},
+            adapter,
+            {"target_modules": ["lm_head"]},
+        )
+
+
 @pytest.mark.parametrize("changed", ["head", "embed"])
 @pytest.mark.parametrize(
     ("kind", "embedding", "stored"),

@@ -79,6 +79,20 @@ def test_merged_as_peft_loads_it(name: str, bases: MakeBase, tmp_path: Path) -> 
     assert validate(Request(base=base, adapters=adapters, merged=tmp_path / "out")).passed
 
 
+def test_parameters_that_the_base_has_not_are_a_finding(bases: MakeBase, tmp_path: Path) -> None:
+    """PEFT's `all-linear` lists those of the architecture's experts, whether or not there are."""
+    base = bases("llama", **BIAS)
+    adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(**LORA))
+    edit(adapter, target_parameters=["gate_up_proj", "gate.weight"])
+
+    adapters = ((adapter, 1.0),)
+    result = merge(MergeRequest(base=base, adapters=adapters, out=tmp_path / "out"))
+
+    assert "does not have: gate_up_proj, gate.weight" in result["findings"][0]
+    wanted = unmerged(base, "llama", adapter)
+    torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("edits", "said"),
     [

@@ -196,7 +196,7 @@ def test_targets_are_pefts(values: dict[str, Any], tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"init_lora_weights": "OLoRA"}, "OLoRA"),
         ({"layer_replication": [[0, 1], [4, 5]]}, "layers [4]"),
-        ({"target_parameters": ["experts.w"]}, "target_parameters experts.w"),
+        ({"target_parameters": ["up_proj.weight"]}, "target_parameters up_proj.weight"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"arrow_config": {"top_k": 1}}, "Arrow"),
         ({"use_qalora": True}, "QALoRA"),

@@ -154,6 +154,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "mixtral": ("mixtral", {}, {"target_modules": ATTENTION, "use_rslora": True} | STACKED),
     "gpt-oss": ("gpt_oss", {}, {"target_modules": ATTENTION} | STACKED),
+    "stacks-called-weight": (
+        "jetmoe",
+        {},
+        {"target_modules": [], "target_parameters": ["mlp.input_linear.weight"]},
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.merging.adapter_config import AdapterConfig
 from weightsmith.merging.names import BaseNames
 from weightsmith.merging.outputs import Change, Patch, Source, Stored, Term
-from weightsmith.merging.tying import HEADS, Tie, is_head
+from weightsmith.merging.tying import HEADS, Tie, is_embedding, is_head
 
 SHOWN = 5
 
@@ -125,6 +125,22 @@ class AdapterView:
                 hint="rename the adapter's keys to the full module path",
             )
         return found[0] if found else ""
+
+    def require_plain(self, module: str) -> None:
+        """Refuse an embedding or head with parameters of its own beside weight and bias.
+
+        PEFT adds to what the layer makes of its weight, such as its norm; a merge cannot.
+        """
+        if not (is_embedding(module) or self.is_head(module)):
+            return
+        names = (self.names.loaded(name) for name in self.sources)
+        parts = {name.removeprefix(f"{module}.") for name in names if name.startswith(f"{module}.")}
+        if more := sorted(parts - {"weight", "bias"}):
+            raise InputRefused(
+                f"{self.path} changes {module}, whose class also computes with {more[0]}: PEFT "
+                "applies the adapter after that, which no merged weight does",
+                hint="serve it unmerged with PEFT, or train the module with modules_to_save",
+            )
 
     def need(self, module: str, parameter: str = "weight") -> str:
         """Return the base tensor of a module's parameter; raise InputRefused if there is none."""

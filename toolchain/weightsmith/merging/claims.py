@@ -107,6 +107,7 @@ def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
         for name in raw.get("target_parameters") or ()
         if not any(f".{claim.module}.weight".endswith(f".{name}") for claim in claims)
         and not any(f".{claim.module}".endswith(f".{name}") for claim in claims)
+        and name not in unmatched_parameters(view)
     ]
     if raw.get("trainable_token_indices") and not any(claim.patch for claim in claims):
         missing.append("trainable_token_indices")
@@ -120,6 +121,23 @@ def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
             f"{', '.join(missing[:SHOWN])}",
             hint="the adapter file is incomplete or its keys were renamed; export it again",
         )
+
+
+def unmatched_parameters(view: AdapterView) -> list[str]:
+    """Return the `target_parameters` that the base does not have; PEFT only warns about them.
+
+    It adds those of an architecture to `all-linear`, whatever the model has of them.
+    """
+    listed = view.config.raw.get("target_parameters") or ()
+    names = {f".{name}" for stored in view.sources for name in (stored, view.names.loaded(stored))}
+    # Experts that transformers stacks have other names in the file.
+    stacked = any(is_one_of_stack(name.rpartition(".")[0][1:]) for name in names)
+    return [
+        name
+        for name in listed
+        if not any(known.endswith(f".{name}") for known in names)
+        and not (stacked and not name.endswith((".weight", ".bias")))
+    ]
 
 
 def _missing_biases(view: AdapterView, claims: Sequence[Claim]) -> list[str]:

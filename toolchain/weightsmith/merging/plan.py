@@ -27,7 +27,7 @@ from weightsmith.merging.base import (
     same_layers,
 )
 from weightsmith.merging.claim import AdapterView, Claim
-from weightsmith.merging.claims import claims_of
+from weightsmith.merging.claims import claims_of, unmatched_parameters
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.compose import compose
 from weightsmith.merging.families import families
@@ -293,7 +293,13 @@ def _claims(view: AdapterView) -> tuple[Sequence[Claim], tuple[str, ...]]:
     check_peft_patterns(view.path, sorted(modules))
     with limit_matching(view.path, len(view.keys)):
         kept, findings = without_left_out(view)
-        return claims_of(kept), findings
+        return claims_of(kept), (*findings, *_unmatched(kept))
+
+
+def _unmatched(view: AdapterView) -> list[str]:
+    names = ", ".join(unmatched_parameters(view))
+    text = "adapter_config.json targets parameters that the base does not have"
+    return [f"{view.path.name}: {text}: {names}"] if names else []
 
 
 def _unknown_fields(adapters: Sequence[PlannedAdapter]) -> list[str]:

@@ -54,7 +54,10 @@ class Stack:
 
 def is_expert(view: AdapterView, module: str) -> bool:
     """Return whether a module is a stack of experts, or one expert that the base stacks."""
-    if view.find(module) or view.find(module, "in_proj_weight"):
+    if own := view.find(module):
+        # A module that calls its stack `weight`, as JetMoE's.
+        return len(view.shape(own)) == 3 and bool(_stacks(view, module))
+    if view.find(module, "in_proj_weight"):
         return False
     one = _ONE.fullmatch(module)
     return bool(_stacks(view, module) or (one and _place(view, one["stack"], one["name"])))

@@ -161,6 +161,7 @@ def _layer(
     if is_embedding(group.module) and _is_shared_by_stacks(view):
         raise _encoder_decoder_error(view, group.module)
     target = view.need(group.module, parameter)
+    view.require_plain(group.module)
     shape = _shape(view, group, target)
     if embedding and _may_be_tied(view, group.module, shape):
         raise InputRefused(

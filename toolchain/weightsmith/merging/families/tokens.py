@@ -50,6 +50,7 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
     info = view.keys[key]
     head = bool(view.tie) and view.is_head(module)
     target = view.need(module)
+    view.require_plain(module)
     shape = view.shape(target)
     if info.shape != (len(places), *shape[1:]):
         raise InputRefused(
