@@ -86,6 +86,15 @@ def test_vllms_figures(tmp_path, name, flags, token, request_):
     assert (plan["fits"], plan["nearest"]) == (True, None)
 
 
+def test_an_engine_alone_is_its_usual_target(tmp_path):
+    """As in `build` and `plan`."""
+    path, _ = folder(tmp_path, "qwen3-8b", weights=False)
+    out = tmp_path / "out"
+    code, _, error = invoke("render", "--model", path, "--target", "llamacpp", "--out", out)
+    assert code == 0, error
+    assert json.loads((out / "serving.json").read_text())["target"] == "llamacpp-q4_k_m"
+
+
 def test_a_config_alone_is_enough_to_plan(tmp_path):
     path, size = folder(tmp_path, "qwen3-8b", weights=False)
     flags = ["--target", "vllm", "--set", "serve.gpu=nvidia-l40s"]
