@@ -27,7 +27,7 @@ from weightsmith.commands.render import (
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.layouts import check_layout
 from weightsmith.oci.references import Reference
-from weightsmith.planning.targets import all_targets
+from weightsmith.planning.targets import target_of
 from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
@@ -36,7 +36,7 @@ from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.recipe import KINDS, LOADABLE, ImageNames
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
-from weightsmith.serving.targets import Target, find
+from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, layer_limit
 from weightsmith.stages.base import base_images, base_reference, data_base, public_base
 from weightsmith.stages.publish import Outputs, publish
@@ -80,7 +80,7 @@ def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
     check_layout(outputs.layout)
     if request.push:
         tools.registry.check_push(Reference.parse(request.push))
-    target = find(request.target, all_targets())
+    target = target_of(request.target)
     model = open_model(request.model, request.name or _name(request.model))
     place = request.push or request.load or f"{repository_name(model.name)}:latest"
     prepare = partial(_inputs, request, model, target, place, tools)

@@ -14,12 +14,12 @@ from weightsmith.checkpoints.gguf_parts import model_name, parts_of
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
 from weightsmith.planning.sizes import estimated_bytes, expected_projector
-from weightsmith.planning.targets import all_targets
+from weightsmith.planning.targets import all_targets, target_of
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.projector import Projector
-from weightsmith.serving.targets import Target, find
+from weightsmith.serving.targets import Target
 from weightsmith.stages.record import write_files
 from weightsmith.stages.render import render
 from weightsmith.values import SAFETENSORS
@@ -220,7 +220,7 @@ def render_model(
     path: Path, target: str, name: str, options: ServeOptions, out: Path
 ) -> tuple[tuple[str, ...], ServingPlan]:
     """Write a target's serving files for a model; return their paths and the plan."""
-    config = serving_config(foresee_model(path, name), find(target, all_targets()), options)
+    config = serving_config(foresee_model(path, name), target_of(target), options)
     text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
     files = {**config.files, _CONFIG: text}
     write_files(files, out)

@@ -26,8 +26,7 @@ def chosen_targets(
             "no target: neither --target nor the recipe names one",
             hint="`invoke targets` lists them",
         )
-    whole = dict.fromkeys(_whole_name(name, known) for name in requested)
-    chosen = tuple(serving_targets.find(name, known) for name in whole)
+    chosen = tuple({found.name: found for found in map(target_of, requested)}.values())
     for target in chosen:
         if to_build and not can_make(target.format):
             buildable = [name for name, t in known.items() if can_make(t.format)]
@@ -37,6 +36,12 @@ def chosen_targets(
                 hint=f"choose one of: {', '.join(buildable)}",
             )
     return chosen
+
+
+def target_of(name: str) -> Target:
+    """Return the target of that name, or an engine's default; UsageError if there is none."""
+    known = all_targets()
+    return serving_targets.find(_whole_name(name, known), known)
 
 
 def _whole_name(name: str, known: Mapping[str, Target]) -> str:
