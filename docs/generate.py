@@ -44,6 +44,7 @@ from weightsmith.quantizers.known import (
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
+from weightsmith.serving.devices import AMX, CPUS
 from weightsmith.serving.gpus import GPUS
 from weightsmith.values import Digest
 
@@ -371,7 +372,12 @@ def _targets() -> Iterator[str]:
             f"| `{name}` | {gpu.generation} | {'.'.join(map(str, numbers)) if any(numbers) else ''} |"
             f" {gpu.total_bytes >> 30} GiB | {gpu.usable_bytes >> 20} MiB | {has} |"
         )
-    yield "\n`cpu`, or no name, plans for `serve.memory`, or else this machine's memory."
+    yield (
+        "\n`cpu`, or no name, plans for `serve.memory`, or else this machine's memory. So does "
+        f"`{AMX}`, for {CPUS[AMX]}. vLLM loads "
+        "[more formats](../how-to/quantize-for-vllm.md#experts-on-a-cpu) there, and its image is "
+        "started and asked only on such a CPU."
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -225,7 +225,11 @@ class Quality(Section):
 class Serve(Section):
     """The hardware to serve on, and the limits and options of the server."""
 
-    gpu: str = Field("", description="GPU to plan for, such as `nvidia-l4`; default: the CPU.")
+    gpu: str = Field(
+        "",
+        description="GPU to plan for, such as `nvidia-l4`, or `cpu-amx` for CPUs with AMX; default:"
+        " any CPU.",
+    )
     gpu_count: int = Field(1, ge=1, le=64, description="Number of GPUs per replica.")
     gpu_memory: str = Field(
         "", pattern=_SIZE, description="Memory per GPU, such as `24GiB`, instead of its name."

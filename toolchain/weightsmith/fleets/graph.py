@@ -21,6 +21,7 @@ from weightsmith.planning.forecast import forecast
 from weightsmith.planning.tasks import task_of
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import check_section
+from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.targets import Target
 from weightsmith.stages.resolve import known
 from weightsmith.tools import Tools
@@ -271,7 +272,7 @@ def _cell_task(
     done = {stage for kind in earlier for stage in _STAGES[kind]}
     rows = [row for row in foreseen.rows if row["stage"] not in done]
     serve = build.file.recipe.serve
-    gpus = serve.gpu_count if foreseen.device not in ("", "cpu") else 0
+    gpus = 0 if is_cpu(foreseen.device or CPU) else serve.gpu_count
     return Task(
         id=_id([cell.adapter, cell.target, plain(build.data)]),
         kind=CELL,

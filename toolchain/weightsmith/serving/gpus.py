@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightsmith.errors import UsageError
+from weightsmith.serving.devices import CPUS, is_cpu
 
 _MIB = 1 << 20
 # CUDA C++ Programming Guide, "Compute Capabilities"; AMD's data sheet.
@@ -95,10 +96,15 @@ def gpu(name: str) -> Gpu:
     wanted = name.strip().lower().replace("_", "-").replace(" ", "-")
     if wanted in _BY_ANY_NAME:
         return _BY_ANY_NAME[wanted]
-    near = difflib.get_close_matches(wanted, _BY_ANY_NAME, n=2, cutoff=0.6)
+    near = difflib.get_close_matches(wanted, (*_BY_ANY_NAME, *CPUS), n=2, cutoff=0.6)
     guess = f"did you mean {' or '.join(near)}? " if near else ""
     raise UsageError(
         f"unknown GPU {name!r}",
         hint=f"{guess}known: {', '.join(GPUS)}; for another one give its memory:"
         " --gpu-memory 24GiB",
     )
+
+
+def named_gpu(name: str) -> Gpu | None:
+    """Return the GPU of that name; None for a CPU's name, or none. Raises what `gpu` does."""
+    return gpu(name) if name and not is_cpu(name) else None

@@ -12,8 +12,9 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.matrices import Vision
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
+from weightsmith.serving.devices import CPU
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.gpus import gpu
+from weightsmith.serving.gpus import named_gpu
 from weightsmith.serving.llamacpp_cache import KV_PADDING, kv_cache_bytes, kv_layer_bytes, padded
 from weightsmith.serving.memory import MIB, host_memory, human
 from weightsmith.values import Json
@@ -199,7 +200,7 @@ def make_capacity(
 
 
 def _machine(options: ServeOptions) -> Machine:
-    named = gpu(options.gpu) if options.gpu not in {"", "cpu"} else None
+    named = named_gpu(options.gpu)
     if named and named.compute_capability == (0, 0):
         raise UsageError(
             f"{named.name}: the llama.cpp image here is built for NVIDIA GPUs",
@@ -214,7 +215,7 @@ def _machine(options: ServeOptions) -> Machine:
             held = total - int(total * options.gpu_memory_utilization)
         return Machine(device=device, gpus=options.gpu_count, total=total, held_back=held)
     total = options.host_memory_bytes or host_memory()
-    return Machine(device="cpu", gpus=0, total=total, held_back=total // _MARGIN)
+    return Machine(device=options.gpu or CPU, gpus=0, total=total, held_back=total // _MARGIN)
 
 
 def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) -> int:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
+from weightsmith.serving.devices import CPU
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.gpus import Gpu, gpu
+from weightsmith.serving.gpus import Gpu, named_gpu
 from weightsmith.serving.memory import host_memory
 
 _LOW_PRECISION = ("Gemma2", "Gemma3", "Glm4")
@@ -31,7 +32,7 @@ class Machine:
 
 def machine_for(options: ServeOptions, shape: ModelShape) -> Machine:
     """Return the machine to plan for; UsageError for a split that the model does not allow."""
-    named = gpu(options.gpu) if options.gpu not in {"", "cpu"} else None
+    named = named_gpu(options.gpu)
     if not named and not options.gpu_memory_bytes:
         if options.tensor_parallel_size > 1 or options.pipeline_parallel_size > 1:
             raise UsageError(
@@ -39,9 +40,8 @@ def machine_for(options: ServeOptions, shape: ModelShape) -> Machine:
                 " is named",
                 hint="set serve.gpu, or serve.gpu_memory",
             )
-        return Machine(
-            device="cpu", gpu=None, gpus=0, bytes_each=options.host_memory_bytes or host_memory()
-        )
+        total = options.host_memory_bytes or host_memory()
+        return Machine(device=options.gpu or CPU, gpu=None, gpus=0, bytes_each=total)
     tensor, pipeline = _split(options, shape)
     return Machine(
         device=named.name if named else "gpu",

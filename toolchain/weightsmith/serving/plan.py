@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from weightsmith.json_objects import JsonObject, read_exactly
+from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.values import Digest, Json, plain
 
 _OF_THE_MACHINE = frozenset(
@@ -22,8 +23,8 @@ class ServingPlan(JsonObject):
     or if an image's plan leaves them out (see `portable`).
     """
 
-    device: str = "cpu"
-    """`cpu` or the GPU's name."""
+    device: str = CPU
+    """A CPU of devices.py, or the GPU's name."""
     gpus: int = 0
     """GPUs of one replica; 0 on a CPU."""
     max_model_len: int = 0
@@ -90,7 +91,7 @@ class ServingPlan(JsonObject):
 
         Else the same build would have another digest on a machine with more memory.
         """
-        own = _OF_THE_MACHINE if self.device == "cpu" else frozenset()
+        own = _OF_THE_MACHINE if is_cpu(self.device) else frozenset()
         return {key: value for key, value in self.to_json().items() if key not in own}
 
 

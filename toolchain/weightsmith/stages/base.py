@@ -40,6 +40,7 @@ from weightsmith.resources import (
     engine_source,
     images,
 )
+from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
@@ -62,7 +63,7 @@ def base_reference(engine: Engine, device: str, override: str) -> str:
     """
     bases = engine.base
     own = bases.rocm if device.startswith("amd-") else bases.gpu
-    chosen = override or (bases.cpu if device == "cpu" else own)
+    chosen = override or (bases.cpu if is_cpu(device) else own)
     if not chosen:
         raise UsageError(
             f"{engine.name} has no base image for a {device}",

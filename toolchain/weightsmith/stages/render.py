@@ -22,6 +22,7 @@ from jinja2 import (
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.resources import templates
+from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, ServedModel, ServeOptions
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -74,7 +75,7 @@ def render(
     paths = {a.name or served.name: f"{engine.model_dir}/{a.folder}" for a in options.adapters}
     served = replace(served, adapters=paths)
     config = replace(_config(target, plan, served), made_from=made_from)
-    if plan.device != "cpu":  # upstream's GPU images have their own check
+    if not is_cpu(plan.device):  # upstream's GPU images have their own check
         config = replace(config, healthcheck=())
     image = image or f"{repository_name(name)}:{version}"
     facts = {
@@ -168,7 +169,7 @@ def render_unplanned(
     The image gets only the files that the process reads.
     """
     engine = target.engine
-    plan = ServingPlan(device="cpu" if engine.base.cpu else "gpu")
+    plan = ServingPlan(device=CPU if engine.base.cpu else "gpu")
     served = _served(engine, name, model_file, weight_bytes, projector)
     config, settings = _config(target, plan, served), engine.file_settings(plan, served)
     facts = {"name": name, "version": "0", "plan": plan, "file_settings": settings}

@@ -1,0 +1,68 @@
+"""A CPU with AMX is planned and rendered as any CPU; only its name differs."""
+
+from dataclasses import replace
+
+import pytest
+from weightsmith.errors import UsageError
+from weightsmith.serving import engines
+from weightsmith.serving.devices import AMX, CPU, CPUS, is_cpu
+from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.gpus import GPUS, gpu, named_gpu
+from weightsmith.serving.memory import GIB
+from weightsmith.stages.base import base_reference
+
+from tests.fakes import rendering
+from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
+
+ON_CPUS = ["vllm", "llamacpp-q4_k_m"]
+WISHES = {"max_model_len": 4096, "max_num_seqs": 2, "host_memory_bytes": 64 * GIB}
+
+
+def test_cpus_and_gpus_are_told_apart() -> None:
+    assert all(is_cpu(name) and named_gpu(name) is None for name in CPUS)
+    assert not any(is_cpu(name) for name in ("", "gpu", *GPUS))
+    assert named_gpu("") is None
+    assert named_gpu("l4") == GPUS["nvidia-l4"]
+
+
+@pytest.mark.parametrize("name", ["cpu_amx", "CPU-AMX", "cpu-amx2"])
+def test_a_name_that_is_nearly_the_cpu_s_is_recognised(name: str) -> None:
+    with pytest.raises(UsageError, match="unknown GPU") as refused:
+        gpu(name)
+    assert "did you mean cpu-amx" in refused.value.hint
+
+
+@pytest.mark.parametrize("target", ON_CPUS)
+def test_a_plan_differs_by_the_device_s_name_alone(target: str) -> None:
+    plain = rendering.rendered(target, **WISHES)
+    named = rendering.rendered(target, gpu=CPU, **WISHES)
+    amx = rendering.rendered(target, gpu=AMX, **WISHES)
+
+    assert named == plain
+    assert amx.plan == replace(plain.plan, device=AMX)
+    assert amx.plan.portable() == {**plain.plan.portable(), "device": AMX}
+    assert (amx.env, amx.command, amx.healthcheck) == (plain.env, plain.command, plain.healthcheck)
+    assert amx.files.keys() == plain.files.keys()
+    for name, text in plain.files.items():
+        # Where the device is named, and nowhere else.
+        assert amx.files[name].replace(AMX, CPU) == text.replace(AMX, CPU), name
+
+
+@pytest.mark.parametrize("engine", sorted(engines()))
+def test_each_engine_takes_it_as_it_takes_any_cpu(engine: str) -> None:
+    found = engines()[engine]
+    wishes = [ServeOptions(gpu=name, **WISHES) for name in (CPU, AMX)]
+    model = facts(LLAMA_8B)
+    said = []
+    for options in wishes:
+        try:
+            planned = found.plan(model, LLAMA_8B_BYTES, options)
+            said.append(str(replace(planned, device=CPU)))
+        except UsageError as refused:
+            said.append(f"{refused.message}; {refused.hint}")
+    assert said[0] == said[1]
+    if found.base.cpu:
+        assert base_reference(found, AMX, "") == base_reference(found, CPU, "")
+    else:
+        with pytest.raises(UsageError, match="no base image for a cpu-amx"):
+            base_reference(found, AMX, "")
