@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from weightsmith.errors import InputRefused
 from weightsmith.planning.targets import all_targets
+from weightsmith.quantizers.architectures import EXPERTS as EXPERT_ARCHITECTURES
+from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SEEING
 from weightsmith.serving import engines
 from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.gpus import GPUS
@@ -58,17 +60,79 @@ def test_what_cannot_be_loaded_is_refused(engine, format_name, device, why) -> N
     assert "16 bits" in refused.value.hint
 
 
-@pytest.mark.parametrize("name", ["fp8", "w8a8"])
-def test_experts_in_8_bits_are_refused_on_a_cpu_alone(name: str) -> None:
-    shape = {
-        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-        "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
-    }  # fmt: skip
-    experts = facts({**shape, "num_experts": 4, "moe_intermediate_size": 32})
-    with pytest.raises(InputRefused, match=r"experts: vllm 0\.32\.0 has no kernel .*cpu_moe\.py"):
-        check_support(ENGINES["vllm"], format_of(name), "cpu", experts)
-    check_support(ENGINES["vllm"], format_of(name), "nvidia-l4", experts)
-    check_support(ENGINES["vllm"], format_of(name), "cpu", facts(shape))
+DENSE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 128, "intermediate_size": 128,
+    "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
+}  # fmt: skip
+EXPERTS = {**DENSE, "num_experts": 4, "moe_intermediate_size": 128}
+WITH_AMX = "serve.gpu: cpu-amx if it is served by an Intel Xeon from the 4th generation on"
+
+
+def refusal(name: str, device: str, config: dict | None) -> InputRefused:
+    model = facts(config) if config else None
+    with pytest.raises(InputRefused) as found:
+        check_support(ENGINES["vllm"], format_of(name), device, model)
+    return found.value
+
+
+@pytest.mark.parametrize("name", ["awq", "fp8", "gptq", "w8a8"])
+def test_experts_are_refused_on_a_cpu_alone(name: str) -> None:
+    error = refusal(name, "cpu", EXPERTS)
+    assert re.search(r"experts: vllm 0\.32\.0 has no kernel .*cpu_moe\.py", error.message)
+    assert (WITH_AMX in error.hint) == (name != "fp8")
+    check_support(ENGINES["vllm"], format_of(name), "nvidia-l4", facts(EXPERTS))
+    check_support(ENGINES["vllm"], format_of(name), "cpu", facts(DENSE))
+
+
+@pytest.mark.parametrize("name", ["awq", "awq-gptqmodel", "fp8-block", "gptq", "w8a8"])
+def test_experts_are_loaded_on_cpus_with_amx(name: str) -> None:
+    for config in (EXPERTS, DENSE):
+        check_support(ENGINES["vllm"], format_of(name), "cpu-amx", facts(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("fp8", {}, r"no kernel for them on a CPU .*CPUExpertsFp8: blocks only"),
+        ("nvfp4a16", {}, r"no kernel for it on a CPU .*init_nvfp4_linear_kernel"),
+        ("awq", {"architectures": ["Glm4MoeForCausalLM"]}, "way in which Glm4MoeForCausalLM"),
+        ("w8a8", {"architectures": ["Llama4ForCausalLM"]}, "way in which Llama4ForCausalLM"),
+        ("gptq", {"hidden_size": 192}, "no kernel for experts of 128 x 192, .* of 1 x 128"),
+        ("w8a8", {"moe_intermediate_size": 48}, "no kernel for experts of 48 x 128, .* of 32 x 32"),
+        ("fp8-block", {"moe_intermediate_size": 192}, "experts of 192 x 128, .* of 128 x 32"),
+        ("fp8-block", {"moe_intermediate_size": 0, "intermediate_size": 64}, "experts of 64 x"),
+    ],
+)
+def test_what_its_kernels_for_experts_do_not_take_is_refused(name, changes, why) -> None:
+    error = refusal(name, "cpu-amx", {**EXPERTS, **changes})
+    assert re.search(why, error.message)
+    assert WITH_AMX not in error.hint
+    assert WITH_AMX not in refusal(name, "cpu", {**EXPERTS, **changes}).hint
+
+
+def test_the_hint_names_the_formats_of_experts_that_are_loaded_there() -> None:
+    assert refusal("fp8", "cpu-amx", EXPERTS).hint.startswith(
+        "choose awq or fp8-block or gptq or w8a8, a GPU with serve.gpu, 16 bits (target vllm)"
+    )
+    grouped = {**EXPERTS, "architectures": ["DeepseekV3ForCausalLM"]}
+    assert refusal("awq", "cpu-amx", grouped).hint.startswith("choose fp8-block, a GPU")
+    check_support(ENGINES["vllm"], format_of("fp8-block"), "cpu-amx", facts(grouped))
+
+
+def test_what_needs_amx_alone_is_loaded_there() -> None:
+    assert WITH_AMX in refusal("fp8-block", "cpu", None).hint
+    check_support(ENGINES["vllm"], format_of("fp8-block"), "cpu-amx")
+    assert WITH_AMX not in refusal("fp8-static", "cpu", None).hint
+    with pytest.raises(InputRefused, match="on a CPU"):
+        check_support(ENGINES["sglang"], format_of("awq"), "cpu-amx")
+
+
+def test_kernels_for_experts_name_models_that_can_be_quantized() -> None:
+    known = EXPERT_ARCHITECTURES | FURTHER_EXPERTS | SEEING
+    for row in TABLE.values():
+        assert row.amx_experts is None or (
+            row.cpu_experts and row.amx_experts.architectures <= known
+        )
 
 
 def test_the_hint_names_what_can_be_loaded_there() -> None:

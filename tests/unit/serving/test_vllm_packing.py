@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from weightsmith.checkpoints.packing import Packing
 from weightsmith.errors import InputRefused, UsageError
@@ -68,6 +70,7 @@ def test_eight_bit_gptq_is_for_gpus():
 def test_what_is_slow_or_needs_more_is_noted():
     assert "group_size 256" in check_packing(packed("gptq", group_size=256), GPU)[0]
     assert "AMX" in check_packing(packed("fp8"), CPU)[0]
+    assert check_packing(packed("fp8"), replace(CPU, device="cpu-amx")) == ()
     assert "widened" in check_packing(packed("fp8"), OLD)[0]
     assert check_packing(packed("fp8"), GPU) == ()
     with pytest.raises(UsageError, match="blocks"):

@@ -93,6 +93,19 @@ class EngineBase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertKernel:
+    """A kernel for quantized experts that an engine has on CPUs with AMX."""
+
+    name: str
+    architectures: frozenset[str]
+    """Models that choose experts in a way that it takes."""
+    hidden: int = 1
+    """What the hidden size must be a multiple of."""
+    width: int = 1
+    """The same of an expert's intermediate size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
     """What an engine needs to load one format."""
 
@@ -100,8 +113,12 @@ class Support:
     """The least compute capability of an NVIDIA GPU that it starts on."""
     cpu: bool = False
     """Whether its build for CPUs has a kernel."""
+    amx: bool = False
+    """Whether that build has one on CPUs with AMX alone."""
     cpu_experts: str = ""
     """Where that build says that it has no such kernel for experts; empty if it has one."""
+    amx_experts: ExpertKernel | None = None
+    """The one that it has on CPUs with AMX alone."""
     amd: bool = True
     """Whether its build for AMD's GPUs has a kernel."""
     source: str

@@ -11,6 +11,7 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
+from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import (
     Engine,
     EngineBase,
@@ -26,6 +27,7 @@ from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.tiles import check_blocks
+from weightsmith.serving.vllm_experts import FP8_BLOCK, INT4, INT8
 from weightsmith.serving.vllm_packing import check_packing
 from weightsmith.serving.vllm_pictures import check_pictures
 from weightsmith.values import Json
@@ -130,7 +132,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     Raises InputRefused for numbers in config.json that are wrong, and UsageError for options that
     do not fit, with the nearest that do.
     """
-    on_cpu = options.gpu in {"", "cpu"} and not options.gpu_memory_bytes
+    on_cpu = is_cpu(options.gpu or CPU) and not options.gpu_memory_bytes
     extra = known_options(cpu=on_cpu).checked(options.extra)
     chosen = switches(extra)
     if on_cpu and model.shape.kv_lora_rank:
@@ -293,12 +295,14 @@ _SUPPORT: Mapping[str, Support] = {
         cpu=True,
         source=f"quantization/auto_awq.py get_min_capability; {_4_BITS_ON_CPUS}",
         cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsInt4: only with AMX",
+        amx_experts=INT4,
     ),
     "gptq": Support(
         capability=(6, 0),
         cpu=True,
         source=f"quantization/auto_gptq.py get_min_capability; {_4_BITS_ON_CPUS}",
         cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsInt4: only with AMX",
+        amx_experts=INT4,
     ),
     "awq-compressed": Support(
         capability=(7, 5),
@@ -321,8 +325,11 @@ _SUPPORT: Mapping[str, Support] = {
     # Below 8.9 with the weights alone in FP8.
     "fp8-block": Support(
         capability=(7, 5),
+        amx=True,
         source="compressed_tensors_w8a16_fp8.py get_min_capability; its kernel for CPUs, "
         "kernels/linear/scaled_mm/cpu.py CPUFp8BlockScaledMMKernel, needs AMX",
+        cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsFp8: blocks only, with AMX",
+        amx_experts=FP8_BLOCK,
     ),
     "nvfp4a16": Support(
         capability=(7, 5),
@@ -349,6 +356,7 @@ _SUPPORT: Mapping[str, Support] = {
         source="compressed_tensors_w8a8_int8.py get_min_capability; "
         "kernels/linear/scaled_mm/cpu.py CPUInt8ScaledMMLinearKernel",
         cpu_experts="layers/fused_moe/experts/cpu_moe.py CPUExpertsInt8: only with AMX",
+        amx_experts=INT8,
     ),
 }
 

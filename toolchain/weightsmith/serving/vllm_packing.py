@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from weightsmith.checkpoints.packing import Packing
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.devices import AMX
 from weightsmith.serving.machine import Machine
 
 _GONE: Mapping[str, str] = {
@@ -85,6 +86,8 @@ def _fp8(packing: Packing, machine: Machine) -> tuple[str, ...]:
                 f"FP8 in blocks of {list(packing.block)} does not run on a CPU",
                 hint="blocks of 128 do",
             )
+        if machine.device == AMX:
+            return ()
         return ("FP8 on a CPU needs AMX (Intel's Sapphire Rapids or later) for most layouts",)
     if machine.gpu and not machine.gpu.fp8:
         return (f"{machine.device} has no FP8 arithmetic: weights are widened as they are used",)
