@@ -17,6 +17,7 @@ from tests.fakes.fleet_runs import run, write_fleet
 from tests.fakes.memory import QUESTIONS, Memory, questions
 
 TARGET, GGUF = "vllm-fp8", "llamacpp-q4_k_m"
+NOT_ASKED = "the image was not asked, since it is for a GPU and none is here"
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_the_record_says_that_the_weights_answered_and_not_the_image(on_gpu: Mem
     assert {who: score["score"] for who, score in record["scores"].items()} == {
         "base": 0, "adapter": 1, "merged": 1, "dequantized": 1,
     }  # fmt: skip
-    said = "the image was not asked; its dequantized weights were, in transformers"
+    said = f"{NOT_ASKED}; its dequantized weights were, in transformers"
     assert record["unproven"][0] == said
     (verdict,) = (one for one in record["verdicts"] if one["subject"] == "dequantized")
     assert (verdict["against"], verdict["binding"], verdict["passed"]) == ("adapter", True, True)
@@ -85,7 +86,7 @@ def test_weights_that_cannot_be_read_are_not_asked_and_stop_nothing(on_gpu: Memo
     said = "the dequantized weights were not asked: no such architecture"
     assert said in on_gpu.progress.warnings
     assert "dequantized" not in on_gpu.record(TARGET)["scores"]
-    assert on_gpu.record(TARGET)["unproven"][0] == "the image was not asked"
+    assert on_gpu.record(TARGET)["unproven"][0] == NOT_ASKED
 
     on_gpu.build()
     assert on_gpu.jobs() == []
@@ -95,7 +96,7 @@ def test_what_keeps_the_merged_weights_is_not_asked_again(on_gpu: Memory) -> Non
     on_gpu.build(targets=["vllm"])
 
     assert "dequantized" not in on_gpu.jobs()
-    assert on_gpu.record("vllm")["unproven"][0] == "the image was not asked"
+    assert on_gpu.record("vllm")["unproven"][0] == NOT_ASKED
 
 
 @pytest.mark.parametrize("sees", [True, False])

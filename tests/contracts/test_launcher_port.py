@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+from weightsmith.cpus import flags
 from weightsmith.drivers.docker import DockerEngine
 from weightsmith.drivers.docker_images import base_reference
 from weightsmith.drivers.docker_launcher import DockerLauncher
@@ -137,3 +138,9 @@ def test_an_image_that_is_not_there_is_named(case: LauncherCase) -> None:
     ):
         pytest.fail("it was started")
     assert "load or pull" in caught.value.hint
+
+
+def test_the_cpu_is_known_only_where_images_are_started_on_this_machine(
+    case: LauncherCase,
+) -> None:
+    assert case.launcher.cpu_flags() in (None, frozenset(), flags())

@@ -81,7 +81,12 @@ class MemoryLauncher:
     """The status with which a question with a picture is answered."""
     running: int = 0
     journal: Journal = field(default_factory=Journal)
+    flags: frozenset[str] | None = frozenset()
+    """What the CPU can do that it starts images on."""
     name: str = "memory"
+
+    def cpu_flags(self) -> frozenset[str] | None:
+        return self.flags
 
     @contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:

@@ -77,3 +77,12 @@ def test_avx2_comes_with_what_the_kernels_use(tmp_path, flags, expected):
     info.write_text(f"processor\t: 0\n{flags}\n")
     assert cpus.has_avx2(info) is expected
     assert not cpus.has_avx2(tmp_path / "absent")
+
+
+def test_flags_are_those_of_the_first_cpu(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nflags\t\t: fpu amx_tile avx2\nflags : other\n")
+    assert {"fpu", "amx_tile"} < cpus.flags(info)
+    assert "other" not in cpus.flags(info)
+    info.write_text("Features : fp asimd\n")  # 64-bit Arm
+    assert cpus.flags(info) == cpus.flags(tmp_path / "absent") == frozenset()

@@ -17,12 +17,16 @@ _MOMENT = 0.2
 
 def has_avx2(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Return whether this CPU is an x86-64 with AVX2, FMA and what our kernels use with them."""
+    return flags(cpuinfo) >= _WITH_AVX2
+
+
+def flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """Return what this x86-64 can do, in Linux's names; empty where it does not say."""
     try:
         lines = cpuinfo.read_text("ascii", errors="replace").splitlines()
     except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return set(flags) >= _WITH_AVX2
+        return frozenset()
+    return frozenset(next((line.split() for line in lines if line.startswith("flags")), ()))
 
 
 def all_but_one() -> int:

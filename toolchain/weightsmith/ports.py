@@ -292,6 +292,12 @@ class Launcher(Protocol):
     def serve(self, image: str, spec: StartSpec) -> AbstractContextManager[Endpoint]:
         """Start `image` (an engine's reference, or `oci:DIR`), stop it when the context ends."""
 
+    def cpu_flags(self) -> frozenset[str] | None:
+        """Return what the CPU that it starts images on can do, in Linux's names; None if unknown.
+
+        Of layouts, which it may start in another place than the engine's images, nothing is said.
+        """
+
 
 CANDIDATES = "weightsmith-candidate"
 """Repository of temporary images that exist only during a build.

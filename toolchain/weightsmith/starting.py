@@ -13,6 +13,7 @@ from weightsmith.oci.image import Image
 from weightsmith.oci.index import is_own
 from weightsmith.ports import StartSpec
 from weightsmith.provenance.labels import plan_of
+from weightsmith.serving.devices import AMX, AMX_FLAGS, is_cpu
 from weightsmith.tools import Tools
 
 
@@ -58,13 +59,27 @@ def idle_cpus(variable: str) -> Mapping[str, str]:
 
 def why_not_started(image: Image, tools: Tools) -> str:
     """Return why this machine cannot start a built image; "" if it can."""
+    found = what_is_missing(image, tools)
+    return f"the image is {found}: it was not started" if found else ""
+
+
+def what_is_missing(image: Image, tools: Tools) -> str:
+    """Return what a built image is for that this machine is not or has not; "" for nothing."""
     if not is_own(image):
-        return f"the image is for {image.platform}: it was not started"
-    if not has_device(plan_of(image.labels).device, tools):
-        return "the image is for a GPU and none is here: it was not started"
-    return ""
+        return f"for {image.platform}"
+    return missing_device(plan_of(image.labels).device, tools)
 
 
-def has_device(device: str, tools: Tools) -> bool:
-    """Return whether this machine has a planned device; any GPU counts."""
-    return device == "cpu" or bool(tools.engine.describe().get("gpu"))
+def missing_device(device: str, tools: Tools) -> str:
+    """Return the same of a planned device, such as `for a GPU and none is here`; any GPU counts."""
+    if device == AMX:
+        return _without_amx(tools.launcher.cpu_flags())
+    if is_cpu(device) or tools.engine.describe().get("gpu"):
+        return ""
+    return "for a GPU and none is here"
+
+
+def _without_amx(flags: frozenset[str] | None) -> str:
+    if flags is None:
+        return "for a CPU with AMX and the container engine does not say that its machine has one"
+    return "" if flags >= AMX_FLAGS else "for a CPU with AMX and this machine has none"

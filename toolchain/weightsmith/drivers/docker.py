@@ -155,6 +155,13 @@ class DockerEngine:
             "rootless": any("rootless" in option for option in info.get("SecurityOptions") or ()),
         }
 
+    def is_here(self) -> bool:
+        """Say whether containers run on this machine: under its kernel, not in a virtual one."""
+        if not engine_host().startswith("unix://"):
+            return False
+        with engine_errors("asking the container engine about itself"):
+            return self.client.info().get("KernelVersion") == os.uname().release
+
     def has_gpu(self) -> bool:
         """Say whether containers can use this machine's GPUs."""
         if not gpu_names():

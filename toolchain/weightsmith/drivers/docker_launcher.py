@@ -13,6 +13,7 @@ from docker.models.containers import Container
 from docker.models.networks import Network
 from requests.exceptions import RequestException
 
+from weightsmith.cpus import flags
 from weightsmith.drivers.docker import DockerEngine, engine_errors, engine_host
 from weightsmith.drivers.docker_containers import GONE, remove
 from weightsmith.drivers.docker_requests import LABEL_OWNER, server_request
@@ -33,6 +34,10 @@ class DockerLauncher:
 
     def __init__(self, engine: DockerEngine) -> None:
         self._engine = engine
+
+    def cpu_flags(self) -> frozenset[str] | None:
+        """Return this machine's if the engine runs on it, else None: an engine does not tell."""
+        return flags() if self._engine.is_here() else None
 
     @contextlib.contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:

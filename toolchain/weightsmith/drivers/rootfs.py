@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from weightsmith.cpus import flags
 from weightsmith.drivers import process
 from weightsmith.drivers.image_launcher import (
     Mode,
@@ -67,6 +68,10 @@ class RootfsLauncher:
     def __init__(self, unpack: Unpack, cache: Path) -> None:
         self._unpack = unpack
         self._cache = cache
+
+    def cpu_flags(self) -> frozenset[str]:
+        """Return what this machine's CPU can do."""
+        return flags()
 
     @contextlib.contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
@@ -189,6 +194,10 @@ class EitherLauncher:
         """Start `image`."""
         launcher = self._layouts if image.startswith(_SCHEME) else self._engine
         return launcher.serve(image, spec)
+
+    def cpu_flags(self) -> frozenset[str] | None:
+        """Return what the engine's CPU can do, None if unknown."""
+        return self._engine.cpu_flags()
 
 
 def free_port() -> int:

@@ -43,6 +43,8 @@ class Result:
     """Subject -> score; subjects are `base`, `adapter` (unmerged), `merged`, `image`, and, where
     no image was started, `dequantized`: its weights in transformers."""
     verdicts: tuple[Verdict, ...] = ()
+    not_started: str = ""
+    """What the image is for that the building machine is not or has not."""
 
     def require(self) -> None:
         """Raise CheckFailed with the first verdict that failed."""
@@ -73,9 +75,10 @@ class Result:
 
     @property
     def _not_asked(self) -> str:
+        why = f", since it is {self.not_started}" if self.not_started else ""
         if "dequantized" not in self.scores:
-            return "the image was not asked"
-        return "the image was not asked; its dequantized weights were, in transformers"
+            return f"the image was not asked{why}"
+        return f"the image was not asked{why}; its dequantized weights were, in transformers"
 
     @property
     def doubts(self) -> tuple[str, ...]:

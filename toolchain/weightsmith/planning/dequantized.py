@@ -14,7 +14,7 @@ from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.stages import dequantized as stage
 from weightsmith.stages.base import base_reference
-from weightsmith.starting import has_device
+from weightsmith.starting import missing_device
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Tree
 
@@ -56,4 +56,5 @@ def _why_not_started(file: RecipeFile, target: Target, device: str, tools: Tools
     platforms = platforms_of(file, base_reference(target.engine, device, file.recipe.image.base))
     if platforms and host_platform() not in platforms:
         return f"its image, for {' and '.join(platforms)}, cannot be started here"
-    return "" if has_device(device, tools) else "its image is for a GPU and none is here"
+    missing = missing_device(device, tools)
+    return f"its image is {missing}" if missing else ""

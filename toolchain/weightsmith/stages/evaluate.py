@@ -26,10 +26,11 @@ from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.oci.image import Image
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import StartSpec
+from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.projector import projector_in
-from weightsmith.starting import idle_cpus, start, why_not_started
+from weightsmith.starting import idle_cpus, start, what_is_missing, why_not_started
 from weightsmith.tools import Tools
 from weightsmith.values import Artifact, Digest, Json, StageInputs
 
@@ -100,7 +101,7 @@ class Evaluation:
             host_variable=self.engine.host_variable,
             memory_bytes=self.config.plan.memory_limit_bytes,
             shm_bytes=self.config.plan.shm_bytes,
-            use_gpu=self.config.plan.device != "cpu",
+            use_gpu=not is_cpu(self.config.plan.device),
         )
 
     @property
@@ -136,10 +137,11 @@ def evaluate(
             "the model has no chat template: the image is asked plain prompts at /v1/completions,"
             " as its users should do"
         )
-    if reason := why_not_started(image, tools):
+    if missing := what_is_missing(image, tools):
         pictures = "; no picture was tried either" if evaluation.promise.sees else ""
-        tools.progress.warn(reason + pictures)
-        return timer.done(tuple(question.result for question in questions), cached=False)
+        tools.progress.warn(why_not_started(image, tools) + pictures)
+        unasked = tuple(replace(question.result, not_started=missing) for question in questions)
+        return timer.done(unasked, cached=False)
     needed = [
         partial(smoke_inputs, image.digest),
         *(partial(evaluation.inputs, q) for q in questions),
