@@ -1,8 +1,8 @@
 """Models with experts and trained adapters become FP8, NVFP4 and AWQ images, and still answer.
 
-Every job is the real one: merge, validation, rounding, calibration, the gate and the questions. No
-CPU without AMX has vLLM's kernels for experts, so the images are for a GPU and are not started
-here, whatever the CPU: their weights answer in transformers, and the record says so.
+Every job is the real one: merge, validation, rounding, calibration, the gate and the questions. The
+images are for a GPU, or for a CPU with AMX, and neither is here, whatever this machine has: their
+weights answer in transformers, and the record says so. test_experts_on_amx.py starts one.
 """
 
 from __future__ import annotations
@@ -76,11 +76,36 @@ def test_what_the_adapter_taught_survives_every_format(memory: Memory) -> None:
         assert record["quality"]["exceeded"] == []
         assert record["quality"]["kl_mean"] > 0
         assert record["image"]["started"] == ""
-        said = "the image was not asked; its dequantized weights were, in transformers"
+        said = (
+            "the image was not asked, since it is for a GPU and none is here;"
+            " its dequantized weights were, in transformers"
+        )
         assert said in record["unproven"]
         report = (memory.results(target) / "report.md").read_text()
         assert f"dequantized weights, in transformers | {QUESTIONS} of {QUESTIONS}" in report
     _check_experts(memory)
+
+
+def test_an_image_for_a_cpu_with_amx_is_not_started_without_it(memory: Memory) -> None:
+    built = memory.build("serve.gpu=cpu-amx", targets=["vllm-w8a8", "vllm-fp8-block"])
+
+    for target in built:
+        record = memory.record(target)
+        assert record["plan"]["device"] == "cpu-amx"
+        assert record["scores"]["dequantized"]["score"] == 1
+        said = (
+            "the image was not asked, since it is for a CPU with AMX and this machine has none;"
+            " its dequantized weights were, in transformers"
+        )
+        assert said in record["unproven"]
+        assert said[1:] in (memory.results(target) / "report.md").read_text()
+
+
+def test_experts_that_vllm_has_no_kernel_for_on_a_cpu_are_refused(memory: Memory) -> None:
+    for device, target in (("cpu", "vllm-w8a8"), ("cpu-amx", "vllm-fp8")):
+        with pytest.raises(InputRefused, match=r"experts: vllm .* has no kernel for them on a CPU"):
+            memory.build(f"serve.gpu={device}", targets=[target])
+    assert memory.jobs() == []
 
 
 def _check_experts(memory: Memory) -> None:
