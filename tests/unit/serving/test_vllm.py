@@ -52,6 +52,18 @@ def test_keys_have_dashes_and_are_known_to_the_pinned_version():
     assert settings["tensor-parallel-size"] == 2
 
 
+@pytest.mark.parametrize("target", ["vllm-w8a8", "vllm-fp8-block"])
+def test_float16_is_refused_where_kernels_for_amx_have_none(target):
+    halves, wishes = {**LLAMA_8B, "dtype": "float16"}, {"host_memory_bytes": 64 * GIB}
+    with pytest.raises(UsageError, match=r"no kernel for float16 on cpu-amx") as refused:
+        rendered(target, config=halves, gpu="cpu-amx", max_model_len=4096, **wishes)
+    assert "serve.dtype=bfloat16" in refused.value.hint
+
+    for given in ({"gpu": "cpu-amx", "dtype": "bfloat16"}, {"gpu": "cpu"}, {"gpu": "nvidia-l40s"}):
+        rendered(target, config=halves, max_model_len=4096, **given, **wishes)
+    rendered("vllm-awq", config=halves, gpu="cpu-amx", max_model_len=4096, **wishes)
+
+
 def test_a_cpu_server_gets_its_cache_in_bytes_and_no_more():
     config = rendered(max_model_len=4096, max_num_seqs=2, host_memory_bytes=64 * GIB)
     settings = settings_of(config)

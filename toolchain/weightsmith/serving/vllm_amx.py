@@ -1,4 +1,4 @@
-"""vLLM's kernels for quantized experts on CPUs with AMX, and what each of them takes.
+"""vLLM's kernels for 8-bit weights and for quantized experts on CPUs with AMX: what they take.
 
 Source, of vLLM 0.32: `is_supported_config` of layers/fused_moe/experts/cpu_moe.py, what chooses
 among its classes (layers/fused_moe/oracle/), and the models' own routers.
@@ -6,7 +6,10 @@ among its classes (layers/fused_moe/oracle/), and the models' own routers.
 
 from __future__ import annotations
 
+from weightsmith.errors import UsageError
+from weightsmith.serving.devices import AMX
 from weightsmith.serving.engine import ExpertKernel
+from weightsmith.values import Format
 
 _SOFTMAX = frozenset({
     "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM",
@@ -30,3 +33,16 @@ INT8 = ExpertKernel(name="CPUExpertsInt8", architectures=_SOFTMAX, hidden=32, wi
 FP8_BLOCK = ExpertKernel(
     name="CPUExpertsFp8", architectures=_SOFTMAX | _GROUPED, hidden=32, width=128
 )
+
+_BFLOAT16 = frozenset({"fp8-block", "w8a8"})
+"""Formats whose kernels end the server at its first float16 token: `scalar path not implemented` in
+csrc/cpu/sgl-kernels/gemm_int8.cpp, moe_int8.cpp and gemm_fp8.cpp."""
+
+
+def check_dtype(format_: Format, device: str, dtype: str) -> None:
+    """Raise UsageError for a format that is served in float16 where its kernels have none."""
+    if device == AMX and format_.name in _BFLOAT16 and dtype == "float16":
+        raise UsageError(
+            f"{format_.name} weights: vLLM has no kernel for float16 on {AMX}",
+            hint="set serve.dtype=bfloat16",
+        )
