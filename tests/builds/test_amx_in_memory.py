@@ -48,6 +48,7 @@ def test_on_a_cpu_with_amx_it_is_started_and_asked(on_amx: Memory) -> None:
     (built,) = on_amx.build().values()
 
     assert built.started == on_amx.record(TARGET)["image"]["started"] == "linux/amd64"
+    assert on_amx.launcher.with_gpu == [False]
     assert on_amx.record(TARGET)["plan"]["device"] == "cpu-amx"
     assert scores(on_amx) == {"base": 0, "adapter": 1, "merged": 1, "image": 1}
     report = (on_amx.results(TARGET) / "report.md").read_text()

@@ -83,6 +83,8 @@ class MemoryLauncher:
     journal: Journal = field(default_factory=Journal)
     flags: frozenset[str] | None = frozenset()
     """What the CPU can do that it starts images on."""
+    with_gpu: list[bool] = field(default_factory=list)
+    """Whether each start asked for GPUs."""
     name: str = "memory"
 
     def cpu_flags(self) -> frozenset[str] | None:
@@ -91,6 +93,7 @@ class MemoryLauncher:
     @contextmanager
     def serve(self, image: str, spec: StartSpec) -> Iterator[Endpoint]:
         self.journal.add("start")
+        self.with_gpu.append(spec.use_gpu)
         held = self._held(image)
         server = _Server(held, self)
         try:

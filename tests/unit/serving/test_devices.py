@@ -66,3 +66,10 @@ def test_each_engine_takes_it_as_it_takes_any_cpu(engine: str) -> None:
     else:
         with pytest.raises(UsageError, match="no base image for a cpu-amx"):
             base_reference(found, AMX, "")
+
+
+def test_options_that_the_build_for_cpus_lacks_are_refused() -> None:
+    for name in CPUS:
+        with pytest.raises(UsageError, match="monokernel"):
+            rendering.rendered("vllm", gpu=name, extra={"monokernel": True}, **WISHES)
+    rendering.rendered("vllm", gpu="nvidia-l40s", extra={"monokernel": True}, **WISHES)
