@@ -58,13 +58,17 @@ INLINE void multiply(const float *const *left, const float *panel, int64_t depth
 
 struct found {
     int64_t *undecided, count;
-    ints beyond;
+    // The bits of the largest magnitude per lane; those of no number are larger than any number's.
+    // A flag per sum would be a masked load of ones, with no lane in all but broken models. Where
+    // nothing else touches the page of such a constant, it may not be in memory: the load does not
+    // bring it in, and takes a hundred times as long.
+    ints largest;
 };
 
 // Adds `n` weights to a vector of products, rounds and stores the sums.
 INLINE void add(
     vec product, const char *weights, int from, float bound, char *out, int to, int n, int64_t at,
-    float limit, struct found *found
+    struct found *found
 ) {
     vec sum;
     shorts made;
@@ -74,8 +78,7 @@ INLINE void add(
         sum = product + widen_some(weights, n, from);
     }
     ints differ = round_ends(sum, bound, to, &made);
-    vec size = (vec)((ints)sum & 0x7fffffff);
-    found->beyond |= ~(size < limit);
+    found->largest = __builtin_elementwise_max(found->largest, (ints)sum & 0x7fffffff);
     if (n == WIDTH) memcpy(out, &made, sizeof made);
     else memcpy(out, &made, n * sizeof(uint16_t));
     unsigned set = lanes_of(differ) & ((1u << n) - 1);
@@ -102,12 +105,12 @@ INLINE int64_t rounded(
                     const int n = columns - column < WIDTH ? (int)(columns - column) : WIDTH;
                     add(
                         sums[r][v], base + at * bytes_of(from), from, bound[first + r], out + at * 2,
-                        to, n, at, limit, &found
+                        to, n, at, &found
                     );
                 }
         }
     }
-    *above = lanes_of(found.beyond) != 0;
+    *above = lanes_of(found.largest >= (ints)(vec)limit) != 0;
     return found.count;
 }
 
