@@ -62,6 +62,20 @@ def test_what_the_merge_makes_passes(tmp_path: Path, method: str, dtype: str) ->
     assert "values that the method can produce" in tell(result)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_one_adapter_given_twice_is_not_missing(tmp_path: Path, method: str) -> None:
+    """The mean of both is each of them, so no element tells which of them is there."""
+    base = make_model(tmp_path / "base")
+    lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"])
+    out = merged(tmp_path / "out", base, lora, lora, method=method, density=0.4, **seeded(method))
+    judged = Mixture(**(mixture(method, "delta", 0.4, None) or {}))
+
+    result = held(base, out, lora, lora, scope="rest", mixture=judged)
+
+    assert result.passed, tell(result)
+    assert not held(base, base, lora, lora, scope="rest", mixture=judged).passed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 3, 6])
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

@@ -48,7 +48,7 @@ def compose(
     for view, some in zip(views, claims, strict=True):
         for claim in some:
             if claim.target:
-                share = Share(claim=claim, weight=view.weight, path=view.path)
+                share = Share(claim=claim, weight=view.weight, adapter=view.index, path=view.path)
                 shares[claim.target].append(share)
     untied = _untie(tie, shares)
     outputs: dict[str, Output] = {}
@@ -151,7 +151,7 @@ def compose_output(
     if combination.sums and all(claim.terms for claim in claims):
         terms = tuple(term for claim in claims for term in claim.terms)
         return replace(plain, terms=terms, kind="merged")
-    alone = len({share.path for share in shares}) == 1 and shares[0].weight == 1.0
+    alone = len({share.adapter for share in shares}) == 1 and shares[0].weight == 1.0
     resized = [c.replacement for c in claims if c.replacement]
     # A tensor or rows replaced by a single adapter are not a delta to vote on or prune; a copy of
     # the base's tensor, beside the factors that change it, makes them no replacement.
@@ -252,8 +252,8 @@ def _vocabulary(
 
 def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
     """Refuse an adapter with two modules that change the same rows of a tensor."""
-    for path in {share.path for share in shares}:
-        mine = [share.claim for share in shares if share.path == path]
+    for adapter, path in {share.adapter: share.path for share in shares}.items():
+        mine = [share.claim for share in shares if share.adapter == adapter]
         spans = sorted(
             (term.first, term.first + term.shape[0], claim.module)
             for claim in mine

@@ -24,6 +24,8 @@ class Share:
 
     claim: Claim
     weight: float
+    adapter: int
+    """The adapter's place in the request, in which a folder may be twice."""
     path: Path
     """The adapter's folder."""
 
@@ -60,8 +62,10 @@ class Mixture:
             (share, share.claim.change.begin(plain, files) if share.claim.change else None)
             for share in self.shares
         ]
-        copies: dict[Path, Source] = {
-            share.path: share.claim.replacement for share in self.shares if share.claim.replacement
+        copies: dict[int, Source] = {
+            share.adapter: share.claim.replacement
+            for share in self.shares
+            if share.claim.replacement
         }
         adders = [adder(term, files) for share in self.shares for term in share.claim.terms]
 
@@ -81,7 +85,7 @@ class Mixture:
                     for row, place in enumerate(claim.patch.places):
                         if first <= place < first + count:
                             # Rows were trained on the adapter's copy, if it has one.
-                            old = copies.get(share.path, output.source)
+                            old = copies.get(share.adapter, output.source)
                             new = claim.patch.stored.rows(files, row, 1, output.columns)
                             moved = new.astype("float64") - old.rows(
                                 files, place, 1, output.columns

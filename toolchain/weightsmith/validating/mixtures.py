@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 
 import torch
 
@@ -35,11 +36,29 @@ class Kept:
 
     inside: list[int] = field(default_factory=list)
     outside: list[int] = field(default_factory=list)
+    apart: set[tuple[int, int]] = field(default_factory=set)
+    """Pairs of adapters whose deltas differ; of equal ones, either may be the one that is there."""
+    perhaps: list[int] = field(default_factory=list)
+    """Per adapter, the number of elements that may contain it and are not the base's."""
 
     def missing(self) -> list[int]:
         """Return the indices of adapters that the tensor does not contain."""
         both = enumerate(zip(self.inside, self.outside, strict=True))
-        return [number for number, (there, away) in both if not there and away >= _ENOUGH]
+        absent = [number for number, (there, away) in both if not there and away >= _ENOUGH]
+        others = set(range(len(self.inside)))
+        return [
+            number
+            for number in absent
+            if not self.perhaps[number]
+            or all((number, other) in self.apart for other in others - {number})
+        ]
+
+    def tell_apart(self, deltas: Sequence[torch.Tensor], slack: torch.Tensor) -> None:
+        """Note which of the deltas differ by more than the slack anywhere."""
+        for pair in permutations(range(len(deltas)), 2):
+            one, other = (deltas[number] for number in pair)
+            if pair not in self.apart and bool(((one - other).abs() > slack).any()):
+                self.apart.add(pair)
 
 
 def compare_kept(
@@ -59,7 +78,7 @@ def compare_kept(
     slack = ARITHMETIC * (base.abs() + mixture.gain * sum(delta.abs() for delta in deltas))
     can = [torch.zeros_like(found, dtype=torch.bool) for _ in deltas]
     need_not = [part.clone() for part in can]
-    nearest = torch.full_like(found, torch.inf)
+    unchanged, nearest = can[0], torch.full_like(found, torch.inf)
     expected = base.clone()
     for choice in range(1 << len(deltas)):
         members = [number for number in range(len(deltas)) if choice >> number & 1]
@@ -68,10 +87,12 @@ def compare_kept(
         off = (found - total).abs()
         smaller = torch.minimum(found.abs(), total.abs())
         fits = off <= half_step(smaller, merged.dtype) + slack
+        unchanged = fits if not members else unchanged
         for number in range(len(deltas)):
             (can if number in members else need_not)[number].logical_or_(fits)
         closer = off < nearest
         nearest, expected = torch.where(closer, off, nearest), torch.where(closer, total, expected)
+    kept.tell_apart(deltas, slack)
     explained = can[0] | need_not[0]
     tally.total += found.numel()
     tally.changed = True
@@ -79,8 +100,10 @@ def compare_kept(
         if len(kept.inside) <= number:
             kept.inside.append(0)
             kept.outside.append(0)
+            kept.perhaps.append(0)
         kept.inside[number] += int((can[number] & ~need_not[number]).sum())
         kept.outside[number] += int((need_not[number] & ~can[number]).sum())
+        kept.perhaps[number] += int((can[number] & ~unchanged).sum())
     bad = (~explained | ~torch.isfinite(found)).nonzero()
     if len(bad) and not tally.wrong:
         row, column = (int(part) for part in bad[0])

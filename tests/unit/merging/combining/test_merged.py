@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,37 @@ def test_methods_in_delta_space(
         # Half a unit of float32, and what float32 factors of a truncation are off by.
         off = (after[name].double() - (tensor.double() + delta)).abs().max()
         assert off < (1e-6 if method.endswith("svd") else 3e-7), name
+
+
+@pytest.mark.parametrize(
+    ("method", "space", "options"),
+    [
+        ("ties", "delta", {}),
+        ("dare_linear", "factors", {}),
+        ("linear", "delta", {"use_dora": True}),
+        ("linear", "delta", {"modules_to_save": ["norm"]}),
+        ("magnitude_prune", "delta", {"trainable_token_indices": [1, 5]}),
+    ],
+)
+def test_one_folder_given_twice_is_two_adapters(
+    method: str,
+    space: str,
+    options: dict[str, Any],
+    make_model: MakeModel,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    base = make_model()
+    one = make_adapter(base, target_modules=["q_proj"], **options)
+    other = shutil.copytree(one, tmp_path / "other")
+    density = {} if method == "linear" else {"density": 0.5}
+
+    twice, copied = (
+        run(base, [one, second], tmp_path / name, method=method, space=space, **density)
+        for name, second in (("twice", one), ("copied", other))
+    )
+
+    assert twice["shards"] == copied["shards"]
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "ties_svd"])

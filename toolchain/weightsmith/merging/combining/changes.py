@@ -80,7 +80,7 @@ class Combined:
     def _of_deltas(self, output: Output, files: Files) -> Add:
         from weightsmith.merging.combining.deltas import combine
 
-        deltas, weights = self._deltas(output, files), list(self._adapters.values())
+        deltas, weights = self._deltas(output, files), self._weights
 
         def add(total: np.ndarray, first: int) -> None:
             some = [delta[first : first + len(total)] for delta in deltas]
@@ -89,9 +89,13 @@ class Combined:
         return add
 
     @property
-    def _adapters(self) -> dict[Path, float]:
-        """The adapters that change the tensor, in order -> weight."""
-        return {share.path: share.weight for share in self.shares}
+    def _adapters(self) -> dict[int, Share]:
+        """The adapters that change the tensor, in order -> one of their shares."""
+        return {share.adapter: share for share in self.shares}
+
+    @property
+    def _weights(self) -> list[float]:
+        return [share.weight for share in self._adapters.values()]
 
     @property
     def _low_rank(self) -> bool:
@@ -134,25 +138,25 @@ class Combined:
             pairs = [pair(term, band, files) for term in band.terms]
             return lowrank.to_float32(lowrank.truncate(pairs, rank), output.name)
         deltas = [delta[band.first : band.end] for delta in self._deltas(output, files)]
-        whole = combine(deltas, list(self._adapters.values()), self.combination)
+        whole = combine(deltas, self._weights, self.combination)
         return lowrank.to_float32(lowrank.truncate_whole(whole, rank), output.name)
 
     def _deltas(self, output: Output, files: Files) -> list[np.ndarray]:
         """Return each adapter's pruned delta of the whole tensor at weight 1, in float32."""
         from weightsmith.merging.combining.deltas import prune
 
-        deltas = [self._delta(output, path, files) for path in self._adapters]
-        names = [adapter_digest(path) for path in self._adapters]
+        deltas = [self._delta(output, adapter, files) for adapter in self._adapters]
+        names = [adapter_digest(share.path) for share in self._adapters.values()]
         for band in self.bands(output):
             some = [delta[band.first : band.end] for delta in deltas]
             name = f"{output.name} {band.first}" if band.first else output.name
             prune(some, self.combination, name, names)
         return deltas
 
-    def _delta(self, output: Output, path: Path, files: Files) -> np.ndarray:
+    def _delta(self, output: Output, adapter: int, files: Files) -> np.ndarray:
         import numpy as np
 
-        shares = tuple(_alone(share) for share in self.shares if share.path == path)
+        shares = tuple(_alone(share) for share in self.shares if share.adapter == adapter)
         alone = Mixture(shares=shares)
         changed = alone.begin(replace(output, change=None), files)
         delta = np.empty((output.rows, output.columns), np.float32)
@@ -166,9 +170,8 @@ class Combined:
     def _on_factors(self, name: str, band: Band, files: Files) -> Factors:
         from weightsmith.merging.combining.factors import combine_factors
 
-        weights = {share.path: share.weight for share in self.shares}
         factors = [
-            _factor(share.claim.terms[0], weights[share.path], share.path, files)
+            _factor(share.claim.terms[0], share.weight, share.path, files)
             for share in self.shares
             if share.claim.terms[0] in band.terms
         ]
@@ -207,7 +210,7 @@ def _check_factors(name: str, shares: Sequence[Share], combination: Combination)
 def _alone(share: Share) -> Share:
     """Return an adapter's share at weight 1."""
     terms = tuple(replace(term, factor=term.scaling) for term in share.claim.terms)
-    return Share(claim=replace(share.claim, terms=terms), weight=1.0, path=share.path)
+    return replace(share, claim=replace(share.claim, terms=terms), weight=1.0)
 
 
 def pair(term: Term, band: Band, files: Files) -> Pair:
