@@ -27,7 +27,7 @@ from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.tiles import check_blocks
-from weightsmith.serving.vllm_amx import FP8_BLOCK, INT4, INT8, check_dtype
+from weightsmith.serving.vllm_amx import FP8_BLOCK, INT4, INT8, without_float16
 from weightsmith.serving.vllm_packing import check_packing
 from weightsmith.serving.vllm_pictures import check_pictures
 from weightsmith.values import Json
@@ -133,6 +133,8 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     do not fit, with the nearest that do.
     """
     on_cpu = is_cpu(options.gpu or CPU) and not options.gpu_memory_bytes
+    device = options.gpu or CPU if on_cpu else ""
+    options, own = without_float16(options.format, device, model.shape.dtype, options)
     extra = known_options(cpu=on_cpu).checked(options.extra)
     chosen = switches(extra)
     if on_cpu and model.shape.kv_lora_rank:
@@ -142,8 +144,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         chosen = replace(chosen, adapter_bytes=_adapter_bytes(model.shape, options))
     planned, capacity = plan_paged(model, weight_bytes, options, RULES, chosen)
     check_blocks(model, options.format, planned.tensor_parallel_size)
-    check_dtype(options.format, planned.device, capacity.dtype)
-    notes = (*planned.notes, *check_packing(model.packing, capacity.machine))
+    notes = (*own, *planned.notes, *check_packing(model.packing, capacity.machine))
     settings = _settings(planned, capacity)
     if model.sees_images:
         notes = (*notes, *check_pictures(model.architecture, extra, on_cpu=not planned.gpus))

@@ -6,9 +6,11 @@ among its classes (layers/fused_moe/oracle/), and the models' own routers.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from weightsmith.errors import UsageError
-from weightsmith.serving.devices import AMX
-from weightsmith.serving.engine import ExpertKernel
+from weightsmith.serving.devices import AMX, is_cpu
+from weightsmith.serving.engine import ExpertKernel, ServeOptions
 from weightsmith.values import Format
 
 _SOFTMAX = frozenset({
@@ -39,10 +41,22 @@ _BFLOAT16 = frozenset({"fp8-block", "w8a8"})
 csrc/cpu/sgl-kernels/gemm_int8.cpp, moe_int8.cpp and gemm_fp8.cpp."""
 
 
-def check_dtype(format_: Format, device: str, dtype: str) -> None:
-    """Raise UsageError for a format that is served in float16 where its kernels have none."""
-    if device == AMX and format_.name in _BFLOAT16 and dtype == "float16":
+def without_float16(
+    format_: Format, device: str, own: str, options: ServeOptions
+) -> tuple[ServeOptions, tuple[str, ...]]:
+    """Return options that serve a format in bfloat16 where its kernels have no float16, and why.
+
+    That is for every CPU, because one that an image for any CPU starts on may have AMX. `own` is
+    the checkpoint's type. Raises UsageError if the options want float16 on a CPU with AMX.
+    """
+    if not is_cpu(device) or format_.name not in _BFLOAT16:
+        return options, ()
+    if options.dtype == "float16" and device == AMX:
         raise UsageError(
             f"{format_.name} weights: vLLM has no kernel for float16 on {AMX}",
-            hint="set serve.dtype=bfloat16",
+            hint="set serve.dtype=bfloat16, or leave it out",
         )
+    if options.dtype or own != "float16":
+        return options, ()
+    note = f"{format_.name} weights are served in bfloat16: on CPUs with AMX, vLLM has no float16"
+    return replace(options, dtype="bfloat16"), (note,)
