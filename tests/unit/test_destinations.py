@@ -81,6 +81,18 @@ def test_a_full_disk_is_named_by_the_users_folder(tmp_path: Path) -> None:
     assert str(tmp_path / "out") in refused.message
 
 
+def test_a_place_where_no_folder_can_be_made_is_named(tmp_path: Path) -> None:
+    """`/proc` says that it does not exist."""
+    tools = memory_tools(tmp_path / "s")
+
+    with (
+        pytest.raises(EnvironmentFailure, match=r"cannot make /proc/\.out\.partial") as error,
+        in_folder(Path("/proc/out"), "the result", tools),
+    ):
+        pass
+    assert "give a path for the result" in error.value.hint
+
+
 def test_a_single_file_gets_the_name_itself(tmp_path: Path) -> None:
     tools = memory_tools(tmp_path / "store")
 

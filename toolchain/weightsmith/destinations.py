@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.files import alone, sync_folder
 from weightsmith.ports import Entry, Store
 from weightsmith.tools import Tools
@@ -187,6 +187,11 @@ def in_folder(out: Path, what: str, tools: Tools, *, resumes: bool = False) -> I
         partial.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UsageError(f"{partial} is not a folder", hint="delete it") from None
+    except FileNotFoundError as error:  # as in /proc, which makes no folders
+        raise EnvironmentFailure(
+            f"cannot make {partial}: {error.strerror}",
+            hint=f"give a path for {what} where folders can be made",
+        ) from None
     with _locked(partial, out):
         try:
             yield InFolder(tools, partial, resumes)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from weightsmith.commands.arguments import required
 from weightsmith.commands.merge import Folders, keep_folder, merge_folders
 from weightsmith.errors import UsageError
 from weightsmith.merge_options import Merge
@@ -45,6 +46,12 @@ def test_a_combined_adapter_is_told_by_its_files(tmp_path):
     files = {row["path"]: row["sha256"] for row in result["files"]}
     path = tmp_path / "kept" / "adapter_model.safetensors"
     assert files[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_adapter_without_a_name_is_not_the_current_folder():
+    """As `--adapter "$ADAPTER"` gives it where the variable is not set."""
+    with pytest.raises(UsageError, match=r"missing: --adapter$"):
+        required(base="b", adapter=["one", ""], out="o")
 
 
 @pytest.mark.parametrize("options", [{"density": 0.5}, {"method": "svd", "density": 0.3}])
