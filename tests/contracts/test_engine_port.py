@@ -10,7 +10,8 @@ import pytest
 from weightsmith.drivers.docker import DockerEngine
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.oci.archive import docker_archive
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.ports import ContainerEngine

@@ -13,7 +13,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 from weightsmith.errors import WeightsmithError
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.ollama import modelfile, ollama_model

@@ -17,7 +17,8 @@ from weightsmith.drivers.docker_launcher import DockerLauncher
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.archive import docker_archive
-from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Endpoint, Launcher, StartSpec

@@ -20,7 +20,8 @@ from weightsmith.commands.images import inspect_image
 from weightsmith.drivers.docker import DockerEngine
 from weightsmith.drivers.ownership import is_dead, owner_token
 from weightsmith.oci import archive
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.evidence import Evidence

@@ -13,7 +13,8 @@ import pytest
 from weightsmith.errors import UsageError
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.attachments import Attachment, Part
-from weightsmith.oci.image import Image, ImageConfig, Order, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, Order, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.layout_attachments import attach, attached

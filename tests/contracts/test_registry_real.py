@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import BlobLayer, Layer, Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry

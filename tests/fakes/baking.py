@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.commands.bake import BakeRequest, bake_model
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry

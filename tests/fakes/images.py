@@ -9,7 +9,8 @@ import json
 import tarfile
 from pathlib import Path
 
-from weightsmith.oci.image import Healthcheck, Image, ImageConfig, assemble, load_image
+from weightsmith.oci.configuration import Healthcheck, ImageConfig
+from weightsmith.oci.image import Image, assemble, load_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.weights import weight_layers
 from weightsmith.values import Blob, Digest, FileEntry, Tree

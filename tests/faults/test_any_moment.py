@@ -13,7 +13,8 @@ import pytest
 from weightsmith.drivers.docker import DockerEngine
 from weightsmith.drivers.ownership import is_dead
 from weightsmith.layouts import check_layout as before_work
-from weightsmith.oci.image import Image, ImageConfig
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image
 from weightsmith.oci.layout import held_digest, read_layout, write_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from weightsmith.checkpoints.reshard import INDEX, read_pieces, reshard, size_of
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import assemble
 from weightsmith.oci.unpack import unpack
 from weightsmith.oci.weights import weight_layers
 from weightsmith.values import Digest, FileEntry, Tree

@@ -17,7 +17,8 @@ from weightsmith.commands.images import copy_image
 from weightsmith.commands.render import render_model
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.locations import open_location

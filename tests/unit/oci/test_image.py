@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.image import (
-    Healthcheck,
-    Image,
-    ImageConfig,
-    Order,
-    assemble,
-    load_image,
-)
+from weightsmith.oci.configuration import Healthcheck, ImageConfig
+from weightsmith.oci.image import Image, Order, assemble, load_image
 from weightsmith.oci.inspect import describe
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.values import Digest

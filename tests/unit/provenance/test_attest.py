@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.checkpoints.reshard import Resharded
-from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import assemble
 from weightsmith.provenance.attest import evidence, public_recipe
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
 from weightsmith.recipe_file import check_recipe

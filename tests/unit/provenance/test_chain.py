@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 from weightsmith.errors import InputRefused
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.provenance import evidence
 from weightsmith.provenance.chain import check_chain

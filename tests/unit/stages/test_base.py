@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import write_layout
 from weightsmith.platforms import host_platform

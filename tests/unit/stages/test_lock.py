@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.oci.image import ImageConfig, assemble
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import assemble
 from weightsmith.oci.layout import write_layout
 from weightsmith.recipe_file import RecipeFile, read_recipe
 from weightsmith.stages.lock import Lock, pinned, read_lock, with_sources, write_lock

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci import manifests, tar
+from weightsmith.oci.configuration import ImageConfig, checked, merged, texts
 from weightsmith.oci.layers import LAYER_TAR, TITLE, BlobLayer, Layer
 from weightsmith.oci.references import Reference
 from weightsmith.values import Blob, Digest, ImageLayer, Json, canonical
@@ -22,35 +23,8 @@ FILE_PATH = "org.cncf.model.filepath"
 """Annotation of a ModelPack's layer: the file's path in the model's folder."""
 MOST_LAYERS = 125
 """Docker's overlay2 refuses the 126th with "max depth exceeded"."""
-_SECOND = 1_000_000_000
 DEFAULT_PLATFORM = "linux/amd64"
 """Of an image from scratch, on every machine, so that it has one digest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Healthcheck:
-    """A command that exits with 0 when the server is ready; times in seconds."""
-
-    command: tuple[str, ...]
-    interval: int = 10
-    timeout: int = 5
-    start_period: int = 900
-    """Loading weights takes minutes; earlier failures do not count."""
-    retries: int = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageConfig:
-    """What an image adds to its base's configuration; None or empty keeps the base's."""
-
-    user: str | None = None
-    env: Mapping[str, str] = field(default_factory=dict)
-    entrypoint: tuple[str, ...] | None = None
-    cmd: tuple[str, ...] | None = None
-    ports: tuple[int, ...] = ()
-    healthcheck: Healthcheck | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
-    working_dir: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +163,7 @@ def assemble(
     settings = {
         **{key: value for key, value in start.items() if key in _KEPT},
         "created": created,
-        "config": _merged(_uncovered(base, (*weights, *files)) if base else {}, config),
+        "config": merged(_uncovered(base, (*weights, *files)) if base else {}, config),
         "history": [
             *(_entry(layer, created) for layer in lower),
             *(_base_history(base, created) if base else ()),
@@ -230,7 +204,7 @@ def load_image(
     layers = []
     for n, (row, diff_id) in enumerate(zip(rows, ids, strict=True)):
         blob = manifests.descriptor(row, f"{where}: layer {n}", manifests.LAYERS)
-        notes = _texts(row.get("annotations"), where)
+        notes = texts(row.get("annotations"), where)
         file = notes.get(TITLE) or notes.get(FILE_PATH, "")
         layers.append(
             BlobLayer(blob=blob, diff_id=diff_id, opener=opener(blob), file=file, origin=origin)
@@ -239,10 +213,10 @@ def load_image(
         layers=tuple(layers),
         settings={
             key: value
-            for key, value in (settings if artifact_type else _checked(settings, where)).items()
+            for key, value in (settings if artifact_type else checked(settings, where)).items()
             if key not in ("rootfs", "modelfs")
         },
-        annotations=_texts(document.get("annotations"), where),
+        annotations=texts(document.get("annotations"), where),
         artifact_type=artifact_type,
         raw=(manifest, raw_config, media_type),
     )
@@ -267,9 +241,6 @@ def _as_oci(layer: Layer) -> Layer:
     return replace(layer, blob=replace(layer.blob, media_type=kind))
 
 
-OWN_LABELS = "dev.weightsmith."
-_ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)
-"""Beginnings of labels that are not inherited: a base's are of its own version and weights."""
 _KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
 
 
@@ -290,47 +261,6 @@ def _uncovered(base: Image, own: Sequence[Layer]) -> Mapping[str, Json]:
         if not any(file.is_relative_to(PurePosixPath("/", path)) for file in files)
     }
     return {**base.config, "Volumes": volumes}
-
-
-def _merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
-    merged = dict(base)
-    env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
-    env.update(added.env)
-    merged["Env"] = [f"{key}={value}" for key, value in env.items()]
-    labels = base.get("Labels") or {}
-    inherited = {k: v for k, v in labels.items() if not k.startswith(_ITS_OWN)}
-    merged["Labels"] = {**inherited, **added.labels}
-    merged.pop("OnBuild", None)  # as Docker does: it is for builds on top of the base itself
-    if added.user is not None:
-        merged["User"] = added.user
-    if added.entrypoint is not None:
-        # As Docker does: a base's command was meant for the base's entrypoint.
-        merged["Entrypoint"] = list(added.entrypoint)
-        merged.pop("Cmd", None)
-    if added.cmd is not None:
-        merged["Cmd"] = list(added.cmd)
-    if added.working_dir is not None:
-        merged["WorkingDir"] = added.working_dir
-    if added.ports:
-        ports: dict[str, Json] = {f"{port}/tcp": {} for port in added.ports}
-        merged["ExposedPorts"] = {**(base.get("ExposedPorts") or {}), **ports}
-    if added.healthcheck:
-        merged["Healthcheck"] = _healthcheck(added.healthcheck)
-    return {key: value for key, value in merged.items() if value not in (None, [], {})}
-
-
-def _healthcheck(check: Healthcheck) -> dict[str, Json]:
-    """Docker's extension of the OCI configuration; times in nanoseconds.
-
-    https://github.com/moby/docker-image-spec/blob/main/spec.md
-    """
-    return {
-        "Test": ["CMD", *check.command],
-        "Interval": check.interval * _SECOND,
-        "Timeout": check.timeout * _SECOND,
-        "StartPeriod": check.start_period * _SECOND,
-        "Retries": check.retries,
-    }
 
 
 def _entry(layer: Layer, created: str) -> dict[str, Json]:
@@ -363,39 +293,3 @@ def _diff_ids(settings: Mapping[str, Json], count: int, where: str, *, model: bo
             f"{where}: the configuration has a bad diff id",
             hint=manifests.DAMAGED,
         ) from None
-
-
-def _checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
-    """Return a configuration from outside; raises InputRefused if a field has the wrong type."""
-    config = settings.get("config") or {}
-    if not isinstance(config, dict):
-        raise InputRefused(
-            f"{where}: the configuration's 'config' is not an object",
-            hint=manifests.DAMAGED,
-        )
-    kinds: Iterable[tuple[str, type]] = (
-        *((name, list) for name in ("Env", "Entrypoint", "Cmd")),
-        *((name, dict) for name in ("Labels", "ExposedPorts", "Volumes")),
-        *((name, str) for name in ("User", "WorkingDir")),
-    )
-    for name, kind in kinds:
-        value = config.get(name)
-        wrong = value is not None and not isinstance(value, kind)
-        inner = value if isinstance(value, list) else []
-        if wrong or any(not isinstance(item, str) for item in inner):
-            raise InputRefused(
-                f"{where}: the configuration's {name!r} is malformed",
-                hint=manifests.DAMAGED,
-            )
-    _texts(config.get("Labels"), where)
-    return settings
-
-
-def _texts(value: Json, where: str) -> dict[str, str]:
-    found = {} if value is None else value
-    if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):
-        raise InputRefused(
-            f"{where}: annotations and labels must be strings",
-            hint=manifests.DAMAGED,
-        )
-    return dict(found)

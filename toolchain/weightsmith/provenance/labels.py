@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of
 from weightsmith.foreign import parse
-from weightsmith.oci.image import OWN_LABELS
+from weightsmith.oci.configuration import OWN_LABELS
 from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan

@@ -8,14 +8,8 @@ from dataclasses import dataclass, replace
 
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
-from weightsmith.oci.image import (
-    DEFAULT_PLATFORM,
-    Healthcheck,
-    Image,
-    ImageConfig,
-    Order,
-    assemble,
-)
+from weightsmith.oci.configuration import Healthcheck, ImageConfig
+from weightsmith.oci.image import DEFAULT_PLATFORM, Image, Order, assemble
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.manifests import OLLAMA_MODEL
 from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX

@@ -12,7 +12,8 @@ from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.evaluating.results import Result
 from weightsmith.oci.collisions import first_collision
-from weightsmith.oci.image import DEFAULT_PLATFORM, Healthcheck, Image, ImageConfig
+from weightsmith.oci.configuration import Healthcheck, ImageConfig
+from weightsmith.oci.image import DEFAULT_PLATFORM, Image
 from weightsmith.oci.index import own_of
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers

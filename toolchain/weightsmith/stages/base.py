@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.jobs import ExportEngineJob
+from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.engine_layers import (
     ACCOUNTS,
     GROUPING,
@@ -17,7 +18,7 @@ from weightsmith.oci.engine_layers import (
     program_layers,
     root_layers,
 )
-from weightsmith.oci.image import Image, ImageConfig, assemble
+from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import (
     LAYER_TAR,
     TAR_RECIPE,

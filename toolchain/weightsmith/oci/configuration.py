@@ -1,0 +1,120 @@
+"""An image's configuration: what one adds to its base's, and checks of those from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from weightsmith.errors import InputRefused
+from weightsmith.oci import manifests
+from weightsmith.values import Json
+
+OWN_LABELS = "dev.weightsmith."
+_ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)
+"""Beginnings of labels that are not inherited: a base's are of its own version and weights."""
+_SECOND = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Healthcheck:
+    """A command that exits with 0 when the server is ready; times in seconds."""
+
+    command: tuple[str, ...]
+    interval: int = 10
+    timeout: int = 5
+    start_period: int = 900
+    """Loading weights takes minutes; earlier failures do not count."""
+    retries: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageConfig:
+    """What an image adds to its base's configuration; None or empty keeps the base's."""
+
+    user: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    ports: tuple[int, ...] = ()
+    healthcheck: Healthcheck | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    working_dir: str | None = None
+
+
+def merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
+    """Return a base's configuration with what is added."""
+    both = dict(base)
+    env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
+    env.update(added.env)
+    both["Env"] = [f"{key}={value}" for key, value in env.items()]
+    labels = base.get("Labels") or {}
+    inherited = {k: v for k, v in labels.items() if not k.startswith(_ITS_OWN)}
+    both["Labels"] = {**inherited, **added.labels}
+    both.pop("OnBuild", None)  # as Docker does: it is for builds on top of the base itself
+    if added.user is not None:
+        both["User"] = added.user
+    if added.entrypoint is not None:
+        # As Docker does: a base's command was meant for the base's entrypoint.
+        both["Entrypoint"] = list(added.entrypoint)
+        both.pop("Cmd", None)
+    if added.cmd is not None:
+        both["Cmd"] = list(added.cmd)
+    if added.working_dir is not None:
+        both["WorkingDir"] = added.working_dir
+    if added.ports:
+        ports: dict[str, Json] = {f"{port}/tcp": {} for port in added.ports}
+        both["ExposedPorts"] = {**(base.get("ExposedPorts") or {}), **ports}
+    if added.healthcheck:
+        both["Healthcheck"] = _healthcheck(added.healthcheck)
+    return {key: value for key, value in both.items() if value not in (None, [], {})}
+
+
+def _healthcheck(check: Healthcheck) -> dict[str, Json]:
+    """Docker's extension of the OCI configuration; times in nanoseconds.
+
+    https://github.com/moby/docker-image-spec/blob/main/spec.md
+    """
+    return {
+        "Test": ["CMD", *check.command],
+        "Interval": check.interval * _SECOND,
+        "Timeout": check.timeout * _SECOND,
+        "StartPeriod": check.start_period * _SECOND,
+        "Retries": check.retries,
+    }
+
+
+def checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
+    """Return a configuration from outside; raises InputRefused if a field has the wrong type."""
+    config = settings.get("config") or {}
+    if not isinstance(config, dict):
+        raise InputRefused(
+            f"{where}: the configuration's 'config' is not an object",
+            hint=manifests.DAMAGED,
+        )
+    kinds: Iterable[tuple[str, type]] = (
+        *((name, list) for name in ("Env", "Entrypoint", "Cmd")),
+        *((name, dict) for name in ("Labels", "ExposedPorts", "Volumes")),
+        *((name, str) for name in ("User", "WorkingDir")),
+    )
+    for name, kind in kinds:
+        value = config.get(name)
+        wrong = value is not None and not isinstance(value, kind)
+        inner = value if isinstance(value, list) else []
+        if wrong or any(not isinstance(item, str) for item in inner):
+            raise InputRefused(
+                f"{where}: the configuration's {name!r} is malformed",
+                hint=manifests.DAMAGED,
+            )
+    texts(config.get("Labels"), where)
+    return settings
+
+
+def texts(value: Json, where: str) -> dict[str, str]:
+    """Return annotations or labels; raises InputRefused if they are no strings."""
+    found = {} if value is None else value
+    if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):
+        raise InputRefused(
+            f"{where}: annotations and labels must be strings",
+            hint=manifests.DAMAGED,
+        )
+    return dict(found)
