@@ -17,7 +17,7 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress, Silent
-from weightsmith.recipe import ImageNames
+from weightsmith.recipe_outputs import ImageNames
 
 from tests.fakes.memory import memory_tools
 from tests.fakes.registry import FakeRegistry

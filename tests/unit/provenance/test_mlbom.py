@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from weightsmith.provenance.mlbom import Ancestor, BilledModel, engine_bom, license_of, ml_bom
-from weightsmith.recipe import Card
+from weightsmith.recipe_outputs import Card
 from weightsmith.resources import engine_source
 from weightsmith.values import Digest, FileEntry, Json, Score
 

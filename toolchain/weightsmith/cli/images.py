@@ -8,7 +8,7 @@ from pathlib import Path
 from weightsmith.cli.command import command
 from weightsmith.cli.sections import Flags
 from weightsmith.lines import pinned
-from weightsmith.recipe import ImageNames
+from weightsmith.recipe_outputs import ImageNames
 from weightsmith.run_options import RunOptions
 from weightsmith.values import Json
 

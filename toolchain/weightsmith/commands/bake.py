@@ -33,7 +33,7 @@ from weightsmith.provenance.labels import PREFIX
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.recipe import KINDS, LOADABLE, ImageNames
+from weightsmith.recipe_outputs import KINDS, LOADABLE, ImageNames
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target

@@ -18,8 +18,8 @@ from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import Silent
 from weightsmith.progress import shown
 from weightsmith.provenance.chain import Check
-from weightsmith.recipe import ImageNames
 from weightsmith.recipe_file import check_section
+from weightsmith.recipe_outputs import ImageNames
 from weightsmith.run_options import RunOptions
 from weightsmith.stages.publish import Outputs
 from weightsmith.values import Digest, Json

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.errors import UsageError
-from weightsmith.recipe import LOADABLE
 from weightsmith.recipe_file import RecipeFile
+from weightsmith.recipe_outputs import LOADABLE
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import Outputs
 from weightsmith.stages.upload import HubDestination, repository_of

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weightsmith import __version__
 from weightsmith.foreign import parse_yaml
-from weightsmith.recipe import Card
+from weightsmith.recipe_outputs import Card
 from weightsmith.values import Digest, FileEntry, Json, Scores, key_of
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
