@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.oci import unpack as unpacking
+from weightsmith.oci import zstd
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer
 from weightsmith.oci.unpack import unpack
@@ -16,6 +17,7 @@ from weightsmith.values import Blob, Digest
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
 
 DIR, SYM, LNK = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
+ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
 
 
 @pytest.fixture
@@ -166,11 +168,44 @@ def test_gzip_of_several_members(root: Path) -> None:
 
 
 def test_zstd_is_refused_with_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    kind = "application/vnd.oci.image.layer.v1.tar+zstd"
+    monkeypatch.setattr(zstd, "can_decompress", lambda: False)
     with pytest.raises(InputRefused, match="zstd") as caught:
-        unpack(_image(b"x", kind, Digest.of(b"x")), root)
-    assert "zstandard" in caught.value.hint
+        unpack(_image(b"x", ZSTD, Digest.of(b"x")), root)
+    assert "libzstd" in caught.value.hint
+
+
+def _frame(*blocks: tuple[int, bytes]) -> bytes:
+    """Return a zstd frame of raw (0) and repeated (1) blocks, RFC 8878."""
+    packed = b"\x28\xb5\x2f\xfd\x00\x70"  # magic, no size or checksum, a window of 16 MiB
+    for number, (kind, data) in enumerate(blocks, 1):
+        head = len(data) << 3 | kind << 1 | (number == len(blocks))
+        packed += head.to_bytes(3, "little") + (data[:1] if kind else data)
+    return packed
+
+
+needs_zstd = pytest.mark.skipif(not zstd.can_decompress(), reason="no libzstd")
+
+
+@needs_zstd
+def test_zstd_of_several_frames(root: Path) -> None:
+    data = tar_of((entry("a"), b"1" * 5000), (entry("b"), bytes(4 << 20)))
+    half = 3000
+    rest = [(1, bytes(100_000))] * 41
+    first, second = data[:half], data[half:]
+    assert not any(second[-4_100_000:])
+    second = second[:-4_100_000]
+    blocks = [(0, second[at : at + 100_000]) for at in range(0, len(second), 100_000)]
+    packed = _frame((0, first)) + _frame(*blocks, *rest)
+    unpack(_image(packed, ZSTD, Digest.of(data)), root)
+    assert (root / "a").read_bytes() == b"1" * 5000
+    assert (root / "b").read_bytes() == bytes(4 << 20)
+
+
+@needs_zstd
+@pytest.mark.parametrize("packed", [b"", b"no zstd at all", _frame((0, b"x" * 600))[:-100]])
+def test_damaged_zstd_is_refused(root: Path, packed: bytes) -> None:
+    with pytest.raises(InputRefused, match="cannot be unpacked"):
+        unpack(_image(packed, ZSTD, Digest.of(b"x")), root)
 
 
 def test_a_folder_in_use_is_left_alone(root: Path, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from contextlib import contextmanager
 from typing import IO, cast
 
 from weightsmith.errors import InputRefused
-from weightsmith.oci import manifests
+from weightsmith.oci import manifests, zstd
 from weightsmith.oci.layers import LAYER_TAR, Layer
 
 _EXTENDED = (
@@ -136,7 +134,14 @@ def uncompressed(layer: Layer, chunks: Iterator[bytes]) -> Iterator[bytes]:
     if layer.media_type in (LAYER_TAR, manifests.DOCKER_TAR):
         return chunks
     if layer.media_type == manifests.LAYER_ZSTD:
-        return _bounded(_zstd(layer, chunks), layer)
+        if not zstd.can_decompress():
+            raise InputRefused(
+                f"the layer {layer.digest.short} is compressed with zstd, which this machine cannot"
+                " read",
+                hint="install libzstd (the package libzstd1, libzstd or zstd-libs), or use an image"
+                " with gzip layers",
+            )
+        return _bounded(zstd.decompress(chunks), layer)
     return _bounded(_gunzip(chunks), layer)
 
 
@@ -162,18 +167,3 @@ def _gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield machine.flush()
     if not machine.eof:
         raise EOFError("the gzip stream ends early")
-
-
-def _zstd(layer: Layer, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    if importlib.util.find_spec("zstandard") is None:
-        raise InputRefused(
-            f"the layer {layer.digest.short} is compressed with zstd, which cannot be read here",
-            hint="pip install zstandard, or use an image with gzip layers",
-        )
-    zstandard = importlib.import_module("zstandard")
-    reader = zstandard.ZstdDecompressor().stream_reader(ChunkFile(chunks), read_across_frames=True)
-    try:
-        while piece := reader.read(_BUFFER):
-            yield piece
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from None
