@@ -1,8 +1,12 @@
-"""Models that are no causal ones, and heads with biases: right merges of them pass."""
+"""Models that are no causal ones, heads with biases, odd kinds: right merges of them pass."""
+
+from pathlib import Path
 
 import pytest
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.validating.validate import Request, validate
+
+from tests.unit.validating.conftest import held, make_model, make_tuned, merged, tell
 
 NOT_CAUSAL = {
     "bart": "an encoder with a decoder, cannot be run",
@@ -98,3 +102,30 @@ def test_layers_that_the_base_stores_in_one_tensor_are_compared_one_by_one(tmp_p
 
         assert len(said) == 1
         assert f"self_attn.{part}.weight: 1 element differs" in said[0]
+
+
+def test_norms_that_peft_exchanges_pass(tmp_path: Path) -> None:
+    from peft import LNTuningConfig
+
+    base = make_model(tmp_path / "base")
+    config = LNTuningConfig(target_modules=["input_layernorm", "norm"])
+    tuned = make_tuned(tmp_path / "tuned", base, config)
+    out = merged(tmp_path / "out", base, tuned)
+
+    result = held(base, out, tuned)
+
+    assert result.passed, tell(result)
+    assert not held(base, base, tuned).passed
+
+
+def test_a_kind_that_decomposes_the_base_is_judged_by_its_files(tmp_path: Path) -> None:
+    from peft import OSFConfig
+
+    base = make_model(tmp_path / "base")
+    tuned = make_tuned(tmp_path / "tuned", base, OSFConfig(target_modules=["q_proj"]))
+    out = merged(tmp_path / "out", base, tuned)
+
+    result = held(base, out, tuned)
+
+    assert result.passed, tell(result)
+    assert "only files were checked (PEFT decomposes the base's weights" in tell(result)

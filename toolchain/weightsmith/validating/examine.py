@@ -220,11 +220,16 @@ class Examiner:
         before = {part: _attribute(inner, part).detach().clone() for part in site.parameters}
         total = {part: torch.zeros_like(values) for part, values in before.items()}
         for adapter in site.layer.active_adapters:
-            for wrapper in tuner_layers(site.layer):
+            wrappers = tuner_layers(site.layer)
+            for wrapper in wrappers:
                 wrapper.merge(adapter_names=[adapter])
+            merged = site.layer.get_base_layer()
+            for wrapper in wrappers:
+                if merged is not inner:  # LayerNorm tuning puts its own layer in the base's place
+                    wrapper.unmerge()
                 wrapper.merged_adapters.clear()
             for part, values in before.items():
-                changed = _attribute(inner, part).detach() - values
+                changed = _attribute(merged, part).detach() - values
                 total[part] += site.weights.get(adapter, 1.0) * changed
                 _attribute(inner, part).data = values.clone()
         slack = _SVD_ERROR if is_approximate(site.layer) else ARITHMETIC

@@ -14,6 +14,7 @@ from weightsmith.cpus import all_but_one
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     PEFT_PREFIX,
+    IncompatibleAdapters,
     base_name,
     decoder_layers,
     fill,
@@ -151,7 +152,11 @@ class BaseAndAdapters:
         require_complete(self.checkpoint, bare, weights)
         names = set(bare.state_dict())
         resized = resize(bare, self.like)
-        model = with_adapters(bare, self.adapters)
+        try:
+            model = with_adapters(bare, self.adapters)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            text = "PEFT decomposes the base's weights as it loads them, and they are read later"
+            raise IncompatibleAdapters(text) from error
         if resized:
             tie_again(model.get_base_model())
         if (layers := replication(model)) is not None:
