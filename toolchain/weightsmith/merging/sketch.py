@@ -24,7 +24,7 @@ class Sketch:
         self.signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1
         """(vectors, columns), of a wider type than the result's."""
         self.products = np.full((output.rows, _VECTORS), np.nan)
-        """(rows, vectors); NaN for rows that were never added, so that the proof recomputes them."""
+        """(rows, vectors); NaN for rows that were never added: the proof recomputes these."""
         self.moved = output.kind == "replaced"
         """Whether any row of the result differs from the base's bits."""
 
