@@ -316,6 +316,27 @@ def test_what_counts_as_tied(
         assert told["tie_word_embeddings"] is False
 
 
+def test_both_pairs_of_a_head_are_untied(tmp_path: Path) -> None:
+    """NeoMME's head also shares what projects the embedding's rows."""
+    words, wide = "model.embed_tokens.word_embeddings", random(4, 4)
+    base = {f"{words}.weight": random(8, 4), "model.embed_tokens.embedding_projection.weight": wide}
+    a, b = random(2, 8), random(4, 2)
+
+    found = run(
+        tmp_path,
+        base,
+        {f"{words}.lora_embedding_A": a, f"{words}.lora_embedding_B": b},
+        {"target_modules": ["word_embeddings"]},
+        model_type="neomme",
+        tie_word_embeddings=True,
+        architectures=["NeoMMEForMaskedLM"],
+    )
+
+    close(found[f"{words}.weight"], base[f"{words}.weight"].double() + delta(a, b).T)
+    assert torch.equal(found["lm_head.weight"], base[f"{words}.weight"])
+    assert torch.equal(found["unembedding_projection.weight"], wide)
+
+
 def test_a_head_that_computes_with_more_than_its_weight_is_refused(tmp_path: Path) -> None:
     base = {"model.q.weight": random(4, 4), "lm_head.weight": random(8, 4)}
     adapter = {"lm_head.lora_A.weight": random(2, 4), "lm_head.lora_B.weight": random(8, 2)}

@@ -74,7 +74,7 @@ def find_tie(
     also: tuple[tuple[str, str], ...] = ((bias, f"{outer}.bias"),) if twice else ()
     causal = not kinds or any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
     known = bool(heads) or causal or _kind(config) in _table() or _shares(config)
-    also += _stacks(config, embedding, names)
+    also += _stacks(config, embedding, names) + _projection(config, names)
     return Tie(embedding=embedding, head=head, also=also, known=known)
 
 
@@ -122,6 +122,17 @@ def _stacks(
         return ()
     tables = (f"{outer}{stack}.embed_tokens.weight" for stack in ("encoder", "decoder"))
     return tuple((table, embedding) for table in tables if table not in names)
+
+
+def _projection(
+    config: Mapping[str, object], names: Mapping[str, object]
+) -> tuple[tuple[str, str], ...]:
+    """Return the second pair of NeoMME: what widens its embedding's rows narrows the head's."""
+    own = "unembedding_projection.weight"
+    if _kind(config) != "neomme" or own in names:
+        return ()
+    shared = (name for name in names if name.endswith(".embedding_projection.weight"))
+    return tuple((own, name) for name in shared)
 
 
 def _tables(names: Iterable[str]) -> list[str]:
