@@ -19,7 +19,7 @@ from weightsmith.errors import CheckFailed
 from weightsmith.merging import proof
 from weightsmith.merging.blocks import RowMaker, Settings
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.outputs import OutputShard, Stored
+from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import make_plan
 from weightsmith.merging.proof import prove
 from weightsmith.merging.shards import ShardMaker
@@ -196,6 +196,16 @@ def test_a_change_that_rounding_swallows_is_reported(make_model: Any, make_adapt
     assert "2 of 2 merged tensors equal the base" in found["findings"][0]
 
 
+class Backwards:
+    """A base tensor whose rows come in the wrong order."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def rows(self, *args: Any) -> Any:
+        return self._source.rows(*args)[::-1].copy()
+
+
 def test_base_rows_that_were_read_wrongly_are_caught(
     make_model: Any, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,13 +213,10 @@ def test_base_rows_that_were_read_wrongly_are_caught(
     base = make_model(dtype=torch.bfloat16)
     adapter, right = make_adapter(base), RowMaker._merge
 
-    def another_place(self: Any, output: Any, *rest: Any) -> Any:
-        rows = Stored.rows
-        with monkeypatch.context() as patch:
-            patch.setattr(Stored, "rows", lambda *args: rows(*args)[::-1].copy())
-            return right(self, output, *rest)
+    def backwards(self: Any, output: Any, *rest: Any) -> Any:
+        return right(self, replace(output, source=Backwards(output.source)), *rest)
 
-    monkeypatch.setattr(RowMaker, "_merge", another_place)
+    monkeypatch.setattr(RowMaker, "_merge", backwards)
     with pytest.raises(CheckFailed, match="was written wrongly"):
         merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=base.parent / "out"))
 
