@@ -374,9 +374,8 @@ def _targets() -> Iterator[str]:
         )
     yield (
         "\n`cpu`, or no name, plans for `serve.memory`, or else this machine's memory. So does "
-        f"`{AMX}`, for {CPUS[AMX]}. vLLM loads "
-        "[more formats](../how-to/quantize-for-vllm.md#experts-on-a-cpu) there, and its image is "
-        "started and asked only on such a CPU."
+        f"`{AMX}`, for {CPUS[AMX]}: vLLM loads "
+        "[more formats](../how-to/quantize-for-vllm.md#experts-on-a-cpu) on these."
     )
 
 

@@ -12,7 +12,7 @@ from weightsmith.errors import InputRefused
 from weightsmith.merging import engine
 from weightsmith.merging.engine import MergeRequest, merge
 
-from tests.unit.merging.test_layouts import delta, random, save
+from tests.unit.merging.tensors import delta, random, save
 
 Q = "model.layers.0.q_proj"
 W = random(6, 4)
