@@ -1,4 +1,4 @@
-"""The stages' interfaces to the outside world: Protocols of at most six methods each."""
+"""What the stages ask of the outside world, as Protocols."""
 
 from __future__ import annotations
 
