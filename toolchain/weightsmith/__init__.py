@@ -17,13 +17,18 @@ if TYPE_CHECKING:
         WeightsmithError,
     )
     from weightsmith.library.fleets import FleetCell, FleetResult, SharedTask, fleet
-    from weightsmith.library.images import bake, build, inspect, plan, verify
-    from weightsmith.library.models import merge, quantize, validate
+    from weightsmith.library.images import bake, build, inspect, plan, push, rebase, verify
+    from weightsmith.library.models import merge, quantize, render, validate
+    from weightsmith.library.questions import evaluate
     from weightsmith.library.results import (
         Baked,
         Built,
+        Evaluation,
         Merged,
+        Pushed,
         Quantized,
+        Rebased,
+        Rendered,
         Shard,
         StageTime,
         Validation,
@@ -36,12 +41,16 @@ __all__ = [
     "Built",
     "CheckFailed",
     "EnvironmentFailure",
+    "Evaluation",
     "FleetCell",
     "FleetResult",
     "InputRefused",
     "Merged",
+    "Pushed",
     "Quantized",
+    "Rebased",
     "Recipe",
+    "Rendered",
     "Shard",
     "SharedTask",
     "StageTime",
@@ -51,11 +60,15 @@ __all__ = [
     "WeightsmithError",
     "bake",
     "build",
+    "evaluate",
     "fleet",
     "inspect",
     "merge",
     "plan",
+    "push",
     "quantize",
+    "rebase",
+    "render",
     "validate",
     "verify",
 ]
@@ -63,9 +76,13 @@ __all__ = [
 _MODULES = {
     "errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
     "library.fleets": "FleetCell FleetResult SharedTask fleet",
-    "library.images": "bake build inspect plan verify",
-    "library.models": "merge quantize validate",
-    "library.results": "Baked Built Merged Quantized Shard StageTime Validation Verification",
+    "library.images": "bake build inspect plan push rebase verify",
+    "library.models": "merge quantize render validate",
+    "library.questions": "evaluate",
+    "library.results": (
+        "Baked Built Evaluation Merged Pushed Quantized Rebased Rendered Shard StageTime "
+        "Validation Verification"
+    ),
     "recipe": "Recipe",
 }
 

@@ -22,35 +22,62 @@ import pytest
 import weightsmith
 from weightsmith import progress as shows
 from weightsmith import wiring
-from weightsmith.cli import build, fleet, images, models
+from weightsmith.cli import namespace
 from weightsmith.merge_options import Merge
+from weightsmith.oci.registry import Registry
 from weightsmith.ports import Progress
 from weightsmith.recipe import Quantize
 from weightsmith.recipe_section import fields_of
 from weightsmith.run_options import RunOptions
 from weightsmith.tools import Tools
 
+from tests.fakes.baking import push_base
 from tests.fakes.fleet import MemoryFleet, by_tools
 from tests.fakes.jobs import Bench, Minds
 from tests.fakes.launcher import MemoryLauncher
 from tests.fakes.memory import memory_tools
+from tests.fakes.registry import fake_registry
 from tests.unit.test_docs import CACHE, blocks
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
 PAGE = "docs/reference/python.md"
-FUNCTIONS = ("merge", "validate", "quantize", "bake", "inspect", "verify", "plan", "build", "fleet")
+FUNCTIONS = (
+    "merge", "validate", "quantize", "render", "bake", "inspect", "verify", "plan", "build",
+    "evaluate", "push", "rebase", "fleet",
+)  # fmt: skip
 """In an order in which each example finds what it reads."""
 
 
 @pytest.fixture
-def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
+def client() -> Iterator[Registry]:
+    with Registry(pause=lambda _: None) as made:
+        yield made
+
+
+@pytest.fixture
+def registry(client: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The host of a registry that holds another engine base."""
+    with fake_registry() as fake:
+        labels = {"dev.weightsmith.engine": "llamacpp"}
+        push_base(client, f"{fake.host}/engines/llamacpp:2", labels, {"app/llama-server": b"2"})
+
+        @contextmanager
+        def make_registry(**_more: Any) -> Iterator[Registry]:
+            yield client
+
+        monkeypatch.setattr(wiring, "make_registry", make_registry)
+        yield fake.host
+
+
+@pytest.fixture
+def tools(tmp_path: Path, client: Registry, monkeypatch: pytest.MonkeyPatch) -> Tools:
     """A notebook's folder, and everything outside it in memory; merges are real ones."""
     rows = map(json.loads, (TINY / "eval-a.jsonl").read_text().splitlines())
     minds = Minds({row["prompt"]: ("a", row["expected"]) for row in rows})
     bench = Bench(base=TINY / "base", minds=minds)
     (tmp_path / "memory").mkdir()
-    made = memory_tools(tmp_path / "memory", bench.stages)
+    made = memory_tools(tmp_path / "memory", bench.stages, client)
     answer = partial(minds.answer, "image", ("a",))
     launcher = MemoryLauncher(made.engine, lambda question, _adapter: answer(question))
     made = replace(made, launcher=launcher)
@@ -75,8 +102,8 @@ def merge(out: str = "merged", **options: Any) -> weightsmith.Merged:
 
 
 @pytest.mark.slow
-def test_every_function_has_an_example_and_all_run(tools: Tools) -> None:
-    names: dict[str, Any] = {"weightsmith": weightsmith}
+def test_every_function_has_an_example_and_all_run(tools: Tools, registry: str) -> None:
+    names: dict[str, Any] = {"weightsmith": weightsmith, "registry": registry}
     for name in FUNCTIONS:
         text = getattr(weightsmith, name).__doc__
         example = doctest.DocTestParser().get_doctest(text, names, name, None, None)
@@ -117,16 +144,58 @@ def test_options_have_the_defaults_of_the_recipe() -> None:
 
 def test_options_of_running_are_those_of_the_command() -> None:
     """The same ones, with the same defaults, under the same names."""
-    modules = (models, images, build, fleet)
-    tasks = {task.name: task for module in modules for task in module.COMMANDS}
 
     def options(function: Any) -> Mapping[str, object]:
         rows = inspect.signature(function).parameters.values()
         return {row.name: row.default for row in rows if row.name in asdict(RunOptions())}
 
     for name in FUNCTIONS:
-        assert options(getattr(weightsmith, name)) == options(tasks[name].body), name
+        assert options(getattr(weightsmith, name)) == options(namespace[name].body), name
     assert options(weightsmith.build) == asdict(RunOptions())
+
+
+def test_every_command_has_its_function_or_a_reason_why_not() -> None:
+    rows = re.findall(r"^\| no (.*?) \| \S", (ROOT / PAGE).read_text("utf-8"), re.MULTILINE)
+    without = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+    assert {*FUNCTIONS} <= {*weightsmith.__all__}
+    assert {*namespace.task_names} == {*FUNCTIONS} | without
+    assert not {*FUNCTIONS} & without
+
+
+IN_PYTHON = {
+    "adapter": "adapters", "target": "targets", "platforms": "platform", "no_gate": "gate",
+    "keep_module": "keep", "tensor_type": "tensor_types",
+}  # fmt: skip
+"""Flags whose keyword has another name: it takes several or one, or is the recipe's key."""
+THE_RECIPES = {"base", "adapter", "kind", "allow_low_bits", "gpu", "gpu_memory", "gpu_count",
+               "max_model_len", "max_num_seqs"}  # fmt: skip
+"""Flags that write a recipe, or a key of one: a caller has the recipe itself."""
+FLAGS_ALONE = {
+    "merge": {"keep_adapter"},
+    "evaluate": {"tasks", "tokenizer", "include"},
+    "build": {"from_", "key", *THE_RECIPES},
+    "plan": {"push", "load", "layout", "force", *THE_RECIPES},
+    "fleet": {"plan", "print_", "watch"},
+}
+"""What the page says is left out, and why."""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_flag_has_its_keyword_with_the_same_default(name: str) -> None:
+    keywords = inspect.signature(getattr(weightsmith, name)).parameters
+    flags = dict(inspect.signature(namespace[name].body).parameters)
+    del flags["context"], flags["json"]
+    named = {flag: flag if flag in keywords else IN_PYTHON.get(flag, flag) for flag in flags}
+
+    def shown(default: object) -> str:
+        return "" if default in (None, 0, "0", (), inspect.Parameter.empty) else str(default)
+
+    assert {flag for flag in flags if named[flag] not in keywords} == FLAGS_ALONE.get(name, set())
+    for flag in flags.keys() - FLAGS_ALONE.get(name, set()) - {"no_gate"}:
+        said = keywords[named[flag]].default
+        if said is not inspect.Parameter.empty:  # it must be given, as the command says in words
+            assert shown(said) == shown(flags[flag].default), flag
 
 
 @pytest.mark.parametrize(
@@ -139,6 +208,36 @@ def test_what_does_not_fit_is_refused_before_any_job(tools: Tools, options: Any)
     assert caught.value.hint
     assert isinstance(caught.value, weightsmith.WeightsmithError)
     assert tools.runner.jobs == []
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"image": "oci:image", "url": "http://localhost"}, "exactly one"),
+        ({"model": TINY / "base", "metric": "rouge"}, "metric"),
+        ({"model": TINY / "base", "metric": "command"}, "needs a `command`"),
+        ({"model": TINY / "base", "max_drop": 2}, "--max-drop 2"),
+        ({"model": TINY / "base", "concurrency": 0}, "--concurrency"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_refused(tools: Tools, options: Any, says: str) -> None:
+    with pytest.raises(weightsmith.UsageError, match=says):
+        weightsmith.evaluate(TINY / "eval-a.jsonl", progress=False, **options)
+
+    assert tools.runner.jobs == []
+
+
+def test_a_score_too_low_is_a_failed_check(tools: Tools) -> None:
+    with pytest.raises(weightsmith.CheckFailed, match="below the minimum score"):
+        weightsmith.evaluate(
+            TINY / "eval-a.jsonl", model=TINY / "base", min_score=0.9, progress=False
+        )
+
+
+@pytest.mark.parametrize("options", [{"public": True}, {"to": "hf://a/b", "sign_key": "key.pem"}])
+def test_an_option_of_the_other_kind_of_push_is_refused(tools: Tools, options: Any) -> None:
+    with pytest.raises(weightsmith.UsageError):
+        weightsmith.push("oci:image", **{"to": "localhost:5000/x", "progress": False, **options})
 
 
 def test_a_failed_validation_has_its_findings(tools: Tools) -> None:

@@ -84,36 +84,20 @@ def push(
     """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card."""
     from weightsmith.commands.arguments import required
     from weightsmith.commands.images import copy_image
-    from weightsmith.errors import UsageError
+    from weightsmith.commands.upload import hub_destination, push_to_hub
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import make_registry, make_signer
+    from weightsmith.wiring import make_registry, make_signer, open_tools
 
     required(to=to)
-    if to.startswith("hf://"):
-        if sign_key:
-            raise UsageError("--sign-key: a hub keeps no signatures", hint="leave it out")
-        result = _push_to_hub(source, to, force=force, public=public, insecure=insecure)
+    if hub := hub_destination(to, force=force, public=public, sign_key=sign_key):
+        run = RunOptions(runner="local", insecure=insecure)
+        with open_tools(run, progress_for()) as tools:
+            result = push_to_hub(source, hub, tools)
         return result, f"{result['reference']}@{result['digest']}"
-    if public:
-        raise UsageError("--public is only for a new repository on a hub", hint="leave it out")
     signer = make_signer(sign_key)
     with make_registry(insecure=insecure) as registry:
         result = copy_image(source, to, registry, progress_for(), force=force, signer=signer)
     return result, pinned(result["reference"], result["digest"])
-
-
-def _push_to_hub(
-    source: str, to: str, *, force: bool, public: bool, insecure: bool
-) -> Mapping[str, Json]:
-    from weightsmith.commands.upload import push_to_hub
-    from weightsmith.progress import progress_for
-    from weightsmith.stages.upload import HubDestination, repository_of
-    from weightsmith.wiring import open_tools
-
-    run = RunOptions(runner="local", insecure=insecure)
-    destination = HubDestination(repository=repository_of(to), force=force, public=public)
-    with open_tools(run, progress_for()) as tools:
-        return push_to_hub(source, destination, tools)
 
 
 @command(

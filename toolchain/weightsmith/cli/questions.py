@@ -18,9 +18,6 @@ if TYPE_CHECKING:  # imported when it is called: the list of commands must appea
     from weightsmith.commands.evaluate import EvaluateOptions, Subject
     from weightsmith.commands.lm_eval import HarnessRequest
 
-_SHORTEST = 0.001
-"""Seconds to wait for an answer."""
-
 
 @command(
     many=("adapter",),
@@ -58,7 +55,7 @@ def evaluate(
     run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
-    from weightsmith.commands.arguments import at_least, number, required
+    from weightsmith.commands.arguments import SHORTEST, at_least, number, required
     from weightsmith.commands.evaluate import EvaluateOptions, Subject, check_subject
     from weightsmith.commands.lm_eval import HarnessRequest
     from weightsmith.commands.server import ServerSource
@@ -67,7 +64,7 @@ def evaluate(
     keep_clean([model, *adapter, image], cache=run.cache)
     at_least(0, limit=limit, retries=retries)
     at_least(1, concurrency=concurrency)
-    at_least(_SHORTEST, timeout=timeout)
+    at_least(SHORTEST, timeout=timeout)
     if tasks:
         if answers:
             raise UsageError("--answers is for questions of --data", hint="leave it out")
@@ -140,14 +137,14 @@ def bench(
     run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
-    from weightsmith.commands.arguments import at_least, counts
+    from weightsmith.commands.arguments import SHORTEST, at_least, counts
     from weightsmith.commands.bench import BenchRequest, bench_text
     from weightsmith.commands.bench import bench as measure
     from weightsmith.commands.server import ServerSource
     from weightsmith.progress import progress_for
     from weightsmith.wiring import open_tools
 
-    at_least(_SHORTEST, timeout=timeout)
+    at_least(SHORTEST, timeout=timeout)
     request = BenchRequest(
         place=ServerSource(image=image, url=url),
         served_name=served_name,

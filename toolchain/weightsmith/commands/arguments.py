@@ -18,6 +18,9 @@ from weightsmith.serving.engine import ServeOptions
 
 _Section = TypeVar("_Section")
 
+SHORTEST = 0.001
+"""Seconds to wait for an answer."""
+
 
 def required(**values: object) -> None:
     """Raise UsageError naming the flags that are not given."""

@@ -55,8 +55,8 @@ class EvaluateOptions:
     calibration: str = ""
     limit: int = 0
     """Maximum number of questions, chosen by content; 0: all."""
-    against: str = ""
-    """Output of an earlier `evaluate --json`, compared item by item."""
+    against: str | Score = ""
+    """An earlier score, or the file of its `evaluate --json`, compared item by item."""
     max_drop: float | None = None
     answers: str = ""
     """File that keeps a server's answers, for a run that goes on after an interrupt."""
@@ -80,7 +80,7 @@ def evaluate_subject(
         tools.runner.check(BUILDER)
     task = _task(data, options, tools)
     _check_leaks(task, options, tools)
-    before = _earlier(options.against) if options.against else None
+    before = _earlier(options.against) if isinstance(options.against, str) else options.against
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
     score = _score(subject, task, options, tools, kept)
     right = sum(bool(row["ok"]) for row in score.per_item)
@@ -188,8 +188,10 @@ def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
     return answers({"model": asked}, task, Unkept(tools), tools)["model"]
 
 
-def _earlier(path: str) -> Score:
-    """Return the score from an earlier run's --json output."""
+def _earlier(path: str) -> Score | None:
+    """Return the score from an earlier run's --json output, None without one."""
+    if not path:
+        return None
     try:
         data = parse_file(Path(path), largest=TOKENIZER)
         rows = tuple(

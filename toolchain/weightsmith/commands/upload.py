@@ -32,7 +32,7 @@ from weightsmith.reporting.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
 from weightsmith.stages.report import model_card, read_as_facts
-from weightsmith.stages.upload import HubDestination, check_destination, upload
+from weightsmith.stages.upload import HubDestination, check_destination, repository_of, upload
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import LORA, FileEntry, Json, StageInputs, Tree, plain
@@ -46,6 +46,20 @@ class _Model:
 
     tree: Tree
     card: ModelCard
+
+
+def hub_destination(to: str, *, force: bool, public: bool, sign_key: str) -> HubDestination | None:
+    """Return the repository that `hf://OWNER/NAME` names, or None for a registry's reference.
+
+    Raises UsageError for an option that belongs to the other.
+    """
+    if to.startswith("hf://"):
+        if sign_key:
+            raise UsageError("--sign-key: a hub keeps no signatures", hint="leave it out")
+        return HubDestination(repository=repository_of(to), force=force, public=public)
+    if public:
+        raise UsageError("--public is only for a new repository on a hub", hint="leave it out")
+    return None
 
 
 def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Mapping[str, Json]:

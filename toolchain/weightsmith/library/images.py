@@ -1,4 +1,4 @@
-"""Functions for images: `plan`, `build`, `bake`, `inspect`, `verify`."""
+"""Functions for images: `plan`, `build`, `bake`, `push`, `rebase`, `inspect`, `verify`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from weightsmith import wiring
 from weightsmith.commands.arguments import sources_of
 from weightsmith.commands.bake import BakeRequest, bake_model
-from weightsmith.commands.images import inspect_image
+from weightsmith.commands.images import copy_image, inspect_image
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.upload import hub_destination, push_to_hub
 from weightsmith.commands.verify import key_path, verify_image
 from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
-from weightsmith.library.results import Baked, Built, Verification
+from weightsmith.library.results import Baked, Built, Pushed, Rebased, Verification
 from weightsmith.pipeline import build as run_build
 from weightsmith.planning.forecast import forecast
 from weightsmith.planning.request import BuildRequest
@@ -90,6 +92,93 @@ def bake(
         digest=Digest(result["digest"]),
         layers=tuple(result["layers"]),
         uploaded_bytes=result["uploaded_bytes"],
+        seconds=result["seconds"],
+        warnings=tuple(shown_progress.warnings),
+    )
+
+
+def push(
+    source: AnyPath,
+    to: str,
+    *,
+    force: bool = False,
+    public: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    progress: bool = True,
+) -> Pushed:
+    """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card.
+
+    `source` is a reference or `oci:FOLDER`; for a hub (`to` is `hf://OWNER/NAME`) also a
+    checkpoint's folder, a .gguf file or the folder of a build's results. `force` moves a tag that
+    names another image, and replaces what a hub's repository has; `public` is for a new one.
+
+    Raises UsageError for an option that does not fit `to` or a tag that names another image,
+    InputRefused for an invalid image or model, EnvironmentFailure if one side cannot be reached.
+
+    >>> pushed = weightsmith.push("oci:image", f"{registry}/team/capitals:1", progress=False)
+    >>> pushed.digest == built["llamacpp-q4_k_m"].digest
+    True
+    """
+    run = RunOptions(runner="local", insecure=insecure)
+    hub = hub_destination(to, force=force, public=public, sign_key=sign_key)
+    name = str(path_of(source))
+    with shown(progress) as shown_progress:
+        if hub:
+            with wiring.open_tools(run, shown_progress) as tools:
+                result = push_to_hub(name, hub, tools)
+        else:
+            signer = wiring.make_signer(sign_key)
+            with wiring.make_registry(insecure=insecure) as registry:
+                result = copy_image(name, to, registry, shown_progress, force=force, signer=signer)
+    return Pushed(
+        image=result["reference"],
+        digest=result["digest"],
+        uploaded_bytes=result["uploaded_bytes"],
+        mounted=result.get("mounted", 0),
+        seconds=result["seconds"],
+        warnings=tuple(shown_progress.warnings),
+    )
+
+
+def rebase(
+    source: str,
+    onto: str,
+    to: str,
+    *,
+    smoke: bool = True,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Rebased:
+    """Move an image to another engine base and push it; its weights are not copied.
+
+    `source` and `onto` are references or `oci:FOLDER`. With `smoke`, the new image is started once
+    and greeted, if a container engine answers.
+
+    Raises InputRefused for a base that does not fit the image, CheckFailed if the new image does
+    not start, UsageError if `to` names another image, EnvironmentFailure if a registry fails.
+
+    >>> rebased = weightsmith.rebase(
+    ...     pushed.image, f"{registry}/engines/llamacpp:2", f"{registry}/team/capitals:2",
+    ...     progress=False,
+    ... )
+    >>> rebased.rebased_from == pushed.digest, rebased.mounted
+    (True, 1)
+    """
+    run = RunOptions.of(locals())
+    request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
+    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
+        result = rebase_image(request, tools)
+    return Rebased(
+        image=result["reference"],
+        digest=result["digest"],
+        rebased_from=Digest(result["rebased_from"]),
+        uploaded_bytes=result["uploaded_bytes"],
+        mounted=result["mounted"],
         seconds=result["seconds"],
         warnings=tuple(shown_progress.warnings),
     )

@@ -1,4 +1,4 @@
-"""Functions for model files: `merge`, `validate`, `quantize`."""
+"""Functions for model files: `merge`, `validate`, `quantize`, `render`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith import wiring
-from weightsmith.commands.arguments import options_of
+from weightsmith.commands.arguments import options_of, serving_options
 from weightsmith.commands.merge import Folders, merge_folders
 from weightsmith.commands.quantize import FolderRequest, quantize_folder
+from weightsmith.commands.render import render_model
 from weightsmith.commands.validate import validate_folders
-from weightsmith.library.arguments import AnyPath, path_of, paths_of, weights_of
-from weightsmith.library.results import Merged, Quantized, Shard
+from weightsmith.library.arguments import AnyPath, Texts, path_of, paths_of, texts_of, weights_of
+from weightsmith.library.results import Merged, Quantized, Rendered, Shard
 from weightsmith.merge_options import Merge
 from weightsmith.progress import shown
-from weightsmith.recipe import Quantize
+from weightsmith.recipe import Quantize, Serve
 from weightsmith.run_options import RunOptions
 from weightsmith.validating.result import Validation
 
@@ -177,3 +178,36 @@ def quantize(
         quality=result["quality"],
         warnings=tuple(shown_progress.warnings),
     )
+
+
+def render(
+    model: AnyPath,
+    target: str,
+    out: AnyPath,
+    *,
+    name: str = "",
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: int = 1,
+    max_model_len: int | str = "auto",
+    max_num_seqs: int | str = "auto",
+    set: Texts = (),  # noqa: A002 - the flag's name
+) -> Rendered:
+    """Plan the memory of a model's server, and write its settings and manifests to `out`.
+
+    `model` is a checkpoint's folder, which may lack the weights, or a .gguf file. `set` has
+    `serve.KEY=VALUE` texts for the other keys of the recipe's `serve`. Files in `out` are replaced.
+
+    Raises UsageError for an unknown target or option or a model that does not fit the memory,
+    InputRefused for a model that the target cannot serve.
+
+    >>> rendered = weightsmith.render("merged", "vllm", "config", gpu="nvidia-l4")
+    >>> rendered.plan["fits"], "config/vllm.yaml" in map(str, rendered.files)
+    (True, True)
+    """
+    serve = options_of(Serve, locals(), "render")
+    source, place = path_of(model), path_of(out)
+    wiring.keep_clean([source], out=place)
+    options = serving_options(serve, texts_of(set))
+    files, plan = render_model(source, target, name, options, place)
+    return Rendered(files=tuple(map(Path, files)), plan=plan.to_json())

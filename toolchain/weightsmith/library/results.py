@@ -10,7 +10,7 @@ from typing import TypeAlias
 from weightsmith.build_record import StageRecord
 from weightsmith.provenance.chain import Check
 from weightsmith.validating.result import Validation as Validation
-from weightsmith.values import Digest, Json
+from weightsmith.values import Digest, Json, Score
 
 StageTime: TypeAlias = StageRecord
 """How long a stage of a build took; `cached` if its result was already in the store."""
@@ -57,6 +57,37 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A target's serving files on disk, and the memory plan that they follow."""
+
+    files: tuple[Path, ...]
+    plan: Mapping[str, Json]
+    """As `weightsmith render --json` prints it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How a model answered questions."""
+
+    score: float
+    """From 0 to 1."""
+    n: int
+    """Number of questions."""
+    metric: str
+    interval: tuple[float, float]
+    """Of 95 %."""
+    per_item: tuple[Mapping[str, Json], ...]
+    """Each question's `prompt`, `expected`, `answer` and `ok`."""
+    comparison: Mapping[str, Json]
+    """With `against`, how it compares with the earlier result; else {}."""
+    warnings: tuple[str, ...]
+
+    def to_score(self) -> Score:
+        """Return what a later result is compared with."""
+        return Score(score=self.score, n=self.n, metric=self.metric, per_item=self.per_item)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Baked:
     """An assembled image at its destination."""
 
@@ -68,6 +99,28 @@ class Baked:
     uploaded_bytes: int
     seconds: float
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed:
+    """An image in a registry, or a model on a hub."""
+
+    image: str
+    """Its reference, or `hf://OWNER/NAME`."""
+    digest: str
+    """The image's digest; of a hub, the commit."""
+    uploaded_bytes: int
+    mounted: int
+    """Number of layers taken from another repository of the registry."""
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebased(Pushed):
+    """An image that was moved to another engine base, in a registry."""
+
+    rebased_from: Digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
