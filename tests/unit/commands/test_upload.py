@@ -17,13 +17,17 @@ import pytest
 import yaml
 from weightsmith.commands.upload import push_to_hub
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.layers import TITLE
 from weightsmith.oci.layout import write_layout
 from weightsmith.oci.modelpack import ModelDescription, model_pack
+from weightsmith.oci.references import Reference
+from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, FileEntry, Tree
 
-from tests.fakes.baking import bake
+from tests.fakes.baking import Bakery, bake
 from tests.fakes.memory import memory_tools
 from tests.fakes.tiny import write_model
 from tests.fakes.writable_hub import (
@@ -262,6 +266,31 @@ def test_a_checkpoint_in_a_layout_is_what_it_was(
     for name in names:
         assert repository.files[name] == (model / name).read_bytes()
     assert b"vllm serve team/bot" in repository.files["README.md"]
+
+
+def licensed(bakery: Bakery, name: str, kind: str, license_: str) -> None:
+    """Attach a bill of materials of something with a licence to an image."""
+    place, image = Reference.parse(f"{bakery.fake.host}/{name}"), bakery.image(name)
+    bill = {"metadata": {"component": {"type": kind, "licenses": [{"license": {"id": license_}}]}}}
+    part = Part.of_bytes(json.dumps(bill).encode(), MEDIA_TYPE, **{TITLE: "engine.cdx.json"})
+    bakery.client.attach(
+        place, Attachment(artifact_type=MEDIA_TYPE, subject=image.manifest_blob, parts=(part,))
+    )
+
+
+@pytest.mark.parametrize("own", ["", "apache-2.0"])
+@pytest.mark.parametrize("kind", ["application", "machine-learning-model"])
+def test_only_the_bill_of_the_model_states_its_licence(
+    hub: WritableHub, bakery: Bakery, tools: Tools, own: str, kind: str
+) -> None:
+    licensed(bakery, "base/engine:1", kind, "MIT")
+    if own:
+        (bakery.model / "README.md").write_text(f"---\nlicense: {own}\n---\n")
+    bakery.bake("team/app:1")
+    licensed(bakery, "team/app:1", kind, "MIT")
+    place = replace(tools, registry=bakery.client)
+    push_to_hub(f"{bakery.fake.host}/team/app:1", DESTINATION, place)
+    assert front(hub.repositories["team/bot"].files["README.md"]).get("license", "") == own
 
 
 def write_pack(folder: Path, *paths: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import assemble
 from weightsmith.provenance.attest import evidence, public_recipe
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
+from weightsmith.provenance.mlbom import MEDIA_TYPE, license_in
 from weightsmith.recipe_file import check_recipe
 from weightsmith.serving.llamacpp import ENGINE
 from weightsmith.values import (
@@ -83,6 +85,37 @@ def test_the_builder_of_a_merge(details: dict[str, str], tmp_path: Path) -> None
     found = {row["name"]: row["digest"]["sha256"] for row in rows}
     assert len(found.pop("builder:merge")) == 64
     assert found == ({"builder image:merge": "5" * 64} if details else {})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "base", "own"),
+    [
+        ({"card": {"license": "MIT"}}, "apache-2.0", "MIT"),
+        ({}, "apache-2.0", "apache-2.0"),
+        ({}, "", ""),
+    ],
+)
+def test_the_licence_is_the_recipes_or_the_bases(
+    recipe: dict[str, object], base: str, own: str, tmp_path: Path
+) -> None:
+    def licensed(name: str, license_: str) -> Snapshot:
+        (folder := tmp_path / name).mkdir()
+        (folder / "README.md").write_text(f"---\nlicense: {license_}\n---\n")
+        return Snapshot(tree=tree(folder, "weights"), source="./x", pin="x", pinned=False)
+
+    (tmp_path / "merged").mkdir()
+    made = made_with(tmp_path / "merged", {})
+    adapter = AdapterSnapshot(snapshot=licensed("adapter", "llama3"))
+    inputs = replace(
+        made.inputs,
+        sources=Sources(base=licensed("base", base), adapters=(adapter,)),
+        recipe=check_recipe({"name": "x", "base": {"source": "./x"}, **recipe}, "test"),
+    )
+    made = replace(made, inputs=inputs)
+
+    (bill,) = [one for one in evidence(made, ()).documents if one.artifact_type == MEDIA_TYPE]
+    assert license_in(bill.parts[0].read(), made.served.digest).lower() == own.lower()
+    assert license_in(bill.parts[0].read(), IMAGE) == ""
 
 
 def test_where_else_a_model_went_is_no_part_of_its_image() -> None:

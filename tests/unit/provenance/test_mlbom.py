@@ -24,6 +24,7 @@ def facts(**more: Json) -> BilledModel:
         "format": "q4_k_m",
         "model_type": "llama",
         "architecture": "LlamaForCausalLM",
+        "license": "apache-2.0",
         "ancestors": [
             Ancestor(name="base", pin="hf://a/b@c", digest=DIGEST, license="apache-2.0"),
             Ancestor(name="v3", pin="sha", digest=DIGEST, version="v3", license="llama3"),
@@ -55,9 +56,8 @@ def test_the_same_model_has_the_same_bill() -> None:
     assert ml_bom(facts())["serialNumber"] != ml_bom(facts(version="2"))["serialNumber"]
 
 
-def test_the_recipes_licence_comes_first() -> None:
-    model = ml_bom(facts(card=Card(license="MIT")))["metadata"]["component"]
-    assert model["licenses"] == [{"license": {"id": "MIT"}}]
+def test_what_it_was_made_from_does_not_state_its_licence() -> None:
+    assert "licenses" not in ml_bom(facts(license=""))["metadata"]["component"]
 
 
 def test_an_engine_of_our_own() -> None:

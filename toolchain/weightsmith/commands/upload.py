@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
 from pathlib import Path, PurePosixPath
@@ -15,7 +14,7 @@ from weightsmith.checkpoints.folder import check_model_folder, check_no_code, pi
 from weightsmith.checkpoints.gguf_names import files_with
 from weightsmith.checkpoints.gguf_parts import model_name
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.foreign import parse
+from weightsmith.foreign import SMALL
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
 from weightsmith.oci.layout import held_digest, is_layout
@@ -24,7 +23,7 @@ from weightsmith.oci.manifests import MODEL_LAYERS
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance import mlbom
 from weightsmith.provenance.evidence import read_attached
-from weightsmith.provenance.labels import PREFIX, VERDICT, plan_in
+from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import weights_of
 from weightsmith.quantizers import of_format
@@ -36,8 +35,6 @@ from weightsmith.stages.upload import HubDestination, check_destination, reposit
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import LORA, FileEntry, Json, StageInputs, Tree, plain
-
-_LARGEST_BILL = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,15 +188,16 @@ def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) ->
         part.read()
         for one in attached
         for part in one.parts
-        if part.blob.media_type == mlbom.MEDIA_TYPE and part.blob.size <= _LARGEST_BILL
+        if part.blob.media_type == mlbom.MEDIA_TYPE and part.blob.size <= SMALL
     ]
+    stated = (mlbom.license_in(bill, image.labels.get(ARTIFACT, "")) for bill in bills)
     context = plan_in(image.labels).get("max_model_len", 0)
     name = source.rpartition("/")[2].partition("@")[0].partition(":")[0]
     card = card_of_labels(
         name,
         image.labels,
         PREFIX,
-        license_=_license(tree, bills),
+        license_=next(filter(None, stated), "") or license_of(tree.texts),
         context=context if isinstance(context, int) else 0,
         image=image.digest if VERDICT in image.labels else "",
     )
@@ -253,18 +251,6 @@ def _model_root(root: Path, source: str) -> Path:
     if not found:
         raise InputRefused(f"{source} has no model", hint="give an image with model weights")
     return found[0]
-
-
-def _license(tree: Tree, bills: Sequence[bytes]) -> str:
-    """Return a model's licence: by its card, else by the image's bill of materials."""
-    if found := license_of(tree.texts):
-        return found
-    for bill in bills:
-        with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
-            document = parse(bill, largest=_LARGEST_BILL)
-            one = document["metadata"]["component"]["licenses"][0]["license"]
-            return re.sub(r"\s+", " ", str(one.get("id") or one["name"]))[:100]
-    return ""
 
 
 def _require_merged(format_: str, source: str) -> None:

@@ -21,7 +21,7 @@ from weightsmith.provenance.evidence import (
     titled,
 )
 from weightsmith.provenance.labels import public_name, without_secrets
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of, license_name
 from weightsmith.provenance.mlbom import MEDIA_TYPE, Ancestor, BilledModel, license_of, ml_bom
 from weightsmith.provenance.statements import (
     Resource,
@@ -198,6 +198,7 @@ def _billed(made: ImageMaterials) -> BilledModel:
         format=inputs.artifact.format.name,
         model_type=facts.model_type if facts else "",
         architecture=facts.architecture if facts else "",
+        license=license_name(inputs, made.split.tree),
         ancestors=_ancestors(inputs.sources),
         scores=made.scores,
         **card,

@@ -12,6 +12,7 @@ from weightsmith.errors import CacheLost, WeightsmithError
 from weightsmith.evaluating.results import Result, main_scores, unproven_of
 from weightsmith.oci.image import Image, Order
 from weightsmith.oci.index import Whole, whole_of
+from weightsmith.provenance.mlbom import license_of
 from weightsmith.recipe import Recipe
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
@@ -103,6 +104,16 @@ def facts_of(tree: Tree) -> ModelFacts | None:
         raise  # the model could be read elsewhere
     except (OSError, ValueError, WeightsmithError):
         return None
+
+
+def license_name(inputs: ImageInputs, tree: Tree) -> str:
+    """Return the licence: by the recipe, else by the card of the model or of its base.
+
+    An adapter's licence is the adapter's alone, and an engine's the engine's.
+    """
+    said = (inputs.recipe.card.license or inputs.recipe.base.license) if inputs.recipe else ""
+    trees = (tree, *((inputs.sources.base.tree,) if inputs.sources else ()))
+    return said or next(filter(None, (license_of(one.texts) for one in trees)), "")
 
 
 def whole_image(made: Sequence[ImageMaterials]) -> Whole:

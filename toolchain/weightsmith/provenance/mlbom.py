@@ -5,17 +5,20 @@ https://cyclonedx.org/docs/1.6/json/
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightsmith import __version__
-from weightsmith.foreign import parse_yaml
+from weightsmith.foreign import parse, parse_yaml
 from weightsmith.recipe_outputs import Card
 from weightsmith.values import Digest, FileEntry, Json, Scores, key_of
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
+_MODEL = "machine-learning-model"
 _FRONT_MATTER = 65536
 """Bytes of a model card that are searched for its front matter."""
 _LICENSES = {
@@ -52,6 +55,7 @@ class BilledModel:
     format: str
     model_type: str = ""
     architecture: str = ""
+    license: str = ""
     ancestors: Sequence[Ancestor] = ()
     scores: Scores = field(default_factory=dict)
     card: Card = field(default_factory=Card)
@@ -59,10 +63,8 @@ class BilledModel:
 
 def ml_bom(model: BilledModel) -> dict[str, Json]:
     """Return a model's bill of materials: identity, ancestors, scores and use."""
-    licenses = [model.card.license] if model.card.license else []
-    licenses += [a.license for a in model.ancestors if a.license and not licenses]
     component: dict[str, Json] = {
-        "type": "machine-learning-model",
+        "type": _MODEL,
         "bom-ref": "model",
         "name": model.name,
         "version": model.version,
@@ -72,8 +74,8 @@ def ml_bom(model: BilledModel) -> dict[str, Json]:
     }
     if model.card.description:
         component["description"] = model.card.description
-    if licenses:
-        component["licenses"] = [_license(licenses[0])]
+    if model.license:
+        component["licenses"] = [_license(model.license)]
     parents = [_ancestor(n, ancestor) for n, ancestor in enumerate(model.ancestors)]
     if parents:
         component["pedigree"] = {"ancestors": parents}
@@ -127,6 +129,19 @@ def license_of(folder: Path) -> str:
     return named if isinstance(named, str) else ""
 
 
+def license_in(bill: bytes, digest: str) -> str:
+    """Return the licence that a bill of materials states of the model with this digest, or empty.
+
+    Bills of other things are attached to images too: of the engine, or somebody's scan.
+    """
+    with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
+        component = parse(bill)["metadata"]["component"]
+        if component["type"] == _MODEL and _hash(Digest(digest)) in component["hashes"]:
+            stated = component["licenses"][0]["license"]
+            return re.sub(r"\s+", " ", str(stated.get("id") or stated["name"]))[:100]
+    return ""
+
+
 def _card(model: BilledModel) -> dict[str, Json]:
     parameters: dict[str, Json] = {
         "task": "text-generation",
@@ -156,7 +171,7 @@ def _card(model: BilledModel) -> dict[str, Json]:
 
 def _ancestor(number: int, ancestor: Ancestor) -> dict[str, Json]:
     row: dict[str, Json] = {
-        "type": "machine-learning-model",
+        "type": _MODEL,
         "bom-ref": f"ancestor:{number}",
         "name": ancestor.name,
         "hashes": [_hash(ancestor.digest)],

@@ -34,8 +34,13 @@ from weightsmith.provenance.labels import (
     engine_version,
     result_labels,
 )
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of, whole_image
-from weightsmith.provenance.mlbom import license_of
+from weightsmith.provenance.materials import (
+    ImageInputs,
+    ImageMaterials,
+    facts_of,
+    license_name,
+    whole_image,
+)
 from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
@@ -196,7 +201,7 @@ def _files(
 def _described(inputs: ImageInputs, split: Resharded) -> ModelDescription:
     """Return what a ModelPack says of a model."""
     format_, facts = inputs.artifact.format, _facts(inputs)
-    license_ = _license_name(inputs, split)
+    license_ = license_name(inputs, split.tree)
     return ModelDescription(
         name=inputs.name,
         version=inputs.version,
@@ -215,13 +220,6 @@ def _sees_images(facts: ModelFacts | None, tree: Tree) -> bool:
     if gguf_models(file.path for file in tree.files):
         return projector_in(tree) is not None
     return bool(facts and facts.sees_images)
-
-
-def _license_name(inputs: ImageInputs, split: Resharded) -> str:
-    """Return the licence: by the recipe, else by the card of the model or of its base."""
-    said = (inputs.recipe.card.license or inputs.recipe.base.license) if inputs.recipe else ""
-    trees = (split.tree, *((inputs.sources.base.tree,) if inputs.sources else ()))
-    return said or next(filter(None, (license_of(tree.texts) for tree in trees)), "")
 
 
 def _facts(inputs: ImageInputs) -> ModelFacts | None:
