@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import SSlibKey
 from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.ports import Signer
-from weightsmith.provenance.signing import check_by, read_public_key
+from weightsmith.provenance.signing import (
+    check_by,
+    countersign,
+    read_public_key,
+    sign_statement,
+)
+from weightsmith.provenance.statements import Statement
 from weightsmith.wiring import make_signer
 
 from tests.fakes.baking import make_key
 from tests.fakes.key_service import key_service
 
 TEXT = b"what is signed"
+STATEMENT = Statement({"_type": "https://in-toto.io/Statement/v1", "subject": []})
 KINDS = {
     "ECDSA": ("EC", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
     "RSA": ("RSA", "-pkeyopt", "rsa_keygen_bits:2048"),
@@ -38,6 +49,24 @@ def test_a_pem_file(kind: str, tmp_path: Path) -> None:
         ["openssl", "pkey", "-in", tmp_path / "key.pem", "-pubout"], check=True, capture_output=True
     )
     assert signer.public == told.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_statement_is_read_by_securesystemslib(kind: str, tmp_path: Path) -> None:
+    """The library of in-toto and TUF chooses the key by the id that it makes itself."""
+    keys = []
+    told = b""
+    for name in ("one", "two"):
+        make = ["openssl", "genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / name]
+        subprocess.run(make, check=True, capture_output=True)
+        signer = open_signer(str(tmp_path / name))
+        told = countersign(told, signer) if told else sign_statement(STATEMENT, signer)
+        scheme = "rsa-pkcs1v15-sha256" if kind == "RSA" else None
+        keys.append(SSlibKey.from_crypto(load_pem_public_key(signer.public), scheme=scheme))
+
+    envelope = Envelope.from_dict(json.loads(told))
+    assert envelope.payload == STATEMENT.content
+    assert set(envelope.verify(keys, 2)) == {key.keyid for key in keys}
 
 
 @pytest.mark.parametrize("form", ["PKCS 8", "traditional"])

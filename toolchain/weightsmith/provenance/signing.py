@@ -8,6 +8,7 @@ https://github.com/sigstore/protobuf-specs/blob/main/protos/sigstore_bundle.prot
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -62,12 +63,11 @@ def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()
 def sign_statement(statement: Statement, signer: Signer) -> bytes:
     """Return a statement in a signed DSSE envelope."""
     payload = statement.content
-    signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
     return canonical(
         {
             "payloadType": _PAYLOAD,
             "payload": base64.b64encode(payload).decode(),
-            "signatures": [{"sig": signature}],
+            "signatures": [_signature(payload, signer)],
         }
     )
 
@@ -80,8 +80,7 @@ def countersign(envelope: bytes, signer: Signer) -> bytes:
     if open_envelope(envelope, check_by(signer.public)).signed:
         return envelope
     payload = base64.b64decode(parse(envelope, largest=PART)["payload"])
-    signature = base64.b64encode(signer.sign(_pre_authentication(payload))).decode()
-    return join([envelope, canonical({"signatures": [{"sig": signature}]})])
+    return join([envelope, canonical({"signatures": [_signature(payload, signer)]})])
 
 
 def join(envelopes: Sequence[bytes]) -> bytes:
@@ -197,6 +196,30 @@ def check_of(key: str) -> Check:
         raise UsageError(f"no public key in PEM form: {error}", hint="correct it") from None
 
 
+def key_id(public: bytes) -> str:
+    """Return the id of a public key in PEM form, as TUF and in-toto's library compute it.
+
+    It is a hint only, which anyone can write: DSSE's readers choose the key to check with by it.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+    from cryptography.hazmat.primitives.serialization import (
+        Encoding,
+        PublicFormat,
+        load_pem_public_key,
+    )
+
+    key = load_pem_public_key(public)
+    value = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+    kind, scheme = "rsa", "rsa-pkcs1v15-sha256"
+    if isinstance(key, ed25519.Ed25519PublicKey):
+        kind, scheme, value = "ed25519", "ed25519", key.public_bytes_raw().hex()
+    elif isinstance(key, ec.EllipticCurvePublicKey):
+        kind, scheme = "ecdsa", f"ecdsa-sha2-nistp{key.curve.key_size}"
+    # Their canonical JSON keeps line ends in texts as they are.
+    text = f'{{"keytype":"{kind}","keyval":{{"public":"{value}"}},"scheme":"{scheme}"}}'
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_by(public: bytes) -> Check:
     """Return a verifier for a public key in PEM form: ECDSA, RSA (PKCS #1) or Ed25519.
 
@@ -229,6 +252,11 @@ def check_by(public: bytes) -> Check:
         return True
 
     return check
+
+
+def _signature(payload: bytes, signer: Signer) -> dict[str, str]:
+    made = signer.sign(_pre_authentication(payload))
+    return {"keyid": key_id(signer.public), "sig": base64.b64encode(made).decode()}
 
 
 def _pre_authentication(payload: bytes) -> bytes:
