@@ -38,6 +38,15 @@ def test_depth_is_limited_in_json_and_yaml() -> None:
             read("[" * (levels + 1) + "]" * (levels + 1))
 
 
+@pytest.mark.parametrize(
+    "text", [r'license: "mit\ud800"', r'"\udc00": mit', r'a: [&x "\uDFFF", *x]']
+)
+def test_half_a_character_in_yaml_is_refused(text: str) -> None:
+    """A model card's licence goes into labels, which are UTF-8."""
+    with pytest.raises(ValueError, match="half a character"):
+        parse_yaml(text)
+
+
 def test_aliases_do_not_unfold_to_more_than_a_file_could_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

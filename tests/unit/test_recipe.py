@@ -155,15 +155,96 @@ def test_a_text_in_quotes_is_set_without_them() -> None:
     assert (data["version"], data["base"]["license"]) == ("1.2", "a: b")
 
 
-@pytest.mark.parametrize(
-    ("version", "kind"), [("1.2", "a number"), ("2026-11-28", "a date"), ("on", "true or false")]
-)
+@pytest.mark.parametrize(("version", "kind"), [("1.2", "a number"), ("on", "true or false")])
 def test_a_version_that_yaml_does_not_read_as_text(tmp_path: Path, version: str, kind: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"name: bot\nversion: {version}\nbase: {{source: ./base}}\n")
 
     with pytest.raises(UsageError, match=f"`version`.* as {kind}; write it in quotes"):
         read_recipe(path)
+
+
+def test_a_date_is_text_as_it_stands(tmp_path: Path) -> None:
+    """Not a type of its own, which no engine and no label could hold."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: bot\nversion: 2026-11-28\nbase: {source: ./base}\n"
+        "serve: {extra: {since: 2026-11-28 12:00:00, sign: =}}\n"
+    )
+    recipe = read_recipe(path, ["serve.extra.until=2026-12-01"]).recipe
+
+    assert recipe.version == "2026-11-28"
+    assert recipe.serve.extra == {
+        "since": "2026-11-28 12:00:00", "sign": "=", "until": "2026-12-01",
+    }  # fmt: skip
+
+
+PATHS = {
+    "base.source": "./x",
+    "adapters": "[{source: ./x, evaluate: {data: ./x, training: ./x}}]",
+    "evaluate": "{data: ./x}",
+    "evaluate.training": "x",
+    "calibration.data": "./x",
+    "validate.probes": "../here/x",
+    "quantize.imatrix": "x",
+    "image.base": "oci:x",
+}
+"""Settings that name `x` of the current folder."""
+
+
+def test_paths_of_a_setting_are_the_callers_and_those_of_the_file_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = tmp_path / "there" / "recipe.yaml"
+    path.write_text(
+        "name: bot\nbase: {source: ./x}\nevaluate: {data: x}\nimage: {base: 'oci:x:name'}\n"
+    )
+    whole = read_recipe(path, [f"{key}={value}" for key, value in PATHS.items()])
+    recipe, (adapter,) = whole.recipe, whole.recipe.adapters
+    assert adapter.evaluate
+    assert recipe.evaluate
+    assert recipe.calibration
+    found = [
+        recipe.base.source, adapter.source, adapter.evaluate.data, adapter.evaluate.training,
+        recipe.evaluate.data, recipe.evaluate.training, recipe.calibration.data,
+        recipe.validation.probes, recipe.quantize.imatrix, recipe.image.base.removeprefix("oci:"),
+    ]  # fmt: skip
+    assert {(whole.folder / name).resolve() for name in found} == {tmp_path / "here" / "x"}
+
+    own = read_recipe(path)
+    assert own.recipe.evaluate
+    assert own.folder / own.recipe.evaluate.data == tmp_path / "there" / "x"
+    assert own.recipe.base.source == "./x"  # as the lock names it
+    assert own.recipe.image.base == f"oci:{tmp_path}/there/x:name"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("base.source=hf://a/b", "hf://a/b"),
+        ("quantize.imatrix=walk", "walk"),
+        ("image.base=registry.example.com/engine:1", "registry.example.com/engine:1"),
+        ("image.base=engine:llamacpp", "engine:llamacpp"),
+        ("adapters.0.source=hf://a/c", "hf://a/c"),
+        ("base.license=mit", "mit"),
+    ],
+)
+def test_what_is_no_path_stays(setting: str, value: str) -> None:
+    data = with_settings(SMALLEST | {"adapters": [{"source": "./a"}]}, [setting])
+    *parents, last = (int(k) if k.isdecimal() else k for k in setting.split("=")[0].split("."))
+    for key in parents:
+        data = data[key]
+
+    assert data[last] == value
+
+
+@pytest.mark.parametrize("setting", ["serve.extra={a: 1, a: 2}", "serve.extra={a: [1}"])
+def test_a_setting_that_is_no_yaml(setting: str) -> None:
+    with pytest.raises(UsageError, match=r"--set serve\.extra: not valid YAML: line 1"):
+        with_settings(SMALLEST, [setting])
 
 
 @pytest.mark.parametrize("setting", ["novalue", "=x", "name.first=x"])
@@ -179,7 +260,9 @@ def test_elements_of_a_list_are_set_by_number():
         "source": "b",
         "weight": 0.5,
     }
-    assert with_settings(data, ["adapters.0={source: c}"])["adapters"][0] == {"source": "c"}
+    assert with_settings(data, ["adapters.0={source: hf://c}"])["adapters"][0] == {
+        "source": "hf://c"
+    }
     for setting in ("adapters.2={source: c}", "adapters.x=1", "adapters.7.weight=1"):
         with pytest.raises(UsageError, match="--set"):
             with_settings(data, [setting])

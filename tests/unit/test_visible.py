@@ -61,6 +61,13 @@ def test_json_keeps_its_values() -> None:
     assert "##" not in as_json(value)
 
 
+def test_json_has_null_for_what_is_no_number() -> None:
+    value = {"a": [float("nan"), {"b": float("-inf")}, 1.5], "c": "NaN"}
+    assert json.loads(as_json(value), parse_constant=pytest.fail) == {
+        "a": [None, {"b": None}, 1.5], "c": "NaN",
+    }  # fmt: skip
+
+
 def test_a_page_keeps_what_languages_need() -> None:
     text = "می‌خواهم 👩‍👩‍👧 שלום\u200f\n\tx"
     assert upright(text) == text

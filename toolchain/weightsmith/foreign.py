@@ -35,6 +35,8 @@ MOST_VALUES = 6_000_000
 _MOST_YAML = 50_000
 _STRING = re.compile(r'"(?:[^"\\]+|\\.?)*+"?', re.DOTALL)
 """A string of JSON; one without an end goes to the text's end, so no character is read twice."""
+_HALF = re.compile("[\ud800-\udfff]")
+_HALF_CHARACTER = "it contains half a character, a surrogate without its pair"
 _AGAIN = "the file is damaged or incomplete; download or export it again and compare its sha256"
 
 
@@ -179,7 +181,11 @@ def _unfolded(node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """
     import yaml
 
-    if node is None or isinstance(node, yaml.ScalarNode):
+    if node is None:
+        return 1, 0
+    if isinstance(node, yaml.ScalarNode):
+        if not node.value.isascii() and _HALF.search(node.value):
+            raise ValueError(_HALF_CHARACTER)
         return 1, 0
     if id(node) not in known:
         known[id(node)] = _MOST_YAML + 1, 0  # an alias inside its own node never ends
@@ -224,4 +230,4 @@ def _check_pairs(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("it contains half a character, a surrogate without its pair") from None
+        raise ValueError(_HALF_CHARACTER) from None

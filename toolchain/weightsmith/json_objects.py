@@ -137,7 +137,7 @@ def part_of(hint: Any) -> Any:
 def _read(hint: Any, value: Json, place: str, *, exact: bool) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
-        return value
+        return _written(value)
     if origin in (Union, UnionType):
         return None if value is None else _read(part_of(hint), value, place, exact=exact)
     if origin is Literal:
@@ -180,8 +180,8 @@ def _read_list(parts: tuple[Any, ...], value: Json, place: str, *, exact: bool) 
 def _scalar(kind: type, value: Json, place: str) -> Any:
     if kind is bool or isinstance(value, bool):  # a bool is an int in Python, but not in JSON
         right = kind is bool and isinstance(value, bool)
-    elif kind is float:
-        right = isinstance(value, int | float)
+    elif kind is float:  # JSON has no number that is not finite, but Python reads NaN and 1e999
+        right = isinstance(value, int | float) and abs(value) < math.inf
     else:
         right = isinstance(value, str if issubclass(kind, str | Path) else kind)
     if not right:

@@ -6,17 +6,15 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from weightsmith.errors import UsageError
-from weightsmith.foreign import given_content, parse_yaml
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
+from weightsmith.user_text import read_mapping, read_setting, require_plain
 
 _Section = TypeVar("_Section")
 
@@ -24,10 +22,9 @@ _SCALARS: Mapping[type, str] = {
     bool: "true or false",
     int: "a number",
     float: "a number",
-    date: "a date",
-    datetime: "a time",
 }
 """Type that YAML gives to a text without quotes -> what it is."""
+_HINT = "docs/reference/recipe.md lists every key"
 _OR_A_WORD = {"int": "a whole number", "bool": "true, false"}
 """Type that a field takes beside a word, such as `auto`, by pydantic's name -> what it is."""
 
@@ -57,39 +54,14 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
         missing="give one with --recipe FILE, or --base and --adapter for a one-off build",
         begins="`name: …` and `base: {source: …}`",
     )
+    if isinstance(image := data.get("image"), dict):  # others may be named in the lock as they are
+        data["image"] = placed(image, path.parent, ("image",))
     own = not any(setting.startswith(("base", "adapters")) for setting in settings)
     return RecipeFile(
         recipe=check_recipe(with_settings(data, settings), str(path)),
         folder=path.parent,
         path=path if own else None,
     )
-
-
-def read_mapping(path: Path, *, kind: str, missing: str, begins: str) -> dict[str, Any]:
-    """Return the mapping that a user's YAML file holds; raises UsageError naming file and line.
-
-    `kind` is what the file is, `missing` the hint if it does not exist, `begins` how one starts.
-    """
-    try:
-        text = given_content(path).decode("utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such {kind}", hint=missing) from None
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text"
-        ) from None
-    try:
-        data = parse_yaml(text, _StrictLoader)
-    except ValueError as error:
-        raise UsageError(
-            f"{path}: not valid YAML: {_yaml_fault(error)}",
-            hint=f"correct that line; a {kind} begins with {begins}",
-        ) from None
-    if not isinstance(data, dict):
-        raise UsageError(
-            f"{path}: a {kind} is a mapping of keys, this is not", hint=f"it begins with {begins}"
-        )
-    return data
 
 
 def check_recipe(data: Mapping[str, Any], where: str) -> Recipe:
@@ -106,6 +78,7 @@ def _checked(
     section: type[_Section], data: Mapping[str, Any], where: str, place: tuple[str, ...]
 ) -> _Section:
     """Return a checked section that stands at a place of the recipe."""
+    require_plain(data, where, _HINT, *place)
     try:
         return TypeAdapter(section).validate_python(dict(data))
     except ValidationError as error:
@@ -114,7 +87,7 @@ def _checked(
         )
         raise UsageError(
             f"{where}: " + "; ".join(faults[:5]),
-            hint="docs/reference/recipe.md lists every key",
+            hint=_HINT,
         ) from None
 
 
@@ -134,6 +107,8 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
     """Return a copy of the mapping with `key.path=value` overrides.
 
     Values are YAML, but where the recipe takes text, what has no quotes is text as it stands.
+    Relative paths in them are the caller's: they start from the current folder, wherever the
+    recipe's own start. Raises UsageError naming the setting.
     """
     result = copy.deepcopy(dict(data))
     for setting in settings:
@@ -145,7 +120,14 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
             )
         (*parents, last), kind = _place(path.strip())
         quoted = text.strip().startswith(("'", '"'))
-        value = text if kind is str and not quoted else _read(text)
+        try:
+            value = text if kind is str and not quoted else read_setting(text)
+        except ValueError as error:
+            raise UsageError(
+                f"--set {path.strip()}: not valid YAML: {error}",
+                hint="quote the whole setting in the shell, as in --set 'targets=[vllm]'",
+            ) from None
+        value = placed(value, Path.cwd(), (*parents, last))
         if parents[:1] == ["outputs"] and isinstance(result.get("outputs"), list):
             result["outputs"] = {"kinds": result["outputs"]}  # a list stands for this section
         place: Any = result
@@ -164,11 +146,38 @@ def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
     return result
 
 
-def _read(text: str) -> Any:
-    try:
-        return parse_yaml(text)
-    except ValueError:
-        return text
+_PATHS = frozenset(
+    tuple(path.split("."))
+    for path in (
+        "base.source", "adapters.*.source", "adapters.*.evaluate.data",
+        "adapters.*.evaluate.training", "validate.probes", "evaluate.data", "evaluate.training",
+        "calibration.data", "quantize.imatrix", "image.base",
+    )
+)  # fmt: skip
+"""Keys of a recipe that may name a file or a folder."""
+_WORDS = frozenset({"", "auto", "walk", "off"})
+"""Values of these keys that name none."""
+
+
+def placed(value: Any, folder: Path, keys: Sequence[str] = ()) -> Any:
+    """Return a recipe or the part of one at `keys`, whose relative paths start from `folder`."""
+    if isinstance(value, Mapping):
+        return {key: placed(inner, folder, (*keys, str(key))) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [placed(inner, folder, (*keys, "*")) for inner in value]
+    where = tuple("*" if key.isdecimal() else key for key in keys)
+    if where not in _PATHS or not isinstance(value, str) or value in _WORDS or "://" in value:
+        return value
+    if where == ("image", "base"):  # else a reference to a registry
+        prefix = "oci:" if value.startswith("oci:") else ""
+        rest = value.removeprefix(prefix)
+        is_folder = bool(prefix) or rest.startswith((".", "/", "~"))
+        return prefix + _from(folder, rest) if is_folder and rest.strip() else value
+    return _from(folder, value)
+
+
+def _from(folder: Path, text: str) -> str:
+    return str(folder.absolute() / Path(text).expanduser())
 
 
 def _place(path: str) -> tuple[list[str], Any]:
@@ -202,38 +211,6 @@ def _number(items: list[Any], word: str, setting: str) -> int:
         f"--set {setting}: the list has no element {word}",
         hint=f"it has {len(items)}, counted from 0",
     )
-
-
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys: the second would silently win."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Return a mapping as it is written, before keys that it shares are merged into it."""
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):  # refused later: no key of a mapping
-                continue
-            merges = key_node.tag == _MERGE  # `<<: *shared`, which gives way to keys beside it
-            key = "<<" if merges else self.construct_object(key_node)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
-                )
-            seen.add(key)
-        return node
-
-
-def _yaml_fault(error: ValueError) -> str:
-    """Return the problem and its place in one line."""
-    cause = error.__cause__
-    if isinstance(cause, yaml.MarkedYAMLError) and cause.problem_mark is not None:
-        mark = cause.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {cause.problem}"
-    return str(error)
 
 
 def _faults(errors: Sequence[Any]) -> list[str]:

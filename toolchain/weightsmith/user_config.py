@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import platformdirs
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from weightsmith.errors import UsageError
-from weightsmith.foreign import given_content, parse_yaml
 from weightsmith.recipe_section import Section
+from weightsmith.user_text import read_yaml, require_plain
 
 VARIABLE = "WEIGHTSMITH_CONFIG"
 _HINT = "docs/reference/configuration.md lists every key"
@@ -74,14 +73,14 @@ def read_config() -> UserConfig:
     """Return the user's configuration, the defaults without a file; raises UsageError."""
     path = config_path()
     try:
-        data = parse_yaml(given_content(path).decode("utf-8"), yaml.SafeLoader)
+        data = read_yaml(path, hint=_HINT)
     except FileNotFoundError:
         if os.environ.get(VARIABLE):
             raise UsageError(f"{VARIABLE} names {path}, which does not exist", hint=_HINT) from None
         return UserConfig()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}", hint=_HINT) from None
     try:
+        if isinstance(data, dict):
+            require_plain(data, str(path), _HINT)
         return UserConfig.model_validate(data or {})
     except ValidationError as error:
         faults = [

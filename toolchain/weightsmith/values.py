@@ -65,7 +65,7 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 def plain(value: Json) -> Json:
-    """Turn dataclasses, paths and tuples into plain JSON values."""
+    """Turn dataclasses, paths and tuples into plain JSON values; TypeError for what has none."""
     kind = type(value)
     if kind in _PLAIN:  # a fast path for most values: a key may cover 20,000 files
         return value
@@ -77,11 +77,11 @@ def plain(value: Json) -> Json:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, Digest | Path):
         return str(value)
-    if isinstance(value, str | bytes | bool | int | float) or value is None:
+    if isinstance(value, str | bool | int | float) or value is None:
         return value
     if isinstance(value, set | frozenset):
         return sorted(plain(v) for v in value)
-    if isinstance(value, Iterable):
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
         return [plain(v) for v in value]
     raise TypeError(f"{type(value).__name__} has no JSON form")
 

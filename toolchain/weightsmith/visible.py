@@ -10,8 +10,9 @@ https://learn.microsoft.com/azure/devops/pipelines/scripts/logging-commands
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from weightsmith.values import Json
 
@@ -64,9 +65,22 @@ def passed_on(line: str) -> str:
 def as_json(value: Json) -> str:
     """Return JSON in one line of ASCII that no terminal or CI system interprets.
 
-    The value stays the same: characters that they would interpret are written as JSON escapes.
+    The value stays the same: characters that they would interpret are written as JSON escapes. What
+    is no number, which JSON has not, is null.
     """
-    return json.dumps(value).replace("\x7f", "\\u007f").replace("##", "#\\u0023")
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_with_numbers_only(value))
+    return text.replace("\x7f", "\\u007f").replace("##", "#\\u0023")
+
+
+def _with_numbers_only(value: Json) -> Json:
+    if isinstance(value, Mapping):
+        return {key: _with_numbers_only(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_numbers_only(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def upright(text: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from weightsmith.provenance.labels import _quality, public_name
+from weightsmith.provenance.labels import _quality, plan_label, public_name
 from weightsmith.quality.result import Loss, Quality
+from weightsmith.serving.plan import ServingPlan
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,13 @@ from weightsmith.quality.result import Loss, Quality
 )
 def test_a_folder_is_named_without_the_path_to_it(source: str, named: str) -> None:
     assert public_name(source) == named
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_no_label_holds_what_json_has_not(value: float) -> None:
+    """No reader but Python's takes it. Recipes cannot hold it: here is the last guard."""
+    with pytest.raises(ValueError, match="JSON"):
+        plan_label(ServingPlan(max_model_len=1, settings={"temp": value}))
 
 
 def test_last_digits_of_what_was_lost_are_in_no_label() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from weightsmith.layouts import check_layout
 from weightsmith.oci.references import Reference
 from weightsmith.planning.targets import target_of
 from weightsmith.ports import Progress, Store
-from weightsmith.provenance.labels import PREFIX
+from weightsmith.provenance.labels import PLAN, PREFIX, plan_label
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
@@ -224,7 +223,7 @@ def _labels(
         PREFIX + "format": target.format.name,
     }
     if config is not None:
-        labels[PREFIX + "plan"] = json.dumps(config.plan.portable(), sort_keys=True)
+        labels[PLAN] = plan_label(config.plan)
     return labels
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from weightsmith.errors import UsageError
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
-from weightsmith.fleets.parcels import NAMED, WORDS
 from weightsmith.oci.references import Reference
 from weightsmith.planning.targets import chosen_targets
 from weightsmith.provenance.labels import reference
-from weightsmith.recipe_file import RecipeFile, check_recipe, read_mapping, with_settings
+from weightsmith.recipe_file import RecipeFile, check_recipe, placed, with_settings
 from weightsmith.serving.targets import Target
 from weightsmith.stages.lock import Lock, pinned, read_lock
 from weightsmith.stages.upload import SCHEME, repository_of
+from weightsmith.user_text import read_mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ def builds_of(
         ),
         settings,
     )
-    shared = {**_absolute(shared, recipe_path.parent.absolute()), "adapters": []}
+    shared = {**placed(shared, recipe_path.parent.absolute()), "adapters": []}
     found: dict[str, str] = {}
     builds = []
     for place, entry in _entries(fleet, path):
@@ -167,7 +167,7 @@ def _build(
     if hub := isinstance(outputs, Mapping) and outputs.get("hub"):
         data["outputs"] = {**outputs, "hub": f"{hub}-{name}"}
     given = entry.model_dump(by_alias=True, exclude_unset=True)
-    own = _absolute({key: given[key] for key in SECTIONS if key in given}, path.parent.absolute())
+    own = placed({key: given[key] for key in SECTIONS if key in given}, path.parent.absolute())
     data = {**data, **{key: _over(data.get(key), value) for key, value in own.items()}}
     one = {key: given[key] for key in given if key not in (*SECTIONS, "name", "targets")}
     data["adapters"] = [{**one, "source": _place(str(entry.source), path.parent.absolute())}]
@@ -196,23 +196,6 @@ def _over(below: Any, above: Any) -> Any:
     if not isinstance(below, Mapping) or not isinstance(above, Mapping):
         return above
     return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
-
-
-def _absolute(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return recipe data whose files and folders are absolute paths."""
-    found = dict(data)
-    for section, key in NAMED:
-        part = found.get(section)
-        if isinstance(part, Mapping) and str(part.get(key) or "") not in WORDS:
-            found[section] = {**part, key: str(folder / Path(str(part[key])).expanduser())}
-    base = found.get("base")
-    if isinstance(base, Mapping) and isinstance(base.get("source"), str):
-        found["base"] = {**base, "source": _place(base["source"], folder)}
-    image = found.get("image")
-    if isinstance(image, Mapping) and str(image.get("base", "")).startswith("oci:"):
-        layout = str(image["base"]).removeprefix("oci:")
-        found["image"] = {**image, "base": f"oci:{folder / layout}"}
-    return found
 
 
 def _place(source: str, folder: Path) -> str:

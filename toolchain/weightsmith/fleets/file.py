@@ -11,10 +11,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from weightsmith.errors import UsageError
 from weightsmith.recipe import Recipe
-from weightsmith.recipe_file import read_mapping
 from weightsmith.recipe_section import Section
+from weightsmith.user_text import read_mapping, require_plain
 
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
+_HINT = "docs/reference/fleet.md lists every key of a fleet file"
 Part = dict[str, Any]
 """Part of a recipe's section: what differs from the shared recipe. `check_recipe` checks it later,
 in the whole recipe."""
@@ -92,6 +93,7 @@ def read_fleet(path: Path) -> Fleet:
 
 def check_fleet(data: Mapping[str, Any], where: str) -> Fleet:
     """Return the fleet that a mapping describes, or raise UsageError listing every fault."""
+    require_plain(data, where, _HINT)
     try:
         return TypeAdapter(Fleet).validate_python(dict(data))
     except ValidationError as error:
@@ -100,7 +102,7 @@ def check_fleet(data: Mapping[str, Any], where: str) -> Fleet:
     faults = dict.fromkeys(_fault(row, data) for row in rows if not _of_the_other(row, data))
     raise UsageError(
         f"{where}: {'; '.join(list(faults)[:5])}",
-        hint="docs/reference/fleet.md lists every key of a fleet file",
+        hint=_HINT,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from weightsmith.commands.arguments import one_each
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
+from weightsmith.user_text import require_plain
 
 AnyPath: TypeAlias = str | Path
 Texts: TypeAlias = str | Sequence[str]
@@ -22,6 +23,7 @@ def recipe_of(recipe: AnyRecipe, settings: Texts) -> RecipeFile:
         return read_recipe(path_of(recipe), texts_of(settings))
     if isinstance(recipe, Recipe):
         recipe = recipe.model_dump(by_alias=True, exclude_unset=True)
+    require_plain(recipe, "the recipe", "docs/reference/recipe.md lists every key")
     checked = check_recipe(with_settings(recipe, texts_of(settings)), "the recipe")
     return RecipeFile(recipe=checked, folder=Path())
 

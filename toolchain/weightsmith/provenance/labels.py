@@ -76,7 +76,7 @@ def labels(
         PREFIX + "base.digest": sources.base.digest,
         PREFIX + "merge.method": recipe.merge.method,
         PREFIX + "merge.precision": recipe.merge.as_done.precision,
-        PLAN: json.dumps(config.plan.portable(), sort_keys=True, separators=(",", ":")),
+        PLAN: plan_label(config.plan),
     }
     found |= _quality(quality)
     for number, adapter in enumerate(sources.adapters):
@@ -90,6 +90,11 @@ def labels(
         }
     every = {**found, **recipe.image.labels}
     return {key: without_passwords(value) for key, value in every.items() if value}
+
+
+def plan_label(plan: ServingPlan) -> str:
+    """Return a plan as its label has it; JSON, so a number that is not finite is a bug here."""
+    return json.dumps(plan.portable(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def without_secrets(value: Json) -> Json:
