@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.s3_cache import S3Cache
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -160,3 +160,24 @@ def test_an_endpoint_that_is_no_address_is_an_error_of_the_environment(
         cache.find(KEY)
     with pytest.raises(EnvironmentFailure, match="Invalid endpoint: nowhere"):
         list(cache.entries())
+
+
+@pytest.mark.parametrize("cache", ["s3"], indirect=True)
+def test_objects_of_another_size_are_not_read(cache: S3Cache) -> None:
+    """A document, a list of blobs or a blob that somebody exchanged: that result alone is lost."""
+    cache.write(KEY, b"{}", [body(SMALL)])
+    cache.write(OTHER, b"{}", [body(LARGE)])
+    place = cache.where.removeprefix("s3://")
+    cache._files.pipe_file(f"{place}/entries/{KEY.hex}.json", bytes((16 << 20) + 1))
+    cache._files.pipe_file(
+        f"{place}/blobs/{blob_of(SMALL).digest.hex[:2]}/{blob_of(SMALL).digest.hex}", SMALL + b"x"
+    )
+
+    with pytest.raises(InputRefused, match="more than"):
+        cache.find(KEY)
+    with pytest.raises(InputRefused, match="bytes, not"):
+        b"".join(cache.read(blob_of(SMALL)))
+    cache._files.pipe_file(f"{place}/entries/{KEY.hex}.blobs", b"no list")
+    assert [entry.key for entry in cache.entries()] == [OTHER]
+    cache.remove([])
+    assert (cache.find(KEY), cache.find(OTHER)) == (None, b"{}")

@@ -9,13 +9,16 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from weightsmith.commands.cache import describe_cache, prune_cache
 from weightsmith.drivers.folder_cache import FolderCache
-from weightsmith.errors import CacheLost, EnvironmentFailure, InputRefused
+from weightsmith.errors import CacheLost, InputRefused
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Signer
 from weightsmith.provenance import signing
@@ -25,7 +28,7 @@ from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.document import LARGEST, read_document
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
-from weightsmith.values import canonical, key_of
+from weightsmith.values import Blob, Digest, canonical, key_of
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory, in_memory, new_signer
@@ -33,8 +36,12 @@ from tests.fakes.store import MemoryStore
 
 Change = Callable[[dict[str, Any]], None]
 """Changes an entry's predicate."""
-KEY = key_of("the key")
+KEY, OTHER = key_of("the key"), key_of("another")
 NOTE = {"stage": "merge", "inputs": {}}
+
+
+def blob_of(data: bytes) -> Blob:
+    return Blob(digest=Digest.of(data), size=len(data), media_type="")
 
 
 @pytest.fixture(scope="module")
@@ -278,34 +285,104 @@ def test_a_stream_of_wrong_bytes_never_ends(shared: MemoryCache, tmp_path: Path)
         b"".join(source.open())
 
 
-def test_links_in_a_shared_folder_are_not_followed(tmp_path: Path) -> None:
-    """An entry or a blob is a link to a file that this user can read."""
-    (tmp_path / "secret").write_text("{}")
-    cache = FolderCache(tmp_path / "cache")
-    cache.write(KEY, b"{}", [])
-    entry = next((tmp_path / "cache" / "entries").glob("*.json"))
-    entry.unlink()
-    entry.symlink_to(tmp_path / "secret")
-    with pytest.raises(OSError, match="symbolic links"):
-        cache.find(KEY)
+def link_to_a_secret(path: Path) -> None:
+    secret = path.parents[2] / "secret"
+    secret.write_text("{}")
+    path.symlink_to(secret)
 
 
-def test_a_huge_document_in_a_folder_is_not_read(tmp_path: Path) -> None:
-    """A document of a terabyte, as a hole."""
-    cache = FolderCache(tmp_path / "cache")
-    cache.write(KEY, b"{}", [])
-    with next((tmp_path / "cache" / "entries").glob("*.json")).open("r+b") as file:
-        file.truncate(1 << 40)
-    with pytest.raises(EnvironmentFailure, match="expected size"):
-        cache.find(KEY)
+def hole(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(200 << 30)
 
 
-def test_a_pipe_in_a_folder_does_not_block(tmp_path: Path) -> None:
-    """An entry is a pipe that nobody writes to."""
-    cache = FolderCache(tmp_path / "cache")
-    cache.write(KEY, b"{}", [])
-    entry = next((tmp_path / "cache" / "entries").glob("*.json"))
-    entry.unlink()
-    os.mkfifo(entry)
-    with pytest.raises(EnvironmentFailure, match="regular file"):
-        cache.find(KEY)
+def socket_file(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a link": link_to_a_secret,
+    "a loop": lambda path: path.symlink_to(path.name),
+    "a pipe": os.mkfifo,
+    "a hole of 200 GB": hole,
+    "a folder": Path.mkdir,
+    "a socket": socket_file,
+}
+
+
+@pytest.fixture
+def folder() -> Iterator[FolderCache]:
+    """A cache with two entries; its path is short, since sockets' are."""
+    with TemporaryDirectory() as made:
+        cache = FolderCache(Path(made) / "cache")
+        for key in (KEY, OTHER):
+            cache.write(key, b"{}", [(blob_of(b"body"), lambda: iter((b"body",)))])
+        yield cache
+
+
+@pytest.mark.parametrize("put_there", NO_FILES.values(), ids=NO_FILES)
+@pytest.mark.parametrize("suffix", [".json", ".blobs"])
+def test_only_regular_files_of_a_shared_folder_are_read(
+    folder: FolderCache, put_there: Callable[[Path], object], suffix: str
+) -> None:
+    """In the place of a document, or of the list of its blobs: nothing hangs, fills memory or ends.
+
+    Only that result is lost: the other is found, and cleaning goes on and removes what is odd.
+    """
+    odd = folder.root / "entries" / f"{KEY.hex}{suffix}"
+    odd.unlink()
+    put_there(odd)
+    warnings: list[str] = []
+    shared = SharedCache(folder, None, warnings.append, 60)
+
+    if suffix == ".json":
+        assert shared.find(KEY) is None
+        assert "regular file" in warnings[0]
+    assert folder.find(OTHER) == b"{}"
+    assert not shared.broken
+    assert OTHER in [kept.key for kept in folder.entries()]
+    assert describe_cache(folder)["cache"] == folder.where
+    assert prune_cache(folder, 1 << 40)["deleted"] == 0
+    folder.remove([KEY])
+    assert {path.name for path in odd.parent.iterdir()} == {
+        f"{OTHER.hex}.json",
+        f"{OTHER.hex}.blobs",
+    }
+    assert b"".join(folder.read(blob_of(b"body"))) == b"body"
+
+
+@pytest.mark.parametrize("put_there", NO_FILES.values(), ids=NO_FILES)
+def test_only_regular_files_of_a_shared_folder_are_blobs(
+    folder: FolderCache, put_there: Callable[[Path], object]
+) -> None:
+    """One result is lost, and the cache is used on."""
+    blob = blob_of(b"body")
+    place = next((folder.root / "blobs").rglob(blob.digest.hex))
+    place.unlink()
+    put_there(place)
+    shared = SharedCache(folder, None, print, 60)
+
+    with pytest.raises(CacheLost, match="regular file"):
+        b"".join(shared.read(blob))
+    assert not shared.broken
+
+
+ROWS: dict[str, bytes] = {
+    "no digest": b"../../x 1\n",
+    "negative": b"0" * 64 + b" -1\n",
+    "a number of 5,000 digits": b"0" * 64 + b" " + b"9" * 5000 + b"\n",
+    "no size": b"0" * 64,
+    "an underline": b"0" * 64 + b" 1_0\n",
+    "bytes": b"\xff\xfe\0",
+}
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_a_list_of_blobs_is_digests_and_sizes(folder: FolderCache, rows: bytes) -> None:
+    """An entry with another list goes with the next cleaning, before the blobs that it may need."""
+    (folder.root / "entries" / f"{KEY.hex}.blobs").write_bytes(rows)
+
+    assert [kept.key for kept in folder.entries()] == [OTHER]
+    folder.remove([])
+    assert (folder.find(KEY), folder.find(OTHER)) == (None, b"{}")

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import InputRefused
 from weightsmith.files import is_unfinished, replace_file
 from weightsmith.ports import Kept
-from weightsmith.trees import below
+from weightsmith.trees import below, remove
 from weightsmith.values import Blob, Digest
 
 _CHUNK = 1 << 20
 _SMALL = 16 << 20
 _BEING_WRITTEN = 86400
 """Seconds in which a blob without an entry may be one that is being written."""
+_NO_FILE = frozenset({errno.ELOOP, errno.ENXIO})
+"""What the kernel says of a link, and of a socket."""
+_ROW = re.compile(r"[0-9a-f]{64} [0-9]{1,15}", re.ASCII)
 
 
 class FolderCache:
@@ -74,8 +78,7 @@ class FolderCache:
             sent += blob.size
         path = self._entry(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        named = "".join(f"{blob.digest.hex} {blob.size}\n" for blob, _ in blobs)
-        replace_file(path.with_suffix(".blobs"), (named.encode(),))
+        replace_file(path.with_suffix(".blobs"), (to_rows(blob for blob, _ in blobs),))
         replace_file(path, (document,))
         return sent + len(document)
 
@@ -88,7 +91,7 @@ class FolderCache:
         if self._is_lost():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
         for path in _files(self.root / "entries", ".json"):
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, InputRefused):
                 size = sum(_blobs_of(path).values()) + path.stat().st_size
                 key = Digest(f"sha256:{path.stem}")
                 yield Kept(key=key, size=size, used=path.stat().st_mtime)
@@ -97,18 +100,19 @@ class FolderCache:
         """Delete entries, then blobs that no entry names."""
         freed, gone = 0, set[str]()
         for key in keys:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, InputRefused):
                 gone.update(_blobs_of(self._entry(key)))
             for path in (self._entry(key), self._entry(key).with_suffix(".blobs")):
                 with suppress(FileNotFoundError):
-                    freed += path.stat().st_size
-                    path.unlink()
+                    freed += path.lstat().st_size
+                    remove(path)
         named = set[str]()
         for path in _files(self.root / "entries", ".json"):
             try:
                 named.update(_blobs_of(path))  # `|=` with keys copies the whole set
-            except (FileNotFoundError, ValueError):  # its blobs are not known: it goes before them
-                path.unlink(missing_ok=True)
+            except (FileNotFoundError, InputRefused):  # unknown blobs: it goes before them
+                for odd in (path, path.with_suffix(".blobs")):
+                    remove(odd)
         young = time.time() - _BEING_WRITTEN
         for path in _files(self.root / "blobs"):
             with suppress(FileNotFoundError):  # another one cleans too
@@ -130,9 +134,22 @@ class FolderCache:
         return self.root / "blobs" / digest.hex[:2] / digest.hex
 
 
+def to_rows(blobs: Iterable[Blob]) -> bytes:
+    """Return the list of an entry's blobs, one a line."""
+    return "".join(f"{blob.digest.hex} {blob.size}\n" for blob in blobs).encode()
+
+
+def of_rows(data: bytes, where: str) -> dict[str, int]:
+    """Return sizes by digest from such a list; raises InputRefused for anything else."""
+    rows = data.decode("ascii", "replace").splitlines()
+    if bad := [row for row in rows if not _ROW.fullmatch(row)]:
+        raise InputRefused(f"{where} is no list of blobs: {bad[0][:80]!r}", hint="delete it")
+    return {row[:64]: int(row[65:]) for row in rows}
+
+
 def _blobs_of(entry: Path) -> dict[str, int]:
-    rows = entry.with_suffix(".blobs").read_text().splitlines()
-    return {name: int(size) for name, _, size in (row.partition(" ") for row in rows)}
+    path = entry.with_suffix(".blobs")
+    return of_rows(b"".join(_chunks(path, _SMALL)), str(path))
 
 
 def _files(folder: Path, suffix: str = "") -> Iterator[Path]:
@@ -147,15 +164,23 @@ def _files(folder: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def _chunks(path: Path, most: int) -> Iterator[bytes]:
-    """Yield a regular file of at most so many bytes; a link, a pipe or more is refused."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    """Yield a regular file of at most so many bytes; InputRefused for a link, a pipe or more."""
+    refused = InputRefused(f"{path} is not a regular file of the expected size", hint="delete it")
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise refused from None
+        raise
+    left = most
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-            raise EnvironmentFailure(
-                f"{path} is not a regular file of the expected size", hint="delete it"
-            )
+            raise refused
         while chunk := os.read(handle, _CHUNK):
+            left -= len(chunk)
+            if left < 0:  # it grows while it is read
+                raise refused
             yield chunk
     finally:
         os.close(handle)

@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
 
-from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError
+from weightsmith.drivers.folder_cache import of_rows, to_rows
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.ports import Kept
 from weightsmith.values import Blob, Digest
 
@@ -59,19 +60,18 @@ class S3Cache:
     def find(self, key: Digest, *, use: bool = True) -> bytes | None:
         """Return the entry's document; nothing there says when it was used."""
         del use
-        path = self._entry(key)
-        with self._asked():
-            try:
-                size = int(self._files.info(path)["size"])
-            except FileNotFoundError:
-                return None
-            if size > _SMALL:
-                raise EnvironmentFailure(f"{path} is too large for a document", hint="delete it")
-            return bytes(self._files.cat_file(path))
+        with self._asked(), suppress(FileNotFoundError):
+            return self._small(self._entry(key))
+        return None
 
     def read(self, blob: Blob) -> Iterator[bytes]:
-        """Yield a blob's bytes."""
-        with self._asked(), self._files.open(self._blob(blob.digest), "rb", _CHUNK) as file:
+        """Yield a blob's bytes; raises InputRefused for an object of another size."""
+        path = self._blob(blob.digest)
+        with self._asked(), self._files.open(path, "rb", _CHUNK) as file:
+            if file.size != blob.size:
+                raise InputRefused(
+                    f"{path} has {file.size} bytes, not {blob.size}", hint="delete it"
+                )
             while chunk := file.read(_CHUNK):
                 yield chunk
 
@@ -89,8 +89,7 @@ class S3Cache:
                 if self._size(path) != blob.size:
                     self._put(path, opener())
                     sent += blob.size
-            named = "".join(f"{blob.digest.hex} {blob.size}\n" for blob, _ in blobs)
-            self._files.pipe_file(self._named(key), named.encode())
+            self._files.pipe_file(self._named(key), to_rows(blob for blob, _ in blobs))
             self._files.pipe_file(self._entry(key), document)
         return sent + len(document)
 
@@ -102,10 +101,9 @@ class S3Cache:
     def entries(self) -> Iterator[Kept]:
         """Yield every entry; blobs that several have count for each."""
         with self._asked():
-            rows = self._files.find(f"{self._place}/entries", detail=True)
-        for path, row in rows.items():
-            with suppress(ValueError, FileNotFoundError):
-                key = Digest(f"sha256:{_key_in(path)}")
+            rows = self._keys()
+        for key, row in rows.items():
+            with suppress(FileNotFoundError, InputRefused):
                 size = int(row["size"]) + sum(self._blobs_of(key).values())
                 yield Kept(key=key, size=size, used=_time(row))
 
@@ -114,19 +112,38 @@ class S3Cache:
         freed, gone = 0, set[str]()
         with self._asked():
             for key in keys:
-                with suppress(FileNotFoundError, ValueError):
+                with suppress(FileNotFoundError, InputRefused):
                     gone.update(self._blobs_of(key))
-                for path in (self._entry(key), self._named(key)):
-                    freed += self._size(path) or 0
-                    with suppress(FileNotFoundError):
-                        self._files.rm_file(path)
-            named = {name for kept in self.entries() for name in self._blobs_of(kept.key)}
+                freed += self._forget(key)
+            named = set[str]()
+            for key in self._keys():
+                try:
+                    named.update(self._blobs_of(key))
+                except (FileNotFoundError, InputRefused):  # unknown blobs: it goes before them
+                    freed += self._forget(key)
             young = time.time() - _BEING_WRITTEN
             for path, row in self._files.find(f"{self._place}/blobs", detail=True).items():
                 name = path.rpartition("/")[2]
                 if name not in named and (name in gone or _time(row) < young):
                     self._files.rm_file(path)
                     freed += int(row["size"])
+        return freed
+
+    def _keys(self) -> dict[Digest, Any]:
+        """Return what the bucket lists of each entry's document."""
+        found = {}
+        for path, row in self._files.find(f"{self._place}/entries", detail=True).items():
+            with suppress(ValueError):  # something else
+                found[Digest(f"sha256:{_key_in(path)}")] = row
+        return found
+
+    def _forget(self, key: Digest) -> int:
+        """Delete an entry, and return its bytes."""
+        freed = 0
+        for path in (self._entry(key), self._named(key)):
+            freed += self._size(path) or 0
+            with suppress(FileNotFoundError):
+                self._files.rm_file(path)
         return freed
 
     def _put(self, path: str, chunks: Iterator[bytes]) -> None:
@@ -150,10 +167,16 @@ class S3Cache:
             return None
 
     def _blobs_of(self, key: Digest) -> dict[str, int]:
+        path = self._named(key)
         with self._asked():
-            content = self._files.cat_file(self._named(key))
-        rows = content.decode().splitlines()
-        return {name: int(size) for name, _, size in (row.partition(" ") for row in rows)}
+            return of_rows(self._small(path), path)
+
+    def _small(self, path: str) -> bytes:
+        """Return an object of a few megabytes at most; InputRefused for a larger one."""
+        size = int(self._files.info(path)["size"])
+        if size > _SMALL:
+            raise _refused(path, size, f"more than {_SMALL}")
+        return bytes(self._files.cat_file(path, end=size)) if size else b""
 
     def _entry(self, key: Digest) -> str:
         return f"{self._place}/entries/{key.hex}.json"
@@ -179,6 +202,10 @@ class S3Cache:
                 f"{self.where}: {' '.join(str(error).split())[:300]}",
                 hint="check the credentials, the region and AWS_ENDPOINT_URL",
             ) from error
+
+
+def _refused(path: str, size: int, why: str) -> InputRefused:
+    return InputRefused(f"{path} has {size} bytes, {why}", hint="delete it")
 
 
 def _key_in(path: str) -> str:

@@ -144,10 +144,10 @@ class Uploads:
     def _held(self, key: Digest) -> Sequence[Digest] | None:
         """Return the layers of the cache's entry; None if there is none that others would use."""
         cache = self._shared.cache
-        document = self._tried(lambda: cache.find(key))
-        if document is None:
-            return None
         try:
+            document = self._tried(lambda: cache.find(key))
+            if document is None:
+                return None
             return [blob.digest for blob in read_document(document, key, self._check).layers]
         except InputRefused:
             return None
