@@ -21,6 +21,7 @@ from weightsmith.fleets.requests import Request
 from weightsmith.fleets.rows import FleetRows
 from weightsmith.ports import Cache
 from weightsmith.sharing.cache import SharedCache
+from weightsmith.sharing.document import read_document, to_document
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Uploads
 from weightsmith.tools import Tools
@@ -202,6 +203,38 @@ def test_what_was_damaged_in_the_cache_at_the_same_size_is_sent_again(
             rows = run_elsewhere(two, path, cache, [damage])
 
     assert (rows.cells[0].verdict, rows.cells[0].tries) == (GOOD, 2), rows.cells[0].error
+
+
+@pytest.mark.parametrize(
+    ("names", "lie"),
+    [(("adapter_model.safetensors",), {}), (("a.jsonl", "b.jsonl"), {"stage": "merge"})],
+    ids=["adapters", "questions, as another stage's result"],
+)
+def test_another_document_under_a_parcel_s_key_is_not_used(
+    two: Memory, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], lie: dict[str, str]
+) -> None:
+    """Nobody needs a key to see it: what goes to a node is named by the digest of its content."""
+    monkeypatch.setattr(parcels, "_ALONG", 10)
+    cache = two.cache = MemoryCache()
+    with two.sharing():
+        honest = run_elsewhere(two, write_fleet(two, targets=[Q4]), cache)
+    wanted = [row.digest for row in honest.cells]
+    lose_results(cache, two.store)
+
+    def exchange(cache: MemoryCache) -> None:
+        entries = [read_document(data, key, None) for key, data in cache.documents.items()]
+        sent = [entry for entry in entries if entry.note["stage"] == "source"]
+        one, other = [e for e in sent if any(f.path in names for f in e.files)]
+        for entry, key in ((one, other.key), (other, one.key)):
+            forged = replace(entry, key=key, note={**entry.note, **lie})
+            cache.documents[key] = to_document(forged, None)
+
+    two.store.entries.clear()
+    with two.sharing():
+        rows = run_elsewhere(two, write_fleet(two, targets=[Q4]), cache, [lambda _: None, exchange])
+
+    assert [row.digest for row in rows.cells] == wanted, [row.error for row in rows.cells]
+    assert max(row.tries for row in rows.cells) == 2
 
 
 def lose_results(cache: Cache, store: MemoryStore) -> None:

@@ -36,8 +36,8 @@ from tests.fakes.store import MemoryStore
 
 Change = Callable[[dict[str, Any]], None]
 """Changes an entry's predicate."""
-KEY, OTHER = key_of("the key"), key_of("another")
 NOTE = {"stage": "merge", "inputs": {}}
+KEY, OTHER = key_of(NOTE), key_of("another")
 
 
 def blob_of(data: bytes) -> Blob:
@@ -200,6 +200,8 @@ MALFORMED: dict[str, Change] = {
     "a layer of another size": lambda p: p["layers"][0].__setitem__(1, 512),
     "swapped layers": lambda p: p["layers"].reverse(),
     "no files": lambda p: put(p, files=None),
+    "made of other inputs": lambda p: p["note"].update(inputs={"base": "another"}),
+    "another stage's": lambda p: p["note"].update(stage="source"),
     "meta that is a list": lambda p: put(p, meta=[]),
     "a program that is no file": lambda p: put(p, programs=["x"]),
     "a header that is no file": lambda p: put(p, headers={"x": ["sha256:" + "0" * 64, 1]}),

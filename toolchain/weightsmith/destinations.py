@@ -83,8 +83,7 @@ class InStore:
     def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Entry:
         """Return the store's entry; make it if it does not exist."""
         stage = inputs()
-        note = {"stage": stage.stage, "inputs": stage.inputs}
-        return self.store.produce(stage.key, note, make, resume=resume)
+        return self.store.produce(stage.key, stage.note, make, resume=resume)
 
     def document(
         self, inputs: Inputs, name: str, make: MakeDocument, *, resume: bool = False

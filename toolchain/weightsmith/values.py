@@ -391,6 +391,11 @@ class StageInputs:
         """The store's key."""
         return key_of(self)
 
+    @property
+    def note(self) -> Mapping[str, Json]:
+        """What the store keeps beside a result: the key is the digest of exactly this."""
+        return {"stage": self.stage, "recipe_number": self.recipe_number, "inputs": self.inputs}
+
     def changed_since(self, earlier: Mapping[str, Json] | None) -> str:
         """Return as text which inputs differ from an earlier build's; "" if none do."""
         if not earlier:

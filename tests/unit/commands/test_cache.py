@@ -35,9 +35,13 @@ def made(store: Path, count: int = 3) -> FileStore:
         return {"count": count}
 
     for number in range(count):
-        found.produce(key_of(number), {"stage": "merge", "inputs": {"n": number}}, make)
+        found.produce(key_of(note(number)), note(number), make)
     found.close()
     return found
+
+
+def note(number: int) -> dict[str, object]:
+    return {"stage": "merge", "inputs": {"n": number}}
 
 
 @pytest.fixture
@@ -128,7 +132,7 @@ def test_an_entry_whose_blobs_are_not_known_does_not_keep_others_from_cleaning(
 ) -> None:
     made(tmp_path / "one")
     run("push")
-    broken = tmp_path / "shared" / "entries" / f"{key_of(0).hex}.blobs"
+    broken = tmp_path / "shared" / "entries" / f"{key_of(note(0)).hex}.blobs"
     if list_of_blobs is None:
         broken.unlink()
     else:
@@ -137,3 +141,12 @@ def test_an_entry_whose_blobs_are_not_known_does_not_keep_others_from_cleaning(
     assert run("prune", keep=1 << 30)["deleted"] == 0
     assert run("stat")["results"] == 2
     assert run("push")["pushed"] == 1
+
+
+def test_what_does_not_say_what_it_was_made_of_stays_here(tmp_path: Path, run: Run) -> None:
+    store = made(tmp_path / "one", count=1)
+    store.produce(key_of("x"), note(1), lambda folder: {"n": (folder / "f").write_bytes(b"1")})
+    store.close()
+
+    done = run("push")
+    assert (done["pushed"], done["left_out"]) == (1, 1)

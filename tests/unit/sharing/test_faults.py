@@ -24,8 +24,8 @@ from weightsmith.values import Blob, Digest, key_of
 from tests.fakes.cache import MemoryCache
 from tests.fakes.store import MemoryStore
 
-KEY, OTHER = key_of("one"), key_of("other")
-NOTE = {"stage": "merge", "inputs": {}}
+NOTE, OTHER_NOTE = ({"stage": "merge", "inputs": {"of": name}} for name in ("one", "other"))
+KEY, OTHER = key_of(NOTE), key_of(OTHER_NOTE)
 
 
 class Stuck(MemoryCache):
@@ -99,11 +99,11 @@ def make(folder):
 
 note = {"stage": "merge", "inputs": {}}
 store = FileStore(Path(sys.argv[2]))
-entry = store.produce(key_of("one"), note, make)
+entry = store.produce(key_of(note), note, make)
 with Registry() as registry:
     cache = RegistryCache(registry, Reference.parse(sys.argv[1] + "/team/cache"))
     uploads = Uploads(SharedCache(cache, None, print, 60), store.memo)
-    uploads.add(key_of("one"), note, entry)
+    uploads.add(key_of(note), note, entry)
     sys.stdin.readline()
     print(uploads.close(0.05))
 """
@@ -180,7 +180,7 @@ def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
     cache.faults["write"] = PermissionError(13, "Permission denied")
     remote = SharedCache(cache, None, warnings.append, 60)
     uploads = Uploads(remote, store.memo)
-    uploads.add(OTHER, NOTE, entry)
+    uploads.add(OTHER, OTHER_NOTE, entry)
     assert uploads.close(60) == 0
 
     mine = SharedStore(MemoryStore(tmp_path / "mine"), [remote], lambda: tmp_path)

@@ -21,7 +21,7 @@ from weightsmith.errors import Altered, EnvironmentFailure, InputRefused, UsageE
 from weightsmith.foreign import INDEX, parse
 from weightsmith.ports import Progress, Store
 from weightsmith.time_limits import TooLong, steady
-from weightsmith.values import Digest, Json, Snapshot, key_of
+from weightsmith.values import Json, Snapshot, key_of
 
 _SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
 _RECIPE_NUMBER = 1
@@ -57,8 +57,6 @@ class PypiReader:
         if not sha256:
             files = _wheels(name, version, pip)
             sha256 = files[0]["hashes"]["sha256"]
-        key = _key(sha256)
-        note = {"stage": "pypi", "source": source, "sha256": sha256}
 
         def make(folder: Path) -> dict[str, Json]:
             wheel = folder.parent / "wheel"
@@ -67,13 +65,14 @@ class PypiReader:
             wheel.unlink()
             return {}
 
-        entry = self._store.produce(key, note, make)
+        note = _note(sha256)
+        entry = self._store.produce(key_of(note), note, make)
         pin = f"{source}#sha256={sha256}"
         return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
         """Return the model files if the wheel is pinned and in the store."""
-        entry = self._store.find(_key(sha256)) if sha256 and not revision else None
+        entry = self._store.find(key_of(_note(sha256))) if sha256 and not revision else None
         if entry is None:
             return None
         return Snapshot(
@@ -117,8 +116,8 @@ class PypiReader:
             )
 
 
-def _key(sha256: str) -> Digest:
-    return key_of({"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256})
+def _note(sha256: str) -> dict[str, Json]:
+    return {"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256}
 
 
 def _local_wheel(name: str, version: str) -> Path | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from weightsmith.errors import CacheLost, EnvironmentFailure, UsageError
 from weightsmith.fleets.requests import Request
+from weightsmith.sharing.document import content_inputs
 from weightsmith.tools import Tools
-from weightsmith.values import Digest, Json, StageInputs, Tree
+from weightsmith.values import Digest, Json, Tree
 
 _ALONG = 64 << 10
 """Bytes of a file that goes along with each task; of a larger one, 1,500 tasks would be too much
@@ -27,11 +28,6 @@ NAMED = (
 """Keys of a recipe that name a file."""
 WORDS = frozenset({"", "auto", "walk", "off"})
 """Values of these keys that are no file's name."""
-
-
-def source_inputs(tree: Tree) -> StageInputs:
-    """Return the key under which the cache has a folder's files."""
-    return StageInputs(stage="source", recipe_number=1, inputs={"files": tree.digest})
 
 
 def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
@@ -73,7 +69,7 @@ def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
 
 def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
     """Put a folder's files into the shared cache, and return their key."""
-    stage = source_inputs(tree)
+    stage = content_inputs(tree.files)
 
     def copy(folder: Path) -> Mapping[str, Json]:
         for file in tree.files:
@@ -82,11 +78,9 @@ def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
             shutil.copyfile(tree.path(file.path), place)
         return {"sha256": {file.path: file.digest.hex for file in tree.files}}
 
-    note = {"stage": stage.stage, "inputs": stage.inputs}
-
     def send(*, again: bool) -> None:
-        entry = tools.store.find(stage.key) or tools.store.produce(stage.key, note, copy)
-        tools.share(stage.key, note, entry, again=again)
+        entry = tools.store.find(stage.key) or tools.store.produce(stage.key, stage.note, copy)
+        tools.share(stage.key, stage.note, entry, again=again)
 
     try:
         try:

@@ -6,7 +6,7 @@ been compared with the digest that it states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,16 @@ from weightsmith.ports import Signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import Resource, Statement, statement
 from weightsmith.resources import assembles_itself
-from weightsmith.values import Blob, Digest, FileEntry, Json, Tree
+from weightsmith.values import (
+    Blob,
+    Digest,
+    FileEntry,
+    Json,
+    StageInputs,
+    Tree,
+    key_of,
+    tree_digest,
+)
 
 LARGEST = 16 << 20
 """Bytes of a document; an engine of 19,000 files has 5 MB."""
@@ -30,6 +39,8 @@ _PREDICATE = "https://github.com/weightsmith/weightsmith/cache-entry/v1"
 FOLDERS = {"models": "models/", "program": PROGRAM_FOLDER, "root": ""}
 """How an image packs a result's files -> the folder that it puts them in."""
 _HINT = "the result is made here instead"
+_CONTENT = "source"
+"""The stage of an entry whose key names its content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +49,7 @@ class SharedEntry:
 
     key: Digest
     note: Mapping[str, Json]
-    """What it was made of, as in the store."""
+    """What it was made of, as in the store: the key is the digest of this."""
     meta: Mapping[str, Json]
     files: tuple[FileEntry, ...]
     programs: frozenset[str] = frozenset()
@@ -55,6 +66,11 @@ class SharedEntry:
     def mode(self, name: str) -> int:
         """Return a file's mode."""
         return 0o755 if name in self.programs else 0o644
+
+
+def content_inputs(files: Iterable[FileEntry]) -> StageInputs:
+    """Return what the key of files is made of that are asked for by their content."""
+    return StageInputs(stage=_CONTENT, recipe_number=1, inputs={"files": tree_digest(files)})
 
 
 def packing_of(note: Mapping[str, Json]) -> str:
@@ -97,8 +113,9 @@ def to_document(entry: SharedEntry, signer: Signer | None) -> bytes:
 def read_document(data: bytes, key: Digest, check: signing.Check | None) -> SharedEntry:
     """Return a document's entry; with `check`, only if the key signed it.
 
-    Raises InputRefused if it is not a whole entry of this key: another key's, malformed, unsigned,
-    with files outside its folder, or with layers that cannot hold its files.
+    Raises InputRefused if it is not a whole entry of this key: another key's, made of other things
+    than the key says, malformed, unsigned, with files outside its folder, or with layers that
+    cannot hold its files. So files that are asked for by their content are those files.
     """
     try:
         found = _read(data, key, check)
@@ -106,6 +123,7 @@ def read_document(data: bytes, key: Digest, check: signing.Check | None) -> Shar
         raise InputRefused(error.message, hint=_HINT) from None
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise InputRefused(f"it is malformed: {error}", hint=_HINT) from None
+    _check_note(found)
     _check_paths(found)
     _check_layers(found)
     return found
@@ -153,6 +171,14 @@ def _size(value: Json, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"{value!r} is not a size")
     return value
+
+
+def _check_note(entry: SharedEntry) -> None:
+    """Refuse a note that the key is not the digest of, and content that the note does not name."""
+    if key_of(entry.note) != entry.key:
+        raise InputRefused("it was made of other things than its key says", hint=_HINT)
+    if entry.note.get("stage") == _CONTENT and content_inputs(entry.files).key != entry.key:
+        raise InputRefused("its files are others than its key says", hint=_HINT)
 
 
 def _check_paths(entry: SharedEntry) -> None:

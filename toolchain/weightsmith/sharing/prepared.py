@@ -12,7 +12,7 @@ from weightsmith.oci.layers import LAYER_TAR, Memo
 from weightsmith.oci.uploads import checked_opener
 from weightsmith.ports import Entry, Signer
 from weightsmith.sharing.document import SharedEntry, layers_of, packing_of, to_document
-from weightsmith.values import Blob, Digest, Json
+from weightsmith.values import Blob, Digest, Json, key_of
 
 Opener: TypeAlias = Callable[[], Iterator[bytes]]
 _HEADER_TYPE = "application/vnd.weightsmith.cache.header.v1"
@@ -35,8 +35,14 @@ def prepared(
 ) -> Prepared:
     """Return a local entry as a cache takes it; hashes its layers unless their digests are known.
 
-    Raises UsageError or InputRefused for files that cannot be in a layer.
+    Raises UsageError or InputRefused for files that cannot be in a layer, and for a note that the
+    key is not the digest of, which no reader would use.
     """
+    if key_of(note) != key:
+        raise InputRefused(
+            "it does not say what it was made of, as an earlier version wrote it",
+            hint="`clean --keep 0` empties the store; the next build makes it again",
+        )
     tree = entry.tree
     plain = SharedEntry(
         key=key,

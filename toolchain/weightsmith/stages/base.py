@@ -234,7 +234,7 @@ def _own(reference: str, engine: str, platform: str, tools: Tools) -> Image:
         tools.make_engine_files(name, platform, folder, tools.progress)
         return {}
 
-    entry = tools.store.produce(stage.key, {"stage": "base", "inputs": stage.inputs}, make)
+    entry = tools.store.produce(stage.key, stage.note, make)
     memo = tools.store.memo
     layers = (
         _root_layers(entry, memo)
