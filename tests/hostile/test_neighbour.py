@@ -20,11 +20,15 @@ from weightsmith.drivers.ownership import private_folder
 from weightsmith.drivers.pushed_layers import PushedLayers
 from weightsmith.drivers.store import FileStore
 from weightsmith.drivers.worker_protocol import open_log
+from weightsmith.errors import EnvironmentFailure
 from weightsmith.files import alone, folder_beside, replace_file, sweep, write_whole
+from weightsmith.fleets.ordering import _token
 from weightsmith.ports import Silent
+from weightsmith.privacy import AnothersFolder, is_shared, private, require_own
 from weightsmith.recipe_file import read_recipe
 from weightsmith.stages.lock import read_lock, write_lock
 from weightsmith.values import Digest, key_of
+from weightsmith.wiring import make_store, require_folders
 
 from tests.fakes.deep import NOBODY, somebody_else
 
@@ -165,6 +169,26 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> N
     assert left == {"file", "other", ".weightsmith-notes"}
 
 
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from weightsmith.fleets.ordering import _token
+with _token(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_fleet_left_in_its_results_goes_with_the_next(tmp_path: Path) -> None:
+    """By this file, nodes know that they see the folder; that of a living fleet stays."""
+    subprocess.run([sys.executable, "-c", _KILLED, tmp_path], check=False)
+    assert len([*tmp_path.iterdir()]) == 1
+
+    with _token(tmp_path) as alive:
+        write_whole(tmp_path / "fleet.json", b"{}")
+        assert {path.name for path in tmp_path.iterdir()} == {alive, "fleet.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["fleet.json"]
+
+
 def test_what_a_killed_container_left_in_the_cache_is_deleted(tmp_path: Path) -> None:
     """A job's folder of a container that is gone; its process number may be anybody's here."""
     with private_folder(tmp_path) as alive:
@@ -289,6 +313,65 @@ def test_a_store_that_a_group_shares_on_purpose_stays_shared(tmp_path: Path) -> 
     assert store.stat().st_mode & 0o7777 == 0o2770
     assert (store / "results").stat().st_mode & 0o070 == 0o070
     assert "shared with a group" in _privacy(store, store).found
+
+
+ANOTHERS = ("", "results", "digests", "locks")
+"""A store, and folders in it; the rest is one's own."""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", ANOTHERS)
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o2777])
+def test_a_store_that_belongs_to_another_user_is_not_used(
+    tmp_path: Path, name: str, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They laid it where we will look: nothing in it is believed, and nothing is written to it."""
+    store = tmp_path / "store"
+    store.mkdir(mode=0o700)
+    place = store / name
+    place.mkdir(exist_ok=True)
+    os.chown(place, NOBODY, NOBODY)
+    place.chmod(mode)
+    monkeypatch.setenv("WEIGHTSMITH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WEIGHTSMITH_STORE", str(store))
+
+    for use_it in (make_store, require_folders, lambda: FileStore(store).require_room(1, "it")):
+        with pytest.raises(EnvironmentFailure, match=rf"{place}: it belongs to another user"):
+            use_it()
+    said = _privacy(tmp_path / "cache", store)
+    assert not said.ok
+    assert str(place) in said.found
+
+
+@pytest.mark.root
+def test_what_root_prepared_or_a_group_shares_is_used() -> None:
+    """As a user: a store in an image is root's, and one with g+rws is for the group's members."""
+    with somebody_else() as home:
+        for owner, group, mode in ((0, 0, 0o755), (1, NOBODY, 0o2775)):
+            os.seteuid(0)
+            store = home / f"store-{owner}"
+            (store / "results").mkdir(parents=True)
+            for folder in (store, store / "results"):
+                os.chown(folder, owner, group)
+                folder.chmod(mode)
+            os.seteuid(NOBODY)
+            assert require_own(store).anothers == {}
+        assert is_shared(home / "store-1")
+        os.seteuid(0)
+        os.chown(home / "store-1", 1, 1)
+        os.seteuid(NOBODY)
+        assert not is_shared(home / "store-1")
+        with pytest.raises(AnothersFolder):
+            require_own(home / "store-1")
+
+
+def test_a_file_system_that_gives_all_files_one_owner_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What we make there is not ours by name, as on NFS that maps users; so is what was made."""
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert private(tmp_path / "store", "results").is_dir()
+    assert private(tmp_path / "store", "results").is_dir()
 
 
 def test_doctor_names_what_others_may_read(tmp_path: Path) -> None:

@@ -121,6 +121,22 @@ def folder_beside(path: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+@contextmanager
+def marked(folder: Path) -> Iterator[str]:
+    """Keep an empty file in a folder, and yield its name: who finds it there sees the same folder.
+
+    What a killed process left is deleted by the next writer. Raises OSError if it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    handle, path = _claim(folder)
+    try:
+        yield path.name
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
 def sweep(folder: Path) -> None:
     """Delete what killed writers left in a folder, and nothing of a living one.
 

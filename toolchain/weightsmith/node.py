@@ -36,7 +36,11 @@ def main() -> int:
 
         print(version())  # noqa: T201
         return 0
-    request = Request.from_json(parse(text, largest=RECORD))
+    try:
+        request = Request.from_json(parse(text, largest=RECORD))
+    except ValueError as error:
+        sys.stderr.write(f"this is no request of a fleet: {error}\n")
+        return 2
     raise_it()
     end_with_parent()
     signal.signal(signal.SIGTERM, _terminate)

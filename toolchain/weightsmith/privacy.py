@@ -1,17 +1,21 @@
 """Keeps cache and store private: they contain weights, questions and answers.
 
 They are created with mode 0700 whatever the umask, and closed if an earlier version left them open.
-A folder shared with a group on purpose (set-group-id and group-writable: `chmod g+rws`) stays as it
-is. A folder chosen by the user that has other content too, such as /var/cache, stays open; only our
-folders in it are closed.
+One that belongs to another user is refused: its owner could read every result, and change it. A
+folder shared with a group on purpose (set-group-id and group-writable: `chmod g+rws`) stays as it
+is, for the members of the group. A folder chosen by the user that has other content too, such as
+/var/cache, stays open; only our folders in it are closed.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import pwd
 import stat
+import tempfile
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _OURS = frozenset(
@@ -22,19 +26,33 @@ _OURS = frozenset(
 _SHARED = stat.S_ISGID | stat.S_IWGRP
 
 
+class AnothersFolder(PermissionError):
+    """A cache or a store, or a folder of ours in it, that belongs to another user."""
+
+
+@dataclass(slots=True)
+class Owners:
+    """Which of our folders, of a cache or store, are not this user's alone."""
+
+    opened: list[Path] = field(default_factory=list)
+    """Others can enter or read them."""
+    anothers: dict[Path, str] = field(default_factory=dict)
+    """They belong to the user of that name."""
+
+
 def private(root: Path, name: str = "") -> Path:
     """Return a cache or store, or the folder `name` in it; creates it if needed and closes it.
 
-    Raises OSError if it cannot be created; if it cannot be closed, it stays as it is.
+    Raises OSError if it cannot be created, AnothersFolder if it belongs to another user; if it
+    cannot be closed, it stays as it is.
     """
     if not root.is_dir():
         root.parent.mkdir(parents=True, exist_ok=True)
         _make(root)
     closed = not is_shared(root)
-    if closed:
-        for folder in open_to_others(root):
-            with suppress(OSError):
-                folder.chmod(0o700)
+    for folder in require_own(root).opened:
+        with suppress(OSError):
+            folder.chmod(0o700)
     if not name:
         return root
     folder = root / name
@@ -44,25 +62,71 @@ def private(root: Path, name: str = "") -> Path:
     return folder
 
 
-def is_shared(root: Path) -> bool:
-    """Say whether a cache or store is shared with a group on purpose."""
-    return root.stat().st_mode & _SHARED == _SHARED
-
-
-def open_to_others(root: Path) -> list[Path]:
-    """Return our folders, of a cache or store, that other users can enter or read."""
-    found = []
-    alone = True
-    with suppress(OSError), os.scandir(root) as entries:
-        for entry in entries:
-            status = entry.stat(follow_symlinks=False)
-            if entry.name not in _OURS or status.st_mode & _SHARED == _SHARED:
-                alone = False  # the group must be able to pass through
-            elif _is_open(status):
-                found.append(Path(entry.path))
-        if alone and _is_open(root.stat()):
-            found.append(root)
+def require_own(root: Path) -> Owners:
+    """Return `owners`; raises AnothersFolder if anything belongs to another user."""
+    found = owners(root)
+    for folder, user in found.anothers.items():
+        why = f"it belongs to another user ({user}), who can read and change what is in it"
+        raise AnothersFolder(errno.EPERM, why, str(folder))
     return found
+
+
+def is_shared(root: Path) -> bool:
+    """Say whether a cache or store is shared on purpose, with a group that this user is in."""
+    return _is_shared(root.stat())
+
+
+def owners(root: Path) -> Owners:
+    """Return which of our folders, of a cache or store, are not this user's alone.
+
+    Nothing of one that is shared on purpose, or does not exist.
+    """
+    found = Owners()
+    with suppress(OSError):
+        status = root.stat()
+        if _is_shared(status):
+            return found
+        _note_another(found, root, status)
+        alone = True
+        with os.scandir(root) as entries:
+            for entry in entries:
+                own = entry.stat(follow_symlinks=False)
+                if entry.name not in _OURS or own.st_mode & _SHARED == _SHARED:
+                    alone = False  # the group must be able to pass through
+                elif _is_open(own):
+                    found.opened.append(Path(entry.path))
+                if entry.name in _OURS and not _is_shared(own):
+                    _note_another(found, Path(entry.path), own)
+        if alone and _is_open(status):
+            found.opened.append(root)
+    return found
+
+
+def _note_another(found: Owners, folder: Path, status: os.stat_result) -> None:
+    # Root may do everything anyway, and prepares stores for others.
+    if status.st_uid not in (0, os.geteuid()) and not _maps_owners(folder, status.st_uid):
+        found.anothers[folder] = _name(status.st_uid)
+
+
+def _maps_owners(folder: Path, owner: int) -> bool:
+    """Say whether what we create belongs to this owner too, as on some network file systems."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid == owner
+    except OSError:
+        return False
+
+
+def _name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def _is_shared(status: os.stat_result) -> bool:
+    ours = status.st_uid in (0, os.geteuid()) or status.st_gid in (os.getegid(), *os.getgroups())
+    return ours and status.st_mode & _SHARED == _SHARED
 
 
 def _is_open(status: os.stat_result) -> bool:

@@ -45,7 +45,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
-from weightsmith.privacy import private
+from weightsmith.privacy import AnothersFolder, private, require_own
 from weightsmith.provenance.signing import check_by, check_of
 from weightsmith.run_options import RunOptions
 from weightsmith.runners import WithinMemory
@@ -93,16 +93,29 @@ def store_folder() -> Path:
 
 
 def require_folders() -> None:
-    """Raise EnvironmentFailure if the folders of cache or store cannot be created."""
-    folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
-    for variable, folder in folders.items():
+    """Raise EnvironmentFailure if cache or store cannot be created, or are another user's."""
+    for variable, folder in _folders().items():
         try:
             private(folder)
+        except AnothersFolder as error:
+            raise _of_another(error, variable) from error
         except OSError as error:
             raise EnvironmentFailure(
                 f"cannot create the folder {folder}: {error.strerror}",
                 hint=f"set {variable} to a writable folder",
             ) from error
+
+
+def _folders() -> dict[str, Path]:
+    return {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+
+
+def _of_another(error: AnothersFolder, variable: str) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"{error.filename}: {error.strerror}",
+        hint=f"set {variable} to a folder of your own; one for a group is made by its owner with "
+        "chmod g+rws, and is for the group's members",
+    )
 
 
 def keep_clean(inputs: Iterable[str | Path], *, cache: str = "", **outputs: str | Path) -> None:
@@ -114,7 +127,7 @@ def keep_clean(inputs: Iterable[str | Path], *, cache: str = "", **outputs: str 
     flags: dict[str, str | Path] = {
         f"--{name.replace('_', '-')}": out for name, out in outputs.items()
     }
-    folders = {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+    folders = _folders()
     shared = chosen(cache, "", read_config().cache).both
     if shared and shared.kind == "folder":
         folders["--cache"] = shared.folder
@@ -122,7 +135,15 @@ def keep_clean(inputs: Iterable[str | Path], *, cache: str = "", **outputs: str 
 
 
 def make_store(tell: Callable[[str], None] | None = None) -> FileStore:
-    """Return the user's store; `tell` is called when another process must be waited for."""
+    """Return the user's store; `tell` is called when another process must be waited for.
+
+    Raises EnvironmentFailure if store or cache belong to another user.
+    """
+    for variable, folder in _folders().items():
+        try:
+            require_own(folder)
+        except AnothersFolder as error:
+            raise _of_another(error, variable) from error
     return FileStore(store_folder(), tell)
 
 

@@ -18,7 +18,7 @@ from weightsmith.drivers.toolset import toolset_folder
 from weightsmith.errors import WeightsmithError
 from weightsmith.platforms import host_platform, machine_of
 from weightsmith.ports import Runner
-from weightsmith.privacy import is_shared, open_to_others
+from weightsmith.privacy import is_shared, owners
 from weightsmith.resources import engine_platforms, images
 from weightsmith.values import Json
 
@@ -108,7 +108,15 @@ def _privacy(cache: Path, store: Path) -> Checkup:
     """Check who else can read results, jobs and logs."""
     folders = [folder for folder in dict.fromkeys((cache, store)) if folder.is_dir()]
     shared = [folder for folder in folders if is_shared(folder)]
-    opened = [str(p) for folder in folders if folder not in shared for p in open_to_others(folder)]
+    found = [owners(folder) for folder in folders]
+    anothers = {path: user for one in found for path, user in one.anothers.items()}
+    if anothers:
+        named = ", ".join(f"{path} ({user})" for path, user in anothers.items())
+        return Checkup(
+            f"other users' folders, who can read and change what is in them: {named}",
+            todo="set WEIGHTSMITH_STORE and WEIGHTSMITH_CACHE to folders of your own",
+        )
+    opened = [str(path) for one in found for path in one.opened]
     if opened:
         return Checkup(
             f"other users can read {', '.join(opened)}",

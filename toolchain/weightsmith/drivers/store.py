@@ -25,7 +25,7 @@ from weightsmith.errors import EnvironmentFailure
 from weightsmith.files import age_order, sync_folder, write_whole
 from weightsmith.foreign import parse
 from weightsmith.ports import Entry
-from weightsmith.privacy import private
+from weightsmith.privacy import AnothersFolder, private
 from weightsmith.trees import below, discard, give, remove
 from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 from weightsmith.waiting import take
@@ -341,6 +341,11 @@ class FileStore:
                 f"the disk is full while {what} ({place})",
                 hint="nothing incomplete was left; free space (`invoke clean --keep 0` empties "
                 "the store) or set WEIGHTSMITH_STORE to a folder on a larger disk",
+            )
+        if isinstance(error, AnothersFolder):
+            return EnvironmentFailure(
+                f"{place}: {error.strerror}",
+                hint="set WEIGHTSMITH_STORE to a folder of your own",
             )
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return EnvironmentFailure(

@@ -31,6 +31,7 @@ from weightsmith.fleets.requests import (
     CELL,
     DIFFERENT,
     WEIGHTS,
+    Built,
     Failure,
     Reply,
     Request,
@@ -85,10 +86,10 @@ def answer(request: Request, tools: Tools) -> Reply:
             seconds=round(time.monotonic() - began, 3),
             cpu_seconds=round(_cpu() - cpu, 3),
             row=result.row,
-            error=failure.to_json() if failure else None,
+            error=failure,
             stages={name: row.cached for name, row in (result.stages or clock.stages).items()},
             lock=result.lock,
-            bytes_moved=int(result.row.get("uploaded_bytes") or 0),
+            bytes_moved=result.row.uploaded_bytes if result.row else 0,
             files=result.files,
         )
 
@@ -103,12 +104,12 @@ class _Result:
 
     def __init__(
         self,
-        row: Mapping[str, Json] | None = None,
+        row: Built | None = None,
         stages: Mapping[str, Any] | None = None,
         lock: Mapping[str, Json] | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
-        self.row, self.stages = row or {}, stages or {}
+        self.row, self.stages = row, stages or {}
         self.lock, self.files = lock or {}, files or {}
 
 
@@ -130,7 +131,7 @@ def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Result:
         dist=_dist(request, home),
         engine_answers=tools.images_in_engine,
     )
-    row: Mapping[str, Json] = {}
+    row: Built | None = None
     if request.kind == BASE:
         _base(request, asked, clock, tools)
     elif request.kind == CELL:
@@ -263,7 +264,7 @@ def _refused(request: Request, home: Path) -> _Result:
     return _Result()
 
 
-def row_of(record: BuildRecord, report: Path, reference: str) -> dict[str, Json]:
+def row_of(record: BuildRecord, report: Path, reference: str) -> Built:
     """Return what the fleet's table shows of a build.
 
     An image that was not started has the score of its dequantized weights, if they were asked.
@@ -272,18 +273,18 @@ def row_of(record: BuildRecord, report: Path, reference: str) -> dict[str, Json]
     score = record.scores.get(answered)
     drops = [v.comparison for v in record.verdicts if v.subject == answered and v.comparison]
     image = record.image
-    return {
-        "verdict": "refused" if record.refused else record.verdict,
-        "score": score.score if score else None,
-        "answered": answered,
-        "interval": list(score.interval) if score and score.interval else None,
-        "n": score.n if score else 0,
-        "drop": drops[0].drop if drops else None,
-        "size": record.artifact.size if record.artifact else None,
-        "digest": image.digest if image and not record.refused else None,
-        "image": reference,
-        "report": str(report),
-        "created": record.created,
-        "uploaded_bytes": image.uploaded_bytes if image else 0,
-        "mounted": image.mounted if image else 0,
-    }
+    return Built(
+        verdict="refused" if record.refused else record.verdict,
+        score=score.score if score else None,
+        answered=answered,
+        interval=score.interval if score else None,
+        n=score.n if score else 0,
+        drop=drops[0].drop if drops else None,
+        size=record.artifact.size if record.artifact else None,
+        digest=image.digest if image and not record.refused else None,
+        image=reference,
+        report=str(report),
+        created=record.created,
+        uploaded_bytes=image.uploaded_bytes if image else 0,
+        mounted=image.mounted if image else 0,
+    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.files import marked
 from weightsmith.fleets.cells import AdapterBuild, builds_of, lock_of
 from weightsmith.fleets.file import Fleet, check_fleet, read_fleet
 from weightsmith.fleets.graph import Graph, graph_of
@@ -151,15 +151,11 @@ def run_fleet(
 @contextmanager
 def _token(dist: Path) -> Iterator[str]:
     """Yield the name of a file in the folder of results, by which a node knows that it sees it."""
-    name = f".fleet-{secrets.token_hex(8)}"
-    try:
-        dist.mkdir(parents=True, exist_ok=True)
-        (dist / name).write_text("")
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"cannot write {dist}: {error.strerror}", hint="give another folder with --dist"
-        ) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            name = stack.enter_context(marked(dist))
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"cannot write {dist}: {error.strerror}", hint="give another folder with --dist"
+            ) from None
         yield name
-    finally:
-        (dist / name).unlink(missing_ok=True)

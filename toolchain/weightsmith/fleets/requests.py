@@ -15,6 +15,7 @@ from weightsmith.values import Digest, Json, key_of
 
 BASE, MERGE, WEIGHTS, CELL = "base", "merge", "weights", "cell"
 """Kinds of tasks, in the order in which they follow each other."""
+VERDICTS = ("passed", "not proven", "refused")
 DIFFERENT = "another version of weightsmith"
 """Begins the error of a node that runs other code."""
 
@@ -44,8 +45,15 @@ class Request(JsonObject):
     """A file in it, which a node sees that shares the folder."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Name -> base64 of a small file that the recipe names."""
-    parcels: Mapping[str, str] = field(default_factory=dict)
+    parcels: Mapping[str, Digest] = field(default_factory=dict)
     """Name -> the cache's key of a folder that the recipe names."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for another kind, and for a name outside the task's folder."""
+        if self.kind not in (BASE, MERGE, WEIGHTS, CELL):
+            raise ValueError(f"kind is not that of a task: {self.kind!r}")
+        for name in (*self.files, *self.parcels):
+            require_inside(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +74,32 @@ class Failure(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Built(JsonObject):
+    """What the fleet's table shows of a cell's build; see CellRow."""
+
+    verdict: str = "passed"
+    score: float | None = None
+    answered: str = ""
+    interval: tuple[float, ...] | None = None
+    n: int = 0
+    """Questions."""
+    drop: float | None = None
+    size: int | None = None
+    digest: str | None = None
+    image: str = ""
+    report: str = ""
+    created: str = ""
+    uploaded_bytes: int = 0
+    mounted: int = 0
+    """Layers."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a verdict that there is not."""
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict is none: {self.verdict!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reply(JsonObject):
     """What became of one task."""
 
@@ -73,10 +107,9 @@ class Reply(JsonObject):
     node: str
     seconds: float
     cpu_seconds: float
-    row: Mapping[str, Json] = field(default_factory=dict)
-    """Of a cell: what the fleet's table shows of its build."""
-    error: Mapping[str, Json] | None = None
-    """A Failure."""
+    row: Built | None = None
+    """Of a cell that was built or refused."""
+    error: Failure | None = None
     stages: Mapping[str, bool] = field(default_factory=dict)
     """Stage -> whether it was cached."""
     lock: Mapping[str, Json] = field(default_factory=dict)
@@ -85,10 +118,22 @@ class Reply(JsonObject):
     files: Mapping[str, str] = field(default_factory=dict)
     """Reports as base64, by their path in the folder of results, if the node does not share it."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for a name outside the folder of results."""
+        for name in self.files:
+            require_inside(name)
+
     @classmethod
     def of_failure(cls, id_: str, node: str, failure: Failure) -> Reply:
         """Return the reply of a task that could not begin."""
-        return cls(id=id_, node=node, seconds=0.0, cpu_seconds=0.0, error=failure.to_json())
+        return cls(id=id_, node=node, seconds=0.0, cpu_seconds=0.0, error=failure)
+
+
+def require_inside(name: str) -> None:
+    """Raise ValueError for a name that would lead out of a folder, or names no file."""
+    parts = name.split("/")
+    if any(part in {"", ".", ".."} for part in parts) or "\0" in name:
+        raise ValueError(f"not the name of a file in a folder: {name!r}")
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
-from weightsmith.fleets.requests import Failure, Reply
+from weightsmith.fleets.requests import Built, Failure, Reply
 from weightsmith.json_objects import JsonObject
 
 REFUSED, NOT_MADE = "refused", "not made"
@@ -115,27 +115,25 @@ class FleetRows(JsonObject):
 
 def of_reply(row: CellRow, reply: Reply) -> CellRow:
     """Return a cell's row with what its build replied."""
-    built = reply.row
-    failure = Failure.from_json(reply.error) if reply.error else None
-    interval = built.get("interval")
+    built = reply.row or Built()
     found = replace(
         row,
         state=ENDED,
-        verdict=str(built.get("verdict") or "passed"),
-        score=built.get("score"),
-        answered=str(built.get("answered") or ""),
-        digest=built.get("digest"),
+        verdict=built.verdict,
+        score=built.score,
+        answered=built.answered,
+        digest=built.digest,
         seconds=row.seconds + reply.seconds,
         cached=bool(reply.stages)
         and all(was for name, was in reply.stages.items() if name not in _ASSEMBLY),
-        interval=tuple(interval) if interval else None,
-        drop=built.get("drop"),
-        size=built.get("size"),
-        image=str(built.get("image") or ""),
-        report=str(built.get("report") or ""),
+        interval=built.interval,
+        drop=built.drop,
+        size=built.size,
+        image=built.image,
+        report=built.report,
         node=reply.node,
     )
-    return failed(found, failure) if failure else found
+    return failed(found, reply.error) if reply.error else found
 
 
 def failed(row: CellRow, failure: Failure) -> CellRow:

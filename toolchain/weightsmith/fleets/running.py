@@ -229,7 +229,7 @@ class Run:
         """Take a task's reply; what failed because of its machine is tried elsewhere."""
         task = next(task for task in self.graph.tasks if task.id == ended.id)
         reply = _read(ended)
-        failure = Failure.from_json(reply.error) if reply.error else None
+        failure = reply.error
         if failure and failure.message.startswith(DIFFERENT):
             raise EnvironmentFailure(failure.message, hint=failure.hint)
         if ended.node:
@@ -242,7 +242,7 @@ class Run:
 
     def _take_failure(self, task: Task, reply: Reply) -> None:
         """Let a task be tried again after a pause, unless it was tried often enough."""
-        failure = Failure.from_json(reply.error or {})
+        failure = reply.error or Failure(message="")
         tries = (self._cells.get(task.id) or self._shared[task.id]).tries
         self._count_try(task)
         if not self.engine.remote or tries >= len(_PAUSES):
@@ -269,7 +269,7 @@ class Run:
                 row = replace(row, report=str(self.order.dist / _below_dist(row.report, reply)))
             self._cells[task.id] = row
         else:
-            failure = Failure.from_json(reply.error) if reply.error else None
+            failure = reply.error
             self._shared[task.id] = replace(
                 self._shared[task.id],
                 state=ENDED,
@@ -294,11 +294,11 @@ class Run:
 
     def _put_reports(self, reply: Reply) -> None:
         """Put the reports of a node with a folder of its own where the user's are."""
-        inside = {
-            name: base64.b64decode(text)
-            for name, text in reply.files.items()
-            if ".." not in Path(name).parts and not Path(name).is_absolute()
-        }
+        try:
+            inside = {name: base64.b64decode(text) for name, text in reply.files.items()}
+        except ValueError as error:
+            self.tools.progress.warn(f"the reports of {reply.node} did not arrive whole: {error}")
+            return
         if inside:  # all at once: the disk is waited for once for each folder
             write_folder(self.order.dist, inside)
 
