@@ -43,6 +43,9 @@ class RemoteFiles:
         self._texts: Path | None = None
         self._fetching = threading.RLock()
         """Two stages may read the same result at once."""
+        self._passing = threading.Lock()
+        self._passes: dict[int, tuple[int, Iterator[tuple[Member, Iterator[bytes]]]]] = {}
+        """A layer's number -> a reading of it that nobody uses now, and its next file's number."""
 
     def whole(self) -> Path:
         """Return the folder with all files, now a result of the store."""
@@ -140,15 +143,40 @@ class RemoteFiles:
                         file.write(chunk)
                 path.chmod(self.mode(name))
 
+    @cached_property
+    def _places(self) -> Mapping[str, tuple[int, int]]:
+        """Path in the entry -> the number of its layer, and its number among the layer's files."""
+        return {
+            self._names[member.path]: (number, at)
+            for number, (layer, _) in enumerate(self._layers)
+            for at, member in enumerate(layer.members)
+            if member.path in self._names
+        }
+
     def _stream(self, name: str) -> Iterator[bytes]:
-        for layer, blob in self._layers:
-            if not any(self._names.get(member.path) == name for member in layer.members):
-                continue
-            with self._kept_honest(blob):
-                for member, chunks in files_in(layer, self._shared.read(blob), self._shared.where):
-                    if self._names.get(member.path) == name:
-                        yield from self._verified(member, chunks)
-                        return
+        """Yield a file's bytes; who reads a layer's files in their order reads its blob once."""
+        number, at = self._places[name]
+        layer, blob = self._layers[number]
+        with self._kept_honest(blob):
+            begun, files = self._pass_to(number, at)
+            for _ in range(begun, at):
+                next(files)
+            member, chunks = next(files)
+            yield from self._verified(member, chunks)
+        if at + 1 < len(layer.members):  # else its connection is closed
+            with self._passing:
+                self._passes[number] = at + 1, files
+
+    def _pass_to(
+        self, number: int, at: int
+    ) -> tuple[int, Iterator[tuple[Member, Iterator[bytes]]]]:
+        """Return a reading of a layer that is not beyond a file, and where it is; nobody else's."""
+        with self._passing:
+            begun, files = self._passes.pop(number, (at + 1, iter(())))
+        if begun <= at:
+            return begun, files
+        layer, blob = self._layers[number]
+        return 0, files_in(layer, self._shared.read(blob), self._shared.where)
 
     def _verified(self, member: Member, chunks: Iterable[bytes]) -> Iterator[bytes]:
         if member.digest is None:
