@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from weightsmith import time_limits
@@ -19,7 +17,6 @@ from weightsmith.time_limits import (
     cpu_limit,
     doing,
     job_seconds,
-    steady,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -125,22 +122,3 @@ def test_a_limit_that_is_no_number_is_a_usage_error(text, monkeypatch):
 
     with pytest.raises(UsageError, match="WEIGHTSMITH_JOB_SECONDS"):
         job_seconds(1)
-
-
-@pytest.fixture
-def slow_clock(monkeypatch):
-    """Each look at the clock is a minute after the one before."""
-    looks = itertools.count(0.0, 60.0)
-    monkeypatch.setattr(time_limits, "time", SimpleNamespace(monotonic=lambda: next(looks)))
-
-
-def test_what_comes_byte_by_byte_is_given_up(slow_clock):
-    with pytest.raises(TooLong):
-        list(steady(itertools.repeat(b"x")))
-
-
-def test_what_comes_steadily_is_handed_on_in_large_pieces(slow_clock):
-    coming = [b"x" * 60_000] * 20
-
-    assert [len(part) for part in steady(coming, 500_000)] == [540_000, 540_000, 120_000]
-    assert list(steady([])) == []

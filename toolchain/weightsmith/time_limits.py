@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from weightsmith.errors import UsageError
@@ -27,7 +27,6 @@ ROUNDING_PER_GB = 600.0
 _PER_TOKEN = 2.0
 """Seconds per GB and token that a model reads or writes; less than 0.1 was measured."""
 _TICK, _DIGITS = 0.25, 9
-_WINDOW, _LEAST_RATE = 300.0, 1000
 
 
 class TooLong(Exception):
@@ -70,29 +69,6 @@ def cpu_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)  # the caller's own timer, if any
-
-
-def steady(chunks: Iterable[bytes], size: int = 0) -> Iterator[bytes]:
-    """Yield the input, in chunks of `size` bytes if given.
-
-    Raises TooLong after five minutes of waiting at less than 1 kB/s: a timeout per read does not
-    stop a sender that drips bytes.
-    """
-    waited, got, held, asked = 0.0, 0, bytearray(), time.monotonic()
-    for chunk in chunks:
-        waited += time.monotonic() - asked
-        got += len(chunk)
-        if waited >= _WINDOW:
-            if got < _WINDOW * _LEAST_RATE:
-                raise TooLong
-            waited = got = 0
-        held += chunk
-        if len(held) >= size:
-            yield bytes(held)
-            held.clear()
-        asked = time.monotonic()
-    if held:
-        yield bytes(held)
 
 
 def _ignore(_what: str) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from weightsmith import network
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import Altered, EnvironmentFailure, WeightsmithError
@@ -118,3 +121,25 @@ def test_an_index_that_answers_nonsense(
         with pytest.raises(WeightsmithError) as caught:
             PypiReader(FileStore(tmp_path)).fetch("pypi://my-model==1.0", "", "", Silent())
     assert caught.value.exit_code in (3, 5)
+
+
+class Dripping(Answering):
+    """Begins each reply, and sends a byte of its head now and then."""
+
+    def do_GET(self) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.01)
+
+
+def test_a_listing_whose_head_never_ends_is_given_up(
+    reader: PypiReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte comes in time, and the last never does."""
+    monkeypatch.setattr(network, "HEAD_SECONDS", 0.1)
+    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Dripping)) as url:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
+        with pytest.raises(EnvironmentFailure, match="package index"):
+            reader.fetch("pypi://m==1", "", "", Silent())

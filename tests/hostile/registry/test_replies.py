@@ -2,43 +2,148 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from contextlib import nullcontext
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
+import httpcore
 import httpx
 import pytest
-from weightsmith import time_limits
-from weightsmith.errors import InputRefused
-from weightsmith.oci import downloads
+from weightsmith import network
+from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.network import Pace, paced
 from weightsmith.oci.auth import Challenge, parse_challenge
 from weightsmith.oci.manifests import read_json
 from weightsmith.oci.paging import next_page
-from weightsmith.oci.replies import Reply, Transient, json_object, read_limited
+from weightsmith.oci.proxies import ProxyTransport
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.replies import Reply, json_object
 from weightsmith.oci.sending import _kept
-from weightsmith.values import Blob, Digest
+from weightsmith.oci.tls import unverified
+
+# Replies that never come whole.
+
+Answer = Callable[[socket.socket], None]
 
 
-def test_a_registry_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reply and a blob come at a byte a minute, without an end: another try, then the end."""
-    looks = itertools.count(0.0, 60.0)
-    monkeypatch.setattr(time_limits, "time", SimpleNamespace(monotonic=lambda: next(looks)))
-    session = SimpleNamespace(stream=lambda *_, **__: nullcontext(dripping()))
-
-    with pytest.raises(Transient, match=r"r\.example\.com"):
-        read_limited(dripping(), 1 << 20, "r.example.com")
-    wanted = Blob(digest=Digest.of(b"x"), size=1 << 40, media_type="x")
-    with pytest.raises(Transient):
-        list(downloads._from(session, wanted, 0))
+def drips_its_head(caller: socket.socket) -> None:
+    caller.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+    while True:
+        caller.sendall(b"x")
+        time.sleep(0.01)
 
 
-def dripping() -> httpx.Response:
-    class Drops(httpx.SyncByteStream):
-        def __iter__(self) -> Iterator[bytes]:
-            return itertools.repeat(b"x")
+def drips_its_body(caller: socket.socket) -> None:
+    caller.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        caller.sendall(b" ")
+        time.sleep(0.01)
 
-    return httpx.Response(200, stream=Drops())
+
+def drips_replies_before_the_last(caller: socket.socket) -> None:
+    while True:
+        caller.sendall(b"HTTP/1.1 102 Processing\r\n\r\n")
+        time.sleep(0.01)
+
+
+def floods_with_replies_before_the_last(caller: socket.socket) -> None:
+    while True:
+        caller.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 1000)
+
+
+ENDLESS = (
+    drips_its_head, drips_its_body, drips_replies_before_the_last,
+    floods_with_replies_before_the_last,
+)  # fmt: skip
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[str]:
+    """Answer each connection in a thread of its own; yield host and port."""
+
+    def attend(caller: socket.socket) -> None:
+        with caller, suppress(OSError):
+            caller.recv(65536)
+            answer(caller)
+
+    def accept(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = listener.accept()
+                threading.Thread(target=attend, args=(caller,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits are a fraction of a second."""
+    monkeypatch.setattr(network, "HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(network, "WINDOW", 0.1)
+    monkeypatch.setattr(network, "LEAST_RATE", 1 << 20)
+
+
+@pytest.mark.parametrize("answer", ENDLESS)
+@pytest.mark.parametrize("through", ["directly", "a proxy"])
+def test_a_reply_that_never_ends_is_given_up(answer: Answer, through: str, hurried: None) -> None:
+    """Each byte comes in time, and the last never does."""
+    with serving(answer) as host:
+        name, proxies = host, {}
+        if through == "a proxy":
+            name, proxies = "r.example.com", {"http": f"http://{host}"}
+        transport = ProxyTransport(unverified(), proxies)
+        with (
+            Registry(insecure=True, transport=transport, pause=lambda _: None) as client,
+            pytest.raises(EnvironmentFailure, match=r"does not end|less than|timed out"),
+        ):
+            client.pull(Reference.parse(f"{name}/team/model:1"))
+
+
+def test_a_reply_in_time_is_read_though_others_come_before_it(hurried: None) -> None:
+    """Two of them, in pieces, and lines that end as httpx accepts them too."""
+
+    def answers(caller: socket.socket) -> None:
+        for part in (
+            b"HTTP/1.1 100 Continue\r", b"\n\r\nHTTP/1.1 103 Early Hints\nLink: </a>\n\n",
+            b"HTTP/1.1 200 OK\nContent-Length: 2\n", b"\n", b"{}",
+        ):  # fmt: skip
+            caller.sendall(part)
+
+    with serving(answers) as host, paced(httpx.Client(trust_env=False)) as client:
+        assert client.get(f"http://{host}").text == "{}"
+
+
+def test_how_long_a_server_thinks_is_not_limited_by_the_pace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half an hour until it begins; then an hour of a body at a good rate, and one that is slow."""
+    now = [0.0]
+    monkeypatch.setattr(network, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pace = Pace()
+    pace.sent()
+
+    def receives(data: bytes, after: float) -> None:
+        pace.left(1800)
+        now[0] += after
+        pace.got(data)
+
+    receives(b"HTTP/1.1 200 OK\r\n", 1800)
+    receives(b"A: b\r\n\r\n", 50)
+    for _ in range(60):
+        receives(bytes(60_000), 59)
+    pace.sent()
+    receives(b"HTTP/1.1 200 OK\r\n\r\n", 0)
+    for _ in range(6):
+        receives(b"x", 59.9)
+    with pytest.raises(httpcore.ReadTimeout, match="less than 1 kB/s"):
+        pace.left(60)
 
 
 # Headers and bodies that take minutes or gigabytes to read.

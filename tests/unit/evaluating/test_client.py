@@ -5,8 +5,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from weightsmith import network
 from weightsmith.errors import CheckFailed, EnvironmentFailure
-from weightsmith.evaluating import client, deadlines
+from weightsmith.evaluating import client
 from weightsmith.evaluating.client import ask_all, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served
@@ -83,7 +84,7 @@ def test_a_server_that_drips_is_given_up(serve, monkeypatch):
                 handler.wfile.write(b" " * 70_000)
 
     looks = itertools.count(0.0, 25.0)
-    monkeypatch.setattr(deadlines, "time", SimpleNamespace(monotonic=lambda: next(looks)))
+    monkeypatch.setattr(network, "time", SimpleNamespace(monotonic=lambda: next(looks)))
 
     with pytest.raises(CheckFailed, match=r"within 60 s"):
         ask(serve(drip), replace(QUICK, tries=1, answer_bytes=10**9))

@@ -8,18 +8,19 @@ import re
 import shutil
 import sys
 import sysconfig
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+
+import httpx
 
 from weightsmith.drivers import process
 from weightsmith.drivers.downloading import persistently
 from weightsmith.drivers.locks import locked
 from weightsmith.drivers.worker_protocol import open_log
 from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.network import paced
 from weightsmith.ports import Progress
 from weightsmith.privacy import private
 from weightsmith.resources import images
@@ -199,11 +200,10 @@ def _install_torch(pins: Pins, installer: _Installer) -> None:
 
 
 def _answers(url: str) -> bool:
-    request = urllib.request.Request(f"{url}/torch/", method="HEAD")  # noqa: S310 - ours, https
     try:
-        with urllib.request.urlopen(request, timeout=3):  # noqa: S310
-            return True
-    except (OSError, urllib.error.URLError):
+        with paced(httpx.Client(follow_redirects=True, timeout=3)) as client:
+            return client.head(f"{url}/torch/").is_success
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, ImportError):
         return False
 
 

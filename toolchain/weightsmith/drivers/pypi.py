@@ -19,8 +19,8 @@ from weightsmith.drivers.pip_settings import PipSettings
 from weightsmith.drivers.wheel_files import extract_model
 from weightsmith.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse
+from weightsmith.network import paced
 from weightsmith.ports import Progress, Store
-from weightsmith.time_limits import TooLong, steady
 from weightsmith.values import Json, Snapshot, key_of
 
 _SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
@@ -212,7 +212,7 @@ def _client(pip: PipSettings) -> httpx.Client:
         )
     verify = ssl.create_default_context(cafile=bundle) if bundle else True
     try:
-        return httpx.Client(verify=verify, follow_redirects=True)
+        return paced(httpx.Client(verify=verify, follow_redirects=True))
     except (ValueError, httpx.InvalidURL, ImportError):
         raise EnvironmentFailure(
             "the proxy that the environment sets cannot be used for downloads",
@@ -225,7 +225,7 @@ def _download(file: dict[str, Any], target: Path, pip: PipSettings, progress: Pr
     for pause in (*PAUSES, 0.0):
         try:
             return _receive(file, target, pip, progress)
-        except (httpx.HTTPError, httpx.InvalidURL, TooLong) as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             what = f"{file['filename']}: the download broke off: {type(error).__name__}"
             if not pause:
                 raise EnvironmentFailure(what, hint="run the build again") from None
@@ -242,7 +242,7 @@ def _receive(file: dict[str, Any], target: Path, pip: PipSettings, progress: Pro
     ):
         answer.raise_for_status()
         with target.open("wb") as out:
-            for chunk in steady(answer.iter_raw(), _CHUNK):
+            for chunk in answer.iter_raw(_CHUNK):
                 done += len(chunk)
                 if done > (total or _LARGEST):
                     return  # larger than the index says: the digest check will fail

@@ -11,9 +11,9 @@ from itertools import islice
 import httpx
 
 from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.deadlines import DeadlineTransport
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, died
+from weightsmith.network import DeadlineTransport
 from weightsmith.ports import Endpoint, Progress
 from weightsmith.values import Json
 

@@ -15,8 +15,8 @@ from typing import Self, TypeVar
 import httpx
 
 from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
-from weightsmith.evaluating.deadlines import DeadlineTransport
 from weightsmith.foreign import parse
+from weightsmith.network import DeadlineTransport
 from weightsmith.ports import Endpoint
 from weightsmith.values import Json
 

@@ -16,6 +16,7 @@ from urllib.request import getproxies
 import httpx
 
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.network import pace
 from weightsmith.oci.references import is_loopback
 
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=16)
@@ -24,7 +25,10 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class ProxyTransport(httpx.BaseTransport):
-    """Sends each request directly or through a proxy; proxies are opened on first use."""
+    """Sends each request directly or through a proxy; proxies are opened on first use.
+
+    Replies have the limits of `network.Pace`.
+    """
 
     def __init__(self, verify: ssl.SSLContext, proxies: Mapping[str, str] | None = None) -> None:
         self._verify = verify
@@ -51,7 +55,7 @@ class ProxyTransport(httpx.BaseTransport):
         try:
             verify = self._verify if proxy.startswith("https:") else None
             server = httpx.Proxy(proxy, ssl_context=verify) if proxy else None
-            return httpx.HTTPTransport(verify=self._verify, limits=_LIMITS, proxy=server)
+            return pace(httpx.HTTPTransport(verify=self._verify, limits=_LIMITS, proxy=server))
         except (ValueError, httpx.InvalidURL, ImportError):
             # The message leaves out its URL, which may contain a password.
             raise EnvironmentFailure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
@@ -12,7 +12,6 @@ import httpx
 
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
-from weightsmith.time_limits import TooLong, steady
 from weightsmith.values import Json
 
 
@@ -37,7 +36,7 @@ class Reply:
 def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
     """Read a reply of at most `limit` bytes; a longer error reply is cut."""
     data = bytearray()
-    for chunk in _in_time(response, registry):
+    for chunk in response.iter_raw():
         data += chunk
         if len(data) > limit and response.is_error:
             return bytes(data[:limit])
@@ -47,13 +46,6 @@ def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
                 hint="check that this is a registry's address, and not a proxy's web page",
             )
     return bytes(data)
-
-
-def _in_time(response: httpx.Response, registry: str) -> Iterator[bytes]:
-    try:
-        yield from steady(response.iter_raw())
-    except TooLong:
-        raise Transient(f"{registry} sends less than 1 kB/s") from None
 
 
 def retry_after(headers: httpx.Headers) -> float | None:
