@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,16 @@ from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
 from weightsmith.provenance import signing, statements
-from weightsmith.provenance.evidence import EVALUATION_TYPE
+from weightsmith.provenance.evidence import (
+    ADAPTER_TYPE,
+    EVALUATION_TYPE,
+    NUMBER,
+    Document,
+    Evidence,
+    resource_of,
+)
+from weightsmith.provenance.mlbom import MEDIA_TYPE
+from weightsmith.provenance.sealing import attach
 from weightsmith.values import Digest
 
 from tests.hostile.registry.shop import Shop, passed
@@ -104,6 +114,85 @@ def test_questions_of_somebody_else_are_not_asked_again(shop: Shop) -> None:
         made = Attachment(artifact_type=kind, subject=shop.blob(name), parts=(part,))
         shop.place(name).attach(made)
         assert shop.rows(name)[f"document {title}"][0] is wanted
+
+
+def hung_otherwise(shop: Shop, name: str, changed: Callable[[Attachment], Attachment]) -> None:
+    """Replace the list of an image's attachments by one of others with the same content."""
+    place, image = shop.place(name), shop.blob(name)
+    held = [place.read(blob, tag) for blob, tag in place.attached(image.digest)]
+    shop.fake.manifests.pop((place.reference.repository, f"sha256-{image.digest.hex}"))
+    place.attach(*(changed(replace(one, raw=None)) for one in held))
+
+
+@pytest.mark.parametrize("kind", ["x/y", EVALUATION_TYPE])
+def test_a_document_that_hangs_there_as_something_else(shop: Shop, kind: str) -> None:
+    """A signature covers what a document is: a bill under another type is not the one stated."""
+    name = shop.bake("app")
+
+    def changed(one: Attachment) -> Attachment:
+        return replace(one, artifact_type=kind if one.artifact_type == MEDIA_TYPE else
+                       one.artifact_type)  # fmt: skip
+
+    assert shop.rows(name)["documents"][0]
+    hung_otherwise(shop, name, changed)
+    assert shop.rows(name)["documents"] == (False, "missing or changed: model.cdx.json")
+    assert shop.rows(name)["document model.cdx.json"][0] is False
+
+
+def test_adapters_that_changed_places(shop: Shop) -> None:
+    """The order of adapters is signed, and so are two bills of the same name."""
+    name = shop.bake("app")
+    place, image = shop.place(name), shop.blob(name)
+    told = next(one for one in shop.stated(name) if one.kind == "bake")
+    there = tuple(
+        Document(
+            artifact_type=kind,
+            parts=(Part.of_bytes(title.encode() * n, kind, **{TITLE: title}),),
+            annotations={NUMBER: str(n)} if kind == ADAPTER_TYPE else {},
+        )
+        for kind, title in ((ADAPTER_TYPE, "adapter.json"), (MEDIA_TYPE, "base.cdx.json"))
+        for n in (0, 1)
+    )
+    made = statements.provenance(
+        "bake",
+        [statements.image_resource(image),
+         *statements.layer_resources(place.image("linux/amd64"))],
+        parameters={},
+        dependencies=[statements.Resource(name=key, digest=Digest(digest))
+                      for key, digest in told.dependencies.items()],
+        byproducts=[*map(resource_of, there)],
+    )  # fmt: skip
+    for tag in (f"sha256-{image.digest.hex}", f"sha256-{image.digest.hex}.att"):
+        shop.fake.manifests.pop((place.reference.repository, tag))
+    evidence = Evidence(statements=(made,), documents=there)
+    attach(evidence, image, "team", place, open_signer(str(shop.key)))
+    names = "adapter:0, adapter:1, base.cdx.json, base.cdx.json"
+    assert shop.rows(name)["documents"] == (True, names)
+
+    def changed(one: Attachment) -> Attachment:
+        number = one.annotations.get(NUMBER)
+        return replace(one, annotations={NUMBER: str(1 - int(number))}) if number else one
+
+    hung_otherwise(shop, name, changed)
+    assert shop.rows(name)["documents"] == (False, "missing or changed: adapter:0, adapter:1")
+    assert shop.rows(name)["document adapter:0"][0] is False
+
+
+@pytest.mark.parametrize("kind", [ADAPTER_TYPE, EVALUATION_TYPE, MEDIA_TYPE, "x/y"])
+def test_an_attachment_that_holds_nothing(shop: Shop, kind: str) -> None:
+    """It is a finding where it takes the place of ours, and goes nowhere with the image."""
+    name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
+    notes = {NUMBER: "\n../x"}
+    shop.place(name).attach(
+        Attachment(artifact_type=kind, subject=shop.blob(name), parts=(), annotations=notes)
+    )
+    called = "adapter:\n../x" if kind == ADAPTER_TYPE else kind
+    ours = kind in (ADAPTER_TYPE, EVALUATION_TYPE)
+    assert shop.rows(name)[f"document {called}"][0] is (False if ours else None)
+    assert shop.rows(name)["documents"][0]
+    request = RebaseRequest(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
+    rebase_image(request, shop.tools(shop.key))
+    assert f"document {called}" not in shop.rows(to)
 
 
 def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:

@@ -206,14 +206,7 @@ def _evidence(
             statements.image_resource(old.manifest_blob),
             Resource(name="base image", digest=base.digest, uri=name),
         ],
-        byproducts=[
-            Resource(
-                name=gathered.document_name(document),
-                digest=gathered.document_digest(document),
-                media_type=document.artifact_type,
-            )
-            for document in documents
-        ],
+        byproducts=[*map(gathered.resource_of, documents)],
     )
     return Evidence(statements=(statement,), kept=kept, documents=documents)
 

@@ -16,8 +16,7 @@ from weightsmith.provenance.evidence import (
     NUMBER,
     Document,
     Evidence,
-    document_digest,
-    document_name,
+    resource_of,
     titled,
 )
 from weightsmith.provenance.labels import public_name, without_secrets
@@ -175,14 +174,7 @@ def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Statement:
             **({"network_in_jobs": True} if made.inputs.network_in_jobs else {}),
         },
         dependencies=[tree_resource("artifact", made.served.digest), *base, *files],
-        byproducts=[
-            Resource(
-                name=document_name(document),
-                digest=document_digest(document),
-                media_type=document.artifact_type,
-            )
-            for document in documents
-        ],
+        byproducts=[*map(resource_of, documents)],
     )  # fmt: skip
 
 

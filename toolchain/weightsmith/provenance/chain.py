@@ -12,8 +12,8 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     Document,
-    document_digest,
     document_name,
+    resource_of,
 )
 from weightsmith.provenance.labels import PREFIX, TESTED, VERDICT
 from weightsmith.provenance.lineage import Lineage, trace
@@ -157,12 +157,12 @@ def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
 
 
 def _documents(own: Statement, documents: Sequence[Document]) -> Check:
-    stated = own.byproducts
-    there = {document_digest(document) for document in documents}
-    missing = sorted(name for name, digest in stated.items() if digest not in there)
+    stated, there = own.byproducts, set(map(resource_of, documents))
+    missing = sorted(one.name for one in stated - there)
     if missing:
         return Check(name="documents", ok=False, found=f"missing or changed: {', '.join(missing)}")
-    return Check(name="documents", ok=True, found=", ".join(sorted(stated)) or "none")
+    names = sorted(one.name for one in stated)
+    return Check(name="documents", ok=True, found=", ".join(names) or "none")
 
 
 def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]:
@@ -172,7 +172,7 @@ def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]
         if lineage.names(document):
             continue
         ours = document.artifact_type in (EVALUATION_TYPE, ADAPTER_TYPE)
-        wrong = ours or name in lineage.byproducts
+        wrong = ours or name in {one.name for one in lineage.byproducts}
         found = "does not match the statement" if wrong else "no statement of the image names it"
         yield Check(name=f"document {name}", ok=False if wrong else None, found=found)
 

@@ -16,7 +16,7 @@ from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import ImageLocation
 from weightsmith.provenance import signing
-from weightsmith.provenance.statements import Statement
+from weightsmith.provenance.statements import Resource, Statement
 from weightsmith.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
@@ -159,7 +159,17 @@ def document_name(document: Document) -> str:
     number = document.annotations.get(NUMBER)
     if document.artifact_type == ADAPTER_TYPE:
         return f"adapter:{number or 0}"
-    return document.parts[0].title or document.artifact_type
+    # Others may attach an artifact that holds nothing.
+    return next((part.title for part in document.parts), "") or document.artifact_type
+
+
+def resource_of(document: Document) -> Resource:
+    """Return a document as statements name it; another name or type is another document."""
+    return Resource(
+        name=document_name(document),
+        digest=document_digest(document),
+        media_type=document.artifact_type,
+    )
 
 
 def document_digest(document: Document) -> Digest:

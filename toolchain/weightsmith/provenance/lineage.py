@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from weightsmith.provenance.evidence import Document, document_digest
-from weightsmith.provenance.statements import TEST_RESULT, Statement
+from weightsmith.provenance.evidence import Document, resource_of
+from weightsmith.provenance.statements import TEST_RESULT, Resource, Statement
 from weightsmith.values import Digest
 
 _OF_IMAGES = ("bake", "rebase")
@@ -34,8 +34,8 @@ class Lineage:
     """The result that each of them must have: kind -> digest of a tree."""
     results: tuple[Statement, ...] = ()
     """All test results of the image, or of the nearest image that it was rebased from."""
-    byproducts: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Documents named by statements about `images`, each with its allowed digests."""
+    byproducts: frozenset[Resource] = frozenset()
+    """The documents named by statements about `images`."""
 
     def holds(self, statement: Statement) -> bool:
         """Say whether a statement is about this image, or about a step that led to it."""
@@ -55,8 +55,8 @@ class Lineage:
         return f"about another image ({others[0][7:19]})" if others else "about no image"
 
     def names(self, document: Document) -> bool:
-        """Say whether a statement about the image names a document with its digest."""
-        return any(document_digest(document) in digests for digests in self.byproducts.values())
+        """Say whether a statement about the image names a document: its name, type and digest."""
+        return resource_of(document) in self.byproducts
 
 
 def trace(image: Digest, stated: Iterable[Statement]) -> Lineage:
@@ -69,11 +69,7 @@ def trace(image: Digest, stated: Iterable[Statement]) -> Lineage:
         baked = None if before in images else _image_made(before, statements)
         images.append(before)
     steps, made = _steps(baked, statements)
-    byproducts: dict[str, frozenset[str]] = {}
-    for one in statements:
-        if one.kind in _OF_IMAGES and one.image in images:
-            for name, digest in one.byproducts.items():
-                byproducts[name] = byproducts.get(name, frozenset()) | {digest}
+    about = [one for one in statements if one.kind in _OF_IMAGES and one.image in images]
     return Lineage(
         images=tuple(images),
         own=own,
@@ -81,7 +77,7 @@ def trace(image: Digest, stated: Iterable[Statement]) -> Lineage:
         steps=steps,
         made=made,
         results=_results(images, statements),
-        byproducts=byproducts,
+        byproducts=frozenset().union(*(one.byproducts for one in about)),
     )
 
 

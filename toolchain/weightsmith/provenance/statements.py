@@ -113,9 +113,14 @@ class Statement:
         return {str(row.get("name")): str(row.get("uri", "")) for row in listed}
 
     @property
-    def byproducts(self) -> dict[str, str]:
-        """A transformation's by-products: name -> digest."""
-        return _digests(self._at("predicate", "runDetails").get("byproducts"))
+    def byproducts(self) -> frozenset[Resource]:
+        """A transformation's by-products; several may have one name, as a base's bills."""
+        rows = self._at("predicate", "runDetails").get("byproducts")
+        return frozenset(
+            Resource(name=name, digest=Digest(digest), media_type=str(row.get("mediaType", "")))
+            for row in (rows if isinstance(rows, list) else ())
+            for name, digest in _digests([row]).items()
+        )
 
     @property
     def parameters(self) -> Mapping[str, Json]:
