@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.layout_attachments import attach, attached
 from weightsmith.oci.locations import open_location
-from weightsmith.oci.modelpack import ModelDescription, model_pack
+from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
@@ -289,6 +290,34 @@ def test_oras_pulls_a_model_packs_files(model: Image, tmp_path: Path) -> None:
         _run("oras", "pull", "--plain-http", f"{host}/models/tiny:1", "-o", tmp_path / "pulled")
 
     assert {name: (tmp_path / "pulled" / name).read_bytes() for name in FILES} == FILES
+
+
+@_has("oras")
+@pytest.mark.registry
+@pytest.mark.parametrize("form", ["image", "modelpack-tar"])
+def test_oras_pulls_archives_that_are_named_so(form: str, tmp_path: Path) -> None:
+    """What it writes has the layer's title as its name, so a tar's title has to end as a tar's."""
+    image = tiny_image(tmp_path / "model")
+    if form == "modelpack-tar":
+        facts = ModelDescription(name="tiny", version="1", format="safetensors")
+        image = tar_model_pack(
+            [one for one in image.layers if isinstance(one, TarLayer)], facts, {}
+        )
+    with real_registry(tmp_path) as host, Registry() as client:
+        name = f"{host}/models/tiny:1"
+        client.push(image, Reference.parse(name))
+        _run("oras", "pull", "--plain-http", name, "-o", tmp_path / "pulled")
+        held = client.pull(Reference.parse(name))
+
+    pulled = [path for path in (tmp_path / "pulled").rglob("*") if path.is_file()]
+    assert {path.suffix for path in pulled} == {".tar"}
+    assert len(pulled) == len(image.layers)
+    listed: set[str] = set()
+    for path in pulled:
+        with tarfile.open(path) as archive:
+            listed.update(archive.getnames())
+    assert {f"models/{name}" for name in FILES} <= listed
+    assert [layer.file for layer in held.layers] == [layer.file for layer in image.layers]
 
 
 @_has("skopeo")

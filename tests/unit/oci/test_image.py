@@ -10,6 +10,7 @@ from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import Image, Order, assemble, load_image
 from weightsmith.oci.inspect import describe
 from weightsmith.oci.layers import Member, TarLayer
+from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.values import Digest
 
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
@@ -22,8 +23,19 @@ def _layer(name: str) -> TarLayer:
 def test_golden_digest(tmp_path: Path) -> None:
     assert (
         tiny_image(tmp_path).digest
-        == "sha256:9a24f8e716e9bb540b918eb4dc3644d56dfa92ba2bab889fda4001a552aaa51c"
+        == "sha256:7b3420926eda747dfd93c1e3285f8e316bec9cc14c7e712db29495ae5c6872d8"
     )
+
+
+def test_an_archives_title_says_that_it_is_one(tmp_path: Path) -> None:
+    """Programs that pull artifacts name the file that they write by it."""
+    layer = TarLayer(members=(Member.of_bytes("/models/a.tar", b"a"),), epoch=0)
+    image = assemble((), [layer], config=ImageConfig(), epoch=0)
+    (row,) = json.loads(image.manifest_bytes)["layers"]
+    assert row["annotations"] == {"org.opencontainers.image.title": "models/a.tar.tar"}
+    write_layout(image, tmp_path / "oci")
+    (back,) = read_layout(tmp_path / "oci").layers
+    assert (back.file, dict(back.annotations)) == ("models/a.tar", row["annotations"])
 
 
 def test_the_folder_does_not_count(tmp_path: Path) -> None:

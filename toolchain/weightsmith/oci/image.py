@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.configuration import ImageConfig, checked, merged, texts
-from weightsmith.oci.layers import LAYER_TAR, TITLE, BlobLayer, Layer
+from weightsmith.oci.layers import LAYER_TAR, TITLE, BlobLayer, Layer, file_of
 from weightsmith.oci.references import Reference
 from weightsmith.values import Blob, Digest, ImageLayer, Json, canonical
 
@@ -205,7 +205,7 @@ def load_image(
     for n, (row, diff_id) in enumerate(zip(rows, ids, strict=True)):
         blob = manifests.descriptor(row, f"{where}: layer {n}", manifests.LAYERS)
         notes = texts(row.get("annotations"), where)
-        file = notes.get(TITLE) or notes.get(FILE_PATH, "")
+        file = file_of(notes.get(TITLE, ""), blob.media_type) or notes.get(FILE_PATH, "")
         layers.append(
             BlobLayer(blob=blob, diff_id=diff_id, opener=opener(blob), file=file, origin=origin)
         )

@@ -21,6 +21,8 @@ LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 TITLE = "org.opencontainers.image.title"
 _CHANGED = "it changed while it was packed; run the command again"
 CHUNK = 1 << 20
+_SUFFIX = ".tar"
+"""Of an uncompressed tar's media type, in an image and in a ModelPack."""
 _GATHER = 128 << 10
 """Bytes; smaller pieces of a layer are joined before they are hashed and sent."""
 TAR_RECIPE = 1
@@ -170,7 +172,7 @@ class TarLayer:
     @property
     def annotations(self) -> Mapping[str, str]:
         """What it contains, so that the manifest says which layer holds which file."""
-        return {TITLE: self.file} if self.file else {}
+        return title_of(self.file, self.media_type)
 
     def open(self) -> Iterator[bytes]:
         """Yield the tar; raises InputRefused for a file that has changed in the meantime."""
@@ -268,7 +270,7 @@ class BlobLayer:
     @property
     def annotations(self) -> Mapping[str, str]:
         """What it contains, if that is known."""
-        return {TITLE: self.file} if self.file else {}
+        return title_of(self.file, self.media_type)
 
     def open(self) -> Iterator[bytes]:
         """Yield the stored bytes; InputRefused at the end if they do not match the digest."""
@@ -297,6 +299,20 @@ class FileLayer:
         blob = Blob(digest=self.digest, size=self.size, media_type=self.media_type)
         member = Member(self.file, self.size, 0o644, self.source)
         return verified(_content(member), blob, self.file, hint=_CHANGED)
+
+
+def title_of(file: str, media_type: str) -> dict[str, str]:
+    """Return the annotation that says what a layer holds, {} if that is unknown.
+
+    Programs such as oras name the file that they write by it, so a tar's title ends with `.tar`.
+    """
+    suffix = _SUFFIX if media_type.endswith(_SUFFIX) else ""
+    return {TITLE: file + suffix} if file else {}
+
+
+def file_of(title: str, media_type: str) -> str:
+    """Return what a layer with this title holds: the inverse of `title_of`."""
+    return title.removesuffix(_SUFFIX) if media_type.endswith(_SUFFIX) else title
 
 
 def verified(

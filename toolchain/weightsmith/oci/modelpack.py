@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from weightsmith.oci.image import FILE_PATH, Image
-from weightsmith.oci.layers import TITLE, FileLayer, Layer, TarLayer
+from weightsmith.oci.layers import TITLE, FileLayer, Layer, TarLayer, title_of
 from weightsmith.oci.manifests import MODEL_LAYER, MODEL_MANIFEST
 from weightsmith.values import Digest, Json, Pieces, Tree, canonical
 
@@ -107,7 +107,7 @@ class _NamedLayer:
 
     @property
     def annotations(self) -> Mapping[str, str]:
-        return {TITLE: self.layer.file, FILE_PATH: self.layer.file}
+        return {**title_of(self.layer.file, self.media_type), FILE_PATH: self.layer.file}
 
     def open(self) -> Iterator[bytes]:
         return self.layer.open()
