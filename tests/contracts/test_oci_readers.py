@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.configuration import ImageConfig
@@ -129,6 +129,25 @@ def test_a_layout_with_attachments_needs_no_name(tmp_path: Path) -> None:
     seen = json.loads(_run("skopeo", "inspect", f"oci:{tmp_path}/oci"))
     assert seen["Digest"] == image.digest
     assert attached(tmp_path / "oci", image.digest) == [(about.blob, "")]
+
+
+@_has("umoci")
+@_has("oras")
+def test_what_knows_only_the_index_leaves_attachments_behind(tmp_path: Path) -> None:
+    """As the pages and `verify` say; in the index, they would make skopeo ask for a name."""
+    image = tiny_image(tmp_path / "model")
+    write_layout(image, tmp_path / "oci", ref="v1")
+    said = (Part.of_bytes(b"said", "text/plain"),)
+    about = Attachment(artifact_type="text/plain", subject=image.manifest_blob, parts=said)
+    attach(tmp_path / "oci", about)
+    _run("oras", "copy", "-r", "--from-oci-layout", f"{tmp_path}/oci:v1",
+         "--to-oci-layout", f"{tmp_path}/copy:v1")  # fmt: skip
+    assert attached(tmp_path / "copy", image.digest) == []
+
+    _run("umoci", "gc", "--layout", tmp_path / "oci")
+    assert read_layout(tmp_path / "oci", "v1").digest == image.digest
+    with pytest.raises(InputRefused, match="1 of 1 attachments"):
+        attached(tmp_path / "oci", image.digest)
 
 
 @_has("skopeo")

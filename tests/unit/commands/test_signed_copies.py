@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.images import copy_attachments, copy_image
+from weightsmith.commands.verify import verify_image
 from weightsmith.drivers.signer import open_signer
+from weightsmith.errors import CheckFailed
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
@@ -39,6 +41,17 @@ def test_a_layout_holds_and_is_pushed_with_all_that_hangs_on_it(
     other = f"{scene.fake.host}/prod/app:2"
     copy_image(str(layout), other, scene.client, Silent(), force=False)
     assert scene.check(other) == {}
+    listed = json.loads((layout / "referrers.json").read_bytes())["manifests"]
+    spare = tmp_path / "spare"
+    shutil.copytree(layout, spare)
+    for row in listed:
+        (spare / "blobs" / "sha256" / row["digest"].removeprefix("sha256:")).unlink()
+    found = scene.check(f"oci:{spare}")["attachments"]
+    assert f"{len(listed)} of {len(listed)} attachments" in found
+    assert "umoci gc" in found
+    (spare / "referrers.json").unlink()
+    with pytest.raises(CheckFailed, match="oras copy -r"):
+        verify_image(f"oci:{spare}", None, scene.client, Silent())
     blob = layout / "blobs" / "sha256" / scene.image().layers[1].digest.hex
     blob.write_bytes(blob.read_bytes().replace(b"GGUF", b"EVIL"))
     assert "layer 1" in scene.check(f"oci:{layout}")

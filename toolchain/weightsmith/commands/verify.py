@@ -37,6 +37,9 @@ from weightsmith.visible import joined
 _BUFFER = 1 << 20
 _TARS = (LAYER_TAR, *(name for name in manifests.MODEL_LAYERS if name.endswith(".tar")))
 _READERS = 3
+_NONE = (
+    "none; programs that copy a layout, such as `oras copy -r`, leave them behind: `push` does not"
+)
 _WRONG = (InputRefused, Altered)
 """Errors reported as failed checks, whether the content or the download is at fault."""
 
@@ -113,7 +116,8 @@ def _one_image(
     image = _image(place, found)
     if image is None:
         return ""
-    _attachments(place, image.digest, found)
+    if not _attachments(place, image.digest, found):
+        found.say("attachments", None, _NONE)
     _signature(image.digest, found.attachments, check, found)
     _statements(image.digest, check, found)
     _layers(image, source, found, progress)
@@ -161,18 +165,22 @@ def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
         raise error
 
 
-def _attachments(place: ImageLocation, subject: Digest, found: _Found) -> None:
-    """Read the image's attachments; one that does not match its digest is a failed check."""
+def _attachments(place: ImageLocation, subject: Digest, found: _Found) -> bool:
+    """Read the image's attachments, and say whether there are any.
+
+    One that does not match its digest is a failed check.
+    """
     try:
         rows = evidence.limited(place.attached(subject))
     except _WRONG as error:
         found.say("attachments", False, error.message)
-        return
+        return True
     for blob, tag in rows:
         try:
             found.attachments.append(place.read(blob, tag))
         except _WRONG as error:
             found.say("attachments", False, error.message)
+    return bool(rows)
 
 
 def _signature(

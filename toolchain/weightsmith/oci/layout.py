@@ -264,6 +264,11 @@ def read_blob(folder: Path, blob: Blob) -> bytes:
     return b"".join(open_blob(folder, blob))
 
 
+def has_blob(folder: Path, blob: Blob) -> bool:
+    """Say whether a layout has a blob, without reading it."""
+    return os.path.lexists(folder / "blobs" / "sha256" / blob.digest.hex)
+
+
 def open_blob(folder: Path, blob: Blob) -> Iterator[bytes]:
     """Yield a blob in chunks; raises InputRefused at the end if it does not match its digest."""
     path = folder / "blobs" / "sha256" / blob.digest.hex

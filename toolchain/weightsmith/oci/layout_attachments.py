@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.files import replace_file
 from weightsmith.oci import layout, manifests
 from weightsmith.oci.attachments import Attachment, load_attachment, with_rows
@@ -43,13 +43,20 @@ def forget(folder: Path) -> None:
 
 
 def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
-    """Return the manifests attached to an image."""
+    """Return the manifests attached to an image; InputRefused if one that is listed is gone."""
     kinds = (manifests.OCI_MANIFEST,)
     index = manifests.listed(layout.index_document(folder), "manifests", f"{folder}/index.json")
-    rows = [*_listed(folder), *filter(layout.is_attachment, index)]
+    own = _listed(folder)
+    rows = [*own, *filter(layout.is_attachment, index)]
+    blobs = [manifests.descriptor(x, str(folder), kinds, manifests.LARGEST_MANIFEST) for x in rows]
+    if lost := sum(not layout.has_blob(folder, blob) for blob in blobs[: len(own)]):
+        raise InputRefused(
+            f"{lost} of {len(own)} attachments in {folder / LIST} are gone; programs that know"
+            " only index.json delete them, as `umoci gc` does",
+            hint=f"write the layout again, or delete {LIST} to go on without what it lists",
+        )
     found: dict[Digest, Blob] = {}
-    for row in rows:
-        blob = manifests.descriptor(row, str(folder), kinds, manifests.LARGEST_MANIFEST)
+    for row, blob in zip(rows, blobs, strict=True):
         named = read_attachment(folder, blob).subject
         if named.digest == subject or (layout.is_saved_by_cosign(row) and not named.size):
             found[blob.digest] = blob
