@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.commands.images import inspect_image, inspect_text
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.references import Reference
 from weightsmith.planning.forecast import forecast
+from weightsmith.ports import Silent
 
+from tests.fakes.baking import push_base
 from tests.fakes.memory import Memory, new_signer
 
 TARGET = "llamacpp-q4_k_m"
@@ -313,3 +318,29 @@ def test_without_questions_nothing_is_proven(memory: Memory) -> None:
 
     assert built.verdict == "not proven"
     assert built.sameness == {}
+
+
+def test_a_rebased_image_keeps_the_scores_and_proves_nothing(warm: Memory) -> None:
+    """The new engine was asked no question: the scores are those of the image before."""
+    built = warm.build("evaluate.max_drop=0.3", push=True)[TARGET].published
+    repository, name = warm.repository, built.reference
+    labels = [warm.client.pull(Reference.parse(name)).labels]
+    assert labels[0]["dev.weightsmith.verdict"] == "passed"
+    for number in (1, 2):
+        onto = f"{warm.registry.host}/base/engine:{number}"
+        push_base(warm.client, onto, {}, {"app/x": b"%d" % number})
+        to = f"{repository}:moved-{number}"
+        request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
+        rebase_image(request, warm.tools)
+        labels.append(warm.client.pull(Reference.parse(name := to)).labels)
+
+    for moved in labels[1:]:
+        assert moved["dev.weightsmith.verdict"] == "not proven"
+        assert moved["dev.weightsmith.tested.image"] == built.digest
+        assert moved["dev.weightsmith.score.image"] == labels[0]["dev.weightsmith.score.image"]
+    rows = verify_image(name, None, warm.client, Silent())["checks"]
+    (gate,) = (row for row in rows if row["check"] == "gate")
+    assert gate["ok"] is None
+    assert gate["found"].startswith(f"not proven: PASSED is of {built.digest.short}, before")
+    shown = inspect_text(inspect_image(name, warm.client, warm.engine))
+    assert f"the scores are those of {built.digest.short}, before its base was replaced" in shown

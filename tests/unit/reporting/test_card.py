@@ -116,6 +116,10 @@ def test_labels_say_as_much_as_they_have() -> None:
         ({"score.image": "0.5000 exact n=4", "tested.image": "sha256:4"}, "sha256:4"),
         ({"score.image": "0.5000 exact n=4", "tested.platform": "linux/amd64"}, ""),
         ({"score.image": "0.5000 exact n=4", "rebased.from": "sha256:4"}, ""),
+        (
+            {"score.image": "1 exact n=4", "rebased.from": "sha256:5", "tested.image": "sha256:4"},
+            "sha256:4",
+        ),
         ({"score.base": "0.5000 exact n=4"}, ""),
     ],
 )
@@ -125,6 +129,7 @@ def test_only_an_image_that_was_asked_is_named(labels: dict[str, str], named: st
     card = card_of_labels("x", own, prefix, license_="", context=0, image="sha256:3")
 
     assert card.image == named
+    assert bool(card.unproven) is ("rebased.from" in labels and bool(named))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,14 @@ from weightsmith.oci.registry import Registry
 from weightsmith.platforms import usual
 from weightsmith.ports import ContainerEngine, Progress, Signer
 from weightsmith.provenance.evidence import read_attached, statement_parts
-from weightsmith.provenance.labels import PREFIX, TESTED_PLATFORM, plan_in, scores_in
+from weightsmith.provenance.labels import (
+    PREFIX,
+    REBASED,
+    TESTED,
+    TESTED_PLATFORM,
+    plan_in,
+    scores_in,
+)
 from weightsmith.provenance.sealing import cosign_tag, countersigned, only_held, strays
 from weightsmith.serving.memory import human
 from weightsmith.values import Blob, Digest, ImageLayer, Json, Published, plain
@@ -265,6 +272,9 @@ def inspect_text(found: Mapping[str, Json]) -> str:
         ]
     if stand_in := found["provenance"].get(TESTED_PLATFORM.removeprefix(PREFIX)):
         lines.append(f"  not started itself: the scores are those of the image for {stand_in}")
+    tested = found["provenance"].get(TESTED.removeprefix(PREFIX), "")
+    if tested and REBASED.removeprefix(PREFIX) in found["provenance"]:
+        lines.append(f"  the scores are those of {tested[7:19]}, before its base was replaced")
     lines += [f"  {name:<9} {value:.4f}" for name, value in found["scores"].items()]
     own = {name: text for name, text in found["provenance"].items() if name != "config"}
     lines += [f"  {name:<24} {value}" for name, value in sorted(own.items())]

@@ -22,7 +22,13 @@ from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
 from weightsmith.provenance.bills import MODEL_BILL, base_documents
 from weightsmith.provenance.evidence import Document, Evidence
-from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION, PREFIX, engine_version
+from weightsmith.provenance.labels import (
+    ENGINE_LABEL,
+    ENGINE_VERSION,
+    REBASED,
+    engine_version,
+    moved_labels,
+)
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.provenance.roles import (
@@ -39,7 +45,6 @@ from weightsmith.starting import why_not_started
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, plain
 
-_REBASED = PREFIX + "rebased.from"
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 
 
@@ -93,10 +98,11 @@ def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
     """Return the image on another base, with the same weights, settings and additions."""
     of_base = (BASE_NAME, BASE_DIGEST, ENGINE_VERSION)
     kept = {key: text for key, text in roles.config.labels.items() if key not in of_base}
+    moved = moved_labels(old.labels, old.digest)
     return assemble_in_roles(
         roles.weights,
         roles.settings,
-        replace(roles.config, labels={**kept, _REBASED: old.digest}),
+        replace(roles.config, labels={**kept, **moved, REBASED: old.digest}),
         base,
         base_name,
         order="weights-first" if roles.weights_first else "engine-first",

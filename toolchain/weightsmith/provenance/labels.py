@@ -15,7 +15,7 @@ from weightsmith.oci.configuration import OWN_LABELS
 from weightsmith.quality.result import Quality
 from weightsmith.recipe import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.values import Artifact, Json, Sources, without_passwords
+from weightsmith.values import Artifact, Digest, Json, Sources, without_passwords
 
 PREFIX = OWN_LABELS
 """Prefix of our labels; the others are those of image-spec annotations.md."""
@@ -23,7 +23,9 @@ _SCORE = PREFIX + "score."
 _SAMENESS = PREFIX + "sameness."
 PLAN = PREFIX + "plan"
 VERDICT = PREFIX + "verdict"
-"""Label: `passed`, or `not proven` if the gate could not have failed."""
+"""Label: `passed`, or `not proven` if the gate could not have failed, or had no say."""
+REBASED = PREFIX + "rebased.from"
+"""Label: the digest of the image whose base was replaced."""
 ENGINE_LABEL = PREFIX + "engine"
 """Label: the engine in the image."""
 ENGINE_VERSION = PREFIX + "engine.version"
@@ -156,6 +158,17 @@ def result_labels(results: Sequence[Result], stand_in: str = "") -> dict[str, st
         for name, same in results[0].sameness.items()
     }
     return {**found, **same, **untested, VERDICT: NOT_PROVEN if stand_in else verdict_of(results)}
+
+
+def moved_labels(old: Mapping[str, str], digest: Digest) -> dict[str, str]:
+    """Return what an image's labels say of its test once its base is replaced; {} without a test.
+
+    The scores stay, with the digest of the image that has them: nobody asked the new engine.
+    """
+    if VERDICT not in old:
+        return {}
+    known = TESTED in old or TESTED_PLATFORM in old
+    return {**({} if known else {TESTED: digest}), VERDICT: NOT_PROVEN}
 
 
 def plan_of(labels: Mapping[str, str]) -> ServingPlan:

@@ -28,6 +28,7 @@ _WHO = {
     "dequantized": "dequantized weights, in transformers",
     "image": "image",
 }
+_MOVED = "its engine was replaced after the test, and the new one was asked nothing"
 _PLAIN = ("", "safetensors", "lora", "bf16", "f16", "f32")
 """Formats that lose nothing of the merged weights that a served answer shows."""
 _PROCESSORS = frozenset({"preprocessor_config.json", "processor_config.json"})
@@ -150,9 +151,9 @@ def card_of_labels(
 ) -> ModelCard:
     """Return the card of an image's model, from its labels, whose names begin with `prefix`.
 
-    `image` is its digest, which the labels of a form that was not tested itself replace. It is not
-    the tested image if it was not asked, or another was in its place: another platform's, or
-    the one before a rebase.
+    `image` is its digest, which the labels of what was not tested itself replace: of a form, or of
+    an image on another base. It is not the tested image if it was not asked, or another platform's
+    was in its place.
     """
     own = {key.removeprefix(prefix): text for key, text in labels.items() if key.startswith(prefix)}
     scores = {}
@@ -172,6 +173,7 @@ def card_of_labels(
         for number in numbers
     )
     asked = "image" in scores and not own.keys() & {"tested.platform", "rebased.from"}
+    moved = "rebased.from" in own and "tested.image" in own
     pin = own.get("base.pin", "")
     return ModelCard(
         name=labels.get("org.opencontainers.image.title") or name,
@@ -183,7 +185,8 @@ def card_of_labels(
         format=own.get("format", ""),
         quantized=own.get("format", "") not in _PLAIN,
         verdict=own.get("verdict", ""),
-        image=(own.get("tested.image", "") or image) if asked else "",
+        unproven=(_MOVED,) if moved else (),
+        image=(own.get("tested.image", "") or image) if asked or moved else "",
         scores={who: scores[who] for who in _WHO if who in scores},
         context=context,
     )
