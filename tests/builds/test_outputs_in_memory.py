@@ -326,14 +326,17 @@ def test_a_rebased_image_keeps_the_scores_and_proves_nothing(warm: Memory) -> No
     repository, name = warm.repository, built.reference
     labels = [warm.client.pull(Reference.parse(name)).labels]
     assert labels[0]["dev.weightsmith.verdict"] == "passed"
-    for number in (1, 2):
-        onto = f"{warm.registry.host}/base/engine:{number}"
-        push_base(warm.client, onto, {}, {"app/x": b"%d" % number})
+    other = f"{warm.registry.host}/base/engine:1"
+    push_base(warm.client, other, {}, {"app/x": b"1"})
+    for number, onto in enumerate((other, "engine:llamacpp")):
         to = f"{repository}:moved-{number}"
         request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
         rebase_image(request, warm.tools)
         labels.append(warm.client.pull(Reference.parse(name := to)).labels)
 
+    # The engine that comes with the tool is a base, too.
+    first, last = (warm.client.pull(Reference.parse(one)) for one in (built.reference, name))
+    assert [layer.digest for layer in last.layers] == [layer.digest for layer in first.layers]
     for moved in labels[1:]:
         assert moved["dev.weightsmith.verdict"] == "not proven"
         assert moved["dev.weightsmith.tested.image"] == built.digest

@@ -50,7 +50,8 @@ FLAGS = {
     "name": "the model's name; default: its file's name (in `render`, its folder's)",
     "no_gate": "report the loss, but do not fail because of it",
     "on": "where tasks run: local (this machine), ray or slurm",
-    "onto": "engine base to move the image to: a reference or oci:DIR",
+    "onto": "engine base to move the image to: a reference, oci:DIR, or engine:llamacpp for the "
+    "one that comes with this version",
     "other": "folder of the second of two builds to compare",
     "out": "where the result goes; it must not exist yet",
     "plan": "print cells, shared tasks and what they need, and do nothing",
