@@ -18,6 +18,10 @@ _PLAIN_EVERY_S = 10.0
 _AT_ONCE_S = 0.2
 """Seconds after a stage's start in which what is reported was done before it: by an interrupted
 run, or ahead of the stage's turn. It does not count for the rate."""
+_ENOUGH = 20
+"""One part in twenty of a stage has to be done before its rate says how long the rest takes …"""
+_LONG_S = 120.0
+"""… or it has gone on for so many seconds."""
 
 
 def progress_for() -> Progress:
@@ -50,23 +54,20 @@ class PlainProgress:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._started = self._printed = time.monotonic()
-        self._before = 0
+        self._printed = time.monotonic()
+        self._pace = Pace()
 
     def stage(self, name: str, detail: str) -> None:
         """Print the stage's name and detail."""
-        self._started = self._printed = time.monotonic()
-        self._before = 0
+        self._printed = time.monotonic()
+        self._pace = Pace()
         self._print(quoted(f"{name}: {detail}" if detail else name))
 
     def advance(self, done: int, total: int, unit: str) -> None:
         """Print done, total, rate and time left, at most every ten seconds."""
-        now = time.monotonic()
-        if now - self._started < _AT_ONCE_S:
-            self._before = done
+        now, shown = time.monotonic(), self._pace.describe(done, total, unit)
         if now - self._printed >= _PLAIN_EVERY_S:
             self._printed = now
-            shown = describe(done, total, unit, now - self._started, self._before)
             self._print(quoted("  " + shown))
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
@@ -111,25 +112,20 @@ class LiveProgress:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._began = time.monotonic()
-        self._before = 0
+        self._pace = Pace()
 
     def stage(self, name: str, detail: str) -> None:
         """Start the stage's bar."""
         self.stop()
         self._print((name, "bold"), (f"  {detail}" if detail else "", ""))
-        self._began = time.monotonic()
-        self._before = 0
+        self._pace = Pace()
         self._task = self._bars.add_task(escaped(name), total=None, detail="")
         self._bars.start()
 
     def advance(self, done: int, total: int, unit: str) -> None:
         """Move the bar."""
         if self._task is not None:
-            seconds = time.monotonic() - self._began
-            if seconds < _AT_ONCE_S:
-                self._before = done
-            detail = escaped(describe(done, total, unit, seconds, self._before))
+            detail = escaped(self._pace.describe(done, total, unit))
             self._bars.update(self._task, completed=done, total=total or None, detail=detail)
 
     def finish(self, name: str, seconds: float, cached: bool) -> None:
@@ -160,21 +156,41 @@ class LiveProgress:
             self._task = None
 
 
-def describe(done: int, total: int, unit: str, seconds: float, before: int = 0) -> str:
-    """Return `done of total, rate, time left` in a unit for people.
+class Pace:
+    """How far a stage is, how fast it goes, and how long the rest takes."""
 
-    The rate is that of what was done in these seconds, without what had been done `before`.
-    """
-    amount = _megabytes if unit == "bytes" else str
-    text = f"{amount(done)} of {amount(total)}" if total else amount(done)
-    if unit != "bytes":
-        text += f" {unit}"
-    if seconds > 0.5 and done > before:
-        rate = (done - before) / seconds
-        text += f", {_megabytes(int(rate))}/s" if unit == "bytes" else f", {rate:.1f}/s"
-        if total > done:
+    def __init__(self) -> None:
+        self._began = self._since = time.monotonic()
+        self._before: int | None = None
+
+    def describe(self, done: int, total: int, unit: str) -> str:
+        """Return `done of total, rate, time left` in a unit for people.
+
+        What is done at once was done before the stage, and does not count. Where the first report
+        is of little, a stage had to start first, such as a program: time counts from that report.
+        Rate and time left are left out until they mean something.
+        """
+        now = time.monotonic()
+        if now - self._began < _AT_ONCE_S:
+            self._before = done
+        elif self._before is None:
+            first = not total or done * _ENOUGH < total
+            self._before, self._since = (done, now) if first else (0, self._began)
+        amount = _megabytes if unit == "bytes" else str
+        text = f"{amount(done)} of {amount(total)}" if total else amount(done)
+        if unit != "bytes":
+            text += f" {unit}"
+        gone, seconds = done - (self._before or 0), now - self._since
+        if gone <= 0 or seconds <= 0.5:
+            return text
+        rate = gone / seconds
+        if unit == "bytes":
+            text += f", {_megabytes(int(rate))}/s"
+        else:
+            text += f", {rate:.1f}/s" if rate >= 0.1 else f", {1 / rate:.0f} s each"
+        if total > done and (gone * _ENOUGH >= total or seconds >= _LONG_S):
             text += f", {_clock((total - done) / rate)} left"
-    return text
+        return text
 
 
 def _megabytes(count: int) -> str:
@@ -182,5 +198,7 @@ def _megabytes(count: int) -> str:
 
 
 def _clock(seconds: float) -> str:
+    """Return `minutes:seconds`, or `hours:minutes:seconds` from an hour on."""
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

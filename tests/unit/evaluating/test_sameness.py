@@ -38,7 +38,7 @@ def test_the_first_token_that_differs_is_named_with_its_margin(ends: Any, margin
     assert found["image"].facts["same"] == 1
     assert describe("image", found["image"]) == (
         "image: 1 of 2 answers are the reference's to the letter; the others part from it at a"
-        " margin of 6 to 6 nats"
+        " margin of 6 nats"
     )
 
 

@@ -131,12 +131,13 @@ def test_options_that_vllm_would_misread_are_refused(extra, says):
     assert says in caught.value.message + caught.value.hint
 
 
-def test_an_unknown_option_gets_near_misses():
-    with pytest.raises(UsageError) as caught:
+@pytest.mark.parametrize(("gpu", "version"), [("nvidia-l40s", "0.33.0"), ("cpu", "0.32.0")])
+def test_an_unknown_option_gets_near_misses_and_the_version_that_lacks_it(gpu, version):
+    with pytest.raises(UsageError, match=f"vllm {version} has no such option") as caught:
         plan(
             LLAMA_8B,
             LLAMA_8B_BYTES,
-            ServeOptions(gpu="nvidia-l40s", extra={"enable_prefix_cachng": True}),
+            ServeOptions(gpu=gpu, extra={"enable_prefix_cachng": True}),
         )
 
     assert "enable-prefix-caching" in caught.value.hint

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from weightsmith.errors import UsageError
 from weightsmith.quantizers import formats
 from weightsmith.serving.engine import ServeOptions
-from weightsmith.serving.memory import GIB, MIB
+from weightsmith.serving.memory import GIB, MIB, human
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import find, targets
 from weightsmith.stages.render import render, render_files
@@ -98,6 +98,26 @@ def test_a_cpu_image_holds_nothing_of_the_machine_that_planned_it():
     assert small.env == large.env
     assert small.plan.portable() == large.plan.portable()
     assert small.plan.usable_bytes != large.plan.usable_bytes
+
+
+def test_the_readme_of_a_cpu_image_says_what_runs_within_its_limit():
+    """Not what would fit into the memory of the machine that planned it."""
+    options = {"max_model_len": 1024, "max_num_seqs": 2}
+    small, large = (
+        rendered(options=ServeOptions(host_memory_bytes=size << 30, **options)) for size in (4, 400)
+    )
+    text = large.files["README.md"]
+
+    assert text == small.files["README.md"]
+    assert "| cache | 45.0 MiB, 2 requests of full length |" in text
+    assert f"| limit for the container, with a tenth more | {human(_limit(large))} |" in text
+
+
+def _limit(config):
+    """Return the memory limit of the Deployment, in bytes."""
+    (deployment, *_) = yaml.safe_load_all(config.files["kubernetes.yaml"])
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    return int(container["resources"]["limits"]["memory"])
 
 
 def test_the_plan_has_the_names_that_every_engine_has():

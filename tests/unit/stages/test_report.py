@@ -94,6 +94,9 @@ def test_what_is_not_proven_is_said_first_and_other_words_are_counted(template):
     assert body.index("Published, but not proven") < body.index("5 questions are too few") < 1500
     assert "Image: 2 of 5 answers are the reference's to the letter." in text
     assert "preferred by 0.25 to 3 nats" in text
+    same["image"]["differences"] = [{"question": 1, "token": "x", "margin": 0.4411}]
+    text = html.unescape(render_report({**BUILD, **doubts}, template))
+    assert "preferred by 0.44 nats" in text
 
 
 def test_a_build_without_questions_is_called_unproven():

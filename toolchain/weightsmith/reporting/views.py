@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weightsmith.build_record import AnsweredTask, BuildRecord, ImageRecord
+from weightsmith.evaluating.sameness import between
 from weightsmith.reporting.answers import PATHS
 from weightsmith.validating.result import Validation
 
@@ -71,11 +72,11 @@ def _no_picture(image: ImageRecord | None) -> list[str]:
 
 
 def sameness(task: AnsweredTask) -> list[dict[str, Any]]:
-    """Return each subject's sameness, with the smallest and largest known margin in nats."""
+    """Return each subject's sameness, with the known margins in nats, from the smallest on."""
     rows = []
     for who, same in task.sameness.items():
         known = [one.margin for one in same.differences if one.margin is not None]
-        margins = (min(known), max(known)) if known else None
+        margins = between(min(known), max(known)) if known else ""
         rows.append({"label": _LABELS[who], **same.to_json(), "margins": margins})
     return rows
 

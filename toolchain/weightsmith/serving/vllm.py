@@ -37,6 +37,8 @@ GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
 
 ROCM_IMAGE = "docker.io/vllm/vllm-openai-rocm:v0.33.0"
 
+_VERSIONS: Mapping[str, str] = {"gpu": "0.33.0", "cpu": "0.32.0"}
+
 CONFIG_FILE = "/etc/weightsmith/vllm.yaml"
 
 _PORT = 8000
@@ -123,7 +125,8 @@ RULES = Rules(
 def known_options(*, cpu: bool = False) -> OptionList:
     """Return the options of the pinned version; the CPU build's may be an earlier one."""
     without = json.loads(_OPTIONS.read_text("utf-8"))["not_on_cpu"] if cpu else ()
-    return load_options(_OPTIONS, _NOT_HERE, without=frozenset(without))
+    known = load_options(_OPTIONS, _NOT_HERE, without=frozenset(without))
+    return replace(known, version=_VERSIONS["cpu"]) if cpu else known
 
 
 def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
@@ -389,5 +392,5 @@ ENGINE = Engine(
     ),
     image_files={CONFIG_FILE: "vllm.yaml"},
     support=_SUPPORT,
-    support_versions={"gpu": "0.33.0", "cpu": "0.32.0"},
+    support_versions=_VERSIONS,
 )
