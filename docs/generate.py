@@ -44,6 +44,7 @@ from weightsmith.quantizers.known import (
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
+from weightsmith.serving.architectures import NOT_PLANNED
 from weightsmith.serving.devices import AMX, CPUS
 from weightsmith.serving.gpus import GPUS
 from weightsmith.values import Digest
@@ -298,7 +299,7 @@ def _adapters() -> Iterator[str]:
 
 
 def _architectures() -> Iterator[str]:
-    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them. Each cell of the first five formats, of `awq` and `gptq`, and of many of `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_known.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Each cell of the first five formats, of `awq` and `gptq`, and of many of `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_known.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
     yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
     yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"
@@ -318,11 +319,18 @@ def _architectures() -> Iterator[str]:
     yield f"{', '.join(sorted(_by_their_text()))}.\n"
     yield "\n## What else transformers and vLLM know\n"
     yield "Models that generate text in the pinned transformers and the pinned vLLM ([`docs/known.py`](../known.py) lists them), and have no packed format here. Serve them in 16 bits (target `vllm`); those with a star run in vLLM with transformers' own class. A packed format of them is refused before the merge with exit code 3.\n"
-    rest = [name for name in vllm_architectures() if name not in ROUNDED]
+    rest = [name for name in vllm_architectures() if name not in ROUNDED | NOT_PLANNED.keys()]
     as_gguf = gguf_architectures() | _by_their_text()
     for title, there in (("Also as GGUF", True), ("Not as GGUF", False)):
         names = [name for name in rest if (name in as_gguf) == there]
         yield f"{title}: {', '.join(map(_starred, names))}.\n"
+    yield "\n## What no target serves\n"
+    yield "An image here is planned, started and tested as the server of a decoder that continues text. So `plan`, `build` and `render` refuse, with exit code 3 and before any work:\n"
+    yield "- encoders with a decoder, such as T5, BART and Whisper;\n- models that give scores or vectors: classifiers, rerankers, embedders (a folder with `modules.json` of sentence-transformers is one), and encoders such as BERT;\n- decoders that keep states and no keys and values: Mamba, RWKV;\n- decoders whose cache is not planned here, and unknown ones whose `config.json` leaves doubt about it.\n"
+    yield "vLLM knows these of the last two kinds:\n"
+    yield "| architecture | why there is no plan |\n|---|---|"
+    yield from (f"| {name} | it {why} |" for name, why in sorted(NOT_PLANNED.items()))
+    yield "\n`merge` and `validate` take them all, `push DIR --to hf://OWNER/NAME` publishes the result, and `bake --kind volume` makes an image of its files alone. `bake --kind image` makes one with the engine's own settings, neither planned nor tested; whether the engine starts with it is for you to try."
 
 
 def _by_their_text() -> set[str]:

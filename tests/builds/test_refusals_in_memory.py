@@ -72,12 +72,37 @@ def spoils(path: str, text: str) -> Callable[[Memory], object]:
     return lambda memory: (memory.home / path).write_text(text)
 
 
+def describes(**changes: Any) -> Callable[[Memory], object]:
+    """Change the base's config.json."""
+
+    def write(memory: Memory) -> None:
+        path = memory.home / "base" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return write
+
+
 DIED = EnvironmentFailure("the job was killed", hint="give it more memory")
 REFUSED = InputRefused("it cannot be read", hint="download it again")
 
 BEFORE_WORK = {
     "a base that is not there": Refusal(
         "resolve", InputRefused, "nowhere", settings=("base.source=./nowhere",)
+    ),
+    "an encoder with a decoder": Refusal(
+        "resolve", InputRefused, "T5ForConditionalGeneration is an encoder with a decoder",
+        describes(architectures=["T5ForConditionalGeneration"], is_encoder_decoder=True),
+    ),
+    "a classifier": Refusal(
+        "resolve", InputRefused, "LlamaForSequenceClassification gives scores",
+        describes(architectures=["LlamaForSequenceClassification"]),
+    ),
+    "an embedder": Refusal(
+        "resolve", InputRefused, "gives vectors", spoils("base/modules.json", "[]")
+    ),
+    "a decoder without attention": Refusal(
+        "resolve", InputRefused, "MambaForCausalLM keeps states alone",
+        describes(architectures=["MambaForCausalLM"]),
     ),
     "an adapter's broken configuration": Refusal(
         "resolve", InputRefused, "adapter_config.json", spoils("a/adapter_config.json", "{")
@@ -146,6 +171,10 @@ BEFORE_WORK = {
 }  # fmt: skip
 
 BY_A_PLAN = (
+    "an encoder with a decoder",
+    "a classifier",
+    "an embedder",
+    "a decoder without attention",
     "a broken question",
     "a broken probe",
     "a question of the training text",

@@ -29,6 +29,37 @@ SMOL = {
 }
 
 
+GEMMA_4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 60,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 10,
+    "vocab_size": 262144,
+    "dtype": "bfloat16",
+}
+"""Its text model, without the heads of its full layers."""
+GEMMA_4_HEADS = {
+    "as published": {"global_head_dim": 512, "num_global_key_value_heads": 4},
+    "as transformers 5 writes it": {
+        "per_layer_config": {
+            f"{layer:02d}": {"head_dim": 512, "num_key_value_heads": 4} for layer in range(5, 60, 6)
+        }
+    },
+}
+
+
+def gemma_4(**text) -> dict:
+    """Return the config.json of a model that sees, with more in its text model."""
+    names = ["Gemma4ForConditionalGeneration"]
+    return {"architectures": names, "model_type": "gemma4", "text_config": {**GEMMA_4, **text}}
+
+
 def facts(config: dict) -> ModelFacts:
     """Return the facts of a config.json; a `tokenizer` in it is what tokenizer_config.json says."""
     tokenizer = config.get("tokenizer")

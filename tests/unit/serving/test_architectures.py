@@ -1,11 +1,19 @@
+import json
+import re
+from pathlib import Path
+
 import pytest
 from weightsmith.checkpoints.attention import cache_layers
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.planning.targets import all_targets
 from weightsmith.serving import llamacpp, vllm
+from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import lengths
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.paged import paged_cache
+from weightsmith.stages.render import render
 
 from tests.fakes.configs import LLAMA_8B, facts, shape_of
 
@@ -43,9 +51,138 @@ def test_an_unknown_architecture_with_a_way_of_its_own_is_refused(module, strang
     assert caught.value.exit_code == 3
 
 
-def test_encoders_with_decoders_are_refused():
-    with pytest.raises(InputRefused, match="encoder"):
-        vllm.plan(facts({**LLAMA, "is_encoder_decoder": True}), 4 * GIB, L40S)
+def test_what_no_target_serves_is_refused_by_its_kind_whatever_else_is_wrong():
+    """Not by the keys that its config.json lacks or has: it is no error of the checkpoint."""
+    cases = {
+        "an encoder with a decoder": {"architectures": ["T5ForConditionalGeneration"]}
+        | {"is_encoder_decoder": True, "d_model": 512, "num_layers": 6},
+        "gives scores": {**LLAMA, "architectures": ["LlamaForSequenceClassification"]},
+        "fills gaps in texts": {**LLAMA, "architectures": ["BertForMaskedLM"]},
+        "gives vectors": {"architectures": ["MistralModel"]},
+        "keeps states alone": {"architectures": ["RWKV7ForCausalLM"], "model_type": "rwkv7"},
+        "keeps an index": {**LLAMA, "architectures": ["DeepseekV32ForCausalLM"]},
+    }
+    for what, config in cases.items():
+        with pytest.raises(InputRefused, match=what) as caught:
+            check_served(facts(config))
+
+        assert "`merge` and `validate` take it" in caught.value.hint
+    assert check_served(facts(LLAMA)) is None
+
+
+def test_a_folder_of_sentence_transformers_gives_vectors_whatever_its_class(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    check_served(read_facts(tmp_path))
+    (tmp_path / "modules.json").write_text("[]")
+
+    with pytest.raises(InputRefused, match=r"gives vectors, says its modules\.json"):
+        check_served(read_facts(tmp_path))
+
+
+def of_transformers(*tables):
+    """The classes in tables of transformers, such as CAUSAL_LM."""
+    from transformers.models.auto import modeling_auto as auto
+
+    rows = [
+        row
+        for table in tables
+        for row in getattr(auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
+    ]
+    return {name for row in rows for name in ([row] if isinstance(row, str) else row)}
+
+
+@pytest.mark.slow
+def test_classes_are_told_apart_as_transformers_does():
+    continue_texts = of_transformers("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+    continue_texts -= {"EvollaForProteinText2Text", "IdeficsForVisionText2Text"}
+    others = of_transformers(
+        *("SEQUENCE_CLASSIFICATION", "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING"),
+        *("MULTIPLE_CHOICE", "NEXT_SENTENCE_PREDICTION", "TEXT_ENCODING", "MASKED_LM", "BACKBONE"),
+        *("IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "AUDIO_CLASSIFICATION", "RETRIEVAL"),
+    )
+    # Of which some are made into encoders with decoders, and one is named like a decoder.
+    others -= of_transformers("SEQ_TO_SEQ_CAUSAL_LM") | {"FlaubertWithLMHeadModel"}
+
+    def task(name):
+        return facts({"architectures": [name]}).other_task
+
+    assert {name for name in continue_texts if task(name)} == set()
+    assert {name for name in others - continue_texts if not task(name)} == set()
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "reference" / "architectures.md"
+PUBLISHED = {
+    "Glm4MoeForCausalLM": {"head_dim": 128},
+    "Glm4vMoeForConditionalGeneration": {"head_dim": 128},
+}
+"""What published models have, and transformers' defaults lack."""
+
+
+def config_of(architecture):
+    """The configuration of a class with transformers' defaults, as it is written."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    tables = (
+        getattr(auto, f"MODEL_FOR_{name}_MAPPING_NAMES")
+        for name in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
+    )
+    kind = next(
+        kind
+        for table in tables
+        for kind, row in table.items()
+        if architecture in ([row] if isinstance(row, str) else row)
+    )
+    config = json.loads(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+    inner = config.get("text_config", config)
+    inner.update(PUBLISHED.get(architecture, {}))
+    return {**config, "architectures": [architecture]}
+
+
+def sections():
+    """The classes of the page: in its table, in its two lists, and those that it says are not."""
+    text = PAGE.read_text("utf-8")
+    table, rest = text.split("\n## Models that see")
+    lists, refused = rest.split("\n## What no target serves")
+    name = r"^\| (\w+)"
+    return (
+        re.findall(name, table, re.MULTILINE)[1:],
+        re.findall(r"^Also as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
+        re.findall(r"^Not as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
+        re.findall(name, refused, re.MULTILINE)[1:],
+    )
+
+
+def plan_of(architecture, target):
+    """Plan a class of transformers' default size, for the largest GPU."""
+    chosen = all_targets()[target]
+    options = ServeOptions(gpu="nvidia-b200", max_model_len=1024)
+    return render(
+        target=chosen,
+        name="x",
+        version="1",
+        model=facts(config_of(architecture)),
+        model_file="x.gguf" if target.startswith("llamacpp") else "",
+        weight_bytes=4 * GIB,
+        options=options,
+        image="",
+        made_from=(),
+    ).plan
+
+
+@pytest.mark.slow
+def test_the_page_and_the_planner_agree():
+    packed, as_gguf, not_as_gguf, refused = sections()
+    assert min(map(len, (packed, as_gguf, not_as_gguf, refused))) > 10
+    for name in (*packed, *as_gguf, *not_as_gguf):
+        for target in ("vllm", *(["llamacpp-q8_0"] if name in as_gguf else [])):
+            plan = plan_of(name.rstrip("*"), target)
+
+            assert plan.fits, name
+            assert not any("is not known" in note for note in plan.notes), (name, plan.notes)
+    for name in refused:
+        with pytest.raises(InputRefused, match="no target serves"):
+            plan_of(name, "vllm")
 
 
 @pytest.mark.parametrize(

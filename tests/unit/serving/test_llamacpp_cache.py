@@ -2,11 +2,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import UsageError
-from weightsmith.serving.llamacpp_cache import kv_cache_bytes, kv_layer_bytes, padded
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.serving.llamacpp_cache import (
+    growth_bytes,
+    kv_cache_bytes,
+    kv_layer_bytes,
+    padded,
+)
 from weightsmith.serving.memory import GIB
 
-from tests.fakes.configs import shape_of
+from tests.fakes.configs import GEMMA_4_HEADS, facts, gemma_4, shape_of
+
+F16 = ("f16", "f16")
 
 LLAMA_8B = ModelShape(
     architecture="LlamaForCausalLM",
@@ -30,7 +37,7 @@ def test_llama_8b_takes_128_kib_per_token():
     per_layer = kv_layer_bytes(LLAMA_8B, "f16", "f16")
 
     assert per_layer * 32 == 131072
-    assert kv_cache_bytes(LLAMA_8B, 131072, 1, per_layer, 512) == 16 * GIB
+    assert kv_cache_bytes(LLAMA_8B, 131072, 1, F16, 512) == 16 * GIB
 
 
 def test_packed_types_take_their_block_bytes():
@@ -80,11 +87,34 @@ def test_sliding_layers_hold_window_and_micro_batch():
         sliding_window=1024,
     )
 
-    # One full layer of 8192 tokens, five of 1024 + 512, for two slots, one byte a token.
-    assert kv_cache_bytes(shape, 8192, 2, 1, 512) == 2 * (8192 + 5 * 1536)
+    # One full layer of 8192 tokens, five of 1024 + 512, for two slots, 4096 bytes a token.
+    assert kv_cache_bytes(shape, 8192, 2, F16, 512) == 2 * (8192 + 5 * 1536) * 4096
     # A model that llama.cpp does not slide is planned at full length.
     other = dataclasses.replace(shape, architecture="MistralForCausalLM")
-    assert kv_cache_bytes(other, 8192, 2, 1, 512) == 2 * 6 * 8192
+    assert kv_cache_bytes(other, 8192, 2, F16, 512) == 2 * 6 * 8192 * 4096
+
+
+@pytest.mark.parametrize("heads", GEMMA_4_HEADS.values(), ids=GEMMA_4_HEADS)
+def test_the_full_layers_of_gemma_4_have_wider_heads(heads):
+    shape = shape_of(gemma_4(**heads))
+    full, sliding = 10 * 8192 * 2 * 4 * 512 * 2, 50 * 1536 * 2 * 16 * 256 * 2
+
+    assert kv_cache_bytes(shape, 8192, 3, F16, 512) == 3 * (full + sliding)
+    assert growth_bytes(shape, F16) == 10 * 2 * 4 * 512 * 2
+
+
+def test_layers_that_share_the_cache_of_gemma_4_have_none():
+    shape = shape_of(gemma_4(**GEMMA_4_HEADS["as published"], num_kv_shared_layers=30))
+
+    assert growth_bytes(shape, F16) == 5 * 2 * 4 * 512 * 2
+
+
+def test_layers_of_one_kind_with_different_heads_are_refused():
+    (_, resaved) = GEMMA_4_HEADS.values()
+    found = facts(gemma_4(per_layer_config={**resaved["per_layer_config"], "05": {"head_dim": 1}}))
+
+    with pytest.raises(InputRefused, match="different numbers or widths"):
+        _ = found.shape
 
 
 @given(st.integers(min_value=1, max_value=10**6))

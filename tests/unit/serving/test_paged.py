@@ -4,7 +4,7 @@ import pytest
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.paged import paged_cache
 
-from tests.fakes.configs import LLAMA_8B, shape_of
+from tests.fakes.configs import GEMMA_4_HEADS, LLAMA_8B, gemma_4, shape_of
 
 QWEN3_8B = {
     **LLAMA_8B,
@@ -178,3 +178,54 @@ def test_states_make_attention_blocks_as_large_as_they_are():
     assert [(g.kind, g.count) for g in cache.groups] == [("full", 1), ("state", 3)]
     assert cache.blocks(5440, 0) == 10 + 3 * 2
     assert pool(NEXT, prefix_caching=False).blocks(5440, 0) == 10 + 3
+
+
+@pytest.mark.parametrize("heads", GEMMA_4_HEADS.values(), ids=GEMMA_4_HEADS)
+def test_layers_with_smaller_tokens_have_longer_blocks(heads):
+    """A token of Gemma 4's full layers is half as large as one of its sliding ones."""
+    cache = pool(gemma_4(**heads))
+
+    # A page: 16 tokens x 16 heads x (256 + 256) x 2 bytes, or 32 tokens x 4 x (512 + 512) x 2.
+    assert cache.bytes_per_block == 10 * 262144
+    assert [(g.kind, g.count, g.block) for g in cache.groups] == [
+        ("full", 1, 32),
+        ("sliding", 5, 16),
+    ]
+    assert cache.blocks(8192, 2048) == 256 + 5 * ((1023 + 2048 + 15) // 16 + 1)
+    assert cache.growth == 10 * 8192
+
+
+def test_without_the_hybrid_manager_every_layer_keeps_all_tokens():
+    cache = pool(gemma_4(**GEMMA_4_HEADS["as published"]), hybrid=False)
+
+    assert cache.blocks(8192, 2048) == 512
+    assert cache.bytes_per_block == 16 * (10 * 8192 + 50 * 16384)
+
+
+def test_expanded_latent_attention_keeps_every_head():
+    """MiniCPM 3 has the numbers of latent attention, and vLLM caches its keys and values whole."""
+    numbers = {"kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+    config = {**LLAMA_8B, **numbers, "v_head_dim": 64, "num_key_value_heads": 32}
+
+    token = 32 * 32 * (96 + 96) * 2
+    assert pool({**config, "architectures": ["MiniCPM3ForCausalLM"]}).bytes_per_block == 16 * token
+
+
+def test_every_layer_of_falcon_h1_attends_and_keeps_a_state():
+    state = {"mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1}
+    config = {**LLAMA_8B, **state, "architectures": ["FalconH1ForCausalLM"], "mamba_d_conv": 4}
+    shape = shape_of(config)
+
+    assert [(part.kind, part.layers) for part in shape.cache] == [("full", 32), ("state", 32)]
+    (_, states) = shape.cache
+    assert (states.convolved, states.recurrent) == ((1536 + 2 * 128) * 3, 24 * 64 * 128)
+
+
+def test_short_convolutions_keep_their_last_inputs():
+    config = {**LLAMA_8B, "architectures": ["Lfm2ForCausalLM"], "conv_L_cache": 3}
+    config |= {"layer_types": ["conv", "conv", "conv", "full_attention"] * 8, "conv_dim": 2048}
+    shape = shape_of(config)
+
+    assert [(part.kind, part.layers) for part in shape.cache] == [("full", 8), ("state", 24)]
+    assert shape.cache[1].convolved == 2 * 2048
+    assert pool(config).bytes_per_block == 8 * 16 * 2 * 8 * 128 * 2

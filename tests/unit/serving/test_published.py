@@ -98,6 +98,6 @@ def test_a_request_in_llama_cpp(given: dict[str, Any], full: int, sliding: int, 
     token = kv_layer_bytes(model, "f16", "f16")
 
     assert attention_layers(model) == full + sliding
-    assert kv_cache_bytes(model, 8192, 2, token, 512) == 2 * (
+    assert kv_cache_bytes(model, 8192, 2, ("f16", "f16"), 512) == 2 * (
         (full * 8192 + sliding * 1536) * token + 4 * state
     )

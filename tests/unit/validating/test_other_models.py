@@ -11,7 +11,10 @@ from tests.unit.validating.conftest import held, make_model, make_tuned, merged,
 NOT_CAUSAL = {
     "bart": "an encoder with a decoder, cannot be run",
     "whisper": "an encoder with a decoder, cannot be run",
+    "t5": "an encoder with a decoder, cannot be run",
     "roberta": "RobertaForSequenceClassification cannot be run",
+    "bert": "BertForMaskedLM cannot be run",
+    "vectors": "MistralModel cannot be run",
     "llama": "LlamaForSequenceClassification cannot be run",
 }
 
@@ -35,8 +38,15 @@ def test_a_model_of_which_only_a_part_would_run_is_checked_by_its_files(kind, tm
         "llama": lambda: transformers.LlamaForSequenceClassification(
             transformers.LlamaConfig(**plain)
         ),
+        "t5": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=96, d_model=32, d_kv=16, d_ff=48, num_layers=1)
+        ),
         "roberta": lambda: transformers.RobertaForSequenceClassification(
             transformers.RobertaConfig(**plain)
+        ),
+        "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**plain)),
+        "vectors": lambda: transformers.MistralModel(
+            transformers.MistralConfig(**plain, num_key_value_heads=2)
         ),
     }[kind]()
     model.save_pretrained(tmp_path / "base")

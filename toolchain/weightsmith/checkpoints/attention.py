@@ -25,6 +25,10 @@ class CacheLayers:
     """For `state`: elements of the convolution state per request and layer."""
     recurrent: int = 0
     """For `state`: elements of the recurrent state, which may have another dtype."""
+    kv_heads: int = 0
+    """Key-value heads where these layers have others than the model says of all; else 0."""
+    head_dim: int = 0
+    """The same of a head's width."""
 
 
 _KINDS: Mapping[str, Kind] = {
@@ -57,7 +61,10 @@ def cache_layers(
     `config` is the text config; `window` its sliding window, 0 for none. Raises InputRefused for
     unknown layer types.
     """
-    names = _names(architecture, config, layers, window)
+    if architecture.startswith("FalconH1"):  # every layer attends, and has a state beside
+        names: Sequence[str] = ["full"] * layers + ["state"] * layers
+    else:
+        names = _names(architecture, config, layers, window)
     shared = config.get("num_kv_shared_layers")
     if isinstance(shared, int) and not isinstance(shared, bool) and 0 < shared < layers:
         # The last layers read the cache of earlier ones (Gemma 3n and 4).
@@ -68,6 +75,7 @@ def cache_layers(
         if not count:
             continue
         convolved, recurrent = _state(config) if kind == "state" else (0, 0)
+        heads, width = _own_heads(config, kind, [n for n, name in enumerate(names) if name == kind])
         found.append(
             CacheLayers(
                 kind=kind,
@@ -75,6 +83,8 @@ def cache_layers(
                 window=window if kind == "sliding" else _chunk(config, kind),
                 convolved=convolved,
                 recurrent=recurrent,
+                kv_heads=heads,
+                head_dim=width,
             )
         )
     if not found:
@@ -125,6 +135,31 @@ def _names(
     return ["sliding"] * layers  # Mistral 7B v0.1, Phi-3
 
 
+def _own_heads(config: Mapping[str, Json], kind: str, numbers: Sequence[int]) -> tuple[int, int]:
+    """Return key-value heads and head width of some layers, each 0 if they have the model's own.
+
+    Gemma 4 widens the heads of its full layers: by keys of their own, or layer by layer as
+    transformers 5 writes them. Raises InputRefused for layers of one kind that differ.
+    """
+    listed = config.get("per_layer_config")
+    if not isinstance(listed, Mapping):
+        listed = {}
+    names = ("num_key_value_heads", "head_dim")
+    each = {int(key): one for key, one in listed.items() if str(key).isdecimal()}
+    own = [one if isinstance(one := each.get(n, {}), Mapping) else {} for n in numbers]
+    found = {tuple(_int(one, name, 0) for name in names) for one in own} or {(0, 0)}
+    if len(found) > 1:
+        raise InputRefused(
+            f"config.json: layers of {kind} attention have heads of different numbers or widths",
+            hint="its memory cannot be planned; choose another model",
+        )
+    (heads, width) = found.pop()
+    if kind == "full":
+        heads = heads or _first(config, "num_global_key_value_heads")
+        width = width or _first(config, "global_head_dim")
+    return heads, width
+
+
 def _attention_types(config: Mapping[str, Json]) -> list[str]:
     """Return one kind per layer by `attn_type_list` (MiniMax-01); [] if all are full."""
     types = config.get("attn_type_list")
@@ -168,7 +203,7 @@ def _state(config: Mapping[str, Json]) -> tuple[int, int]:
     """Return the elements of a layer's convolution and recurrent state; (0, 0) if unknown.
 
     vLLM 0.33, model_executor/layers/mamba/mamba_utils.py: gated delta net, linear attention,
-    Mamba 2, Mamba 1.
+    short convolution, Mamba 2, Mamba 1.
     """
     if config.get("linear_num_value_heads"):
         keys = _int(config, "linear_num_key_heads", 0) * _int(config, "linear_key_head_dim", 0)
@@ -179,6 +214,8 @@ def _state(config: Mapping[str, Json]) -> tuple[int, int]:
     if _attention_types(config):
         heads, width = _int(config, "num_attention_heads", 0), _int(config, "head_dim", 0)
         return 0, heads * width**2
+    if kernel := _first(config, "conv_L_cache"):  # LFM2
+        return _first(config, "conv_dim", "hidden_size") * (kernel - 1), 0
     if heads := _first(config, "mamba_n_heads", "mamba_num_heads"):
         width = _first(config, "mamba_d_head", "mamba_head_dim")
         size = _first(config, "mamba_d_state", "ssm_state_size")

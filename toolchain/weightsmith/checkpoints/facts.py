@@ -13,7 +13,7 @@ from weightsmith.checkpoints.gguf_config import gguf_config
 from weightsmith.checkpoints.matrices import Matrices
 from weightsmith.checkpoints.packing import Packing
 from weightsmith.checkpoints.positions import Positions, whole
-from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.checkpoints.shape import ModelShape, has_states_alone
 from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import SMALL, json_object, read_bytes
@@ -21,11 +21,27 @@ from weightsmith.values import Json
 
 _STATEFUL = re.compile(
     "mamba|ssm|state_size|conv_kernel|linear_num|lora_rank|chunk|recurrent|retention|index_topk"
-    "|global_head_dim|kv_shared|attn_layer|hybrid|cross_attention|compress|rwkv|hyena"
+    "|global_head_dim|global_key_value|kv_shared|attn_layer|hybrid|cross_attention|compress|rwkv"
+    "|hyena|per_layer_config|^swa_"
 )
+_SENTENCE_TRANSFORMERS = "modules.json"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _KEPT = 1 << 20
 """Bytes of configurations whose facts stay in memory for who asks next."""
+_GENERATES = re.compile(
+    r"For(?:CausalLM|ConditionalGeneration|BlockDiffusion)|(?<!BERT)LMHead|Chat|Omni(?:Model|_)"
+    r"|Ultravox|DecoderModel"
+)
+"""In names of classes that continue texts."""
+_TASKS = (
+    (r"For\w*Classification|ForMultipleChoice|ForNextSentence|Reward", "gives scores"),
+    (r"ForMaskedLM|ForPreTraining|BERTLMHead", "fills gaps in texts"),
+    (r"ForQuestionAnswering", "marks an answer in a text"),
+    (r"For(?:CTC|RNNT|TDT)$", "writes down speech"),
+    (r"For[A-Z]", "is for something else than to continue texts"),
+    (r"(?:Model|Encoder|Backbone|Transformer|BERT)$|bert|^t5encoder$|-embedding$", "gives vectors"),
+)
+"""Pattern in the name of a class, or of a GGUF file's architecture -> what such models do."""
 _Part = TypeVar("_Part")
 
 
@@ -43,6 +59,10 @@ class ModelFacts:
     text_model_type: str
     """The language model's, which may be only a part of the model."""
     encoder_decoder: bool
+    states_alone: bool
+    """Whether no layer attends: it has states in place of keys and values, as Mamba and RWKV do."""
+    gives_vectors: bool
+    """Whether a file says that sentence-transformers makes vectors of its outputs."""
     sees_images: bool
     text_architecture: str
     """The language model's own class, or the model's."""
@@ -68,6 +88,14 @@ class ModelFacts:
     read_matrices: Matrices | InputRefused
 
     @property
+    def other_task(self) -> str:
+        """What the model's class does instead of continuing texts; "" for one that does."""
+        name = self.architecture
+        if not name or _GENERATES.search(name):
+            return ""
+        return next((what for pattern, what in _TASKS if re.search(pattern, name)), "")
+
+    @property
     def shape(self) -> ModelShape:
         """The decoder's dimensions; raises InputRefused if one is missing or invalid."""
         return _checked(self.read_shape)
@@ -89,6 +117,7 @@ class ModelFacts:
         tokenizer: Mapping[str, Json] | None = None,
         *,
         describes_images: bool = False,
+        gives_vectors: bool = False,
     ) -> ModelFacts:
         """Return the facts in a config.json and a tokenizer_config.json."""
         text, settings = text_part(config), tokenizer or {}
@@ -100,6 +129,8 @@ class ModelFacts:
             model_type=str(config.get("model_type") or ""),
             text_model_type=str(text.get("model_type") or config.get("model_type") or ""),
             encoder_decoder=bool(config.get("is_encoder_decoder")),
+            states_alone=has_states_alone(text),
+            gives_vectors=gives_vectors,
             sees_images=isinstance(config.get("vision_config"), Mapping),
             text_architecture=_architecture(config.get("text_config")) or architecture,
             vision_architecture=_architecture(config.get("vision_config")) or architecture,
@@ -128,24 +159,27 @@ def read_facts(path: Path) -> ModelFacts:
     if path.suffix == ".gguf" and not path.is_dir():
         return ModelFacts.of(gguf_config(path))
     config = read_bytes(path / "config.json", SMALL)
-    described = any((path / name).is_file() for name in _PROCESSORS)
+    beside: dict[str, bool] = {
+        "describes_images": any((path / name).is_file() for name in _PROCESSORS),
+        "gives_vectors": (path / _SENTENCE_TRANSFORMERS).is_file(),
+    }
     try:
         tokenizer = read_bytes(path / "tokenizer_config.json", SMALL)
     except InputRefused:
         tokenizer = b""
     read = _facts if len(config) + len(tokenizer) <= _KEPT else _facts.__wrapped__
-    return read(path, config, tokenizer, describes_images=described)
+    return read(path, config, tokenizer, **beside)
 
 
 @lru_cache(maxsize=8)
-def _facts(path: Path, config: bytes, tokenizer: bytes, *, describes_images: bool) -> ModelFacts:
+def _facts(path: Path, config: bytes, tokenizer: bytes, **beside: bool) -> ModelFacts:
     """Return the facts in two files with this content; a build asks for them ten times."""
     try:
         settings = json_object(tokenizer, str(path / "tokenizer_config.json"), unique=True)
     except InputRefused:
         settings = None
     model = json_object(config, str(path / "config.json"), unique=True)
-    return ModelFacts.of(model, settings, describes_images=describes_images)
+    return ModelFacts.of(model, settings, **beside)
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:

@@ -24,6 +24,8 @@ _LARGEST = {
     "qk_rope_head_dim": 100_000,
     "qk_nope_head_dim": 100_000,
 }
+_STATEFUL_KINDS = ("mamba", "rwkv", "xlstm", "retnet")
+"""Of model types."""
 _HINT = "check the checkpoint's config.json: a serving plan made from wrong numbers would not start"
 
 
@@ -49,12 +51,21 @@ class ModelShape:
     """One per layer; empty if they are not set."""
     dtype: str
     kv_lora_rank: int = 0
-    """Width of the compressed cache of multi-head latent attention; 0 for other models."""
+    """Width of the compressed keys and values of latent attention; 0 for other models."""
     rope_head_dim: int = 0
     state_dtype: str = ""
     """Dtype of the recurrent state of Mamba and linear attention; "" for the model's."""
     cache: tuple[CacheLayers, ...] = ()
     """The layers' caches, by kind."""
+
+    @property
+    def latent_cache(self) -> bool:
+        """Whether engines cache one compressed row of latent attention for all heads.
+
+        Not of MiniCPM 3, whose keys and values are expanded first (vLLM 0.33, models/minicpm3.py;
+        llama.cpp, src/models/minicpm3.cpp).
+        """
+        return bool(self.kv_lora_rank) and not self.architecture.startswith("MiniCPM3")
 
     @property
     def sliding_layers(self) -> int:
@@ -71,9 +82,15 @@ class ModelShape:
         """
         if not architecture:
             raise InputRefused("config.json has no architectures", hint=_HINT)
-        layers = _number(inner, "num_hidden_layers", "n_layer")
+        blocks = inner.get("layers_block_type")  # Nemotron-H as transformers 5 writes it
+        default = len(blocks) if isinstance(blocks, list) and blocks else None
+        layers = _number(inner, "num_hidden_layers", "n_layer", default=default)
         hidden = _number(inner, "hidden_size", "n_embd")
-        _require_attention(inner, architecture)
+        if has_states_alone(inner):
+            raise InputRefused(
+                f"{architecture} has states instead of attention, and its memory cannot be planned",
+                hint="choose a decoder with attention",
+            )
         heads = _number(inner, "num_attention_heads", "n_head")
         kv_heads = _kv_heads(inner, heads)
         head_dim = _number(inner, "head_dim", default=0) or _head_dim(inner, hidden, heads)
@@ -106,14 +123,12 @@ class ModelShape:
         )
 
 
-def _require_attention(config: Mapping[str, Json], architecture: str) -> None:
-    """Refuse Mamba and RWKV by their kind instead of by what their configuration lacks."""
+def has_states_alone(config: Mapping[str, Json]) -> bool:
+    """Return whether a decoder has no attention but states, as Mamba and RWKV have."""
+    if "num_attention_heads" in config or "n_head" in config:
+        return False
     stated = config.get("state_size") or config.get("attention_hidden_size")
-    if stated and "num_attention_heads" not in config and "n_head" not in config:
-        raise InputRefused(
-            f"{architecture} has states instead of attention, and its memory cannot be planned",
-            hint="serve it unplanned, or choose a decoder with attention",
-        )
+    return bool(stated) or str(config.get("model_type")).startswith(_STATEFUL_KINDS)
 
 
 def _intermediate(config: Mapping[str, Json], hidden: int) -> int:

@@ -15,6 +15,7 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import INDEX, parse_file
 from weightsmith.planning.sizes import estimated_bytes, expected_projector
 from weightsmith.planning.targets import all_targets, target_of
+from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -112,6 +113,7 @@ def foresee_model(path: Path, name: str = "") -> Model:
     if any(n.endswith((".gguf", ".safetensors")) for n in names):
         return open_model(path, name)
     facts = read_facts(path)
+    check_served(facts)
     size = _indexed_bytes(path / _INDEX) if _INDEX in names else 0
     return Model(
         path=path,

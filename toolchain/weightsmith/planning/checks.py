@@ -44,6 +44,7 @@ from weightsmith.ports import Runner, Silent
 from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
 from weightsmith.recipe import Recipe
+from weightsmith.serving.architectures import check_served
 from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
@@ -60,11 +61,12 @@ from weightsmith.values import Sources, Tree
 def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> dict[str, str]:
     """Check, before any long step, what would otherwise fail later.
 
-    Checks that the adapters fit the base, that each stage and the options fit the memory, and that
-    the disk has room.
+    Checks that the model is served, that the adapters fit the base, that each stage and the options
+    fit the memory, and that the disk has room.
     Returns the planned device of each target, by the target's name.
     """
-    recipe = request.file.recipe
+    recipe, model = request.file.recipe, read_facts(sources.base.tree.root)
+    check_served(model)
     written, packed, devices = 0, 0, {}
     probes(request.file)
     if sources_to_merge(request.targets, sources).adapters:
@@ -77,7 +79,6 @@ def check_before_work(request: BuildRequest, sources: Sources, tools: Tools) -> 
     say_samples(tasks, tools.progress)
     if not tasks:
         tools.progress.warn("the recipe has no `evaluate`: the image's answers are not tested")
-    model = read_facts(sources.base.tree.root)
     for target in request.targets:
         origin = origin_of(target, sources, recipe.merge)
         if target.engine.legacy:

@@ -39,6 +39,7 @@ from weightsmith.planning.serving import serving_config
 from weightsmith.planning.sizes import estimated_bytes, expected_projector
 from weightsmith.planning.tasks import check_leaks, probes, tasks_of
 from weightsmith.recipe_file import RecipeFile
+from weightsmith.serving.architectures import check_served
 from weightsmith.serving.parameters import WORKED_OUT
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.projector import Projector, projector_in
@@ -81,6 +82,7 @@ def forecast(
     if sources is None:
         return _unresolved(file, targets, why)
     with_sources(lock, file, sources, progress=tools.progress, locked=locked, update=update_lock)
+    check_served(read_facts(sources.base.tree.root))
     known = _known(file, targets, sources, tasks, dist, tools)
     rows = [row("resolve", cached=True, why="", read=sources.base.tree.size), merge_row(known)]
     rows += [*validate_rows(known), *reference_rows(known)]

@@ -1,40 +1,128 @@
-"""Architectures whose cache is known; of others only what is certain is planned."""
+"""Which models are served: those that continue text, and whose cache is known or certain."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused
 
 _KNOWN = (
-    "Arcee|Bamba|Cohere|Cohere2|DeepseekV2|DeepseekV3|Ernie4_5|Ernie4_5_Moe|Exaone|Exaone4|Falcon"
-    "|Gemma|Gemma2|Gemma3|Gemma3n|Glm|Glm4|Glm4Moe|GPT2|GPTBigCode|GPTJ|GPTNeoX|GptOss|Granite"
-    "|GraniteMoe|GraniteMoeHybrid|InternLM2|InternLM3|Jamba|Llama|Llama4|Mamba|Mamba2|MiniCPM"
-    "|MiniCPM3|Mistral|Mistral3|Mixtral|Nemotron|NemotronH|Olmo|Olmo2|Olmo3|Olmoe|OPT|Phi|Phi3"
-    "|PhiMoE|Qwen2|Qwen2Moe|Qwen3|Qwen3Moe|Qwen3Next|SeedOss|SmolLM3|StableLm|Starcoder2"
+    "Afmoe|Apertus|Arcee|Aria|AXK1|Bamba|Blip2|Bloom|Cohere|Cohere2|Cohere2Moe|Cohere2Vision"
+    "|CohereCompass|Cosmos3Edge|Cwm|DeepseekV2|DeepseekV3|Emu3|Ernie4_5|Ernie4_5_Moe"
+    "|Ernie4_5_VLMoe|Exaone|Exaone4|Exaone4_5_|ExaoneMoe|Falcon|FalconH1|FlexOlmo|Gemma|Gemma2"
+    "|Gemma3|Gemma3n|Gemma4|Gemma4Unified|Glm|Glm4|Glm4Moe|Glm4MoeLite|Glm4v|Glm4vMoe|GlmAsr"
+    "|GlmOcr|GPT2|GPTBigCode|GPTJ|GPTNeoX|GptOss|Granite|Granite4Vision|GraniteMoe"
+    "|GraniteMoeHybrid|GraniteMoeShared|GraniteMoeSWA|GraniteSpeech|GraniteSpeechPlus|GraniteSWA"
+    "|HrmText|HunYuanDenseV1|HunYuanMoEV1|HunYuanVL|HyperCLOVAX|HYV3|Idefics3|InternLM2|InternLM3"
+    "|InternVL|Jais2|Jamba|Laguna|Lfm2|Lfm2Moe|Lfm2Vl|Llama|Llama4|Llava|LlavaNext|LlavaNextVideo"
+    "|LlavaOnevision|Mellum|MiniCPM|MiniCPM3|MiniCPMV4_6|MiniCPMV4_7|MiniMaxM2|Ministral3|Mistral"
+    "|Mistral3|Mixtral|Molmo2|MossTranscribeDiarize|MuseGlimmer|Nemotron|NemotronH|Olmo|Olmo2"
+    "|Olmo3|Olmoe|OlmoHybrid|OPT|PaddleOCRVL|PaliGemma|Phi|Phi3|PhiMoE|QianfanOCR|Qwen2|Qwen2_5_VL"
+    "|Qwen2Audio|Qwen2Moe|Qwen2VL|Qwen3|Qwen3_5|Qwen3_5Moe|Qwen3ASR|Qwen3Moe|Qwen3Next|Qwen3VL"
+    "|Qwen3VLMoe|SeedOss|SmolLM3|SmolVLM|StableLm|Starcoder2|VaultGemma|VibeVoiceAsr|Voxtral"
 )
-_KNOWN_NAME = re.compile(rf"(?:{_KNOWN})(?:ForCausalLM|LMHeadModel|ForConditionalGeneration)")
+_KNOWN_GGUF = (
+    "apertus|arcee|bloom|cohere2|command-r|ernie4_5|ernie4_5-moe|exaone|exaone4|falcon|gemma|gemma2"
+    "|gemma3|glm4|glm4moe|gpt-oss|gpt2|gptneox|granite|granitemoe|hunyuan-dense|hunyuan-moe"
+    "|internlm2|llama|minicpm|mistral3|nemotron|olmo|olmo2|olmoe|phi2|phi3|phimoe|qwen2|qwen2moe"
+    "|qwen2vl|qwen3|qwen3moe|qwen3vl|qwen3vlmoe|seed_oss|smollm3|stablelm|starcoder2"
+)
+"""The same by what a GGUF file calls them."""
+_KNOWN_NAME = re.compile(
+    rf"(?:{_KNOWN})(?:ForCausalLM|LMHeadModel|ForConditionalGeneration)|{_KNOWN_GGUF}"
+)
+
+_SPARSE = "keeps an index of its tokens beside the cache"
+_STATES = "keeps states alone, and no keys and values"
+_OWN_WAY = "keeps keys and values in a way of its own"
+NOT_PLANNED: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "DeepseekV32ForCausalLM", "DeepseekV4ForCausalLM", "Dots3NoteForCausalLM",
+            "Glm5NextForConditionalGeneration", "GlmMoeDsaForCausalLM", "HYV4ForCausalLM",
+            "MiniMaxM3SparseForConditionalGeneration", "Qwen4ExpForCausalLM",
+            "Qwen4ExpForConditionalGeneration",
+        ),
+        _SPARSE,
+    ),
+    **dict.fromkeys(
+        ("FalconMambaForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM"),
+        _STATES,
+    ),
+    **dict.fromkeys(
+        (
+            "DiffusionGemmaForBlockDiffusion", "InklingForCausalLM",
+            "InklingForConditionalGeneration", "KimiLinearForCausalLM", "LongcatFlashForCausalLM",
+            "MiMoV2FlashForCausalLM", "Step3p7ForConditionalGeneration", "Zamba2ForCausalLM",
+        ),
+        _OWN_WAY,
+    ),
+    **dict.fromkeys(
+        (
+            "DbrxForCausalLM", "NemotronH_Omni_Reasoning_V3", "Qwen2_5OmniForConditionalGeneration",
+            "Qwen3OmniMoeForConditionalGeneration",
+        ),
+        "has a config.json with names of its own",
+    ),
+}  # fmt: skip
+"""Models that generate text, and whose memory is not planned here -> what is special of them."""
+
+_PART = re.compile(r"Classification|Answering|Encoder(?:Model)?$")
+"""In names of classes that do not use a decoder, or not as one."""
+
+_DONE_HERE = (
+    "here, `merge` and `validate` take it, `push DIR --to hf://OWNER/NAME` publishes the result,"
+    " and `bake --kind volume` makes an image of its files alone"
+)
+_UNPLANNED = (
+    "; for what vLLM or llama.cpp know, `bake --kind image` makes one with the engine's own"
+    " settings, neither planned nor tested"
+)
+
+
+def check_served(model: ModelFacts) -> None:
+    """Refuse a model that no target serves, by its configuration alone.
+
+    Raises InputRefused, which says what the model is and what can be done with it here.
+    """
+    name = model.architecture
+    if (model.encoder_decoder or name == "t5") and not _PART.search(name):
+        raise InputRefused(
+            f"{name} is an encoder with a decoder, and no target serves one: an image here is"
+            " planned, started and tested as the server of a decoder",
+            hint=_DONE_HERE,
+        )
+    what = "gives vectors, says its modules.json," if model.gives_vectors else model.other_task
+    if what:
+        raise InputRefused(
+            f"{name} {what}, and no target serves such a model: an image here is planned, started"
+            " and tested as a server that continues text",
+            hint=_DONE_HERE + _UNPLANNED,
+        )
+    if why := NOT_PLANNED.get(name) or (_STATES if model.states_alone else ""):
+        raise InputRefused(
+            f"{name} {why}: its memory is not planned here, and no target serves a model without a"
+            " plan",
+            hint=_DONE_HERE + _UNPLANNED,
+        )
 
 
 def check_architecture(model: ModelFacts) -> str:
     """Return what is assumed of an architecture that is not known; "" for one that is.
 
-    Raises InputRefused where its cache would be a guess, and for encoders.
+    Raises InputRefused where its cache would be a guess, and for what is not served at all.
     """
+    check_served(model)
     shape, strange = model.shape, model.stateful_keys
-    if model.encoder_decoder:
-        raise InputRefused(
-            f"{shape.architecture} is an encoder with a decoder; only decoders are served here",
-            hint="choose a decoder-only model",
-        )
     if _KNOWN_NAME.fullmatch(shape.architecture):
         return ""
     if strange:
         raise InputRefused(
             f"the architecture {shape.architecture} is not known, and {', '.join(strange[:3])} in"
-            " its config.json implies a cache of an unknown kind",
-            hint="its memory would be a guess; choose a known architecture, or serve it unplanned",
+            " its config.json implies a cache of an unknown kind: its memory would be a guess",
+            hint=_DONE_HERE + _UNPLANNED,
         )
     kinds = " and ".join(sorted({part.kind for part in shape.cache}))
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from weightsmith.checkpoints.attention import CacheLayers
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import InputRefused, UsageError
 
@@ -33,37 +34,73 @@ _PERIODS = {
 }
 
 
+_LISTED = ("Gemma4For", "Gemma4UnifiedFor")
+"""Beginnings of models whose sliding layers llama.cpp takes from config.json's list; their heads
+may differ from those of full layers, and layers that share another's cache have none."""
+
+
 def padded(tokens: int) -> int:
     """Return the tokens that llama.cpp allocates for a slot of that length."""
     return -(-tokens // KV_PADDING) * KV_PADDING
 
 
-def kv_layer_bytes(shape: ModelShape, type_k: str, type_v: str) -> int:
+def kv_layer_bytes(
+    shape: ModelShape, type_k: str, type_v: str, layer: CacheLayers | None = None
+) -> int:
     """Return the bytes that one token takes in one layer of llama.cpp's cache.
+
+    `layer` says which layers, where these differ.
 
     `kv_heads * (head_dim * k + v_head_dim * v)`, with the bytes per element of the two types;
     for multi-head latent attention one row of `kv_lora_rank + rope_head_dim` and no values
     (src/llama-kv-cache.cpp). Raises UsageError for a type that does not divide the heads.
     """
-    if shape.kv_lora_rank:
+    if shape.latent_cache:
         return _row(shape.kv_lora_rank + shape.rope_head_dim, type_k, "K")
-    keys = shape.kv_heads * _row(shape.head_dim, type_k, "K")
-    return keys + shape.kv_heads * _row(shape.v_head_dim, type_v, "V")
+    own, width = (layer.kv_heads, layer.head_dim) if layer else (0, 0)
+    heads = own or shape.kv_heads
+    keys = heads * _row(width or shape.head_dim, type_k, "K")
+    return keys + heads * _row(width or shape.v_head_dim, type_v, "V")
 
 
 def kv_cache_bytes(
-    shape: ModelShape, tokens: int, slots: int, layer_bytes: int, ubatch: int
+    shape: ModelShape, tokens: int, slots: int, types: tuple[str, str], ubatch: int
 ) -> int:
     """Return llama.cpp's whole cache for `slots` requests of up to `tokens` each.
+
+    `types` are those of keys and of values.
 
     Full layers hold every token of a slot; sliding layers hold window + ubatch
     (src/llama-kv-cache-iswa.cpp); both are padded to 256. Recurrent layers hold a state in float32
     for each slot (src/llama-memory-recurrent.cpp).
     """
-    sliding = sliding_layers(shape)
-    full = (attention_layers(shape) - sliding) * padded(tokens)
     window = padded(min(padded(tokens), shape.sliding_window + ubatch))
-    return slots * ((full + sliding * window) * layer_bytes + _state_bytes(shape))
+    kept = {"sliding": window, "full": padded(tokens)}
+    return slots * (
+        sum(
+            part.layers * kept[part.kind] * kv_layer_bytes(shape, *types, part)
+            for part in _parts(shape)
+        )
+        + _state_bytes(shape)
+    )
+
+
+def growth_bytes(shape: ModelShape, types: tuple[str, str]) -> int:
+    """Return the bytes that a request grows by with each token."""
+    return sum(
+        part.layers * kv_layer_bytes(shape, *types, part)
+        for part in _parts(shape)
+        if part.kind == "full"
+    )
+
+
+def _parts(shape: ModelShape) -> list[CacheLayers]:
+    """Return the layers with a cache as llama.cpp keeps them, each full or sliding."""
+    if shape.architecture.startswith(_LISTED):
+        return [part for part in shape.cache if part.kind in {"full", "sliding"}]
+    sliding = sliding_layers(shape)
+    full = attention_layers(shape) - sliding
+    return [CacheLayers(kind="full", layers=full), CacheLayers(kind="sliding", layers=sliding)]
 
 
 def attention_layers(shape: ModelShape) -> int:
@@ -75,7 +112,7 @@ def attention_layers(shape: ModelShape) -> int:
 
 def _state_bytes(shape: ModelShape) -> int:
     """Return what all recurrent layers keep for one slot; 0 without any, or if it is not known."""
-    states = [part for part in shape.cache if part.kind == "state" and part.recurrent]
+    states = [part for part in shape.cache if part.kind == "state"]
     return 4 * sum(part.layers * (part.convolved + part.recurrent) for part in states)
 
 
@@ -84,6 +121,8 @@ def sliding_layers(shape: ModelShape) -> int:
 
     Raises InputRefused for a model whose layers slide otherwise than llama.cpp computes them.
     """
+    if shape.architecture.startswith(_LISTED):
+        return sum(part.layers for part in shape.cache if part.kind == "sliding")
     period = _PERIODS.get(shape.architecture)
     if not period or not shape.sliding_window:
         return 0

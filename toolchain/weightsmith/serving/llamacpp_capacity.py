@@ -15,7 +15,13 @@ from weightsmith.errors import UsageError
 from weightsmith.serving.devices import CPU
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import named_gpu
-from weightsmith.serving.llamacpp_cache import KV_PADDING, kv_cache_bytes, kv_layer_bytes, padded
+from weightsmith.serving.llamacpp_cache import (
+    KV_PADDING,
+    growth_bytes,
+    kv_cache_bytes,
+    kv_layer_bytes,
+    padded,
+)
 from weightsmith.serving.memory import MIB, host_memory, human
 from weightsmith.values import Json
 
@@ -75,9 +81,9 @@ class Capacity:
     """Matrices of all adapters that are served beside the model; their weights are in `weights`."""
 
     @property
-    def layer_bytes(self) -> int:
-        """One token in one layer of the cache."""
-        return kv_layer_bytes(self.shape, self.type_k, self.type_v)
+    def growth(self) -> int:
+        """One token in all layers of the cache that keep every token."""
+        return growth_bytes(self.shape, (self.type_k, self.type_v))
 
     @property
     def layer_weights(self) -> int:
@@ -86,7 +92,8 @@ class Capacity:
 
     def kv(self, tokens: int, slots: int) -> int:
         """Return the cache of so many slots of that length."""
-        return kv_cache_bytes(self.shape, tokens, slots, self.layer_bytes, self.ubatch)
+        types = self.type_k, self.type_v
+        return kv_cache_bytes(self.shape, tokens, slots, types, self.ubatch)
 
     def overhead(self, tokens: int, slots: int) -> int:
         """Return what is neither weights nor cache.
@@ -258,7 +265,7 @@ def ways(capacity: Capacity, tokens: int, slots: int) -> list[dict[str, Json]]:
 def _packed(capacity: Capacity) -> Capacity | None:
     packed = replace(capacity, type_k="q8_0", type_v="q8_0")
     try:
-        smaller = packed.layer_bytes < capacity.layer_bytes
+        smaller = packed.kv(KV_PADDING, 1) < capacity.kv(KV_PADDING, 1)
     except UsageError:
         return None
     return packed if smaller and capacity.flash else None

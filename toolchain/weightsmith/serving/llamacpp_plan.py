@@ -15,7 +15,6 @@ from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp_cache import (
     KV_PADDING,
-    attention_layers,
     padded,
     require_attention,
     sliding_layers,
@@ -210,7 +209,6 @@ def _result(
     extra: Mapping[str, Json],
     notes: list[str],
 ) -> ServingPlan:
-    growing = attention_layers(capacity.shape) - sliding_layers(capacity.shape)
     settings: dict[str, Json] = {
         "ctx-size": padded(tokens) * slots,
         "parallel": slots,
@@ -237,7 +235,7 @@ def _result(
         max_concurrency=room // (kv // slots),
         weight_bytes=capacity.weights,
         weights_bytes_per_gpu=-(-capacity.weights // gpus),
-        kv_bytes_per_token=growing * capacity.layer_bytes,
+        kv_bytes_per_token=capacity.growth,
         kv_bytes_per_request=kv // slots,
         kv_bytes_total=kv,
         kv_cache_bytes=room // gpus,

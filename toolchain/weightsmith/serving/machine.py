@@ -11,8 +11,9 @@ from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import Gpu, named_gpu
 from weightsmith.serving.memory import host_memory
 
-_LOW_PRECISION = ("Gemma2", "Gemma3", "Glm4")
-"""Models whose activations overflow float16; vLLM 0.33, config/model.py refuses it for them."""
+_LOW_PRECISION = ("Gemma2For", "Gemma3For", "Glm4For")
+"""Beginnings of models whose activations overflow float16, which vLLM refuses for them (0.33,
+config/model.py)."""
 
 _DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -96,7 +97,7 @@ def can_split(shape: ModelShape, shards: int) -> bool:
     Key-value heads are divided, or each is held by several GPUs (vLLM 0.33, config/model.py).
     """
     even = shape.kv_heads % shards == 0 or shards % shape.kv_heads == 0
-    return shape.heads % shards == 0 and (even or bool(shape.kv_lora_rank))
+    return shape.heads % shards == 0 and (even or shape.latent_cache)
 
 
 def choose_dtype(shape: ModelShape, machine: Machine, wanted: str) -> tuple[str, str]:

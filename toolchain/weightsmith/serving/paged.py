@@ -24,6 +24,8 @@ class Group:
     window: int
     count: int
     """Groups of this kind; each request holds blocks for each of them."""
+    block: int
+    """Tokens of a block: more where a token takes less, since all blocks are equally large."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +33,7 @@ class PagedCache:
     """The block pool of one GPU."""
 
     block: int
-    """Tokens of a block."""
+    """Tokens of the shortest block."""
     bytes_per_block: int
     """One block of every layer of a group."""
     groups: tuple[Group, ...]
@@ -48,12 +50,22 @@ class PagedCache:
 
     def _of_kind(self, group: Group, tokens: int, inflight: int) -> int:
         if group.kind == "full":
-            return -(-tokens // self.block)
+            return -(-tokens // group.block)
         if group.kind == "sliding":
-            return -(-min(group.window - 1 + inflight, tokens) // self.block) + 1
+            return -(-min(group.window - 1 + inflight, tokens) // group.block) + 1
         if group.kind == "chunked":
-            return -(-min(group.window + inflight, tokens) // self.block)
+            return -(-min(group.window + inflight, tokens) // group.block)
         return self.state_blocks
+
+    @property
+    def growth(self) -> int:
+        """Bytes that a further token takes, on average over a block.
+
+        In the layers that keep every token; where there are none, in those with a window.
+        """
+        full = [group for group in self.groups if group.kind == "full"]
+        growing = full or [group for group in self.groups if group.kind != "state"]
+        return sum(group.count * self.bytes_per_block // group.block for group in growing)
 
     def number(self, available: int) -> int:
         """Return the blocks that fit into so many bytes."""
@@ -68,18 +80,29 @@ class PagedCache:
         return self.number(available) / self.blocks(tokens, inflight)
 
 
-def token_bytes(shape: ModelShape, element: float, tensor_parallel: int, *, sparse: bool) -> int:
+def token_bytes(
+    shape: ModelShape,
+    element: float,
+    tensor_parallel: int,
+    *,
+    sparse: bool,
+    layer: CacheLayers | None = None,
+) -> int:
     """Return the bytes of one token in one attention layer on one GPU.
 
-    `element` is the bytes of a number. Multi-head latent attention keeps one row for all heads,
-    which is not divided among GPUs; else every GPU has at least one key-value head.
+    `element` is the bytes of a number; `layer` says which layers, where these differ. Multi-head
+    latent attention keeps one row for all heads, which is not divided among GPUs; else every GPU
+    has at least one key-value head.
     """
-    if shape.kv_lora_rank:
+    if shape.latent_cache:
         if sparse:
             return SPARSE_MLA_BYTES
         return int((shape.kv_lora_rank + shape.rope_head_dim) * element)
-    heads = max(1, shape.kv_heads // tensor_parallel)
-    return int(heads * (shape.head_dim + shape.v_head_dim) * element)
+    total, width = (layer.kv_heads, layer.head_dim) if layer else (0, 0)
+    heads = max(1, (total or shape.kv_heads) // tensor_parallel)
+    # Where latent attention is expanded (MiniCPM 3), values are padded to the width of keys.
+    values = width or (shape.head_dim if shape.kv_lora_rank else shape.v_head_dim)
+    return int(heads * ((width or shape.head_dim) + values) * element)
 
 
 def paged_cache(
@@ -102,45 +125,61 @@ def paged_cache(
     Raises InputRefused where a state's size is not known.
     Without `hybrid` (--disable-hybrid-kv-cache-manager) every attention layer keeps all tokens.
     """
-    token = token_bytes(shape, element, tensor_parallel, sparse=sparse)
+    tokens = {
+        part: token_bytes(shape, element, tensor_parallel, sparse=sparse, layer=part)
+        for part in shape.cache
+        if part.kind != "state"
+    }
+    state_blocks = 2 if prefix_caching else 1
+    if not hybrid and len(set(tokens.values())) > 1:
+        size = sum(-(-part.layers // pipeline_parallel) * one for part, one in tokens.items())
+        whole = Group(kind="full", window=0, count=1, block=block)
+        return PagedCache(
+            block=block, bytes_per_block=block * size, groups=(whole,), state_blocks=state_blocks
+        )
     layers = shape.cache if hybrid else _all_full(shape.cache)
-    states = [part for part in layers if part.kind == "state"]
-    page = block * token
-    if states:
-        if not states[0].recurrent:
+    token, page = max(tokens.values(), default=0), 0
+    if states := [part for part in layers if part.kind == "state"]:
+        if not (states[0].recurrent or states[0].convolved):
             raise InputRefused(
                 f"config.json does not say how large a state {shape.architecture}'s layers keep",
                 hint="its memory would be a guess; choose a decoder with attention",
             )
         size = states[0].convolved * state_element
         size += states[0].recurrent * (recurrent_element or state_element)
-        state = -(-size // tensor_parallel)
-        if len(states) == len(layers):
-            page = state
-        elif state > page:
+        page = -(-size // tensor_parallel)
+        if token and page > block * token:
             # Attention blocks grow until they hold a state (platforms/interface.py).
-            step = max(block, 128) if shape.kv_lora_rank else block
-            block = -(-state // (token * step)) * step
-            page = block * token
-    size, groups = _grouped(layers)
+            step = max(block, 128) if shape.latent_cache else block
+            block = -(-page // (token * step)) * step
+    page = block * token or page
+    size = _group_size(layers)
     return PagedCache(
         block=block,
         bytes_per_block=-(-size // pipeline_parallel) * page,
-        groups=groups,
-        state_blocks=2 if prefix_caching else 1,
+        groups=tuple(
+            Group(
+                kind=part.kind,
+                window=part.window,
+                count=-(-part.layers // size),
+                # Pages are equally large: where a token is smaller, more of them are in a block,
+                # or the page is padded (unify_kv_cache_spec_page_size).
+                block=block * (token // one if token % one == 0 else 1),
+            )
+            for part in layers
+            for one in [tokens.get(part, token) or 1]
+        ),
+        state_blocks=state_blocks,
     )
 
 
-def _grouped(layers: Sequence[CacheLayers]) -> tuple[int, tuple[Group, ...]]:
-    """Return the layers of a group, and the groups: the smallest kind's number decides.
+def _group_size(layers: Sequence[CacheLayers]) -> int:
+    """Return the layers of a group: the smallest kind's number decides.
 
     Unless the largest is less than half as large again: then padding the small one is cheaper.
     """
     counts = [part.layers for part in layers]
-    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
-    return size, tuple(
-        Group(kind=part.kind, window=part.window, count=-(-part.layers // size)) for part in layers
-    )
+    return max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
 
 
 def _all_full(layers: Sequence[CacheLayers]) -> tuple[CacheLayers, ...]:

@@ -162,9 +162,6 @@ def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
     gpus, tensor = max(1, machine.gpus), machine.tensor_parallel
     need = capacity.blocks(tokens, requests) * cache.bytes_per_block
     overhead = capacity.overhead(tokens, requests)
-    # A further token takes a part of a block in the layers that keep every token.
-    growing = [group.count for group in cache.groups if group.kind == "full"]
-    count = sum(growing) or sum(g.count for g in cache.groups if g.kind != "state")
     fits = capacity.fits(tokens, requests)
     return ServingPlan(
         device=machine.device,
@@ -177,7 +174,7 @@ def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
         ),
         weight_bytes=capacity.weights,
         weights_bytes_per_gpu=capacity.weights_each,
-        kv_bytes_per_token=_growth(capacity, count) * tensor,
+        kv_bytes_per_token=_growth(capacity) * tensor,
         kv_bytes_per_request=need * gpus,
         kv_bytes_total=need * gpus * requests,
         kv_cache_bytes=max(0, room),
@@ -202,13 +199,12 @@ def _lowered(capacity: Capacity, fraction: float) -> tuple[str, ...]:
     return (f"gpu_memory_utilization {fraction} instead of {wanted}: activations need the rest",)
 
 
-def _growth(capacity: Capacity, groups: int) -> int:
+def _growth(capacity: Capacity) -> int:
     """Return the bytes of a token in the growing layers of all pipeline stages, on one shard."""
-    cache, stages = capacity.cache, capacity.machine.pipeline_parallel
-    if stages == 1:
-        return groups * cache.bytes_per_block // cache.block
+    if capacity.machine.pipeline_parallel == 1:
+        return capacity.cache.growth
     whole = replace(capacity, machine=replace(capacity.machine, pipeline_parallel=1))
-    return groups * whole.cache.bytes_per_block // whole.cache.block
+    return whole.cache.growth
 
 
 def _shm_bytes(machine: Machine) -> int:

@@ -140,7 +140,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     options, own = without_float16(options.format, device, model.shape.dtype, options)
     extra = known_options(cpu=on_cpu).checked(options.extra)
     chosen = switches(extra)
-    if on_cpu and model.shape.kv_lora_rank:
+    if on_cpu and model.shape.latent_cache:
         # Latent attention there takes a prompt as a whole (platforms/cpu.py).
         chosen = replace(chosen, chunked_prefill=False)
     if options.adapters:
@@ -230,7 +230,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
         if planned.pipeline_parallel_size > 1:
             settings["pipeline-parallel-size"] = planned.pipeline_parallel_size
         return settings
-    if not capacity.shape.kv_lora_rank:  # the CPU's kernel for latent attention has blocks of 16
+    if not capacity.shape.latent_cache:  # the CPU's kernel for latent attention has blocks of 16
         settings["block-size"] = capacity.cache.block
     # By default a CPU server takes 92 % of the host; one block is vLLM's own (the null block).
     settings["kv-cache-memory-bytes"] = planned.kv_bytes_total + capacity.cache.bytes_per_block

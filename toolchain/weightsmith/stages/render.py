@@ -22,6 +22,7 @@ from jinja2 import (
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import UsageError
 from weightsmith.resources import templates
+from weightsmith.serving.architectures import check_served
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, ServedModel, ServeOptions
 from weightsmith.serving.memory import human
@@ -57,8 +58,9 @@ def render(
     "" if it is not known yet; manifests then use `name:version`. The caller's `notes` precede the
     plan's own.
     Raises UsageError if the options do not fit or a template does not render, InputRefused for
-    wrong numbers in config.json.
+    a model that no target serves, and for wrong numbers in config.json.
     """
+    check_served(model)
     engine = target.engine
     size = projector.size if projector else 0
     options = replace(options, format=target.format, projector_bytes=size)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from weightsmith.checkpoints.facts import read_facts
 from weightsmith.cpus import all_but_one
 from weightsmith.errors import EnvironmentFailure, InputRefused, ran_out_of_memory
 from weightsmith.foreign import read_json
@@ -42,7 +43,6 @@ from weightsmith.validating.result import Comparison, Distance, Validation
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
 
-_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _SHOWN = 20
 """Findings of one kind that are listed; more are only counted."""
 
@@ -133,12 +133,11 @@ def _tokenizers(request: Request, expected: Any) -> list[Finding]:
 
 def _not_causal(base: Path) -> str:
     """Return what the base is if transformers would load only a part of it, such as a decoder."""
-    config = read_json(base / "config.json")
-    listed = config.get("architectures")
-    name = str(listed[0]) if isinstance(listed, list) and listed else "the model"
-    if name.endswith(_CLASSIFIERS):
-        return name
-    return f"{name}, an encoder with a decoder," if config.get("is_encoder_decoder") is True else ""
+    model = read_facts(base)
+    if model.other_task:
+        return model.architecture
+    name = model.architecture or "the model"
+    return f"{name}, an encoder with a decoder," if model.encoder_decoder else ""
 
 
 class _Uncompared(Exception):
