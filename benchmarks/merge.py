@@ -1,20 +1,25 @@
 """Merging compared with PEFT, mergekit, axolotl and `cp`: CPU and wall seconds, peak memory.
 
-    python benchmarks/merge.py [--case gigabyte|small|wide|large|layer70b|tuner]
+    python benchmarks/merge.py [--case gigabyte|small|deep|wide|large|layer70b|tuner]
         [--rounds 3] [--only NAME,…] [--peers] [--work benchmarks/work]
     python benchmarks/merge.py --case whole70b
 
 Every tool runs in its own process, and all run alternately, so that a change in the machine's load
 affects all of them. Checkpoints have Llama's shapes in bfloat16, with an adapter of rank 64 on all
-linear layers: `gigabyte` has 0.97 GB, `small` 1.85 GB; `large` has three layers of a 70B model and
-6.2 GB, `wide` two, `layer70b` one; `tuner` is `small` with a LoHa adapter, which PEFT's own layers
-merge. `whole70b` plans the merge of all 80 layers on a sparse file and prints the predicted memory.
+linear layers: `gigabyte` has 0.97 GB, `small` 1.85, `deep` 4.67; `large` has three layers of a 70B
+model and 6.2 GB, `wide` two, `layer70b` one; `tuner` is `small` with a LoHa adapter, which PEFT's
+own layers merge. `whole70b` plans the merge of all 80 layers on a sparse file and prints the
+predicted memory.
 
 With `--peers` mergekit and axolotl's wheel are installed beside the inputs, not into the project's
 environment. Of axolotl only the module that merges shard by shard is used, with a standard logger,
 since the package itself needs CUDA. Variables for BLAS and OpenMP are removed, so that every tool
 runs with its defaults; ours has the one that its jobs get. Our modules are compiled first, as pip
 does when it installs a package.
+
+`read, hash, write, read back` does with each byte what a merge must do that prints digests and
+checks what it wrote, and computes nothing. Its system time is also what a virtual machine's host
+takes to provide memory for the new files, which varies.
 """
 
 from __future__ import annotations
@@ -74,6 +79,25 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 module.merge_lora_sharded_efficient(*sys.argv[1:4])
 """
+FLOOR = """
+import hashlib, os, sys
+from pathlib import Path
+from weightsmith.merging.libc import reserve
+base, _, out = sys.argv[1:4]
+os.mkdir(out)
+data = memoryview(bytearray(1 << 18))
+for source in sorted(Path(base).glob("*.safetensors")):
+    digest, written = hashlib.sha256(), Path(out, source.name)
+    with source.open("rb", 0) as file, written.open("wb", 0) as made:
+        reserve(made.fileno(), source.stat().st_size)
+        while count := file.readinto(data):
+            digest.update(data[:count])
+            made.write(data[:count])
+        os.fsync(made.fileno())
+    with written.open("rb", 0) as file:
+        while file.readinto(data):
+            pass
+"""
 PEERS = {"mergekit": ["mergekit==0.1.5", "immutables"], "axolotl": ["axolotl==0.19.0"]}
 TUNED = ("OPENBLAS_", "OMP_", "MKL_", "MALLOC_")
 PLAN = """
@@ -130,13 +154,14 @@ class Shape:
 
 SMALL = Shape(2048, 5632, 18, 32, 4, 32000)
 GIGABYTE = replace(SMALL, layers=8)
+DEEP = replace(SMALL, layers=50)
 LARGE = Shape(8192, 28672, 3, 64, 8, 32000)
 WIDE = Shape(8192, 28672, 2, 64, 8, 32000)
 LAYER = Shape(8192, 28672, 1, 64, 8, 1000)
 WHOLE = Shape(8192, 28672, 80, 64, 8, 128256)
 CASES = {
-    "gigabyte": GIGABYTE, "small": SMALL, "tuner": SMALL, "large": LARGE, "wide": WIDE,
-    "layer70b": LAYER, "whole70b": WHOLE,
+    "gigabyte": GIGABYTE, "small": SMALL, "deep": DEEP, "tuner": SMALL, "large": LARGE,
+    "wide": WIDE, "layer70b": LAYER, "whole70b": WHOLE,
 }  # fmt: skip
 
 
@@ -249,6 +274,8 @@ def run(argv: list[str], path: Path | None = None) -> dict[str, float]:
     if status:
         sys.exit(f"{argv[0]} failed with status {status}; run it by hand to see why: {argv[2:]}")
     return {
+        "user": usage.ru_utime,
+        "system": usage.ru_stime,
         "cpu": usage.ru_utime + usage.ru_stime,
         "wall": time.monotonic() - started,
         "rss": usage.ru_maxrss / 1024,
@@ -266,6 +293,7 @@ def ways(options: argparse.Namespace, base: Path, adapter: Path, out: Path) -> d
         found["mergekit"] = ([*python, MERGEKIT, *folders], peer(options.work, "mergekit"))
         path = peer(options.work, "axolotl")
         found["axolotl by shards"] = ([*python, AXOLOTL, *folders], path)
+    found["read, hash, write, read back"] = ([*python, FLOOR, *folders], None)
     found["cp"] = (["cp", "-r", str(base), str(out)], None)
     copied = 'cp -r "$0" "$1" && sync "$1"/*'
     found["cp and fsync"] = (["sh", "-c", copied, str(base), str(out)], None)
@@ -288,10 +316,13 @@ def show(options: argparse.Namespace, base: Path, found: dict[str, list[dict[str
     loads = " ".join(f"{load:.1f}" for load in os.getloadavg())
     print(f"{options.case}: base {size / 1e9:.2f} GB, {os.cpu_count()} CPUs, load {loads}, ")
     print(f"median of {options.rounds} interleaved rounds.\n")
-    print("| way | CPU s | wall s | peak RSS MiB |\n|---|---|---|---|")
+    print("| way | CPU s | user | system | CPU s per GB | wall s | peak RSS MiB |")
+    print("|---|---|---|---|---|---|---|")
+    keys = ("cpu", "user", "system", "wall", "rss")
     for name, runs in found.items():
-        cpu, wall, rss = (statistics.median(r[key] for r in runs) for key in ("cpu", "wall", "rss"))
-        print(f"| {name} | {cpu:.1f} | {wall:.1f} | {rss:.0f} |")
+        cpu, user, system, wall, rss = (statistics.median(r[key] for r in runs) for key in keys)
+        shown = f"{cpu:.1f} | {user:.1f} | {system:.1f} | {cpu / size * 1e9:.1f} | {wall:.1f}"
+        print(f"| {name} | {shown} | {rss:.0f} |")
 
 
 def main() -> None:
