@@ -17,7 +17,7 @@ since the package itself needs CUDA. Variables for BLAS and OpenMP are removed, 
 runs with its defaults; ours has the one that its jobs get. Our modules are compiled first, as pip
 does when it installs a package.
 
-`read, hash, write, read back` does with each byte what a merge must do that prints digests and
+`reading and writing alone` does with each byte what a merge must do that prints digests and
 checks what it wrote, and computes nothing. Its system time is also what a virtual machine's host
 takes to provide memory for the new files, which varies.
 """
@@ -293,7 +293,7 @@ def ways(options: argparse.Namespace, base: Path, adapter: Path, out: Path) -> d
         found["mergekit"] = ([*python, MERGEKIT, *folders], peer(options.work, "mergekit"))
         path = peer(options.work, "axolotl")
         found["axolotl by shards"] = ([*python, AXOLOTL, *folders], path)
-    found["read, hash, write, read back"] = ([*python, FLOOR, *folders], None)
+    found["reading and writing alone"] = ([*python, FLOOR, *folders], None)
     found["cp"] = (["cp", "-r", str(base), str(out)], None)
     copied = 'cp -r "$0" "$1" && sync "$1"/*'
     found["cp and fsync"] = (["sh", "-c", copied, str(base), str(out)], None)
