@@ -8,10 +8,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from weightsmith.commands.images import copy_attachments, copy_image
+from weightsmith.commands.images import (
+    copy_attachments,
+    copy_image,
+    preview_copy,
+    preview_text,
+)
 from weightsmith.commands.verify import verify_image
 from weightsmith.drivers.signer import open_signer
-from weightsmith.errors import CheckFailed
+from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
@@ -55,6 +60,26 @@ def test_a_layout_holds_and_is_pushed_with_all_that_hangs_on_it(
     blob = layout / "blobs" / "sha256" / scene.image().layers[1].digest.hex
     blob.write_bytes(blob.read_bytes().replace(b"GGUF", b"EVIL"))
     assert "layer 1" in scene.check(f"oci:{layout}")
+
+
+def test_a_dry_run_shows_what_would_be_copied(scene: Scene) -> None:
+    other = f"{scene.fake.host}/prod/app:1"
+    before = (dict(scene.fake.blobs), dict(scene.fake.manifests))
+    shown = preview_copy(scene.name, other, scene.client, force=False)
+    assert (scene.fake.blobs, scene.fake.manifests) == before
+    assert [row["how"] for row in shown["blobs"]] == [*["mount"] * 4, "send"]
+    assert shown["uploaded_bytes"] == scene.image().config_blob.size
+    assert shown["attached"] == 3
+    assert "3 attachments" in preview_text(shown)
+
+    copy_image(scene.name, other, scene.client, Silent(), force=False)
+    shown = preview_copy(scene.name, other, scene.client, force=False)
+    assert {row["how"] for row in shown["blobs"]} == {"there"}
+    assert (shown["digest"], shown["uploaded_bytes"]) == (scene.image().digest, 0)
+    bake(scene.client, scene.model, "", kind="volume", push=f"{scene.fake.host}/team/other:1")
+    with pytest.raises(UsageError, match="already exists"):
+        preview_copy(f"{scene.fake.host}/team/other:1", other, scene.client, force=False)
+    assert preview_copy(f"{scene.fake.host}/team/other:1", other, scene.client, force=True)
 
 
 @pytest.mark.parametrize("how", ["plain", "signed", "made"])

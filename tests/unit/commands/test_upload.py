@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith.commands.upload import push_to_hub
+from weightsmith.commands.upload import preview, push_to_hub
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.layers import TITLE
@@ -96,6 +96,40 @@ def test_a_second_push_sends_nothing(hub: WritableHub, tools: Tools, model: Path
 
 
 @pytest.mark.slow
+def test_a_dry_run_shows_what_a_push_would_do_and_does_nothing(
+    hub: WritableHub, tools: Tools, model: Path
+) -> None:
+    shown = push_to_hub(str(model), DESTINATION, tools, dry_run=True)
+    assert hub.repositories == {}
+    assert shown["dry_run"]
+    assert not shown["exists"]
+
+    done = push_to_hub(str(model), DESTINATION, tools)
+    repository = hub.repositories["team/bot"]
+    assert shown["card"] == repository.files["README.md"].decode()
+    assert shown["uploaded_bytes"] == done["uploaded_bytes"]
+    assert {row["path"]: row["size"] for row in shown["files"]} == {
+        path: len(data) for path, data in repository.files.items() if path != ".gitattributes"
+    }
+    assert all(row["sent"] for row in shown["files"])
+
+    repository.files["old.bin"] = b"old"
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    before = (dict(repository.files), list(repository.commits))
+    with pytest.raises(UsageError, match="already holds other files"):
+        push_to_hub(str(model), DESTINATION, tools, dry_run=True)
+    forced = replace(DESTINATION, force=True)
+    shown = push_to_hub(str(model), forced, tools, dry_run=True)
+    assert (repository.files, repository.commits) == before
+    assert [row["path"] for row in shown["files"] if row["sent"]] == ["config.json"]
+    assert shown["deleted"] == ["old.bin"]
+    assert shown["uploaded_bytes"] == (model / "config.json").stat().st_size
+    text = preview(shown)
+    assert "send    " in text
+    assert "delete  old.bin" in text
+    assert shown["card"].rstrip() in text
+
+
 def test_other_content_needs_force_and_is_replaced(
     hub: WritableHub, tools: Tools, model: Path
 ) -> None:
@@ -400,6 +434,9 @@ def test_the_command_prints_one_object_and_no_token(
     result = run()
     assert result["digest"] == hub.repositories["team/bot"].commits[-1]
     assert {"reference", "digest", "uploaded_bytes"} <= result.keys()
+    commits = [*hub.repositories["team/bot"].commits]
+    assert run("--dry-run")["uploaded_bytes"] == 0
+    assert hub.repositories["team/bot"].commits == commits
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     assert "--force" in run(status=2)["error"]["hint"]
     assert run("--force")["digest"] != result["digest"]

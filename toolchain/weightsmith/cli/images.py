@@ -70,6 +70,7 @@ def bake(
         "source": "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME; for a "
         "hub also a checkpoint's folder, a .gguf file or the folder of a build's results",
         "force": "move a tag that already names another image; replace what a hub's repository has",
+        "dry_run": "show what would be sent, and of a hub the card; change nothing",
     },
 )
 def push(
@@ -78,13 +79,14 @@ def push(
     to: str = "",
     force: bool = False,
     public: bool = False,
+    dry_run: bool = False,
     insecure: bool = False,
     sign_key: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card."""
     from weightsmith.commands.arguments import required
-    from weightsmith.commands.images import copy_image
-    from weightsmith.commands.upload import hub_destination, push_to_hub
+    from weightsmith.commands.images import copy_image, preview_copy, preview_text
+    from weightsmith.commands.upload import hub_destination, preview, push_to_hub
     from weightsmith.progress import progress_for
     from weightsmith.wiring import make_registry, make_signer, open_tools
 
@@ -92,10 +94,13 @@ def push(
     if hub := hub_destination(to, force=force, public=public, sign_key=sign_key):
         run = RunOptions(runner="local", insecure=insecure)
         with open_tools(run, progress_for()) as tools:
-            result = push_to_hub(source, hub, tools)
-        return result, f"{result['reference']}@{result['digest']}"
+            result = push_to_hub(source, hub, tools, dry_run=dry_run)
+        return result, preview(result) if dry_run else f"{hub.reference}@{result['digest']}"
     signer = make_signer(sign_key)
     with make_registry(insecure=insecure) as registry:
+        if dry_run:
+            result = preview_copy(source, to, registry, force=force)
+            return result, preview_text(result)
         result = copy_image(source, to, registry, progress_for(), force=force, signer=signer)
     return result, pinned(result["reference"], result["digest"])
 

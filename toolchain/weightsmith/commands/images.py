@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.errors import InputRefused
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment
+from weightsmith.oci.image import blob_of
 from weightsmith.oci.inspect import describe
 from weightsmith.oci.layout import is_layout
 from weightsmith.oci.locations import (
@@ -74,6 +75,59 @@ def copy_image(
     return dict(plain(published))
 
 
+def preview_copy(source: str, to: str, registry: Registry, *, force: bool) -> Mapping[str, Json]:
+    """Return what `copy_image` would do with each layer, and change nothing.
+
+    Raises UsageError as a copy does if the tag names another image.
+    """
+    origin, place = open_location(source, registry), Reference.parse(to)
+    index = origin.index()
+    if index is None:
+        image = origin.image()
+        files = {blob_of(layer): layer.file for layer in image.layers}
+        blobs, subjects = [blob for blob, _ in image.blobs()], [image.digest]
+    else:
+        below = [blob for _, blob in _listed(index, place)]
+        ones = [*map(origin.read, below)]
+        files = {part.blob: part.title for one in ones for part in one.parts}
+        blobs = [blob for one in ones for blob, _ in one.blobs()]
+        subjects = [Digest.of(index), *(blob.digest for blob in below)]
+    if not force:
+        registry.check_tag(place, subjects[0])
+    beside = isinstance(origin, RegistryLocation) and origin.reference.registry == place.registry
+    rows: list[dict[str, Json]] = []
+    for blob in dict.fromkeys(blobs):
+        how = "there" if registry.has(place, blob) else "send"
+        if how == "send" and beside and blob in files:  # a configuration is sent
+            how = "mount"
+        file = files.get(blob, "configuration")
+        rows.append({"digest": blob.digest, "size": blob.size, "file": file, "how": how})
+    return {
+        "reference": str(place),
+        "dry_run": True,
+        "digest": subjects[0],
+        "blobs": rows,
+        "attached": sum(len(origin.attached(one)) for one in subjects),
+        "uploaded_bytes": sum(row["size"] for row in rows if row["how"] == "send"),
+    }
+
+
+def preview_text(shown: Mapping[str, Json]) -> str:
+    """Return what a dry run of a copy shows, as text."""
+    rows = [
+        f"  {row['how']:<7} {row['digest'][7:19]}  {human(row['size']):>10}  {row['file']}"
+        for row in shown["blobs"]
+    ]
+    what = f"{human(shown['uploaded_bytes'])} and {shown['attached']} attachments"
+    return joined(
+        [
+            f"{shown['reference']}@{shown['digest']}: nothing was changed",
+            *rows,
+            f"{what} would be sent",
+        ]
+    )
+
+
 def _copy_index(
     index: bytes,
     origin: ImageLocation,
@@ -94,8 +148,7 @@ def _copy_index(
     if not force:
         registry.check_tag(to, whole.digest)
     sent, layers = list[Published](), dict[Digest, ImageLayer]()
-    for row in manifests.listed(document, "manifests", str(to)):
-        blob = manifests.descriptor(row, str(to), manifests.MANIFESTS, manifests.LARGEST_MANIFEST)
+    for row, blob in _listed(index, to):
         one = origin.read(blob)
         if manifests.platform_of(row.get("platform")) != _ASIDE:
             layers |= _layers_of(one)
@@ -128,6 +181,14 @@ def _copy_index(
     )
     progress.finish("push", done.seconds, cached=done.uploaded_bytes == 0)
     return dict(plain(done))
+
+
+def _listed(index: bytes, to: Reference) -> Iterator[tuple[Mapping[str, Json], Blob]]:
+    """Yield the rows of an index, with the manifests that they name."""
+    document = manifests.read_json(index, str(to))
+    for row in manifests.listed(document, "manifests", str(to)):
+        kinds, most = manifests.MANIFESTS, manifests.LARGEST_MANIFEST
+        yield row, manifests.descriptor(row, str(to), kinds, most)
 
 
 def _layers_of(one: Attachment) -> dict[Digest, ImageLayer]:

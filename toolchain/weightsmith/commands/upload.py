@@ -28,13 +28,22 @@ from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import weights_of
 from weightsmith.quantizers import of_format
 from weightsmith.reporting.card import ModelCard, card_of_build, card_of_labels
+from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
 from weightsmith.stages.report import model_card, read_as_facts
-from weightsmith.stages.upload import HubDestination, check_destination, repository_of, upload
+from weightsmith.stages.upload import (
+    CARD,
+    HubDestination,
+    changes,
+    check_destination,
+    repository_of,
+    upload,
+)
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import LORA, FileEntry, Json, StageInputs, Tree, plain
+from weightsmith.visible import joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +68,12 @@ def hub_destination(to: str, *, force: bool, public: bool, sign_key: str) -> Hub
     return None
 
 
-def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Mapping[str, Json]:
+def push_to_hub(
+    source: str, destination: HubDestination, tools: Tools, *, dry_run: bool = False
+) -> Mapping[str, Json]:
     """Publish a checkpoint folder, a GGUF file, a build's results or an image's model on a hub.
 
+    With `dry_run`, only return what would be published: nothing is created or changed.
     Raises InputRefused for a model that is incomplete, has pickle files, custom code or links
     out of its folder, and what `upload` raises.
     """
@@ -71,8 +83,51 @@ def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Mappi
         model = _open(source, scratch, tools)
         names = [entry.path for entry in model.tree.files]
         text = model_card(model.card, destination.repository, names)
+        if dry_run:
+            return _preview(model.tree, text, destination, tools)
         done = upload(model.tree, text, destination, model.card.version, tools).value
     return {key: value for key, value in plain(done).items() if key not in ("layers", "mounted")}
+
+
+def _preview(
+    tree: Tree, card: str, destination: HubDestination, tools: Tools
+) -> Mapping[str, Json]:
+    """Return a repository's files as they would be, those that would go, and the card."""
+    wanted = changes(tree, card, destination, tools.hub)
+    sizes = {entry.path: entry.size for entry in tree.files} | {CARD: len(card.encode())}
+    return {
+        "reference": destination.reference,
+        "dry_run": True,
+        "exists": wanted.held is not None,
+        "public": destination.public if wanted.held is None else None,
+        "files": [
+            {"path": path, "size": size, "sent": path in wanted.sent}
+            for path, size in sorted(sizes.items())
+        ],
+        "deleted": [*wanted.deleted],
+        "uploaded_bytes": sum(wanted.sizes.values()),
+        "card": card,
+    }
+
+
+def preview(shown: Mapping[str, Json]) -> str:
+    """Return what a dry run shows, as text."""
+    kind = "public" if shown["public"] else "private"
+    there = "exists" if shown["exists"] else f"would be a new {kind} repository"
+    rows = [
+        f"  {'send' if row['sent'] else 'there':<7} {row['path']}  {human(row['size'])}"
+        for row in shown["files"]
+    ]
+    rows += [f"  {'delete':<7} {path}" for path in shown["deleted"]]
+    sent = human(int(shown["uploaded_bytes"]))
+    return joined(
+        [
+            f"{shown['reference']} {there}; nothing was changed",
+            *rows,
+            f"{sent} would be sent, with this {CARD}:",
+            *shown["card"].splitlines(),
+        ]
+    )
 
 
 def _open(source: str, scratch: Path, tools: Tools) -> _Model:

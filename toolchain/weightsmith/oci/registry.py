@@ -233,6 +233,10 @@ class Registry:
         """Raise UsageError if the reference's tag names another digest."""
         _guard_tag(self.session(reference, "pull,push"), reference, digest, force=False)
 
+    def has(self, reference: Reference, blob: Blob) -> bool:
+        """Say whether the reference's repository has a blob."""
+        return uploads.has(self.session(reference, "pull,push"), blob)
+
     def push_manifest(
         self,
         reference: Reference,

@@ -200,6 +200,12 @@ def upload_blob(
     return transfer
 
 
+def has(session: RegistrySession, blob: Blob) -> bool:
+    """Say whether the repository has a blob; asks only."""
+    what = f"cannot look for the blob {blob.digest.short}"
+    return session.attempt(what, lambda: _held(session, blob, what)) == blob.size
+
+
 def _held(session: RegistrySession, blob: Blob, what: str) -> int | None:
     """Return the size of the blob in the repository, or None if it has no such blob.
 

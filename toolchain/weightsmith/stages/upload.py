@@ -41,6 +41,24 @@ class HubDestination:
         return f"{SCHEME}{self.repository}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What a commit changes in a repository."""
+
+    held: HubContent | None
+    """What is there; None if the repository does not exist."""
+    sent: Mapping[str, Path | bytes]
+    deleted: tuple[str, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file that is sent."""
+        return {
+            name: len(source) if isinstance(source, bytes) else source.stat().st_size
+            for name, source in self.sent.items()
+        }
+
+
 def repository_of(text: str) -> str:
     """Return the `owner/name` of `hf://owner/name`; raises UsageError for anything else."""
     name = text.removeprefix(SCHEME)
@@ -86,23 +104,18 @@ def upload(
     """
     timer = Timer("upload", destination.reference, tools)
     began = tools.clock()
-    entries = _published(tree)
-    held = check_destination(destination, tools.hub)
-    missing = {**_missing_card(card, held), **_missing(tree, entries, held)}
-    stale = _stale(entries, held)
-    if held and not missing and not stale:
-        done = Uploaded(reference=destination.reference, digest=held.commit)
+    wanted = changes(tree, card, destination, tools.hub)
+    if wanted.held and not wanted.sent and not wanted.deleted:
+        done = Uploaded(reference=destination.reference, digest=wanted.held.commit)
         return timer.done(done, cached=True)
-    if held:
-        _require_free(destination, held, stale, [*missing])
-    sizes = [len(x) if isinstance(x, bytes) else x.stat().st_size for x in missing.values()]
-    tools.progress.note(f"uploading {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB")
-    content = held or tools.hub.create(destination.repository, public=destination.public)
+    size = sum(wanted.sizes.values())
+    tools.progress.note(f"uploading {len(wanted.sent)} files, {size / 1e6:,.1f} MB")
+    content = wanted.held or tools.hub.create(destination.repository, public=destination.public)
     commit = tools.hub.commit(
-        destination.repository, content.commit, missing, stale, _message(version)
+        destination.repository, content.commit, wanted.sent, wanted.deleted, _message(version)
     )
     after = tools.hub.check(destination.repository)
-    if lost := {**_missing_card(card, after), **_missing(tree, entries, after)}:
+    if lost := {**_missing_card(card, after), **_missing(tree, _published(tree), after)}:
         raise EnvironmentFailure(
             f"{destination.reference}: the commit lacks {', '.join(sorted(lost)[:3])}",
             hint="somebody else may have written to it: look at its history, then push again",
@@ -110,10 +123,20 @@ def upload(
     done = Uploaded(
         reference=destination.reference,
         digest=commit,
-        uploaded_bytes=sum(sizes),
+        uploaded_bytes=size,
         seconds=tools.clock() - began,
     )
     return timer.done(done, cached=False)
+
+
+def changes(tree: Tree, card: str, destination: HubDestination, hub: Hub) -> Changes:
+    """Return what a commit would change; raises what `check_free` raises. Changes nothing."""
+    entries, held = _published(tree), check_destination(destination, hub)
+    sent = {**_missing_card(card, held), **_missing(tree, entries, held)}
+    stale = _stale(entries, held)
+    if held:
+        _require_free(destination, held, stale, [*sent])
+    return Changes(held=held, sent=sent, deleted=tuple(stale))
 
 
 def _published(tree: Tree) -> dict[str, FileEntry]:
