@@ -208,6 +208,29 @@ def test_what_ollama_does_not_take_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
+    ("repository", "why"),
+    [
+        ("localhost:5017/a/b/c", "3 parts"),
+        ("localhost:5017/bot", "1 part"),
+        ("registry.example.com/my.team/bot", "dot"),
+        (f"registry.example.com/team/{'b' * 81}", "80"),
+        ("[::1]:5000/team/bot", "IPv6"),
+    ],
+)
+def test_a_name_that_ollama_cannot_read_is_refused_in_the_plan(
+    memory: Memory, repository: str, why: str
+) -> None:
+    """Its rule is types/model/name.go's: HOST/NAMESPACE/MODEL:TAG."""
+    name = f"image.repository='{repository}'"
+    request = memory.request("outputs=[image, ollama]", name)
+    with pytest.raises(UsageError, match="HOST/NAMESPACE/MODEL") as caught:
+        forecast(request.file, request.targets, memory.dist, memory.tools)
+    assert why in caught.value.message
+    request = memory.request("outputs=[image, modelpack]", name)
+    assert forecast(request.file, request.targets, memory.dist, memory.tools)
+
+
+@pytest.mark.parametrize(
     ("kinds", "costs"),
     [("[image, ollama]", {TARGET}), ("[image, modelpack]", {TARGET, "vllm"}), ("[image]", set())],
 )

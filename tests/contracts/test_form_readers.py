@@ -88,6 +88,7 @@ def test_ollama_pulls_a_model(registry: tuple[Registry, str], tree: Tree, tmp_pa
     expected = {
         "model_format": "gguf", "model_family": "llama", "model_families": ["llama"],
         "model_type": "134.52M", "file_type": "Q4_K_M", "architecture": "amd64", "os": "linux",
+        "requires": "0.30.0",
     }  # fmt: skip
     assert expected.items() <= config.items()
     back = client.pull(Reference.parse(f"{host}/team/bot:1"))
@@ -124,6 +125,7 @@ def test_sizes_are_written_as_ollama_writes_them(tree: Tree, count: int, shown: 
 
 
 def test_a_modelfile() -> None:
+    assert "0.30.0" in modelfile(["bot"], 0).splitlines()[0]
     assert modelfile(["./a/bot.gguf", "./a/eyes"], 512).splitlines()[1:] == [
         "FROM ./a/bot.gguf", "FROM ./a/eyes", "PARAMETER num_ctx 512",
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from weightsmith.commands.images import copy_image
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.oci.layout import read_layout
 from weightsmith.ports import Silent
@@ -23,6 +24,19 @@ from tests.fakes.tiny import write_model
 def test_an_engine_is_not_given_what_it_cannot_load(bakery: Bakery, kind: str) -> None:
     with pytest.raises(UsageError, match=f"cannot load the kind {kind}"):
         bake(bakery.client, bakery.model, "", kind=kind, load="app:1")
+
+
+def test_ollamas_form_goes_where_ollama_finds_it(bakery: Bakery, tmp_path: Path) -> None:
+    wrong = f"{bakery.fake.host}/team/one/app:1"
+    with pytest.raises(UsageError, match="HOST/NAMESPACE/MODEL"):
+        bakery.bake("team/one/app:1", kind="ollama", base="")
+    assert not any(repository == "team/one/app" for repository, _ in bakery.fake.blobs)
+
+    bake(bakery.client, bakery.model, "", kind="ollama", layout=tmp_path / "layout")
+    for name, said in ((wrong, 1), (f"{bakery.fake.host}/team/app:1", 0)):
+        progress = RecordingProgress()
+        copy_image(str(tmp_path / "layout"), name, bakery.client, progress, force=False)
+        assert len([text for text in progress.warnings if "HOST/NAMESPACE/MODEL" in text]) == said
 
 
 def test_ollama_takes_gguf_only(bakery: Bakery, tmp_path: Path) -> None:

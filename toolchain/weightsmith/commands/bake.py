@@ -25,6 +25,7 @@ from weightsmith.commands.render import (
 )
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.layouts import check_layout
+from weightsmith.oci.ollama import check_name
 from weightsmith.oci.references import Reference
 from weightsmith.planning.targets import target_of
 from weightsmith.ports import Progress, Store
@@ -77,6 +78,8 @@ def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
     _check(request)
     outputs = _outputs(request)
     check_layout(outputs.layout)
+    if request.push and request.kind == "ollama":
+        check_name(Reference.parse(request.push))
     if request.push:
         tools.registry.check_push(Reference.parse(request.push))
     target = target_of(request.target)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.errors import InputRefused
+from weightsmith.errors import InputRefused, UsageError
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import blob_of
@@ -18,6 +18,7 @@ from weightsmith.oci.locations import (
     open_location,
     reference_of,
 )
+from weightsmith.oci.ollama import check_name
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.platforms import usual
@@ -61,6 +62,11 @@ def copy_image(
     if (index := origin.index()) is not None:
         return _copy_index(index, origin, there, progress, force=force, signer=signer)
     image = origin.image()
+    if any(layer.media_type in manifests.OLLAMA_LAYERS for layer in image.layers):
+        try:
+            check_name(place)
+        except UsageError as error:  # it may be a mirror that nobody pulls from
+            progress.warn(error.message)
     published = registry.push(
         image,
         place,

@@ -14,6 +14,7 @@ from weightsmith.evaluating.results import RecipeTask
 from weightsmith.layouts import check_layout
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
+from weightsmith.oci.ollama import check_name
 from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import LARGEST_ANYWHERE
 from weightsmith.planning.bases import bases_of
@@ -236,6 +237,8 @@ def check_places(request: BuildRequest) -> None:
         check_layout(request.outputs_of(target).layout)
         for kind in request.forms_of(target):
             check_layout(request.outputs_of_form(target, kind).layout)
+            if kind == "ollama":
+                check_name(Reference.parse(f"{reference(request.file.recipe, target.name)}-{kind}"))
         request.hub_of(target)
 
 
