@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,14 @@ class Scene:
             place.attach(attachment)
 
     def again(
-        self, base: str = "", key: Path | None = None, progress: Progress | None = None
+        self,
+        base: str = "",
+        key: Path | None = None,
+        progress: Progress | None = None,
+        settings: Sequence[str] = (),
     ) -> RecipeFile:
-        dist = self.folder / "dist"
+        dist, told = self.folder / "dist", progress or Silent()
         path = recipe_of_image(
-            self.name, base, key or self.public, dist, self.client, progress or Silent()
+            self.name, base, key or self.public, dist, self.client, told, settings
         )
-        return read_recipe(path)
+        return read_recipe(path, settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,35 @@ def test_gates_that_a_stated_recipe_opens_are_told(scene: Scene) -> None:
     scene.again(progress=told)
     said = "\n".join(told.said)
     assert "quality.gate: false, quality.limits, evaluate.max_drop: 0.2" in said
+
+
+def test_options_of_the_server_that_reach_out_are_refused_by_name(scene: Scene) -> None:
+    """A statement gives the server a path, a module or another model: each is named, exit 3."""
+    reaching = {
+        "media-path": "/",
+        "middleware": ["evil.Middleware"],
+        "load-format": "pt",
+        "speculative-config": {"model": "evil/x", "trust_remote_code": True},
+    }
+
+    def twist(recipe: dict[str, Any]) -> None:
+        recipe["serve"] = {"extra": {**reaching, "seed": 7}}
+
+    scene.publish(HUB, "hf://a/b", twist)
+    with pytest.raises(InputRefused) as caught:
+        scene.again()
+    for place in ("media-path", "middleware", "load-format", "speculative-config.model"):
+        assert place in caught.value.message
+    assert "seed" not in caught.value.message
+    assert not (scene.folder / "dist").exists()
+
+    mine = [f"serve.extra.{key}={json.dumps(value)}" for key, value in reaching.items()]
+    with pytest.raises(InputRefused, match="middleware"):
+        scene.again(settings=[*mine[:1], *mine[2:]])
+    assert scene.again(settings=mine).recipe.serve.extra == {**reaching, "seed": 7}
+    assert scene.again(settings=["serve.extra={}"]).recipe.serve.extra == {}
+    with pytest.raises(InputRefused, match="speculative-config"):
+        scene.again(settings=["serve.extra.speculative-config.model=mine", *mine[:3]])
 
 
 @pytest.mark.parametrize(

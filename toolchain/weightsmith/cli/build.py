@@ -67,7 +67,11 @@ def build(
         )
     if from_:
         keep_clean([base], dist=dist, cache=run.cache)
-        base, recipe, locked = "", _recipe_again(from_, base, key, dist, run.insecure), not base
+        base, recipe, locked = (
+            "",
+            _recipe_again(from_, base, key, dist, set, run.insecure),
+            not base,
+        )
     file = recipe_file(recipe, base, adapter, _settings(serve, set, quantize, kind))
     layout = layout_folder(layout)
     keep_clean(sources_of(file), dist=dist, layout=layout, cache=run.cache)
@@ -204,7 +208,9 @@ def _one_lock(*, locked: bool, update_lock: bool, from_: str = "") -> None:
         )
 
 
-def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -> str:
+def _recipe_again(
+    source: str, base: str, key: str, dist: str, settings: Sequence[str], insecure: bool
+) -> str:
     """Return the recipe file of an image that was built before."""
     from weightsmith.commands.rebuild import recipe_of_image
     from weightsmith.commands.verify import key_path
@@ -212,8 +218,8 @@ def _recipe_again(source: str, base: str, key: str, dist: str, insecure: bool) -
     from weightsmith.wiring import make_registry
 
     with make_registry(insecure=insecure) as registry:
-        folder = Path(dist).absolute()
-        return str(recipe_of_image(source, base, key_path(key), folder, registry, progress_for()))
+        folder, told = Path(dist).absolute(), progress_for()
+        return str(recipe_of_image(source, base, key_path(key), folder, registry, told, settings))
 
 
 def recipe_file(

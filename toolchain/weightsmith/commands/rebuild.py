@@ -23,6 +23,7 @@ from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import check_recipe
+from weightsmith.serving.option_values import not_to_be_stated
 from weightsmith.trees import discard
 from weightsmith.values import Digest, FileEntry, Json, tree_digest
 
@@ -43,14 +44,21 @@ _REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision")
 
 
 def recipe_of_image(
-    source: str, base: str, key: Path | None, dist: Path, registry: Registry, progress: Progress
+    source: str,
+    base: str,
+    key: Path | None,
+    dist: Path,
+    registry: Registry,
+    progress: Progress,
+    settings: Sequence[str] = (),
 ) -> Path:
     """Write a recipe that rebuilds the image's model to a folder in `dist`, and return it.
 
     It uses the adapters attached to the image. Its lock has the digests from the image's
     statement, so a different base or adapter is refused. `base` is the path of a base that was a
-    folder. Raises InputRefused if the image has no statement about how it was made, or none that
-    the key signed.
+    folder. What `settings` (`key.path=value`) replace of the engine's options is not taken from the
+    image. Raises InputRefused if the image has no statement about how it was made, or none that
+    the key signed, and for options of the engine that only the caller may set.
     """
     place = open_location(source, registry)
     image = place.image()
@@ -62,6 +70,7 @@ def recipe_of_image(
     if key is None:
         progress.warn(f"{source}: its build statement's signature was not verified; give --key")
     recipe = _recipe(stated, source, progress)
+    _check_options(recipe, source, settings)
     sources = _sources(stated, source)
     documents = [*filter(lineage.names, evidence.documents_in(attachments))]
     folder = dist / "from" / image.digest.short
@@ -147,6 +156,27 @@ def _check(recipe: Mapping[str, Json], source: str, progress: Progress) -> None:
     ]
     if opened:
         progress.warn(f"{source}: its recipe weakens checks: {', '.join(opened)}")
+
+
+def _check_options(recipe: dict[str, Json], source: str, settings: Sequence[str]) -> None:
+    """Leave out options of the engine that `settings` replace; refuse those that no image sets."""
+    serve = recipe.get("serve")
+    if not isinstance(serve, dict) or not isinstance(extra := serve.get("extra"), dict):
+        return  # the recipe's own check says what is wrong with it
+    replaced = {setting.partition("=")[0].strip() for setting in settings}
+    kept = {
+        key: value
+        for key, value in extra.items()
+        if not {"serve", "serve.extra", f"serve.extra.{key}"} & replaced
+    }
+    recipe["serve"] = {**serve, "extra": kept}
+    if places := not_to_be_stated(kept):
+        raise InputRefused(
+            f"{source}: its recipe sets options of the server that no image may set here: "
+            f"{', '.join(places)[:300]}",
+            hint="they may name files, addresses, programs or code; if you want one, set it"
+            " yourself (--set serve.extra.OPTION=VALUE), or all (--set 'serve.extra={…}')",
+        )
 
 
 def _malformed(source: str, why: str) -> InputRefused:

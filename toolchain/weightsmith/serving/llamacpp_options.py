@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.errors import UsageError
+from weightsmith.serving.option_values import require_harmless
 from weightsmith.serving.options import NO_TLS
 from weightsmith.values import Json
 
@@ -72,8 +73,9 @@ def extra_options(extra: Mapping[str, Json]) -> dict[str, Json]:
     """Return `serve.extra` with every key as llama-server's long option, without dashes.
 
     Keys may be long options or LLAMA_ARG_ variables. Raises UsageError for an unknown option
-    (with near misses), one given twice, or one that is not for an image.
+    (with near misses), one given twice, one that is not for an image, and what none may hold.
     """
+    require_harmless(extra)
     found: dict[str, Json] = {}
     for key, value in extra.items():
         option = _option(key)

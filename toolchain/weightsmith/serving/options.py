@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.errors import UsageError
+from weightsmith.serving.option_values import require_harmless
 from weightsmith.values import Json
 
 NO_TLS = "health checks and probes speak HTTP: let a proxy or the cluster's ingress end TLS"
@@ -33,8 +34,10 @@ class OptionList:
         """Return `serve.extra` under the engine's names; keys may have dashes or underscores.
 
         Raises UsageError for an unknown option (with near misses), one given twice, one that is not
-        for an image, null, and `false` for a flag that has no off: engines drop it silently.
+        for an image, null, `false` for a flag that has no off (engines drop it silently), and for
+        what no image may hold at any depth of a value.
         """
+        require_harmless(extra)
         found: dict[str, Json] = {}
         for key, value in extra.items():
             option = self._name(key)

@@ -1,0 +1,166 @@
+"""What values of the server's options may hold, in one's own recipe and in an image's."""
+
+import json
+import re
+
+import pytest
+from weightsmith.errors import UsageError
+from weightsmith.serving import llamacpp_options, sglang, tgi, trtllm, vllm
+from weightsmith.serving.option_values import STATED, not_to_be_stated, plain_name
+
+KNOWN = {
+    "vllm": vllm.known_options().kinds,
+    "sglang": sglang.known_options().kinds,
+    "tgi": tgi.known_options().kinds,
+    "trtllm": trtllm.known_options().kinds,
+    "llamacpp": {
+        **llamacpp_options.environment_names(),
+        **llamacpp_options.command_line_names(),
+    },
+}
+CHECKS = {
+    "vllm": vllm.known_options().checked,
+    "sglang": sglang.known_options().checked,
+    "trtllm": trtllm.known_options().checked,
+    "llamacpp": llamacpp_options.extra_options,
+}
+REACHES_OUT = re.compile(
+    r"(^|-)(path|dir|folder|file|files|url|urls|host|port|addr|address|endpoint|endpoints|uds|"
+    r"socket|plugin|plugins|cls|class|middleware|module|processors|hooks|connector|transfer|remote|"
+    r"loader|download|token|key|keyfile|certfile|certs|model|repo|hf|code|tokenizer|lora|loras|"
+    r"command|tools|server|sidecar|origins|headers|credentials|dump|trace|traces|otlp|storage|"
+    r"offload-dir|log-requests|log-outputs|prompts|template|grammar-file|schema)(-|$)"
+)
+"""Words in the names of options that name files, addresses, modules, programs or other models."""
+HARMLESS = {
+    "chat-template-kwargs",
+    "default-chat-template-kwargs",
+    "enable-server-load-tracking",
+    "exclude-tools-when-tool-choice-none",
+    "hf-overrides",  # of its keys, only those of the context's length
+    "language-model-only",
+    "long-prefill-token-threshold",
+    "skip-server-warmup",
+}
+
+
+def test_an_image_states_only_options_that_exist():
+    known = {plain_name(name) for kinds in KNOWN.values() for name in kinds}
+    assert set(STATED) <= known
+
+
+def test_no_option_that_reaches_out_is_an_images_to_state():
+    odd = {name for name in STATED if REACHES_OUT.search(name)}
+    assert odd <= HARMLESS, odd - HARMLESS
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"log-prompts-dir": "/var/log"},
+        {"media-path": "/"},
+        {"middleware": ["evil.Middleware"]},
+        {"worker-cls": "evil.Worker"},
+        {"tool_parser_plugin": "/models/x.py"},
+        {"kv-transfer-config": {"kv_connector_module_path": "evil"}},
+        {"load-format": "pt"},
+        {"otlp-traces-endpoint": "http://evil.example"},
+        {"speculative-config": {"method": "eagle", "model": "evil/x"}},
+        {"speculative-config": '{"model": "evil/x", "trust_remote_code": true}'},
+        {"speculative-config": [{"model": "evil/x"}]},
+        {"hf-overrides": {"rope_parameters": {"x": "../../etc/passwd"}}},
+        {"hf-overrides": {"auto_map": {"AutoModel": "evil--x.Y"}}},
+        {"structured-outputs-config": {"reasoning_parser_plugin": "x"}},
+        {"generation-config": "evil"},
+        {"default-chat-template-kwargs": {"chat_template": "{{ evil }}"}},
+        {"default-chat-template-kwargs": {"a/b": 1}},
+        {"tool-call-parser": "/models/parser.py"},
+        {"tool-call-parser": "evil.module"},
+        {"reasoning-parser": "http://evil"},
+        {"reasoning-parser": "--trust-remote-code"},
+        {"cudagraph-capture-sizes": ["--trust-remote-code"]},
+        {"samplers": "top_k\nevil"},
+        {"an-option-of-the-future": 1},
+        {"LLAMA_ARG_MODEL_URL": "http://evil"},
+    ],
+)
+def test_what_an_image_may_not_state(extra):
+    places = not_to_be_stated(extra)
+    assert places
+    assert {place.partition(".")[0] for place in places} == set(extra)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"tool-call-parser": "hermes", "enable_auto_tool_choice": True, "--seed": 7},
+        {"batch-size": 512, "cache-type-k": "q8_0", "flash-attn": "on", "samplers": "top_k;min_p"},
+        {"speculative-config": {"method": "ngram", "num_speculative_tokens": 3}},
+        {"limit-mm-per-prompt": {"image": 2, "video": 0}},
+        {"hf-overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}},
+        {"cudagraph-capture-sizes": [1, 2, 4]},
+        {"load-format": "safetensors", "generation-config": "vllm"},
+        {"override-generation-config": {"temperature": 0.6, "top_p": None}},
+    ],
+)
+def test_what_an_image_may_state(extra):
+    assert not_to_be_stated(extra) == []
+
+
+def option_of(engine):
+    return {"trtllm": "speculative_config", "llamacpp": "chat-template-kwargs"}.get(
+        engine, "default-chat-template-kwargs" if engine == "sglang" else "speculative-config"
+    )
+
+
+@pytest.mark.parametrize("engine", CHECKS)
+@pytest.mark.parametrize("key", ["trust_remote_code", "trust-remote-code", "trustRemoteCode"])
+@pytest.mark.parametrize("value", [True, "true", 1])
+def test_code_of_a_checkpoint_at_any_depth(engine, key, value):
+    inner = {"a": [{"model": "evil/x", key: value}]}
+    for given in (inner, json.dumps(inner)):
+        with pytest.raises(UsageError, match="runs no code") as caught:
+            CHECKS[engine]({option_of(engine): given})
+        assert key in caught.value.message
+
+
+@pytest.mark.parametrize("engine", CHECKS)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        {"password": "s3cret"},
+        {"redis": {"auth_token": "s3cret"}},
+        {"nodes": [{"awsSecretAccessKey": "s3cret"}]},
+        {"HF_TOKEN": "s3cret"},
+        {"api_key": "s3cret"},
+        {"url": "redis://me:s3cret@cache:6379"},
+        {"urls": ["https://s3cret@cache"]},
+    ],
+)
+def test_no_secret_at_any_depth(engine, inner):
+    for given in (inner, json.dumps(inner)):
+        with pytest.raises(UsageError, match="secret, which everybody can read") as caught:
+            CHECKS[engine]({option_of(engine): given})
+        assert "s3cret" not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize("engine", CHECKS)
+def test_values_that_only_look_alike_pass(engine):
+    given = {
+        "trust_remote_code": False,
+        "max_tokens": 5,
+        "eos_token": "</s>",
+        "use_auth_token": False,
+        "template": "{% if not json %}",
+        "name": "ssh://git@host",
+    }
+    assert CHECKS[engine]({option_of(engine): given})
+
+
+@pytest.mark.parametrize("value", [["x", "--trust-remote-code"], "-O3", "--config=/x"])
+def test_no_value_is_another_option(value):
+    """The engines' parsers take words that begin with dashes for options, even from a file."""
+    with pytest.raises(UsageError, match="another option"):
+        vllm.known_options().checked({"middleware": value})
+    assert vllm.known_options().checked({"stream-interval": -1}) == {"stream-interval": -1}
