@@ -165,6 +165,7 @@ def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path: Path, us
         "no capabilities",
         "no new privileges",
         "own processes alone",
+        "none of your keys",
         "1024 MiB of memory",
     )
 
@@ -198,7 +199,10 @@ except WeightsmithError as error:
     ("lacking", "said"),
     [
         # As in a container of Docker's: no namespaces, and no others' rights are needed.
-        ("-sys_admin", "user 65532:65532, no capabilities, no new privileges"),
+        (
+            "-sys_admin",
+            "user 65532:65532, no capabilities, no new privileges, none of your keys",
+        ),
         ("-sys_admin,-setuid", "5 oci:x was not started, because it would not be confined"),
         ("-sys_admin,-setpcap", "5 oci:x was not started, because it would not be confined"),
         ("-sys_admin,-sys_chroot", "5 oci:x was not started, because it would not be confined"),
@@ -246,24 +250,28 @@ with rootfs.RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=
 """
 
 
-def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path: Path) -> None:
-    """As on machines that refuse them to ordinary users: the program runs as the user."""
+def as_user() -> tuple[list[str], dict[str, str]]:
+    """Return a Python that runs as an ordinary user, and its environment."""
     site = Path(pytest.__file__).parents[1]
     root = Path(__file__).parents[3]
     paths = map(str, (root / "toolchain", root, site))
     env = {"PYTHONPATH": ":".join(paths), "PATH": os.environ["PATH"]}
     user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups"]
     prefix = user if os.getuid() == 0 else []
-    pythons = (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}")
     probe = ["-c", "import shutil, sys; assert shutil.which(sys.executable)"]
-    tried = {p: subprocess.run([*prefix, p, *probe], env=env, check=False) for p in pythons}
-    works = [python for python, done in tried.items() if done.returncode == 0]
-    if not works:
-        pytest.skip("no Python here that another user may run")
+    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+        if subprocess.run([*prefix, python, *probe], env=env, check=False).returncode == 0:
+            return [*prefix, python], env
+    pytest.skip("no Python here that another user may run")
+
+
+def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path: Path) -> None:
+    """As on machines that refuse them to ordinary users: the program runs as the user."""
+    command, env = as_user()
     with tempfile.TemporaryDirectory() as home:  # below folders that another user may enter
-        if prefix:
+        if os.getuid() == 0:
             os.chown(home, 65532, 65532)
-        command = [*prefix, works[0], "-c", STARTED_WITHOUT_NAMESPACES, home]
+        command += ["-c", STARTED_WITHOUT_NAMESPACES, home]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     landlock, said, log, left = json.loads(done.stdout)
@@ -275,6 +283,103 @@ def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path: 
         assert not left
         assert "mine" not in log
         assert "a token" not in log
+
+
+CALLS = """
+import ctypes, json, os, socket, time
+libc = ctypes.CDLL(None, use_errno=True)
+add_key, keyctl = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
+search, read, session, of_user = 10, 11, -3, -4
+
+def called_well(result):
+    if result < 0:
+        raise OSError(ctypes.get_errno(), "")
+    return result
+
+def called(*words):
+    return called_well(libc.syscall(*words))
+
+def key_of(ring):
+    number = called(keyctl, search, ring, b"user", b"weightsmith-test", 0)
+    held = ctypes.create_string_buffer(64)
+    called(keyctl, read, number, held, 64)
+
+def write(ring):
+    called(add_key, b"user", b"weightsmith-test", b"owned", 5, ring)
+
+def family(name):
+    return lambda: socket.socket(getattr(socket, name), socket.SOCK_STREAM).close()
+
+tries = {
+    "read the session's key": lambda: key_of(session),
+    "read the user's key": lambda: key_of(of_user),
+    "overwrite the session's key": lambda: write(session),
+    "overwrite the user's key": lambda: write(of_user),
+    "set up io_uring": lambda: called(425, 1, ctypes.create_string_buffer(120)),
+    "hold memory outside its limit": lambda: os.memfd_create("x"),
+    "watch a folder": lambda: called_well(libc.inotify_add_watch(libc.inotify_init(), b"/", 0x100)),
+    **{name: family(name) for name in ("AF_VSOCK", "AF_ALG", "AF_PACKET", "AF_KEY", "AF_TIPC")},
+}
+found = []
+for name, action in tries.items():
+    try:
+        action()
+    except (OSError, AttributeError):
+        continue
+    found.append(name)
+print("found " + json.dumps(found), flush=True)
+time.sleep(600)
+"""
+ADD_KEY, KEYCTL = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
+STARTED_WITH_KEYS = f"""
+import ctypes, json, sys
+from pathlib import Path
+from tests.fakes.rootfs import copy_python
+from tests.hostile.image_author.test_started import CALLS, what_it_found
+from weightsmith.drivers import rootfs
+from weightsmith.drivers.image_launcher import NotAllowed
+from weightsmith.ports import StartSpec
+
+def refuse(*_):
+    raise NotAllowed("no namespaces", hint="")
+
+def image(layout, root):
+    python, env = copy_python(root)
+    return rootfs.StartInfo(argv=(python, "-c", CALLS), env=env, user="7:8")
+
+libc = ctypes.CDLL(None, use_errno=True)
+for ring in (-3, -4):
+    if ring == -3:
+        assert libc.syscall({KEYCTL}, 1, None) > 0
+    key = libc.syscall({ADD_KEY}, b"user", b"weightsmith-test", b"the user's", 10, ring)
+    assert key > 0
+    assert libc.syscall({KEYCTL}, 15, key, 600) == 0  # it goes after ten minutes
+if sys.argv[2] == "host":
+    rootfs._in_namespaces = refuse
+launcher = rootfs.RootfsLauncher(image, Path(sys.argv[1]) / "cache")
+with launcher.serve("oci:x", StartSpec(port=1, env={{}}, memory_bytes=1 << 30)) as endpoint:
+    print(json.dumps([endpoint.confinement, what_it_found(endpoint)]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["apart", "host"])
+@pytest.mark.parametrize("caller", ["as we are", "as a user"])
+def test_a_program_gets_no_keys_and_no_rare_sockets_in_any_sandbox(caller: str, way: str) -> None:
+    """The caller's session and user hold a key, as of Kerberos or an encrypted disk."""
+    command, env = as_user()
+    with tempfile.TemporaryDirectory() as home:
+        if caller == "as a user" and os.getuid() == 0:
+            os.chown(home, 65532, 65532)
+        elif os.getuid() == 0:
+            command = command[-1:]
+        command += ["-c", STARTED_WITH_KEYS, home, way]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said, found = json.loads(done.stdout)
+    assert found == []
+    assert "none of your keys" in said
+    assert "no network" in said or way == "host"
 
 
 def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path: Path) -> None:

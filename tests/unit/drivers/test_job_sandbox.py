@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -112,6 +113,12 @@ attempt("clone3", lambda: raw(435, None, 0))
 attempt("x32", lambda: raw(0x40000000 + 41, 2, 1, 0))
 attempt("unshare", lambda: raw(272, 0x10000000))
 attempt("keys", lambda: raw(250, 0, -3, 0))
+libc = ctypes.CDLL(None, use_errno=True)
+def watch():
+    if libc.inotify_add_watch(libc.inotify_init(), b"/tmp", 0x100) < 0:
+        raise OSError(ctypes.get_errno(), "")
+attempt("watch", watch)
+attempt("memfd", lambda: os.memfd_create("x"))
 """
 
 
@@ -129,7 +136,8 @@ def test_there_are_no_sockets_but_pairs_of_its_own(tmp_path):
     assert answers["bind"] == "EPERM"
     assert answers["datagram"] == answers["pair of datagrams"] == "EAFNOSUPPORT"
     assert answers["io_uring"] == answers["clone3"] == answers["x32"] == "ENOSYS"
-    assert answers["unshare"] == answers["keys"] == "EPERM"
+    assert answers["unshare"] == answers["keys"] == answers["watch"] == "EPERM"
+    assert answers["memfd"] == "ENOSYS"
 
 
 def sandboxed(folder: Path, code: str) -> process.Completed:
@@ -222,6 +230,27 @@ def test_a_server_of_somebody_else_asks_nobody(tmp_path):
     done = process.run([sys.executable, "-c", code], cwd=tmp_path)
 
     assert list(done.tail) == [str(errno.EAFNOSUPPORT), str(errno.ECONNREFUSED)], done.tail
+
+
+def test_a_job_has_no_keys_of_its_user(tmp_path):
+    """Neither by a call nor by the list of those that its number may see."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    add_key = 248 if os.uname().machine == "x86_64" else 217
+    key = libc.syscall(add_key, b"user", b"weightsmith-job", b"secret", 6, -4)
+    assert key > 0
+    assert libc.syscall(add_key + 2, 15, key, 600) == 0  # it goes after ten minutes
+    code = (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True); number = {}\n"
+        "print(libc.syscall(number, 10, -4, b'user', b'weightsmith-job', 0), ctypes.get_errno())\n"
+        "print('weightsmith-job' in open('/proc/keys').read())"
+    ).format(add_key + 2)
+    if not confinement().filtered:
+        pytest.skip("this kernel has no seccomp of system calls")
+
+    done = sandboxed(tmp_path, code)
+
+    assert done.tail[-2] == "-1 1"
+    assert done.tail[-1] == "False" or confinement().namespaces != ALL
 
 
 def test_a_job_sees_no_process_but_its_own(tmp_path):

@@ -43,6 +43,7 @@ _WORDS = {
     "files": "the user's other files",
     "processes": "other processes' memory and variables",
     "modes": "the modes of the user's files",
+    "keys": "the user's keys in the kernel",
     "signals": "signals to other processes",
     "names": "the list of processes",
 }

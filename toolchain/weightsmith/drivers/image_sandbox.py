@@ -41,6 +41,8 @@ def main(settings_file: int) -> NoReturn:
     os.set_inheritable(settings["tell"], False)
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(OSError):  # its keys are then kept from the program by the filter alone
+        seccomp.leave_keys()
     settings["as_root"] = privileges.is_root()
     {"apart": in_namespaces, "folder": in_folder, "bare": as_caller}[settings["way"]](settings)
     raise AssertionError("exec returned")
@@ -180,7 +182,6 @@ def in_folder(settings: Mapping[str, Any]) -> None:
     with _reporting(settings, "confine"):
         privileges.become_nobody()
         privileges.forbid_privileges()
-        _refuse_calls(0)
         die_with_parent(settings["parent"])
     _become(settings)
 
@@ -199,7 +200,6 @@ def as_caller(settings: Mapping[str, Any]) -> None:
         version = landlock.abi()
         if version:
             landlock.restrict(_reach(settings["root"]), version, sockets=True)
-        _refuse_calls(version, serves=True)
         die_with_parent(settings["parent"])
     _become(settings)
 
@@ -215,11 +215,11 @@ def _reach(root: str) -> Iterator[tuple[str, int]]:
         yield f"/dev/{device}", landlock.USE
 
 
-def _refuse_calls(version: int, *, serves: bool = False) -> None:
-    """Block access to other processes, if seccomp is available."""
-    with suppress(OSError):
-        code = seccomp.job_filter(seccomp.machine(), landlock=version, sockets=True, serves=serves)
-        seccomp.install(code)
+def _filter(way: str) -> bytes:
+    """Return the filter of system calls; where its files are its own, it may truncate them."""
+    version = {"apart": landlock.TRUNCATES, "folder": 0}.get(way, landlock.abi())
+    machine = seccomp.machine()
+    return seccomp.job_filter(machine, landlock=version, sockets=True, serves=way == "bare")
 
 
 def _become(settings: Mapping[str, Any]) -> NoReturn:
@@ -227,6 +227,8 @@ def _become(settings: Mapping[str, Any]) -> NoReturn:
     if settings["memory_bytes"]:
         # Limits what the process writes to, not the weight files that it maps.
         resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)
+    with suppress(OSError):  # without system call filters; the facts then have less
+        seccomp.install(_filter(settings["way"]))
     with _reporting(settings, "confine"):
         home = settings["home"] if settings["way"] == "bare" else ""
         found = facts(settings["network"], home)

@@ -28,6 +28,8 @@ _MOUNT_SETATTR, _READ_ONLY, _HERE, _AND_BELOW = 442, 1, -100, 0x8000
 _NO_NEW_PRIVILEGES, _DROP_BOUNDING, _AMBIENT, _CLEAR_ALL = 38, 24, 47, 4
 _CAPABILITIES_V3, _USE_ANY_FILE, _READ_ANY_FILE = 0x2008_0522, 1, 2
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the kernel's mount, not a temporary file of ours
+_KEYS = "/proc/keys"
+"""Lists keys of everybody who has the same number."""
 
 ALL, NETWORK, NONE = "all", "network", "none"
 """Namespaces: network, processes and mounts; only the network; none."""
@@ -150,6 +152,8 @@ def _arrange_mounts(writable: Sequence[str]) -> None:
     for path in writable:
         _mount(path, path, None, _BIND | _RECURSIVE)
     _mount("proc", "/proc", "proc", _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS)
+    if Path(_KEYS).exists():
+        _mount("/dev/null", _KEYS, None, _BIND)
     kept = [*writable]
     memory = Path(_SHARED_MEMORY)
     if memory.is_dir() and not memory.is_symlink():

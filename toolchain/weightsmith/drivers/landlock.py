@@ -22,6 +22,8 @@ _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL
 """Rights allowed in a rule for anything but a folder."""
 _NO_TCP, _NO_ABSTRACT_SOCKETS, _NO_SIGNALS = 0b11, 0b01, 0b10
 _FIRST_WITH = {"refer": 2, "truncate": 3, "tcp": 4, "ioctl": 5, "scopes": 6}
+TRUNCATES = _FIRST_WITH["truncate"]
+"""The first ABI whose rules say which files may be truncated."""
 
 READ = _READ_FILE | _READ_DIR
 RUN = READ | _EXECUTE

@@ -53,6 +53,8 @@ def furnish(root: Path, shm_bytes: int, *, gpu: bool) -> None:
         mount("proc", "proc", "proc", quiet)
     except OSError:  # such as in a container that hides parts of /proc
         mount("/proc", "proc", "", _BIND | _RECURSIVE)
+    with suppress(FileNotFoundError):  # a kernel without keys
+        mount("dev/null", "proc/keys", "", _BIND)  # lists keys of everybody who has the same number
     with suppress(OSError):  # the same; servers work without it
         mount("sysfs", "sys", "sysfs", quiet | _READ_ONLY)
 

@@ -9,6 +9,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from weightsmith.drivers import seccomp
 from weightsmith.drivers.privileges import left
 
 Facts = dict[str, str | int | bool]
@@ -34,6 +35,7 @@ def facts(host_network: int, home: str) -> Facts:
         "network": _has_network(host_network),
         "other processes": _sees_others(),
         "files of yours": not home or _reaches(home) or _has_local_sockets(),
+        "keys": _uses_keys(),
         "memory": max(0, resource.getrlimit(resource.RLIMIT_DATA)[0]),
     }
 
@@ -64,6 +66,7 @@ def words(found: Facts) -> tuple[str, ...]:
         "" if found["new privileges"] else "no new privileges",
         "" if found["other processes"] else "own processes alone",
         "" if found["files of yours"] else "none of your files",
+        "" if found["keys"] else "none of your keys",
         f"{memory / 2**20:.0f} MiB of memory" if memory else "",
     )
     return tuple(word for word in said if word)
@@ -95,7 +98,9 @@ def _refuses_files(folder: Path) -> bool:
 
 
 def _has_network(host_network: int) -> bool:
-    """Say whether there is a network: the machine's own, another interface or a route."""
+    """Say whether there is a network: the machine's own, another interface, a route, or vsock."""
+    if _has_family(socket.AF_VSOCK):
+        return True
     try:
         if os.stat("/proc/self/ns/net").st_ino == host_network:  # noqa: PTH116 - a magic link
             return True
@@ -127,11 +132,22 @@ def _has_local_sockets() -> bool:
 
     A container engine, D-Bus and ssh-agent read and write files for their clients.
     """
+    return _has_family(socket.AF_UNIX)
+
+
+def _has_family(family: int) -> bool:
     try:
-        socket.socket(socket.AF_UNIX).close()
+        socket.socket(family).close()
     except OSError:
         return False
     return True
+
+
+def _uses_keys() -> bool:
+    try:
+        return seccomp.uses_keys()
+    except OSError:  # not known on this machine
+        return True
 
 
 def _sees_others() -> bool:

@@ -8,6 +8,7 @@ process changes its user or gets new capabilities.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.machinery
 import json
@@ -71,6 +72,8 @@ def enter_sandbox(settings: dict[str, Any]) -> None:
     """Enter a job's sandbox; see `job_sandbox.py`."""
     sandbox, landlock, seccomp = sibling("job_sandbox"), sibling("landlock"), sibling("seccomp")
     wanted = sandbox.JobSandbox(**settings["sandbox"])
+    with contextlib.suppress(OSError):  # as on machines whose system calls are not known
+        seccomp.leave_keys()
     parent_gone = sandbox.enter(wanted, settings["parent"])
     limit(settings)
     sandbox.restrict(wanted, landlock, seccomp)

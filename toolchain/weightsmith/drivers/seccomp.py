@@ -1,4 +1,4 @@
-"""Blocks system calls that a job does not need, with a seccomp filter for this process.
+"""Blocks system calls that a program does not need, with a seccomp filter for this process.
 
 Run by the sandbox launcher, so it uses only the standard library. Child processes inherit the
 filter, and it cannot be removed. Layout of filters: <linux/filter.h>, <linux/seccomp.h>; numbers:
@@ -22,8 +22,11 @@ _SET_SECCOMP, _FILTER_MODE = 22, 2
 _X32 = 0x4000_0000
 """First number of the x32 system calls of x86-64."""
 _NEW_NAMESPACES = 0x7E02_0000
-_UNIX, _STREAM, _PACKETS, _KIND = 1, 1, 5, 0xF
+_UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
+_STREAM, _PACKETS, _KIND = 1, 5, 0xF
 _TRUNCATES, _ACCESS = 0o1000, 0o3
+_GET_KEYRING_ID, _JOIN_SESSION_KEYRING, _USER_KEYRING = 0, 1, -4
+"""See keyctl(2)."""
 
 MACHINES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
 """Machine -> the kernel's audit architecture."""
@@ -33,7 +36,7 @@ _X86 = (
     "pivot_root 155 mount 165 umount2 166 add_key 248 request_key 249 keyctl 250 mq_open 240 "
     "mq_unlink 241 unshare 272 perf_event_open 298 open_by_handle_at 304 setns 308 "
     "process_vm_readv 310 process_vm_writev 311 kcmp 312 bpf 321 userfaultfd 323 open 2 "
-    "openat 257 prlimit64 302"
+    "openat 257 prlimit64 302 inotify_add_watch 254 fanotify_init 300 memfd_create 319"
 )
 _ARM = (
     "socket 198 connect 203 bind 200 socketpair 199 clone 220 shmget 194 shmat 196 shmctl 195 "
@@ -41,12 +44,12 @@ _ARM = (
     "ptrace 117 pivot_root 41 mount 40 umount2 39 add_key 217 request_key 218 keyctl 219 "
     "mq_open 180 mq_unlink 181 unshare 97 perf_event_open 241 open_by_handle_at 265 setns 268 "
     "process_vm_readv 270 process_vm_writev 271 kcmp 272 bpf 280 userfaultfd 282 openat 56 "
-    "prlimit64 261"
+    "prlimit64 261 inotify_add_watch 27 fanotify_init 262 memfd_create 279"
 )
 _BOTH = (
     "io_uring_setup 425 io_uring_enter 426 io_uring_register 427 open_tree 428 move_mount 429 "
     "fsopen 430 fsconfig 431 fsmount 432 fspick 433 clone3 435 openat2 437 pidfd_getfd 438 "
-    "mount_setattr 442"
+    "mount_setattr 442 memfd_secret 447"
 )
 NUMBERS = {
     machine: {name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)}
@@ -55,7 +58,10 @@ NUMBERS = {
 }
 """Machine -> name -> number of the system calls that are refused or inspected."""
 
-_UNKNOWN = ("clone3", "io_uring_setup", "io_uring_enter", "io_uring_register")
+_UNKNOWN = (
+    *("clone3", "io_uring_setup", "io_uring_enter", "io_uring_register"),
+    *("memfd_create", "memfd_secret"),
+)
 """Refused with ENOSYS: callers then use an older call."""
 _OF_SOCKETS = ("connect", "bind")
 _LOOKED_AT = ("socket", "socketpair", "clone", "open", "openat", "openat2", "truncate", "prlimit64")
@@ -70,10 +76,11 @@ def job_filter(
     """Return a job's filter: no sockets except its own pairs, no access to other processes.
 
     `landlock` is the ABI in force: before the third, Landlock allows truncating files, so that is
-    refused here. Namespaces, mounts, keys and System V IPC, which processes share, are refused too.
-    `sockets` allows sockets and nothing more. `serves` is for an untrusted server that runs as the
-    user: it may accept connections but not open any, because a container engine, D-Bus or ssh-agent
-    would act for it.
+    refused here. Namespaces, mounts, keys, watching folders, System V IPC and memory without a
+    file, which no limit counts, are refused too. `sockets` allows sockets of the internet, local
+    ones and netlink: no network namespace closes the others, such as vsock. `serves` is for an
+    untrusted server that runs as the user: it may accept connections but not open any, because a
+    container engine, D-Bus or ssh-agent would act for it.
     """
     numbers = NUMBERS[machine]
     let = {*_LOOKED_AT, *(_OF_SOCKETS if sockets else ())}
@@ -84,11 +91,15 @@ def job_filter(
     blocks.append(_block(numbers["clone"], _no_bit(0, _NEW_NAMESPACES)))
     # 0 is the process itself; a CPU limit of 0 would kill any other process of the user.
     blocks.append(_block(numbers["prlimit64"], _no_bit(0, 0xFFFF_FFFF)))
+    if sockets:
+        families = (_INET, _INET6, _NETLINK, *(() if serves else (_UNIX,)))
+        blocks.append(_block(numbers["socket"], _of_families(families)))
+    else:
+        blocks.append(_block(numbers["socket"], _local_stream()))
     if serves:
-        blocks.append(_block(numbers["socket"], _no_unix()))
         blocks.append(_refused(numbers["connect"], errno.ECONNREFUSED))
-    if not sockets:
-        blocks += [_block(numbers[name], _local_stream()) for name in ("socket", "socketpair")]
+    if serves or not sockets:
+        blocks.append(_block(numbers["socketpair"], _local_stream()))
     if landlock < 3:
         blocks += [_refused(numbers["truncate"], errno.EPERM)]
         blocks += [_refused(numbers["openat2"], errno.ENOSYS)]
@@ -122,6 +133,23 @@ def install(filter_: bytes) -> None:
     if libc.prctl(_SET_SECCOMP, _FILTER_MODE, head, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"seccomp: {os.strerror(code)}")
+
+
+def leave_keys() -> None:
+    """Take an empty session keyring: a child has its parent's, whatever its user and namespaces.
+
+    If there can be none, it stays, and only the filter keeps it from the program.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall(NUMBERS[machine()]["keyctl"], _JOIN_SESSION_KEYRING, None)
+
+
+def uses_keys() -> bool:
+    """Say whether this process can use the kernel's keys, such as those of its user."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    ring = ctypes.c_int(_USER_KEYRING)
+    result = libc.syscall(NUMBERS[machine()]["keyctl"], _GET_KEYRING_ID, ring, 0)
+    return bool(result >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS))
 
 
 def machine() -> str:
@@ -168,10 +196,12 @@ def _local_stream() -> list[Code]:
     ]
 
 
-def _no_unix() -> list[Code]:
+def _of_families(families: Sequence[int]) -> list[Code]:
+    last = len(families)
+    tests = [(_IF_EQUAL, last - n, 0, family) for n, family in enumerate(families)]
     return [
         _argument(0),
-        (_IF_EQUAL, 0, 1, _UNIX),
+        *tests,
         _answer(errno.EAFNOSUPPORT),
         (_RETURN, 0, 0, _ALLOW),
     ]
