@@ -12,12 +12,12 @@ from weightsmith.checkpoints.folder import no_folder, scan
 from weightsmith.checkpoints.gguf_names import files_with, gguf_models, projector_of
 from weightsmith.checkpoints.gguf_parts import model_name, parts_of
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import INDEX, parse_file
+from weightsmith.foreign import parse_file
+from weightsmith.planning.foreseen import expected_weights
 from weightsmith.planning.sizes import estimated_bytes, expected_projector
 from weightsmith.planning.targets import all_targets, target_of
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Engine, ServeOptions
-from weightsmith.serving.parameters import WORKED_OUT, weights_from_config
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
@@ -27,7 +27,6 @@ from weightsmith.values import SAFETENSORS
 
 _CONFIG = "serving.json"
 """The file with everything that `bake` needs from a rendered folder."""
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,24 +113,15 @@ def foresee_model(path: Path, name: str = "") -> Model:
         return open_model(path, name)
     facts = read_facts(path)
     check_served(facts)
-    size = _indexed_bytes(path / _INDEX) if _INDEX in names else 0
+    size, note = expected_weights(path, facts)
     return Model(
         path=path,
         name=name or path.absolute().name,
         facts=facts,
         weights=("model.safetensors",),
-        weight_bytes=size or weights_from_config(facts),
-        notes=(f"no weights there: their size is {_INDEX}'s",) if size else (WORKED_OUT,),
+        weight_bytes=size,
+        notes=(note,),
     )
-
-
-def _indexed_bytes(path: Path) -> int:
-    """Return the size of the shards in bytes from the index; 0 if the index does not have it."""
-    try:
-        size = parse_file(path, largest=INDEX)["metadata"]["total_size"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-    return size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else 0
 
 
 def serving_config(

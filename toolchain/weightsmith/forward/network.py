@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
+from weightsmith.checkpoints.folder import (
+    check_adapter_folder,
+    check_model_folder,
+    check_no_code,
+    scan,
+)
 from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.checkpoints.peft_patterns import check_peft_patterns
 from weightsmith.forward.libraries import reading, unreadable
@@ -44,7 +49,7 @@ def skeleton(root: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    check_model_folder(root)
+    check_no_code(root, scan(root))
     with reading(f"the model in {root}", _CONFIG_HINT):
         config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         text = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -109,6 +114,7 @@ def _set_missing(model: Any) -> None:
 
 def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
     """Return the folder's model, with no weights but its buffers, and the weights in its files."""
+    check_model_folder(root)
     model = skeleton(root)
     weights = Weights(root, model)
     for name, buffer in model.named_buffers():

@@ -45,9 +45,9 @@ from weightsmith.merging.tying import Tie, find_tie, stored_apart
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 KINDS = ("merged", "copied", "replaced")
 """Kinds of output tensors."""
-_START_BYTES = 100 << 20
+START_BYTES = 100 << 20
 """Resident memory of Python with numpy imported, rounded up."""
-_BLOCK_BYTES = 24 << 20
+BLOCK_BYTES = 24 << 20
 """Buffers per worker."""
 
 
@@ -183,7 +183,7 @@ def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     return {
         "read_bytes": shards + adapters + others,
         "write_bytes": headers + sum(shard.size for shard in plan.shards) + others,
-        "peak_memory_bytes": _START_BYTES + held + max(1, workers) * _BLOCK_BYTES,
+        "peak_memory_bytes": START_BYTES + held + max(1, workers) * BLOCK_BYTES,
     }
 
 

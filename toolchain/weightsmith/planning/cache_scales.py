@@ -94,7 +94,7 @@ def forecast_scales(
         "memory": cache_scales_memory(model, whole, texts),
     }
     if checkpoint is None:
-        return {**row, "cached": False, "why": "merge comes first"}
+        return {**row, "cached": False, "why": "its checkpoint comes first"}
     cached = tools.store.find(stage.inputs(checkpoint.digest, texts).key) is not None
     why = "" if cached else f"measured on the checkpoint, {human(checkpoint.size)}"
     return {**row, "cached": cached, "why": why}

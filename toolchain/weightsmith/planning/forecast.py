@@ -17,7 +17,7 @@ from weightsmith.planning.checks import check_assembly, check_format, check_plac
 from weightsmith.planning.dequantized import forecast_dequantized
 from weightsmith.planning.forecast_rows import (
     Known,
-    merge_row,
+    merge_rows,
     publish_row,
     quality_rows,
     quantize_row,
@@ -25,6 +25,7 @@ from weightsmith.planning.forecast_rows import (
     row,
     validate_rows,
 )
+from weightsmith.planning.foreseen import foreseen
 from weightsmith.planning.layer_time import measured_layer_time, stage_seconds, with_times
 from weightsmith.planning.options import (
     needs_files,
@@ -40,7 +41,6 @@ from weightsmith.planning.sizes import estimated_bytes, expected_projector
 from weightsmith.planning.tasks import check_leaks, probes, tasks_of
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.architectures import check_served
-from weightsmith.serving.parameters import WORKED_OUT
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
@@ -83,9 +83,10 @@ def forecast(
         return _unresolved(file, targets, why)
     with_sources(lock, file, sources, progress=tools.progress, locked=locked, update=update_lock)
     check_served(read_facts(sources.base.tree.root))
-    known = _known(file, targets, sources, tasks, dist, tools)
-    rows = [row("resolve", cached=True, why="", read=sources.base.tree.size), merge_row(known)]
-    rows += [*validate_rows(known), *reference_rows(known)]
+    sources, note = foreseen(sources)
+    known = _known(file, targets, sources, tasks, dist, tools, note)
+    rows = [row("resolve", cached=not note, why=note, read=sources.base.tree.size)]
+    rows += [*merge_rows(known), *validate_rows(known), *reference_rows(known)]
     plans, platforms = {}, {}
     for target in targets:
         found, plans[target.name], platforms[target.name] = _of_target(known, target)
@@ -136,9 +137,10 @@ def _known(
     tasks: Sequence[RecipeTask],
     dist: Path,
     tools: Tools,
+    note: str,
 ) -> Known:
     merged, files = sources_to_merge(targets, sources), needs_files(targets)
-    checkpoint: Tree | None = sources.base.tree
+    checkpoint: Tree | None = None if note else sources.base.tree
     if merged.adapters:
         found = merging.find(merged, file.recipe.merge, tools.store, files=files)
         checkpoint = found.tree if found else None
@@ -152,6 +154,7 @@ def _known(
         tasks=tasks,
         earlier=_earlier(file, targets, dist),
         tools=tools,
+        note=note,
     )
 
 
@@ -166,7 +169,7 @@ def _of_target(
     checkpoint, tools = known.checkpoint, known.tools
     options = quantize_options(file, target.format, sources.base, tools)
     quantizing, artifact = quantize_row(known, target, options, origin.size)
-    rows = [quantizing, *quality_rows(known, target, artifact, origin.size)]
+    rows = [*quantizing, *quality_rows(known, target, artifact, origin.size)]
     if uncalibrated := missing(file, target, model):
         tools.progress.warn(uncalibrated)
     if scales := forecast_scales(file, target, model, sources, checkpoint, tools):
@@ -204,7 +207,7 @@ def _serving_plan(
             made_from=(),
             adapters=adapters,
             projector=projector,
-            notes=() if sources.base.tree.weight_bytes else (WORKED_OUT,),
+            notes=(known.note,) if known.note else (),
         ).plan
     except UsageError as error:
         if "plan" not in error.details:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.results import RecipeTask
+from weightsmith.planning.foreseen import merge_cost
 from weightsmith.planning.memory import (
     quality_memory,
     quantize_memory,
@@ -52,27 +53,29 @@ class Known:
     earlier: Mapping[str, Json]
     """The inputs of the last build's stages, by stage and target."""
     tools: Tools
+    note: str = ""
+    """Where the size of the base's weights is from, if they are not here."""
+
+    @property
+    def missing(self) -> str:
+        """Why there is no checkpoint yet."""
+        return "merge comes first" if self.merged.adapters else "the base's weights are not here"
 
 
-def merge_row(known: Known) -> dict[str, Json]:
-    """Return the row of the merge."""
+def merge_rows(known: Known) -> list[dict[str, Json]]:
+    """Return the row of the merge, if there is something to merge."""
     sources, tools, wanted = known.merged, known.tools, known.file.recipe.merge
     if not sources.adapters:
-        return row("merge", cached=True, why="")
-    cost, whole = (merging.check(sources, wanted, files=f) for f in (known.files, True))
+        return []
+    cost, whole = (merge_cost(sources, wanted, files=f) for f in (known.files, True))
     state = _state(merging.inputs(sources, wanted), known.earlier.get("merge"), tools)
     if not state["cached"] and cost["write_bytes"] < whole["write_bytes"]:
         saved = human(whole["write_bytes"] - cost["write_bytes"])
         unwritten = _state(merging.inputs(sources, wanted, unwritten=True), None, tools)
         why = f"{state['why']}; every target is made from base and adapters: {saved} less disk"
         state = unwritten if unwritten["cached"] else {**state, "why": why}
-    return row(
-        "merge",
-        **state,
-        read=cost["read_bytes"],
-        write=cost["write_bytes"],
-        memory=cost["peak_memory_bytes"],
-    )
+    read, write, memory = cost["read_bytes"], cost["write_bytes"], cost["peak_memory_bytes"]
+    return [row("merge", **state, read=read, write=write, memory=memory)]
 
 
 def validate_rows(known: Known) -> list[dict[str, Json]]:
@@ -83,7 +86,7 @@ def validate_rows(known: Known) -> list[dict[str, Json]]:
     read = 2 * sources.base.tree.size + sum(a.snapshot.tree.size for a in sources.adapters)
     cost: dict[str, Json] = {"read": read, "memory": validate_memory(known.model, sources)}
     if known.checkpoint is None:
-        return [row("validate", cached=False, why="merge comes first", **cost)]
+        return [row("validate", cached=False, why=known.missing, **cost)]
     stage = validating.inputs(sources, recipe.merge, known.checkpoint.digest, probes(known.file))
     return [row("validate", **_state(stage, known.earlier.get("validate"), known.tools), **cost)]
 
@@ -105,17 +108,17 @@ def reference_rows(known: Known) -> list[dict[str, Json]]:
 
 def quantize_row(
     known: Known, target: Target, options: QuantizeOptions, size: int
-) -> tuple[dict[str, Json], Tree | None]:
-    """Return the row of a target's weights, and the weights if they exist.
+) -> tuple[list[dict[str, Json]], Tree | None]:
+    """Return the row of a target's weights, if they are quantized, and the weights if they exist.
 
     `size` is that of the checkpoint that they are made from.
     """
     checkpoint, tools = known.checkpoint, known.tools
     if not target.format.packed:
-        return row("quantize", target=target.name, cached=True, why=""), checkpoint
+        return [], checkpoint
     if not can_make(target.format):
         why = f"no installed quantizer makes {target.format.name}"
-        return row("quantize", target=target.name, cached=False, why=why, read=size), None
+        return [row("quantize", target=target.name, cached=False, why=why, read=size)], None
     cost: dict[str, Json] = {
         "target": target.name,
         "read": size,
@@ -124,14 +127,14 @@ def quantize_row(
         "disk": disk_peak(size, target.format, known.model, options.options),
     }
     if checkpoint is None:
-        return row("quantize", cached=False, why="merge comes first", **cost), None
+        return [row("quantize", cached=False, why=known.missing, **cost)], None
     stage = quantizing.inputs(checkpoint.digest, options)
     state, entry = _state(stage, known.earlier.get(f"quantize {target.name}"), tools), None
     if state["cached"]:
         entry = tools.store.find(stage.key)
     else:
         state["why"] += f" ({of_format(target.format.name).name})"
-    return row("quantize", **state, **cost), entry.tree if entry else None
+    return [row("quantize", **state, **cost)], entry.tree if entry else None
 
 
 def quality_rows(

@@ -11,6 +11,7 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.job_inputs import Input
 from weightsmith.merging.left_out import require_all_targeted
+from weightsmith.planning.foreseen import ForeseenTree
 from weightsmith.ports import Progress
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
@@ -20,7 +21,6 @@ from weightsmith.recipe import Serve, TextBounds
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import parse_size
-from weightsmith.serving.parameters import weights_from_config
 from weightsmith.serving.targets import Target
 from weightsmith.stages.quantize import QuantizeOptions
 from weightsmith.stages.unmerged import served_adapters
@@ -99,8 +99,7 @@ def format_options(
     quantizer, facts = of_format(format_.name), read_facts(model.texts)
     options = {**quantizer.options(format_, settings), **quantizer.options_of_model(facts)}
     if options.get("imatrix") == "auto" and not given:
-        size = model.weight_bytes or weights_from_config(facts)
-        options["imatrix"] = measured_by(facts, size)
+        options["imatrix"] = measured_by(facts, model.weight_bytes)
     statistics = None
     if path is not None and options.get("imatrix", "off") not in IMATRIX_WORDS:
         entry = tools.store.digest_file(path)
@@ -183,6 +182,8 @@ def unmerged_adapters(
             hint="give each adapter its own `evaluate`",
         )
     found = served_adapters(sources, gguf="gguf" in target.engine.accepts)
+    if isinstance(sources.base.tree, ForeseenTree):
+        return found
     for adapter in sources.adapters:
         own = adapter.snapshot
         _require_all_targeted(sources.base.tree.root, own.tree.root, own.digest)

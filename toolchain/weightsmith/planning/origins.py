@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.merge_options import Merge
-from weightsmith.serving.parameters import weights_from_config
+from weightsmith.planning.foreseen import merge_cost
 from weightsmith.serving.targets import Target
-from weightsmith.stages import merge as merging
 from weightsmith.values import LORA, Sources
 
 
@@ -23,13 +22,12 @@ class Origin:
 
 
 def origin_of(target: Target, sources: Sources, options: Merge) -> Origin:
-    """Return what a target is made from; raises InputRefused for a size that is not known."""
+    """Return what a target is made from; raises what `merge_cost` raises."""
     tree = sources.base.tree
     model = read_facts(tree.root)
     unmerged = target.format == LORA or not sources.adapters
     if unmerged or options.quantized_base != "dequantize" or model.packing is None:
-        weights = tree.weight_bytes or weights_from_config(model)
-        return Origin(model=model, size=tree.size, weight_bytes=weights)
+        return Origin(model=model, size=tree.size, weight_bytes=tree.weight_bytes)
     # Twice the size of fp8 files and four times that of 4-bit ones, and no longer what they are.
-    written = merging.check(sources, options)["write_bytes"]
+    written = merge_cost(sources, options)["write_bytes"]
     return Origin(model=replace(model, packing=None), size=written, weight_bytes=written)

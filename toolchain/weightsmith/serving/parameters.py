@@ -20,8 +20,8 @@ _TIED = {
 """Families with a gated feed-forward, here or in experts -> whether the output layer is the
 embedding where config.json does not say (transformers, the `configuration_*.py` of each)."""
 
-WORKED_OUT = "no weights there: their size is worked out from config.json, an estimate"
-"""The note that belongs to such a plan."""
+NO_WEIGHTS = "no weights there: their size is "
+"""How the note of a plan begins whose weights are not there."""
 
 _SPARSE = frozenset({
     "Mixtral", "PhiMoE", "Qwen2Moe", "Qwen3Moe", "DeepseekV2", "DeepseekV3", "Ernie4_5_Moe",

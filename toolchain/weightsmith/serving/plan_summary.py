@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from weightsmith.serving.memory import human
+from weightsmith.serving.parameters import NO_WEIGHTS
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.visible import joined
 
@@ -41,9 +42,10 @@ def summary(name: str, plan: ServingPlan) -> str:
 def _parts(plan: ServingPlan, devices: int) -> list[tuple[str, str, int, str]]:
     """Return (sign, name, bytes, explanation) of all that takes memory, per device."""
     cache = plan.kv_bytes_total // devices
+    estimated = any(note.startswith(NO_WEIGHTS) for note in plan.notes)
     spare = max(0, plan.kv_cache_bytes - cache)
     return [
-        ("w", "weights", plan.weights_bytes_per_gpu, "by the files' size"),
+        ("w", "weights", plan.weights_bytes_per_gpu, "an estimate" if estimated else "by the files' size"),
         (
             "k",
             "cache",
