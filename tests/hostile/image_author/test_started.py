@@ -289,7 +289,7 @@ CALLS = """
 import ctypes, json, os, socket, time
 libc = ctypes.CDLL(None, use_errno=True)
 add_key, keyctl = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
-search, read, session, of_user = 10, 11, -3, -4
+search, read, link, session, of_user = 10, 11, 8, -3, -4
 
 def called_well(result):
     if result < 0:
@@ -300,6 +300,8 @@ def called(*words):
     return called_well(libc.syscall(*words))
 
 def key_of(ring):
+    if ring == of_user:
+        called(keyctl, link, of_user, session)
     number = called(keyctl, search, ring, b"user", b"weightsmith-test", 0)
     held = ctypes.create_string_buffer(64)
     called(keyctl, read, number, held, 64)
@@ -351,6 +353,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 for ring in (-3, -4):
     if ring == -3:
         assert libc.syscall({KEYCTL}, 1, None) > 0
+        assert libc.syscall({KEYCTL}, 8, -4, -3) == 0  # the user's keys, as after a login
     key = libc.syscall({ADD_KEY}, b"user", b"weightsmith-test", b"the user's", 10, ring)
     assert key > 0
     assert libc.syscall({KEYCTL}, 15, key, 600) == 0  # it goes after ten minutes
