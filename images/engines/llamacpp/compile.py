@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import drain  # noqa: E402 - it lies beside this file
 import zig  # noqa: E402 - it lies beside the engines' folders
 from zig import ENVIRONMENT, REFUSED, fail  # noqa: E402
 
@@ -98,6 +99,11 @@ class Job:
         return self.work / "build"
 
     @property
+    def edited(self) -> Path:
+        """The files of the source tree that are changed, see drain.py."""
+        return self.work / "edited"
+
+    @property
     def environment(self) -> dict[str, str]:
         """The environment of the compiler: its caches stay inside the work folder."""
         return {**zig.environment(self.work), "NINJA_STATUS": "[%f/%t] "}
@@ -145,6 +151,7 @@ def cmake_settings(job: Job, wrappers: dict[str, Path]) -> dict[str, str]:
         "-g0",
         "-fno-sanitize=undefined",  # zig turns it on by default
         f"-ffile-prefix-map={job.source}=llama.cpp",
+        f"-ffile-prefix-map={job.edited}=llama.cpp",
         f"-ffile-prefix-map={job.build}=build",
     ]
     x86 = "ON" if job.arch == "x86_64" else "OFF"
@@ -181,6 +188,8 @@ def cmake_settings(job: Job, wrappers: dict[str, Path]) -> dict[str, str]:
         "GGML_SSE42": x86,
         "LLAMA_BUILD_NUMBER": "0",
         "LLAMA_BUILD_COMMIT": job.commit[:9],
+        "WEIGHTSMITH_SERVER": str(job.edited / drain.SERVER),
+        "WEIGHTSMITH_HTTP": str(job.edited / drain.HTTP),
         "WEIGHTSMITH_VARIANTS": ";".join(f"{name}={flag}" for name, flag in others.items()),
         "WEIGHTSMITH_PROGRAMS": ";".join(job.per_variant),
     }
@@ -197,7 +206,11 @@ def run_quietly(job: Job, command: list[str], what: str) -> None:
 
 
 def configure(job: Job) -> None:
-    """Write the build tree."""
+    """Write the files that are changed, and the build tree."""
+    try:
+        drain.write_edited(job.source, job.edited)
+    except ValueError as problem:
+        fail(REFUSED, f"{problem}: bring drain.py in line with this source")
     settings = cmake_settings(job, write_wrappers(job))
     note(f"configuring llama.cpp {job.commit[:9]} for {job.arch}: {', '.join(job.variants)}")
     definitions = [f"-D{name}={value}" for name, value in settings.items()]

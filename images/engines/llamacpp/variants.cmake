@@ -1,11 +1,13 @@
 # Read by CMake right after llama.cpp's own project() call, see compile.py.
 # It runs at the end of llama.cpp's CMakeLists, when all targets exist, and leaves the source tree
 # untouched:
+# - two files are replaced by changed copies, see drain.py;
 # - one more set of programs per CPU variant, in which only ggml-cpu is compiled anew;
 # - no fused multiply-add outside ggml-cpu, so that quantizing gives the same bytes on every CPU;
 # - multimodal models compiled in batches, as llama.cpp does for its language models.
 #
-# WEIGHTSMITH_VARIANTS is a list of NAME=COMPILER-FLAG; WEIGHTSMITH_PROGRAMS a list of programs.
+# WEIGHTSMITH_VARIANTS is a list of NAME=COMPILER-FLAG; WEIGHTSMITH_PROGRAMS a list of programs;
+# WEIGHTSMITH_SERVER and WEIGHTSMITH_HTTP are the changed copies.
 
 # The sources of a target with full paths, into the variable `sources`.
 macro(weightsmith_sources target)
@@ -39,6 +41,20 @@ function(weightsmith_compile_like copy original)
     endforeach()
 endfunction()
 
+# Compile `copy` in place of a target's file of that name.
+function(weightsmith_replace target copy)
+    get_filename_component(name ${copy} NAME)
+    get_target_property(sources ${target} SOURCES)
+    if(NOT name IN_LIST sources)
+        message(FATAL_ERROR "${target} has no ${name}")
+    endif()
+    list(TRANSFORM sources REPLACE "^${name}$" "${copy}")
+    set_target_properties(${target} PROPERTIES SOURCES "${sources}")
+    # A file's own folder is searched first; that of the copy has no headers.
+    get_target_property(folder ${target} SOURCE_DIR)
+    target_include_directories(${target} PRIVATE ${folder})
+endfunction()
+
 function(weightsmith_variant name flag)
     weightsmith_sources(ggml-cpu)
     add_library(ggml-cpu-${name} OBJECT ${sources})
@@ -58,6 +74,8 @@ function(weightsmith_variant name flag)
 endfunction()
 
 function(weightsmith_adjust)
+    weightsmith_replace(llama-server-impl ${WEIGHTSMITH_SERVER})
+    weightsmith_replace(cpp-httplib ${WEIGHTSMITH_HTTP})
     foreach(target ggml-base ggml llama)
         target_compile_options(${target} PRIVATE -ffp-contract=off)
     endforeach()

@@ -32,6 +32,7 @@ def load(name: str) -> ModuleType:
 
 fetch = load("fetch")
 compile_ = load("compile")
+drain = load("drain")
 
 
 def pins() -> dict:
@@ -250,3 +251,29 @@ def test_no_host_path_reaches_the_compiler_unmapped(tmp_path):
     assert settings["GGML_NATIVE"] == "OFF"
     assert settings["GIT_EXE"] == settings["GIT_EXECUTABLE"] == "OFF"
     assert settings["WEIGHTSMITH_VARIANTS"].startswith("x86-64-v3=-mcpu=x86_64_v3;")
+
+
+# Changes
+
+
+def test_only_texts_that_are_there_once_are_changed(tmp_path):
+    for name, edits in drain.EDITS.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(f"// {n}\n{old}" for n, (old, _) in enumerate(edits)))
+    drain.write_edited(tmp_path / "tree", tmp_path / "edited")
+    for name, edits in drain.EDITS.items():
+        text = (tmp_path / "edited" / name).read_text()
+        assert text == "".join(f"// {n}\n{new}" for n, (_, new) in enumerate(edits))
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_another_source_than_the_changes_are_for_is_refused(tmp_path, times):
+    ((old, _),) = drain.EDITS[drain.HTTP]
+    for name, edits in drain.EDITS.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(old for old, _ in edits))
+    (tmp_path / drain.HTTP).write_text(old * times)
+    with pytest.raises(ValueError, match=f"httplib.cpp has {times} times: auto is_shutting_down"):
+        drain.write_edited(tmp_path, tmp_path / "edited")
