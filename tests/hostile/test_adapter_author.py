@@ -102,7 +102,8 @@ def test_a_pattern_that_never_ends_does_not_reach_peft(
     name: str, tmp_path: Path, impatient: None
 ) -> None:
     """PEFT would match it against every module of the model: the jobs that ask PEFT refuse it."""
-    from weightsmith.forward.network import skeleton, with_adapters
+    from weightsmith.forward.adapters import with_adapters
+    from weightsmith.forward.network import skeleton
     from weightsmith.merging.reference import load_network
 
     adapter = adapter_with(tmp_path, **{name: PATTERNS[name]})

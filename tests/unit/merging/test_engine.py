@@ -37,11 +37,22 @@ def logits(network: Any) -> torch.Tensor:
 
 def unmerged(base: Path, adapters: Adapters) -> torch.Tensor:
     """The oracle: PEFT's forward with the adapters beside the weights, in float64."""
-    from weightsmith.merging.reference import _with_adapters
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
+    names = [f"adapter_{number}" for number in range(len(adapters))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return logits(_with_adapters(load(base), adapters).double())
+        network = PeftModel.from_pretrained(load(base), adapters[0][0], names[0])
+        for name, (root, _) in zip(names[1:], adapters[1:], strict=True):
+            network.load_adapter(root, name)
+    network.base_model.set_adapter(names)
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                if name in layer.scaling:
+                    layer.scaling[name] *= weight
+    return logits(network.double())
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

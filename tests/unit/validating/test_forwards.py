@@ -49,7 +49,7 @@ def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
     meeting = Meeting(2)
     model = Merged(checkpoint=base).streamed(meeting, 0)
     run = merged_forward(model, batch, 1, lambda: None)
-    opening = BaseAndAdapters(checkpoint=base, adapters=((lora, 1.0),), like=skeleton(base))
+    opening = BaseAndAdapters(checkpoint=base, adapters=((lora, 1.0),))
     reference = reference_forward(
         opening.streamed(meeting, 1),
         meeting,

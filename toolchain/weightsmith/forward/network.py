@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.checkpoints.folder import (
-    check_adapter_folder,
-    check_model_folder,
-    check_no_code,
-    scan,
-)
-from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
-from weightsmith.checkpoints.peft_patterns import check_peft_patterns
-from weightsmith.forward.libraries import reading, unreadable
+from weightsmith.checkpoints.folder import check_model_folder, check_no_code, scan
+from weightsmith.forward.libraries import reading
 from weightsmith.forward.weights import Weights
 
 PEFT_PREFIX = "base_model.model."
@@ -29,15 +22,7 @@ _CONFIG_HINT = (
     "compare config.json with the published one: it is damaged, or of an architecture that this "
     "version of transformers does not know"
 )
-ADAPTER_HINT = (
-    "check that adapter_config.json is complete and that the adapter was trained on this base; "
-    "export it again with PEFT's save_pretrained"
-)
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
-
-
-class IncompatibleAdapters(Exception):
-    """PEFT cannot load these adapters together: they are of different kinds or share a module."""
 
 
 def skeleton(root: Path) -> Any:
@@ -56,7 +41,7 @@ def skeleton(root: Path) -> Any:
         kind: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
         with _without_memory(), _nothing_drawn():
             model = kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    _set_missing(model)
+    set_missing(model)
     return model.eval()
 
 
@@ -105,11 +90,12 @@ def _drawn(draw: Callable[..., torch.Tensor], *given: Any, **named: Any) -> Any:
     return values if isinstance(values, nn.Parameter) else draw(*given, **named)
 
 
-def _set_missing(model: Any) -> None:
+def set_missing(model: Any) -> None:
+    """Make every parameter on the meta device a missing one."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.device.type == "meta":
-                setattr(module, name, _missing(parameter.shape))
+                setattr(module, name, missing(parameter.shape))
 
 
 def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
@@ -121,99 +107,6 @@ def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
         if weights.has(name):
             buffer.copy_(weights.whole(name))
     return model, weights
-
-
-def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
-    """Load adapters with PEFT, unmerged and all active.
-
-    Their weights are in memory in float32. Raises IncompatibleAdapters if PEFT cannot load them
-    together, and InputRefused for values in an adapter's files that PEFT refuses.
-    """
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    for name, (root, _) in zip(names, adapters, strict=True):
-        check_adapter_folder(root)
-        check_peft_keys(root)
-        check_peft_patterns(root, (name for name, _ in model.named_modules()))
-        how: Any = {"adapter_name": name, "low_cpu_mem_usage": True, "key_mapping": KEY_MAPPING}
-        if name == names[0]:
-            model = _first_adapter(model, root, how)
-            continue
-        try:
-            model.load_adapter(root, **how)
-        except (ValueError, KeyError) as error:
-            raise IncompatibleAdapters(f"{type(error).__name__}: {error}") from error
-    model.base_model.set_adapter(names)
-    # Beside an adapter's copy of a base weight in 16 bits, PEFT rounds the factors to 16 bits.
-    short = any(parameter.dtype != torch.float32 for parameter in model.parameters())
-    if short or any(parameter.device.type == "meta" for parameter in model.parameters()):
-        _load_again(model, dict(zip(names, adapters, strict=True)))
-    return model.eval().requires_grad_(requires_grad=False)
-
-
-def _first_adapter(model: Any, root: Path, how: Mapping[str, Any]) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, root, **how)
-    except ValueError as error:  # other errors may be due to the missing weights
-        raise unreadable(f"the adapter in {root}", error, ADAPTER_HINT) from error
-
-
-def resize(model: Any, like: Any) -> bool:
-    """Give a skeleton the vocabulary size of `like`; return whether it changed."""
-    rows = like.get_input_embeddings().weight.shape[0]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight.shape[0] == rows:
-        return False
-    embedding.weight = _missing(torch.Size((rows, embedding.weight.shape[1])))
-    embedding.num_embeddings = rows
-    if head is not None:
-        head.weight = _missing(torch.Size((rows, head.weight.shape[1])))
-        head.out_features = rows
-    model.config.get_text_config().vocab_size = rows
-    return True
-
-
-def tie_again(model: Any) -> None:
-    """Tie missing tied parameters to those that an adapter replaced."""
-    for target, source in dict(getattr(model, "all_tied_weights_keys", {})).items():
-        mine, theirs = (_parameter(model, name) for name in (target, source))
-        if mine is not None and theirs is not None and is_missing(mine) and not is_missing(theirs):
-            mine.data = theirs.data
-
-
-def _parameter(model: Any, name: str) -> Any:
-    """Return a parameter by its name before PEFT wrapped the model, or None if PEFT moved it."""
-    try:
-        return model.get_parameter(name)
-    except AttributeError:
-        module, _, last = name.rpartition(".")
-        try:
-            return model.get_parameter(f"{module}.base_layer.{last}")
-        except AttributeError:
-            return None
-
-
-def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
-    """Load all tensors in float32, such as those of layers that PEFT replicates."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    _set_missing(model)
-    for name, (root, _) in adapters.items():
-        stored = load_peft_weights(
-            str(root), device="cpu", key_mapping=KEY_MAPPING, use_safetensors=True
-        )
-        weights = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
-        set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
-
-
-def replication(model: Any) -> list[int] | None:
-    """Return the base layer of each layer if an adapter replicates layers, else None."""
-    for config in model.peft_config.values():
-        spans = getattr(config, "layer_replication", None)
-        if spans:
-            return [layer for first, last in spans for layer in range(first, last)]
-    return None
 
 
 def lacking(model: Any, weights: Weights) -> list[str]:
@@ -233,7 +126,12 @@ def _optional(model: Any) -> Sequence[str]:
 
 def is_missing(parameter: torch.Tensor) -> bool:
     """Return whether a parameter has no weights yet."""
-    return parameter.numel() > 0 and not any(parameter.stride()) and _is_nan(parameter)
+    return not any(parameter.stride()) and has_no_weights(parameter)
+
+
+def has_no_weights(parameter: torch.Tensor) -> bool:
+    """Return whether a parameter begins with NaN, as missing ones and copies of them do."""
+    return parameter.numel() > 0 and bool(torch.isnan(parameter[(0,) * parameter.dim()]))
 
 
 def base_name(name: str) -> str:
@@ -255,7 +153,7 @@ def fill_while_running(
     def empty(*_: object) -> None:
         for module, name in places:
             part = getattr(module, name)
-            part.data = _missing(part.shape).data
+            part.data = missing(part.shape).data
 
     outer.register_forward_pre_hook(fill)
     outer.register_forward_hook(empty, always_call=True)
@@ -272,7 +170,7 @@ def filled(outer: Any, path: str, weights: Weights) -> Iterator[None]:
     finally:
         for module, name in places:
             part = getattr(module, name)
-            part.data = _missing(part.shape).data
+            part.data = missing(part.shape).data
 
 
 def missing_below(outer: Any, path: str) -> dict[tuple[Any, str], str]:
@@ -313,10 +211,7 @@ def decoder_layers(model: Any) -> list[Any]:
     return list(max(lists, key=len, default=()))
 
 
-def _missing(shape: torch.Size) -> nn.Parameter:
-    value = torch.full((), math.nan).expand(shape)
+def missing(shape: Sequence[int]) -> nn.Parameter:
+    """Return a parameter without weights: one NaN, expanded to the shape."""
+    value = torch.full((), math.nan).expand(tuple(shape))
     return nn.Parameter(value, requires_grad=False)
-
-
-def _is_nan(parameter: torch.Tensor) -> bool:
-    return bool(torch.isnan(parameter[(0,) * parameter.dim()]))

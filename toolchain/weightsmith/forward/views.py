@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from weightsmith.errors import InputRefused
+from weightsmith.forward.adapters import replication, with_adapters
 from weightsmith.forward.experts import (
     Deltas,
     Parts,
@@ -27,9 +28,7 @@ from weightsmith.forward.network import (
     is_missing,
     lacking,
     missing_below,
-    replication,
     skeleton_with_weights,
-    with_adapters,
 )
 from weightsmith.forward.positions import multiplied
 from weightsmith.forward.products import Matrix

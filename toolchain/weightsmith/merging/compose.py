@@ -245,7 +245,8 @@ def _vocabulary(
         raise InputRefused(
             f"the adapter resizes only {', '.join(resized)}: "
             "embedding and head would have different numbers of tokens",
-            hint="export the adapter with save_pretrained(..., save_embedding_layers=True)",
+            hint="save the resized base and use it as the base, or train the adapter with both in "
+            "modules_to_save or in target_modules",
         )
     return {"vocab_size": next(iter(sizes.values()))}
 

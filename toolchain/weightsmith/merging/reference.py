@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
-from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
-from weightsmith.checkpoints.peft_patterns import check_peft_patterns
 from weightsmith.checkpoints.templates import own_template, render_chat
 from weightsmith.checkpoints.text import text_part
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
+from weightsmith.forward.adapters import IncompatibleAdapters, with_adapters
 from weightsmith.forward.greedy import Answers, Questions, greedy
-from weightsmith.forward.libraries import load_tokenizer, reading, stay_offline
+from weightsmith.forward.libraries import load_tokenizer, stay_offline
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.network import (
-    ADAPTER_HINT,
-    IncompatibleAdapters,
-    fill,
-    skeleton_with_weights,
-)
+from weightsmith.forward.network import fill, skeleton_with_weights
 from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
@@ -62,15 +57,8 @@ class Subject:
     def streamed(self, meeting: Meeting, number: int) -> Any:
         """Return the model with its weights in files; raise InputRefused if one is missing."""
         check_model_folder(self.model)
-        _check_together(self.adapters)
-        try:
+        with _loading(self.adapters):
             network = view(self.model, self.adapters, meeting, number)
-        except IncompatibleAdapters as error:
-            together = " and ".join(str(root) for root, _ in self.adapters)
-            raise InputRefused(
-                f"PEFT cannot load these adapters together: {together}: {error}",
-                hint="evaluate each adapter by itself",
-            ) from None
         _weigh(network, [weight for _, weight in self.adapters])
         return network
 
@@ -306,28 +294,24 @@ def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
         network, weights = skeleton_with_weights(model)
         fill(network, weights)
     if adapters:
-        with doing("loading the adapters"):
-            network = _with_adapters(network, adapters)
-    return network.eval()
-
-
-def _with_adapters(network: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
-    from peft import PeftModel
-
-    _check_together(adapters)
-    names = [f"adapter_{number}" for number in range(len(adapters))]
-    for number, (root, _) in enumerate(adapters):
-        check_peft_keys(root)
-        check_peft_patterns(root, (name for name, _ in network.named_modules()))
-        how: Any = {"adapter_name": names[number], "key_mapping": KEY_MAPPING}
-        with reading(f"the adapter in {root}", ADAPTER_HINT):
-            if number == 0:
-                network = PeftModel.from_pretrained(network, root, **how)
-            else:
-                network.load_adapter(root, **how)
-    network.base_model.set_adapter(names)
-    _weigh(network, [weight for _, weight in adapters])
+        with doing("loading the adapters"), _loading(adapters):
+            network = with_adapters(network, adapters)
+        _weigh(network, [weight for _, weight in adapters])
     return network
+
+
+@contextmanager
+def _loading(adapters: Sequence[tuple[Path, float]]) -> Iterator[None]:
+    """Raise InputRefused for adapters that PEFT cannot run together."""
+    _check_together(adapters)
+    try:
+        yield
+    except IncompatibleAdapters as error:
+        together = " and ".join(str(root) for root, _ in adapters)
+        raise InputRefused(
+            f"PEFT cannot load these adapters together: {together}: {error}",
+            hint="evaluate each adapter by itself",
+        ) from None
 
 
 def _weigh(network: Any, weights: Sequence[float]) -> None:

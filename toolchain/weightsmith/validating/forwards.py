@@ -11,19 +11,15 @@ from typing import Any
 import torch
 
 from weightsmith.cpus import all_but_one
+from weightsmith.forward.adapters import IncompatibleAdapters, replication, with_adapters
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     PEFT_PREFIX,
-    IncompatibleAdapters,
     base_name,
     decoder_layers,
     fill,
     is_missing,
-    replication,
-    resize,
     skeleton_with_weights,
-    tie_again,
-    with_adapters,
 )
 from weightsmith.forward.views import reads_one_by_one, require_complete, stream
 from weightsmith.forward.weights import Weights
@@ -122,8 +118,6 @@ class BaseAndAdapters:
 
     checkpoint: Path
     adapters: Sequence[tuple[Path, float]]
-    like: Any
-    """The merged model's skeleton, whose vocabulary adapters may have changed."""
 
     @property
     def source(self) -> Path:
@@ -151,14 +145,11 @@ class BaseAndAdapters:
         bare, weights = skeleton_with_weights(self.checkpoint)
         require_complete(self.checkpoint, bare, weights)
         names = set(bare.state_dict())
-        resized = resize(bare, self.like)
         try:
             model = with_adapters(bare, self.adapters)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             text = "PEFT decomposes the base's weights as it loads them, and they are read later"
             raise IncompatibleAdapters(text) from error
-        if resized:
-            tie_again(model.get_base_model())
         if (layers := replication(model)) is not None:
             weights.replicate(layers)
         adapted, replaced = tuple(sites(model, weights)), tuple(replaced_parameters(model, names))

@@ -17,11 +17,12 @@ from weightsmith.checkpoints.facts import read_facts
 from weightsmith.cpus import all_but_one
 from weightsmith.errors import EnvironmentFailure, InputRefused, ran_out_of_memory
 from weightsmith.foreign import read_json
+from weightsmith.forward.adapters import IncompatibleAdapters
 from weightsmith.forward.greedy import Questions
 from weightsmith.forward.greedy import greedy as continuations
 from weightsmith.forward.libraries import load_tokenizer, stay_offline
 from weightsmith.forward.meeting import Meeting
-from weightsmith.forward.network import IncompatibleAdapters, decoder_layers, skeleton
+from weightsmith.forward.network import decoder_layers, skeleton
 from weightsmith.forward.views import require_finite
 from weightsmith.forward.walk import NOT_STREAMABLE, Count, Opening, Progress, Tell, walk, why
 from weightsmith.forward.weights import Weights
@@ -292,9 +293,7 @@ class Sides:
         request, batch, twins = self.request, self.batch, self.twins
         advance = partial(Count(2 * max(1, len(decoder_layers(self.model))), progress), 1)
         openings: dict[str, Opening] = {
-            "reference": BaseAndAdapters(
-                checkpoint=request.base, adapters=request.adapters, like=self.model
-            ),
+            "reference": BaseAndAdapters(checkpoint=request.base, adapters=request.adapters),
             "merged": Merged(checkpoint=request.merged),
         }
 

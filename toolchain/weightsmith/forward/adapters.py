@@ -1,0 +1,194 @@
+"""Adapters on a model, loaded by PEFT, unmerged; the one way for all that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from weightsmith.checkpoints.folder import check_adapter_folder
+from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
+from weightsmith.checkpoints.peft_patterns import check_peft_patterns
+from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import read_json
+from weightsmith.forward.libraries import reading, unreadable
+from weightsmith.forward.network import has_no_weights, is_missing, missing, set_missing
+
+_HINT = (
+    "check that adapter_config.json is complete and that the adapter was trained on this base; "
+    "export it again with PEFT's save_pretrained"
+)
+_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter", "modules_to_save"})
+
+
+class IncompatibleAdapters(Exception):
+    """PEFT cannot load these adapters together: they are of different kinds or share a module."""
+
+
+def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
+    """Load adapters with PEFT, unmerged and all active, on a model with or without its weights.
+
+    Their weights are in memory in float32. If they were trained with another number of tokens, the
+    model gets it too. Raises IncompatibleAdapters if PEFT cannot load them together, and
+    InputRefused for values in an adapter's files that PEFT refuses.
+    """
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    whole = not any(is_missing(parameter) for parameter in model.parameters())
+    resized = _resize(model, [root for root, _ in adapters])
+    for name, (root, _) in zip(names, adapters, strict=True):
+        check_adapter_folder(root)
+        check_peft_keys(root)
+        check_peft_patterns(root, (name for name, _ in model.named_modules()))
+        # Some tuners decompose the base's weights as they are loaded.
+        how = {"adapter_name": name, "low_cpu_mem_usage": not whole, "key_mapping": KEY_MAPPING}
+        if name == names[0]:
+            with reading(f"the adapter in {root}", _HINT) if whole else nullcontext():
+                model = _first_adapter(model, root, how)
+            continue
+        try:
+            model.load_adapter(root, **how)
+        except (ValueError, KeyError) as error:
+            raise IncompatibleAdapters(f"{type(error).__name__}: {error}") from error
+    model.base_model.set_adapter(names)
+    # Beside an adapter's copy of a base weight in 16 bits, PEFT rounds the factors to 16 bits.
+    short = any(parameter.dtype != torch.float32 for parameter in model.parameters())
+    if short or any(parameter.device.type == "meta" for parameter in model.parameters()):
+        _load_again(model, dict(zip(names, adapters, strict=True)))
+    if resized:
+        _tie_again(model.get_base_model())
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _first_adapter(model: Any, root: Path, how: Mapping[str, Any]) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, root, **how)
+    except ValueError as error:  # other errors may be due to the missing weights
+        raise unreadable(f"the adapter in {root}", error, _HINT) from error
+
+
+def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
+    """Load all tensors in float32, such as those of layers that PEFT replicates."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    set_missing(model)
+    for name, (root, _) in adapters.items():
+        stored = load_peft_weights(
+            str(root), device="cpu", key_mapping=KEY_MAPPING, use_safetensors=True
+        )
+        weights = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
+        set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
+
+
+def _resize(model: Any, adapters: Sequence[Path]) -> bool:
+    """Give embedding and head as many rows as the adapters saved; return whether any differ.
+
+    PEFT fills them. Raises InputRefused if an adapter saved only one of two that are not tied, or
+    trains a token that has no row.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    parts = {name: module for name, module in model.named_modules() if module in (embedding, head)}
+    before, resized = len(embedding.weight), set[str]()
+    for root in adapters:
+        saved = _saved_rows(root)
+        for path, module in parts.items():
+            name, width = path.rpartition(".")[2], tuple(module.weight.shape[1:])
+            rows = saved.get((name, width), len(module.weight))
+            if rows != len(module.weight):
+                _set_rows(module, rows)
+                resized.add(path)
+        _check_tokens(root, len(embedding.weight))
+    if not resized:
+        return False
+    rows = len(parts[min(resized)].weight)
+    for path in parts.keys() - resized:
+        if f"{path}.weight" not in _tied_names(model):
+            raise InputRefused(
+                f"an adapter has {rows} tokens in {min(resized)}, and {before} in {path}",
+                hint="save the resized base and use it as the base, or train the adapter with both "
+                "in modules_to_save or in target_modules",
+            )
+        _set_rows(parts[path], rows)
+    model.config.get_text_config().vocab_size = rows
+    return True
+
+
+def _saved_rows(root: Path) -> dict[tuple[str, tuple[int, ...]], int]:
+    """Return (module's last name, width) -> rows of each whole matrix in an adapter's file."""
+    found: dict[tuple[str, tuple[int, ...]], int] = {}
+    for tensor in read_header(root / "adapter_model.safetensors").tensors:
+        path, _, parameter = tensor.name.rpartition(".")
+        if parameter == "weight" and len(tensor.shape) == 2:
+            *_, name = ["", *takewhile(lambda part: part not in _WRAPPERS, path.split("."))]
+            found[name, tensor.shape[1:]] = tensor.shape[0]
+    return found
+
+
+def _set_rows(module: Any, rows: int) -> None:
+    """Give an embedding or head so many rows, without weights."""
+    for name, old in list(module.named_parameters(recurse=False)):
+        new = missing((rows, *old.shape[1:]))
+        # Whoever loads the weights first lets PEFT copy into them.
+        setattr(module, name, new if is_missing(old) else nn.Parameter(new.clone().contiguous()))
+    for name in ("num_embeddings", "out_features"):
+        if hasattr(module, name):
+            setattr(module, name, rows)
+
+
+def _check_tokens(root: Path, rows: int) -> None:
+    """Raise InputRefused if an adapter trains a token that has no row."""
+    config = read_json(root / "adapter_config.json")
+    for field in ("trainable_token_indices", "token_indices"):
+        value = config.get(field)
+        lists = value.values() if isinstance(value, dict) else [value]
+        last = max((n for one in lists if isinstance(one, list) for n in one), default=0)
+        if last >= rows:
+            raise InputRefused(
+                f"{root} trains token {last}; the embedding has {rows} rows",
+                hint="resize the base's vocabulary as in training, or export the adapter with "
+                "save_embedding_layers=True",
+            )
+
+
+def _tied_names(model: Any) -> set[str]:
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {*tied.keys(), *tied.values()}
+
+
+def _tie_again(model: Any) -> None:
+    """Tie tied parameters of which an adapter has saved one alone."""
+    for names in dict(getattr(model, "all_tied_weights_keys", {})).items():
+        both = [_parameter(model, name) for name in names]
+        if any(one is None for one in both) or both[0].shape != both[1].shape:
+            continue
+        for mine, theirs in (both, both[::-1]):
+            if has_no_weights(mine) and not has_no_weights(theirs):
+                mine.data = theirs.data
+
+
+def _parameter(model: Any, name: str) -> Any:
+    """Return a parameter by its name before PEFT wrapped the model, or None if PEFT moved it."""
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        module, _, last = name.rpartition(".")
+        try:
+            return model.get_parameter(f"{module}.base_layer.{last}")
+        except AttributeError:
+            return None
+
+
+def replication(model: Any) -> list[int] | None:
+    """Return the base layer of each layer if an adapter replicates layers, else None."""
+    for config in model.peft_config.values():
+        spans = getattr(config, "layer_replication", None)
+        if spans:
+            return [layer for first, last in spans for layer in range(first, last)]
+    return None
