@@ -49,8 +49,8 @@ def cells(name, target, machine):
 
 def page(name):
     head = (
-        f"# {name}\n\n`auto` is the longest request that fits, and how many of it; {LENGTH}: how"
-        " many of that length. Sizes are per GPU.\n\n"
+        f"# {name}\n\n`auto` is tokens x requests where both are left open; {LENGTH}: how many"
+        " requests of that length. Sizes are per GPU.\n\n"
         f"| target | on | weights | for the cache | auto | at {LENGTH} | |\n"
         "|---|---|---|---|---|---|---|\n"
     )

@@ -168,9 +168,9 @@ class Capacity:
             low, high = (middle, high) if self.fits(middle * KV_PADDING, slots) else (low, middle)
         return low * KV_PADDING
 
-    def most_slots(self, tokens: int, most: int) -> int:
-        """Return how many requests of that length fit, up to `most`; 0: none."""
-        low, high = 0, most + 1
+    def most(self, tokens: int, limit: int) -> int:
+        """Return how many requests of that length fit, up to `limit`; 0: none."""
+        low, high = 0, limit + 1
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(tokens, middle) else (low, middle)
@@ -245,7 +245,7 @@ def ways(capacity: Capacity, tokens: int, slots: int) -> list[dict[str, Json]]:
     if shorter := capacity.longest(slots, tokens):
         text = f"max_model_len {shorter} with {slots} at once"
         found.append({"text": text, **both, "max_model_len": shorter})
-    if fewer := capacity.most_slots(tokens, slots):
+    if fewer := capacity.most(tokens, slots):
         text = f"max_num_seqs {fewer} at {tokens}"
         found.append({"text": text, **both, "max_num_seqs": fewer})
     packed = _packed(capacity)

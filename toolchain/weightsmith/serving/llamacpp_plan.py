@@ -7,11 +7,13 @@ The guarantee is strict: every slot owns its share of the cache, so `max_num_seq
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
+from weightsmith.serving.auto import choices, choose_length, rule
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp_cache import (
     KV_PADDING,
@@ -26,6 +28,7 @@ from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import Json
 
 _AUTO_SLOTS = 4
+_MANY_SLOTS = 64
 _UNKNOWN_LENGTH = 4096
 _SPLIT_LENGTH = 4096
 _BATCH = 2048
@@ -34,8 +37,8 @@ _BATCH = 2048
 def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
     """Return the plan for a model of `weight_bytes` on the machine that the options name.
 
-    `auto` takes the longest request that fits, up to the model's own length, then up to four at
-    once. Raises InputRefused for numbers in config.json that are wrong, and UsageError for options
+    `auto` for the length takes the longest that fits, up to the model's own, for as many requests
+    as the options say, or as `choose_length` says; `auto` for requests takes up to four. Raises InputRefused for numbers in config.json that are wrong, and UsageError for options
     that do not fit, with the nearest that do.
     """
     shape = model.shape
@@ -55,12 +58,15 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         layers = _split(capacity, tokens, slots, options)
         notes.append(
             f"{layers} of {shape.layers} layers fit on {capacity.machine.device}; the rest run on"
-            " the host's CPU, many times slower. All would fit with:"
-            f" {_nearest(capacity, tokens, slots)}"
+            " the host's CPU, many times slower"
         )
     else:
         raise _too_much(capacity, tokens, slots)
-    return _result(capacity, tokens, slots, layers, extra, notes)
+    rows: tuple[Mapping[str, Json], ...] = ()
+    if options.max_model_len is None and options.max_num_seqs is None:
+        rows = choices(capacity, limit, _MANY_SLOTS, tokens)
+        notes += [rule(limit, _AUTO_SLOTS)] if rows and tokens < limit else []
+    return replace(_result(capacity, tokens, slots, layers, extra, notes), choices=rows)
 
 
 _CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16": "bf16"}
@@ -117,13 +123,18 @@ def _choose(capacity: Capacity, options: ServeOptions, limit: int) -> tuple[int,
     """Return (tokens, slots): the options, and for `auto` the most that fits."""
     tokens = options.max_model_len
     if tokens is None:
-        tokens = capacity.longest(options.max_num_seqs or 1, limit)
+        slots = options.max_num_seqs
+        tokens = (
+            capacity.longest(slots, limit)
+            if slots
+            else choose_length(capacity, limit, _AUTO_SLOTS)
+        )
         # A GPU that cannot hold everything is used for as many layers as it can.
         useful = min(_SPLIT_LENGTH, limit)
         if capacity.machine.gpus and tokens < useful:
             tokens = useful
         tokens = tokens or min(KV_PADDING, limit)
-    slots = options.max_num_seqs or capacity.most_slots(tokens, _AUTO_SLOTS) or 1
+    slots = options.max_num_seqs or capacity.most(tokens, _AUTO_SLOTS) or 1
     return tokens, slots
 
 

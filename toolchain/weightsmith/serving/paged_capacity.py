@@ -70,6 +70,8 @@ class Rules:
     """Of recurrent states where the model does not say; "" for the weights' own."""
     splits_by_layers: bool = True
     """It knows pipeline parallelism."""
+    data_parallel: str = ""
+    """How its replicas share experts while each has its own requests, if it knows that."""
     small_target: str = ""
     """The engine's target with 4-bit weights, to point to where weights are too large."""
 

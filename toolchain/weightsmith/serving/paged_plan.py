@@ -10,8 +10,10 @@ import math
 from dataclasses import replace
 
 from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
+from weightsmith.serving.auto import choices, choose_length, rule
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import lengths
 from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
@@ -20,6 +22,9 @@ from weightsmith.serving.nearest import alternatives
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.values import SAFETENSORS
+
+_AUTO_REQUESTS = 8
+"""For which `auto` makes requests shorter than the model allows."""
 
 
 def plan_paged(
@@ -31,15 +36,14 @@ def plan_paged(
 ) -> tuple[ServingPlan, Capacity]:
     """Return a model's plan, without the engine's settings, and its capacity.
 
-    `auto` takes the longest request that fits, up to the model's own length, for as many requests
-    as the options say; then as many requests as fit. Raises InputRefused for numbers in config.json
+    `auto` for the length takes the longest that fits, up to the model's own, for as many requests
+    as the options say, or as `choose_length` says; `auto` for requests takes as many as fit. Raises InputRefused for numbers in config.json
     that are wrong, and UsageError for options that do not fit, with the nearest that do.
     """
     capacity = make_capacity(model, weight_bytes, options, rules, switches or Switches())
     tokens = _tokens(capacity)
-    requests = (
-        options.max_num_seqs or capacity.most(tokens, rules.most_requests(capacity.machine)) or 1
-    )
+    limit = rules.most_requests(capacity.machine)
+    requests = options.max_num_seqs or capacity.most(tokens, limit) or 1
     if options.max_num_batched_tokens and options.max_num_batched_tokens < requests:
         raise UsageError(
             f"max_num_batched_tokens {options.max_num_batched_tokens} is less than max_num_seqs"
@@ -49,6 +53,11 @@ def plan_paged(
     plan = _plan(capacity, tokens, requests)
     if not plan.fits:
         raise _too_much(capacity, plan)
+    if options.max_model_len is None and options.max_num_seqs is None:
+        own = capacity.limit.default
+        said = (rule(own, _AUTO_REQUESTS),) if tokens < own else ()
+        rows = choices(capacity, own, limit, tokens)
+        plan = replace(plan, choices=rows, notes=(*plan.notes, *said))
     return plan, capacity
 
 
@@ -84,6 +93,7 @@ def make_capacity(
         notes.append("config.json gives no length")
     if not rules.keeps_windows_small and any(p.kind in {"sliding", "chunked"} for p in shape.cache):
         notes.append("layers with a window are planned at full length, which is never too little")
+    notes += _copies(shape, machine, rules)
     if _shrinks(model, options, dtype):
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2
@@ -103,6 +113,21 @@ def make_capacity(
 def _shrinks(model: ModelFacts, options: ServeOptions, dtype: str) -> bool:
     """Say whether a float32 checkpoint is served in 16 bits; it must say that it is one."""
     return (options.format, model.stated_dtype) == (SAFETENSORS, "float32") and dtype != "float32"
+
+
+def _copies(shape: ModelShape, machine: Machine, rules: Rules) -> list[str]:
+    """Return what to know of a cache that is not divided among all GPUs that share a layer."""
+    tensor = machine.tensor_parallel
+    copies = tensor if shape.latent_cache else max(1, tensor // shape.kv_heads)
+    if copies == 1:
+        return []
+    what = "latent attention" if shape.latent_cache else f"{shape.kv_heads} key-value head(s)"
+    more = f", or with data parallelism ({rules.data_parallel}), which is not planned here"
+    return [
+        f"the cache is there {copies} times, because {what} cannot be divided among {tensor} GPUs:"
+        f" they hold no more requests than {tensor // copies} with as much memory left. More fit in"
+        f" replicas on fewer GPUs{more if rules.data_parallel else ''}"
+    ]
 
 
 def _stretched(options: ServeOptions) -> bool:
@@ -145,9 +170,13 @@ def _tokens(capacity: Capacity) -> int:
     """Return max_model_len: the option, else the longest that fits; at least one block."""
     wanted, limit = capacity.options.max_model_len, capacity.limit
     if wanted is None:
-        return capacity.longest(capacity.options.max_num_seqs or 1, limit.default) or min(
-            16, limit.default
+        requests = capacity.options.max_num_seqs
+        found = (
+            capacity.longest(requests, limit.default)
+            if requests
+            else choose_length(capacity, limit.default, _AUTO_REQUESTS)
         )
+        return found or min(16, limit.default)
     if wanted > limit.most:
         raise UsageError(
             f"max_model_len {wanted} is longer than the model's {limit.most} positions",

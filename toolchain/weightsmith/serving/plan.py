@@ -10,7 +10,7 @@ from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.values import Digest, Json, plain
 
 _OF_THE_MACHINE = frozenset(
-    {"usable_bytes", "kv_cache_bytes", "margin_bytes", "max_concurrency", "notes", "nearest"}
+    {"usable_bytes", "kv_cache_bytes", "margin_bytes", "max_concurrency", "notes", "nearest", "choices"}
 )
 
 
@@ -62,6 +62,8 @@ class ServingPlan(JsonObject):
     fits: bool = True
     nearest: tuple[Mapping[str, Json], ...] | None = None
     """Where it does not fit: changed options that do, each with a `text` for people."""
+    choices: tuple[Mapping[str, Json], ...] = ()
+    """Where length and requests are left to the plan: other pairs that fit, as `serve` keys."""
     settings: Mapping[str, Json] = field(default_factory=dict)
     """Engine options that follow from the plan, in the engine's own names."""
     notes: tuple[str, ...] = ()
@@ -87,11 +89,12 @@ class ServingPlan(JsonObject):
         return {**plain(self), "memory_limit_bytes": self.memory_limit_bytes}
 
     def portable(self) -> dict[str, Json]:
-        """Return what of the plan goes into the image: on a CPU, nothing of the planning machine.
+        """Return what of the plan goes into the image: what was chosen.
 
+        On a CPU, nothing of the planning machine.
         Else the same build would have another digest on a machine with more memory.
         """
-        own = _OF_THE_MACHINE if is_cpu(self.device) else frozenset()
+        own = _OF_THE_MACHINE if is_cpu(self.device) else {"choices"}
         return {key: value for key, value in self.to_json().items() if key not in own}
 
 

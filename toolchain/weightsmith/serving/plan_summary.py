@@ -33,10 +33,15 @@ def summary(name: str, plan: ServingPlan) -> str:
         for sign, what, size, said in parts
         if size
     ]
+    lines += [f"  note: {note}" for note in plan.notes]
     if not plan.fits:
-        lines.append("  it does not fit as a whole:")
+        lines.append("  it would fit as a whole with:")
         lines += [f"   - {way['text']}" for way in plan.nearest or ()]
-    return joined([*lines, *(f"  note: {note}" for note in plan.notes if plan.fits)])
+    if plan.choices:
+        pairs = [(row["max_num_seqs"], row["max_model_len"]) for row in plan.choices]
+        others = [f"{most} of {n}" for most, n in pairs if n != plan.max_model_len]
+        lines.append(f"  requests at once, of other lengths: {', '.join(others)} tokens")
+    return joined(lines)
 
 
 def _parts(plan: ServingPlan, devices: int) -> list[tuple[str, str, int, str]]:

@@ -87,6 +87,7 @@ RULES = Rules(
     null_block=True,  # slot 0 takes the padding's writes
     fraction=0.9,
     fraction_of="static",
+    data_parallel="serve.extra.attn-dp-size",
     small_target="sglang-awq",
     state_dtype="float32",
     batched_tokens=_batched_tokens,

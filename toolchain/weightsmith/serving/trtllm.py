@@ -57,6 +57,7 @@ RULES = Rules(
     null_block=False,
     fraction=0.9,
     fraction_of="free",
+    data_parallel="serve.extra.enable_attention_dp",
     state_dtype="float32",
     batched_tokens=lambda _machine: 8192,
     most_requests=lambda _machine: 256,

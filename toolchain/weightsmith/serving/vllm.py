@@ -106,6 +106,7 @@ RULES = Rules(
     null_block=True,
     fraction=0.92,
     fraction_of="all",
+    data_parallel="vllm serve with --data-parallel-size and --enable-expert-parallel",
     small_target="vllm-awq",
     batched_tokens=_batched_tokens,
     most_requests=_most_requests,

@@ -1,0 +1,71 @@
+"""What `auto` chooses where both the length of a request and the number at once are left to it.
+
+A server is asked by several clients, so the longest request that fits alone is of no use to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from weightsmith.values import Json
+
+USEFUL = 8192
+"""Tokens: a request of this length is not made longer for fewer at once than wanted."""
+_SHORTEST = 1024
+_ROWS = 6
+
+
+class Fitting(Protocol):
+    """A model on a machine: what fits there."""
+
+    def longest(self, requests: int, most: int) -> int:
+        """Return the longest request up to `most` of which so many fit; 0: none."""
+
+    def most(self, tokens: int, limit: int) -> int:
+        """Return how many requests of that length fit, up to `limit`; 0: none."""
+
+
+def choose_length(capacity: Fitting, own: int, wanted: int) -> int:
+    """Return the length of a request; 0 if none fits.
+
+    It is the longest of the model's `own` length and the powers of two at which `wanted` requests
+    fit. If that is less than 8192, half as many are enough, and so on; one may have any length.
+    """
+    while wanted > 1:
+        length = capacity.longest(wanted, own)
+        usual = length if length == own else _power_of_two(length)
+        if usual >= min(USEFUL, own):
+            return usual
+        wanted //= 2
+    return capacity.longest(1, own)
+
+
+def rule(own: int, wanted: int) -> str:
+    """Return how `choose_length` chooses, for people."""
+    return (
+        f"auto: the longest of {own} and the powers of two at which {wanted} requests fit, or fewer"
+        f" before it is less than {min(USEFUL, own)} tokens"
+    )
+
+
+def choices(
+    capacity: Fitting, own: int, limit: int, chosen: int
+) -> tuple[Mapping[str, Json], ...]:
+    """Return how many requests fit at other lengths, from the longest to some below the chosen.
+
+    Of lengths at which as many fit, only the longest; () if there is nothing to choose between.
+    """
+    lengths, length = [capacity.longest(1, own)], own
+    while (length := _power_of_two(length - 1)) >= min(chosen, max(_SHORTEST, chosen // 4)) > 0:
+        lengths.append(length)
+    rows: dict[int, int] = {}
+    for tokens in sorted({*lengths, chosen} - {0}, reverse=True):
+        rows.setdefault(capacity.most(tokens, limit), tokens)
+    found = [{"max_model_len": n, "max_num_seqs": most} for most, n in rows.items() if most]
+    return tuple([found[0], *found[1:][1 - _ROWS :]]) if len(found) > 1 else ()
+
+
+def _power_of_two(most: int) -> int:
+    """Return the largest power of two up to a number, 0 below 1."""
+    return 1 << most.bit_length() - 1 if most > 0 else 0
