@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.drivers.image_launcher import memory_limit
 from weightsmith.drivers.rootfs import RootfsLauncher, StartInfo
 from weightsmith.errors import CheckFailed
 from weightsmith.ports import Endpoint, StartSpec
@@ -166,7 +167,7 @@ def test_a_program_of_an_image_reaches_nothing_of_the_machine(tmp_path: Path, us
         "no new privileges",
         "own processes alone",
         "none of your keys",
-        "1024 MiB of memory",
+        f"{memory_limit(spec) >> 20} MiB of memory",
     )
 
 
@@ -383,6 +384,52 @@ def test_a_program_gets_no_keys_and_no_rare_sockets_in_any_sandbox(caller: str, 
     assert found == []
     assert "none of your keys" in said
     assert "no network" in said or way == "host"
+
+
+MEMORY = """
+import mmap, sys, time
+way, size = sys.argv[1], 700
+print("began", flush=True)
+try:
+    if way == "shared":
+        held = mmap.mmap(-1, size << 20)
+        for place in range(size):
+            held[place << 20:(place + 1) << 20] = b"x" * (1 << 20)
+    else:
+        with open(way + "/x", "wb", buffering=0) as file:
+            for _ in range(size):
+                file.write(bytes(1 << 20))
+except OSError:
+    print("refused", flush=True)
+else:
+    time.sleep(5)
+    print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["shared", "/tmp", "/dev/shm"])
+def test_a_program_of_an_image_holds_no_memory_above_its_limit(tmp_path: Path, way: str) -> None:
+    """Memory that processes share, and files in memory: the report says 256 MiB."""
+
+    def attacker(layout: str, root: Path) -> StartInfo:
+        python, env = copy_python(root)
+        return StartInfo(argv=(python, "-c", MEMORY, way), env=env)
+
+    launcher = RootfsLauncher(attacker, tmp_path / "cache")
+    spec = StartSpec(port=8000, env={}, memory_bytes=256 << 20)
+    with launcher.serve("oci:x", spec) as endpoint:
+        if "own processes alone" not in endpoint.confinement and way != "shared":
+            pytest.skip("this kernel gives no mounts of its own")
+        deadline = time.monotonic() + PATIENCE
+        while endpoint.alive() and not {"refused", "held"} & set(endpoint.logs(9).splitlines()):
+            assert time.monotonic() < deadline, endpoint.logs(9)
+            time.sleep(0.05)
+        said = endpoint.logs(9)
+    assert "held" not in said.splitlines()
+    assert ("refused" in said) == (way != "shared")
+    assert (f"its {memory_limit(spec) >> 20} MiB of memory" in said) == (way == "shared")
 
 
 def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path: Path) -> None:

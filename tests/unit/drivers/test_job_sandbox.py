@@ -254,6 +254,33 @@ def test_a_job_has_no_keys_of_its_user(tmp_path):
     assert done.tail[-1] == "False" or confinement().namespaces != ALL
 
 
+def test_a_jobs_shared_memory_is_within_its_limit(tmp_path):
+    """Files in memory too: they are refused above the limit, and with the rest they end the job."""
+    if confinement().namespaces != ALL:
+        pytest.skip("this kernel gives no mounts of its own")
+    most = 200 << 20
+    sandbox = job_sandbox(
+        confinement(), run=interpreter(BASE_PYTHON), read=[], write=[tmp_path], shared_bytes=most
+    )
+    code = (
+        "import sys, time; file = open('/dev/shm/x', 'wb', buffering=0)\n"
+        "try:\n"
+        "    for _ in range(int(sys.argv[1])): file.write(bytes(1 << 20))\n"
+        "except OSError as problem: print(problem.errno)\n"
+        "held = b'x' * (int(sys.argv[2]) << 20); print('held', flush=True); time.sleep(2)"
+    )
+    limits = process.ResourceLimits(resident_bytes=most, sandbox=sandbox)
+
+    within, above, together = (
+        process.run([BASE_PYTHON, "-I", "-S", "-c", code, *sizes], cwd=tmp_path, limits=limits)
+        for sizes in (("50", "50"), ("300", "0"), ("150", "100"))
+    )
+
+    assert (within.returncode, within.tail) == (0, ("held",))
+    assert above.tail[0] == str(errno.ENOSPC)
+    assert together.returncode == -9
+
+
 def test_a_job_sees_no_process_but_its_own(tmp_path):
     if confinement().namespaces != ALL:
         pytest.skip("this kernel gives no namespace of processes")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
-from weightsmith.drivers import process
+from weightsmith.drivers import process, resident
 
 FILL = "import time; held = b'x' * {size}; print('filled', flush=True); time.sleep(600 * {sleep})"
 IN_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
@@ -20,6 +21,38 @@ def test_a_program_that_holds_too_much_is_killed(nested: bool) -> None:
     done = process.run([sys.executable, "-c", code], limits=limits)
 
     assert done.returncode == -9
+
+
+SHARED = """
+import mmap, os, sys, time
+held = mmap.mmap(-1, {size})
+for place in range(0, {size}, 1 << 20):
+    held[place:place + (1 << 20)] = b"x" * (1 << 20)
+print("filled", flush=True); time.sleep(600 * {sleep})
+"""
+
+
+def test_memory_that_processes_may_share_counts_too() -> None:
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    most = process.run([sys.executable, "-c", SHARED.format(size=50 << 20, sleep=0)], limits=limits)
+    more = process.run(
+        [sys.executable, "-c", SHARED.format(size=400 << 20, sleep=1)], limits=limits
+    )
+
+    assert (most.returncode, more.returncode) == (0, -9)
+
+
+def test_where_a_programs_files_lie_in_memory_what_it_maps_of_them_does_not_count() -> None:
+    limits = process.ResourceLimits(resident_bytes=200 << 20, shared=False)
+
+    done = process.run(
+        [sys.executable, "-c", SHARED.format(size=400 << 20, sleep=0)], limits=limits
+    )
+
+    assert (done.returncode, done.tail) == (0, ("filled",))
+    assert resident.lies_in_memory(Path("/dev/shm"))
+    assert not resident.lies_in_memory(Path("/proc"))
 
 
 @pytest.mark.slow

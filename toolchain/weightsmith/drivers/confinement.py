@@ -93,6 +93,7 @@ def job_sandbox(
     inputs: Iterable[Path] = (),
     gpu: bool = False,
     sockets: bool = False,
+    shared_bytes: int = 0,
 ) -> JobSandbox:
     """Return a job's sandbox: it can use the system's libraries and these paths.
 
@@ -107,6 +108,7 @@ def job_sandbox(
         read=tuple(map(str, (*_FACTS, *read, *behind))),
         write=tuple(map(str, write)),
         use=(*_DEVICES, *(_gpus() if gpu else ())),
+        shared_bytes=shared_bytes,
     )
 
 

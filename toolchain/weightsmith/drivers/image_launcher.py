@@ -77,8 +77,9 @@ def start_sandboxed(
             # Not the image's environment: its variables would affect this Python's loader.
             command = [sys.executable, "-I", "-S", "-c", _CODE]
             command += [str(Path(__file__).parents[2]), str(settings.fileno()), str(inside.root)]
+            limits = process.ResourceLimits(resident_bytes=_most_memory(spec))
             server = open_files.enter_context(
-                process.start(command, env=process.scrubbed(), inherited=inherited)
+                process.start(command, env=process.scrubbed(), limits=limits, inherited=inherited)
             )
         finally:
             os.close(writing)
@@ -97,13 +98,17 @@ def _settings(
         "env": dict(inside.env),
         "workdir": inside.workdir,
         "user": list(inside.user),
-        # GPU memory is mapped into the process, so this limit would be too low.
-        "memory_bytes": 0 if spec.use_gpu or not spec.memory_bytes else memory_limit(spec),
+        "memory_bytes": _most_memory(spec),
         "shm_bytes": spec.shm_bytes,
         "gpu": spec.use_gpu,
         "relay": [relay.listener.fileno(), relay.port] if relay else None,
         "network": Path("/proc/self/ns/net").stat().st_ino,
     }
+
+
+def _most_memory(spec: StartSpec) -> int:
+    """Return the memory limit; 0 with a GPU, whose memory is mapped into the process."""
+    return 0 if spec.use_gpu or not spec.memory_bytes else memory_limit(spec)
 
 
 def memory_limit(spec: StartSpec) -> int:

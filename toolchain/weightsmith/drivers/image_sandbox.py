@@ -112,7 +112,8 @@ def _first_process(settings: Mapping[str, Any], pipes: tuple[int, int, int]) -> 
     answer, ask, ended = pipes
     with _reporting(settings, "separate"):
         unshare(NEW_MOUNTS)
-        furnish(Path(settings["root"]), settings["shm_bytes"], gpu=settings["gpu"])
+        memory, shared = settings["memory_bytes"], settings["shm_bytes"]
+        furnish(Path(settings["root"]), memory, shared, gpu=settings["gpu"])
         change_root()
     with _reporting(settings, "start"):
         _enter(settings["workdir"])

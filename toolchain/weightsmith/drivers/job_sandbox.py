@@ -56,6 +56,8 @@ class JobSandbox:
     """Folders that it may write to."""
     use: tuple[str, ...] = ()
     """Devices."""
+    shared_bytes: int = 0
+    """Size of its shared memory; 0 for the kernel's default, half of the machine's memory."""
 
 
 def enter(sandbox: JobSandbox, parent: int) -> Callable[[], bool] | None:
@@ -72,7 +74,7 @@ def enter(sandbox: JobSandbox, parent: int) -> Callable[[], bool] | None:
     if sandbox.namespaces != ALL:
         return None
     gone = _fork(parent)
-    _arrange_mounts(sandbox.write)
+    _arrange_mounts(sandbox.write, sandbox.shared_bytes)
     return gone
 
 
@@ -143,7 +145,7 @@ def _wait(inner: int, parent: int) -> None:
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def _arrange_mounts(writable: Sequence[str]) -> None:
+def _arrange_mounts(writable: Sequence[str], shared_bytes: int) -> None:
     """Make every mount read-only except the given ones, with a new /proc and shared memory.
 
     That also protects modes and owners of files, which Landlock does not.
@@ -157,7 +159,8 @@ def _arrange_mounts(writable: Sequence[str]) -> None:
     kept = [*writable]
     memory = Path(_SHARED_MEMORY)
     if memory.is_dir() and not memory.is_symlink():
-        _mount("tmpfs", _SHARED_MEMORY, "tmpfs", _NO_SETUID | _NO_DEVICES)
+        size = f"size={shared_bytes}" if shared_bytes else None
+        _mount("tmpfs", _SHARED_MEMORY, "tmpfs", _NO_SETUID | _NO_DEVICES, size)
         kept.append(_SHARED_MEMORY)
     _set_mount("/", _AND_BELOW, on=_READ_ONLY)
     for path in kept:
@@ -172,9 +175,12 @@ def _set_mount(path: str, flags: int, *, on: int = 0, off: int = 0) -> None:
     _check(result, f"mount_setattr {path}")
 
 
-def _mount(source: str | None, target: str, kind: str | None, flags: int) -> None:
-    words = [None if word is None else os.fsencode(word) for word in (source, target, kind)]
-    _check(_libc.mount(*words, ctypes.c_ulong(flags), None), f"mount {target}")
+def _mount(
+    source: str | None, target: str, kind: str | None, flags: int, options: str | None = None
+) -> None:
+    texts = (source, target, kind, options)
+    *words, last = (None if text is None else os.fsencode(text) for text in texts)
+    _check(_libc.mount(*words, ctypes.c_ulong(flags), last), f"mount {target}")
 
 
 def _drop_capabilities(*, landlocked: bool) -> None:

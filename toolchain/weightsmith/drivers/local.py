@@ -18,6 +18,7 @@ from weightsmith.drivers.hardware import cores, gpu_names
 from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import RESULT
 from weightsmith.drivers.ownership import private_folder
+from weightsmith.drivers.resident import lies_in_memory
 from weightsmith.drivers.toolset import (
     make_toolset,
     optional_toolsets,
@@ -132,6 +133,7 @@ class LocalRunner:
                     # A GPU's memory is mapped into the process, so no such limit would hold.
                     memory_bytes=0 if job.use_gpu and gpu_names() else _most_data(job),
                     resident_bytes=job.memory_bytes,
+                    shared=not lies_in_memory(job.output, *(i.path for i in job.inputs.values())),
                     sandbox=sandbox,
                 ),
             )
@@ -157,6 +159,7 @@ class LocalRunner:
             write=[folder / "tmp", job.output],
             gpu=job.use_gpu,
             sockets=not found.network,
+            shared_bytes=job.memory_bytes,
         )
 
     def _environment(self, job: Job, folder: Path) -> dict[str, str]:

@@ -35,9 +35,10 @@ def mount(source: str, target: str | Path, kind: str, flags: int, options: str =
     check(libc.mount(words[0], words[1], words[2], flags, words[3]), f"mount {target}")
 
 
-def furnish(root: Path, shm_bytes: int, *, gpu: bool) -> None:
+def furnish(root: Path, memory_bytes: int, shm_bytes: int, *, gpu: bool) -> None:
     """Make `root` a mount with its own /dev, /proc, /sys and /tmp, and change to it.
 
+    /tmp holds at most `memory_bytes`; 0 for the kernel's default, half of the machine's memory.
     The process must be the first of a process namespace, in its own mount namespace. Raises OSError
     if the kernel does not allow it.
     """
@@ -46,7 +47,8 @@ def furnish(root: Path, shm_bytes: int, *, gpu: bool) -> None:
     os.chdir(root)
     for name in ("dev", "proc", "sys", "tmp"):
         _make_folder(Path(name))
-    mount("tmpfs", "tmp", "tmpfs", _NO_SETUID | _NO_DEVICES, "mode=1777")
+    size = f",size={memory_bytes}" if memory_bytes else ""
+    mount("tmpfs", "tmp", "tmpfs", _NO_SETUID | _NO_DEVICES, f"mode=1777{size}")
     _furnish_devices(Path("dev"), shm_bytes, gpu=gpu)
     quiet = _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS
     try:

@@ -56,6 +56,8 @@ class ResourceLimits:
     """Bytes that it may allocate, with private mappings of files. 0 for no limit."""
     resident_bytes: int = 0
     """Bytes that it and what it starts may hold, without files; it is killed then. 0 for none."""
+    shared: bool = True
+    """Whether memory that they share counts; not where the files that they use lie in memory."""
     sandbox: JobSandbox | None = None
     """For jobs: isolates it from everything else, as chosen by `confinement`."""
 
@@ -151,7 +153,7 @@ def run(
         )
         streams = [(stream, lines, to) for stream, lines, to in both if stream is not None]
         kill = partial(_signal_group, process, signal.SIGKILL)
-        with _ended(process), watched(process.pid, limits.resident_bytes, kill):
+        with _ended(process), _watched(process, limits, kill):
             try:
                 pump(process.pid, streams, deadline, kill, stop)
             except TimeoutError:
@@ -198,6 +200,10 @@ class Server:
         _signal_group(self.process, signal.SIGTERM)
         return self.process.wait() if _exited(self.process, seconds) else None
 
+    def note(self, line: str) -> None:
+        """Add a line of our own to its output."""
+        self._lines.append(line)
+
     def listen(self) -> None:
         """Collect its output until it ends; runs on its own thread."""
         with self.process.stdout or open(os.devnull, "rb") as stream:  # noqa: PTH123
@@ -225,13 +231,24 @@ def start(
             words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=True, inherited=inherited
         )
     server = Server(process)
+
+    def kill() -> None:
+        server.note(f"ended: it held more than its {limits.resident_bytes >> 20} MiB of memory")
+        _signal_group(process, signal.SIGKILL)
+
     listener = threading.Thread(target=server.listen, daemon=True)
     listener.start()
     try:
-        with _ended(process):
+        with _ended(process), _watched(process, limits, kill):
             yield server
     finally:
         listener.join(_PATIENCE)
+
+
+def _watched(
+    process: subprocess.Popen[bytes], limits: ResourceLimits, kill: Callable[[], None]
+) -> contextlib.AbstractContextManager[None]:
+    return watched(process.pid, limits.resident_bytes, kill, shared=limits.shared)
 
 
 def _spawn(

@@ -1,36 +1,42 @@
 """Ends a program that holds more memory than it may, with all that it started.
 
 `RLIMIT_DATA` alone cannot do it: it also counts private mappings of files, and safetensors maps
-whole checkpoints that way.
+whole checkpoints that way; and it does not count memory that processes share.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
-_ANONYMOUS = re.compile(r"RssAnon:\s+(\d+) kB")
-_SHARED_ONCE = re.compile(r"Pss_Anon:\s+(\d+) kB")
-"""Takes longer to read: the kernel walks all pages."""
+_OWN = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
+_SHARED = re.compile(r"^RssShmem:\s+(\d+) kB", re.MULTILINE)
+_OWN_ONCE = re.compile(r"^Pss_Anon:\s+(\d+) kB", re.MULTILINE)
+_SHARED_ONCE = re.compile(r"^Pss_Shmem:\s+(\d+) kB", re.MULTILINE)
+"""Take longer to read: the kernel walks all pages."""
+_IN_MEMORY = re.compile(r"^\d+ \d+ (\S+) \S+ (\S+) .* - tmpfs ", re.MULTILINE)
 _SECONDS = 0.25
 """Between two looks: memory is filled at a few gigabytes per second."""
 
 
 @contextlib.contextmanager
-def watched(pid: int, most: int, end: Callable[[], None]) -> Iterator[None]:
+def watched(pid: int, most: int, end: Callable[[], None], *, shared: bool = True) -> Iterator[None]:
     """While the block runs, call `end` once if a process and its children hold more than `most`.
 
-    In bytes of anonymous memory, pages of files not counted; 0 for no limit.
+    In bytes; 0 for no limit. Pages of files do not count; memory that the processes share does, and
+    what lies in file systems in memory that only they see, unless not `shared`.
     """
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(_SECONDS):
-            if _held(pid, _anonymous) > most and _held(pid, _own_share) > most:
+            # Counting pages once takes longer, so only if it may matter.
+            if all(_held(pid, once=once, shared=shared) > most for once in (False, True)):
                 end()
                 return
 
@@ -45,6 +51,26 @@ def watched(pid: int, most: int, end: Callable[[], None]) -> Iterator[None]:
             watcher.join()
 
 
+def lies_in_memory(*places: Path) -> bool:
+    """Say whether one of the places is in a file system in memory."""
+    ours = _file_systems_in_memory(os.getpid())
+    return any(_device(place) in ours for place in places)
+
+
+def _held(pid: int, *, once: bool, shared: bool) -> int:
+    """Return the bytes that a process and its descendants hold.
+
+    `once` counts pages that several have once, where the kernel says it.
+    """
+    family = list(_family(pid))
+    held = sum(_anonymous(each, once=once) for each in family)
+    if not shared:
+        return held
+    mapped = sum(_mapped_in_common(each, once=once) for each in family)
+    # A file in memory may be mapped too: it must not count twice.
+    return held + max(mapped, _files_in_memory(family))
+
+
 def _family(pid: int) -> Iterator[int]:
     """Yield a process and all its descendants, as far as they can be seen."""
     yield pid
@@ -54,25 +80,59 @@ def _family(pid: int) -> Iterator[int]:
                 yield from _family(int(child))
 
 
-def _held(pid: int, count: Callable[[int], int]) -> int:
-    return sum(map(count, _family(pid)))
+def _anonymous(pid: int, *, once: bool) -> int:
+    found = _number(pid, "smaps_rollup", _OWN_ONCE) if once else None
+    return (_number(pid, "status", _OWN) or 0) if found is None else found
 
 
-def _anonymous(pid: int) -> int:
-    """Return a process's bytes of anonymous memory, with all pages it shares since a fork."""
-    return _number(_PROC / str(pid) / "status", _ANONYMOUS) or 0
+def _mapped_in_common(pid: int, *, once: bool) -> int:
+    found = _number(pid, "smaps_rollup", _SHARED_ONCE) if once else None
+    return (_number(pid, "status", _SHARED) or 0) if found is None else found
 
 
-def _own_share(pid: int) -> int:
-    """Return the same with its share of such pages, where the kernel says it."""
-    found = _number(_PROC / str(pid) / "smaps_rollup", _SHARED_ONCE)
-    return _anonymous(pid) if found is None else found
+def _files_in_memory(family: Iterable[int]) -> int:
+    """Return the bytes in file systems in memory that these processes see and we do not."""
+    theirs = {_mounts_of(pid): pid for pid in family}
+    theirs.pop(_mounts_of(os.getpid()), None)
+    ours = _file_systems_in_memory(os.getpid()) if theirs else {}
+    places = {
+        device: f"/proc/{pid}/root{place}"
+        for pid in theirs.values()
+        for device, place in _file_systems_in_memory(pid).items()
+        if device not in ours
+    }
+    return sum(map(_used, places.values()))
 
 
-def _number(path: Path, pattern: re.Pattern[str]) -> int | None:
+def _mounts_of(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/mnt")  # noqa: PTH115 - a magic link
+    return ""
+
+
+def _file_systems_in_memory(pid: int) -> dict[str, str]:
+    """Return device and mount point of each that a process sees."""
+    with contextlib.suppress(OSError):
+        return dict(_IN_MEMORY.findall((_PROC / str(pid) / "mountinfo").read_text("utf-8")))
+    return {}
+
+
+def _device(place: Path) -> str:
+    number = place.stat().st_dev if place.exists() else 0
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _used(place: str) -> int:
+    with contextlib.suppress(OSError):
+        found = os.statvfs(place)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
+    return 0
+
+
+def _number(pid: int, name: str, pattern: re.Pattern[str]) -> int | None:
     """Return the bytes that a pattern finds in a file; None if it or the process is not there."""
     try:
-        found = pattern.search(path.read_text("utf-8", "replace"))
+        found = pattern.search((_PROC / str(pid) / name).read_text("utf-8", "replace"))
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None

@@ -50,7 +50,12 @@ def _parts(plan: ServingPlan, devices: int) -> list[tuple[str, str, int, str]]:
     estimated = any(note.startswith(NO_WEIGHTS) for note in plan.notes)
     spare = max(0, plan.kv_cache_bytes - cache)
     return [
-        ("w", "weights", plan.weights_bytes_per_gpu, "an estimate" if estimated else "by the files' size"),
+        (
+            "w",
+            "weights",
+            plan.weights_bytes_per_gpu,
+            "an estimate" if estimated else "by the files' size",
+        ),
         (
             "k",
             "cache",
