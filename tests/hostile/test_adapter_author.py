@@ -31,11 +31,14 @@ from weightsmith.commands.images import inspect_text
 from weightsmith.commands.lm_eval import tasks_text
 from weightsmith.commands.plan import table as plan_table
 from weightsmith.commands.verify import table as verify_table
+from weightsmith.drivers.forked import forked
 from weightsmith.errors import InputRefused, WeightsmithError
+from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.lines import put_line
 from weightsmith.merging.plan import make_plan
 from weightsmith.ports import Progress
 from weightsmith.progress import PlainProgress, progress_for
+from weightsmith.quality.texts import _lengths
 from weightsmith.reporting.junit import junit
 from weightsmith.stages.report import build_view, render_view
 from weightsmith.validating.findings import finding
@@ -120,6 +123,39 @@ def test_a_pattern_nested_too_deeply_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputRefused, match="adapter_config"):
         make_plan(BASE, [(adapter, 1.0)])
+
+
+def gives_up(folder: Path) -> Path:
+    """Return a model whose tokenizer cuts words by a pattern of too many steps."""
+    shutil.copytree(BASE, folder)
+    file = folder / "tokenizer.json"
+    pattern = {"type": "Split", "pattern": {"Regex": "(?:a|a|b|b)+$c"}, "behavior": "Isolated"}
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text("utf-8")) | {"pre_tokenizer": pattern | {"invert": False}}
+        )
+    )
+    return folder
+
+
+def test_a_tokenizer_whose_pattern_takes_too_many_steps_is_refused(tmp_path: Path) -> None:
+    """Its library panics after some millions of steps, which is no Exception: refused, by name."""
+    model = gives_up(tmp_path / "model")
+
+    with pytest.raises(InputRefused, match=r"tokenizer\.json: a library gave up"):
+        _lengths(model, ["ab" * 40])
+
+
+def test_such_a_tokenizer_is_refused_from_a_copy_of_the_process(tmp_path: Path) -> None:
+    """The importance of inputs is measured in a copy, whose end says what became of it."""
+    model = gives_up(tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+
+    with (
+        pytest.raises(InputRefused, match="measuring: a library gave up"),
+        forked(lambda: tokenizer("ab" * 40), "measuring") as copy,
+    ):
+        copy.join()
 
 
 @pytest.mark.slow

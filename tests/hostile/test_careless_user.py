@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import weightsmith as library
 from weightsmith import time_limits
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.items import Item
@@ -111,6 +112,42 @@ def test_an_output_in_a_folder_that_is_read(
 def test_an_output_in_another_output(read: Path, out: str, keep_adapter: str) -> None:
     words = {"base": "base", "adapter": ["adapter"], "out": out, "keep_adapter": keep_adapter}
     assert "give each its own folder" in refused(read, "merge", words)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("build", {"base": "base", "adapter": ["adapter"]}),
+        ("build", {"from_": "oci:image"}),
+        ("plan", {"base": "base", "adapter": ["adapter"]}),
+    ],
+)
+def test_results_without_a_folder(read: Path, command: str, words: dict[str, Any]) -> None:
+    """A variable that is not set is an empty text, not the current folder."""
+    assert "missing: --dist" in refused(read, command, {**words, "dist": ""})
+
+
+def test_a_fleet_without_a_folder(read: Path) -> None:
+    before = watched(read)
+    ended = weightsmith("fleet", "--dist", "")
+    assert (ended.code, "missing: --dist" in ended.err) == (2, True)
+    assert watched(read) == before
+
+
+@pytest.mark.parametrize("place", ["", "a\0b"])
+def test_functions_take_no_path_that_is_none(read: Path, place: str) -> None:
+    recipe = {"name": "x", "base": {"source": "base"}, "targets": ["vllm"]}
+    calls = [
+        lambda: library.build(recipe, dist=place),
+        lambda: library.plan(recipe, dist=place),
+        lambda: library.merge(place, ["adapter"], "new"),
+        lambda: library.merge("base", [place], "new"),
+        lambda: library.merge("base", ["adapter"], place),
+        lambda: library.render("base", "vllm", out=place),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="no path"):
+            call()
 
 
 def test_a_key_that_nothing_is_checked_with(read: Path) -> None:

@@ -312,7 +312,8 @@ READS_OUR_OWN = {
     "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/known.py",
     "quantizers/running.py",
     "quantizers/sentencepiece_export.py", "resources.py", "serving/llamacpp_options.py",
-    "checkpoints/text.py", "serving/options.py", "serving/vllm.py", "stages/base.py",
+    "checkpoints/text.py", "serving/option_values.py", "serving/options.py", "serving/vllm.py",
+    "stages/base.py",
     "merging/peft_layers.py", "merging/tuned.py", "merging/tying.py", "destinations.py", "jobs.py",
     "merging/loading.py",
 }  # fmt: skip

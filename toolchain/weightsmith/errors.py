@@ -99,6 +99,19 @@ def of_open_files(error: BaseException) -> EnvironmentFailure | None:
     return None
 
 
+def of_panic(error: BaseException, what: str) -> InputRefused | None:
+    """Return the refusal of an input on which a library written in Rust gave up; else None.
+
+    Its PanicException is no Exception. Tokenizers raise it for a pattern that takes too many steps.
+    """
+    if type(error).__name__ != "PanicException":
+        return None
+    return InputRefused(
+        f"{what}: a library gave up on its input: {' '.join(str(error).split())[:200]}",
+        hint="if it is a tokenizer, compare its tokenizer.json with the base's, or do without it",
+    )
+
+
 _MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
 """What torch, CUDA, the C library and C++ say, in lower case."""
 

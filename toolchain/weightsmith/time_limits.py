@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from weightsmith.errors import UsageError
+from weightsmith.errors import UsageError, of_panic
 
 FOREIGN_SECONDS = 20.0
 """CPU seconds for a pattern or template from an input; honest ones take milliseconds."""
@@ -87,12 +87,19 @@ def tell_what_is_done(tell: Callable[[str], None]) -> None:
 
 @contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Name the block's activity, for the message if the job is ended in it."""
+    """Name the block's activity, for the message if the job is ended in it.
+
+    Raises InputRefused if a library written in Rust panics in the block.
+    """
     global _now
     around, _now = _now, what
     _tell(what)
     try:
         yield
+    except BaseException as error:
+        if refused := of_panic(error, what):
+            raise refused from None
+        raise
     finally:
         _now = around
         _tell(around)

@@ -49,7 +49,7 @@ def build(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
-    from weightsmith.commands.arguments import layout_folder, sources_of
+    from weightsmith.commands.arguments import layout_folder, required, sources_of
     from weightsmith.errors import UsageError
     from weightsmith.pipeline import build as build_all
     from weightsmith.planning.request import BuildRequest
@@ -59,6 +59,7 @@ def build(
     from weightsmith.stages.publish import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 
+    required(dist=dist)
     _one_lock(locked=locked, update_lock=update_lock, from_=from_)
     if key and not from_:
         raise UsageError(
@@ -166,7 +167,7 @@ def plan(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
-    from weightsmith.commands.arguments import layout_folder, sources_of
+    from weightsmith.commands.arguments import layout_folder, required, sources_of
     from weightsmith.commands.plan import table
     from weightsmith.planning.forecast import forecast
     from weightsmith.planning.targets import chosen_targets
@@ -174,6 +175,7 @@ def plan(
     from weightsmith.stages.publish import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 
+    required(dist=dist)
     _one_lock(locked=locked, update_lock=update_lock)
     file = recipe_file(recipe, base, adapter, _settings(serve, set, quantize, kind))
     layout = layout_folder(layout)

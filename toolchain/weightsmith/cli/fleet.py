@@ -46,7 +46,7 @@ def fleet(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
-    from weightsmith.commands.arguments import layout_folder
+    from weightsmith.commands.arguments import layout_folder, required
     from weightsmith.fleets.matrix import matrix_of
     from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
     from weightsmith.fleets.page import PAGE, table
@@ -57,6 +57,7 @@ def fleet(
     from weightsmith.user_config import read_config
     from weightsmith.wiring import keep_clean, make_fleet_engine, open_tools
 
+    required(dist=dist)
     found = ordered(file, settings=set, adapters=adapter, targets=target, update_lock=update_lock)
     if print_:
         return matrix_of(found.builds, print_, file)

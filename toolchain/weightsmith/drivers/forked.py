@@ -17,6 +17,7 @@ from weightsmith.errors import (
     EnvironmentFailure,
     WeightsmithError,
     from_code,
+    of_panic,
     ran_out_of_memory,
 )
 from weightsmith.foreign import parse
@@ -69,7 +70,7 @@ def forked(work: Callable[[], object], what: str) -> Iterator[Forked]:
     parent = os.getpid()
     pid = os.fork()
     if not pid:
-        _run(work, parent, writing)
+        _run(work, what, parent, writing)
     os.close(writing)
     copy = Forked(pid, what, reading)
     try:
@@ -81,7 +82,7 @@ def forked(work: Callable[[], object], what: str) -> Iterator[Forked]:
             os.waitpid(copy.pid, 0)
 
 
-def _run(work: Callable[[], object], parent: int, answer: int) -> None:
+def _run(work: Callable[[], object], what: str, parent: int, answer: int) -> None:
     """Do the work and exit."""
     code, said = 1, ""
     try:
@@ -95,6 +96,8 @@ def _run(work: Callable[[], object], parent: int, answer: int) -> None:
     except BaseException as error:  # noqa: BLE001 - nothing of the copy may run on
         traceback.print_exc()
         said = _NO_MEMORY if ran_out_of_memory(error) else ""
+        if refused := of_panic(error, what):
+            code, said = refused.exit_code, json.dumps([refused.message, refused.hint])
     with contextlib.suppress(OSError):
         os.write(answer, said.encode())
         sys.stdout.flush()

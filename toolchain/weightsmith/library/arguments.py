@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from weightsmith.commands.arguments import one_each
+from weightsmith.errors import UsageError
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
 from weightsmith.user_text import require_plain
@@ -29,7 +30,14 @@ def recipe_of(recipe: AnyRecipe, settings: Texts) -> RecipeFile:
 
 
 def path_of(given: AnyPath) -> Path:
-    """Return a path with `~` expanded to the home folder."""
+    """Return a path with `~` expanded to the home folder.
+
+    Raises UsageError for an empty text, which would be the current folder, and for one with NUL.
+    """
+    if not str(given) or "\0" in str(given):
+        raise UsageError(
+            f"{str(given)!r} is no path", hint="give a file or a folder; . is the current folder"
+        )
     return Path(given).expanduser()
 
 

@@ -16,6 +16,7 @@ from weightsmith.errors import (
     InputRefused,
     WeightsmithError,
     of_open_files,
+    of_panic,
     ran_out_of_memory,
 )
 from weightsmith.forward.libraries import import_for_good
@@ -50,6 +51,10 @@ def run_job(job: Job, wire: Wire) -> int:
             return _send_error(wire, _of_the_system(problem, job))
         what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
         return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
+    except BaseException as problem:
+        if refused := of_panic(problem, f"the {job.kind} job"):
+            return _send_error(wire, refused)
+        raise
     wire.send({"result": result})
     return 0
 
