@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from weightsmith.checkpoints.reshard import Resharded
@@ -63,11 +64,12 @@ class Scene:
         pin: str,
         source: str,
         twist: Callable[[dict[str, Any]], None] = lambda _: None,
+        asked: Mapping[str, Any] = MappingProxyType({}),
         **more: str,
     ) -> None:
         """Push an image as `build` would, of two adapters; `twist` changes its stated recipe.
 
-        `more` are files that lie in both adapters, by name.
+        `asked` are further facts of its one question. `more` are files that lie in both adapters, by name.
         """
         push_base(self.client, self.name, {}, {"models/x": b"1"})
         image = self.client.pull(Reference.parse(self.name), platform="linux/amd64")
@@ -88,7 +90,7 @@ class Scene:
         )  # fmt: skip
         told = json.loads(json.dumps(public_recipe(recipe)))
         twist(told)
-        item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True}
+        item = {"prompt": "Capital of Ö?", "expected": ["A"], "answer": "A", "ok": True, **asked}
         score = Score(score=1.0, n=1, metric="contains", per_item=(item,))
         asked = RecipeTask(task=Task(items=()), settings=Evaluate(data="x"))
         artifact = Artifact(format=SAFETENSORS, tree=merged)

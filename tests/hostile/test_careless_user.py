@@ -16,7 +16,7 @@ import weightsmith as library
 from weightsmith import time_limits
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.metrics import score_answers
+from weightsmith.evaluating.metrics import check_metric, score_answers
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import public_recipe
 from weightsmith.recipe_file import check_recipe
@@ -231,6 +231,34 @@ def test_a_hidden_store_or_cache_in_a_folder_that_is_read(
     monkeypatch.setenv(variable, str(read / "base" / ".link"))
     with pytest.raises(UsageError, match=variable):
         keep_clean(["base"])
+
+
+# Patterns that Python cannot read: too deep for it, or a number that it has no room for.
+
+UNREADABLE = ["(" * 3000 + ")" * 3000, "a{99999999999999999999}", "(", "(?<=a+)b"]
+
+
+@pytest.mark.parametrize("pattern", UNREADABLE)
+def test_a_pattern_that_cannot_be_read(pattern: str) -> None:
+    recipe = {"name": "x", "base": {"source": "x"}}
+    with pytest.raises(UsageError, match="tensor_types`: invalid regular expression"):
+        check_recipe({**recipe, "quantize": {"tensor_types": {pattern: "q8_0"}}}, "test")
+    for metric, expected in (
+        ("regex", pattern),
+        ("json-schema", json.dumps({"pattern": pattern})),
+        ("json-schema", json.dumps({"patternProperties": {pattern: {}}})),
+    ):
+        question = Item(messages=({"role": "user", "content": "?"},), expected=(expected,), line=7)
+        with pytest.raises(UsageError, match="line 7"):
+            check_metric(metric, [question])
+
+
+def test_a_schema_that_refers_to_itself() -> None:
+    question = Item(
+        messages=({"role": "user", "content": "?"},), expected=('{"$ref": "#"}',), line=7
+    )
+    with pytest.raises(UsageError, match="refers to itself"):
+        score_answers(["{}"], [question], "json-schema")
 
 
 # Metrics that never end.

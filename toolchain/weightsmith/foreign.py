@@ -1,4 +1,4 @@
-"""Parses untrusted JSON and YAML within limits; nothing else in the package parses either.
+"""Parses untrusted JSON, YAML and patterns within limits; nothing else in the package parses them.
 
 Besides broken text it refuses what later code then need not expect: nesting too deep for recursion,
 duplicate keys (on which two readers would disagree), lone surrogates (which cannot be written
@@ -72,6 +72,16 @@ def _has_more_values(text: str, most: int) -> bool:
     if text.count('"') - text.count('\\"') > 4 * most + 2:
         return True
     return sum(map(_STRING.sub("", text).count, ",[{")) > most
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError for a text that is no regular expression, or one that Python cannot read."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def parse_file(path: Path, *, largest: int = SMALL, unique: bool = False) -> Any:

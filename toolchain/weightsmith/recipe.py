@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from weightsmith.foreign import check_pattern
 from weightsmith.merge_options import Merge
 from weightsmith.recipe_outputs import SIZE, Card, ImageNames, Outputs, kinds_alone, list_or_section
 from weightsmith.recipe_section import Flag, Section
@@ -16,6 +17,7 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return dict(text.partition("=")[::2] for text in texts)
 
 
+_SHOWN = 60
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 
 
@@ -180,6 +182,17 @@ class Quantize(Section):
         "as `down_proj` or `layers.0.mlp.up_proj`; `lm_head` always does. Not for awq-autoawq, "
         "which quantizes all.",
     )
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _patterns(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern in value:
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}…"
+                raise ValueError(f"invalid regular expression {shown!r}: {error}") from None
+        return value
 
 
 class QualityLimits(Section):

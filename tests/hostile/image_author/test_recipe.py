@@ -123,12 +123,32 @@ def test_options_of_the_server_that_reach_out_are_refused_by_name(scene: Scene) 
         lambda recipe: recipe.update(merge={"method": "system"}),
         lambda recipe: recipe["adapters"][0].update(weight="much"),
         lambda recipe: recipe["evaluate"].update(max_drop="all"),
+        lambda recipe: recipe.update(quantize={"tensor_types": {"(" * 3000 + ")" * 3000: "q8_0"}}),
+        lambda recipe: recipe.update(quantize={"tensor_types": {"a{99999999999999999999}": "f16"}}),
     ],
 )
 def test_a_stated_recipe_of_other_types(scene: Scene, twist: Callable[[Any], None]) -> None:
     """Values of other types, and names that leave their folder: the image is refused, exit 3."""
     scene.publish(HUB, "hf://a/b", twist)
     with pytest.raises(InputRefused, match="recipe"):
+        scene.again()
+
+
+@pytest.mark.parametrize(
+    ("metric", "asked"),
+    [
+        ("regex", {"expected": ["(" * 3000 + ")" * 3000]}),
+        ("regex", {"expected": ["a{99999999999999999999}"]}),
+        ("choice", {"choices": ["A", "A"]}),
+        ("contains", {"prompt": 5}),
+        ("contains", {"messages": [{"role": "root", "content": "x"}]}),
+        ("contains", {"expected": [5]}),
+    ],
+)
+def test_questions_that_nobody_can_ask(scene: Scene, metric: str, asked: dict[str, Any]) -> None:
+    """The attached questions do not fit the metric, or Python cannot read a pattern: exit 3."""
+    scene.publish(HUB, "hf://a/b", lambda recipe: recipe["evaluate"].update(metric=metric), asked)
+    with pytest.raises(InputRefused, match="invalid questions"):
         scene.again()
 
 

@@ -11,6 +11,7 @@ import pytest
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.evaluating.items import read_items
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -45,6 +46,20 @@ def test_sources_questions_and_pins_come_back(scene: Scene) -> None:
     lock = read_lock(file)
     assert lock.sources["hf://a/b"]["pin"] == f"hf://a/b@{COMMIT}"
     assert len(lock.sources) == 3
+
+
+def test_conversations_and_choices_come_back(scene: Scene) -> None:
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    asked = {"messages": chat, "choices": ["A", "B"]}
+    choose = {"metric": "choice"}
+    scene.publish(
+        f"hf://a/b@{COMMIT}", "hf://a/b", lambda recipe: recipe["evaluate"].update(choose), asked
+    )
+    file = scene.again()
+    assert file.recipe.evaluate
+    (item,) = read_items(file.folder / file.recipe.evaluate.data)
+    assert (item.messages, item.choices, item.expected) == (tuple(chat), ("A", "B"), ("A",))
+    assert not item.plain
 
 
 def test_adapters_with_files_that_are_read_no_longer(scene: Scene) -> None:

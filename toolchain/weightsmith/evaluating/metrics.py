@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from weightsmith import time_limits
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item
-from weightsmith.foreign import parse
+from weightsmith.foreign import check_pattern, parse
 from weightsmith.time_limits import TooLong, cpu_limit
 from weightsmith.values import Json, Score
 
@@ -64,10 +64,10 @@ def check_metric(metric: str, items: Iterable[Item]) -> None:
 
 def _check_pattern(pattern: str, where: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        check_pattern(pattern)
+    except ValueError as error:
         raise UsageError(
-            f"{where}: invalid regular expression {pattern!r}: {error}",
+            f"{where}: invalid regular expression {pattern[:60]!r}: {error}",
             hint="escape special characters with a backslash, or use metric contains",
         ) from None
 
@@ -79,12 +79,15 @@ def _check_schema(schema: str, where: str) -> None:
     hint = 'write the schema itself: "expected": {"type": "object", …}'
     try:
         value = parse(schema)
-        validator_for(value).check_schema(value)
+        validator = validator_for(value)
+        # With the checker, patterns within must be ones, too.
+        validator.check_schema(value, format_checker=validator.FORMAT_CHECKER)
     except SchemaError as error:
         raise UsageError(
             f"{where}: expected is not a valid JSON schema: {error.message}", hint=hint
         ) from None
-    except (AttributeError, TypeError, ValueError):  # the first two for "$schema": 5
+    # The first two for "$schema": 5, the last two for patterns that Python cannot read.
+    except (AttributeError, TypeError, ValueError, RecursionError, OverflowError):
         raise UsageError(f"{where}: expected is not a valid JSON schema", hint=hint) from None
 
 
@@ -106,6 +109,11 @@ def _is_valid(schema: str, answer: str) -> bool:
         raise UsageError(
             f"the JSON schema has an unresolvable reference: {error}",
             hint="put the definition into the schema itself, under $defs",
+        ) from None
+    except RecursionError:
+        raise UsageError(
+            "the JSON schema refers to itself without an end",
+            hint="let each $ref lead into a property or an element",
         ) from None
 
 
@@ -159,6 +167,7 @@ def _row(item: Item, answer: str | Mapping[str, Json], metric: str) -> Mapping[s
     facts: Mapping[str, Json] = {"answer": answer} if isinstance(answer, str) else answer
     return {
         "prompt": item.prompt,
+        **({} if item.plain else {"messages": [dict(one) for one in item.messages]}),
         "expected": list(item.expected),
         **({"choices": list(item.choices)} if item.choices else {}),
         **facts,

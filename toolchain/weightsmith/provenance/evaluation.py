@@ -16,6 +16,7 @@ def side_by_side(scores: Scores) -> list[dict[str, Json]]:
     return [
         {
             "prompt": row[0]["prompt"],
+            **{key: row[0][key] for key in ("messages", "choices") if key in row[0]},
             "expected": row[0]["expected"],
             **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
             "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
