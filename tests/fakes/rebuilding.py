@@ -69,7 +69,8 @@ class Scene:
     ) -> None:
         """Push an image as `build` would, of two adapters; `twist` changes its stated recipe.
 
-        `asked` are further facts of its one question. `more` are files that lie in both adapters, by name.
+        `asked` are further facts of its one question, `more` files that lie in both adapters, by
+        name.
         """
         push_base(self.client, self.name, {}, {"models/x": b"1"})
         image = self.client.pull(Reference.parse(self.name), platform="linux/amd64")
