@@ -49,9 +49,7 @@ def rule(own: int, wanted: int) -> str:
     )
 
 
-def choices(
-    capacity: Fitting, own: int, limit: int, chosen: int
-) -> tuple[Mapping[str, Json], ...]:
+def choices(capacity: Fitting, own: int, limit: int, chosen: int) -> tuple[Mapping[str, Json], ...]:
     """Return how many requests fit at other lengths, from the longest to some below the chosen.
 
     Of lengths at which as many fit, only the longest; () if there is nothing to choose between.
@@ -63,7 +61,7 @@ def choices(
     for tokens in sorted({*lengths, chosen} - {0}, reverse=True):
         rows.setdefault(capacity.most(tokens, limit), tokens)
     found = [{"max_model_len": n, "max_num_seqs": most} for most, n in rows.items() if most]
-    return tuple([found[0], *found[1:][1 - _ROWS :]]) if len(found) > 1 else ()
+    return (found[0], *found[1:][1 - _ROWS :]) if len(found) > 1 else ()
 
 
 def _power_of_two(most: int) -> int:

@@ -38,8 +38,9 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     """Return the plan for a model of `weight_bytes` on the machine that the options name.
 
     `auto` for the length takes the longest that fits, up to the model's own, for as many requests
-    as the options say, or as `choose_length` says; `auto` for requests takes up to four. Raises InputRefused for numbers in config.json that are wrong, and UsageError for options
-    that do not fit, with the nearest that do.
+    as the options say, or as `choose_length` says; `auto` for requests takes up to four. Raises
+    InputRefused for numbers in config.json that are wrong, and UsageError for options that do not
+    fit, with the nearest that do.
     """
     shape = model.shape
     require_attention(shape)
@@ -125,9 +126,7 @@ def _choose(capacity: Capacity, options: ServeOptions, limit: int) -> tuple[int,
     if tokens is None:
         slots = options.max_num_seqs
         tokens = (
-            capacity.longest(slots, limit)
-            if slots
-            else choose_length(capacity, limit, _AUTO_SLOTS)
+            capacity.longest(slots, limit) if slots else choose_length(capacity, limit, _AUTO_SLOTS)
         )
         # A GPU that cannot hold everything is used for as many layers as it can.
         useful = min(_SPLIT_LENGTH, limit)

@@ -37,8 +37,9 @@ def plan_paged(
     """Return a model's plan, without the engine's settings, and its capacity.
 
     `auto` for the length takes the longest that fits, up to the model's own, for as many requests
-    as the options say, or as `choose_length` says; `auto` for requests takes as many as fit. Raises InputRefused for numbers in config.json
-    that are wrong, and UsageError for options that do not fit, with the nearest that do.
+    as the options say, or as `choose_length` says; `auto` for requests takes as many as fit.
+    Raises InputRefused for numbers in config.json that are wrong, and UsageError for options that
+    do not fit, with the nearest that do.
     """
     capacity = make_capacity(model, weight_bytes, options, rules, switches or Switches())
     tokens = _tokens(capacity)
@@ -123,11 +124,12 @@ def _copies(shape: ModelShape, machine: Machine, rules: Rules) -> list[str]:
         return []
     what = "latent attention" if shape.latent_cache else f"{shape.kv_heads} key-value head(s)"
     more = f", or with data parallelism ({rules.data_parallel}), which is not planned here"
-    return [
+    note = (
         f"the cache is there {copies} times, because {what} cannot be divided among {tensor} GPUs:"
         f" they hold no more requests than {tensor // copies} with as much memory left. More fit in"
         f" replicas on fewer GPUs{more if rules.data_parallel else ''}"
-    ]
+    )
+    return [note]
 
 
 def _stretched(options: ServeOptions) -> bool:

@@ -10,7 +10,15 @@ from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.values import Digest, Json, plain
 
 _OF_THE_MACHINE = frozenset(
-    {"usable_bytes", "kv_cache_bytes", "margin_bytes", "max_concurrency", "notes", "nearest", "choices"}
+    {
+        "usable_bytes",
+        "kv_cache_bytes",
+        "margin_bytes",
+        "max_concurrency",
+        "notes",
+        "nearest",
+        "choices",
+    }
 )
 
 
