@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from weightsmith import time_limits
 from weightsmith.errors import CheckFailed, UsageError
@@ -79,7 +80,7 @@ def _check_schema(schema: str, where: str) -> None:
     hint = 'write the schema itself: "expected": {"type": "object", …}'
     try:
         value = parse(schema)
-        validator = validator_for(value)
+        validator: Any = validator_for(value)  # whose stubs lack the checker
         # With the checker, patterns within must be ones, too.
         validator.check_schema(value, format_checker=validator.FORMAT_CHECKER)
     except SchemaError as error:
