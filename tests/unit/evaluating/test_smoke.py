@@ -48,6 +48,10 @@ class Server(ThreadingHTTPServer):
         self.crowd = None
         """Where those meet that are asked at once: after the long prompt, as the checks go."""
         self.alive, self.exit_code, self.restarts = True, 0, 0
+        self.told = threading.Event()
+        """Set by SIGTERM, for which the answers wait that it interrupts."""
+        self.after = "answers"
+        """Or `cuts the stream`, `loses the other`, `refuses it`."""
 
     @property
     def endpoint(self):
@@ -55,9 +59,14 @@ class Server(ThreadingHTTPServer):
             url=f"http://127.0.0.1:{self.server_port}",
             logs=lambda n: "the last words of the server",
             alive=lambda: self.alive,
-            stop=lambda seconds: self.exit_code,
+            stop=self._stop,
             restart=self._restart,
         )
+
+    def _stop(self, seconds):
+        self.told.set()
+        self.patience = seconds
+        return self.exit_code
 
     def _restart(self):
         self.restarts += 1
@@ -81,6 +90,9 @@ class Handler(BaseHTTPRequestHandler):
         if "logprobs" in body and server.logprobs_status != 200:
             self.reply(server.logprobs_status, {"error": {"message": "EngineDeadError"}})
             return
+        if body.get("ignore_eos") and not body["stream"]:
+            self.end_plain()
+            return
         with server.lock:
             server.busy += 1
             server.together = max(server.together, server.busy)
@@ -90,12 +102,19 @@ class Handler(BaseHTTPRequestHandler):
             text = server.text if server.busy <= server.most_at_once else ""
             server.busy -= 1
         if body["stream"]:
-            self.stream()
+            self.stream(interrupted="ignore_eos" in body)
             return
         message = {"message": {"content": text}, "finish_reason": server.finish}
         self.reply(200, {"choices": [message]})
 
-    def stream(self):
+    def end_plain(self):
+        assert self.server.told.wait(120)
+        if self.server.after == "refuses it":
+            self.reply(503, {"error": {"message": "it ends"}})
+        elif self.server.after != "loses the other":
+            self.reply(200, {"choices": [{"message": {"content": "Hello"}}]})
+
+    def stream(self, *, interrupted=False):
         if not self.server.alive:
             return  # it died with the question
         self.send_response(200)
@@ -103,6 +122,10 @@ class Handler(BaseHTTPRequestHandler):
         for text in self.server.events:
             value = {"choices": [{"delta": {"content": text}}]}
             self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+            if interrupted:
+                assert self.server.told.wait(120)
+                if self.server.after == "cuts the stream":
+                    return
         if self.server.done:
             self.wfile.write(b"data: [DONE]\n\n")
 
@@ -209,6 +232,45 @@ def test_an_end_that_is_none_is_reported(server, code, says):
 
     with pytest.raises(CheckFailed, match=f"'SIGTERM' failed: .*{says}"):
         life(server)
+
+
+GRACE = replace(PROMISE, grace_seconds=60)
+
+
+def ended_while_answering(server):
+    smoke = Smoke()
+    check_life(smoke, server.endpoint, GRACE)
+    return smoke.checks[0]["seen"]
+
+
+def test_requests_that_run_at_sigterm_are_answered(server):
+    assert ended_while_answering(server) == (
+        "exit code 0; a stream went on for 1 events, and a request was answered"
+    )
+    assert server.patience == 60
+
+
+@pytest.mark.parametrize(
+    ("after", "says"),
+    [
+        ("cuts the stream", "SIGTERM cut a stream, 0 events later"),
+        ("loses the other", "SIGTERM lost a request: .*disconnected"),
+        ("refuses it", "SIGTERM lost a request: HTTP 503.*it ends"),
+    ],
+)
+def test_a_request_that_sigterm_ends_is_reported(server, after, says):
+    server.after = after
+
+    with pytest.raises(CheckFailed, match=f"'SIGTERM' failed: .*{says}"):
+        ended_while_answering(server)
+
+
+@pytest.mark.parametrize(("code", "says"), [(None, "60 s after SIGTERM"), (137, "code 137")])
+def test_an_end_after_its_answers_that_is_none_is_reported(server, code, says):
+    server.exit_code = code
+
+    with pytest.raises(CheckFailed, match=f"'SIGTERM' failed: .*{says}"):
+        ended_while_answering(server)
 
 
 def test_a_server_that_answers_nothing_after_its_restart_is_reported(server):

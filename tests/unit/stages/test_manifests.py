@@ -144,6 +144,31 @@ def test_a_long_name_leaves_room_for_what_controllers_add(name):
 
 
 @pytest.mark.parametrize(
+    ("target", "wishes", "seconds"),
+    [
+        ("vllm", {}, 5),
+        ("vllm-gptq", {}, 5),
+        ("llamacpp-q4_k_m", {}, 5),
+        # Upstream's server, which loses what is running.
+        ("llamacpp-q4_k_m", {"gpu": "nvidia-l4"}, 50),
+    ],
+)
+def test_requests_may_end_wherever_the_image_is_stopped(target, wishes, seconds):
+    config = rendered(target, **wishes)
+    (deployment, _) = documents(config, "kubernetes.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] == 60
+    (container,) = pod["containers"]
+    assert container["lifecycle"] == {"preStop": {"sleep": {"seconds": seconds}}}
+    (compose,) = documents(config, "compose.yaml")
+    assert compose["services"]["model"]["stop_grace_period"] == "60s"
+    assert "docker run --rm --stop-timeout 60 " in config.files["README.md"]
+    if target.startswith("vllm"):
+        (settings,) = documents(config, "vllm.yaml")
+        assert settings["shutdown-timeout"] + seconds < 60
+
+
+@pytest.mark.parametrize(
     ("target", "flags"),
     [
         ("vllm", {"--gpus": "all"}),
@@ -159,7 +184,7 @@ def test_the_readme_starts_the_image_on_its_device(target, flags):
     words = shlex.split(line)
     found = dict(itertools.pairwise(words))
     assert {key: found[key] for key in found if key.startswith("--") and key not in
-            ("--rm", "--publish")} == flags  # fmt: skip
+            ("--rm", "--publish", "--stop-timeout")} == flags  # fmt: skip
     assert words[-1] == IMAGE
     assert ("/dev/kfd" in words) == ("--device" in flags)
 

@@ -72,7 +72,7 @@ def in_namespaces(settings: Mapping[str, Any]) -> None:
         unshare(NEW_NETWORK | NEW_IPC | NEW_NAMES)
         raise_loopback()
         listening, port = settings["relay"]
-        start_relay(listening, port, lambda: _restrict_relay(settings))
+        end_relay = start_relay(listening, port, lambda: _restrict_relay(settings))
         unshare(NEW_PROCESSES)
         die_with_parent(settings["parent"])
     ask, answer, ended = os.pipe(), os.pipe(), os.pipe()
@@ -88,6 +88,7 @@ def in_namespaces(settings: Mapping[str, Any]) -> None:
         os.write(answer[1], b"y" if privileges.map_ids_of(child, *settings["user"]) else b"n")
     status = os.read(ended[0], 16)
     _, own_status = os.waitpid(child, 0)
+    end_relay()
     _end_as(int(status) if status else own_status)
 
 

@@ -147,6 +147,19 @@ class ServerSession:
         """
         return self._retried(path, lambda: self._once("POST", path, body))
 
+    def try_once(self, path: str, body: Json, sent: Callable[[], None]) -> Answer:
+        """Return status and text of a POST for any status; raise TryAgain without a response.
+
+        Calls `sent` when the whole request is on its way.
+        """
+
+        def trace(event: str, _: object) -> None:
+            if event == "http11.send_request_body.complete":
+                sent()
+
+        with self._opened("POST", path, body, trace) as response:
+            return Answer(response.status_code, self._read(response))
+
     @contextmanager
     def events(self, path: str, body: Json) -> Iterator[Iterator[str]]:
         """Yield the data of each server-sent event of a POST as it arrives; without retries.
@@ -207,14 +220,19 @@ class ServerSession:
             return Answer(response.status_code, self._read(response, most))
 
     @contextmanager
-    def _opened(self, method: str, path: str, body: Json) -> Iterator[httpx.Response]:
+    def _opened(
+        self, method: str, path: str, body: Json, trace: Callable[[str, object], None] | None = None
+    ) -> Iterator[httpx.Response]:
+        extensions = {"trace": trace} if trace else {}
         seconds = self.limits.request_seconds
         if self._fields and isinstance(body, Mapping):
             body = {**body, **self._fields}
         try:
             with (
                 self._transport.within(seconds),
-                self._http.stream(method, self._url(path), json=body) as response,
+                self._http.stream(
+                    method, self._url(path), json=body, extensions=extensions
+                ) as response,
             ):
                 yield response
         except httpx.TimeoutException:

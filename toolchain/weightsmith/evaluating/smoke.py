@@ -9,12 +9,19 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Event
 
 from weightsmith.errors import CheckFailed, WeightsmithError
 from weightsmith.evaluating.client import check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served, ask
-from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
+from weightsmith.evaluating.session import (
+    Refused,
+    ServerSession,
+    TryAgain,
+    died,
+    excerpt,
+)
 from weightsmith.foreign import parse
 from weightsmith.ports import Endpoint
 from weightsmith.values import Json
@@ -28,7 +35,9 @@ _MOST_AT_ONCE = 64
 _PIXELS = 64
 """Width and height of the picture."""
 _STOP_SECONDS = 10.0
-"""Default timeout of `docker stop`."""
+"""Default timeout of `docker stop`; an idle server must have ended by then."""
+_RUNNING, _RUNNING_SLOWLY = 64, 8
+"""Tokens of an answer that SIGTERM interrupts, and of one whose server takes a second for each."""
 _CLEAN_ENDS = frozenset({0, 143, -15})
 """Exit codes after SIGTERM: handled, or the signal's default action."""
 _CLEAR = ("context", "token", "length", "long")
@@ -47,6 +56,8 @@ class Promise:
     """Whether the model reads pictures."""
     parts: bool = True
     """Whether the chat template takes contents in parts, as a message with a picture has."""
+    grace_seconds: float = 0
+    """How long running requests may take after SIGTERM; 0 if the server does not wait for them."""
 
 
 @dataclass(slots=True)
@@ -95,7 +106,7 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
 
 
 def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
-    """Stop the server with SIGTERM, restart it, and send another request.
+    """Stop the server with SIGTERM while it answers, restart it, and send another request.
 
     Does nothing if the launcher does not support this.
     """
@@ -103,7 +114,7 @@ def check_life(smoke: Smoke, endpoint: Endpoint, promise: Promise) -> None:
         return
     stop, restart = endpoint.stop, endpoint.restart
     with ServerSession(endpoint) as session:
-        smoke.check("SIGTERM", session, lambda: _stopped(stop(_STOP_SECONDS)))
+        smoke.check("SIGTERM", session, lambda: _ended(smoke, session, stop, promise))
     again = restart()
     with ServerSession(again) as session:
 
@@ -241,10 +252,57 @@ def _png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def _stopped(code: int | None) -> str:
+def _ended(
+    smoke: Smoke, session: ServerSession, stop: Callable[[float], int | None], promise: Promise
+) -> str:
+    """Stop the server while it answers two requests, one of them a stream: both must be whole."""
+    if not promise.grace_seconds:
+        return f"{_stopped(stop(_STOP_SECONDS), _STOP_SECONDS)}; no request was running"
+    served = promise.served
+    slow = any(c["name"] == "chat" and float(str(c["seconds"])) > _SHORT for c in smoke.checks)
+    tokens = _RUNNING_SLOWLY if slow else _RUNNING
+    body, streamed = (
+        {**served.body(_GREETING, tokens, stream=stream), "ignore_eos": True}
+        for stream in (False, True)
+    )
+    whole, late, sent = False, 0, Event()
+    with ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(_answered, session, served, body, sent)
+        sent.wait()  # servers accept in this order: once the stream flows, this one is running too
+        try:
+            with session.events(served.path, streamed) as events:
+                next(events, "")
+                stopping = pool.submit(stop, promise.grace_seconds)
+                for event in events:
+                    whole = whole or event == "[DONE]"
+                    late += not whole
+        except (TryAgain, Refused) as error:
+            raise session.failed(served.path, f"SIGTERM cut a stream: {error}") from None
+        end = _stopped(stopping.result(), promise.grace_seconds)
+        if not whole:
+            raise session.failed(served.path, f"SIGTERM cut a stream, {late} events later")
+        return f"{end}; a stream went on for {late} events, and {plain.result()}"
+
+
+def _answered(session: ServerSession, served: Served, body: Json, sent: Event) -> str:
+    """Ask once; `sent` is set when the request is on its way, or failed."""
+    try:
+        answer = session.try_once(served.path, body, sent.set)
+    except TryAgain as error:
+        raise session.failed(served.path, f"SIGTERM lost a request: {error}") from None
+    finally:
+        sent.set()
+    if answer.status != 200:
+        raise session.failed(
+            served.path, f"SIGTERM lost a request: HTTP {answer.status}: {excerpt(answer.text)}"
+        )
+    return "a request was answered"
+
+
+def _stopped(code: int | None, seconds: float) -> str:
     if code is None:
         raise CheckFailed(
-            f"the server is still running {_STOP_SECONDS:g} s after SIGTERM",
+            f"the server is still running {seconds:g} s after SIGTERM",
             hint="a container engine would now kill it, and lose its requests",
         )
     if code not in _CLEAN_ENDS:

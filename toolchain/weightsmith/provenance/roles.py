@@ -12,6 +12,7 @@ from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import DEFAULT_PLATFORM, Image, Order, assemble
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.manifests import OLLAMA_MODEL
+from weightsmith.provenance.bills import OWN_ENGINE
 from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX
 from weightsmith.values import Json, canonical, plain
 
@@ -22,6 +23,11 @@ ADDED = PREFIX + "config"
 BASE_NAME = "org.opencontainers.image.base.name"
 BASE_DIGEST = "org.opencontainers.image.base.digest"
 _ROLE = re.compile(r"(base|weights|settings):([0-9]{1,3})")
+
+
+def has_own_engine(labels: Mapping[str, str]) -> bool:
+    """Return whether an image's labels say that its engine was made here."""
+    return labels.get(BASE_NAME, "").startswith(OWN_ENGINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

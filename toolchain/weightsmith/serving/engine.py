@@ -160,6 +160,10 @@ class Engine:
     """The variable that says which address it listens on."""
     threads_variable: str = ""
     """The variable for its number of threads, where it would count the machine's CPUs itself."""
+    drains: bool = False
+    """Whether upstream's server lets running requests end after SIGTERM without being told to."""
+    drain_setting: str = ""
+    """The setting that tells it to."""
     neutral_settings: frozenset[str] = frozenset()
     """Settings of a plan that change no answer: slots, total context, threads."""
     adapter_fields: Callable[[int], Mapping[str, Json]] | None = None
@@ -177,3 +181,7 @@ class Engine:
 
     A test fails when a pin changes: then read the files that the rows name again.
     """
+
+    def lets_requests_end(self, plan: ServingPlan) -> bool:
+        """Return whether upstream's server, as planned, answers what is running after SIGTERM."""
+        return self.drains or bool(plan.settings.get(self.drain_setting))

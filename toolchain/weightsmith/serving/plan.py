@@ -9,6 +9,12 @@ from weightsmith.json_objects import JsonObject, read_exactly
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.values import Digest, Json, plain
 
+GRACE_SECONDS = 60
+"""How long a container may take to end; then it is killed."""
+NOTICE_SECONDS = 5
+"""How long a pod still takes requests, until those who send them know that it ends."""
+DRAIN_SECONDS = 50
+"""How long a server that counts itself lets requests run: shorter, so that it can still end."""
 _OF_THE_MACHINE = frozenset(
     {
         "usable_bytes",

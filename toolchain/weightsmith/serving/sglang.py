@@ -220,6 +220,7 @@ ENGINE = Engine(
     accepts=frozenset({"safetensors", "awq", "gptq", "fp8", "nvfp4"}),
     base=EngineBase(cpu="", gpu=GPU_IMAGE),
     port=_PORT,
+    drains=True,
     health_path="/health",
     plan=plan,
     env=env,

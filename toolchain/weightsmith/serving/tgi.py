@@ -213,6 +213,7 @@ ENGINE = Engine(
     accepts=frozenset({"safetensors", "awq", "gptq"}),
     base=EngineBase(cpu="", gpu=GPU_IMAGE),
     port=_PORT,
+    drains=True,
     health_path="/health",
     plan=plan,
     env=env,

@@ -25,7 +25,7 @@ from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import NO_TLS, OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
-from weightsmith.serving.plan import ServingPlan
+from weightsmith.serving.plan import DRAIN_SECONDS, ServingPlan
 from weightsmith.serving.tiles import check_blocks
 from weightsmith.serving.vllm_amx import FP8_BLOCK, INT4, INT8, without_float16
 from weightsmith.serving.vllm_packing import check_packing
@@ -42,6 +42,8 @@ _VERSIONS: Mapping[str, str] = {"gpu": "0.33.0", "cpu": "0.32.0"}
 CONFIG_FILE = "/etc/weightsmith/vllm.yaml"
 
 _PORT = 8000
+_DRAIN = "shutdown-timeout"
+"""Without it, requests that are running are aborted at SIGTERM."""
 _OPTIONS = Path(__file__).with_name("vllm_options.json")
 _CPU_REQUESTS = 16
 
@@ -216,6 +218,7 @@ def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
         "max-model-len": planned.max_model_len,
         "max-num-seqs": planned.max_num_seqs,
         "max-num-batched-tokens": planned.max_num_batched_tokens,
+        _DRAIN: DRAIN_SECONDS,
     }
     if capacity.options.kv_cache_dtype:
         settings["kv-cache-dtype"] = capacity.options.kv_cache_dtype
@@ -388,8 +391,9 @@ ENGINE = Engine(
     ),
     key_variable="VLLM_API_KEY",
     threads_variable="OMP_NUM_THREADS",
+    drain_setting=_DRAIN,
     neutral_settings=frozenset(
-        {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization"}
+        {"max-num-seqs", "max-model-len", "kv-cache-memory-bytes", "gpu-memory-utilization", _DRAIN}
     ),
     image_files={CONFIG_FILE: "vllm.yaml"},
     support=_SUPPORT,

@@ -26,9 +26,10 @@ from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.oci.image import Image
 from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import StartSpec
+from weightsmith.provenance.roles import has_own_engine
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine
-from weightsmith.serving.plan import ServingConfig
+from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.serving.projector import projector_in
 from weightsmith.starting import idle_cpus, start, what_is_missing, why_not_started
 from weightsmith.tools import Tools
@@ -149,7 +150,7 @@ def evaluate(
     cached = all(store.find(inputs) for inputs in needed)
     if not cached:
         with candidate as name:
-            _run(name, image.digest, evaluation, tools)
+            _run(name, image, evaluation, tools)
     for check in checks_of(image.digest, tools):
         if check["name"] == PICTURE and str(check["seen"]).startswith(REFUSED):
             tools.progress.warn(f"the model reads pictures, the image does not: {check['seen']}")
@@ -177,9 +178,11 @@ def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
     return tuple(entry.meta.get("checks", ())) if entry else ()
 
 
-def _run(name: str, image: Digest, evaluation: Evaluation, tools: Tools) -> None:
+def _run(name: str, image: Image, evaluation: Evaluation, tools: Tools) -> None:
     """Start the image, check it, and ask every question without a cached answer."""
     smoke, promise = Smoke(), evaluation.promise
+    if evaluation.engine.lets_requests_end(evaluation.config.plan) or has_own_engine(image.labels):
+        promise = replace(promise, grace_seconds=GRACE_SECONDS)
     health, seconds = promise.health_path, promise.start_seconds
     with start(
         name, evaluation.spec, tools, health_path=health, seconds=seconds, smoke=smoke
@@ -188,7 +191,9 @@ def _run(name: str, image: Digest, evaluation: Evaluation, tools: Tools) -> None
         for question in evaluation.questions:
             _answers(evaluation, question, session, tools)
         check_life(smoke, session.endpoint, promise)
-    InStore(tools.store).files(partial(smoke_inputs, image), lambda _: {"checks": smoke.checks})
+    InStore(tools.store).files(
+        partial(smoke_inputs, image.digest), lambda _: {"checks": smoke.checks}
+    )
 
 
 def _answers(

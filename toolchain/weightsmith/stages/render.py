@@ -26,7 +26,13 @@ from weightsmith.serving.architectures import check_served
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, ServedModel, ServeOptions
 from weightsmith.serving.memory import human
-from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.serving.plan import (
+    DRAIN_SECONDS,
+    GRACE_SECONDS,
+    NOTICE_SECONDS,
+    ServingConfig,
+    ServingPlan,
+)
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
 from weightsmith.values import Digest, Json
@@ -223,6 +229,10 @@ def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Map
         "plan_arguments": _as_arguments(plan.settings),
         "gpu_resource": "amd.com/gpu" if plan.device.startswith("amd-") else "nvidia.com/gpu",
         "plan": plan,
+        "drains": engine.lets_requests_end(plan),
+        "grace_seconds": GRACE_SECONDS,
+        "notice_seconds": NOTICE_SECONDS,
+        "drain_seconds": DRAIN_SECONDS,
         "port": engine.port,
         "health_path": engine.health_path,
         "memory_limit": plan.memory_limit_bytes,
