@@ -126,6 +126,7 @@ def test_a_build_serves_pictures_with_the_merged_tower(tmp_path, architecture):
     record = json.loads((tmp_path / "dist/eyes/1.0.0/llamacpp-q8_0/build.json").read_text())
     seen = {check["name"]: check["seen"] for check in record["checks"]}
     assert seen["picture"] == "answered"
+    assert seen["SIGTERM"].endswith("and a request was answered")
     assert record["image"]["takes_pictures"]
     names = [file["path"] for file in record["artifact"]["files"]]
     assert names == ["eyes.gguf", "mmproj-eyes.gguf"]
