@@ -62,7 +62,7 @@ def _pass_on(listening: int, port: int, ending: int) -> None:
     """Carry connections until `ending` is closed; then wait for what goes to clients."""
     listener = socket.socket(fileno=listening)
     replies: list[threading.Event] = []
-    while listener in select.select([listener, ending], [], [])[0]:
+    while listening in select.select([listening, ending], [], [])[0]:
         outer, _ = listener.accept()
         replies = [replied for replied in replies if not replied.is_set()]
         replies.append(threading.Event())
