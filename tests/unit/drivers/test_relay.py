@@ -36,18 +36,17 @@ def test_what_a_server_sent_before_it_ended_is_passed_on(monkeypatch: pytest.Mon
         ("127.0.0.1", 0)
     ) as between:  # fmt: skip
         end = relay.start_relay(os.dup(between.fileno()), server.getsockname()[1], lambda: None)
-        with socket.create_connection(between.getsockname()) as client, socket.create_connection(
-            between.getsockname()
-        ):  # fmt: skip
-            for said in (answer, b""):
-                asked, _ = server.accept()
-                threading.Thread(target=_say, args=(asked, said)).start()
-            ended = threading.Thread(target=end)
-            ended.start()
-            time.sleep(0.5)
-            client.settimeout(60)
-            got = b"".join(iter(lambda: client.recv(1 << 20), b""))
-            ended.join(60)
+        with socket.create_connection(between.getsockname()) as client:
+            asked, _ = server.accept()
+            with socket.create_connection(between.getsockname()):
+                server.accept()[0].close()
+                threading.Thread(target=_say, args=(asked, answer)).start()
+                ended = threading.Thread(target=end)
+                ended.start()
+                time.sleep(0.5)
+                client.settimeout(60)
+                got = b"".join(iter(lambda: client.recv(1 << 20), b""))
+                ended.join(60)
     assert got == answer
     assert not ended.is_alive()
 
