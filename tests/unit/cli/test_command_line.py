@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import astuple
 
 import pytest
 from weightsmith.cli import namespace
 from weightsmith.cli.program import Weightsmith
 
-from tests.fakes.command_line import PROGRAMS, run, started
+from tests.fakes.command_line import PROGRAMS, ROOT, run, started
 from tests.fakes.tiny import write_model
 
 
@@ -93,6 +95,15 @@ def test_invoke_is_left_as_it_is():
 
     assert done.code == 1
     assert "No idea what '--nosuch' is!" in done.err
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial/first-image.md"])
+def test_the_pages_know_what_invoke_says_elsewhere(page, tmp_path):
+    elsewhere = subprocess.run(
+        [sys.executable, "-m", "invoke", "plan"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert elsewhere.stderr.strip() in (ROOT / page).read_text("utf-8")
 
 
 def test_a_name_that_is_no_text_is_reported(tmp_path):

@@ -142,6 +142,17 @@ def test_weights_of_32_bits_are_halved_before_they_are_packed(tmp_path):
     assert found == pytest.approx([size * 8.5 / 16, size * 8.5 / 32], rel=0.001)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_packed_weights_are_refused_where_they_would_be_quantized(tmp_path, weights):
+    path, _ = folder(tmp_path, "deepseek-v3", weights=weights)
+    flags = ["--target", "llamacpp-q4_k_m", "--gpu", "nvidia-h200-141gb", "--gpu-count", 8]
+    code, told, _ = invoke("render", "--model", path, *flags, "--out", tmp_path / "out")
+    _, planned, _ = invoke("plan", "--base", path, *flags)
+
+    assert (code, planned["error"]) == (3, told["error"])
+    assert "already quantized (fp8)" in told["error"]["message"]
+
+
 @pytest.mark.parametrize("target", ["vllm", "sglang", "tgi", "trtllm"])
 def test_what_does_not_fit_is_exit_2_with_what_does(tmp_path, target):
     path, _ = folder(tmp_path, "llama-3-8b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from weightsmith.errors import UsageError
 from weightsmith.serving.auto import choices, choose_length
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp import ENGINE as LLAMACPP
@@ -77,6 +78,31 @@ def test_what_is_asked_for_is_left_alone() -> None:
     assert plan.max_model_len > 8192
     assert plan.max_num_seqs == 1
     assert plan.choices == ()
+
+
+@pytest.mark.parametrize(
+    ("engine", "machine"),
+    [(VLLM, {"gpu": "nvidia-h100-80gb"}), (LLAMACPP, {"host_memory_bytes": 16 * GIB})],
+)
+def test_where_nothing_fits_the_nearest_would_be_of_use(engine, machine: dict) -> None:
+    told = facts(model("llama-3.1-70b")["config"])
+    with pytest.raises(UsageError, match="max_model_len 8192 x max_num_seqs 1") as caught:
+        engine.plan(told, 132 * GIB, ServeOptions(**machine))
+
+    way = caught.value.details["plan"].nearest[-1]
+    names = {"gpu": "gpu", "gpu_count": "gpu_count", "memory": "host_memory_bytes"}
+    options = {**machine, **{names[key]: way[key] for key in names if key in way}}
+    again = engine.plan(told, 132 * GIB, ServeOptions(**options))
+    assert again.max_model_len >= 8192
+
+
+def test_packed_weights_are_not_proposed_to_be_packed() -> None:
+    told = model("deepseek-v3")
+    with pytest.raises(UsageError) as caught:
+        VLLM.plan(facts(told["config"]), told["weight_bytes"], ServeOptions(gpu="nvidia-b200"))
+
+    assert "4-bit" not in caught.value.hint
+    assert "8 x nvidia-b200" in caught.value.hint
 
 
 def test_the_image_holds_no_other_choices() -> None:

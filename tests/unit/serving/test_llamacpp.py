@@ -78,8 +78,9 @@ def test_a_wish_beyond_all_machines_is_answered_at_once():
         plan(SMOL, 105 * MIB, ServeOptions(max_num_seqs=10**21, host_memory_bytes=GIB))
 
     nearest = caught.value.details["plan"].nearest
-    fits = next(way["max_num_seqs"] for way in nearest if "max_num_seqs" in way["text"])
-    again = ServeOptions(max_model_len=256, max_num_seqs=fits, host_memory_bytes=GIB)
+    way = next(way for way in nearest if "max_num_seqs" in way["text"])
+    fits, length = way["max_num_seqs"], way["max_model_len"]
+    again = ServeOptions(max_model_len=length, max_num_seqs=fits, host_memory_bytes=GIB)
     assert plan(SMOL, 105 * MIB, again).fits
     with pytest.raises(UsageError):
         plan(SMOL, 105 * MIB, replace(again, max_num_seqs=fits + 1))

@@ -15,7 +15,8 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import parse_file
 from weightsmith.planning.foreseen import expected_weights
 from weightsmith.planning.sizes import estimated_bytes, expected_projector
-from weightsmith.planning.targets import all_targets, target_of
+from weightsmith.planning.targets import all_targets, can_make, target_of
+from weightsmith.quantizers import of_format
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -131,6 +132,8 @@ def serving_config(
     own = own_weights(model, target)
     size, projector = model.weight_bytes, model.projector
     if not own:
+        if can_make(target.format):
+            of_format(target.format.name).check_input(target.format, model.facts)
         size = estimated_bytes(model.weight_bytes, target.format, model.facts)
         projector = expected_projector(target, model.facts)
     return render(

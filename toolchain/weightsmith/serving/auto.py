@@ -13,6 +13,7 @@ from weightsmith.values import Json
 USEFUL = 8192
 """Tokens: a request of this length is not made longer for fewer at once than wanted."""
 _SHORTEST = 1024
+"""Tokens: `auto` takes no request that is shorter, unless the model's own are."""
 _ROWS = 6
 
 
@@ -39,6 +40,11 @@ def choose_length(capacity: Fitting, own: int, wanted: int) -> int:
             return usual
         wanted //= 2
     return capacity.longest(1, own)
+
+
+def usable(length: int, own: int) -> int:
+    """Return the length that fits, if it is of use; else one whose refusal says what it takes."""
+    return length if length >= min(_SHORTEST, own) else min(USEFUL, own)
 
 
 def rule(own: int, wanted: int) -> str:

@@ -13,10 +13,9 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
-from weightsmith.serving.auto import choices, choose_length, rule
+from weightsmith.serving.auto import choices, choose_length, rule, usable
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp_cache import (
-    KV_PADDING,
     padded,
     require_attention,
     sliding_layers,
@@ -132,7 +131,7 @@ def _choose(capacity: Capacity, options: ServeOptions, limit: int) -> tuple[int,
         useful = min(_SPLIT_LENGTH, limit)
         if capacity.machine.gpus and tokens < useful:
             tokens = useful
-        tokens = tokens or min(KV_PADDING, limit)
+        tokens = usable(tokens, limit)
     slots = options.max_num_seqs or capacity.most(tokens, _AUTO_SLOTS) or 1
     return tokens, slots
 

@@ -77,7 +77,7 @@ def _smaller_cache(capacity: Capacity, tokens: int, requests: int) -> Mapping[st
 
 def _smaller_weights(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
     bits = capacity.options.format.bits_per_weight
-    if bits <= 8 or not capacity.rules.small_target:
+    if bits <= 8 or capacity.packed or not capacity.rules.small_target:
         return {}
     outside = min(capacity.weights, capacity.shape.vocab * capacity.shape.hidden * 2)
     size = outside + int((capacity.weights - outside) * _FOUR_BITS / bits)

@@ -87,6 +87,8 @@ class Capacity:
     options: ServeOptions
     dtype: str
     switches: Switches
+    packed: bool = False
+    """Whether the checkpoint's own weights are quantized."""
     limit: Lengths
     notes: tuple[str, ...] = field(default=())
 

@@ -13,7 +13,7 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.errors import UsageError
 from weightsmith.serving.architectures import check_architecture
-from weightsmith.serving.auto import choices, choose_length, rule
+from weightsmith.serving.auto import choices, choose_length, rule, usable
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import lengths
 from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
@@ -81,7 +81,8 @@ def make_capacity(
         fitting = [n for n in range(1, machine.gpus + 1) if can_split(shape, n)]
         raise UsageError(
             f"{rules.name} cannot spread this model over {machine.gpus} GPUs: its {shape.heads}"
-            " heads do not divide, and it does not split by layers",
+            f" heads, or its {shape.kv_heads} key-value heads, do not divide, and it does not split"
+            " by layers",
             hint=f"nearest: gpu_count {max(fitting)}",
         )
     dtype, note = choose_dtype(shape, machine, options.dtype)
@@ -106,6 +107,7 @@ def make_capacity(
         options=options,
         dtype=dtype,
         switches=switches,
+        packed=model.packing is not None,
         limit=lengths(model, stretched=_stretched(options)),
         notes=tuple(notes),
     )
@@ -169,7 +171,7 @@ def _check_fraction(options: ServeOptions) -> None:
 
 
 def _tokens(capacity: Capacity) -> int:
-    """Return max_model_len: the option, else the longest that fits; at least one block."""
+    """Return max_model_len: the option, else the longest that fits and is of use."""
     wanted, limit = capacity.options.max_model_len, capacity.limit
     if wanted is None:
         requests = capacity.options.max_num_seqs
@@ -178,7 +180,7 @@ def _tokens(capacity: Capacity) -> int:
             if requests
             else choose_length(capacity, limit.default, _AUTO_REQUESTS)
         )
-        return found or min(16, limit.default)
+        return usable(found, limit.default)
     if wanted > limit.most:
         raise UsageError(
             f"max_model_len {wanted} is longer than the model's {limit.most} positions",
