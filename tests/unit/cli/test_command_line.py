@@ -100,7 +100,11 @@ def test_invoke_is_left_as_it_is():
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorial/first-image.md"])
 def test_the_pages_know_what_invoke_says_elsewhere(page, tmp_path):
     elsewhere = subprocess.run(
-        [sys.executable, "-m", "invoke", "plan"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "invoke", "plan"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
     assert elsewhere.stderr.strip() in (ROOT / page).read_text("utf-8")
