@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.errors import UsageError
 from weightsmith.serving.option_values import require_harmless
-from weightsmith.serving.options import NO_TLS
+from weightsmith.serving.options import NO_TLS, require_fitting
 from weightsmith.values import Json
 
 _LIST = Path(__file__).with_name("llamacpp_options.json")
@@ -60,6 +60,17 @@ def command_line_names() -> Mapping[str, bool]:
 
 
 @cache
+def _words() -> Mapping[str, Sequence[str]]:
+    """Return option -> the words that it takes, for those that take no other."""
+    return MappingProxyType(dict(_load()["words"]))
+
+
+@cache
+def _numbers() -> frozenset[str]:
+    return frozenset(_load()["numbers"])
+
+
+@cache
 def _canonical() -> Mapping[str, str]:
     # Options with one variable are spellings of each other; plans use these.
     own = ("n-gpu-layers", "log-verbosity", "temperature", "n-predict", "ui", "embedding")
@@ -73,7 +84,8 @@ def extra_options(extra: Mapping[str, Json]) -> dict[str, Json]:
     """Return `serve.extra` with every key as llama-server's long option, without dashes.
 
     Keys may be long options or LLAMA_ARG_ variables. Raises UsageError for an unknown option
-    (with near misses), one given twice, one that is not for an image, and what none may hold.
+    (with near misses), one given twice, one that is not for an image, what none may hold, a word
+    that the server does not know and a number that is none.
     """
     require_harmless(extra)
     found: dict[str, Json] = {}
@@ -86,6 +98,7 @@ def extra_options(extra: Mapping[str, Json]) -> dict[str, Json]:
             )
         if option in found:
             raise UsageError(f"serve.extra sets {option} twice", hint=f"remove {key}")
+        require_fitting(option, value, _words().get(option, ()), number=option in _numbers())
         if isinstance(value, Mapping | list | tuple):
             value = json.dumps(value, sort_keys=True)
         found[option] = value

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +16,12 @@ from weightsmith.values import Json
 
 NO_TLS = "health checks and probes speak HTTP: let a proxy or the cluster's ingress end TLS"
 """What to do instead of giving a server certificates."""
+
+_NUMBER = re.compile(r"[+-]?\.?\d")
+"""How one begins; engines read more, such as `1e5` and `4k`."""
+_SWITCHED = frozenset({"true", "false", "1", "0", "enabled", "disabled"})
+"""What llama-server takes in place of on and off."""
+_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +34,14 @@ class OptionList:
     """Name -> `value`, `switch` (on and off) or `flag` (on only)."""
     refused: Mapping[str, str]
     """Name -> what to do instead."""
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name -> the words that the engine's own parser takes; other options take any."""
+    numbers: frozenset[str] = frozenset()
+    """Names of the options that take a number."""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    """Name -> what the engine does not start without, if this is on."""
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Name -> the option whose file adds words to it."""
     underscores: bool = False
     """The engine's own names have underscores, not dashes."""
 
@@ -35,7 +50,8 @@ class OptionList:
 
         Raises UsageError for an unknown option (with near misses), one given twice, one that is not
         for an image, null, `false` for a flag that has no off (engines drop it silently), and for
-        what no image may hold at any depth of a value.
+        what no image may hold at any depth of a value. For words that the engine does not know and
+        numbers that are none, too, and for an option without the one that it needs.
         """
         require_harmless(extra)
         found: dict[str, Json] = {}
@@ -51,6 +67,16 @@ class OptionList:
             if option in found:
                 raise UsageError(f"serve.extra sets {option} twice", hint=f"remove {key}")
             found[option] = _checked_value(key, value, self.kinds[option])
+        for option, value in found.items():
+            added = self.plugins.get(option) in found
+            words = () if added else self.words.get(option, ())
+            require_fitting(option, value, words, number=option in self.numbers)
+            if value is True and (needed := self.needs.get(option)) and not found.get(needed):
+                raise UsageError(
+                    f"serve.extra.{option} needs {needed}: {self.engine} does not start without",
+                    hint=f"set serve.extra.{needed} too"
+                    + (f": {', '.join(self.words[needed])}" if needed in self.words else ""),
+                )
         return found
 
     def _name(self, key: str) -> str:
@@ -87,6 +113,34 @@ def _checked_value(key: str, value: Json, kind: str) -> Json:
     return value
 
 
+def require_fitting(option: str, value: Json, words: Sequence[str], *, number: bool) -> None:
+    """Raise UsageError for a value that the engine's own parser refuses, if that is known."""
+    if number and (isinstance(value, bool) or not _NUMBER.match(str(value))):
+        raise UsageError(
+            f"serve.extra.{option} is {shortened(value)}", hint="it takes a number: give one"
+        )
+    spelled = {_spelled(word) for word in words}
+    if {"on", "off"} <= spelled and str(value).lower() in _SWITCHED:
+        return
+    if words and _spelled(value) not in spelled:
+        near = difflib.get_close_matches(_spelled(value), words, n=3, cutoff=0.6)
+        guess = f"did you mean {', '.join(near)}? " if near else ""
+        raise UsageError(
+            f"serve.extra.{option} is {shortened(value)}, which the engine does not know",
+            hint=f"{guess}it takes one of: {', '.join(words)}",
+        )
+
+
+def _spelled(word: Json) -> str:
+    return str(word).lower().replace("-", "_")
+
+
+def shortened(value: Json) -> str:
+    """Return a value for a message."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
 def load_options(
     path: Path, refused: Mapping[str, str], *, without: Collection[str] = (), **facts: bool
 ) -> OptionList:
@@ -97,5 +151,9 @@ def load_options(
         version=data["version"],
         kinds=MappingProxyType({k: v for k, v in data["options"].items() if k not in without}),
         refused=refused,
+        words=MappingProxyType(data.get("words", {})),
+        numbers=frozenset(data.get("numbers", ())),
+        needs=MappingProxyType(data.get("needs", {})),
+        plugins=MappingProxyType(data.get("plugins", {})),
         underscores=facts.get("underscores", False),
     )

@@ -127,9 +127,16 @@ RULES = Rules(
 @cache
 def known_options(*, cpu: bool = False) -> OptionList:
     """Return the options of the pinned version; the CPU build's may be an earlier one."""
-    without = json.loads(_OPTIONS.read_text("utf-8"))["not_on_cpu"] if cpu else ()
-    known = load_options(_OPTIONS, _NOT_HERE, without=frozenset(without))
-    return replace(known, version=_VERSIONS["cpu"]) if cpu else known
+    if not cpu:
+        return load_options(_OPTIONS, _NOT_HERE)
+    data = json.loads(_OPTIONS.read_text("utf-8"))
+    known = load_options(_OPTIONS, _NOT_HERE, without=frozenset(data["not_on_cpu"]))
+    later: dict[str, list[str]] = data["words_not_on_cpu"]
+    words = {
+        option: [word for word in words if word not in later.get(option, ())]
+        for option, words in known.words.items()
+    }
+    return replace(known, version=_VERSIONS["cpu"], words=words)
 
 
 def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> ServingPlan:
