@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightsmith.trees import discard
-from weightsmith.waiting import take
+from weightsmith.waiting import kept_by_programs, take
 
 _OURS = re.compile(r"\.weightsmith-[0-9a-f]{16}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -115,9 +115,12 @@ def folder_beside(path: Path) -> Iterator[Path]:
             if _lock(handle):
                 break
     try:
-        yield folder
+        with kept_by_programs(handle):
+            try:
+                yield folder
+            finally:
+                discard(folder)
     finally:
-        discard(folder)
         os.close(handle)
 
 
@@ -173,7 +176,8 @@ def alone(
             else:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(folder.stat(), os.fstat(handle)):
-                yield
+                with kept_by_programs(handle):
+                    yield
                 return
         finally:
             os.close(handle)

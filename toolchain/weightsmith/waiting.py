@@ -1,10 +1,14 @@
-"""Wait for a file's lock: who has it, and an end to the wait in a thread that must end."""
+"""Wait for a file's lock: who has it, and an end to the wait in a thread that must end.
+
+And keep it until all that we started has ended, even if we are killed before.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import select
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -13,6 +17,33 @@ from pathlib import Path
 PAUSE = 0.2
 """Seconds between two tries in a thread."""
 _STOP: ContextVar[int] = ContextVar("stop", default=-1)
+
+_KEPT: set[int] = set()
+_KEEPING = threading.Lock()
+
+
+@contextmanager
+def kept_by_programs(handle: int) -> Iterator[None]:
+    """During the block, programs are started with this lock: if we are killed, theirs goes last.
+
+    It is unlocked at the end of the block, whoever else has the file open.
+    """
+    with _KEEPING:
+        _KEPT.add(handle)
+    try:
+        yield
+    finally:
+        with _KEEPING:
+            _KEPT.discard(handle)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+@contextmanager
+def locks_for_programs() -> Iterator[list[int]]:
+    """Yield the locks that a program must be started with; none is released during the block."""
+    with _KEEPING:
+        yield sorted(_KEPT)
 
 
 @contextmanager

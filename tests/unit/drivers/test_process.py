@@ -13,6 +13,7 @@ import pytest
 from weightsmith.drivers import process
 from weightsmith.drivers.lines import Lines
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.files import alone
 
 ROOT = Path(__file__).parents[3]
 
@@ -196,6 +197,64 @@ def test_the_program_dies_with_us(number):
         parent.send_signal(number)
 
     assert wait_until_gone(pid)
+
+
+IN_ANOTHER_SESSION = """
+import fcntl, os, signal, sys
+from pathlib import Path
+from weightsmith.drivers import process
+from weightsmith.files import alone
+code = '''
+import os, sys, time
+if os.fork(): time.sleep(600)
+os.setsid()
+if os.fork(): os._exit(0)
+print(os.getpid(), flush=True)
+while True:
+    open("written", "a").write("x"); time.sleep(0.01)
+'''
+with alone(Path(sys.argv[1])):
+    argv = [sys.executable, "-c", code]
+    process.run(argv, cwd=sys.argv[1], on_line=lambda line: print(line, flush=True))
+"""
+
+
+def test_what_a_program_started_in_a_session_of_its_own_dies_with_us(tmp_path):
+    """And the folder that it writes to stays locked until then."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", IN_ANOTHER_SESSION, tmp_path],
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with parent:
+        pid = int(parent.stdout.readline())
+        parent.kill()
+    with alone(tmp_path):
+        assert not is_running(pid)
+
+
+def test_what_a_program_left_in_a_session_of_its_own_ends_with_it():
+    code = "import os\nif not os.fork():\n    os.setsid(); print(os.getpid(), flush=True)\n"
+    done = process.run([sys.executable, "-c", code + "    import time; time.sleep(600)\n"
+                        "else: import time; time.sleep(1)"])  # fmt: skip
+
+    assert not is_running(int(done.tail[0]))
+
+
+def test_a_program_has_no_lock_of_ours_and_an_ended_block_holds_none(tmp_path):
+    code = "import os; print(*os.listdir('/proc/self/fd'))"
+    with alone(tmp_path):
+        done = process.run([sys.executable, "-c", code])
+        server = process.start(["sleep", "600"])
+        server.__enter__()
+    try:
+        with alone(tmp_path, wait=False):
+            pass
+    finally:
+        server.__exit__(None, None, None)
+
+    assert len(done.tail[0].split()) == 4  # the last is the listed folder
 
 
 def test_a_server_is_heard_and_stopped():

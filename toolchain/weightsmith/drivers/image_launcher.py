@@ -91,7 +91,6 @@ def _settings(
 ) -> dict[str, Any]:
     return {
         "way": mode,
-        "parent": os.getpid(),
         "root": str(inside.root),
         "home": os.path.expanduser("~"),  # noqa: PTH111 - never raises
         "argv": list(inside.argv),

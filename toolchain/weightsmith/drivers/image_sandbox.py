@@ -27,6 +27,7 @@ from weightsmith.drivers.sandbox_launcher import (
     NEW_NETWORK,
     NEW_USER,
     die_with_parent,
+    end_as,
     map_ids,
     unshare,
 )
@@ -43,6 +44,7 @@ def main(settings_file: int) -> NoReturn:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError):  # its keys are then kept from the program by the filter alone
         seccomp.leave_keys()
+    settings["parent"] = os.getppid()  # the launcher, which ends with the control plane
     settings["as_root"] = privileges.is_root()
     {"apart": in_namespaces, "folder": in_folder, "bare": as_caller}[settings["way"]](settings)
     raise AssertionError("exec returned")
@@ -89,7 +91,7 @@ def in_namespaces(settings: Mapping[str, Any]) -> None:
     status = os.read(ended[0], 16)
     _, own_status = os.waitpid(child, 0)
     end_relay()
-    _end_as(int(status) if status else own_status)
+    end_as(int(status) if status else own_status)
 
 
 def _restrict_relay(settings: Mapping[str, Any]) -> None:
@@ -97,15 +99,6 @@ def _restrict_relay(settings: Mapping[str, Any]) -> None:
     os.close(settings["tell"])
     if settings["as_root"]:
         privileges.become_nobody()
-
-
-def _end_as(status: int) -> NoReturn:
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        with suppress(OSError):
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    os._exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else FAILED)
 
 
 def _first_process(settings: Mapping[str, Any], pipes: tuple[int, int, int]) -> NoReturn:

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
-import select
-import signal
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,22 +57,18 @@ class JobSandbox:
     """Size of its shared memory; 0 for the kernel's default, half of the machine's memory."""
 
 
-def enter(sandbox: JobSandbox, parent: int) -> Callable[[], bool] | None:
-    """Enter the namespaces; with a process namespace, the caller continues in a child.
+def enter(sandbox: JobSandbox) -> None:
+    """Enter the namespaces; that of processes begins with the next child. Raises OSError."""
+    if sandbox.namespaces != NONE:
+        processes = _NEW_PROCESSES if sandbox.namespaces == ALL else 0
+        _unshare(_NEW_IPC | processes | (0 if sandbox.sockets else _NEW_NETWORK))
 
-    Returns a function that tells the child whether its parent is gone, else None. Raises OSError.
-    """
-    if sandbox.namespaces == NONE:
-        return None
-    kinds = _NEW_IPC | (0 if sandbox.sockets else _NEW_NETWORK)
+
+def furnish(sandbox: JobSandbox) -> None:
+    """Arrange the mounts, as the first process of the namespace; raises OSError."""
     if sandbox.namespaces == ALL:
-        kinds |= _NEW_PROCESSES | _NEW_MOUNTS
-    _unshare(kinds)
-    if sandbox.namespaces != ALL:
-        return None
-    gone = _fork(parent)
-    _arrange_mounts(sandbox.write, sandbox.shared_bytes)
-    return gone
+        _check(_libc.unshare(_NEW_MOUNTS), "unshare")
+        _arrange_mounts(sandbox.write, sandbox.shared_bytes)
 
 
 def restrict(sandbox: JobSandbox, landlock: ModuleType, seccomp: ModuleType) -> None:
@@ -110,39 +103,6 @@ def _unshare(kinds: int) -> None:
     for name, text in maps:
         Path("/proc/self", name).write_text(text)
     _check(_libc.unshare(kinds), "unshare")
-
-
-def _fork(parent: int) -> Callable[[], bool]:
-    """Continue as the first process of the new namespace; the old one exits as it does."""
-    reading, writing = os.pipe()
-    inner = os.fork()
-    if inner != 0:
-        os.close(reading)
-        _wait(inner, parent)
-    os.close(writing)
-
-    def gone() -> bool:
-        # Its number is not visible here, but its end of the pipe closes when it ends.
-        ended = bool(select.select([reading], [], [], 0)[0])
-        os.close(reading)
-        return ended
-
-    return gone
-
-
-def _wait(inner: int, parent: int) -> None:
-    """Die with our own parent, and exit with the inner process's status."""
-    _check(_libc.prctl(1, signal.SIGKILL, 0, 0, 0), "prctl")
-    if os.getppid() != parent:
-        os._exit(1)
-    _, status = os.waitpid(inner, 0)
-    if os.WIFSIGNALED(status):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        number = os.WTERMSIG(status)
-        if number != signal.SIGKILL:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 def _arrange_mounts(writable: Sequence[str], shared_bytes: int) -> None:

@@ -1,8 +1,8 @@
 """Starts programs; nothing else in the toolchain does.
 
-Every program runs without a shell, with an environment made here, in its own process group. The
-group ends with its leader, on an exception, on Ctrl-C, and when this process is killed: the sandbox
-launcher (`sandbox_launcher.py`) asks the kernel for a death signal before it executes the program.
+Every program runs without a shell, with an environment made here, in its own process group. It
+ends, with all that it started, on an exception, on Ctrl-C, and when this process is killed: the
+sandbox launcher (`sandbox_launcher.py`) guards it, and asks the kernel for a signal when we end.
 The kernel ties that signal to the *thread* that started the program, so start programs from a
 thread that outlives them.
 """
@@ -29,7 +29,9 @@ from typing import IO
 from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import LONGEST, Lines, pump
 from weightsmith.drivers.resident import watched
+from weightsmith.drivers.sandbox_launcher import END
 from weightsmith.errors import EnvironmentFailure
+from weightsmith.waiting import locks_for_programs
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _NOT_STARTED = 125
@@ -37,6 +39,8 @@ _NOT_STARTED = 125
 _TAIL_LINES = 200
 _PATIENCE = 5.0
 """Seconds between SIGTERM and SIGKILL for a group."""
+_LONGEST_END = 15.0
+"""Seconds in which the launcher ends all that a program started."""
 
 _KEPT = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR")
 _KEPT_FOR_NETWORK = (
@@ -152,7 +156,7 @@ def run(
             (process.stderr, Lines(), _kept(tail, on_error_line)),
         )
         streams = [(stream, lines, to) for stream, lines, to in both if stream is not None]
-        kill = partial(_signal_group, process, signal.SIGKILL)
+        kill = partial(_end, process)
         with _ended(process), _watched(process, limits, kill):
             try:
                 pump(process.pid, streams, deadline, kill, stop)
@@ -234,7 +238,7 @@ def start(
 
     def kill() -> None:
         server.note(f"ended: it held more than its {limits.resident_bytes >> 20} MiB of memory")
-        _signal_group(process, signal.SIGKILL)
+        _end(process)
 
     listener = threading.Thread(target=server.listen, daemon=True)
     listener.start()
@@ -268,21 +272,24 @@ def _spawn(
             f"program not found: {words[0]!r}",
             hint="install it and make sure that it is in PATH",
         )
-    settings: dict[str, object] = {
-        "parent": os.getpid(),
-        "memory_bytes": limits.memory_bytes,
-        "sandbox": limits.sandbox and asdict(limits.sandbox),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(settings), *words],
-        cwd=cwd,
-        env=environment,
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-        start_new_session=True,
-        pass_fds=tuple(inherited),
-    )
+    with locks_for_programs() as locks:
+        settings: dict[str, object] = {
+            "parent": os.getpid(),
+            "locks": locks,
+            "inherited": list(inherited),
+            "memory_bytes": limits.memory_bytes,
+            "sandbox": limits.sandbox and asdict(limits.sandbox),
+        }
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(settings), *words],
+            cwd=cwd,
+            env=environment,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+            start_new_session=True,
+            pass_fds=(*inherited, *locks),
+        )
 
 
 @contextlib.contextmanager
@@ -316,9 +323,19 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
                 _signal_group(process, signal.SIGTERM)
                 _exited(process, _PATIENCE)
         finally:
-            # The leader is not reaped yet, so its number cannot mean another group.
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
+            try:
+                _end(process)
+                _exited(process, _LONGEST_END)
+            finally:
+                # The leader is not reaped yet, so its number cannot mean another group.
+                _signal_group(process, signal.SIGKILL)
+                process.wait()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Have the launcher end the program and all that it started."""
+    if process.returncode is None:
+        os.kill(process.pid, END)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -26,7 +26,7 @@ _SECONDS = 0.25
 
 @contextlib.contextmanager
 def watched(pid: int, most: int, end: Callable[[], None], *, shared: bool = True) -> Iterator[None]:
-    """While the block runs, call `end` once if a process and its children hold more than `most`.
+    """While the block runs, call `end` once if what a launcher started holds more than `most`.
 
     In bytes; 0 for no limit. Pages of files do not count; memory that the processes share does, and
     what lies in file systems in memory that only they see, unless not `shared`.
@@ -58,11 +58,11 @@ def lies_in_memory(*places: Path) -> bool:
 
 
 def _held(pid: int, *, once: bool, shared: bool) -> int:
-    """Return the bytes that a process and its descendants hold.
+    """Return the bytes that a launcher's descendants hold.
 
     `once` counts pages that several have once, where the kernel says it.
     """
-    family = list(_family(pid))
+    _, *family = _family(pid)  # the first is the launcher, our own
     held = sum(_anonymous(each, once=once) for each in family)
     if not shared:
         return held

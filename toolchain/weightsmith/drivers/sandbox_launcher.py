@@ -1,9 +1,14 @@
-"""Executes a program after setting up this process: limits, namespaces, user.
+"""Executes a program after setting up its process: limits, namespaces, user.
 
 Run as a file by `process.py`: `python -I -S sandbox_launcher.py SETTINGS PROGRAM [ARG…]` with
 SETTINGS a JSON object. It is a process of its own so that no Python code has to run in a fork of
 the threaded control plane, and so that the death signal is set last: the kernel clears it when a
 process changes its user or gets new capabilities.
+
+The program runs in a child. The launcher waits as its guard, and ends as the program does: once the
+program or the control plane has ended, it ends all that the program started, whatever session that
+is in. Until then it holds the control plane's locks, so that nobody else takes over a folder that
+is still written to.
 """
 
 from __future__ import annotations
@@ -14,17 +19,25 @@ import importlib.machinery
 import json
 import os
 import resource
+import select
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 NEW_USER, NEW_NETWORK = 0x1000_0000, 0x4000_0000
-SET_DEATH_SIGNAL, NO_NEW_PRIVILEGES = 1, 38
+SET_DEATH_SIGNAL, NO_NEW_PRIVILEGES, _ADOPT_ORPHANS = 1, 38, 36
+END = signal.SIGHUP
+"""Tells the launcher to end the program, with all that it started."""
+_PATIENCE = 10.0
+"""Seconds for killed processes to go."""
 FAILED = 125
 """Exit code for a failure before the program started, as in other tools of this kind."""
+_BLOCKED = {signal.SIGCHLD, END, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+"""What the guard waits for, and what the program's group gets: the program decides."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,21 +81,90 @@ def sibling(name: str) -> ModuleType:
     return module
 
 
-def enter_sandbox(settings: dict[str, Any]) -> None:
-    """Enter a job's sandbox; see `job_sandbox.py`."""
-    sandbox, landlock, seccomp = sibling("job_sandbox"), sibling("landlock"), sibling("seccomp")
-    wanted = sandbox.JobSandbox(**settings["sandbox"])
-    with contextlib.suppress(OSError):  # as on machines whose system calls are not known
-        seccomp.leave_keys()
-    parent_gone = sandbox.enter(wanted, settings["parent"])
-    limit(settings)
-    sandbox.restrict(wanted, landlock, seccomp)
-    if parent_gone is None:
-        die_with_parent(settings["parent"])
-    else:
-        check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
-        if parent_gone():
-            os._exit(FAILED)
+def guard(parent: int, locks: Sequence[int], others: Sequence[int]) -> None:
+    """Continue in a child; stay as its guard, with the locks, and end as it does.
+
+    `others` are the open files that only the child keeps.
+    """
+    check(libc.prctl(_ADOPT_ORPHANS, 1, 0, 0, 0), "prctl")
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones would not be told
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _BLOCKED)
+    check(libc.prctl(SET_DEATH_SIGNAL, END, 0, 0, 0), "prctl")
+    if os.getppid() != parent:
+        os._exit(FAILED)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        for lock in locks:
+            os.close(lock)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        settle(reading)
+        return
+    for other in (reading, *others):
+        os.close(other)
+    end_as(watch(child))
+
+
+def settle(guard_: int) -> None:
+    """In the child: ask to be killed when the guard ends, which its end of a pipe tells too.
+
+    Its number is not visible in a namespace of processes.
+    """
+    check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
+    if select.select([guard_], [], [], 0)[0]:
+        os._exit(FAILED)
+
+
+def watch(child: int) -> int:
+    """Wait for the child's end, or for an order to end it; return its status when all is gone."""
+    status = None
+    while status is None:
+        ordered = signal.sigwait({signal.SIGCHLD, END}) == END
+        ended = reap()
+        if ordered and child not in ended:
+            os.kill(child, signal.SIGKILL)
+            ended[child] = os.waitpid(child, 0)[1]
+        status = ended.get(child)
+    until = time.monotonic() + _PATIENCE
+    while (left := descendants(os.getpid())) and time.monotonic() < until:
+        for each in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(each, signal.SIGKILL)
+        reap()
+        time.sleep(0.002)
+    return status
+
+
+def reap() -> dict[int, int]:
+    """Return number and status of each child that has ended."""
+    ended = {}
+    with contextlib.suppress(ChildProcessError):
+        while (one := os.waitpid(-1, os.WNOHANG))[0]:
+            ended[one[0]] = one[1]
+    return ended
+
+
+def descendants(process: int) -> list[int]:
+    """Return all that a process has started and that is still there, as /proc shows it."""
+    found = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def end_as(status: int) -> NoReturn:
+    """End as another process did: with its exit code, or by its signal."""
+    if os.WIFSIGNALED(status):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(OSError):  # SIGKILL's cannot be set
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 def limit(settings: dict[str, Any]) -> None:
@@ -94,12 +176,23 @@ def limit(settings: dict[str, Any]) -> None:
 
 
 def prepare(settings: dict[str, Any]) -> None:
-    """Apply all settings, the death signal last."""
-    if settings.get("sandbox"):
-        enter_sandbox(settings)
+    """Apply all settings, the death signal last; for jobs enter their sandbox."""
+    ours = settings["parent"], settings["locks"], settings["inherited"]
+    if not settings.get("sandbox"):
+        guard(*ours)
+        limit(settings)
         return
+    sandbox, landlock, seccomp = sibling("job_sandbox"), sibling("landlock"), sibling("seccomp")
+    wanted = sandbox.JobSandbox(**settings["sandbox"])
+    with contextlib.suppress(OSError):  # as on machines whose system calls are not known
+        seccomp.leave_keys()
+    sandbox.enter(wanted)
+    guard(*ours)
+    sandbox.furnish(wanted)
     limit(settings)
-    die_with_parent(settings["parent"])
+    sandbox.restrict(wanted, landlock, seccomp)
+    # The kernel cleared it with the capabilities.
+    check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
 
 
 def attempt(what: str, action: Callable[[], object]) -> None:

@@ -28,7 +28,7 @@ from weightsmith.ports import Entry
 from weightsmith.privacy import AnothersFolder, private
 from weightsmith.trees import below, discard, give, remove
 from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
-from weightsmith.waiting import take
+from weightsmith.waiting import kept_by_programs, take
 
 _WORTH_REMEMBERING = 256 << 10
 """Bytes below which hashing a file again is cheaper than caching its digest."""
@@ -321,7 +321,8 @@ class FileStore:
         except BlockingIOError:
             yield False
         else:
-            yield True
+            with kept_by_programs(descriptor):
+                yield True
         finally:
             os.close(descriptor)
 
