@@ -6,7 +6,7 @@ import pytest
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.validating.validate import Request, validate
 
-from tests.unit.validating.conftest import held, make_model, make_tuned, merged, tell
+from tests.unit.validating.conftest import edit_tensors, held, make_model, make_tuned, merged, tell
 
 NOT_CAUSAL = {
     "bart": "an encoder with a decoder, cannot be run",
@@ -128,14 +128,22 @@ def test_norms_that_peft_exchanges_pass(tmp_path: Path) -> None:
     assert not held(base, base, tuned).passed
 
 
-def test_a_kind_that_decomposes_the_base_is_judged_by_its_files(tmp_path: Path) -> None:
-    from peft import OSFConfig
+@pytest.mark.parametrize("kind", ["OSFConfig", "PsoftConfig", "FrodConfig", "TinyLoraConfig"])
+def test_a_kind_that_decomposes_the_base_is_loaded_whole(tmp_path: Path, kind: str) -> None:
+    """PEFT needs the weights as it loads the adapter, and here they are read later."""
+    import peft
 
     base = make_model(tmp_path / "base")
-    tuned = make_tuned(tmp_path / "tuned", base, OSFConfig(target_modules=["q_proj"]))
+    config = getattr(peft, kind)(target_modules=["q_proj", "up_proj"])
+    tuned = make_tuned(tmp_path / "tuned", base, config)
     out = merged(tmp_path / "out", base, tuned)
 
     result = held(base, out, tuned)
 
     assert result.passed, tell(result)
-    assert "only files were checked (PEFT decomposes the base's weights" in tell(result)
+    assert not result.comparison.streamed
+    assert not [f for f in result.findings if f.severity == "warning"]
+    assert result.comparison.elements.wrong == 0
+    assert not held(base, base, tuned).passed
+    edit_tensors(out, lambda t: t["model.layers.2.mlp.up_proj.weight"][3].zero_())
+    assert "model.layers.2.mlp.up_proj.weight" in tell(held(base, out, tuned))

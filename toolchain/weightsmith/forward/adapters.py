@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -31,30 +31,29 @@ class IncompatibleAdapters(Exception):
     """PEFT cannot load these adapters together: they are of different kinds or share a module."""
 
 
+class NeedsWeights(RuntimeError):
+    """PEFT computes with the base's weights as it loads an adapter, and they are read later."""
+
+
 def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     """Load adapters with PEFT, unmerged and all active, on a model with or without its weights.
 
     Their weights are in memory in float32. If they were trained with another number of tokens, the
-    model gets it too. Raises IncompatibleAdapters if PEFT cannot load them together, and
-    InputRefused for values in an adapter's files that PEFT refuses.
+    model gets it too. Raises IncompatibleAdapters if PEFT cannot load them together, NeedsWeights
+    if it needs the model's weights for that, and InputRefused for values in an adapter's files that
+    PEFT refuses.
     """
     names = [f"adapter_{number}" for number in range(len(adapters))]
     whole = not any(is_missing(parameter) for parameter in model.parameters())
-    resized = _resize(model, [root for root, _ in adapters])
-    for name, (root, _) in zip(names, adapters, strict=True):
+    for root, _ in adapters:
         check_adapter_folder(root)
         check_peft_keys(root)
+    resized = _resize(model, [root for root, _ in adapters])
+    for name, (root, _) in zip(names, adapters, strict=True):
         check_peft_patterns(root, (name for name, _ in model.named_modules()))
-        # Some tuners decompose the base's weights as they are loaded.
         how = {"adapter_name": name, "low_cpu_mem_usage": not whole, "key_mapping": KEY_MAPPING}
-        if name == names[0]:
-            with reading(f"the adapter in {root}", _HINT) if whole else nullcontext():
-                model = _first_adapter(model, root, how)
-            continue
-        try:
-            model.load_adapter(root, **how)
-        except (ValueError, KeyError) as error:
-            raise IncompatibleAdapters(f"{type(error).__name__}: {error}") from error
+        with reading(f"the adapter in {root}", _HINT) if whole else _without_weights(root):
+            model = _loaded(model, root, how)
     model.base_model.set_adapter(names)
     # Beside an adapter's copy of a base weight in 16 bits, PEFT rounds the factors to 16 bits.
     short = any(parameter.dtype != torch.float32 for parameter in model.parameters())
@@ -62,16 +61,36 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
         _load_again(model, dict(zip(names, adapters, strict=True)))
     if resized:
         _tie_again(model.get_base_model())
+    _use_saved_basis(model)
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _first_adapter(model: Any, root: Path, how: Mapping[str, Any]) -> Any:
+def _loaded(model: Any, root: Path, how: Mapping[str, Any]) -> Any:
+    """Return a model with one more adapter."""
     from peft import PeftModel
 
+    if not isinstance(model, PeftModel):
+        try:
+            return PeftModel.from_pretrained(model, root, **how)
+        except ValueError as error:  # other errors may be due to the missing weights
+            raise unreadable(f"the adapter in {root}", error, _HINT) from error
     try:
-        return PeftModel.from_pretrained(model, root, **how)
-    except ValueError as error:  # other errors may be due to the missing weights
-        raise unreadable(f"the adapter in {root}", error, _HINT) from error
+        model.load_adapter(root, **how)
+    except (ValueError, KeyError) as error:
+        raise IncompatibleAdapters(f"{type(error).__name__}: {error}") from error
+    return model
+
+
+@contextmanager
+def _without_weights(root: Path) -> Iterator[None]:
+    """Raise NeedsWeights if PEFT computes with the base's weights as it loads an adapter."""
+    # It would make zeros of FRoD's factors, without an error.
+    if read_json(root / "adapter_config.json").get("peft_type") == "FROD":
+        raise NeedsWeights("PEFT computes FRoD's factors from the base's weights")
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise NeedsWeights("PEFT decomposes the base's weights") from error
 
 
 def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
@@ -85,6 +104,25 @@ def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
         )
         weights = {n: t.float() if t.is_floating_point() else t for n, t in stored.items()}
         set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
+
+
+def _use_saved_basis(model: Any) -> None:
+    """Compute FRoD's factors anew, from the basis that was saved with the adapter.
+
+    PEFT computes them from a basis of its own, whose signs depend on the number of threads, and
+    loads the saved one afterwards.
+    """
+    from peft.tuners.frod.layer import FrodLayer
+
+    for layer in model.modules():
+        if isinstance(layer, FrodLayer):
+            weight = layer.get_base_layer().weight
+            weight = weight.T if layer.fan_in_fan_out else weight
+            for name, factor in layer.frod_U.items():
+                made, _ = layer._calculate_frod_u_and_lambda(  # noqa: SLF001 - there is no other way
+                    layer.frod_V[name], weight
+                )
+                layer.frod_U[name] = made.to(factor.dtype)
 
 
 def _resize(model: Any, adapters: Sequence[Path]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from weightsmith.cpus import all_but_one
-from weightsmith.forward.adapters import IncompatibleAdapters, replication, with_adapters
+from weightsmith.forward.adapters import NeedsWeights, replication, with_adapters
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     PEFT_PREFIX,
@@ -137,22 +137,25 @@ class BaseAndAdapters:
 
     def whole(self) -> Unmerged:
         """Return it with its weights in memory."""
-        built = self._built()
+        try:
+            built = self._built()
+        except NeedsWeights:
+            return self._built(filled=True)
         fill(built.model, built.base)
         return built
 
-    def _built(self) -> Unmerged:
+    def _built(self, *, filled: bool = False) -> Unmerged:
+        """Return base and adapters; if `filled`, the base had its weights before they came."""
         bare, weights = skeleton_with_weights(self.checkpoint)
         require_complete(self.checkpoint, bare, weights)
         names = set(bare.state_dict())
-        try:
-            model = with_adapters(bare, self.adapters)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            text = "PEFT decomposes the base's weights as it loads them, and they are read later"
-            raise IncompatibleAdapters(text) from error
+        if filled:
+            fill(bare, weights)
+        model = with_adapters(bare, self.adapters)
         if (layers := replication(model)) is not None:
             weights.replicate(layers)
-        adapted, replaced = tuple(sites(model, weights)), tuple(replaced_parameters(model, names))
+        adapted = tuple(sites(model, weights))
+        replaced = tuple(replaced_parameters(model, names, weights if filled else None))
         _apply_weights(model, self.adapters, adapted, replaced, weights)
         return Unmerged(model=model, base=weights, sites=adapted, replaced=replaced)
 
@@ -273,8 +276,19 @@ def _apply_weights(
                 own.data = before + weight * (own.data - before)
 
 
-def replaced_parameters(model: Any, names: set[str]) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Yield modules whose parameters an adapter replaces: attribute -> the base's name."""
+def replaced_parameters(
+    model: Any, names: set[str], base: Weights | None = None
+) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Yield modules whose parameters an adapter replaces: attribute -> the base's name.
+
+    In a model that had its weights before, these are the ones that differ from the `base`.
+    """
+
+    def is_own(name: str, parameter: torch.Tensor) -> bool:
+        if base is None or not base.has(name):
+            return not is_missing(parameter)
+        return not torch.equal(parameter, base.whole(name))
+
     for path, module in model.named_modules():
         found = {}
         for part, parameter in module.named_parameters(recurse=False):
@@ -282,7 +296,7 @@ def replaced_parameters(model: Any, names: set[str]) -> Iterator[tuple[Any, dict
             if "modules_to_save" in parts:
                 cut = parts.index("modules_to_save")
                 found[part] = ".".join(parts[:cut] + parts[cut + 2 :])
-            elif (name := base_name(f"{path}.{part}")) in names and not is_missing(parameter):
+            elif (name := base_name(f"{path}.{part}")) in names and is_own(name, parameter):
                 found[part] = name
         if found:
             yield module, found
