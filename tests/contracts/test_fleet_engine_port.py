@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from weightsmith.drivers import fleet_ray
 from weightsmith.drivers.fleet_local import LocalFleet, Room
 from weightsmith.drivers.fleet_ray import RayFleet
 from weightsmith.drivers.fleet_slurm import SlurmFleet
@@ -172,8 +173,8 @@ def test_ray_says_what_no_node_has(ray_nodes: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_ray_starts_a_task_again_whose_process_was_killed(ray_nodes: str, tmp_path: Path) -> None:
-    """The worker is killed with the program that it runs; Ray starts both elsewhere or anew."""
+def test_ray_gives_a_task_back_whose_process_was_killed(ray_nodes: str, tmp_path: Path) -> None:
+    """The worker is killed with the program that it runs; who tries again counts its tries."""
     engine, begun = RayFleet(module=NODE, address=ray_nodes), tmp_path / "begun"
     try:
         engine.check("1")
@@ -183,10 +184,37 @@ def test_ray_starts_a_task_again_whose_process_was_killed(ray_nodes: str, tmp_pa
         worker = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
         os.kill(worker, signal.SIGKILL)
         found = all_of(engine, 1)
-        assert json.loads(found["id0"].text)["pid"] != pid
+        assert found["id0"].why.startswith("lost by Ray")
+        assert len(begun.read_text().split()) == 1
         until(lambda: has_ended(pid))
     finally:
         engine.close()
+
+
+def test_what_ray_prints_is_not_in_the_output(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its C++ code and its threads print at any time, such as when a node is lost."""
+    fake = SimpleNamespace(shutdown=lambda: os.write(1, b"of its end\n"))
+
+    def connected(address: str) -> object:
+        os.write(1, b"of C++\n")
+        print("of a thread")  # noqa: T201
+        raise EnvironmentFailure("no cluster", hint="")
+
+    monkeypatch.setattr(fleet_ray, "_connected", connected)
+    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115 - not pytest's
+    engine = RayFleet(module=NODE)
+    with pytest.raises(EnvironmentFailure):
+        engine.check("1")
+    engine._ray = fake
+    engine.close()
+    engine.close()
+    os.write(1, b"ours")
+
+    out, err = capfd.readouterr()
+    assert out == "ours"
+    assert {"of C++", "of a thread", "of its end"} <= set(err.splitlines())
 
 
 def test_this_machine_runs_as_many_at_once_as_fit(tmp_path: Path) -> None:

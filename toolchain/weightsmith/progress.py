@@ -189,7 +189,7 @@ class Pace:
         else:
             text += f", {rate:.1f}/s" if rate >= 0.1 else f", {1 / rate:.0f} s each"
         if total > done and (gone * _ENOUGH >= total or seconds >= _LONG_S):
-            text += f", {_clock((total - done) / rate)} left"
+            text += f", {clock((total - done) / rate)} left"
         return text
 
 
@@ -197,7 +197,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Return `minutes:seconds`, or `hours:minutes:seconds` from an hour on."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

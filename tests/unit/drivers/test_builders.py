@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith import resources
-from weightsmith.drivers import docker_images, environment, toolset
+from weightsmith.drivers import docker_images, environment, process, toolset
 from weightsmith.drivers.assembly import make_engine_files
 from weightsmith.drivers.environment import Pins, environment_folder, is_complete
 from weightsmith.drivers.local import LocalRunner
@@ -360,3 +360,18 @@ def test_tools_are_tried_again_after_an_interrupt(optional, tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             toolset.try_toolsets(tmp_path, "tiny", RecordingProgress())
     assert len(tries) == 2
+
+
+def test_a_base_that_cannot_be_pulled_hints_at_the_runner_that_needs_none(
+    images, tmp_path, monkeypatch
+):
+    (images / "builders" / "Containerfile").write_text("FROM scratch\n")
+    said = "ERROR: failed to solve: registry.invalid/python:3: failed to resolve source metadata"
+    failed = process.Completed(argv=("docker",), returncode=1, seconds=1.0, tail=(said,))
+    monkeypatch.setattr(docker_images, "_require_buildx", lambda host: None)
+    monkeypatch.setattr(docker_images, "persistently", lambda run, progress: run())
+    monkeypatch.setattr(process, "run", lambda *words, **rest: failed)
+    monkeypatch.setenv("WEIGHTSMITH_BUILDER_BASE", "registry.invalid/python:3")
+    with pytest.raises(EnvironmentFailure, match="failed to resolve") as caught:
+        docker_images.build_image("tiny", "cpu", "", tmp_path / "cache", RecordingProgress())
+    assert "`--runner local`, which needs no image" in caught.value.hint

@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.fleets.page import FILE, PAGE, Page, table
+import pytest
+from weightsmith.fleets.page import FILE, PAGE, Page, left_seconds, table
 from weightsmith.fleets.rows import ENDED, NOT_MADE, RUNNING, CellRow, FleetRows, SharedRow
+from weightsmith.fleets.terminal import summary
 
 REFRESH = '<meta http-equiv="refresh" content="5">'
 DONE = CellRow(adapter="a", target="vllm", verdict="passed", state=ENDED)
@@ -64,3 +66,19 @@ def test_errors_are_text(tmp_path: Path) -> None:
 
     assert "<script>alert" not in page(tmp_path, bad)
     assert len(table(FleetRows(cells=(bad,), shared=())).splitlines()) == 2
+
+
+def test_the_first_of_many_at_once_does_not_speak_for_all() -> None:
+    """Sixteen run together for a minute each: six minutes for a hundred, and not a hundred."""
+    built, waits = replace(DONE, tries=1), replace(OPEN, state="waiting")
+    rows = FleetRows(cells=(built, *[OPEN] * 15, *[waits] * 84), shared=(), seconds=60.0)
+
+    assert left_seconds(rows) == pytest.approx(60 / 8.5 * 91.5)
+    assert left_seconds(FleetRows(cells=(OPEN, waits), shared=(), seconds=60.0)) is None
+
+
+def test_a_long_time_left_is_said_in_hours() -> None:
+    built, waits = replace(DONE, tries=1), replace(OPEN, state="waiting")
+    rows = FleetRows(cells=(built, *[waits] * 72), shared=(), seconds=300.5)
+
+    assert summary(rows).endswith(", about 6:00:36 left")

@@ -71,9 +71,10 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
         )
         _only_said(done).require(
             f"building the image of the builder {builder!r}",
-            hint="set WEIGHTSMITH_BUILDER_BASE if the base cannot be pulled, WEIGHTSMITH_CA_BUNDLE "
-            "to a private CA's certificates, WEIGHTSMITH_WHEELS to a folder of wheels that the "
-            f"package index lacks; log: {log.name}",
+            hint="if the base cannot be pulled, use `--runner local`, which needs no image, or set "
+            "WEIGHTSMITH_BUILDER_BASE to one that can; set WEIGHTSMITH_CA_BUNDLE to a private CA's "
+            "certificates, WEIGHTSMITH_WHEELS to a folder of wheels that the package index lacks; "
+            f"log: {log.name}",
         )
 
 

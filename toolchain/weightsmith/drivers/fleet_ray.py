@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.ports import Ended, Work
 
-_RESTARTS = 2
-"""How often Ray itself starts a task again whose node or process was lost."""
 _PROBE_SECONDS = 120.0
 _CONNECT_SECONDS = 20.0
 _PATIENCE = 15.0
@@ -33,6 +33,8 @@ class RayFleet:
     _ray: Any = None
     _given: dict[Any, Work] = field(default_factory=dict)
     _impossible: list[Ended] = field(default_factory=list)
+    _stdout: int | None = None
+    """The user's standard output while Ray, which prints there at any time, has none."""
 
     def check(self, version: str) -> None:
         """Connect, and ask every node for its version.
@@ -40,6 +42,7 @@ class RayFleet:
         Raises UsageError if Ray is not installed, EnvironmentFailure if the cluster does not
         answer or a node cannot run the program or has another version.
         """
+        self._hide_stdout()
         self._ray = _connected(self.address)
         probe = self._ray.remote(_program())
         pin = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
@@ -86,7 +89,7 @@ class RayFleet:
                 "num_cpus": asks["CPU"],
                 "memory": asks["memory"],
                 "num_gpus": asks["GPU"],
-                "max_retries": _RESTARTS,
+                "max_retries": 0,  # the fleet tries again itself, and says so
                 "name": work.name,
             }
             others = {node["NodeID"] for node in nodes} - work.avoid
@@ -117,6 +120,12 @@ class RayFleet:
 
     def close(self) -> None:
         """Cancel every task, with time to clean up, and leave the cluster."""
+        try:
+            self._leave()
+        finally:
+            self._show_stdout()
+
+    def _leave(self) -> None:
         if self._ray is None:
             return
         for one in self._given:
@@ -129,6 +138,21 @@ class RayFleet:
         self._given.clear()
         self._ray.shutdown()
         self._ray = None
+
+    def _hide_stdout(self) -> None:
+        """Let what is printed to standard output go to standard error, also by Ray's C++ code."""
+        if self._stdout is None:
+            sys.stdout.flush()
+            with suppress(OSError):  # where there is none
+                self._stdout = os.dup(1)
+                os.dup2(2, 1)
+
+    def _show_stdout(self) -> None:
+        if self._stdout is not None:
+            sys.stdout.flush()
+            os.dup2(self._stdout, 1)
+            os.close(self._stdout)
+            self._stdout = None
 
     def _nodes(self) -> list[Any]:
         return [node for node in self._ray.nodes() if node["Alive"]]

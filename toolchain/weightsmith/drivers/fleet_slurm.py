@@ -108,7 +108,7 @@ class SlurmFleet:
             f"--array=0-{len(works) - 1}",
             f"--cpus-per-task={first.cpus}",
             f"--mem={-(-first.memory_bytes // (1 << 20))}M",
-            "--requeue",
+            "--no-requeue",  # the fleet tries again itself, and says so
             "--job-name=weightsmith-fleet",
             f"--output={str(folder).replace('%', '%%')}/%a.log",
             "--open-mode=append",

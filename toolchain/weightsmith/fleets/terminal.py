@@ -13,6 +13,7 @@ from weightsmith.fleets.page import ANSWERED, left_seconds, table
 from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows, SharedRow
 from weightsmith.fleets.running import Changed
 from weightsmith.lines import put_line
+from weightsmith.progress import clock
 from weightsmith.visible import printed, quoted
 
 _EVERY = 10.0
@@ -86,8 +87,7 @@ def summary(rows: FleetRows) -> str:
     if rows.ended and rows.seconds:
         text += f", {60 * rows.ended / rows.seconds:.1f} cells a minute"
     if (left := left_seconds(rows)) is not None:
-        minutes, seconds = divmod(round(left), 60)
-        text += f", about {minutes}:{seconds:02d} left"
+        text += f", about {clock(left)} left"
     return text
 
 
