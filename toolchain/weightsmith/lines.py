@@ -25,3 +25,10 @@ def put_line(text: str, stream: TextIO) -> str:
 def pinned(reference: str, digest: str) -> str:
     """Return a reference with its digest, without repeating it."""
     return escaped(reference if "@" in reference else f"{reference}@{digest}")
+
+
+def clock(seconds: float) -> str:
+    """Return `minutes:seconds`, or `hours:minutes:seconds` from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

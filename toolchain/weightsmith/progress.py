@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from weightsmith.lines import put_line
+from weightsmith.lines import clock, put_line
 from weightsmith.ports import Progress, Silent
 from weightsmith.recorder import Recorder
 from weightsmith.visible import escaped, printed, quoted
@@ -195,10 +195,3 @@ class Pace:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def clock(seconds: float) -> str:
-    """Return `minutes:seconds`, or `hours:minutes:seconds` from an hour on."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

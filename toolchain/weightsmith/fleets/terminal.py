@@ -12,8 +12,7 @@ from typing import TextIO
 from weightsmith.fleets.page import ANSWERED, left_seconds, table
 from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows, SharedRow
 from weightsmith.fleets.running import Changed
-from weightsmith.lines import put_line
-from weightsmith.progress import clock
+from weightsmith.lines import clock, put_line
 from weightsmith.visible import printed, quoted
 
 _EVERY = 10.0
