@@ -180,6 +180,18 @@ def test_adapters_in_folders_of_their_own_are_named(tmp_path: Path) -> None:
     assert hint.endswith(f": {tmp_path / 'style'} or {tmp_path / 'tone'}")
 
 
+def test_the_last_checkpoint_of_a_training_is_named(tmp_path: Path) -> None:
+    """What transformers' Trainer leaves in its output folder, if the result was not saved there."""
+    for name in ("checkpoint-9", "checkpoint-40", "checkpoint-100", "runs"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-9", "checkpoint-40"):
+        touch(tmp_path / name, "adapter_config.json", "adapter_model.safetensors")
+    touch(tmp_path / "checkpoint-100", "config.json", "model.safetensors")
+
+    assert refusal(check_adapter_folder, tmp_path).hint.endswith(f": {tmp_path / 'checkpoint-40'}")
+    assert refusal(check_model_folder, tmp_path).hint.endswith(f": {tmp_path / 'checkpoint-100'}")
+
+
 def test_shards_may_have_any_name(tmp_path: Path) -> None:
     """The index names them, and transformers reads what it names."""
     for name in ("config.json", "model.safetensors.index.json"):

@@ -111,6 +111,28 @@ def test_a_base_of_another_family_is_reported(
     assert any("model_type is llama" in said for said in plan(pair).findings) == warned
 
 
+@pytest.mark.parametrize(
+    ("trained_on", "options", "told"),
+    [
+        ("unsloth/tinyllama-bnb-4bit", {}, True),
+        ("/data/Llama-3.2-1B-unsloth-BNB-4bit/", {}, True),
+        ("unsloth/tinyllama-bnb-4bit", {"quantized_base": "simulate-nf4"}, False),
+        ("unsloth/tinyllama", {}, False),
+        ("bnb-4bit/tinyllama", {}, False),
+    ],
+)
+def test_an_adapter_of_a_4_bit_base_is_told_how_to_see_it_again(
+    pair: tuple[Path, Path], trained_on: str, options: dict[str, str], told: bool
+) -> None:
+    path = pair[1] / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": trained_on}
+    path.write_text(json.dumps(config))
+
+    findings = plan(pair, **options).findings
+
+    assert any("4 bits" in said and "simulate-nf4" in said for said in findings) == told
+
+
 def test_planning_needs_what_the_command_line_has_alone() -> None:
     """A plan is made where only the light packages are installed: numpy is the workers'."""
     heavy = ("torch", "numpy", "ml_dtypes", "safetensors", "peft", "transformers")

@@ -43,6 +43,7 @@ _CODE_CONFIGS = (
     "generation_config.json",
 )
 _MAX_DEPTH = 16
+_SHOWN = 3
 _SCHEMES = ("hf", "pypi")
 """Of sources that recipes name and that are no folders."""
 
@@ -113,17 +114,8 @@ def check_model_folder(root: Path) -> list[str]:
 def check_adapter_folder(root: Path) -> list[str]:
     """Return an adapter's files; raise InputRefused if it lacks any or needs custom code."""
     names = scan(root)
-    below = [str(root / n) for n in names if n.endswith("/adapter_config.json")]
     hint = "give the folder that PEFT's save_pretrained wrote"
-    # PEFT writes named adapters into subfolders.
-    _require(
-        root,
-        names,
-        "adapter_config.json",
-        f"{hint}: {' or '.join(sorted(p.removesuffix('/adapter_config.json') for p in below))}"
-        if below
-        else hint,
-    )
+    _require(root, names, "adapter_config.json", hint)
     check_no_code(root, names)
     if "adapter_model.safetensors" not in names:
         raise _no_weights(root, "adapter_model.safetensors")
@@ -217,7 +209,22 @@ def _irregular(path: Path) -> InputRefused:
 
 def _require(root: Path, names: list[str], required: str, hint: str) -> None:
     if required not in names:
-        raise InputRefused(f"{root} has no {required}", hint=hint)
+        inside = " or ".join(map(str, _folders_with(root, required)))
+        raise InputRefused(
+            f"{root} has no {required}", hint=f"{hint}: {inside}" if inside else hint
+        )
+
+
+def _folders_with(root: Path, name: str) -> list[Path]:
+    """Return the folders in a folder that have a file: of checkpoints of a training, the last."""
+    found = [path.parent for path in root.glob(f"*/{name}") if not path.parent.name.startswith(".")]
+    saved = [folder for folder in found if _JUNK_FOLDERS.fullmatch(folder.name)]
+    others = [folder for folder in found if folder not in saved]
+    return sorted(others)[:_SHOWN] or sorted(saved, key=_steps)[-1:]
+
+
+def _steps(folder: Path) -> int:
+    return int("".join(filter(str.isdecimal, folder.name)) or 0)
 
 
 def check_no_code(root: Path, names: list[str]) -> None:

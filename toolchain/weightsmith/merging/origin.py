@@ -1,4 +1,4 @@
-"""Detect adapters that were trained on another model family than the base's."""
+"""What the name of the model that an adapter was trained on tells."""
 
 from __future__ import annotations
 
@@ -19,8 +19,17 @@ def other_family(trained_on: str, config: Mapping[str, Any]) -> str:
     `trained_on` is `base_model_name_or_path`, a hub name or a path; only its last part is used.
     """
     own = str(config.get("model_type", ""))
-    named = _families(trained_on.rstrip("/\\").replace("\\", "/").rpartition("/")[2])
+    named = _families(_last(trained_on))
     return own if named and _families(own) and not named & _families(own) else ""
+
+
+def in_four_bits(trained_on: str) -> bool:
+    """Return whether a name is that of a checkpoint in bitsandbytes' 4 bits."""
+    return "bnb-4bit" in _last(trained_on).lower()
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
 def _families(name: str) -> frozenset[str]:

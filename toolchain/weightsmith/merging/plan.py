@@ -34,9 +34,10 @@ from weightsmith.merging.families import families
 from weightsmith.merging.left_out import without_left_out
 from weightsmith.merging.loading import loaded_names, split_names
 from weightsmith.merging.names import BaseNames, plain_key
-from weightsmith.merging.origin import other_family
+from weightsmith.merging.origin import in_four_bits, other_family
 from weightsmith.merging.outputs import Output, OutputShard, Stored
 from weightsmith.merging.quantized.base import STALE, BaseView, base_view
+from weightsmith.merging.quantized.choice import simulates
 from weightsmith.merging.quantized.sources import held_bytes
 from weightsmith.merging.refused import REFUSED, UNMERGED
 from weightsmith.merging.tasks import task_settings
@@ -145,6 +146,7 @@ def make_plan(
             *based.findings,
             *_unknown_fields(planned),
             *_other_bases(planned, config),
+            *_rounded_bases(planned, config, quantized_base),
             *(text for _, texts in claimed for text in texts),
             *made.findings,
             *_replicated(settings),
@@ -317,6 +319,21 @@ def _other_bases(adapters: Sequence[PlannedAdapter], config: Mapping[str, Any]) 
         " it is the right base"
         for adapter in adapters
         if (own := other_family(adapter.config.base_model, config))
+    ]
+
+
+def _rounded_bases(
+    adapters: Sequence[PlannedAdapter], config: Mapping[str, Any], choice: str
+) -> list[str]:
+    """Return the adapters that corrected a rounding to 4 bits which this base does not have."""
+    if simulates(choice) or config.get("quantization_config"):
+        return []
+    return [
+        f"{adapter.root.name}: trained on {adapter.config.base_model!r}, in 4 bits, and merged into"
+        " unrounded weights; compare with quantized_base: simulate-nf4 or simulate-nf4-double,"
+        " which round this base as in training, or dequantize, with that base"
+        for adapter in adapters
+        if in_four_bits(adapter.config.base_model)
     ]
 
 
