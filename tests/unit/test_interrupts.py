@@ -1,4 +1,4 @@
-"""Ctrl-C before a command begins: one line, exit code 130, no traceback."""
+"""Ctrl-C or SIGTERM before a command begins: one line, exit code 130, no traceback."""
 
 import signal
 import subprocess
@@ -14,17 +14,21 @@ true = builtins.__import__
 def strike(name, *rest):
     if name.split(".")[0] == {module!r}:
         builtins.__import__ = true
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.{number})
         time.sleep(1)
     return true(name, *rest)
 builtins.__import__ = strike
 sys.argv = [{program!r}, "targets"]
 {start}
 """
-"""Send this process a SIGINT in the moment in which it begins to import a module."""
-AWAKE = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-"""As in the foreground: a test run that a shell started with `&` ignores the signal, and so do its
-children."""
+"""Send this process a signal in the moment in which it begins to import a module."""
+AWAKE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+"""As in the foreground: a test run that a shell started with `&` or `nohup` ignores such signals,
+and so do its children."""
 STARTS = {
     "weightsmith": "from weightsmith.__main__ import main; main()",
     "invoke": "sys.path.insert(0, '.'); import tasks",
@@ -41,8 +45,10 @@ def run(source, **options):
 @pytest.mark.grid(4)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("module", ["invoke", "json"])
-def test_it_ends_at_once_while_python_imports(start, module):
-    done = run(AWAKE + STRIKE.format(module=module, program=start, start=STARTS[start]))
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_it_ends_at_once_while_python_imports(start, module, number):
+    strike = STRIKE.format(module=module, number=number, program=start, start=STARTS[start])
+    done = run(AWAKE + strike)
 
     assert done.returncode == 130
     assert done.stderr == (
@@ -52,10 +58,14 @@ def test_it_ends_at_once_while_python_imports(start, module):
 
 
 @pytest.mark.slow
-def test_a_background_job_stays_deaf():
+@pytest.mark.parametrize("number", ["SIGINT", "SIGHUP"])
+def test_a_background_job_stays_deaf(number):
+    """As a shell's `&` and `nohup` start it."""
     done = run(
-        STRIKE.format(module="invoke", program="weightsmith", start=STARTS["weightsmith"]),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        STRIKE.format(
+            module="invoke", number=number, program="weightsmith", start=STARTS["weightsmith"]
+        ),
+        preexec_fn=lambda: signal.signal(getattr(signal, number), signal.SIG_IGN),
     )
 
     assert done.returncode == 0
