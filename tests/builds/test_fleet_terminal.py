@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from tests.clusters import Cluster, has_ended
+from tests.fakes.awake import hear_interrupts
 from tests.fakes.fleet_home import TARGETS
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +47,7 @@ class Terminal:
                 stdin=subprocess.DEVNULL, stdout=out, stderr=theirs, cwd=ROOT,
                 env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store"), "TERM": "xterm",
                      "COLUMNS": "160"},
-                # Tests in the background (`&`) ignore Ctrl-C, and so would what they start.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=hear_interrupts,
             )  # fmt: skip
         os.close(theirs)
         self._reader = threading.Thread(target=self._read)

@@ -21,6 +21,7 @@ from weightsmith.errors import EnvironmentFailure
 from weightsmith.ports import Endpoint, Silent, StartSpec
 
 from tests.contracts.test_runner import CACHE, echo
+from tests.fakes.awake import hear_interrupts
 from tests.fakes.journal import RecordingProgress
 from tests.faults.relay import way_to_engine
 
@@ -78,6 +79,7 @@ def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_
 def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypatch, sent):
     """What the engine has whole it names, however late: then it is there to be removed."""
     monkeypatch.setattr("weightsmith.drivers.docker_loading.LAST_SECONDS", PATIENCE)
+    hear_interrupts()
     name = f"weightsmith-test-interrupted:{os.getpid()}"
     engine.client.images.get(server_image).tag(*name.split(":"))
     archive = list(engine.client.images.get(name).save(named=name))

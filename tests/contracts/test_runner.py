@@ -29,6 +29,7 @@ from weightsmith.runners import WithinMemory
 from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
 
+from tests.fakes.awake import hear_interrupts
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.remote import RemoteRunner, read_input
 from tests.fakes.runner import MemoryRunner
@@ -342,6 +343,7 @@ def test_a_job_ends_with_its_parent(kind, number, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=hear_interrupts,
     )
     with parent:
         assert any("echo begins" in line for line in iter(parent.stdout.readline, ""))

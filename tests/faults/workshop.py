@@ -20,6 +20,8 @@ from safetensors.numpy import load_file, save_file
 from weightsmith.visible import quoted
 from weightsmith.wiring import cache_folder
 
+from tests.fakes.awake import hear_interrupts
+
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
 PROGRAM = Path(sys.executable).with_name("weightsmith")
@@ -182,6 +184,7 @@ class Workshop:
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
+                preexec_fn=hear_interrupts,
             )
         return Running(process, place)
 

@@ -15,6 +15,8 @@ from weightsmith.drivers.lines import Lines
 from weightsmith.errors import EnvironmentFailure
 from weightsmith.files import alone
 
+from tests.fakes.awake import hear_interrupts
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -175,9 +177,7 @@ def test_an_allocation_beyond_the_limit_fails():
 
 
 PARENT = """
-import signal
 from weightsmith.drivers import process
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 process.run(["/bin/sh", "-c", "echo $$; exec sleep 600"], on_line=lambda x: print(x, flush=True))
 """
 
@@ -190,6 +190,7 @@ def test_the_program_dies_with_us(number):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        preexec_fn=hear_interrupts,
     )
     with parent:
         pid = int(parent.stdout.readline())
