@@ -6,12 +6,7 @@ Imports almost nothing, so that it can be called before everything else.
 import os
 import signal
 
-_DEFAULTS = {
-    signal.SIGINT: signal.default_int_handler,
-    signal.SIGTERM: signal.SIG_DFL,
-    signal.SIGHUP: signal.SIG_DFL,
-}
-"""Signals that end a command, with what Python does on each."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def leave_quietly() -> None:
@@ -20,16 +15,17 @@ def leave_quietly() -> None:
     For the time before a command begins, when there is nothing to undo; commands raise
     KeyboardInterrupt instead (`raise_it`).
     """
-    for number in _DEFAULTS:
+    for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
 
 
 def raise_it() -> None:
     """Do on these signals what Python does: on Ctrl-C, it raises KeyboardInterrupt."""
-    for number, default in _DEFAULTS.items():
+    for number in _ENDING:
         if signal.getsignal(number) is _leave:
-            signal.signal(number, default)
+            python = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, python)
 
 
 def ignore_it() -> None:
