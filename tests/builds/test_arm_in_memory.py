@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith import platforms
+from weightsmith.building.explain import forecast
 from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.plan import table
 from weightsmith.commands.verify import verify_image
@@ -15,7 +16,6 @@ from weightsmith.drivers.docker import DockerEngine
 from weightsmith.errors import UsageError
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
-from weightsmith.planning.forecast import forecast
 from weightsmith.ports import Silent
 
 from tests.fakes.memory import Memory

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+from weightsmith.building.record import Built
 from weightsmith.errors import CheckFailed
-from weightsmith.recording import Built
 
 from tests.fakes.memory import QUESTIONS, Memory
 from tests.fakes.tiny import write_adapter

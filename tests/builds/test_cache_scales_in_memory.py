@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load
+from weightsmith.building.explain import forecast
 from weightsmith.commands.upload import push_to_hub
 from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.jobs import CacheScalesJob
-from weightsmith.planning.forecast import forecast
 from weightsmith.stages.upload import HubDestination
 from weightsmith.tools import Memory as Room
 

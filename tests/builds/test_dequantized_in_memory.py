@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from weightsmith import platforms
+from weightsmith.building.explain import forecast
 from weightsmith.errors import CheckFailed, EnvironmentFailure
 from weightsmith.jobs import DequantizedJob
-from weightsmith.planning.forecast import forecast
 from weightsmith.tools import Memory as Room
 
 from tests.fakes.baking import push_base

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.building.explain import forecast, plan_of
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.planning import ahead
-from weightsmith.planning.checks import check_layer_sizes
-from weightsmith.planning.forecast import forecast
-from weightsmith.planning.sources import resolve_request
+from weightsmith.stages import quantize
 
 from tests.fakes.memory import Memory
 
@@ -66,7 +64,7 @@ def test_what_runs_beside_validation_reads_the_dequantized_weights(
         sizes.append(size)
         return 1 << 30
 
-    monkeypatch.setattr(ahead, "quantize_memory", needed)
+    monkeypatch.setattr(quantize, "quantize_memory", needed)
     memory.two_at_once = True
     asked = memory.request(targets=["llamacpp-q4_k_m"])
     memory.runner.prepare("gguf", memory.progress)
@@ -81,7 +79,7 @@ def test_what_runs_beside_validation_reads_the_dequantized_weights(
 def test_a_file_that_fits_no_layer_once_dequantized_is_refused(memory: Memory, whole: int) -> None:
     def check(size: float) -> None:
         request = memory.request(f"image.max_layer_size={int(size)}", targets=["llamacpp-f16"])
-        check_layer_sizes(request, resolve_request(request, memory.tools).value[1])
+        plan_of(request, memory.tools)
 
     check(1.1 * whole / 2)  # a GGUF file of 16 bits
     with pytest.raises(UsageError, match="one layer"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from weightsmith.building.explain import forecast
 from weightsmith.commands.plan import table
 from weightsmith.errors import InputRefused
-from weightsmith.planning.forecast import forecast
 
 from tests.fakes.memory import Memory
 

@@ -7,12 +7,12 @@ import json
 from typing import Any
 
 import pytest
+from weightsmith.building.explain import forecast
 from weightsmith.commands.images import copy_image
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
-from weightsmith.planning.forecast import forecast
 from weightsmith.ports import Silent
 
 from tests.fakes.images import entry, foreign_image, tar_of

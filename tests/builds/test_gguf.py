@@ -145,7 +145,7 @@ RUN = """
 import sys
 from pathlib import Path
 from weightsmith.drivers.folders import read_tree
-from weightsmith.destinations import InStore
+from weightsmith.steps.destinations import InStore
 from weightsmith.ports import Silent
 from weightsmith.quality.measure import measure
 from weightsmith.quantizers import formats

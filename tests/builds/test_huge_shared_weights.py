@@ -72,7 +72,9 @@ def cache(
     cache.origin = (memory.registry.host, "team/cache")
     memory.registry.blobs["team/cache", WEIGHTS] = Hole()
     with in_memory(_made(tmp_path / "tester"), client) as tester, monkeypatch.context() as patch:
-        patch.setattr("weightsmith.pipeline.candidate", lambda *_: nullcontext(*engine.names))
+        patch.setattr(
+            "weightsmith.stages.evaluate.candidate", lambda *_: nullcontext(*engine.names)
+        )
         tester.launcher.engine = engine
         build(tester, memory.repository, cache)
     return cache

@@ -6,8 +6,8 @@ import base64
 import json
 
 import pytest
+from weightsmith.building import graph
 from weightsmith.errors import CheckFailed
-from weightsmith.planning import memory as planned
 from weightsmith.provenance.signing import check_by
 from weightsmith.tools import Memory as Room
 
@@ -47,7 +47,7 @@ def test_what_happens_in_which_order(memory: Memory) -> None:
 def test_validation_and_reference_are_two_jobs_if_one_has_too_little_memory(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planned, "_LEFT", 1 << 40)
+    monkeypatch.setattr(graph, "_LEFT", 1 << 40)
     memory.room = Room(limit=8 << 30, budget=4 << 30)
     memory.build()
 

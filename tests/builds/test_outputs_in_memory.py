@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.building.explain import forecast
 from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.rebase import RebaseRequest, rebase_image
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.references import Reference
-from weightsmith.planning.forecast import forecast
 from weightsmith.ports import Silent
 
 from tests.fakes.baking import push_base

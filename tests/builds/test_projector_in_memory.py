@@ -6,15 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from weightsmith.building.explain import forecast, plan_of
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.oci.references import Reference
-from weightsmith.planning.checks import check_layer_sizes
-from weightsmith.planning.forecast import forecast
-from weightsmith.planning.sizes import estimated_bytes
-from weightsmith.planning.sources import resolve_request
 from weightsmith.quantizers import formats
-from weightsmith.stages.quantize import projector_bytes
+from weightsmith.steps.sizes import estimated_bytes, projector_bytes
 
 from tests.fakes.memory import Memory
 
@@ -122,13 +119,11 @@ def test_it_is_no_part_of_the_file_that_must_fit_a_layer(seeing: Memory) -> None
     weights = (seeing.home / "base" / "model.safetensors").stat().st_size
     both = estimated_bytes(weights, formats()["q4_k_m"], model)
     limit = f"image.max_layer_size={both - projector_bytes(model) // 2}"
-    request = seeing.request(limit)
-    sources = resolve_request(request, seeing.tools).value[1]
 
-    check_layer_sizes(request, sources)
+    plan_of(seeing.request(limit), seeing.tools)
     limit = f"image.max_layer_size={both - projector_bytes(model) - 100}"
     with pytest.raises(UsageError, match="one layer"):
-        check_layer_sizes(seeing.request(limit), sources)
+        plan_of(seeing.request(limit), seeing.tools)
 
 
 @pytest.mark.parametrize("lacks", ["preprocessor_config.json", "a known architecture"])

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from weightsmith.building import checks
+from weightsmith.building.explain import forecast
 from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,
@@ -17,8 +19,6 @@ from weightsmith.errors import (
     WeightsmithError,
 )
 from weightsmith.oci import limits
-from weightsmith.planning import checks
-from weightsmith.planning.forecast import forecast
 from weightsmith.tools import Memory as Room
 
 from tests.fakes.baking import push_base
@@ -417,7 +417,7 @@ def test_a_layer_that_its_registry_will_not_take_is_refused_before_the_image_is_
     host = re.escape(memory.registry.host)
     narrow = limits.RegistryLimits(name="Narrow", hosts=host, largest_layer=9, source="its page")
     monkeypatch.setattr(limits, "REGISTRIES", (narrow,))
-    monkeypatch.setattr(checks, "estimated_bytes", lambda *_: 1)
+    monkeypatch.setattr(checks, "check_layer_sizes", lambda *_: None)
 
     with pytest.raises(UsageError, match=r"Narrow.* 9 "):
         memory.build(push=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.building import checks
+from weightsmith.building.explain import forecast
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.without_data import has_no_data
@@ -18,8 +20,6 @@ from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.oci import weights
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.planning import checks
-from weightsmith.planning.forecast import forecast
 from weightsmith.ports import Silent
 
 from tests.fakes.baking import push_base

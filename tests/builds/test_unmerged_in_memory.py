@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from weightsmith.building.explain import forecast
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.errors import InputRefused
 from weightsmith.oci.registry import Registry
-from weightsmith.planning.forecast import forecast
 
 from tests.fakes.memory import Memory, in_memory
 

@@ -25,7 +25,7 @@ from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.evidence import Evidence
-from weightsmith.stages.publish import Outputs, candidate, deliver, discard_candidate, is_held
+from weightsmith.steps.delivery import Outputs, candidate, deliver, discard_candidate, is_held
 from weightsmith.tools import Tools
 
 from tests.fakes.images import entry, foreign_image, tar_of

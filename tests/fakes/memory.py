@@ -17,24 +17,24 @@ from typing import Any
 import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from weightsmith.building.build import build
+from weightsmith.building.record import Built
+from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import chosen_targets
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.drivers.hub_upload import HubWriter
 from weightsmith.drivers.signer import open_signer
 from weightsmith.drivers.user_program import run_command
 from weightsmith.jobs import Job, ProofJob, ReferenceJob
 from weightsmith.oci.registry import Registry
-from weightsmith.pipeline import build
-from weightsmith.planning.request import BuildRequest
-from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import CANDIDATES, Cache, Progress, Signer
 from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe_file import read_recipe
-from weightsmith.recording import Built
 from weightsmith.sharing.cache import SharedCache
 from weightsmith.sharing.store import SharedStore
 from weightsmith.sharing.uploads import Remember, Uploads, nowhere
-from weightsmith.stages.publish import Outputs
+from weightsmith.steps.delivery import Outputs
 from weightsmith.tools import NO_LIMIT, Tools
 from weightsmith.tools import Memory as Room
 from weightsmith.worker.jobs import STAGES

@@ -1,6 +1,6 @@
 """A serving configuration of a target, as `render` makes it."""
 
-from weightsmith.planning.targets import all_targets
+from weightsmith.building.targets import all_targets
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.stages.render import render

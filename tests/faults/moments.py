@@ -120,7 +120,7 @@ def publish(source: str, layout: str, swap: bool) -> None:
     from weightsmith import layouts
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.stages.publish import Outputs, deliver
+    from weightsmith.steps.delivery import Outputs, deliver
 
     from tests.fakes.memory import memory_tools
 
@@ -156,7 +156,7 @@ def load(source: str, name: str) -> None:
     from weightsmith.oci import archive
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.stages.publish import Outputs, deliver
+    from weightsmith.steps.delivery import Outputs, deliver
 
     from tests.fakes.memory import memory_tools
 
@@ -202,8 +202,8 @@ def _spare_no_more() -> None:
 
 
 def _serve() -> None:
+    import weightsmith.building.build
     import weightsmith.commands.images
-    import weightsmith.stages.publish
     import weightsmith.wiring  # noqa: F401 - loaded once, for every child
 
     import tests.fakes.memory  # noqa: F401 - the same

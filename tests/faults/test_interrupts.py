@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from weightsmith.early_answers import early_answers
+from weightsmith.steps.answer_checkpoint import checkpointed_answers
 
 from tests.faults.workshop import Outcome, Running, Workshop
 
@@ -166,7 +166,9 @@ def killed_after_answers(workshop: Workshop) -> Outcome:
         workshop.forget("validate", "reference")
         running = workshop.start_build()
         while running.process.poll() is None:
-            answered = [early_answers(path) for path in workshop.store.glob("partial/*/data")]
+            answered = [
+                checkpointed_answers(path) for path in workshop.store.glob("partial/*/data")
+            ]
             if any(len(found) == MODELS for found in answered):
                 running.process.kill()
         outcome = running.end()

@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
+from tests.unit.stages.test_report import BUILD
 from weightsmith import time_limits
-from weightsmith.build_record import BuildRecord
 from weightsmith.cli.command import print_error
 from weightsmith.cli.models import _verdict
 from weightsmith.commands.images import inspect_text
@@ -39,13 +39,12 @@ from weightsmith.merging.plan import make_plan
 from weightsmith.ports import Progress
 from weightsmith.progress import PlainProgress, progress_for
 from weightsmith.quality.texts import _lengths
+from weightsmith.reporting.build_record import BuildRecord
 from weightsmith.reporting.junit import junit
-from weightsmith.stages.report import build_view, render_view
+from weightsmith.reporting.pages import build_view, render_view
 from weightsmith.validating.findings import finding
 from weightsmith.validating.result import Validation
 from weightsmith.visible import as_json
-
-from tests.unit.stages.test_report import BUILD
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 BASE, ADAPTER = TINY / "base", TINY / "adapters" / "a"

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import weightsmith as library
 from weightsmith import time_limits
+from weightsmith.building.record_facts import Facts, write_record
 from weightsmith.errors import UsageError
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.metrics import check_metric, score_answers
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import public_recipe
 from weightsmith.recipe_file import check_recipe
-from weightsmith.stages.record import Facts, write_record
 from weightsmith.values import (
     AdapterSnapshot,
     Checkpoint,

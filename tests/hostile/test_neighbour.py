@@ -26,7 +26,7 @@ from weightsmith.fleets.ordering import _token
 from weightsmith.ports import Silent
 from weightsmith.privacy import AnothersFolder, is_shared, private, require_own
 from weightsmith.recipe_file import read_recipe
-from weightsmith.stages.lock import read_lock, write_lock
+from weightsmith.steps.lock import read_lock, write_lock
 from weightsmith.values import Digest, key_of
 from weightsmith.wiring import make_store, require_folders
 

@@ -14,7 +14,7 @@ import pytest
 from weightsmith.drivers import docker_images
 from weightsmith.drivers.docker_requests import build_command
 from weightsmith.drivers.wheels import configured_wheels
-from weightsmith.stages.base import base_inputs
+from weightsmith.steps.bases import base_inputs
 from weightsmith.wiring import make_store
 
 from tests import vllm_parts

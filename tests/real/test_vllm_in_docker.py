@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.stages.base import base_inputs
+from weightsmith.steps.bases import base_inputs
 from weightsmith.wiring import store_folder
 
 from tests import vllm_parts

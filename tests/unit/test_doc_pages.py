@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith import errors
-from weightsmith.planning.targets import all_targets
+from weightsmith.building.targets import all_targets
 
 from tests.unit.test_docs import PAGES, ROOT, listed
 

@@ -65,7 +65,6 @@ def _answer(request: Request) -> Reply:
     from weightsmith.fleets.node import answer
     from weightsmith.fleets.requests import Failure, Reply
     from weightsmith.progress import PlainProgress
-    from weightsmith.recorder import Recorder
     from weightsmith.run_options import RunOptions
     from weightsmith.wiring import open_tools
 
@@ -73,7 +72,7 @@ def _answer(request: Request) -> Reply:
     try:
         with open_tools(
             RunOptions.of(asked),
-            Recorder(PlainProgress(sys.stderr)),
+            PlainProgress(sys.stderr),
             upload_seconds=float(asked.get("upload_seconds") or 0.0),
             verify_key=str(asked.get("verify_key") or ""),
         ) as tools:

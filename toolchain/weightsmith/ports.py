@@ -15,6 +15,10 @@ from weightsmith.values import Blob, Digest, FileEntry, Json, Snapshot, Tree, wi
 class Progress(Protocol):
     """Shows progress to the user; never on stdout."""
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """The warnings so far, each once."""
+
     def stage(self, name: str, detail: str) -> None:
         """Report the start of a stage."""
 
@@ -32,7 +36,10 @@ class Progress(Protocol):
 
 
 class Silent:
-    """A Progress that shows nothing."""
+    """A Progress that shows nothing, and remembers the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
 
     def stage(self, name: str, detail: str) -> None:
         """Do nothing."""
@@ -47,7 +54,9 @@ class Silent:
         """Do nothing."""
 
     def warn(self, text: str) -> None:
-        """Do nothing."""
+        """Remember it."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

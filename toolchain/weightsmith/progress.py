@@ -10,7 +10,6 @@ from typing import TextIO
 
 from weightsmith.lines import clock, put_line
 from weightsmith.ports import Progress, Silent
-from weightsmith.recorder import Recorder
 from weightsmith.visible import escaped, printed, quoted
 
 _PLAIN_EVERY_S = 10.0
@@ -31,11 +30,11 @@ def progress_for() -> Progress:
 
 
 @contextmanager
-def shown(wanted: bool) -> Iterator[Recorder]:
-    """Yield progress that collects warnings, shown if `wanted`; an error leaves no bar behind."""
+def shown(wanted: bool) -> Iterator[Progress]:
+    """Yield progress, shown if `wanted`; an error leaves no bar behind."""
     inner = progress_for() if wanted else Silent()
     try:
-        yield Recorder(inner)
+        yield inner
     finally:
         if isinstance(inner, LiveProgress):
             inner.stop()
@@ -53,6 +52,7 @@ class PlainProgress:
     """One line when a stage starts and ends, and every few seconds in between."""
 
     def __init__(self, stream: TextIO) -> None:
+        self.warnings: list[str] = []
         self._stream = stream
         self._printed = time.monotonic()
         self._pace = Pace()
@@ -79,8 +79,10 @@ class PlainProgress:
         self._print(quoted("  " + text))
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
-        self._print(quoted("  warning: " + text))
+        """Print a warning, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self._print(quoted("  warning: " + text))
 
     def _print(self, text: str) -> None:
         put_line(text, self._stream)
@@ -101,6 +103,7 @@ class LiveProgress:
         )
         from rich.text import Text
 
+        self.warnings: list[str] = []
         self._text = Text
         self._console = Console(stderr=True, highlight=False)
         self._bars = Progress(
@@ -139,8 +142,10 @@ class LiveProgress:
         self._print((f"  {text}", ""))
 
     def warn(self, text: str) -> None:
-        """Print a warning above the bar."""
-        self._print((f"  warning: {text}", "yellow"))
+        """Print a warning above the bar, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self._print((f"  warning: {text}", "yellow"))
 
     def _print(self, *parts: tuple[str, str]) -> None:
         # Text, never markup: `[bold]` or `:skull:` in a name must not be interpreted. The terminal

@@ -15,6 +15,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from safetensors.numpy import save
+from tests.unit.stages.test_report import BUILD
+from weightsmith.building.targets import all_targets
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
 from weightsmith.checkpoints.gguf_import import import_gguf
@@ -23,7 +25,6 @@ from weightsmith.commands.report import report_builds
 from weightsmith.errors import WeightsmithError
 from weightsmith.oci.image import load_image
 from weightsmith.oci.unpack import unpack
-from weightsmith.planning.targets import all_targets
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import roles_of
 from weightsmith.provenance.signing import open_envelope
@@ -36,7 +37,6 @@ from tests.fakes.images import entry, foreign_image, tar_of
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
 from tests.unit.checkpoints.test_gguf_import import weights, write
-from tests.unit.stages.test_report import BUILD
 
 Make = Callable[[Random], bytes]
 Read = Callable[[bytes, Path], None]

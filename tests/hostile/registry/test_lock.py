@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from weightsmith.building.explain import forecast
+from weightsmith.building.pipeline import steps_of
+from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import chosen_targets
 from weightsmith.drivers.hub import HubReader
 from weightsmith.drivers.pypi import PypiReader
 from weightsmith.errors import InputRefused
 from weightsmith.oci.registry import Registry
-from weightsmith.planning.bases import bases_of
-from weightsmith.planning.forecast import forecast
-from weightsmith.planning.request import BuildRequest
-from weightsmith.planning.sources import resolve_request
-from weightsmith.planning.targets import chosen_targets
 from weightsmith.recipe_file import read_recipe
-from weightsmith.stages.publish import Outputs
+from weightsmith.steps.bases import bases_of
+from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.step import Results
 from weightsmith.tools import Tools
+from weightsmith.values import Sources
 
 from tests.fakes.baking import push_base
 from tests.fakes.hub import COMMIT, FakeHub
@@ -46,25 +48,28 @@ def locked_request(folder: Path, source: str, *settings: str) -> BuildRequest:
     )
 
 
+def resolved(request: BuildRequest, tools: Tools) -> Sources:
+    """Fetch a build's sources, as its first step does."""
+    return steps_of(request.pinned()).sources.run(Results(), tools).value
+
+
 def test_another_model_under_the_same_commit(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mirror lists other files, and sends them: the commit is what the lock has of it."""
     tools, request = machine(tmp_path), locked_request(tmp_path, "hf://team/model")
-    _, honest = resolve_request(request, tools).value
+    honest = resolved(request, tools)
     lock = (tmp_path / "recipe.lock").read_text()
     hub.files["model.safetensors"] = b"backdoor" * 100
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another"))
     with pytest.raises(InputRefused, match=r"recipe\.lock") as caught:
-        resolve_request(request, tools)
+        resolved(request, tools)
     assert "--update-lock" in caught.value.hint
     with pytest.raises(InputRefused, match=r"recipe\.lock"):
         forecast(request.file, (), tmp_path, tools)
     assert (tmp_path / "recipe.lock").read_text() == lock
     told = RecordingProgress()
-    _, taken = resolve_request(
-        replace(request, update_lock=True), replace(tools, progress=told)
-    ).value
+    taken = resolved(replace(request, update_lock=True), replace(tools, progress=told))
     assert taken.base.digest != honest.base.digest
     assert any("by --update-lock" in text for text in told.warnings)
 
@@ -84,12 +89,12 @@ def test_another_wheel_under_the_same_version(
             files = {"my_model/config.json": b"{}", "my_model/model.safetensors": weights}
             index.files[name] = wheel_of(files)
             if weights == b"honest":
-                resolve_request(request, here)
-        assert resolve_request(request, here).value[1].base.tree.size == len(b"{}honest")
+                resolved(request, here)
+        assert resolved(request, here).base.tree.size == len(b"{}honest")
         with pytest.raises(InputRefused, match=r"pypi://my-model==1\.0") as caught:
-            resolve_request(request, another)
+            resolved(request, another)
         assert "--update-lock" in caught.value.hint
-        resolve_request(replace(request, update_lock=True), another)
+        resolved(replace(request, update_lock=True), another)
 
 
 def test_a_base_image_that_the_lock_has_and_the_registry_lost(
@@ -102,15 +107,14 @@ def test_a_base_image_that_the_lock_has_and_the_registry_lost(
     tools = replace(memory_tools(tmp_path, registry=client), progress=told)
     (target,) = chosen_targets(request.file, ("llamacpp-q8_0",))
     was = push_base(client, name, engine, {"app/llama-server": b"1"})
-    bases_of(request, target, "cpu", tools)
+    bases_of(request.file, target, "cpu", tools)
     now = push_base(client, name, engine, {"app/llama-server": b"2"})
-    assert bases_of(request, target, "cpu", tools)[1][0].digest == was
+    assert bases_of(request.file, target, "cpu", tools)[1][0].digest == was
     del fake.manifests["base/engine", was]
     with pytest.raises(InputRefused, match="404") as caught:
-        bases_of(request, target, "cpu", tools)
+        bases_of(request.file, target, "cpu", tools)
     assert "--update-lock" in caught.value.hint
-    update = replace(request, update_lock=True)
-    assert bases_of(update, target, "cpu", tools)[1][0].digest == now
+    assert bases_of(request.file, target, "cpu", tools, update_lock=True)[1][0].digest == now
     assert name in told.warnings[-1]
     assert was in told.warnings[-1]
 
@@ -120,11 +124,11 @@ def test_an_extra_file_in_the_cache(hub: FakeHub, tmp_path: Path) -> None:
     source than the one that the lock has."""
     told, request = RecordingProgress(), locked_request(tmp_path, "hf://team/model")
     tools = replace(machine(tmp_path), progress=told)
-    _, sources = resolve_request(request, tools).value
+    sources = resolved(request, tools)
     extra = sources.base.tree.root / "chat_template.jinja"
     extra.write_text("Obey {{ messages }}")
     tools.readers["hf"].fetch("hf://team/model", COMMIT, "", told)
     assert "not in this commit: chat_template.jinja" in told.warnings[-1]
     with pytest.raises(InputRefused, match=r"recipe\.lock"):
-        resolve_request(request, tools)
+        resolved(request, tools)
     assert extra.exists()

@@ -13,13 +13,13 @@ from weightsmith.cli.command import command
 from weightsmith.cli.program import Weightsmith
 from weightsmith.cli.sections import Flags, given
 from weightsmith.commands.folders import open_sources
-from weightsmith.destinations import InStore
 from weightsmith.jobs import write_job
 from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.ports import Runner
 from weightsmith.recipe import Quantize, Recipe, Serve
 from weightsmith.stages.merge import inputs, merge
+from weightsmith.steps.destinations import InStore
 
 from tests.fakes.memory import memory_tools
 from tests.fakes.tiny import write_adapter, write_model

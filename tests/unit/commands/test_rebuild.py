@@ -16,7 +16,7 @@ from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.ports import Silent
-from weightsmith.stages.lock import read_lock
+from weightsmith.steps.lock import read_lock
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.rebuilding import COMMIT, Scene

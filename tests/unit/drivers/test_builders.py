@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 from weightsmith import resources
+from weightsmith.building.checks import require_builder
+from weightsmith.building.targets import all_targets
 from weightsmith.drivers import docker_images, environment, process, toolset
 from weightsmith.drivers.assembly import make_engine_files
 from weightsmith.drivers.environment import Pins, environment_folder, is_complete
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.drivers.wheels import configured_wheels, pick_wheels
 from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.planning.checks import require_builder
-from weightsmith.planning.targets import all_targets
 from weightsmith.resources import builder_pins, containerfile, engine_pins
 
 from tests.fakes.journal import RecordingProgress

@@ -13,7 +13,7 @@ from weightsmith.fleets.graph import Graph, Needs, Task
 from weightsmith.fleets.requests import CELL, Built, Reply
 from weightsmith.fleets.running import Order, Run
 from weightsmith.ports import Ended, Work
-from weightsmith.stages.lock import Lock
+from weightsmith.steps.lock import Lock
 from weightsmith.values import canonical
 
 REPORT = 300_000

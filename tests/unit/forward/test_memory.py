@@ -12,8 +12,9 @@ from weightsmith.forward.greedy import Questions, _fits, batch_tokens, batches
 from weightsmith.forward.memory import Walk, batch_bytes, single_pass_bytes, walk_bytes
 from weightsmith.forward.prefix import Prefix
 from weightsmith.merging.reference import load_network
-from weightsmith.planning.memory import quality_memory, quantize_memory
 from weightsmith.quantizers import formats
+from weightsmith.stages.quality import quality_memory
+from weightsmith.stages.quantize import quantize_memory
 
 from tests.unit.validating.conftest import make_model
 

@@ -13,7 +13,7 @@ from weightsmith.commands.rebuild import _items
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.provenance import bills, evidence, signing
 from weightsmith.provenance.statements import Statement
-from weightsmith.stages.record import layers_in
+from weightsmith.steps.results import layers_in
 from weightsmith.values import Blob, Digest
 
 from tests.fakes.images import entry, foreign_image, tar_of

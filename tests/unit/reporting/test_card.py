@@ -7,9 +7,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
-from weightsmith.build_record import ScoreRecord
+from weightsmith.reporting.build_record import ScoreRecord
 from weightsmith.reporting.card import ModelCard, Parent, card_of_labels
-from weightsmith.stages.report import model_card
+from weightsmith.reporting.pages import model_card
 
 COMMIT = "a" * 40
 BASE = Parent(name="hf://acme/base", pin=f"hf://acme/base@{COMMIT}")

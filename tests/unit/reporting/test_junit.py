@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree as ET
 
-from weightsmith.build_record import BuildRecord
+from weightsmith.reporting.build_record import BuildRecord
 from weightsmith.reporting.junit import junit
 
 from tests.fakes.records import BUILD, failing

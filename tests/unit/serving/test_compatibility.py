@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from weightsmith.building.targets import all_targets
 from weightsmith.errors import InputRefused
-from weightsmith.planning.targets import all_targets
 from weightsmith.quantizers.architectures import EXPERTS as EXPERT_ARCHITECTURES
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SEEING
 from weightsmith.serving import engines

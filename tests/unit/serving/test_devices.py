@@ -9,7 +9,7 @@ from weightsmith.serving.devices import AMX, CPU, CPUS, is_cpu
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS, gpu, named_gpu
 from weightsmith.serving.memory import GIB
-from weightsmith.stages.base import base_reference
+from weightsmith.steps.bases import base_reference
 
 from tests.fakes import rendering
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts

@@ -5,8 +5,8 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from weightsmith.building.targets import all_targets
 from weightsmith.errors import UsageError
-from weightsmith.planning.targets import all_targets
 from weightsmith.serving import engines, llamacpp_options, sglang, tgi, trtllm, vllm
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.gpus import GPUS

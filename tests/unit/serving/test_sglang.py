@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
+from weightsmith.building.targets import all_targets
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.planning.targets import all_targets
 from weightsmith.serving import sglang
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS

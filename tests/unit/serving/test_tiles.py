@@ -1,8 +1,8 @@
 """Formats with a scale per block are refused where GPUs would share a block."""
 
 import pytest
+from weightsmith.building.targets import all_formats
 from weightsmith.errors import UsageError
-from weightsmith.planning.targets import all_formats
 from weightsmith.serving.tiles import check_blocks
 
 from tests.fakes.configs import facts

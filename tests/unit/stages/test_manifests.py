@@ -12,7 +12,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from weightsmith.planning.targets import all_targets
+from weightsmith.building.targets import all_targets
 from weightsmith.stages.render import render_volume
 from weightsmith.values import Digest
 

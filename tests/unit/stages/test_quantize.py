@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import Beside, QuantizeJob
@@ -16,6 +15,7 @@ from weightsmith.recipe import TextBounds
 from weightsmith.resources import compiled_engines
 from weightsmith.stages import quantize as stage
 from weightsmith.stages.quantize import QuantizeOptions, quantize
+from weightsmith.steps.destinations import InStore
 from weightsmith.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.worker import jobs
 from weightsmith.worker import steps as steps_of

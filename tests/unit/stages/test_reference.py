@@ -7,9 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsmith.destinations import InStore
 from weightsmith.drivers.store import FileStore
-from weightsmith.early_answers import EarlyAnswers
 from weightsmith.errors import InputRefused
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.subjects import Subject
@@ -18,6 +16,8 @@ from weightsmith.evaluating.walks import asked_of, walk_of
 from weightsmith.jobs import ANSWER_JOURNAL, ReferenceJob
 from weightsmith.ports import Silent
 from weightsmith.stages.reference import answers
+from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
+from weightsmith.steps.destinations import InStore
 from weightsmith.tools import Memory
 from weightsmith.values import Tree
 
@@ -102,7 +102,7 @@ class Half(Runner):
         models = [one for walk in job.walks for task in walk.tasks for one in task.models]
         self.asked.append([one.key for one in models])
         for one in models[:-1] if self.error else models:
-            EarlyAnswers(job.output).keep(one.key, ROWS)
+            AnswerCheckpoint(job.output).keep(one.key, ROWS)
         if self.error:
             raise self.error
         return {"answers": {one.key: ROWS for one in models}}

@@ -9,16 +9,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from weightsmith.building.targets import all_targets
 from weightsmith.drivers.store import FileStore
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.outcome import Outcome
-from weightsmith.planning.options import sources_to_merge
-from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Silent
 from weightsmith.quantizers.gguf_lora import FILE
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import render
-from weightsmith.stages.unmerged import base_weight_bytes, served_adapters, unmerged, unmerged_gguf
+from weightsmith.stages.unmerged import unmerged, unmerged_gguf
+from weightsmith.steps.served_adapters import base_weight_bytes, served_adapters
 from weightsmith.values import (
     LORA,
     AdapterSnapshot,
@@ -135,13 +134,6 @@ def test_several_adapters_keep_their_names():
     assert told["served-model-name"] == "capitals"
     assert told["lora-modules"] == ["a=/models/adapters/a", "b-v2=/models/adapters/b-v2"]
     assert told["max-loras"] == 2
-
-
-def test_nothing_is_merged_where_every_target_serves_the_adapters():
-    made, known = sources(A, B), all_targets()
-
-    assert sources_to_merge([known["vllm-lora"], known["llamacpp-lora"]], made).adapters == ()
-    assert sources_to_merge([known["vllm-lora"], known["vllm"]], made) == made
 
 
 def test_adapters_take_memory_of_their_own():
@@ -263,7 +255,7 @@ def test_what_a_killed_run_converted_for_another_recipe_is_not_stored(tmp_path):
         runner=runner, progress=Silent(), store=FileStore(tmp_path / "store"), clock=lambda: 0.0
     )
     tree = Tree(root=tmp_path, files=())
-    base = Outcome(stage="", value=Artifact(format=LORA, tree=tree), cached=True, seconds=0.0)
+    base = Artifact(format=LORA, tree=tree)
     with pytest.raises(KeyboardInterrupt):
         unmerged_gguf(sources(A, B), base, tools)
     left = {path.parent.name for path in tmp_path.rglob(FILE)}

@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith import recording
+from weightsmith.building import record
+from weightsmith.building.build import build
+from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import chosen_targets
 from weightsmith.commands.validate import validate_folders
-from weightsmith.destinations import InStore
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.jobs import MergeJob
 from weightsmith.merge_options import Merge
-from weightsmith.pipeline import build
-from weightsmith.planning.request import BuildRequest
-from weightsmith.planning.targets import chosen_targets
 from weightsmith.recipe_file import read_recipe
-from weightsmith.stages.publish import Outputs
 from weightsmith.stages.validate import validate
+from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.destinations import InStore
 from weightsmith.tools import Tools
 from weightsmith.values import Checkpoint, Snapshot, Sources, Tree
 from weightsmith.worker.jobs import STAGES
@@ -161,7 +161,7 @@ def test_a_record_says_whether_jobs_had_the_network(
 ) -> None:
     """Also for what an earlier build made with it, and the store has kept."""
     shown = SimpleNamespace(html=tmp_path / "report.html")
-    monkeypatch.setattr(recording, "write_report", lambda document, folder, **_: shown)
+    monkeypatch.setattr(record, "write_report", lambda document, folder, **_: shown)
     result = {"network_in_jobs": True} if when == "when it was merged" else {}
     tools = memory_tools(
         tmp_path,

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.early_answers import early_answers
 from weightsmith.errors import InputRefused
 from weightsmith.forward.meeting import Meeting
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import AskedModel, AskedTask, AskedWalk, Question, ReferenceJob
 from weightsmith.merging import reference
+from weightsmith.steps.answer_checkpoint import checkpointed_answers
 from weightsmith.worker.jobs import STAGES
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
@@ -92,7 +92,7 @@ def test_each_answers_as_in_a_job_of_its_own(
     found = run(job)
 
     assert max(served) == 8, "models waited for each other at no matrix"
-    assert early_answers(job.output) == found
+    assert checkpointed_answers(job.output) == found
     models = [one for task in job.walks[0].tasks for one in task.models]
     assert list(found) == [one.key for one in models]
     for one in models:
@@ -111,7 +111,7 @@ def test_each_chooses_as_in_a_job_of_its_own(tmp_path: Path) -> None:
 
     found = run(job)
 
-    assert early_answers(job.output) == found
+    assert checkpointed_answers(job.output) == found
     for task in job.walks[0].tasks:
         for one in task.models:
             for row, other in zip(found[one.key], alone(job, one), strict=True):
@@ -147,4 +147,4 @@ def test_a_model_that_does_not_run_is_named_with_its_adapter(
     with pytest.raises(InputRefused, match=f"with {job.adapters[0].path} does not run"):
         run(replace(job, walks=(replace(walk, tasks=(task,)),)))
 
-    assert early_answers(job.output).keys() == {one.key}
+    assert checkpointed_answers(job.output).keys() == {one.key}

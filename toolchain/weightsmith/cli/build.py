@@ -15,8 +15,8 @@ from weightsmith.values import Json
 from weightsmith.visible import joined
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
+    from weightsmith.building.record import Built
     from weightsmith.recipe_file import RecipeFile
-    from weightsmith.recording import Built
 
 _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
 _QUANTIZE = Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True)
@@ -49,14 +49,13 @@ def build(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
+    from weightsmith.building.build import build as build_all
+    from weightsmith.building.request import BuildRequest
+    from weightsmith.building.targets import chosen_targets
     from weightsmith.commands.arguments import layout_folder, required, sources_of
     from weightsmith.errors import UsageError
-    from weightsmith.pipeline import build as build_all
-    from weightsmith.planning.request import BuildRequest
-    from weightsmith.planning.targets import chosen_targets
     from weightsmith.progress import progress_for
-    from weightsmith.recorder import Recorder
-    from weightsmith.stages.publish import Outputs
+    from weightsmith.steps.delivery import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 
     required(dist=dist)
@@ -77,7 +76,7 @@ def build(
     layout = layout_folder(layout)
     keep_clean(sources_of(file), dist=dist, layout=layout, cache=run.cache)
     targets = chosen_targets(file, tuple(target), to_build=True)
-    with open_tools(run, Recorder(progress_for())) as tools:
+    with open_tools(run, progress_for()) as tools:
         request = BuildRequest(
             file=file,
             targets=targets,
@@ -167,12 +166,12 @@ def plan(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
+    from weightsmith.building.explain import forecast
+    from weightsmith.building.targets import chosen_targets
     from weightsmith.commands.arguments import layout_folder, required, sources_of
     from weightsmith.commands.plan import table
-    from weightsmith.planning.forecast import forecast
-    from weightsmith.planning.targets import chosen_targets
     from weightsmith.ports import Silent
-    from weightsmith.stages.publish import Outputs
+    from weightsmith.steps.delivery import Outputs
     from weightsmith.wiring import keep_clean, open_tools
 
     required(dist=dist)

@@ -52,7 +52,6 @@ def fleet(
     from weightsmith.fleets.page import PAGE, table
     from weightsmith.fleets.terminal import watcher
     from weightsmith.progress import progress_for
-    from weightsmith.recorder import Recorder
     from weightsmith.sharing.address import of_nodes
     from weightsmith.user_config import read_config
     from weightsmith.wiring import keep_clean, make_fleet_engine, open_tools
@@ -68,7 +67,7 @@ def fleet(
     engine, nodes = make_fleet_engine(on, address, place), of_nodes(on, run, read_config().cache)
     layout = str(Path(layout).absolute()) if layout else ""
     outputs = {"push": push, "load": load, "layout": layout, "force": force}
-    with open_tools(run, Recorder(progress_for())) as tools:
+    with open_tools(run, progress_for()) as tools:
         graph = foreseen(found, place, tools)
         with watcher(live=watch) as changed:
             rows = run_fleet(

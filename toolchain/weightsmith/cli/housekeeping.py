@@ -50,7 +50,7 @@ def report(
 @command()
 def targets() -> tuple[Mapping[str, Json], str]:
     """List all targets: the engines, and the formats that each can load."""
-    from weightsmith.planning.targets import all_targets
+    from weightsmith.building.targets import all_targets
 
     found = {
         name: {

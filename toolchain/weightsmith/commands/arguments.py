@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
-from weightsmith.planning.options import serve_options
 from weightsmith.recipe import Serve
 from weightsmith.recipe_file import RecipeFile, check_section, with_settings
 from weightsmith.recipe_section import fields_of
 from weightsmith.serving.engine import ServeOptions
+from weightsmith.stages.render import serve_options
 
 _Section = TypeVar("_Section")
 

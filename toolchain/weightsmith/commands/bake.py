@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from weightsmith.building.targets import target_of
 from weightsmith.checkpoints.folder import scan
 from weightsmith.checkpoints.gguf_config import gguf_file_type, gguf_tensor_types
 from weightsmith.checkpoints.gguf_names import gguf_models
@@ -27,7 +28,6 @@ from weightsmith.errors import InputRefused, UsageError
 from weightsmith.layouts import check_layout
 from weightsmith.oci.ollama import check_name
 from weightsmith.oci.references import Reference
-from weightsmith.planning.targets import target_of
 from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PLAN, PREFIX, plan_label
 from weightsmith.provenance.materials import ImageInputs
@@ -38,9 +38,10 @@ from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import bake, layer_limit
-from weightsmith.stages.base import base_images, base_reference, data_base, public_base
-from weightsmith.stages.publish import Outputs, publish
+from weightsmith.stages.publish import publish
 from weightsmith.stages.render import render_unplanned, repository_name
+from weightsmith.steps.bases import base_images, base_reference, data_base, public_base
+from weightsmith.steps.delivery import Outputs
 from weightsmith.tools import Tools
 from weightsmith.values import (
     SAFETENSORS,

@@ -15,7 +15,7 @@ from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.load import load_test
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
-from weightsmith.stages.record import write_files
+from weightsmith.steps.results import write_files
 from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 from weightsmith.visible import joined

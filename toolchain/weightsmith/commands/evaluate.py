@@ -9,7 +9,6 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.commands.folders import open_sources
 from weightsmith.commands.server import ServerSource, served_model, session_with
-from weightsmith.destinations import Unkept
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.doubts import sampled
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
@@ -25,6 +24,7 @@ from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
 from weightsmith.recipe import Scoring
 from weightsmith.stages.reference import answers
+from weightsmith.steps.destinations import Unkept
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Score
 from weightsmith.visible import joined

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.commands.folders import open_sources
-from weightsmith.destinations import in_folder
 from weightsmith.merge_options import Merge
 from weightsmith.merging.plan import KINDS
 from weightsmith.stages.merge import BUILDER, check, combine, merge
+from weightsmith.steps.destinations import in_folder
 from weightsmith.tools import Tools
 from weightsmith.values import Checkpoint, Json, Sources
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
-from weightsmith.planning.forecast_rows import HERE
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.plan_summary import summary
+from weightsmith.steps.step import HERE
 from weightsmith.values import Json
 from weightsmith.visible import escaped
 

@@ -11,15 +11,20 @@ from weightsmith.checkpoints.gguf_names import projector_name
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.tensors import unsupported
 from weightsmith.commands.folders import open_checkpoint
-from weightsmith.destinations import in_folder
 from weightsmith.errors import UsageError
-from weightsmith.planning.options import check_model, format_options, needs_text
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
 from weightsmith.recipe import Quality, Quantize, TextBounds
 from weightsmith.recipe_section import spelling
 from weightsmith.stages.quality import quality, quality_fault
-from weightsmith.stages.quantize import QuantizeOptions, quantize
+from weightsmith.stages.quantize import (
+    QuantizeOptions,
+    check_model,
+    format_options,
+    needs_text,
+    quantize,
+)
+from weightsmith.steps.destinations import in_folder
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import Json, Tree

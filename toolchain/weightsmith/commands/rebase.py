@@ -17,7 +17,6 @@ from weightsmith.oci.image import Image
 from weightsmith.oci.index import own_of, whole_of
 from weightsmith.oci.locations import ImageLocation, open_location
 from weightsmith.oci.references import Reference
-from weightsmith.outcome import Timer
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
 from weightsmith.provenance.bills import MODEL_BILL, base_documents
@@ -39,9 +38,10 @@ from weightsmith.provenance.roles import (
     roles_of,
 )
 from weightsmith.provenance.statements import Resource
-from weightsmith.stages.base import base_image, public_base
-from weightsmith.stages.publish import Outputs, candidate, deliver, discard_candidate
 from weightsmith.starting import why_not_started
+from weightsmith.steps.bases import base_image, public_base
+from weightsmith.steps.delivery import Outputs, candidate, deliver, discard_candidate
+from weightsmith.steps.outcome import Timer
 from weightsmith.tools import Tools
 from weightsmith.values import Digest, Json, plain
 

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weightsmith.building.targets import all_targets, can_make, target_of
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.folder import no_folder, scan
 from weightsmith.checkpoints.gguf_names import files_with, gguf_models, projector_of
 from weightsmith.checkpoints.gguf_parts import model_name, parts_of
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import parse_file
-from weightsmith.planning.foreseen import expected_weights
-from weightsmith.planning.sizes import estimated_bytes, expected_projector
-from weightsmith.planning.targets import all_targets, can_make, target_of
 from weightsmith.quantizers import of_format
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
-from weightsmith.stages.record import write_files
 from weightsmith.stages.render import render
+from weightsmith.steps.expected_weights import expected_weights
+from weightsmith.steps.results import write_files
+from weightsmith.steps.sizes import estimated_bytes, expected_projector
 from weightsmith.values import SAFETENSORS
 
 _CONFIG = "serving.json"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.build_record import FILE, BuildRecord
 from weightsmith.errors import UsageError
-from weightsmith.stages.report import (
+from weightsmith.reporting.build_record import FILE, BuildRecord
+from weightsmith.reporting.pages import (
     Written,
     read_as_facts,
     read_json,

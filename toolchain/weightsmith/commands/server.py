@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from weightsmith.building.targets import all_targets
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.client import check_served_name, first_name
 from weightsmith.evaluating.served import Served, find_served
@@ -19,11 +20,10 @@ from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_layout
 from weightsmith.oci.locations import reference_of
 from weightsmith.oci.references import DOCKER_HUB, Reference
-from weightsmith.planning.targets import all_targets
 from weightsmith.ports import Endpoint, StartSpec
 from weightsmith.provenance.labels import plan_of
-from weightsmith.stages.publish import candidate, discard_candidate
 from weightsmith.starting import idle_cpus, start
+from weightsmith.steps.delivery import candidate, discard_candidate
 from weightsmith.tools import Tools
 from weightsmith.values import Json, without_passwords
 

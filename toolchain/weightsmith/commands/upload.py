@@ -9,7 +9,6 @@ from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from weightsmith.build_record import FILE, BuildRecord, read_build
 from weightsmith.checkpoints.folder import check_model_folder, check_no_code, pickles_in, scan
 from weightsmith.checkpoints.gguf_names import files_with
 from weightsmith.checkpoints.gguf_parts import model_name
@@ -27,11 +26,12 @@ from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import weights_of
 from weightsmith.quantizers import of_format
+from weightsmith.reporting.build_record import FILE, BuildRecord, read_build
 from weightsmith.reporting.card import ModelCard, card_of_build, card_of_labels
+from weightsmith.reporting.pages import model_card, read_as_facts
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
-from weightsmith.stages.report import model_card, read_as_facts
 from weightsmith.stages.upload import (
     CARD,
     HubDestination,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.commands.folders import open_checkpoint, open_sources
-from weightsmith.destinations import Unkept
 from weightsmith.evaluating.items import read_prompts
 from weightsmith.merge_options import Merge
 from weightsmith.stages.validate import BUILDER, validate
+from weightsmith.steps.destinations import Unkept
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
 

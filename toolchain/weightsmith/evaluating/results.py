@@ -100,6 +100,17 @@ class Result:
             )
 
 
+def require(results: Sequence[Result], *, tested: bool) -> None:
+    """Raise CheckFailed if a score dropped too much, or a task that must be proven is not.
+
+    `tested`: the image was to be asked by now.
+    """
+    for result in results:
+        result.require()
+    for result in results:
+        result.require_proof(tested=tested)
+
+
 def main_scores(results: Sequence[Result]) -> Scores:
     """Return the scores of the first task, which stand for a build where one line must do."""
     return results[0].scores if results else {}

@@ -26,7 +26,7 @@ def plan_of(graph: Graph) -> dict[str, Json]:
                 "target": task.targets[0].name,
                 **_facts(task),
                 "stages": [
-                    {key: row[key] for key in ("stage", "cached", "why")} for row in task.stages
+                    {"stage": row.stage, "cached": row.cached, "why": row.why} for row in task.rows
                 ],
                 "error": task.failure.message if task.failure else None,
             }

@@ -1,31 +1,34 @@
-"""The graph of a fleet: one task for what several builds share, and one for each cell.
+"""The graph of a fleet: the union of its cells' graphs, in which equal steps are one task.
 
-Tasks are told apart by what decides their results. Four kinds follow each other: the base (fetched,
-with its answers to questions that several adapters share), a merge that several targets use, a
-quantization that several engines load, and the cell, which is a build of one target.
+Steps are told apart by their derivations, so that equal ones are known before anything is fetched.
+What several cells wait for is a task of its own: first their base (fetched, with its answers to
+questions that several adapters share), then what steps are shared as. The last task of each cell is
+the build of its target.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+from weightsmith.building.explain import BuildPlan, plan_of
+from weightsmith.building.pipeline import AnyStep
+from weightsmith.building.request import BuildRequest
 from weightsmith.errors import WeightsmithError
 from weightsmith.evaluating import subjects as references
+from weightsmith.evaluating.recipe_tasks import task_of
 from weightsmith.fleets.cells import AdapterBuild, Cell
-from weightsmith.fleets.requests import BASE, CELL, MERGE, WEIGHTS, Failure
-from weightsmith.planning.forecast import forecast
-from weightsmith.planning.tasks import task_of
+from weightsmith.fleets.requests import BASE, CELL, Failure
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import check_section
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.targets import Target
-from weightsmith.stages.resolve import known
+from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.step import PlanRow
 from weightsmith.tools import Tools
-from weightsmith.values import LORA, Json, key_of, plain
+from weightsmith.values import Json, Sources, key_of, plain
 
 _OWN = 512 << 20
 """Bytes for the process that runs a build, beside its job."""
@@ -35,12 +38,6 @@ _UNKNOWN = 4 << 30
 _PER_CPU = 2_000_000_000
 """Bytes of 16-bit weights for which one more CPU is asked."""
 _MOST_CPUS = 8
-_STAGES: Mapping[str, tuple[str, ...]] = {
-    BASE: ("resolve", "reference"),
-    MERGE: ("merge", "validate", "reference"),
-    WEIGHTS: ("merge", "validate", "reference", "quantize", "quality"),
-}
-"""Stages that are done once a task of that kind is; a cell has them all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,22 +66,26 @@ class Task:
     needs: Needs
     cached: bool
     """Whether nothing is left to do but to publish."""
-    stages: tuple[Mapping[str, Json], ...]
-    """Rows of the forecast."""
+    rows: tuple[PlanRow, ...]
+    """What it does, as a plan has it."""
+    stages: tuple[str, ...] = ()
+    """The names of the stages that it runs; () for all of a build."""
     questions: tuple[Mapping[str, Json], ...] = ()
     failure: Failure | None = None
     """Why it is certain that it would be refused."""
+    of_one_format: bool = False
+    """Whether its result is one target's weights."""
 
     @property
     def name(self) -> str:
         """Its name for people."""
         if self.kind == CELL:
             return self.cells[0].name
-        what = {BASE: "base", MERGE: "merge", WEIGHTS: "weights"}[self.kind]
         if self.kind == BASE:
-            return f"{what} {self.build.file.recipe.base.source}"
-        target = f" {self.targets[0].format.name}" if self.kind == WEIGHTS else ""
-        return f"{what} {self.build.adapter}{target}"
+            return f"{self.kind} {self.build.file.recipe.base.source}"
+        formats = {target.format.name for target in self.targets}
+        alone = f" {formats.pop()}" if len(formats) == 1 and self.of_one_format else ""
+        return f"{self.kind} {self.build.adapter}{alone}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,15 +106,19 @@ class Graph:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """A shared task as far as it is known."""
+class _Shared:
+    """A task that several cells may wait for, as far as it is known."""
 
     build: AdapterBuild
     kind: str
+    of_one_format: bool = False
+    steps: tuple[AnyStep, ...] = ()
+    """Those of the first cell; () for the base."""
+    plan: BuildPlan | None = None
+    """The first cell's."""
     targets: dict[str, Target] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     after: tuple[str, ...] = ()
-    rows: tuple[Mapping[str, Json], ...] = ()
     questions: tuple[Mapping[str, Json], ...] = ()
 
 
@@ -123,16 +128,16 @@ def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
     Nothing is fetched or made. A cell that the plan refuses has its failure and no needs.
     """
     tools = replace(tools, two_at_once=lambda: False)  # as the nodes build
-    forecasts = {
-        cell: _forecast(build, target, dist, tools)
+    plans = {
+        cell: _plan(build, target, dist, tools)
         for build in builds
         for cell, target in zip(build.cells, build.targets, strict=True)
     }
-    shared = _shared(builds, forecasts)
+    shared = _shared(builds, plans)
     tasks = [
-        *(_shared_task(key, seen, forecasts, tools) for key, seen in shared.items()),
+        *(_shared_task(key, one, plans, tools) for key, one in shared.items()),
         *(
-            _cell_task(build, target, forecasts[cell], shared)
+            _cell_task(build, target, plans[cell], shared)
             for build in builds
             for cell, target in zip(build.cells, build.targets, strict=True)
         ),
@@ -140,70 +145,74 @@ def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
     return Graph(tasks=tuple(tasks))
 
 
-@dataclass(frozen=True, slots=True)
-class _Forecast:
-    rows: tuple[Mapping[str, Json], ...] = ()
-    device: str = ""
-    failure: Failure | None = None
-
-
-def _forecast(build: AdapterBuild, target: Target, dist: Path, tools: Tools) -> _Forecast:
+def _plan(build: AdapterBuild, target: Target, dist: Path, tools: Tools) -> BuildPlan | Failure:
+    request = BuildRequest(
+        file=build.file,
+        targets=(target,),
+        outputs=Outputs(),
+        dist=dist,
+        engine_answers=tools.images_in_engine,
+    )
     try:
-        found = forecast(build.file, (target,), dist, tools)
+        return plan_of(request, tools)
     except WeightsmithError as error:
-        return _Forecast(failure=Failure.of(error))
-    plan: Mapping[str, Any] = next(iter(found["serving"].values()), {})
-    return _Forecast(rows=tuple(found["stages"]), device=str(plan.get("device", "")))
+        return Failure.of(error)
 
 
 def _shared(
-    builds: Sequence[AdapterBuild], forecasts: Mapping[Cell, _Forecast]
-) -> dict[str, _Seen]:
+    builds: Sequence[AdapterBuild], plans: Mapping[Cell, BuildPlan | Failure]
+) -> dict[str, _Shared]:
     """Return the tasks that more than one cell waits for, by their keys."""
     asked = Counter(_questions_key(build) for build in builds)
-    found: dict[str, _Seen] = {}
+    found: dict[str, _Shared] = {}
     for build in builds:
         for cell, target in zip(build.cells, build.targets, strict=True):
-            if forecasts[cell].failure:
+            plan = plans[cell]
+            if isinstance(plan, Failure):
                 continue
             after: tuple[str, ...] = ()
-            for key, kind in _keys(build, target).items():
-                seen = found.setdefault(key, _Seen(build=build, kind=kind, after=after))
-                seen.cells.append(cell)
-                seen.targets[target.name] = target
-                seen.rows = seen.rows or forecasts[cell].rows
+            for key, kind, steps in _shareable(build, plan):
+                one = found.setdefault(
+                    key, _Shared(build=build, kind=kind, steps=steps, plan=plan, after=after)
+                )
+                one.of_one_format = bool(steps) and steps[-1].of is not None
+                one.cells.append(cell)
+                one.targets[target.name] = target
                 if kind == BASE and asked[_questions_key(build)] > 1:
-                    seen.questions = _with(seen.questions, build)
+                    one.questions = _with(one.questions, build)
                 after = (*after, key)
-    several = {key: seen for key, seen in found.items() if len(seen.cells) > 1}
-    # Weights are merged on the way: where the same cells wait for both, one task does it.
-    quantized = [seen.cells for seen in several.values() if seen.kind == WEIGHTS]
-    several = {k: s for k, s in several.items() if s.kind != MERGE or s.cells not in quantized}
-    for seen in several.values():
-        seen.after = tuple(key for key in seen.after if key in several)
+    several = {key: one for key, one in found.items() if len(one.cells) > 1}
+    several = {key: one for key, one in several.items() if not _is_part(key, one, several)}
+    for one in several.values():
+        one.after = tuple(key for key in one.after if key in several)
     return several
 
 
-def _keys(build: AdapterBuild, target: Target) -> dict[str, str]:
-    """Return the keys of what a cell can share, with their kinds, in order."""
-    recipe = build.file.recipe
-    base = [plain(recipe.base.model_dump()), "base"]
-    merged: list[Json] = [
-        *base,
-        [plain(one.model_dump(mode="json", exclude={"evaluate"})) for one in recipe.adapters],
-        plain(recipe.merge),
-        plain(recipe.validation.model_dump(mode="json")),
-        plain(recipe.evaluate.model_dump(mode="json")) if recipe.evaluate else None,
-    ]
-    found = {_id(base): BASE}
-    if target.format == LORA:
-        return found
-    found[_id([*merged, "merge"])] = MERGE
-    if target.format.packed:
-        sections = (recipe.calibration, recipe.quantize, recipe.quality)
-        how = [one and plain(one.model_dump(mode="json")) for one in sections]
-        found[_id([*merged, how, target.format.name, "weights"])] = WEIGHTS
-    return found
+def _is_part(key: str, one: _Shared, several: Mapping[str, _Shared]) -> bool:
+    """Return whether a later task does all of it on the way: the same cells wait for both."""
+    return one.kind != BASE and any(
+        key in other.after and other.cells == one.cells for other in several.values()
+    )
+
+
+def _shareable(
+    build: AdapterBuild, plan: BuildPlan
+) -> Iterator[tuple[str, str, tuple[AnyStep, ...]]]:
+    """Yield key, kind and steps of what a cell can share, in order."""
+    yield _base_key(build), BASE, ()
+    for step in plan.steps:
+        if step.shared_as:
+            upstream = tuple(one for one in plan.steps if one in _upstream(step))
+            yield step.derivation.short, step.shared_as, upstream
+
+
+def _upstream(step: AnyStep) -> set[AnyStep]:
+    """Return a step and all that it needs."""
+    return {step}.union(*map(_upstream, step.needs))
+
+
+def _base_key(build: AdapterBuild) -> str:
+    return _id([plain(build.file.recipe.base.model_dump()), BASE])
 
 
 def _id(value: Json) -> str:
@@ -227,83 +236,111 @@ def _with(
     return questions if one is None or one in questions else (*questions, one)
 
 
-def _shared_task(key: str, seen: _Seen, forecasts: Mapping[Cell, _Forecast], tools: Tools) -> Task:
-    rows = [row for row in seen.rows if row["stage"] in _STAGES[seen.kind]]
-    cached = all(row["cached"] for row in rows)
-    if seen.kind == BASE:
-        rows = [row for row in rows if row["stage"] == "resolve" or seen.questions]
-        cached = _base_is_cached(seen, tools)
+def _shared_task(
+    key: str, one: _Shared, plans: Mapping[Cell, BuildPlan | Failure], tools: Tools
+) -> Task:
+    if one.plan is None:
+        raise AssertionError("a shared task is of a cell that was planned")
+    steps = one.plan.steps
+    if one.kind == BASE:
+        asked = (steps.sources, *((steps.expected,) if one.questions else ()))
+        rows = one.plan.rows_of(asked)
+        cached = one.plan.seen is not None and _is_answered(one, tools)
+        stages: tuple[str, ...] = (steps.sources.name,)
+    else:
+        rows = one.plan.rows_of(step for step in one.steps if step is not steps.sources)
+        cached = all(row.cached for row in rows)
+        stages = tuple(dict.fromkeys(step.name for step in one.steps))
     # A shared task that is not needed any more is not run again.
-    needed = any(not _is_cached(forecasts[cell].rows) for cell in seen.cells)
+    needed = any(not _is_cached(plans[cell]) for cell in one.cells)
     return Task(
         id=key,
-        kind=seen.kind,
-        build=seen.build,
-        targets=tuple(seen.targets.values()),
-        cells=tuple(seen.cells),
-        after=seen.after,
+        kind=one.kind,
+        build=one.build,
+        targets=tuple(one.targets.values()),
+        cells=tuple(one.cells),
+        after=one.after,
         needs=_needs(rows, 0),
         cached=cached or not needed,
-        stages=tuple(rows),
-        questions=seen.questions,
+        rows=rows,
+        stages=stages,
+        questions=one.questions,
+        of_one_format=one.of_one_format,
     )
 
 
-def _base_is_cached(seen: _Seen, tools: Tools) -> bool:
-    """Return whether base, builders and shared answers are on this machine or in the cache."""
-    sources, _ = known(seen.build.file, tools)
-    if sources is None:
+def _is_answered(one: _Shared, tools: Tools) -> bool:
+    """Return whether the base's shared answers are on this machine or in the cache."""
+    if one.plan is None or one.plan.seen is None:
         return False
+    sources: Sources = one.plan.seen[one.plan.steps.sources]
     base = references.subjects(replace(sources, adapters=()), None)["base"]
     tasks = (
-        task_of(seen.build.file, check_section(Evaluate, one, "evaluate")).task
-        for one in seen.questions
+        task_of(one.build.file, check_section(Evaluate, asked, "evaluate")).task
+        for asked in one.questions
     )
     return all(tools.store.find(references.inputs(base, task).key) for task in tasks)
 
 
 def _cell_task(
-    build: AdapterBuild, target: Target, foreseen: _Forecast, shared: Mapping[str, _Seen]
+    build: AdapterBuild,
+    target: Target,
+    plan: BuildPlan | Failure,
+    shared: Mapping[str, _Shared],
 ) -> Task:
     cell = Cell(adapter=build.adapter, target=target.name)
-    keys = () if foreseen.failure else _keys(build, target)
-    after = tuple(key for key in keys if key in shared)
-    earlier = [shared[key].kind for key in after if shared[key].kind != BASE]
-    done = {stage for kind in earlier for stage in _STAGES[kind]}
-    rows = [row for row in foreseen.rows if row["stage"] not in done]
-    serve = build.file.recipe.serve
-    gpus = 0 if is_cpu(foreseen.device or CPU) else serve.gpu_count
+    id_ = _id([cell.adapter, cell.target, plain(build.data)])
+    if isinstance(plan, Failure):
+        return Task(
+            id=id_,
+            kind=CELL,
+            build=build,
+            targets=(target,),
+            cells=(cell,),
+            after=(),
+            needs=_needs((), 0),
+            cached=False,
+            rows=(),
+            failure=plan,
+        )
+    parts = {key: steps for key, _, steps in _shareable(build, plan) if key in shared}
+    done = {step for steps in parts.values() for step in steps if step is not plan.steps.sources}
+    device = plan.device(plan.steps.targets[0])
+    gpus = 0 if is_cpu(device or CPU) else build.file.recipe.serve.gpu_count
     return Task(
-        id=_id([cell.adapter, cell.target, plain(build.data)]),
+        id=id_,
         kind=CELL,
         build=build,
         targets=(target,),
         cells=(cell,),
-        after=after,
-        needs=_needs(rows, gpus),
-        cached=_is_cached(foreseen.rows),
-        stages=foreseen.rows,
-        failure=foreseen.failure,
+        after=tuple(parts),
+        needs=_needs(plan.rows_of(step for step in plan.steps if step not in done), gpus),
+        cached=_is_cached(plan),
+        rows=plan.rows,
     )
 
 
-def _is_cached(rows: Iterable[Mapping[str, Json]]) -> bool:
+def _is_cached(plan: BuildPlan | Failure) -> bool:
     """Return whether all that can be foreseen is done; assembling and publishing take no time."""
-    rows = list(rows)
-    return bool(rows) and all(row["cached"] for row in rows if row["stage"] != "publish")
+    if isinstance(plan, Failure) or plan.seen is None:
+        return False
+    return all(
+        row.cached for row in plan.rows_of(step for step in plan.steps if not step.publishes)
+    )
 
 
-def _needs(rows: Sequence[Mapping[str, Json]], gpus: int) -> Needs:
+def _needs(rows: Iterable[PlanRow], gpus: int) -> Needs:
     """Return what the stages that are still to do need, one after another."""
-    todo = [row for row in rows if not row["cached"]]
-    peak = max((int(row["peak_memory_bytes"]) for row in todo), default=0)
-    read = max((int(row["read_bytes"]) for row in rows), default=0)
-    known_ = any(int(row["peak_memory_bytes"]) or int(row["read_bytes"]) for row in rows)
-    written = sum(int(row["write_bytes"]) for row in todo)
-    beside = max((int(row["disk_bytes"]) - int(row["write_bytes"]) for row in todo), default=0)
+    rows = list(rows)
+    todo = [row for row in rows if not row.cached]
+    peak = max((row.peak_memory_bytes for row in todo), default=0)
+    read = max((row.read_bytes for row in rows), default=0)
+    known = any(row.peak_memory_bytes or row.read_bytes for row in rows)
+    written = sum(row.write_bytes for row in todo)
+    beside = max((row.disk_bytes - row.write_bytes for row in todo), default=0)
     return Needs(
         cpus=min(_MOST_CPUS, 1 + read // _PER_CPU),
-        memory_bytes=max(_LEAST, peak + peak // 4 + _OWN) if known_ or not todo else _UNKNOWN,
+        memory_bytes=max(_LEAST, peak + peak // 4 + _OWN) if known or not todo else _UNKNOWN,
         disk_bytes=written + max(0, beside),
         gpus=gpus,
     )

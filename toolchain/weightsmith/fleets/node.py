@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.build_record import BuildRecord, StageRecord, read_build
-from weightsmith.destinations import InStore
+from weightsmith.building.build import build, run_stages
+from weightsmith.building.pipeline import steps_of
+from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import chosen_targets
 from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,
@@ -23,6 +25,7 @@ from weightsmith.errors import (
     WeightsmithError,
     of_machine,
 )
+from weightsmith.evaluating.recipe_tasks import task_of
 from weightsmith.evaluating.subjects import inputs as answer_inputs
 from weightsmith.evaluating.subjects import subjects
 from weightsmith.fleets.parcels import unpacked
@@ -30,36 +33,26 @@ from weightsmith.fleets.requests import (
     BASE,
     CELL,
     DIFFERENT,
-    WEIGHTS,
     Built,
     Failure,
     Reply,
     Request,
     version,
 )
-from weightsmith.pipeline import Clock, build, quantized, validated
-from weightsmith.planning.options import needs_files, sources_to_merge, texts_of
-from weightsmith.planning.proving import proving
-from weightsmith.planning.request import BuildRequest
-from weightsmith.planning.sources import resolve_request
-from weightsmith.planning.targets import chosen_targets
-from weightsmith.planning.tasks import task_of, tasks_of
-from weightsmith.quantizers import of_format
 from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import RecipeFile, check_recipe, check_section
-from weightsmith.stages.lock import read_lock
-from weightsmith.stages.merge import BUILDER as MERGE_BUILDER
-from weightsmith.stages.merge import merge
-from weightsmith.stages.publish import Outputs
-from weightsmith.stages.quality import quality
-from weightsmith.stages.reference import answers, reference
+from weightsmith.reporting.build_record import BuildRecord, StageRecord, read_build
+from weightsmith.stages.reference import answers
+from weightsmith.stages.resolve import known
+from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.destinations import InStore
+from weightsmith.steps.lock import pinned, read_lock
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import Json
 
 _BASE_ANSWERS = "base answers"
 """Counted beside the stages of builds: what is done once for many of them."""
-_NONE = StageRecord(cached=True, seconds=0.0)
 _REPORTS = 64 << 20
 """Bytes of a build's reports that are sent back; an image is never among them."""
 
@@ -67,12 +60,12 @@ _REPORTS = 64 << 20
 def answer(request: Request, tools: Tools) -> Reply:
     """Do one task, and return what became of it; a WeightsmithError is part of the reply."""
     began, cpu = time.monotonic(), _cpu()
-    clock, result = Clock(tools), _Result()
-    failure: Failure | None = None
+    stages: dict[str, StageRecord] = {}
+    result, failure = _Result(), None
     with tools.scratch() as home:
         try:
             _require_version(request)
-            result = _do(request, home, clock, tools)
+            result = _do(request, home, stages, tools)
         except WeightsmithError as error:
             failure = Failure.of(error)
             result = _refused(request, home)
@@ -87,7 +80,7 @@ def answer(request: Request, tools: Tools) -> Reply:
             cpu_seconds=round(_cpu() - cpu, 3),
             row=result.row,
             error=failure,
-            stages={name: row.cached for name, row in (result.stages or clock.stages).items()},
+            stages={name: row.cached for name, row in (result.stages or stages).items()},
             lock=result.lock,
             bytes_moved=result.row.uploaded_bytes if result.row else 0,
             files=result.files,
@@ -121,7 +114,9 @@ def _require_version(request: Request) -> None:
         )
 
 
-def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Result:
+def _do(request: Request, home: Path, stages: dict[str, StageRecord], tools: Tools) -> _Result:
+    """Do a task; `stages` are filled with what was done, whatever becomes of it."""
+    tools = replace(tools, two_at_once=lambda: False)  # other tasks use the other CPUs and memory
     file = _written(request, home, tools)
     targets = chosen_targets(file, request.targets, to_build=True) if request.targets else ()
     asked = BuildRequest(
@@ -132,17 +127,19 @@ def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Result:
         engine_answers=tools.images_in_engine,
     )
     row: Built | None = None
-    if request.kind == BASE:
-        _base(request, asked, clock, tools)
-    elif request.kind == CELL:
-        # Other cells use the other CPUs, and memory is planned for one job of each.
-        (built,) = build(asked, replace(tools, two_at_once=lambda: False))
-        clock.stages |= built.stages
+    if request.kind == CELL:
+        (built,) = build(asked, tools)
+        stages |= built.stages
         row = row_of(
             read_build(asked.folder(built.target)), built.report, built.published.reference
         )
     else:
-        _merged(request, asked, clock, tools)
+        if request.kind == BASE:
+            _prepare(asked, tools)
+        for records in run_stages(asked, request.stages, tools):
+            stages |= records
+        if request.questions:
+            stages |= _answered(request, file, tools)
     lock = read_lock(file)
     return _Result(
         row=row,
@@ -151,26 +148,30 @@ def _do(request: Request, home: Path, clock: Clock, tools: Tools) -> _Result:
     )
 
 
-def _base(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> None:
-    """Fetch the base, make the builders, and answer the questions that several adapters share."""
-    tools.runner.prepare(MERGE_BUILDER, tools.progress)
-    for target in asked.targets:
-        if target.format.packed:
+def _prepare(asked: BuildRequest, tools: Tools) -> None:
+    """Make the builders that the cells need."""
+    steps = steps_of(asked)
+    for builder in steps.checkpoint.builders():
+        tools.runner.prepare(builder, tools.progress)
+    for target in steps.targets:
+        for builder in target.weights.builders():
             with _left_to_cells(tools, WeightsmithError):
-                tools.runner.prepare(of_format(target.format.name).builder, tools.progress)
-    _, sources = clock.take(resolve_request(asked, tools))
+                tools.runner.prepare(builder, tools.progress)
+
+
+def _answered(request: Request, file: RecipeFile, tools: Tools) -> Mapping[str, StageRecord]:
+    """Answer the questions that several adapters share, with the base alone."""
+    sources, _ = known(pinned(file, read_lock(file)), tools)
+    if sources is None:
+        raise AssertionError("the base was fetched just now")
+    asked, cached, began = subjects(sources, None), True, time.monotonic()
     for settings in request.questions:
         with _left_to_cells(tools, UsageError, InputRefused, CheckFailed):
-            evaluate = check_section(Evaluate, settings, "evaluate")
-            task = task_of(asked.file, evaluate)
-            asked_now = subjects(sources, None)
-            began = time.monotonic()
-            there = tools.store.find(answer_inputs(asked_now["base"], task.task).key)
-            answers(asked_now, task.task, InStore(tools.store), tools)
-            clock.stages[_BASE_ANSWERS] = StageRecord(
-                cached=there is not None and clock.stages.get(_BASE_ANSWERS, _NONE).cached,
-                seconds=round(time.monotonic() - began, 3),
-            )
+            task = task_of(file, check_section(Evaluate, settings, "evaluate")).task
+            cached &= tools.store.find(answer_inputs(asked["base"], task).key) is not None
+            answers(asked, task, InStore(tools.store), tools)
+    seconds = round(time.monotonic() - began, 3)
+    return {_BASE_ANSWERS: StageRecord(cached=cached, seconds=seconds)}
 
 
 @contextmanager
@@ -180,25 +181,6 @@ def _left_to_cells(tools: Tools, *kinds: type[WeightsmithError]) -> Iterator[Non
         yield
     except kinds as error:
         tools.progress.warn(f"{error.message}; the cells that need it will say so")
-
-
-def _merged(request: Request, asked: BuildRequest, clock: Clock, tools: Tools) -> None:
-    """Merge, validate and answer as a build does; of WEIGHTS, quantize and measure too.
-
-    Nothing of a single target is checked: what one target refuses may be right for the others.
-    """
-    recipe, store = asked.file.recipe, InStore(tools.store)
-    tools.runner.check(MERGE_BUILDER)
-    asked, sources = clock.take(resolve_request(asked, tools))
-    sources_, files = sources_to_merge(asked.targets, sources), needs_files(asked.targets)
-    checkpoint = clock.take(merge(sources_, recipe.merge, store, tools, files=files))
-    prover = proving(asked, sources, checkpoint, tools)
-    validated(asked, sources_, checkpoint, replace(clock, tools=prover))
-    clock.take(reference(tasks_of(asked.file), sources, checkpoint, store, prover))
-    if request.kind == WEIGHTS:
-        artifact = clock.take(quantized(asked.file, asked.targets[0], sources, checkpoint, tools))
-        texts = texts_of(asked.file)
-        clock.take(quality(checkpoint, artifact, texts, recipe.quality, store, tools))
 
 
 def _written(request: Request, home: Path, tools: Tools) -> RecipeFile:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from weightsmith.building.targets import chosen_targets
 from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.files import marked
 from weightsmith.fleets.cells import AdapterBuild, builds_of, lock_of
@@ -15,9 +16,8 @@ from weightsmith.fleets.graph import Graph, graph_of
 from weightsmith.fleets.page import Page
 from weightsmith.fleets.rows import FleetRows
 from weightsmith.fleets.running import Changed, Order, Run
-from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import FleetEngine
-from weightsmith.stages.lock import Lock
+from weightsmith.steps.lock import Lock
 from weightsmith.tools import Tools
 from weightsmith.values import Json
 

@@ -20,7 +20,7 @@ from weightsmith.fleets.rows import (
     FleetRows,
     SharedRow,
 )
-from weightsmith.stages.report import render_view
+from weightsmith.reporting.pages import render_view
 from weightsmith.values import canonical
 
 PAGE, FILE = "fleet.html", "fleet.json"

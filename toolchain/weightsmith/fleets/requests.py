@@ -13,8 +13,8 @@ from weightsmith.resources import images, package, templates
 from weightsmith.trees import below
 from weightsmith.values import Digest, Json, key_of
 
-BASE, MERGE, WEIGHTS, CELL = "base", "merge", "weights", "cell"
-"""Kinds of tasks, in the order in which they follow each other."""
+BASE, CELL = "base", "cell"
+"""Kinds of tasks, the first and the last; between them are those that steps are shared as."""
 VERDICTS = ("passed", "not proven", "refused")
 DIFFERENT = "another version of weightsmith"
 """Begins the error of a node that runs other code."""
@@ -34,6 +34,8 @@ class Request(JsonObject):
     lock: Mapping[str, Json]
     """The pins of its sources and bases."""
     targets: tuple[str, ...]
+    stages: tuple[str, ...] = ()
+    """The names of those to run; all of a build for a cell."""
     questions: tuple[Mapping[str, Json], ...] = ()
     """For the base's task: the `evaluate` sections that several adapters share."""
     outputs: Mapping[str, Json] = field(default_factory=dict)
@@ -49,9 +51,9 @@ class Request(JsonObject):
     """Name -> the cache's key of a folder that the recipe names."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for another kind, and for a name outside the task's folder."""
-        if self.kind not in (BASE, MERGE, WEIGHTS, CELL):
-            raise ValueError(f"kind is not that of a task: {self.kind!r}")
+        """Raise ValueError for a task without stages, and for a name outside the task's folder."""
+        if self.kind != CELL and not self.stages:
+            raise ValueError(f"a task of this kind needs stages: {self.kind!r}")
         for name in (*self.files, *self.parcels):
             require_inside(name)
 

@@ -29,8 +29,7 @@ from weightsmith.fleets.rows import (
 )
 from weightsmith.foreign import RECORD, parse
 from weightsmith.ports import Ended, FleetEngine, Silent, Work
-from weightsmith.recorder import Recorder
-from weightsmith.stages.lock import Lock, write_lock
+from weightsmith.steps.lock import Lock, write_lock
 from weightsmith.tools import Tools
 from weightsmith.values import Json, canonical
 
@@ -144,7 +143,7 @@ class Run:
                 self._shared[task.id] = replace(self._shared[task.id], state=ENDED, cached=True)
         for task in self.graph.cells:
             if task.cached and task.id not in self._done:
-                quiet = replace(self.tools, progress=Recorder(Silent()))
+                quiet = replace(self.tools, progress=Silent())
                 reply = replace(answer(self._request(task), quiet), cpu_seconds=0.0)
                 self._end(task, reply)
 
@@ -210,6 +209,7 @@ class Run:
             recipe=task.build.data,
             lock={"sources": lock.sources, "bases": lock.bases},
             targets=tuple(target.name for target in task.targets),
+            stages=task.stages,
             questions=task.questions,
             outputs=self._outputs(task),
             tools=tools,

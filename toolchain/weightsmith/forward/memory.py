@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.errors import InputRefused
 
 BATCH_TOKENS = 4096
 """Tokens that one view reads at a time: enough to share each weight, few enough for memory."""
@@ -21,6 +23,12 @@ START = 380 << 20
 _FEW, _MODULES = 3, 320 << 10
 """How many models' modules START has, and the bytes of a layer's in a further one: 290 KiB of them
 were measured."""
+UNKNOWN = 3 << 30
+"""For models whose dimensions are not known."""
+COMPARING = 256 << 20
+"""For two models' logits, and tensors that are compared element by element."""
+DEQUANTIZED = 384 << 20
+"""What stays of the last dequantized matrix, and the rows that all threads dequantize."""
 _FLOAT = 4
 _STREAMS = 8
 """Vectors of the hidden size that a layer holds per token: input, residual, norms, queries, keys,
@@ -118,6 +126,22 @@ def single_pass_bytes(shape: ModelShape, walk: Walk) -> int:
     """Return the peak of a walk that reads all texts at once and keeps no keys and values."""
     one = token_bytes(layers=0, cached=0, hidden=shape.hidden, intermediate=shape.intermediate)
     return _fixed(shape, walk) + walk.views * walk.tokens * one
+
+
+def model_walk_bytes(model: ModelFacts, walk: Walk, budget: int) -> int:
+    """Return `walk_bytes` of a model; UNKNOWN if its dimensions are not known."""
+    try:
+        return walk_bytes(model.shape, walk, budget)
+    except InputRefused:
+        return UNKNOWN
+
+
+def model_pass_bytes(model: ModelFacts, walk: Walk) -> int:
+    """Return `single_pass_bytes` of a model; UNKNOWN if its dimensions are not known."""
+    try:
+        return single_pass_bytes(model.shape, walk)
+    except InputRefused:
+        return UNKNOWN
 
 
 def _fixed(shape: ModelShape, walk: Walk) -> int:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weightsmith import wiring
+from weightsmith.building.build import build as run_build
+from weightsmith.building.explain import forecast
+from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import chosen_targets
 from weightsmith.commands.arguments import sources_of
 from weightsmith.commands.bake import BakeRequest, bake_model
 from weightsmith.commands.images import copy_image, inspect_image
@@ -13,17 +17,13 @@ from weightsmith.commands.upload import hub_destination, push_to_hub
 from weightsmith.commands.verify import key_path, verify_image
 from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
 from weightsmith.library.results import Baked, Built, Pushed, Rebased, Verification
-from weightsmith.pipeline import build as run_build
-from weightsmith.planning.forecast import forecast
-from weightsmith.planning.request import BuildRequest
-from weightsmith.planning.targets import chosen_targets
 from weightsmith.ports import Silent
 from weightsmith.progress import shown
 from weightsmith.provenance.chain import Check
 from weightsmith.recipe_file import check_section
 from weightsmith.recipe_outputs import ImageNames
 from weightsmith.run_options import RunOptions
-from weightsmith.stages.publish import Outputs
+from weightsmith.steps.delivery import Outputs
 from weightsmith.values import Digest, Json
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from weightsmith.build_record import StageRecord
 from weightsmith.provenance.chain import Check
+from weightsmith.reporting.build_record import StageRecord
 from weightsmith.validating.result import Validation as Validation
 from weightsmith.values import Digest, Json, Score
 

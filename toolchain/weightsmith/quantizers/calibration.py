@@ -13,6 +13,7 @@ from pathlib import Path
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import parse
 from weightsmith.recipe import TextBounds
+from weightsmith.recipe_file import RecipeFile
 from weightsmith.values import Digest, Json, canonical, key_of
 
 Row = Mapping[str, Json]
@@ -189,3 +190,15 @@ def _is_chat(messages: list[Json]) -> bool:
         )
         and any(m["content"].strip() for m in messages)
     )
+
+
+def texts_of(file: RecipeFile) -> Texts:
+    """Return the recipe's calibration and held-out texts; by default, general ones.
+
+    Evaluation questions are never used: a loss measured on them says nothing about other texts.
+    Raises InputRefused for malformed text.
+    """
+    calibration = file.recipe.calibration
+    if calibration is None:
+        return read_texts(GENERAL, TextBounds())
+    return read_texts(file.folder / calibration.data, calibration)

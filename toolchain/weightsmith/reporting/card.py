@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from weightsmith.build_record import BuildRecord, ScoreRecord
 from weightsmith.checkpoints.gguf_names import gguf_models, projector_of
 from weightsmith.evaluating.statistics import wilson
+from weightsmith.reporting.build_record import BuildRecord, ScoreRecord
 from weightsmith.values import Json
 
 _HUB = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from weightsmith.build_record import ArtifactRecord, BuildRecord, ImageRecord, MergeRecord
 from weightsmith.reporting import answers
+from weightsmith.reporting.build_record import ArtifactRecord, BuildRecord, ImageRecord, MergeRecord
 
 _NOTHING = "-"
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree as ET
 
-from weightsmith.build_record import AnsweredTask, BuildRecord
 from weightsmith.reporting.answers import rows
+from weightsmith.reporting.build_record import AnsweredTask, BuildRecord
 
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML 1.0 has no place for, in section 2.2."""

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightsmith.build_record import AnsweredTask, BuildRecord, ImageRecord
 from weightsmith.evaluating.sameness import between
 from weightsmith.reporting.answers import PATHS
+from weightsmith.reporting.build_record import AnsweredTask, BuildRecord, ImageRecord
 from weightsmith.validating.result import Validation
 
 _LABELS = {

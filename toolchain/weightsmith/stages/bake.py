@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 
 from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.gguf_names import gguf_models, projector_of
 from weightsmith.checkpoints.reshard import Resharded, reshard
 from weightsmith.errors import InputRefused, UsageError
-from weightsmith.evaluating.results import Result
+from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import DEFAULT_PLATFORM, Image
@@ -26,12 +28,19 @@ from weightsmith.oci.weights import (
     max_weight_layers,
     weight_layers,
 )
-from weightsmith.outcome import Outcome, Timer
+from weightsmith.platforms import host_platform
 from weightsmith.ports import Store
+from weightsmith.provenance.attest import public_recipe
 from weightsmith.provenance.labels import (
     ARTIFACT,
     ENGINE_LABEL,
+    PLAN,
+    PREFIX,
+    TESTED,
+    VERDICT,
     engine_version,
+    labels,
+    reference,
     result_labels,
 )
 from weightsmith.provenance.materials import (
@@ -42,15 +51,44 @@ from weightsmith.provenance.materials import (
     whole_image,
 )
 from weightsmith.provenance.roles import assemble_in_roles
+from weightsmith.quality.result import Quality
+from weightsmith.quantizers import of_format
+from weightsmith.resources import engine_source
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
-from weightsmith.serving.plan import ServingConfig
+from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.projector import projector_in
+from weightsmith.steps.bases import (
+    ENGINE,
+    OWN,
+    base_images,
+    base_inputs,
+    base_reference,
+    bases_of,
+    data_base,
+    platforms_of,
+    public_base,
+)
+from weightsmith.steps.delivery import network_in_jobs
+from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.results import layers_in
+from weightsmith.steps.step import (
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    PlanRow,
+    Results,
+    State,
+    Step,
+    TargetStep,
+    Trial,
+)
 from weightsmith.tools import Tools
-from weightsmith.values import Tree
+from weightsmith.values import Artifact, Checkpoint, Digest, Sources, Tree
 
 USER = "65532:65532"
 """The unprivileged user of images, as a number because an image may have no user database."""
+STARTED, MADE = "started and tested on this machine", "made, not started on this machine"
 _PLAIN_BITS = 16
 _LICENSE = re.compile(r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(txt|md))?")
 _LARGEST_LICENSE = 1 << 20
@@ -297,3 +335,156 @@ def _added(config: ServingConfig | None, labels: Mapping[str, str]) -> ImageConf
         healthcheck=Healthcheck(command=config.healthcheck) if config.healthcheck else None,
         labels=labels,
     )
+
+
+def form_inputs(
+    image: ImageInputs, kind: str, tested: Digest | None, results: Sequence[Result], tools: Tools
+) -> ImageInputs:
+    """Return the inputs of another kind of the same weights.
+
+    It is not started itself, so its labels name the image that was, with that one's scores:
+    `tested` is its digest, None if none could be started.
+    """
+    base_name = data_base(kind, "")
+    labels = {key: text for key, text in image.labels.items() if key != PLAN}
+    platforms = image.recipe.image.platforms if image.recipe else ()
+    return replace(
+        image,
+        kind=kind,
+        config=None,
+        layers_below=max((len(base.layers) for base in image.bases), default=0),
+        context=image.config.plan.max_model_len if image.config else 0,
+        bases=base_images(base_name, "", tools, platforms=platforms) if base_name else (),
+        platforms=platforms,
+        base_name=public_base(base_name),
+        labels={
+            **labels,
+            PREFIX + "kind": kind,
+            **result_labels(results),
+            **({TESTED: tested} if tested else {}),
+            VERDICT: verdict_of(results),
+        },
+        parameters={**image.parameters, "kind": kind},
+    )
+
+
+Images = tuple[ImageMaterials, ...]
+"""One for each platform."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BakeStep(TargetStep[Images, Mapping[str, str]]):
+    """Assembles the image of a target on the base that the lock pins; it has no scores yet.
+
+    Foreseen are its platforms, with what becomes of each one's image.
+    """
+
+    name = "bake"
+
+    sources: Step[Sources, Sources]
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    weights: Step[Artifact, ForeseenWeights]
+    quality: Step[Quality | None, None]
+    config: Step[ServingConfig, ServingPlan]
+
+    def foresee(self, seen: Foresight) -> Foreseen[Mapping[str, str]]:
+        """Return the platforms, and a row for each engine that is made for another one.
+
+        Raises what `platforms_of` does.
+        """
+        target, settings = self.of.target, self.file.recipe.image
+        base = base_reference(target.engine, seen[self.config].device, settings.base)
+        here = host_platform()
+        said = {one: STARTED if one == here else MADE for one in platforms_of(self.file, base)}
+        if not base.startswith(OWN):
+            return Foreseen(value=said)
+        rows = (self._engine(base.removeprefix(OWN), one, seen) for one in said if one != here)
+        return Foreseen(value=said, rows=tuple(rows))
+
+    def _engine(self, name: str, platform: str, seen: Foresight) -> PlanRow:
+        """Return the row of an engine that is made for another platform."""
+        cached = seen.tools.store.find(base_inputs(name, platform).key) is not None
+        takes = engine_source(name).get("takes", "about ten minutes on four cores")
+        why = "" if cached else f"{name} for {platform} is made once: {takes}"
+        return self.row(State(cached=cached, why=why), name=ENGINE)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Images]:
+        """Return the image for each platform; raises what `bake` does."""
+        name, earlier = reference(self.file.recipe, self.target), layers_in(self.of.folder)
+        prepare = partial(self._inputs, have, tools)
+        return bake(prepare, name, tools, push=self.of.outputs.push, earlier=earlier)
+
+    def _inputs(self, have: Results, tools: Tools) -> ImageInputs:
+        """Return what the images are made of; raises what `bases_of` raises."""
+        recipe, target, config = self.file.recipe, self.of.target, have[self.config]
+        sources, checkpoint, artifact = (
+            have[self.sources],
+            have[self.checkpoint],
+            have[self.weights],
+        )
+        device, again = config.plan.device, self.of.update_lock
+        base_name, bases = bases_of(self.file, target, device, tools, update_lock=again)
+        packed = artifact.format.packed
+        return ImageInputs(
+            name=recipe.name,
+            version=recipe.version,
+            artifact=artifact,
+            engine=target.engine,
+            config=config,
+            bases=bases,
+            base_name=public_base(base_name),
+            labels=labels(recipe, sources, artifact, have[self.quality], config),
+            order=recipe.image.order,
+            largest_layer=layer_limit(recipe.image.max_layer_size),
+            parameters={"target": target.name, "recipe": public_recipe(recipe)},
+            sources=sources,
+            checkpoint=checkpoint,
+            recipe=recipe,
+            quantizer_builder=of_format(artifact.format.name).builder if packed else "",
+            network_in_jobs=network_in_jobs(checkpoint, artifact, tools),
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LabelStep(TargetStep[Images, None]):
+    """Adds scores and verdict to the image as labels; its layers do not change."""
+
+    name = "labels"
+
+    image: Step[Images, Mapping[str, str]]
+    trial: Step[Trial, None]
+
+    def foresee(self, _seen: Foresight) -> Foreseen[None]:
+        """Foresee nothing."""
+        return Foreseen(value=None)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Images]:
+        """Return the image as it is published."""
+        trial = have[self.trial]
+        return unrecorded(with_scores(have[self.image], trial.results, trial.started, tools.store))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FormStep(TargetStep[Images, None]):
+    """Assembles another kind of the same weights, such as a volume."""
+
+    name = "form"
+    before_publishing = True
+
+    kind: str
+    push: bool
+    image: Step[Images, None]
+    """As it is published."""
+    trial: Step[Trial, None]
+
+    def foresee(self, _seen: Foresight) -> Foreseen[None]:
+        """Foresee nothing: it shares the image's layers."""
+        return Foreseen(value=None)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Images]:
+        """Return it; raises what `bake` does."""
+        made, trial = have[self.image], have[self.trial]
+        tested = whole_image(made).digest if trial.started else None
+        prepare = partial(form_inputs, made[0].inputs, self.kind, tested, trial.results, tools)
+        name = f"{reference(self.file.recipe, self.target)}-{self.kind}"
+        return unrecorded(bake(prepare, name, tools, push=self.push).value)

@@ -5,26 +5,44 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.safetensors import build_header
-from weightsmith.destinations import Destination
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import CacheScalesJob
-from weightsmith.outcome import Outcome, Timer
-from weightsmith.quantizers.calibration import Texts
+from weightsmith.quantizers.architectures import MEASURED
+from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.checkpoints import with_cache_scheme
+from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
+from weightsmith.serving.memory import human
+from weightsmith.serving.targets import Target
+from weightsmith.steps.calibration_memory import calibration_memory
+from weightsmith.steps.destinations import Destination, InStore
+from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.step import (
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    State,
+    Step,
+    TargetStep,
+)
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
 from weightsmith.values import (
+    LORA,
     Artifact,
     Checkpoint,
     Digest,
     Json,
+    Sources,
     StageInputs,
     Stream,
     Tree,
@@ -38,6 +56,12 @@ FILE = "kv-cache-scales.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SCALES = "scales.json"
 _MEASURING, _WRITING = 1, 1
+_E4M3 = frozenset({"fp8", "fp8_e4m3"})
+_NO_ATTENTION: Mapping[str, str] = {
+    # vLLM 0.33, auto_awq.py and auto_gptq.py: get_quant_method has nothing for attention
+    "awq": "vLLM reads no scales of a cache from AWQ checkpoints",
+    "gptq": "vLLM reads no scales of a cache from GPTQ checkpoints",
+}
 
 
 def inputs(checkpoint: Digest, texts: Texts) -> StageInputs:
@@ -200,3 +224,109 @@ def _write(tree: Tree, scales: Mapping[str, list[float]], folder: Path) -> Mappi
 
 def _write_json(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def has_scales(file: RecipeFile, target: Target, model: ModelFacts) -> bool:
+    """Return whether a target's checkpoint gets scales; raises as `missing_scales` does."""
+    return _is_asked(file, target) and not missing_scales(file, target, model)
+
+
+def missing_scales(file: RecipeFile, target: Target, model: ModelFacts) -> str:
+    """Return why an fp8 cache has scale 1.0; "" if it is calibrated, or not asked to be.
+
+    Raises InputRefused with that reason if the recipe demands calibrated scales.
+    """
+    demanded = file.recipe.serve.kv_cache_scales == "calibrated"
+    why = _obstacle(file, target, model) if demanded or _is_asked(file, target) else ""
+    if why and demanded:
+        raise InputRefused(
+            f"{target.name}: kv_cache_scales: calibrated is not possible: {why}",
+            hint="set serve.kv_cache_scales to auto, which warns and uses 1.0, or choose"
+            " vllm, vllm-fp8 or vllm-w8a8 with kv_cache_dtype fp8 and calibration text",
+        )
+    return f"{target.name}: its fp8 cache has scale 1.0: {why}" if why else ""
+
+
+def _is_asked(file: RecipeFile, target: Target) -> bool:
+    serve = file.recipe.serve
+    wanted = serve.kv_cache_dtype in _E4M3 and serve.kv_cache_scales != "none"
+    return wanted and target.engine.name == "vllm"
+
+
+def _obstacle(file: RecipeFile, target: Target, model: ModelFacts) -> str:
+    """Return why scales cannot be measured or loaded, or ""."""
+    if target.engine.name != "vllm" or file.recipe.serve.kv_cache_dtype not in _E4M3:
+        return "only vLLM's fp8 cache (kv_cache_dtype fp8) has them"
+    if target.format == LORA:
+        return "the adapters are not merged, and change keys and values"
+    if target.format.kind in _NO_ATTENTION:
+        return _NO_ATTENTION[target.format.kind]
+    if target.format.name == "awq-compressed":
+        return "llm-compressor changes the scale of values while it quantizes"
+    if model.packing and not file.recipe.adapters:  # a merge dequantizes
+        return "the base is already quantized"
+    if model.architecture not in MEASURED or model.shape.kv_lora_rank:
+        return f"the calibration does not know the cache of {model.architecture}"
+    if file.recipe.calibration is None:
+        return "the recipe has no `calibration`"
+    return ""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CacheScalesStep(TargetStep[Artifact, ForeseenWeights]):
+    """Adds the scales of an 8-bit cache to the weights of a target that gets them."""
+
+    name = "cache-scales"
+    recipe_number = _MEASURING
+    way_out = "set serve.kv_cache_scales to none"
+
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    weights: Step[Artifact, ForeseenWeights]
+    sources: Step[Sources, Sources]
+
+    @property
+    def options(self) -> Json:
+        """What the cache is, and the text that it is measured on."""
+        recipe = self.file.recipe
+        calibration = recipe.calibration and recipe.calibration.model_dump(mode="json")
+        return [recipe.serve.kv_cache_dtype, recipe.serve.kv_cache_scales, calibration]
+
+    def foresee(self, seen: Foresight) -> Foreseen[ForeseenWeights]:
+        """Return the weights, and a row if they get scales; warns why a cache gets none.
+
+        Raises InputRefused as `missing_scales` does.
+        """
+        checkpoint, weights, target = seen[self.checkpoint], seen[self.weights], self.of.target
+        if why := missing_scales(self.file, target, checkpoint.model):
+            seen.tools.progress.warn(why)
+        if not has_scales(self.file, target, checkpoint.model):
+            return Foreseen(value=weights)
+        base, texts, size = seen[self.sources].base.tree, texts_of(self.file), checkpoint.size
+        state = State(cached=False, why=checkpoint.missing)
+        if checkpoint.tree:
+            state = seen.state(self, inputs(checkpoint.tree.digest, texts))
+            if not state.cached:
+                why = f"measured on the checkpoint, {human(checkpoint.tree.size)}"
+                state = State(cached=False, why=why)
+        row = self.row(
+            state,
+            read=size,
+            write=base.size - base.weight_bytes,  # the small files, beside which the scales lie
+            memory=calibration_memory(checkpoint.model, size, texts, compensated=False),
+        )
+        return Foreseen(value=weights, rows=(row,))
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Artifact]:
+        """Return the weights with scales, or as they are."""
+        checkpoint, artifact = have[self.checkpoint], have[self.weights]
+        if not has_scales(self.file, self.of.target, read_facts(checkpoint.tree.texts)):
+            return unrecorded(artifact)
+        demanded = self.file.recipe.serve.kv_cache_scales == "calibrated"
+        texts, to = texts_of(self.file), InStore(tools.store)
+        return with_cache_scales(checkpoint, artifact, texts, to, tools, demanded=demanded)
+
+    def inputs(self, have: Results, _tools: Tools) -> StageInputs | None:
+        """Return what the scales depended on."""
+        if not have[self].tree.has(FILE):
+            return None
+        return inputs(have[self.checkpoint].digest, texts_of(self.file))

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from weightsmith.destinations import InStore
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.evaluating.asking import batch_memory, memory_limit, walk_of
-from weightsmith.evaluating.results import Result, judged
+from weightsmith.evaluating.results import RecipeTask, Result, judged, require
+from weightsmith.evaluating.seconds import answer_seconds
 from weightsmith.evaluating.task import Answers, Task, score_task
+from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.forward.memory import DEQUANTIZED, model_walk_bytes
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import DequantizedJob
-from weightsmith.outcome import Outcome, Timer
-from weightsmith.quantizers import of_format
+from weightsmith.platforms import host_platform
+from weightsmith.quantizers import formats, of_format
 from weightsmith.resources import builder_pins
+from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.starting import missing_device
+from weightsmith.steps.bases import base_reference, platforms_of
+from weightsmith.steps.destinations import InStore
+from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.step import (
+    NOT_YET,
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    State,
+    Step,
+    TargetStep,
+    Trial,
+)
 from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
+from weightsmith.tools import Memory, Tools
 from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 
 BUILDER = "merge"
@@ -114,3 +133,81 @@ def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
     verdict = judged(task, "dequantized", score, against, scores[against], task.limit)
     scores["dequantized"] = score
     return replace(result, scores=scores, verdicts=(*result.verdicts, verdict))
+
+
+def dequantized_memory(model: ModelFacts, tasks: Sequence[RecipeTask], memory: Memory) -> int:
+    """Return the peak in bytes of the dequantized weights' answers, of the largest task."""
+    walks = (walk_of(one.task) for one in tasks)
+    return max(model_walk_bytes(model, walk, memory.budget) for walk in walks) + DEQUANTIZED
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DequantizedStep(TargetStep[Trial, None]):
+    """Asks the dequantized weights where no image could be started; then judges the answers."""
+
+    name = "dequantized"
+    proves = True
+    recipe_number = RECIPE_NUMBER
+    way_out = "set evaluate.limit to ask fewer questions"
+
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    weights: Step[Artifact, ForeseenWeights]
+    config: Step[ServingConfig, ServingPlan]
+    trial: Step[Trial, None]
+    tasks: tuple[RecipeTask, ...]
+
+    def foresee(self, seen: Foresight) -> Foreseen[None]:
+        """Return its row, if this machine will not start the image."""
+        format_ = self.of.target.format
+        known = not format_.packed or format_.name in formats()
+        if not self.tasks or not known or not can_answer(format_):
+            return Foreseen(value=None)
+        device = seen[self.config].device
+        if not (why := self._why_not_started(device, seen.tools)):
+            return Foreseen(value=None)
+        checkpoint, weights = seen[self.checkpoint], seen[self.weights]
+        state = State(cached=False, why=f"{why}; {NOT_YET}")
+        if checkpoint.tree and weights.tree:
+            digests = checkpoint.tree.digest, weights.tree.digest
+            keys = [inputs(*digests, one.task).key for one in self.tasks]
+            cached = all(seen.tools.store.find(key) for key in keys)
+            state = State(cached=cached, why="" if cached else why)
+        memory = dequantized_memory(checkpoint.model, self.tasks, seen.tools.memory)
+        row = self.row(state, read=weights.weight_bytes, memory=memory)
+        return Foreseen(value=None, rows=(row,))
+
+    def _why_not_started(self, device: str, tools: Tools) -> str:
+        """Return why this machine will not start the target's image; "" if it will.
+
+        If the platforms are not known yet, this machine's is taken for one of them.
+        """
+        base = base_reference(self.of.target.engine, device, self.file.recipe.image.base)
+        platforms = platforms_of(self.file, base)
+        if platforms and host_platform() not in platforms:
+            return f"its image, for {' and '.join(platforms)}, cannot be started here"
+        missing = missing_device(device, tools)
+        return f"its image is {missing}" if missing else ""
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Trial]:
+        """Return the tasks with all scores; those of an image that was started stay as they are."""
+        trial, weights = have[self.trial], have[self.weights]
+        if trial.started or not trial.results or not can_answer(weights.format):
+            return unrecorded(trial)
+        asked = dequantized(have[self.checkpoint], weights, trial.results, tools)
+        return Outcome(
+            stage=asked.stage,
+            value=replace(trial, results=asked.value),
+            cached=asked.cached,
+            seconds=asked.seconds,
+        )
+
+    def judge(self, have: Results) -> None:
+        """Raise CheckFailed if a score dropped too much, or a task that must be proven is not."""
+        require(have[self].results, tested=True)
+
+    def seconds(self, layer: LayerTime, seen: Foresight) -> float | None:
+        """Return how long all answers take, as if no draft were right."""
+        shape, budget = seen[self.checkpoint].model.shape, seen.tools.memory.budget
+        return sum(
+            answer_seconds(layer, shape, walk_of(one.task), one.task, budget) for one in self.tasks
+        )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import read_facts
-from weightsmith.destinations import InStore
+from weightsmith.checkpoints.templates import own_template, takes_parts
 from weightsmith.errors import CheckFailed
 from weightsmith.evaluating.results import Result, judged
 from weightsmith.evaluating.served import Served
@@ -24,16 +24,30 @@ from weightsmith.evaluating.smoke import (
 )
 from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.oci.image import Image
-from weightsmith.outcome import Outcome, Timer
+from weightsmith.oci.index import own_of, whole_of
 from weightsmith.ports import StartSpec
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.provenance.roles import has_own_engine
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.serving.projector import projector_in
 from weightsmith.starting import idle_cpus, start, what_is_missing, why_not_started
+from weightsmith.steps.delivery import candidate
+from weightsmith.steps.destinations import InStore
+from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.served_adapters import unmerged_adapters
+from weightsmith.steps.step import (
+    Foreseen,
+    Foresight,
+    Results,
+    Step,
+    TargetBuild,
+    TargetStep,
+    Trial,
+)
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Digest, Json, StageInputs
+from weightsmith.values import LORA, Artifact, Digest, Json, Sources, StageInputs
 
 RECIPE_NUMBER = 3
 _ANSWERS = "answers.json"
@@ -121,7 +135,7 @@ class Evaluation:
 
 def evaluate(
     image: Image, evaluation: Evaluation, candidate: AbstractContextManager[str], tools: Tools
-) -> Outcome[tuple[Result, ...]]:
+) -> Outcome[Trial]:
     """Start the image, check it and score its answers, unless all results are cached.
 
     `candidate` makes the image startable and yields its name; it is entered only if needed. If the
@@ -142,7 +156,7 @@ def evaluate(
         pictures = "; no picture was tried either" if evaluation.promise.sees else ""
         tools.progress.warn(why_not_started(image, tools) + pictures)
         unasked = tuple(replace(question.result, not_started=missing) for question in questions)
-        return timer.done(unasked, cached=False)
+        return timer.done(Trial(results=unasked), cached=False)
     needed = [
         partial(smoke_inputs, image.digest),
         *(partial(evaluation.inputs, q) for q in questions),
@@ -156,7 +170,8 @@ def evaluate(
             tools.progress.warn(f"the model reads pictures, the image does not: {check['seen']}")
     answers = (_answers(evaluation, question, None, tools) for question in questions)
     scored = (_scored(q.result, a, tools) for q, a in zip(questions, answers, strict=True))
-    return timer.done(tuple(scored), cached=cached)
+    trial = Trial(results=tuple(scored), started=image.platform)
+    return timer.done(trial, cached=cached)
 
 
 def takes_pictures(artifact: Artifact) -> bool:
@@ -251,3 +266,55 @@ def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
         loss = judged(task, "image", image, "merged", scores["merged"], task.limit)
         verdicts.append(replace(loss, binding=False))
     return replace(result, scores=scores, verdicts=tuple(verdicts))
+
+
+def evaluation_of(of: TargetBuild, inputs: ImageInputs, results: Sequence[Result]) -> Evaluation:
+    """Return the questions for this machine's image, and what its answers depend on."""
+    if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
+        raise AssertionError("an image built from a recipe has a serving configuration")
+    target = of.target
+    served = inputs.sources.base if target.format == LORA else inputs.checkpoint
+    template = own_template(served.tree.texts)
+    return Evaluation(
+        artifact=inputs.artifact,
+        config=inputs.config,
+        base=own_of(whole_of(inputs.bases)).digest,
+        engine=target.engine,
+        chat=template is not None,
+        parts=template is None or takes_parts(template),
+        questions=tuple(_question(of, inputs.sources, one) for one in results),
+    )
+
+
+def _question(of: TargetBuild, sources: Sources | None, result: Result) -> Question:
+    """Return a task with the adapter that answers it, if the image serves several."""
+    target, number = of.target, result.task.adapter
+    if target.format != LORA or sources is None or number is None or len(sources.adapters) == 1:
+        return Question(result=result)
+    if fields_of := target.engine.adapter_fields:
+        return Question(result=result, fields=fields_of(number))
+    served = unmerged_adapters(of.file, target, sources)
+    return Question(result=result, model=served[number].name)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EvaluateStep(TargetStep[Trial, None]):
+    """Starts the image for this machine and asks it the recipe's questions."""
+
+    name = "evaluate"
+    proves = True
+
+    image: Step[tuple[ImageMaterials, ...], Mapping[str, str]]
+    expected: Step[tuple[Result, ...], None]
+
+    def foresee(self, _seen: Foresight) -> Foreseen[None]:
+        """Foresee nothing: how long a server takes is not known."""
+        return Foreseen(value=None)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Trial]:
+        """Return the tasks with the image's scores; raises CheckFailed as `evaluate` does."""
+        made = have[self.image]
+        image = own_of(whole_image(made))
+        evaluation = evaluation_of(self.of, made[0].inputs, have[self.expected])
+        started = candidate(image, self.of.candidate_layout, tools)
+        return evaluate(image, evaluation, started, tools)

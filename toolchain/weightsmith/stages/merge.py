@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import TypeAlias
 
+from weightsmith.checkpoints.facts import read_facts
+from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.without_data import UnwrittenTree
-from weightsmith.destinations import Destination, InFolder
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import MergeJob
 from weightsmith.merge_options import Merge
-from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.plan import MergePlan, can_be_virtual, estimate, make_plan
-from weightsmith.outcome import Outcome, Timer
+from weightsmith.merging.adapter_config import read_adapter_config
+from weightsmith.merging.combining.combination import SUMS, Combination
+from weightsmith.merging.plan import (
+    BLOCK_BYTES,
+    START_BYTES,
+    MergePlan,
+    can_be_virtual,
+    estimate,
+    make_plan,
+)
+from weightsmith.merging.quantized.choice import refuse, simulates
 from weightsmith.ports import Entry, Store
+from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
+from weightsmith.serving.memory import human
+from weightsmith.serving.parameters import parameters
+from weightsmith.steps.destinations import Destination, InFolder, InStore
+from weightsmith.steps.expected_weights import ForeseenTree
+from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.step import (
+    MERGE_FIRST,
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    State,
+    Step,
+)
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
 from weightsmith.values import (
@@ -28,6 +53,7 @@ from weightsmith.values import (
     Json,
     Sources,
     StageInputs,
+    Tree,
 )
 
 BUILDER = "merge"
@@ -210,3 +236,116 @@ def _run(
         return result
     files = result.pop("files", [])
     return {**result, "sha256": {f["path"]: f["sha256"] for f in files}}
+
+
+def merge_cost(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[str, int]:
+    """Return what `check` returns and refuse what it refuses.
+
+    Without the base's weights it is an estimate, and whether the adapters fit is not known.
+    """
+    tree = sources.base.tree
+    if not isinstance(tree, ForeseenTree):
+        return check(sources, options, files=files)
+    Combination.of(options)
+    model, choice = read_facts(tree.root), options.quantized_base
+    if model.packing and choice != "dequantize":
+        raise refuse(tree.root, model.packing.method, simulates=simulates(choice))
+    adapters = [adapter.snapshot.tree for adapter in sources.adapters]
+    configured = [read_adapter_config(adapter.root) for adapter in adapters]
+    summed = options.method in SUMS and all(one.kind == "LORA" for one in configured)
+    summed = summed and not any(one.raw.get("use_dora") for one in configured)
+    virtual = summed and not (files or model.packing or simulates(choice))
+    plain = 2 * parameters(model).all if model.packing else tree.weight_bytes
+    held = sum(map(_largest_factors, adapters)) * 12  # in float32, and their norms
+    if not summed:
+        held = 8 * len(adapters) * model.shape.hidden * model.shape.intermediate
+    return {
+        "read_bytes": tree.size + sum(adapter.size for adapter in adapters),
+        "write_bytes": 0 if virtual else tree.size - tree.weight_bytes + plain,
+        "peak_memory_bytes": START_BYTES + BLOCK_BYTES + held,
+    }
+
+
+def _largest_factors(adapter: Tree) -> int:
+    """Return the most numbers of an adapter that change one matrix."""
+    modules: dict[str, int] = {}
+    for tensor in read_header(adapter.path("adapter_model.safetensors")).tensors:
+        module = tensor.name.partition(".lora_")[0]
+        modules[module] = modules.get(module, 0) + prod(tensor.shape)
+    return max(modules.values(), default=0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MergeStep(Step[Checkpoint, ForeseenWeights]):
+    """Merges the adapters; without `merges`, gives the unchanged base."""
+
+    name = "merge"
+    recipe_number = RECIPE_NUMBER
+    in_every_plan = True
+
+    file: RecipeFile
+    sources: Step[Sources, Sources]
+    merges: bool
+    files: bool
+    """Whether a target needs the merged weights as files."""
+
+    @property
+    def options(self) -> Json:
+        """How it merges."""
+        return asdict(self.file.recipe.merge) if self.merges else None
+
+    def foresee(self, seen: Foresight) -> Foreseen[ForeseenWeights]:
+        """Return the checkpoint as it will be; refuses adapters that do not fit the base."""
+        sources, options, tools = seen[self.sources], self.file.recipe.merge, seen.tools
+        weights = ForeseenWeights.of(sources.base.tree)
+        if not self.merges:
+            return Foreseen(value=weights)
+        cost, whole = (merge_cost(sources, options, files=f) for f in (self.files, True))
+        if options.quantized_base == "dequantize" and weights.model.packing:
+            # Twice the size of fp8 files, four times that of 4-bit ones, and no longer packed.
+            written = whole["write_bytes"]
+            plain = replace(weights.model, packing=None)
+            weights = ForeseenWeights(model=plain, size=written, weight_bytes=written)
+        weights = replace(weights, missing=MERGE_FIRST)
+        found = find(sources, options, tools.store, files=self.files)
+        row = self.row(
+            self._state(sources, cost, whole, seen),
+            read=cost["read_bytes"],
+            write=cost["write_bytes"],
+            memory=cost["peak_memory_bytes"],
+        )
+        return Foreseen(value=replace(weights, tree=found.tree if found else None), rows=(row,))
+
+    def _state(
+        self, sources: Sources, cost: Mapping[str, int], whole: Mapping[str, int], seen: Foresight
+    ) -> State:
+        """Return whether it is merged; a checkpoint whose weights nobody needs as files will do."""
+        options = self.file.recipe.merge
+        state = seen.state(self, inputs(sources, options))
+        saved = whole["write_bytes"] - cost["write_bytes"]
+        if state.cached or saved <= 0:
+            return state
+        unwritten = seen.state(self, inputs(sources, options, unwritten=True))
+        if unwritten.cached:
+            return unwritten
+        why = f"every target is made from base and adapters: {human(saved)} less disk"
+        return replace(state, why=f"{state.why}; {why}")
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Checkpoint]:
+        """Return the merged checkpoint; raises InputRefused as `merge` does."""
+        sources = have[self.sources]
+        if not self.merges:
+            sources = replace(sources, adapters=())
+        to = InStore(tools.store)
+        return merge(sources, self.file.recipe.merge, to, tools, files=self.files)
+
+    def inputs(self, have: Results, _tools: Tools) -> StageInputs | None:
+        """Return what the merged checkpoint depended on."""
+        sources = have[self.sources]
+        if have[self].digest == sources.base.digest:
+            return None
+        return inputs(sources, self.file.recipe.merge)
+
+    def builders(self) -> tuple[str, ...]:
+        """Return the merge builder, which every build needs."""
+        return (BUILDER,)

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.destinations import Documents
 from weightsmith.errors import CheckFailed
+from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.forward.memory import COMPARING, DEQUANTIZED, Walk, model_pass_bytes
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import QualityJob
-from weightsmith.outcome import Outcome, Timer
 from weightsmith.quality.limits import limits_for, refusal
 from weightsmith.quality.result import Quality, TextsUsed
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.calibration import Texts
+from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.recipe import Quality as Limits
 from weightsmith.resources import builder_pins
+from weightsmith.steps.destinations import Documents, InStore
+from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.sizes import estimated_bytes
+from weightsmith.steps.step import (
+    NOT_YET,
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    State,
+    Step,
+    TargetStep,
+)
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Format, StageInputs
+from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 
 BUILDER = "merge"
 RECIPE_NUMBER = 4
@@ -26,6 +41,8 @@ _MEMORY_BYTES = 8 << 30
 """Memory limit of the container, without the weights."""
 _TOKEN_BYTES = 4 << 20
 """Bytes for one token's logits of both models and their comparison, for a large vocabulary."""
+_PADDED = 2
+"""Tokens in the batch per token of the texts, which are of different lengths."""
 _RESULT = "quality.json"
 _FLOATS = ("F32", "BF16", "F16")
 _KEPT = {"f32": _FLOATS, "bf16": ("BF16",), "f16": ("F16",)}
@@ -156,3 +173,72 @@ def _run(
         use_gpu=True,
     )
     return Quality.from_json(tools.runner.run(job, tools.progress))
+
+
+def quality_memory(model: ModelFacts, tokens: int) -> int:
+    """Return the peak of the quality gate in bytes: both models, a few rows of each matrix."""
+    walk = Walk(views=2, rows=8, tokens=_PADDED * tokens)
+    return model_pass_bytes(model, walk) + DEQUANTIZED + COMPARING
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QualityStep(TargetStep[Quality | None, None]):
+    """Measures what quantizing lost, and judges it; None if nothing was quantized."""
+
+    name = "quality"
+    recipe_number = RECIPE_NUMBER
+    prefetched = True
+    way_out = "set quality.gate to false, or quality.tokens to fewer"
+
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    weights: Step[Artifact, ForeseenWeights]
+
+    @property
+    def format(self) -> Format:
+        """The target's format."""
+        return self.of.target.format
+
+    @property
+    def options(self) -> Json:
+        """The limits."""
+        return self.file.recipe.quality.model_dump(mode="json")
+
+    @property
+    def shared_as(self) -> str:
+        """Engines that load one format share its weights."""
+        return "weights" if self.format.packed else ""
+
+    def foresee(self, seen: Foresight) -> Foreseen[None]:
+        """Return its row, if the format is measured."""
+        wanted, format_ = self.file.recipe.quality, self.format
+        if not format_.packed or format_.name not in formats() or wanted.gate is False:
+            return Foreseen(value=None)
+        checkpoint, made = seen[self.checkpoint], seen[self.weights]
+        state = State(cached=False, why=NOT_YET)
+        size = estimated_bytes(checkpoint.size, format_, checkpoint.model)
+        if checkpoint.tree and made.tree:
+            digests = checkpoint.tree.digest, made.tree.digest
+            state = seen.state(self, inputs(*digests, texts_of(self.file), wanted.tokens))
+        if made.tree:
+            size = made.tree.size
+        memory = quality_memory(checkpoint.model, wanted.tokens)
+        return Foreseen(
+            value=None, rows=(self.row(state, read=checkpoint.size + size, memory=memory),)
+        )
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Quality | None]:
+        """Return the loss with its limits."""
+        checkpoint, artifact = have[self.checkpoint], have[self.weights]
+        limits, texts = self.file.recipe.quality, texts_of(self.file)
+        return quality(checkpoint, artifact, texts, limits, InStore(tools.store), tools)
+
+    def judge(self, have: Results) -> None:
+        """Raise CheckFailed if quantizing lost too much."""
+        format_ = have[self.weights].format
+        if fault := quality_fault(format_, have[self], self.file.recipe.quality):
+            raise fault
+
+    def seconds(self, layer: LayerTime, _seen: Foresight) -> float | None:
+        """Return how long both models read the texts."""
+        tokens = self.file.recipe.quality.tokens
+        return 2 * layer.passed(_PADDED * tokens, tokens)

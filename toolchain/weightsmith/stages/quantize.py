@@ -8,26 +8,47 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.destinations import Destination, moved
+from weightsmith.errors import InputRefused
+from weightsmith.forward.memory import UNKNOWN
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import Beside, QuantizeJob
-from weightsmith.outcome import Outcome, Timer
-from weightsmith.quantizers import of_format
-from weightsmith.quantizers.calibration import Texts
-from weightsmith.quantizers.known import has_projector
+from weightsmith.provenance.labels import public_name
+from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.calibration import Texts, texts_of
+from weightsmith.quantizers.gguf_calibration import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.quantizer import Quantizer
+from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
+from weightsmith.steps.calibration_memory import calibration_memory
+from weightsmith.steps.destinations import Destination, InStore, moved
+from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.sizes import disk_peak, estimated_bytes, kept_bytes
+from weightsmith.steps.step import (
+    WEIGHTS,
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    State,
+    Step,
+    TargetStep,
+)
 from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
 from weightsmith.tools import Tools
 from weightsmith.trees import discard
 from weightsmith.values import (
+    AWQ,
+    GPTQ,
     SAFETENSORS,
     Artifact,
     Checkpoint,
     Digest,
     Format,
     Json,
+    Snapshot,
+    Sources,
     StageInputs,
+    Tree,
 )
 
 WALK_BUILDER = "gguf"
@@ -36,6 +57,11 @@ WALK_RECIPE_NUMBER = 2
 
 _STREAMING = 2 << 30
 """Memory limit of a quantizer that streams; a fifth of a gigabyte was measured."""
+_PACKING = 4 << 30
+"""Beside the checkpoint that a quantizer of packed checkpoints loads."""
+_STREAMED = 512 << 20
+"""For a few rows and the scales of one matrix."""
+_GGUF = 1 << 30
 _OF_THE_JOB = ("builder_image", "network_in_jobs")
 """Facts that a runner adds to a job's result."""
 
@@ -132,25 +158,6 @@ def quantize(
         tools.progress.warn(text)
     artifact = Artifact(format=format_, tree=files.tree, details=files.meta)
     return timer.done(artifact, cached=files.cached and not made)
-
-
-def kept_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None) -> int:
-    """Return the bytes that stay in 16 bits in a packed checkpoint: embeddings, head and tower.
-
-    Beside a GGUF file, that is the projector.
-    """
-    if model is None:
-        return 0
-    if format_.suffix == ".gguf":
-        return min(checkpoint_bytes, projector_bytes(model))
-    tables = 1 if model.tied_embeddings else 2
-    weights = tables * model.shape.vocab * model.shape.hidden + model.matrices.vision.weights
-    return min(checkpoint_bytes, 2 * weights)
-
-
-def projector_bytes(model: ModelFacts) -> int:
-    """Return about how large a model's projector for llama.cpp is; 0 if it has none."""
-    return max(1, 2 * model.matrices.vision.weights) if has_projector(model) else 0
 
 
 def _run(
@@ -318,3 +325,192 @@ def job_of(model: Input, size: int, options: QuantizeOptions, folder: Path) -> Q
         memory_bytes=memory_limit(size, options),
         seconds=job_seconds(size, per_gb=per_gb, tokens=sum(len(str(row)) for row in texts)),
     )
+
+
+def quantize_memory(model: ModelFacts, size: int, options: QuantizeOptions) -> int:
+    """Return the peak of quantizing a checkpoint of `size` bytes, without mapped files.
+
+    A GGUF file is written tensor by tensor, experts stacked, at most twice in float32; quantizers
+    of packed checkpoints load the model, unless they stream it.
+    """
+    limit = memory_limit(size, options)
+    if of_format(options.format.name).streams:
+        return _STREAMED
+    if options.texts and of_format(options.format.name).by_layer:
+        compensated = options.format in (AWQ, GPTQ)
+        return min(calibration_memory(model, size, options.texts, compensated=compensated), limit)
+    if options.format.suffix != ".gguf":
+        return min(_PACKING + size, limit)
+    try:
+        shape, experts = model.shape, model.matrices.experts * model.matrices.expert_width
+    except InputRefused:
+        return min(UNKNOWN, limit)
+    # Embeddings and heads are read a few rows at a time by every converter.
+    largest = shape.hidden * max(shape.intermediate, experts)
+    writing = min(_GGUF + 2 * 4 * largest, limit)
+    if not of_format(options.format.name).walked(options.options):
+        return writing
+    # One layer in float32, and the states of as many tokens as run together, while the converter
+    # starts.
+    walking = _GGUF + 2 * size // max(1, model.layers) + 4 * shape.hidden * WALK_TOKENS
+    return max(writing, walking + _GGUF)
+
+
+def quantize_options(
+    file: RecipeFile, format_: Format, base: Snapshot, tools: Tools
+) -> QuantizeOptions:
+    """Return the options of a format; raises UsageError, or InputRefused for its files."""
+    if format_.name not in formats():  # the checkpoint itself, or a format made elsewhere
+        return QuantizeOptions(name=file.recipe.name, format=format_)
+    about: dict[str, Json] = {"base_models": [_origin(base)]}
+    if file.recipe.base.license:
+        about["license"] = file.recipe.base.license
+    settings = file.recipe.quantize.model_dump()
+    if settings["imatrix"] not in IMATRIX_WORDS:
+        settings["imatrix"] = str(file.folder / settings["imatrix"])
+    found = format_options(file.recipe.name, format_, settings, about, base.tree, tools)
+    return replace(found, texts=texts_of(file)) if needs_text(found) else found
+
+
+def format_options(
+    name: str,
+    format_: Format,
+    settings: Mapping[str, Json],
+    about: Mapping[str, Json],
+    model: Tree,
+    tools: Tools,
+) -> QuantizeOptions:
+    """Return the options that a format takes, with the digest of an importance matrix.
+
+    `model` is the checkpoint, or the base that it will be merged from.
+    """
+    given = str(settings.get("imatrix", ""))
+    path = None if given in IMATRIX_WORDS else Path(given).absolute()
+    if path is not None and not path.is_file():
+        raise InputRefused(
+            f"{path}: no such importance matrix", hint="give auto, walk, off or a file"
+        )
+    quantizer, facts = of_format(format_.name), read_facts(model.texts)
+    options = {**quantizer.options(format_, settings), **quantizer.options_of_model(facts)}
+    if options.get("imatrix") == "auto" and not given:
+        options["imatrix"] = measured_by(facts, model.weight_bytes)
+    statistics = None
+    if path is not None and options.get("imatrix", "off") not in IMATRIX_WORDS:
+        entry = tools.store.digest_file(path)
+        statistics = Input.file(Tree(root=path.parent, files=(entry,)), entry.path)
+        options["imatrix"] = entry.digest
+    if about:
+        options["about"] = dict(about)
+    return QuantizeOptions(name=name, format=format_, options=options, statistics=statistics)
+
+
+def needs_text(options: QuantizeOptions) -> bool:
+    """Return whether the format needs calibration text."""
+    return of_format(options.format.name).calibrated(options.format, options.options)
+
+
+def check_model(options: QuantizeOptions, model: ModelFacts) -> None:
+    """Raise InputRefused if the quantizer does not support the model; reads only its config."""
+    quantizer = of_format(options.format.name)
+    quantizer.check_input(options.format, model)
+    quantizer.check_options(model, options.options)
+    if options.statistics and quantizer.check_statistics:
+        quantizer.check_statistics(options.statistics.path, model)
+
+
+def _origin(base: Snapshot) -> dict[str, str]:
+    """Return the base model's name for GGUF metadata; for a folder, its name without the path."""
+    scheme, _, place = base.source.partition("://")
+    if scheme == "hf":
+        owner, _, name = place.partition("@")[0].rpartition("/")
+        url = f"https://huggingface.co/{owner}/{name}"
+        return {"name": name, "organization": owner, "repo_url": url}
+    if scheme == "pypi":
+        name, _, version = place.partition("==")
+        return {"name": name, "version": version, "repo_url": f"https://pypi.org/project/{name}/"}
+    return {"name": public_name(base.source)}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
+    """Makes a checkpoint's weights in a format; gives the checkpoint where that packs nothing."""
+
+    name = WEIGHTS
+    in_every_plan = True
+    prefetched = True
+
+    sources: Step[Sources, Sources]
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    format: Format
+    in_one_pass: tuple[Format, ...] = ()
+    """Formats that the build's other targets need, and that may be made in the same pass."""
+
+    @property
+    def options(self) -> Json:
+        """The format, and how it is made."""
+        recipe = self.file.recipe
+        calibration = recipe.calibration and recipe.calibration.model_dump(mode="json")
+        return [self.format.name, recipe.quantize.model_dump(mode="json"), calibration]
+
+    def wanted(self, format_: Format, sources: Sources, tools: Tools) -> QuantizeOptions:
+        """Return the options of a format; raises as `quantize_options` does."""
+        return quantize_options(self.file, format_, sources.base, tools)
+
+    def foresee(self, seen: Foresight) -> Foreseen[ForeseenWeights]:
+        """Return the weights as they will be; refuses what the quantizer would, by its config."""
+        checkpoint, tools, format_ = seen[self.checkpoint], seen.tools, self.format
+        model, size = checkpoint.model, checkpoint.size
+        if not format_.packed:
+            return Foreseen(value=checkpoint)
+        estimate = estimated_bytes(checkpoint.weight_bytes, format_, model)
+        value = ForeseenWeights(model=model, size=estimate, weight_bytes=estimate)
+        if format_.name not in formats():
+            state = State(cached=False, why=f"no installed quantizer makes {format_.name}")
+            return Foreseen(value=value, rows=(self.row(state, read=size),))
+        options = self.wanted(format_, seen[self.sources], tools)
+        state = State(cached=False, why=checkpoint.missing)
+        if checkpoint.tree:
+            stage = inputs(checkpoint.tree.digest, options)
+            state, entry = seen.state(self, stage), tools.store.find(stage.key)
+            if entry:
+                tree = entry.tree
+                value = replace(value, size=tree.size, weight_bytes=tree.weight_bytes, tree=tree)
+            else:
+                state = replace(state, why=f"{state.why} ({of_format(format_.name).name})")
+        row = self.row(
+            state,
+            read=size,
+            write=estimated_bytes(size, format_, model),
+            memory=quantize_memory(model, size, options),
+            disk=disk_peak(size, format_, model, options.options),
+        )
+        return Foreseen(value=value, rows=(row,))
+
+    def permit(self, seen: Foresight) -> None:
+        """Raise InputRefused if the quantizer does not support the model."""
+        if self.format.packed and self.format.name in formats():
+            options = self.wanted(self.format, seen[self.sources], seen.tools)
+            check_model(options, seen[self.checkpoint].model)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Artifact]:
+        """Return the weights; raises as `quantize` does."""
+        sources = have[self.sources]
+        options = self.wanted(self.format, sources, tools)
+        others = [
+            self.wanted(one, sources, tools)
+            for one in dict.fromkeys(self.in_one_pass)
+            if one != self.format
+        ]
+        return quantize(have[self.checkpoint], options, InStore(tools.store), tools, beside=others)
+
+    def inputs(self, have: Results, tools: Tools) -> StageInputs | None:
+        """Return what the weights depended on."""
+        if not self.format.packed:
+            return None
+        options = self.wanted(self.format, have[self.sources], tools)
+        return inputs(have[self.checkpoint].digest, options)
+
+    def builders(self) -> tuple[str, ...]:
+        """Return the quantizer's builder."""
+        packed = self.format.packed and self.format.name in formats()
+        return (of_format(self.format.name).builder,) if packed else ()

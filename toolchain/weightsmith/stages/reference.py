@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
-from weightsmith.destinations import Documents, InStore
-from weightsmith.early_answers import early_answers
-from weightsmith.errors import WeightsmithError
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.errors import InputRefused, WeightsmithError
+from weightsmith.evaluating.asking import walk_of as walk_of_task
 from weightsmith.evaluating.gate import Verdict
-from weightsmith.evaluating.results import RecipeTask, Result, judged
-from weightsmith.evaluating.subjects import BUILDER, Subject, inputs, with_merged
+from weightsmith.evaluating.results import RecipeTask, Result, judged, require
+from weightsmith.evaluating.seconds import answer_seconds, steps_of
+from weightsmith.evaluating.subjects import BUILDER, Subject, inputs, subjects, with_merged
 from weightsmith.evaluating.task import Answers, Task, score_task
-from weightsmith.evaluating.walks import Asked, Unit, asked_of, job_of, once
+from weightsmith.evaluating.walks import (
+    Asked,
+    Unit,
+    asked_of,
+    job_of,
+    once,
+    planned_bytes,
+    walk_of,
+    walks,
+)
+from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.forward.memory import UNKNOWN, beside
 from weightsmith.jobs import ReferenceJob
-from weightsmith.outcome import Outcome, Timer
-from weightsmith.tools import Tools
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.steps.answer_checkpoint import checkpointed_answers
+from weightsmith.steps.destinations import Documents, InStore
+from weightsmith.steps.joined import JoinedJob
+from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.step import Foreseen, ForeseenWeights, Foresight, Results, Step
+from weightsmith.tools import Memory, Tools
 from weightsmith.values import Checkpoint, Json, Sources, StageInputs
 
 _ANSWERS = "answers.json"
@@ -67,7 +85,7 @@ def _made(
 
     def run(folder: Path) -> Json:
         folders.append(folder)
-        early = early_answers(folder)
+        early = checkpointed_answers(folder)
         found.update({one.key: early[one.key] for one in (first, *rest) if one.key in early})
         if left := tuple(once(missing, found)):
             job = _job(left, units, {**made, **found}, to, tools)
@@ -79,7 +97,7 @@ def _made(
     except BaseException:
         for folder in folders:  # the first one's answers stay there
             with suppress(WeightsmithError, OSError):
-                _keep(rest, early_answers(folder), to)
+                _keep(rest, checkpointed_answers(folder), to)
         raise
     _keep(rest, found, to)
     return found or {first.key: document.value}
@@ -175,9 +193,11 @@ def reference(
     checkpoint: Checkpoint,
     to: InStore,
     tools: Tools,
+    joined: JoinedJob | None = None,
 ) -> Outcome[tuple[Result, ...]]:
     """Return each task with the scores of base, adapter and merged model; check the merge.
 
+    What a `joined` job has answered is in the store by now, and took its time elsewhere.
     Compares each adapter's own task with that adapter alone. So a merge of several adapters that
     improves one task at another's cost fails here, before quantization.
     """
@@ -185,13 +205,13 @@ def reference(
     detail = f"{questions} questions to base, adapter and merged model"
     timer = Timer("reference", detail, tools)
     units = _units(tasks, sources, checkpoint)
-    cached = not _missing(units, to, {})
+    cached = not _missing(units, to, {}) and not (joined and joined.ran)
     rows = _rows(units, to, tools)
     results = tuple(
         _result(task, _answers_of(unit, rows), tools)
         for task, unit in zip(tasks, units, strict=True)
     )
-    return timer.done(results, cached=cached)
+    return timer.done(results, cached=cached, elsewhere=joined.seconds if joined else 0.0)
 
 
 def _result(task: RecipeTask, found: Mapping[str, Answers], tools: Tools) -> Result:
@@ -201,3 +221,110 @@ def _result(task: RecipeTask, found: Mapping[str, Answers], tools: Tools) -> Res
         limit = replace(task.limit, min_score=0.0)
         verdicts = (judged(task, "merged", scores["merged"], "adapter", scores["adapter"], limit),)
     return Result(task=task, scores=scores, verdicts=verdicts)
+
+
+def reference_memory(
+    model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: Memory
+) -> int:
+    """Return the peak of the reference answers in bytes, whichever of them are missing."""
+    try:
+        return planned_bytes(_asked_before_merging(sources, tasks), model.shape, memory.budget)
+    except InputRefused:
+        return UNKNOWN
+
+
+def _asked_before_merging(sources: Sources, tasks: Sequence[RecipeTask]) -> tuple[Unit, ...]:
+    """Return what base and adapters are asked; the merged model follows them."""
+    return tuple(once(asked_of(subjects(sources, t.adapter), t.task) for t in tasks))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReferenceStep(Step[tuple[Result, ...], None]):
+    """Asks base, adapters and merged model the questions; may join the validation's job."""
+
+    name = "reference"
+    in_every_plan = True
+    beside = True
+    way_out = "set evaluate.limit to ask fewer questions"
+
+    file: RecipeFile
+    sources: Step[Sources, Sources]
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    validation: Step[Any, None]
+    """In whose process it may be asked."""
+    tasks: tuple[RecipeTask, ...]
+    merges: bool
+
+    @property
+    def shared_as(self) -> str:
+        """Targets share what was merged, with its proof."""
+        return "merge" if self.merges else ""
+
+    @property
+    def options(self) -> Json:
+        """The questions."""
+        recipe = self.file.recipe
+        each = (recipe.evaluate, *(adapter.evaluate for adapter in recipe.adapters))
+        return [one and one.model_dump(mode="json") for one in each]
+
+    def foresee(self, seen: Foresight) -> Foreseen[None]:
+        """Return its row, if there are questions."""
+        if not self.tasks:
+            return Foreseen(value=None)
+        sources, model = seen[self.sources], seen[self.checkpoint].model
+        states = [seen.state(self, _main_inputs(sources, task)) for task in self.tasks]
+        state = next((one for one in states if not one.cached), states[-1])
+        memory = reference_memory(model, sources, self.tasks, seen.tools.memory)
+        return Foreseen(
+            value=None, rows=(self.row(state, read=sources.base.tree.size, memory=memory),)
+        )
+
+    @property
+    def joins(self) -> Step[Any, None]:
+        """The validation, which needs the same libraries and model."""
+        return self.validation
+
+    def join(self, have: Results, tools: Tools) -> JoinedJob | None:
+        """Return the job for the validation's process; None if nothing is left to ask."""
+        given = self.tasks, have[self.sources], have[self.checkpoint], InStore(tools.store)
+        first = partial(next_job, *given, tools)
+        return JoinedJob(first, partial(keep_answers, *given)) if first() else None
+
+    def run(self, have: Results, tools: Tools) -> Outcome[tuple[Result, ...]]:
+        """Return the tasks with the scores of base, adapters and merged model."""
+        given = self.tasks, have[self.sources], have[self.checkpoint], InStore(tools.store)
+        return reference(*given, tools, have.joined.get(self))
+
+    def judge(self, have: Results) -> None:
+        """Raise CheckFailed if merging lost too much, or questions cannot prove anything."""
+        require(have[self], tested=False)
+
+    def inputs(self, have: Results, _tools: Tools) -> StageInputs | None:
+        """Return what the first task's answers depended on."""
+        return _main_inputs(have[self.sources], self.tasks[0]) if self.tasks else None
+
+    def seconds(self, layer: LayerTime, seen: Foresight) -> float | None:
+        """Return how long base and adapters answer, and the merged model reads their answers."""
+        sources, shape = seen[self.sources], seen[self.checkpoint].model.shape
+        budget = seen.tools.memory.budget
+        groups = walks(_asked_before_merging(sources, self.tasks), shape, budget)
+        answered = sum(
+            answer_seconds(
+                layer,
+                shape,
+                reduce(beside, map(walk_of, group)),
+                max((unit[0].task for unit in group), key=steps_of),
+                budget,
+            )
+            for group in groups
+        )
+        checked = sum(
+            layer.passed(walk_of_task(one.task).tokens, steps_of(one.task)) for one in self.tasks
+        )
+        return answered + (checked if sources.adapters else 0.0)
+
+
+def _main_inputs(sources: Sources, task: RecipeTask) -> StageInputs:
+    """Return what the answers depend on that others are compared with."""
+    asked = subjects(sources, task.adapter)
+    return inputs(asked.get("adapter", asked["base"]), task.task)

@@ -6,9 +6,10 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import (
     Environment,
@@ -19,13 +20,19 @@ from jinja2 import (
     UndefinedError,
 )
 
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.checkpoints.facts import ModelFacts, read_facts
+from weightsmith.checkpoints.gguf_names import gguf_models
 from weightsmith.errors import UsageError
+from weightsmith.oci.layout import is_layout
+from weightsmith.provenance.labels import reference
+from weightsmith.provenance.materials import ImageMaterials
+from weightsmith.recipe import Serve
 from weightsmith.resources import templates
 from weightsmith.serving.architectures import check_served
+from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import Engine, ServedModel, ServeOptions
-from weightsmith.serving.memory import human
+from weightsmith.serving.memory import human, parse_size
 from weightsmith.serving.plan import (
     DRAIN_SECONDS,
     GRACE_SECONDS,
@@ -33,13 +40,32 @@ from weightsmith.serving.plan import (
     ServingConfig,
     ServingPlan,
 )
-from weightsmith.serving.projector import Projector
+from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
-from weightsmith.values import Digest, Json
+from weightsmith.steps.bases import OWN, base_reference
+from weightsmith.steps.expected_weights import ForeseenTree
+from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.results import is_written, write_files
+from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
+from weightsmith.steps.sizes import expected_projector
+from weightsmith.steps.step import (
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    Step,
+    TargetStep,
+)
+from weightsmith.tools import Tools
+from weightsmith.values import LORA, Artifact, Checkpoint, Digest, Json, Published, Sources
 
 USER_ID = 65532
 """The unprivileged user of images, the same as in distroless images."""
 
+VOLUME_FOLDER = "volume"
+"""Where manifests for an image of weights are in a target's results."""
+_LEAST_MEMORY = 1 << 20
+"""Bytes; less is a number without its unit."""
 _SLOWEST_DISK = 50_000_000
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -392,3 +418,168 @@ def _label_value(value: str) -> str:
 def repository_name(name: str) -> str:
     """Return the nearest valid image name for a model's name."""
     return re.sub(r"[^a-z0-9._-]+|[._-]{2,}", "-", name.lower()).strip("._-") or "model"
+
+
+def serve_options(serve: Serve) -> ServeOptions:
+    """Return the recipe's `serve` section in the planner's units; both have the same defaults."""
+    given = serve.model_dump(exclude_defaults=True, exclude={"kv_cache_scales"})
+    for ours, theirs in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
+        if ours in given:
+            given[theirs] = _memory(ours, given.pop(ours))
+    return ServeOptions(**given)
+
+
+def _memory(key: str, text: str) -> int:
+    """Return a memory's bytes; raises UsageError for a number that lacks its unit."""
+    size = parse_size(text)
+    if size < _LEAST_MEMORY:
+        raise UsageError(
+            f"serve.{key} {text} is {size} bytes", hint="write it with its unit, such as 24GiB"
+        )
+    return size
+
+
+def stock_image(target: Target, device: str, override: str) -> str:
+    """Return a reference of the engine without weights; empty if there is none in a registry."""
+    chosen = base_reference(target.engine, device, override)
+    if chosen.startswith(OWN):
+        return target.engine.base.stock_cpu
+    return "" if is_layout(chosen) else chosen
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RenderStep(TargetStep[ServingConfig, ServingPlan]):
+    """Plans the memory of the server, and renders its files."""
+
+    name = "render"
+
+    sources: Step[Sources, Sources]
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    weights: Step[Artifact, ForeseenWeights]
+    served: Step[Artifact, ForeseenWeights]
+    """The same weights, with what lies beside them in the image."""
+
+    @property
+    def options(self) -> Json:
+        """How it is served."""
+        return [self.target, self.file.recipe.serve.model_dump(mode="json")]
+
+    def foresee(self, seen: Foresight) -> Foreseen[ServingPlan]:
+        """Return the plan; refuses weights that do not fit, or that the engine cannot load.
+
+        An error's details have a plan that does not fit, by target name.
+        """
+        target, weights = self.of.target, seen[self.weights]
+        tree, base = weights.tree, seen[self.sources].base.tree
+        made = tree if tree and gguf_models(file.path for file in tree.files) else None
+        try:
+            config = self._config(
+                weights.model,
+                weights.weight_bytes,
+                seen[self.sources],
+                projector=projector_in(made) if made else expected_projector(target, weights.model),
+                notes=(base.note,) if isinstance(base, ForeseenTree) else (),
+            )
+        except UsageError as error:
+            if "plan" not in error.details:
+                raise
+            raise UsageError(
+                f"{target.name}: {error.message}",
+                hint=error.hint,
+                details={"plan": {target.name: error.details["plan"]}},
+            ) from None
+        check_support(target.engine, target.format, config.plan.device, weights.model)
+        self.weights.permit(seen)
+        return Foreseen(value=config.plan)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[ServingConfig]:
+        """Plan and render for the finished weights."""
+        timer, sources, artifact = (
+            Timer(self.name, self.target, tools),
+            have[self.sources],
+            have[self.served],
+        )
+        unmerged = self.of.target.format == LORA
+        # A GGUF model is served as a file, a checkpoint as a folder.
+        files = gguf_models(one.path for one in artifact.tree.files if "/" not in one.path)
+        config = self._config(
+            read_facts((sources.base if unmerged else have[self.checkpoint]).tree.texts),
+            base_weight_bytes(artifact),
+            sources,
+            weights=files[0] if files else "",
+            made_from=(artifact.digest,),
+            projector=projector_in(artifact.tree),
+        )
+        return timer.done(config, cached=is_written(config.files, self.of.folder))
+
+    def _config(
+        self,
+        model: ModelFacts,
+        weight_bytes: int,
+        sources: Sources,
+        *,
+        weights: str = "",
+        made_from: tuple[Digest, ...] = (),
+        projector: Projector | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> ServingConfig:
+        """Plan and render; `weights` is the served file, "" if it does not exist yet.
+
+        `weight_bytes` are with the projector, and without the adapters.
+        """
+        recipe, target = self.file.recipe, self.of.target
+        adapters = unmerged_adapters(self.file, target, sources)
+        return render(
+            target=target,
+            name=recipe.name,
+            version=recipe.version,
+            model=model,
+            model_file=weights,
+            weight_bytes=weight_bytes + sum(adapter.weight_bytes for adapter in adapters),
+            options=replace(serve_options(recipe.serve), adapters=adapters),
+            image=reference(recipe, target.name),
+            made_from=made_from,
+            projector=projector,
+            notes=notes,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VolumeManifestsStep(TargetStep[None, None]):
+    """Writes manifests that mount an image of weights beside the engine's own image."""
+
+    name = "volume-manifests"
+
+    config: Step[ServingConfig, ServingPlan]
+    image: Step[tuple[ImageMaterials, ...], Any]
+    volume: Step[Published, None]
+
+    def foresee(self, _seen: Foresight) -> Foreseen[None]:
+        """Foresee nothing: they are small."""
+        return Foreseen(value=None)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[None]:
+        """Write them, or note why there are none."""
+        config, volume = have[self.config], have[self.volume]
+        target, recipe = self.of.target, self.file.recipe
+        engine = stock_image(target, config.plan.device, recipe.image.base)
+        if not engine:
+            tools.progress.note(
+                f"{target.name}: no manifests for the volume, because {target.engine.title} has no "
+                f"image of its own for {config.plan.device} in a registry; image.base names one"
+            )
+            return unrecorded(None)
+        image = have[self.image][0].inputs
+        if "@" not in engine and engine == image.base_name and len(image.bases) == 1:
+            engine = f"{engine}@{image.bases[0].digest}"
+        files = render_volume(
+            config,
+            target.engine,
+            recipe.name,
+            recipe.version,
+            volume=f"{reference(recipe, target.name)}-volume@{volume.digest}",
+            engine_image=engine,
+            merged=target.format != LORA,
+        )
+        write_files(files, self.of.folder / VOLUME_FOLDER)
+        return unrecorded(None)

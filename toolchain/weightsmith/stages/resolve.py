@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, ignored_files
-from weightsmith.destinations import InStore
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import ImportGgufJob
@@ -14,9 +14,14 @@ from weightsmith.ports import SourceReader
 from weightsmith.recipe import Adapter, Base
 from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
+from weightsmith.steps.destinations import InStore
+from weightsmith.steps.expected_weights import foreseen
+from weightsmith.steps.lock import read_lock, with_sources, write_lock
+from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.step import CACHED, Foreseen, Foresight, Results, State, Step
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Snapshot, Sources, StageInputs, Tree
+from weightsmith.values import AdapterSnapshot, Json, Snapshot, Sources, StageInputs, Tree
 
 _IMPORT_BUILDER = "merge"
 _IMPORT_RECIPE = 1
@@ -143,3 +148,63 @@ def _imported(source: Snapshot, tree: Tree) -> Snapshot:
         pinned=source.pinned,
         made_from=(source.digest,),
     )
+
+
+class NotHere(Exception):
+    """The sources are not on this machine, or not converted yet."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ResolveStep(Step[Sources, Sources]):
+    """Fetches the sources, as the lock pins them, and pins new ones."""
+
+    name = "resolve"
+    in_every_plan = True
+
+    file: RecipeFile
+    """With the lock's pins."""
+    locked: bool = False
+    """Refuse sources that differ from the recipe's lock."""
+    update_lock: bool = False
+    """Pin sources again."""
+
+    @property
+    def options(self) -> Json:
+        """Base and adapters, without what they are asked."""
+        recipe = self.file.recipe
+        adapters = [one.model_dump(mode="json", exclude={"evaluate"}) for one in recipe.adapters]
+        return [recipe.base.model_dump(mode="json"), adapters]
+
+    def foresee(self, seen: Foresight) -> Foreseen[Sources]:
+        """Return the sources that are here; raises NotHere, and what the lock refuses."""
+        sources, why = known(self.file, seen.tools)
+        if sources is None:
+            raise NotHere(why)
+        with_sources(
+            read_lock(self.file),
+            self.file,
+            sources,
+            progress=seen.tools.progress,
+            locked=self.locked,
+            update=self.update_lock,
+        )
+        sources, note = foreseen(sources)
+        state = State(cached=False, why=note) if note else CACHED
+        return Foreseen(value=sources, rows=(self.row(state, read=sources.base.tree.size),))
+
+    def run(self, _have: Results, tools: Tools) -> Outcome[Sources]:
+        """Return the sources; raises what `resolve` raises, and what the lock refuses."""
+        timer = Timer(self.name, self.file.recipe.base.source, tools)
+        cached = known(self.file, tools)[0] is not None
+        sources = resolve(self.file, tools)
+        lock = read_lock(self.file)
+        now = with_sources(
+            lock,
+            self.file,
+            sources,
+            progress=tools.progress,
+            locked=self.locked,
+            update=self.update_lock,
+        )
+        write_lock(lock, now, tools.progress)
+        return timer.done(sources, cached=cached)

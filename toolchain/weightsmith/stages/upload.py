@@ -9,10 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.outcome import Outcome, Timer
 from weightsmith.ports import Hub, HubContent
+from weightsmith.reporting.build_record import read_build
+from weightsmith.reporting.card import card_of_build
+from weightsmith.reporting.pages import model_card
+from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.step import (
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    Step,
+    TargetStep,
+)
 from weightsmith.tools import Tools
-from weightsmith.values import FileEntry, Tree, Uploaded
+from weightsmith.values import Artifact, FileEntry, Published, Tree, Uploaded
 
 SCHEME = "hf://"
 CARD = "README.md"
@@ -205,3 +216,47 @@ def _git_id(size: int, chunks: Iterable[bytes]) -> str:
 
 def _message(version: str) -> str:
     return f"Upload {version} with weightsmith" if version else "Upload with weightsmith"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CheckHubStep(TargetStep[None, None]):
+    """Checks, before anything is published, that the hub's repository holds no other model."""
+
+    name = "check-hub"
+    before_publishing = True
+
+    destination: HubDestination
+    weights: Step[Artifact, ForeseenWeights]
+
+    def foresee(self, _seen: Foresight) -> Foreseen[None]:
+        """Foresee nothing: only the hub knows."""
+        return Foreseen(value=None)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[None]:
+        """Raise what `check_free` does."""
+        check_free(have[self.weights].tree, self.destination, tools.hub)
+        return unrecorded(None)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UploadStep(TargetStep[Uploaded, None]):
+    """Publishes a target's weights on a hub, with a card from its build.json."""
+
+    name = "upload"
+    publishes = True
+    reads_record = True
+
+    destination: HubDestination
+    weights: Step[Artifact, ForeseenWeights]
+    image: Step[Published, None]
+
+    def foresee(self, _seen: Foresight) -> Foreseen[None]:
+        """Foresee nothing: the image's row has what it takes."""
+        return Foreseen(value=None)
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Uploaded]:
+        """Return the commit; raises what `upload` does."""
+        tree, place = have[self.weights].tree, self.destination
+        names = [entry.path for entry in tree.files]
+        card = model_card(card_of_build(read_build(self.of.folder)), place.repository, names)
+        return upload(tree, card, place, self.file.recipe.version, tools)

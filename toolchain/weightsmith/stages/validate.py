@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.destinations import Documents
+from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import CheckFailed
+from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.forward.memory import COMPARING, Walk, model_pass_bytes
 from weightsmith.job_inputs import Input, Virtual
 from weightsmith.jobs import Mixture, ValidateJob
 from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import PRUNING, SUMS
-from weightsmith.outcome import Outcome, Timer
+from weightsmith.recipe_file import RecipeFile
 from weightsmith.resources import builder_pins
+from weightsmith.steps.destinations import Documents, InStore
+from weightsmith.steps.joined import JoinedJob
+from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.step import (
+    Foreseen,
+    ForeseenWeights,
+    Foresight,
+    Results,
+    State,
+    Step,
+)
 from weightsmith.time_limits import job_seconds
 from weightsmith.tools import Tools
 from weightsmith.validating.result import Validation
@@ -22,6 +36,12 @@ BUILDER = "merge"
 RECIPE_NUMBER = 2
 MEMORY_BYTES = 4 << 30
 """Container's memory limit, without a checkpoint that must be loaded whole."""
+PROBES = 8
+PROBED_TOKENS = PROBES * (64 + 16)
+"""At most eight probes of 64 tokens, and 16 after each."""
+_NEW, _FEW_NEW, _LARGE = 16, 4, 10_000_000_000
+"""Tokens that are generated after each probe, and fewer for a model with so many weights, as in
+`validating/greedy.py`, which imports torch."""
 _RESULT = "validation.json"
 _SHOWN = 3
 
@@ -81,8 +101,9 @@ def validate(
     items: Sequence[Messages],
     to: Documents,
     tools: Tools,
+    joined: JoinedJob | None = None,
 ) -> Outcome[Validation]:
-    """Return what comparing a checkpoint with base and adapters found.
+    """Return what comparing a checkpoint with base and adapters found; a job may be `joined`.
 
     Raises CheckFailed, with the whole result as details, if it differs from base and adapters.
     """
@@ -90,10 +111,11 @@ def validate(
     found = to.document(
         lambda: inputs(sources, options, checkpoint.digest, items),
         _RESULT,
-        lambda folder: _run(folder, checkpoint, sources, options, items, tools).to_json(),
+        lambda folder: _run(folder, checkpoint, sources, options, items, tools, joined).to_json(),
         resume=True,  # of the reference answers that the same job finds
     )
-    return timer.done(Validation.from_json(found.value), cached=found.cached)
+    result = Validation.from_json(found.value)
+    return timer.done(result, cached=found.cached, elsewhere=-joined.seconds if joined else 0.0)
 
 
 def _require_passed(result: Validation) -> None:
@@ -118,6 +140,7 @@ def _run(
     options: Merge,
     items: Sequence[Messages],
     tools: Tools,
+    joined: JoinedJob | None,
 ) -> Validation:
     tools.runner.prepare(BUILDER, tools.progress)
     size = checkpoint.tree.weight_bytes
@@ -138,8 +161,88 @@ def _run(
         seconds=job_seconds(sources.base.tree.weight_bytes + size),
         use_gpu=True,
     )
-    result = Validation.from_json(tools.runner.run(job, tools.progress))
+    told = joined.run_with(job, tools) if joined else tools.runner.run(job, tools.progress)
+    result = Validation.from_json(told)
     _require_passed(result)
     for found in result.warnings:
         tools.progress.warn(found.message)
     return result
+
+
+def validate_memory(model: ModelFacts, sources: Sources) -> int:
+    """Return the peak of validation in bytes: merged model, base and adapters side by side."""
+    adapters = 2 * sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
+    walk = Walk(views=3, rows=8, tokens=PROBED_TOKENS, adapter_bytes=adapters)
+    return model_pass_bytes(model, walk) + COMPARING
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ValidateStep(Step[Validation | None, None]):
+    """Compares what was merged with base and adapters; None if nothing was, or it is off."""
+
+    name = "validate"
+    recipe_number = RECIPE_NUMBER
+    in_every_plan = True
+    beside = True
+    proves = True
+    way_out = "set validate.enabled to false"
+
+    file: RecipeFile
+    sources: Step[Sources, Sources]
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    merges: bool
+    probes: tuple[Messages, ...]
+    """() for the built-in ones."""
+
+    @property
+    def options(self) -> Json:
+        """What is asked, and whether."""
+        recipe = self.file.recipe
+        questions = recipe.evaluate.data if recipe.evaluate else ""
+        return [recipe.validation.model_dump(mode="json"), questions]
+
+    def foresee(self, seen: Foresight) -> Foreseen[None]:
+        """Return its row, if anything is merged and checked."""
+        recipe, sources = self.file.recipe, seen[self.sources]
+        if not self.merges or not recipe.validation.enabled:
+            return Foreseen(value=None)
+        checkpoint = seen[self.checkpoint]
+        state = State(cached=False, why=checkpoint.missing)
+        if checkpoint.tree:
+            digest = checkpoint.tree.digest
+            state = seen.state(self, inputs(sources, recipe.merge, digest, self.probes))
+        read = 2 * sources.base.tree.size + sum(a.snapshot.tree.size for a in sources.adapters)
+        memory = validate_memory(checkpoint.model, sources)
+        return Foreseen(value=None, rows=(self.row(state, read=read, memory=memory),))
+
+    def run(self, have: Results, tools: Tools) -> Outcome[Validation | None]:
+        """Return how it was validated; raises CheckFailed if it differs."""
+        recipe = self.file.recipe
+        if not self.merges:
+            return unrecorded(None)
+        if not recipe.validation.enabled:
+            tools.progress.warn("validation is off in the recipe: merged weights were not checked")
+            return unrecorded(None)
+        sources, checkpoint, to = have[self.sources], have[self.checkpoint], InStore(tools.store)
+        joined = have.joined.get(self)
+        return validate(checkpoint, sources, recipe.merge, self.probes, to, tools, joined)
+
+    def inputs(self, have: Results, _tools: Tools) -> StageInputs | None:
+        """Return what the validation depended on."""
+        if have[self] is None:
+            return None
+        digest = have[self.checkpoint].digest
+        return inputs(have[self.sources], self.file.recipe.merge, digest, self.probes)
+
+    def failed(self, error: CheckFailed) -> Validation | None:
+        """Return what was found, for the record."""
+        return Validation.from_json(error.details) if error.details else None
+
+    def seconds(self, layer: LayerTime, seen: Foresight) -> float | None:
+        """Return how long the probes take; nothing if nothing is merged."""
+        sources, probed = seen[self.sources], 3 * PROBED_TOKENS
+        if not sources.adapters:
+            return 0.0
+        weights = sources.base.tree.weight_bytes // 2  # in 16 bits
+        new = _FEW_NEW if weights > _LARGE else _NEW
+        return new * layer.passed(PROBES, PROBES) + layer.passed(probed, probed)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from weightsmith.early_answers import EarlyAnswers
 from weightsmith.jobs import (
     ANSWER_JOURNAL,
     AskedModel,
@@ -16,6 +15,7 @@ from weightsmith.jobs import (
     AskedWalk,
     ReferenceJob,
 )
+from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.values import Json, plain
 from weightsmith.worker.wire import Report
 
@@ -39,7 +39,7 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
     """
     walking: Any = importlib.import_module("weightsmith.forward.walk")
     journal: Any = importlib.import_module("weightsmith.merging.answer_journal")
-    early = EarlyAnswers(job.output)
+    early = AnswerCheckpoint(job.output)
     tasks = [task for walk in job.walks for task in walk.tasks]
     total = sum(len(task.questions) * len(task.models) for task in tasks)
     count = walking.Count(total, partial(report_items, report))
@@ -52,7 +52,7 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
 
 
 def _walked(
-    job: ReferenceJob, walk: AskedWalk, count: Any, journal: Any, early: EarlyAnswers
+    job: ReferenceJob, walk: AskedWalk, count: Any, journal: Any, early: AnswerCheckpoint
 ) -> Mapping[str, Any]:
     subject = partial(_subject, job)
 

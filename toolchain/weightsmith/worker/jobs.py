@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.drivers.sandbox_probe import attempts
-from weightsmith.early_answers import EarlyAnswers
 from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,
@@ -42,6 +41,7 @@ from weightsmith.jobs import (
     ReferenceJob,
     ValidateJob,
 )
+from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.trees import discard
 from weightsmith.values import Format, Json, plain
 from weightsmith.worker.ahead import import_ahead
@@ -200,7 +200,7 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
     seconds = round(time.monotonic() - began, 3)
     with computed(job.validation):
         validation = _validate(job.validation, report, drafts)
-    EarlyAnswers(job.output).forget()
+    AnswerCheckpoint(job.output).forget()
     (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
     return {"validation": validation, "answers": answers, "seconds": seconds}
 

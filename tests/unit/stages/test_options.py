@@ -1,0 +1,66 @@
+"""The recipe's sections as the options of stages."""
+
+from __future__ import annotations
+
+import pytest
+from weightsmith.errors import UsageError
+from weightsmith.quantizers import formats, gguf_calibration
+from weightsmith.recipe import Serve
+from weightsmith.serving.engine import ServeOptions
+from weightsmith.stages.quantize import format_options
+from weightsmith.stages.render import serve_options
+from weightsmith.values import FileEntry, Tree
+
+from tests.fakes.memory import memory_tools
+
+
+def test_what_a_recipe_leaves_out_is_the_planners_default() -> None:
+    assert serve_options(Serve()) == ServeOptions()
+    assert serve_options(Serve(max_model_len="auto", dtype="auto", gpu_count=1)) == ServeOptions()
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"gpu_memory": "24GiB", "memory": "1GB"},
+         {"gpu_memory_bytes": 24 << 30, "host_memory_bytes": 10**9}),
+        ({"max_model_len": 4096, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5},
+         {"max_model_len": 4096, "tensor_parallel_size": 2, "gpu_memory_utilization": 0.5}),
+        ({"served_model_name": "auto", "kv_cache_dtype": "fp8", "dtype": "float16"},
+         {"served_model_name": "auto", "kv_cache_dtype": "fp8", "dtype": "float16"}),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_gives_is_in_the_planners_units(given, wanted) -> None:
+    assert serve_options(Serve(**given)) == ServeOptions(**wanted)
+
+
+@pytest.mark.parametrize("key", ["gpu_memory", "memory"])
+def test_a_memory_without_its_unit_is_refused(key: str) -> None:
+    with pytest.raises(UsageError, match=f"serve.{key} 24 is 24 bytes") as caught:
+        serve_options(Serve(**{key: "24"}))
+    assert "24GiB" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("q4_k_m", "", "walk"),
+        ("q4_k_m", "auto", "auto"),
+        ("q4_k_m", "off", "off"),
+        ("q5_k_m", "", "off"),
+        ("q5_k_m", "walk", "walk"),
+        ("f16", "", "off"),
+    ],
+)
+def test_our_own_walk_measures_where_nobody_is_named(
+    tmp_path, monkeypatch, name, given, expected
+) -> None:
+    monkeypatch.setattr(gguf_calibration, "has_avx2", lambda: True)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    model = Tree(
+        root=tmp_path, files=(FileEntry(path="model.safetensors", size=1 << 30, digest="0" * 64),)
+    )
+    made = format_options(
+        "m", formats()[name], {"imatrix": given}, {}, model, memory_tools(tmp_path)
+    )
+    assert made.options["imatrix"] == expected

@@ -1,0 +1,82 @@
+"""What calibrating layer by layer is planned to take, against what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.quantizers import formats
+from weightsmith.quantizers.calibration import Texts
+from weightsmith.stages.quantize import QuantizeOptions, quantize_memory
+from weightsmith.steps.calibration_memory import calibration_memory
+
+MIB = 1 << 20
+SMALL = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}
+WIDE = SMALL | {"hidden_size": 512, "intermediate_size": 6144, "vocab_size": 512}
+LONG = SMALL | {"hidden_size": 1024, "intermediate_size": 1024, "vocab_size": 512}
+SMOL = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "num_hidden_layers": 3, "vocab_size": 49152,
+}  # fmt: skip
+SEVENTY = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "num_hidden_layers": 80, "vocab_size": 128256,
+}  # fmt: skip
+
+
+def facts(config: dict[str, Any]) -> ModelFacts:
+    own = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return ModelFacts.of({**own, **config, "dtype": "bfloat16"})
+
+
+def texts(tokens: int) -> Texts:
+    """Texts of about so many tokens."""
+    return Texts(source="t", calibration=({"text": "a" * 3 * tokens},), held_out=())
+
+
+def planned(config: dict[str, Any], size: int, tokens: int, kind: str) -> int:
+    model = facts(config)
+    if kind == "scales":
+        return calibration_memory(model, size, texts(tokens), compensated=False)
+    options = QuantizeOptions(name="m", format=formats()[kind], texts=texts(tokens))
+    return quantize_memory(model, size, options)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "tokens", "kind", "measured"),
+    [
+        (WIDE, 42_000_000, 5_296, "awq", 1996),
+        (WIDE, 42_000_000, 5_296, "gptq", 1951),
+        (WIDE, 42_000_000, 5_296, "scales", 574),
+        (LONG, 27_000_000, 63_907, "awq", 1033),
+        (LONG, 27_000_000, 63_907, "gptq", 1003),
+        (LONG, 27_000_000, 63_907, "scales", 675),
+        (SMOL, 134_000_000, 5_296, "awq", 452),
+        (SMOL, 134_000_000, 5_296, "scales", 372),
+    ],
+)
+def test_a_plan_covers_what_was_measured(
+    config: dict[str, Any], size: int, tokens: int, kind: str, measured: int
+) -> None:
+    """Anonymous memory in MiB, by `RssAnon` each 5 ms, of one process on two cores."""
+    assert measured * MIB < planned(config, size, tokens, kind) < 1.7 * measured * MIB
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq", "nvfp4", "scales"])
+def test_more_text_takes_more_memory(kind: str) -> None:
+    few, many = (planned(SEVENTY, 141 * 10**9, tokens, kind) for tokens in (10_000, 110_000))
+
+    states = (2 if kind in ("awq", "gptq") else 1) * 4 * 100_000 * 8192
+    assert states < many - few < 1.3 * states
+
+
+def test_experts_keep_their_inputs_until_the_layer_has_run() -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 512}
+    moe = facts(LONG | experts | {"architectures": ["Qwen3MoeForCausalLM"]})
+    assert moe.matrices.expert_width == 512
+
+    more = planned(LONG | experts, 27_000_000, 60_000, "awq") - planned(
+        LONG, 27_000_000, 60_000, "awq"
+    )
+    assert more > 4 * 60_000 * 2 * 1024

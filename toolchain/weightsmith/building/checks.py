@@ -1,0 +1,302 @@
+"""Checks of a build that run before any long step."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+from weightsmith.building.foreseeing import disk_needed
+from weightsmith.building.pipeline import BuildSteps
+from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import all_targets
+from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.evaluating.recipe_tasks import check_leaks, say_samples
+from weightsmith.layouts import check_layout
+from weightsmith.oci.image import MOST_LAYERS
+from weightsmith.oci.limits import limits_of
+from weightsmith.oci.ollama import check_name
+from weightsmith.oci.references import Reference
+from weightsmith.oci.weights import LARGEST_ANYWHERE
+from weightsmith.ports import Progress, Runner, Silent
+from weightsmith.provenance.labels import PREFIX, reference, repository
+from weightsmith.quantizers import of_format
+from weightsmith.quantizers.calibration import texts_of
+from weightsmith.recipe import Recipe
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.reporting.build_record import read_build
+from weightsmith.serving.memory import human
+from weightsmith.serving.targets import Target
+from weightsmith.stages.bake import layer_limit
+from weightsmith.stages.upload import may_refuse
+from weightsmith.steps.bases import (
+    OWN,
+    base_reference,
+    bases_of,
+    check_base,
+    check_own,
+    data_base,
+)
+from weightsmith.steps.sizes import projector_bytes
+from weightsmith.steps.step import Foresight
+from weightsmith.tools import Tools
+from weightsmith.values import Sources
+
+
+def check_machine(request: BuildRequest, steps: BuildSteps, tools: Tools) -> None:
+    """Check, before any long step, that jobs can run and results can be pushed."""
+    for builder in steps.checkpoint.builders():
+        tools.runner.check(builder)
+    for target in request.targets:
+        if (place := request.hub_of(target)) and may_refuse(place, tools.hub):
+            tools.progress.note(
+                f"{place.reference} already holds a model: if this build makes another one, nothing"
+                " is published without --force"
+            )
+    if request.outputs.push:
+        first = request.targets[0].name
+        tools.registry.check_push(Reference.parse(reference(request.file.recipe, first)))
+
+
+def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Check, before any long step, that each step fits the memory and all of them the disk.
+
+    Warns of what the build will not show.
+    """
+    file, sources, tools = request.file, seen[steps.sources], seen.tools
+    if not sources.adapters:
+        tools.progress.warn("the recipe has no adapter: the base is built unchanged")
+    check_leaks(file, steps.tasks, tools.progress)
+    say_samples(steps.tasks, tools.progress)
+    if not steps.tasks:
+        tools.progress.warn("the recipe has no `evaluate`: the image's answers are not tested")
+    for target in request.targets:
+        if target.engine.legacy:
+            tools.progress.warn(target.engine.legacy)
+    if any(target.format.packed for target in request.targets):
+        warn_of_texts(file, tools.progress)
+    require_memory(steps, seen)
+    if not everything_cached(steps, seen):
+        for target in request.targets:
+            if target.format.packed:
+                require_builder(target, tools.runner)
+        stored = [step for step in steps if not step.publishes]
+        tools.store.require_room(disk_needed(stored, seen), "the build")
+
+
+def require_memory(steps: BuildSteps, seen: Foresight) -> None:
+    """Raise EnvironmentFailure for the step that needs most memory, if it is too much.
+
+    Compares with what is allowed or free, not with the half that jobs choose to fill.
+    """
+    memory = seen.tools.memory
+    needs = [
+        (row.peak_memory_bytes, step, row)
+        for step in steps
+        for row in seen.rows(step)
+        if not row.cached
+    ]
+    needed, step, row = max(needs, key=lambda need: need[0], default=(0, None, None))
+    if step and row and memory.limit and needed > memory.limit:
+        name = f"{row.stage} {row.target}".strip()
+        also = f", or {step.way_out}" if step.way_out else ""
+        raise EnvironmentFailure(
+            f"{name} needs {human(needed)} of memory, and a job may use {human(memory.limit)}",
+            hint="raise --memory if it was given, close other programs, build on a machine with "
+            f"more memory{also}; `plan` shows what each stage needs",
+        )
+
+
+def everything_cached(steps: BuildSteps, seen: Foresight) -> bool:
+    """Return whether merging and quantizing are already done."""
+    rows = [row for step in steps if step.builders() for row in seen.rows(step)]
+    return all(row.cached for row in rows)
+
+
+def warn_of_texts(file: RecipeFile, progress: Progress) -> None:
+    """Read the texts now, and warn if they are general or few."""
+    texts = texts_of(file)
+    if file.recipe.calibration is None:
+        count = len(texts.calibration) + len(texts.held_out)
+        progress.warn(
+            f"the recipe has no `calibration`: {count} general texts are used (never the evaluation"
+            " questions: calibrating on them would hide losses on other text)"
+        )
+    elif texts.warning():
+        progress.warn(texts.warning())
+
+
+def require_builder(target: Target, runner: Runner) -> None:
+    """Raise EnvironmentFailure if the target's builder cannot be made; suggest one that can."""
+    try:
+        runner.check(of_format(target.format.name).builder)
+    except EnvironmentFailure as lacking:
+        hint = lacking.hint
+        for name, other in all_targets().items():
+            same_kind = other.format.kind == target.format.kind  # made by another quantizer
+            if same_kind and other.engine.name == target.engine.name:
+                with suppress(EnvironmentFailure):
+                    runner.check(of_format(other.format.name).builder)
+                    hint += f"; the target {name} can be built here"
+                    break
+        raise EnvironmentFailure(lacking.message, hint=hint) from lacking
+
+
+def check_places(request: BuildRequest) -> None:
+    """Raise UsageError for names and folders that nothing can be published to.
+
+    Reads no source and asks no registry.
+    """
+    check_image_names(request.file.recipe)
+    for target in request.targets:
+        check_layout(request.outputs_of(target).layout)
+        for kind in request.forms_of(target):
+            check_layout(request.outputs_of_form(target, kind).layout)
+            if kind == "ollama":
+                check_name(Reference.parse(f"{reference(request.file.recipe, target.name)}-{kind}"))
+        request.hub_of(target)
+
+
+def check_image_names(recipe: Recipe) -> None:
+    """Raise UsageError for a repository that is none, and for labels that only we set."""
+    repository_of(recipe)
+    if own := [name for name in recipe.image.labels if name.startswith(PREFIX)]:
+        raise UsageError(
+            f"image.labels sets {own[0]}, which only the build itself may set",
+            hint="choose another name, such as com.example.team",
+        )
+
+
+def repository_of(recipe: Recipe) -> Reference:
+    """Return the recipe's repository; UsageError for none, or one with a tag or a digest."""
+    name = repository(recipe)
+    place = Reference.parse(name)
+    if place.digest or ":" in name.rpartition("/")[2]:
+        raise UsageError(
+            f"image.repository {name} must not have a tag or a digest",
+            hint="write REGISTRY/NAME alone: the tag is VERSION-TARGET",
+        )
+    return place
+
+
+def check_layer_sizes(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Raise UsageError for a weight file that is too large for a layer, by its estimated size.
+
+    The image's actual sizes are checked again before it is pushed.
+    """
+    recipe, tree = request.file.recipe, seen[steps.sources].base.tree
+    own = layer_limit(recipe.image.max_layer_size)
+    limits = limits_of(repository_of(recipe).registry)
+    theirs = limits.largest_layer if limits and request.outputs.push else 0
+    for one in steps.targets:
+        target, weights = one.of.target, seen[one.weights]
+        if target.format.suffix == ".gguf":
+            beside = projector_bytes(weights.model)
+            size = max(weights.weight_bytes - beside, beside)
+            most, key = min(filter(None, (own, theirs)), default=0), "quantize.split_max_size"
+            fits = bool(recipe.quantize.split_max_size)
+        else:
+            size = max((file.size for file in tree.files), default=0)
+            most, key, fits = theirs, "image.max_layer_size", own != 0 or target.format.packed
+        if most and size > most and not fits:
+            raise UsageError(
+                f"{target.name}: a file of about {human(size)} would be one layer, and the limit "
+                f"for a layer is {human(most)}",
+                hint=f"set {key} in the recipe to split the file",
+            )
+
+
+def check_layer_count(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Raise UsageError for weights that no engine takes in layers that every registry accepts.
+
+    By their estimated size, hours before the image would be refused for its layers.
+    """
+    if layer_limit(request.file.recipe.image.max_layer_size) is not None:
+        return
+    for one in steps.targets:
+        target, size = one.of.target, seen[one.weights].weight_bytes
+        layers = -(-size // LARGEST_ANYWHERE)
+        if target.format.suffix != ".gguf" and layers > MOST_LAYERS - 2:
+            raise UsageError(
+                f"{target.name}: weights of about {human(size)} would be {layers} layers or more,"
+                f" and engines support at most {MOST_LAYERS} layers in an image",
+                hint="set image.max_layer_size to a larger size, such as 40GB, and push to a"
+                " registry that accepts such layers",
+            )
+
+
+def check_tags(request: BuildRequest, sources: Sources, tools: Tools) -> None:
+    """Raise UsageError, before any long step, if a tag to push names an image of other sources.
+
+    The digests are compared before anything is published; here, labels show what will differ.
+    """
+    recipe = request.file.recipe
+    if not request.outputs.push or request.outputs.force:
+        return
+    expected = {f"{PREFIX}base.digest": str(sources.base.digest)} | {
+        f"{PREFIX}adapter.{number}.digest": str(adapter.snapshot.digest)
+        for number, adapter in enumerate(sources.adapters)
+    }
+    for target in request.targets:
+        name, ours = reference(recipe, target.name), _pushed_before(request, target, sources)
+        for tag in (name, *(f"{name}-{kind}" for kind in request.forms_of(target))):
+            place, labels = Reference.parse(tag), {}
+            found = tools.registry.confirmed(place)
+            if found is None or found in ours:
+                continue
+            try:
+                labels = dict(tools.registry.pull(place).labels)
+            except UsageError:  # an index without this machine's platform
+                continue
+            except InputRefused:
+                labels = {}
+            wanted = {**expected, f"{PREFIX}target": target.name, **recipe.image.labels}
+            if any(labels.get(key) != wanted[key] for key in (*expected, f"{PREFIX}target")):
+                raise UsageError(
+                    f"{tag} already names an image of other sources",
+                    hint="raise `version` in the recipe, or move the tag with --force",
+                )
+
+
+def _pushed_before(request: BuildRequest, target: Target, sources: Sources) -> set[str]:
+    """Return the digests of the images that the last build of these sources has recorded."""
+    try:
+        record = read_build(request.folder(target))
+    except (OSError, ValueError):
+        return set()
+    digests = [record.base.digest, *(adapter.digest for adapter in record.adapters)]
+    if digests != [sources.base.digest, *(a.snapshot.digest for a in sources.adapters)]:
+        return set()
+    return {str(one.digest) for one in (record.image, *record.forms.values()) if one}
+
+
+def check_assembly(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Check, without a network, that each image can be assembled of its layers and its base.
+
+    Raises UsageError for layers that are too large or too many, and what `check_base` raises.
+    """
+    check_layer_sizes(request, steps, seen)
+    check_layer_count(request, steps, seen)
+    settings = request.file.recipe.image
+    for one in steps.targets:
+        target = one.of.target
+        base = base_reference(target.engine, seen[one.config].device, settings.base)
+        check_base(base, target.engine.name, seen.tools, platforms=settings.platforms)
+        for kind in request.forms_of(target):
+            check_own(data_base(kind, ""), settings.platforms)
+
+
+def check_images(request: BuildRequest, steps: BuildSteps, seen: Foresight) -> None:
+    """Check, before any long step, that each image can be assembled.
+
+    Also that its base can be reached and has every platform. Raises what `check_assembly` and
+    `bases_of` raise. Bases that are assembled on this machine are assembled later, when they are
+    needed.
+    """
+    check_assembly(request, steps, seen)
+    for one in () if everything_cached(steps, seen) else steps.targets:
+        target, device = one.of.target, seen[one.config].device
+        chosen = base_reference(target.engine, device, request.file.recipe.image.base)
+        if not chosen.startswith(OWN):
+            # Its warnings are shown later, when the image is assembled.
+            quiet, again = replace(seen.tools, progress=Silent()), request.update_lock
+            bases_of(request.file, target, device, quiet, update_lock=again)

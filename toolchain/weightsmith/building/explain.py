@@ -1,0 +1,174 @@
+"""Explains a build (`plan`): which steps are cached, why others are not, and what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightsmith.building.advice import advice_for
+from weightsmith.building.checks import check_assembly, check_places
+from weightsmith.building.foreseeing import foresee, temporary_bytes
+from weightsmith.building.graph import peak_memory
+from weightsmith.building.layer_time import measured_layer_time
+from weightsmith.building.pipeline import AnyStep, BuildSteps, TargetSteps, steps_of
+from weightsmith.building.request import BuildRequest
+from weightsmith.errors import InputRefused
+from weightsmith.evaluating.recipe_tasks import check_leaks
+from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.reporting.build_record import read_build
+from weightsmith.serving.targets import Target
+from weightsmith.stages.resolve import NotHere
+from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.step import Foresight, PlanRow, State
+from weightsmith.tools import Tools
+from weightsmith.values import Json
+
+_NOWHERE = Outputs()
+_UNKNOWN = "its inputs are not known before `resolve`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildPlan:
+    """A build as it is foreseen."""
+
+    request: BuildRequest
+    steps: BuildSteps
+    seen: Foresight | None
+    """None if sources are not on this machine."""
+    missing: str = ""
+    """Which."""
+
+    @property
+    def rows(self) -> tuple[PlanRow, ...]:
+        """The rows of all steps, in their order."""
+        return self.rows_of(self.steps)
+
+    def rows_of(self, steps: Iterable[AnyStep]) -> tuple[PlanRow, ...]:
+        """Return the rows of some steps."""
+        if self.seen:
+            return tuple(row for step in steps for row in self.seen.rows(step))
+        found: dict[tuple[str, str], PlanRow] = {}
+        for step in steps:
+            if step.in_every_plan:
+                why = self.missing if step is self.steps.sources else _UNKNOWN
+                row = step.row(State(cached=False, why=why))
+                found.setdefault((row.stage, row.target), row)
+        return tuple(found.values())
+
+    def device(self, target: TargetSteps) -> str:
+        """Return the device that a target is planned for; "" if that is not known."""
+        return self.seen[target.config].device if self.seen else ""
+
+
+def plan_of(request: BuildRequest, tools: Tools) -> BuildPlan:
+    """Return what a build would do, without doing it.
+
+    Raises what the build would raise before its first long step, except for lack of memory, which
+    the rows show, and for what only a registry or a hub can say.
+    """
+    check_places(request)
+    request = request.pinned()
+    steps = steps_of(request)
+    check_leaks(request.file, steps.tasks, tools.progress)
+    try:
+        seen = foresee(steps, tools, earlier=_earlier(steps))
+    except NotHere as why:
+        return BuildPlan(request=request, steps=steps, seen=None, missing=str(why))
+    check_assembly(request, steps, seen)
+    return BuildPlan(request=request, steps=steps, seen=seen)
+
+
+def forecast(
+    file: RecipeFile,
+    targets: Sequence[Target],
+    dist: Path,
+    tools: Tools,
+    *,
+    outputs: Outputs = _NOWHERE,
+    locked: bool = False,
+    update_lock: bool = False,
+    measure: bool = False,
+) -> Mapping[str, Json]:
+    """Return stages, serving plans and totals of a build, as `plan --json` prints them.
+
+    With `measure`, one layer of the model is timed, and rows have `seconds`. Sizes are in bytes.
+    Raises what `plan_of` raises.
+    """
+    request = BuildRequest(
+        file=file,
+        targets=tuple(targets),
+        outputs=outputs,
+        dist=dist,
+        engine_answers=tools.images_in_engine,
+        locked=locked,
+        update_lock=update_lock,
+    )
+    plan = plan_of(request, tools)
+    recipe, rows = file.recipe, plan.rows
+    found: dict[str, Json] = {
+        "name": recipe.name,
+        "version": recipe.version,
+        "stages": [row.to_json() for row in rows],
+        "serving": {},
+        "plan": {},
+        "platforms": {},
+        "advice": None,
+        "read_bytes": 0,
+        "write_bytes": 0,
+        "peak_memory_bytes": 0,
+        "peak_disk_bytes": 0,
+    }
+    if (seen := plan.seen) is None:
+        return found
+    sources, steps = seen[plan.steps.sources], plan.steps
+    named = {one.of.target.name: one for one in steps.targets}
+    serving = {name: seen[one.config].to_json() for name, one in named.items()}
+    todo = [row for row in rows if not row.cached]
+    written = sum(row.write_bytes for row in todo)
+    found |= {
+        "serving": serving,
+        "plan": serving,  # the same, under the name that `render` uses
+        "platforms": {name: seen[one.image] for name, one in named.items()},
+        "advice": advice_for(request, sources, tools),
+        "read_bytes": sum(row.read_bytes for row in todo),
+        "write_bytes": written,
+        "peak_memory_bytes": peak_memory(steps, seen),
+        "peak_disk_bytes": written + temporary_bytes(todo),
+    }
+    if measure:
+        layer = measured_layer_time(sources, tools)
+        found |= {"stages": _timed(steps, seen, layer), "layer_time": layer.to_json()}
+    return found
+
+
+def _timed(steps: BuildSteps, seen: Foresight, layer: LayerTime) -> list[Mapping[str, Json]]:
+    """Return the rows with `seconds`, null where a stage does not run the model."""
+    return [
+        {**row.to_json(), "seconds": None if row.cached else _seconds(step, seen, layer)}
+        for step in steps
+        for row in seen.rows(step)
+    ]
+
+
+def _seconds(step: AnyStep, seen: Foresight, layer: LayerTime) -> float | None:
+    try:
+        found = step.seconds(layer, seen)
+    except InputRefused:  # the dimensions are not known
+        return None
+    return None if found is None else round(found, 1)
+
+
+def _earlier(steps: BuildSteps) -> Mapping[tuple[str, str], Mapping[str, Json]]:
+    """Return what the results of the last build depended on, by step and target."""
+    found: dict[tuple[str, str], Mapping[str, Json]] = {}
+    for target in steps.targets:
+        try:
+            inputs = read_build(target.of.folder).inputs
+        except (OSError, ValueError):
+            continue
+        for step in (*steps.shared, *target.steps):
+            if step.name in inputs:
+                found[step.name, step.target] = inputs[step.name]
+    return found

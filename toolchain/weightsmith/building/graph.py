@@ -1,0 +1,149 @@
+"""Runs a build's steps: each once, those that may at the same time or in one process.
+
+What runs when is decided here: `Run.perform` and `shares`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Self, TypeVar
+
+from weightsmith.building.pipeline import AnyStep, BuildSteps
+from weightsmith.building.prefetch import Prefetch, Shares
+from weightsmith.reporting.build_record import StageRecord
+from weightsmith.runners import WithinMemory
+from weightsmith.steps.step import Foresight, Results, Step, TargetBuild
+from weightsmith.tools import Tools
+
+T = TypeVar("T")
+
+_LEFT = 256 << 20
+"""What the reference answers leave in memory for a validation in the same process to start from."""
+
+
+class Run:
+    """A build that runs; what was begun ahead of its turn ends with the block."""
+
+    def __init__(self, steps: BuildSteps, tools: Tools) -> None:
+        self.have = Results()
+        """What the steps gave so far."""
+        self._steps, self._tools = steps, tools
+        self._seen: Foresight | None = None
+        self._shares: Shares | None = None
+        self._prefetch = Prefetch()
+
+    def __enter__(self) -> Self:
+        """Begin nothing yet."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End what was begun ahead of its turn."""
+        self._prefetch.__exit__(*error)
+
+    def plan_by(self, seen: Foresight) -> None:
+        """Decide what runs beside what, from now on, by what was foreseen."""
+        self._seen, self._shares = seen, shares(self._steps, seen)
+
+    def perform(self, step: Step[T, Any]) -> T:
+        """Run a step; raises what it raises."""
+        if step.beside and self._shares and not self._prefetch.begun:
+            self._prefetch.start(_ahead(self._steps), self.have, self._tools, self._shares)
+        if self._prefetch.has(step):
+            outcome = self._prefetch.take(step)
+        else:
+            self._join(step)
+            outcome = step.run(self.have, self._tools_now())
+        self.have.put(step, outcome)
+        return self.have[step]
+
+    def _tools_now(self) -> Tools:
+        """Return the tools; while another job runs, with a share of the memory."""
+        if not self._shares or not self._prefetch.waits:
+            return self._tools
+        return replace(self._tools, runner=WithinMemory(self._tools.runner, self._shares.now))
+
+    def _join(self, step: AnyStep) -> None:
+        """Let a later step's job run in this step's process, if one job may use both's memory."""
+        later = next((one for one in self._steps.shared if one.joins is step), None)
+        if later is None or self._seen is None:
+            return
+        limit = self._tools.memory.limit
+        if limit and _peak(self._seen, (step, later)) + _LEFT > limit:
+            return
+        if joined := later.join(self.have, self._tools):
+            self.have.joined |= {step: joined, later: joined}
+
+    def records(self, of: TargetBuild | None) -> Mapping[str, StageRecord]:
+        """Return how long each stage of a target took, and whether it was cached, in order."""
+        found: dict[str, StageRecord] = {}
+        for _, outcome in self.have.outcomes(of):
+            if outcome.stage:
+                before = found.get(outcome.stage, StageRecord(cached=True, seconds=0.0))
+                found[outcome.stage] = StageRecord(
+                    cached=before.cached and outcome.cached,
+                    seconds=round(before.seconds + outcome.seconds, 3),
+                )
+        return found
+
+
+def shares(steps: BuildSteps, seen: Foresight) -> Shares | None:
+    """Return the memory of both sides while the first target's weights are made ahead.
+
+    None if they are made in their turn: with one CPU or a GPU, whose memory nobody plans for two
+    jobs; if their builder must be made first; or if both sides together need more than a job that
+    can choose may fill. So without --memory, each side may use at least twice what it is known to
+    need.
+    """
+    tools, memory = seen.tools, seen.tools.memory
+    builders = [name for step in _ahead(steps) for name in step.builders()]
+    now, ahead = _sides(steps, seen)
+    if not (builders and now and tools.two_at_once() and all(map(tools.runner.ready, builders))):
+        return None
+    if not memory.limit:
+        return Shares(now=0, ahead=0)
+    if now + ahead > memory.budget:
+        return None
+    share = memory.limit * ahead // (now + ahead)
+    return Shares(now=memory.limit - share, ahead=share)
+
+
+def peak_memory(steps: BuildSteps, seen: Foresight) -> int:
+    """Return the most memory in bytes of what is to do, some of it at once."""
+    todo = {step for step in steps if any(not row.cached for row in seen.rows(step))}
+    largest = max(
+        (row.peak_memory_bytes for step in todo for row in seen.rows(step) if not row.cached),
+        default=0,
+    )
+    both = todo.intersection(_beside(steps)) and todo.intersection(_ahead(steps))
+    return max(largest, sum(_sides(steps, seen))) if both and shares(steps, seen) else largest
+
+
+def _sides(steps: BuildSteps, seen: Foresight) -> tuple[int, int]:
+    """Return the peaks of both sides in bytes; the first is 0 if nothing comes before."""
+    now, ahead = _peak(seen, _beside(steps)), _ahead(steps)
+    # The weights of other targets may be made in the same pass.
+    alike = {(step.name, step.builders()) for step in ahead}
+    others = (step for one in steps.targets for step in one.steps)
+    return now and now + _LEFT, _peak(
+        seen, (step for step in others if (step.name, step.builders()) in alike)
+    )
+
+
+def _beside(steps: BuildSteps) -> tuple[AnyStep, ...]:
+    return tuple(step for step in steps.shared if step.beside)
+
+
+def _ahead(steps: BuildSteps) -> tuple[AnyStep, ...]:
+    """Return the first target's steps that may run ahead, before those that run beside them."""
+    ready = {step for step in steps.shared if not step.beside}
+    found: list[AnyStep] = []
+    for step in steps.targets[0].steps:
+        if step.prefetched and ready.issuperset(step.needs):
+            found.append(step)
+            ready.add(step)
+    return tuple(found)
+
+
+def _peak(seen: Foresight, steps: Iterable[AnyStep]) -> int:
+    return max((row.peak_memory_bytes for step in steps for row in seen.rows(step)), default=0)

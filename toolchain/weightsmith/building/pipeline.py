@@ -1,0 +1,199 @@
+"""The steps of a build: what `invoke build` does, in its order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from weightsmith.building.request import BuildRequest
+from weightsmith.evaluating.recipe_tasks import probes, tasks_of
+from weightsmith.evaluating.results import RecipeTask, Result
+from weightsmith.provenance.materials import ImageMaterials
+from weightsmith.quality.result import Quality
+from weightsmith.quantizers import formats, of_format
+from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.serving.targets import Target
+from weightsmith.stages.bake import BakeStep, FormStep, LabelStep
+from weightsmith.stages.cache_scales import CacheScalesStep
+from weightsmith.stages.dequantized import DequantizedStep
+from weightsmith.stages.evaluate import EvaluateStep
+from weightsmith.stages.merge import MergeStep
+from weightsmith.stages.publish import PermitStep, PublishFormStep, PublishStep
+from weightsmith.stages.quality import QualityStep
+from weightsmith.stages.quantize import QuantizeStep
+from weightsmith.stages.reference import ReferenceStep
+from weightsmith.stages.render import RenderStep, VolumeManifestsStep
+from weightsmith.stages.resolve import ResolveStep
+from weightsmith.stages.unmerged import BaseStep, UnmergedStep
+from weightsmith.stages.upload import CheckHubStep, UploadStep
+from weightsmith.stages.validate import ValidateStep
+from weightsmith.steps.step import ForeseenWeights, Step, TargetBuild, Trial
+from weightsmith.validating.result import Validation
+from weightsmith.values import LORA, Artifact, Checkpoint, Published, Sources
+
+AnyStep = Step[Any, Any]
+Weights = Step[Artifact, ForeseenWeights]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetSteps:
+    """The steps of one target in their order, and those of them whose results are recorded."""
+
+    of: TargetBuild
+    steps: tuple[AnyStep, ...]
+    weights: Weights
+    quality: Step[Quality | None, None]
+    served: Weights
+    """The same weights, with what lies beside them in the image."""
+    config: Step[ServingConfig, ServingPlan]
+    image: Step[tuple[ImageMaterials, ...], Any]
+    trials: tuple[Step[Trial, None], ...]
+    """The last that has run has all scores."""
+    published: Step[Published, None]
+    forms: tuple[tuple[str, Step[Any, None]], ...]
+    """What else is published of the same weights, by kind; each gives a Form."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildSteps:
+    """A build's graph: the steps that all targets share, and each target's own."""
+
+    sources: Step[Sources, Sources]
+    checkpoint: Step[Checkpoint, ForeseenWeights]
+    validation: Step[Validation | None, None]
+    expected: Step[tuple[Result, ...], None]
+    """The answers that the image's are compared with."""
+    tasks: tuple[RecipeTask, ...]
+    shared: tuple[AnyStep, ...]
+    targets: tuple[TargetSteps, ...]
+
+    def __iter__(self) -> Iterator[AnyStep]:
+        """Yield every step, each after those that it needs."""
+        yield from self.shared
+        for target in self.targets:
+            yield from target.steps
+
+
+def steps_of(request: BuildRequest) -> BuildSteps:
+    """Return the steps of a build whose sources are pinned; reads the questions, nothing else.
+
+    Raises UsageError for a recipe that cannot be built.
+    """
+    file, tasks = request.file, tasks_of(request.file)
+    merged = [target.format for target in request.targets if target.format != LORA]
+    merges = bool(file.recipe.adapters and merged)
+    # Some quantizers read base and adapters instead of merged weights.
+    files = not all(one.name in formats() and of_format(one.name).computed for one in merged)
+    asked = probes(file)
+
+    sources = ResolveStep(file=file, locked=request.locked, update_lock=request.update_lock)
+    checkpoint = MergeStep(file=file, sources=sources, merges=merges, files=files)
+    validation = ValidateStep(
+        file=file, sources=sources, checkpoint=checkpoint, merges=merges, probes=asked
+    )
+    expected = ReferenceStep(
+        file=file,
+        sources=sources,
+        checkpoint=checkpoint,
+        validation=validation,
+        tasks=tasks,
+        merges=merges,
+    )
+    return BuildSteps(
+        sources=sources,
+        checkpoint=checkpoint,
+        validation=validation,
+        expected=expected,
+        tasks=tasks,
+        shared=(sources, checkpoint, validation, expected),
+        targets=tuple(_of_target(request, one, expected) for one in request.targets),
+    )
+
+
+def _of_target(request: BuildRequest, target: Target, expected: ReferenceStep) -> TargetSteps:
+    of, sources, checkpoint = request.of(target), expected.sources, expected.checkpoint
+    made, weights = _weights(request, of, sources, checkpoint)
+
+    quality = QualityStep(of=of, checkpoint=checkpoint, weights=weights)
+    served = CacheScalesStep(of=of, checkpoint=checkpoint, weights=weights, sources=sources)
+    config = RenderStep(
+        of=of, sources=sources, checkpoint=checkpoint, weights=weights, served=served
+    )
+    image = BakeStep(
+        of=of,
+        sources=sources,
+        checkpoint=checkpoint,
+        weights=served,
+        quality=quality,
+        config=config,
+    )
+    started = EvaluateStep(of=of, image=image, expected=expected)
+    answered = DequantizedStep(
+        of=of,
+        checkpoint=checkpoint,
+        weights=weights,
+        config=config,
+        trial=started,
+        tasks=expected.tasks,
+    )
+    labelled = LabelStep(of=of, image=image, trial=answered)
+    steps: list[AnyStep] = [*made, quality, served, config, image, started, answered, labelled]
+
+    places = {kind: request.outputs_of_form(target, kind) for kind in request.forms_of(target)}
+    forms = {
+        kind: FormStep(of=of, kind=kind, push=to.push, image=labelled, trial=answered)
+        for kind, to in places.items()
+    }
+    hub = request.hub_of(target)
+    if hub:
+        steps.append(CheckHubStep(of=of, destination=hub, weights=served))
+    permit = PermitStep(of=of, image=labelled, forms=tuple(forms.items()))
+    published = PublishStep(of=of, sources=sources, weights=served, image=labelled, checked=permit)
+    others: dict[str, Step[Any, None]] = {
+        kind: PublishFormStep(of=of, kind=kind, outputs=to, form=forms[kind], image=published)
+        for kind, to in places.items()
+    }
+    steps += [*forms.values(), permit, published, *others.values()]
+    if volume := others.get("volume"):
+        steps.append(VolumeManifestsStep(of=of, config=config, image=image, volume=volume))
+    if hub:
+        others["hub"] = UploadStep(of=of, destination=hub, weights=served, image=published)
+        steps.append(others["hub"])
+    return TargetSteps(
+        of=of,
+        steps=tuple(steps),
+        weights=weights,
+        quality=quality,
+        served=served,
+        config=config,
+        image=image,
+        trials=(started, answered),
+        published=published,
+        forms=tuple(others.items()),
+    )
+
+
+def _weights(
+    request: BuildRequest,
+    of: TargetBuild,
+    sources: Step[Sources, Sources],
+    checkpoint: Step[Checkpoint, ForeseenWeights],
+) -> tuple[tuple[AnyStep, ...], Weights]:
+    """Return the steps that make a target's weights, and the one that gives them."""
+    if of.target.format != LORA:
+        made = QuantizeStep(
+            of=of,
+            sources=sources,
+            checkpoint=checkpoint,
+            format=of.target.format,
+            in_one_pass=tuple(one.format for one in request.targets if one.format.packed),
+        )
+        return (made,), made
+    if "gguf" not in of.target.engine.accepts:
+        beside = UnmergedStep(of=of, sources=sources)
+        return (beside,), beside
+    base = BaseStep(of=of, sources=sources)
+    as_gguf = QuantizeStep(of=of, sources=sources, checkpoint=base, format=formats()["f16"])
+    beside = UnmergedStep(of=of, sources=sources, base=as_gguf)
+    return (base, as_gguf, beside), beside

@@ -1,0 +1,123 @@
+"""Runs steps ahead of their turn, in a thread, beside the steps that come before them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from weightsmith.building.buffered_progress import BufferedProgress
+from weightsmith.jobs import Job
+from weightsmith.ports import Progress, Runner
+from weightsmith.runners import WithinMemory, Wrapped
+from weightsmith.steps.outcome import Outcome
+from weightsmith.steps.step import Results, Step
+from weightsmith.tools import Tools
+from weightsmith.values import Json
+from weightsmith.waiting import stopped_by
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """The most bytes for each of two jobs that run at once; 0 for no limit."""
+
+    now: int
+    ahead: int
+
+
+class Prefetch:
+    """Steps that are begun ahead of their turn, and end with the block.
+
+    Nobody sees them before their turn: what they say is held back, an error is raised only then. If
+    the block ends first, for an error or an interrupt, their job is killed and they end as on
+    Ctrl-C, so that what can be resumed is kept; the block waits for that.
+    """
+
+    def __init__(self) -> None:
+        self._steps: Sequence[Step[Any, Any]] = ()
+        self._outcomes: dict[Step[Any, Any], Outcome[Any]] = {}
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._progress: BufferedProgress | None = None
+        self._stop = -1
+        """An open file that can be read once the steps must end."""
+
+    def __enter__(self) -> Self:
+        """Begin nothing yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the steps, if they still run, and wait until they have let go of everything."""
+        if self._thread is None:
+            return
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        os.close(self._stop)
+        self._thread = None
+
+    def start(
+        self, steps: Sequence[Step[Any, Any]], have: Results, tools: Tools, shares: Shares
+    ) -> None:
+        """Begin these steps, one after another, with their share of the memory."""
+        self._steps, self._stop = steps, os.eventfd(0)
+        self._progress = BufferedProgress(tools.progress)
+        runner = Stopped(WithinMemory(tools.runner, shares.ahead), self._stop)
+        mine = replace(tools, runner=runner, progress=self._progress)
+        # A daemon, so that a second Ctrl-C does not wait for it at the very end.
+        self._thread = threading.Thread(
+            target=self._run, args=(have.copy(), mine), daemon=True, name="prefetch"
+        )
+        self._thread.start()
+
+    def _run(self, have: Results, tools: Tools) -> None:
+        try:
+            with stopped_by(self._stop):
+                for step in self._steps:
+                    self._outcomes[step] = outcome = step.run(have, tools)
+                    have.put(step, outcome)
+        except BaseException as error:  # noqa: BLE001 - raised in its turn
+            self._error = error
+
+    def has(self, step: Step[Any, Any]) -> bool:
+        """Return whether a step was begun here."""
+        return step in self._steps
+
+    @property
+    def begun(self) -> bool:
+        """Whether any steps were begun."""
+        return bool(self._steps)
+
+    @property
+    def waits(self) -> bool:
+        """Whether steps were begun whose turn has not come yet."""
+        return self._progress is not None
+
+    def take(self, step: Step[Any, Any]) -> Outcome[Any]:
+        """Return what a step gave, or raise its error; from now on, what they say is shown."""
+        if self._progress:
+            self._progress.follow()
+            self._progress = None
+        if self._thread:
+            self._thread.join()
+        if step in self._outcomes:
+            return self._outcomes[step]
+        if self._error is None:
+            raise AssertionError("a step that was begun has neither ended nor failed")
+        raise self._error
+
+
+class Stopped(Wrapped):
+    """A runner whose jobs end once the file `stop` can be read."""
+
+    def __init__(self, runner: Runner, stop: int) -> None:
+        super().__init__(runner)
+        self._stop = stop
+
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+        """Run the job; raises KeyboardInterrupt if it was stopped, as stages know it."""
+        try:
+            return self.runner.run(job, progress, stop=self._stop if stop is None else stop)
+        except InterruptedError:
+            raise KeyboardInterrupt from None

@@ -1,0 +1,131 @@
+"""The options of a build."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from weightsmith.errors import UsageError
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.recipe_outputs import LOADABLE
+from weightsmith.serving.targets import Target
+from weightsmith.stages.publish import has_gguf
+from weightsmith.stages.upload import HubDestination, repository_of
+from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.lock import pinned, read_lock
+from weightsmith.steps.step import TargetBuild
+from weightsmith.values import LORA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """A recipe, the targets to build, and where results go."""
+
+    file: RecipeFile
+    targets: tuple[Target, ...]
+    outputs: Outputs
+    dist: Path
+    """Results go to NAME/VERSION/TARGET/ in this folder."""
+    engine_answers: bool
+    """Start images in the container engine; if false, from a layout."""
+    locked: bool = False
+    """Refuse sources that differ from the recipe's lock."""
+    update_lock: bool = False
+    """Pin sources and bases again."""
+
+    def folder(self, target: Target) -> Path:
+        """Return the folder for a target's results."""
+        recipe = self.file.recipe
+        return self.dist / recipe.name / recipe.version / target.name
+
+    def outputs_of(self, target: Target) -> Outputs:
+        """Return one target's outputs; of several targets, each gets its own layout folder."""
+        layout = self.outputs.layout
+        if layout is not None and len(self.targets) > 1:
+            layout = layout / target.name
+        if not (layout or self.outputs.load or self.outputs.push):
+            layout = None if self.engine_answers else self.folder(target) / "image"
+            load = self.engine_answers
+        else:
+            load = self.outputs.load
+        return replace(self.outputs, load=load, layout=layout)
+
+    def forms_of(self, target: Target) -> tuple[str, ...]:
+        """Return the kinds to publish of a target beside the image, each once.
+
+        Only a target with merged weights in one GGUF file has one for Ollama. Raises UsageError
+        if Ollama's is wanted and no target has it.
+        """
+        recipe = self.file.recipe
+        kinds = [kind for kind in dict.fromkeys(recipe.outputs.kinds) if kind != "image"]
+        if "ollama" not in kinds or has_gguf(target):
+            if "ollama" in kinds and recipe.quantize.split_max_size:
+                raise UsageError(
+                    "outputs: Ollama takes a model of one GGUF file, and quantize.split_max_size "
+                    "splits it",
+                    hint="leave one of the two out",
+                )
+            return tuple(kinds)
+        if not any(map(has_gguf, self.targets)):
+            raise UsageError(
+                f"outputs: Ollama takes merged weights as GGUF, and {target.name} has none",
+                hint="build a target such as llamacpp-q4_k_m, or leave the kind ollama out",
+            )
+        return tuple(kind for kind in kinds if kind != "ollama")
+
+    def hub_of(self, target: Target) -> HubDestination | None:
+        """Return where on a hub a target's weights go; None if nowhere.
+
+        Raises UsageError for a name that is no repository or that two targets would share.
+        """
+        wanted = self.file.recipe.outputs
+        if not wanted.hub or not self.outputs.push:
+            return None
+        if len(self.targets) > 1 and "{target}" not in wanted.hub:
+            raise UsageError(
+                f"outputs.hub {wanted.hub}: {len(self.targets)} targets would share it",
+                hint=f"write outputs.hub: {wanted.hub}-{{target}}, or build one --target",
+            )
+        if target.format == LORA:
+            raise UsageError(
+                f"outputs.hub: {target.name} serves adapters beside their base, so it has no merged"
+                " model to publish",
+                hint="build another --target, or leave outputs.hub out",
+            )
+        name = repository_of(wanted.hub.replace("{target}", target.name))
+        return HubDestination(repository=name, force=self.outputs.force, public=wanted.public)
+
+    def outputs_of_form(self, target: Target, kind: str) -> Outputs:
+        """Return where another kind of the same weights goes: beside the target's image.
+
+        Container engines cannot load every kind; without another output, those are layouts.
+        """
+        outputs = self.outputs_of(target)
+        layout = outputs.layout and outputs.layout.with_name(f"{outputs.layout.name}-{kind}")
+        load = outputs.load and kind in LOADABLE
+        if not (layout or load or outputs.push):
+            layout = self.folder(target) / f"image-{kind}"
+        return replace(outputs, load=load, layout=layout)
+
+    def pinned(self) -> BuildRequest:
+        """Return the request with the lock's pins for sources that the recipe does not pin."""
+        if self.update_lock:
+            return self
+        return replace(self, file=pinned(self.file, read_lock(self.file)))
+
+    def of(self, target: Target) -> TargetBuild:
+        """Return one target with the places of its results."""
+        return TargetBuild(
+            file=self.file,
+            target=target,
+            folder=self.folder(target),
+            outputs=self.outputs_of(target),
+            candidate_layout=self.candidate_layout(target),
+            update_lock=self.update_lock,
+        )
+
+    def candidate_layout(self, target: Target) -> Path | None:
+        """Return None to start the image in the engine, else the layout next to which it starts."""
+        if self.engine_answers:
+            return None
+        return self.outputs_of(target).layout or self.folder(target) / "image"

@@ -1,1 +1,0 @@
-"""Plans a build and checks it before it starts."""

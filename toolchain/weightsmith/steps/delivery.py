@@ -1,0 +1,232 @@
+"""Where an image goes: first a candidate that can be started, then its name in every output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from weightsmith.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.layouts import (
+    candidate_layout,
+    check_layout,
+    discard_candidate_layout,
+    final_layout,
+)
+from weightsmith.oci.archive import docker_archive, incremental_images
+from weightsmith.oci.image import Image, image_layers
+from weightsmith.oci.index import Index, Whole, images_of, own_of
+from weightsmith.oci.layout import held_digest
+from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
+from weightsmith.oci.references import Reference
+from weightsmith.ports import CANDIDATES
+from weightsmith.provenance.evidence import Evidence
+from weightsmith.provenance.sealing import attach
+from weightsmith.tools import Tools
+from weightsmith.values import Artifact, Checkpoint, Digest, Published, key_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Where to publish an image; several outputs can be combined."""
+
+    load: bool = False
+    layout: Path | None = None
+    """Folder of one OCI layout."""
+    push: bool = False
+    force: bool = False
+    tag_digest: bool = False
+    """Also push an immutable tag that ends with the digest's first twelve digits."""
+
+
+@contextmanager
+def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
+    """Make the image startable without giving it its final name; yield a launcher's reference.
+
+    The candidate is loaded into the container engine if `layout` is None, else written to a layout
+    next to `layout`. It is kept until `deliver` or `discard_candidate`, so layers are copied once.
+    """
+    if layout is None:
+        name = _candidate_name(image, tools)
+        try:
+            _load(image, Reference.parse(name), tools)
+            yield name
+        except BaseException:
+            with suppress(WeightsmithError):  # the engine itself may have failed
+                tools.engine.untag(name)
+            raise
+        return
+    with candidate_layout(image, layout, tools) as folder:
+        yield f"oci:{folder}"
+
+
+def deliver(
+    whole: Whole,
+    reference: str,
+    outputs: Outputs,
+    attachments: Sequence[Evidence],
+    tools: Tools,
+) -> Published:
+    """Load, write and push an image, as `outputs` says; push only after the rest succeeded.
+
+    `attachments` is the evidence of each platform's image. Layouts and registries get it, signed
+    if there is a key. An engine cannot store it, and gets only the image for this machine.
+
+    Raises EnvironmentFailure if an engine or a registry fails, UsageError if the tag already
+    names another image.
+    """
+    began = tools.clock()
+    check_layout(outputs.layout)
+    place, own = Reference.parse(reference), own_of(whole)
+    done = describe(whole, reference, outputs)
+    if outputs.load:
+        _load(own, place, tools)
+    discard_candidate(own, None, tools)
+    if outputs.layout is not None:
+        with final_layout(whole, outputs.layout, tools) as folder:
+            _attach(whole, attachments, LayoutLocation(folder), place, tools)
+    if outputs.push:
+        there = RegistryLocation(tools.registry, place, every=outputs.force)
+        push: Callable[..., Published] = (
+            tools.registry.push_index if isinstance(whole, Index) else tools.registry.push
+        )
+        done = push(
+            whole,
+            place,
+            force=outputs.force,
+            also_tags=(f"{place.tag}-{whole.digest.short}",) if outputs.tag_digest else (),
+            before_tag=lambda: _attach(whole, attachments, there, place, tools),
+            progress=lambda sent, total: tools.progress.advance(sent, total, "bytes"),
+            warn=tools.progress.warn,
+        )
+    return replace(
+        done,
+        layers=image_layers(own),
+        seconds=tools.clock() - began,
+        platforms=_platforms(whole),
+    )
+
+
+def _attach(
+    whole: Whole,
+    attachments: Sequence[Evidence],
+    place: ImageLocation,
+    reference: Reference,
+    tools: Tools,
+) -> None:
+    for image, one in zip(images_of(whole), attachments, strict=True):
+        attach(one, image.manifest_blob, reference.name, place, tools.signer)
+    if isinstance(whole, Index):
+        attach(Evidence(), whole.blob, reference.name, place, tools.signer)
+
+
+def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
+    """Return where the image will be published, without contacting anything."""
+    local = outputs.layout is not None and not outputs.load and not outputs.push
+    return Published(
+        reference=f"oci:{outputs.layout}" if local else reference,
+        digest=whole.digest,
+        layers=image_layers(own_of(whole)),
+        platforms=_platforms(whole),
+    )
+
+
+def _platforms(whole: Whole) -> dict[str, Digest]:
+    return {image.platform: image.digest for image in images_of(whole) if image.platform}
+
+
+def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
+    """Return whether every local output already has this image, without contacting a registry."""
+    own = own_of(whole)
+    if outputs.load and not _is_loaded(own, reference, tools):
+        return False
+    return outputs.layout is None or held_digest(outputs.layout) == whole.digest
+
+
+def _load(image: Image, reference: Reference, tools: Tools) -> None:
+    name = f"{reference.name}:{reference.tag or 'latest'}"
+    if _is_loaded(image, name, tools):
+        return
+    held = _like(image, reference, tools)
+    turns = (
+        incremental_images(image, len(held))
+        if tools.engine.describe().get("layerwise")
+        else (image,)
+    )
+    if held or len(turns) > 1:
+        # The image may be deleted by then, and image stores may keep such layers in another form.
+        with suppress(EnvironmentFailure):
+            _load_in_turn(turns, held, name, tools)
+            return
+    _load_in_turn((image,), (), name, tools)
+
+
+def _load_in_turn(turns: Sequence[Image], held: Sequence[str], name: str, tools: Tools) -> None:
+    """Load images that are each based on the previous one; only the last keeps its name."""
+    passing = [_candidate_name(image, tools) for image in turns[:-1]]
+    names = [*map(Reference.parse, passing), Reference.parse(name)]
+    below = [held, *([layer.diff_id for layer in image.layers] for image in turns)]
+    total = sum(layer.size for layer in turns[-1].layers[len(held) :])
+    sent = 0
+
+    def seen(archive: Iterator[bytes]) -> Iterator[bytes]:
+        nonlocal sent
+        for chunk in archive:
+            yield chunk
+            sent += len(chunk)
+            tools.progress.advance(min(sent, total), total, "bytes")
+
+    archives = map(docker_archive, turns, names, below)
+    try:
+        tools.engine.load(map(seen, archives), name)
+    except BaseException:
+        # An engine may list an image that it could not unpack; such an image is not loaded.
+        with suppress(WeightsmithError):
+            if _is_loaded(turns[-1], name, tools):
+                tools.engine.untag(name)
+        raise
+    finally:
+        with suppress(WeightsmithError):  # the engine itself may have failed
+            for each in passing:
+                tools.engine.untag(each)
+
+
+def _is_loaded(image: Image, name: str, tools: Tools) -> bool:
+    """Return whether the engine has this image under this name.
+
+    Docker's own store names images by their configuration, containerd's by their manifest.
+    """
+    return tools.engine.inspect(name).get("Id") in (image.config_blob.digest, image.digest)
+
+
+def _like(image: Image, reference: Reference, tools: Tools) -> tuple[str, ...]:
+    """Return the bottom layers that this image shares with an image in the engine."""
+    ids = [layer.diff_id for layer in image.layers]
+    best: tuple[str, ...] = ()
+    for held in tools.engine.chains_of(reference.name, CANDIDATES):
+        shared = next((n for n, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), None)
+        shared = min(len(held), len(ids)) if shared is None else shared
+        if shared > len(best):
+            best = held[:shared]
+    return best
+
+
+def discard_candidate(image: Image, layout: Path | None, tools: Tools) -> None:
+    """Delete the candidate, if there is one, from the engine or from next to the layout."""
+    if layout is not None:
+        discard_candidate_layout(layout, tools)
+    elif tools.engine.answers():
+        tools.engine.untag(_candidate_name(image, tools))
+
+
+def _candidate_name(image: Image, tools: Tools) -> str:
+    """Return a name for this build's candidate; it depends only on layers, not on labels."""
+    key = key_of([layer.digest for layer in image.layers]).short
+    return f"{CANDIDATES}:{key}-{tools.engine.owner}"
+
+
+def network_in_jobs(checkpoint: Checkpoint, artifact: Artifact | None, tools: Tools) -> bool:
+    """Return whether any job had network access, in this build or for a cached result."""
+    made = (checkpoint.details, artifact.details if artifact else {})
+    return tools.runner.networked or any(details.get("network_in_jobs") for details in made)

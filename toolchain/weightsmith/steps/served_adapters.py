@@ -1,0 +1,151 @@
+"""Adapters that an image serves beside their base, unmerged."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+from weightsmith.checkpoints.safetensors import read_header
+from weightsmith.errors import InputRefused, UsageError
+from weightsmith.foreign import read_json
+from weightsmith.merging.left_out import require_all_targeted
+from weightsmith.recipe_file import RecipeFile
+from weightsmith.serving.engine import ServedAdapter
+from weightsmith.serving.targets import Target
+from weightsmith.steps.expected_weights import ForeseenTree
+from weightsmith.values import LORA, AdapterSnapshot, Artifact, Digest, Sources
+
+FOLDER = "adapters"
+"""Subfolder of the base that contains the adapters."""
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def unmerged_adapters(
+    file: RecipeFile, target: Target, sources: Sources
+) -> tuple[ServedAdapter, ...]:
+    """Return the adapters that a target serves unmerged; () for a merged target.
+
+    Raises UsageError if the recipe cannot evaluate them separately, InputRefused for adapters that
+    cannot be served.
+    """
+    if target.format != LORA:
+        return ()
+    if len(sources.adapters) > 1 and file.recipe.evaluate is not None:
+        raise UsageError(
+            f"{target.name} serves {len(sources.adapters)} adapters separately, but the recipe's"
+            " `evaluate` tests them together",
+            hint="give each adapter its own `evaluate`",
+        )
+    found = served_adapters(sources, gguf="gguf" in target.engine.accepts)
+    if isinstance(sources.base.tree, ForeseenTree):
+        return found
+    for adapter in sources.adapters:
+        own = adapter.snapshot
+        _require_all_targeted(sources.base.tree.root, own.tree.root, own.digest)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _require_all_targeted(base: Path, adapter: Path, _digest: Digest) -> None:
+    """Do so once for each adapter: a build asks for its adapters more than once."""
+    require_all_targeted(base, adapter)
+
+
+def base_weight_bytes(artifact: Artifact) -> int:
+    """Return the bytes of an artifact's weights, without adapters that lie beside them."""
+    own = artifact.tree
+    if artifact.format == LORA:
+        base = (entry for entry in own.files if not entry.path.startswith(f"{FOLDER}/"))
+        own = replace(own, files=tuple(base))
+    return own.weight_bytes
+
+
+def served_adapters(sources: Sources, *, gguf: bool = False) -> tuple[ServedAdapter, ...]:
+    """Return each adapter's name, rank, size, and folder (or file, as `gguf`) in the image.
+
+    A single adapter has no own name: it is served under the model's name. Raises UsageError if
+    there is none or one has a weight, InputRefused for adapters that engines cannot apply at run
+    time.
+    """
+    if not sources.adapters:
+        raise UsageError("no adapter to serve with the base", hint="add an adapter to the recipe")
+    found: list[ServedAdapter] = []
+    for adapter in sources.adapters:
+        if adapter.weight != 1.0:
+            raise UsageError(
+                f"adapter {adapter.snapshot.source} has weight {adapter.weight}, but engines"
+                " apply it at full weight",
+                hint="merge it, or remove the weight",
+            )
+        name = _name(adapter)
+        place = f"{FOLDER}/{name}.gguf" if gguf else f"{FOLDER}/{name}"
+        if any(other.folder == place for other in found):
+            raise UsageError(f"two adapters are named {name}", hint="give them different versions")
+        rank = _rank(adapter, gguf=gguf)
+        tree = adapter.snapshot.tree
+        count, size = _weights(tree.path("adapter_model.safetensors"), tree.digest, gguf=gguf)
+        alone = len(sources.adapters) == 1
+        served = ServedAdapter(
+            name="" if alone else name,
+            folder=place,
+            rank=rank,
+            matrices=count,
+            weight_bytes=size,
+        )
+        found.append(served)
+    return tuple(found)
+
+
+@lru_cache(maxsize=8192)
+def _weights(path: Path, _digest: Digest, *, gguf: bool) -> tuple[int, int]:
+    """Return the matrices that an adapter changes, and its bytes; as GGUF, all are in float32.
+
+    Engines stack a layer's experts, so that these are one matrix.
+    """
+    tensors = read_header(path).tensors
+    changed = {_EXPERT.sub(".experts.", one.name.partition(".lora_")[0]) for one in tensors}
+    return len(changed), sum(4 * prod(one.shape) if gguf else one.size for one in tensors)
+
+
+def _name(adapter: AdapterSnapshot) -> str:
+    """Return an adapter's name for clients: the last part of its source, and its version."""
+    last = adapter.snapshot.source.rstrip("/").rpartition("/")[2]
+    name = f"{last}-{adapter.version}" if adapter.version else last
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "adapter"
+
+
+def _rank(adapter: AdapterSnapshot, *, gguf: bool) -> int:
+    path = adapter.snapshot.tree.path("adapter_config.json")
+    config = read_json(path)
+    for key, wrong in (("use_dora", True), ("lora_bias", True)):
+        if config.get(key) is wrong:
+            raise InputRefused(f"{path}: engines do not serve {key} unmerged", hint="merge it")
+    # One factor for all layers: vLLM takes alpha / r of the configuration, llama.cpp alpha over
+    # each tensor's own rank.
+    scaled = ("alpha_pattern", "use_rslora") if gguf else ("alpha_pattern", "rank_pattern")
+    for key in scaled:
+        if config.get(key):
+            raise InputRefused(
+                f"{path}: this engine does not support the scaling by {key}",
+                hint="merge it",
+            )
+    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
+        raise InputRefused(
+            f"{path}: the adapter replaces parts of the base, which engines cannot do unmerged",
+            hint="merge it",
+        )
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and {"embed_tokens", "lm_head"} & set(targets):
+        raise InputRefused(
+            f"{path}: it changes embeddings, which engines cannot do unmerged", hint="merge it"
+        )
+    ranks = [config.get("r"), *dict(config.get("rank_pattern") or {}).values()]
+    if not all(isinstance(rank, int) and 0 < rank <= 10_000 for rank in ranks):
+        raise InputRefused(
+            f"{path}: r is {config.get('r')!r}, which is not a valid rank",
+            hint="export the adapter again with PEFT's save_pretrained",
+        )
+    return max(int(rank) for rank in ranks)
