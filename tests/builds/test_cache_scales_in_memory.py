@@ -162,7 +162,7 @@ def test_the_plan_has_the_stage_with_its_memory_and_disk(calibrated: Memory) -> 
     before = planned(calibrated, target="vllm")
 
     assert (before["target"], before["cached"]) == ("vllm", False)
-    assert before["why"] == "its checkpoint comes first"
+    assert before["why"] == "merge comes first"
     assert before["peak_memory_bytes"] > 380 << 20
     files = sum(one.stat().st_size for one in (calibrated.home / "base").iterdir())
     assert before["read_bytes"] == files

@@ -112,8 +112,7 @@ BEFORE_WORK = {
     ),
     "a broken question": Refusal("", UsageError, "a.jsonl:1", spoils("a.jsonl", "{")),
     "a broken probe": Refusal(
-        "resolve", UsageError, "p.jsonl:1", spoils("p.jsonl", "no"),
-        ("validate.probes=p.jsonl",),
+        "", UsageError, "p.jsonl:1", spoils("p.jsonl", "no"), ("validate.probes=p.jsonl",)
     ),
     "a question of the training text": Refusal(
         "resolve", InputRefused, "t.jsonl|a.jsonl",

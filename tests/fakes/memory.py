@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -166,7 +166,8 @@ class Memory:
         **outputs: Any,
     ) -> BuildRequest:
         """Return what `invoke build` would ask for with these `--set`s, targets and outputs."""
-        file = read_recipe(self.home / "recipe.yaml", settings)
+        with chdir(self.home):  # where paths of settings start
+            file = read_recipe(self.home / "recipe.yaml", settings)
         return BuildRequest(
             file=file,
             targets=chosen_targets(file, tuple(targets), to_build=True),
