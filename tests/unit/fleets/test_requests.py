@@ -17,7 +17,7 @@ from weightsmith.ports import Ended
 OUTSIDE = ["/etc/passwd", "../up", "a/../../up", "a//b", "", ".", "a/.", "a\0b"]
 REQUEST: dict[str, Any] = {
     "id": "1", "kind": BASE, "version": "1", "adapter": "a",
-    "recipe": {}, "lock": {}, "targets": [],
+    "recipe": {}, "lock": {}, "targets": [], "stages": ["resolve"],
 }  # fmt: skip
 REPLY: dict[str, Any] = {"id": "1", "node": "far", "seconds": 1.0, "cpu_seconds": 1.0}
 
@@ -34,7 +34,7 @@ def test_names_outside_the_folder_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"parcels": {"a": "sha256:0"}}, {"kind": "other"}, {"files": {"a": 1}}, {"targets": None}],
+    [{"parcels": {"a": "sha256:0"}}, {"stages": []}, {"files": {"a": 1}}, {"targets": None}],
     ids=str,
 )
 def test_what_is_no_request_is_refused(

@@ -66,7 +66,7 @@ def cell(number: int) -> Task:
         after=(),
         needs=Needs(cpus=1, memory_bytes=1, disk_bytes=1, gpus=0),
         cached=False,
-        stages=(),
+        rows=(),
     )
 
 

@@ -11,7 +11,7 @@ from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.commands.arguments import sources_of
 from weightsmith.commands.bake import BakeRequest, bake_model
-from weightsmith.commands.images import copy_image, inspect_image
+from weightsmith.commands.images import copy_image, inspect_image, preview_copy
 from weightsmith.commands.rebase import RebaseRequest, rebase_image
 from weightsmith.commands.upload import hub_destination, push_to_hub
 from weightsmith.commands.verify import key_path, verify_image
@@ -103,6 +103,7 @@ def push(
     *,
     force: bool = False,
     public: bool = False,
+    dry_run: bool = False,
     insecure: bool = False,
     sign_key: str = "",
     progress: bool = True,
@@ -111,7 +112,8 @@ def push(
 
     `source` is a reference or `oci:FOLDER`; for a hub (`to` is `hf://OWNER/NAME`) also a
     checkpoint's folder, a .gguf file or the folder of a build's results. `force` moves a tag that
-    names another image, and replaces what a hub's repository has; `public` is for a new one.
+    names another image, and replaces what a hub's repository has; `public` is for a new one. With
+    `dry_run`, nothing is changed, and `planned` says what would be.
 
     Raises UsageError for an option that does not fit `to` or a tag that names another image,
     InputRefused for an invalid image or model, EnvironmentFailure if one side cannot be reached.
@@ -126,17 +128,22 @@ def push(
     with shown(progress) as shown_progress:
         if hub:
             with wiring.open_tools(run, shown_progress) as tools:
-                result = push_to_hub(name, hub, tools)
+                result = push_to_hub(name, hub, tools, dry_run=dry_run)
         else:
             signer = wiring.make_signer(sign_key)
             with wiring.make_registry(insecure=insecure) as registry:
-                result = copy_image(name, to, registry, shown_progress, force=force, signer=signer)
+                result = (
+                    preview_copy(name, to, registry, force=force)
+                    if dry_run
+                    else copy_image(name, to, registry, shown_progress, force=force, signer=signer)
+                )
     return Pushed(
         image=result["reference"],
-        digest=result["digest"],
+        digest=result.get("digest", ""),
         uploaded_bytes=result["uploaded_bytes"],
         mounted=result.get("mounted", 0),
-        seconds=result["seconds"],
+        seconds=result.get("seconds", 0.0),
+        planned=result if dry_run else {},
         warnings=tuple(shown_progress.warnings),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -108,12 +108,14 @@ class Pushed:
     image: str
     """Its reference, or `hf://OWNER/NAME`."""
     digest: str
-    """The image's digest; of a hub, the commit."""
+    """The image's digest; of a hub, the commit, empty if nothing was committed."""
     uploaded_bytes: int
     mounted: int
     """Number of layers taken from another repository of the registry."""
     seconds: float
     warnings: tuple[str, ...]
+    planned: Mapping[str, Json] = field(default_factory=dict)
+    """Of a dry run: what would be done, as `push --dry-run --json` prints it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
