@@ -281,6 +281,27 @@ def test_a_jobs_shared_memory_is_within_its_limit(tmp_path):
     assert together.returncode == -9
 
 
+def test_a_job_learns_no_names_of_other_files(tmp_path):
+    """Neither by listing a folder nor by watching it; it sees the size of a file that it names."""
+    other, own = tmp_path / "other", tmp_path / "own"
+    for folder in (other, own):
+        folder.mkdir()
+    (other / "diary").write_text("the user's")
+    code = (
+        "import ctypes, os; libc = ctypes.CDLL(None, use_errno=True)\n"
+        f"folder = {str(other)!r}\n"
+        "try: print(os.listdir(folder))\n"
+        "except OSError as problem: print(problem.errno)\n"
+        "print(libc.inotify_add_watch(libc.inotify_init(), folder.encode(), 0x20))\n"
+        "print(libc.fanotify_init(0x200, 0))\n"
+        "print(os.stat(folder + '/diary').st_size)"
+    )
+    if landlock.abi() == 0 or not confinement().filtered:
+        pytest.skip("this kernel has no Landlock, or no seccomp of system calls")
+
+    assert list(sandboxed(own, code).tail) == [str(errno.EACCES), "-1", "-1", "10"]
+
+
 def test_a_job_sees_no_process_but_its_own(tmp_path):
     if confinement().namespaces != ALL:
         pytest.skip("this kernel gives no namespace of processes")

@@ -204,7 +204,7 @@ def _jobs() -> Checkup:
     todo = f"local jobs can still reach: {left}; with the docker runner they cannot"
     if not found.network:
         todo = f"local jobs are refused: {WAYS_OUT}"
-    said = "local jobs have no network and reach no other files, sockets or processes"
+    said = "local jobs have no network, and open and list no other files, sockets or processes"
     if left:
         said = f"local jobs cannot reach {found.blocked() or 'nothing'}"
     return Checkup(said, ok=not left, todo=todo if left else "")
