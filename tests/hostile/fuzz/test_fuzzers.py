@@ -8,7 +8,7 @@ from tests.hostile.fuzz.running import once
 
 INPUTS = {
     "safetensors": 1000, "gguf": 250, "tar": 400, "config": 800, "report": 120, "image": 2000,
-    "envelope": 2000,
+    "envelope": 2000, "text": 600, "from": 200, "wheel": 600,
 }  # fmt: skip
 
 

