@@ -21,7 +21,6 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 from safetensors.numpy import save
-from tests.unit.stages.test_report import BUILD
 from weightsmith import user_config
 from weightsmith.building.targets import all_targets
 from weightsmith.checkpoints.facts import read_facts
@@ -53,6 +52,7 @@ from weightsmith.values import Blob, Digest, canonical
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.rebuilding import COMMIT, Scene
+from tests.fakes.records import BUILD
 from tests.fakes.registry import fake_registry
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
