@@ -2,14 +2,14 @@
 
 import errno
 
-from weightsmith.errors import of_open_files
+from weightsmith.errors import of_limits
 
 
 def test_too_many_open_files_are_found_behind_other_errors() -> None:
     error = ValueError("damaged")
     error.__cause__ = OSError(errno.EMFILE, "Too many open files")
 
-    found = of_open_files(error)
+    found = of_limits(error)
 
     assert found is not None
     assert "ulimit" in found.hint
@@ -19,4 +19,4 @@ def test_an_error_that_is_behind_itself_ends_the_search() -> None:
     error, other = ValueError(), ValueError()
     error.__cause__, other.__cause__ = other, error
 
-    assert of_open_files(error) is None
+    assert of_limits(error) is None

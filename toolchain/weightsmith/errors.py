@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,8 +81,8 @@ def of_machine(error: OSError) -> EnvironmentFailure | None:
     )
 
 
-def of_open_files(error: BaseException) -> EnvironmentFailure | None:
-    """Return an error about the limit of open files, if that caused `error`; else None.
+def of_limits(error: BaseException) -> EnvironmentFailure | None:
+    """Return an error about the limit of open files or threads, if that caused `error`; else None.
 
     Code that fails to open something for this reason often reports it as damaged.
     """
@@ -95,8 +96,25 @@ def of_open_files(error: BaseException) -> EnvironmentFailure | None:
                 hint="raise the limit in the shell that runs this (`ulimit -n 4096`), then run it "
                 "again",
             )
+        if isinstance(cause, RuntimeError) and str(cause) == _NO_THREAD:
+            return too_many_processes(_NO_THREAD)
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+_NO_THREAD = "can't start new thread"
+"""What Python says; libraries and the C library say what the kernel answered."""
+
+
+def too_many_processes(said: str) -> EnvironmentFailure | None:
+    """Return an error about the limit of processes, if that is what `said` tells of; else None."""
+    if _NO_THREAD not in said and os.strerror(errno.EAGAIN) not in said:
+        return None
+    return EnvironmentFailure(
+        f"no more processes or threads can be started: {said}",
+        hint="end other programs, or raise the limit in the shell that runs this (`ulimit -u`); "
+        "in a container, its engine's (`--pids-limit`)",
+    )
 
 
 def of_panic(error: BaseException, what: str) -> InputRefused | None:

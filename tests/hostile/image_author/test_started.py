@@ -20,6 +20,7 @@ from weightsmith.errors import CheckFailed
 from weightsmith.ports import Endpoint, StartSpec
 
 from tests.fakes.rootfs import copy_python, copy_shell
+from tests.fakes.users import as_user
 
 PATIENCE = 120
 """Seconds in which what is sure to come must have come, however busy the machine is."""
@@ -249,21 +250,6 @@ with rootfs.RootfsLauncher(image, home / "cache").serve("oci:x", StartSpec(port=
         time.sleep(0.05)
     print(json.dumps([landlock.abi(), it.confinement, it.logs(99), (home / "left").exists()]))
 """
-
-
-def as_user() -> tuple[list[str], dict[str, str]]:
-    """Return a Python that runs as an ordinary user, and its environment."""
-    site = Path(pytest.__file__).parents[1]
-    root = Path(__file__).parents[3]
-    paths = map(str, (root / "toolchain", root, site))
-    env = {"PYTHONPATH": ":".join(paths), "PATH": os.environ["PATH"]}
-    user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups"]
-    prefix = user if os.getuid() == 0 else []
-    probe = ["-c", "import shutil, sys; assert shutil.which(sys.executable)"]
-    for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        if subprocess.run([*prefix, python, *probe], env=env, check=False).returncode == 0:
-            return [*prefix, python], env
-    pytest.skip("no Python here that another user may run")
 
 
 def test_without_namespaces_a_user_s_own_files_are_kept_from_an_image(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from weightsmith.errors import (
     EnvironmentFailure,
     UsageError,
     WeightsmithError,
+    of_limits,
     of_machine,
-    of_open_files,
 )
 from weightsmith.interrupts import ignore_it, raise_it
 from weightsmith.lines import put_line
@@ -188,7 +188,7 @@ def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json],
     try:
         return body(**arguments)
     except WeightsmithError as error:
-        if too_many := of_open_files(error):
+        if too_many := of_limits(error):
             raise too_many from error
         raise
     except OSError as error:
@@ -196,7 +196,7 @@ def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json],
     except UnicodeEncodeError as error:
         raise _misspelt(error) from error
     except Exception as error:
-        raise (of_open_files(error) or _of_path(error) or _unexpected(error)) from error
+        raise (of_limits(error) or _of_path(error) or _unexpected(error)) from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -204,7 +204,7 @@ def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json],
 
 def _refused(error: OSError) -> Exception:
     """Return what the machine refused, or a bug if it refused nothing."""
-    if too_many := of_open_files(error):
+    if too_many := of_limits(error):
         return too_many
     if error.errno in _NO_PATHS:
         name = str(error.filename or "a path")

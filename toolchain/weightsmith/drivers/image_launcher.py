@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from typing import IO, Any, Literal
 from weightsmith.drivers import process
 from weightsmith.drivers.sandbox_facts import Facts
 from weightsmith.drivers.start_errors import unstartable
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, too_many_processes
 from weightsmith.ports import StartSpec
 
 Mode = Literal["apart", "folder", "bare"]
@@ -137,6 +138,8 @@ def _read_facts(inside: SandboxedProgram, pipe: bytes, server: process.Server) -
         )
     if problem["failed"] == "start":
         raise unstartable(inside.image, inside.program, problem["errno"], problem["why"])
+    if problem["errno"] == errno.EAGAIN and (limited := too_many_processes(problem["why"])):
+        raise limited  # a weaker sandbox would not help
     raise not_confined(inside.image, problem["why"])
 
 

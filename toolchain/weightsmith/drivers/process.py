@@ -30,7 +30,7 @@ from weightsmith.drivers.job_sandbox import JobSandbox
 from weightsmith.drivers.lines import LONGEST, Lines, pump
 from weightsmith.drivers.resident import watched
 from weightsmith.drivers.sandbox_launcher import END
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.errors import EnvironmentFailure, too_many_processes
 from weightsmith.waiting import locks_for_programs
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
@@ -280,16 +280,19 @@ def _spawn(
             "memory_bytes": limits.memory_bytes,
             "sandbox": limits.sandbox and asdict(limits.sandbox),
         }
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(settings), *words],
-            cwd=cwd,
-            env=environment,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if merge else subprocess.PIPE,
-            start_new_session=True,
-            pass_fds=(*inherited, *locks),
-        )
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_LAUNCHER), json.dumps(settings), *words],
+                cwd=cwd,
+                env=environment,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if merge else subprocess.PIPE,
+                start_new_session=True,
+                pass_fds=(*inherited, *locks),
+            )
+        except OSError as problem:
+            raise too_many_processes(str(problem)) or problem from None
 
 
 @contextlib.contextmanager
@@ -361,9 +364,12 @@ def _returncode(
     process: subprocess.Popen[bytes], words: tuple[str, ...], tail: Sequence[str]
 ) -> int:
     code = process.wait()
-    if code == _NOT_STARTED and tail and tail[-1].startswith("cannot start"):
+    said = tail[-1] if code == _NOT_STARTED and tail else ""
+    if said.startswith("cannot ") and (limited := too_many_processes(said)):
+        raise limited
+    if said.startswith("cannot start"):
         raise EnvironmentFailure(
-            f"{_name(words)} could not be started: {tail[-1]}",
+            f"{_name(words)} could not be started: {said}",
             hint="check that the file is a program for this machine",
         )
     return code

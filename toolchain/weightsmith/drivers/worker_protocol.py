@@ -14,7 +14,7 @@ from typing import TextIO
 
 from weightsmith.drivers.lines import LONGEST, RESULT
 from weightsmith.drivers.process import TookTooLong, describe_exit
-from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
+from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code, too_many_processes
 from weightsmith.files import age_order
 from weightsmith.foreign import parse
 from weightsmith.jobs import Job, out_of_memory
@@ -92,6 +92,8 @@ class Conversation:
                 error.message + self._at(), hint=f"{error.hint}; log: {self.log.name}"
             )
         last = self._stderr[-1] if self._stderr else "it printed nothing"
+        if limited := too_many_processes(last):
+            raise limited
         raise WeightsmithError(
             f"the {name} job ended without a result ({describe_exit(returncode)}): {last}",
             hint=f"its log is {self.log.name}",

@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_open_files
+from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_limits
 from weightsmith.oci.auth import IDENTITY, Credentials, basic, parse_challenge
 from weightsmith.oci.references import DOCKER_HUB, Reference, is_loopback
 from weightsmith.oci.replies import (
@@ -371,7 +371,7 @@ class RegistrySession:
         return f" ({text})" if text else ""
 
     def _broken(self, error: Exception) -> Exception:
-        if too_many := of_open_files(error):
+        if too_many := of_limits(error):
             return too_many
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):

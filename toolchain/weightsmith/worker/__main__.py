@@ -15,9 +15,10 @@ from weightsmith.errors import (
     EnvironmentFailure,
     InputRefused,
     WeightsmithError,
-    of_open_files,
+    of_limits,
     of_panic,
     ran_out_of_memory,
+    too_many_processes,
 )
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.jobs import Job, out_of_memory, read_job
@@ -42,17 +43,19 @@ def run_job(job: Job, wire: Wire) -> int:
         with computed(job):
             result = STAGES[job.kind](job, wire.progress)
     except WeightsmithError as error:
-        return _send_error(wire, of_open_files(error) or error)
+        return _send_error(wire, of_limits(error) or error)
     except Exception as problem:  # noqa: BLE001 - the last frame reports it with its traceback
         traceback.print_exc()
         if ran_out_of_memory(problem):
             return _send_error(wire, out_of_memory(job))
+        if limited := of_limits(problem) or too_many_processes(str(problem)):
+            return _send_error(wire, limited)
         if isinstance(problem, OSError):
             return _send_error(wire, _of_the_system(problem, job))
         what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
         return _send_error(wire, WeightsmithError(what, hint="the traceback is in the job's log"))
     except BaseException as problem:
-        if refused := of_panic(problem, f"the {job.kind} job"):
+        if refused := too_many_processes(str(problem)) or of_panic(problem, f"the {job.kind} job"):
             return _send_error(wire, refused)
         raise
     wire.send({"result": result})
@@ -68,8 +71,6 @@ def _of_the_system(problem: OSError, job: Job) -> WeightsmithError:
             hint="free some space on that disk, or write to a larger one: give another --out, or "
             "if it is the store, set WEIGHTSMITH_STORE (`invoke clean --keep 0` empties it)",
         )
-    if too_many := of_open_files(problem):
-        return too_many
     what = f"unexpected {type(problem).__name__} in the {job.kind} job: {problem}"
     return WeightsmithError(what, hint="the traceback is in the job's log")
 
