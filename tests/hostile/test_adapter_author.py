@@ -23,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
-from tests.unit.stages.test_report import BUILD
 from weightsmith import time_limits
 from weightsmith.cli.command import print_error
 from weightsmith.cli.models import _verdict
@@ -45,6 +44,8 @@ from weightsmith.reporting.pages import build_view, render_view
 from weightsmith.validating.findings import finding
 from weightsmith.validating.result import Validation
 from weightsmith.visible import as_json
+
+from tests.fakes.records import BUILD
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 BASE, ADAPTER = TINY / "base", TINY / "adapters" / "a"
