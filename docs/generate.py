@@ -213,6 +213,7 @@ def _registries() -> Iterator[str]:
 
 def _recipe(section: type[Any], prefix: str) -> Iterator[str]:
     if not prefix:
+        yield "If a value is given in several places, the last of these counts: its default, the recipe (a file, or `--base` and `--adapter`), `--set`, a flag such as `--max-model-len`. A flag with the default that [its row](commands.md) shows counts as not given.\n"
         yield "| key | type | default | meaning |\n|---|---|---|---|"
     fields = list(fields_of(section).items())
     if prefix:  # what a section cannot do without comes first

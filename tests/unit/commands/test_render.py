@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import pytest
+from weightsmith import render
 
 from tests.fakes.command_line import weightsmith
 
@@ -165,3 +166,33 @@ def test_what_does_not_fit_is_exit_2_with_what_does(tmp_path, target):
     assert told["plan"]["fits"] is False
     assert {"text", "max_model_len", "max_num_seqs"} <= set(told["plan"]["nearest"][0])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_named_flag_counts_before_set_and_set_before_the_recipe(tmp_path):
+    path, _ = folder(tmp_path, "qwen3-8b", weights=False)
+    recipe = tmp_path / "recipe.yaml"
+    serve = {"gpu": "nvidia-l40s", "max_model_len": 1024}
+    quantize = {"allow_low_bits": False}
+    told = {"name": "x", "base": {"source": str(path)}, "serve": serve, "quantize": quantize}
+    recipe.write_text(json.dumps(told))
+    fields = ("--set", "serve.max_model_len=2048")
+
+    def length(*flags):
+        words = ("plan", "--recipe", recipe, "--target", "vllm", *flags)
+        return invoke(*words)[1]["plan"]["vllm"]["max_model_len"]
+
+    assert [length(), length(*fields)] == [1024, 2048]
+    assert length("--max-model-len", 4096) == length("--max-model-len", 4096, *fields) == 4096
+    assert length("--max-model-len", "auto", *fields) == length("--set", "serve.max_model_len=auto")
+    low = ("plan", "--recipe", recipe, "--target", "llamacpp-q2_k")
+    assert invoke(*low, "--allow-low-bits", "--set", "quantize.allow_low_bits=false")[0] == 0
+
+    one = ("render", "--model", path, "--target", "vllm", "--gpu", "nvidia-l40s")
+    for more, wanted in (((), 2048), (("--max-model-len", 4096), 4096)):
+        code, rendered, _ = invoke(*one, *fields, *more, "--out", tmp_path / "out")
+        assert (code, rendered["plan"]["max_model_len"]) == (0, wanted)
+        keywords = {"max_model_len": more[1]} if more else {}
+        rendered = render(
+            path, "vllm", tmp_path / "out", gpu="nvidia-l40s", set=fields[1], **keywords
+        )
+        assert rendered.plan["max_model_len"] == wanted

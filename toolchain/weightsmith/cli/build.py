@@ -193,9 +193,9 @@ def plan(
 def _settings(
     serve: Serve, settings: Sequence[str], quantize: Quantize, kinds: Sequence[str]
 ) -> list[str]:
-    """Return what the flags set of the recipe, in the order in which they take effect."""
+    """Return what --set and flags set of the recipe; what is last takes effect."""
     outputs = [f"outputs.kinds=[{', '.join(kinds)}]"] if kinds else []
-    return [*given("serve", serve), *settings, *given("quantize", quantize), *outputs]
+    return [*settings, *given("serve", serve), *given("quantize", quantize), *outputs]
 
 
 def _one_lock(*, locked: bool, update_lock: bool, from_: str = "") -> None:

@@ -108,8 +108,11 @@ def one_each(weights: Sequence[float], count: int) -> tuple[float, ...]:
 
 
 def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
-    """Return serving options with `--set serve.KEY=VALUE` on top; raises UsageError."""
-    data = with_settings({"serve": serve.model_dump(exclude_unset=True)}, settings)
+    """Return serving options of `--set serve.KEY=VALUE` and, on top, flags; raises UsageError.
+
+    A flag left at its default is not on top.
+    """
+    data = with_settings({"serve": {}}, settings)
     extra = sorted(set(data) - {"serve"})
     if extra:
         raise UsageError(
@@ -120,7 +123,8 @@ def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
         raise UsageError(
             "--set serve=…: serve is a mapping of keys", hint="as in --set serve.max_num_seqs=4"
         )
-    return serve_options(check_section(Serve, data["serve"], "the command line"))
+    named = serve.model_dump(exclude_defaults=True)
+    return serve_options(check_section(Serve, {**data["serve"], **named}, "the command line"))
 
 
 def options_of(section: type[_Section], given: Mapping[str, Any], where: str) -> _Section:
