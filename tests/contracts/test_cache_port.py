@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from weightsmith.drivers import folder_cache, s3_cache
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.drivers.s3_cache import S3Cache
 from weightsmith.errors import EnvironmentFailure, InputRefused
@@ -144,6 +147,27 @@ def test_what_is_removed_is_gone_and_the_rest_is_whole(cache: Cache) -> None:
     assert cache.find(KEY) is None
     assert cache.find(OTHER) == b"{}"
     assert b"".join(cache.read(blob_of(SMALL))) == SMALL
+
+
+@pytest.mark.parametrize("cache", ["folder", "s3"], indirect=True)
+def test_what_is_being_written_is_kept_by_a_machine_whose_clock_is_ahead(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The place's own clock says how old a blob is, since that also stamped it."""
+
+    def breaks() -> Iterator[bytes]:
+        yield b"sm"
+        raise OSError("the disk broke")
+
+    with pytest.raises(OSError, match="the disk broke"):
+        cache.write(KEY, b"{}", [body(LARGE), (blob_of(SMALL), breaks)])
+    ahead = SimpleNamespace(time=lambda: time.time() + 3 * 86400)
+    for module in (folder_cache, s3_cache):
+        monkeypatch.setattr(module, "time", ahead, raising=False)
+    cache.remove([])
+
+    assert b"".join(cache.read(blob_of(LARGE))) == LARGE
+    assert list(cache.entries()) == []
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ from tests.fakes.rebuilding import COMMIT, Scene
 from tests.fakes.records import BUILD
 from tests.fakes.registry import fake_registry
 from tests.golden.cases import MODELS, model
+from tests.hostile.fuzz import caches
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
 from tests.unit.checkpoints.test_gguf_import import weights, write
 
@@ -407,4 +408,8 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "text": (changed_text, read_text),
     "from": (changed_statements, read_statements),
     "wheel": (changed_wheel, read_wheel),
+    "folder-cache": (caches.changed_entry, caches.read_folder_entry),
+    "s3-cache": (caches.changed_entry, caches.read_bucket_entry),
+    "registry-cache": (caches.changed_manifest, caches.read_manifest_entry),
+    "parcels": (caches.changed_request, caches.read_request),
 }

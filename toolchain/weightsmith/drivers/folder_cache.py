@@ -11,13 +11,12 @@ import errno
 import os
 import re
 import stat
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from weightsmith.errors import InputRefused
-from weightsmith.files import is_unfinished, replace_file
+from weightsmith.files import is_unfinished, marked, replace_file
 from weightsmith.ports import Kept
 from weightsmith.trees import below, remove
 from weightsmith.values import Blob, Digest
@@ -113,7 +112,7 @@ class FolderCache:
             except (FileNotFoundError, InputRefused):  # unknown blobs: it goes before them
                 for odd in (path, path.with_suffix(".blobs")):
                     remove(odd)
-        young = time.time() - _BEING_WRITTEN
+        young = self._now() - _BEING_WRITTEN
         for path in _files(self.root / "blobs"):
             with suppress(FileNotFoundError):  # another one cleans too
                 status = path.stat()
@@ -122,6 +121,13 @@ class FolderCache:
                     path.unlink()
                     freed += status.st_size
         return freed
+
+    def _now(self) -> float:
+        """Return the time by the clock that stamps files here, which may be a file server's."""
+        if not self.root.is_dir():
+            return 0.0
+        with marked(self.root) as name:
+            return (self.root / name).stat().st_mtime
 
     def _is_lost(self) -> bool:
         """Say whether even the folder is missing that the cache would be made in."""

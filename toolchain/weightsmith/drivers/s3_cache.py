@@ -3,13 +3,14 @@
 PREFIX/entries/<key>.json     documents; written after the blobs that they name
 PREFIX/entries/<key>.blobs    digest and size of each of these blobs, for cleaning
 PREFIX/blobs/<2>/<sha256>     blobs by digest
+PREFIX/now/…                  for a moment, to learn the time there
 
 Credentials, region and endpoint are those of the AWS tools: AWS_PROFILE, AWS_ENDPOINT_URL, …
 """
 
 from __future__ import annotations
 
-import time
+import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -121,13 +122,22 @@ class S3Cache:
                     named.update(self._blobs_of(key))
                 except (FileNotFoundError, InputRefused):  # unknown blobs: it goes before them
                     freed += self._forget(key)
-            young = time.time() - _BEING_WRITTEN
+            young = self._now() - _BEING_WRITTEN
             for path, row in self._files.find(f"{self._place}/blobs", detail=True).items():
                 name = path.rpartition("/")[2]
                 if name not in named and (name in gone or _time(row) < young):
                     self._files.rm_file(path)
                     freed += int(row["size"])
         return freed
+
+    def _now(self) -> float:
+        """Return the time by the clock that stamps objects here."""
+        path = f"{self._place}/now/{secrets.token_hex(8)}"  # two may clean at once
+        self._files.pipe_file(path, b"")
+        try:
+            return _time(self._files.info(path))
+        finally:
+            self._files.rm_file(path)
 
     def _keys(self) -> dict[Digest, Any]:
         """Return what the bucket lists of each entry's document."""

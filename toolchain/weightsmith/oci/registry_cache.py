@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -98,8 +97,7 @@ class RegistryCache:
             except ValueError:
                 continue  # something else in the same repository
             if found := downloads.manifest_or_none(self._pulling, self._tag(key)):
-                with suppress(InputRefused, KeyError, TypeError, ValueError):
-                    yield _kept(key, manifests.read_json(found[0], self.where))
+                yield self._kept(key, found[0])
 
     def remove(self, keys: Collection[Digest]) -> int:
         """Delete manifests; the registry's own garbage collection frees their blobs."""
@@ -116,8 +114,19 @@ class RegistryCache:
                     f"{what}: {session.explain(reply)}",
                     hint="allow deletions in the registry, or set its own rule for old tags",
                 )
-            freed += _kept(key, manifests.read_json(found[0], self.where)).size
+            freed += self._kept(key, found[0]).size
         return freed
+
+    def _kept(self, key: Digest, manifest: bytes) -> Kept:
+        """Return what a manifest says of its entry; one that nobody wrote so is the first to go."""
+        try:
+            read = manifests.read_json(manifest, self.where)
+            rows = [read["config"], *read["layers"]]
+            written = datetime.fromisoformat(str(read["annotations"][_CREATED]))
+            size = sum(int(row["size"]) for row in rows)
+            return Kept(key=key, size=size, used=written.timestamp())
+        except (InputRefused, LookupError, TypeError, ValueError, ArithmeticError):
+            return Kept(key=key, size=len(manifest), used=0.0)
 
     @property
     def _pulling(self) -> RegistrySession:
@@ -139,14 +148,11 @@ class RegistryCache:
             if reply.status != _OK:
                 raise session.refusal(what, reply)
             document = manifests.read_json(reply.body, self.where, manifests.LARGEST_MANIFEST)
-            yield from map(str, document.get("tags") or ())
+            tags = document.get("tags") or ()
+            if not isinstance(tags, list | tuple):
+                raise InputRefused(f"{self.where}: its tags are no list", hint="ask its operator")
+            yield from map(str, tags)
             url = next_page(session, reply)
-
-
-def _kept(key: Digest, manifest: Mapping[str, Json]) -> Kept:
-    rows = [manifest["config"], *manifest["layers"]]
-    written = datetime.fromisoformat(str(manifest["annotations"][_CREATED]))
-    return Kept(key=key, size=sum(int(row["size"]) for row in rows), used=written.timestamp())
 
 
 def _inlined(row: Mapping[str, Json]) -> bytes:

@@ -1,0 +1,233 @@
+"""Fuzzed places that machines share: a cache's entries in a folder, a bucket, a registry; parcels.
+
+Whoever may write there puts something odd at one key. That result may be lost, and no other: the
+cache is used on, it can be described and cleaned, and no file is ever another than its key says.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import fsspec
+from weightsmith.commands.cache import describe_cache, prune_cache
+from weightsmith.drivers.folder_cache import FolderCache
+from weightsmith.drivers.s3_cache import S3Cache
+from weightsmith.fleets.node import _written
+from weightsmith.fleets.requests import Request
+from weightsmith.foreign import RECORD, parse
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
+from weightsmith.ports import Cache
+from weightsmith.sharing.cache import SharedCache
+from weightsmith.sharing.document import content_inputs
+from weightsmith.sharing.store import SharedStore
+from weightsmith.sharing.uploads import Uploads
+from weightsmith.values import Blob, Digest, Tree
+
+from tests.fakes.cache import MemoryCache
+from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.fakes.store import MemoryStore
+from tests.hostile.fuzz.mutations import bytes_changed, json_changed
+
+FILES = {"notes.txt": b"of a shared folder\n" * 9, "b/weights.safetensors": b"\0" * 700}
+
+
+@dataclass(frozen=True)
+class Filled:
+    """An honest entry of FILES: its key, its document, and its blobs."""
+
+    key: Digest
+    document: bytes
+    blobs: dict[Digest, bytes]
+
+
+@cache
+def filled() -> Filled:
+    """Return what an honest machine uploads."""
+    with TemporaryDirectory() as folder:
+        store, there = MemoryStore(Path(folder) / "store"), MemoryCache()
+        home = Path(folder) / "files"
+        put(home)
+        files = tuple(store.digest_file(home / name) for name in FILES)
+        named = tuple(
+            type(file)(path=name, size=file.size, digest=file.digest)
+            for name, file in zip(FILES, files, strict=True)
+        )
+        stage = content_inputs(Tree(root=home, files=named).files)
+        entry = store.produce(stage.key, stage.note, lambda folder: put(folder) or {})
+        shared = SharedCache(there, None, print, 60)
+        Uploads(shared, store.memo, None).upload(stage.key, stage.note, entry)
+        return Filled(stage.key, there.documents[stage.key], dict(there.blobs))
+
+
+def host(registry: FakeRegistry) -> str:
+    """Return a fake registry's host and port."""
+    return registry.url.partition("://")[2]
+
+
+def blob_of(digest: Digest, data: bytes) -> Blob:
+    """Return a blob by its digest and size."""
+    return Blob(digest=digest, size=len(data), media_type="application/vnd.oci.image.layer.v1.tar")
+
+
+def put(folder: Path) -> None:
+    """Write FILES into a folder."""
+    for name, data in FILES.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def changed_entry(random: Random) -> bytes:
+    """Change an entry's document, one of its blobs, or the list of them."""
+    honest = filled()
+    document: bytes = honest.document
+    blobs = {digest.hex: data for digest, data in honest.blobs.items()}
+    rows = "".join(f"{name} {len(data)}\n" for name, data in blobs.items()).encode()
+    match random.randrange(5):
+        case 0 | 1:
+            document = json.dumps(json_changed(random, json.loads(document))).encode()
+        case 2:
+            document = bytes_changed(random, document)
+        case 3:
+            rows = bytes_changed(random, rows)
+        case _:
+            name = random.choice(sorted(blobs))
+            blobs[name] = bytes_changed(random, blobs[name])
+    parts = {"document": document, "rows": rows, **blobs}
+    return json.dumps({k: base64.b64encode(v).decode() for k, v in parts.items()}).encode()
+
+
+def parts_of(data: bytes) -> tuple[bytes, bytes, dict[str, bytes]]:
+    """Return document, list and blobs of such an input."""
+    parts = {name: base64.b64decode(text) for name, text in json.loads(data).items()}
+    return parts.pop("document"), parts.pop("rows"), parts
+
+
+def read_folder_entry(data: bytes, folder: Path) -> None:
+    """Use and clean a cache in a folder that has it."""
+    document, rows, blobs = parts_of(data)
+    root, entry = folder / "cache", filled().key.hex
+    for name, blob in blobs.items():
+        place = root / "blobs" / name[:2] / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(blob)
+    (root / "entries").mkdir()
+    (root / "entries" / f"{entry}.json").write_bytes(document)
+    (root / "entries" / f"{entry}.blobs").write_bytes(rows)
+    used(FolderCache(root), folder)
+
+
+def read_bucket_entry(data: bytes, folder: Path) -> None:
+    """Use and clean a cache in a bucket that has it."""
+    document, rows, blobs = parts_of(data)
+    files, entry = fsspec.filesystem("memory"), filled().key.hex
+    files.store.clear()
+    there = S3Cache("bucket/team")
+    there._files = files
+    for name, blob in blobs.items():
+        files.pipe_file(f"bucket/team/blobs/{name[:2]}/{name}", blob)
+    files.pipe_file(f"bucket/team/entries/{entry}.json", document)
+    files.pipe_file(f"bucket/team/entries/{entry}.blobs", rows)
+    used(there, folder)
+
+
+@cache
+def pushed() -> tuple[dict[tuple[str, str], tuple[str, bytes]], dict[tuple[str, str], bytes]]:
+    """Return manifests and blobs of a registry that has the honest entry."""
+    with fake_registry() as registry, Registry(pause=lambda _: None) as client:
+        there = RegistryCache(client, Reference.parse(f"{host(registry)}/team/cache"))
+        honest = filled()
+        blobs = [
+            (blob_of(digest, data), lambda data=data: iter((data,)))
+            for digest, data in honest.blobs.items()
+        ]
+        there.write(honest.key, honest.document, blobs)
+        return dict(registry.manifests), dict(registry.blobs)
+
+
+def changed_manifest(random: Random) -> bytes:
+    """Change the manifest under the entry's tag."""
+    (manifest,) = {data for _, data in pushed()[0].values()}
+    return json.dumps(json_changed(random, json.loads(manifest))).encode()
+
+
+def read_manifest_entry(data: bytes, folder: Path) -> None:
+    """Use and clean a cache in a registry that has it."""
+    with fake_registry() as registry, Registry(pause=lambda _: None) as client:
+        manifests, blobs = pushed()
+        registry.blobs.update(blobs)
+        for (repository, _), (kind, _) in manifests.items():
+            for name in (filled().key.hex, str(Digest.of(data))):
+                registry.manifests[repository, name] = (kind, data)
+        used(RegistryCache(client, Reference.parse(f"{host(registry)}/team/cache")), folder)
+
+
+def used(there: Cache, folder: Path) -> None:
+    """Look the entry up, read its files, describe the cache and clean it."""
+    key, scratch = filled().key, folder / "scratch"
+    shared = SharedCache(there, None, lambda _: None, 60)
+    store = SharedStore(MemoryStore(folder / "store"), [shared], lambda: scratch)
+    try:
+        entry = store.find(key)
+        if entry is not None:
+            root = entry.tree.root
+            found = {path.relative_to(root): path for path in root.rglob("*") if path.is_file()}
+            assert {str(name): path.read_bytes() for name, path in found.items()} == FILES
+    finally:
+        assert not shared.broken, "one entry cost the whole cache"
+        describe_cache(there)
+        prune_cache(there, 1 << 60)
+        prune_cache(there, 0)
+        there.remove([key])
+        # The registry in this process deletes nothing.
+        assert there.origin[0] or there.find(key) is None, "it cannot be deleted"
+
+
+REQUEST = {
+    "id": "1", "kind": "cell", "version": "1", "adapter": "a",
+    "recipe": {
+        "name": "tiny", "version": "1", "base": {"source": "folders/0/base"},
+        "adapters": [{"source": "folders/1/a"}],
+        "evaluate": {"data": "files/0/questions.jsonl"}, "targets": ["llamacpp-q4_k_m"],
+    },
+    "lock": {"sources": {}, "bases": {}}, "targets": ["llamacpp-q4_k_m"],
+    "questions": [], "outputs": {}, "tools": {}, "dist": "/dist", "token": "",
+    "files": {"files/0/questions.jsonl": "e30K", "files/1/x": ""},
+    "parcels": {"folders/0/base": "", "folders/1/a": ""},
+}  # fmt: skip
+
+
+def changed_request(random: Random) -> bytes:
+    """Change what a fleet sends to a node."""
+    parcels = dict.fromkeys(REQUEST["parcels"], str(filled().key))
+    return json.dumps(json_changed(random, {**REQUEST, "parcels": parcels})).encode()
+
+
+def read_request(data: bytes, folder: Path) -> None:
+    """Put what it brings into a node's folder, as the node does; nothing is written beside it."""
+    try:
+        request = Request.from_json(parse(data, largest=RECORD))
+    except ValueError:  # which the node says, and ends with 2
+        return
+    home, files = folder / "home", folder / "files"
+    home.mkdir()
+    put(files)
+    there = SimpleNamespace(tree=Tree(root=files, files=()))
+    find: Callable[[Digest], object] = lambda key: there if key == filled().key else None  # noqa: E731
+    try:
+        _written(request, home, SimpleNamespace(store=SimpleNamespace(find=find)))
+    finally:
+        assert {path.name for path in folder.iterdir()} == {"home", "files"}, "written elsewhere"
+        assert {path.name: path.read_bytes() for path in files.iterdir() if path.is_file()} == {
+            "notes.txt": FILES["notes.txt"]
+        }, "written through a link"
