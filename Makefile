@@ -18,16 +18,28 @@ endef
 # What a machine has one of, so that only one test at a time may use it: the engine's names, a
 # cluster's ports, the cores and the memory that a server of vLLM takes. All else is a test's own.
 ALONE := docker or ray or slurm or vllm
+# What only test-all runs, and a twelfth of it after each commit: the rest of large grids, and tests
+# of what others show in brief.
+REST := full or real
 # What test-fast does without: other programs, and tests that take half a second or more.
-FAST := not ($(ALONE) or builders or registry or other_registries or browser or root or gpu or real or slow)
+FAST := not ($(ALONE) or builders or registry or other_registries or browser or root or gpu or $(REST) or slow)
 # All tests, and what they start, read and write compiled modules, also where a container's variable
 # forbids to write these: that is a tenth of the time.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # As many processes as cores, each with one thread for torch and numpy: their tests are small.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
 
+# Run the tests of an expression: $(call tests,EXPRESSION,FLAGS). An engine and builders come first.
+define tests
+bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)" || exit; \
+echo "test: making builders; ten minutes the first time, nothing afterwards"; \
+$(BIN)/python -m tests.builders || exit; \
+$(PARALLEL) -m "($(1)) and not (gpu or $(ALONE))" $(2) $(PYTEST_FLAGS) || exit; \
+$(PYTEST) -m "($(1)) and ($(ALONE)) and not gpu" $(2) $(PYTEST_FLAGS)
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-real test-gpu fuzz docs bench clean
+.PHONY: help setup setup-dev demo check fix lock generate golden test test-fast test-all test-part test-gpu fuzz docs bench clean
 
 help: ## Show this help
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,21 +86,17 @@ lock: setup-dev ## Write requirements.lock, the tool's own packages by hash, fro
 generate: setup-dev ## Write the generated reference pages and the JSON Schema
 	@$(BIN)/python docs/generate.py
 
-test: setup-dev ## Every test that needs no GPU; starts a container engine where it may
-	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
-	@echo "test: making builders; ten minutes the first time, nothing afterwards"
-	@$(BIN)/python -m tests.builders
-	@$(PARALLEL) -m "not (real or gpu or $(ALONE))" $(PYTEST_FLAGS)
-	@$(PYTEST) -m "($(ALONE)) and not (real or gpu)" $(PYTEST_FLAGS)
+test: setup-dev ## Every kind of test, of large grids a sample; starts a container engine where it may
+	@$(call tests,not ($(REST)),)
 
 test-fast: setup-dev ## The tests that need neither builders nor an engine nor other programs
 	@$(PARALLEL) -m "$(FAST)" $(PYTEST_FLAGS)
 
-test-real: setup-dev ## The heavy tests on real weights as well
-	@bash tests/engine.sh || test -z "$(WEIGHTSMITH_REQUIRE_DOCKER)"
-	@$(BIN)/python -m tests.builders
-	@$(PARALLEL) -m "not (real or gpu or $(ALONE))" $(PYTEST_FLAGS)
-	@$(PYTEST) -m "(real or $(ALONE)) and not gpu" $(PYTEST_FLAGS)
+test-all: setup-dev ## Every test that needs no GPU, on real weights and of whole grids too
+	@$(call tests,not gpu,)
+
+test-part: setup-dev ## Of what only test-all runs, the twelfth that PART says: 1 to 12
+	@$(call tests,$(REST),--part $(PART)/12)
 
 test-gpu: setup-dev ## The tests that need an NVIDIA GPU; prints what the GPU gave beside the CPU
 	@$(BIN)/python -m pytest -m gpu -s tests/gpu $(PYTEST_FLAGS)

@@ -13,8 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +103,31 @@ NEEDS = {
 """Marker -> whether this machine has it, and what to say where it has not."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a grid of cases, mark all but every n-th as slow: `make test` runs them all."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a part of the tests be chosen, the same on each machine."""
+    parser.addoption("--part", metavar="N/PARTS", help="run the N-th of so many parts of the tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a grid of cases, leave all but every n-th to `make test-all`; then draw the part."""
     seen: dict[str, int] = {}
     for item in items:
         if grid := item.get_closest_marker("grid"):
             name = item.nodeid.partition("[")[0]
             seen[name] = seen.get(name, -1) + 1
             if seen[name] % grid.args[0]:
-                item.add_marker("slow")
+                item.add_marker("full")
+    if part := config.getoption("part"):
+        number, parts = map(int, part.split("/"))
+        drawn = [zlib.crc32(item.nodeid.encode()) % parts == number - 1 for item in items]
+        config.hook.pytest_deselected(items=[*compress(items, map(not_, drawn))])
+        items[:] = compress(items, drawn)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A part may have no test of a kind."""
+    if session.config.getoption("part") and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_collection_finish() -> None:

@@ -1,7 +1,7 @@
 """A model with experts and its adapter in 8 bits, in an image of vLLM on a CPU with AMX.
 
 Without AMX vLLM has no kernels for quantized experts: test_experts_in_memory.py builds such images
-there, and their weights answer. `make test-real` runs this one.
+there, and their weights answer. `make test-all` runs this one.
 """
 
 from __future__ import annotations
