@@ -19,7 +19,8 @@ from tests.fakes.tiny import write_model
     [
         (("merge", "--seed", "x"), {"--seed", "x"}),
         (("evaluate", "--min-score", "half"), {"--min-score", "half"}),
-        (("merge",), {"--base", "--adapter", "--out"}),
+        (("merge",), {"--base", "--out"}),
+        (("merge", "--keep-adapter", "k"), {"--base", "--adapter"}),
         (("build", "--locked", "--update-lock"), {"--update-lock", "--locked"}),
         (("build", "--from", "x", "--update-lock"), {"--update-lock", "--from"}),
         (("evaluate", "--tasks", "x", "--memory", "4GiB"), {"--tasks", "--memory"}),

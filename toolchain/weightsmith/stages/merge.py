@@ -164,7 +164,7 @@ def _planned(
 def merge(
     sources: Sources, options: Merge, to: Destination, tools: Tools, *, files: bool = True
 ) -> Outcome[Checkpoint]:
-    """Return the merged checkpoint; without adapters, the unchanged base.
+    """Return the merged checkpoint; without adapters, the unchanged base, or a copy in a folder.
 
     Without `files`, nobody needs its weights as files: unless they are there already, they are
     computed, checked and hashed, but not written if they can be computed where they are read.
@@ -173,7 +173,7 @@ def merge(
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
     if options.precision == "fast":
         tools.progress.warn("merge.precision: fast is the same as exact now")
-    if not sources.adapters:
+    if not sources.adapters and not isinstance(to, InFolder):
         base = Checkpoint(tree=sources.base.tree)
         return timer.done(base, cached=True)
     there = to.find(lambda: inputs(sources, options))

@@ -32,29 +32,39 @@ def resolve(file: RecipeFile, tools: Tools) -> Sources:
 
     Raises InputRefused for unsafe or incomplete inputs, EnvironmentFailure for network errors.
     """
-    base = _fetch(file.recipe.base, file, tools)
-    if _is_gguf(base):
-        base = _import_gguf(base, tools)
-    check_model_folder(base.tree.root)
-    _tell_left(base, tools)
+    base = resolve_base(file.recipe.base, file.folder, tools)
     adapters = []
     for adapter in file.recipe.adapters:
-        snapshot = _fetch(adapter, file, tools)
+        snapshot = _fetch(adapter, file.folder, tools)
         check_adapter_folder(snapshot.tree.root)
         _tell_left(snapshot, tools)
         adapters.append(_named(adapter, snapshot))
     return Sources(base=base, adapters=tuple(adapters))
 
 
+def resolve_base(base: Base, folder: Path, tools: Tools) -> Snapshot:
+    """Fetch a base to the local disk, convert it if it is a GGUF file, and verify it.
+
+    Relative paths are those of the `folder`. Raises InputRefused for an unsafe or incomplete one,
+    EnvironmentFailure for network errors.
+    """
+    snapshot = _fetch(base, folder, tools)
+    if _is_gguf(snapshot):
+        snapshot = _import_gguf(snapshot, tools)
+    check_model_folder(snapshot.tree.root)
+    _tell_left(snapshot, tools)
+    return snapshot
+
+
 def known(file: RecipeFile, tools: Tools) -> tuple[Sources | None, str]:
     """Return the sources if they are all here and converted, else None and the reason."""
-    base = _known(file.recipe.base, file, tools)
+    base = _known(file.recipe.base, file.folder, tools)
     if base and _is_gguf(base):
         tree = InStore(tools.store).find(partial(import_inputs, base))
         if tree is None:
             return None, f"{base.source} is on this machine, but not yet converted to a checkpoint"
         base = _imported(base, tree)
-    adapters = [(_known(a, file, tools), a) for a in file.recipe.adapters]
+    adapters = [(_known(a, file.folder, tools), a) for a in file.recipe.adapters]
     missing = [a.source for snapshot, a in adapters if snapshot is None]
     missing += [file.recipe.base.source] if base is None else []
     if base is None or missing:
@@ -78,8 +88,8 @@ def import_inputs(source: Snapshot) -> StageInputs:
     )
 
 
-def _fetch(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot:
-    reader, name = _reader(source, file, tools)
+def _fetch(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot:
+    reader, name = _reader(source, folder, tools)
     sha256 = source.sha256 if isinstance(source, Base) else ""
     snapshot = reader.fetch(name, source.revision, sha256, tools.progress)
     if not snapshot.pinned:
@@ -87,17 +97,17 @@ def _fetch(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot:
     return snapshot
 
 
-def _known(source: Base | Adapter, file: RecipeFile, tools: Tools) -> Snapshot | None:
-    reader, name = _reader(source, file, tools)
+def _known(source: Base | Adapter, folder: Path, tools: Tools) -> Snapshot | None:
+    reader, name = _reader(source, folder, tools)
     sha256 = source.sha256 if isinstance(source, Base) else ""
     return reader.known(name, source.revision, sha256)
 
 
-def _reader(source: Base | Adapter, file: RecipeFile, tools: Tools) -> tuple[SourceReader, str]:
+def _reader(source: Base | Adapter, folder: Path, tools: Tools) -> tuple[SourceReader, str]:
     scheme, separator, _ = source.source.partition("://")
     if not separator:
         path = Path(source.source).expanduser()
-        return tools.readers[""], str(path if path.is_absolute() else file.folder / path)
+        return tools.readers[""], str(path if path.is_absolute() else folder / path)
     if scheme not in tools.readers:
         schemes = ", ".join(f"{s}://" for s in sorted(tools.readers) if s)
         raise UsageError(f"{source.source}: unknown kind of source", hint=f"use one of: {schemes}")
