@@ -39,11 +39,17 @@ NEWEST_GLIBC = 41
 METADATA = "Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
 # It starts processes that import it again.
 COMMAND = """#!/usr/bin/python3
+if __name__ == "__main__":
+    import shared_memory
+
+    shared_memory.require()
+
 from vllm.entrypoints.cli.main import main
 
 if __name__ == "__main__":
     main()
 """
+ADDED = ("request_amx.py", "shared_memory.py")
 PLUGINS = "[vllm.general_plugins]\nrequest_amx = request_amx:request\n"
 UNUSED = ("torch/include", "torch/share", "torch/test", "bin", "share")
 """Headers and test programs: nothing is compiled in the image."""
@@ -172,7 +178,8 @@ def repair(out: Path) -> None:
     own = packages / f"vllm-{version}+cpu.dist-info"
     own.mkdir()
     (own / "METADATA").write_text(METADATA.format(version=version))
-    shutil.copyfile(HERE / "request_amx.py", packages / "request_amx.py")
+    for name in ADDED:
+        shutil.copyfile(HERE / name, packages / name)
     (own / "entry_points.txt").write_text(PLUGINS)
     # Which machine installed it, when: the same pins must give the same bytes.
     for name in ("direct_url.json", "REQUESTED", "RECORD", "INSTALLER"):
