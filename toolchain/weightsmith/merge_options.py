@@ -23,6 +23,10 @@ Method: TypeAlias = Literal[
     "dare_ties_svd",
     "magnitude_prune_svd",
 ]
+Space: TypeAlias = Literal["delta", "factors"]
+Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
+Precision: TypeAlias = Literal["exact", "fast"]
+QuantizedBase: TypeAlias = Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,25 +61,25 @@ class Merge:
     seed: int = field(
         default=0, metadata={"ge": 0, "description": "Random seed of the `dare` methods."}
     )
-    space: Literal["delta", "factors"] = field(
+    space: Space = field(
         default="delta",
         metadata={
             "description": "What is combined. `delta`: the products B·A; `factors`: A and B, as in "
             "PEFT."
         },
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+    dtype: Dtype = field(
         default="auto",
         metadata={"description": "Type of the merged weights; `auto` keeps the base's."},
     )
-    precision: Literal["exact", "fast"] = field(
+    precision: Precision = field(
         default="exact",
         metadata={
             "description": "`exact`: the exact sum, rounded once. `fast` is accepted and does the "
             "same: float32 sums took hardly less time."
         },
     )
-    quantized_base: Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"] = field(
+    quantized_base: QuantizedBase = field(
         default="refuse",
         metadata={
             "description": "`refuse`: refuse a quantized base; `dequantize`: merge onto its "

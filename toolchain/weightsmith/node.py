@@ -68,13 +68,15 @@ def _answer(request: Request) -> Reply:
     from weightsmith.run_options import RunOptions
     from weightsmith.wiring import open_tools
 
-    asked = request.tools
+    asked = dict(request.tools)
+    upload_seconds = float(asked.pop("upload_seconds", 0.0))
+    verify_key = str(asked.pop("verify_key", ""))
     try:
         with open_tools(
-            RunOptions.of(asked),
+            RunOptions(**asked),
             PlainProgress(sys.stderr),
-            upload_seconds=float(asked.get("upload_seconds") or 0.0),
-            verify_key=str(asked.get("verify_key") or ""),
+            upload_seconds=upload_seconds,
+            verify_key=verify_key,
         ) as tools:
             reply = answer(request, tools)
         # Only now: uploads have gone on until here.

@@ -5,9 +5,8 @@ A field is a flag and a keyword of the Python functions; its metadata have the f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 def _option(default: Any, description: str) -> Any:
@@ -34,12 +33,6 @@ class RunOptions:
         "s3://BUCKET/PREFIX or a folder; off for none",
     )
     cache_from: str = _option("", "a second cache that is only read")
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """Return the options among a function's arguments or a request's keys."""
-        names = {one.name for one in fields(cls)}
-        return cls(**{name: value for name, value in given.items() if name in names and value})
 
     def given(self) -> dict[str, Any]:
         """Return the options that are set, for a request to another process."""

@@ -154,6 +154,45 @@ def test_options_of_running_are_those_of_the_command() -> None:
     assert options(weightsmith.build) == asdict(RunOptions())
 
 
+RECIPE = {"name": "x", "base": {"source": "base"}, "targets": ["llamacpp-q8_0"]}
+ASKED: Mapping[str, tuple[Any, ...]] = {
+    "merge": ("base", "adapter", "out"),
+    "validate": ("base", "adapter", "merged"),
+    "quantize": ("model", "out"),
+    "bake": ("model", "vllm"),
+    "rebase": ("x/y:1", "x/engine:2", "x/y:2"),
+    "plan": (RECIPE,),
+    "build": (RECIPE,),
+    "evaluate": ("questions.jsonl",),
+    "fleet": ({"recipe": str(TINY / "recipe.yaml"), "adapters": [str(TINY / "adapters/a")]},),
+}
+"""What each function that runs anything must be given."""
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_options_of_running_arrive(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def open_tools(run: RunOptions, _progress: Progress, **_more: Any) -> Any:
+        raise Seen(run)
+
+    monkeypatch.setattr(wiring, "open_tools", open_tools)
+    monkeypatch.setattr(wiring, "keep_clean", lambda *_, **_more: None)
+    monkeypatch.chdir(tmp_path)
+    every = {key: True if value is False else key for key, value in asdict(RunOptions()).items()}
+    every["cache"] = every["cache_from"] = str(tmp_path / "cache")
+    function = getattr(weightsmith, name)
+    given = {key: every[key] for key in every.keys() & inspect.signature(function).parameters}
+
+    with pytest.raises(Seen) as caught:
+        function(*ASKED[name], **given)
+
+    assert caught.value.args == (RunOptions(**given),)
+
+
 def test_every_command_has_its_function_or_a_reason_why_not() -> None:
     rows = re.findall(r"^\| no (.*?) \| \S", (ROOT / PAGE).read_text("utf-8"), re.MULTILINE)
     without = {name for row in rows for name in re.findall(r"`(\w+)`", row)}

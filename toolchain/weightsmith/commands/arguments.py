@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
 from weightsmith.recipe import Serve
 from weightsmith.recipe_file import RecipeFile, check_section, with_settings
-from weightsmith.recipe_section import fields_of
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import serve_options
 
 _Section = TypeVar("_Section")
+_Keys = ParamSpec("_Keys")
 
 SHORTEST = 0.001
 """Seconds to wait for an answer."""
@@ -127,14 +127,15 @@ def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
     return serve_options(check_section(Serve, {**data["serve"], **named}, "the command line"))
 
 
-def options_of(section: type[_Section], given: Mapping[str, Any], where: str) -> _Section:
-    """Return a recipe section built from a function's arguments; raises UsageError.
+def options_of(
+    section: Callable[_Keys, _Section], where: str, /, *_: _Keys.args, **given: _Keys.kwargs
+) -> _Section:
+    """Return a recipe's section with some keys, checked as in a recipe; None is the default.
 
-    Arguments that are not keys of the section are ignored; None means the default.
+    Raises UsageError.
     """
-    names = fields_of(section).keys() & given.keys()
-    chosen = {name: given[name] for name in names if given[name] is not None}
-    return check_section(section, chosen, where)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return check_section(cast("type[_Section]", section), chosen, where)
 
 
 def keep_apart(

@@ -64,7 +64,15 @@ def fleet(
     >>> [(cell.adapter, cell.target, cell.error) for cell in result.cells]
     [('a', 'llamacpp-q4_k_m', None)]
     """
-    run = RunOptions.of(locals())
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        sign_key=sign_key,
+        cache=cache,
+        cache_from=cache_from,
+    )
     found = ordered(
         file if isinstance(file, Mapping) else path_of(file),
         settings=texts_of(set),

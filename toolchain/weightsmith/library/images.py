@@ -66,7 +66,15 @@ def bake(
     >>> sum(layer["file"].endswith(".safetensors") for layer in baked.layers)
     1
     """
-    run = RunOptions.of(locals())
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        sign_key=sign_key,
+        cache=cache,
+        cache_from=cache_from,
+    )
     given = {"base": base_image, "order": order, "max_layer_size": max_layer_size}
     platforms = (platform,) if platform else ()
     image = check_section(ImageNames, {**given, "platforms": platforms}, "bake")
@@ -176,7 +184,7 @@ def rebase(
     >>> rebased.rebased_from == pushed.digest, rebased.mounted
     (True, 1)
     """
-    run = RunOptions.of(locals())
+    run = RunOptions(insecure=insecure, sign_key=sign_key, cache=cache, cache_from=cache_from)
     request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
     with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
         result = rebase_image(request, tools)
@@ -222,7 +230,16 @@ def plan(
     >>> [row["stage"] for row in foreseen["stages"]][:2]
     ['resolve', 'merge']
     """
-    run, file = RunOptions.of(locals()), recipe_of(recipe, set)
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        sign_key=sign_key,
+        cache=cache,
+        cache_from=cache_from,
+    )
+    file = recipe_of(recipe, set)
     wiring.keep_clean(sources_of(file), cache=cache)
     wanted = chosen_targets(file, texts_of(targets))
     with wiring.open_tools(run, Silent(), uploads=False) as tools:
@@ -265,7 +282,16 @@ def build(
     >>> built["llamacpp-q4_k_m"].scores["image"] >= built["llamacpp-q4_k_m"].scores["base"]
     True
     """
-    run, file = RunOptions.of(locals()), recipe_of(recipe, set)
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        sign_key=sign_key,
+        cache=cache,
+        cache_from=cache_from,
+    )
+    file = recipe_of(recipe, set)
     place = path_of(layout).absolute() if layout else None
     wiring.keep_clean(sources_of(file), dist=path_of(dist), layout=place or "", cache=cache)
     wanted = chosen_targets(file, texts_of(targets), to_build=True)

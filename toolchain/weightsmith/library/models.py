@@ -21,7 +21,14 @@ from weightsmith.library.arguments import (
     weights_of,
 )
 from weightsmith.library.results import Merged, Quantized, Rendered, Shard
-from weightsmith.merge_options import Merge
+from weightsmith.merge_options import (
+    Dtype,
+    Merge,
+    Method,
+    Precision,
+    QuantizedBase,
+    Space,
+)
 from weightsmith.progress import shown
 from weightsmith.recipe import Quantize, Serve
 from weightsmith.run_options import RunOptions
@@ -34,14 +41,14 @@ def merge(
     out: AnyPath,
     *,
     weights: Sequence[float] | None = None,
-    method: str = "sequential",
+    method: Method = "sequential",
     density: float | None = None,
     rank: int | None = None,
     seed: int = 0,
-    space: str = "delta",
-    dtype: str = "auto",
-    precision: str = "exact",
-    quantized_base: str = "refuse",
+    space: Space = "delta",
+    dtype: Dtype = "auto",
+    precision: Precision = "exact",
+    quantized_base: QuantizedBase = "refuse",
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
     memory: str = "",
@@ -66,7 +73,26 @@ def merge(
     >>> [shard.path.name for shard in merged.shards]
     ['model.safetensors']
     """
-    run, options = RunOptions.of(locals()), options_of(Merge, locals(), "merge")
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
+    )
+    options = options_of(
+        Merge,
+        "merge",
+        method=method,
+        density=density,
+        rank=rank,
+        seed=seed,
+        space=space,
+        dtype=dtype,
+        precision=precision,
+        quantized_base=quantized_base,
+    )
     source, folders, place = source_of(base), paths_of(adapters), path_of(out)
     wiring.keep_clean([source, *folders], out=place, cache=cache)
     asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
@@ -91,11 +117,11 @@ def validate(
     merged: AnyPath,
     *,
     weights: Sequence[float] | None = None,
-    method: str = "sequential",
+    method: Method = "sequential",
     density: float | None = None,
     rank: int | None = None,
-    space: str = "delta",
-    quantized_base: str = "refuse",
+    space: Space = "delta",
+    quantized_base: QuantizedBase = "refuse",
     probes: AnyPath | None = None,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
@@ -118,7 +144,23 @@ def validate(
     >>> validation.top1_agreement
     1.0
     """
-    run, options = RunOptions.of(locals()), options_of(Merge, locals(), "validate")
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
+    )
+    options = options_of(
+        Merge,
+        "validate",
+        method=method,
+        density=density,
+        rank=rank,
+        space=space,
+        quantized_base=quantized_base,
+    )
     source, folders, made = source_of(base), paths_of(adapters), path_of(merged)
     wiring.keep_clean([source, *folders, made], cache=cache)
     pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
@@ -165,8 +207,25 @@ def quantize(
     >>> quantized.path.name, quantized.quality["top1"] > 0.86
     ('capitals.gguf', True)
     """
-    run = RunOptions.of(locals())
-    settings = options_of(Quantize, {**locals(), "imatrix": str(imatrix)}, "quantize")
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
+    )
+    settings = options_of(
+        Quantize,
+        "quantize",
+        imatrix=str(imatrix),
+        group_size=group_size,
+        zero_point=zero_point,
+        keep=keep,
+        tensor_types=tensor_types or {},
+        split_max_size=split_max_size,
+        allow_low_bits=allow_low_bits,
+    )
     source, place = path_of(model), path_of(out)
     wiring.keep_clean([source], out=place, cache=cache)
     asked = FolderRequest(
@@ -214,7 +273,15 @@ def render(
     >>> rendered.plan["fits"], "config/vllm.yaml" in map(str, rendered.files)
     (True, True)
     """
-    serve = options_of(Serve, locals(), "render")
+    serve = options_of(
+        Serve,
+        "render",
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        gpu_count=gpu_count,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+    )
     source, place = path_of(model), path_of(out)
     wiring.keep_clean([source], out=place)
     options = serving_options(serve, texts_of(set))

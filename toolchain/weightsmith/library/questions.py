@@ -64,18 +64,26 @@ def evaluate(
     >>> tuned.score > base.score, tuned.comparison["drop"] < 0
     (True, True)
     """
-    run = RunOptions.of(locals())
-    keys = {
-        "data": _text(data),
-        "metric": metric,
-        "command": texts_of(command),
-        "min_score": min_score,
-        "max_tokens": max_tokens,
-        "training": _text(training),
-        "strict": strict,
-        "limit": limit,
-    }
-    scoring = options_of(Evaluate, keys, "evaluate")
+    run = RunOptions(
+        runner=runner,
+        allow_network_in_jobs=allow_network_in_jobs,
+        memory=memory,
+        insecure=insecure,
+        cache=cache,
+        cache_from=cache_from,
+    )
+    scoring = options_of(
+        Evaluate,
+        "evaluate",
+        data=_text(data),
+        metric=metric,
+        command=texts_of(command),
+        min_score=min_score,
+        max_tokens=max_tokens,
+        training=_text(training),
+        strict=strict,
+        limit=limit,
+    )
     at_least(0, retries=retries)
     at_least(1, concurrency=concurrency)
     at_least(SHORTEST, timeout=timeout)
