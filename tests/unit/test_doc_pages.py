@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 import venv
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.unit.test_docs import PAGES, ROOT, listed
 LINKING = [*PAGES, "CHANGELOG.md"]
 VARIABLE = r"WEIGHTSMITH_[A-Z_]*[A-Z](?![A-Z_])"
 """The name of one of our variables, and not the beginning of several."""
-CMAKE = {"WEIGHTSMITH_PROGRAMS", "WEIGHTSMITH_VARIANTS"}
+CMAKE = {f"WEIGHTSMITH_{name}" for name in ("HTTP", "PROGRAMS", "SERVER", "VARIANTS")}
 """Variables of CMake, not of the environment."""
 
 
@@ -44,56 +45,15 @@ def test_exit_code_page_lists_every_code() -> None:
     assert listed("docs/reference/exit-codes.md") == codes | {"0", "130"}
 
 
-def test_the_readme_counts_the_targets_and_names_those_that_are_there() -> None:
-    """`llamacpp-f16`, `-q8_0`, … and so many more: the rows of its table are all there is."""
-    names = {target.name for target in all_targets().values()}
+def test_the_readme_names_targets_that_are_there() -> None:
+    """`llamacpp-f16`, `-q8_0` and so on, in the first column."""
     page = (ROOT / "README.md").read_text("utf-8")
     table = page.partition("## Targets")[2].partition("\n## ")[0]
     words = re.findall(r"`([\w-]+)`", "\n".join(row.split("|")[1] for row in rows_of(table)))
 
     named = {f"llamacpp{word}" if word.startswith("-") else word for word in words}
 
-    assert named <= names
-    llamacpp = {name for name in names if name.startswith("llamacpp")}
-    assert f"and [{len(llamacpp - named)} more](docs/reference/targets.md)" in table
-    bits = [
-        target.format.bits_per_weight
-        for target in all_targets().values()
-        if target.name in llamacpp
-    ]
-    assert f"{min(bits):.1f} to {max(bits):.0f} bits" in table
-
-
-def test_the_readmes_memory_is_what_was_measured() -> None:
-    figures = rows_of((ROOT / "benchmarks/README.md").read_text("utf-8"))
-    page = (ROOT / "README.md").read_text("utf-8")
-
-    def peaks(stage: str) -> list[str]:
-        """Return the peaks of a stage in the two tables of whole builds, in GB."""
-        mib = [int(row.split("|")[4]) for row in figures if row.startswith(f"| {stage} |")]
-        return [f"{one * 2**20 / 1e9:.1f} GB" for one in mib]
-
-    small, large = peaks("quantize, with the importance matrix")
-    assert f"measured {small} for 1.17 billion weights and {large} for 7.4 billion" in page
-    assert f"that was {peaks('start and questions')[-1]}" in page
-
-
-def test_pages_say_what_the_benchmarks_do_of_images_and_merges() -> None:
-    figures = rows_of((ROOT / "benchmarks/README.md").read_text("utf-8"))
-
-    def row(start: str) -> list[str]:
-        (first, *_) = (one for one in figures if one.startswith(f"| {start} |"))
-        return [cell.strip() for cell in first.split("|")[2:-1]]
-
-    images = (ROOT / "docs/explanation/assembled-images.md").read_text("utf-8")
-    for way in ("`docker build` and `docker push`", "assemble and push"):
-        wall, _, *cpu, _ = row(way)
-        said = f"took {wall} s, and {sum(map(float, cpu)):.1f} s of CPU time"
-        assert said in images, said
-    merge = (ROOT / "docs/explanation/exact-merge.md").read_text("utf-8")
-    (_, part, _, ours), (*_, theirs) = row("weightsmith"), row("PEFT merge_and_unload")
-    said = f"{part} of the CPU time of PEFT's `merge_and_unload` and {int(ours) / int(theirs):.2f}"
-    assert said in merge, said
+    assert named <= {target.name for target in all_targets().values()}
 
 
 def test_where_things_are() -> None:
@@ -184,16 +144,30 @@ def test_the_page_for_closed_sites_fetches_what_the_builders_pin() -> None:
         assert (ROOT / file).is_file(), file
 
 
-def test_every_promise_names_a_test_that_is_there() -> None:
-    page = (ROOT / "docs/explanation/security.md").read_text("utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ") and "| test" not in line]
-    promises = [row for row in rows if not set(row) <= set("|- ")]
+@pytest.mark.slow
+def test_every_promise_names_tests_that_make_test_runs() -> None:
+    security = (ROOT / "docs/explanation/security.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8").partition("## What is promised\n")[2]
+    promises = [
+        *(row for row in rows_of(security) if "| test" not in row and set(row) - set("|- ")),
+        *re.findall(r"^- .*", readme.partition("\n## ")[0], re.MULTILINE),
+    ]
+    named = {row: re.findall(r"tests/[\w/]+\.py::\w+", row) for row in promises}
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    (rest,) = re.findall(r"^REST := (.+)$", makefile, re.MULTILINE)
 
-    for row in promises:
-        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
-        assert named, row
-        for file, name in named:
-            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.MULTILINE), name
+    tests = sorted({test for found in named.values() for test in found})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-m", f"not ({rest} or gpu)", *tests],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert len(promises) > 50
+    assert [row for row, found in named.items() if not found] == []
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = {line.partition("[")[0] for line in done.stdout.splitlines()}
+    assert [test for test in tests if test not in run] == []
 
 
 def test_setup_leaves_another_checkouts_environment_alone(tmp_path: Path) -> None:

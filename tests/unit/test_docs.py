@@ -229,6 +229,8 @@ def runnable(page: str) -> list[Block]:
 
 LOOKING = [page for page in PAGES if any(block.looks_only for block in runnable(page))]
 BUILDING = [page for page in PAGES if any(not block.looks_only for block in runnable(page))]
+FIRST = {"README.md", "docs/tutorial/first-image.md"}
+"""Read first; tests of whole builds run what the other pages do as well."""
 
 
 @pytest.mark.slow
@@ -241,7 +243,10 @@ def test_looking_commands_run(page: str, checkout: Path, tmp_path: Path) -> None
 
 @pytest.mark.builders
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("page", BUILDING)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.full] * (page not in FIRST)) for page in BUILDING],
+)
 def test_whole_page_runs(page: str, checkout: Path, shared_store: Path) -> None:
     run_blocks(runnable(page), checkout, shared_store)
 
