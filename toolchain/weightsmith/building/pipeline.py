@@ -34,6 +34,8 @@ from weightsmith.values import LORA, Artifact, Checkpoint, Published, Sources
 
 AnyStep = Step[Any, Any]
 Weights = Step[Artifact, ForeseenWeights]
+ASSEMBLY = frozenset({RenderStep.name, BakeStep.name, PublishStep.name})
+"""Stages that no job runs: they take no time, and are done for each place anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ from weightsmith.stages.upload import (
     repository_of,
     upload,
 )
+from weightsmith.steps.step import WEIGHTS
 from weightsmith.tools import Tools
 from weightsmith.trees import below
 from weightsmith.values import LORA, FileEntry, Json, StageInputs, Tree, plain
@@ -208,14 +209,17 @@ def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
 def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
     """Return the weights of a build if the store still has them."""
     artifact = record.artifact
-    packed = artifact is not None and "quantize" in record.inputs
-    stage = "quantize" if packed else "merge"
+    packed = artifact is not None and WEIGHTS in record.inputs
+    stage = WEIGHTS if packed else merging.MergeStep.name
     inputs = record.inputs.get(stage)
     if artifact is None or not isinstance(inputs, dict):
         return None
     number = of_format(artifact.format).recipe_number if packed else merging.RECIPE_NUMBER
     entry = tools.store.find(StageInputs(stage=stage, recipe_number=number, inputs=inputs).key)
-    tree, measured = entry.tree if entry else None, record.inputs.get("cache-scales")
+    tree, measured = (
+        entry.tree if entry else None,
+        record.inputs.get(cache_scales.CacheScalesStep.name),
+    )
     if tree and isinstance(measured, dict):
         tree = cache_scales.stored(measured, tree, tools)
     return tree if tree and tree.digest == artifact.digest else None

@@ -182,17 +182,17 @@ def _shared(
                     one.questions = _with(one.questions, build)
                 after = (*after, key)
     several = {key: one for key, one in found.items() if len(one.cells) > 1}
-    several = {key: one for key, one in several.items() if not _is_part(key, one, several)}
+    for key, one in list(several.items()):
+        # Where the same cells wait for two tasks, one does both.
+        waits = (other for other in several.values() if key in other.after)
+        later = next((other for other in waits if other.cells == one.cells), None)
+        if one.kind != BASE and later and later.plan:
+            both = {*one.steps, *later.steps}
+            later.steps = tuple(step for step in later.plan.steps if step in both)
+            del several[key]
     for one in several.values():
         one.after = tuple(key for key in one.after if key in several)
     return several
-
-
-def _is_part(key: str, one: _Shared, several: Mapping[str, _Shared]) -> bool:
-    """Return whether a later task does all of it on the way: the same cells wait for both."""
-    return one.kind != BASE and any(
-        key in other.after and other.cells == one.cells for other in several.values()
-    )
 
 
 def _shareable(

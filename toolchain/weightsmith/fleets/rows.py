@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from weightsmith.building.pipeline import ASSEMBLY
 from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from weightsmith.fleets.requests import Built, Failure, Reply
 from weightsmith.json_objects import JsonObject
 
 REFUSED, NOT_MADE = "refused", "not made"
-_ASSEMBLY = frozenset({"render", "bake", "publish"})
-"""Stages that no job runs: they take no time, and are done for each place anew."""
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
 
 
@@ -125,7 +124,7 @@ def of_reply(row: CellRow, reply: Reply) -> CellRow:
         digest=built.digest,
         seconds=row.seconds + reply.seconds,
         cached=bool(reply.stages)
-        and all(was for name, was in reply.stages.items() if name not in _ASSEMBLY),
+        and all(was for name, was in reply.stages.items() if name not in ASSEMBLY),
         interval=built.interval,
         drop=built.drop,
         size=built.size,

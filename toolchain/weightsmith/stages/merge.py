@@ -306,7 +306,7 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
             written = whole["write_bytes"]
             plain = replace(weights.model, packing=None)
             weights = ForeseenWeights(model=plain, size=written, weight_bytes=written)
-        weights = replace(weights, missing=MERGE_FIRST)
+        weights = replace(weights, tree=None, missing=MERGE_FIRST)
         found = find(sources, options, tools.store, files=self.files)
         row = self.row(
             self._state(sources, cost, whole, seen),
@@ -314,7 +314,10 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
             write=cost["write_bytes"],
             memory=cost["peak_memory_bytes"],
         )
-        return Foreseen(value=replace(weights, tree=found.tree if found else None), rows=(row,))
+        if found:
+            tree = found.tree
+            weights = replace(weights, size=tree.size, weight_bytes=tree.weight_bytes, tree=tree)
+        return Foreseen(value=weights, rows=(row,))
 
     def _state(
         self, sources: Sources, cost: Mapping[str, int], whole: Mapping[str, int], seen: Foresight
