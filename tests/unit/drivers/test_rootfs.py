@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,14 @@ def wait_for_lines(endpoint, count: int) -> list[str]:
 def need_namespaces(endpoint) -> None:
     if "own processes alone" not in endpoint.confinement:
         pytest.skip("this kernel gives us no namespaces")
+
+
+def test_a_start_needs_no_room_in_the_temporary_folder(tmp_path, monkeypatch):
+    """Which is often a small file system of its own, and full before others are."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    spec = StartSpec(port=free_port(), env={})
+    with RootfsLauncher(unpack, tmp_path / "cache").serve("oci:some-layout", spec) as endpoint:
+        assert wait_for_lines(endpoint, 4)[0] == "from the image"
 
 
 def test_the_image_is_started_inside_its_own_files_as_its_own_user(tmp_path):

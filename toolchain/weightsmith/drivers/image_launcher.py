@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +68,8 @@ def start_sandboxed(
     started.
     """
     with contextlib.ExitStack() as open_files:
-        settings = open_files.enter_context(tempfile.TemporaryFile())
+        # In memory, since a full TMPDIR would end the start without a name.
+        settings = open_files.enter_context(os.fdopen(os.memfd_create("settings"), "w+b"))
         reading, writing = os.pipe()
         pipe = open_files.enter_context(os.fdopen(reading, "rb"))
         inherited = [settings.fileno(), writing, *([relay.listener.fileno()] if relay else ())]
