@@ -1,10 +1,13 @@
 """A written file is whole, or what was there before stays."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from weightsmith.files import write_folder, write_whole
+from weightsmith.files import marked, write_folder, write_whole
 
 
 def test_a_file_is_replaced_in_a_folder_that_is_made(tmp_path: Path) -> None:
@@ -59,3 +62,23 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_then_its_name(
         *[("sync", "2"), ("name", "b"), ("sync", "3"), ("name", "c"), ("sync", "two")],
         *[("sync", "4"), ("name", "c"), ("sync", "two")],
     ]
+
+
+def test_the_mark_of_a_killed_program_goes_with_the_next_one(tmp_path: Path) -> None:
+    """As of a fleet in the folder of its results; that of a living one stays."""
+    code = (
+        "import sys, time; from pathlib import Path; from weightsmith.files import marked\n"
+        "with marked(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
+    )
+    program = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    assert program.stdout is not None
+    program.stdout.readline()
+    with marked(tmp_path):
+        assert len(list(tmp_path.iterdir())) == 2
+    program.send_signal(signal.SIGKILL)
+    program.wait()
+    program.stdout.close()
+    assert len(list(tmp_path.iterdir())) == 1
+    with marked(tmp_path) as name:
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert list(tmp_path.iterdir()) == []
