@@ -191,6 +191,29 @@ def test_ray_gives_a_task_back_whose_process_was_killed(ray_nodes: str, tmp_path
         engine.close()
 
 
+def test_a_ray_cluster_that_ends_is_an_error_of_the_environment() -> None:
+    class RayError(Exception):
+        pass
+
+    def gone(*_: object, **__: object) -> object:
+        raise RayError("\nFailed to connect to GCS\n  at a line of C++")
+
+    ended: list[bool] = []
+    fake = SimpleNamespace(
+        cancel=gone, wait=gone, nodes=gone, shutdown=lambda: ended.append(True),
+        exceptions=SimpleNamespace(RayError=RayError),
+    )  # fmt: skip
+    engine = RayFleet(module=NODE, _ray=fake, _given={"runs": work(1)})
+
+    said = "the Ray cluster has ended: Failed to connect to GCS$"
+    with pytest.raises(EnvironmentFailure, match=said):
+        engine.wait(1)
+    with pytest.raises(EnvironmentFailure, match=said):
+        engine.submit([work(2)])
+    engine.close()
+    assert ended == [True]
+
+
 def test_what_ray_prints_is_not_in_the_output(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +262,7 @@ def test_ray_cancels_by_force_only_what_does_not_end() -> None:
         cancel=lambda one, force: cancelled.append((one, force)),
         wait=lambda given, num_returns, timeout: (given[:1], given[1:]),
         shutdown=lambda: cancelled.append(("all", True)),
+        exceptions=SimpleNamespace(RayError=ValueError),
     )
     engine = RayFleet(module=NODE, _ray=fake, _given={"ends": work(1), "hangs": work(2)})
 

@@ -6,8 +6,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +72,11 @@ class RayFleet:
                 )
 
     def submit(self, works: Sequence[Work]) -> None:
-        """Give tasks to Ray, which queues and places them."""
+        """Give tasks to Ray, which queues and places them; EnvironmentFailure if it has ended."""
+        with self._there():
+            self._submit(works)
+
+    def _submit(self, works: Sequence[Work]) -> None:
         nodes = self._nodes()
         gpus = any(node["Resources"].get("GPU") for node in nodes)
         for work in works:
@@ -99,14 +103,18 @@ class RayFleet:
             self._given[task.remote(self.module, work.text)] = work
 
     def wait(self, seconds: float) -> Sequence[Ended]:
-        """Return the tasks that have ended since; wait for one at most so many seconds."""
+        """Return the tasks that have ended since; wait for one at most so many seconds.
+
+        Raises EnvironmentFailure if the cluster has ended.
+        """
         if self._impossible:
             found, self._impossible = self._impossible, []
             return found
         if not self._given:
             time.sleep(seconds)
             return ()
-        done, _ = self._ray.wait([*self._given], num_returns=1, timeout=seconds)
+        with self._there():
+            done, _ = self._ray.wait([*self._given], num_returns=1, timeout=seconds)
         ended = []
         for one in done:
             work = self._given.pop(one)
@@ -128,6 +136,13 @@ class RayFleet:
     def _leave(self) -> None:
         if self._ray is None:
             return
+        with suppress(EnvironmentFailure), self._there():  # a cluster that has ended runs nothing
+            self._cancel()
+        self._given.clear()
+        self._ray.shutdown()
+        self._ray = None
+
+    def _cancel(self) -> None:
         for one in self._given:
             self._ray.cancel(one, force=False)
         late = [*self._given]
@@ -135,9 +150,18 @@ class RayFleet:
             _, late = self._ray.wait(late, num_returns=len(late), timeout=_PATIENCE)
         for one in late:  # and no others: Ray aborts this process if it cancels what just ends
             self._ray.cancel(one, force=True)
-        self._given.clear()
-        self._ray.shutdown()
-        self._ray = None
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        """Turn what Ray raises without its cluster into an error of the environment."""
+        try:
+            yield
+        except (self._ray.exceptions.RayError, OSError, RuntimeError) as error:
+            first = next((line for line in str(error).splitlines() if line.strip()), "")
+            raise EnvironmentFailure(
+                f"the Ray cluster has ended: {first.strip() or type(error).__name__}",
+                hint="start it again, then the fleet: what was finished is kept",
+            ) from None
 
     def _hide_stdout(self) -> None:
         """Let what is printed to standard output go to standard error, also by Ray's C++ code."""
@@ -230,7 +254,6 @@ def _program() -> Callable[[str, str], tuple[str, str, str]]:
         import signal
         import subprocess
         import sys
-        import tempfile
         import time
 
         import ray
@@ -239,7 +262,7 @@ def _program() -> Callable[[str, str], tuple[str, str, str]]:
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         node = ray.get_runtime_context().get_node_id()
-        said = tempfile.TemporaryFile()  # noqa: SIM115 - until the program has ended
+        said = os.fdopen(os.memfd_create("reply"), "w+b")  # TMPDIR may be full
         # The pipe stays open while this worker lives, and the program ends with it.
         process = subprocess.Popen(
             [sys.executable, "-m", module],
