@@ -9,7 +9,7 @@ from weightsmith.drivers.image_launcher import memory_limit
 from weightsmith.ports import StartSpec
 
 
-@pytest.mark.parametrize(("cpus", "more"), [(2, 0), (4, 0), (16, 192 << 20), (64, 960 << 20)])
+@pytest.mark.parametrize(("cpus", "more"), [(2, 288 << 20), (16, 512 << 20), (64, 1280 << 20)])
 def test_a_server_has_room_for_the_stacks_of_its_threads(
     monkeypatch: pytest.MonkeyPatch, cpus: int, more: int
 ) -> None:

@@ -73,6 +73,41 @@ def test_a_wish_that_does_not_fit_names_the_nearest_that_does():
     )
 
 
+@pytest.mark.parametrize(
+    ("vocab", "hidden", "intermediate", "layers", "heads", "tokens", "slots", "held"),
+    [
+        (50257, 256, 768, 4, 4, 512, 4, 28.3),
+        (50257, 256, 768, 4, 4, 256, 16, 38.8),
+        (50257, 256, 768, 4, 4, 8192, 2, 36.8),
+        (128256, 1024, 4096, 8, 16, 512, 4, 93.2),
+        (128256, 2048, 8192, 16, 32, 256, 2, 115.5),
+        (262144, 256, 768, 4, 4, 2048, 8, 132.4),
+    ],
+)
+def test_what_a_cpu_holds_beside_weights_and_cache(
+    vocab, hidden, intermediate, layers, heads, tokens, slots, held
+):
+    """Against the peak of RssAnon, less the cache, in MiB, with every slot full.
+
+    Of llama-server 0c1e57098 with float16 weights drawn at random and the vocabularies of GPT-2,
+    Llama 3 and Gemma 4, on two CPUs.
+    """
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(2, heads // 4),
+        "max_position_embeddings": 8192,
+        "vocab_size": vocab,
+    }
+    wishes = {"max_model_len": tokens, "max_num_seqs": slots, "host_memory_bytes": 8 * GIB}
+    made = plan(config, GIB, ServeOptions(**wishes))
+
+    assert held * MIB <= made.overhead_bytes <= 2.3 * held * MIB
+
+
 def test_a_wish_beyond_all_machines_is_answered_at_once():
     with pytest.raises(UsageError, match="max_num_seqs 1000000000000000000000") as caught:
         plan(SMOL, 105 * MIB, ServeOptions(max_num_seqs=10**21, host_memory_bytes=GIB))

@@ -23,8 +23,8 @@ Mode = Literal["apart", "folder", "bare"]
 """In its own namespaces; with a folder as its root; or only as the calling user."""
 _STACK = 8 << 20
 """Bytes of a thread's stack, by default."""
-_CPUS = 4
-"""CPUs whose threads fit into what a plan leaves for the program."""
+_THREADS = 32
+"""Of a server, beside two for each CPU: llama.cpp's has seven, and one for each request at once."""
 _CODE = (
     "import sys; sys.path.insert(0, sys.argv[1]);"
     " from weightsmith.drivers.image_sandbox import main; main(int(sys.argv[2]))"
@@ -114,10 +114,9 @@ def _most_memory(spec: StartSpec) -> int:
 def memory_limit(spec: StartSpec) -> int:
     """Return the bytes that a server may write to, with room for its threads' stacks.
 
-    The limit counts whole stacks, used or not, and servers start two threads for each CPU. Plans
-    leave room for those of a few CPUs.
+    The limit counts whole stacks, used or not, and servers start two threads for each CPU.
     """
-    return spec.memory_bytes + 2 * _STACK * max(0, (os.cpu_count() or 1) - _CPUS)
+    return spec.memory_bytes + _STACK * (2 * (os.cpu_count() or 1) + _THREADS)
 
 
 def _write(file: IO[bytes], settings: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from weightsmith.serving.llamacpp_cache import (
     require_attention,
     sliding_layers,
 )
-from weightsmith.serving.llamacpp_capacity import PROGRAM, UBATCH, Capacity, make_capacity, ways
+from weightsmith.serving.llamacpp_capacity import UBATCH, Capacity, make_capacity, ways
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan
@@ -145,7 +145,7 @@ def _split(capacity: Capacity, tokens: int, slots: int, options: ServeOptions) -
     fitting = min(layers, room // each)
     if fitting < 1:
         raise _too_much(capacity, tokens, slots)
-    rest = (layers - fitting) * each + PROGRAM
+    rest = (layers - fitting) * each + capacity.program
     if options.host_memory_bytes and rest > options.host_memory_bytes:
         raise UsageError(
             f"{layers - fitting} layers do not fit on {capacity.machine.device} and need"

@@ -48,6 +48,7 @@ def _parts(plan: ServingPlan, devices: int) -> list[tuple[str, str, int, str]]:
     """Return (sign, name, bytes, explanation) of all that takes memory, per device."""
     cache = plan.kv_bytes_total // devices
     estimated = any(note.startswith(NO_WEIGHTS) for note in plan.notes)
+    whole = plan.max_concurrency
     spare = max(0, plan.kv_cache_bytes - cache)
     return [
         (
@@ -70,7 +71,7 @@ def _parts(plan: ServingPlan, devices: int) -> list[tuple[str, str, int, str]]:
             "+",
             "cache to spare",
             spare,
-            f"{plan.max_concurrency:g} requests of full length would fit",
+            f"{whole:g} request{'s' * (whole != 1)} of full length would fit",
         ),
         (".", "held back", plan.margin_bytes, "because the rest is estimated"),
     ]
