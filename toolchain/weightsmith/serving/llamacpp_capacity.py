@@ -124,8 +124,8 @@ class Capacity:
     def program(self) -> int:
         """What the process takes in the host's memory beside all that depends on requests.
 
-        An estimate, compared with what llama-server 0c1e57098 held on a CPU for vocabularies of 512 to
-        262,144 tokens, and never below it there.
+        An estimate, compared with what llama-server 0c1e57098 held on a CPU for vocabularies of
+        50,257 to 262,144 tokens, and never below it there.
         """
         return _PROGRAM + _WORD * self.shape.vocab
 
