@@ -17,7 +17,7 @@ import transformers
 from weightsmith import time_limits
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.folder import check_model_folder, ignored_files, scan
-from weightsmith.checkpoints.gguf_config import gguf_config
+from weightsmith.checkpoints.gguf_config import gguf_config, gguf_tensor_types
 from weightsmith.checkpoints.gguf_import import import_gguf
 from weightsmith.checkpoints.safetensors import open_checkpoint
 from weightsmith.drivers import wheel_files
@@ -27,9 +27,12 @@ from weightsmith.drivers.wheel_files import extract_model
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.ports import Silent
 from weightsmith.provenance.mlbom import license_of
+from weightsmith.quantizers.sentencepiece_export import sentence_pieces
 from weightsmith.recipe_file import read_recipe
 from weightsmith.time_limits import cpu_limit
 from weightsmith.values import Digest
+
+from tests.unit.checkpoints.test_gguf_import import weights, write
 
 ROOT = Path(__file__).parents[2]
 # Chat templates that never end, or grow.
@@ -224,6 +227,22 @@ def test_gguf_entries_of_another_type_are_refused(tmp_path: Path, changed: dict)
         import_gguf(gguf_file(tmp_path / "x.gguf", **changed), tmp_path / "out")
 
 
+def test_gguf_tensors_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    """Thousands of tensors lie at one place: kilobytes would be written as gigabytes."""
+    path = tmp_path / "x.gguf"
+    write(path, weights())
+    tensors = gguf.GGUFReader(path).tensors
+    data, start = bytearray(path.read_bytes()), min(tensor.data_offset for tensor in tensors)
+    for tensor in tensors:  # after the name: number of dimensions, these, type, place
+        at = data.index(tensor.name.encode()) + len(tensor.name) + 4 + 8 * len(tensor.shape) + 4
+        data[at : at + 8] = bytes(8)
+    path.write_bytes(data[: start + max(int(tensor.n_bytes) for tensor in tensors)])
+    for read in (gguf_config, gguf_tensor_types, lambda path: import_gguf(path, tmp_path / "out")):
+        with pytest.raises(InputRefused, match="overlap"):
+            read(path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_gguf_file_of_the_other_byte_order_is_refused(tmp_path: Path) -> None:
     """Its array says that it has 2**60 values, and each is read by itself."""
     head = struct.pack("<4s", b"GGUF") + struct.pack(">IQQ", 3, 0, 1)
@@ -231,6 +250,21 @@ def test_a_gguf_file_of_the_other_byte_order_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(head + entry)
     with pytest.raises(InputRefused):
         gguf_config(tmp_path / "x.gguf")
+
+
+# SentencePiece models, which are made from tokenizer.json where they are missing.
+
+
+@pytest.mark.parametrize("vocabulary", [
+    {"a": 10**12}, {"a": 10**7}, {"a": -1}, {"a": "1"}, {"a": 1.5}, {"a": True}, {"a": None},
+    {"x" * 100_000: 1},
+])  # fmt: skip
+def test_a_vocabulary_that_would_never_be_written_is_refused(vocabulary: dict) -> None:
+    """One piece has the number 10**12, so as many unused ones come before it; or it has 100,000
+    characters, and is looked for in every place where it could have been joined."""
+    model = {"type": "BPE", "byte_fallback": True, "vocab": {"<unk>": 0, **vocabulary}}
+    with pytest.raises(InputRefused, match=r"tokenizer\.json"):
+        sentence_pieces({"model": model})
 
 
 # Wheels.

@@ -314,7 +314,7 @@ READS_OUR_OWN = {
     "drivers/sandbox_launcher.py", "foreign.py", "quantizers/convert.py",
     "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/known.py",
     "quantizers/running.py",
-    "quantizers/sentencepiece_export.py", "resources.py", "serving/llamacpp_options.py",
+    "resources.py", "serving/llamacpp_options.py",
     "checkpoints/text.py", "serving/option_values.py", "serving/options.py", "serving/vllm.py",
     "steps/bases.py", "steps/destinations.py", "jobs.py",
     "merging/peft_layers.py", "merging/tuned.py", "merging/tying.py",

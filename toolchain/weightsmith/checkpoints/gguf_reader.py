@@ -33,6 +33,10 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
         # Caused by wrong numbers in damaged files, such as offsets beyond the end.
         except (ArithmeticError, LookupError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
+        # Tensors that share bytes would be written once for each: gigabytes from kilobytes.
+        room = len(self.data) - self.data_offset
+        if sum(int(tensor.n_bytes) for tensor in self.tensors) > max(0, room):
+            raise ValueError("its tensors overlap")
 
     @property
     def data(self) -> Any:

@@ -17,7 +17,7 @@ _LARGEST = {
     "head_dim": 100_000,
     "v_head_dim": 100_000,
     "max_position_embeddings": 1_000_000_000,
-    "vocab_size": 100_000_000,
+    "vocab_size": 10_000_000,
     "intermediate_size": 100_000_000,
     "sliding_window": 1_000_000_000,
     "kv_lora_rank": 1_000_000,

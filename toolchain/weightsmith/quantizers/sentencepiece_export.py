@@ -17,9 +17,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from weightsmith.errors import InputRefused
+from weightsmith.foreign import TOKENIZER, parse_file
+
 _MODEL, _TOKENIZER, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _UNKNOWN = "<unk>"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_MOST, _LONGEST = 4_000_000, 4096
+"""Pieces, and characters of one; the largest vocabularies have a million and some hundred."""
 
 
 @contextmanager
@@ -64,13 +69,15 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
     SentencePiece merges the neighbours with the highest score, tokenizer.json those with the first
     merge; so minus a merge's index is an equivalent score
     (https://github.com/google/sentencepiece, src/bpe_model.cc). Raises NotImplementedError if that
-    does not hold: two pieces form another piece, but there is no such merge.
+    does not hold: two pieces form another piece, but there is no such merge. Raises InputRefused
+    for numbers of pieces that none has, up to which unused ones would be written.
     """
     pb: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
     special = {t["content"] for t in tokenizer.get("added_tokens", ()) if t.get("special")}
     added = {t["content"] for t in tokenizer.get("added_tokens", ())}
     unknown = tokenizer["model"].get("unk_token") or _UNKNOWN
+    _check_vocabulary(vocabulary)
     places = _places(tokenizer["model"], added)
     if unknown not in vocabulary:
         raise NotImplementedError("not a SentencePiece model: BPE without an unknown token")
@@ -101,6 +108,20 @@ def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
     made.normalizer_spec.add_dummy_prefix = starts_with_space(tokenizer)
     made.normalizer_spec.remove_extra_whitespaces = False
     return bytes(made.SerializeToString(deterministic=True))
+
+
+def _check_vocabulary(vocabulary: Mapping[str, int]) -> None:
+    odd = (n for n in vocabulary.values() if type(n) is not int or not 0 <= n < _MOST)
+    for number in odd:
+        raise InputRefused(
+            f"{_TOKENIZER} gives a piece the number {str(number)[:40]}",
+            hint="compare the file with the base's: numbers of pieces are those of embedding rows",
+        )
+    if (longest := max(map(len, vocabulary), default=0)) > _LONGEST:
+        raise InputRefused(
+            f"{_TOKENIZER} has a piece of {longest} characters",
+            hint=f"compare the file with the base's: no vocabulary has pieces of over {_LONGEST}",
+        )
 
 
 def starts_with_space(tokenizer: Mapping[str, Any]) -> bool:
@@ -149,4 +170,4 @@ def _steps(tokenizer: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], 
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return parse_file(path, largest=TOKENIZER) if path.is_file() else {}
