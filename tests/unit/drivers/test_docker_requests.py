@@ -102,6 +102,7 @@ def test_a_server_is_published_on_loopback_alone_and_keeps_its_user():
     spec = StartSpec(port=8080, env={"A": "b"}, memory_bytes=1 << 30)
 
     asked = server_request("image:1", spec, "me", gpu=False)
+    assert asked["pids_limit"] == 16384
 
     assert asked["ports"] == {"8080/tcp": ("127.0.0.1", None)}
     assert asked["environment"] == {"HOME": "/tmp", "A": "b"}

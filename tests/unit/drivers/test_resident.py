@@ -43,6 +43,24 @@ def test_memory_that_processes_may_share_counts_too() -> None:
     assert (most.returncode, more.returncode) == (0, -9)
 
 
+CHAIN = """
+if [ $1 -gt 0 ]; then /bin/sh "$0" $(($1 - 1)) "$2"; else "$2" -I -S -c \\
+    'import time; held = b"x" * (300 << 20); print("filled", flush=True); time.sleep(60)'; fi
+exit
+"""
+
+
+@pytest.mark.slow
+def test_the_last_of_a_long_chain_of_processes_counts_and_ends_too(tmp_path: Path) -> None:
+    (tmp_path / "chain").write_text(CHAIN)
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    words = ["/bin/sh", tmp_path / "chain", "1100", sys.executable]
+    done = process.run(words, limits=limits, timeout=50)
+
+    assert (done.returncode, done.tail) == (-9, ("filled",))
+
+
 def test_where_a_programs_files_lie_in_memory_what_it_maps_of_them_does_not_count() -> None:
     limits = process.ResourceLimits(resident_bytes=200 << 20, shared=False)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from docker.types import DeviceRequest, Mount
 
+from weightsmith.drivers.image_sandbox import PROCESSES
 from weightsmith.drivers.toolset import tools_variable
 from weightsmith.jobs import Job
 from weightsmith.ports import StartSpec
@@ -21,6 +22,7 @@ NOBODY = 65532
 """User and group of jobs whose caller is root."""
 _PYTHON = "/opt/venv/bin/python"
 _SHM_WITH_GPU = 1 << 30
+_JOB_PROCESSES = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,6 @@ def job_request(
         ],
         "network_mode": "none",
         "cap_drop": ["ALL"],
-        "pids_limit": 2048,
         # Standard input closes with our connection (the client library requests that unless
         # `detach` is set), so end of file tells the worker that we are gone.
         "stdin_open": True,
@@ -81,6 +82,7 @@ def job_request(
         "auto_remove": True,
     }
     request["labels"] = {**request["labels"], LABEL_JOB: job.kind}
+    request["pids_limit"] = _JOB_PROCESSES
     return request
 
 
@@ -122,6 +124,7 @@ def _confined(memory_bytes: int, owner: str, *, gpu: bool) -> dict[str, Any]:
         "tmpfs": {"/tmp": temporary},  # noqa: S108 - inside the container
         "security_opt": ["no-new-privileges"],
         "init": True,
+        "pids_limit": PROCESSES,
         "labels": {LABEL_OWNER: owner},
     }
     if memory_bytes:

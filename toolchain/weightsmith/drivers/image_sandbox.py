@@ -34,6 +34,9 @@ from weightsmith.drivers.sandbox_launcher import (
 
 NEW_MOUNTS, NEW_NAMES, NEW_IPC, NEW_PROCESSES = 0x0002_0000, 0x0400_0000, 0x0800_0000, 0x2000_0000
 
+PROCESSES = 16384
+"""Processes and threads of a server: engines start several for each CPU and GPU."""
+
 
 def main(settings_file: int) -> NoReturn:
     """Execute the program in the settings; report failures on the pipe `tell`."""
@@ -219,6 +222,10 @@ def _filter(way: str) -> bytes:
 
 def _become(settings: Mapping[str, Any]) -> NoReturn:
     """Check the sandbox from inside, report the facts, and execute the program."""
+    # Processes and threads together; in older kernels with the user's others.
+    _, allowed = resource.getrlimit(resource.RLIMIT_NPROC)
+    most = PROCESSES if allowed == resource.RLIM_INFINITY else min(PROCESSES, allowed)
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     if settings["memory_bytes"]:
         # Limits what the process writes to, not the weight files that it maps.
         resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)

@@ -73,11 +73,12 @@ def _held(pid: int, *, once: bool, shared: bool) -> int:
 
 def _family(pid: int) -> Iterator[int]:
     """Yield a process and all its descendants, as far as they can be seen."""
-    yield pid
-    for task in _PROC.glob(f"{pid}/task/*/children"):
-        with contextlib.suppress(OSError):
-            for child in task.read_text("ascii").split():
-                yield from _family(int(child))
+    found = [pid]
+    for each in found:  # not recursive: they may be a chain of any length
+        yield each
+        for task in _PROC.glob(f"{each}/task/*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text("ascii").split())
 
 
 def _anonymous(pid: int, *, once: bool) -> int:

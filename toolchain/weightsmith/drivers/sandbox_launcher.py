@@ -147,12 +147,12 @@ def reap() -> dict[int, int]:
 
 def descendants(process: int) -> list[int]:
     """Return all that a process has started and that is still there, as /proc shows it."""
-    found = []
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, task.read_text().split()):
-                found += [child, *descendants(child)]
-    return found
+    found = [process]
+    for each in found:  # not recursive: they may be a chain of any length
+        for task in Path(f"/proc/{each}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text().split())
+    return found[1:]
 
 
 def end_as(status: int) -> NoReturn:
