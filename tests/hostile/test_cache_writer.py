@@ -370,6 +370,24 @@ def test_only_regular_files_of_a_shared_folder_are_blobs(
     assert not shared.broken
 
 
+def test_a_link_in_the_place_of_a_blob_is_replaced_and_its_target_left_alone(
+    folder: FolderCache, tmp_path: Path
+) -> None:
+    """It has the blob's size, and so would count as there; a writer's own file keeps its time."""
+    blob, mine = blob_of(b"body"), tmp_path / "mine"
+    mine.write_bytes(b"mine")
+    os.utime(mine, (1, 1))
+    place = next((folder.root / "blobs").rglob(blob.digest.hex))
+    place.unlink()
+    place.symlink_to(mine)
+
+    folder.write(KEY, b"{}", [(blob, lambda: iter((b"body",)))])
+
+    assert mine.stat().st_mtime == 1
+    assert mine.read_bytes() == b"mine"
+    assert b"".join(folder.read(blob)) == b"body"
+
+
 ROWS: dict[str, bytes] = {
     "no digest": b"../../x 1\n",
     "negative": b"0" * 64 + b" -1\n",

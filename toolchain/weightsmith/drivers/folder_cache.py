@@ -50,7 +50,7 @@ class FolderCache:
             return None
         if use:
             with suppress(OSError):
-                os.utime(path)
+                os.utime(path, follow_symlinks=False)
         return document
 
     def read(self, blob: Blob) -> Iterator[bytes]:
@@ -69,8 +69,9 @@ class FolderCache:
         for blob, opener in blobs:
             path = self._blob(blob.digest)
             with suppress(OSError):
-                if path.stat().st_size == blob.size:
-                    os.utime(path)
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode) and status.st_size == blob.size:
+                    os.utime(path, follow_symlinks=False)
                     continue
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, opener())
