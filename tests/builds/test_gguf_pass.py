@@ -40,6 +40,7 @@ def takes(name: str, measured: bool) -> bool:
     return row.takes_imatrix if measured else not row.needs_imatrix
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize(
     ("name", "measured"),
     [
@@ -71,6 +72,7 @@ def test_chosen_types_may_be_floats(middle, tmp_path):
     assert same([tmp_path / "demo.gguf"], theirs(middle, tmp_path / "theirs", "q5_0", *words))
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_checkpoint_of_each_type_without_a_file_between(tmp_path, dtype):
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512}, vocab_size=512)
@@ -99,6 +101,7 @@ def alone(tmp_path_factory) -> tuple[Path, dict[str, list[Path]]]:
     return model, dict(zip(names, converted(model, folder / "converted", *names), strict=True))
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("name", ["f32", "f16", "q8_0"])
 def test_a_type_of_the_converter_alone(alone, tmp_path, name):
     model, files = alone

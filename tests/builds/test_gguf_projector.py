@@ -43,6 +43,7 @@ def converted(model: Path, folder: Path, name: str, **about: object) -> Path:
     return out
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("architecture", [*SEEING[:2], SEEING[3]])
 def test_it_has_the_converters_bytes_beside_each_format(tmp_path, architecture):
     model = make_projected(tmp_path / "model", architecture)
@@ -106,6 +107,7 @@ def merged_by_peft(base: Path, adapter: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("architecture", [SEEING[0], *SEEING[2:]])
 def test_a_build_serves_pictures_with_the_merged_tower(tmp_path, architecture):
     """The started server gets a picture, and the adapter's changes are in what it sees with."""

@@ -31,6 +31,7 @@ FORMATS = {
 """Rows permuted, experts stacked, norms changed, projections fused, none of these."""
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.model_type in FORMATS], ids=model_type)
 def test_each_kind_of_architecture(tmp_path, config):
     name = FORMATS[config.model_type]

@@ -49,6 +49,7 @@ def sums(file: Path) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.model_type in CLOSE], ids=model_type)
 def test_it_is_nearly_that_of_llama_imatrix_and_read_as_such(tmp_path, config):
     config.vocab_size = 512

@@ -83,7 +83,8 @@ def test_torch_runs_its_own_loops_alone(tmp_path, monkeypatch, architecture):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("cpus", [1, 2, 3, 8])
+@pytest.mark.grid(3)
+@pytest.mark.parametrize("cpus", [2, 1, 3, 8])
 def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
     model = make(tmp_path / "model", "LlamaForCausalLM")
     lines = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()]
@@ -103,6 +104,7 @@ def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("cpu", ["Haswell", "EPYC-Rome"])
 def test_bits_are_those_of_other_cpus(tmp_path, cpu):
     found = (shutil.which(name) for name in ("qemu-x86_64-static", "qemu-x86_64"))

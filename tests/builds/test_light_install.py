@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import TinyBuild
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.builders
+pytestmark = [pytest.mark.builders, pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from tests.faults.workshop import Outcome, Running, Workshop
 pytestmark = pytest.mark.builders
 
 STAGES = {
-    "merge": ("merge",),
     "reference": ("reference",),
-    "quantize": ("quantize",),
+    "merge": ("merge",),
     "evaluate": ("smoke", "trial"),
+    "quantize": ("quantize",),
 }
 """The long stages, by what the store calls their results."""
 SEED = 20240521
@@ -35,6 +35,7 @@ two_cpus = pytest.mark.skipif(
 )
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_stage(workshop: Workshop, digest: str, stage: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
@@ -116,6 +117,7 @@ def caught_ahead(workshop: Workshop, running: Running) -> dict[str, int]:
 
 
 @two_cpus
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_what_runs_ahead_of_its_turn(
     workshop: Workshop, digest: str, number: signal.Signals
@@ -194,6 +196,7 @@ def moments() -> list[float]:
     return [(part + chance.random()) / KILLS for part in range(KILLS)]
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("share", moments(), ids=lambda share: f"{share:.0%}")
 def test_a_killed_build(empty: Workshop, digest: str, share: float, reference: object) -> None:
     running = empty.start_build()
