@@ -13,13 +13,18 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import httpx
 import pytest
 from weightsmith.commands.cache import describe_cache, prune_cache
 from weightsmith.drivers.folder_cache import FolderCache
 from weightsmith.errors import CacheLost, InputRefused
+from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
+from weightsmith.oci.replies import Reply
 from weightsmith.ports import Signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.signing import check_by
@@ -386,6 +391,23 @@ def test_a_link_in_the_place_of_a_blob_is_replaced_and_its_target_left_alone(
     assert mine.stat().st_mtime == 1
     assert mine.read_bytes() == b"mine"
     assert b"".join(folder.read(blob)) == b"body"
+
+
+@pytest.mark.parametrize(
+    ("tags", "link", "says"),
+    [(5, "", "its tags are no list"), (["x"], '<again>; rel="next"', "more than 1000 pages")],
+)
+def test_a_list_of_tags_that_is_none_or_has_no_end_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tags: object, link: str, says: str
+) -> None:
+    headers = httpx.Headers({"link": link})
+    reply = Reply(200, headers, json.dumps({"tags": tags}).encode(), "https://registry/tags/list")
+    session = SimpleNamespace(attempt=lambda what, call: reply, follow=lambda here, to: to)
+    monkeypatch.setattr(RegistryCache, "_pulling", session)
+    cache = RegistryCache(cast("Registry", None), Reference.parse("registry.example/team/cache"))
+
+    with pytest.raises(InputRefused, match=says):
+        describe_cache(cache)
 
 
 ROWS: dict[str, bytes] = {

@@ -28,6 +28,9 @@ _INLINE = 64 << 10
 """Bytes of a document that is also in its manifest, which saves a request."""
 _FEW = 2
 """Tries of a look-up: a build does not wait for a registry that is down."""
+_MOST_PAGES = 1000
+"""Of tags; a page has a hundred or a thousand."""
+_NO_LIST = "ask who runs the registry, or use another repository as the cache"
 _OK, _ACCEPTED, _MISSING = 200, 202, 404
 
 
@@ -136,9 +139,10 @@ class RegistryCache:
         return replace(self._place, tag=key.hex)
 
     def _tags(self) -> Iterator[str]:
+        """Yield every tag; raises InputRefused for a list that is none or has no end."""
         session, url = self._pulling, "tags/list?n=1000"
-        while url:
-            what = f"cannot list {self.where}"
+        what = f"cannot list {self.where}"
+        for _ in range(_MOST_PAGES):
             reply = session.attempt(
                 what,
                 lambda url=url: session.call("GET", url, limit=manifests.LARGEST_MANIFEST),  # type: ignore[misc]
@@ -150,9 +154,11 @@ class RegistryCache:
             document = manifests.read_json(reply.body, self.where, manifests.LARGEST_MANIFEST)
             tags = document.get("tags") or ()
             if not isinstance(tags, list | tuple):
-                raise InputRefused(f"{self.where}: its tags are no list", hint="ask its operator")
+                raise InputRefused(f"{what}: its tags are no list", hint=_NO_LIST)
             yield from map(str, tags)
-            url = next_page(session, reply)
+            if not (url := next_page(session, reply)):
+                return
+        raise InputRefused(f"{what}: it has more than {_MOST_PAGES} pages", hint=_NO_LIST)
 
 
 def _inlined(row: Mapping[str, Json]) -> bytes:
