@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import urllib.request
@@ -145,12 +146,15 @@ def test_a_server_cannot_reach_the_world_and_writes_nowhere(engine, server_image
     """Asked from inside: no way out, a read-only root, process 1 without an init, its limit."""
     look = """
 import http.server, json, os, pathlib, socket
-def reach():
+def reach(place=("192.0.2.1", 80)):
     try:
-        socket.create_connection(("192.0.2.1", 80), 2)
+        socket.create_connection(place, 2)
     except OSError as error:
         return error.strerror or str(error)
     return "reached"
+def machine():  # its address on the network's bridge
+    own = socket.gethostbyname(socket.gethostname())
+    return reach((own.rpartition(".")[0] + ".1", int(os.environ["NEIGHBOUR"])))
 def write():
     try:
         pathlib.Path("/etc/x").touch()
@@ -162,8 +166,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200); self.end_headers()
         routes = pathlib.Path("/proc/net/route").read_text().splitlines()[1:]
         out = any(route.split()[1] == "00000000" for route in routes)
-        self.wfile.write(json.dumps({"reach": reach(), "write": write(), "pid": os.getpid(),
-            "uid": os.getuid(), "default": out}).encode())
+        self.wfile.write(json.dumps({"reach": reach(), "machine": machine(),
+            "write": write(), "pid": os.getpid(), "uid": os.getuid(), "default": out}).encode())
 http.server.HTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
 """
     image = engine.client.images.get(server_image)
@@ -174,15 +178,18 @@ http.server.HTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
     tag = f"weightsmith-test-look:{os.getpid()}"
     engine.client.images.build(fileobj=io.BytesIO(recipe.encode()), rm=True, tag=tag)
     try:
-        spec = StartSpec(port=8000, env={}, memory_bytes=256 << 20)
-        with DockerLauncher(engine).serve(tag, spec) as endpoint:
-            seen = json.loads(fetch(endpoint.url))
-            confinement = endpoint.confinement
+        with socket.create_server(("0.0.0.0", 0)) as neighbour:
+            env = {"NEIGHBOUR": str(neighbour.getsockname()[1])}
+            spec = StartSpec(port=8000, env=env, memory_bytes=256 << 20)
+            with DockerLauncher(engine).serve(tag, spec) as endpoint:
+                seen = json.loads(fetch(endpoint.url))
+                confinement = endpoint.confinement
     finally:
         engine.client.images.remove(tag, force=True)
 
     assert (seen["write"], seen["pid"], seen["uid"]) == ("Read-only file system", 1, 1234)
-    if "no network" in confinement:
+    assert "no network" not in confinement or seen["machine"] != "reached"
+    if "no internet" in confinement:
         assert not seen["default"]
         assert seen["reach"] != "reached"
     assert "256 MiB of memory" in confinement

@@ -78,7 +78,7 @@ def test_the_engine_starts_the_image_that_the_local_runner_makes(
     assert there["scores"]["image"] >= there["scores"]["adapter"] - 0.05
     assert asked["score"] == pytest.approx(there["scores"]["image"], abs=1e-4)
     assert user.stdout.strip() == "65532:65532"
-    assert {"user 65532:65532", "read-only root", "no network"} <= set(
+    assert {"user 65532:65532", "read-only root", "no internet"} <= set(
         checks["health"].replace(";", ",").split(", ")
     )
     assert {"chat", "streaming", "4 requests at once", "SIGTERM", "restart"} <= set(checks)

@@ -187,13 +187,13 @@ def test_what_the_engine_did_not_do_is_not_reported():
     assert confinement(told, "none-out") == (
         "user 7:8",
         "read-only root",
-        "no network",
+        "no internet",
         "no capabilities",
         "no new privileges",
         "256 MiB of memory",
     )
     assert confinement(told, "") == confinement({**told, "NetworkSettings": {}}, "none-out")
-    assert "no network" not in confinement(told, "")
+    assert "no internet" not in confinement(told, "")
     assert confinement({"Config": {}, "HostConfig": {}}, "none-out") == ("user root",)
 
 

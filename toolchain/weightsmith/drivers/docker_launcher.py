@@ -125,7 +125,8 @@ def confinement(reported: Mapping[str, Any], network: str) -> tuple[str, ...]:
     words = (
         f"user {config.get('User') or 'root'}",
         "read-only root" if host.get("ReadonlyRootfs") else "",
-        "no network" if network and networks == {network} else "",
+        # It still reaches what listens on the network's bridge, so on all addresses of the machine.
+        "no internet" if network and networks == {network} else "",
         "no capabilities" if "ALL" in dropped and not host.get("CapAdd") else "",
         "no new privileges" if any("no-new-privileges" in option for option in options) else "",
         f"{memory / 2**20:.0f} MiB of memory" if memory else "",
