@@ -8,17 +8,19 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+from weightsmith.commands.rebase import RebaseRequest, rebase_image
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.locations import RegistryLocation
-from weightsmith.oci.manifests import OCI_INDEX
+from weightsmith.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from weightsmith.oci.references import Reference
 from weightsmith.ports import Silent
-from weightsmith.values import canonical
+from weightsmith.values import Digest, canonical
 
 from tests.fakes.baking import bake, make_key
+from tests.fakes.memory import memory_tools
 from tests.unit.commands.conftest import Scene
 
 
@@ -204,3 +206,42 @@ def test_an_image_in_an_index_without_platforms_is_checked(scene: Scene) -> None
     scene.fake.blobs["team/app", layer] = bytes(image.layers[1].size)
     with pytest.raises(CheckFailed, match="layer 1"):
         verify_image(str(index), None, scene.client, Silent())
+
+
+def lying_index(scene: Scene, *platforms: str) -> str:
+    """Push an index that lists the image under these platforms, each time under another digest."""
+    rows = []
+    for number, platform in enumerate(platforms):
+        image = scene.image()
+        data = canonical({**json.loads(image.manifest_bytes), "annotations": {"n": str(number)}})
+        digest, (system, machine) = Digest.of(data), platform.split("/")
+        scene.fake.manifests["team/app", digest] = (OCI_MANIFEST, data)
+        where = {"os": system, "architecture": machine}
+        row = {"mediaType": OCI_MANIFEST, "digest": digest, "size": len(data), "platform": where}
+        rows.append(row)
+    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": rows}
+    index = f"{scene.fake.host}/team/app:index"
+    scene.client.push_manifest(Reference.parse(index), canonical(document), OCI_INDEX)
+    return index
+
+
+@pytest.mark.parametrize(
+    ("platforms", "says"),
+    [
+        (["linux/amd64", "linux/amd64"], "several images for linux/amd64"),
+        (["linux/amd64", "linux/arm64"], "the index says linux/arm64, the image linux/amd64"),
+    ],
+)
+def test_an_index_that_engines_read_otherwise(
+    scene: Scene, platforms: list[str], says: str
+) -> None:
+    """Which of two images an engine takes is not said; and one is for another machine."""
+    index = lying_index(scene, *platforms)
+    with pytest.raises(CheckFailed) as caught:
+        verify_image(index, None, scene.client, Silent())
+    assert says in caught.value.message
+
+    onto = f"{scene.fake.host}/base/engine:1"
+    request = RebaseRequest(source=index, onto=onto, to=scene.name, smoke=False, force=True)
+    with pytest.raises(InputRefused, match="linux/a"):
+        rebase_image(request, memory_tools(scene.folder, registry=scene.client))

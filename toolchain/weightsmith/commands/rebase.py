@@ -70,7 +70,19 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
     origin = open_location(request.source, tools.registry)
     index = origin.index()
     named = manifests.platforms_in(index, request.source) if index else []
+    if twice := manifests.twice_in(index, request.source) if index else []:
+        raise InputRefused(
+            f"{request.source} has several images for {', '.join(twice)[:200]}",
+            hint="name one of them by its digest: which one an engine would take is not said",
+        )
     olds = [origin.image(platform) for platform in named] or [origin.image()]
+    for platform, old in zip(named, olds, strict=False):
+        if platform and platform != old.platform:
+            raise InputRefused(
+                f"{request.source} says that an image is for {platform}, which is for"
+                f" {old.platform}",
+                hint="its index is wrong: name the image by its digest",
+            )
     moved = [_moved(old, request, origin, tools) for old in olds]
     whole = whole_of([image for image, _ in moved])
     if request.smoke:

@@ -75,7 +75,9 @@ def verify_image(
     if (index := _index(place, found)) is not None:
         whole = Digest.of(index)
         digest = whole
-        found.say("index", True, digest)
+        twice = manifests.twice_in(index, source)
+        several = f"several images for {', '.join(twice)[:200]}: engines differ in which they take"
+        found.say("index", not twice, several if twice else digest)
         _attachments(place, whole, found)
         _signature(whole, found.attachments, check, found)
         _statements(whole, check, found)
@@ -153,6 +155,9 @@ def _image(place: ImageLocation, found: _Found) -> Image | None:
         _require_there(place, error)
         found.say("manifest or configuration (labels)", False, error.message)
         return None
+    if found.platform and image.platform != found.platform:
+        found.say("manifest", False, f"the index says {found.platform}, the image {image.platform}")
+        return image
     found.say("manifest", True, f"{image.digest}, configuration {image.config_blob.digest.short}")
     return image
 

@@ -150,6 +150,18 @@ def platforms_in(index: bytes, where: str) -> list[str]:
     return sorted(platform for platform in found if platform.startswith("linux/")) or [""]
 
 
+def twice_in(index: bytes, where: str) -> list[str]:
+    """Return the platforms that an index has several images for: engines differ in the one taken.
+
+    Attestations, of an unknown platform, are none.
+    """
+    found: dict[str, set[str]] = {}
+    for row in listed(read_json(index, where), "manifests", where):
+        if isinstance(row, dict) and (name := platform_of(row.get("platform"))):
+            found.setdefault(name, set()).add(str(row.get("digest")))
+    return sorted(name for name in found if len(found[name]) > 1 and name != "unknown/unknown")
+
+
 def platform_of(value: Json) -> str:
     """Return a platform object as `os/architecture`, or empty; the variant is ignored."""
     if not isinstance(value, dict):
