@@ -34,6 +34,8 @@ SMALL = {
 }
 MOE = {"num_experts": 6, "moe_intermediate_size": 96}
 LATENT = {"kv_lora_rank": 64, "q_lora_rank": 48, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32}
+OLD = {"intermediate_size": 1024, "num_key_value_heads": 8}
+"""Of families that have neither of the two keys."""
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}),
     "mistral": ("MistralForCausalLM", {"head_dim": 64}),
@@ -68,6 +70,27 @@ FAMILIES = {
          "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
          "first_k_dense_replace": 1, "num_key_value_heads": 8},
     ),
+    "cohere": ("CohereForCausalLM", {}),
+    "cohere2": ("Cohere2ForCausalLM", {}),
+    "glm": ("GlmForCausalLM", {"head_dim": 32}),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 32}),
+    "olmo": ("OlmoForCausalLM", {}),
+    "seed_oss": ("SeedOssForCausalLM", {"head_dim": 32}),
+    "stablelm": ("StableLmForCausalLM", {}),
+    "exaone4": ("Exaone4ForCausalLM", {}),
+    "bloom": ("BloomForCausalLM", {**OLD}),
+    "falcon": ("FalconForCausalLM", {**OLD}),
+    "gpt2": ("GPT2LMHeadModel", {**OLD, "n_positions": 64}),
+    "gpt_bigcode": ("GPTBigCodeForCausalLM", {**OLD, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**OLD}),
+    "nemotron": ("NemotronForCausalLM", {}),
+    "opt": (
+        "OPTForCausalLM",
+        {**OLD, "ffn_dim": 1024, "word_embed_proj_dim": 256, "max_position_embeddings": 64},
+    ),
+    "phi": ("PhiForCausalLM", {}),
+    "starcoder2": ("Starcoder2ForCausalLM", {}),
+    "arcee": ("ArceeForCausalLM", {}),
 }  # fmt: skip
 
 
@@ -87,6 +110,49 @@ def test_transformers_builds_as_many_parameters(kind):
     # Norms and biases, which are left out, are a larger part of so small a model.
     assert parameters(facts(told)).all == pytest.approx(built, rel=0.012)
     assert parameters(facts(told)).all <= built
+
+
+TEXT = {**SMALL, "num_hidden_layers": 12, "vocab_size": 30_000}
+TOWER = {"hidden_size": 128, "intermediate_size": 300, "image_size": 56, "patch_size": 14}
+DEEP = {**TOWER, "num_hidden_layers": 4, "num_attention_heads": 4}
+QWEN = {"depth": 4, "num_heads": 4, "out_hidden_size": 256, "patch_size": 14}
+SEEING = {
+    "qwen2_vl": ("Qwen2VL", "", {**QWEN, "embed_dim": 128, "hidden_size": 256}),
+    "qwen2_5_vl": ("Qwen2_5_VL", "", {**QWEN, "hidden_size": 128, "intermediate_size": 300}),
+    "qwen3_vl": (
+        "Qwen3VL",
+        "",
+        {**QWEN, "hidden_size": 128, "intermediate_size": 300, "num_position_embeddings": 16,
+         "deepstack_visual_indexes": [1, 2]},
+    ),
+    "mistral3": ("Mistral3", "mistral", {**DEEP, "model_type": "pixtral", "head_dim": 32}),
+    "llava": ("Llava", "llama", {**DEEP, "model_type": "clip_vision_model"}),
+    "internvl": (
+        "InternVL",
+        "qwen2",
+        {**DEEP, "model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14]},
+    ),
+    "gemma3": ("Gemma3", "gemma3_text", {**DEEP, "model_type": "siglip_vision_model"}),
+    "paligemma": ("PaliGemma", "gemma", {**DEEP, "model_type": "siglip_vision_model"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_transformers_builds_as_many_parameters_of_models_that_see(kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    family, text, tower = SEEING[kind]
+    words = {**TEXT, **({"model_type": text} if text else {})}
+    given = AutoConfig.for_model(
+        kind, text_config=words, vision_config=tower, tie_word_embeddings="emma" in text
+    )
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(given)
+    built = sum(weight.numel() for weight in model.parameters())
+    told = {**given.to_dict(), "architectures": [f"{family}ForConditionalGeneration"]}
+
+    assert parameters(facts(told)).all == pytest.approx(built, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,12 @@ class Vision:
     """Of a picture; 0 if pictures keep their size."""
     windowed: bool = False
     """Whether some layers see only a part of the picture."""
+    gated: bool = False
+    """Whether the feed-forward has a gate."""
+    merged: int = 1
+    """Patches along each side that become one token before they are projected."""
+    mergers: int = 1
+    """Projections: one, and one for each layer whose output the decoder gets too."""
 
     @property
     def weights(self) -> int:
@@ -81,6 +87,7 @@ def _sparse_layers(text: Mapping[str, Json], layers: int) -> int:
 def _vision(tower: Json) -> Vision:
     if not isinstance(tower, Mapping) or not tower.get("hidden_size"):
         return Vision()
+    more = tower.get("deepstack_visual_indexes")
     return Vision(
         layers=count(tower, "num_hidden_layers") or count(tower, "depth"),
         # Qwen2-VL's hidden size is the decoder's.
@@ -88,6 +95,9 @@ def _vision(tower: Json) -> Vision:
         intermediate=count(tower, "intermediate_size"),
         patches=_patches(tower),
         windowed=bool(tower.get("window_size")),
+        gated=tower.get("hidden_act") == "silu",
+        merged=count(tower, "spatial_merge_size") or 1,
+        mergers=1 + len(more) if isinstance(more, list) else 1,
     )
 
 

@@ -85,7 +85,7 @@ class ModelShape:
         blocks = inner.get("layers_block_type")  # Nemotron-H as transformers 5 writes it
         default = len(blocks) if isinstance(blocks, list) and blocks else None
         layers = _number(inner, "num_hidden_layers", "n_layer", default=default)
-        hidden = _number(inner, "hidden_size", "n_embd")
+        hidden = _number(inner, "hidden_size", "n_embd", "n_embed")  # the last is Bloom's
         if has_states_alone(inner):
             raise InputRefused(
                 f"{architecture} has states instead of attention, and its memory cannot be planned",

@@ -16,9 +16,25 @@ _TIED = {
     "Granite": False, "Olmo2": False, "Olmo3": False, "SmolLM3": True,
     "DeepseekV2": False, "DeepseekV3": False, "Glm4Moe": False, "GptOss": False,
     "Ernie4_5_Moe": True,
+    "Cohere": True, "Cohere2": True, "Glm": False, "Glm4": False, "Olmo": False, "SeedOss": False,
+    "StableLm": False, "Exaone4": False,
+    "Qwen2VL": False, "Qwen2_5_VL": False, "Qwen3VL": False, "Mistral3": False, "Llava": False,
+    "InternVL": False, "PaliGemma": True,
+    "Bloom": True, "Falcon": True, "GPT2": True, "GPTBigCode": True, "GPTNeoX": False,
+    "Nemotron": False, "OPT": True, "Phi": False, "Starcoder2": True, "Arcee": False,
 }  # fmt: skip
-"""Families with a gated feed-forward, here or in experts -> whether the output layer is the
-embedding where config.json does not say (transformers, the `configuration_*.py` of each)."""
+"""Families -> whether the output layer is the embedding where config.json does not say
+(transformers, the `configuration_*.py` of each)."""
+_UNGATED = frozenset({
+    "Bloom", "Falcon", "GPT2", "GPTBigCode", "GPTNeoX", "Nemotron", "OPT", "Phi", "Starcoder2",
+    "Arcee",
+})  # fmt: skip
+"""Families whose feed-forward has two matrices; the others' have a third, the gate."""
+_POSITIONS = frozenset({"GPT2", "GPTBigCode", "OPT"})
+"""Families with a table of positions."""
+_PLAIN_PROJECTION = frozenset({"Gemma3", "PaliGemma"})
+"""Families with one matrix between tower and decoder; others have two, or more where patches are
+merged."""
 
 NO_WEIGHTS = "no weights there: their size is "
 """How the note of a plan begins whose weights are not there."""
@@ -71,7 +87,7 @@ def weights_from_config(model: ModelFacts) -> int:
 def parameters(model: ModelFacts) -> Parameters:
     """Count the parameters of a known family; raises InputRefused for others and wrong numbers."""
     shape = model.shape
-    family = shape.architecture.partition("For")[0]
+    family = shape.architecture.partition("For")[0].removesuffix("LMHeadModel")
     if family not in _TIED or any(part.kind == "state" for part in shape.cache):
         raise InputRefused(
             f"there are no weights, and the size of {shape.architecture} cannot be worked out from"
@@ -90,12 +106,16 @@ def parameters(model: ModelFacts) -> Parameters:
     shared = parts.shared_experts * one + 3 * shape.hidden * parts.shared_width
     router, attention = shape.hidden * parts.experts, _attention(shape, parts)
     dense = shape.layers * attention
-    dense += (shape.layers - sparse) * 3 * shape.hidden * shape.intermediate
+    width = 2 if family in _UNGATED else 3
+    dense += (shape.layers - sparse) * width * shape.hidden * shape.intermediate
     dense += sparse * (shared + router)
     dense += predicted * (attention + shared + router + 2 * shape.hidden**2)
+    rows = (1 if tied else 2) * shape.vocab * (1 + predicted)
+    rows += shape.max_positions if family in _POSITIONS else 0
+    plain = family in _PLAIN_PROJECTION
     return Parameters(
-        tables=(1 if tied else 2) * shape.vocab * shape.hidden * (1 + predicted),
-        dense=dense + _vision(parts.vision, shape.hidden),
+        tables=rows * shape.hidden,
+        dense=dense + _vision(parts.vision, 0 if plain else shape.hidden, shape.hidden),
         experts=(sparse + predicted) * parts.experts * one,
     )
 
@@ -114,8 +134,13 @@ def _attention(shape: ModelShape, parts: Matrices) -> int:
     return asked + down + shape.kv_lora_rank * shape.heads * (inside + shape.v_head_dim) + out
 
 
-def _vision(tower: Vision, hidden: int) -> int:
-    """Return the parameters of a vision tower and its projection; 0 without one."""
-    width = tower.hidden
-    each = 4 * width**2 + 2 * width * (tower.intermediate or 4 * width)
-    return tower.layers * each + width * hidden
+def _vision(tower: Vision, inside: int, hidden: int) -> int:
+    """Return the parameters of a vision tower and its projection, `inside` wide; 0 without one."""
+    if not tower.layers:
+        return 0
+    width, merged = tower.hidden, tower.hidden * tower.merged**2
+    matrices = 3 if tower.gated else 2
+    each = 4 * width**2 + matrices * width * (tower.intermediate or 4 * width)
+    if tower.merged > 1:
+        return tower.layers * each + tower.mergers * merged * (merged + hidden)
+    return tower.layers * each + width * hidden + inside * hidden
