@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from weightsmith.building.explain import forecast, plan_of
 from weightsmith.checkpoints.facts import read_facts
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.references import Reference
 from weightsmith.quantizers import formats
 from weightsmith.steps.sizes import estimated_bytes, projector_bytes
@@ -127,12 +127,20 @@ def test_it_is_no_part_of_the_file_that_must_fit_a_layer(seeing: Memory) -> None
 
 
 @pytest.mark.parametrize("lacks", ["preprocessor_config.json", "a known architecture"])
-def test_without_one_the_server_reads_and_the_plan_says_so(seeing: Memory, lacks: str) -> None:
+def test_without_one_it_is_refused_unless_text_is_enough(seeing: Memory, lacks: str) -> None:
+    """Before any work, and in the plan; a model that sees is not published blind unasked."""
     if lacks == "preprocessor_config.json":
         (seeing.home / "base" / lacks).unlink()
     else:
         give_eyes(seeing, {**TOWER, "architectures": ["StrangeVisionModel"]})
 
+    for ask in (seeing.build, lambda: planned(seeing)):
+        with pytest.raises(InputRefused, match="would read text only") as caught:
+            ask()
+        assert "quantize.allow_text_only" in caught.value.hint
+    assert seeing.jobs() == []
+
+    seeing.write_recipe(quantize={"allow_text_only": True})
     seeing.build()
 
     plan, record = planned(seeing), seeing.record(TARGET)

@@ -147,6 +147,11 @@ class Quantize(Section):
     allow_low_bits: bool = Field(
         False, description="Allow GGUF types below four bits, which lose much of a fine-tuning."
     )
+    allow_text_only: bool = Field(
+        False,
+        description="Allow GGUF files that read text only of a model that sees, if llama.cpp's "
+        "converter cannot convert its vision tower.",
+    )
     imatrix: str = Field(
         "",
         description="Importance matrix of GGUF types: `walk` (weightsmith measures it on the "

@@ -1,4 +1,4 @@
-"""A model that sees is for text alone only if the converter cannot read its vision tower."""
+"""A model that sees is for text alone only if its tower cannot be read and that is allowed."""
 
 import pytest
 from weightsmith.errors import InputRefused
@@ -9,22 +9,27 @@ from weightsmith.quantizers import convert
 def written(tmp_path):
     """Run a converter that ends with an error; return what is left of the projector."""
 
-    def write(error: str) -> list[str]:
+    def write(error: str, allow_text_only: bool = True) -> list[str]:
         converter = tmp_path / "convert.py"
         converter.write_text(
             "import pathlib, sys\n"
             "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('half')\n"
             f"raise {error}\n"
         )
-        convert._write_projector(converter, tmp_path, [], [tmp_path / "mmproj-demo.gguf"])
+        place = tmp_path / "mmproj-demo.gguf"
+        convert._write_projector(converter, tmp_path, [], [place], allow_text_only=allow_text_only)
         return [path.name for path in tmp_path.glob("*.gguf")]
 
     return write
 
 
 @pytest.mark.parametrize("error", ["ValueError('no such tower')", "SystemExit(1)"])
-def test_without_a_way_to_convert_it_there_is_no_projector(written, error):
+def test_without_a_way_to_convert_it_there_is_no_projector(written, error, tmp_path):
     assert written(error) == []
+    with pytest.raises(InputRefused, match="cannot convert the vision tower") as caught:
+        written(error, allow_text_only=False)
+    assert "quantize.allow_text_only" in caught.value.hint
+    assert list(tmp_path.glob("*.gguf")) == []
 
 
 @pytest.mark.parametrize(

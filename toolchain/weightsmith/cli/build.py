@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # imported when it is called: the list of commands must appea
     from weightsmith.recipe_file import RecipeFile
 
 _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
-_QUANTIZE = Flags(section=Quantize, only=("allow_low_bits",), over_recipe=True)
+_QUANTIZE = Flags(section=Quantize, only=("allow_low_bits", "allow_text_only"), over_recipe=True)
 _RUN = Flags(section=RunOptions)
 
 

@@ -182,6 +182,7 @@ def quantize(
     tensor_types: Mapping[str, str] | None = None,
     split_max_size: str = "",
     allow_low_bits: bool = False,
+    allow_text_only: bool = False,
     gate: bool = True,
     runner: str = "auto",
     allow_network_in_jobs: bool = False,
@@ -225,6 +226,7 @@ def quantize(
         tensor_types=tensor_types or {},
         split_max_size=split_max_size,
         allow_low_bits=allow_low_bits,
+        allow_text_only=allow_text_only,
     )
     source, place = path_of(model), path_of(out)
     wiring.keep_clean([source], out=place, cache=cache)

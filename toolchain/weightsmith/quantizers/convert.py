@@ -24,7 +24,7 @@ from weightsmith.checkpoints.without_data import computed
 from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
 from weightsmith.forward.libraries import import_lightly
 from weightsmith.quantizers.gguf_header import read_header
-from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE
+from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.sentencepiece_export import with_pieces
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -35,6 +35,8 @@ _BY_EXPRESSION = {
     _WORDS + r"\p{N}{1,3}" + _REST: "smaug-bpe",
 }
 """Regex of a Split before ByteLevel -> llama.cpp's name (src/llama-vocab.cpp)."""
+_LONGEST = 300
+"""Characters of an error that are shown."""
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
 
 
@@ -75,11 +77,13 @@ def run(
     model: Path,
     *runs: tuple[Sequence[str], Write | None],
     projectors: Sequence[Path] = (),
+    allow_text_only: bool = False,
 ) -> None:
     """Run the converter on a model's folder once for each list of remaining arguments.
 
     Without a function of its own, a run writes the file as the converter always does. Before them,
-    it writes a projector for pictures, if these have a place.
+    it writes a projector for pictures, if these have a place. Raises InputRefused if it cannot,
+    unless `allow_text_only`.
     """
     # Before the builder's own gguf package, which may be of another version.
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
@@ -90,7 +94,8 @@ def run(
     writer_class: Any = importlib.import_module("gguf").GGUFWriter
     with with_pieces(model) as folder:
         if projectors:
-            _write_projector(converter, folder, runs[0][0], projectors)
+            words, text_only = runs[0][0], allow_text_only
+            _write_projector(converter, folder, words, projectors, allow_text_only=text_only)
         for arguments, write in runs:
             if write is not None:
                 _instead_of_writing(writer_class, write)
@@ -117,9 +122,14 @@ def _convert_text(converter: Path, folder: Path, arguments: Sequence[str]) -> No
 
 
 def _write_projector(
-    converter: Path, folder: Path, arguments: Sequence[str], places: Sequence[Path]
+    converter: Path,
+    folder: Path,
+    arguments: Sequence[str],
+    places: Sequence[Path],
+    *,
+    allow_text_only: bool,
 ) -> None:
-    """Write a projector to all places; to none if the converter knows no way for this model."""
+    """Write a projector to all places; to none if there is no way and that is allowed."""
     first, *others = places
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
     words = [word for pair in pairs if pair[0] in _OF_ALL_FILES for word in pair]
@@ -134,11 +144,16 @@ def _write_projector(
     except (Exception, SystemExit) as error:
         if ran_out_of_memory(error):  # with more of it there would be a projector
             raise
-        # The file is then for text alone.
         traceback.print_exc()
         print(f"no projector: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         first.unlink(missing_ok=True)
-        return
+        if allow_text_only:
+            return
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:_LONGEST]}"
+        raise InputRefused(
+            f"llama.cpp's converter cannot convert the vision tower: {said}",
+            hint=f"{TEXT_ONLY}; the job's log has the traceback",
+        ) from error
     for other in others:
         other.unlink(missing_ok=True)
         other.hardlink_to(first)

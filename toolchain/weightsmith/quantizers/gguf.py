@@ -22,7 +22,7 @@ from weightsmith.quantizers.gguf_options import (
     together,
     walked,
 )
-from weightsmith.quantizers.gguf_projector import check_projector, places_of
+from weightsmith.quantizers.gguf_projector import ALLOW_TEXT_ONLY, check_projector, places_of
 from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS
 from weightsmith.quantizers.gguf_view import open_view
@@ -116,7 +116,8 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
         facts["projector"] = check_projector(projector)
     elif projector:
         facts["warnings"].append(
-            "llama.cpp's converter could not convert the vision tower; the job's log says why"
+            "llama.cpp's converter could not convert the vision tower, so the server reads text "
+            "only, as quantize.allow_text_only permits"
         )
     if request.options.get("imatrix", "off") != "off":
         facts["warnings"] += experts_missed(matrix)
@@ -153,7 +154,8 @@ def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step
     overrides = _overrides(request)
     words = (*_converter(request, split), "--outfile", str(out), "--outtype", kind)
     if places := places_of(request):
-        words = (*words, "--", *places)
+        allowed = (ALLOW_TEXT_ONLY,) if request.options.get("allow_text_only") else ()
+        words = (*words, "--", *allowed, *places)
     return Step(
         title=f"converting to GGUF ({kind})",
         argv=(request.python, "-m", _CONVERT, *words),
@@ -234,6 +236,7 @@ def _pass(
         files=files,
         walk=walk,
         projectors=projectors,
+        allow_text_only=bool(request.options.get("allow_text_only")),
     )
     metadata = json.dumps(_metadata(request), sort_keys=True)
     return Step(

@@ -9,7 +9,7 @@ from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_calibration import check_walk
-from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE
+from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from weightsmith.quantizers.known import converted_as, gguf_architectures, has_projector
 from weightsmith.values import Format, Json
@@ -49,6 +49,8 @@ def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json
     found: dict[str, Json] = {"imatrix": _imatrix_mode(name, str(requested.get("imatrix") or ""))}
     if requested.get("split_max_size"):
         found["split_max_size"] = str(requested["split_max_size"])
+    if requested.get("allow_text_only"):
+        found["allow_text_only"] = True
     if types := dict(requested.get("tensor_types") or {}):
         found["tensor_types"] = _tensor_types(name, types)
     return found
@@ -99,7 +101,17 @@ def walked(chosen: Mapping[str, Json]) -> bool:
 
 
 def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
-    """Refuse a walk over an architecture that it does not support."""
+    """Refuse a walk over an architecture that it does not support, and to lose a vision tower."""
+    if model.sees_images and not has_projector(model) and not chosen.get("allow_text_only"):
+        raise InputRefused(
+            f"{model.architecture} reads pictures, and its GGUF file would read text only: "
+            + (
+                "the pinned llama.cpp has no projector for it"
+                if model.describes_images
+                else "the model has no preprocessor_config.json, which a projector needs"
+            ),
+            hint=TEXT_ONLY,
+        )
     if walked(chosen):
         check_walk(model)
 

@@ -15,6 +15,12 @@ from weightsmith.values import Json
 PROJECTOR_TYPE = "f16"
 """As llama.cpp's guides and its published files have it: not every backend computes with bfloat16
 there, and float16 has all values of bfloat16 from 6.1e-5 to 65504."""
+ALLOW_TEXT_ONLY = "--allow-text-only"
+"""The converting program's argument before a projector's places."""
+TEXT_ONLY = (
+    "set quantize.allow_text_only (--allow-text-only) for a model that reads text only; or choose "
+    "target vllm, which reads pictures"
+)
 _EXPECTED = {
     "general.type": "mmproj",
     "general.architecture": "clip",

@@ -58,3 +58,5 @@ class PassSettings(JsonObject):
     """What measures the files' importance; None: nothing does, or it lies there."""
     projectors: tuple[str, ...] = ()
     """Where the converter's projector for pictures belongs; empty: none."""
+    allow_text_only: bool = False
+    """Whether there may be none because it cannot be converted."""

@@ -102,7 +102,13 @@ def _run(settings: PassSettings, measured: Callable[[], object]) -> None:
 
     converter, model, *rest = settings.convert
     runs = [([*rest, "--outfile", str(out), "--outtype", kind], write) for out, kind in wanted]
-    run(Path(converter), Path(model), *runs, projectors=[Path(p) for p in settings.projectors])
+    run(
+        Path(converter),
+        Path(model),
+        *runs,
+        projectors=[Path(p) for p in settings.projectors],
+        allow_text_only=settings.allow_text_only,
+    )
 
 
 def _unfinished(file: PassFile) -> Path:
