@@ -167,8 +167,8 @@ def load(source: str, name: str) -> None:
 
 def merge(folder: str) -> None:
     """Merge a base and an adapter into a folder, as the worker does."""
-    from weightsmith.commands.merge import Folders, merge_folders
-    from weightsmith.merge_options import Merge
+    from weightsmith.commands.merge import merge_folders
+    from weightsmith.commands.requests import MergeCommand
 
     from tests.fakes.memory import memory_tools
     from tests.fakes.tiny import write_adapter, write_model
@@ -177,9 +177,9 @@ def merge(folder: str) -> None:
     if not (work / "base").exists():
         write_model(work / "base")
         write_adapter(work / "a", seed=1)
-    folders = Folders(base=work / "base", adapters=(work / "a",), weights=(1.0,))
+    asked = MergeCommand(base=str(work / "base"), adapters=(work / "a",), out=work / "out")
     _spare_no_more()
-    merge_folders(folders, work / "out", Merge(), memory_tools(work))
+    merge_folders(asked, memory_tools(work))
 
 
 _OPERATIONS = {

@@ -79,6 +79,13 @@ def _checked(
 ) -> _Section:
     """Return a checked section that stands at a place of the recipe."""
     require_plain(data, where, _HINT, *place)
+    return validated(section, data, where, place)
+
+
+def validated(
+    section: type[_Section], data: Mapping[str, Any], where: str, place: tuple[str, ...] = ()
+) -> _Section:
+    """Return a section or a request of its fields; UsageError lists every fault."""
     try:
         return TypeAdapter(section).validate_python(dict(data))
     except ValidationError as error:

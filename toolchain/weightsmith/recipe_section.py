@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict
@@ -30,6 +31,29 @@ class Flag:
     """One text of the flag, where the description's example is another."""
     many: bool | None = None
     """Whether it may be repeated; by default, whether the field holds several values."""
+    positional: bool = False
+    """Whether it has no flag, but is the command's first word."""
+    needed: Callable[[Collection[str]], bool] | None = None
+    """Whether it must be given beside these fields, if it has a default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which fields of a section are flags of a command."""
+
+    only: tuple[str, ...] = ()
+    """Fields that are flags; by default all."""
+    without: tuple[str, ...] = ()
+    """Fields that are not flags."""
+    over_recipe: bool = False
+    """Whether the command also reads a recipe. It has the other values, so no default is shown."""
+
+
+class Place(Enum):
+    """What a command does in the folder or with the file that a field names."""
+
+    READ = "read"
+    WRITTEN = "written"
 
 
 def is_section(kind: Any) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache as cache_once
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -47,6 +48,7 @@ from weightsmith.oci.unpack import unpack
 from weightsmith.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
 from weightsmith.privacy import AnothersFolder, private, require_own
 from weightsmith.provenance.signing import check_by, check_of
+from weightsmith.recipe_section import Place, fields_of
 from weightsmith.run_options import RunOptions
 from weightsmith.runners import WithinMemory
 from weightsmith.serving.memory import human, parse_size
@@ -132,6 +134,31 @@ def keep_clean(inputs: Iterable[str | Path], *, cache: str = "", **outputs: str 
     if shared and shared.kind == "folder":
         folders["--cache"] = shared.folder
     keep_apart(inputs, flags, folders)
+
+
+def keep_places_clean(request: Any, *inputs: str | Path) -> None:
+    """Raise UsageError if a command would write into a folder that it reads.
+
+    Its fields say what it does there; `inputs` are read as well.
+    """
+    read, written = [*inputs], {}
+    for name, field in fields_of(type(request)).items():
+        value = getattr(request, name)
+        if value and Place.READ in field.metadata:
+            read += value if isinstance(value, tuple) else [value]
+        elif value and Place.WRITTEN in field.metadata:
+            written[name] = value
+    keep_clean(read, cache=request.run.cache if hasattr(request, "run") else "", **written)
+
+
+@contextmanager
+def open_for(
+    request: Any, progress: Progress, *inputs: str | Path, uploads: bool = True
+) -> Iterator[Tools]:
+    """Yield the tools for a command's request; raises as `keep_places_clean` and `open_tools`."""
+    keep_places_clean(request, *inputs)
+    with open_tools(request.run, progress, uploads=uploads) as tools:
+        yield tools
 
 
 def make_store(tell: Callable[[str], None] | None = None) -> FileStore:

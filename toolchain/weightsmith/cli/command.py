@@ -53,6 +53,7 @@ Body = Callable[..., tuple[Mapping[str, Json], str]]
 
 
 def command(
+    request: type[Any] | None = None,
     *,
     positional: tuple[str, ...] = (),
     many: tuple[str, ...] = (),
@@ -61,13 +62,15 @@ def command(
 ) -> Callable[[Body], Any]:
     """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
 
+    The body gets `request` as `asked`, whose fields are the command's flags.
     It gets the flag `--json`; the function sees it only if it has a parameter of that name.
     `positional` names arguments without a flag, `many` those that may be given more than once.
     `sections` says which parameters are sections of a recipe: each stands for the flags of its
     fields, and the body gets them as one frozen value. `meanings` has the help of flags that mean
     something else here.
     """
-    sections = sections or {}
+    sections = {**(sections or {}), **({"asked": Flags(section=request)} if request else {})}
+    positional += tuple(name for flags in sections.values() for name in flags.positional())
     every = (*many, *(name for flags in sections.values() for name in flags.many()))
 
     def wrap(body: Body) -> Any:

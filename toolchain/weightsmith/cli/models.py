@@ -8,99 +8,43 @@ from pathlib import Path
 from weightsmith.cli.command import command
 from weightsmith.cli.flags import JOBS, SERVED
 from weightsmith.cli.sections import Flags
-from weightsmith.merge_options import Merge
-from weightsmith.recipe import Quantize, Serve, Validate
+from weightsmith.commands.requests import MergeCommand, ValidateCommand
+from weightsmith.recipe import Quantize, Serve
 from weightsmith.run_options import RunOptions
 from weightsmith.validating.result import Validation
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined
 
 
-@command(
-    many=("adapter",),
-    sections={"options": Flags(section=Merge), "run": JOBS},
-)
-def merge(
-    *,
-    base: str = "",
-    adapter: Sequence[str] = (),
-    out: str = "",
-    weights: str = "",
-    options: Merge,
-    keep_adapter: str = "",
-    run: RunOptions,
-) -> tuple[Mapping[str, Json], str]:
+@command(MergeCommand)
+def merge(asked: MergeCommand) -> tuple[Mapping[str, Json], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out.
 
     Without --adapter, it is the base itself.
     """
-    from weightsmith.commands.arguments import not_nested, parse_weights, required
-    from weightsmith.commands.merge import Folders, keep_folder, merge_folders
+    from weightsmith.commands.merge import merge_folders
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, open_tools
+    from weightsmith.wiring import open_for
 
-    # An empty name of an adapter is one that is missing; none at all are none.
-    adapters = {"adapter": adapter} if adapter or keep_adapter else {}
-    required(base=base, **adapters, **({} if keep_adapter else {"out": out}))
-    keep_clean([base, *adapter], out=out, keep_adapter=keep_adapter, cache=run.cache)
-    not_nested(("--out", out), ("--keep-adapter", keep_adapter))
-    folders = Folders(
-        base=base,
-        adapters=tuple(Path(folder) for folder in adapter),
-        weights=parse_weights(weights, len(adapter)),
-    )
-    with open_tools(run, progress_for()) as tools:
-        kept = keep_folder(folders, Path(keep_adapter), options, tools) if keep_adapter else {}
-        result = merge_folders(folders, Path(out), options, tools) if out else kept
-    if kept and out:
-        result = {**result, "adapter": kept}
+    with open_for(asked, progress_for()) as tools:
+        result = merge_folders(asked, tools)
     counts = ", ".join(f"{count} {what}" for what, count in result["tensors"].items())
     return result, escaped(f"{result['out']}: {counts} tensors, {result['seconds']:.1f} s")
 
 
-@command(
-    many=("adapter",),
-    sections={
-        "options": Flags(section=Merge, without=("seed", "dtype", "precision")),
-        "validation": Flags(section=Validate, only=("probes",)),
-        "run": JOBS,
-    },
-    meanings={
-        "probes": "JSON Lines of chats to probe with; default: built-in ones",
-    },
-)
-def validate(
-    *,
-    base: str = "",
-    adapter: Sequence[str] = (),
-    merged: str = "",
-    weights: str = "",
-    options: Merge,
-    validation: Validate,
-    run: RunOptions,
-) -> tuple[Mapping[str, Json], str]:
+@command(ValidateCommand)
+def validate(asked: ValidateCommand) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
-    from weightsmith.commands.arguments import parse_weights, required
     from weightsmith.commands.validate import validate_folders
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, open_tools
+    from weightsmith.wiring import open_for
 
-    required(base=base, adapter=adapter, merged=merged)
-    keep_clean([base, *adapter, merged], cache=run.cache)
-    factors = parse_weights(weights, len(adapter))
-    with open_tools(run, progress_for()) as tools:
-        result = validate_folders(
-            base,
-            tuple((Path(folder), w) for folder, w in zip(adapter, factors, strict=True)),
-            Path(merged),
-            Path(validation.probes) if validation.probes else None,
-            options,
-            tools,
-        )
-    return result.to_json(), _verdict(merged, result)
+    with open_for(asked, progress_for()) as tools:
+        result = validate_folders(asked, tools)
+    return result.to_json(), _verdict(asked.merged, result)
 
 
-def _verdict(merged: str, result: Validation) -> str:
+def _verdict(merged: Path, result: Validation) -> str:
     lines = [f"{merged} matches base and adapters"]
     if compared := result.comparison:
         if compared.elements:

@@ -5,65 +5,82 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from weightsmith.errors import UsageError
-from weightsmith.recipe_section import fields_of, flag_of, spelling
+from weightsmith.recipe_section import Part, fields_of, flag_of, spelling
 
 _EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
 """Kind of fault -> what a flag takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
-    """The flags that a command takes from one section."""
+class Flags(Part):
+    """The flags that a command takes from one section, or from its request and the parts of it."""
 
     section: type[Any]
-    only: tuple[str, ...] = ()
-    """Fields that are flags; by default all."""
-    without: tuple[str, ...] = ()
-    """Fields that are not flags."""
-    over_recipe: bool = False
-    """Whether the command also reads a recipe. It has the other values, so no default is shown."""
 
-    def fields(self) -> Iterator[tuple[str, str, FieldInfo]]:
-        """Yield the parameter, the field's name and the field of each flag."""
+    def _own(self) -> Iterator[tuple[str, FieldInfo]]:
         for name, field in fields_of(self.section).items():
             if name not in self.without and (not self.only or name in self.only):
-                yield flag_of(field).name or name, name, field
+                yield name, field
+
+    def fields(self) -> Iterator[tuple[str, FieldInfo, Any]]:
+        """Yield the parameter, the field and the default of each flag."""
+        for name, field in self._own():
+            if part := _part(field):
+                yield from part.fields()
+            else:
+                yield flag_of(field).name or name, field, self._default(field)
 
     def parameters(self) -> list[inspect.Parameter]:
         """Return the flags as parameters; Invoke reads the types from their defaults."""
-        kind = inspect.Parameter.KEYWORD_ONLY
-        return [
-            inspect.Parameter(parameter, kind, default=self._default(field))
-            for parameter, name, field in self.fields()
+        found = [
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            if flag_of(field).positional
+            else inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, field, default in self.fields()
         ]
+        return sorted(found, key=lambda one: one.kind)
 
     def help(self) -> dict[str, str]:
         """Return each flag's help by its parameter."""
-        return {parameter: _help(field) for parameter, name, field in self.fields()}
+        return {parameter: _help(field) for parameter, field, _ in self.fields()}
 
     def many(self) -> tuple[str, ...]:
         """Return the flags that may be repeated."""
-        return tuple(p for p, name, field in self.fields() if _is_many(field))
+        return tuple(parameter for parameter, field, _ in self.fields() if _is_many(field))
+
+    def positional(self) -> tuple[str, ...]:
+        """Return what has no flag."""
+        return tuple(name for name, field, _ in self.fields() if flag_of(field).positional)
 
     def read(self, arguments: dict[str, Any]) -> Any:
         """Take the flags out of the arguments; return the section with those that were given.
 
         Raises UsageError naming the flag.
         """
-        given = {}
+        given: dict[str, Any] = {}
         texts = {}
-        for parameter, name, field in self.fields():
-            value = arguments.pop(parameter)
-            if value in ("", [], None) or value == self._default(field):
+        missing = []
+        for name, field in self._own():
+            if part := _part(field):
+                given[name] = part.read(arguments)
+                continue
+            value = arguments.pop(flag_of(field).name or name)
+            if value in ("", [], None):
+                # An empty path, as of a variable that is not set, would be the current folder.
+                if field.is_required() or (value == "" and isinstance(field.default, Path)):
+                    missing.append(name)
+                continue
+            if value == self._default(field):
                 continue
             texts[name] = value
             if read := flag_of(field).read:
@@ -74,6 +91,14 @@ class Flags:
                     raise UsageError(f"{flag} {value}: {error}", hint=_described(field)) from None
             choices = {str(choice): choice for choice in _choices(field.annotation)}
             given[name] = choices.get(value, value) if isinstance(value, str) else value
+        missing += [
+            name
+            for name, field in self._own()
+            if (needed := flag_of(field).needed) and name not in texts and needed(texts)
+        ]
+        if missing:
+            flags = ", ".join(spelling(self.section, name) for name in missing)
+            raise UsageError(f"missing: {flags}", hint="`--help COMMAND` lists every flag")
         try:
             return TypeAdapter(self.section).validate_python(given)
         except ValidationError as error:
@@ -99,7 +124,14 @@ class Flags:
             return None
         if isinstance(field.default, bool):
             return field.default
-        return "" if self.over_recipe or not field.default else str(field.default)
+        shown = field.default and not self.over_recipe and not field.is_required()
+        return str(field.default) if shown else ""
+
+
+def _part(field: FieldInfo) -> Flags | None:
+    """Return the flags of a section inside a request."""
+    found = next((item for item in field.metadata if isinstance(item, Part)), None)
+    return Flags(section=cast("type[Any]", field.annotation), **asdict(found)) if found else None
 
 
 def given(key: str, section: BaseModel) -> list[str]:
@@ -127,7 +159,8 @@ def _is_many(field: FieldInfo) -> bool:
 
 def _described(field: FieldInfo) -> str:
     """Return a field's description as the command line writes it."""
-    text = (field.description or "").replace("`", "").rstrip(".")
+    text = field.description or next((t for t in field.metadata if isinstance(t, str)), "")
+    text = text.replace("`", "").rstrip(".")
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 

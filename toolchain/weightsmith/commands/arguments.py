@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar, cast
 from weightsmith.errors import UsageError
 from weightsmith.oci.layout import is_layout, locate
 from weightsmith.recipe import Serve
-from weightsmith.recipe_file import RecipeFile, check_section, with_settings
+from weightsmith.recipe_file import RecipeFile, check_section, validated, with_settings
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.render import serve_options
 
@@ -83,30 +83,6 @@ def counts(text: str, flag: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def parse_weights(text: str, count: int) -> tuple[float, ...]:
-    """Return `0.7,0.3` as numbers, one per adapter; without text, all are 1."""
-    if not text:
-        return (1.0,) * count
-    try:
-        weights = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--weights {text}: expected numbers separated by commas",
-            hint="for example --weights 0.7,0.3",
-        ) from None
-    return one_each(weights, count)
-
-
-def one_each(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    """Return the weights; raise UsageError if there is not one per adapter."""
-    if len(weights) != count:
-        raise UsageError(
-            f"--weights has {len(weights)} numbers for {count} adapter(s)",
-            hint="give one weight for each --adapter, in the same order",
-        )
-    return tuple(weights)
-
-
 def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
     """Return serving options of `--set serve.KEY=VALUE` and, on top, flags; raises UsageError.
 
@@ -136,6 +112,16 @@ def options_of(
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     return check_section(cast("type[_Section]", section), chosen, where)
+
+
+def asked(
+    request: Callable[_Keys, _Section], where: str, /, *_: _Keys.args, **given: _Keys.kwargs
+) -> _Section:
+    """Return a command's request of a function's arguments, checked as flags are.
+
+    Raises UsageError.
+    """
+    return validated(cast("type[_Section]", request), given, where)
 
 
 def keep_apart(

@@ -28,11 +28,11 @@ def open_sources(
     )
 
 
-def base_folder(base: Path | str, tools: Tools) -> Path:
+def base_folder(base: str, tools: Tools) -> Path:
     """Return a base's folder; one of a hub or an index is fetched first."""
-    if "://" not in str(base):
+    if "://" not in base:
         return Path(base)
-    return resolve_base(Base(source=str(base)), Path(), tools).tree.root
+    return resolve_base(Base(source=base), Path(), tools).tree.root
 
 
 def open_checkpoint(folder: Path, store: Store) -> Checkpoint:

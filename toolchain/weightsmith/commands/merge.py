@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.commands.arguments import not_nested
 from weightsmith.commands.folders import base_folder, open_sources
-from weightsmith.merge_options import Merge
+from weightsmith.commands.requests import MergeCommand
 from weightsmith.merging.plan import KINDS
 from weightsmith.stages.merge import BUILDER, check, combine, merge
 from weightsmith.steps.destinations import in_folder
@@ -15,47 +15,38 @@ from weightsmith.tools import Tools
 from weightsmith.values import Checkpoint, Json, Sources
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Folders:
-    """The inputs of a merge: a base, and adapters in order with their weights."""
+def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
+    """Merge adapters into `out`, or combine them in `keep_adapter`; return what was made.
 
-    base: Path | str
-    """A folder, or a source such as `hf://owner/name`."""
-    adapters: tuple[Path, ...]
-    weights: tuple[float, ...]
+    Either appears when it is complete. A killed merge is resumed. Without adapters, `out` gets the
+    base itself.
 
-
-def merge_folders(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
-    """Merge adapters into `out`, which appears when it is complete; resumes a killed merge.
-
-    Without adapters, it gets the base itself.
-
-    Raises UsageError for invalid options, InputRefused for inputs that cannot be merged.
+    Raises UsageError for invalid options or methods whose result is not the adapter wanted,
+    InputRefused for inputs that cannot be merged, or combined to plain low-rank factors.
     """
-    sources = _opened(folders, options, tools)
+    out, keep, options = asked.out, asked.keep_adapter, asked.options
+    not_nested(("--out", str(out or "")), ("--keep-adapter", str(keep or "")))
+    kept: Mapping[str, Json] = {}
+    if keep:
+        sources = _opened(asked, tools)
+        with in_folder(keep, "the combined adapter", tools) as to:
+            combined = combine(sources, options, to, tools).value
+        kept = _result(combined, keep, tools)
+    if out is None:
+        return kept
+    sources = _opened(asked, tools)
     with in_folder(out, "the merged checkpoint", tools, resumes=True) as to:
         merged = merge(sources, options, to, tools).value
-    return _result(merged, out, tools)
+    result = _result(merged, out, tools)
+    return {**result, "adapter": kept} if kept else result
 
 
-def keep_folder(folders: Folders, out: Path, options: Merge, tools: Tools) -> Mapping[str, Json]:
-    """Write the combined adapter to `out`, which appears when it is complete.
-
-    Raises UsageError for methods whose result is not an adapter, InputRefused for adapters that
-    have more than plain low-rank factors.
-    """
-    sources = _opened(folders, options, tools)
-    with in_folder(out, "the combined adapter", tools) as to:
-        combined = combine(sources, options, to, tools).value
-    return _result(combined, out, tools)
-
-
-def _opened(folders: Folders, options: Merge, tools: Tools) -> Sources:
+def _opened(asked: MergeCommand, tools: Tools) -> Sources:
     """Return the sources; what would be refused is refused before anything is made."""
     tools.runner.check(BUILDER)
-    base = base_folder(folders.base, tools)
-    sources = open_sources(base, folders.adapters, folders.weights, tools.store)
-    check(sources, options)
+    base = base_folder(asked.base, tools)
+    sources = open_sources(base, asked.adapters, asked.factors, tools.store)
+    check(sources, asked.options)
     return sources
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from weightsmith.commands.arguments import one_each
 from weightsmith.errors import UsageError
 from weightsmith.recipe import Recipe
 from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
@@ -41,9 +40,9 @@ def path_of(given: AnyPath) -> Path:
     return Path(given).expanduser()
 
 
-def source_of(given: AnyPath) -> Path | str:
+def source_of(given: AnyPath) -> str:
     """Return a folder's path, or a source such as `hf://owner/name` as it is."""
-    return str(given) if isinstance(given, str) and "://" in given else path_of(given)
+    return given if isinstance(given, str) and "://" in given else str(path_of(given))
 
 
 def paths_of(given: AnyPath | Sequence[AnyPath]) -> tuple[Path, ...]:
@@ -56,7 +55,6 @@ def texts_of(given: Texts) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def weights_of(given: Sequence[float] | None, adapters: Sequence[Path]) -> tuple[float, ...]:
-    """Return one weight per adapter, by default 1; raise UsageError if their number differs."""
-    count = len(adapters)
-    return one_each([1.0] * count if given is None else [float(w) for w in given], count)
+def weights_of(given: Sequence[float] | None) -> tuple[float, ...] | None:
+    """Return weights as a tuple, of whatever type of numbers they are."""
+    return None if given is None else tuple(map(float, given))

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith import wiring
-from weightsmith.commands.arguments import options_of, serving_options
-from weightsmith.commands.merge import Folders, merge_folders
+from weightsmith.commands.arguments import asked, options_of, serving_options
+from weightsmith.commands.merge import merge_folders
 from weightsmith.commands.quantize import FolderRequest, quantize_folder
 from weightsmith.commands.render import render_model
+from weightsmith.commands.requests import MergeCommand, ValidateCommand
 from weightsmith.commands.validate import validate_folders
 from weightsmith.library.arguments import (
     AnyPath,
@@ -73,36 +74,41 @@ def merge(
     >>> [shard.path.name for shard in merged.shards]
     ['model.safetensors']
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-    )
-    options = options_of(
-        Merge,
+    request = asked(
+        MergeCommand,
         "merge",
-        method=method,
-        density=density,
-        rank=rank,
-        seed=seed,
-        space=space,
-        dtype=dtype,
-        precision=precision,
-        quantized_base=quantized_base,
+        base=source_of(base),
+        adapters=paths_of(adapters),
+        out=path_of(out),
+        weights=weights_of(weights),
+        options=options_of(
+            Merge,
+            "merge",
+            method=method,
+            density=density,
+            rank=rank,
+            seed=seed,
+            space=space,
+            dtype=dtype,
+            precision=precision,
+            quantized_base=quantized_base,
+        ),
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    source, folders, place = source_of(base), paths_of(adapters), path_of(out)
-    wiring.keep_clean([source, *folders], out=place, cache=cache)
-    asked = Folders(base=source, adapters=folders, weights=weights_of(weights, folders))
-    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
-        result = merge_folders(asked, place, options, tools)
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        result = merge_folders(request, tools)
     return Merged(
-        path=place,
+        path=path_of(out),
         tensors=result["tensors"],
         shards=tuple(
-            Shard(path=place / row["file"], size=row["size"], sha256=row["sha256"])
+            Shard(path=path_of(out) / row["file"], size=row["size"], sha256=row["sha256"])
             for row in result["shards"]
         ),
         peak_rss_bytes=result["peak_rss_bytes"],
@@ -144,29 +150,34 @@ def validate(
     >>> validation.top1_agreement
     1.0
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-    )
-    options = options_of(
-        Merge,
+    request = asked(
+        ValidateCommand,
         "validate",
-        method=method,
-        density=density,
-        rank=rank,
-        space=space,
-        quantized_base=quantized_base,
+        base=source_of(base),
+        adapters=paths_of(adapters),
+        merged=path_of(merged),
+        weights=weights_of(weights),
+        options=options_of(
+            Merge,
+            "validate",
+            method=method,
+            density=density,
+            rank=rank,
+            space=space,
+            quantized_base=quantized_base,
+        ),
+        probes=path_of(probes) if probes else None,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    source, folders, made = source_of(base), paths_of(adapters), path_of(merged)
-    wiring.keep_clean([source, *folders, made], cache=cache)
-    pairs = tuple(zip(folders, weights_of(weights, folders), strict=True))
-    asked = path_of(probes) if probes else None
-    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
-        return validate_folders(source, pairs, made, asked, options, tools)
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        return validate_folders(request, tools)
 
 
 def quantize(
