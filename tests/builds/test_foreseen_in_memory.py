@@ -76,6 +76,16 @@ def test_an_index_says_it_exactly(memory: Memory) -> None:
     assert "model.safetensors.index.json's" in found["stages"][0]["why"]
 
 
+def test_an_adapter_of_another_width_is_refused(memory: Memory) -> None:
+    config = memory.home / "base/config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "hidden_size": 512}))
+    without_weights(memory)
+
+    with pytest.raises(InputRefused, match=r"q_proj.* takes 256 inputs.* hidden size is 512"):
+        planned(memory, "llamacpp-q4_k_m")
+
+
 def test_weights_as_pickles_are_refused_as_in_a_build(memory: Memory) -> None:
     without_weights(memory)
     (memory.home / "base/pytorch_model.bin").write_bytes(b"")

@@ -68,7 +68,7 @@ def test_a_large_model_serves_several_clients() -> None:
     assert plan.max_num_seqs >= 8
     text = summary("vllm-awq", plan)
     assert "requests at once, of other lengths: 1 of 8" in text
-    assert "at which 8 requests fit" in text
+    assert "at which 8 requests fit at once" in text
 
 
 def test_what_is_asked_for_is_left_alone() -> None:

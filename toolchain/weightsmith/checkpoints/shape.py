@@ -111,7 +111,9 @@ class ModelShape:
             kv_heads=kv_heads,
             head_dim=head_dim,
             v_head_dim=_number(inner, "v_head_dim", default=0) or head_dim,
-            max_positions=_number(inner, "max_position_embeddings", "n_positions", default=0),
+            max_positions=_number(
+                inner, "max_position_embeddings", "n_positions", "seq_length", default=0
+            ),
             vocab=_number(inner, "vocab_size"),
             sliding_window=window,
             layer_types=kinds,

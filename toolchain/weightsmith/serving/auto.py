@@ -50,8 +50,8 @@ def usable(length: int, own: int) -> int:
 def rule(own: int, wanted: int) -> str:
     """Return how `choose_length` chooses, for people."""
     return (
-        f"auto: the longest of {own} and the powers of two at which {wanted} requests fit, or fewer"
-        f" before it is less than {min(USEFUL, own)} tokens"
+        f"auto takes the longest of {own} tokens and the powers of two at which {wanted} requests"
+        f" fit at once, and rather fewer requests than less than {min(USEFUL, own)} tokens"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import TypeAlias
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.without_data import UnwrittenTree
+from weightsmith.errors import InputRefused
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import MergeJob
 from weightsmith.merge_options import Merge
@@ -51,6 +53,7 @@ from weightsmith.values import (
     Digest,
     FileEntry,
     Json,
+    Snapshot,
     Sources,
     StageInputs,
     Tree,
@@ -58,6 +61,11 @@ from weightsmith.values import (
 
 BUILDER = "merge"
 RECIPE_NUMBER = 4
+_TAKES_HIDDEN = re.compile(
+    r"^base_model\.model\.(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.\d+\..*"
+    r"\.(?:q|gate)_proj\.lora_A\.weight$"
+)
+"""Of a decoder's matrices, those that take its states."""
 _MEMORY_BYTES = 2 << 30
 """Smallest memory limit of the merge container; a sum of deltas needs only a fraction of it."""
 
@@ -241,7 +249,7 @@ def _run(
 def merge_cost(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[str, int]:
     """Return what `check` returns and refuse what it refuses.
 
-    Without the base's weights it is an estimate, and whether the adapters fit is not known.
+    Without the base's weights it is an estimate, and adapters are refused only for another width.
     """
     tree = sources.base.tree
     if not isinstance(tree, ForeseenTree):
@@ -256,6 +264,8 @@ def merge_cost(sources: Sources, options: Merge, *, files: bool = True) -> Mappi
     summed = summed and not any(one.raw.get("use_dora") for one in configured)
     virtual = summed and not (files or model.packing or simulates(choice))
     plain = 2 * parameters(model).all if model.packing else tree.weight_bytes
+    for adapter in sources.adapters:
+        _check_width(adapter.snapshot, model.shape.hidden)
     held = sum(map(_largest_factors, adapters)) * 12  # in float32, and their norms
     if not summed:
         held = 8 * len(adapters) * model.shape.hidden * model.shape.intermediate
@@ -264,6 +274,18 @@ def merge_cost(sources: Sources, options: Merge, *, files: bool = True) -> Mappi
         "write_bytes": 0 if virtual else tree.size - tree.weight_bytes + plain,
         "peak_memory_bytes": START_BYTES + BLOCK_BYTES + held,
     }
+
+
+def _check_width(adapter: Snapshot, hidden: int) -> None:
+    """Raise InputRefused for an adapter whose queries or gates take another number of inputs."""
+    for tensor in read_header(adapter.tree.path("adapter_model.safetensors")).tensors:
+        if _TAKES_HIDDEN.search(tensor.name) and tensor.shape[-1] != hidden:
+            raise InputRefused(
+                f"{adapter.source}: {tensor.name} takes {tensor.shape[-1]} inputs, and the base's"
+                f" hidden size is {hidden}",
+                hint="give the base that the adapter was trained with, as in its"
+                " adapter_config.json",
+            )
 
 
 def _largest_factors(adapter: Tree) -> int:
