@@ -9,7 +9,7 @@ from typing import Any
 NUMBERS = [0, 1, 2, 7, 8, 127, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 62, (1 << 64) - 1]
 VALUES = [
     None, True, False, "", "x", "4096", "../../x", "<script>alert(1)</script>", "\x1b[2J",
-    "ä" * 300, "x\n\n<script>alert(1)</script>",
+    "ä" * 300, "x\n\n<script>alert(1)</script>", "a\0b",
     0, 1, -1, 3, 7, 128, 10**12, 2**70, 10**400, 1.5, 1e308, float("nan"), float("inf"), [], {},
     [1], ["a"], [[]], [None] * 62, {"a": 1}, {"rope_type": "yarn"}, {"factor": 0},
 ]  # fmt: skip
