@@ -11,6 +11,7 @@ import torch
 from weightsmith.forward import greedy as greedy_module
 from weightsmith.forward import heads
 from weightsmith.forward.greedy import Questions, greedy
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import Subject, answers, load_network
@@ -89,7 +90,7 @@ def test_an_architecture_that_cannot_be_streamed_is_asked_in_memory(tmp_path: Pa
     base = make_model(tmp_path / "base", "jamba")
     chat = [[{"role": "user", "content": "What is the capital of France?"}]]
 
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises(ModelFails, match="not finite"):
         answer(base)
 
     network: Any = load_network(base, [])

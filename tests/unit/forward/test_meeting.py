@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.meeting import Meeting
 
 
@@ -22,7 +23,7 @@ def test_a_view_that_fails_ends_the_meeting() -> None:
         meeting.multiply((0, 0), torch.ones(2, 4), matrix)
         return meeting.multiply((0, 2), torch.ones(2, 5), matrix)
 
-    with pytest.raises(RuntimeError, match=r"5|descriptor"):
+    with pytest.raises(ModelFails, match=r"5|descriptor"):
         meeting.run({"good": good, "bad": bad})
 
 
@@ -74,7 +75,7 @@ def test_a_view_waits_for_another_ones_work_while_that_goes_on() -> None:
 def test_a_view_does_not_wait_for_one_that_has_ended() -> None:
     meeting = Meeting(2)
 
-    with pytest.raises(RuntimeError, match="has ended"):
+    with pytest.raises(ModelFails, match="has ended"):
         meeting.run({"ends": lambda: None, "waits": lambda: meeting.wait_until(lambda: False)})
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from weightsmith.forward import products as module
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.products import Products
 
 
@@ -60,7 +61,7 @@ def test_an_error_of_any_share_is_raised(monkeypatch: pytest.MonkeyPatch) -> Non
     "rows", [torch.ones(3, 65), torch.ones(3, 63), torch.ones(3, 64).half(), torch.ones(3, 0)]
 )
 def test_rows_that_do_not_fit_are_an_error_and_never_read(rows: torch.Tensor) -> None:
-    with pytest.raises(RuntimeError, match="cannot multiply"):
+    with pytest.raises(ModelFails, match="cannot multiply"):
         Products(1).multiply(rows, torch.ones(300, 64))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.forward import views
 from weightsmith.forward import walk as module
+from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.walk import walk
 from weightsmith.merging.reference import Subject, answers
 
@@ -35,7 +38,7 @@ class Model:
 
 def ask(model: str, _: Any) -> str:
     if model == "broken":
-        raise RuntimeError("the logits are not finite")
+        raise ModelFails("the logits are not finite")
     return model
 
 
@@ -55,9 +58,9 @@ def test_a_model_that_does_not_run_in_memory_either_is_refused(tmp_path: Path) -
     bad = Model(make_model(tmp_path / "base"), streams=False)
 
     def fail(model: str, _: Any) -> str:
-        raise RuntimeError(f"{model} heads do not fit")
+        raise ModelFails(f"{model} heads do not fit")
 
-    with pytest.raises(InputRefused, match=r"does not run .*: RuntimeError: whole heads") as caught:
+    with pytest.raises(InputRefused, match=r"does not run .*: whole heads") as caught:
         walk({"bad": bad}, {"bad": fail})
 
     assert str(bad.checkpoint) in caught.value.message
@@ -67,13 +70,51 @@ def test_memory_that_runs_out_is_not_the_models_fault(tmp_path: Path) -> None:
     bad = Model(make_model(tmp_path / "base"), streams=False)
 
     def fail(model: str, _: Any) -> str:
-        text = "DefaultCPUAllocator: can't allocate memory" if model == "whole" else "not finite"
-        raise RuntimeError(text)
+        if model == "broken":
+            raise ModelFails("not finite")
+        with running():
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     with pytest.raises(RuntimeError, match="allocate") as caught:
         walk({"bad": bad}, {"bad": fail})
 
     assert not isinstance(caught.value, InputRefused)
+
+
+def test_a_mistake_of_ours_loads_no_model(tmp_path: Path) -> None:
+    good = Model(make_model(tmp_path / "base"), streams=True)
+
+    def mistaken(model: Any, _: Any) -> str:
+        return str(model.heads)
+
+    with pytest.raises(AttributeError, match="heads"):
+        walk({"good": good}, {"good": mistaken})
+
+    assert not good.loaded
+
+
+def test_a_mistake_in_what_a_model_calls_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers calls our linear layer, which calls a function that is none."""
+    base = make_model(tmp_path / "base")
+    monkeypatch.setattr(views, "multiplied", None)
+
+    with pytest.raises(TypeError, match="not callable"):
+        answers({"": Subject(model=base)}, CHAT, 3)
+
+
+def test_only_what_weights_in_memory_may_cure_loads_a_model(tmp_path: Path) -> None:
+    good = Model(make_model(tmp_path / "base"), streams=True)
+
+    def fail(*_: Any) -> str:
+        with running():
+            return str(dt.date(2026, 13, 1))
+
+    with pytest.raises(InputRefused, match=r"does not run .*: ValueError: month must be"):
+        walk({"good": good}, {"good": fail})
+
+    assert not good.loaded
 
 
 def test_of_one_architecture_all_models_are_loaded(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from weightsmith.errors import InputRefused
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.meeting import Meeting
 from weightsmith.job_inputs import Input
 from weightsmith.jobs import AskedModel, AskedTask, AskedWalk, Question, ReferenceJob
@@ -136,7 +137,7 @@ def test_a_model_that_does_not_run_is_named_with_its_adapter(
 
     def fail(network: Any, asked: Any, advance: Any) -> Any:
         if "adapter_0" in getattr(network, "peft_config", {}):
-            raise RuntimeError("shapes differ")
+            raise ModelFails("shapes differ")
         return own(network, asked, advance)
 
     monkeypatch.setattr(reference, "greedy", fail)

@@ -17,7 +17,7 @@ from weightsmith.checkpoints.peft_patterns import check_peft_patterns
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.errors import InputRefused
 from weightsmith.foreign import read_json
-from weightsmith.forward.libraries import reading, unreadable
+from weightsmith.forward.libraries import ModelFails, reading, running, unreadable
 from weightsmith.forward.network import has_no_weights, is_missing, missing, set_missing
 
 _HINT = (
@@ -31,7 +31,7 @@ class IncompatibleAdapters(Exception):
     """PEFT cannot load these adapters together: they are of different kinds or share a module."""
 
 
-class NeedsWeights(RuntimeError):
+class NeedsWeights(ModelFails):
     """PEFT computes with the base's weights as it loads an adapter, and they are read later."""
 
 
@@ -87,12 +87,14 @@ def _without_weights(root: Path) -> Iterator[None]:
     # It would make zeros of FRoD's factors, without an error.
     if read_json(root / "adapter_config.json").get("peft_type") == "FROD":
         raise NeedsWeights("PEFT computes FRoD's factors from the base's weights")
-    try:
-        yield
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise NeedsWeights("PEFT decomposes the base's weights") from error
+    with running():
+        try:
+            yield
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise NeedsWeights("PEFT decomposes the base's weights") from error
 
 
+@running()
 def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
     """Load all tensors in float32, such as those of layers that PEFT replicates."""
     from peft import load_peft_weights, set_peft_model_state_dict
@@ -106,6 +108,7 @@ def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
         set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)
 
 
+@running()
 def _use_saved_basis(model: Any) -> None:
     """Compute FRoD's factors anew, from the basis that was saved with the adapter.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.prefix import Prefix, bare, takes
 
 _TOKENS = 4
@@ -30,7 +31,7 @@ def batches_change(model: Any, empty: Prefix, prompts: Sequence[Sequence[int]], 
     alone = _last(model, text, use_cache=False)
     try:
         other = _with_a_hole(model, empty, text, pad) if empty.layers else _padded(model, text, pad)
-    except (RuntimeError, IndexError, AssertionError):  # its cache is of another kind
+    except ModelFails:  # its cache is of another kind
         return True
     return bool((alone - other).abs().max() > _ALIKE * alone.abs().max())
 
@@ -52,6 +53,7 @@ def _padded(model: Any, text: Sequence[int], pad: int) -> torch.Tensor:
     return _last(model, [pad, *text, pad], place=-2, **given)
 
 
+@running()
 def _last(model: Any, ids: Sequence[int], place: int = -1, **given: Any) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), **given).logits
     return logits[0, place].float()

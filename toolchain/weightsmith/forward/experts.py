@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.meeting import Key, Meeting
 from weightsmith.forward.products import Matrix
 
@@ -133,7 +134,7 @@ def read_one_by_one(
         stack = Stack(key, place, experts, deltas.get(name, tuple), meeting)
         if stack.shape != getattr(module, name).shape:
             shapes = f"{[*stack.shape]}, not {[*getattr(module, name).shape]}"
-            raise RuntimeError(f"{name} has shape {shapes}")
+            raise ModelFails(f"{name} has shape {shapes}")
         delattr(module, name)
         object.__setattr__(module, name, stack)
     if hasattr(module, "config"):

@@ -12,6 +12,7 @@ import torch
 from weightsmith.forward.alone import batches_change
 from weightsmith.forward.drafts import Draft, read_at_once
 from weightsmith.forward.heads import some_logits
+from weightsmith.forward.libraries import running
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
 from weightsmith.forward.positions import Positions, only
 from weightsmith.forward.prefix import HOLES, Prefix, depends_on_length, empty_prefix, shared_prefix
@@ -320,12 +321,13 @@ def _generate(model: Any, asked: Questions, batch: Sequence[int], found: _Found)
         eos_token_id=list(asked.ends) or None,
     )
     model.generation_config = settings
-    made = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([record]),
-    )
+    with running():
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([record]),
+        )
     gaps = torch.stack(margins, 1).tolist() if margins else [[] for _ in batch]
     for number, row, gap in zip(batch, made[:, width:].tolist(), gaps, strict=True):
         asked.keep([found.append(number, row, gap, asked)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from weightsmith.forward.libraries import running
 from weightsmith.forward.memory import LOGIT_BYTES
 from weightsmith.forward.network import decoder_of
 
@@ -38,7 +39,8 @@ def some_logits(model: Any, ids: torch.Tensor, places: Places, **more: Any) -> I
     if scaled:
         hooks.append(decoder_of(model).register_forward_hook(record))
     try:
-        first = model(input_ids=ids, **more).logits[0]
+        with running():
+            first = model(input_ids=ids, **more).logits[0]
     finally:
         for hook in hooks:
             hook.remove()
@@ -57,7 +59,8 @@ def logits_of(model: Any, output: type, states: torch.Tensor) -> torch.Tensor:
     decoder.forward = lambda *_, **__: output(last_hidden_state=states[None])
     try:
         ids = torch.zeros((1, len(states)), dtype=torch.long)
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+        with running():
+            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         decoder.forward = own
     return found

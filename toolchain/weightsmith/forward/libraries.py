@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
@@ -153,6 +153,49 @@ def reading(what: str, hint: str) -> Iterator[None]:
         if isinstance(error, WeightsmithError) or ran_out_of_memory(error):
             raise
         raise unreadable(what, error, hint) from error
+
+
+class ModelFails(Exception):
+    """What runs a model failed, or a model's values cannot be right; the cause is its own error."""
+
+    @property
+    def without_weights(self) -> bool:
+        """Whether the reason may be that its weights are in files: it may run with them in memory.
+
+        Architectures that use a weight without calling its module raise errors of these types.
+        """
+        kinds = (type(None), RuntimeError, AttributeError, KeyError, TypeError)
+        return isinstance(self.__cause__, kinds)
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Raise ModelFails if transformers, PEFT or torch fail as they build or run a model.
+
+    They call our code too: an error that begins there is ours, and is raised as it is. So is one of
+    the machine. Only their calls belong in the block.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = isinstance(error, WeightsmithError | ModelFails | OSError)
+        if told or ran_out_of_memory(error) or _begins_here(error):
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise ModelFails(f"{type(error).__name__}: {text}") from error
+
+
+def _begins_here(error: Exception) -> bool:
+    """Return whether an error is of our code, not of a library that it called or was called by."""
+    if isinstance(error, RuntimeError):  # of torch's own functions, which are in no traceback
+        return False
+    last: TracebackType | None = error.__traceback__
+    name = ""
+    while last is not None:
+        frame, last = last.tb_frame, last.tb_next
+        if frame.f_code.co_name != "__getattr__":  # torch's, of an attribute that nothing has
+            name = frame.f_globals.get("__name__", "")
+    return name.partition(".")[0] == "weightsmith"
 
 
 def unreadable(what: str, error: Exception, hint: str) -> InputRefused:

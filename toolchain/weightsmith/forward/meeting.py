@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from weightsmith.forward.device import OnDevice
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.products import Matrix, Products
 
 T = TypeVar("T")
@@ -111,13 +112,13 @@ class Meeting:
                 self._running += 1
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Wait for the work of another view; RuntimeError if no other view is left to do it."""
+        """Wait for the work of another view; ModelFails if no other view is left to do it."""
         with self.away(), self._changed:
             while not ready():
                 if self._stopped:
                     raise _StoppedError
                 if self._running <= 0:
-                    raise RuntimeError("the view that this one waits for has ended")
+                    raise ModelFails("the view that this one waits for has ended")
                 self._changed.wait()
 
     def multiply(self, key: Key, inputs: torch.Tensor, matrix: Matrix) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from weightsmith.forward.drafts import MOST
+from weightsmith.forward.libraries import running
 
 _WORTH = 128
 """Tokens that sharing must save: its own pass reads and converts every weight once more."""
@@ -68,7 +69,8 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], empty: Prefix) -
     cache = empty.rows(1, length).cache
     ids = torch.tensor([prompts[0][:length]])
     # One logit is enough: the head of a small model is a fifth of its weights.
-    model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+    with running():
+        model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
     return replace(empty, length=length, states=tuple(_states(cache)))
 
 

@@ -11,6 +11,7 @@ import torch
 
 from weightsmith.forward import native
 from weightsmith.forward.computed import Computed
+from weightsmith.forward.libraries import ModelFails
 
 Matrix: TypeAlias = torch.Tensor | Computed
 Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
@@ -38,12 +39,12 @@ class Products:
     def multiply(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
         """Return rows [n, columns] times the matrix [m, columns] transposed, in float32.
 
-        Raises RuntimeError for rows of another length or type, as torch does.
+        Raises ModelFails for rows of another length or type.
         """
         if rows.dtype != torch.float32 or rows.shape[1] != matrix.shape[1]:
             # Our kernel would read memory behind them.
             shapes = f"{[*rows.shape]} and {[*matrix.shape]}"
-            raise RuntimeError(f"cannot multiply {shapes}, of {rows.dtype}, by rows in float32")
+            raise ModelFails(f"cannot multiply {shapes}, of {rows.dtype}, by rows in float32")
         rows, output = rows.contiguous(), torch.empty((rows.shape[0], matrix.shape[0]))
         if not rows.numel():
             return output.zero_()

@@ -21,6 +21,7 @@ from weightsmith.forward.experts import (
     read_one_by_one,
     wrapped_experts,
 )
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.meeting import Key, Meeting
 from weightsmith.forward.network import (
     base_name,
@@ -44,7 +45,7 @@ def view(
     """Return a transformers model, with PEFT's layers on it, in float32 and ready to run.
 
     Views of the same checkpoint share a `number`. Raises InputRefused if the checkpoint lacks a
-    tensor, and the architecture's error if it cannot run without its weights in memory.
+    tensor, and ModelFails if it cannot be built without its weights in memory.
     """
     model, weights = skeleton_with_weights(checkpoint)
     require_complete(checkpoint, model, weights)
@@ -204,10 +205,10 @@ def looks_up(module: nn.Module) -> bool:
 
 
 def _matrix(weights: Weights, tensor: str, module: Any) -> Matrix:
-    """Return the tensor; RuntimeError if it does not have the shape of the module's weight."""
+    """Return the tensor; ModelFails if it does not have the shape of the module's weight."""
     matrix = weights.mapped(tensor)
     if matrix.shape != module.weight.shape:
-        raise RuntimeError(f"{tensor} has shape {[*matrix.shape]}, not {[*module.weight.shape]}")
+        raise ModelFails(f"{tensor} has shape {[*matrix.shape]}, not {[*module.weight.shape]}")
     return matrix
 
 
@@ -227,7 +228,7 @@ def look_up(
 
 
 def require_finite(_: Any, __: Any, logits: torch.Tensor) -> None:
-    """Raise RuntimeError if logits are not finite: a weight was used without its module."""
+    """Raise ModelFails if logits are not finite: a weight was used without its module."""
     # The sum of finite logits is finite, and takes a fifth of the time of a test of each.
     if not math.isfinite(logits.sum()):
-        raise RuntimeError("the logits are not finite")
+        raise ModelFails("the logits are not finite")

@@ -10,26 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.errors import (
-    EnvironmentFailure,
-    InputRefused,
-    WeightsmithError,
-    ran_out_of_memory,
-)
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.forward.device import on_gpu
+from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.meeting import Meeting
 from weightsmith.time_limits import doing
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-Tell = Callable[[Exception], None]
-
-NOT_STREAMABLE = (RuntimeError, AttributeError, KeyError, TypeError, NotImplementedError)
-"""Raised by an architecture that uses weights without calling their module."""
+Tell = Callable[[ModelFails], None]
 
 
-class DoesNotRun(InputRefused, RuntimeError):
-    """A model fails with its weights in memory too: its files do not belong together (exit 3)."""
+class DoesNotRun(InputRefused):
+    """A model cannot run, also with its weights in memory: its files do not belong together."""
 
 
 class Count:
@@ -76,16 +69,17 @@ def walk(
 
     A model that cannot be streamed is loaded afterwards and asked by itself; `tell` gets the
     reason. If the models are `alike`, of one architecture, all of them are loaded then. Raises
-    EnvironmentFailure if one does not fit into memory, DoesNotRun if it cannot run there either.
+    EnvironmentFailure if one does not fit into memory, DoesNotRun if it cannot run there either or
+    fails for another reason than missing weights.
     """
-    meeting, unfit = Meeting(products=on_gpu()), dict[str, Exception]()
+    meeting, unfit = Meeting(products=on_gpu()), dict[str, ModelFails]()
     views = _views(openings, meeting, unfit)
 
     def attempt(name: str) -> T | None:
         try:
             return ask[name](views[name], meeting)
-        except NOT_STREAMABLE as error:
-            unfit[name] = _not_memory(error)
+        except ModelFails as error:
+            unfit[name] = _without_weights(openings[name], error)
             return None
 
     found: dict[str, Any] = {}
@@ -104,25 +98,30 @@ def walk(
 def _asked_whole(opening: Opening, ask: Callable[[Any, Meeting], T]) -> T:
     try:
         return ask(opening.whole(), Meeting())
-    except WeightsmithError:
-        raise
-    except NOT_STREAMABLE as error:
-        raise DoesNotRun(
-            f"the model in {_named(opening)} does not run in transformers: "
-            f"{why(_not_memory(error))}",
-            hint="compare config.json with the published one, and check that the adapters were "
-            "trained on this model",
-        ) from error
+    except ModelFails as error:
+        raise _does_not_run(opening, error) from error
 
 
-def _named(opening: Opening) -> str:
-    """Return a model's folder, and those of its adapters: others in the walk have others."""
+def _without_weights(opening: Opening, error: ModelFails) -> ModelFails:
+    """Return why a model cannot be streamed; raise DoesNotRun if loading it would not help."""
+    if not error.without_weights:
+        raise _does_not_run(opening, error) from error
+    return error
+
+
+def _does_not_run(opening: Opening, error: ModelFails) -> DoesNotRun:
+    # Others in the walk have other adapters.
     adapters = [str(root) for root, _ in getattr(opening, "adapters", ())]
-    return f"{opening.checkpoint}" + (f" with {' and '.join(adapters)}" if adapters else "")
+    named = f"{opening.checkpoint}" + (f" with {' and '.join(adapters)}" if adapters else "")
+    return DoesNotRun(
+        f"the model in {named} does not run in transformers: {error}",
+        hint="compare config.json with the published one, and check that the adapters were "
+        "trained on this model",
+    )
 
 
 def _views(
-    openings: Mapping[str, Opening], meeting: Meeting, unfit: dict[str, Exception]
+    openings: Mapping[str, Opening], meeting: Meeting, unfit: dict[str, ModelFails]
 ) -> dict[str, Any]:
     views, numbers = dict[str, Any](), dict[Hashable, int]()
     with doing("building the models without their weights"):
@@ -130,24 +129,12 @@ def _views(
             number = numbers.setdefault(opening.source, len(numbers))
             try:
                 views[name] = opening.streamed(meeting, number)
-            except NOT_STREAMABLE as error:
-                unfit[name] = _not_memory(error)
+            except ModelFails as error:
+                unfit[name] = _without_weights(opening, error)
     return views
 
 
-def _not_memory(error: Exception) -> Exception:
-    """Return an architecture's error; raise it if memory ran out, which loading would not cure."""
-    if ran_out_of_memory(error):
-        raise error
-    return error
-
-
-def why(error: Exception) -> str:
-    """Return an architecture's error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _require_memory(checkpoint: Path, error: Exception) -> None:
+def _require_memory(checkpoint: Path, error: ModelFails) -> None:
     """Raise EnvironmentFailure if a checkpoint in float32 does not fit into memory."""
     infos = open_checkpoint(checkpoint).tensors.values()
     needed = 4 * sum(math.prod(info.shape) for info in infos)
@@ -160,7 +147,7 @@ def _require_memory(checkpoint: Path, error: Exception) -> None:
     )
     if needed > available << 10:
         raise EnvironmentFailure(
-            f"{checkpoint} cannot be streamed ({why(error)}), and to load it whole needs "
+            f"{checkpoint} cannot be streamed ({error}), and to load it whole needs "
             f"{needed >> 30} GiB of memory, of which {available >> 20} GiB are available",
             hint="use a machine with more memory, or leave the check out (`validate: {enabled: "
             "false}`, `quality: {gate: false}`, no `evaluate`)",

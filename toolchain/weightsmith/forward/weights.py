@@ -18,6 +18,7 @@ from safetensors import safe_open
 from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
 from weightsmith.checkpoints.without_data import data_of
 from weightsmith.forward.computed import Computed
+from weightsmith.forward.libraries import ModelFails, running
 
 BLOCK = 1 << 19
 """Elements in memory at a time: few enough for the CPU cache."""
@@ -76,7 +77,7 @@ class Weights:
     def replicate(self, sources: Sequence[int]) -> None:
         """Rename for a model with replicated layers: layer i is the file's layer `sources[i]`."""
         if self._fused:
-            raise NotImplementedError("replicated layers of an architecture with stacked weights")
+            raise ModelFails("replicated layers of an architecture with stacked weights")
         old, self._direct = self._direct, {}
         for name, tensor in old.items():
             match = _LAYER.fullmatch(name)
@@ -196,11 +197,13 @@ class Weights:
         converter = deepcopy(fused.converter)
         for name, pattern in fused.parts:
             converter.add_tensor(first, name, pattern, lambda n=name: self.read(n).float())
-        made = converter.convert(first, model=self._model, config=self._model.config)
+        with running():
+            made = converter.convert(first, model=self._model, config=self._model.config)
         value = made[parameter]
         whole: torch.Tensor = value[0] if isinstance(value, list) else value
         return whole
 
+    @running()
     def _map(self, model: Any) -> None:
         """Map tensors to parameters as `convert_and_load_state_dict_in_model` does."""
         from transformers.conversion_mapping import get_model_conversion_mapping

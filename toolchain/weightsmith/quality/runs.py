@@ -12,6 +12,7 @@ import torch
 
 from weightsmith.checkpoints.tensors import View
 from weightsmith.forward.heads import logits_of
+from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     beside_text,
@@ -93,7 +94,7 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
 
 
 def _run(model: Any, ids: torch.Tensor) -> States:
-    with torch.inference_mode():
+    with torch.inference_mode(), running():
         return States(decoder_of(model)(input_ids=ids, use_cache=False), model)
 
 
@@ -155,6 +156,6 @@ class Quantized:
 
 
 def _require_finite(_: Any, __: Any, output: Any) -> None:
-    """Raise RuntimeError if the states are not finite: a weight was used without its module."""
+    """Raise ModelFails if the states are not finite: a weight was used without its module."""
     if not bool(torch.isfinite(output[0]).all()):
-        raise RuntimeError("the hidden states are not finite")
+        raise ModelFails("the hidden states are not finite")

@@ -12,6 +12,7 @@ import torch
 
 from weightsmith.cpus import all_but_one
 from weightsmith.forward.adapters import NeedsWeights, replication, with_adapters
+from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import (
     PEFT_PREFIX,
@@ -22,6 +23,7 @@ from weightsmith.forward.network import (
     skeleton_with_weights,
 )
 from weightsmith.forward.views import reads_one_by_one, require_complete, stream
+from weightsmith.forward.walk import DoesNotRun
 from weightsmith.forward.weights import Weights
 from weightsmith.jobs import Mixture
 from weightsmith.validating.casts import watch_casts
@@ -197,9 +199,15 @@ def reference_forward(
 ) -> Reference:
     """Run base and unmerged adapters, checking every adapted layer on the way.
 
-    `mixture` says how the merge combines the deltas, if not by their sum. Raises RuntimeError if
-    the logits are not finite.
+    `mixture` says how the merge combines the deltas, if not by their sum. Raises ModelFails if
+    the logits are not finite, DoesNotRun if the merged checkpoint lacks what an adapter changes.
     """
+    changed = (name for site in unmerged.sites for name in site.parameters.values())
+    if lost := next((name for name in changed if not merged.has(name)), ""):
+        raise DoesNotRun(
+            f"the merged checkpoint has no {lost}, which an adapter changes",
+            hint="it is a merge into another model: give the base and the adapters that it is of",
+        )
     # The examiner's own products; leave one CPU to the other model.
     torch.set_num_threads(all_but_one())
     whole = batch.doubled(twins)
@@ -215,7 +223,7 @@ def reference_forward(
     run = _forward(unmerged.model.get_base_model(), unmerged.model, whole, rows, advance)
     tokens = sum(batch.counted)
     if not bool(torch.isfinite(run.logits[:tokens]).all()):
-        raise RuntimeError("the reference's logits are not finite")
+        raise ModelFails("the reference's logits are not finite")
     with meeting.away():
         for site in unmerged.sites:
             examiner.finish(site)
@@ -322,7 +330,8 @@ def _forward(model: Any, outer: Any, batch: Batch, rows: Sequence[int], advance:
     hooks = [layer.register_forward_hook(keep) for layer in decoder_layers(model)]
     hooks.append(model.get_output_embeddings().register_forward_pre_hook(select))
     try:
-        logits = outer(input_ids=batch.ids, use_cache=False).logits[0].float()
+        with running():
+            logits = outer(input_ids=batch.ids, use_cache=False).logits[0].float()
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,16 +15,16 @@ import torch
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.cpus import all_but_one
-from weightsmith.errors import EnvironmentFailure, InputRefused, ran_out_of_memory
+from weightsmith.errors import EnvironmentFailure, InputRefused
 from weightsmith.foreign import read_json
 from weightsmith.forward.adapters import IncompatibleAdapters
 from weightsmith.forward.greedy import Questions
 from weightsmith.forward.greedy import greedy as continuations
-from weightsmith.forward.libraries import load_tokenizer, stay_offline
+from weightsmith.forward.libraries import ModelFails, load_tokenizer, stay_offline
 from weightsmith.forward.meeting import Meeting
 from weightsmith.forward.network import decoder_layers, skeleton
 from weightsmith.forward.views import require_finite
-from weightsmith.forward.walk import NOT_STREAMABLE, Count, Opening, Progress, Tell, walk, why
+from weightsmith.forward.walk import Count, DoesNotRun, Opening, Progress, Tell, walk
 from weightsmith.forward.weights import Weights
 from weightsmith.jobs import Mixture
 from weightsmith.validating import greedy, probes
@@ -225,16 +225,16 @@ def _forwards(sides: Sides, findings: list[Finding], progress: Progress) -> tupl
     except IncompatibleAdapters as error:
         text = f"PEFT cannot load these adapters together: only files were checked ({error})"
         raise _Uncompared(WARNING, "logits", text) from None
-    except NOT_STREAMABLE as error:
+    except DoesNotRun as error:
         if not failed(findings):
             raise
         # The findings already say why: the merged files do not fit the base.
-        text = f"logits were not compared: the model does not run ({type(error).__name__})"
+        text = f"logits were not compared: the model does not run ({error.__cause__ or error})"
         raise _Uncompared(NOTE, "logits", text) from None
 
 
-def _tell(findings: list[Finding], error: Exception) -> None:
-    text = f"this architecture cannot be streamed and was loaded whole ({why(error)})"
+def _tell(findings: list[Finding], error: ModelFails) -> None:
+    text = f"this architecture cannot be streamed and was loaded whole ({error})"
     findings.append(finding(NOTE, "logits", text))
 
 
@@ -258,10 +258,9 @@ def _texts(
     try:
         made = iter(walk({"": Merged(checkpoint=request.merged)}, {"": generate})[""])
         return [known[n] if n in known else next(made) for n in range(len(ids))]
-    except (*NOT_STREAMABLE, ValueError, IndexError, AssertionError, EnvironmentFailure) as error:
-        if ran_out_of_memory(error):
-            raise
-        text = f"only the first token of each answer is compared: generation failed ({why(error)})"
+    except (DoesNotRun, EnvironmentFailure) as error:
+        why = error.__cause__ or error
+        text = f"only the first token of each answer is compared: generation failed ({why})"
         findings.append(finding(NOTE, "logits", text))
         return []
 
