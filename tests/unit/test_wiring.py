@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from docker.errors import DockerException
 from weightsmith import wiring
+from weightsmith.errors import EnvironmentFailure, UsageError
 from weightsmith.ports import Silent
 from weightsmith.run_options import RunOptions
 from weightsmith.wiring import open_tools
@@ -43,3 +49,31 @@ def test_two_jobs_run_at_once_only_where_nobody_must_plan_a_gpu_for_both(
 
     with open_tools(RunOptions(runner="local"), Silent()) as tools:
         assert tools.two_at_once() == two
+
+
+def test_an_engine_that_is_asked_for_and_does_not_answer_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its socket can be connected to, and what listens there says nothing."""
+
+    def ping() -> None:
+        raise DockerException("no answer")
+
+    client = SimpleNamespace(ping=ping)
+    monkeypatch.setattr(wiring.DockerEngine, "client", property(lambda _: client))
+
+    with (
+        pytest.raises(EnvironmentFailure, match="no answer"),
+        open_tools(RunOptions(runner="docker"), Silent()),
+    ):
+        pass
+
+
+def test_settings_that_a_caller_gives_are_read_as_those_of_the_file() -> None:
+    missing = str(Path.home() / "not-there.pem")
+
+    with (
+        pytest.raises(UsageError, match=f"^{re.escape(missing)} is not a public key"),
+        open_tools(RunOptions(runner="local"), Silent(), verify_key="~/not-there.pem"),
+    ):
+        pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
-from typing import Any, get_type_hints
+from typing import Any, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -17,6 +17,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), defer_build=True
     )
+
+    def changed(self, **values: Any) -> Self:
+        """Return it with other values, checked as a user's are; raises pydantic's error."""
+        given = {
+            field.alias or name: values.get(name, getattr(self, name))
+            for name, field in type(self).model_fields.items()
+            if name in self.model_fields_set | values.keys()
+        }
+        return type(self).model_validate(given)
 
 
 @dataclass(frozen=True, slots=True)

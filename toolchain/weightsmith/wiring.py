@@ -214,8 +214,9 @@ def open_tools(
     """
     settings = read_config().cache
     patience = max(settings.upload_seconds, upload_seconds)
-    changed = {"upload_seconds": patience, "verify_key": verify_key or settings.verify_key}
-    settings = settings.model_copy(update=changed)
+    settings = settings.changed(
+        upload_seconds=patience, verify_key=verify_key or settings.verify_key
+    )
     sharing = chosen(run.cache, run.cache_from, settings)
     if run.runner not in RUNNERS:
         raise UsageError(f"--runner {run.runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
@@ -227,9 +228,9 @@ def open_tools(
             f"--memory {run.memory} is more than the {human(free)} that are free, so jobs may swap"
         )
     engine = DockerEngine()
-    answers = run.runner != "local" and engine.answers()
-    if run.runner == "docker" and not answers:
-        engine.client  # noqa: B018 - raises what is wrong and what to do
+    if run.runner == "docker":
+        engine.require()
+    answers = run.runner == "docker" or (run.runner == "auto" and engine.answers())
     signer, layers = make_signer(run.sign_key), PushedLayers(cache_folder())
     with (
         make_registry(insecure=run.insecure, memory=layers) as registry,

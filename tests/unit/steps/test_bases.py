@@ -143,7 +143,6 @@ def root(tmp_path):
 
 
 def in_a_new_process(root):
-    stage._ROOTS.clear()
     store, entry = root
     return stage._root_layers(entry, store.memo)
 

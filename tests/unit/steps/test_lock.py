@@ -148,7 +148,7 @@ def test_what_was_converted_is_known_by_what_came(file: RecipeFile) -> None:
             progress=RecordingProgress(),
         ).sources["hf://a/b"]
         == row
-    ), "as earlier versions wrote it"
+    )
 
 
 def test_a_wheel_found_once_is_the_one_taken(file: RecipeFile) -> None:
@@ -184,3 +184,14 @@ def test_a_damaged_lock_is_named(file: RecipeFile) -> None:
     (file.folder / "recipe.lock").write_text('{"bases": {"a": {"linux/amd64": "sha256:1"}}}')
     with pytest.raises(UsageError, match=r"recipe\.lock"):
         read_lock(file)
+
+
+def test_a_pin_that_no_recipe_could_have_is_refused(file: RecipeFile) -> None:
+    base = file.recipe.base.changed(source="pypi://a==1")
+    file = replace(file, recipe=file.recipe.changed(base=base))
+    damaged = {"pypi://a==1": {"pin": "pypi://a==1#sha256=zz", "digest": str(Digest.of(b"a"))}}
+
+    with pytest.raises(UsageError, match="the pin 'zz'") as refused:
+        pinned(file, Lock(path=file.path, sources=damaged))
+
+    assert "pin again" in refused.value.hint

@@ -84,6 +84,11 @@ class DockerEngine:
         except (EnvironmentFailure, *GONE):
             return False
 
+    def require(self) -> None:
+        """Raise EnvironmentFailure, which says what is wrong, unless an engine responds."""
+        with engine_errors("asking the container engine whether it runs"):
+            self.client.ping()
+
     def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:
         """Stream image archives, each based on the previous one; return the last one's image id.
 

@@ -260,24 +260,11 @@ def _own_labels(name: str, engine: str) -> dict[str, str]:
     return {ENGINE_LABEL: engine or name, **({ENGINE_VERSION: versions[0]} if versions else {})}
 
 
-_ROOTS: dict[Path, tuple[BlobLayer, ...]] = {}
-"""First file -> layers, cached because they have 17,000 files and targets share them."""
-
-
 def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     """Return a complete root file system: one layer per large package, one for all other files.
 
-    The grouping is cached, so files are read only when a layer is opened.
+    The store remembers the grouping, so the 17,000 files are looked at only if a layer is opened.
     """
-    first = entry.tree.source(entry.tree.files[0].path)
-    if not isinstance(first, Path):  # in a cache that may be gone when this is asked again
-        return _remembered(entry, memo)
-    if first not in _ROOTS:
-        _ROOTS[first] = _remembered(entry, memo)
-    return _ROOTS[first]
-
-
-def _remembered(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
     epoch = source_date_epoch()
     grouped = cache(lambda: root_layers(entry.tree, entry.tree.mode, epoch=epoch, memo=memo))
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.files import alone, write_whole
 from weightsmith.foreign import parse_file
@@ -65,18 +67,27 @@ def _read(path: Path) -> Lock:
             for name, row in data["sources"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} cannot be read: {error}", hint="restore it, or delete it to pin again"
-        ) from None
+        raise _unreadable(path, str(error)) from None
     return Lock(path=path, sources=sources, bases=bases)
 
 
+def _unreadable(path: Path | None, why: str) -> UsageError:
+    return UsageError(f"{path} cannot be read: {why}", hint="restore it, or delete it to pin again")
+
+
 def pinned(file: RecipeFile, lock: Lock) -> RecipeFile:
-    """Return the recipe, with the lock's pins for sources that it does not pin itself."""
+    """Return the recipe, with the lock's pins for sources that it does not pin itself.
+
+    Raises UsageError for a pin that a recipe could not have.
+    """
     recipe = file.recipe
-    adapters = tuple(adapter.model_copy(update=_pin(adapter, lock)) for adapter in recipe.adapters)
-    base = recipe.base.model_copy(update=_pin(recipe.base, lock))
-    return replace(file, recipe=recipe.model_copy(update={"base": base, "adapters": adapters}))
+    try:
+        adapters = tuple(adapter.changed(**_pin(adapter, lock)) for adapter in recipe.adapters)
+        base = recipe.base.changed(**_pin(recipe.base, lock))
+    except ValidationError as error:
+        (fault, *_) = error.errors(include_url=False)
+        raise _unreadable(lock.path, f"the pin {fault['input']!r}: {fault['msg']}") from None
+    return replace(file, recipe=recipe.changed(base=base, adapters=adapters))
 
 
 def with_sources(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -254,7 +254,7 @@ def adapter_digest(root: Path) -> str:
     return _digest(path, state.st_size, state.st_mtime_ns)
 
 
-@cache  # of all: each tensor asks for each adapter's in turn
+@lru_cache(maxsize=1024)  # each tensor asks for each adapter's in turn
 def _digest(path: Path, _size: int, _changed: int) -> str:
     from weightsmith.merging.stream import sha256_file
 
