@@ -55,7 +55,6 @@ CHANGES = (
     Change("quantize.imatrix='off'", MERGED[4:], ("quantize", "quality", *LATE), QUESTIONS),
     Change("quantize.imatrix=walk", MERGED[4:], ("quantize", "quality", *LATE), QUESTIONS),
     Change("merge.method=linear", ("merge",), ("merge", "evaluate", "publish")),
-    Change("merge.precision=fast", stages=()),
     Change("adapters.0.weight=0.5", MERGED, AGAIN, QUESTIONS),
     Change("version=1.0.0", MERGED, AGAIN, QUESTIONS, lambda m: new_adapter(m)),
 )

@@ -22,7 +22,7 @@ from weightsmith.drivers.folders import read_tree
 from weightsmith.drivers.local import LocalRunner
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import EchoJob, MergeJob
+from weightsmith.jobs import MergeJob
 from weightsmith.merge_options import Merge
 from weightsmith.ports import Runner, Silent
 from weightsmith.runners import WithinMemory
@@ -30,6 +30,7 @@ from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.awake import hear_interrupts
+from tests.fakes.echo import EchoJob, let_runners_start_it
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.remote import RemoteRunner, read_input
 from tests.fakes.runner import MemoryRunner
@@ -49,6 +50,7 @@ def make_runner(kind: str, folder: Path | None = None) -> Runner:
         return WithinMemory(MemoryRunner(), 2 << 30)
     if kind == "remote":
         return RemoteRunner(MemoryRunner(), folder / "remote")
+    let_runners_start_it()
     if kind == "local":
         return LocalRunner(CACHE)
     if kind == "docker":

@@ -11,12 +11,14 @@ from weightsmith.drivers.environment import environment_folder
 from weightsmith.drivers.local import LocalRunner, _pins
 from weightsmith.drivers.toolset import failure_marker, toolset_folder
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import EchoJob
 from weightsmith.resources import optional_engines
+
+from tests.fakes.echo import EchoJob, let_runners_start_it
 
 
 def bare_builder(cache: Path, name: str = "merge") -> Path:
     """Make the builder in a cache folder and return that."""
+    let_runners_start_it()
     folder = environment_folder(cache, _pins(name))
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)
     (folder / ".complete").write_text("")

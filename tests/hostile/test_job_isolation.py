@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from weightsmith.drivers import landlock
 from weightsmith.drivers.confinement import confinement, targets
-from weightsmith.resources import package
 
 from tests.fakes.bare_builder import bare_runner, echo_job
+from tests.fakes.echo import package
 from tests.fakes.journal import RecordingProgress
 
 ROOT = Path(__file__).parents[2]

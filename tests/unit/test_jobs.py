@@ -16,7 +16,6 @@ from weightsmith.jobs import (
     CacheScalesJob,
     ConvertAdaptersJob,
     DequantizedJob,
-    EchoJob,
     ExportEngineJob,
     ImportGgufJob,
     Job,
@@ -44,6 +43,8 @@ from weightsmith.values import (
     UnreadDigest,
 )
 from weightsmith.worker.jobs import STAGES
+
+from tests.fakes.echo import EchoJob
 
 ENTRY = FileEntry(path="model.safetensors", size=3, digest=Digest.of(b"abc"))
 TREE = Tree(root=Path("/store/é"), files=(ENTRY,))

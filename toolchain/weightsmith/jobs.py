@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -311,24 +311,6 @@ class LayerTimeJob(Job):
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EchoJob(Job):
-    """Copy a text, and report how the builder confines the job; for tests of runners."""
-
-    kind = "echo"
-    text: Input
-    sleep: float = 0.0
-    fail: int | None = None
-    """Raise the error of this exit code."""
-    crash: str | None = None
-    """Raise an unexpected error."""
-    fill: int = 0
-    """Bytes of memory to use."""
-    try_to_write: tuple[str, ...] = ()
-    targets: Mapping[str, Json] = field(default_factory=dict)
-    """Addresses and paths to probe, for `drivers.sandbox_probe.attempts`."""
-
-
 _KINDS: Mapping[str, type[Job]] = {
     each.kind: each
     for each in (
@@ -344,7 +326,6 @@ _KINDS: Mapping[str, type[Job]] = {
         DequantizedJob,
         ExportEngineJob,
         LayerTimeJob,
-        EchoJob,
     )
 }
 

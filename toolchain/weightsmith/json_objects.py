@@ -43,8 +43,7 @@ class JsonObject:
     def from_json(cls, value: Json) -> Self:
         """Read an object; raise ValueError naming a key that is missing or has the wrong type.
 
-        Unknown keys are ignored. A field with a default may be missing, or
-        null as written by an earlier version.
+        Unknown keys are ignored. A field with a default may be missing or null.
         """
         return cls(**_fields_of(cls, value, ""))
 

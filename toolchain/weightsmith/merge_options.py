@@ -6,8 +6,8 @@ pydantic's `Field`, by which the recipe's section is checked and described.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self, TypeAlias
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeAlias
 
 Method: TypeAlias = Literal[
     "sequential",
@@ -25,7 +25,7 @@ Method: TypeAlias = Literal[
 ]
 Space: TypeAlias = Literal["delta", "factors"]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
-Precision: TypeAlias = Literal["exact", "fast"]
+Precision: TypeAlias = Literal["exact"]
 QuantizedBase: TypeAlias = Literal["refuse", "dequantize", "simulate-nf4", "simulate-nf4-double"]
 
 
@@ -74,10 +74,7 @@ class Merge:
     )
     precision: Precision = field(
         default="exact",
-        metadata={
-            "description": "`exact`: the exact sum, rounded once. `fast` is accepted and does the "
-            "same: float32 sums took hardly less time."
-        },
+        metadata={"description": "`exact`: the exact sum, rounded once."},
     )
     quantized_base: QuantizedBase = field(
         default="refuse",
@@ -88,8 +85,3 @@ class Merge:
             "quantization."
         },
     )
-
-    @property
-    def as_done(self) -> Self:
-        """The options that count: `fast` is the same as `exact`."""
-        return replace(self, precision="exact")

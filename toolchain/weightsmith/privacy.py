@@ -1,6 +1,6 @@
 """Keeps cache and store private: they contain weights, questions and answers.
 
-They are created with mode 0700 whatever the umask, and closed if an earlier version left them open.
+They are created with mode 0700 whatever the umask, and closed if they are open.
 One that belongs to another user is refused: its owner could read every result, and change it. A
 folder shared with a group on purpose (set-group-id and group-writable: `chmod g+rws`) stays as it
 is, for the members of the group. A folder chosen by the user that has other content too, such as

@@ -241,8 +241,6 @@ def _is_of_word(error: Any) -> bool:
 
 def _fault(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
-    if place == "evaluate.certainty":
-        return "unknown key `evaluate.certainty`; use `evaluate.require`: passed or proven"
     if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
         near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), 1, 0.5)
         return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")

@@ -62,9 +62,8 @@ def test_conversations_and_choices_come_back(scene: Scene) -> None:
     assert not item.plain
 
 
-def test_adapters_with_files_that_are_read_no_longer(scene: Scene) -> None:
-    """An older version attached a picture, too: the lock has what this one reads of them."""
-    scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b", **{"training_loss.png": "picture"})
+def test_the_lock_has_what_a_build_reads_of_the_adapters(scene: Scene) -> None:
+    scene.publish(f"hf://a/b@{COMMIT}", "hf://a/b")
     file = scene.again()
     lock, reader = read_lock(file), FolderReader(FileStore(scene.folder / "store"))
     for adapter in file.recipe.adapters:

@@ -13,8 +13,9 @@ from weightsmith.drivers.process import TookTooLong
 from weightsmith.drivers.worker_protocol import Conversation, open_log
 from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import EchoJob, Job
+from weightsmith.jobs import Job
 
+from tests.fakes.echo import EchoJob
 from tests.fakes.journal import RecordingProgress
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from weightsmith.job_inputs import Input
-from weightsmith.jobs import EchoJob, Job, write_job
+from weightsmith.jobs import Job, write_job
+
+from tests.fakes.echo import EchoJob, package
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,7 +35,7 @@ def worker(job: Job | str, tmp_path: Path) -> subprocess.Popen[str]:
     file.write_text(job if isinstance(job, str) else write_job(job), encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, "-m", "weightsmith.worker", str(file)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
+        env={**os.environ, "PYTHONPATH": f"{package().parent}:{ROOT}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -173,7 +173,7 @@ def _source(snapshot: Snapshot) -> dict[str, Any]:
 def _merge(facts: Facts) -> MergeRecord:
     merged = facts.checkpoint.details
     return MergeRecord(
-        **asdict(facts.recipe.merge.as_done),
+        **asdict(facts.recipe.merge),
         digest=facts.checkpoint.digest,
         tensors=merged.get("tensors", {}),
         findings=tuple(merged.get("findings", ())),

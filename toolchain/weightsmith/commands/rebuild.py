@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from weightsmith.checkpoints.folder import scan
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
@@ -27,7 +26,7 @@ from weightsmith.recipe import Evaluate
 from weightsmith.recipe_file import check_recipe
 from weightsmith.serving.option_values import not_to_be_stated
 from weightsmith.trees import discard
-from weightsmith.values import Digest, FileEntry, Json, tree_digest
+from weightsmith.values import FileEntry, Json, tree_digest
 
 _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """Maximum depth of a model folder."""
@@ -119,11 +118,6 @@ def _recipe(stated: Sequence[Statement], source: str, progress: Progress) -> dic
                 # Any other value names a file that is not attached.
                 mine = quantize.get("imatrix") in ("auto", "walk", "off")
                 kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
-            if isinstance(task := kept.get("evaluate"), dict) and "certainty" in task:
-                # As images of earlier versions say it.
-                proven = task["certainty"] == "proven"
-                task = {key: value for key, value in task.items() if key != "certainty"}
-                kept["evaluate"] = {**task, **({"require": "proven"} if proven else {})}
             kept["adapters"] = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
             known = {*_TAKEN, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
@@ -251,21 +245,12 @@ def _with_adapters(
         name = f"./adapters/{number}"
         _write(document, folder / name)
         row["source"] = name
-        read = str(_digest_read(document, folder / name))
+        files = [
+            FileEntry(path=p.title, size=p.blob.size, digest=p.blob.digest) for p in document.parts
+        ]
+        read = str(tree_digest(files))
         locked[name] = {"pin": read, "digest": read}
     return locked
-
-
-def _digest_read(document: Document, folder: Path) -> Digest:
-    """Return the digest of the adapter's files that a build reads.
-
-    An older version may have attached more files, such as pictures; all were verified.
-    """
-    parts = {part.title: part.blob for part in document.parts}
-    return tree_digest(
-        FileEntry(path=name, size=parts[name].size, digest=parts[name].digest)
-        for name in scan(folder)
-    )
 
 
 def _write(document: Document, folder: Path) -> None:

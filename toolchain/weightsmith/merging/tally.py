@@ -41,6 +41,6 @@ class Tally:
             if names:
                 self.silent.setdefault(int(number), []).extend(names)
         self.unchanged += tuple(part["unchanged"])
-        self.largest |= part.get("largest", {})  # older journals have none
+        self.largest |= part["largest"]
         self.repairs.float64 += part["repairs"][0]
         self.repairs.exact += part["repairs"][1]

@@ -91,7 +91,7 @@ def _merged(inputs: ImageInputs) -> list[Statement]:
     if sources is None or checkpoint is None or recipe is None or not sources.adapters:
         return []
     parameters = {
-        **asdict(recipe.merge.as_done),
+        **asdict(recipe.merge),
         "weights": [adapter.weight for adapter in sources.adapters],
     }
     return [

@@ -77,7 +77,7 @@ def labels(
         PREFIX + "base.pin": sources.base.pin,
         PREFIX + "base.digest": sources.base.digest,
         PREFIX + "merge.method": recipe.merge.method,
-        PREFIX + "merge.precision": recipe.merge.as_done.precision,
+        PREFIX + "merge.precision": recipe.merge.precision,
         PLAN: plan_label(config.plan),
     }
     found |= _quality(quality)

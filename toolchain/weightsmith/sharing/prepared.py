@@ -40,7 +40,7 @@ def prepared(
     """
     if key_of(note) != key:
         raise InputRefused(
-            "it does not say what it was made of, as an earlier version wrote it",
+            "it does not say what it was made of",
             hint="`clean --keep 0` empties the store; the next build makes it again",
         )
     tree = entry.tree

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import TypeAlias
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.checkpoints.safetensors import read_header
@@ -22,7 +21,6 @@ from weightsmith.merging.combining.combination import SUMS, Combination
 from weightsmith.merging.plan import (
     BLOCK_BYTES,
     START_BYTES,
-    MergePlan,
     can_be_virtual,
     estimate,
     make_plan,
@@ -82,7 +80,7 @@ def inputs(sources: Sources, options: Merge, *, unwritten: bool = False) -> Stag
             "base": sources.base.digest,
             "adapters": [a.snapshot.digest for a in sources.adapters],
             "weights": [a.weight for a in sources.adapters],
-            **asdict(options.as_done),
+            **asdict(options),
             "builder": builder_pins(BUILDER),
             **({"unwritten": True} if unwritten else {}),
         },
@@ -101,7 +99,7 @@ def find(sources: Sources, options: Merge, store: Store, *, files: bool) -> Chec
 def _unwritten(made: Entry, sources: Sources, options: Merge) -> Checkpoint:
     """Return a checkpoint whose files have no weights, with the digests of files that have them."""
     details = dict(made.meta)
-    largest = details.pop("largest", {})  # older entries have none
+    largest = details.pop("largest")
     files = tuple(
         FileEntry(path=f["path"], size=f["size"], digest=Digest(f"sha256:{f['sha256']}"))
         for f in details.pop("files")
@@ -112,7 +110,7 @@ def _unwritten(made: Entry, sources: Sources, options: Merge) -> Checkpoint:
         computed=Computed(
             tree=made.tree,
             sources=sources,
-            merge=asdict(options.as_done),
+            merge=asdict(options),
             largest=largest,
         ),
     )
@@ -135,38 +133,35 @@ def check(sources: Sources, options: Merge, *, files: bool = True) -> Mapping[st
     return {**cost, "write_bytes": 0} if virtual and not files else cost
 
 
-_PlannedOf: TypeAlias = tuple[Path, tuple[tuple[Path, float], ...], tuple[Digest, ...], Merge]
-"""What decides a plan: base, adapters with their weights, the digests of all, how to merge."""
-
-
-def _planned_of(sources: Sources, options: Merge) -> _PlannedOf:
+def _planned_of(
+    sources: Sources, options: Merge
+) -> tuple[Path, tuple[tuple[Path, float], ...], tuple[Digest, ...], Merge]:
+    """Return what decides a plan: base, adapters with their weights, digests, how to merge."""
     adapters = tuple((a.snapshot.tree.root, a.weight) for a in sources.adapters)
     digests = (sources.base.digest, *(a.snapshot.digest for a in sources.adapters))
     return sources.base.tree.root, adapters, digests, options
 
 
 @lru_cache(maxsize=100_000)
-def _cost(*planned_of: *_PlannedOf) -> tuple[Mapping[str, int], bool]:
-    """Return a plan's cost, and whether it can be virtual; a fleet asks first for all cells."""
-    plan = _planned(*planned_of)
-    return estimate(plan), can_be_virtual(plan)
-
-
-@lru_cache(maxsize=1)
-def _planned(
+def _cost(
     base: Path,
     adapters: tuple[tuple[Path, float], ...],
     _digests: tuple[Digest, ...],
     options: Merge,
-) -> MergePlan:
-    """Return the plan of files with these digests; a build asks for it more than once."""
-    return make_plan(
+) -> tuple[Mapping[str, int], bool]:
+    """Return a plan's cost, and whether it can be virtual, of files with these digests.
+
+    A build asks more than once, and a fleet first for all cells. The plan itself is not kept: it
+    may have 90,000 tensors.
+    """
+    plan = make_plan(
         base,
         adapters,
         dtype=options.dtype,
         combination=Combination.of(options),
         quantized_base=options.quantized_base,
     )
+    return estimate(plan), can_be_virtual(plan)
 
 
 def merge(
@@ -179,8 +174,6 @@ def merge(
     Raises InputRefused if any key of an adapter does not fit the base.
     """
     timer = Timer("merge", f"{len(sources.adapters)} adapter(s), {options.method}", tools)
-    if options.precision == "fast":
-        tools.progress.warn("merge.precision: fast is the same as exact now")
     if not sources.adapters and not isinstance(to, InFolder):
         base = Checkpoint(tree=sources.base.tree)
         return timer.done(base, cached=True)
@@ -230,7 +223,7 @@ def _run(
         base=Input.tree(sources.base.tree),
         adapters=tuple(Input.tree(a.snapshot.tree) for a in sources.adapters),
         weights=tuple(a.weight for a in sources.adapters),
-        options=options.as_done,
+        options=options,
         keep_adapter=keep_adapter,
         unwritten=unwritten,
         output=folder,

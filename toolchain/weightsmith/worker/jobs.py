@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -16,13 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.drivers.sandbox_probe import attempts
 from weightsmith.errors import (
     CheckFailed,
     EnvironmentFailure,
     InputRefused,
     Unmeasurable,
-    from_code,
 )
 from weightsmith.jobs import (
     ANSWER_JOURNAL,
@@ -30,7 +26,6 @@ from weightsmith.jobs import (
     CacheScalesJob,
     ConvertAdaptersJob,
     DequantizedJob,
-    EchoJob,
     ExportEngineJob,
     ImportGgufJob,
     LayerTimeJob,
@@ -257,50 +252,6 @@ def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, Json]:
     return _mapping(module.layer_time(job.model.path, job.counts, tell))
 
 
-def _echo(job: EchoJob, report: Report) -> Mapping[str, Json]:
-    if job.fail is not None:
-        raise from_code(job.fail, "asked to fail", "ask for something else")
-    if job.crash is not None:
-        raise ValueError(job.crash)
-    held = b"x" * job.fill
-    print(f"printed by the stage, which holds {len(held)} bytes")  # noqa: T201
-    note("echo begins")
-    time.sleep(job.sleep)
-    text = job.text.path.read_text("utf-8")
-    (job.output / "echo.txt").write_text(text, encoding="utf-8")
-    report(1, 1, "items")
-    return {
-        "text": text,
-        "uid": os.getuid(),
-        "network": _network_reachable(),
-        "writable": [path for path in job.try_to_write if _writable(Path(path))],
-        "reached": attempts(dict(job.targets)) if job.targets else {},
-        "input_writable": _writable(job.text.path.parent / "intruder"),
-        "secrets": sorted(
-            n for n in os.environ if n.endswith(("TOKEN", "PASSWORD", "SECRET", "KEY"))
-        ),
-    }
-
-
-def _network_reachable() -> bool:
-    # Connecting a datagram socket sends nothing; it fails where there is no route.
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))
-    except OSError:
-        return False
-    return True
-
-
-def _writable(path: Path) -> bool:
-    try:
-        path.touch()
-        path.unlink()
-    except OSError:
-        return False
-    return True
-
-
 def _mapping(value: object) -> Mapping[str, Json]:
     mapping = plain(value)
     return mapping if isinstance(mapping, dict) else {}
@@ -319,7 +270,6 @@ STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
     QualityJob.kind: _quality,
     ExportEngineJob.kind: _export_engine,
     LayerTimeJob.kind: _layer_time,
-    EchoJob.kind: _echo,
 }
 """Kind of job -> function; each imports what it needs when it is called."""
 LIBRARIES: Mapping[str, tuple[str, ...]] = {
