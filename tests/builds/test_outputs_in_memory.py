@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from weightsmith.building.explain import forecast
 from weightsmith.commands.images import inspect_image, inspect_text
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.oci.layout import held_digest
@@ -330,7 +331,7 @@ def test_a_rebased_image_keeps_the_scores_and_proves_nothing(warm: Memory) -> No
     push_base(warm.client, other, {}, {"app/x": b"1"})
     for number, onto in enumerate((other, "engine:llamacpp")):
         to = f"{repository}:moved-{number}"
-        request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
+        request = RebaseCommand(source=name, onto=onto, to=to, smoke=False, force=False)
         rebase_image(request, warm.tools)
         labels.append(warm.client.pull(Reference.parse(name := to)).labels)
 

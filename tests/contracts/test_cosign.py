@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.images import copy_image
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
 from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import CheckFailed
@@ -144,7 +145,7 @@ def test_a_bundle_stays_with_its_image(scene: Scene) -> None:
     name, to = scene.bake("app", key), f"{scene.host}/team/app:2"
     scene.sign(name, theirs)
     onto = f"{scene.host}/base/engine:2"
-    request = RebaseRequest(source=name, onto=onto, to=to, smoke=False, force=False)
+    request = RebaseCommand(source=name, onto=onto, to=to, smoke=False, force=False)
     rebase_image(request, memory_tools(scene.folder, registry=scene.client, key=key))
     assert scene.check(to, public) == {}
     assert scene.check(to, other)["signature"] == "1 found, none by this key"

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from weightsmith.commands.images import copy_image
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.oci.attachments import fallback_tag
@@ -95,7 +96,7 @@ def test_rebased_and_still_proven(scene: Scene) -> None:
     scene.bake("old/app:1")
     labels = {**ENGINE, "org.opencontainers.image.version": "1.1.0"}
     push_base(scene.client, scene.name("base/engine:2"), labels, {"app/llama-server": b"2"})
-    request = RebaseRequest(
+    request = RebaseCommand(
         source=scene.name("old/app:1"),
         onto=scene.name("base/engine:2"),
         to=scene.name("new/app:2"),

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from weightsmith.commands.bake import BakeRequest, bake_model
+from weightsmith.commands.bake import bake_model
+from weightsmith.commands.requests import BakeCommand
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
@@ -104,7 +105,7 @@ def bake(
         **more,
     }
     tools = memory_tools(model.parent, registry=registry, key=key)
-    return bake_model(BakeRequest(**request), replace(tools, progress=progress or Silent()))
+    return bake_model(BakeCommand(**request), replace(tools, progress=progress or Silent()))
 
 
 class Bakery:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.rebuild import recipe_of_image
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.drivers.signer import open_signer
 from weightsmith.errors import InputRefused
 from weightsmith.oci.attachments import Attachment, Part
@@ -94,7 +95,7 @@ def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> No
     """The result of the image that a rebase names counts; a later one's counts for no other."""
     name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
     shop.state(name, passed(shop.blob(name)))
-    request = RebaseRequest(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
+    request = RebaseCommand(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
     rebase_image(request, shop.tools(shop.key))
     ok, found = shop.rows(to)["gate"]
     assert ok is None
@@ -192,7 +193,7 @@ def test_an_attachment_that_holds_nothing(shop: Shop, kind: str) -> None:
     ours = kind in (ADAPTER_TYPE, EVALUATION_TYPE)
     assert shop.rows(name)[f"document {called}"][0] is (False if ours else None)
     assert shop.rows(name)["documents"][0]
-    request = RebaseRequest(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
+    request = RebaseCommand(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
     rebase_image(request, shop.tools(shop.key))
     assert f"document {called}" not in shop.rows(to)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from weightsmith.commands.images import copy_image
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.drivers.signer import open_signer
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.layers import TITLE
@@ -66,7 +67,7 @@ def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
         to = shop.bake("app", release)
     else:
         to = f"{shop.fake.host}/team/app:2"
-        request = RebaseRequest(
+        request = RebaseCommand(
             source=source, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False
         )
         rebase_image(request, shop.tools(release))

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.attachments import Attachment, Part
@@ -71,7 +72,7 @@ class Scene:
         request = {"smoke": False, "force": False, **more}
         place = f"{self.fake.host}/{to}"
         return rebase_image(
-            RebaseRequest(source=source, onto=onto, to=place, **request),
+            RebaseCommand(source=source, onto=onto, to=place, **request),
             memory_tools(self.folder, registry=self.client, key=self.key),
         )
 
@@ -236,7 +237,7 @@ def test_a_base_without_the_program_is_named_with_what_it_lacks(scene: Scene) ->
     """It had been the engine's fault: "see `docker info`"."""
     source = scene.bake(first_base(scene))
     onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}, program="")
-    wanted = RebaseRequest(
+    wanted = RebaseCommand(
         source=source, onto=onto, to=f"{scene.fake.host}/team/app:2", smoke=True, force=False
     )
     with open_tools(RunOptions(), Silent()) as tools:

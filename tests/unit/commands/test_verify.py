@@ -8,7 +8,8 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.oci.image import Image
@@ -242,6 +243,6 @@ def test_an_index_that_engines_read_otherwise(
     assert says in caught.value.message
 
     onto = f"{scene.fake.host}/base/engine:1"
-    request = RebaseRequest(source=index, onto=onto, to=scene.name, smoke=False, force=True)
+    request = RebaseCommand(source=index, onto=onto, to=scene.name, smoke=False, force=True)
     with pytest.raises(InputRefused, match="linux/a"):
         rebase_image(request, memory_tools(scene.folder, registry=scene.client))

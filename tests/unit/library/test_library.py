@@ -203,7 +203,7 @@ def test_every_command_has_its_function_or_a_reason_why_not() -> None:
 
 
 IN_PYTHON = {
-    "adapter": "adapters", "target": "targets", "platforms": "platform", "no_gate": "gate",
+    "adapter": "adapters", "target": "targets", "platforms": "platform",
     "keep_module": "keep", "tensor_type": "tensor_types",
 }  # fmt: skip
 """Flags whose keyword has another name: it takes several or one, or is the recipe's key."""
@@ -231,7 +231,7 @@ def test_every_flag_has_its_keyword_with_the_same_default(name: str) -> None:
         return "" if default in (None, 0, "0", (), inspect.Parameter.empty) else str(default)
 
     assert {flag for flag in flags if named[flag] not in keywords} == FLAGS_ALONE.get(name, set())
-    for flag in flags.keys() - FLAGS_ALONE.get(name, set()) - {"no_gate"}:
+    for flag in flags.keys() - FLAGS_ALONE.get(name, set()):
         said = keywords[named[flag]].default
         if said is not inspect.Parameter.empty:  # it must be given, as the command says in words
             assert shown(said) == shown(flags[flag].default), flag

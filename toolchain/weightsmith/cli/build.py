@@ -52,7 +52,8 @@ def build(
     from weightsmith.building.build import build as build_all
     from weightsmith.building.request import BuildRequest
     from weightsmith.building.targets import chosen_targets
-    from weightsmith.commands.arguments import layout_folder, required, sources_of
+    from weightsmith.commands.arguments import required, sources_of
+    from weightsmith.commands.requests import layout_folder
     from weightsmith.errors import UsageError
     from weightsmith.progress import progress_for
     from weightsmith.steps.delivery import Outputs
@@ -168,8 +169,9 @@ def plan(
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
     from weightsmith.building.explain import forecast
     from weightsmith.building.targets import chosen_targets
-    from weightsmith.commands.arguments import layout_folder, required, sources_of
+    from weightsmith.commands.arguments import required, sources_of
     from weightsmith.commands.plan import table
+    from weightsmith.commands.requests import layout_folder
     from weightsmith.ports import Silent
     from weightsmith.steps.delivery import Outputs
     from weightsmith.wiring import keep_clean, open_tools

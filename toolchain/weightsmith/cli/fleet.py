@@ -46,7 +46,8 @@ def fleet(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
-    from weightsmith.commands.arguments import layout_folder, required
+    from weightsmith.commands.arguments import required
+    from weightsmith.commands.requests import layout_folder
     from weightsmith.fleets.matrix import matrix_of
     from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
     from weightsmith.fleets.page import PAGE, table

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.cli.command import command
-from weightsmith.cli.flags import JOBS, SERVED
-from weightsmith.cli.sections import Flags
-from weightsmith.commands.requests import MergeCommand, ValidateCommand
-from weightsmith.recipe import Quantize, Serve
-from weightsmith.run_options import RunOptions
+from weightsmith.commands.requests import (
+    MergeCommand,
+    QuantizeCommand,
+    RenderCommand,
+    ValidateCommand,
+)
 from weightsmith.validating.result import Validation
 from weightsmith.values import Json
 from weightsmith.visible import escaped, joined
@@ -64,34 +65,14 @@ def _verdict(merged: Path, result: Validation) -> str:
     return joined(lines)
 
 
-@command(sections={"settings": Flags(section=Quantize), "run": JOBS})
-def quantize(
-    *,
-    model: str = "",
-    format: str = "q4_k_m",  # noqa: A002 - the flag's name
-    out: str = "",
-    calibration: str = "",
-    settings: Quantize,
-    no_gate: bool = False,
-    run: RunOptions,
-) -> tuple[Mapping[str, Json], str]:
+@command(QuantizeCommand)
+def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
-    from weightsmith.commands.arguments import required
-    from weightsmith.commands.quantize import FolderRequest, quantize_folder
+    from weightsmith.commands.quantize import quantize_folder
     from weightsmith.progress import progress_for
-    from weightsmith.wiring import keep_clean, open_tools
+    from weightsmith.wiring import open_for
 
-    required(model=model, format=format, out=out)
-    keep_clean([model], out=out, cache=run.cache)
-    asked = FolderRequest(
-        model=Path(model),
-        format_name=format,
-        out=Path(out),
-        settings=settings,
-        calibration=Path(calibration) if calibration else None,
-        gate=not no_gate,
-    )
-    with open_tools(run, progress_for()) as tools:
+    with open_for(asked, progress_for()) as tools:
         result = quantize_folder(asked, tools)
     measures = ", ".join(
         f"{key} {result['quality'][key]:.4g}"
@@ -104,32 +85,17 @@ def quantize(
     )
 
 
-@command(
-    many=("set",),
-    sections={"serve": Flags(section=Serve, only=SERVED)},
-    meanings={"out": "folder for the files; files of the same names are replaced"},
-)
-def render(
-    *,
-    model: str = "",
-    target: str = "",
-    out: str = "",
-    name: str = "",
-    serve: Serve,
-    set: Sequence[str] = (),  # noqa: A002 - the flag's name
-) -> tuple[Mapping[str, Json], str]:
+@command(RenderCommand)
+def render(asked: RenderCommand) -> tuple[Mapping[str, Json], str]:
     """Plan a target's memory and render its serving configuration and manifests into --out."""
-    from weightsmith.commands.arguments import required, serving_options
-    from weightsmith.commands.render import render_model
+    from weightsmith.commands.render import render_folder
     from weightsmith.serving.plan_summary import summary
-    from weightsmith.wiring import keep_clean
+    from weightsmith.wiring import keep_places_clean
 
-    required(model=model, target=target, out=out)
-    keep_clean([model], out=out)
-    options = serving_options(serve, set)
-    files, plan = render_model(Path(model), target, name, options, Path(out))
+    keep_places_clean(asked)
+    files, plan = render_folder(asked)
     result = {"files": files, "plan": plan.to_json()}
-    return result, f"{joined([*files, ''])}\n{summary(target, plan)}"
+    return result, f"{joined([*files, ''])}\n{summary(asked.target, plan)}"
 
 
 COMMANDS = (merge, validate, quantize, render)

@@ -34,23 +34,6 @@ def required(**values: object) -> None:
         raise UsageError(f"missing: {', '.join(missing)}", hint="`--help COMMAND` lists every flag")
 
 
-def layout_folder(text: str) -> str:
-    """Return the folder of `--layout DIR` or `oci:DIR`, as references to layouts begin.
-
-    Raises UsageError for `oci:DIR:NAME`: a layout that is written holds one image, which is read
-    without a name.
-    """
-    folder = text.removeprefix("oci:")
-    if folder != text and ":" in folder:
-        place = folder.partition(":")[0]
-        raise UsageError(
-            f"--layout {text}: the image in the layout cannot be named",
-            hint=f"give oci:{place}: its only image is read without a name. If the folder's name"
-            " has a colon, leave out oci:",
-        )
-    return folder
-
-
 def number(text: str, flag: str) -> float:
     """Return a number from 0 to 1; raise UsageError naming the flag for anything else."""
     try:
@@ -114,7 +97,7 @@ def options_of(
     return check_section(cast("type[_Section]", section), chosen, where)
 
 
-def asked(
+def request_of(
     request: Callable[_Keys, _Section], where: str, /, *_: _Keys.args, **given: _Keys.kwargs
 ) -> _Section:
     """Return a command's request of a function's arguments, checked as flags are.

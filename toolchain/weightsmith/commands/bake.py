@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from weightsmith.checkpoints.gguf_config import gguf_file_type, gguf_tensor_type
 from weightsmith.checkpoints.gguf_names import gguf_models
 from weightsmith.checkpoints.gguf_parts import model_name
 from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.commands.arguments import required
 from weightsmith.commands.render import (
     Model,
     open_model,
@@ -24,6 +23,7 @@ from weightsmith.commands.render import (
     served_file,
     serving_config,
 )
+from weightsmith.commands.requests import BakeCommand
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.layouts import check_layout
 from weightsmith.oci.ollama import check_name
@@ -33,7 +33,7 @@ from weightsmith.provenance.labels import PLAN, PREFIX, plan_label
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.recipe_outputs import KINDS, LOADABLE, ImageNames
+from weightsmith.recipe_outputs import KINDS, LOADABLE
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
@@ -57,23 +57,7 @@ _MEMORY = 4 << 30
 _PLATFORM = re.compile(r"linux/[a-z0-9_]+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BakeRequest:
-    """The options of `invoke bake`."""
-
-    model: Path
-    target: str
-    config: Path | None
-    name: str
-    image: ImageNames
-    kind: str
-    push: str
-    load: str
-    layout: Path | None
-    force: bool
-
-
-def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
+def bake_model(request: BakeCommand, tools: Tools) -> Mapping[str, Json]:
     """Assemble a model's image and load, write or push it, without starting it."""
     began = time.monotonic()
     _check(request)
@@ -94,9 +78,11 @@ def bake_model(request: BakeRequest, tools: Tools) -> Mapping[str, Json]:
     return {**plain(published), "seconds": round(time.monotonic() - began, 3)}
 
 
-def _check(request: BakeRequest) -> None:
+def _check(request: BakeCommand) -> None:
     if not (request.push or request.load or request.layout):
-        required(**{"push (or --load, --layout)": ""})
+        raise UsageError(
+            "missing: --push (or --load, --layout)", hint="`--help COMMAND` lists every flag"
+        )
     if request.kind not in KINDS:
         raise UsageError(f"--kind {request.kind}: unknown", hint=f"one of {', '.join(KINDS)}")
     if request.load and Reference.parse(request.load).digest:
@@ -133,7 +119,7 @@ def _name(path: Path) -> str:
 
 
 def _config(
-    request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
+    request: BakeCommand, model: Model, target: Target, place: str, tools: Tools
 ) -> ServingConfig:
     """Return the rendered configuration, else a new plan, else the engine's own defaults."""
     if request.config:
@@ -182,7 +168,7 @@ def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -
 
 
 def _inputs(
-    request: BakeRequest, model: Model, target: Target, place: str, tools: Tools
+    request: BakeCommand, model: Model, target: Target, place: str, tools: Tools
 ) -> ImageInputs:
     """Return the inputs of the images, with the base for each requested platform."""
     artifact = _artifact(model, target, tools.store, tools.progress)
@@ -218,7 +204,7 @@ def _inputs(
 
 
 def _labels(
-    request: BakeRequest, model: Model, target: Target, config: ServingConfig | None
+    request: BakeCommand, model: Model, target: Target, config: ServingConfig | None
 ) -> dict[str, str]:
     labels = {
         "org.opencontainers.image.title": model.name,
@@ -231,11 +217,11 @@ def _labels(
     return labels
 
 
-def _outputs(request: BakeRequest) -> Outputs:
+def _outputs(request: BakeCommand) -> Outputs:
     """Return the outputs for the image's first name; `bake_model` loads a second name later."""
     return Outputs(
         load=bool(request.load) and request.push in ("", request.load),
-        layout=request.layout,
+        layout=request.layout and request.layout.absolute(),
         push=bool(request.push),
         force=request.force,
     )

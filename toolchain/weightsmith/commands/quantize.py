@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import read_facts
@@ -11,6 +11,7 @@ from weightsmith.checkpoints.gguf_names import projector_name
 from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.checkpoints.tensors import unsupported
 from weightsmith.commands.folders import open_checkpoint
+from weightsmith.commands.requests import QuantizeCommand
 from weightsmith.errors import UsageError
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
@@ -30,27 +31,15 @@ from weightsmith.trees import below
 from weightsmith.values import Json, Tree
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FolderRequest:
-    """The options of `invoke quantize`."""
-
-    model: Path
-    format_name: str
-    out: Path
-    settings: Quantize
-    calibration: Path | None = None
-    gate: bool = True
-
-
-def quantize_folder(asked: FolderRequest, tools: Tools) -> Mapping[str, Json]:
+def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     """Quantize a checkpoint to `out`, a folder or a single file.
 
     Raises UsageError for an unknown format or option, InputRefused for an invalid checkpoint,
     calibration text or importance matrix, CheckFailed for a wrong output or too large a loss.
     After a failure, `out` does not exist.
     """
-    quantizer = of_format(asked.format_name)
-    format_ = next(f for f in quantizer.formats if f.name == asked.format_name)
+    quantizer = of_format(asked.format)
+    format_ = next(f for f in quantizer.formats if f.name == asked.format)
     out, limits = asked.out.absolute(), Quality(gate=True if asked.gate else "measure")
     _require_new(out)
     tools.runner.check(quantizer.builder)
@@ -100,19 +89,19 @@ def _require_new(out: Path) -> None:
         raise UsageError(f"{out} exists already", hint="give a new file or folder with --out")
 
 
-def _refuse_ignored(asked: FolderRequest, options: QuantizeOptions) -> None:
+def _refuse_ignored(asked: QuantizeCommand, options: QuantizeOptions) -> None:
     """Raise UsageError for an option that the format does not use."""
     for name, field in Quantize.model_fields.items():
         wish, unasked = getattr(asked.settings, name), field.get_default(call_default_factory=True)
         if wish in (unasked, "auto", "off") or name in {*options.options, "allow_low_bits"}:
             continue
         raise UsageError(
-            f"{spelling(Quantize, name)} does not apply to {asked.format_name}",
+            f"{spelling(Quantize, name)} does not apply to {asked.format}",
             hint="remove the option",
         )
 
 
-def _texts(asked: FolderRequest, tools: Tools) -> Texts:
+def _texts(asked: QuantizeCommand, tools: Tools) -> Texts:
     if asked.calibration is not None:
         texts = read_texts(asked.calibration, TextBounds())
         if texts.warning():

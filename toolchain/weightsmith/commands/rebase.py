@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.server import ServerSource, session_with
 from weightsmith.errors import CheckFailed, InputRefused
 from weightsmith.evaluating.client import first_name
@@ -48,18 +49,7 @@ from weightsmith.values import Digest, Json, plain
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RebaseRequest:
-    """The options of `invoke rebase`."""
-
-    source: str
-    onto: str
-    to: str
-    smoke: bool
-    force: bool
-
-
-def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
+def rebase_image(request: RebaseCommand, tools: Tools) -> Mapping[str, Json]:
     """Push the image on its new base; weight layers are reused or mounted, never uploaded again.
 
     Rebases every platform of an index. Raises InputRefused if base and image are incompatible,
@@ -96,7 +86,7 @@ def rebase_image(request: RebaseRequest, tools: Tools) -> Mapping[str, Json]:
 
 
 def _moved(
-    old: Image, request: RebaseRequest, origin: ImageLocation, tools: Tools
+    old: Image, request: RebaseCommand, origin: ImageLocation, tools: Tools
 ) -> tuple[Image, Evidence]:
     """Return one platform's image on its new base, and its evidence."""
     roles = roles_of(old, request.source)
@@ -191,7 +181,7 @@ def _evidence(
     old: Image,
     new: Image,
     base: Image,
-    request: RebaseRequest,
+    request: RebaseCommand,
     origin: ImageLocation,
     tools: Tools,
 ) -> Evidence:

@@ -12,6 +12,8 @@ from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.folder import no_folder, scan
 from weightsmith.checkpoints.gguf_names import files_with, gguf_models, projector_of
 from weightsmith.checkpoints.gguf_parts import model_name, parts_of
+from weightsmith.commands.arguments import serving_options
+from weightsmith.commands.requests import RenderCommand
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import parse_file
 from weightsmith.quantizers import of_format
@@ -209,6 +211,12 @@ def _serving(engine: Engine, kinds: frozenset[str]) -> list[str]:
         if target.engine == engine and target.format.kind in kinds:
             found.setdefault(target.format.kind, []).append(target.name)
     return sorted(min(names, key=len) for names in found.values())
+
+
+def render_folder(asked: RenderCommand) -> tuple[tuple[str, ...], ServingPlan]:
+    """Write the serving files that a command asks for; return their paths and the plan."""
+    options = serving_options(asked.serve, asked.settings)
+    return render_model(asked.model, asked.target, asked.name, options, asked.out)
 
 
 def render_model(

@@ -13,6 +13,8 @@ from typing import Annotated, TypeAlias
 
 from weightsmith.errors import UsageError
 from weightsmith.merge_options import Merge
+from weightsmith.recipe import Quantize, Serve
+from weightsmith.recipe_outputs import ImageNames
 from weightsmith.recipe_section import Flag, Part, Place
 from weightsmith.run_options import RunOptions
 
@@ -20,6 +22,11 @@ READ, WRITTEN = Place.READ, Place.WRITTEN
 
 Jobs: TypeAlias = Annotated[RunOptions, Part(without=("sign_key",))]
 """How a command runs that starts jobs and publishes nothing."""
+Force: TypeAlias = Annotated[bool, "move a tag that already names another image"]
+_SOURCE = "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME"
+_KEY = "public key as a PEM file, such as cosign.pub"
+SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
+"""Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""
 _OUT = "where the result goes; it must not exist yet"
 
 
@@ -28,6 +35,28 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(map(float, text.split(",")))
     except ValueError:
         raise ValueError("expected numbers separated by commas") from None
+
+
+def layout_folder(text: str) -> str:
+    """Return the folder of `--layout DIR` or `oci:DIR`, as references to layouts begin.
+
+    Raises UsageError for `oci:DIR:NAME`: a layout that is written holds one image, which is read
+    without a name.
+    """
+    folder = text.removeprefix("oci:")
+    if folder != text and ":" in folder:
+        place = folder.partition(":")[0]
+        raise UsageError(
+            f"--layout {text}: the image in the layout cannot be named",
+            hint=f"give oci:{place}: its only image is read without a name. If the folder's name"
+            " has a colon, leave out oci:",
+        )
+    return folder
+
+
+Layout: TypeAlias = Annotated[
+    Path | None, WRITTEN, Flag(read=layout_folder), "write an OCI layout into this folder"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,3 +121,123 @@ class ValidateCommand(Weighted):
         None
     )
     run: Jobs = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeCommand:
+    """What `quantize` is asked."""
+
+    model: Annotated[Path, READ, "model folder or .gguf file"]
+    format: Annotated[str, "weight format, such as q4_k_m"] = "q4_k_m"
+    out: Annotated[Path, WRITTEN, _OUT]
+    calibration: Annotated[
+        Path | None,
+        "calibration text as JSON Lines; part of it is held out for the quality gate",
+    ] = None
+    settings: Annotated[Quantize, Part()] = field(default_factory=Quantize)
+    gate: Annotated[bool, "fail for a loss over the limits; --no-gate only reports it"] = True
+    run: Jobs = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderCommand:
+    """What `render` is asked."""
+
+    model: Annotated[Path, READ, "model folder or .gguf file"]
+    target: Annotated[str, "engine and format, such as llamacpp-q4_k_m"]
+    out: Annotated[Path, WRITTEN, "folder for the files; files of the same names are replaced"]
+    name: Annotated[str, "the model's name; default: its folder's name"] = ""
+    serve: Annotated[Serve, Part(only=SERVED)] = field(default_factory=Serve)
+    settings: Annotated[
+        tuple[str, ...], Flag("set"), "set a key of the recipe's serve: serve.KEY=VALUE"
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BakeCommand:
+    """What `bake` is asked."""
+
+    model: Annotated[Path, READ, "model folder or .gguf file"]
+    target: Annotated[str, "engine and format, such as llamacpp-q4_k_m"]
+    config: Annotated[Path | None, READ, "folder that `render` wrote"] = None
+    name: Annotated[str, "the model's name; default: its file's name"] = ""
+    image: Annotated[ImageNames, Part(only=("base", "platforms", "order", "max_layer_size"))] = (
+        field(default_factory=ImageNames)
+    )
+    kind: Annotated[
+        str,
+        "image (a server), modelcar (for KServe: a shell and /models), volume (only /models), "
+        "modelpack (a CNCF ModelPack of the model's files, for model runners), modelpack-tar (the "
+        "same of the image's own layers) or ollama (for Ollama; GGUF only)",
+    ] = "image"
+    push: Annotated[str, "reference to push the image to"] = ""
+    load: Annotated[str, "load the image into the container engine under this name"] = ""
+    layout: Layout = None
+    force: Force = False
+    run: Annotated[RunOptions, Part()] = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushCommand:
+    """What `push` is asked."""
+
+    source: Annotated[
+        str,
+        Flag(positional=True),
+        f"{_SOURCE}; for a hub also a checkpoint's folder, a .gguf file or the folder of a build's "
+        "results",
+    ]
+    to: Annotated[str, "reference to push to, or hf://OWNER/NAME for a model hub"]
+    force: Annotated[
+        bool,
+        "move a tag that already names another image; replace what a hub's repository has",
+    ] = False
+    public: Annotated[bool, "let everybody read a new repository on a hub; default: private"] = (
+        False
+    )
+    dry_run: Annotated[bool, "show what would be sent, and of a hub the card; change nothing"] = (
+        False
+    )
+    run: Annotated[RunOptions, Part(only=("insecure", "sign_key"))] = field(
+        default_factory=RunOptions
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebaseCommand:
+    """What `rebase` is asked."""
+
+    source: Annotated[str, Flag(positional=True), _SOURCE]
+    onto: Annotated[
+        str,
+        "engine base to move the image to: a reference, oci:DIR, or engine:llamacpp for the one "
+        "that comes with this version",
+    ]
+    to: Annotated[str, "reference to push to"]
+    smoke: Annotated[
+        bool, "start the new image once if a container engine is running; --no-smoke skips this"
+    ] = True
+    force: Force = False
+    run: Annotated[RunOptions, Part(without=("runner", "allow_network_in_jobs", "memory"))] = field(
+        default_factory=RunOptions
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectCommand:
+    """What `inspect` is asked."""
+
+    source: Annotated[str, Flag(positional=True), _SOURCE]
+    platform: Annotated[
+        str, "platform of an index to show, such as linux/amd64; default: this machine's"
+    ] = ""
+    run: Annotated[RunOptions, Part(only=("insecure",))] = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyCommand:
+    """What `verify` is asked."""
+
+    source: Annotated[str, Flag(positional=True), _SOURCE]
+    key: Annotated[str, _KEY] = ""
+    run: Annotated[RunOptions, Part(only=("insecure",))] = field(default_factory=RunOptions)

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from weightsmith.checkpoints.folder import check_model_folder, check_no_code, pickles_in, scan
 from weightsmith.checkpoints.gguf_names import files_with
 from weightsmith.checkpoints.gguf_parts import model_name
+from weightsmith.commands.requests import PushCommand
 from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.foreign import SMALL
 from weightsmith.oci.image import Image, blob_of
@@ -55,16 +56,18 @@ class _Model:
     card: ModelCard
 
 
-def hub_destination(to: str, *, force: bool, public: bool, sign_key: str) -> HubDestination | None:
+def hub_destination(asked: PushCommand) -> HubDestination | None:
     """Return the repository that `hf://OWNER/NAME` names, or None for a registry's reference.
 
     Raises UsageError for an option that belongs to the other.
     """
-    if to.startswith("hf://"):
-        if sign_key:
+    if asked.to.startswith("hf://"):
+        if asked.run.sign_key:
             raise UsageError("--sign-key: a hub keeps no signatures", hint="leave it out")
-        return HubDestination(repository=repository_of(to), force=force, public=public)
-    if public:
+        return HubDestination(
+            repository=repository_of(asked.to), force=asked.force, public=asked.public
+        )
+    if asked.public:
         raise UsageError("--public is only for a new repository on a hub", hint="leave it out")
     return None
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from weightsmith import wiring
 from weightsmith.building.build import build as run_build
 from weightsmith.building.explain import forecast
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
-from weightsmith.commands.arguments import sources_of
-from weightsmith.commands.bake import BakeRequest, bake_model
+from weightsmith.commands.arguments import options_of, request_of, sources_of
+from weightsmith.commands.bake import bake_model
 from weightsmith.commands.images import copy_image, inspect_image, preview_copy
-from weightsmith.commands.rebase import RebaseRequest, rebase_image
+from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.requests import (
+    BakeCommand,
+    InspectCommand,
+    PushCommand,
+    RebaseCommand,
+    VerifyCommand,
+)
 from weightsmith.commands.upload import hub_destination, push_to_hub
 from weightsmith.commands.verify import key_path, verify_image
 from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
 from weightsmith.library.results import Baked, Built, Pushed, Rebased, Verification
-from weightsmith.ports import Silent
+from weightsmith.ports import Progress, Silent
 from weightsmith.progress import shown
 from weightsmith.provenance.chain import Check
-from weightsmith.recipe_file import check_section
 from weightsmith.recipe_outputs import ImageNames
 from weightsmith.run_options import RunOptions
 from weightsmith.steps.delivery import Outputs
@@ -66,34 +73,37 @@ def bake(
     >>> sum(layer["file"].endswith(".safetensors") for layer in baked.layers)
     1
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        sign_key=sign_key,
-        cache=cache,
-        cache_from=cache_from,
-    )
-    given = {"base": base_image, "order": order, "max_layer_size": max_layer_size}
-    platforms = (platform,) if platform else ()
-    image = check_section(ImageNames, {**given, "platforms": platforms}, "bake")
-    source, place = path_of(model), path_of(layout).absolute() if layout else None
-    settings = path_of(config) if config else None
-    wiring.keep_clean([source, settings or "", base_image], layout=place or "", cache=cache)
-    request = BakeRequest(
-        model=source,
+    request = request_of(
+        BakeCommand,
+        "bake",
+        model=path_of(model),
         target=target,
-        config=settings,
+        config=path_of(config) if config else None,
         name=name,
-        image=image,
+        image=options_of(
+            ImageNames,
+            "bake",
+            base=base_image,
+            platforms=(platform,) if platform else (),
+            order=order,
+            max_layer_size=max_layer_size,
+        ),
         kind=kind,
         push=push,
         load=load,
-        layout=place,
+        layout=path_of(layout) if layout else None,
         force=force,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            sign_key=sign_key,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
+    with shown(progress) as told, wiring.open_for(request, told, base_image) as tools:
         result = bake_model(request, tools)
     return Baked(
         image=result["reference"],
@@ -101,7 +111,7 @@ def bake(
         layers=tuple(result["layers"]),
         uploaded_bytes=result["uploaded_bytes"],
         seconds=result["seconds"],
-        warnings=tuple(shown_progress.warnings),
+        warnings=tuple(told.warnings),
     )
 
 
@@ -130,21 +140,18 @@ def push(
     >>> pushed.digest == built["llamacpp-q4_k_m"].digest
     True
     """
-    run = RunOptions(runner="local", insecure=insecure)
-    hub = hub_destination(to, force=force, public=public, sign_key=sign_key)
-    name = str(path_of(source))
-    with shown(progress) as shown_progress:
-        if hub:
-            with wiring.open_tools(run, shown_progress) as tools:
-                result = push_to_hub(name, hub, tools, dry_run=dry_run)
-        else:
-            signer = wiring.make_signer(sign_key)
-            with wiring.make_registry(insecure=insecure) as registry:
-                result = (
-                    preview_copy(name, to, registry, force=force)
-                    if dry_run
-                    else copy_image(name, to, registry, shown_progress, force=force, signer=signer)
-                )
+    request = request_of(
+        PushCommand,
+        "push",
+        source=str(path_of(source)),
+        to=to,
+        force=force,
+        public=public,
+        dry_run=dry_run,
+        run=RunOptions(insecure=insecure, sign_key=sign_key),
+    )
+    with shown(progress) as told:
+        result = run_push(request, told)
     return Pushed(
         image=result["reference"],
         digest=result.get("digest", ""),
@@ -152,8 +159,22 @@ def push(
         mounted=result.get("mounted", 0),
         seconds=result.get("seconds", 0.0),
         planned=result if dry_run else {},
-        warnings=tuple(shown_progress.warnings),
+        warnings=tuple(told.warnings),
     )
+
+
+def run_push(asked: PushCommand, progress: Progress) -> Mapping[str, Json]:
+    """Push to a registry or a hub, or say what would be pushed; as the command's JSON."""
+    if hub := hub_destination(asked):
+        with wiring.open_tools(replace(asked.run, runner="local"), progress) as tools:
+            return push_to_hub(asked.source, hub, tools, dry_run=asked.dry_run)
+    signer = wiring.make_signer(asked.run.sign_key)
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        if asked.dry_run:
+            return preview_copy(asked.source, asked.to, registry, force=asked.force)
+        return copy_image(
+            asked.source, asked.to, registry, progress, force=asked.force, signer=signer
+        )
 
 
 def rebase(
@@ -184,9 +205,17 @@ def rebase(
     >>> rebased.rebased_from == pushed.digest, rebased.mounted
     (True, 1)
     """
-    run = RunOptions(insecure=insecure, sign_key=sign_key, cache=cache, cache_from=cache_from)
-    request = RebaseRequest(source=source, onto=onto, to=to, smoke=smoke, force=force)
-    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
+    request = request_of(
+        RebaseCommand,
+        "rebase",
+        source=source,
+        onto=onto,
+        to=to,
+        smoke=smoke,
+        force=force,
+        run=RunOptions(insecure=insecure, sign_key=sign_key, cache=cache, cache_from=cache_from),
+    )
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
         result = rebase_image(request, tools)
     return Rebased(
         image=result["reference"],
@@ -195,7 +224,7 @@ def rebase(
         uploaded_bytes=result["uploaded_bytes"],
         mounted=result["mounted"],
         seconds=result["seconds"],
-        warnings=tuple(shown_progress.warnings),
+        warnings=tuple(told.warnings),
     )
 
 
@@ -335,8 +364,15 @@ def inspect(source: str, *, platform: str = "", insecure: bool = False) -> Mappi
     >>> weightsmith.inspect("oci:capitals")["digest"] == baked.digest
     True
     """
-    with wiring.make_registry(insecure=insecure) as registry:
-        return inspect_image(source, registry, wiring.make_engine(), platform)
+    run = RunOptions(insecure=insecure)
+    request = request_of(InspectCommand, "inspect", source=source, platform=platform, run=run)
+    return run_inspect(request)
+
+
+def run_inspect(asked: InspectCommand) -> Mapping[str, Json]:
+    """Return what an image says of itself, as the command's JSON."""
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        return inspect_image(asked.source, registry, wiring.make_engine(), asked.platform)
 
 
 def verify(
@@ -351,11 +387,10 @@ def verify(
     >>> any(check.ok is False for check in verification.checks)
     False
     """
-    with (
-        shown(progress) as shown_progress,
-        wiring.make_registry(insecure=insecure) as registry,
-    ):
-        result = verify_image(source, key_path(str(key or "")), registry, shown_progress)
+    run = RunOptions(insecure=insecure)
+    request = request_of(VerifyCommand, "verify", source=source, key=str(key or ""), run=run)
+    with shown(progress) as told:
+        result = run_verify(request, told)
     return Verification(
         image=result["reference"],
         digest=Digest(result["digest"]),
@@ -363,3 +398,9 @@ def verify(
             Check(name=row["check"], ok=row["ok"], found=row["found"]) for row in result["checks"]
         ),
     )
+
+
+def run_verify(asked: VerifyCommand, progress: Progress) -> Mapping[str, Json]:
+    """Return what each check found, as the command's JSON; raises CheckFailed if one fails."""
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        return verify_image(asked.source, key_path(asked.key), registry, progress)

@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith import wiring
-from weightsmith.commands.arguments import asked, options_of, serving_options
+from weightsmith.commands.arguments import options_of, request_of
 from weightsmith.commands.merge import merge_folders
-from weightsmith.commands.quantize import FolderRequest, quantize_folder
-from weightsmith.commands.render import render_model
-from weightsmith.commands.requests import MergeCommand, ValidateCommand
+from weightsmith.commands.quantize import quantize_folder
+from weightsmith.commands.render import render_folder
+from weightsmith.commands.requests import (
+    MergeCommand,
+    QuantizeCommand,
+    RenderCommand,
+    ValidateCommand,
+)
 from weightsmith.commands.validate import validate_folders
 from weightsmith.library.arguments import (
     AnyPath,
@@ -74,7 +79,7 @@ def merge(
     >>> [shard.path.name for shard in merged.shards]
     ['model.safetensors']
     """
-    request = asked(
+    request = request_of(
         MergeCommand,
         "merge",
         base=source_of(base),
@@ -150,7 +155,7 @@ def validate(
     >>> validation.top1_agreement
     1.0
     """
-    request = asked(
+    request = request_of(
         ValidateCommand,
         "validate",
         base=source_of(base),
@@ -219,45 +224,44 @@ def quantize(
     >>> quantized.path.name, quantized.quality["top1"] > 0.86
     ('capitals.gguf', True)
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-    )
-    settings = options_of(
-        Quantize,
+    request = request_of(
+        QuantizeCommand,
         "quantize",
-        imatrix=str(imatrix),
-        group_size=group_size,
-        zero_point=zero_point,
-        keep=keep,
-        tensor_types=tensor_types or {},
-        split_max_size=split_max_size,
-        allow_low_bits=allow_low_bits,
-        allow_text_only=allow_text_only,
-    )
-    source, place = path_of(model), path_of(out)
-    wiring.keep_clean([source], out=place, cache=cache)
-    asked = FolderRequest(
-        model=source,
-        format_name=format,
-        out=place,
-        settings=settings,
+        model=path_of(model),
+        format=format,
+        out=path_of(out),
         calibration=path_of(calibration) if calibration else None,
+        settings=options_of(
+            Quantize,
+            "quantize",
+            imatrix=str(imatrix),
+            group_size=group_size,
+            zero_point=zero_point,
+            keep=keep,
+            tensor_types=tensor_types or {},
+            split_max_size=split_max_size,
+            allow_low_bits=allow_low_bits,
+            allow_text_only=allow_text_only,
+        ),
         gate=gate,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
-        result = quantize_folder(asked, tools)
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        result = quantize_folder(request, tools)
     return Quantized(
         path=Path(result["out"]),
         format=result["format"],
         bits_per_weight=result["bits_per_weight"],
         files=tuple(map(Path, result["files"])),
         quality=result["quality"],
-        warnings=tuple(shown_progress.warnings),
+        warnings=tuple(told.warnings),
     )
 
 
@@ -286,17 +290,24 @@ def render(
     >>> rendered.plan["fits"], "config/vllm.yaml" in map(str, rendered.files)
     (True, True)
     """
-    serve = options_of(
-        Serve,
+    request = request_of(
+        RenderCommand,
         "render",
-        gpu=gpu,
-        gpu_memory=gpu_memory,
-        gpu_count=gpu_count,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
+        model=path_of(model),
+        target=target,
+        out=path_of(out),
+        name=name,
+        serve=options_of(
+            Serve,
+            "render",
+            gpu=gpu,
+            gpu_memory=gpu_memory,
+            gpu_count=gpu_count,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        ),
+        settings=texts_of(set),
     )
-    source, place = path_of(model), path_of(out)
-    wiring.keep_clean([source], out=place)
-    options = serving_options(serve, texts_of(set))
-    files, plan = render_model(source, target, name, options, place)
+    wiring.keep_places_clean(request)
+    files, plan = render_folder(request)
     return Rendered(files=tuple(map(Path, files)), plan=plan.to_json())
