@@ -151,7 +151,7 @@ def parse(words: list[str]) -> None:
 
 
 def test_every_block_says_what_it_is() -> None:
-    known = SHELLS | {"yaml", "json", "mermaid", "text", "python", "jsonl"}
+    known = SHELLS | {"yaml", "json", "jsonl", "mermaid", "text", "python", "dockerfile"}
     assert [str(b) for b in blocks() if b.language not in known] == []
 
 
