@@ -86,6 +86,25 @@ def test_an_adapter_of_another_width_is_refused(memory: Memory) -> None:
         planned(memory, "llamacpp-q4_k_m")
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "fills gaps in texts"),
+        ({"architectures": ["BartModel"], "is_encoder_decoder": True}, "an encoder with a decoder"),
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, "encoder"),
+        ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "keeps states alone"),
+    ],
+)
+def test_what_no_target_serves_is_refused_by_what_it_is(
+    memory: Memory, config: dict, says: str
+) -> None:
+    (memory.home / "base/config.json").write_text(json.dumps(config))
+    without_weights(memory)
+
+    with pytest.raises(InputRefused, match=says):
+        planned(memory, "llamacpp-q4_k_m", adapters=False)
+
+
 def test_weights_as_pickles_are_refused_as_in_a_build(memory: Memory) -> None:
     without_weights(memory)
     (memory.home / "base/pytorch_model.bin").write_bytes(b"")

@@ -17,7 +17,6 @@ from weightsmith.commands.requests import RenderCommand
 from weightsmith.errors import InputRefused, UsageError
 from weightsmith.foreign import parse_file
 from weightsmith.quantizers import of_format
-from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.projector import Projector
@@ -115,7 +114,6 @@ def foresee_model(path: Path, name: str = "") -> Model:
     if any(n.endswith((".gguf", ".safetensors")) for n in names):
         return open_model(path, name)
     facts = read_facts(path)
-    check_served(facts)
     size, note = expected_weights(path, facts)
     return Model(
         path=path,

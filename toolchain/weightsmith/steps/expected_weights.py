@@ -8,6 +8,7 @@ from pathlib import Path
 from weightsmith.checkpoints.facts import ModelFacts, read_facts
 from weightsmith.checkpoints.folder import check_model_folder, pickles_in
 from weightsmith.foreign import INDEX, parse_file
+from weightsmith.serving.architectures import check_served
 from weightsmith.serving.parameters import NO_WEIGHTS, weights_from_config
 from weightsmith.values import FileEntry, Sources, Tree, UnreadDigest
 
@@ -57,8 +58,10 @@ def foreseen(sources: Sources) -> tuple[Sources, str]:
 def expected_weights(folder: Path, model: ModelFacts) -> tuple[int, str]:
     """Return the bytes of the weights that a folder lacks, and a note that says how it is known.
 
-    Raises InputRefused if neither its index nor its config.json says.
+    Raises InputRefused for a model that no target serves, and if neither its index nor its
+    config.json says.
     """
+    check_served(model)  # what it is comes before what its config.json lacks
     if size := _indexed_bytes(folder / INDEX_FILE):
         return size, FROM_INDEX
     return weights_from_config(model), FROM_CONFIG
