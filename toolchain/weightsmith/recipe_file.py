@@ -104,7 +104,7 @@ def _key_of(section: type[Any]) -> str:
         field.alias or name
         for name, field in Recipe.model_fields.items()
         if any(
-            isinstance(kind, type) and issubclass(section, kind)
+            isinstance(kind, type) and (issubclass(section, kind) or issubclass(kind, section))
             for kind in (field.annotation, *get_args(field.annotation))
         )
     )

@@ -7,18 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from weightsmith.commands.lm_eval import HarnessRequest, command, evaluate_tasks, read_results
-from weightsmith.commands.server import ServerSource
+from weightsmith.commands.lm_eval import command, evaluate_tasks, read_results
+from weightsmith.commands.requests import EvaluateCommand
 from weightsmith.errors import CheckFailed
 from weightsmith.ports import Silent
 
 from tests.fakes.serving import serving
 
-PLACE = ServerSource(url="http://x")
-
 
 def test_tasks_are_asked_by_chat_without_a_tokenizer():
-    request = HarnessRequest(tasks="gsm8k,ifeval", place=PLACE, limit=10, concurrency=4)
+    request = EvaluateCommand(tasks="gsm8k,ifeval", limit=10, concurrency=4)
     words = command(request, "http://127.0.0.1:1", "support", Path("/out"))
 
     assert words[:5] == (
@@ -31,7 +29,7 @@ def test_tasks_are_asked_by_chat_without_a_tokenizer():
 
 
 def test_likelihoods_are_asked_of_completions_with_a_tokenizer():
-    request = HarnessRequest(tasks="arc_easy", place=PLACE, tokenizer="merged", include="tasks")
+    request = EvaluateCommand(tasks="arc_easy", tokenizer="merged", include="tasks")
     words = command(request, "http://127.0.0.1:1", "support", Path("/out"))
 
     assert "local-completions" in words
@@ -109,7 +107,7 @@ def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path, tokeni
         progress=Silent(), command=fails, scratch=lambda: contextlib.nullcontext(tmp_path)
     )
     with serving(ThreadingHTTPServer(("127.0.0.1", 0), NoEcho)) as url:
-        request = HarnessRequest(tasks="arc", place=ServerSource(url=url), tokenizer=tokenizer)
+        request = EvaluateCommand(tasks="arc", url=url, tokenizer=tokenizer)
         with pytest.raises(CheckFailed, match="token_logprobs") as caught:
             evaluate_tasks(request, tools)
 

@@ -255,8 +255,8 @@ def test_what_does_not_fit_is_refused_before_any_job(tools: Tools, options: Any)
         ({"image": "oci:image", "url": "http://localhost"}, "exactly one"),
         ({"model": TINY / "base", "metric": "rouge"}, "metric"),
         ({"model": TINY / "base", "metric": "command"}, "needs a `command`"),
-        ({"model": TINY / "base", "max_drop": 2}, "--max-drop 2"),
-        ({"model": TINY / "base", "concurrency": 0}, "--concurrency"),
+        ({"model": TINY / "base", "max_drop": 2}, "max_drop"),
+        ({"model": TINY / "base", "concurrency": 0}, "concurrency"),
     ],
 )
 def test_questions_that_cannot_be_asked_are_refused(tools: Tools, options: Any, says: str) -> None:

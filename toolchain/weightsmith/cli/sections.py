@@ -125,6 +125,8 @@ class Flags(Part):
         if isinstance(field.default, bool):
             return field.default
         shown = field.default and not self.over_recipe and not field.is_required()
+        if shown and isinstance(field.default, tuple):
+            return ",".join(map(str, field.default))
         return str(field.default) if shown else ""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
@@ -18,9 +17,6 @@ from weightsmith.stages.render import serve_options
 _Section = TypeVar("_Section")
 _Keys = ParamSpec("_Keys")
 
-SHORTEST = 0.001
-"""Seconds to wait for an answer."""
-
 
 def required(**values: object) -> None:
     """Raise UsageError naming the flags that are not given."""
@@ -32,38 +28,6 @@ def required(**values: object) -> None:
     ]
     if missing:
         raise UsageError(f"missing: {', '.join(missing)}", hint="`--help COMMAND` lists every flag")
-
-
-def number(text: str, flag: str) -> float:
-    """Return a number from 0 to 1; raise UsageError naming the flag for anything else."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise UsageError(f"{flag} {text}: expected a number from 0 to 1", hint="for example 0.5")
-    return value
-
-
-def at_least(least: float, **values: float) -> None:
-    """Raise UsageError naming the first flag whose number is lower, or not finite."""
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= least):
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value:g}: expected a number of at least {least:g}",
-                hint="leave it out for its default",
-            )
-
-
-def counts(text: str, flag: str) -> tuple[int, ...]:
-    """Return `1,4,16` as positive integers; raise UsageError naming the flag if invalid."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(
-            f"{flag} {text}: expected positive whole numbers separated by commas",
-            hint=f"for example {flag} 1,4,16",
-        )
-    return tuple(int(part) for part in parts)
 
 
 def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:

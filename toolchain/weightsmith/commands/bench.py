@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
+from weightsmith.commands.requests import BenchCommand
 from weightsmith.commands.server import ServerSource, served_model, session_with
 from weightsmith.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item, read_items
@@ -29,41 +28,25 @@ _TOPICS = (
 """Different questions, so that the server's prompt cache does not distort the results."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchRequest:
-    """What to test, and with how much load."""
-
-    place: ServerSource
-    served_name: str = ""
-    concurrency: tuple[int, ...] = (1, 4, 16)
-    requests: int = 32
-    """Number of requests in each run."""
-    max_tokens: int = 64
-    data: str = ""
-    """JSON Lines with questions that replace the built-in ones."""
-    timeout: float = 120.0
-    out: str = ""
-    """A build's result folder; its report is updated to show the results."""
-
-
-def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
+def bench(request: BenchCommand, tools: Tools) -> Mapping[str, Json]:
     """Return `{subject, runs: [...]}`, one run per concurrency; see `load.load_test`.
 
     Raises UsageError for invalid options, CheckFailed if no request was answered.
     """
-    if bool(request.place.image) == bool(request.place.url):
+    place = ServerSource(image=request.image, url=request.url)
+    if bool(place.image) == bool(place.url):
         raise UsageError(
             "give exactly one of --image and --url",
             hint="--image REF starts an image, --url tests a running server",
         )
-    if request.out and not Path(request.out, "build.json").is_file():
+    if request.out and not (request.out / "build.json").is_file():
         raise UsageError(
             f"{request.out} has no build.json", hint="give a target's result folder in dist/"
         )
     questions = _questions(request)
     limits = SessionLimits(request_seconds=request.timeout)
-    with session_with(request.place, tools, limits) as session:
-        served = served_model(session, request.place, request.served_name)
+    with session_with(place, tools, limits) as session:
+        served = served_model(session, place, request.served_name)
         runs = [_run(session, served, questions, count, request, tools) for count in
                 request.concurrency]  # fmt: skip
         if all(run["errors"] == run["requests"] for run in runs):
@@ -73,7 +56,7 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
                 hint="test the server with curl, and read its log",
             )
     result = {
-        "subject": request.place.image or without_passwords(request.place.url),
+        "subject": place.image or without_passwords(place.url),
         "served_name": served.name,
         "max_tokens": request.max_tokens,
         "cpus": len(os.sched_getaffinity(0)),
@@ -81,13 +64,13 @@ def bench(request: BenchRequest, tools: Tools) -> Mapping[str, Json]:
         "runs": runs,
     }
     if request.out:
-        write_files({BENCH_FILE: json.dumps(result, indent=2) + "\n"}, Path(request.out))
+        write_files({BENCH_FILE: json.dumps(result, indent=2) + "\n"}, request.out)
     return result
 
 
-def _questions(request: BenchRequest) -> tuple[Item, ...]:
+def _questions(request: BenchCommand) -> tuple[Item, ...]:
     if request.data:
-        return read_items(Path(request.data))
+        return read_items(request.data)
     return tuple(
         Item(
             messages=({"role": "user", "content": f"Explain {topic} in a few sentences."},),
@@ -103,7 +86,7 @@ def _run(
     served: Served,
     questions: tuple[Item, ...],
     count: int,
-    request: BenchRequest,
+    request: BenchCommand,
     tools: Tools,
 ) -> Mapping[str, Json]:
     tools.progress.stage("bench", f"{request.requests} requests, {count} at once")

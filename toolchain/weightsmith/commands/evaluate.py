@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.checkpoints.facts import read_facts
 from weightsmith.commands.folders import open_sources
+from weightsmith.commands.requests import EvaluateCommand
 from weightsmith.commands.server import ServerSource, served_model, session_with
 from weightsmith.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.evaluating.doubts import sampled
@@ -18,71 +18,35 @@ from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.statistics import wilson
-from weightsmith.evaluating.subjects import BUILDER
-from weightsmith.evaluating.subjects import Subject as AskedModel
+from weightsmith.evaluating.subjects import BUILDER, Subject
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.foreign import TOKENIZER, parse_file
-from weightsmith.recipe import Scoring
-from weightsmith.stages.reference import answers
+from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept
 from weightsmith.tools import Tools
 from weightsmith.values import Json, Score
 from weightsmith.visible import joined
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What to evaluate: exactly one of image, url and model."""
-
-    image: str = ""
-    url: str = ""
-    model: str = ""
-    adapters: tuple[str, ...] = ()
-    served_name: str = ""
-    """The model's name on the server; by default, the first that the server lists."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateOptions:
-    """How to query the model and score its answers."""
-
-    scoring: Scoring
-    """`max_drop` and `require` are ignored; the limit below applies instead."""
-    concurrency: int = 1
-    timeout: float = 120.0
-    """Time limit for one answer, in seconds."""
-    retries: int = 2
-    calibration: str = ""
-    limit: int = 0
-    """Maximum number of questions, chosen by content; 0: all."""
-    against: str | Score = ""
-    """An earlier score, or the file of its `evaluate --json`, compared item by item."""
-    max_drop: float | None = None
-    answers: str = ""
-    """File that keeps a server's answers, for a run that goes on after an interrupt."""
-
-
-def evaluate_subject(
-    subject: Subject, data: Path, options: EvaluateOptions, tools: Tools
-) -> Mapping[str, Json]:
+def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Mapping[str, Json]:
     """Return `{score, n, metric, interval, per_item}` and, with `against`, `comparison`.
 
     Raises UsageError for invalid data or options, InputRefused for leaked questions if the task is
     strict, CheckFailed if the server fails or the score is too low.
     """
-    check_subject(subject)
-    kept = KeptAnswers(Path(options.answers)) if options.answers else None
-    if subject.model:
+    _check_subject(asked)
+    kept = KeptAnswers(asked.answers) if asked.answers else None
+    if asked.model:
         if kept:
             raise UsageError(
                 "--answers keeps a server's answers, and --model starts none", hint="leave it out"
             )
         tools.runner.check(BUILDER)
-    task = _task(data, options, tools)
-    _check_leaks(task, options, tools)
-    before = _earlier(options.against) if isinstance(options.against, str) else options.against
+    task = _task(asked, tools)
+    _check_leaks(task, asked, tools)
+    before = _earlier(asked.against) if isinstance(asked.against, str) else asked.against
     tools.progress.stage("evaluate", f"{len(task.items)} questions")
-    score = _score(subject, task, options, tools, kept)
+    score = _score(task, asked, tools, kept)
     right = sum(bool(row["ok"]) for row in score.per_item)
     result: dict[str, Json] = {
         "score": score.score,
@@ -92,14 +56,14 @@ def evaluate_subject(
         "per_item": list(score.per_item),
     }
     limit = DropLimit(
-        max_drop=1.0 if options.max_drop is None else options.max_drop,
-        min_score=options.scoring.min_score,
+        max_drop=1.0 if asked.max_drop is None else asked.max_drop,
+        min_score=asked.scoring.min_score,
     )
     verdict = judge_drop("this", score, "other", before, limit)
     if before is not None:
         check_same_questions(score, before)
         result["comparison"] = verdict.facts
-        if options.max_drop is not None and (few := too_few(verdict, options.max_drop)):
+        if asked.max_drop is not None and (few := too_few(verdict, asked.max_drop)):
             tools.progress.warn(few)
     verdict.require()
     return result
@@ -115,25 +79,26 @@ def evaluate_text(result: Mapping[str, Json]) -> str:
     return joined([text, result["comparison"]["reason"]] if "comparison" in result else [text])
 
 
-def check_subject(subject: Subject) -> None:
+def _check_subject(asked: EvaluateCommand) -> None:
     """Raise UsageError unless exactly one of image, server and checkpoint is given."""
-    given = [name for name in ("image", "url", "model") if getattr(subject, name)]
-    if len(given) != 1:
+    if sum(map(bool, (asked.image, asked.url, asked.model))) != 1:
         raise UsageError(
             "give exactly one of --image, --url and --model",
             hint="--image REF starts an image, --url queries a server, --model loads a checkpoint",
         )
-    if subject.adapters and not subject.model:
+    if asked.adapters and not asked.model:
         raise UsageError(
             "--adapter needs --model",
             hint="an image has merged weights: remove --adapter, or give --model",
         )
 
 
-def _task(data: Path, options: EvaluateOptions, tools: Tools) -> Task:
-    everything, scoring = read_items(data), options.scoring
+def _task(asked: EvaluateCommand, tools: Tools) -> Task:
+    if asked.data is None:
+        raise AssertionError("without tasks, there are questions")
+    everything, scoring = read_items(asked.data), asked.scoring
     check_metric(scoring.metric, everything)
-    items = sample(everything, options.limit)
+    items = sample(everything, asked.limit)
     if len(items) < len(everything):
         tools.progress.note(sampled(len(items), len(everything)))
     return Task(
@@ -144,10 +109,10 @@ def _task(data: Path, options: EvaluateOptions, tools: Tools) -> Task:
     )
 
 
-def _check_leaks(task: Task, options: EvaluateOptions, tools: Tools) -> None:
-    for other in (options.scoring.training, options.calibration):
+def _check_leaks(task: Task, asked: EvaluateCommand, tools: Tools) -> None:
+    for other in (asked.scoring.training, asked.calibration):
         leaks = describe(find_leaks(task.items, Path(other))) if other else ""
-        if leaks and options.scoring.strict:
+        if leaks and asked.scoring.strict:
             raise InputRefused(
                 leaks, hint="remove them from one of the two files, or remove --strict"
             )
@@ -155,20 +120,15 @@ def _check_leaks(task: Task, options: EvaluateOptions, tools: Tools) -> None:
             tools.progress.warn(leaks)
 
 
-def _score(
-    subject: Subject,
-    task: Task,
-    options: EvaluateOptions,
-    tools: Tools,
-    kept: KeptAnswers | None,
-) -> Score:
-    if subject.model:
-        return score_task(task, _ask_checkpoint(subject, task, tools), tools.command)
-    place = ServerSource(image=subject.image, url=subject.url)
-    limits = SessionLimits(request_seconds=options.timeout, tries=options.retries + 1)
+def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers | None) -> Score:
+    if asked.model:
+        answers = _ask_checkpoint(asked.model, asked.adapters, task, tools)
+        return score_task(task, answers, tools.command)
+    place = ServerSource(image=asked.image, url=asked.url)
+    limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
     with session_with(place, tools, limits, modest=True) as session:
-        served = served_model(session, place, subject.served_name)
-        count = options.concurrency
+        served = served_model(session, place, asked.served_name)
+        count = asked.concurrency
         answers = ask_server(session, served, task, tools.progress, concurrency=count, kept=kept)
         # The server must still be running: the command may query it.
         environment = {
@@ -178,14 +138,12 @@ def _score(
         return score_task(task, answers, tools.command, environment)
 
 
-def _ask_checkpoint(subject: Subject, task: Task, tools: Tools) -> Answers:
-    model = Path(subject.model)
+def _ask_checkpoint(model: Path, adapters: Sequence[Path], task: Task, tools: Tools) -> Answers:
     read_facts(model)
-    adapters = [Path(adapter) for adapter in subject.adapters]
     weights = [1.0] * len(adapters)
     sources = open_sources(model, adapters, weights, tools.store)
-    asked = AskedModel(model=sources.base.tree, adapters=sources.adapters)
-    return answers({"model": asked}, task, Unkept(tools), tools)["model"]
+    subject = Subject(model=sources.base.tree, adapters=sources.adapters)
+    return reference_answers({"model": subject}, task, Unkept(tools), tools)["model"]
 
 
 def _earlier(path: str) -> Score | None:

@@ -7,9 +7,9 @@ The command line and result files are documented at https://github.com/EleutherA
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.commands.requests import EvaluateCommand
 from weightsmith.commands.server import ServerSource, api_key, served_model, session_with
 from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
 from weightsmith.evaluating.likelihood import supports_echo
@@ -25,36 +25,28 @@ _MAIN = ("exact_match", "acc_norm", "acc", "pass@1", "f1", "bleu")
 """A task's main measure is the first of these that it reports."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessRequest:
-    """Tasks by the harness's names, and the server to query."""
-
-    tasks: str
-    place: ServerSource
-    served_name: str = ""
-    tokenizer: str = ""
-    """Tokenizer folder; with it, tasks that compare likelihoods use /v1/completions."""
-    limit: int = 0
-    """Number of questions per task; 0 for all."""
-    include: str = ""
-    """Folder with custom task definitions."""
-    concurrency: int = 1
-
-
-def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
+def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Mapping[str, Json]:
     """Return `{score, n, metric, tasks, per_item}`: the mean of the tasks' main measures.
 
     Raises UsageError for a checkpoint, EnvironmentFailure if the harness is not installed, and
     CheckFailed with the harness's last lines if it fails, for example on an unknown task.
     """
-    if bool(request.place.image) == bool(request.place.url):
+    if request.run.memory:
+        raise UsageError(
+            "--memory limits jobs, and --tasks starts none: your own lm_eval asks the server",
+            hint="leave out --memory",
+        )
+    if request.answers:
+        raise UsageError("--answers is for questions of --data", hint="leave it out")
+    place = ServerSource(image=request.image, url=request.url)
+    if bool(place.image) == bool(place.url):
         raise UsageError(
             "--tasks needs exactly one of --image and --url",
             hint="--image REF starts an image, --url queries a server",
         )
     tools.progress.stage("evaluate", request.tasks)
-    with session_with(request.place, tools, modest=True) as session, tools.scratch() as out:
-        served = served_model(session, request.place, request.served_name)
+    with session_with(place, tools, modest=True) as session, tools.scratch() as out:
+        served = served_model(session, place, request.served_name)
         words = command(request, session.endpoint.url, served.name, out)
         key = api_key() or "none"
         try:
@@ -77,7 +69,7 @@ def evaluate_tasks(request: HarnessRequest, tools: Tools) -> Mapping[str, Json]:
         return read_results(out)
 
 
-def command(request: HarnessRequest, url: str, name: str, out: Path) -> tuple[str, ...]:
+def command(request: EvaluateCommand, url: str, name: str, out: Path) -> tuple[str, ...]:
     """Return the harness's command line."""
     kind, path = ("local-completions", "completions") if request.tokenizer else (
         "local-chat-completions", "chat/completions"

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
+from pydantic import Field
+
 from weightsmith.errors import UsageError
 from weightsmith.merge_options import Merge
-from weightsmith.recipe import Quantize, Serve
+from weightsmith.recipe import Quantize, Scoring, Serve
 from weightsmith.recipe_outputs import ImageNames
 from weightsmith.recipe_section import Flag, Part, Place
 from weightsmith.run_options import RunOptions
+from weightsmith.values import Score
 
 READ, WRITTEN = Place.READ, Place.WRITTEN
 
@@ -27,6 +30,12 @@ _SOURCE = "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NA
 _KEY = "public key as a PEM file, such as cosign.pub"
 SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
 """Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""
+Seconds: TypeAlias = Annotated[
+    float, Field(ge=0.001, allow_inf_nan=False), "seconds to wait for one answer"
+]
+_IMAGE = "image to start: a name in the engine, a reference in a registry, or oci:DIR"
+_URL = "URL of an OpenAI-compatible server"
+_SERVED = "the model's name on the server; default: the first that the server lists"
 _OUT = "where the result goes; it must not exist yet"
 
 
@@ -35,6 +44,13 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(map(float, text.split(",")))
     except ValueError:
         raise ValueError("expected numbers separated by commas") from None
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError("expected positive whole numbers separated by commas")
+    return tuple(map(int, parts))
 
 
 def layout_folder(text: str) -> str:
@@ -241,3 +257,77 @@ class VerifyCommand:
     source: Annotated[str, Flag(positional=True), _SOURCE]
     key: Annotated[str, _KEY] = ""
     run: Annotated[RunOptions, Part(only=("insecure",))] = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateCommand:
+    """What `evaluate` is asked."""
+
+    data: Annotated[
+        Path | None,
+        Flag(needed=lambda given: "tasks" not in given),
+        "questions as JSON Lines: prompt or messages, and expected",
+    ] = None
+    scoring: Annotated[Scoring, Part(without=("max_drop", "require"))] = field(
+        default_factory=Scoring
+    )
+    image: Annotated[str, READ, _IMAGE] = ""
+    url: Annotated[str, _URL] = ""
+    model: Annotated[Path | None, READ, "checkpoint folder to load"] = None
+    adapters: Annotated[
+        tuple[Path, ...], READ, Flag("adapter"), "adapter folder, in the order of merging"
+    ] = ()
+    served_name: Annotated[str, _SERVED] = ""
+    tasks: Annotated[
+        str,
+        "names of lm-evaluation-harness tasks, separated by commas; the harness must be installed",
+    ] = ""
+    tokenizer: Annotated[str, "tokenizer folder, for tasks that compare likelihoods"] = ""
+    include: Annotated[str, "folder with your own lm-evaluation-harness tasks"] = ""
+    limit: Annotated[
+        int, Field(ge=0), "maximum number of questions, a sample, or per task; 0 for all"
+    ] = 0
+    concurrency: Annotated[int, Field(ge=1), "number of requests at once"] = 1
+    timeout: Seconds = 120.0
+    retries: Annotated[int, Field(ge=0), "how often a failed request is retried"] = 2
+    calibration: Annotated[
+        Path | None,
+        "JSON Lines that the model was calibrated on; questions that appear in it are reported",
+    ] = None
+    against: Annotated[
+        str | Score,
+        "output of an earlier `evaluate --json` to compare with, question by question",
+    ] = ""
+    max_drop: Annotated[
+        float | None,
+        Field(ge=0, le=1),
+        "largest accepted drop in score compared with --against, from 0 to 1",
+    ] = None
+    answers: Annotated[
+        Path | None,
+        "file that keeps a server's answers: a run with the same file asks only the others. For "
+        "another model, give another file",
+    ] = None
+    run: Jobs = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchCommand:
+    """What `bench` is asked."""
+
+    image: Annotated[str, _IMAGE] = ""
+    url: Annotated[str, _URL] = ""
+    served_name: Annotated[str, _SERVED] = ""
+    concurrency: Annotated[
+        tuple[int, ...],
+        Flag(read=_counts, many=False),
+        "numbers of requests at once, separated by commas; one run for each",
+    ] = (1, 4, 16)
+    requests: Annotated[int, Field(gt=0), "number of requests per concurrency"] = 32
+    max_tokens: Annotated[int, Field(gt=0), "maximum tokens of an answer"] = 64
+    data: Annotated[Path | None, "JSON Lines as for `evaluate`; default: built-in questions"] = None
+    timeout: Seconds = 120.0
+    out: Annotated[Path | None, "folder of a build, whose report gets the result"] = None
+    run: Annotated[RunOptions, Part(only=("runner", "insecure", "cache", "cache_from"))] = field(
+        default_factory=RunOptions
+    )

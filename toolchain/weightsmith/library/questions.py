@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weightsmith import wiring
-from weightsmith.commands.arguments import SHORTEST, at_least, number, options_of
-from weightsmith.commands.evaluate import EvaluateOptions, Subject, evaluate_subject
+from weightsmith.commands.arguments import options_of, request_of
+from weightsmith.commands.evaluate import evaluate_subject
+from weightsmith.commands.requests import EvaluateCommand
 from weightsmith.library.arguments import AnyPath, Texts, path_of, paths_of, texts_of
 from weightsmith.library.results import Evaluation
 from weightsmith.progress import shown
-from weightsmith.recipe import Evaluate
+from weightsmith.recipe import Scoring
 from weightsmith.run_options import RunOptions
 
 
@@ -64,50 +65,50 @@ def evaluate(
     >>> tuned.score > base.score, tuned.comparison["drop"] < 0
     (True, True)
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        cache=cache,
-        cache_from=cache_from,
-    )
-    scoring = options_of(
-        Evaluate,
+    request = request_of(
+        EvaluateCommand,
         "evaluate",
-        data=_text(data),
-        metric=metric,
-        command=texts_of(command),
-        min_score=min_score,
-        max_tokens=max_tokens,
-        training=_text(training),
-        strict=strict,
-        limit=limit,
-    )
-    at_least(0, retries=retries)
-    at_least(1, concurrency=concurrency)
-    at_least(SHORTEST, timeout=timeout)
-    subject = Subject(
+        data=path_of(data),
+        scoring=options_of(
+            Scoring,
+            "evaluate",
+            metric=metric,
+            command=texts_of(command),
+            min_score=min_score,
+            max_tokens=max_tokens,
+            training=str(path_of(training)) if training else "",
+            strict=strict,
+        ),
         image=image,
         url=url,
-        model=_text(model),
-        adapters=tuple(map(str, paths_of(adapters))),
+        model=path_of(model) if model else None,
+        adapters=paths_of(adapters),
         served_name=served_name,
-    )
-    wiring.keep_clean([subject.model, *subject.adapters, image], cache=cache)
-    options = EvaluateOptions(
-        scoring=scoring,
+        limit=limit,
         concurrency=concurrency,
         timeout=timeout,
         retries=retries,
-        calibration=_text(calibration),
-        limit=limit,
-        against=against.to_score() if isinstance(against, Evaluation) else _text(against),
-        max_drop=None if max_drop is None else number(str(max_drop), "--max-drop"),
-        answers=_text(answers),
+        calibration=path_of(calibration) if calibration else None,
+        against=(
+            against.to_score()
+            if isinstance(against, Evaluation)
+            else str(path_of(against))
+            if against
+            else ""
+        ),
+        max_drop=max_drop,
+        answers=path_of(answers) if answers else None,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
-        result = evaluate_subject(subject, path_of(data), options, tools)
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        result = evaluate_subject(request, tools)
     return Evaluation(
         score=result["score"],
         n=result["n"],
@@ -115,10 +116,5 @@ def evaluate(
         interval=tuple(result["interval"]),
         per_item=tuple(result["per_item"]),
         comparison=result.get("comparison", {}),
-        warnings=tuple(shown_progress.warnings),
+        warnings=tuple(told.warnings),
     )
-
-
-def _text(path: AnyPath) -> str:
-    """Return a path as text; "" stands for none."""
-    return str(path_of(path)) if path else ""
