@@ -33,7 +33,7 @@ def commands() -> str:
 @pytest.mark.builders
 @pytest.mark.ray
 @pytest.mark.root
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(
     not (shutil.which("unshare") and shutil.which("ip")), reason="no unshare or no ip"

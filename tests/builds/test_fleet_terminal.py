@@ -24,7 +24,7 @@ from tests.fakes.fleet_home import TARGETS
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0
-pytestmark = [pytest.mark.builders, pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.builders, pytest.mark.full, pytest.mark.timeout(3600)]
 
 
 class Terminal:

@@ -151,6 +151,7 @@ def test_ray_refuses_a_node_of_another_version(ray_nodes: str) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "no.such.host.invalid:6379", "127.0.0.1:99999"])
 def test_ray_says_that_no_cluster_answers(address: str) -> None:
     with pytest.raises(EnvironmentFailure, match=f"no Ray cluster answers at {address}"):
