@@ -117,7 +117,7 @@ def caught_ahead(workshop: Workshop, running: Running) -> dict[str, int]:
 
 
 @two_cpus
-@pytest.mark.grid(2)
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_what_runs_ahead_of_its_turn(
     workshop: Workshop, digest: str, number: signal.Signals
@@ -142,6 +142,7 @@ def test_a_signal_ends_what_runs_ahead_of_its_turn(
 
 
 @two_cpus
+@pytest.mark.full
 def test_a_failed_validation_ends_what_runs_ahead_of_its_turn(
     workshop: Workshop, digest: str
 ) -> None:
@@ -196,7 +197,7 @@ def moments() -> list[float]:
     return [(part + chance.random()) / KILLS for part in range(KILLS)]
 
 
-@pytest.mark.grid(2)
+@pytest.mark.full
 @pytest.mark.parametrize("share", moments(), ids=lambda share: f"{share:.0%}")
 def test_a_killed_build(empty: Workshop, digest: str, share: float, reference: object) -> None:
     running = empty.start_build()

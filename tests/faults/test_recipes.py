@@ -12,6 +12,7 @@ from tests.faults.workshop import Workshop
 pytestmark = pytest.mark.builders
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -35,6 +36,7 @@ def test_a_faulty_recipe(workshop: Workshop, old: str, new: str, said: list[str]
     workshop.check_unharmed()
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -81,6 +83,7 @@ def test_a_context_that_cannot_fit(workshop: Workshop) -> None:
     workshop.check_unharmed()
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("line", "said"),
     [
