@@ -35,8 +35,8 @@ def push(folder: str, reference: str, streams: str = "4", label: str = "1") -> N
 
 def layers(folder: str) -> list[Any]:
     """Return one layer per file; its digest is known if `known_digests` has it."""
+    from weightsmith.core.values import Digest
     from weightsmith.oci.layers import Member, TarLayer
-    from weightsmith.values import Digest
 
     paths = sorted(Path(folder).glob("*.safetensors"))
     known = os.environ.get(DIGESTS)
@@ -80,13 +80,13 @@ def rebase(source: str, onto: str, to: str) -> None:
 
 def load(folder: str, reference: str) -> None:
     """Assemble and stream into the engine, as `bake --load` does; no tar is written."""
+    from weightsmith.building.wiring import open_tools
+    from weightsmith.core.ports import Silent
     from weightsmith.oci.configuration import ImageConfig
     from weightsmith.oci.image import assemble
-    from weightsmith.ports import Silent
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.run_options import RunOptions
+    from weightsmith.recipe.run_options import RunOptions
     from weightsmith.steps.delivery import Outputs, publish
-    from weightsmith.wiring import open_tools
 
     image = assemble(layers(folder), config=ImageConfig())
     with open_tools(RunOptions(runner="docker"), Silent()) as tools:
@@ -95,9 +95,9 @@ def load(folder: str, reference: str) -> None:
 
 def plan() -> None:
     """Plan the layers of 100 GB in 20 sparse files, each split to 4 GB at most."""
-    from weightsmith.checkpoints.reshard import reshard
+    from weightsmith.core.values import Digest, FileEntry, Tree
+    from weightsmith.models.reshard import reshard
     from weightsmith.oci.weights import weight_layers
-    from weightsmith.values import Digest, FileEntry, Tree
 
     folder = WORK / "huge"
     folder.mkdir(exist_ok=True)

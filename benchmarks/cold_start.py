@@ -32,9 +32,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize_by_hand import OURS, billion
-from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.outside.toolset import toolset_folder
 from weightsmith.quantizers.gguf_header import quantized, read_header
-from weightsmith.wiring import cache_folder
 
 WORK = Path(__file__).resolve().parent / "work" / "cold-start"
 Row = dict[str, float]

@@ -126,7 +126,7 @@ def reporting(folder: Path, rounds: int) -> list[dict[str, Any]]:
 INSIDE = """
 import json, sys, time
 from pathlib import Path
-from weightsmith.reporting.pages import write_report
+from weightsmith.evaluating.pages import write_report
 place = Path(sys.argv[1])
 build = json.loads((place / "build.json").read_text())
 began = time.monotonic()

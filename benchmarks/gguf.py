@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from weightsmith.drivers.toolset import make_toolset, tools_variable
-from weightsmith.kernels import library, quants
-from weightsmith.progress import progress_for
-from weightsmith.wiring import cache_folder
+from weightsmith.building.progress import progress_for
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.kernels import library, quants
+from weightsmith.outside.toolset import make_toolset, tools_variable
 
 KINDS = ("Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q2_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SHAPE = (64, 4096)

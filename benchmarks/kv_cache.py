@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from weightsmith.quality.texts import as_lines
 from weightsmith.quantizers.layerwise.cache import cache_scales
+from weightsmith.quantizers.quality.texts import as_lines
 
 
 class Rounded(DynamicCache):

@@ -76,7 +76,7 @@ def prefer_words(base: Path) -> None:
     """Make the logits of all tokens small but those of words: others are no text, or end it."""
     import ml_dtypes
     import numpy as np
-    from weightsmith.checkpoints.safetensors import open_checkpoint
+    from weightsmith.models.safetensors import open_checkpoint
 
     known = json.loads((base / "tokenizer.json").read_text())["model"]["vocab"]
     words = sorted(number for word, number in known.items() if word.isalpha())

@@ -169,7 +169,7 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
     """Write a base: one random block repeated, or only holes."""
     import ml_dtypes
     import numpy as np
-    from weightsmith.checkpoints.safetensors import build_header
+    from weightsmith.models.safetensors import build_header
 
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -209,7 +209,7 @@ def make_base(folder: Path, shape: Shape, *, sparse: bool = False) -> None:
 def make_adapter(folder: Path, shape: Shape, kind: str, *, sparse: bool = False) -> None:
     """Write an adapter for all linear layers, about one hundredth of the weights in size."""
     import numpy as np
-    from weightsmith.checkpoints.safetensors import build_header
+    from weightsmith.models.safetensors import build_header
 
     folder.mkdir(parents=True)
     tensors = []
@@ -255,9 +255,9 @@ def make_inputs(work: Path, case: str) -> tuple[Path, Path]:
 @cache
 def kernels() -> dict[str, str]:
     """Compile our kernels if needed, and return the variable that a builder's jobs find them by."""
-    from weightsmith.drivers.toolset import make_toolset, tools_variable
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import cache_folder
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import cache_folder
+    from weightsmith.outside.toolset import make_toolset, tools_variable
 
     return {tools_variable("kernels"): str(make_toolset(cache_folder(), "kernels", progress_for()))}
 

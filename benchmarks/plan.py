@@ -14,8 +14,8 @@ from itertools import cycle, islice, product
 from pathlib import Path
 
 from weightsmith.building.targets import all_targets
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.stages.render import render

@@ -48,7 +48,7 @@ ROUNDED = """
 import numpy as np
 from weightsmith.quantizers.rounding import round_rows
 from weightsmith.quantizers.schemes import SCHEMES
-from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.models.tensors import CheckpointTensors
 class View(CheckpointTensors):
     def tensor(self, name):
         return self._rounded(name, self.f32(name))
@@ -100,8 +100,9 @@ assert found.passed, found.findings
 """,
     "reference and validation": """
 import tempfile
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import (AskedModel, AskedTask, AskedWalk, ProofJob, Question, ReferenceJob,
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import (AskedModel, AskedTask, AskedWalk, ProofJob, Question,
+                                   ReferenceJob,
                               ValidateJob)
 from weightsmith.worker.jobs import STAGES
 inputs = [Input(path=path) for path in (base, adapter, merged)]
@@ -134,7 +135,7 @@ with torch.inference_mode():
 """,
     "gate": ROUNDED
     + """
-from weightsmith.quality.measure import measure
+from weightsmith.quantizers.quality.measure import measure
 measure(merged, View(merged), texts, 1024, lambda done, total: None)
 """,
     "gate by hand": HAND

@@ -27,17 +27,17 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.ports import Silent
+from weightsmith.building.wiring import open_tools
+from weightsmith.core.ports import Silent
+from weightsmith.models.facts import read_facts
 from weightsmith.quantizers import of_format
-from weightsmith.recipe_file import read_recipe
-from weightsmith.run_options import RunOptions
+from weightsmith.recipe.file import read_recipe
+from weightsmith.recipe.run_options import RunOptions
 from weightsmith.stages.merge import merge
 from weightsmith.stages.quantize import kept_bytes
 from weightsmith.stages.resolve import resolve
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.lock import pinned, read_lock
-from weightsmith.wiring import open_tools
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "benchmarks" / "work" / "quantize"

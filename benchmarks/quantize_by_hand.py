@@ -34,12 +34,12 @@ import numpy as np
 from merge import PEFT, Shape, make_adapter, make_base
 from quantize import watched
 from safetensors.numpy import save_file
-from weightsmith.drivers.environment import Pins, environment_folder
-from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.outside.environment import Pins, environment_folder
+from weightsmith.outside.toolset import toolset_folder
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
-from weightsmith.recipe import TextBounds
-from weightsmith.wiring import cache_folder
+from weightsmith.recipe.schema import TextBounds
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "benchmarks" / "work" / "quantize-by-hand"
@@ -49,14 +49,14 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 OURS = """
 import sys
 from pathlib import Path
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.job_inputs import Input
-from weightsmith.ports import Silent
+from weightsmith.outside.local import LocalRunner
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.ports import Silent
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
-from weightsmith.recipe import TextBounds
+from weightsmith.recipe.schema import TextBounds
 from weightsmith.stages.quantize import QuantizeOptions, job_of
-from weightsmith.wiring import cache_folder
+from weightsmith.building.wiring import cache_folder
 model, out, name, imatrix = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
 wanted = QuantizeOptions(name="m", format=formats()[name],
                 options=of_format(name).options(formats()[name], {"imatrix": imatrix}),
@@ -68,13 +68,13 @@ MERGED = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.jobs import Input, MergeJob, Virtual
-from weightsmith.merge_options import Merge
-from weightsmith.ports import Silent
+from weightsmith.outside.local import LocalRunner
+from weightsmith.core.jobs import Input, MergeJob, Virtual
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.ports import Silent
 from weightsmith.quantizers import formats
 from weightsmith.stages.quantize import QuantizeOptions, job_of
-from weightsmith.wiring import cache_folder
+from weightsmith.building.wiring import cache_folder
 base, out, name, imatrix, adapter = sys.argv[1:]
 base, out, adapter = Path(base), Path(out), Path(adapter)
 model, file = out / "model", out / "file"

@@ -24,20 +24,20 @@ from pathlib import Path
 
 from quantize import HEADINGS, PROGRAM, dequantized, heading, row, say
 from quantize_by_hand import COMPRESSOR, HAND, SAMPLES, python_of
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.ports import Silent
-from weightsmith.quality.limits import limits_for
-from weightsmith.quality.measure import measure
-from weightsmith.quality.result import Quality
-from weightsmith.quality.texts import as_lines
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.ports import Silent
+from weightsmith.models.tensors import CheckpointTensors
+from weightsmith.outside.local import LocalRunner
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import read_texts
 from weightsmith.quantizers.checkpoints import finish
 from weightsmith.quantizers.packed import view_of
-from weightsmith.recipe import Quality as Wanted
-from weightsmith.recipe import TextBounds
-from weightsmith.wiring import cache_folder
+from weightsmith.quantizers.quality.limits import limits_for
+from weightsmith.quantizers.quality.measure import measure
+from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.texts import as_lines
+from weightsmith.recipe.schema import Quality as Wanted
+from weightsmith.recipe.schema import TextBounds
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

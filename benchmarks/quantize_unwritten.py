@@ -28,12 +28,12 @@ CASES = {"billion": BILLION, "layer70b": LAYER}
 MERGE = """
 import json, sys
 from pathlib import Path
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import MergeJob
-from weightsmith.merge_options import Merge
-from weightsmith.ports import Silent
-from weightsmith.wiring import cache_folder
+from weightsmith.outside.local import LocalRunner
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import MergeJob
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.ports import Silent
+from weightsmith.building.wiring import cache_folder
 base, adapter, out, unwritten = sys.argv[1:]
 job = MergeJob(builder="merge", base=Input(path=Path(base)), weights=(1.0,), options=Merge(),
                adapters=(Input(path=Path(adapter)),), output=Path(out), seconds=0,
@@ -47,13 +47,13 @@ QUANTIZE = """
 import json, sys
 from dataclasses import replace
 from pathlib import Path
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.merge_options import Merge
-from weightsmith.ports import Silent
+from weightsmith.outside.local import LocalRunner
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.ports import Silent
 from weightsmith.quantizers import formats
 from weightsmith.stages.quantize import QuantizeOptions, job_of
-from weightsmith.wiring import cache_folder
+from weightsmith.building.wiring import cache_folder
 base, adapter, model, name, out, unwritten = sys.argv[1:]
 job = job_of(Input(path=Path(model)), 4 << 30, QuantizeOptions(name="m", format=formats()[name]),
              Path(out))

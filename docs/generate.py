@@ -15,15 +15,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from invoke.parser.context import to_flag
 from weightsmith.building.targets import all_targets
-from weightsmith.checkpoints.facts import ModelFacts
 from weightsmith.cli import namespace
-from weightsmith.drivers import bases
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.json_objects import is_inline, is_omitted, part_of, types_of
+from weightsmith.core.values import Digest
+from weightsmith.evaluating.build_record import BuildRecord
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
-from weightsmith.json_objects import is_inline, is_omitted, part_of, types_of
 from weightsmith.merging.families import families
 from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
+from weightsmith.models.facts import ModelFacts
 from weightsmith.oci.limits import REGISTRIES
+from weightsmith.outside import bases
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
     EXPERTS,
@@ -41,13 +43,11 @@ from weightsmith.quantizers.known import (
     vllm_architectures,
 )
 from weightsmith.quantizers.schemes import SCHEMES
-from weightsmith.recipe import Recipe
-from weightsmith.recipe_section import fields_of, is_section
-from weightsmith.reporting.build_record import BuildRecord
+from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.section import fields_of, is_section
 from weightsmith.serving.architectures import NOT_PLANNED
 from weightsmith.serving.devices import AMX, CPUS
 from weightsmith.serving.gpus import GPUS
-from weightsmith.values import Digest
 
 _TYPES = {
     str: "text",

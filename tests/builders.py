@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from weightsmith.drivers.docker import DockerEngine, DockerRunner
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.errors import EnvironmentFailure, WeightsmithError
-from weightsmith.ports import Progress, Runner
-from weightsmith.progress import progress_for
-from weightsmith.wiring import cache_folder
+from weightsmith.building.progress import progress_for
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.core.ports import Progress, Runner
+from weightsmith.outside.docker import DockerEngine, DockerRunner
+from weightsmith.outside.local import LocalRunner
 
 from tests import vllm_parts
 

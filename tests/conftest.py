@@ -269,9 +269,9 @@ def shared_store(tmp_path_factory: pytest.TempPathFactory, tiny_build: TinyBuild
 @pytest.fixture(scope="module")
 def compiled_kernels() -> Iterator[None]:
     """Inner loops in C, as the jobs of a builder have them."""
-    from weightsmith.drivers.toolset import tools_variable, toolset_folder
-    from weightsmith.kernels import library
-    from weightsmith.wiring import cache_folder
+    from weightsmith.building.wiring import cache_folder
+    from weightsmith.core.kernels import library
+    from weightsmith.outside.toolset import tools_variable, toolset_folder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(tools_variable("kernels"), str(toolset_folder(cache_folder(), "kernels")))
@@ -282,7 +282,7 @@ def compiled_kernels() -> Iterator[None]:
 @pytest.fixture(params=LANES)
 def lanes(request: pytest.FixtureRequest, compiled_kernels: None) -> int:
     """Vectors of this many lanes."""
-    from weightsmith.kernels import library
+    from weightsmith.core.kernels import library
 
     if library.kernels().weightsmith_lanes(request.param) < request.param:
         pytest.skip(f"this CPU has no vectors of {request.param} lanes")

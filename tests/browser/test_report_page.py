@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.reporting.build_record import BuildRecord
-from weightsmith.reporting.pages import write_comparison, write_report
+from weightsmith.evaluating.build_record import BuildRecord
+from weightsmith.evaluating.pages import write_comparison, write_report
 
 pytestmark = pytest.mark.browser
 PATIENCE = 300_000

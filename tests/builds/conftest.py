@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.toolset import tools_variable, toolset_folder
+from weightsmith.building.wiring import cache_folder
 from weightsmith.fleets import running
 from weightsmith.oci.registry import Registry
-from weightsmith.wiring import cache_folder
+from weightsmith.outside.toolset import tools_variable, toolset_folder
 
 from tests.clusters import FOLDER, Cluster
 from tests.fakes.memory import Memory, in_memory

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith import wiring
+from weightsmith.building import wiring
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.command_line import weightsmith
 from tests.fakes.memory import Memory, new_signer

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from weightsmith.building.explain import forecast
-from weightsmith.errors import CacheLost, CheckFailed, InputRefused, WeightsmithError
-from weightsmith.jobs import Job
-from weightsmith.ports import Progress
-from weightsmith.tools import Memory as Room
+from weightsmith.core.errors import CacheLost, CheckFailed, InputRefused, WeightsmithError
+from weightsmith.core.jobs import Job
+from weightsmith.core.ports import Progress
+from weightsmith.steps.tools import Memory as Room
 
 from tests.fakes.jobs import LOSSY, WRONG
 from tests.fakes.memory import Memory

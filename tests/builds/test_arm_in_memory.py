@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
-from weightsmith import platforms
 from weightsmith.building.explain import forecast
 from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.plan import table
 from weightsmith.commands.verify import verify_image
-from weightsmith.drivers import checkup
-from weightsmith.drivers.docker import DockerEngine
-from weightsmith.errors import UsageError
+from weightsmith.core import platforms
+from weightsmith.core.errors import UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Silent
+from weightsmith.outside import checkup
+from weightsmith.outside.docker import DockerEngine
 
 from tests.fakes.memory import Memory
 

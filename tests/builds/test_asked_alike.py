@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.ports import Endpoint
 from weightsmith.evaluating.served import ask, find_served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.merging.reference import Subject, prompt_tokens, speaker
-from weightsmith.ports import Endpoint
-from weightsmith.wiring import cache_folder
+from weightsmith.outside.toolset import toolset_folder
 
 from tests.fakes.questioned import BEGUN, ITEM, WORDED, model
 from tests.fakes.started import free_port, started, weightsmith

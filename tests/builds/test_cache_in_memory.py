@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from weightsmith.building.record import Built
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 
 from tests.fakes.memory import QUESTIONS, Memory
 from tests.fakes.tiny import write_adapter

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load
 from weightsmith.building.explain import forecast
 from weightsmith.commands.upload import push_to_hub
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.jobs import CacheScalesJob
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.jobs import CacheScalesJob
 from weightsmith.stages.upload import HubDestination
-from weightsmith.tools import Memory as Room
+from weightsmith.steps.tools import Memory as Room
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory

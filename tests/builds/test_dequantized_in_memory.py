@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from weightsmith import platforms
 from weightsmith.building.explain import forecast
-from weightsmith.errors import CheckFailed, EnvironmentFailure
-from weightsmith.jobs import DequantizedJob
-from weightsmith.tools import Memory as Room
+from weightsmith.core import platforms
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure
+from weightsmith.core.jobs import DequantizedJob
+from weightsmith.steps.tools import Memory as Room
 
 from tests.fakes.baking import push_base
 from tests.fakes.fleet_runs import run, write_fleet

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.building.explain import forecast, plan_of
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.stages import quantize
 
 from tests.fakes.memory import Memory

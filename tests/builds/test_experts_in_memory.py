@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import InputRefused
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.trees import remove
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.oci.registry import Registry
 from weightsmith.quantizers.packed import view_of
-from weightsmith.trees import remove
-from weightsmith.wiring import cache_folder
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.baking import push_base

@@ -19,16 +19,16 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith.drivers.fleet_ray import RayFleet
-from weightsmith.drivers.fleet_slurm import SlurmFleet
+from weightsmith.building.wiring import open_tools
+from weightsmith.cache.address import of_nodes
+from weightsmith.core.ports import FleetEngine
 from weightsmith.fleets import running
 from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
 from weightsmith.fleets.rows import FleetRows
-from weightsmith.ports import FleetEngine
-from weightsmith.run_options import RunOptions
-from weightsmith.sharing.address import of_nodes
-from weightsmith.user_config import read_config
-from weightsmith.wiring import open_tools
+from weightsmith.outside.fleet_ray import RayFleet
+from weightsmith.outside.fleet_slurm import SlurmFleet
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import read_config
 
 from tests.clusters import Cluster, has_ended
 from tests.fakes.debian_registry import real_registry, start_again, stop_registry

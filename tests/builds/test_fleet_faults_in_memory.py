@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.quantizers import of_format
 
 from tests.fakes.fleet import MemoryFleet, by_tools

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.fleets.foresight import plan_of, text_of
 from weightsmith.fleets.ordering import foreseen, ordered
 from weightsmith.oci.registry import Registry

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from weightsmith.wiring import cache_folder
+from weightsmith.building.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "how-to" / "build-a-fleet.md"

@@ -11,20 +11,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from weightsmith.drivers.folder_cache import FolderCache
-from weightsmith.drivers.folders import FolderReader
-from weightsmith.drivers.s3_cache import S3Cache
-from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.fleets import parcels, running
-from weightsmith.fleets.parcels import packed
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.document import read_document, to_document
+from weightsmith.cache.store import SharedStore
+from weightsmith.cache.uploads import Uploads
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.ports import Cache
+from weightsmith.fleets import payloads as parcels
+from weightsmith.fleets import running
+from weightsmith.fleets.payloads import packed
 from weightsmith.fleets.requests import Request
 from weightsmith.fleets.rows import FleetRows
-from weightsmith.ports import Cache
-from weightsmith.sharing.cache import SharedCache
-from weightsmith.sharing.document import read_document, to_document
-from weightsmith.sharing.store import SharedStore
-from weightsmith.sharing.uploads import Uploads
-from weightsmith.tools import Tools
+from weightsmith.outside.folder_cache import FolderCache
+from weightsmith.outside.folders import FolderReader
+from weightsmith.outside.s3_cache import S3Cache
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.fleet import MemoryFleet, by_tools

@@ -7,7 +7,7 @@ import json
 import pytest
 from weightsmith.building.explain import forecast
 from weightsmith.commands.plan import table
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 
 from tests.fakes.memory import Memory
 

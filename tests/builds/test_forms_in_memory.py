@@ -10,10 +10,10 @@ import pytest
 from weightsmith.building.explain import forecast
 from weightsmith.commands.images import copy_image
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Silent
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.memory import Memory, new_signer

@@ -11,12 +11,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from weightsmith.drivers.toolset import toolset_folder
-from weightsmith.quality.measure import measure
+from weightsmith.building.wiring import cache_folder
+from weightsmith.outside.toolset import toolset_folder
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.wiring import cache_folder
+from weightsmith.quantizers.quality.measure import measure
 
 from tests.fakes.ggufs import ROOT, TINY
 
@@ -144,17 +144,17 @@ def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
 RUN = """
 import sys
 from pathlib import Path
-from weightsmith.drivers.folders import read_tree
+from weightsmith.outside.folders import read_tree
 from weightsmith.steps.destinations import InStore
-from weightsmith.ports import Silent
-from weightsmith.quality.measure import measure
+from weightsmith.core.ports import Silent
+from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import read_texts
-from weightsmith.recipe import TextBounds
-from weightsmith.run_options import RunOptions
+from weightsmith.recipe.schema import TextBounds
+from weightsmith.recipe.run_options import RunOptions
 from weightsmith.stages.quantize import QuantizeOptions, quantize
-from weightsmith.values import Checkpoint
-from weightsmith.wiring import open_tools
+from weightsmith.core.values import Checkpoint
+from weightsmith.building.wiring import open_tools
 
 class Loud(Silent):
     def note(self, text):

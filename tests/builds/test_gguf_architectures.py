@@ -21,17 +21,17 @@ from transformers import (
     Qwen3MoeConfig,
     Starcoder2Config,
 )
-from weightsmith.checkpoints.gguf_import import import_gguf
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.drivers.pypi import PypiReader
-from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.toolset import toolset_folder
-from weightsmith.ports import Silent
-from weightsmith.quality.measure import measure
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.ports import Silent
+from weightsmith.models.gguf_import import import_gguf
+from weightsmith.models.tensors import CheckpointTensors
+from weightsmith.outside.pypi import PypiReader
+from weightsmith.outside.store import FileStore
+from weightsmith.outside.toolset import toolset_folder
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.quantizer import QuantizeRequest
-from weightsmith.wiring import cache_folder
 
 from tests.fakes.ggufs import CONFIGS, IDS, SHAPE, TINY, compare, made, make_random, model_type
 from tests.fakes.sentence_pieces import save, train

@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.oci.layout import read_layout
 
 from tests.fakes.ggufs import beside, program, same

@@ -6,14 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.errors import InputRefused
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.merge_options import Merge
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.merge_options import Merge
 from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.outside.local import LocalRunner
 from weightsmith.quantizers import formats
 from weightsmith.stages.quantize import QuantizeOptions, job_of
-from weightsmith.wiring import cache_folder
 
 from tests.fakes.ggufs import CONFIGS, TINY, make_random, model_type, same
 from tests.fakes.journal import RecordingProgress

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from transformers import LlamaConfig
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_header import read_header

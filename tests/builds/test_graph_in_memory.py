@@ -81,7 +81,7 @@ from dataclasses import dataclass
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.step import Foreseen, Step, TargetStep
-from weightsmith.values import StageInputs
+from weightsmith.core.values import StageInputs
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

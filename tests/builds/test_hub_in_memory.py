@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith import platforms
 from weightsmith.commands.upload import push_to_hub
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.ports import Silent
+from weightsmith.core import platforms
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.stages.upload import HubDestination
 
 from tests.fakes.memory import Memory

@@ -9,14 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.pushed_layers import PushedLayers
+from weightsmith.core.ports import Cache
+from weightsmith.core.values import Blob, Digest, FileEntry, Published, Tree
 from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.weights import weight_layers
-from weightsmith.ports import Cache
-from weightsmith.values import Blob, Digest, FileEntry, Published, Tree
+from weightsmith.outside.pushed_layers import PushedLayers
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.debian_registry import real_registry

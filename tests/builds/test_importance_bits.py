@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
-from weightsmith.cpus import AVX2_LOOPS
+from weightsmith.core.cpus import AVX2_LOOPS
 from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK

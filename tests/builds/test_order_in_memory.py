@@ -7,9 +7,9 @@ import json
 
 import pytest
 from weightsmith.building import graph
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 from weightsmith.provenance.signing import check_by
-from weightsmith.tools import Memory as Room
+from weightsmith.steps.tools import Memory as Room
 
 from tests.fakes.jobs import WRONG
 from tests.fakes.memory import QUESTIONS, Memory, new_signer

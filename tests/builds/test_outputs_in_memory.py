@@ -13,10 +13,10 @@ from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Silent
 
 from tests.fakes.baking import push_base
 from tests.fakes.memory import Memory, new_signer

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from weightsmith.drivers.toolset import toolset_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.outside.toolset import toolset_folder
 from weightsmith.serving.llamacpp_cache import padded
-from weightsmith.wiring import cache_folder
 
 from tests.fakes.started import at_once, free_port, started, weightsmith
 

@@ -11,11 +11,11 @@ import pytest
 import yaml
 from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.verify import verify_image
-from weightsmith.drivers.docker import DockerEngine
-from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.ports import Silent
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
+from weightsmith.outside.docker import DockerEngine
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.command_line import weightsmith

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from weightsmith.building.explain import forecast, plan_of
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.models.facts import read_facts
 from weightsmith.oci.references import Reference
 from weightsmith.quantizers import formats
 from weightsmith.steps.sizes import estimated_bytes, projector_bytes

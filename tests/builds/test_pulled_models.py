@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from weightsmith.drivers.toolset import toolset_folder
-from weightsmith.wiring import cache_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.outside.toolset import toolset_folder
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.readers import reader

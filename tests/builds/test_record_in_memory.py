@@ -12,8 +12,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from weightsmith.errors import CheckFailed
-from weightsmith.reporting.build_record import read_build
+from weightsmith.core.errors import CheckFailed
+from weightsmith.evaluating.build_record import read_build
 
 from tests.fakes.jobs import WRONG
 from tests.fakes.memory import Memory

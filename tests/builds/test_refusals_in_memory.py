@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from weightsmith.building import checks
 from weightsmith.building.explain import forecast
-from weightsmith.errors import (
+from weightsmith.core.errors import (
     CheckFailed,
     EnvironmentFailure,
     InputRefused,
@@ -19,7 +19,7 @@ from weightsmith.errors import (
     WeightsmithError,
 )
 from weightsmith.oci import limits
-from weightsmith.tools import Memory as Room
+from weightsmith.steps.tools import Memory as Room
 
 from tests.fakes.baking import push_base
 from tests.fakes.jobs import LOSSY, WRONG

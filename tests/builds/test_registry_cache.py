@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.pushed_layers import PushedLayers
+from weightsmith.core.values import Blob
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
-from weightsmith.values import Blob
+from weightsmith.outside.pushed_layers import PushedLayers
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import Memory, in_memory

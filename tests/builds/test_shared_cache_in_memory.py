@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import CheckFailed, EnvironmentFailure
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.cache import MemoryCache

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from weightsmith.building import checks
 from weightsmith.building.explain import forecast
-from weightsmith.checkpoints.folder import scan
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.checkpoints.without_data import has_no_data
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.models.folder import scan
+from weightsmith.models.safetensors import read_header
+from weightsmith.models.virtual_weights import has_no_data
 from weightsmith.oci import weights
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
 
 from tests.fakes.baking import push_base
 from tests.fakes.memory import QUESTIONS, Memory, in_memory

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.errors import InputRefused
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import ConvertAdaptersJob
-from weightsmith.ports import Silent
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import ConvertAdaptersJob
+from weightsmith.core.ports import Silent
+from weightsmith.outside.local import LocalRunner
 from weightsmith.quantizers.gguf_lora import FILE
-from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"

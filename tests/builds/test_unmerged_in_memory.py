@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from weightsmith.building.explain import forecast
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.safetensors import read_header
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.memory import Memory, in_memory

@@ -8,16 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from weightsmith.drivers import folder_cache, s3_cache
-from weightsmith.drivers.folder_cache import FolderCache
-from weightsmith.drivers.s3_cache import S3Cache
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.ports import Cache
+from weightsmith.core.values import Blob, Digest, key_of
 from weightsmith.oci.layers import LAYER_TAR
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
-from weightsmith.ports import Cache
-from weightsmith.values import Blob, Digest, key_of
+from weightsmith.outside import folder_cache, s3_cache
+from weightsmith.outside.folder_cache import FolderCache
+from weightsmith.outside.s3_cache import S3Cache
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.debian_registry import real_registry

@@ -18,16 +18,16 @@ from weightsmith.commands.images import copy_image
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
-from weightsmith.drivers.signer import open_signer
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import OCI_INDEX
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
+from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import evidence
-from weightsmith.values import Blob, Digest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.bundles import attached, bundle, claim

@@ -7,14 +7,14 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from weightsmith.drivers.docker import DockerEngine
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import ContainerEngine
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
-from weightsmith.ports import ContainerEngine
+from weightsmith.outside.docker import DockerEngine
 
 from tests.fakes.engine import MemoryEngine
 

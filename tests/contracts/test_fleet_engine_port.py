@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsmith.drivers import fleet_ray
-from weightsmith.drivers.fleet_local import LocalFleet, Room
-from weightsmith.drivers.fleet_ray import RayFleet
-from weightsmith.drivers.fleet_slurm import SlurmFleet
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.ports import Ended, FleetEngine, Work
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import Ended, FleetEngine, Work
+from weightsmith.outside import fleet_ray
+from weightsmith.outside.fleet_local import LocalFleet, Room
+from weightsmith.outside.fleet_ray import RayFleet
+from weightsmith.outside.fleet_slurm import SlurmFleet
 
 from tests.clusters import has_ended
 from tests.fakes.fleet import MemoryFleet

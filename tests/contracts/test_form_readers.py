@@ -12,7 +12,8 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layout import read_layout
@@ -21,7 +22,6 @@ from weightsmith.oci.ollama import modelfile, ollama_model
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.weights import weight_layers
-from weightsmith.values import Digest, FileEntry, Tree
 
 from tests.fakes.debian_registry import real_registry
 

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from weightsmith.cpus import flags
-from weightsmith.drivers.docker import DockerEngine
-from weightsmith.drivers.docker_images import base_reference
-from weightsmith.drivers.docker_launcher import DockerLauncher
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.cpus import flags
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import Endpoint, Launcher, StartSpec
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Endpoint, Launcher, StartSpec
+from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.docker_images import base_reference
+from weightsmith.outside.docker_launcher import DockerLauncher
 
 from tests.fakes.engine import MemoryEngine
 from tests.fakes.launcher import MemoryLauncher

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.images import inspect_image
-from weightsmith.drivers.docker import DockerEngine
-from weightsmith.drivers.ownership import is_dead, owner_token
 from weightsmith.oci import archive
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.registry import Registry
+from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.ownership import is_dead, owner_token
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.steps.delivery import Outputs, candidate, deliver, discard_candidate, is_held
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.memory import memory_tools

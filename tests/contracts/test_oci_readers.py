@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.configuration import ImageConfig
@@ -24,7 +25,6 @@ from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pa
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
-from weightsmith.values import Digest, FileEntry, Tree
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import Altered, WeightsmithError
+from weightsmith.core.errors import Altered, WeightsmithError
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry

@@ -13,7 +13,9 @@ from weightsmith.commands.images import copy_image
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Digest
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Index
@@ -21,8 +23,6 @@ from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
-from weightsmith.values import Digest
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.faulty_proxy import Faults, faulty_proxy

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import BlobLayer, Layer, Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.values import Blob, Digest
 
 from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_server
 from tests.fakes.debian_registry import real_registry, stop_registry

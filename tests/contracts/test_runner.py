@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.drivers.docker import DockerEngine, DockerRunner
-from weightsmith.drivers.docker_requests import LABEL_JOB
-from weightsmith.drivers.folders import read_tree
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import MergeJob
-from weightsmith.merge_options import Merge
-from weightsmith.ports import Runner, Silent
-from weightsmith.runners import WithinMemory
-from weightsmith.wiring import cache_folder
+from weightsmith.building.runners import WithinMemory
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import MergeJob
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.ports import Runner, Silent
+from weightsmith.outside.docker import DockerEngine, DockerRunner
+from weightsmith.outside.docker_requests import LABEL_JOB
+from weightsmith.outside.folders import read_tree
+from weightsmith.outside.local import LocalRunner
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.awake import hear_interrupts
@@ -320,7 +320,7 @@ SLEEPER = """
 import sys
 from pathlib import Path
 from tests.contracts.test_runner import echo, make_runner
-from weightsmith.ports import Silent
+from weightsmith.core.ports import Silent
 
 class Loud(Silent):
     def note(self, text):

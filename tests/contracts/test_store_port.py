@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.sharing.cache import SharedCache
-from weightsmith.sharing.store import SharedStore
-from weightsmith.values import Digest, UnreadDigest, key_of
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.store import SharedStore
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.values import Digest, UnreadDigest, key_of
+from weightsmith.outside.store import FileStore
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.store import MemoryStore

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from weightsmith.core.values import Digest, canonical
 from weightsmith.oci.attachments import Part, fallback_tag
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import signing
-from weightsmith.values import Digest, canonical
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.command_line import weightsmith

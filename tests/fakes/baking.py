@@ -12,13 +12,13 @@ from typing import Any
 
 from weightsmith.commands.bake import bake_model
 from weightsmith.commands.requests import BakeCommand
+from weightsmith.core.ports import Progress, Silent
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Progress, Silent
-from weightsmith.recipe_outputs import ImageNames
+from weightsmith.recipe.outputs import ImageNames
 
 from tests.fakes.memory import memory_tools
 from tests.fakes.registry import FakeRegistry

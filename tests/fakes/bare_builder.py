@@ -7,11 +7,11 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from weightsmith.drivers.environment import environment_folder
-from weightsmith.drivers.local import LocalRunner, _pins
-from weightsmith.drivers.toolset import failure_marker, toolset_folder
-from weightsmith.job_inputs import Input
-from weightsmith.resources import optional_engines
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.resources import optional_engines
+from weightsmith.outside.environment import environment_folder
+from weightsmith.outside.local import LocalRunner, _pins
+from weightsmith.outside.toolset import failure_marker, toolset_folder
 
 from tests.fakes.echo import EchoJob, let_runners_start_it
 
@@ -51,8 +51,8 @@ def echo_job(folder: Path, **wishes: Any) -> EchoJob:
 if __name__ == "__main__":
     import json
 
-    from weightsmith.drivers.confinement import targets
-    from weightsmith.errors import WeightsmithError
+    from weightsmith.core.errors import WeightsmithError
+    from weightsmith.outside.confinement import targets
 
     from tests.fakes.journal import RecordingProgress
 

@@ -11,8 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, Part
-from weightsmith.values import Blob, Digest
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 SIGNED = "https://sigstore.dev/cosign/sign/v1"

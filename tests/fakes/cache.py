@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.ports import Kept
-from weightsmith.values import Blob, Digest
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import Kept
+from weightsmith.core.values import Blob, Digest
 
 CHUNK = 1000
 """Small, so that readers meet every boundary."""

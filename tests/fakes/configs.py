@@ -1,7 +1,7 @@
 """Configurations that many tests plan for, as far as planners read them."""
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.shape import ModelShape
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],

@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from weightsmith import jobs
-from weightsmith.drivers.sandbox_probe import attempts
-from weightsmith.errors import from_code
-from weightsmith.job_inputs import Input
+from weightsmith.core import jobs
+from weightsmith.core.errors import from_code
+from weightsmith.core.job_inputs import Input
+from weightsmith.outside.sandbox_probe import attempts
 from weightsmith.worker import jobs as worker
 from weightsmith.worker.wire import note
 
@@ -97,7 +97,7 @@ stages[EchoJob.kind] = _echo
 @cache
 def package() -> Path:
     """Return a copy of the package whose workers know the job."""
-    from weightsmith.resources import package as own
+    from weightsmith.core.resources import package as own
 
     folder = Path(tempfile.mkdtemp(prefix="echo-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -111,6 +111,6 @@ def package() -> Path:
 
 def let_runners_start_it() -> None:
     """Let the runners in this process start workers that know the job."""
-    from weightsmith.drivers import docker, local
+    from weightsmith.outside import docker, local
 
     docker.package = local.package = package  # type: ignore[attr-defined]

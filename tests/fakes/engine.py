@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import CANDIDATES
+from weightsmith.core.values import Digest, Json
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
-from weightsmith.ports import CANDIDATES
-from weightsmith.values import Digest, Json
 
 from tests.fakes.journal import Journal
 

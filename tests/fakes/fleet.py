@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import Ended, Work
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import canonical
 from weightsmith.fleets.node import answer
 from weightsmith.fleets.requests import Request
-from weightsmith.foreign import parse
-from weightsmith.ports import Ended, Work
-from weightsmith.tools import Tools
-from weightsmith.values import canonical
+from weightsmith.steps.tools import Tools
 
 
 def by_tools(tools: Tools) -> Callable[[str], str]:

@@ -23,14 +23,14 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
-from weightsmith.drivers.local import LocalRunner
-from weightsmith.drivers.toolset import tools_variable, toolset_folder
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import Beside
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Beside
+from weightsmith.outside.local import LocalRunner
+from weightsmith.outside.toolset import tools_variable, toolset_folder
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY
 from weightsmith.stages.quantize import QuantizeOptions, job_of
-from weightsmith.wiring import cache_folder
 
 from tests.fakes.journal import RecordingProgress
 

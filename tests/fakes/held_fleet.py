@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from weightsmith import wiring
+from weightsmith.building import wiring
 from weightsmith.cli.program import main
 from weightsmith.fleets import running
 

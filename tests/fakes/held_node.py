@@ -72,9 +72,9 @@ def main() -> int:
     """Do a task, with stores of this node's own."""
     if name := os.environ.get("SLURMD_NODENAME"):
         os.environ["WEIGHTSMITH_STORE"] = f"{os.environ[FOLDER]}/store-{name}"
-    from weightsmith import node
-    from weightsmith.drivers.local import LocalRunner
+    from weightsmith.fleets import node_program as node
     from weightsmith.oci import uploads
+    from weightsmith.outside.local import LocalRunner
 
     LocalRunner.run = _held_runner(LocalRunner.run)  # type: ignore[method-assign]
     uploads.send = _held_send(uploads.send)

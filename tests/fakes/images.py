@@ -9,11 +9,11 @@ import json
 import tarfile
 from pathlib import Path
 
+from weightsmith.core.values import Blob, Digest, FileEntry, Tree
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import Image, assemble, load_image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.weights import weight_layers
-from weightsmith.values import Blob, Digest, FileEntry, Tree
 
 FILES = {
     "model-00001-of-00002.safetensors": b"\x01" * 70_000,

@@ -13,10 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.gguf_names import projector_name
-from weightsmith.checkpoints.safetensors import build_header
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.jobs import (
+from weightsmith.core.jobs import (
     AskedModel,
     AskedTask,
     Beside,
@@ -27,8 +24,11 @@ from weightsmith.jobs import (
     QuantizeJob,
     ReferenceJob,
 )
+from weightsmith.core.values import Digest, Json, canonical
+from weightsmith.models.gguf_names import projector_name
+from weightsmith.models.safetensors import build_header
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, gguf_lora, of_format
-from weightsmith.values import Digest, Json, canonical
 from weightsmith.worker.jobs import STAGES
 
 Report = Callable[[int, int, str], None]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.ports import Endpoint, StartSpec
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import Endpoint, StartSpec
+from weightsmith.core.values import Json
 from weightsmith.provenance.labels import plan_of
-from weightsmith.values import Json
 
 from tests.fakes.engine import Held, MemoryEngine
 from tests.fakes.journal import Journal

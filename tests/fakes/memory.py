@@ -21,22 +21,22 @@ from weightsmith.building.build import build
 from weightsmith.building.record import Built
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
-from weightsmith.drivers.folders import FolderReader
-from weightsmith.drivers.hub_upload import HubWriter
-from weightsmith.drivers.signer import open_signer
-from weightsmith.drivers.user_program import run_command
-from weightsmith.jobs import Job, ProofJob, ReferenceJob
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.store import SharedStore
+from weightsmith.cache.uploads import Remember, Uploads, nowhere
+from weightsmith.core.jobs import Job, ProofJob, ReferenceJob
+from weightsmith.core.ports import CANDIDATES, Cache, Progress, Signer
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import CANDIDATES, Cache, Progress, Signer
+from weightsmith.outside.folders import FolderReader
+from weightsmith.outside.hub_upload import HubWriter
+from weightsmith.outside.signer import open_signer
+from weightsmith.outside.user_program import run_command
 from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
-from weightsmith.recipe_file import read_recipe
-from weightsmith.sharing.cache import SharedCache
-from weightsmith.sharing.store import SharedStore
-from weightsmith.sharing.uploads import Remember, Uploads, nowhere
+from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.delivery import Outputs
-from weightsmith.tools import NO_LIMIT, Tools
-from weightsmith.tools import Memory as Room
+from weightsmith.steps.tools import NO_LIMIT, Tools
+from weightsmith.steps.tools import Memory as Room
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.engine import MemoryEngine

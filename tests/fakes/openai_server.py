@@ -4,7 +4,7 @@ import json
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from weightsmith.ports import Endpoint
+from weightsmith.core.ports import Endpoint
 
 from tests.fakes.serving import serving
 

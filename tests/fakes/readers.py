@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from weightsmith.files import folder_beside
-from weightsmith.wiring import cache_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.files import folder_beside
 
 
 def reader(package: str, *needs: str) -> Path:

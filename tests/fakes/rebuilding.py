@@ -8,22 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from weightsmith.checkpoints.reshard import Resharded
 from weightsmith.commands.rebuild import recipe_of_image
-from weightsmith.drivers.signer import open_signer
-from weightsmith.evaluating.results import RecipeTask, Result
-from weightsmith.evaluating.task import Task
-from weightsmith.oci.locations import RegistryLocation
-from weightsmith.oci.references import Reference
-from weightsmith.oci.registry import Registry
-from weightsmith.ports import Progress, Silent
-from weightsmith.provenance.attest import evidence, public_recipe
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials
-from weightsmith.provenance.sealing import seal
-from weightsmith.recipe import Evaluate
-from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe
-from weightsmith.serving.llamacpp import ENGINE
-from weightsmith.values import (
+from weightsmith.core.ports import Progress, Silent
+from weightsmith.core.values import (
     SAFETENSORS,
     AdapterSnapshot,
     Artifact,
@@ -35,6 +22,19 @@ from weightsmith.values import (
     Sources,
     Tree,
 )
+from weightsmith.evaluating.results import RecipeTask, Result
+from weightsmith.evaluating.task import Task
+from weightsmith.models.reshard import Resharded
+from weightsmith.oci.locations import RegistryLocation
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.outside.signer import open_signer
+from weightsmith.provenance.attest import evidence, public_recipe
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials
+from weightsmith.provenance.sealing import seal
+from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe
+from weightsmith.recipe.schema import Evaluate
+from weightsmith.serving.llamacpp import ENGINE
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.registry import FakeRegistry

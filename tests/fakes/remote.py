@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import Job, read_job, write_job
-from weightsmith.ports import Progress, Runner
-from weightsmith.values import Digest, FileEntry, Json
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Job, read_job, write_job
+from weightsmith.core.ports import Progress, Runner
+from weightsmith.core.values import Digest, FileEntry, Json
 
 
 @dataclass

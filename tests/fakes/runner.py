@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightsmith.errors import EnvironmentFailure, WeightsmithError, from_code
-from weightsmith.jobs import Job, read_job, write_job
-from weightsmith.ports import Progress
-from weightsmith.values import Json, plain
+from weightsmith.core.errors import EnvironmentFailure, WeightsmithError, from_code
+from weightsmith.core.jobs import Job, read_job, write_job
+from weightsmith.core.ports import Progress
+from weightsmith.core.values import Json, plain
 from weightsmith.worker.jobs import STAGES
 from weightsmith.worker.virtual import computed
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.ports import Entry
-from weightsmith.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import Entry
+from weightsmith.core.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 
 _LARGE = 256 << 10
 

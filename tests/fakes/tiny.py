@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from weightsmith.checkpoints.safetensors import build_header
+from weightsmith.models.safetensors import build_header
 
 
 def write_model(folder: Path) -> Path:

@@ -106,9 +106,9 @@ def killed_at(moment: int, number: int) -> Iterator[Callable[[], int]]:
 
 def push(layout: str, to: str) -> None:
     """Push a layout, as `push` does."""
+    from weightsmith.building.wiring import make_registry
     from weightsmith.commands.images import copy_image
-    from weightsmith.ports import Silent
-    from weightsmith.wiring import make_registry
+    from weightsmith.core.ports import Silent
 
     with make_registry() as registry:
         _spare_no_more()
@@ -117,9 +117,9 @@ def push(layout: str, to: str) -> None:
 
 def publish(source: str, layout: str, swap: bool) -> None:
     """Give a layout its image, as `build` does after the image has passed."""
-    from weightsmith import layouts
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
+    from weightsmith.steps import layouts
     from weightsmith.steps.delivery import Outputs, deliver
 
     from tests.fakes.memory import memory_tools
@@ -135,11 +135,11 @@ def publish(source: str, layout: str, swap: bool) -> None:
 
 def pull(source: str, layout: str, root: str) -> None:
     """Bring an image from a registry: into a layout, and unpacked below a cache."""
-    from weightsmith.drivers.ownership import private_folder
+    from weightsmith.building.wiring import make_registry
     from weightsmith.oci.layout import write_layout
     from weightsmith.oci.references import Reference
     from weightsmith.oci.unpack import unpack
-    from weightsmith.wiring import make_registry
+    from weightsmith.outside.ownership import private_folder
 
     with make_registry() as registry:
         image = registry.pull(Reference.parse(source), platform="linux/amd64")
@@ -152,9 +152,9 @@ def load(source: str, name: str) -> None:
     """Load an image into the container engine, as `build --load` does."""
     from dataclasses import replace
 
-    from weightsmith.drivers.docker import DockerEngine
     from weightsmith.oci import archive
     from weightsmith.oci.layout import read_layout
+    from weightsmith.outside.docker import DockerEngine
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.steps.delivery import Outputs, deliver
 
@@ -202,9 +202,6 @@ def _spare_no_more() -> None:
 
 
 def _serve() -> None:
-    import weightsmith.building.build
-    import weightsmith.commands.images
-    import weightsmith.wiring  # noqa: F401 - loaded once, for every child
 
     import tests.fakes.memory  # noqa: F401 - the same
 
@@ -226,7 +223,7 @@ def _serve() -> None:
 def _act(operation: str, words: Mapping[str, Any], moment: int, number: int, tell: int) -> None:
     """Do an operation and end: with 130 after SIGTERM, as every command does."""
     from weightsmith.cli.command import _guarded
-    from weightsmith.errors import WeightsmithError
+    from weightsmith.core.errors import WeightsmithError
 
     global _spare
     code, _spare = 1, 0 if moment else number

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.docker import DockerEngine
-from weightsmith.drivers.ownership import is_dead
-from weightsmith.layouts import check_layout as before_work
+from weightsmith.core.values import Digest
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import held_digest, read_layout, write_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.values import Digest
+from weightsmith.outside.docker import DockerEngine
+from weightsmith.outside.ownership import is_dead
+from weightsmith.steps.layouts import check_layout as before_work
 
 from tests.fakes.images import tiny_image
 from tests.fakes.registry import FakeRegistry, fake_registry

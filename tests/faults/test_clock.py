@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith import files
-from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.worker_protocol import open_log
-from weightsmith.files import sweep, write_whole
+from weightsmith.core import files
+from weightsmith.core.files import sweep, write_whole
+from weightsmith.core.values import key_of
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.registry import Registry
-from weightsmith.values import key_of
+from weightsmith.outside.store import FileStore
+from weightsmith.outside.worker_protocol import open_log
 
 from tests.fakes.memory import Memory, in_memory
 

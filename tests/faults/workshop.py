@@ -17,8 +17,8 @@ from typing import Any, Self
 
 import yaml
 from safetensors.numpy import load_file, save_file
-from weightsmith.visible import quoted
-from weightsmith.wiring import cache_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.escape import quoted
 
 from tests.fakes.awake import hear_interrupts
 

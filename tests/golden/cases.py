@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 
 from weightsmith.building.targets import all_targets
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Digest
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.stages.render import render
 from weightsmith.steps.sizes import estimated_bytes
-from weightsmith.values import Digest
 
 from tests.fakes.configs import facts
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from weightsmith.forward.device import OnDevice, on_gpu
 from weightsmith.forward.greedy import Answers, Questions, greedy
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
 
 from tests.unit.validating.conftest import make_adapter, make_model

@@ -23,27 +23,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
-from weightsmith import time_limits
+from weightsmith.building.progress import PlainProgress, progress_for
 from weightsmith.cli.command import print_error
 from weightsmith.cli.models import _verdict
 from weightsmith.commands.images import inspect_text
 from weightsmith.commands.lm_eval import tasks_text
 from weightsmith.commands.plan import table as plan_table
 from weightsmith.commands.verify import table as verify_table
-from weightsmith.drivers.forked import forked
-from weightsmith.errors import InputRefused, WeightsmithError
+from weightsmith.core import time_limits
+from weightsmith.core.errors import InputRefused, WeightsmithError
+from weightsmith.core.escape import as_json
+from weightsmith.core.lines import put_line
+from weightsmith.core.ports import Progress
+from weightsmith.evaluating.build_record import BuildRecord
+from weightsmith.evaluating.junit import junit
+from weightsmith.evaluating.pages import build_view, render_view
 from weightsmith.forward.libraries import load_tokenizer
-from weightsmith.lines import put_line
 from weightsmith.merging.plan import make_plan
-from weightsmith.ports import Progress
-from weightsmith.progress import PlainProgress, progress_for
-from weightsmith.quality.texts import _lengths
-from weightsmith.reporting.build_record import BuildRecord
-from weightsmith.reporting.junit import junit
-from weightsmith.reporting.pages import build_view, render_view
+from weightsmith.outside.forked import forked
+from weightsmith.quantizers.quality.texts import _lengths
 from weightsmith.validating.findings import finding
 from weightsmith.validating.result import Validation
-from weightsmith.visible import as_json
 
 from tests.fakes.records import BUILD
 

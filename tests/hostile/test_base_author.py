@@ -14,25 +14,24 @@ from pathlib import Path
 import gguf
 import pytest
 import transformers
-from weightsmith import time_limits
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.folder import check_model_folder, ignored_files, scan
-from weightsmith.checkpoints.gguf_config import gguf_config, gguf_tensor_types
-from weightsmith.checkpoints.gguf_import import import_gguf
-from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.drivers import wheel_files
-from weightsmith.drivers.pypi import PypiReader
-from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.wheel_files import extract_model
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.ports import Silent
+from tests.unit.checkpoints.test_gguf_import import weights, write
+from weightsmith.core import time_limits
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.core.time_limits import cpu_limit
+from weightsmith.core.values import Digest
+from weightsmith.models.facts import read_facts
+from weightsmith.models.folder import check_model_folder, ignored_files, scan
+from weightsmith.models.gguf_config import gguf_config, gguf_tensor_types
+from weightsmith.models.gguf_import import import_gguf
+from weightsmith.models.safetensors import open_checkpoint
+from weightsmith.outside import wheel_files
+from weightsmith.outside.pypi import PypiReader
+from weightsmith.outside.store import FileStore
+from weightsmith.outside.wheel_files import extract_model
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.quantizers.sentencepiece_export import sentence_pieces
-from weightsmith.recipe_file import read_recipe
-from weightsmith.time_limits import cpu_limit
-from weightsmith.values import Digest
-
-from tests.unit.checkpoints.test_gguf_import import weights, write
+from weightsmith.recipe.file import read_recipe
 
 ROOT = Path(__file__).parents[2]
 # Chat templates that never end, or grow.
@@ -60,7 +59,7 @@ def test_a_chat_template_that_never_ends_is_refused(tmp_path: Path, impatient: N
     """The template loops 10^20 times: wherever a job renders it, it is refused by name."""
     from weightsmith.forward.libraries import load_tokenizer
     from weightsmith.merging.reference import answer
-    from weightsmith.quality.texts import as_lines, readings
+    from weightsmith.quantizers.quality.texts import as_lines, readings
     from weightsmith.validating.probes import encode
 
     base = base_with(tmp_path, LOOPS)
@@ -81,8 +80,8 @@ def test_a_chat_template_that_grows_is_refused_within_the_jobs_memory(tmp_path: 
     base = base_with(tmp_path, GROWS)
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from weightsmith.errors import InputRefused\n"
-        "from weightsmith.quality.texts import as_lines\n"
+        "from weightsmith.core.errors import InputRefused\n"
+        "from weightsmith.quantizers.quality.texts import as_lines\n"
         "resource.setrlimit(resource.RLIMIT_DATA, (1 << 30,) * 2)\n"
         "try: as_lines(Path(sys.argv[1]), [{'messages': [{'role': 'user', 'content': 'x'}]}])\n"
         "except InputRefused as refused: print(refused)"

@@ -18,22 +18,22 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.document import LARGEST, read_document
+from weightsmith.cache.store import SharedStore
+from weightsmith.cache.uploads import Uploads
 from weightsmith.commands.cache import describe_cache, prune_cache
-from weightsmith.drivers.folder_cache import FolderCache
-from weightsmith.errors import CacheLost, InputRefused
+from weightsmith.core.errors import CacheLost, InputRefused
+from weightsmith.core.ports import Signer
+from weightsmith.core.values import Blob, Digest, canonical, key_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.replies import Reply
-from weightsmith.ports import Signer
+from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.provenance import signing
 from weightsmith.provenance.signing import check_by
 from weightsmith.provenance.statements import Statement
-from weightsmith.sharing.cache import SharedCache
-from weightsmith.sharing.document import LARGEST, read_document
-from weightsmith.sharing.store import SharedStore
-from weightsmith.sharing.uploads import Uploads
-from weightsmith.values import Blob, Digest, canonical, key_of
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory, in_memory, new_signer

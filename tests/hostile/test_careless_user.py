@@ -13,15 +13,11 @@ from typing import Any
 
 import pytest
 import weightsmith as library
-from weightsmith import time_limits
 from weightsmith.building.record_facts import Facts, write_record
-from weightsmith.errors import UsageError
-from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.metrics import check_metric, score_answers
-from weightsmith.oci.references import Reference
-from weightsmith.provenance.attest import public_recipe
-from weightsmith.recipe_file import check_recipe
-from weightsmith.values import (
+from weightsmith.building.wiring import keep_clean
+from weightsmith.core import time_limits
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import (
     AdapterSnapshot,
     Checkpoint,
     Digest,
@@ -31,7 +27,11 @@ from weightsmith.values import (
     Tree,
     without_passwords,
 )
-from weightsmith.wiring import keep_clean
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.metrics import check_metric, score_answers
+from weightsmith.oci.references import Reference
+from weightsmith.provenance.attest import public_recipe
+from weightsmith.recipe.file import check_recipe
 
 from tests.fakes.command_line import weightsmith
 

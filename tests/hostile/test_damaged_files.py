@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.reference import Subject, answers
-from weightsmith.quality.texts import as_lines, readings
+from weightsmith.models.facts import read_facts
+from weightsmith.quantizers.quality.texts import as_lines, readings
 from weightsmith.validating.validate import Request, validate
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.drivers import landlock
-from weightsmith.drivers.confinement import confinement, targets
+from weightsmith.outside import landlock
+from weightsmith.outside.confinement import confinement, targets
 
 from tests.fakes.bare_builder import bare_runner, echo_job
 from tests.fakes.echo import package

@@ -14,21 +14,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith import files
-from weightsmith.drivers.checkup import _privacy
-from weightsmith.drivers.ownership import private_folder
-from weightsmith.drivers.pushed_layers import PushedLayers
-from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.worker_protocol import open_log
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.files import alone, folder_beside, replace_file, sweep, write_whole
+from weightsmith.building.wiring import make_store, require_folders
+from weightsmith.core import files
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.files import alone, folder_beside, replace_file, sweep, write_whole
+from weightsmith.core.ports import Silent
+from weightsmith.core.privacy import AnothersFolder, is_shared, private, require_own
+from weightsmith.core.values import Digest, key_of
 from weightsmith.fleets.ordering import _token
-from weightsmith.ports import Silent
-from weightsmith.privacy import AnothersFolder, is_shared, private, require_own
-from weightsmith.recipe_file import read_recipe
+from weightsmith.outside.checkup import _privacy
+from weightsmith.outside.ownership import private_folder
+from weightsmith.outside.pushed_layers import PushedLayers
+from weightsmith.outside.store import FileStore
+from weightsmith.outside.worker_protocol import open_log
+from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.lock import read_lock, write_lock
-from weightsmith.values import Digest, key_of
-from weightsmith.wiring import make_store, require_folders
 
 from tests.fakes.deep import NOBODY, somebody_else
 
@@ -58,7 +58,7 @@ def test_another_users_results_do_not_stop_cleaning() -> None:
 _TWO_CONTAINERS = """
 import sys
 from pathlib import Path
-from weightsmith.files import write_whole
+from weightsmith.core.files import write_whole
 mine, path = sys.argv[1].encode() * 5000, Path(sys.argv[2])
 for _ in range(400):
     write_whole(path, mine)

@@ -15,18 +15,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from weightsmith.checkpoints.tensors import largest
-from weightsmith.drivers.pypi import PypiReader
-from weightsmith.drivers.store import FileStore
-from weightsmith.drivers.toolset import make_toolset
-from weightsmith.kernels import quants, tiles
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.kernels import quants, tiles
+from weightsmith.core.ports import Silent
+from weightsmith.models.tensors import largest
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
-from weightsmith.ports import Silent
+from weightsmith.outside.pypi import PypiReader
+from weightsmith.outside.store import FileStore
+from weightsmith.outside.toolset import make_toolset
 from weightsmith.quantizers import rounding
 from weightsmith.quantizers.rounding import fused_scale
 from weightsmith.quantizers.schemes import SCHEMES
-from weightsmith.wiring import cache_folder
 
 from tests.conftest import emulator
 from tests.fakes.started import free_port, started, weightsmith

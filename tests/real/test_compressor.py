@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from weightsmith.drivers.environment import Pins, environment_folder
+from weightsmith.building.wiring import cache_folder
+from weightsmith.outside.environment import Pins, environment_folder
 from weightsmith.quantizers.packed import PackedView
-from weightsmith.wiring import cache_folder
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"

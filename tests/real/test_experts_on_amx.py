@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from weightsmith.cpus import flags
+from weightsmith.building.wiring import cache_folder
+from weightsmith.core.cpus import flags
 from weightsmith.serving.devices import AMX_FLAGS
-from weightsmith.wiring import cache_folder
 
 from tests.fakes.experts import trained
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.serving import sglang
 
 from tests.golden.cases import MACHINES, MODELS, PACKED, RENDERS, TARGETS, rendered

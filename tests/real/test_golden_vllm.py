@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 
 from tests.golden.cases import GOLDEN, MACHINES, MODELS, PACKED, RENDERS, TARGETS, model, rendered
 

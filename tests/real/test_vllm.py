@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from weightsmith.building.wiring import open_tools
+from weightsmith.core.ports import Silent, StartSpec
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
-from weightsmith.ports import Silent, StartSpec
 from weightsmith.provenance.labels import plan_of
 from weightsmith.quantizers.packed import PackedView
-from weightsmith.run_options import RunOptions
-from weightsmith.wiring import open_tools
+from weightsmith.recipe.run_options import RunOptions
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"

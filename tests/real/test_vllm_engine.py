@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers import docker_images
-from weightsmith.drivers.docker_requests import build_command
-from weightsmith.drivers.wheels import configured_wheels
+from weightsmith.building.wiring import make_store
+from weightsmith.outside import docker_images
+from weightsmith.outside.docker_requests import build_command
+from weightsmith.outside.wheels import configured_wheels
 from weightsmith.steps.bases import base_inputs
-from weightsmith.wiring import make_store
 
 from tests import vllm_parts
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.building.wiring import store_folder
 from weightsmith.steps.bases import base_inputs
-from weightsmith.wiring import store_folder
 
 from tests import vllm_parts
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.building.wiring import open_tools
+from weightsmith.core.ports import Silent, StartSpec
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.oci.layout import read_layout
-from weightsmith.ports import Silent, StartSpec
 from weightsmith.provenance.labels import plan_of
-from weightsmith.run_options import RunOptions
-from weightsmith.wiring import open_tools
+from weightsmith.recipe.run_options import RunOptions
 
 from tests import vllm_parts
 from tests.builds.test_gguf_projector import make_adapter, weightsmith

@@ -8,8 +8,8 @@ import venv
 from pathlib import Path
 
 import pytest
-from weightsmith import errors
 from weightsmith.building.targets import all_targets
+from weightsmith.core import errors
 
 from tests.unit.test_docs import PAGES, ROOT, listed
 

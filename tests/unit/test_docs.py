@@ -19,8 +19,8 @@ from invoke.program import Program
 from weightsmith.cli import namespace
 from weightsmith.cli.housekeeping import report_words
 from weightsmith.fleets.file import check_fleet
-from weightsmith.recipe_file import check_recipe
-from weightsmith.user_config import UserConfig
+from weightsmith.recipe.file import check_recipe
+from weightsmith.recipe.user_config import UserConfig
 
 from tests.fakes.registry import fake_registry
 

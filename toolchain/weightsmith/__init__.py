@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 # import this file before anything else, and for them nothing below is loaded.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from weightsmith.errors import (
+    from weightsmith.core.errors import (
         CheckFailed,
         EnvironmentFailure,
         InputRefused,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         Validation,
         Verification,
     )
-    from weightsmith.recipe import Recipe
+    from weightsmith.recipe.schema import Recipe
 
 __all__ = [
     "Baked",
@@ -74,7 +74,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
+    "core.errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
     "library.fleets": "FleetCell FleetResult SharedTask fleet",
     "library.images": "bake build inspect plan push rebase verify",
     "library.models": "merge quantize render validate",
@@ -83,7 +83,7 @@ _MODULES = {
         "Baked Built Evaluation Merged Pushed Quantized Rebased Rendered Shard StageTime "
         "Validation Verification"
     ),
-    "recipe": "Recipe",
+    "recipe.schema": "Recipe",
 }
 
 if not TYPE_CHECKING:  # a checker would take any name for one that is there

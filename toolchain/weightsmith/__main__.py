@@ -3,7 +3,7 @@
 import os
 import sys
 
-from weightsmith.interrupts import leave_quietly
+from weightsmith.core.interrupts import leave_quietly
 
 
 def main() -> None:

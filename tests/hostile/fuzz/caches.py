@@ -17,21 +17,21 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import fsspec
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.document import content_inputs
+from weightsmith.cache.store import SharedStore
+from weightsmith.cache.uploads import Uploads
 from weightsmith.commands.cache import describe_cache, prune_cache
-from weightsmith.drivers.folder_cache import FolderCache
-from weightsmith.drivers.s3_cache import S3Cache
+from weightsmith.core.ports import Cache
+from weightsmith.core.safe_parse import RECORD, parse
+from weightsmith.core.values import Blob, Digest, Tree
 from weightsmith.fleets.node import _written
 from weightsmith.fleets.requests import Request
-from weightsmith.foreign import RECORD, parse
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
-from weightsmith.ports import Cache
-from weightsmith.sharing.cache import SharedCache
-from weightsmith.sharing.document import content_inputs
-from weightsmith.sharing.store import SharedStore
-from weightsmith.sharing.uploads import Uploads
-from weightsmith.values import Blob, Digest, Tree
+from weightsmith.outside.folder_cache import FolderCache
+from weightsmith.outside.s3_cache import S3Cache
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.registry import FakeRegistry, fake_registry

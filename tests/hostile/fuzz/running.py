@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
 
 from tests.hostile.fuzz.subjects import SUBJECTS
 

@@ -21,34 +21,35 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 from safetensors.numpy import save
-from weightsmith import user_config
+from tests.unit.checkpoints.test_gguf_import import weights, write
 from weightsmith.building.targets import all_targets
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
-from weightsmith.checkpoints.gguf_import import import_gguf
-from weightsmith.checkpoints.safetensors import open_checkpoint
 from weightsmith.commands import rebuild
 from weightsmith.commands.rebuild import recipe_of_image
 from weightsmith.commands.report import report_builds
-from weightsmith.drivers.wheel_files import extract_model
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Blob, Digest, canonical
 from weightsmith.fleets.file import read_fleet
+from weightsmith.models.facts import read_facts
+from weightsmith.models.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
+from weightsmith.models.gguf_import import import_gguf
+from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image, load_image
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
-from weightsmith.ports import Silent
+from weightsmith.outside.wheel_files import extract_model
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import roles_of
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
-from weightsmith.recipe_file import read_recipe
+from weightsmith.recipe.file import read_recipe
+from weightsmith.recipe.schema import user_config
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.option_values import not_to_be_stated
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render
-from weightsmith.values import Blob, Digest, canonical
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.rebuilding import COMMIT, Scene
@@ -57,7 +58,6 @@ from tests.fakes.registry import fake_registry
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz import caches
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
-from tests.unit.checkpoints.test_gguf_import import weights, write
 
 Make = Callable[[Random], bytes]
 Read = Callable[[bytes, Path], None]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.verify import _read_layer
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.streams import entries
 from weightsmith.oci.unpack import unpack

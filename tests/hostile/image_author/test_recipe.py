@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.oci.registry import Registry
 
 from tests.fakes.journal import RecordingProgress

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from weightsmith.errors import CheckFailed, WeightsmithError
+from weightsmith.core.errors import CheckFailed, WeightsmithError
+from weightsmith.core.ports import Endpoint, Silent
 from weightsmith.evaluating import client, smoke
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.evaluating.items import Item
@@ -19,7 +20,6 @@ from weightsmith.evaluating.load import load_test
 from weightsmith.evaluating.served import Served, ask
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.task import Task, ask_server
-from weightsmith.ports import Endpoint, Silent
 
 from tests.fakes.openai_server import servers as openai_servers
 

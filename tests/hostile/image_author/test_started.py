@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.drivers.image_launcher import memory_limit
-from weightsmith.drivers.rootfs import RootfsLauncher, StartInfo
-from weightsmith.errors import CheckFailed
-from weightsmith.ports import Endpoint, StartSpec
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import Endpoint, StartSpec
+from weightsmith.outside.image_launcher import memory_limit
+from weightsmith.outside.rootfs import RootfsLauncher, StartInfo
 
 from tests.fakes.rootfs import copy_python, copy_shell
 from tests.fakes.users import as_user
@@ -176,9 +176,9 @@ STARTED_BY_LESSER_ROOT = """
 import sys, time
 from pathlib import Path
 from tests.fakes.rootfs import copy_shell
-from weightsmith.drivers.rootfs import RootfsLauncher, StartInfo
-from weightsmith.errors import WeightsmithError
-from weightsmith.ports import StartSpec
+from weightsmith.outside.rootfs import RootfsLauncher, StartInfo
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.ports import StartSpec
 
 def image(layout, root):
     copy_shell(root, "head")
@@ -225,9 +225,9 @@ STARTED_WITHOUT_NAMESPACES = """
 import json, os, sys, time
 from pathlib import Path
 from tests.fakes.rootfs import copy_shell
-from weightsmith.drivers import landlock, rootfs
-from weightsmith.drivers.image_launcher import NotAllowed
-from weightsmith.ports import StartSpec
+from weightsmith.outside import landlock, rootfs
+from weightsmith.outside.image_launcher import NotAllowed
+from weightsmith.core.ports import StartSpec
 
 home = Path(sys.argv[1])
 (home / "diary").write_text("mine")
@@ -330,9 +330,9 @@ import ctypes, json, sys
 from pathlib import Path
 from tests.fakes.rootfs import copy_python
 from tests.hostile.image_author.test_started import CALLS, what_it_found
-from weightsmith.drivers import rootfs
-from weightsmith.drivers.image_launcher import NotAllowed
-from weightsmith.ports import StartSpec
+from weightsmith.outside import rootfs
+from weightsmith.outside.image_launcher import NotAllowed
+from weightsmith.core.ports import StartSpec
 
 def refuse(*_):
     raise NotAllowed("no namespaces", hint="")

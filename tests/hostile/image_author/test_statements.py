@@ -6,16 +6,16 @@ import base64
 from pathlib import Path
 
 import pytest
-from weightsmith.checkpoints.folder import ignored_files
 from weightsmith.commands.rebuild import _with_questions
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.ports import Silent
+from weightsmith.core.trees import below, discard
+from weightsmith.models.folder import ignored_files
 from weightsmith.oci.attachments import Part
-from weightsmith.ports import Silent
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import EVALUATION_TYPE, Document
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import ADDED, LAYERS, roles_of
-from weightsmith.trees import below, discard
 
 from tests.fakes.deep import nested
 from tests.fakes.images import entry, foreign_image, tar_of

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.rebuild import _write
-from weightsmith.drivers.handover import owned_by
-from weightsmith.drivers.ownership import private_folder
-from weightsmith.errors import InputRefused
-from weightsmith.files import _new_name
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.files import _new_name
+from weightsmith.core.trees import discard, walk
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.unpack import unpack
+from weightsmith.outside.ownership import private_folder
+from weightsmith.outside.permissions import owned_by
 from weightsmith.provenance.evidence import Document
-from weightsmith.trees import discard, walk
 
 from tests.fakes.deep import NOBODY, closed_folders, nested, somebody_else
 from tests.fakes.images import entry, foreign_image, tar_of

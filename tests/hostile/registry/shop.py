@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.commands.verify import verify_image
-from weightsmith.drivers.signer import open_signer
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Blob, Score
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
+from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing, statements
 from weightsmith.provenance.evaluation import test_result as result_of
 from weightsmith.provenance.evidence import (
@@ -23,8 +24,7 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.sealing import attach
 from weightsmith.provenance.statements import Statement
-from weightsmith.tools import Tools
-from weightsmith.values import Blob, Score
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import bake, make_model
 from tests.fakes.memory import memory_tools

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.ports import Silent
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.proxies import display_proxy
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
-from weightsmith.ports import Silent
 
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.registry import FakeRegistry, at

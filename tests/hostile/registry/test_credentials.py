@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 

@@ -9,14 +9,15 @@ import pytest
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.rebuild import recipe_of_image
 from weightsmith.commands.requests import RebaseCommand
-from weightsmith.drivers.signer import open_signer
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Digest
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.index import Index
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Silent
+from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing, statements
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
@@ -28,7 +29,6 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.provenance.sealing import attach
-from weightsmith.values import Digest
 
 from tests.hostile.registry.shop import Shop, passed
 

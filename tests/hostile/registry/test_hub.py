@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.hub import HubReader
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import Altered, EnvironmentFailure
-from weightsmith.ports import Silent
+from weightsmith.core.errors import Altered, EnvironmentFailure
+from weightsmith.core.ports import Silent
+from weightsmith.outside.hub import HubReader
+from weightsmith.outside.store import FileStore
 
 from tests.fakes.hub import COMMIT, FakeHub
 

@@ -11,16 +11,16 @@ from weightsmith.building.explain import forecast
 from weightsmith.building.pipeline import steps_of
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
-from weightsmith.drivers.hub import HubReader
-from weightsmith.drivers.pypi import PypiReader
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Sources
 from weightsmith.oci.registry import Registry
-from weightsmith.recipe_file import read_recipe
+from weightsmith.outside.hub import HubReader
+from weightsmith.outside.pypi import PypiReader
+from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.bases import bases_of
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.step import Results
-from weightsmith.tools import Tools
-from weightsmith.values import Sources
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import push_base
 from tests.fakes.hub import COMMIT, FakeHub

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from weightsmith import network
-from weightsmith.drivers.pypi import PypiReader
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import Altered, EnvironmentFailure, WeightsmithError
-from weightsmith.ports import Silent
+from weightsmith.core import network
+from weightsmith.core.errors import Altered, EnvironmentFailure, WeightsmithError
+from weightsmith.core.ports import Silent
+from weightsmith.outside.pypi import PypiReader
+from weightsmith.outside.store import FileStore
 
 from tests.fakes.package_index import package_index
 from tests.fakes.serving import serving

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import httpcore
 import httpx
 import pytest
-from weightsmith import network
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.network import Pace, paced
+from weightsmith.core import network
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.network import Pace, paced
 from weightsmith.oci.auth import Challenge, parse_challenge
 from weightsmith.oci.manifests import read_json
 from weightsmith.oci.paging import next_page

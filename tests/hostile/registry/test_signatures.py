@@ -6,10 +6,10 @@ import pytest
 from weightsmith.commands.images import copy_image
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.requests import RebaseCommand
-from weightsmith.drivers.signer import open_signer
+from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.layers import TITLE
-from weightsmith.ports import Silent
+from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 

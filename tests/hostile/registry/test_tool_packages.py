@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers import environment
-from weightsmith.drivers.environment import Pins
-from weightsmith.drivers.process import Completed
-from weightsmith.ports import Silent
+from weightsmith.core.ports import Silent
+from weightsmith.outside import environment
+from weightsmith.outside.environment import Pins
+from weightsmith.outside.process import Completed
 
 from tests import locked
 from tests.fakes.package_index import package_index, wheel_of

@@ -17,7 +17,7 @@ from weightsmith.building.pipeline import BuildSteps, steps_of
 from weightsmith.building.prefetch import Shares
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
-from weightsmith.recipe_file import RecipeFile, check_recipe
+from weightsmith.recipe.file import RecipeFile, check_recipe
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.step import (
     CACHED,
@@ -27,7 +27,7 @@ from weightsmith.steps.step import (
     State,
     Step,
 )
-from weightsmith.tools import Memory
+from weightsmith.steps.tools import Memory
 
 PACKAGE = Path(weightsmith.__file__).parent
 GB = 1 << 30
@@ -196,9 +196,6 @@ OTHER_MEANINGS = {
     ("fleets/node.py", "dequantized"): "who answered",
     ("fleets/page.py", "dequantized"): "who answered",
     ("fleets/terminal.py", "dequantized"): "who answered",
-    ("reporting/answers.py", "dequantized"): "who answered",
-    ("reporting/card.py", "dequantized"): "who answered",
-    ("reporting/views.py", "dequantized"): "who answered",
 }
 
 
@@ -213,7 +210,7 @@ def test_no_reader_of_the_graph_knows_a_stage_by_name() -> None:
             )
     found = {
         (path.relative_to(PACKAGE).as_posix(), node.value)
-        for room in ("building", "fleets", "steps", "reporting", "stages")
+        for room in ("building", "fleets", "steps", "stages")
         for path in sorted((PACKAGE / room).glob("*.py"))
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Constant) and node.value in own

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from weightsmith.building.prefetch import Prefetch, Shares
-from weightsmith.errors import CheckFailed
-from weightsmith.jobs import ExportEngineJob
-from weightsmith.ports import Progress
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.jobs import ExportEngineJob
+from weightsmith.core.ports import Progress
+from weightsmith.core.waiting import check_stopped
 from weightsmith.steps.outcome import Outcome
 from weightsmith.steps.step import Results, Step
-from weightsmith.tools import Tools
-from weightsmith.waiting import check_stopped
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.memory import memory_tools

@@ -10,8 +10,8 @@ import pytest
 from invoke.context import Context
 from invoke.exceptions import Exit
 from weightsmith.cli.command import command
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
-from weightsmith.values import Json
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.values import Json
 
 ENDS = {
     RuntimeError("half done"): (1, "unexpected RuntimeError: half done"),

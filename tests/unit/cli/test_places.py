@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from weightsmith.drivers import checkup
+from weightsmith.outside import checkup
 
 from tests.fakes.command_line import PROGRAMS, ROOT, run, started
 from tests.fakes.tiny import write_model

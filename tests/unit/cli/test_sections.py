@@ -13,11 +13,11 @@ from weightsmith.cli.command import command
 from weightsmith.cli.program import Weightsmith
 from weightsmith.cli.sections import Flags, given
 from weightsmith.commands.folders import open_sources
-from weightsmith.jobs import write_job
-from weightsmith.merge_options import Merge
+from weightsmith.core.jobs import write_job
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.ports import Runner
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.ports import Runner
-from weightsmith.recipe import Quantize, Recipe, Serve
+from weightsmith.recipe.schema import Quantize, Recipe, Serve
 from weightsmith.stages.merge import inputs, merge
 from weightsmith.steps.destinations import InStore
 

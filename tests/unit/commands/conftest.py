@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import Silent
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
 
 from tests.fakes.baking import Bakery, bake, make_key, make_model, push_base
 from tests.fakes.openai_server import servers

@@ -16,12 +16,12 @@ import yaml
 from weightsmith.commands.images import copy_image
 from weightsmith.commands.render import render_model
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Silent
 from weightsmith.serving.engine import ServeOptions
 
 from tests.fakes.baking import ENGINE, Bakery, bake, make_key, push_base

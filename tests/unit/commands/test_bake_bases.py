@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer

@@ -10,9 +10,9 @@ import gguf
 import numpy as np
 import pytest
 from weightsmith.commands.images import copy_image
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import read_layout
-from weightsmith.ports import Silent
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 
 from tests.fakes.baking import Bakery, bake, push_base

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.building.wiring import open_one_cache
 from weightsmith.commands.cache import (
     check_action,
     describe_cache,
@@ -15,11 +16,10 @@ from weightsmith.commands.cache import (
     pull_results,
     push_results,
 )
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.ports import Silent
-from weightsmith.values import key_of
-from weightsmith.wiring import open_one_cache
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import key_of
+from weightsmith.outside.store import FileStore
 
 
 def made(store: Path, count: int = 3) -> FileStore:

@@ -6,10 +6,10 @@ import json
 
 from weightsmith.commands.images import inspect_image, inspect_text
 from weightsmith.commands.verify import table
-from weightsmith.drivers.docker import DockerEngine
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.values import plain
 from weightsmith.oci.registry import Registry
-from weightsmith.platforms import host_platform
-from weightsmith.values import plain
+from weightsmith.outside.docker import DockerEngine
 
 from tests.fakes.baking import push_base
 from tests.fakes.registry import fake_registry

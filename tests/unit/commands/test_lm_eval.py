@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from weightsmith.commands.lm_eval import command, evaluate_tasks, read_results
 from weightsmith.commands.requests import EvaluateCommand
-from weightsmith.errors import CheckFailed
-from weightsmith.ports import Silent
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import Silent
 
 from tests.fakes.serving import serving
 

@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load
 from weightsmith.commands.merge import merge_folders
 from weightsmith.commands.requests import MergeCommand
-from weightsmith.drivers.folders import FolderReader
-from weightsmith.errors import UsageError
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import UsageError
+from weightsmith.core.merge_options import Merge
+from weightsmith.outside.folders import FolderReader
 
 from tests.fakes.command_line import run
 from tests.fakes.memory import memory_tools

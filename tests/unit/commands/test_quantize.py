@@ -9,9 +9,9 @@ import struct
 from pathlib import Path
 
 import pytest
-from weightsmith.checkpoints.safetensors import build_header, read_header
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.plan import make_plan
+from weightsmith.models.safetensors import build_header, read_header
 
 from tests.fakes.command_line import weightsmith
 

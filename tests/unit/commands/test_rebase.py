@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.building.wiring import open_tools
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Index
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
 from weightsmith.provenance.evidence import read_attached
-from weightsmith.run_options import RunOptions
-from weightsmith.wiring import open_tools
+from weightsmith.recipe.run_options import RunOptions
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.images import entry, foreign_image, tar_of

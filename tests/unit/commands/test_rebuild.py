@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.folders import FolderReader
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.evaluating.items import read_items
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
+from weightsmith.outside.folders import FolderReader
+from weightsmith.outside.store import FileStore
 from weightsmith.steps.lock import read_lock
 
 from tests.fakes.baking import make_key, push_base

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.server import ServerSource, served_model, session_with
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import ask
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import write_layout
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import Bakery
 from tests.fakes.engine import MemoryEngine

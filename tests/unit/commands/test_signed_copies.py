@@ -15,12 +15,12 @@ from weightsmith.commands.images import (
     preview_text,
 )
 from weightsmith.commands.verify import verify_image
-from weightsmith.drivers.signer import open_signer
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Silent
+from weightsmith.outside.signer import open_signer
 
 from tests.fakes.baking import bake, make_key
 from tests.fakes.debian_registry import real_registry

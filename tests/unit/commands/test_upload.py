@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from weightsmith.commands.upload import preview, push_to_hub
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.layout import write_layout
@@ -24,8 +25,7 @@ from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.stages.upload import HubDestination, repository_of
-from weightsmith.tools import Tools
-from weightsmith.values import Digest, FileEntry, Tree
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import Bakery, bake
 from tests.fakes.memory import memory_tools

@@ -11,14 +11,14 @@ import pytest
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
-from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Digest, canonical
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import OCI_INDEX, OCI_MANIFEST
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Silent
-from weightsmith.values import Digest, canonical
 
 from tests.fakes.baking import bake, make_key
 from tests.fakes.memory import memory_tools

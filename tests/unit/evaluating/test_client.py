@@ -5,15 +5,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from weightsmith import network
-from weightsmith.errors import CheckFailed, EnvironmentFailure
+from weightsmith.core import network
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure
+from weightsmith.core.ports import Endpoint
 from weightsmith.evaluating import client
 from weightsmith.evaluating.client import ask_all, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.served import ask as ask_one
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
-from weightsmith.ports import Endpoint
 
 from tests.fakes.openai_server import Handler, answer, flood
 

@@ -2,10 +2,10 @@ import json
 import sys
 
 import pytest
-from weightsmith.drivers.user_program import run_command
-from weightsmith.errors import CheckFailed, EnvironmentFailure
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.task import Task, score_task
+from weightsmith.outside.user_program import run_command
 
 ITEMS = tuple(
     Item(messages=({"role": "user", "content": text},), expected=("x",), line=n)

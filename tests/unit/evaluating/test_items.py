@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.evaluating.items import Item, read_items, sample
 
 

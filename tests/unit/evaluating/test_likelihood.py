@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import choose, scorer, spaced
 from weightsmith.evaluating.served import Served

@@ -5,12 +5,12 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from weightsmith.core.ports import Silent
 from weightsmith.evaluating import load
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.load import Sample, load_test, measure, percentile, summary
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
-from weightsmith.ports import Silent
 
 QUESTIONS = tuple(
     Item(messages=({"role": "user", "content": f"q{n}"},), expected=(), line=n) for n in range(3)

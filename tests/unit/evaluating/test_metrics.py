@@ -1,9 +1,9 @@
 import pytest
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.values import Score
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.metrics import check_metric, judge, score_answers
-from weightsmith.values import Score
 
 
 def item(prompt, *expected, line=1):

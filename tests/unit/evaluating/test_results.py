@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Score
 from weightsmith.evaluating.results import RecipeTask, Result, unproven_of, verdict_of
 from weightsmith.evaluating.task import Task
-from weightsmith.recipe import Evaluate
-from weightsmith.values import Score
+from weightsmith.recipe.schema import Evaluate
 
 
 def score(right: int, n: int = 60) -> Score:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.evaluating.served import Served, ask, find_served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.merging.reference import Subject, prompt_tokens, speaker

@@ -8,11 +8,11 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import Endpoint
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
-from weightsmith.ports import Endpoint
 
 from tests.fakes.serving import serving
 

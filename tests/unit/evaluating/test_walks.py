@@ -9,7 +9,7 @@ from functools import reduce
 from pathlib import Path
 
 import pytest
-from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.core.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Tree
 from weightsmith.evaluating import task as tasks
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.subjects import Subject, inputs
@@ -24,7 +24,7 @@ from weightsmith.evaluating.walks import (
     walks,
 )
 from weightsmith.forward.memory import VIEWS, beside, walk_bytes
-from weightsmith.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Tree
+from weightsmith.models.shape import ModelShape
 
 GIB = 1 << 30
 TINY = ModelShape(

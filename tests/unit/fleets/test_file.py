@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.fleets.cells import AdapterBuild, builds_of, lock_of
 from weightsmith.fleets.file import read_fleet
 

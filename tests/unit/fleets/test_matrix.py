@@ -11,7 +11,7 @@ import yaml
 from invoke.parser import Parser
 from invoke.program import Program
 from weightsmith.cli import namespace
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.fleets.cells import AdapterBuild
 from weightsmith.fleets.matrix import matrix_of
 

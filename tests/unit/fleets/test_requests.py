@@ -8,11 +8,11 @@ import sys
 from typing import Any
 
 import pytest
-from weightsmith import node
+from weightsmith.core.ports import Ended
+from weightsmith.fleets import node_program as node
 from weightsmith.fleets.requests import BASE, Built, Reply, Request
 from weightsmith.fleets.rows import CellRow, of_reply
 from weightsmith.fleets.running import _read
-from weightsmith.ports import Ended
 
 OUTSIDE = ["/etc/passwd", "../up", "a/../../up", "a//b", "", ".", "a/.", "a\0b"]
 REQUEST: dict[str, Any] = {

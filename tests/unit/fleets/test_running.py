@@ -8,13 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from weightsmith.core.ports import Ended, Work
+from weightsmith.core.values import canonical
 from weightsmith.fleets.cells import AdapterBuild, Cell
 from weightsmith.fleets.graph import Graph, Needs, Task
 from weightsmith.fleets.requests import CELL, Built, Reply
 from weightsmith.fleets.running import Order, Run
-from weightsmith.ports import Ended, Work
 from weightsmith.steps.lock import Lock
-from weightsmith.values import canonical
 
 REPORT = 300_000
 CELLS = 60

@@ -8,7 +8,7 @@ import pytest
 import torch
 from weightsmith.forward.device import OnDevice, on_gpu
 from weightsmith.forward.greedy import Questions, greedy
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.forward import experts
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
 from weightsmith.forward.weights import Weights
 from weightsmith.quantizers.architectures import EXPERTS

@@ -12,7 +12,7 @@ from weightsmith.forward import greedy as greedy_module
 from weightsmith.forward import heads
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import Subject, answers, load_network
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 
 
 def test_a_view_that_fails_ends_the_meeting() -> None:

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.forward.greedy import Questions, _fits, batch_tokens, batches
 from weightsmith.forward.memory import Walk, batch_bytes, single_pass_bytes, walk_bytes
 from weightsmith.forward.prefix import Prefix
 from weightsmith.merging.reference import load_network
+from weightsmith.models.shape import ModelShape
 from weightsmith.quantizers import formats
 from weightsmith.stages.quality import quality_memory
 from weightsmith.stages.quantize import quantize_memory

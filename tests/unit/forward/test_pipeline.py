@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from weightsmith.forward.crew import crew, product
 from weightsmith.forward.pipeline import Pipeline
+from weightsmith.forward.threads import crew, product
 
 
 class Layers:

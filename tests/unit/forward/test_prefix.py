@@ -9,7 +9,7 @@ import pytest
 import torch
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.keys import Keys
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.prefix import Prefix, empty_prefix, shared_prefix
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network

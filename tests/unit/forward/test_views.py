@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from weightsmith.errors import InputRefused
-from weightsmith.forward.meeting import Meeting
+from weightsmith.core.errors import InputRefused
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import Subject
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.forward import views
 from weightsmith.forward import walk as module
 from weightsmith.forward.libraries import ModelFails, running

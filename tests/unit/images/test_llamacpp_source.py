@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from weightsmith.platforms import machine_of
+from weightsmith.core.platforms import machine_of
 
 ENGINE = Path(__file__).parents[3] / "images/engines/llamacpp"
 BUILDER = Path(__file__).parents[3] / "images/builders/gguf"

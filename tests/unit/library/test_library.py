@@ -20,16 +20,16 @@ from typing import Any
 
 import pytest
 import weightsmith
-from weightsmith import progress as shows
-from weightsmith import wiring
+from weightsmith.building import progress as shows
+from weightsmith.building import wiring
 from weightsmith.cli import namespace
-from weightsmith.merge_options import Merge
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.ports import Progress
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Progress
-from weightsmith.recipe import Quantize
-from weightsmith.recipe_section import fields_of
-from weightsmith.run_options import RunOptions
-from weightsmith.tools import Tools
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.schema import Quantize
+from weightsmith.recipe.section import fields_of
+from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import push_base
 from tests.fakes.fleet import MemoryFleet, by_tools

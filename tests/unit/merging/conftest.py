@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
-from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.checkpoints.without_data import has_no_data
 from weightsmith.merging import engine
 from weightsmith.merging.virtual import VirtualCheckpoint
+from weightsmith.models.safetensors import open_checkpoint
+from weightsmith.models.virtual_weights import has_no_data
 
 from tests.unit.merging.oracle import MakeBase, make_base, save_adapter
 

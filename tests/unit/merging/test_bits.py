@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weightsmith.checkpoints.safetensors import build_header, read_header
 from weightsmith.merging.blocks import Settings
 from weightsmith.merging.outputs import Output, OutputShard, Part, Stored, Term
 from weightsmith.merging.rounding import FORMATS
 from weightsmith.merging.shards import ShardMaker, Tally
 from weightsmith.merging.stream import ARRAY_TYPES
+from weightsmith.models.safetensors import build_header, read_header
 
 from tests.unit.merging.test_kernel import oracle
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.models import model_class

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 
 from tests.unit.merging.tensors import close, delta, random, run
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging import kernel, rounding, torch_kernel
 from weightsmith.merging.kernel import Prepared, Space, finish_rows, merge_rows, prepare, work_type
 from weightsmith.merging.repair import Factors

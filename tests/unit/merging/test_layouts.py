@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 
 from tests.unit.merging.tensors import close, delta, random, run
 

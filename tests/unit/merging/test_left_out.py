@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig
 from safetensors.torch import load_file, save_file
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.left_out import require_all_targeted
 from weightsmith.validating.validate import Request, validate

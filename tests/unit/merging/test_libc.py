@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.merging import libc, stream
 
 FAULTS = """

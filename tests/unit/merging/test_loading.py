@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig, conversion_mapping
 from transformers.core_model_loading import Chunk, Split, WeightRenaming
 from transformers.models.auto import modeling_auto
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.loading import loaded_names
 
 from tests.unit.merging.oracle import MakeBase, check

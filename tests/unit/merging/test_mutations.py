@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
 from weightsmith.merging import base as base_module
 from weightsmith.merging import blocks, claims, compose, dora, kasa, plan
 from weightsmith.merging.claim import AdapterView

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from weightsmith.drivers.toolset import tools_variable
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.kernels import library
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.kernels import library
 from weightsmith.merging import engine, kernel, native, sketch
 from weightsmith.merging.repair import Factors
 from weightsmith.merging.rounding import BF16, F16, F32
+from weightsmith.outside.toolset import tools_variable
 
 pytestmark = [pytest.mark.builders, pytest.mark.usefixtures("compiled_kernels")]
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from weightsmith.checkpoints.peft_keys import check_peft_keys
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
+from weightsmith.models.peft_keys import check_peft_keys
 
 from tests.unit.merging.oracle import MakeBase, check, merged, train, unmerged
 

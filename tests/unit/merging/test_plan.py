@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.merging import plan as planning
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.plan import MergePlan, estimate, make_plan

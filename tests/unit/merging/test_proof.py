@@ -14,8 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 from weightsmith.merging import proof
 from weightsmith.merging.blocks import RowMaker, Settings
 from weightsmith.merging.engine import MergeRequest, merge
@@ -26,6 +25,7 @@ from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Checksum, Writer, continued
 from weightsmith.merging.tally import Tally
+from weightsmith.models.safetensors import read_header
 
 
 @pytest.fixture

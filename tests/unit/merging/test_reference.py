@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.jobs import Question
 from weightsmith.forward import heads
-from weightsmith.jobs import Question
 from weightsmith.merging.choices import likelihoods
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.reference import Subject, answer, answers, speaker

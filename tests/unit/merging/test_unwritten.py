@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed, InputRefused
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.merge_options import Merge
 from weightsmith.merging import blocks, engine
 from weightsmith.merging.engine import MergeRequest
 from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.virtual import opened
+from weightsmith.models.safetensors import open_checkpoint
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.validating.result import Validation
 from weightsmith.validating.validate import Request, validate
 
@@ -137,7 +137,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.unwritten import UnwrittenShard
+from weightsmith.merging.virtual_weights import UnwrittenShard
 base, adapter, out = map(Path, sys.argv[1:])
 finish, done = UnwrittenShard.finish, []
 def finish_two(shard):

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import InputRefused
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.merge_options import Merge
 from weightsmith.merging import blocks
 from weightsmith.merging.blocks import Settings
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.plan import make_plan
 from weightsmith.merging.virtual import VirtualCheckpoint, opened
+from weightsmith.models.tensors import CheckpointTensors
 
 from tests.unit.merging.conftest import stored
 

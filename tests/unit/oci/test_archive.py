@@ -5,10 +5,10 @@ import json
 import tarfile
 from pathlib import Path
 
+from weightsmith.core.values import Digest
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
-from weightsmith.values import Digest
 
 from tests.fakes.images import tiny_image
 

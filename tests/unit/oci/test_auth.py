@@ -3,7 +3,7 @@
 import base64
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.oci.auth import Challenge, credentials_in, parse_challenge
 
 

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.registry import Registry

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.weights import fastest_layer, weight_layers
-from weightsmith.values import Digest, FileEntry, Tree
 
 from tests.fakes.images import FILES, tree_of
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer
 from weightsmith.oci.limits import REGISTRIES, limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.values import Blob, Digest
 
 
 @pytest.mark.parametrize(

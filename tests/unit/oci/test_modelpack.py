@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.unpack import unpack
-from weightsmith.values import Digest, FileEntry, Tree
 
 FILES = {
     "README.md": b"# Model\n",

@@ -6,7 +6,7 @@ import ssl
 
 import httpx
 import pytest
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.oci.proxies import ProxyTransport, proxy_of
 
 PROXY = "http://proxy.corp:3128"

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from weightsmith.drivers.pushed_layers import PushedLayers
-from weightsmith.errors import Altered, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import uploads
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer, Member, TarLayer
 from weightsmith.oci.registry import Registry
-from weightsmith.values import Blob, Digest
+from weightsmith.outside.pushed_layers import PushedLayers
 
 from tests.fakes.images import entry as tar_entry
 from tests.fakes.images import foreign_image, tar_of, tiny_image

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.oci.references import Reference
 
 HEX = "a" * 64

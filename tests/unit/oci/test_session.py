@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference

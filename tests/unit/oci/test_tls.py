@@ -7,7 +7,7 @@ from pathlib import Path
 
 import certifi
 import pytest
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.oci.tls import trusted, unverified
 
 END = "-----END CERTIFICATE-----\n"

@@ -6,13 +6,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import unpack as unpacking
 from weightsmith.oci import zstd
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer
 from weightsmith.oci.unpack import unpack
-from weightsmith.values import Blob, Digest
 
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
 

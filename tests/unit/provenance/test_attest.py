@@ -6,15 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.checkpoints.reshard import Resharded
-from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.image import assemble
-from weightsmith.provenance.attest import evidence, public_recipe
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials
-from weightsmith.provenance.mlbom import MEDIA_TYPE, license_in
-from weightsmith.recipe_file import check_recipe
-from weightsmith.serving.llamacpp import ENGINE
-from weightsmith.values import (
+from weightsmith.core.values import (
     SAFETENSORS,
     AdapterSnapshot,
     Artifact,
@@ -25,6 +17,14 @@ from weightsmith.values import (
     Sources,
     Tree,
 )
+from weightsmith.models.reshard import Resharded
+from weightsmith.oci.configuration import ImageConfig
+from weightsmith.oci.image import assemble
+from weightsmith.provenance.attest import evidence, public_recipe
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials
+from weightsmith.provenance.mlbom import MEDIA_TYPE, license_in
+from weightsmith.recipe.file import check_recipe
+from weightsmith.serving.llamacpp import ENGINE
 
 IMAGE = "sha256:" + "5" * 64
 

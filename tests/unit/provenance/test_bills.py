@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from weightsmith.commands.verify import verify_image
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Digest, canonical
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Silent
 from weightsmith.provenance.bills import read_bills
-from weightsmith.values import Digest, canonical
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.registry import fake_registry

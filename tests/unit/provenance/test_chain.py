@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Blob, Digest, FileEntry, tree_digest
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
@@ -19,7 +20,6 @@ from weightsmith.provenance.statements import (
     layer_resources,
     provenance,
 )
-from weightsmith.values import Blob, Digest, FileEntry, tree_digest
 
 OTHER = Digest.of(b"other")
 WEIGHTS = Digest.of(b"weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from weightsmith.provenance.labels import _quality, plan_label, public_name
-from weightsmith.quality.result import Loss, Quality
+from weightsmith.quantizers.quality.result import Loss, Quality
 from weightsmith.serving.plan import ServingPlan
 
 

@@ -10,11 +10,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from weightsmith.commands.rebuild import _items
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.provenance import bills, evidence, signing
 from weightsmith.provenance.statements import Statement
 from weightsmith.steps.results import layers_in
-from weightsmith.values import Blob, Digest
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.records import BUILD

@@ -7,10 +7,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from weightsmith.core.resources import engine_source
+from weightsmith.core.values import Digest, FileEntry, Json, Score
 from weightsmith.provenance.mlbom import Ancestor, BilledModel, engine_bom, license_of, ml_bom
-from weightsmith.recipe_outputs import Card
-from weightsmith.resources import engine_source
-from weightsmith.values import Digest, FileEntry, Json, Score
+from weightsmith.recipe.outputs import Card
 
 DIGEST = Digest.of(b"x")
 

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed, InputRefused
-from weightsmith.quality.measure import measure
+from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
     EXPERTS,
@@ -30,6 +29,7 @@ from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.known import STACKED_MXFP4
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 

@@ -3,9 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers.calibration import GENERAL, read_texts
-from weightsmith.recipe import TextBounds
+from weightsmith.recipe.schema import TextBounds
 
 LONG = "Some words that are long enough to count, and then some more of them. " * 3
 

@@ -1,7 +1,7 @@
 """A model that sees is for text alone only if its tower cannot be read and that is allowed."""
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import convert
 
 

@@ -1,7 +1,7 @@
 """Architectures that a format does not know are refused."""
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import GROUPED, ROUNDED, WALKED
 from weightsmith.quantizers.checkpoints import DENSE, LLAMAS

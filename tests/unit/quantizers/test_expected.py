@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 from weightsmith.quantizers import matrices
 from weightsmith.quantizers.packed import Layout
 from weightsmith.quantizers.packed_check import check_checkpoint

@@ -9,7 +9,7 @@ import pytest
 from gguf import LlamaFileType
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.convert import split_name
 from weightsmith.quantizers.gguf import output_file

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.gguf import output_file
 from weightsmith.quantizers.quantizer import QuantizeRequest

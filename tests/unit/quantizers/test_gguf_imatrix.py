@@ -3,7 +3,7 @@ import struct
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed, read_imatrix
 
 from tests.fakes.configs import facts

@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers.gguf_importance import read_importance
 
 SUMS = np.array([[1, 2, 3, 4], [10, 20, 30, 40]], np.float32)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import gguf_pass
 from weightsmith.quantizers.gguf_header import Entry, Header
 from weightsmith.quantizers.gguf_pass import (

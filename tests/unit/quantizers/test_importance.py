@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers import formats, gguf_calibration, of_format
 from weightsmith.quantizers.architectures import EXPERTS, MEASURED, SEEING
 from weightsmith.quantizers.calibration import GENERAL

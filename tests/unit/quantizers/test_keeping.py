@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.quantizers.unquantized import (
     MATRICES,
     is_kept,

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import InputRefused
-from weightsmith.quality.measure import measure
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import read_facts
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
     FURTHER_EXPERTS,
@@ -34,6 +33,7 @@ from weightsmith.quantizers.layerwise.maxima import input_maxima
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import NVFP4, SCHEMES
 from weightsmith.quantizers.unquantized import MATRICES, is_kept

@@ -11,8 +11,8 @@ import torch
 from compressed_tensors.quantization.utils import generate_gparam
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise.maxima import input_maxima
 from weightsmith.quantizers.matrices import matrices

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.values import FP8
+from weightsmith.models.facts import read_facts
 from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
 from weightsmith.quantizers.packed import Layout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounding import round_rows
 from weightsmith.quantizers.schemes import SCHEMES
 from weightsmith.steps.sizes import disk_peak
-from weightsmith.values import FP8
 
 from tests.fakes.configs import facts
 from tests.fakes.packing import (

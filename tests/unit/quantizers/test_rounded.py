@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import rounded, writing
 from weightsmith.quantizers.packed import Layout
 from weightsmith.quantizers.packed_check import check_checkpoint

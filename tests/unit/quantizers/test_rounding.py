@@ -17,8 +17,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
-from weightsmith.errors import CheckFailed
-from weightsmith.kernels import library
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.kernels import library
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize as write

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers.running import equal_length, samples
 
 

@@ -12,14 +12,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed, InputRefused
-from weightsmith.quality.measure import measure
+from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES, stored_as
 

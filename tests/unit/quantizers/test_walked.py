@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.forward.layers import Layers
-from weightsmith.quality.measure import measure
+from weightsmith.models.facts import read_facts
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
     EXPERTS,
@@ -31,6 +30,7 @@ from weightsmith.quantizers.layerwise.observing import Observer
 from weightsmith.quantizers.layerwise.scaling import scale_layer
 from weightsmith.quantizers.packed import Layout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.quality.measure import measure
 
 from tests.fakes.configs import LLAMA_8B, facts
 from tests.fakes.dense import make_dense

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from weightsmith.building.targets import all_targets
-from weightsmith.checkpoints.attention import cache_layers
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.models.attention import cache_layers
+from weightsmith.models.facts import read_facts
 from weightsmith.serving import llamacpp, vllm
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import ServeOptions

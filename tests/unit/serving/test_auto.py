@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving.auto import choices, choose_length
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.llamacpp import ENGINE as LLAMACPP

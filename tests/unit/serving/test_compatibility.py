@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from weightsmith.building.targets import all_targets
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Format
 from weightsmith.quantizers.architectures import EXPERTS as EXPERT_ARCHITECTURES
 from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SEEING
 from weightsmith.serving import engines
 from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.gpus import GPUS
-from weightsmith.values import Format
 
 from tests.fakes.configs import facts
 

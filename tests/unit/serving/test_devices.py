@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving import engines
 from weightsmith.serving.devices import AMX, CPU, CPUS, is_cpu
 from weightsmith.serving.engine import ServeOptions

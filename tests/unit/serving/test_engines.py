@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.building.targets import all_targets
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving import engines, llamacpp_options, sglang, tgi, trtllm, vllm
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.gpus import GPUS

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.serving import llamacpp_plan
 from weightsmith.serving.engine import ServedAdapter, ServedModel, ServeOptions
 from weightsmith.serving.llamacpp import ENGINE, command, env

@@ -1,8 +1,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.llamacpp_cache import (
     growth_bytes,
     kv_cache_bytes,

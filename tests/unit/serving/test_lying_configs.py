@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from weightsmith.building.targets import all_targets
 from weightsmith.commands.render import foresee_model
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import weights_from_config
 from weightsmith.stages.render import render

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving import llamacpp_options, sglang, tgi, trtllm, vllm
 from weightsmith.serving.option_values import STATED, not_to_be_stated, plain_name
 

@@ -1,7 +1,7 @@
 """Values that an engine's own parser refuses are refused before its image is made."""
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving import llamacpp_options, sglang, tgi, vllm
 
 CHECKS = {

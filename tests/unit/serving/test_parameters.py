@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.serving.parameters import parameters, weights_from_config
 
 from tests.fakes.configs import facts

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.llamacpp_cache import attention_layers, kv_cache_bytes, kv_layer_bytes
 from weightsmith.serving.paged import paged_cache
 

@@ -3,12 +3,12 @@
 import pytest
 import yaml
 from weightsmith.building.targets import all_targets
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import AWQ
 from weightsmith.serving import sglang
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.memory import GIB
-from weightsmith.values import AWQ
 
 from tests.fakes.configs import LLAMA_8B, facts
 from tests.fakes.rendering import L40S, rendered

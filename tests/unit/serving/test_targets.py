@@ -1,5 +1,5 @@
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.quantizers import formats
 from weightsmith.serving import engines
 from weightsmith.serving.targets import find, targets

@@ -1,7 +1,7 @@
 """Traps of TGI 3.3: launcher/src/main.rs and backends/v3/src/main.rs."""
 
 import pytest
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.serving import engines
 from weightsmith.serving.memory import GIB
 

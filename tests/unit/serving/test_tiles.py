@@ -2,7 +2,7 @@
 
 import pytest
 from weightsmith.building.targets import all_formats
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving.tiles import check_blocks
 
 from tests.fakes.configs import facts

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving import trtllm
 from weightsmith.serving.gpus import GPUS
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from weightsmith.building.targets import all_targets
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving.engine import ServedAdapter, ServeOptions
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.vllm import CONFIG_FILE, ENGINE, known_options

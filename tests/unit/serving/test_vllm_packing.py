@@ -1,8 +1,8 @@
 from dataclasses import replace
 
 import pytest
-from weightsmith.checkpoints.packing import Packing
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.models.packing import Packing
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.machine import machine_for
 from weightsmith.serving.vllm_packing import check_packing

@@ -1,7 +1,7 @@
 """What a plan for vLLM says of a model's pictures."""
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.serving.vllm_pictures import check_pictures
 
 GEMMA, SMOL = "Gemma3ForConditionalGeneration", "SmolVLMForConditionalGeneration"

@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from weightsmith.building.targets import all_targets
+from weightsmith.core.values import Digest
 from weightsmith.stages.render import render_volume
-from weightsmith.values import Digest
 
 from tests.fakes import rendering
 

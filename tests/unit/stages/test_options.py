@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import FileEntry, Tree
 from weightsmith.quantizers import formats, gguf_calibration
-from weightsmith.recipe import Serve
+from weightsmith.recipe.schema import Serve
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.quantize import format_options
 from weightsmith.stages.render import serve_options
-from weightsmith.values import FileEntry, Tree
 
 from tests.fakes.memory import memory_tools
 

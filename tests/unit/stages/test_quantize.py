@@ -5,18 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import Beside, QuantizeJob
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Beside, QuantizeJob
+from weightsmith.core.resources import compiled_engines
+from weightsmith.core.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
-from weightsmith.recipe import TextBounds
-from weightsmith.resources import compiled_engines
+from weightsmith.recipe.schema import TextBounds
 from weightsmith.stages import quantize as stage
 from weightsmith.stages.quantize import QuantizeOptions, quantize
 from weightsmith.steps.destinations import InStore
-from weightsmith.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.worker import jobs
 from weightsmith.worker import steps as steps_of
 

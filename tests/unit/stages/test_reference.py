@@ -7,19 +7,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.jobs import ANSWER_JOURNAL, ReferenceJob
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import Tree
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.subjects import Subject
 from weightsmith.evaluating.task import Task
 from weightsmith.evaluating.walks import asked_of, walk_of
-from weightsmith.jobs import ANSWER_JOURNAL, ReferenceJob
-from weightsmith.ports import Silent
+from weightsmith.outside.store import FileStore
 from weightsmith.stages.reference import answers
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.steps.destinations import InStore
-from weightsmith.tools import Memory
-from weightsmith.values import Tree
+from weightsmith.steps.tools import Memory
 
 
 def test_choices_are_planned_by_the_longest_one(tmp_path) -> None:

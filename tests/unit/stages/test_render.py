@@ -5,14 +5,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Digest
 from weightsmith.quantizers import formats
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.memory import GIB, MIB, human
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import find, targets
 from weightsmith.stages.render import render, render_files
-from weightsmith.values import Digest
 
 from tests.fakes.configs import LLAMA_8B, SMOL, facts
 

@@ -10,15 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from weightsmith.building.targets import all_targets
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.ports import Silent
-from weightsmith.quantizers.gguf_lora import FILE
-from weightsmith.serving.engine import ServeOptions
-from weightsmith.stages.render import render
-from weightsmith.stages.unmerged import unmerged, unmerged_gguf
-from weightsmith.steps.served_adapters import base_weight_bytes, served_adapters
-from weightsmith.values import (
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.ports import Silent
+from weightsmith.core.values import (
     LORA,
     AdapterSnapshot,
     Artifact,
@@ -28,6 +22,12 @@ from weightsmith.values import (
     Sources,
     Tree,
 )
+from weightsmith.outside.store import FileStore
+from weightsmith.quantizers.gguf_lora import FILE
+from weightsmith.serving.engine import ServeOptions
+from weightsmith.stages.render import render
+from weightsmith.stages.unmerged import unmerged, unmerged_gguf
+from weightsmith.steps.served_adapters import base_weight_bytes, served_adapters
 
 from tests.fakes.configs import facts
 

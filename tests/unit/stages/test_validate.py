@@ -19,15 +19,15 @@ from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.commands.requests import ValidateCommand
 from weightsmith.commands.validate import validate_folders
-from weightsmith.errors import CheckFailed, UsageError
-from weightsmith.jobs import MergeJob
-from weightsmith.merge_options import Merge
-from weightsmith.recipe_file import read_recipe
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.jobs import MergeJob
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.values import Checkpoint, Snapshot, Sources, Tree
+from weightsmith.recipe.file import read_recipe
 from weightsmith.stages.validate import validate
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.destinations import InStore
-from weightsmith.tools import Tools
-from weightsmith.values import Checkpoint, Snapshot, Sources, Tree
+from weightsmith.steps.tools import Tools
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.memory import memory_tools

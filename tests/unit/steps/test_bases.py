@@ -11,17 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from weightsmith.drivers.store import FileStore
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.values import key_of
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import write_layout
-from weightsmith.platforms import host_platform
+from weightsmith.outside.store import FileStore
 from weightsmith.provenance.labels import ENGINE_LABEL
 from weightsmith.steps import bases as stage
 from weightsmith.steps.bases import base_image, base_images
-from weightsmith.values import key_of
 
 from tests.fakes.journal import RecordingProgress
 

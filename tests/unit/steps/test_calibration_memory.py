@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.stages.quantize import QuantizeOptions, quantize_memory

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.errors import (
+from weightsmith.core.errors import (
     CheckFailed,
     EnvironmentFailure,
     InputRefused,

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import AskedWalk, ReferenceJob, ValidateJob
-from weightsmith.ports import Silent
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import AskedWalk, ReferenceJob, ValidateJob
+from weightsmith.core.ports import Silent
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.steps.joined import JoinedJob
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.models.tensors import CheckpointTensors
 
 from tests.unit.validating.conftest import (
     edit_tensors,

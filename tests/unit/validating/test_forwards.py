@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.checkpoints.safetensors import build_header
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.network import skeleton
 from weightsmith.forward.weights import Weights
+from weightsmith.models.safetensors import build_header
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
     Batch,
@@ -93,7 +93,7 @@ HELD = """
 import resource, sys
 from pathlib import Path
 from types import SimpleNamespace
-from weightsmith.checkpoints.safetensors import open_checkpoint
+from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.forward.weights import Weights
 
 root = Path(sys.argv[1])

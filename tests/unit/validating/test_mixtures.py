@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.jobs import Mixture
+from weightsmith.core.jobs import Mixture
 from weightsmith.stages.validate import mixture
 from weightsmith.validating.elements import Tally
 from weightsmith.validating.mixtures import Kept, compare_kept

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.validating.probes import expected_tokenizer
 
 BASE = Path(__file__).parents[3] / "examples" / "tiny" / "base"

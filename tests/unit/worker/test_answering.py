@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, Question, ReferenceJob
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.meeting import Meeting
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import AskedModel, AskedTask, AskedWalk, Question, ReferenceJob
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.merging import reference
 from weightsmith.steps.answer_checkpoint import checkpointed_answers
 from weightsmith.worker.jobs import STAGES

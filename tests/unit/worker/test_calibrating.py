@@ -1,7 +1,7 @@
 """A walk over calibration text does not begin where its bits would be this CPU's own."""
 
 import pytest
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.forward import native
 from weightsmith.worker import calibrating
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weightsmith.errors import ran_out_of_memory
+from weightsmith.core.errors import ran_out_of_memory
 from weightsmith.quantizers.quantizer import Step
 from weightsmith.worker.steps import run_steps
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.forward.meeting import Meeting
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import (
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import (
     AskedModel,
     AskedTask,
     AskedWalk,
@@ -21,6 +20,7 @@ from weightsmith.jobs import (
     ReferenceJob,
     ValidateJob,
 )
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.validating.greedy import drafts
 from weightsmith.worker.jobs import STAGES
 

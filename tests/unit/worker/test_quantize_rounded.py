@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import CacheScalesJob, DequantizedJob, QualityJob, QuantizeJob, Question
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import CacheScalesJob, DequantizedJob, QualityJob, QuantizeJob, Question
+from weightsmith.core.merge_options import Merge
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.calibration import GENERAL

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.quantizers.quantizer import Step
 from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.steps import run_steps

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import Job, write_job
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import Job, write_job
 
 from tests.fakes.echo import EchoJob, package
 
@@ -127,7 +127,7 @@ def test_a_worker_that_hangs_says_where_before_its_time_is_over(tmp_path):
 
 def test_the_worker_needs_nothing_of_the_control_plane():
     code = (
-        "import sys, weightsmith.worker.__main__, weightsmith.drivers.process;"
+        "import sys, weightsmith.worker.__main__, weightsmith.outside.process;"
         "heavy = ('pydantic', 'rich', 'docker', 'torch', 'filelock');"
         "print([m for m in heavy if m in sys.modules])"
     )

@@ -7,11 +7,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from weightsmith.building.request import BuildRequest
-from weightsmith.reporting.build_record import read_build
+from weightsmith.core.values import Json, Sources
+from weightsmith.evaluating.build_record import read_build
 from weightsmith.serving.advice import advise
 from weightsmith.stages.merge import find
-from weightsmith.tools import Tools
-from weightsmith.values import Json, Sources
+from weightsmith.steps.tools import Tools
 
 
 def advice_for(request: BuildRequest, sources: Sources, tools: Tools) -> Mapping[str, Json]:

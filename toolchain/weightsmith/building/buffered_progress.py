@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from weightsmith.ports import Progress
+from weightsmith.core.ports import Progress
 
 
 class BufferedProgress:

@@ -17,10 +17,11 @@ from weightsmith.building.graph import Run
 from weightsmith.building.pipeline import AnyStep, steps_of
 from weightsmith.building.record import Built, Record
 from weightsmith.building.request import BuildRequest
-from weightsmith.errors import CacheLost, CheckFailed, WeightsmithError
+from weightsmith.core.errors import CacheLost, CheckFailed, WeightsmithError
+from weightsmith.evaluating.build_record import StageRecord
+from weightsmith.evaluating.recipe_tasks import check_leaks
 from weightsmith.evaluating.results import unproven_of
-from weightsmith.reporting.build_record import StageRecord
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 
 _MOST_LOSSES = 20
 """Results that a shared cache may lose in one build; more, and the cache itself is broken."""
@@ -54,6 +55,7 @@ def _build(request: BuildRequest, published: set[str], tools: Tools) -> Iterator
     with Run(steps, tools) as run:
         sources = run.perform(steps.sources)
         check_tags(request, sources, tools)
+        check_leaks(request.file, steps.tasks, tools.progress)
         seen = foresee(steps, tools, sources)
         check_before_work(request, steps, seen)
         check_images(request, steps, seen)

@@ -9,21 +9,21 @@ from weightsmith.building.foreseeing import disk_needed
 from weightsmith.building.pipeline import BuildSteps
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import all_targets
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.evaluating.recipe_tasks import check_leaks, say_samples
-from weightsmith.layouts import check_layout
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.ports import Progress, Runner, Silent
+from weightsmith.core.values import Sources
+from weightsmith.evaluating.build_record import read_build
+from weightsmith.evaluating.recipe_tasks import say_samples
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.ollama import check_name
 from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import LARGEST_ANYWHERE
-from weightsmith.ports import Progress, Runner, Silent
 from weightsmith.provenance.labels import PREFIX, reference, repository
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import texts_of
-from weightsmith.recipe import Recipe
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.reporting.build_record import read_build
+from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import layer_limit
@@ -36,10 +36,10 @@ from weightsmith.steps.bases import (
     check_own,
     data_base,
 )
+from weightsmith.steps.layouts import check_layout
 from weightsmith.steps.sizes import projector_bytes
 from weightsmith.steps.step import Foresight
-from weightsmith.tools import Tools
-from weightsmith.values import Sources
+from weightsmith.steps.tools import Tools
 
 
 def check_machine(request: BuildRequest, steps: BuildSteps, tools: Tools) -> None:
@@ -65,7 +65,6 @@ def check_before_work(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     file, sources, tools = request.file, seen[steps.sources], seen.tools
     if not sources.adapters:
         tools.progress.warn("the recipe has no adapter: the base is built unchanged")
-    check_leaks(file, steps.tasks, tools.progress)
     say_samples(steps.tasks, tools.progress)
     if not steps.tasks:
         tools.progress.warn("the recipe has no `evaluate`: the image's answers are not tested")

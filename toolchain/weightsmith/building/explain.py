@@ -13,17 +13,17 @@ from weightsmith.building.graph import peak_memory
 from weightsmith.building.layer_time import measured_layer_time
 from weightsmith.building.pipeline import AnyStep, BuildSteps, TargetSteps, steps_of
 from weightsmith.building.request import BuildRequest
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Json
+from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.recipe_tasks import check_leaks
 from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.reporting.build_record import read_build
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.stages.resolve import NotHere
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.step import Foresight, PlanRow, State
-from weightsmith.tools import Tools
-from weightsmith.values import Json
+from weightsmith.steps.tools import Tools
 
 _NOWHERE = Outputs()
 _UNKNOWN = "its inputs are not known before `resolve`"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from weightsmith.building.pipeline import AnyStep, BuildSteps
-from weightsmith.checkpoints.facts import read_facts
+from weightsmith.core.values import Json, Sources
+from weightsmith.models.facts import read_facts
 from weightsmith.serving.architectures import check_served
 from weightsmith.steps.step import Foresight, PlanRow
-from weightsmith.tools import Tools
-from weightsmith.values import Json, Sources
+from weightsmith.steps.tools import Tools
 
 
 def foresee(

@@ -11,10 +11,10 @@ from typing import Any, Self, TypeVar
 
 from weightsmith.building.pipeline import AnyStep, BuildSteps
 from weightsmith.building.prefetch import Prefetch, Shares
-from weightsmith.reporting.build_record import StageRecord
-from weightsmith.runners import WithinMemory
+from weightsmith.building.runners import WithinMemory
+from weightsmith.evaluating.build_record import StageRecord
 from weightsmith.steps.step import Foresight, Results, Step, TargetBuild
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 
 T = TypeVar("T")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import LayerTimeJob
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import Sources
 from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import LayerTimeJob
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
-from weightsmith.values import Sources
+from weightsmith.steps.tools import Tools
 
 _COUNTS = (8, 256)
 """Tokens in one pass: a step of a few answers, and texts that are read."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.building.request import BuildRequest
+from weightsmith.core.values import LORA, Artifact, Checkpoint, Published, Sources
 from weightsmith.evaluating.recipe_tasks import probes, tasks_of
 from weightsmith.evaluating.results import RecipeTask, Result
 from weightsmith.provenance.materials import ImageMaterials
-from weightsmith.quality.result import Quality
 from weightsmith.quantizers import formats, of_format
+from weightsmith.quantizers.quality.result import Quality
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import BakeStep, FormStep, LabelStep
@@ -30,7 +31,6 @@ from weightsmith.stages.upload import CheckHubStep, UploadStep
 from weightsmith.stages.validate import ValidateStep
 from weightsmith.steps.step import ForeseenWeights, Step, TargetBuild, Trial
 from weightsmith.validating.result import Validation
-from weightsmith.values import LORA, Artifact, Checkpoint, Published, Sources
 
 AnyStep = Step[Any, Any]
 Weights = Step[Artifact, ForeseenWeights]

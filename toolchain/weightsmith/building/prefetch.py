@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from weightsmith.building.buffered_progress import BufferedProgress
-from weightsmith.jobs import Job
-from weightsmith.ports import Progress, Runner
-from weightsmith.runners import WithinMemory, Wrapped
+from weightsmith.building.runners import WithinMemory, Wrapped
+from weightsmith.core.jobs import Job
+from weightsmith.core.ports import Progress, Runner
+from weightsmith.core.values import Json
+from weightsmith.core.waiting import stopped_by
 from weightsmith.steps.outcome import Outcome
 from weightsmith.steps.step import Results, Step
-from weightsmith.tools import Tools
-from weightsmith.values import Json
-from weightsmith.waiting import stopped_by
+from weightsmith.steps.tools import Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,20 +11,20 @@ from weightsmith.building.graph import Run
 from weightsmith.building.pipeline import BuildSteps, TargetSteps
 from weightsmith.building.record_facts import Facts, write_record
 from weightsmith.building.request import BuildRequest
-from weightsmith.errors import CheckFailed, WeightsmithError
+from weightsmith.core.errors import CheckFailed, WeightsmithError
+from weightsmith.core.values import Form, Json, Published, Scores
+from weightsmith.evaluating.build_record import StageRecord, read_build
+from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import own_of
 from weightsmith.provenance.materials import whole_image
-from weightsmith.reporting.build_record import StageRecord, read_build
-from weightsmith.reporting.pages import write_report
 from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures
 from weightsmith.steps.delivery import discard_candidate, network_in_jobs
 from weightsmith.steps.outcome import unrecorded
 from weightsmith.steps.step import Step, Trial
-from weightsmith.tools import Tools
-from weightsmith.values import Form, Json, Published, Scores
+from weightsmith.steps.tools import Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,14 +11,18 @@ from shlex import quote
 from typing import Any
 
 from weightsmith import __version__
-from weightsmith.evaluating.results import Result
-from weightsmith.evaluating.statistics import wilson
-from weightsmith.provenance.evaluation import side_by_side
-from weightsmith.provenance.labels import without_secrets
-from weightsmith.provenance.mlbom import license_of
-from weightsmith.quality.result import Quality
-from weightsmith.recipe import Recipe
-from weightsmith.reporting.build_record import (
+from weightsmith.core.values import (
+    Artifact,
+    Checkpoint,
+    Form,
+    Json,
+    Published,
+    Score,
+    Snapshot,
+    Sources,
+    without_passwords,
+)
+from weightsmith.evaluating.build_record import (
     FILE,
     NO_TASK,
     AdapterRecord,
@@ -37,20 +41,16 @@ from weightsmith.reporting.build_record import (
     VerdictRecord,
     recorded,
 )
+from weightsmith.evaluating.results import Result
+from weightsmith.evaluating.statistics import wilson
+from weightsmith.provenance.evaluation import side_by_side
+from weightsmith.provenance.labels import without_secrets
+from weightsmith.provenance.mlbom import license_of
+from weightsmith.quantizers.quality.result import Quality
+from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.steps.results import write_files
 from weightsmith.validating.result import Validation
-from weightsmith.values import (
-    Artifact,
-    Checkpoint,
-    Form,
-    Json,
-    Published,
-    Score,
-    Snapshot,
-    Sources,
-    without_passwords,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weightsmith.errors import UsageError
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.recipe_outputs import LOADABLE
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import LORA
+from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.outputs import LOADABLE
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import has_gguf
 from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.lock import pinned, read_lock
 from weightsmith.steps.step import TargetBuild
-from weightsmith.values import LORA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

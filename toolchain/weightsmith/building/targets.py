@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import AWQ, FP8, GPTQ, LORA, Format
 from weightsmith.quantizers import formats, quantizers
-from weightsmith.recipe_file import RecipeFile
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving import targets as serving_targets
 from weightsmith.serving.targets import Target
-from weightsmith.values import AWQ, FP8, GPTQ, LORA, Format
 
 
 def chosen_targets(

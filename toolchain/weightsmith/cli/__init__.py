@@ -3,7 +3,7 @@
 import os
 import sys
 
-from weightsmith.interrupts import leave_quietly
+from weightsmith.core.interrupts import leave_quietly
 
 if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no pathlib before this
     leave_quietly()  # the imports below take longer than an impatient Ctrl-C

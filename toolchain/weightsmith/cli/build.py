@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.cli.command import command
 from weightsmith.cli.flags import SERVED
 from weightsmith.cli.sections import Flags, given
-from weightsmith.recipe import Quantize, Serve
-from weightsmith.run_options import RunOptions
-from weightsmith.values import Json
-from weightsmith.visible import joined
+from weightsmith.core.escape import joined
+from weightsmith.core.values import Json
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.schema import Quantize, Serve
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
     from weightsmith.building.record import Built
-    from weightsmith.recipe_file import RecipeFile
+    from weightsmith.recipe.file import RecipeFile
 
 _SERVE = Flags(section=Serve, only=SERVED, over_recipe=True)
 _QUANTIZE = Flags(section=Quantize, only=("allow_low_bits", "allow_text_only"), over_recipe=True)
@@ -50,14 +50,14 @@ def build(
 ) -> tuple[Mapping[str, Json], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
     from weightsmith.building.build import build as build_all
+    from weightsmith.building.progress import progress_for
     from weightsmith.building.request import BuildRequest
     from weightsmith.building.targets import chosen_targets
+    from weightsmith.building.wiring import keep_clean, open_tools
     from weightsmith.commands.arguments import required, sources_of
     from weightsmith.commands.requests import layout_folder
-    from weightsmith.errors import UsageError
-    from weightsmith.progress import progress_for
+    from weightsmith.core.errors import UsageError
     from weightsmith.steps.delivery import Outputs
-    from weightsmith.wiring import keep_clean, open_tools
 
     required(dist=dist)
     _one_lock(locked=locked, update_lock=update_lock, from_=from_)
@@ -169,12 +169,12 @@ def plan(
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
     from weightsmith.building.explain import forecast
     from weightsmith.building.targets import chosen_targets
+    from weightsmith.building.wiring import keep_clean, open_tools
     from weightsmith.commands.arguments import required, sources_of
     from weightsmith.commands.plan import table
     from weightsmith.commands.requests import layout_folder
-    from weightsmith.ports import Silent
+    from weightsmith.core.ports import Silent
     from weightsmith.steps.delivery import Outputs
-    from weightsmith.wiring import keep_clean, open_tools
 
     required(dist=dist)
     _one_lock(locked=locked, update_lock=update_lock)
@@ -202,7 +202,7 @@ def _settings(
 
 def _one_lock(*, locked: bool, update_lock: bool, from_: str = "") -> None:
     """Raise UsageError for flags that want the lock both kept and written again."""
-    from weightsmith.errors import UsageError
+    from weightsmith.core.errors import UsageError
 
     if update_lock and (locked or from_):
         raise UsageError(
@@ -215,10 +215,10 @@ def _recipe_again(
     source: str, base: str, key: str, dist: str, settings: Sequence[str], insecure: bool
 ) -> str:
     """Return the recipe file of an image that was built before."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import make_registry
     from weightsmith.commands.rebuild import recipe_of_image
     from weightsmith.commands.verify import key_path
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import make_registry
 
     with make_registry(insecure=insecure) as registry:
         folder, told = Path(dist).absolute(), progress_for()
@@ -229,8 +229,8 @@ def recipe_file(
     recipe: str, base: str, adapters: Sequence[str], settings: Sequence[str]
 ) -> RecipeFile:
     """Return the recipe of a file, or the one that --base and --adapter describe."""
-    from weightsmith.errors import UsageError
-    from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
+    from weightsmith.core.errors import UsageError
+    from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
 
     if not base:
         if adapters:

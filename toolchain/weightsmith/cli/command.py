@@ -19,19 +19,19 @@ from typing import Any
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from weightsmith import visible
 from weightsmith.cli.flags import FLAGS
 from weightsmith.cli.sections import Flags
-from weightsmith.errors import (
+from weightsmith.core import escape as visible
+from weightsmith.core.errors import (
     EnvironmentFailure,
     UsageError,
     WeightsmithError,
     of_limits,
     of_machine,
 )
-from weightsmith.interrupts import ignore_it, raise_it
-from weightsmith.lines import put_line
-from weightsmith.values import Json, plain
+from weightsmith.core.interrupts import ignore_it, raise_it
+from weightsmith.core.lines import put_line
+from weightsmith.core.values import Json, plain
 
 _NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
 """Type of a flag's default -> what the flag takes, in words."""
@@ -213,7 +213,7 @@ def _refused(error: OSError) -> Exception:
         name = str(error.filename or "a path")
         shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
         return UsageError(f"{shown}: {error.strerror}", hint=_NO_PATHS[error.errno])
-    from weightsmith.wiring import require_folders
+    from weightsmith.building.wiring import require_folders
 
     try:
         require_folders()  # in some places, such as below /proc, what is missing cannot be made

@@ -1,7 +1,7 @@
 """Help of the flags that are not fields of a recipe; `command(meanings=…)` overrides it."""
 
 from weightsmith.cli.sections import Flags
-from weightsmith.run_options import RunOptions
+from weightsmith.recipe.run_options import RunOptions
 
 SERVED = ("gpu", "gpu_memory", "gpu_count", "max_model_len", "max_num_seqs")
 """Fields of `serve` that are flags; `--set serve.KEY=VALUE` sets the others."""

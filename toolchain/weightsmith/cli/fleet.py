@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from weightsmith.cli.command import command
 from weightsmith.cli.sections import Flags
-from weightsmith.run_options import RunOptions
-from weightsmith.values import Json
+from weightsmith.core.values import Json
+from weightsmith.recipe.run_options import RunOptions
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
     from weightsmith.fleets.ordering import Ordered
@@ -46,16 +46,16 @@ def fleet(
     dist: str = "dist",
 ) -> tuple[Mapping[str, Json], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import keep_clean, make_fleet_engine, open_tools
+    from weightsmith.cache.address import of_nodes
     from weightsmith.commands.arguments import required
     from weightsmith.commands.requests import layout_folder
     from weightsmith.fleets.matrix import matrix_of
     from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
     from weightsmith.fleets.page import PAGE, table
     from weightsmith.fleets.terminal import watcher
-    from weightsmith.progress import progress_for
-    from weightsmith.sharing.address import of_nodes
-    from weightsmith.user_config import read_config
-    from weightsmith.wiring import keep_clean, make_fleet_engine, open_tools
+    from weightsmith.recipe.user_config import read_config
 
     required(dist=dist)
     found = ordered(file, settings=set, adapters=adapter, targets=target, update_lock=update_lock)
@@ -82,10 +82,10 @@ def fleet(
 
 def _planned(found: Ordered, dist: Path, run: RunOptions) -> tuple[Mapping[str, Json], str]:
     """Return what `fleet` would do, as JSON and as text."""
+    from weightsmith.building.wiring import open_tools
+    from weightsmith.core.ports import Silent
     from weightsmith.fleets.foresight import plan_of, text_of
     from weightsmith.fleets.ordering import foreseen
-    from weightsmith.ports import Silent
-    from weightsmith.wiring import open_tools
 
     with open_tools(run, Silent(), uploads=False) as tools:
         planned = plan_of(foreseen(found, dist, tools))

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from weightsmith.cli.command import command
-from weightsmith.values import Json
-from weightsmith.visible import escaped, joined
+from weightsmith.core.escape import escaped, joined
+from weightsmith.core.values import Json
 
 
 def report_words(words: Sequence[str]) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ def targets() -> tuple[Mapping[str, Json], str]:
 @command()
 def doctor() -> tuple[Mapping[str, Json], str]:
     """Show what this machine provides, what is missing, and what to do about it."""
-    from weightsmith.wiring import examine
+    from weightsmith.building.wiring import examine
 
     result = examine()
     lines = []
@@ -86,8 +86,8 @@ def doctor() -> tuple[Mapping[str, Json], str]:
 @command()
 def clean(*, keep: str = "", json: bool = False) -> tuple[Mapping[str, Json], str]:
     """Shrink the store to --keep (default: 0), least recently used results first."""
+    from weightsmith.building.wiring import make_store
     from weightsmith.serving.memory import human, parse_size
-    from weightsmith.wiring import make_store
 
     store = make_store()
     asks = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

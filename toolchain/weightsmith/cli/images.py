@@ -12,16 +12,16 @@ from weightsmith.commands.requests import (
     RebaseCommand,
     VerifyCommand,
 )
-from weightsmith.lines import pinned
-from weightsmith.values import Json
+from weightsmith.core.lines import pinned
+from weightsmith.core.values import Json
 
 
 @command(BakeCommand)
 def bake(asked: BakeCommand) -> tuple[Mapping[str, Json], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_for
     from weightsmith.commands.bake import bake_model
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import open_for
 
     with open_for(asked, progress_for(), asked.image.base) as tools:
         result = bake_model(asked, tools)
@@ -31,10 +31,10 @@ def bake(asked: BakeCommand) -> tuple[Mapping[str, Json], str]:
 @command(PushCommand)
 def push(asked: PushCommand) -> tuple[Mapping[str, Json], str]:
     """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card."""
+    from weightsmith.building.progress import progress_for
     from weightsmith.commands.images import preview_text
     from weightsmith.commands.upload import preview
     from weightsmith.library.images import run_push
-    from weightsmith.progress import progress_for
 
     result = run_push(asked, progress_for())
     if asked.dry_run:
@@ -45,9 +45,9 @@ def push(asked: PushCommand) -> tuple[Mapping[str, Json], str]:
 @command(RebaseCommand)
 def rebase(asked: RebaseCommand) -> tuple[Mapping[str, Json], str]:
     """Move an image to another engine base and push it; its weights are not copied."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_for
     from weightsmith.commands.rebase import rebase_image
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import open_for
 
     with open_for(asked, progress_for()) as tools:
         result = rebase_image(asked, tools)
@@ -67,9 +67,9 @@ def inspect(asked: InspectCommand) -> tuple[Mapping[str, Json], str]:
 @command(VerifyCommand)
 def verify(asked: VerifyCommand) -> tuple[Mapping[str, Json], str]:
     """Check an image's signature, its layers' digests, and the chain from sources to layers."""
+    from weightsmith.building.progress import progress_for
     from weightsmith.commands.verify import table
     from weightsmith.library.images import run_verify
-    from weightsmith.progress import progress_for
 
     result = run_verify(asked, progress_for())
     return result, f"{pinned(result['reference'], result['digest'])} holds\n{table(result)}"

@@ -12,9 +12,9 @@ from weightsmith.commands.requests import (
     RenderCommand,
     ValidateCommand,
 )
+from weightsmith.core.escape import escaped, joined
+from weightsmith.core.values import Json
 from weightsmith.validating.result import Validation
-from weightsmith.values import Json
-from weightsmith.visible import escaped, joined
 
 
 @command(MergeCommand)
@@ -23,9 +23,9 @@ def merge(asked: MergeCommand) -> tuple[Mapping[str, Json], str]:
 
     Without --adapter, it is the base itself.
     """
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_for
     from weightsmith.commands.merge import merge_folders
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import open_for
 
     with open_for(asked, progress_for()) as tools:
         result = merge_folders(asked, tools)
@@ -36,9 +36,9 @@ def merge(asked: MergeCommand) -> tuple[Mapping[str, Json], str]:
 @command(ValidateCommand)
 def validate(asked: ValidateCommand) -> tuple[Mapping[str, Json], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_for
     from weightsmith.commands.validate import validate_folders
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import open_for
 
     with open_for(asked, progress_for()) as tools:
         result = validate_folders(asked, tools)
@@ -68,9 +68,9 @@ def _verdict(merged: Path, result: Validation) -> str:
 @command(QuantizeCommand)
 def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Json], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_for
     from weightsmith.commands.quantize import quantize_folder
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import open_for
 
     with open_for(asked, progress_for()) as tools:
         result = quantize_folder(asked, tools)
@@ -88,9 +88,9 @@ def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Json], str]:
 @command(RenderCommand)
 def render(asked: RenderCommand) -> tuple[Mapping[str, Json], str]:
     """Plan a target's memory and render its serving configuration and manifests into --out."""
+    from weightsmith.building.wiring import keep_places_clean
     from weightsmith.commands.render import render_folder
     from weightsmith.serving.plan_summary import summary
-    from weightsmith.wiring import keep_places_clean
 
     keep_places_clean(asked)
     files, plan = render_folder(asked)

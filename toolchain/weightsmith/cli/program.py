@@ -15,7 +15,7 @@ from invoke.program import Program
 from weightsmith import __version__
 from weightsmith.cli import namespace
 from weightsmith.cli.command import print_error, settle_streams
-from weightsmith.errors import EnvironmentFailure, UsageError
+from weightsmith.core.errors import EnvironmentFailure, UsageError
 
 _HELP = frozenset({"--help", "-h"})
 

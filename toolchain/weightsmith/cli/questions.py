@@ -6,16 +6,16 @@ from collections.abc import Mapping
 
 from weightsmith.cli.command import command
 from weightsmith.commands.requests import BenchCommand, EvaluateCommand
-from weightsmith.values import Json
+from weightsmith.core.values import Json
 
 
 @command(EvaluateCommand)
 def evaluate(asked: EvaluateCommand) -> tuple[Mapping[str, Json], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_for
     from weightsmith.commands.evaluate import evaluate_subject, evaluate_text
     from weightsmith.commands.lm_eval import evaluate_tasks, tasks_text
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import open_for
 
     with open_for(asked, progress_for()) as tools:
         if asked.tasks:
@@ -28,10 +28,10 @@ def evaluate(asked: EvaluateCommand) -> tuple[Mapping[str, Json], str]:
 @command(BenchCommand)
 def bench(asked: BenchCommand) -> tuple[Mapping[str, Json], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_for
     from weightsmith.commands.bench import bench as measure
     from weightsmith.commands.bench import bench_text
-    from weightsmith.progress import progress_for
-    from weightsmith.wiring import open_for
 
     with open_for(asked, progress_for()) as tools:
         result = measure(asked, tools)

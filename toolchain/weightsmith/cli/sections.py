@@ -14,8 +14,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from weightsmith.errors import UsageError
-from weightsmith.recipe_section import Part, fields_of, flag_of, spelling
+from weightsmith.core.errors import UsageError
+from weightsmith.recipe.section import Part, fields_of, flag_of, spelling
 
 _EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
 """Kind of fault -> what a flag takes."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weightsmith.cli.command import command
-from weightsmith.values import Json
-from weightsmith.visible import escaped, joined
+from weightsmith.core.escape import escaped, joined
+from weightsmith.core.values import Json
 
 
 @command(
@@ -28,11 +28,11 @@ def cache(
     insecure: bool = False,
 ) -> tuple[Mapping[str, Json], str]:
     """Fill the shared cache (push), fetch it (pull), shrink it (prune) or describe it (stat)."""
+    from weightsmith.building.progress import progress_for
+    from weightsmith.building.wiring import open_one_cache
     from weightsmith.commands import cache as run
     from weightsmith.commands.arguments import required
-    from weightsmith.progress import progress_for
     from weightsmith.serving.memory import human, parse_size
-    from weightsmith.wiring import open_one_cache
 
     run.check_action(action)
     if action == "prune":

@@ -10,11 +10,6 @@ from functools import partial
 from pathlib import Path
 
 from weightsmith.building.targets import target_of
-from weightsmith.checkpoints.folder import scan
-from weightsmith.checkpoints.gguf_config import gguf_file_type, gguf_tensor_types
-from weightsmith.checkpoints.gguf_names import gguf_models
-from weightsmith.checkpoints.gguf_parts import model_name
-from weightsmith.checkpoints.safetensors import read_header
 from weightsmith.commands.render import (
     Model,
     open_model,
@@ -24,16 +19,28 @@ from weightsmith.commands.render import (
     serving_config,
 )
 from weightsmith.commands.requests import BakeCommand
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.layouts import check_layout
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.ports import Progress, Store
+from weightsmith.core.values import (
+    SAFETENSORS,
+    Artifact,
+    FileEntry,
+    Json,
+    Tree,
+    plain,
+)
+from weightsmith.models.folder import scan
+from weightsmith.models.gguf_config import gguf_file_type, gguf_tensor_types
+from weightsmith.models.gguf_names import gguf_models
+from weightsmith.models.gguf_parts import model_name
+from weightsmith.models.safetensors import read_header
 from weightsmith.oci.ollama import check_name
 from weightsmith.oci.references import Reference
-from weightsmith.ports import Progress, Store
 from weightsmith.provenance.labels import PLAN, PREFIX, plan_label
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.recipe_outputs import KINDS, LOADABLE
+from weightsmith.recipe.outputs import KINDS, LOADABLE
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target
@@ -42,15 +49,8 @@ from weightsmith.stages.publish import publish
 from weightsmith.stages.render import render_unplanned, repository_name
 from weightsmith.steps.bases import base_images, base_reference, data_base, public_base
 from weightsmith.steps.delivery import Outputs
-from weightsmith.tools import Tools
-from weightsmith.values import (
-    SAFETENSORS,
-    Artifact,
-    FileEntry,
-    Json,
-    Tree,
-    plain,
-)
+from weightsmith.steps.layouts import check_layout
+from weightsmith.steps.tools import Tools
 
 _DEFAULT_NAME = "model"
 _MEMORY = 4 << 30

@@ -9,15 +9,15 @@ from datetime import UTC, datetime
 
 from weightsmith.commands.requests import BenchCommand
 from weightsmith.commands.server import ServerSource, served_model, session_with
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.escape import joined
+from weightsmith.core.values import Json, without_passwords
 from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.load import load_test
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.steps.results import write_files
-from weightsmith.tools import Tools
-from weightsmith.values import Json, without_passwords
-from weightsmith.visible import joined
+from weightsmith.steps.tools import Tools
 
 BENCH_FILE = "bench.json"
 _TOPICS = (

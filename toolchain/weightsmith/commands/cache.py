@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
-from weightsmith.ports import Cache, Entry, Progress, Store
-from weightsmith.sharing.cache import SharedCache
-from weightsmith.sharing.document import read_document
-from weightsmith.sharing.store import SharedStore
-from weightsmith.sharing.uploads import Uploads
-from weightsmith.values import Digest, Json
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.document import read_document
+from weightsmith.cache.store import SharedStore
+from weightsmith.cache.uploads import Uploads
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.core.ports import Cache, Entry, Progress, Store
+from weightsmith.core.values import Digest, Json
 
 ACTIONS = ("push", "pull", "prune", "stat")
 

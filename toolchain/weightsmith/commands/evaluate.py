@@ -5,27 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import read_facts
 from weightsmith.commands.folders import open_sources
 from weightsmith.commands.requests import EvaluateCommand
 from weightsmith.commands.server import ServerSource, served_model, session_with
-from weightsmith.errors import CheckFailed, InputRefused, UsageError
-from weightsmith.evaluating.doubts import sampled
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.escape import joined
+from weightsmith.core.safe_parse import TOKENIZER, parse_file
+from weightsmith.core.values import Json, Score
+from weightsmith.evaluating.answer_cache import KeptAnswers
+from weightsmith.evaluating.contamination import describe, find_leaks
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
+from weightsmith.evaluating.inconclusive import sampled
 from weightsmith.evaluating.items import read_items, sample
-from weightsmith.evaluating.kept import KeptAnswers
-from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.statistics import wilson
 from weightsmith.evaluating.subjects import BUILDER, Subject
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
-from weightsmith.foreign import TOKENIZER, parse_file
+from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept
-from weightsmith.tools import Tools
-from weightsmith.values import Json, Score
-from weightsmith.visible import joined
+from weightsmith.steps.tools import Tools
 
 
 def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Mapping[str, Json]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
-from weightsmith.ports import Store
-from weightsmith.recipe import Base
+from weightsmith.core.ports import Store
+from weightsmith.core.values import AdapterSnapshot, Checkpoint, FileEntry, Snapshot, Sources, Tree
+from weightsmith.models.folder import check_adapter_folder, check_model_folder
+from weightsmith.recipe.schema import Base
 from weightsmith.stages.resolve import resolve_base
-from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Checkpoint, FileEntry, Snapshot, Sources, Tree
+from weightsmith.steps.tools import Tools
 
 
 def open_sources(

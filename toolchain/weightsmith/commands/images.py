@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.escape import joined
+from weightsmith.core.platforms import usual
+from weightsmith.core.ports import ContainerEngine, Progress, Signer
+from weightsmith.core.values import Blob, Digest, ImageLayer, Json, Published, plain
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import blob_of
@@ -21,8 +25,6 @@ from weightsmith.oci.locations import (
 from weightsmith.oci.ollama import check_name
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.platforms import usual
-from weightsmith.ports import ContainerEngine, Progress, Signer
 from weightsmith.provenance.evidence import read_attached, statement_parts
 from weightsmith.provenance.labels import (
     PREFIX,
@@ -34,8 +36,6 @@ from weightsmith.provenance.labels import (
 )
 from weightsmith.provenance.sealing import cosign_tag, countersigned, only_held, strays
 from weightsmith.serving.memory import human
-from weightsmith.values import Blob, Digest, ImageLayer, Json, Published, plain
-from weightsmith.visible import joined
 
 _ASIDE = "unknown/unknown"
 """Platform of manifests that other builders put beside their images, such as attestations."""

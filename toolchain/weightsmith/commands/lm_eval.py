@@ -11,13 +11,13 @@ from pathlib import Path
 
 from weightsmith.commands.requests import EvaluateCommand
 from weightsmith.commands.server import ServerSource, api_key, served_model, session_with
-from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError
+from weightsmith.core.escape import joined
+from weightsmith.core.safe_parse import TOKENIZER, parse_file
+from weightsmith.core.trees import below
+from weightsmith.core.values import Json
 from weightsmith.evaluating.likelihood import supports_echo
-from weightsmith.foreign import TOKENIZER, parse_file
-from weightsmith.tools import Tools
-from weightsmith.trees import below
-from weightsmith.values import Json
-from weightsmith.visible import joined
+from weightsmith.steps.tools import Tools
 
 _PROGRAM = "lm_eval"
 _SECONDS = 24 * 3600.0

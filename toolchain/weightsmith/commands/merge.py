@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.commands.arguments import not_nested
+from weightsmith.building.apart import not_nested
 from weightsmith.commands.folders import base_folder, open_sources
 from weightsmith.commands.requests import MergeCommand
+from weightsmith.core.values import Checkpoint, Json, Sources
 from weightsmith.merging.plan import KINDS
 from weightsmith.stages.merge import BUILDER, check, combine, merge
 from weightsmith.steps.destinations import in_folder
-from weightsmith.tools import Tools
-from weightsmith.values import Checkpoint, Json, Sources
+from weightsmith.steps.tools import Tools
 
 
 def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 
+from weightsmith.core.escape import escaped
+from weightsmith.core.values import Json
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.plan_summary import summary
 from weightsmith.steps.step import HERE
-from weightsmith.values import Json
-from weightsmith.visible import escaped
 
 _NUMBERS = frozenset({"reads", "writes", "memory", "time"})
 

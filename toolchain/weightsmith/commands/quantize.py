@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.gguf_names import projector_name
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.checkpoints.tensors import unsupported
 from weightsmith.commands.folders import open_checkpoint
 from weightsmith.commands.requests import QuantizeCommand
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.trees import below
+from weightsmith.core.values import Json, Tree
+from weightsmith.models.facts import read_facts
+from weightsmith.models.gguf_names import projector_name
+from weightsmith.models.safetensors import read_header
+from weightsmith.models.tensors import unsupported
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
-from weightsmith.recipe import Quality, Quantize, TextBounds
-from weightsmith.recipe_section import spelling
+from weightsmith.recipe.schema import Quality, Quantize, TextBounds
+from weightsmith.recipe.section import spelling
 from weightsmith.stages.quality import quality, quality_fault
 from weightsmith.stages.quantize import (
     QuantizeOptions,
@@ -26,9 +28,7 @@ from weightsmith.stages.quantize import (
     quantize,
 )
 from weightsmith.steps.destinations import in_folder
-from weightsmith.tools import Tools
-from weightsmith.trees import below
-from weightsmith.values import Json, Tree
+from weightsmith.steps.tools import Tools
 
 
 def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.server import ServerSource, session_with
-from weightsmith.errors import CheckFailed, InputRefused
+from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.values import Digest, Json, plain
 from weightsmith.evaluating.client import first_name
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import ask, find_served
@@ -39,12 +40,11 @@ from weightsmith.provenance.roles import (
     roles_of,
 )
 from weightsmith.provenance.statements import Resource
-from weightsmith.starting import why_not_started
 from weightsmith.steps.bases import base_image, public_base
 from weightsmith.steps.delivery import Outputs, candidate, deliver, discard_candidate
+from weightsmith.steps.launch import why_not_started
 from weightsmith.steps.outcome import Timer
-from weightsmith.tools import Tools
-from weightsmith.values import Digest, Json, plain
+from weightsmith.steps.tools import Tools
 
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 

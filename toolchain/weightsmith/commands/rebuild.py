@@ -9,24 +9,24 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.files import folder_beside
+from weightsmith.core.ports import Progress
+from weightsmith.core.safe_parse import PART, parse
+from weightsmith.core.trees import discard
+from weightsmith.core.values import FileEntry, Json, tree_digest
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.files import folder_beside
-from weightsmith.foreign import PART, parse
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
-from weightsmith.ports import Progress
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.statements import Statement
-from weightsmith.recipe import Evaluate
-from weightsmith.recipe_file import check_recipe
+from weightsmith.recipe.file import check_recipe
+from weightsmith.recipe.schema import Evaluate
 from weightsmith.serving.option_values import not_to_be_stated
-from weightsmith.trees import discard
-from weightsmith.values import FileEntry, Json, tree_digest
 
 _NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
 """Maximum depth of a model folder."""

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.building.targets import all_targets, can_make, target_of
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.folder import no_folder, scan
-from weightsmith.checkpoints.gguf_names import files_with, gguf_models, projector_of
-from weightsmith.checkpoints.gguf_parts import model_name, parts_of
 from weightsmith.commands.arguments import serving_options
 from weightsmith.commands.requests import RenderCommand
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import parse_file
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.safe_parse import parse_file
+from weightsmith.core.values import SAFETENSORS
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.folder import no_folder, scan
+from weightsmith.models.gguf_names import files_with, gguf_models, projector_of
+from weightsmith.models.gguf_parts import model_name, parts_of
 from weightsmith.quantizers import of_format
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -25,7 +26,6 @@ from weightsmith.stages.render import render
 from weightsmith.steps.expected_weights import expected_weights
 from weightsmith.steps.results import write_files
 from weightsmith.steps.sizes import estimated_bytes, expected_projector
-from weightsmith.values import SAFETENSORS
 
 _CONFIG = "serving.json"
 """The file with everything that `bake` needs from a rendered folder."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.errors import UsageError
-from weightsmith.reporting.build_record import FILE, BuildRecord
-from weightsmith.reporting.pages import (
+from weightsmith.core.errors import UsageError
+from weightsmith.core.trees import below
+from weightsmith.core.values import Json
+from weightsmith.evaluating.build_record import FILE, BuildRecord
+from weightsmith.evaluating.pages import (
     Written,
     read_as_facts,
     read_json,
     write_comparison,
     write_report,
 )
-from weightsmith.trees import below
-from weightsmith.values import Json
 
 
 def report_builds(folder: Path) -> Mapping[str, Json]:

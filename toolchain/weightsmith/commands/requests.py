@@ -13,13 +13,13 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from weightsmith.errors import UsageError
-from weightsmith.merge_options import Merge
-from weightsmith.recipe import Quantize, Scoring, Serve
-from weightsmith.recipe_outputs import ImageNames
-from weightsmith.recipe_section import Flag, Part, Place
-from weightsmith.run_options import RunOptions
-from weightsmith.values import Score
+from weightsmith.core.errors import UsageError
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.values import Score
+from weightsmith.recipe.outputs import ImageNames
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.schema import Quantize, Scoring, Serve
+from weightsmith.recipe.section import Flag, Part, Place
 
 READ, WRITTEN = Place.READ, Place.WRITTEN
 

@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from weightsmith.building.targets import all_targets
-from weightsmith.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.core.ports import Endpoint, StartSpec
+from weightsmith.core.values import Json, without_passwords
 from weightsmith.evaluating.client import check_served_name, first_name
 from weightsmith.evaluating.served import Served, find_served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
@@ -20,12 +22,10 @@ from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_layout
 from weightsmith.oci.locations import reference_of
 from weightsmith.oci.references import DOCKER_HUB, Reference
-from weightsmith.ports import Endpoint, StartSpec
 from weightsmith.provenance.labels import plan_of
-from weightsmith.starting import idle_cpus, start
 from weightsmith.steps.delivery import candidate, discard_candidate
-from weightsmith.tools import Tools
-from weightsmith.values import Json, without_passwords
+from weightsmith.steps.launch import idle_cpus, start
+from weightsmith.steps.tools import Tools
 
 _START_SECONDS = 900.0
 _LAST_PORT = 65535

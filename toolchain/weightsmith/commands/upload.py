@@ -9,12 +9,18 @@ from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from weightsmith.checkpoints.folder import check_model_folder, check_no_code, pickles_in, scan
-from weightsmith.checkpoints.gguf_names import files_with
-from weightsmith.checkpoints.gguf_parts import model_name
 from weightsmith.commands.requests import PushCommand
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.foreign import SMALL
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.escape import joined
+from weightsmith.core.safe_parse import SMALL
+from weightsmith.core.trees import below
+from weightsmith.core.values import LORA, FileEntry, Json, StageInputs, Tree, plain
+from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
+from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
+from weightsmith.evaluating.pages import model_card, read_as_facts
+from weightsmith.models.folder import check_model_folder, check_no_code, pickles_in, scan
+from weightsmith.models.gguf_names import files_with
+from weightsmith.models.gguf_parts import model_name
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
 from weightsmith.oci.layout import held_digest, is_layout
@@ -27,9 +33,6 @@ from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import weights_of
 from weightsmith.quantizers import of_format
-from weightsmith.reporting.build_record import FILE, BuildRecord, read_build
-from weightsmith.reporting.card import ModelCard, card_of_build, card_of_labels
-from weightsmith.reporting.pages import model_card, read_as_facts
 from weightsmith.serving.memory import human
 from weightsmith.stages import cache_scales
 from weightsmith.stages import merge as merging
@@ -42,10 +45,7 @@ from weightsmith.stages.upload import (
     upload,
 )
 from weightsmith.steps.step import WEIGHTS
-from weightsmith.tools import Tools
-from weightsmith.trees import below
-from weightsmith.values import LORA, FileEntry, Json, StageInputs, Tree, plain
-from weightsmith.visible import joined
+from weightsmith.steps.tools import Tools
 
 
 @dataclass(frozen=True, slots=True)

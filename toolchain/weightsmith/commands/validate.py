@@ -7,7 +7,7 @@ from weightsmith.commands.requests import ValidateCommand
 from weightsmith.evaluating.items import read_prompts
 from weightsmith.stages.validate import BUILDER, validate
 from weightsmith.steps.destinations import Unkept
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 from weightsmith.validating.result import Validation
 
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, cast
 
-from weightsmith.errors import Altered, CheckFailed, InputRefused, UsageError, WeightsmithError
+from weightsmith.core.errors import Altered, CheckFailed, InputRefused, UsageError, WeightsmithError
+from weightsmith.core.escape import joined
+from weightsmith.core.ports import Progress
+from weightsmith.core.values import Digest, Json
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.image import Image, blob_of
@@ -24,15 +27,12 @@ from weightsmith.oci.locations import (
 )
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import ChunkFile, Entry
-from weightsmith.ports import Progress
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain
 from weightsmith.provenance.evidence import Document
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.roles import weights_of
 from weightsmith.provenance.statements import Statement
-from weightsmith.values import Digest, Json
-from weightsmith.visible import joined
 
 _BUFFER = 1 << 20
 _TARS = (LAYER_TAR, *(name for name in manifests.MODEL_LAYERS if name.endswith(".tar")))

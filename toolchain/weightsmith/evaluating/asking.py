@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.evaluating.task import Task
 from weightsmith.forward.memory import Walk, batch_bytes
+from weightsmith.models.facts import read_facts
 
 LETTERS = 3
 """Of a token, about."""

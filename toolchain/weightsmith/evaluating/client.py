@@ -10,12 +10,12 @@ from itertools import islice
 
 import httpx
 
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.network import DeadlineTransport
+from weightsmith.core.ports import Endpoint, Progress
+from weightsmith.core.values import Json
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, died
-from weightsmith.network import DeadlineTransport
-from weightsmith.ports import Endpoint, Progress
-from weightsmith.values import Json
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0

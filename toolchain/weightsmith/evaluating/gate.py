@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Json, Score
 from weightsmith.evaluating.statistics import Comparison, compare, items_needed, wilson
-from weightsmith.values import Json, Score
 
 _MOST_SHOWN = 3
 _SHOWN_LENGTH = 120

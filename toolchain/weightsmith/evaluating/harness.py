@@ -12,10 +12,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json, Score
 from weightsmith.evaluating.items import Item
-from weightsmith.foreign import parse
-from weightsmith.values import Json, Score
 
 _HINT = 'it must print {"ok": [true, …]} or {"score": 0.93, "n": 200} as its last line'
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from weightsmith.errors import UsageError
-from weightsmith.foreign import parse, small_file
-from weightsmith.values import Json, key_of
+from weightsmith.core.errors import UsageError
+from weightsmith.core.safe_parse import parse, small_file
+from weightsmith.core.values import Json, key_of
 
 _LONGEST_LINE = 1 << 20
 _KEPT = 4 << 20

@@ -10,12 +10,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, excerpt
-from weightsmith.foreign import parse
-from weightsmith.values import Json
 
 Score = Callable[[Item, str], float]
 """Returns the log-likelihood (natural logarithm) of a choice of an item."""

@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from weightsmith.core.ports import Progress
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import Refused, ServerSession, TryAgain
-from weightsmith.foreign import parse
-from weightsmith.ports import Progress
-from weightsmith.values import Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from weightsmith import time_limits
-from weightsmith.errors import CheckFailed, UsageError
+from weightsmith.core import time_limits
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.safe_parse import check_pattern, parse
+from weightsmith.core.time_limits import TooLong, cpu_limit
+from weightsmith.core.values import Json, Score
 from weightsmith.evaluating.items import Item
-from weightsmith.foreign import check_pattern, parse
-from weightsmith.time_limits import TooLong, cpu_limit
-from weightsmith.values import Json, Score
 
 METRICS = ("contains", "exact", "regex", "choice", "json-schema", "command")
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n", re.IGNORECASE)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightsmith.errors import InputRefused
-from weightsmith.evaluating.doubts import sampled
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.ports import Progress
+from weightsmith.evaluating.contamination import describe, find_leaks
+from weightsmith.evaluating.inconclusive import sampled
 from weightsmith.evaluating.items import read_items, read_prompts, sample
-from weightsmith.evaluating.leaks import describe, find_leaks
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.results import RecipeTask, named
 from weightsmith.evaluating.task import Task
-from weightsmith.ports import Progress
-from weightsmith.recipe import Evaluate
-from weightsmith.recipe_file import RecipeFile
+from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.schema import Evaluate
 
 
 def tasks_of(file: RecipeFile) -> tuple[RecipeTask, ...]:

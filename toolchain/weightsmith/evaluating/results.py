@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from weightsmith.errors import CheckFailed
-from weightsmith.evaluating.doubts import doubts
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Score, Scores
+from weightsmith.evaluating.agreement import Sameness, sameness
 from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop
-from weightsmith.evaluating.sameness import Sameness, sameness
+from weightsmith.evaluating.inconclusive import doubts
 from weightsmith.evaluating.task import Task
-from weightsmith.recipe import Evaluate
-from weightsmith.values import Score, Scores
+from weightsmith.recipe.schema import Evaluate
 
 NOT_PROVEN = "not proven"
 """The verdict on an image that was published although its gates could not have failed."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from weightsmith.checkpoints.shape import ModelShape
 from weightsmith.evaluating.task import Task
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import Walk, batch_bytes, token_bytes
+from weightsmith.models.shape import ModelShape
 
 
 def steps_of(task: Task) -> int:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, excerpt
-from weightsmith.foreign import parse
-from weightsmith.values import Json
 
 _DATED = re.compile(r"-\d{4}-\d\d-\d\d")
 """Date suffix that hosted servers append to a model's name."""

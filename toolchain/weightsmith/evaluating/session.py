@@ -14,11 +14,11 @@ from typing import Self, TypeVar
 
 import httpx
 
-from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
-from weightsmith.foreign import parse
-from weightsmith.network import DeadlineTransport
-from weightsmith.ports import Endpoint
-from weightsmith.values import Json
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, WeightsmithError
+from weightsmith.core.network import DeadlineTransport
+from weightsmith.core.ports import Endpoint
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 
 _LOG_LINES = 15
 _NO_ACCESS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)

@@ -11,7 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event
 
-from weightsmith.errors import CheckFailed, WeightsmithError
+from weightsmith.core.errors import CheckFailed, WeightsmithError
+from weightsmith.core.ports import Endpoint
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 from weightsmith.evaluating.client import check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served, ask
@@ -22,9 +25,6 @@ from weightsmith.evaluating.session import (
     died,
     excerpt,
 )
-from weightsmith.foreign import parse
-from weightsmith.ports import Endpoint
-from weightsmith.values import Json
 
 PICTURE = "picture"
 """Name of the check with a picture; what it saw begins with REFUSED if the server takes none."""

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
-from weightsmith.evaluating.results import RecipeTask
-from weightsmith.evaluating.task import Task
-from weightsmith.resources import builder_pins
-from weightsmith.values import (
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.values import (
     AdapterSnapshot,
     Checkpoint,
     Computed,
@@ -19,6 +16,9 @@ from weightsmith.values import (
     StageInputs,
     Tree,
 )
+from weightsmith.evaluating.results import RecipeTask
+from weightsmith.evaluating.task import Task
+from weightsmith.models.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 
 BUILDER = "merge"
 RECIPE_NUMBER = 6

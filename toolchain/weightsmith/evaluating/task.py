@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from weightsmith.core.jobs import Question
+from weightsmith.core.ports import Progress, RunCommand
+from weightsmith.core.values import Digest, Json, Score, key_of
+from weightsmith.evaluating.answer_cache import KeptAnswers
 from weightsmith.evaluating.client import Ask, ask_all
 from weightsmith.evaluating.harness import question_lines, read_verdict
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.kept import KeptAnswers
 from weightsmith.evaluating.likelihood import choose, scorer
 from weightsmith.evaluating.metrics import score_answers
 from weightsmith.evaluating.served import Served, ask
 from weightsmith.evaluating.session import ServerSession
-from weightsmith.jobs import Question
-from weightsmith.ports import Progress, RunCommand
-from weightsmith.values import Digest, Json, Score, key_of
 
 Answers = tuple[Mapping[str, Json], ...]
 """One per item, in order: `answer` and further facts, such as `finish_reason`."""

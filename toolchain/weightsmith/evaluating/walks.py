@@ -8,10 +8,11 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.checkpoints.tokenizer_files import TOKENIZER_FILES
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, ReferenceJob
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import Json, Tree
 from weightsmith.evaluating import asking
 from weightsmith.evaluating.subjects import BUILDER, Subject, inputs
 from weightsmith.evaluating.task import Task
@@ -23,10 +24,9 @@ from weightsmith.forward.memory import (
     beside,
     walk_bytes,
 )
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import AskedModel, AskedTask, AskedWalk, ReferenceJob
-from weightsmith.time_limits import job_seconds
-from weightsmith.values import Json, Tree
+from weightsmith.models.facts import read_facts
+from weightsmith.models.shape import ModelShape
+from weightsmith.models.tokenizer_files import TOKENIZER_FILES
 
 _MOST_BYTES = 128 << 20
 """Of the answers of one job: a part of what is read of its result."""

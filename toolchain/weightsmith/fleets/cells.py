@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.building.targets import chosen_targets
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.labels import reference
-from weightsmith.recipe_file import RecipeFile, check_recipe, placed, with_settings
+from weightsmith.recipe.file import RecipeFile, check_recipe, placed, with_settings
+from weightsmith.recipe.user_text import read_mapping
 from weightsmith.serving.targets import Target
 from weightsmith.stages.upload import SCHEME, repository_of
 from weightsmith.steps.lock import Lock, pinned, read_lock
-from weightsmith.user_text import read_mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from weightsmith.errors import UsageError
-from weightsmith.recipe import Recipe
-from weightsmith.recipe_section import Section
-from weightsmith.user_text import read_mapping, require_plain
+from weightsmith.core.errors import UsageError
+from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.section import Section
+from weightsmith.recipe.user_text import read_mapping, require_plain
 
 _NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
 _HINT = "docs/reference/fleet.md lists every key of a fleet file"

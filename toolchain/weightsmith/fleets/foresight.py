@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from weightsmith.core.values import Json
 from weightsmith.fleets.graph import Graph, Task
 from weightsmith.fleets.requests import CELL
 from weightsmith.serving.memory import human
-from weightsmith.values import Json
 
 
 def plan_of(graph: Graph) -> dict[str, Json]:

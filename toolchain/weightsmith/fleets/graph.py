@@ -16,19 +16,19 @@ from pathlib import Path
 from weightsmith.building.explain import BuildPlan, plan_of
 from weightsmith.building.pipeline import AnyStep
 from weightsmith.building.request import BuildRequest
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.values import Json, Sources, key_of, plain
 from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.recipe_tasks import task_of
 from weightsmith.fleets.cells import AdapterBuild, Cell
 from weightsmith.fleets.requests import BASE, CELL, Failure
-from weightsmith.recipe import Evaluate
-from weightsmith.recipe_file import check_section
+from weightsmith.recipe.file import check_section
+from weightsmith.recipe.schema import Evaluate
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.step import PlanRow
-from weightsmith.tools import Tools
-from weightsmith.values import Json, Sources, key_of, plain
+from weightsmith.steps.tools import Tools
 
 _OWN = 512 << 20
 """Bytes for the process that runs a build, beside its job."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import yaml
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
 from weightsmith.fleets.cells import AdapterBuild
-from weightsmith.values import Json
 
 _LIMITS: Mapping[str, int] = {"github": 256, "gitlab": 200, "argo": 0}
 """Most jobs of one matrix; 0 for no limit.

@@ -17,7 +17,7 @@ from weightsmith.building.build import build, run_stages
 from weightsmith.building.pipeline import steps_of
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
-from weightsmith.errors import (
+from weightsmith.core.errors import (
     CheckFailed,
     EnvironmentFailure,
     InputRefused,
@@ -25,10 +25,13 @@ from weightsmith.errors import (
     WeightsmithError,
     of_machine,
 )
+from weightsmith.core.trees import below
+from weightsmith.core.values import Json
+from weightsmith.evaluating.build_record import BuildRecord, StageRecord, read_build
 from weightsmith.evaluating.recipe_tasks import task_of
 from weightsmith.evaluating.subjects import inputs as answer_inputs
 from weightsmith.evaluating.subjects import subjects
-from weightsmith.fleets.parcels import unpacked
+from weightsmith.fleets.payloads import unpacked
 from weightsmith.fleets.requests import (
     BASE,
     CELL,
@@ -39,17 +42,14 @@ from weightsmith.fleets.requests import (
     Request,
     version,
 )
-from weightsmith.recipe import Evaluate
-from weightsmith.recipe_file import RecipeFile, check_recipe, check_section
-from weightsmith.reporting.build_record import BuildRecord, StageRecord, read_build
+from weightsmith.recipe.file import RecipeFile, check_recipe, check_section
+from weightsmith.recipe.schema import Evaluate
 from weightsmith.stages.reference import answers
 from weightsmith.stages.resolve import known
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.lock import pinned, read_lock
-from weightsmith.tools import Tools
-from weightsmith.trees import below
-from weightsmith.values import Json
+from weightsmith.steps.tools import Tools
 
 _BASE_ANSWERS = "base answers"
 """Counted beside the stages of builds: what is done once for many of them."""

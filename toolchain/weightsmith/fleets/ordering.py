@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weightsmith.building.targets import chosen_targets
-from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.files import marked
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.files import marked
+from weightsmith.core.ports import FleetEngine
+from weightsmith.core.values import Json
 from weightsmith.fleets.cells import AdapterBuild, builds_of, lock_of
 from weightsmith.fleets.file import Fleet, check_fleet, read_fleet
 from weightsmith.fleets.graph import Graph, graph_of
 from weightsmith.fleets.page import Page
 from weightsmith.fleets.rows import FleetRows
 from weightsmith.fleets.running import Changed, Order, Run
-from weightsmith.ports import FleetEngine
 from weightsmith.steps.lock import Lock
-from weightsmith.tools import Tools
-from weightsmith.values import Json
+from weightsmith.steps.tools import Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.files import write_whole
+from weightsmith.core.files import write_whole
+from weightsmith.core.values import canonical
+from weightsmith.evaluating.pages import render_view
 from weightsmith.fleets.rows import (
     ENDED,
     NOT_MADE,
@@ -20,8 +22,6 @@ from weightsmith.fleets.rows import (
     FleetRows,
     SharedRow,
 )
-from weightsmith.reporting.pages import render_view
-from weightsmith.values import canonical
 
 PAGE, FILE = "fleet.html", "fleet.json"
 _EVERY = 2.0

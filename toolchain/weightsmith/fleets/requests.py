@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from weightsmith import __version__
-from weightsmith.errors import WeightsmithError
-from weightsmith.json_objects import JsonObject
-from weightsmith.resources import images, package, templates
-from weightsmith.trees import below
-from weightsmith.values import Digest, Json, key_of
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.resources import images, package, templates
+from weightsmith.core.trees import below
+from weightsmith.core.values import Digest, Json, key_of
 
 BASE, CELL = "base", "cell"
 """Kinds of tasks, the first and the last; between them are those that steps are shared as."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightsmith.building.pipeline import ASSEMBLY
-from weightsmith.errors import CheckFailed, EnvironmentFailure, WeightsmithError
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, WeightsmithError
+from weightsmith.core.json_objects import JsonObject
 from weightsmith.fleets.requests import Built, Failure, Reply
-from weightsmith.json_objects import JsonObject
 
 REFUSED, NOT_MADE = "refused", "not made"
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"

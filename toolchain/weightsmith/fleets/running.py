@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.files import write_folder
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.files import write_folder
+from weightsmith.core.ports import Ended, FleetEngine, Silent, Work
+from weightsmith.core.safe_parse import RECORD, parse
+from weightsmith.core.values import Json, canonical
 from weightsmith.fleets.graph import Graph, Task
 from weightsmith.fleets.node import answer
-from weightsmith.fleets.parcels import packed
+from weightsmith.fleets.payloads import packed
 from weightsmith.fleets.requests import CELL, DIFFERENT, Failure, Reply, Request, version
 from weightsmith.fleets.rows import (
     ENDED,
@@ -27,11 +30,8 @@ from weightsmith.fleets.rows import (
     failed,
     of_reply,
 )
-from weightsmith.foreign import RECORD, parse
-from weightsmith.ports import Ended, FleetEngine, Silent, Work
 from weightsmith.steps.lock import Lock, write_lock
-from weightsmith.tools import Tools
-from weightsmith.values import Json, canonical
+from weightsmith.steps.tools import Tools
 
 _PAUSES = (10.0, 60.0)
 """Seconds before the second and the third try of a task that failed because of its machine.

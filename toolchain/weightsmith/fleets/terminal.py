@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from weightsmith.core.escape import printed, quoted
+from weightsmith.core.lines import clock, put_line
 from weightsmith.fleets.page import ANSWERED, left_seconds, table
 from weightsmith.fleets.rows import ENDED, RUNNING, CellRow, FleetRows, SharedRow
 from weightsmith.fleets.running import Changed
-from weightsmith.lines import clock, put_line
-from weightsmith.visible import printed, quoted
 
 _EVERY = 10.0
 """Seconds between two plain summaries."""

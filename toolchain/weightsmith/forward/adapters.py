@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.checkpoints.folder import check_adapter_folder
-from weightsmith.checkpoints.peft_keys import KEY_MAPPING, check_peft_keys
-from weightsmith.checkpoints.peft_patterns import check_peft_patterns
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import read_json
 from weightsmith.forward.libraries import ModelFails, reading, running, unreadable
 from weightsmith.forward.network import has_no_weights, is_missing, missing, set_missing
+from weightsmith.models.folder import check_adapter_folder
+from weightsmith.models.peft_keys import KEY_MAPPING, check_peft_keys
+from weightsmith.models.peft_patterns import check_peft_patterns
+from weightsmith.models.safetensors import read_header
 
 _HINT = (
     "check that adapter_config.json is complete and that the adapter was trained on this base; "

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from weightsmith.checkpoints.safetensors import TensorInfo
-from weightsmith.checkpoints.without_data import Data
+from weightsmith.models.safetensors import TensorInfo
+from weightsmith.models.virtual_weights import Data
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.meeting import Key, Meeting
+from weightsmith.forward.lockstep import Key, Meeting
 from weightsmith.forward.products import Matrix
 
 Parts: TypeAlias = Sequence[Callable[[], Matrix]]

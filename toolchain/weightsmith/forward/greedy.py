@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from weightsmith.forward.alone import batches_change
 from weightsmith.forward.drafts import Draft, read_at_once
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import running
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
+from weightsmith.forward.padding_probe import batches_change
 from weightsmith.forward.positions import Positions, only
 from weightsmith.forward.prefix import HOLES, Prefix, depends_on_length, empty_prefix, shared_prefix
 

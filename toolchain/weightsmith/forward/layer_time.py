@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.forward.device import on_gpu
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.network import decoder_of, skeleton
 from weightsmith.forward.views import stream
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.errors import InputRefused
-from weightsmith.forward.crew import product
-from weightsmith.forward.meeting import Meeting
+from weightsmith.core.errors import InputRefused
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.network import (
     decoder_layers,
     decoder_of,
     filled,
     skeleton_with_weights,
 )
+from weightsmith.forward.threads import product
 from weightsmith.forward.views import require_complete, stream
 
 _CACHE = frozenset({"cache", "past_key_values"})

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
-from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
+from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_memory
 
 _COMPILER = "torch._dynamo"
 _ORDER = f"{_COMPILER}._trace_wrapped_higher_order_op"

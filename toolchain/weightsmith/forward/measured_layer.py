@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weightsmith.json_objects import JsonObject
+from weightsmith.core.json_objects import JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.shape import ModelShape
 
 BATCH_TOKENS = 4096
 """Tokens that one view reads at a time: enough to share each weight, few enough for memory."""

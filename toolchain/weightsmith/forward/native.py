@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from weightsmith.kernels import library
+from weightsmith.core.kernels import library
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """As in types.h."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.checkpoints.folder import check_model_folder, check_no_code, scan
 from weightsmith.forward.libraries import reading
 from weightsmith.forward.weights import Weights
+from weightsmith.models.folder import check_model_folder, check_no_code, scan
 
 PEFT_PREFIX = "base_model.model."
 _CONFIG_HINT = (

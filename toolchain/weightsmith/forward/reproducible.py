@@ -4,7 +4,7 @@ Our kernel for products adds up each element in the same order whatever the widt
 vectors, but torch's libraries for them choose an order by CPU and maker. So here our kernel does
 all products, and oneDNN, which also does GELU, is turned off. What is left is torch's own loops,
 each compiled for several kinds of CPU: they are asked for those of AVX2
-(`weightsmith.cpus.AVX2_LOOPS`), and run on one thread, because the rest of a thread's share that
+(`AVX2_LOOPS` in core/cpus.py), and run on one thread, because the rest of a thread's share that
 does not fill a vector is computed by other code.
 """
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.forward.adapters import replication, with_adapters
 from weightsmith.forward.experts import (
     Deltas,
@@ -22,7 +22,7 @@ from weightsmith.forward.experts import (
     wrapped_experts,
 )
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.meeting import Key, Meeting
+from weightsmith.forward.lockstep import Key, Meeting
 from weightsmith.forward.network import (
     base_name,
     fill_while_running,

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.time_limits import doing
 from weightsmith.forward.device import on_gpu
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.meeting import Meeting
-from weightsmith.time_limits import doing
+from weightsmith.forward.lockstep import Meeting
+from weightsmith.models.safetensors import open_checkpoint
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]

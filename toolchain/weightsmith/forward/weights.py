@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from weightsmith.checkpoints.safetensors import TensorInfo, open_checkpoint
-from weightsmith.checkpoints.without_data import data_of
 from weightsmith.forward.computed import Computed
 from weightsmith.forward.libraries import ModelFails, running
+from weightsmith.models.safetensors import TensorInfo, open_checkpoint
+from weightsmith.models.virtual_weights import data_of
 
 BLOCK = 1 << 19
 """Elements in memory at a time: few enough for the CPU cache."""

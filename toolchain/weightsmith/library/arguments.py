@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from weightsmith.errors import UsageError
-from weightsmith.recipe import Recipe
-from weightsmith.recipe_file import RecipeFile, check_recipe, read_recipe, with_settings
-from weightsmith.user_text import require_plain
+from weightsmith.core.errors import UsageError
+from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
+from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.user_text import require_plain
 
 AnyPath: TypeAlias = str | Path
 Texts: TypeAlias = str | Sequence[str]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from weightsmith import wiring
+from weightsmith.building import wiring
+from weightsmith.building.progress import shown
+from weightsmith.cache.address import of_nodes
 from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
 from weightsmith.fleets.rows import CellRow, FleetRows, SharedRow
 from weightsmith.fleets.terminal import watcher
 from weightsmith.library.arguments import AnyPath, Texts, path_of, texts_of
-from weightsmith.progress import shown
-from weightsmith.run_options import RunOptions
-from weightsmith.sharing.address import of_nodes
-from weightsmith.user_config import read_config
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.user_config import read_config
 
 FleetCell: TypeAlias = CellRow
 """One adapter with one target, and what became of its build."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from weightsmith import wiring
+from weightsmith.building import wiring
 from weightsmith.building.build import build as run_build
 from weightsmith.building.explain import forecast
+from weightsmith.building.progress import shown
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.commands.arguments import options_of, request_of, sources_of
@@ -23,15 +24,14 @@ from weightsmith.commands.requests import (
 )
 from weightsmith.commands.upload import hub_destination, push_to_hub
 from weightsmith.commands.verify import key_path, verify_image
+from weightsmith.core.ports import Progress, Silent
+from weightsmith.core.values import Digest, Json
 from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
 from weightsmith.library.results import Baked, Built, Pushed, Rebased, Verification
-from weightsmith.ports import Progress, Silent
-from weightsmith.progress import shown
 from weightsmith.provenance.chain import Check
-from weightsmith.recipe_outputs import ImageNames
-from weightsmith.run_options import RunOptions
+from weightsmith.recipe.outputs import ImageNames
+from weightsmith.recipe.run_options import RunOptions
 from weightsmith.steps.delivery import Outputs
-from weightsmith.values import Digest, Json
 
 
 def bake(

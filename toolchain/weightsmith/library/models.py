@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightsmith import wiring
+from weightsmith.building import wiring
+from weightsmith.building.progress import shown
 from weightsmith.commands.arguments import options_of, request_of
 from weightsmith.commands.merge import merge_folders
 from weightsmith.commands.quantize import quantize_folder
@@ -17,6 +18,14 @@ from weightsmith.commands.requests import (
     ValidateCommand,
 )
 from weightsmith.commands.validate import validate_folders
+from weightsmith.core.merge_options import (
+    Dtype,
+    Merge,
+    Method,
+    Precision,
+    QuantizedBase,
+    Space,
+)
 from weightsmith.library.arguments import (
     AnyPath,
     Texts,
@@ -27,17 +36,8 @@ from weightsmith.library.arguments import (
     weights_of,
 )
 from weightsmith.library.results import Merged, Quantized, Rendered, Shard
-from weightsmith.merge_options import (
-    Dtype,
-    Merge,
-    Method,
-    Precision,
-    QuantizedBase,
-    Space,
-)
-from weightsmith.progress import shown
-from weightsmith.recipe import Quantize, Serve
-from weightsmith.run_options import RunOptions
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.schema import Quantize, Serve
 from weightsmith.validating.result import Validation
 
 

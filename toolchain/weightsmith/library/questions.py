@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightsmith import wiring
+from weightsmith.building import wiring
+from weightsmith.building.progress import shown
 from weightsmith.commands.arguments import options_of, request_of
 from weightsmith.commands.evaluate import evaluate_subject
 from weightsmith.commands.requests import EvaluateCommand
 from weightsmith.library.arguments import AnyPath, Texts, path_of, paths_of, texts_of
 from weightsmith.library.results import Evaluation
-from weightsmith.progress import shown
-from weightsmith.recipe import Scoring
-from weightsmith.run_options import RunOptions
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.schema import Scoring
 
 
 def evaluate(

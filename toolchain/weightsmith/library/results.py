@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
+from weightsmith.core.values import Digest, Json, Score
+from weightsmith.evaluating.build_record import StageRecord
 from weightsmith.provenance.chain import Check
-from weightsmith.reporting.build_record import StageRecord
 from weightsmith.validating.result import Validation as Validation
-from weightsmith.values import Digest, Json, Score
 
 StageTime: TypeAlias = StageRecord
 """How long a stage of a build took; `cached` if its result was already in the store."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import read_json
 from weightsmith.merging.refused import SETTINGS, UNMERGED
 from weightsmith.merging.tying import is_embedding, is_head
 

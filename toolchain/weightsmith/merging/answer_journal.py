@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from weightsmith.foreign import parse
+from weightsmith.core.safe_parse import parse
 from weightsmith.forward.greedy import Keep, Tokens, Written
 
 _LARGEST = 1 << 30

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import CheckpointIndex
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.outputs import Source, Stored
+from weightsmith.models.safetensors import CheckpointIndex
 
 _LAYER = re.compile(
     r"(?P<before>(?:.*\.)?(?:layers|h|encoder\.layer))\.(?P<number>\d+)\.(?P<after>.+)"

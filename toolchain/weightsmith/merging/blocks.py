@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.kernel import (
     PIECE,
     Prepared,

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from weightsmith.core.jobs import Question
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import stay_offline
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.walk import walk
-from weightsmith.jobs import Question
 from weightsmith.merging.reference import (
     Message,
     Subject,

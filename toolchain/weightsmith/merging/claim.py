@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.checkpoints.safetensors import TensorInfo
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.adapter_config import AdapterConfig
 from weightsmith.merging.names import BaseNames
 from weightsmith.merging.outputs import Change, Patch, Source, Stored, Term
 from weightsmith.merging.tying import HEADS, Tie, is_embedding, is_head
+from weightsmith.models.safetensors import TensorInfo
 
 SHOWN = 5
 

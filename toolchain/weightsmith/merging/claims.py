@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim
 from weightsmith.merging.families import families
 from weightsmith.merging.families.experts import is_one_of_stack

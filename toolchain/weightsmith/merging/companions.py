@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.tokenizer_files import (
+from weightsmith.core.safe_parse import TOKENIZER, json_object, read_json
+from weightsmith.merging.plan import MergePlan
+from weightsmith.models.tokenizer_files import (
     TEMPLATE_FILES,
     TOKENIZER_FILES,
     is_named_template,
 )
-from weightsmith.foreign import TOKENIZER, json_object, read_json
-from weightsmith.merging.plan import MergePlan
 
 _GENERATION = "generation_config.json"
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

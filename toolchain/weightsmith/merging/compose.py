@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from weightsmith.checkpoints.tensors import unsupported
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.base import BaseTensors
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim
 from weightsmith.merging.combining.changes import combined
@@ -18,6 +17,7 @@ from weightsmith.merging.duplicates import same_beginning, same_bytes
 from weightsmith.merging.mixture import Mixture, Share
 from weightsmith.merging.outputs import Output, OutputShard, Source, Stored, matrix_columns
 from weightsmith.merging.tying import Tie, is_embedding, is_head
+from weightsmith.models.tensors import unsupported
 
 MERGEABLE = frozenset({"BF16", "F16", "F32"})
 _FLOATS = MERGEABLE | {"F64"}

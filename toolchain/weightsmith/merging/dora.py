@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.mixture import Adder, adder
 from weightsmith.merging.outputs import Files, Output, Rows, Stored, Term
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from weightsmith.checkpoints.safetensors import BITS, TensorInfo
+from weightsmith.models.safetensors import BITS, TensorInfo
 
 _PIECE = 1 << 24
 

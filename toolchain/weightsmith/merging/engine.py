@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
-from weightsmith.checkpoints.safetensors import open_checkpoint
-from weightsmith.errors import CheckFailed, EnvironmentFailure, UsageError
-from weightsmith.files import sync_folder
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError
+from weightsmith.core.files import sync_folder
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.values import key_of
 from weightsmith.merging.blocks import BLOCK, Settings
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.measure import measure
@@ -34,7 +34,7 @@ from weightsmith.merging.repair import Repairs
 from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.stream import Writer, sha256_file
 from weightsmith.merging.tally import Tally
-from weightsmith.values import key_of
+from weightsmith.models.safetensors import open_checkpoint
 
 _RECIPE = 1
 """Increased if the same inputs would give other bytes."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.foreign import parse_file
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.safe_parse import parse_file
+from weightsmith.core.trees import remove
 from weightsmith.merging.stream import sha256_file
-from weightsmith.trees import remove
 
 _NAME = ".merge-journal.json"
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.checkpoints.safetensors import build_header
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.merging.combining.changes import Combined, pair
 from weightsmith.merging.combining.combination import KEEPABLE, Combination
 from weightsmith.merging.combining.lowrank import Factors, concatenate, to_float32
@@ -24,6 +23,7 @@ from weightsmith.merging.outputs import Band, Output, Term, bands
 from weightsmith.merging.plan import MergePlan
 from weightsmith.merging.rounding import F32
 from weightsmith.merging.stream import OpenFiles, Writer, as_bytes
+from weightsmith.models.safetensors import build_header
 
 _SIDES = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?[AB](?:\.weight)?")
 _FIELDS = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "peft_version")

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.merging import native
 from weightsmith.merging.repair import Factors, Repairs, repair
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS, round_once

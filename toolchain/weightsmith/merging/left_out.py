@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.checkpoints.peft_patterns import check_peft_patterns, limit_matching
-from weightsmith.checkpoints.safetensors import open_checkpoint, read_header
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import read_json
 from weightsmith.merging.adapter_config import parse_adapter_config
 from weightsmith.merging.claim import SHOWN, AdapterView
 from weightsmith.merging.families import lora
 from weightsmith.merging.loading import loaded_names, split_names
 from weightsmith.merging.names import BaseNames, module_key, plain_module
 from weightsmith.merging.tying import is_embedding, is_head
+from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
+from weightsmith.models.safetensors import open_checkpoint, read_header
 
 _WHOLE = ("modules_to_save", "original_module", "token_adapter", "trainable_tokens_delta")
 """Parts of keys that `target_modules` says nothing about."""

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from weightsmith.checkpoints.peft_keys import WRAPPERS
 from weightsmith.merging.loading import Piece
+from weightsmith.models.peft_keys import WRAPPERS
 
 _WRAPPER = "base_model.model."
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")

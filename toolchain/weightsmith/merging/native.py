@@ -13,7 +13,7 @@ import ctypes
 
 import numpy as np
 
-from weightsmith.kernels import library
+from weightsmith.core.kernels import library
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS
 
 PANEL = 32

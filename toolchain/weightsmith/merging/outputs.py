@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from weightsmith.checkpoints.safetensors import BITS, TensorInfo
+from weightsmith.models.safetensors import BITS, TensorInfo
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.adapter_config import names_match
 from weightsmith.merging.layer import Layer
 from weightsmith.merging.names import plain_key

@@ -9,16 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
-from weightsmith.checkpoints.peft_patterns import check_peft_patterns, limit_matching
-from weightsmith.checkpoints.safetensors import (
-    CheckpointIndex,
-    Header,
-    open_checkpoint,
-    read_header,
-)
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.safe_parse import read_json
 from weightsmith.merging.adapter_config import AdapterConfig, read_adapter_config
 from weightsmith.merging.base import (
     BaseTensors,
@@ -42,6 +34,14 @@ from weightsmith.merging.quantized.sources import held_bytes
 from weightsmith.merging.refused import REFUSED, UNMERGED
 from weightsmith.merging.tasks import task_settings
 from weightsmith.merging.tying import Tie, find_tie, stored_apart
+from weightsmith.models.folder import check_adapter_folder, check_model_folder
+from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
+from weightsmith.models.safetensors import (
+    CheckpointIndex,
+    Header,
+    open_checkpoint,
+    read_header,
+)
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 KINDS = ("merged", "copied", "replaced")

@@ -19,12 +19,12 @@ from typing import Protocol
 
 import numpy as np
 
-from weightsmith.checkpoints.safetensors import TensorInfo, read_header
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 from weightsmith.merging.outputs import Output, OutputShard, Patch, Stored, Term
 from weightsmith.merging.rounding import F64, FORMATS, round_once
 from weightsmith.merging.sketch import Sketch, bits_of, differ, project, seed_of
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
+from weightsmith.models.safetensors import TensorInfo, read_header
 
 ROWS = 16
 """Random rows per tensor that are recomputed element by element."""

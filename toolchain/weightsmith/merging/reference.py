@@ -9,22 +9,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder
-from weightsmith.checkpoints.templates import own_template, render_chat
-from weightsmith.checkpoints.text import text_part
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.time_limits import doing
+from weightsmith.core.values import Json
 from weightsmith.forward.adapters import IncompatibleAdapters, with_adapters
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.libraries import load_tokenizer, stay_offline
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.network import fill, skeleton_with_weights
 from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.answer_journal import AnswerJournal
-from weightsmith.time_limits import doing
-from weightsmith.values import Json
+from weightsmith.models.folder import check_adapter_folder, check_model_folder
+from weightsmith.models.templates import own_template, render_chat
+from weightsmith.models.text import text_part
 
 Message = Mapping[str, str]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from weightsmith.checkpoints.safetensors import build_header
 from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
 from weightsmith.merging.outputs import Output, OutputShard
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Writer, as_bytes
 from weightsmith.merging.tally import Tally
-from weightsmith.merging.unwritten import UnwrittenShard
+from weightsmith.merging.virtual_weights import UnwrittenShard
+from weightsmith.models.safetensors import build_header
 
 _COPY_BYTES = 1 << 20
 _AHEAD = 2

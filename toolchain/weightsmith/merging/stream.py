@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.checkpoints.safetensors import BITS, TensorInfo
-from weightsmith.checkpoints.tensors import array_type
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.files import sync_folder
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.files import sync_folder
 from weightsmith.merging.libc import reserve
 from weightsmith.merging.native import sum_words
 from weightsmith.merging.outputs import Part
 from weightsmith.merging.rounding import BF16, F16, F32, F64
+from weightsmith.models.safetensors import BITS, TensorInfo
+from weightsmith.models.tensors import array_type
 
 ARRAY_TYPES = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F64}
 _MODE = 0o644

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.merging.kernel import SLACK, Prepared
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS
 

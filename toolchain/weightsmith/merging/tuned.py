@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.layer import Layer
 from weightsmith.merging.names import plain_key
 from weightsmith.merging.outputs import Files, Output, Rows, Source, Stored

@@ -13,10 +13,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from weightsmith.checkpoints.safetensors import BITS, TensorInfo, read_header
-from weightsmith.checkpoints.without_data import filled
-from weightsmith.errors import InputRefused
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.merge_options import Merge
 from weightsmith.merging.blocks import RowMaker, Settings, Span, stored_copy
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.in_order import InOrder
@@ -26,6 +24,8 @@ from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.shards import header_of
 from weightsmith.merging.stream import as_bytes
 from weightsmith.merging.tally import Tally
+from weightsmith.models.safetensors import BITS, TensorInfo, read_header
+from weightsmith.models.virtual_weights import filled
 
 _SOME = 4 << 20
 """Bytes that are read at a time for their digest alone."""

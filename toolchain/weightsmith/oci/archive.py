@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from weightsmith.core.values import Digest, canonical
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import MARKER, REF_NAME
 from weightsmith.oci.references import Reference
-from weightsmith.values import Digest, canonical
 
 _LARGE = 64 << 20
 """Bytes; receiving a layer of this size takes longer than one more request to the engine."""

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from weightsmith.checkpoints.reading import read_file
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import PART
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import PART
+from weightsmith.core.values import Blob, Digest, Json, canonical
+from weightsmith.models.reading import read_file
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Opener
 from weightsmith.oci.layers import TITLE, Member
-from weightsmith.values import Blob, Digest, Json, canonical
 
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 EMPTY = b"{}"

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Json
 from weightsmith.oci.references import DOCKER_HUB
-from weightsmith.values import Json
 
 Credentials: TypeAlias = Callable[[str], tuple[str, str] | None]
 """Registry host (`docker.io` for Docker Hub) -> user and secret, or None for anonymous."""

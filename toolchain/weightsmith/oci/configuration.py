@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Json
 from weightsmith.oci import manifests
-from weightsmith.values import Json
 
 OWN_LABELS = "dev.weightsmith."
 _ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)

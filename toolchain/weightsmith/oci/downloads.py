@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from weightsmith.errors import Altered
+from weightsmith.core.errors import Altered
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import manifests, proxies
 from weightsmith.oci.layers import CHUNK, verified
 from weightsmith.oci.references import Reference
 from weightsmith.oci.replies import Reply, Transient
 from weightsmith.oci.session import TRIES, RegistrySession
-from weightsmith.values import Blob, Digest
 
 _ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
 _OK, _PARTIAL, _MISSING = 200, 206, 404

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from weightsmith.core.values import Tree
 from weightsmith.oci.layers import Member, Memo, TarLayer
 from weightsmith.oci.weights import OWN_LAYER
-from weightsmith.values import Tree
 
 GROUPING = 1
 """Increase it if `root_layers` makes different layers from the same files and rules."""

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Literal, TypeAlias
 
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Blob, Digest, ImageLayer, Json, canonical
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.configuration import ImageConfig, checked, merged, texts
 from weightsmith.oci.layers import LAYER_TAR, TITLE, BlobLayer, Layer, file_of
 from weightsmith.oci.references import Reference
-from weightsmith.values import Blob, Digest, ImageLayer, Json, canonical
 
 Order: TypeAlias = Literal["engine-first", "weights-first"]
 Opener: TypeAlias = Callable[[], Iterator[bytes]]

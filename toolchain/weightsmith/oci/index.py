@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.values import Blob, Digest, Json, canonical
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image
-from weightsmith.platforms import host_platform
-from weightsmith.values import Blob, Digest, Json, canonical
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from weightsmith.core.values import Json
 from weightsmith.oci.image import Image
-from weightsmith.values import Json
 
 _SUMMARY = {
     "User": "user",

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from weightsmith.checkpoints.reading import read_file
-from weightsmith.checkpoints.reshard import read_pieces
-from weightsmith.errors import InputRefused, UsageError, WeightsmithError
+from weightsmith.core.errors import InputRefused, UsageError, WeightsmithError
+from weightsmith.core.values import Blob, Digest, Pieces, Stream, key_of
+from weightsmith.models.reading import read_file
+from weightsmith.models.reshard import read_pieces
 from weightsmith.oci import tar
 from weightsmith.oci.references import Reference
-from weightsmith.values import Blob, Digest, Pieces, Stream, key_of
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 TITLE = "org.opencontainers.image.title"

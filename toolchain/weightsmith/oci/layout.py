@@ -11,14 +11,14 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.files import replace_file, sweep
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.files import replace_file, sweep
+from weightsmith.core.values import Blob, Digest, Json, canonical
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image, Opener, load_image
 from weightsmith.oci.index import Index
 from weightsmith.oci.layers import CHUNK, verified
 from weightsmith.oci.progress import Advance, Meter
-from weightsmith.values import Blob, Digest, Json, canonical
 
 REF_NAME = "org.opencontainers.image.ref.name"
 DEFAULT_NAME = "latest"

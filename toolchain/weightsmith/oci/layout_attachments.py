@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.files import replace_file
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.files import replace_file
+from weightsmith.core.values import Blob, Digest, Json
 from weightsmith.oci import layout, manifests
 from weightsmith.oci.attachments import Attachment, load_attachment, with_rows
 from weightsmith.oci.progress import Meter
-from weightsmith.values import Blob, Digest, Json
 
 LIST = "referrers.json"
 PARTS = frozenset({"blobs", "index.json", "oci-layout", LIST})

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 
 GB, MIB, GIB = 10**9, 1 << 20, 1 << 30
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import layout_attachments, manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_index, read_layout, require_layout
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.values import Blob, Digest
 
 _HINT = "give the folder that `--layout` wrote, or an image reference"
 

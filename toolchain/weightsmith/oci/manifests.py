@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import SMALL, parse
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.safe_parse import SMALL, parse
+from weightsmith.core.values import Blob, Digest, Json, canonical
 from weightsmith.oci.layers import LAYER_TAR
-from weightsmith.platforms import host_platform
-from weightsmith.values import Blob, Digest, Json, canonical
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"

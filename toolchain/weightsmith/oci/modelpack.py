@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from weightsmith.core.values import Digest, Json, Pieces, Tree, canonical
 from weightsmith.oci.image import FILE_PATH, Image
 from weightsmith.oci.layers import TITLE, FileLayer, Layer, TarLayer, title_of
 from weightsmith.oci.manifests import MODEL_LAYER, MODEL_MANIFEST
-from weightsmith.values import Digest, Json, Pieces, Tree, canonical
 
 _METADATA = "org.cncf.model.file.metadata+json"
 _UNTESTED = "org.cncf.model.file.mediatype.untested"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Digest, FileEntry, Json, Pieces, Tree, canonical
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import TITLE, FileLayer
 from weightsmith.oci.manifests import DOCKER_MANIFEST, OLLAMA_LAYER
 from weightsmith.oci.references import Reference
-from weightsmith.values import Digest, FileEntry, Json, Pieces, Tree, canonical
 
 _PARTS = 2
 """Of a repository's name: namespace and model."""

@@ -15,8 +15,8 @@ from urllib.request import getproxies
 
 import httpx
 
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.network import pace
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.network import pace
 from weightsmith.oci.references import is_loopback
 
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=16)

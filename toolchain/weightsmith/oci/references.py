@@ -6,8 +6,8 @@ import ipaddress
 import re
 from dataclasses import dataclass, replace
 
-from weightsmith.errors import UsageError
-from weightsmith.values import Digest
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Digest
 
 DOCKER_HUB = "docker.io"
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.values import Blob, Digest, Json
 from weightsmith.oci import downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from weightsmith.oci.paging import next_page
 from weightsmith.oci.references import Reference
 from weightsmith.oci.session import RegistrySession
-from weightsmith.values import Blob, Digest, Json
 
 _OK, _MISSING = 200, 404
 _MOST_PAGES = 20

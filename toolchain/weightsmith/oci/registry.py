@@ -13,7 +13,8 @@ from typing import Protocol, Self
 
 import httpx
 
-from weightsmith.errors import UsageError, WeightsmithError
+from weightsmith.core.errors import UsageError, WeightsmithError
+from weightsmith.core.values import Blob, Digest, Published
 from weightsmith.oci import downloads, manifests, referrers, tls, uploads
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.auth import Credentials, anonymous
@@ -25,7 +26,6 @@ from weightsmith.oci.proxies import ProxyTransport
 from weightsmith.oci.references import Reference
 from weightsmith.oci.session import RegistrySession
 from weightsmith.oci.upload_deadline import UploadDeadline
-from weightsmith.values import Blob, Digest, Published
 
 _WORTH_MOUNTING = 1 << 20
 """Bytes; sending a smaller layer takes no longer than asking for a mount."""

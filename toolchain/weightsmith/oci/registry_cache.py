@@ -12,15 +12,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.ports import Kept
+from weightsmith.core.values import Blob, Digest, Json, canonical
 from weightsmith.oci import downloads, manifests
 from weightsmith.oci.attachments import EMPTY, EMPTY_TYPE
 from weightsmith.oci.paging import next_page
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.session import RegistrySession
-from weightsmith.ports import Kept
-from weightsmith.values import Blob, Digest, Json, canonical
 
 DOCUMENT_TYPE = "application/vnd.weightsmith.cache.entry.v1+json"
 _CREATED = "org.opencontainers.image.created"

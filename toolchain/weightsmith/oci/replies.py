@@ -10,9 +10,9 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import parse
-from weightsmith.values import Json
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 
 
 class Transient(Exception):

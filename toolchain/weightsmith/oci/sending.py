@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from weightsmith.errors import Altered, WeightsmithError
+from weightsmith.core.errors import Altered, WeightsmithError
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.downloads import altered_hint, declared_digest
 from weightsmith.oci.image import Opener
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.replies import Reply, Transient
 from weightsmith.oci.session import RegistrySession
-from weightsmith.values import Blob, Digest
 
 _OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
 _TAKEN = (_ACCEPTED, _NO_CONTENT, _CREATED)

@@ -18,7 +18,8 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_limits
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_limits
+from weightsmith.core.values import Json
 from weightsmith.oci.auth import IDENTITY, Credentials, basic, parse_challenge
 from weightsmith.oci.references import DOCKER_HUB, Reference, is_loopback
 from weightsmith.oci.replies import (
@@ -31,7 +32,6 @@ from weightsmith.oci.replies import (
     stated_error,
 )
 from weightsmith.oci.tls import speaks_tls
-from weightsmith.values import Json
 
 T = TypeVar("T")
 Body: TypeAlias = Callable[[], Iterator[bytes]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 
 BLOCK = 512
 END = bytes(2 * BLOCK)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import certifi
 
-from weightsmith.errors import EnvironmentFailure
+from weightsmith.core.errors import EnvironmentFailure
 
 _SECONDS = 2.0
 _VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")

@@ -11,11 +11,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.trees import discard, remove
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.streams import opened
-from weightsmith.trees import discard, remove
 
 _WHITEOUT = ".wh."
 _OPAQUE = ".wh..wh..opq"

@@ -11,7 +11,8 @@ from enum import Enum
 from typing import TypeAlias, TypeVar
 from urllib.parse import quote
 
-from weightsmith.errors import EnvironmentFailure, UsageError, WeightsmithError
+from weightsmith.core.errors import EnvironmentFailure, UsageError, WeightsmithError
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import downloads
 from weightsmith.oci.image import Image, Opener, blob_of
 from weightsmith.oci.layers import BlobLayer, Layer, TarLayer, verified
@@ -21,7 +22,6 @@ from weightsmith.oci.replies import Reply, Transient
 from weightsmith.oci.sending import check_created, send
 from weightsmith.oci.session import RegistrySession
 from weightsmith.oci.upload_deadline import UploadDeadline
-from weightsmith.values import Blob, Digest
 
 T = TypeVar("T")
 _OK, _CREATED, _ACCEPTED, _MISSING, _KIND = 200, 201, 202, 404, 415

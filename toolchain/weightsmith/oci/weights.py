@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from weightsmith.core.values import Pieces, Tree
 from weightsmith.oci import tar
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.layers import Member, Memo, TarLayer
-from weightsmith.values import Pieces, Tree
 
 _WEIGHTS = (".safetensors", ".gguf")
 """Extensions of files with a layer of their own: a changed tokenizer uploads no weights again."""

@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.values import (
+    Artifact,
+    Digest,
+    Json,
+    Scores,
+    Sources,
+    plain,
+    without_passwords,
+)
 from weightsmith.oci.attachments import Part
 from weightsmith.oci.layers import TITLE
 from weightsmith.provenance import statements
@@ -29,17 +39,7 @@ from weightsmith.provenance.statements import (
     provenance,
     tree_resource,
 )
-from weightsmith.recipe import Recipe
-from weightsmith.resources import builder_pins
-from weightsmith.values import (
-    Artifact,
-    Digest,
-    Json,
-    Scores,
-    Sources,
-    plain,
-    without_passwords,
-)
+from weightsmith.recipe.schema import Recipe
 
 
 def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Evidence:

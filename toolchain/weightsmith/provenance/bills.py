@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
-from weightsmith.errors import WeightsmithError
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.resources import engine_source
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import LARGEST_PART, Attachment
 from weightsmith.oci.image import Image
@@ -18,7 +19,6 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.evidence import SPDX_TYPE, Document, titled
 from weightsmith.provenance.mlbom import MEDIA_TYPE, engine_bom
-from weightsmith.resources import engine_source
 
 OWN_ENGINE = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""

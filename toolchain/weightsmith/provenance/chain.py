@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from weightsmith.core.values import Digest, FileEntry, tree_digest
 from weightsmith.evaluating.results import NOT_PROVEN
 from weightsmith.oci.image import Image
 from weightsmith.provenance import statements
@@ -18,7 +19,6 @@ from weightsmith.provenance.evidence import (
 from weightsmith.provenance.labels import PREFIX, TESTED, VERDICT
 from weightsmith.provenance.lineage import Lineage, trace
 from weightsmith.provenance.statements import Statement
-from weightsmith.values import Digest, FileEntry, tree_digest
 
 _PASSED = ("PASSED", "WARNED")
 """Results of a test whose image may be served; a warned one says why it proves nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightsmith.values import Json, Scores
+from weightsmith.core.values import Json, Scores
 
 
 def side_by_side(scores: Scores) -> list[dict[str, Json]]:

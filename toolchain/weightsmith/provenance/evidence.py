@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import PART, parse
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import PART, parse
+from weightsmith.core.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
 from weightsmith.oci.attachments import Attachment, Part
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import ImageLocation
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import Resource, Statement
-from weightsmith.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
 
 EVALUATION_TYPE = "application/vnd.weightsmith.evaluation.v1+json"
 ADAPTER_TYPE = "application/vnd.weightsmith.adapter.v1"

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Artifact, Digest, Json, Sources, without_passwords
 from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of
-from weightsmith.foreign import parse
 from weightsmith.oci.configuration import OWN_LABELS
-from weightsmith.quality.result import Quality
-from weightsmith.recipe import Recipe
+from weightsmith.quantizers.quality.result import Quality
+from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.values import Artifact, Digest, Json, Sources, without_passwords
 
 PREFIX = OWN_LABELS
 """Prefix of our labels; the others are those of image-spec annotations.md."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from weightsmith.core.values import Digest
 from weightsmith.provenance.evidence import Document, resource_of
 from weightsmith.provenance.statements import TEST_RESULT, Resource, Statement
-from weightsmith.values import Digest
 
 _OF_IMAGES = ("bake", "rebase")
 _OF_WEIGHTS = (("split", "artifact"), ("quantize", "checkpoint"), ("merge", ""))

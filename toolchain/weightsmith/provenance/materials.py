@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.gguf_names import gguf_models
-from weightsmith.checkpoints.reshard import Resharded
-from weightsmith.errors import CacheLost, WeightsmithError
+from weightsmith.core.errors import CacheLost, WeightsmithError
+from weightsmith.core.values import Artifact, Checkpoint, Json, Scores, Sources, Tree
 from weightsmith.evaluating.results import Result, main_scores, unproven_of
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.gguf_names import gguf_models
+from weightsmith.models.reshard import Resharded
 from weightsmith.oci.image import Image, Order
 from weightsmith.oci.index import Whole, whole_of
 from weightsmith.provenance.mlbom import license_of
-from weightsmith.recipe import Recipe
+from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig
-from weightsmith.values import Artifact, Checkpoint, Json, Scores, Sources, Tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

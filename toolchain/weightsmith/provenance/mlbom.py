@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightsmith import __version__
-from weightsmith.foreign import parse, parse_yaml
-from weightsmith.recipe_outputs import Card
-from weightsmith.values import Digest, FileEntry, Json, Scores, key_of
+from weightsmith.core.safe_parse import parse, parse_yaml
+from weightsmith.core.values import Digest, FileEntry, Json, Scores, key_of
+from weightsmith.recipe.outputs import Card
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
 _MODEL = "machine-learning-model"

@@ -6,15 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import parse
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json, canonical, plain
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import DEFAULT_PLATFORM, Image, Order, assemble
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.manifests import OLLAMA_MODEL
 from weightsmith.provenance.bills import OWN_ENGINE
 from weightsmith.provenance.labels import ENGINE_VERSION, PREFIX
-from weightsmith.values import Json, canonical, plain
 
 LAYERS = PREFIX + "layers"
 """Label: roles of the layers, bottom first, such as `base:1 weights:2 settings:1`."""

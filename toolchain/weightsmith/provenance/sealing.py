@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.ports import Signer
+from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, Part, fallback_tag
 from weightsmith.oci.locations import ImageLocation
-from weightsmith.ports import Signer
 from weightsmith.provenance import signing
 from weightsmith.provenance.evidence import (
     STATEMENTS,
@@ -24,7 +25,6 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.statements import Statement
-from weightsmith.values import Blob, Digest
 
 _PREDICATE = "in-toto.io/predicate-type"
 _COSIGN = (

@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import PART, parse
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.ports import Signer
+from weightsmith.core.safe_parse import PART, parse
+from weightsmith.core.values import Blob, Digest, canonical
 from weightsmith.oci.attachments import Attachment, Part
-from weightsmith.ports import Signer
 from weightsmith.provenance.statements import Statement
-from weightsmith.values import Blob, Digest, canonical
 
 Check: TypeAlias = Callable[[bytes, bytes], bool]
 """(bytes, signature) -> whether the key made the signature."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsmith import __version__
+from weightsmith.core.values import Blob, Digest, FileEntry, Json, Tree, canonical, tree_digest
 from weightsmith.oci.image import Image
-from weightsmith.values import Blob, Digest, FileEntry, Json, Tree, canonical, tree_digest
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 SLSA = "https://slsa.dev/provenance/v1"

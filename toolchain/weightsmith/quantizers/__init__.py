@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Format
 from weightsmith.quantizers.quantizer import Quantizer
-from weightsmith.values import Format
 
 
 @cache

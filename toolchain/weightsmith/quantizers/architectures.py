@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Json
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.checkpoints import DENSE, check_config
 from weightsmith.quantizers.known import STACKED_MXFP4, what_works
 from weightsmith.quantizers.schemes import Scheme
-from weightsmith.values import Json
 
 EXPERTS = frozenset({
     "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeForCausalLM",

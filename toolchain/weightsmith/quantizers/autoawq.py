@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.trees import discard, remove
+from weightsmith.core.values import Format, Json
 from weightsmith.quantizers.awq_search import patch_searches
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
@@ -32,8 +34,6 @@ from weightsmith.quantizers.running import (
     texts,
 )
 from weightsmith.quantizers.unquantized import keep_option
-from weightsmith.trees import discard, remove
-from weightsmith.values import Format, Json
 
 AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
 

@@ -10,11 +10,11 @@ from functools import lru_cache
 from hashlib import file_digest
 from pathlib import Path
 
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import parse
-from weightsmith.recipe import TextBounds
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.values import Digest, Json, canonical, key_of
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Digest, Json, canonical, key_of
+from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.schema import TextBounds
 
 Row = Mapping[str, Json]
 """`{"text": …}` or `{"messages": [{"role", "content"}, …]}`, rendered in the builder."""

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.known import what_works
 from weightsmith.quantizers.packed import PARTS, Layout
 from weightsmith.quantizers.writing import Work, copied, whole, write_checkpoint
-from weightsmith.values import Format, Json
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes of vLLM's 4-bit kernels, in order of preference."""

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
+from weightsmith.core.trees import discard, remove
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
     check_config,
@@ -27,8 +29,6 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import encoder, python_step, read_settings, samples, texts
 from weightsmith.quantizers.unquantized import keep_option, kept_modules
-from weightsmith.trees import discard, remove
-from weightsmith.values import Format, Json
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
 AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)

@@ -19,10 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.tokenizer_files import VOCABULARY_FILES
-from weightsmith.checkpoints.without_data import computed
-from weightsmith.errors import InputRefused, WeightsmithError, ran_out_of_memory
+from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_memory
 from weightsmith.forward.libraries import import_lightly
+from weightsmith.models.tokenizer_files import VOCABULARY_FILES
+from weightsmith.models.virtual_weights import computed
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.sentencepiece_export import with_pieces

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.tensors import CheckpointTensors
 
 _LAYER = re.compile(r"(?P<above>.*?)\blayers\.(?P<number>\d+)\.(?P<within>.+)")
 _TOWERS = ("vision", "visual", "audio", "encoder", "mtp", "projector")

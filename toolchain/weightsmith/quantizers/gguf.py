@@ -7,9 +7,10 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.cpus import idle
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import parse
+from weightsmith.core.cpus import idle
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Format, Json
 from weightsmith.quantizers.gguf_calibration import config_of, window_of
 from weightsmith.quantizers.gguf_check import check_files
 from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
@@ -27,7 +28,6 @@ from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS
 from weightsmith.quantizers.gguf_view import open_view
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
-from weightsmith.values import Format, Json
 
 # Metadata that the converter would guess from folder names and `_name_or_path`; null omits it, so
 # that the bytes do not depend on the path (gguf-py/gguf/metadata.py).
@@ -296,7 +296,7 @@ QUANTIZER = Quantizer(
     default="q4_k_m",
     computed=True,
     statistics=IMATRIX,
-    check_imports=("weightsmith.checkpoints.gguf_reader",),
+    check_imports=("weightsmith.models.gguf_reader",),
     check_statistics=check_imatrix,
     together=together,
 )

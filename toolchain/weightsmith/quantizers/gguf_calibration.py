@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.cpus import has_avx2
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import parse_file
+from weightsmith.core.cpus import has_avx2
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import parse_file
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.architectures import MEASURED
 
 IMATRIX_WORDS = frozenset({"", "auto", "walk", "off"})

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.checkpoints.templates import own_template
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Json
+from weightsmith.models.safetensors import read_header
+from weightsmith.models.templates import own_template
 from weightsmith.quantizers.gguf_file import GGUFModel
 from weightsmith.quantizers.gguf_tokens import check_tokenizer
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
-from weightsmith.values import Json
 
 # Architectures whose tensors are converted one to one.
 _ONE_TO_ONE = frozenset(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.gguf_names import gguf_models
-from weightsmith.checkpoints.gguf_parts import parts_of
-from weightsmith.errors import CheckFailed
-from weightsmith.values import Json
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Json
+from weightsmith.models.gguf_names import gguf_models
+from weightsmith.models.gguf_parts import parts_of
 
 _HINT = "create it again; a common cause is a full disk"
 
@@ -74,7 +74,7 @@ def _check_parts(files: Sequence[Path]) -> None:
 
 def _open(path: Path) -> Any:
     # Imported here to keep listing the formats fast.
-    from weightsmith.checkpoints.gguf_reader import GGUFReader
+    from weightsmith.models.gguf_reader import GGUFReader
 
     try:
         return GGUFReader(path)

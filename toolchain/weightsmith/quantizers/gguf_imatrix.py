@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import ModelFacts
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _READS_HIDDEN = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_up", "ffn_gate"})
@@ -85,7 +85,7 @@ def read_imatrix(path: Path) -> list[Entry]:
 
 def _of_gguf(path: Path) -> list[Entry]:
     # Imported here to keep listing the formats fast.
-    from weightsmith.checkpoints.gguf_reader import GGUFReader
+    from weightsmith.models.gguf_reader import GGUFReader
 
     reader = GGUFReader(path)
     kind = reader.fields.get("general.type")

@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers.gguf_header import Entry, number, read_header, strings
 
 DIGEST_KEY = "weightsmith.imatrix.digest"

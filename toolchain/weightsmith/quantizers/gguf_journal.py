@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO
 
-from weightsmith.foreign import parse
+from weightsmith.core.safe_parse import parse
 
 _SOME = 1 << 20
 """Bytes that are read at a time."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.kernels import quants
+from weightsmith.core.kernels import quants
 from weightsmith.quantizers.gguf_rows import STORED, Place, Read, joined, to_bfloat16
 
 _MOVES = ("reshape", "swapaxes")

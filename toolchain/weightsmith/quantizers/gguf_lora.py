@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.models.safetensors import read_header
 from weightsmith.quantizers.quantizer import Step
 
 FILE = "adapter.gguf"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_calibration import check_walk
 from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from weightsmith.quantizers.known import converted_as, gguf_architectures, has_projector
-from weightsmith.values import Format, Json
 
 
 def check_input(model: ModelFacts) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.errors import InputRefused
-from weightsmith.kernels import quants
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.kernels import quants
 from weightsmith.quantizers.gguf_header import Entry, Header, changed_values, placed, quantized
 from weightsmith.quantizers.gguf_importance import Importance
 from weightsmith.quantizers.gguf_journal import Piece, line_of, reached

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.checkpoints.gguf_names import projector_name
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Json
+from weightsmith.models.gguf_names import projector_name
 from weightsmith.quantizers.gguf_check import check_finite, check_guesses
 from weightsmith.quantizers.gguf_file import GGUFModel
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.quantizer import QuantizeRequest
-from weightsmith.values import Json
 
 PROJECTOR_TYPE = "f16"
 """As llama.cpp's guides and its published files have it: not every backend computes with bfloat16

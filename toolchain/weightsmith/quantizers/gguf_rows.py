@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.checkpoints.without_data import computed
-from weightsmith.kernels import quants
+from weightsmith.core.kernels import quants
+from weightsmith.models.virtual_weights import computed
 
 Read = Callable[[int, int], np.ndarray]
 """(first row, end) -> float32 [rows, columns], C-contiguous."""

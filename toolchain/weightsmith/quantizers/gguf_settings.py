@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.json_objects import JsonObject
+from weightsmith.core.json_objects import JsonObject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

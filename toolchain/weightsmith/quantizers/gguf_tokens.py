@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.errors import CheckFailed
-from weightsmith.foreign import TOKENIZER, parse_file
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.safe_parse import TOKENIZER, parse_file
+from weightsmith.core.values import Json
 from weightsmith.quantizers.gguf_file import GGUFModel
-from weightsmith.values import Json
 
 _HINT = "text would be tokenized differently than in training; convert it again"
 _SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos"}

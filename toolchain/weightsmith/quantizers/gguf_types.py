@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsmith.values import Format
+from weightsmith.core.values import Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

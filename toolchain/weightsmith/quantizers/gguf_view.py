@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.errors import Unmeasurable
+from weightsmith.core.errors import Unmeasurable
 from weightsmith.quantizers.gguf_file import GGUFModel, model_files
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class GGUFView:
 
     def __init__(self, read: GGUFModel, model: Path) -> None:
         """Map the checkpoint's tensors to the file's."""
-        from weightsmith.checkpoints.tensors import CheckpointTensors
+        from weightsmith.models.tensors import CheckpointTensors
 
         self._read = read
         self._arch = str(read.value("general.architecture"))

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
+from weightsmith.core.trees import discard, remove
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers.awq_search import best_clip
 from weightsmith.quantizers.checkpoints import (
     DENSE,
@@ -34,8 +36,6 @@ from weightsmith.quantizers.running import (
     texts,
 )
 from weightsmith.quantizers.unquantized import keep_option, kept_modules, negative_patterns
-from weightsmith.trees import discard, remove
-from weightsmith.values import Format, Json
 
 AWQ_GPTQMODEL = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
 GPTQ_GPTQMODEL = Format(name="gptq-gptqmodel", kind="gptq", bits_per_weight=4.16)

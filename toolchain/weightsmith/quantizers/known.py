@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import cast
 
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.models.facts import ModelFacts
 
 _FOLDER = Path(__file__).parent
 STACKED_MXFP4 = frozenset({"GptOssForCausalLM"})

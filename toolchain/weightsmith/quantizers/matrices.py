@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.known import STACKED_MXFP4
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.tensors import CheckpointTensors
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.architectures import WALKED, check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import check_config, output_bytes
 from weightsmith.quantizers.matrices import matrices
@@ -18,7 +19,6 @@ from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.rounded import options, quantize
 from weightsmith.quantizers.running import python_step, read_settings, refusals, texts
 from weightsmith.quantizers.schemes import NVFP4
-from weightsmith.values import Format, Json
 
 
 def check_input(_format: Format, model: ModelFacts) -> None:

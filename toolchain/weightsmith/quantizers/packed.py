@@ -15,13 +15,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import Json
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.schemes import Scheme
 from weightsmith.quantizers.tiled import Tiles
-from weightsmith.values import Json
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.values import Json
+from weightsmith.models.facts import read_facts
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.checkpoints import LINEAR
 from weightsmith.quantizers.expected import expected
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.packed import FLOAT4, PARTS, Layout, PackedView, view_of
 from weightsmith.quantizers.unquantized import is_kept
-from weightsmith.values import Json
 
 if TYPE_CHECKING:
     import numpy as np

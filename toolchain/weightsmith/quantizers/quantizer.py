@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.tensors import View
-from weightsmith.values import Format, Json
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.tensors import View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

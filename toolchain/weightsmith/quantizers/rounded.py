@@ -13,9 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.tensors import CheckpointTensors, array_type, largest
-from weightsmith.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.tensors import CheckpointTensors, array_type, largest
 from weightsmith.quantizers.architectures import check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import not_finite, output_bytes, write_companions
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
@@ -27,7 +28,6 @@ from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
 from weightsmith.quantizers.unquantized import keep_option, without_kept
 from weightsmith.quantizers.writing import Output, Work, copied, whole, write_checkpoint
-from weightsmith.values import Format, Json
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.tensors import array_type, widened
-from weightsmith.kernels import tiles
+from weightsmith.core.kernels import tiles
+from weightsmith.models.tensors import array_type, widened
 from weightsmith.quantizers.schemes import Scheme
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import InputRefused, WeightsmithError
-from weightsmith.foreign import parse
+from weightsmith.core.errors import InputRefused, WeightsmithError
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 from weightsmith.quantizers.quantizer import QuantizeRequest, Step
-from weightsmith.values import Json
 
 BLOCK = 512
 """Maximum tokens of a calibration sample."""

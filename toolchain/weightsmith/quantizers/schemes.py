@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from weightsmith.core.values import FP8, Format, Json
 from weightsmith.quantizers.known import STACKED_MXFP4
-from weightsmith.values import FP8, Format, Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

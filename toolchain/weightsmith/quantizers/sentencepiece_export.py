@@ -17,8 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import TOKENIZER, parse_file
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import TOKENIZER, parse_file
 
 _MODEL, _TOKENIZER, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _UNKNOWN = "<unk>"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.tensors import array_type, widened
-from weightsmith.kernels import tiles
+from weightsmith.core.kernels import tiles
+from weightsmith.models.tensors import array_type, widened
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Json
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.checkpoints import LINEAR
 from weightsmith.quantizers.matrices import FUSED, Matrix
-from weightsmith.values import Json
 
 _FUSED = {name: FUSED[name] for name in ("qkv_proj", "gate_up_proj")}
 MATRICES = (*_FUSED["qkv_proj"], "o_proj", *_FUSED["gate_up_proj"], "down_proj")

@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.foreign import read_json
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import AWQ, GPTQ, Format, Json
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.architectures import GROUPED, check_kept
 from weightsmith.quantizers.checkpoints import (
     check_group,
@@ -22,7 +23,6 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import python_step, read_settings, refusals
 from weightsmith.quantizers.unquantized import keep_option
-from weightsmith.values import AWQ, GPTQ, Format, Json
 
 FACTS = ".calibrated.json"
 """What the walk found out, for the check to report."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.checkpoints.safetensors import BITS, build_header
-from weightsmith.checkpoints.tensors import CheckpointTensors, array_type
+from weightsmith.models.safetensors import BITS, build_header
+from weightsmith.models.tensors import CheckpointTensors, array_type
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightsmith.values import Json
+from weightsmith.core.values import Json
 
 _OFTEN = 3
 """Different adapters under one name within a week: it is still being trained."""

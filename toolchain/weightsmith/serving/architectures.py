@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import ModelFacts
 
 _KNOWN = (
     "Afmoe|Apertus|Arcee|Aria|AXK1|Bamba|Blip2|Bloom|Cohere|Cohere2|Cohere2Moe|Cohere2Vision"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from weightsmith.values import Json
+from weightsmith.core.values import Json
 
 USEFUL = 8192
 """Tokens: a request of this length is not made longer for fewer at once than wanted."""

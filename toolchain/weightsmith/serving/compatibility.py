@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Format
+from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.devices import AMX, is_cpu
 from weightsmith.serving.engine import Engine, ExpertKernel, Support
 from weightsmith.serving.gpus import GPUS
-from weightsmith.values import Format
 
 _AMD = (0, 0)
 """The compute capability of GPUs that have none."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import SAFETENSORS, Format, Json
+from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import SAFETENSORS, Format, Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import ModelFacts
 
 _NOT_MULTIPLIED = frozenset(
     {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "default", "mrope", "proportional"}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from weightsmith.core.values import Json
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel
 from weightsmith.serving.llamacpp_options import as_arguments, as_environment
 from weightsmith.serving.llamacpp_plan import plan
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import Json
 
 CPU_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-b11434"
 CUDA_IMAGE = "ghcr.io/ggml-org/llama.cpp:server-cuda-b11434"

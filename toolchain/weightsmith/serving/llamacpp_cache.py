@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from weightsmith.checkpoints.attention import CacheLayers
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.models.attention import CacheLayers
+from weightsmith.models.shape import ModelShape
 
 KV_TYPES: dict[str, tuple[int, int]] = {
     "f32": (4, 1),

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.matrices import Vision
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.matrices import Vision
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.devices import CPU
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import named_gpu
@@ -23,7 +24,6 @@ from weightsmith.serving.llamacpp_cache import (
     padded,
 )
 from weightsmith.serving.memory import MIB, host_memory, human
-from weightsmith.values import Json
 
 UBATCH = 512
 """Its default of tokens computed together."""

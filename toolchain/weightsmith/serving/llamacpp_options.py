@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
 from weightsmith.serving.option_values import require_harmless
 from weightsmith.serving.options import NO_TLS, require_fitting
-from weightsmith.values import Json
 
 _LIST = Path(__file__).with_name("llamacpp_options.json")
 

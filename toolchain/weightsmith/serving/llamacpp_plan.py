@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.auto import choices, choose_length, rule, usable
 from weightsmith.serving.engine import ServeOptions
@@ -24,7 +25,6 @@ from weightsmith.serving.llamacpp_capacity import UBATCH, Capacity, make_capacit
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import Json
 
 _AUTO_SLOTS = 4
 _MANY_SLOTS = 64

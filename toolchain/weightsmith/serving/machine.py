@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.devices import CPU
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.gpus import Gpu, named_gpu

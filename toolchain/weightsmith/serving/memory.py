@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from weightsmith.core.values import Json
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.machine import can_split
 from weightsmith.serving.memory import human
 from weightsmith.serving.paged_capacity import Capacity
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import Json
 
 _MOST_GPUS = 16
 _FOUR_BITS = 4.25

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from weightsmith.errors import UsageError
-from weightsmith.foreign import parse
-from weightsmith.values import Json, without_passwords
+from weightsmith.core.errors import UsageError
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json, without_passwords
 
 _CODE = "trust-remote-code"
 _SECRET = re.compile(

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
 from weightsmith.serving.option_values import require_harmless
-from weightsmith.values import Json
 
 NO_TLS = "health checks and probes speak HTTP: let a proxy or the cluster's ingress end TLS"
 """What to do instead of giving a server certificates."""

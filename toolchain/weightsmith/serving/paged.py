@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.attention import CacheLayers, Kind
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.attention import CacheLayers, Kind
+from weightsmith.models.shape import ModelShape
 
 SPARSE_MLA_BYTES = 656
 """Bytes of a token in one layer with `fp8_ds_mla`, whatever the ranks."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from weightsmith.checkpoints.shape import ModelShape
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import Lengths
 from weightsmith.serving.machine import Machine, dtype_bytes

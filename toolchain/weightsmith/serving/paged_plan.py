@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import SAFETENSORS
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.architectures import check_architecture
 from weightsmith.serving.auto import choices, choose_length, rule, usable
 from weightsmith.serving.engine import ServeOptions
@@ -21,7 +22,6 @@ from weightsmith.serving.memory import GIB, human
 from weightsmith.serving.nearest import alternatives
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import SAFETENSORS
 
 _AUTO_REQUESTS = 8
 """For which `auto` makes requests shorter than the model allows."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.matrices import Matrices, Vision
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.matrices import Matrices, Vision
+from weightsmith.models.shape import ModelShape
 
 _TIED = {
     "Llama": False, "Mistral": False, "Mixtral": False, "Phi3": False, "PhiMoE": False,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.json_objects import JsonObject, read_exactly
+from weightsmith.core.json_objects import JsonObject, read_exactly
+from weightsmith.core.values import Digest, Json, plain
 from weightsmith.serving.devices import CPU, is_cpu
-from weightsmith.values import Digest, Json, plain
 
 GRACE_SECONDS = 60
 """How long a container may take to end; then it is killed."""

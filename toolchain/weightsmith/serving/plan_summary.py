@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from weightsmith.core.escape import joined
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import NO_WEIGHTS
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.visible import joined
 
 _WIDTH = 60
 

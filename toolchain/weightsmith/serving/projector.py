@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weightsmith.checkpoints.gguf_names import projector_of
-from weightsmith.values import Tree
+from weightsmith.core.values import Tree
+from weightsmith.models.gguf_names import projector_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

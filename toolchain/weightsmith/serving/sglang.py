@@ -7,8 +7,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Json
+from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.engine import (
     Engine,
     EngineBase,
@@ -24,7 +25,6 @@ from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.tiles import check_blocks
-from weightsmith.values import Json
 
 GPU_IMAGE = "docker.io/lmsysorg/sglang:v0.5.23"
 """Upstream's image, CUDA 13 only since 0.5.19; images/bases.lock has its digest."""

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import SAFETENSORS, Format
 from weightsmith.serving import engines
 from weightsmith.serving.engine import Engine
-from weightsmith.values import SAFETENSORS, Format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

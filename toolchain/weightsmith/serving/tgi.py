@@ -7,15 +7,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.positions import Positions
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Json
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.positions import Positions
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import Json
 
 GPU_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
 """The last image that the documentation names; images/bases.lock has its digest."""

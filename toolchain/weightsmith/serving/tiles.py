@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import UsageError
-from weightsmith.values import Format
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Format
+from weightsmith.models.facts import ModelFacts
 
 _TILES = {"fp8-block": 128, "nvfp4a16": 16, "nvfp4": 16, "mxfp4a16": 32}
 """Format -> weights along the axis that tensor parallelism divides: a GPU has whole tiles."""

@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
+from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
-from weightsmith.values import Json
 
 GPU_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release:1.1.0"
 """Upstream's release image; images/bases.lock has its digest."""

@@ -8,9 +8,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.shape import ModelShape
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.shape import ModelShape
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.engine import (
     Engine,
@@ -30,7 +31,6 @@ from weightsmith.serving.tiles import check_blocks
 from weightsmith.serving.vllm_amx import FP8_BLOCK, INT4, INT8, without_float16
 from weightsmith.serving.vllm_packing import check_packing
 from weightsmith.serving.vllm_pictures import check_pictures
-from weightsmith.values import Json
 
 GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
 """Upstream's CUDA 13 build; images/bases.lock has its digest."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Format
 from weightsmith.serving.devices import AMX, is_cpu
 from weightsmith.serving.engine import ExpertKernel, ServeOptions
-from weightsmith.values import Format
 
 _SOFTMAX = frozenset({
     "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM",

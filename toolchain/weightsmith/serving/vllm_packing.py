@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.checkpoints.packing import Packing
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.models.packing import Packing
 from weightsmith.serving.devices import AMX
 from weightsmith.serving.machine import Machine
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.errors import UsageError
-from weightsmith.values import Json
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Json
 
 _BOTH_WAYS = frozenset({"Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration"})
 """Whose tokens of a picture see each other (MM_PREFIX_LM_MODELS in transformers_utils)."""

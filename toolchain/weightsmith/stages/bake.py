@@ -8,11 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.gguf_names import gguf_models, projector_of
-from weightsmith.checkpoints.reshard import Resharded, reshard
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.ports import Store
+from weightsmith.core.resources import engine_source
+from weightsmith.core.values import Artifact, Checkpoint, Digest, Sources, Tree
 from weightsmith.evaluating.results import Result, verdict_of
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.gguf_names import gguf_models, projector_of
+from weightsmith.models.reshard import Resharded, reshard
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import DEFAULT_PLATFORM, Image
@@ -28,8 +32,6 @@ from weightsmith.oci.weights import (
     max_weight_layers,
     weight_layers,
 )
-from weightsmith.platforms import host_platform
-from weightsmith.ports import Store
 from weightsmith.provenance.attest import public_recipe
 from weightsmith.provenance.labels import (
     ARTIFACT,
@@ -51,9 +53,8 @@ from weightsmith.provenance.materials import (
     whole_image,
 )
 from weightsmith.provenance.roles import assemble_in_roles
-from weightsmith.quality.result import Quality
 from weightsmith.quantizers import of_format
-from weightsmith.resources import engine_source
+from weightsmith.quantizers.quality.result import Quality
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -83,8 +84,7 @@ from weightsmith.steps.step import (
     TargetStep,
     Trial,
 )
-from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Sources, Tree
+from weightsmith.steps.tools import Tools
 
 USER = "65532:65532"
 """The unprivileged user of images, as a number because an image may have no user database."""

@@ -9,17 +9,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.safetensors import build_header
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import CacheScalesJob
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import CacheScalesJob
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import (
+    LORA,
+    Artifact,
+    Checkpoint,
+    Digest,
+    Json,
+    Sources,
+    StageInputs,
+    Stream,
+    Tree,
+    canonical,
+)
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.safetensors import build_header
 from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.checkpoints import with_cache_scheme
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.resources import builder_pins
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.steps.calibration_memory import calibration_memory
@@ -34,20 +47,7 @@ from weightsmith.steps.step import (
     Step,
     TargetStep,
 )
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
-from weightsmith.values import (
-    LORA,
-    Artifact,
-    Checkpoint,
-    Digest,
-    Json,
-    Sources,
-    StageInputs,
-    Stream,
-    Tree,
-    canonical,
-)
+from weightsmith.steps.tools import Tools
 
 BUILDER = "merge"
 FILE = "kv-cache-scales.safetensors"

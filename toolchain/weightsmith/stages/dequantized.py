@@ -7,22 +7,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import DequantizedJob
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 from weightsmith.evaluating.asking import batch_memory, memory_limit, walk_of
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
 from weightsmith.evaluating.seconds import answer_seconds
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import DEQUANTIZED, model_walk_bytes
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import DequantizedJob
-from weightsmith.platforms import host_platform
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats, of_format
-from weightsmith.resources import builder_pins
 from weightsmith.serving.plan import ServingConfig, ServingPlan
-from weightsmith.starting import missing_device
 from weightsmith.steps.bases import base_reference, platforms_of
 from weightsmith.steps.destinations import InStore
+from weightsmith.steps.launch import missing_device
 from weightsmith.steps.outcome import Outcome, Timer, unrecorded
 from weightsmith.steps.step import (
     NOT_YET,
@@ -35,9 +37,7 @@ from weightsmith.steps.step import (
     TargetStep,
     Trial,
 )
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Memory, Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
+from weightsmith.steps.tools import Memory, Tools
 
 BUILDER = "merge"
 RECIPE_NUMBER = 3

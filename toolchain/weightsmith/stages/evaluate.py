@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.templates import own_template, takes_parts
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.ports import StartSpec
+from weightsmith.core.values import LORA, Artifact, Digest, Json, Sources, StageInputs
 from weightsmith.evaluating.results import Result, judged
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession
@@ -23,18 +23,19 @@ from weightsmith.evaluating.smoke import (
     check_serving,
 )
 from weightsmith.evaluating.task import Answers, ask_server, score_task
+from weightsmith.models.facts import read_facts
+from weightsmith.models.templates import own_template, takes_parts
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import own_of, whole_of
-from weightsmith.ports import StartSpec
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
 from weightsmith.provenance.roles import has_own_engine
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import GRACE_SECONDS, ServingConfig
 from weightsmith.serving.projector import projector_in
-from weightsmith.starting import idle_cpus, start, what_is_missing, why_not_started
 from weightsmith.steps.delivery import candidate
 from weightsmith.steps.destinations import InStore
+from weightsmith.steps.launch import idle_cpus, start, what_is_missing, why_not_started
 from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.served_adapters import unmerged_adapters
 from weightsmith.steps.step import (
@@ -46,8 +47,7 @@ from weightsmith.steps.step import (
     TargetStep,
     Trial,
 )
-from weightsmith.tools import Tools
-from weightsmith.values import LORA, Artifact, Digest, Json, Sources, StageInputs
+from weightsmith.steps.tools import Tools
 
 RECIPE_NUMBER = 3
 _ANSWERS = "answers.json"

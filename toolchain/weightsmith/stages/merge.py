@@ -9,13 +9,24 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.checkpoints.without_data import UnwrittenTree
-from weightsmith.errors import InputRefused
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import MergeJob
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import MergeJob
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.ports import Entry, Store
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import (
+    Checkpoint,
+    Computed,
+    Digest,
+    FileEntry,
+    Json,
+    Snapshot,
+    Sources,
+    StageInputs,
+    Tree,
+)
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.combining.combination import SUMS, Combination
 from weightsmith.merging.plan import (
@@ -26,9 +37,10 @@ from weightsmith.merging.plan import (
     make_plan,
 )
 from weightsmith.merging.quantized.choice import refuse, simulates
-from weightsmith.ports import Entry, Store
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.resources import builder_pins
+from weightsmith.models.facts import read_facts
+from weightsmith.models.safetensors import read_header
+from weightsmith.models.virtual_weights import UnwrittenTree
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import parameters
 from weightsmith.steps.destinations import Destination, InFolder, InStore
@@ -43,19 +55,7 @@ from weightsmith.steps.step import (
     State,
     Step,
 )
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
-from weightsmith.values import (
-    Checkpoint,
-    Computed,
-    Digest,
-    FileEntry,
-    Json,
-    Snapshot,
-    Sources,
-    StageInputs,
-    Tree,
-)
+from weightsmith.steps.tools import Tools
 
 BUILDER = "merge"
 RECIPE_NUMBER = 4

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.core.values import LORA, Artifact, Published, Sources
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import own_of
 from weightsmith.oci.manifests import OLLAMA_MODEL, OLLAMA_PROJECTOR
@@ -36,8 +37,7 @@ from weightsmith.steps.step import (
     Step,
     TargetStep,
 )
-from weightsmith.tools import Tools
-from weightsmith.values import LORA, Artifact, Published, Sources
+from weightsmith.steps.tools import Tools
 
 Images = tuple[ImageMaterials, ...]
 """One for each platform."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import QualityJob
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import COMPARING, DEQUANTIZED, Walk, model_pass_bytes
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import QualityJob
-from weightsmith.quality.limits import limits_for, refusal
-from weightsmith.quality.result import Quality, TextsUsed
+from weightsmith.models.facts import ModelFacts
+from weightsmith.models.safetensors import read_header
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
-from weightsmith.recipe import Quality as Limits
-from weightsmith.resources import builder_pins
+from weightsmith.quantizers.quality.limits import limits_for, refusal
+from weightsmith.quantizers.quality.result import Quality, TextsUsed
+from weightsmith.recipe.schema import Quality as Limits
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.sizes import estimated_bytes
@@ -31,9 +33,7 @@ from weightsmith.steps.step import (
     Step,
     TargetStep,
 )
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
+from weightsmith.steps.tools import Tools
 
 BUILDER = "merge"
 RECIPE_NUMBER = 4
@@ -76,7 +76,7 @@ def quality(
 ) -> Outcome[Quality | None]:
     """Return an artifact's loss, limits and verdict; None if it is not quantized.
 
-    `weightsmith.quality.measure` defines the measures; they are cached per artifact and text. The
+    quantizers/quality/measure.py defines the measures; they are cached per artifact and text. The
     unquantized checkpoint is not measured. `skipped` says why an architecture cannot be measured.
     Raises CheckFailed for weights that are not finite.
     """

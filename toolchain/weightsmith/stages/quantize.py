@@ -7,18 +7,34 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import Beside, QuantizeJob
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
+from weightsmith.core.trees import discard
+from weightsmith.core.values import (
+    AWQ,
+    GPTQ,
+    SAFETENSORS,
+    Artifact,
+    Checkpoint,
+    Digest,
+    Format,
+    Json,
+    Snapshot,
+    Sources,
+    StageInputs,
+    Tree,
+)
 from weightsmith.forward.memory import UNKNOWN
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import Beside, QuantizeJob
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.gguf_calibration import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.quantizer import Quantizer
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.resources import builder_pins
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.calibration_memory import calibration_memory
 from weightsmith.steps.destinations import Destination, InStore, moved
 from weightsmith.steps.outcome import Outcome, Timer
@@ -33,23 +49,7 @@ from weightsmith.steps.step import (
     Step,
     TargetStep,
 )
-from weightsmith.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
-from weightsmith.tools import Tools
-from weightsmith.trees import discard
-from weightsmith.values import (
-    AWQ,
-    GPTQ,
-    SAFETENSORS,
-    Artifact,
-    Checkpoint,
-    Digest,
-    Format,
-    Json,
-    Snapshot,
-    Sources,
-    StageInputs,
-    Tree,
-)
+from weightsmith.steps.tools import Tools
 
 WALK_BUILDER = "gguf"
 """It has the kernels that a walk multiplies with, and they are in its pins."""

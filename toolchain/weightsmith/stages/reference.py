@@ -9,8 +9,9 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused, WeightsmithError
+from weightsmith.core.errors import InputRefused, WeightsmithError
+from weightsmith.core.jobs import ReferenceJob
+from weightsmith.core.values import Checkpoint, Json, Sources, StageInputs
 from weightsmith.evaluating.asking import walk_of as walk_of_task
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
@@ -29,15 +30,14 @@ from weightsmith.evaluating.walks import (
 )
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import UNKNOWN, beside
-from weightsmith.jobs import ReferenceJob
-from weightsmith.recipe_file import RecipeFile
+from weightsmith.models.facts import ModelFacts
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.answer_checkpoint import checkpointed_answers
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.joined import JoinedJob
 from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.step import Foreseen, ForeseenWeights, Foresight, Results, Step
-from weightsmith.tools import Memory, Tools
-from weightsmith.values import Checkpoint, Json, Sources, StageInputs
+from weightsmith.steps.tools import Memory, Tools
 
 _ANSWERS = "answers.json"
 

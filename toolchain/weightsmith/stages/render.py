@@ -20,14 +20,15 @@ from jinja2 import (
     UndefinedError,
 )
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.gguf_names import gguf_models
-from weightsmith.errors import UsageError
+from weightsmith.core.errors import UsageError
+from weightsmith.core.resources import templates
+from weightsmith.core.values import LORA, Artifact, Checkpoint, Digest, Json, Published, Sources
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.gguf_names import gguf_models
 from weightsmith.oci.layout import is_layout
 from weightsmith.provenance.labels import reference
 from weightsmith.provenance.materials import ImageMaterials
-from weightsmith.recipe import Serve
-from weightsmith.resources import templates
+from weightsmith.recipe.schema import Serve
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.devices import CPU, is_cpu
@@ -56,8 +57,7 @@ from weightsmith.steps.step import (
     Step,
     TargetStep,
 )
-from weightsmith.tools import Tools
-from weightsmith.values import LORA, Artifact, Checkpoint, Digest, Json, Published, Sources
+from weightsmith.steps.tools import Tools
 
 USER_ID = 65532
 """The unprivileged user of images, the same as in distroless images."""

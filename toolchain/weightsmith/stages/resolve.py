@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from weightsmith.checkpoints.folder import check_adapter_folder, check_model_folder, ignored_files
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import ImportGgufJob
-from weightsmith.ports import SourceReader
-from weightsmith.recipe import Adapter, Base
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.resources import builder_pins
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import ImportGgufJob
+from weightsmith.core.ports import SourceReader
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import AdapterSnapshot, Json, Snapshot, Sources, StageInputs, Tree
+from weightsmith.models.folder import check_adapter_folder, check_model_folder, ignored_files
+from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.schema import Adapter, Base
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.expected_weights import foreseen
 from weightsmith.steps.lock import read_lock, with_sources, write_lock
 from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.step import CACHED, Foreseen, Foresight, Results, State, Step
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
-from weightsmith.values import AdapterSnapshot, Json, Snapshot, Sources, StageInputs, Tree
+from weightsmith.steps.tools import Tools
 
 _IMPORT_BUILDER = "merge"
 _IMPORT_RECIPE = 1

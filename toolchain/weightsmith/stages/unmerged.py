@@ -7,10 +7,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from weightsmith.job_inputs import Input
-from weightsmith.jobs import ConvertAdaptersJob
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import ConvertAdaptersJob
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.trees import discard
+from weightsmith.core.values import (
+    LORA,
+    AdapterSnapshot,
+    Artifact,
+    Checkpoint,
+    Digest,
+    FileEntry,
+    Json,
+    Sources,
+    StageInputs,
+    Tree,
+)
 from weightsmith.quantizers import gguf_lora
-from weightsmith.resources import builder_pins
 from weightsmith.steps.destinations import InStore, moved
 from weightsmith.steps.outcome import Outcome, Timer, unrecorded
 from weightsmith.steps.served_adapters import FOLDER, served_adapters
@@ -23,21 +37,7 @@ from weightsmith.steps.step import (
     Step,
     TargetStep,
 )
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
-from weightsmith.trees import discard
-from weightsmith.values import (
-    LORA,
-    AdapterSnapshot,
-    Artifact,
-    Checkpoint,
-    Digest,
-    FileEntry,
-    Json,
-    Sources,
-    StageInputs,
-    Tree,
-)
+from weightsmith.steps.tools import Tools
 
 _BUILDER = "gguf"
 _RECIPE_NUMBER = 2

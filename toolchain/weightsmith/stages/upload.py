@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.ports import Hub, HubContent
-from weightsmith.reporting.build_record import read_build
-from weightsmith.reporting.card import card_of_build
-from weightsmith.reporting.pages import model_card
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.ports import Hub, HubContent
+from weightsmith.core.values import Artifact, FileEntry, Published, Tree, Uploaded
+from weightsmith.evaluating.build_record import read_build
+from weightsmith.evaluating.card import card_of_build
+from weightsmith.evaluating.pages import model_card
 from weightsmith.steps.outcome import Outcome, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
@@ -22,8 +23,7 @@ from weightsmith.steps.step import (
     Step,
     TargetStep,
 )
-from weightsmith.tools import Tools
-from weightsmith.values import Artifact, FileEntry, Published, Tree, Uploaded
+from weightsmith.steps.tools import Tools
 
 SCHEME = "hf://"
 CARD = "README.md"

@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.jobs import Mixture, ValidateJob
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.resources import builder_pins
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import Checkpoint, Digest, Json, Sources, StageInputs, key_of
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import COMPARING, Walk, model_pass_bytes
-from weightsmith.job_inputs import Input, Virtual
-from weightsmith.jobs import Mixture, ValidateJob
-from weightsmith.merge_options import Merge
 from weightsmith.merging.combining.combination import PRUNING, SUMS
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.resources import builder_pins
+from weightsmith.models.facts import ModelFacts
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.joined import JoinedJob
 from weightsmith.steps.outcome import Outcome, Timer, unrecorded
@@ -27,10 +29,8 @@ from weightsmith.steps.step import (
     State,
     Step,
 )
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 from weightsmith.validating.result import Validation
-from weightsmith.values import Checkpoint, Digest, Json, Sources, StageInputs, key_of
 
 BUILDER = "merge"
 RECIPE_NUMBER = 2

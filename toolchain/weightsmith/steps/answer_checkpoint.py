@@ -13,8 +13,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.foreign import RECORD, content, parse
-from weightsmith.values import Json
+from weightsmith.core.safe_parse import RECORD, content, parse
+from weightsmith.core.values import Json
 
 FILE = ".answered.jsonl"
 

@@ -8,8 +8,19 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.jobs import ExportEngineJob
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.jobs import ExportEngineJob
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.ports import Entry, Silent
+from weightsmith.core.resources import (
+    assembles_itself,
+    engine_pins,
+    engine_platforms,
+    engine_source,
+    images,
+)
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import Blob, Digest, Json, StageInputs, key_of
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.engine_layers import (
     ACCOUNTS,
@@ -30,25 +41,14 @@ from weightsmith.oci.layout import is_layout, locate, read_all, read_layout
 from weightsmith.oci.locations import reference_of
 from weightsmith.oci.tar import source_date_epoch
 from weightsmith.oci.weights import OWN_LAYER
-from weightsmith.platforms import host_platform
-from weightsmith.ports import Entry, Silent
 from weightsmith.provenance.bills import OWN_ENGINE
 from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.resources import (
-    assembles_itself,
-    engine_pins,
-    engine_platforms,
-    engine_source,
-    images,
-)
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.targets import Target
 from weightsmith.steps.lock import read_lock, write_lock
-from weightsmith.time_limits import job_seconds
-from weightsmith.tools import Tools
-from weightsmith.values import Blob, Digest, Json, StageInputs, key_of
+from weightsmith.steps.tools import Tools
 
 OWN = OWN_ENGINE
 MODELCAR = OWN + "modelcar"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from weightsmith.checkpoints.facts import ModelFacts
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.evaluating.asking import LETTERS
 from weightsmith.forward.memory import BATCH_TOKENS, START, UNKNOWN, token_bytes
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.calibration import Texts
 from weightsmith.quantizers.running import BLOCK
 

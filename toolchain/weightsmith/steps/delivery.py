@@ -7,24 +7,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, WeightsmithError
-from weightsmith.layouts import (
-    candidate_layout,
-    check_layout,
-    discard_candidate_layout,
-    final_layout,
-)
+from weightsmith.core.errors import EnvironmentFailure, WeightsmithError
+from weightsmith.core.ports import CANDIDATES
+from weightsmith.core.values import Artifact, Checkpoint, Digest, Published, key_of
 from weightsmith.oci.archive import docker_archive, incremental_images
 from weightsmith.oci.image import Image, image_layers
 from weightsmith.oci.index import Index, Whole, images_of, own_of
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
 from weightsmith.oci.references import Reference
-from weightsmith.ports import CANDIDATES
 from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.sealing import attach
-from weightsmith.tools import Tools
-from weightsmith.values import Artifact, Checkpoint, Digest, Published, key_of
+from weightsmith.steps.layouts import (
+    candidate_layout,
+    check_layout,
+    discard_candidate_layout,
+    final_layout,
+)
+from weightsmith.steps.tools import Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

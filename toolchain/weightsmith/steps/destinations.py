@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from weightsmith.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
-from weightsmith.files import alone, sync_folder
-from weightsmith.ports import Entry, Store
-from weightsmith.tools import Tools
-from weightsmith.trees import below, discard
-from weightsmith.values import Digest, FileEntry, Json, StageInputs, Tree
-from weightsmith.waiting import holder
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.files import alone, sync_folder
+from weightsmith.core.ports import Entry, Store
+from weightsmith.core.trees import below, discard
+from weightsmith.core.values import Digest, FileEntry, Json, StageInputs, Tree
+from weightsmith.core.waiting import holder
+from weightsmith.steps.tools import Tools
 
 Make = Callable[[Path], Mapping[str, Json]]
 """Fills an empty folder and returns metadata to store with the files."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.checkpoints.folder import check_model_folder, pickles_in
-from weightsmith.foreign import INDEX, parse_file
+from weightsmith.core.safe_parse import INDEX, parse_file
+from weightsmith.core.values import FileEntry, Sources, Tree, UnreadDigest
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.folder import check_model_folder, pickles_in
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.parameters import NO_WEIGHTS, weights_from_config
-from weightsmith.values import FileEntry, Sources, Tree, UnreadDigest
 
 INDEX_FILE = "model.safetensors.index.json"
 FROM_INDEX = f"{NO_WEIGHTS}{INDEX_FILE}'s"

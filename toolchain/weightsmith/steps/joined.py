@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import WeightsmithError
-from weightsmith.jobs import ProofJob, ReferenceJob, ValidateJob
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.jobs import ProofJob, ReferenceJob, ValidateJob
+from weightsmith.core.values import Json
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint, checkpointed_answers
-from weightsmith.tools import Tools
-from weightsmith.values import Json
+from weightsmith.steps.tools import Tools
 
 
 class JoinedJob:

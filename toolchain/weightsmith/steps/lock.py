@@ -15,15 +15,15 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.files import alone, write_whole
-from weightsmith.foreign import parse_file
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.files import alone, write_whole
+from weightsmith.core.ports import Progress
+from weightsmith.core.safe_parse import parse_file
+from weightsmith.core.values import Digest, Snapshot, Sources, plain
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout
-from weightsmith.ports import Progress
-from weightsmith.recipe import Adapter, Base
-from weightsmith.recipe_file import RecipeFile
-from weightsmith.values import Digest, Snapshot, Sources, plain
+from weightsmith.recipe.file import RecipeFile
+from weightsmith.recipe.schema import Adapter, Base
 
 T = TypeVar("T")
 

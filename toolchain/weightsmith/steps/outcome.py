@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from weightsmith.tools import Tools
+from weightsmith.steps.tools import Tools
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

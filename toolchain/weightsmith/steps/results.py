@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.errors import EnvironmentFailure, UsageError
-from weightsmith.files import write_folder
-from weightsmith.reporting.build_record import read_build
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.files import write_folder
+from weightsmith.evaluating.build_record import read_build
 
 
 def is_written(files: Mapping[str, str], folder: Path) -> bool:

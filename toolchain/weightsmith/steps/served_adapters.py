@@ -8,15 +8,15 @@ from functools import lru_cache
 from math import prod
 from pathlib import Path
 
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.errors import InputRefused, UsageError
-from weightsmith.foreign import read_json
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import LORA, AdapterSnapshot, Artifact, Digest, Sources
 from weightsmith.merging.left_out import require_all_targeted
-from weightsmith.recipe_file import RecipeFile
+from weightsmith.models.safetensors import read_header
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter
 from weightsmith.serving.targets import Target
 from weightsmith.steps.expected_weights import ForeseenTree
-from weightsmith.values import LORA, AdapterSnapshot, Artifact, Digest, Sources
 
 FOLDER = "adapters"
 """Subfolder of the base that contains the adapters."""

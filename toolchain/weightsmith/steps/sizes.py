@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.checkpoints.facts import ModelFacts
+from weightsmith.core.values import Format, Json
+from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.known import has_projector
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
-from weightsmith.values import Format, Json
 
 
 def estimated_bytes(checkpoint_bytes: int, format_: Format, model: ModelFacts | None = None) -> int:

@@ -13,19 +13,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
-from weightsmith.checkpoints.facts import ModelFacts, read_facts
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.values import Digest, Json, StageInputs, Tree, key_of, plain
 from weightsmith.evaluating.results import Result
 from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.json_objects import JsonObject
-from weightsmith.recipe_file import RecipeFile
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import Outputs
 from weightsmith.steps.expected_weights import ForeseenTree
 from weightsmith.steps.joined import JoinedJob
 from weightsmith.steps.outcome import Outcome
-from weightsmith.tools import Tools
-from weightsmith.values import Digest, Json, StageInputs, Tree, key_of, plain
+from weightsmith.steps.tools import Tools
 
 T = TypeVar("T")
 F = TypeVar("F")

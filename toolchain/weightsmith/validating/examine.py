@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from weightsmith.core.jobs import Mixture
 from weightsmith.forward.experts import stacks_of
 from weightsmith.forward.network import is_missing, missing_below
 from weightsmith.forward.weights import Weights, blocks_of
-from weightsmith.jobs import Mixture
 from weightsmith.validating.elements import ARITHMETIC, Tally, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.mixtures import TRUNCATION, Kept, can_judge, compare_kept, truncated

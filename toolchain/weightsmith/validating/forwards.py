@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from weightsmith.cpus import all_but_one
+from weightsmith.core.cpus import all_but_one
+from weightsmith.core.jobs import Mixture
 from weightsmith.forward.adapters import NeedsWeights, replication, with_adapters
 from weightsmith.forward.libraries import ModelFails, running
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.network import (
     PEFT_PREFIX,
     base_name,
@@ -25,7 +26,6 @@ from weightsmith.forward.network import (
 from weightsmith.forward.views import reads_one_by_one, require_complete, stream
 from weightsmith.forward.walk import DoesNotRun
 from weightsmith.forward.weights import Weights
-from weightsmith.jobs import Mixture
 from weightsmith.validating.casts import watch_casts
 from weightsmith.validating.examine import Examiner
 from weightsmith.validating.sites import Site, sites

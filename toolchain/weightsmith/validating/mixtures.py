@@ -14,7 +14,7 @@ from itertools import permutations
 
 import torch
 
-from weightsmith.jobs import Mixture
+from weightsmith.core.jobs import Mixture
 from weightsmith.validating.elements import ARITHMETIC, Factors, Tally, half_step
 from weightsmith.validating.findings import ERROR, Finding, finding
 

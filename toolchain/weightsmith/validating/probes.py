@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.folder import check_adapter_folder
-from weightsmith.checkpoints.templates import render_chat
-from weightsmith.checkpoints.tokenizer_files import is_named_template
+from weightsmith.core.time_limits import doing
 from weightsmith.forward.libraries import load_tokenizer, reading
-from weightsmith.time_limits import doing
+from weightsmith.models.folder import check_adapter_folder
+from weightsmith.models.templates import render_chat
+from weightsmith.models.tokenizer_files import is_named_template
 from weightsmith.validating.findings import ERROR, WARNING, Finding, finding
 
 Message = Mapping[str, str]
@@ -190,7 +190,7 @@ def _template(root: Path, files: Sequence[str]) -> Any:
 
 def _default_template(root: Path, files: Sequence[str]) -> Any:
     """Return a folder's template outside the folder of named ones: a text, a list, or ""."""
-    from weightsmith.foreign import read_json
+    from weightsmith.core.safe_parse import read_json
 
     if _TEMPLATES[0] in files:
         return (root / _TEMPLATES[0]).read_text("utf-8")

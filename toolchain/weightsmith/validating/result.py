@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.json_objects import INLINE, JsonObject, Measured
+from weightsmith.core.json_objects import INLINE, JsonObject, Measured
+from weightsmith.core.values import Json
 from weightsmith.validating.findings import ERROR, WARNING, Finding
-from weightsmith.values import Json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

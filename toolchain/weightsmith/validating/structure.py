@@ -7,18 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.folder import check_model_folder
-from weightsmith.checkpoints.safetensors import (
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import canonical
+from weightsmith.models.folder import check_model_folder
+from weightsmith.models.safetensors import (
     CheckpointIndex,
     Header,
     TensorInfo,
     open_checkpoint,
 )
-from weightsmith.checkpoints.without_data import data_of
-from weightsmith.errors import InputRefused
-from weightsmith.foreign import read_json
+from weightsmith.models.virtual_weights import data_of
 from weightsmith.validating.findings import ERROR, NOTE, Finding, finding
-from weightsmith.values import canonical
 
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight", "decoder.weight")
 _OFTEN_OTHERS = ("output.weight", "decoder.weight")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from weightsmith.forward.weights import Weights
+from weightsmith.validating.diagnosis import explain
 from weightsmith.validating.elements import Tally, compare_bytes, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.forwards import Reference
 from weightsmith.validating.mixtures import left_out
 from weightsmith.validating.result import ElementCount
 from weightsmith.validating.stacked import rows_of, stored
-from weightsmith.validating.suspicion import explain
 
 
 def judge_tensors(

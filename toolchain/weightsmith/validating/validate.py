@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from weightsmith.checkpoints.facts import read_facts
-from weightsmith.cpus import all_but_one
-from weightsmith.errors import EnvironmentFailure, InputRefused
-from weightsmith.foreign import read_json
+from weightsmith.core.cpus import all_but_one
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.jobs import Mixture
+from weightsmith.core.safe_parse import read_json
 from weightsmith.forward.adapters import IncompatibleAdapters
 from weightsmith.forward.greedy import Questions
 from weightsmith.forward.greedy import greedy as continuations
 from weightsmith.forward.libraries import ModelFails, load_tokenizer, stay_offline
-from weightsmith.forward.meeting import Meeting
+from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.network import decoder_layers, skeleton
 from weightsmith.forward.views import require_finite
 from weightsmith.forward.walk import Count, DoesNotRun, Opening, Progress, Tell, walk
 from weightsmith.forward.weights import Weights
-from weightsmith.jobs import Mixture
+from weightsmith.models.facts import read_facts
 from weightsmith.validating import greedy, probes
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import (

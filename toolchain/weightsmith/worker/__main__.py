@@ -11,7 +11,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from weightsmith.errors import (
+from weightsmith.core.errors import (
     EnvironmentFailure,
     InputRefused,
     WeightsmithError,
@@ -20,10 +20,10 @@ from weightsmith.errors import (
     ran_out_of_memory,
     too_many_processes,
 )
+from weightsmith.core.jobs import Job, out_of_memory, read_job
+from weightsmith.core.time_limits import tell_what_is_done
 from weightsmith.forward.libraries import import_for_good
-from weightsmith.jobs import Job, out_of_memory, read_job
 from weightsmith.merging.libc import keep_freed_memory
-from weightsmith.time_limits import tell_what_is_done
 from weightsmith.worker.jobs import LIBRARIES, STAGES
 from weightsmith.worker.virtual import computed
 from weightsmith.worker.wire import Wire, open_wire

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from weightsmith.jobs import (
+from weightsmith.core.jobs import (
     ANSWER_JOURNAL,
     AskedModel,
     AskedTask,
     AskedWalk,
     ReferenceJob,
 )
+from weightsmith.core.values import Json, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
-from weightsmith.values import Json, plain
 from weightsmith.worker.wire import Report
 
 

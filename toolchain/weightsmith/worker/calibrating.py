@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.cpus import has_avx2
-from weightsmith.errors import EnvironmentFailure
-from weightsmith.foreign import parse
-from weightsmith.jobs import CacheScalesJob
-from weightsmith.values import Json
+from weightsmith.core.cpus import has_avx2
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.jobs import CacheScalesJob
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json
 
 Report = Callable[[int, int, str], None]
 
@@ -67,5 +67,5 @@ def _loops() -> str:
 
 def _rendered(model: Path, texts: Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
     """Return each text as the model reads it, with its number of tokens."""
-    rendering: Any = importlib.import_module("weightsmith.quality.texts")
+    rendering: Any = importlib.import_module("weightsmith.quantizers.quality.texts")
     return [parse(line) for line in rendering.as_lines(model, texts).splitlines()]

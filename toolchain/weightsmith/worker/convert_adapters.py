@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from weightsmith.errors import InputRefused, ran_out_of_memory
-from weightsmith.foreign import TOKENIZER, parse_file
+from weightsmith.core.errors import InputRefused, ran_out_of_memory
+from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly
 from weightsmith.quantizers.running import progress_line, refusal
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import CheckFailed
-from weightsmith.jobs import ConvertAdaptersJob
-from weightsmith.trees import discard
-from weightsmith.values import Json
+from weightsmith.core.errors import CheckFailed
+from weightsmith.core.jobs import ConvertAdaptersJob
+from weightsmith.core.trees import discard
+from weightsmith.core.values import Json
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.wire import Report
 

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import (
+from weightsmith.core.errors import (
     CheckFailed,
     EnvironmentFailure,
     InputRefused,
     Unmeasurable,
 )
-from weightsmith.jobs import (
+from weightsmith.core.jobs import (
     ANSWER_JOURNAL,
     Beside,
     CacheScalesJob,
@@ -36,9 +36,9 @@ from weightsmith.jobs import (
     ReferenceJob,
     ValidateJob,
 )
+from weightsmith.core.trees import discard
+from weightsmith.core.values import Format, Json, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
-from weightsmith.trees import discard
-from weightsmith.values import Format, Json, plain
 from weightsmith.worker.ahead import import_ahead
 from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
@@ -76,7 +76,7 @@ def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
 
 
 def _import_gguf(job: ImportGgufJob, report: Report) -> Mapping[str, Json]:
-    gguf_import: Any = importlib.import_module("weightsmith.checkpoints.gguf_import")
+    gguf_import: Any = importlib.import_module("weightsmith.models.gguf_import")
     gguf_import.import_gguf(job.gguf.path, job.output)
     report(1, 1, "items")
     return {}
@@ -91,7 +91,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     walked = quantizer.walked(job.options)
     if job.texts and not walked:
         calibration = job.output / ".calibration.jsonl"
-        rendering: Any = importlib.import_module("weightsmith.quality.texts")
+        rendering: Any = importlib.import_module("weightsmith.quantizers.quality.texts")
         calibration.write_text(rendering.as_lines(model, job.texts), encoding="utf-8")
     if job.statistics:
         measured.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ def _validate(job: ValidateJob, report: Report, drafts: Sequence[Any] = ()) -> M
 
 
 def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
-    measure: Any = importlib.import_module("weightsmith.quality.measure")
+    measure: Any = importlib.import_module("weightsmith.quantizers.quality.measure")
     model, tell = job.model.path, lambda done, total: report(done, total, "layers")
     try:
         view = _quantizer(job.quantizer).view(job.artifact.path, model)
@@ -227,7 +227,7 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
 
 def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
     """Return `answers`, of the one subject, or `skipped`: why its weights cannot be read."""
-    answering: Any = importlib.import_module("weightsmith.quality.answering")
+    answering: Any = importlib.import_module("weightsmith.quantizers.quality.answering")
     walking: Any = importlib.import_module("weightsmith.forward.walk")
     model, tell = job.model.path, partial(report_items, report)
     count = walking.Count(len(job.questions), tell)

@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.drivers import process
-from weightsmith.drivers.hardware import cores
-from weightsmith.errors import WeightsmithError
-from weightsmith.foreign import read_json
-from weightsmith.kernels import quants
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.kernels import quants
+from weightsmith.core.safe_parse import read_json
 from weightsmith.merging.libc import keep_freed_memory
+from weightsmith.outside import process
+from weightsmith.outside.hardware import cores
 from weightsmith.quantizers.convert import run
 from weightsmith.quantizers.gguf_header import Entry, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance

@@ -15,11 +15,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from weightsmith.drivers import process
-from weightsmith.errors import InputRefused, from_code
-from weightsmith.foreign import parse
+from weightsmith.core.errors import InputRefused, from_code
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.trees import below
+from weightsmith.outside import process
 from weightsmith.quantizers.running import PROGRESS, REFUSED
-from weightsmith.trees import below
 from weightsmith.worker.wire import Report, note
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import read_header
-from weightsmith.checkpoints.without_data import has_no_data
-from weightsmith.jobs import Job, read_job, write_job
+from weightsmith.core.jobs import Job, read_job, write_job
+from weightsmith.models.safetensors import read_header
+from weightsmith.models.virtual_weights import has_no_data
 
 _VARIABLE = "WEIGHTSMITH_JOB"
 _FILE = ".job.json"

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from weightsmith.cpus import AVX2_LOOPS, has_avx2
-from weightsmith.drivers.forked import forked
-from weightsmith.foreign import parse
+from weightsmith.core.cpus import AVX2_LOOPS, has_avx2
+from weightsmith.core.safe_parse import parse
 from weightsmith.forward.libraries import import_models, load_torch_beside_transformers
+from weightsmith.outside.forked import forked
 from weightsmith.quantizers.gguf_settings import Walk
 from weightsmith.quantizers.running import progress_line
 from weightsmith.worker.calibrating import importance

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-from weightsmith.values import Json, plain
+from weightsmith.core.values import Json, plain
 
 Report = Callable[[int, int, str], None]
 """Report work done: done, total, unit."""

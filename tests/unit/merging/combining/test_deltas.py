@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils
-from weightsmith.errors import UsageError
-from weightsmith.merge_options import Method
+from weightsmith.core.errors import UsageError
+from weightsmith.core.merge_options import Method
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.deltas import combine, prune
 from weightsmith.merging.combining.pruning import drop_at_random, keep_largest

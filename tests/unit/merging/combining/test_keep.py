@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from weightsmith.errors import InputRefused, UsageError
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 from weightsmith.merging.combining.conflicts import Conflicts
 from weightsmith.merging.combining.lowrank import (
     Pair,

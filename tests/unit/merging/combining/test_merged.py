@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging import stream
 from weightsmith.merging.combining.changes import adapter_digest
 from weightsmith.merging.combining.pruning import drop_at_random

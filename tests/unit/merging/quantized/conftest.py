@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from weightsmith.checkpoints.safetensors import TensorInfo, read_header
-from weightsmith.checkpoints.tensors import array_type
 from weightsmith.merging.quantized.decode import decode
 from weightsmith.merging.quantized.layout import Layout, read_layout
+from weightsmith.models.safetensors import TensorInfo, read_header
+from weightsmith.models.tensors import array_type
 
 Decode = Callable[..., tuple[Layout, dict[str, np.ndarray]]]
 

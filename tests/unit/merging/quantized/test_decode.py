@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.quantized.nf4 import dynamic_code, round_trip
 from weightsmith.merging.stream import ARRAY_TYPES
 

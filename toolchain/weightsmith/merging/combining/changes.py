@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.mixture import Mixture, Share
 from weightsmith.merging.outputs import Band, Files, Output, Rows, Term, bands

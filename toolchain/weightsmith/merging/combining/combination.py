@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from weightsmith.errors import UsageError
-from weightsmith.merge_options import Merge
+from weightsmith.core.errors import UsageError
+from weightsmith.core.merge_options import Merge
 
 SUMS = ("sequential", "linear", "cat")
 """Methods that are the weighted sum of the deltas."""

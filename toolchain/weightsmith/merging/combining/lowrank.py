@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weightsmith.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed
 from weightsmith.merging.rounding import F32, F64
 
 Factors = tuple[np.ndarray, np.ndarray]

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from weightsmith.checkpoints.safetensors import TensorInfo
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim
 from weightsmith.merging.outputs import Part, Term
+from weightsmith.models.safetensors import TensorInfo
 
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 """The order in which expert classes register their parameters, and PEFT wraps them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.frod import Frod
 from weightsmith.merging.names import is_conv1d, module_key

@@ -7,16 +7,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from weightsmith.checkpoints.safetensors import TensorInfo
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim, Family, Variant
 from weightsmith.merging.dora import Dora
 from weightsmith.merging.duplicates import same_transposed
-from weightsmith.merging.families import experts, pieces
+from weightsmith.merging.families import experts, fused_slices
 from weightsmith.merging.kasa import Kasa
 from weightsmith.merging.names import CONV1D_MODELS, is_conv1d, module_key, plain_module
 from weightsmith.merging.outputs import Part, Term, matrix_columns
 from weightsmith.merging.tying import has_head, is_embedding, is_head
+from weightsmith.models.safetensors import TensorInfo
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_diag"
@@ -58,7 +58,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
         a, b = _factors(view, group)
         if len(a.shape) == 2 and experts.is_expert(view, group.module):
             stacks.setdefault(group.module, []).append(experts.Pair(group.raw, a, b))
-        elif len(a.shape) == 2 and pieces.is_piece(view, group.module):
+        elif len(a.shape) == 2 and fused_slices.is_piece(view, group.module):
             split[group.module] = a, b
             roles.update(group.keys)
         elif tied_copy and view.is_head(group.module):
@@ -68,7 +68,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             yield from _layer(view, group, (a, b), tied_copy, mismatches)
     for module, pairs in stacks.items():
         yield from experts.claims(view, module, pairs)
-    yield from pieces.claims(view, split, sorted(roles))
+    yield from fused_slices.claims(view, split, sorted(roles))
     if mismatches:
         raise InputRefused(
             f"{view.path} was trained on another model: {len(mismatches)} shapes differ, such as "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.duplicates import same_bytes
 from weightsmith.merging.names import module_key, plain_module

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.duplicates import same_bytes
 from weightsmith.merging.names import module_key, plain_module

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.layer import Layer
 from weightsmith.merging.names import is_conv1d, module_key

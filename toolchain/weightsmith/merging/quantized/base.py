@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import CheckpointIndex, TensorInfo
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.base import BaseTensors, stored_tensors
 from weightsmith.merging.names import is_conv1d
 from weightsmith.merging.outputs import Source, Stored
 from weightsmith.merging.quantized.choice import refuse, simulates
 from weightsmith.merging.quantized.layout import Layout, quantization_of, read_layout
 from weightsmith.merging.quantized.sources import Decoded, Rounded
+from weightsmith.models.safetensors import CheckpointIndex, TensorInfo
 
 STALE = frozenset({"quant_config.json", "quantize_config.json", "quant_log.csv"})
 """Files of quantized checkpoints that do not apply to plain weights."""

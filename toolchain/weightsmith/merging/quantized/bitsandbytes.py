@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import TensorInfo
-from weightsmith.foreign import parse
+from weightsmith.core.safe_parse import parse
 from weightsmith.merging.quantized.packed import (
     DTYPES,
     Packed,
@@ -17,6 +16,7 @@ from weightsmith.merging.quantized.packed import (
     plain_dtype,
     undecodable,
 )
+from weightsmith.models.safetensors import TensorInfo
 
 
 def bitsandbytes(

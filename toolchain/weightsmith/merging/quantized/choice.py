@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 
 _ADVICE = (
     "choose one: (1) merge onto the original 16-bit checkpoint: a better base, but the adapter "

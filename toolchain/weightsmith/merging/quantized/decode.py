@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.quantized.nf4 import decode_blocks
 from weightsmith.merging.quantized.packed import Packed
 from weightsmith.merging.rounding import F32, round_once

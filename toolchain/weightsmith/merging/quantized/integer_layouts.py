@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import TensorInfo
 from weightsmith.merging.quantized.packed import (
     Packed,
     ReadBytes,
@@ -18,6 +17,7 @@ from weightsmith.merging.quantized.packed import (
     plain_dtype,
     undecodable,
 )
+from weightsmith.models.safetensors import TensorInfo
 
 
 def gptq(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
 from weightsmith.merging.quantized.bitsandbytes import bitsandbytes
 from weightsmith.merging.quantized.integer_layouts import awq, gptq
 from weightsmith.merging.quantized.packed import (

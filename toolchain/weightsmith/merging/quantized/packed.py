@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import TensorInfo
-from weightsmith.errors import InputRefused
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.safetensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
 ReadBytes = Callable[[TensorInfo], bytes]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightsmith.checkpoints.safetensors import TensorInfo
 from weightsmith.merging.quantized.packed import (
     FLOAT8,
     Packed,
@@ -21,6 +20,7 @@ from weightsmith.merging.quantized.packed import (
     some,
     undecodable,
 )
+from weightsmith.models.safetensors import TensorInfo
 
 
 def compressed(

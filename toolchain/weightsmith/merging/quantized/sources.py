@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.checkpoints.safetensors import BITS
 from weightsmith.merging.outputs import Files, Source, Stored
 from weightsmith.merging.quantized.packed import Packed
+from weightsmith.models.safetensors import BITS
 
 if TYPE_CHECKING:
     import numpy as np

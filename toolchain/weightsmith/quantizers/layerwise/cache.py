@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from weightsmith.cpus import all_but_one
-from weightsmith.errors import InputRefused
+from weightsmith.core.cpus import all_but_one
+from weightsmith.core.errors import InputRefused
 from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.quantizers.running import encoder, samples

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from weightsmith.forward.crew import CPUS, crew, product, unwatched
 from weightsmith.forward.layers import TOKENS, Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.pipeline import Pipeline
 from weightsmith.forward.reproducible import follow, reproducible
+from weightsmith.forward.threads import CPUS, crew, product, unwatched
 from weightsmith.quantizers.architectures import EXPERTS
 from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, config_of, window_of
 from weightsmith.quantizers.layerwise.observing import is_experts

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from weightsmith.cpus import all_but_one
-from weightsmith.forward.crew import product
+from weightsmith.core.cpus import all_but_one
 from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
+from weightsmith.forward.threads import product
 from weightsmith.quantizers.layerwise.observing import Routed, is_experts
 from weightsmith.quantizers.matrices import Matrix
 from weightsmith.quantizers.running import encoder, samples

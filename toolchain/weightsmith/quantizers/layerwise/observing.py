@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.forward.crew import product
+from weightsmith.forward.threads import product
 
 _SKETCH = 256
 """Rows that stand for all inputs where candidates are compared."""

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from weightsmith.checkpoints.tensors import CheckpointTensors
-from weightsmith.cpus import all_but_one
-from weightsmith.errors import InputRefused
-from weightsmith.files import sync_folder, write_whole
-from weightsmith.foreign import parse
+from weightsmith.core.cpus import all_but_one
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.files import sync_folder, write_whole
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.trees import discard
+from weightsmith.core.values import Json
 from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
+from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.checkpoints import awq_config, not_finite, write_companions
 from weightsmith.quantizers.layerwise.compensating import compensated
 from weightsmith.quantizers.layerwise.integers import Grid, best_grid, packed_awq, packed_gptq
@@ -31,8 +33,6 @@ from weightsmith.quantizers.running import RAW, encoder, samples, texts
 from weightsmith.quantizers.unquantized import is_kept, negative_patterns, without_kept
 from weightsmith.quantizers.walked import FACTS
 from weightsmith.quantizers.writing import copied, write_checkpoint
-from weightsmith.trees import discard
-from weightsmith.values import Json
 
 _EXPERT = re.compile(r".*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
 _ROLE = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from weightsmith.forward.crew import product
+from weightsmith.forward.threads import product
 from weightsmith.quantizers.layerwise.integers import best_grid
 from weightsmith.quantizers.layerwise.observing import Group, Moments
 

@@ -1,0 +1,281 @@
+"""A cache that is slow, or whose uploads do not end; two who upload the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.cache import uploads as module
+from weightsmith.cache.cache import SharedCache, within
+from weightsmith.cache.store import SharedStore
+from weightsmith.cache.uploads import Uploads
+from weightsmith.core.errors import CacheLost, EnvironmentFailure
+from weightsmith.core.ports import Entry
+from weightsmith.core.values import Blob, Digest, key_of
+from weightsmith.outside.folder_cache import FolderCache
+
+from tests.fakes.cache import MemoryCache
+from tests.fakes.store import MemoryStore
+
+NOTE, OTHER_NOTE = ({"stage": "merge", "inputs": {"of": name}} for name in ("one", "other"))
+KEY, OTHER = key_of(NOTE), key_of(OTHER_NOTE)
+
+
+class Stuck(MemoryCache):
+    """Answers when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def find(self, key: Digest) -> bytes | None:
+        self.go.wait(60)
+        return super().find(key)
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    cache = Stuck()
+    yield cache
+    cache.go.set()
+
+
+def made(folder: Path, size: int = 3000) -> tuple[MemoryStore, Entry]:
+    store = MemoryStore(folder)
+    return store, store.produce(KEY, NOTE, weights(size))
+
+
+def weights(size: int) -> Callable[[Path], dict[str, object]]:
+    def make(partial: Path) -> dict[str, object]:
+        (partial / "model.safetensors").write_bytes(bytes(size))
+        return {}
+
+    return make
+
+
+def test_a_slow_cache_is_asked_once(stuck: Stuck, tmp_path: Path) -> None:
+    warnings: list[str] = []
+    remote = SharedCache(stuck, None, warnings.append, seconds=0.05)
+    store = SharedStore(MemoryStore(tmp_path / "store"), [remote], lambda: tmp_path)
+    began = time.monotonic()
+    assert [store.find(KEY), store.find(OTHER)] == [None, None]
+
+    assert time.monotonic() - began < 30
+    (warning,) = warnings
+    assert "no answer within 0.05 s" in warning
+
+
+def test_the_end_waits_for_uploads_only_so_long(stuck: Stuck, tmp_path: Path) -> None:
+    store, entry = made(tmp_path / "store")
+    uploads = Uploads(SharedCache(stuck, None, print, 60), store.memo)
+    uploads.add(KEY, NOTE, entry)
+    began = time.monotonic()
+
+    assert uploads.close(0.05) == 1
+    assert time.monotonic() - began < 30
+
+
+GIVEN_UP = """
+import sys
+from pathlib import Path
+from weightsmith.outside.store import FileStore
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.uploads import Uploads
+from weightsmith.core.values import key_of
+
+def make(folder):
+    (folder / "model.safetensors").write_bytes(bytes(32 << 20))
+    return {}
+
+note = {"stage": "merge", "inputs": {}}
+store = FileStore(Path(sys.argv[2]))
+entry = store.produce(key_of(note), note, make)
+with Registry() as registry:
+    cache = RegistryCache(registry, Reference.parse(sys.argv[1] + "/team/cache"))
+    uploads = Uploads(SharedCache(cache, None, print, 60), store.memo)
+    uploads.add(key_of(note), note, entry)
+    sys.stdin.readline()
+    print(uploads.close(0.05))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_though_a_registry_takes_nothing_more(tmp_path: Path) -> None:
+    taking = threading.Event()
+
+    class Registry(BaseHTTPRequestHandler):
+        def reply(self, code: int, **headers: str) -> None:
+            self.send_response(code)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.reply(200 if self.path == "/v2/" else 404)
+
+        def do_HEAD(self) -> None:
+            self.reply(404)
+
+        def do_POST(self) -> None:
+            self.reply(202, Location="/v2/team/cache/blobs/uploads/1")
+
+        def do_PATCH(self) -> None:
+            taking.set()
+            ended.wait(120)
+
+        def do_PUT(self) -> None:
+            self.do_PATCH()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    ended = threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = [sys.executable, "-c", GIVEN_UP, f"127.0.0.1:{server.server_port}", str(tmp_path)]
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert taking.wait(60)
+            said, _ = process.communicate(b"\n", timeout=30)
+        ended.set()
+        server.shutdown()
+    assert said == b"1\n"
+
+
+def test_uploads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hiccup(MemoryCache):
+        def write(self, *args: Any, **choices: Any) -> int:
+            if not self.asked[1:]:
+                self.asked.append(KEY)
+                raise ConnectionResetError("reset")
+            return super().write(*args, **choices)
+
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.0)
+    store, entry = made(tmp_path / "store")
+    warnings: list[str] = []
+    cache = Hiccup()
+    uploads = Uploads(SharedCache(cache, None, warnings.append, 60), store.memo)
+    uploads.add(KEY, NOTE, entry)
+
+    assert uploads.close(60) == 0
+    assert cache.documents.keys() == {KEY}
+    assert not warnings
+
+
+def test_a_cache_that_cannot_be_written_is_still_read(tmp_path: Path) -> None:
+    store, entry = made(tmp_path / "store")
+    cache, warnings = MemoryCache(), list[str]()
+    filling = Uploads(SharedCache(cache, None, warnings.append, 60), store.memo)
+    filling.upload(KEY, NOTE, entry)
+
+    cache.faults["write"] = PermissionError(13, "Permission denied")
+    remote = SharedCache(cache, None, warnings.append, 60)
+    uploads = Uploads(remote, store.memo)
+    uploads.add(OTHER, OTHER_NOTE, entry)
+    assert uploads.close(60) == 0
+
+    mine = SharedStore(MemoryStore(tmp_path / "mine"), [remote], lambda: tmp_path)
+    found = mine.find(KEY)
+    assert found is not None
+    assert found.tree.path("model.safetensors").read_bytes() == bytes(3000)
+    (warning,) = warnings
+    assert "cannot be written" in warning
+    assert "Permission denied" in warning
+
+
+def other_byte(blob: Path) -> None:
+    data = bytearray(blob.read_bytes())
+    data[1000] ^= 1
+    blob.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, other_byte])
+def test_a_result_with_a_damaged_blob_is_made_and_uploaded_again(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    store, entry = made(tmp_path / "store")
+    cache = MemoryCache()
+    Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    whole = dict(cache.blobs)
+    remote = SharedCache(FolderCache(tmp_path / "shared"), None, print, 60)
+    Uploads(remote, store.memo).upload(KEY, NOTE, entry)
+    (blob,) = (path for path in (tmp_path / "shared" / "blobs").rglob("*") if path.is_file())
+    damage(blob)
+
+    mine = MemoryStore(tmp_path / "mine")
+    uploads = Uploads(remote, mine.memo)
+    shared = SharedStore(mine, [remote], lambda: tmp_path / "scratch", uploads)
+    found = shared.find(KEY)
+    assert found is not None
+    with pytest.raises(CacheLost):
+        found.tree.path("model.safetensors")
+    shared.produce(KEY, NOTE, weights(3000))
+    assert uploads.close(60) == 0
+    assert blob.read_bytes() in whole.values()
+
+
+@pytest.mark.parametrize("fault", ["only read", "on the way", "not allowed"])
+def test_a_blob_is_left_where_it_may_be_right_or_is_not_ours(tmp_path: Path, fault: str) -> None:
+    """Of a cache that is only read, by a faulty connection, or without the right to delete."""
+
+    class Faulty(MemoryCache):
+        def read(self, blob: Blob) -> Iterator[bytes]:
+            chunks = b"".join(super().read(blob))
+            wrong = fault != "on the way" or not self.read_bytes > blob.size
+            yield bytes(len(chunks)) if wrong else chunks
+
+    store, entry = made(tmp_path / "store")
+    cache, mine = Faulty(), MemoryStore(tmp_path / "mine")
+    Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
+    whole = dict(cache.blobs)
+    warnings: list[str] = []
+    remote = SharedCache(cache, None, warnings.append, 60)
+    other = SharedCache(MemoryCache(), None, print, 60)
+    uploads = Uploads(other if fault == "only read" else remote, mine.memo)
+    if fault == "not allowed":
+        cache.faults["write"] = PermissionError(13, "Permission denied")
+    shared = SharedStore(mine, [remote], lambda: tmp_path / "scratch", uploads)
+
+    found = shared.find(KEY)
+    assert found is not None
+    with pytest.raises(CacheLost):
+        found.tree.path("model.safetensors")
+
+    assert cache.blobs == whole
+    assert len(warnings) == 1
+    assert shared.find(KEY) is None
+
+
+def test_two_upload_the_same_at_once(tmp_path: Path) -> None:
+    """Without locks, in one folder: what is there in the end is whole."""
+    stores = [made(tmp_path / f"store{number}", 3 << 20) for number in range(2)]
+    folder = tmp_path / "shared"
+    caches = [SharedCache(FolderCache(folder), None, print, 60) for _ in stores]
+    both = [Uploads(remote, store.memo) for remote, (store, _) in zip(caches, stores, strict=True)]
+    for uploads, (_, entry) in zip(both, stores, strict=True):
+        uploads.add(KEY, NOTE, entry)
+    assert [uploads.close(60) for uploads in both] == [0, 0]
+
+    mine = SharedStore(MemoryStore(tmp_path / "mine"), caches[:1], lambda: tmp_path)
+    found = mine.find(KEY)
+    assert found is not None
+    assert found.tree.path("model.safetensors").read_bytes() == bytes(3 << 20)
+
+
+def test_a_call_that_fails_says_why() -> None:
+    def fails() -> None:
+        raise PermissionError(13, "no")
+
+    with pytest.raises(PermissionError):
+        within(60, fails)
+    with pytest.raises(EnvironmentFailure):
+        within(0.01, lambda: time.sleep(1))

@@ -1,0 +1,88 @@
+"""How many threads a program gets: busy CPUs are not counted."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from weightsmith.core import cpus
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of four CPUs whose idle times, in ticks, a test sets."""
+
+    def set_up(before: list[int], after: list[int], tick: int = 100) -> None:
+        readings = iter([before, after])
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+        monkeypatch.setattr(os, "sysconf", lambda _: tick)
+        monkeypatch.setattr(cpus.time, "sleep", lambda _: None)
+        monkeypatch.setattr(
+            cpus, "_unused", lambda: {f"cpu{n}": ticks for n, ticks in enumerate(next(readings))}
+        )
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("gained", "expected"),
+    [
+        ([20, 20, 20, 20], 4),
+        ([20, 20, 19, 0], 3),  # a busy one
+        ([10, 10, 20, 20], 3),  # a busy program that moves between two
+        ([0, 0, 0, 0], 1),
+        ([500, 20, 20, 20], 4),  # the clock went on while this process waited
+    ],
+)
+def test_busy_cpus_get_no_thread(machine, gained, expected):
+    machine([7] * 4, [7 + ticks for ticks in gained])
+    assert cpus.idle() == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([], []), ([1, 1, 1, 1], [1, 1, 1]), ([0, 0, 0, 0], [0, 0, 0, 0])],
+)
+def test_without_counts_one_cpu_is_left(machine, before, after):
+    machine(before, after)
+    assert cpus.idle() == 3
+
+
+def test_counts_are_those_of_the_kernel(tmp_path):
+    mine = sorted(os.sched_getaffinity(0))
+    stat = tmp_path / "stat"
+    lines = ["cpu  9 9 9 9 9 9", *(f"cpu{n} 1 2 3 {40 + n} 5 6 7 8 9 10" for n in mine), "intr 5"]
+    stat.write_text("\n".join(lines))
+    assert cpus._unused(stat) == {f"cpu{n}": 45 + n for n in mine}
+    stat.write_text("cpu0 1")
+    assert cpus._unused(stat) == {}
+    assert cpus._unused(tmp_path / "absent") == {}
+    assert cpus._unused().keys() == {f"cpu{n}" for n in mine}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu sse4_2 fma avx f16c bmi1 avx2 bmi2", True),
+        ("flags\t\t: fpu sse4_2 avx f16c bmi1 avx2 bmi2", False),  # no CPU is known
+        ("flags\t\t: fpu sse4_2 fma avx f16c bmi1 bmi2", False),
+        ("flags\t\t: fpu sse4_2 fma avx bmi1 avx2 bmi2", False),  # hidden by a virtual machine
+        ("flags\t\t: fpu sse4_2 fma avx f16c avx2", False),
+        ("Features\t: fp asimd", False),  # Arm
+        ("", False),
+    ],
+)
+def test_avx2_comes_with_what_the_kernels_use(tmp_path, flags, expected):
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\n{flags}\n")
+    assert cpus.has_avx2(info) is expected
+    assert not cpus.has_avx2(tmp_path / "absent")
+
+
+def test_flags_are_those_of_the_first_cpu(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nflags\t\t: fpu amx_tile avx2\nflags : other\n")
+    assert {"fpu", "amx_tile"} < cpus.flags(info)
+    assert "other" not in cpus.flags(info)
+    info.write_text("Features : fp asimd\n")  # 64-bit Arm
+    assert cpus.flags(info) == cpus.flags(tmp_path / "absent") == frozenset()

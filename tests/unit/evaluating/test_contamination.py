@@ -1,0 +1,85 @@
+import json
+
+import pytest
+from weightsmith.core.errors import UsageError
+from weightsmith.evaluating import contamination as leaks
+from weightsmith.evaluating.contamination import describe, find_leaks
+from weightsmith.evaluating.items import Item
+
+
+def item(prompt, line=1):
+    return Item(messages=({"role": "user", "content": prompt},), expected=("x",), line=line)
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    return path
+
+
+def test_the_same_question_in_other_letters_is_found(tmp_path):
+    path = write(
+        tmp_path,
+        {"text": "nothing of interest"},
+        {"messages": [{"role": "user", "content": "which PORT  is it"}]},
+    )
+
+    (leak,) = find_leaks([item("Which port is it?", line=7), item("What is the host?")], path)
+
+    assert (leak.line, leak.other_line) == (7, 2)
+    assert "line 7 in line 2" in describe([leak])
+
+
+def test_a_long_question_within_a_text_is_found_and_a_short_one_is_not(tmp_path):
+    path = write(tmp_path, {"text": "Yes or no? And which port does the gateway use? 7481."})
+
+    found = find_leaks([item("Which port does the gateway use?", 1), item("Yes or no?", 2)], path)
+
+    assert [leak.line for leak in found] == [1]
+
+
+def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_path, monkeypatch):
+    asked = [item(f"Answer this: what is at port {n * 7919}? One word.", n) for n in range(3000)]
+    texts = [{"text": f"the thing at {n} " * 20} for n in range(200)]
+    path = write(tmp_path, *texts, {"text": f"so: {asked[77].prompt} A gateway."})
+    likely, searched = leaks._likely, []
+
+    def counted(*given):
+        for question in likely(*given):
+            searched.append(question)
+            yield question
+
+    monkeypatch.setattr(leaks, "_likely", counted)
+
+    found = find_leaks(asked, path)
+
+    assert [leak.line for leak in found] == [77]
+    assert len(searched) < 10
+
+
+def test_messages_that_are_no_list_hold_no_question(tmp_path):
+    path = write(tmp_path, {"messages": 5}, {"messages": {"content": "Which port?"}})
+
+    assert find_leaks([item("Which port?")], path) == ()
+
+
+def test_an_answer_that_holds_the_question_is_no_leak(tmp_path):
+    said = "You ask which port the gateway uses at work: 7481."
+    path = write(tmp_path, {"messages": [{"role": "assistant", "content": said}]})
+
+    assert find_leaks([item("which port the gateway uses")], path) == ()
+    assert describe(()) == ""
+
+
+def test_a_text_that_was_cut_within_an_emoji_is_compared(tmp_path):
+    path = write(tmp_path, {"text": "cut \ud83d"}, {"messages": [{"content": "Which port?"}]})
+
+    assert [leak.other_line for leak in find_leaks([item("which port")], path)] == [2]
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        find_leaks([item("q")], tmp_path / "none.jsonl")
+    (tmp_path / "bad.jsonl").write_text("{}\n{")
+    with pytest.raises(UsageError, match=r"bad\.jsonl:2: invalid JSON"):
+        find_leaks([item("q")], tmp_path / "bad.jsonl")

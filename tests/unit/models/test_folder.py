@@ -1,0 +1,222 @@
+"""Folders: what belongs to a model, and what must not be read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from weightsmith.commands.render import open_model
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.folder import check_adapter_folder, check_model_folder, scan
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+
+
+def refusal(function: Any, root: Path) -> InputRefused:
+    with pytest.raises(InputRefused) as caught:
+        function(root)
+    assert caught.value.exit_code == 3
+    return caught.value
+
+
+MODEL = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def test_keeps_what_belongs_to_a_model(tmp_path: Path) -> None:
+    touch(tmp_path, *MODEL, "LICENSE", "sub/notes.txt", "chat_template.jinja")
+    touch(tmp_path, ".git/config", ".cache/x", "sub/.hidden", "checkpoint-50/config.json")
+    touch(tmp_path, "modeling_x.py", "consolidated.00.pth", "model.gguf", "training_args.bin")
+    touch(tmp_path, "original/model.safetensors", "original/config.json", "metal/model.safetensors")
+    touch(tmp_path, "optimizer.pt", "rng_state.pth", "pytorch_model.bin", "runs/events", "x.so")
+
+    assert scan(tmp_path) == sorted([*MODEL, "LICENSE", "sub/notes.txt", "chat_template.jinja"])
+    assert check_model_folder(tmp_path) == scan(tmp_path)
+
+
+def hub_cache(root: Path) -> Path:
+    """A snapshot as huggingface_hub lays it out."""
+    snapshot = root / "models--org--name" / "snapshots" / "abc"
+    blobs = root / "models--org--name" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate(MODEL):
+        (blobs / str(number)).write_text("{}")
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+def test_links_within_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    (tmp_path / "alias").symlink_to(snapshot)
+
+    assert check_model_folder(snapshot) == sorted(MODEL)
+    assert scan(tmp_path / "alias") == sorted(MODEL)
+
+
+def test_links_to_another_model_of_the_cache_are_refused(tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path)
+    touch(tmp_path, "models--org--name2/blobs/9")
+    (snapshot / "LICENSE").symlink_to("../../../models--org--name2/blobs/9")
+
+    assert "outside the folder" in refusal(scan, snapshot).message
+
+
+def test_links_inside_the_folder_are_followed(tmp_path: Path) -> None:
+    touch(tmp_path, *MODEL)
+    (tmp_path / "vocab.json").symlink_to("tokenizer.json")
+
+    assert "vocab.json" in scan(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../outside", "gone", "loop", "sub"])
+def test_other_links_are_refused(target: str, tmp_path: Path) -> None:
+    root = tmp_path / "model"
+    touch(root, *MODEL, "sub/file")
+    touch(tmp_path, "outside")
+    (root / "loop").symlink_to(target)
+
+    assert str(root / "loop") in refusal(scan, root).message
+
+
+def test_pipes_and_sockets_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+
+    assert "not a regular file" in refusal(scan, tmp_path).message
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"a\x1b[2J", b"caf\xe9", b"a\\b", "a\u202eb".encode()])
+def test_hostile_names_are_refused(name: bytes, tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("x")
+
+    message = refusal(scan, tmp_path).message
+    assert "invalid name" in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize("names", [("README.md", "readme.md"), ("é", "e\u0301"), ("A/x", "a/x")])
+def test_names_that_collide_elsewhere_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    touch(tmp_path, *names)
+
+    assert "differ only in case" in refusal(scan, tmp_path).message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "m.pt"])
+def test_pickles_alone_are_refused_with_a_way_out(name: str, tmp_path: Path) -> None:
+    touch(tmp_path, "config.json", name)
+
+    error = refusal(check_model_folder, tmp_path)
+
+    assert name in error.message
+    assert "can run code" in error.message
+    assert "save_file" in error.hint
+
+
+@pytest.mark.slow
+def test_the_conversion_in_the_hint_works(tmp_path: Path) -> None:
+    import torch
+    from weightsmith.models.safetensors import read_header
+
+    touch(tmp_path, "adapter_config.json")
+    torch.save({"a.lora_A.weight": torch.ones(2, 3)}, tmp_path / "adapter_model.bin")
+    hint = refusal(check_adapter_folder, tmp_path).hint
+    code = hint.split('"')[1]
+
+    names = ("adapter_model.bin", "adapter_model.safetensors")
+    subprocess.run([sys.executable, "-c", code, *names], cwd=tmp_path, check=True)
+
+    assert check_adapter_folder(tmp_path) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert read_header(tmp_path / "adapter_model.safetensors").tensors[0].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json", "generation_config.json", "preprocessor_config.json",
+        "processor_config.json", "tokenizer_config.json", "video_preprocessor_config.json",
+    ],
+)  # fmt: skip
+def test_code_of_its_own_is_refused(name: str, tmp_path: Path) -> None:
+    touch(tmp_path, *MODEL)
+    (tmp_path / name).write_text(json.dumps({"auto_map": {"AutoModel": "modeling_x.X"}}))
+
+    error = refusal(check_model_folder, tmp_path)
+
+    assert name in error.message
+    assert "auto_map" in error.message
+
+
+@pytest.mark.parametrize(
+    ("function", "names", "said"),
+    [
+        (check_model_folder, ("model.safetensors",), "has no config.json"),
+        (check_model_folder, ("config.json",), "has no weights"),
+        (check_adapter_folder, ("adapter_model.safetensors",), "has no adapter_config.json"),
+        (check_adapter_folder, ("adapter_config.json",), "has no weights"),
+    ],
+)
+def test_incomplete_folders_are_refused(
+    function: Any, names: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    touch(tmp_path, *names)
+
+    assert said in refusal(function, tmp_path).message
+
+
+def test_adapters_in_folders_of_their_own_are_named(tmp_path: Path) -> None:
+    for name in ("style", "tone"):
+        (tmp_path / name).mkdir()
+        touch(tmp_path / name, "adapter_config.json", "adapter_model.safetensors")
+
+    hint = refusal(check_adapter_folder, tmp_path).hint
+    assert hint.endswith(f": {tmp_path / 'style'} or {tmp_path / 'tone'}")
+
+
+def test_the_last_checkpoint_of_a_training_is_named(tmp_path: Path) -> None:
+    """What transformers' Trainer leaves in its output folder, if the result was not saved there."""
+    for name in ("checkpoint-9", "checkpoint-40", "checkpoint-100", "runs"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-9", "checkpoint-40"):
+        touch(tmp_path / name, "adapter_config.json", "adapter_model.safetensors")
+    touch(tmp_path / "checkpoint-100", "config.json", "model.safetensors")
+
+    assert refusal(check_adapter_folder, tmp_path).hint.endswith(f": {tmp_path / 'checkpoint-40'}")
+    assert refusal(check_model_folder, tmp_path).hint.endswith(f": {tmp_path / 'checkpoint-100'}")
+
+
+def test_shards_may_have_any_name(tmp_path: Path) -> None:
+    """The index names them, and transformers reads what it names."""
+    for name in ("config.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "part one.safetensors").touch()
+
+    assert "part one.safetensors" in check_model_folder(tmp_path)
+
+
+def test_config_must_be_json(tmp_path: Path) -> None:
+    touch(tmp_path, *MODEL)
+    (tmp_path / "config.json").write_text("{")
+
+    assert "holds no valid JSON" in refusal(check_model_folder, tmp_path).message
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "x")
+
+    assert "is not a folder" in refusal(scan, tmp_path / "x").message
+
+
+@pytest.mark.parametrize("read", [check_model_folder, open_model])
+def test_a_source_of_recipes_is_no_folder(read: Any) -> None:
+    """`Path` takes the second slash from it."""
+    with pytest.raises(InputRefused, match="hf://org/name is not a folder") as caught:
+        read(Path("hf://org/name"))
+    assert "download it first" in caught.value.hint

@@ -1,0 +1,40 @@
+"""Free memory, of this machine and below a container's limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from weightsmith.outside import hardware
+from weightsmith.serving.memory import host_memory
+
+
+def test_some_of_this_machines_memory_is_free() -> None:
+    assert 0 < hardware.free_memory() <= host_memory()
+
+
+@pytest.mark.parametrize(
+    ("most", "used", "files", "free"),
+    [
+        ("900000", 600_000, 100_000, 400_000),
+        ("900000", 950_000, 0, 1),  # over its limit: nothing, which is not the same as unknown
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: str, used: int, files: int, free: int
+) -> None:
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{most}\n")
+    (tmp_path / "memory.current").write_text(f"{used}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {files}\nactive_file 7\n")
+
+    assert hardware.free_memory() == free
+
+
+def test_no_limit_leaves_what_the_kernel_estimates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+
+    assert hardware.free_memory() > 1 << 20

@@ -1,0 +1,99 @@
+"""A program is watched with all that it starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from weightsmith.outside import memory_watchdog, process
+
+FILL = "import time; held = b'x' * {size}; print('filled', flush=True); time.sleep(600 * {sleep})"
+IN_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_program_that_holds_too_much_is_killed(nested: bool) -> None:
+    code = FILL.format(size=400 << 20, sleep=1)
+    code = IN_CHILD.format(code=code) if nested else code
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    done = process.run([sys.executable, "-c", code], limits=limits)
+
+    assert done.returncode == -9
+
+
+SHARED = """
+import mmap, os, sys, time
+held = mmap.mmap(-1, {size})
+for place in range(0, {size}, 1 << 20):
+    held[place:place + (1 << 20)] = b"x" * (1 << 20)
+print("filled", flush=True); time.sleep(600 * {sleep})
+"""
+
+
+def test_memory_that_processes_may_share_counts_too() -> None:
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    most = process.run([sys.executable, "-c", SHARED.format(size=50 << 20, sleep=0)], limits=limits)
+    more = process.run(
+        [sys.executable, "-c", SHARED.format(size=400 << 20, sleep=1)], limits=limits
+    )
+
+    assert (most.returncode, more.returncode) == (0, -9)
+
+
+CHAIN = """
+if [ $1 -gt 0 ]; then /bin/sh "$0" $(($1 - 1)) "$2"; else "$2" -I -S -c \\
+    'import time; held = b"x" * (300 << 20); print("filled", flush=True); time.sleep(60)'; fi
+exit
+"""
+
+
+@pytest.mark.slow
+def test_the_last_of_a_long_chain_of_processes_counts_and_ends_too(tmp_path: Path) -> None:
+    (tmp_path / "chain").write_text(CHAIN)
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    words = ["/bin/sh", tmp_path / "chain", "1100", sys.executable]
+    done = process.run(words, limits=limits, timeout=50)
+
+    assert (done.returncode, done.tail) == (-9, ("filled",))
+
+
+def test_where_a_programs_files_lie_in_memory_what_it_maps_of_them_does_not_count() -> None:
+    limits = process.ResourceLimits(resident_bytes=200 << 20, shared=False)
+
+    done = process.run(
+        [sys.executable, "-c", SHARED.format(size=400 << 20, sleep=0)], limits=limits
+    )
+
+    assert (done.returncode, done.tail) == (0, ("filled",))
+    assert memory_watchdog.lies_in_memory(Path("/dev/shm"))
+    assert not memory_watchdog.lies_in_memory(Path("/proc"))
+
+
+@pytest.mark.slow
+def test_pages_that_forked_children_share_count_once() -> None:
+    code = (
+        "import os, time; held = b'x' * (150 << 20)\n"
+        "for _ in range(2):\n"
+        "    if not os.fork():\n"
+        "        time.sleep(1.5); os._exit(0)\n"
+        "os.wait(); os.wait(); print('done')"
+    )
+
+    done = process.run(
+        [sys.executable, "-c", code], limits=process.ResourceLimits(resident_bytes=250 << 20)
+    )
+
+    assert (done.returncode, done.tail) == (0, ("done",))
+
+
+def test_one_that_holds_less_runs_to_its_end() -> None:
+    code = FILL.format(size=50 << 20, sleep=0)
+    limits = process.ResourceLimits(resident_bytes=200 << 20)
+
+    done = process.run([sys.executable, "-c", code], limits=limits)
+
+    assert (done.returncode, done.tail) == (0, ("filled",))

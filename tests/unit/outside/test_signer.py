@@ -1,0 +1,185 @@
+"""Every kind of key signs, and its public half is told with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
+from securesystemslib.dsse import Envelope
+from securesystemslib.signer import SSlibKey
+from weightsmith.building.wiring import make_signer
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.ports import Signer
+from weightsmith.outside.signer import open_signer
+from weightsmith.provenance.signing import (
+    check_by,
+    countersign,
+    read_public_key,
+    sign_statement,
+)
+from weightsmith.provenance.statements import Statement
+
+from tests.fakes.baking import make_key
+from tests.fakes.key_service import key_service
+
+TEXT = b"what is signed"
+STATEMENT = Statement({"_type": "https://in-toto.io/Statement/v1", "subject": []})
+KINDS = {
+    "ECDSA": ("EC", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+    "RSA": ("RSA", "-pkeyopt", "rsa_keygen_bits:2048"),
+    "Ed25519": ("ED25519",),
+}
+needs_cosign = pytest.mark.skipif(not shutil.which("cosign"), reason="cosign is not installed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pem_file(kind: str, tmp_path: Path) -> None:
+    make = ["openssl", "genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / "key.pem"]
+    subprocess.run(make, check=True, capture_output=True)
+    signer = open_signer(str(tmp_path / "key.pem"))
+    assert check_by(signer.public)(TEXT, signer.sign(TEXT))
+    assert not check_by(signer.public)(b"else", signer.sign(TEXT))
+    # The same push adds nothing.
+    assert signer.sign(TEXT) == signer.sign(TEXT)
+    told = subprocess.run(
+        ["openssl", "pkey", "-in", tmp_path / "key.pem", "-pubout"], check=True, capture_output=True
+    )
+    assert signer.public == told.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_statement_is_read_by_securesystemslib(kind: str, tmp_path: Path) -> None:
+    """The library of in-toto and TUF chooses the key by the id that it makes itself."""
+    keys = []
+    told = b""
+    for name in ("one", "two"):
+        make = ["openssl", "genpkey", "-algorithm", *KINDS[kind], "-out", tmp_path / name]
+        subprocess.run(make, check=True, capture_output=True)
+        signer = open_signer(str(tmp_path / name))
+        told = countersign(told, signer) if told else sign_statement(STATEMENT, signer)
+        scheme = "rsa-pkcs1v15-sha256" if kind == "RSA" else None
+        keys.append(SSlibKey.from_crypto(load_pem_public_key(signer.public), scheme=scheme))
+
+    envelope = Envelope.from_dict(json.loads(told))
+    assert envelope.payload == STATEMENT.content
+    assert set(envelope.verify(keys, 2)) == {key.keyid for key in keys}
+
+
+@pytest.mark.parametrize("form", ["PKCS 8", "traditional"])
+def test_an_encrypted_pem_file(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """openssl checks the signature; without its password the key is named."""
+    private, public = make_key(tmp_path)
+    convert = ["openssl", "ec"] if form == "traditional" else ["openssl", "pkcs8", "-topk8"]
+    closed = tmp_path / "closed.pem"
+    words = ["-in", private, "-out", closed, "-passout", "pass:pa55"]
+    words += ["-aes256"] if form == "traditional" else []
+    subprocess.run([*convert, *words], check=True, capture_output=True)
+    assert b"ENCRYPTED" in closed.read_bytes()
+
+    monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
+    (tmp_path / "text").write_bytes(TEXT)
+    (tmp_path / "signature").write_bytes(open_signer(str(closed)).sign(TEXT))
+    check = ["openssl", "dgst", "-sha256", "-verify", public, "-signature"]
+    subprocess.run([*check, tmp_path / "signature", tmp_path / "text"], check=True)
+
+    for password in ("wrong", ""):
+        monkeypatch.setenv("COSIGN_PASSWORD", password)
+        with pytest.raises(UsageError, match="is encrypted") as caught:
+            open_signer(str(closed))
+        assert "COSIGN_PASSWORD" in caught.value.hint
+
+
+def test_a_curve_that_the_library_lacks(tmp_path: Path) -> None:
+    make = ["openssl", "ecparam", "-name", "sect163k1", "-genkey", "-noout"]
+    key = subprocess.run(make, check=True, capture_output=True).stdout
+    show = ["openssl", "ec", "-pubout"]
+    public = subprocess.run(show, input=key, check=True, capture_output=True).stdout
+    (tmp_path / "key.pem").write_bytes(key)
+    (tmp_path / "key.pub").write_bytes(public)
+
+    with pytest.raises(UsageError, match="not a private key of a supported kind"):
+        open_signer(str(tmp_path / "key.pem"))
+    with pytest.raises(UsageError, match="not a public key"):
+        read_public_key(tmp_path / "key.pub")
+
+
+def test_a_public_key_that_signs_nothing(tmp_path: Path) -> None:
+    make = ["openssl", "genpkey", "-algorithm", "X25519"]
+    key = subprocess.run(make, check=True, capture_output=True).stdout
+    show = ["openssl", "pkey", "-pubout"]
+    done = subprocess.run(show, input=key, check=True, capture_output=True)
+    (tmp_path / "key.pub").write_bytes(done.stdout)
+    with pytest.raises(UsageError, match="neither ECDSA, RSA nor Ed25519"):
+        read_public_key(tmp_path / "key.pub")
+
+
+@needs_cosign
+def test_a_key_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference and the service's own variables go to cosign; the key stays where it is."""
+    with key_service(tmp_path) as service:
+        for name, value in service.environment.items():
+            monkeypatch.setenv(name, value)
+        signer = open_signer(service.reference)
+        assert check_by(signer.public)(TEXT, signer.sign(TEXT))
+    assert service.asked.count("Sign") == 1
+
+
+LATER = """#!/bin/sh
+told="$COSIGN_NEW_BUNDLE_FORMAT $COSIGN_USE_SIGNING_CONFIG"
+[ "$1" != sign-blob ] || [ "$told" = "false false" ] || {
+  echo "Error: must specify --bundle with --new-bundle-format" >&2; exit 1; }
+exec REAL "$@"
+"""
+"""cosign 3's own default, before it does what earlier versions do."""
+
+
+@pytest.mark.slow
+@needs_cosign
+def test_cosign_3_is_told_to_write_a_signature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COSIGN_PASSWORD", "pa55")
+    subprocess.run(["cosign", "generate-key-pair"], check=True, capture_output=True, cwd=tmp_path)
+    program = tmp_path / "bin" / "cosign"
+    program.parent.mkdir()
+    program.write_text(LATER.replace("REAL", str(shutil.which("cosign"))))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    signer = open_signer(str(tmp_path / "cosign.key"))
+    assert check_by(signer.public)(TEXT, signer.sign(TEXT))
+    assert signer.public == (tmp_path / "cosign.pub").read_bytes()
+
+
+def test_a_key_whose_signatures_verify_would_not_believe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a key service that signs with another hash."""
+    _, public = make_key(tmp_path)
+    other = Signer(sign=lambda text: text, public=public.read_bytes())
+    monkeypatch.setattr("weightsmith.building.wiring.open_signer", lambda _: other)
+    with pytest.raises(UsageError, match="cannot check"):
+        make_signer("awskms:///alias/release")
+
+
+@needs_cosign
+def test_a_key_service_that_cannot_be_reached_is_reported_before_the_work() -> None:
+    with pytest.raises(EnvironmentFailure, match="unrecognized scheme") as caught:
+        open_signer("nokms://release")
+    assert "COSIGN_PASSWORD" in caught.value.hint
+
+
+def test_a_key_service_without_cosign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentFailure, match="cosign"):
+        open_signer("awskms:///alias/release")
+
+
+@pytest.mark.parametrize("data", [b"", b"no key", b"-----BEGIN PRIVATE KEY-----\nAAAA\n"])
+def test_what_is_no_key(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_bytes(data)
+    with pytest.raises(UsageError, match="private key"):
+        open_signer(str(tmp_path / "key.pem"))

@@ -1,0 +1,175 @@
+import json
+from dataclasses import replace
+
+import pytest
+from tests.unit.quality.conftest import TEXTS
+from weightsmith.quantizers import formats
+from weightsmith.quantizers.quality.limits import limits_for, refusal
+from weightsmith.quantizers.quality.result import (
+    LayerError,
+    Loss,
+    Quality,
+    QualityVerdict,
+    TensorError,
+)
+from weightsmith.recipe.schema import Quality as Wanted
+from weightsmith.recipe.schema import QualityLimits
+from weightsmith.stages.quality import larger_than
+
+GOOD = Loss(
+    kl_mean=0.0,
+    kl_p99=0.0,
+    top1=1.0,
+    perplexity=3.0,
+    perplexity_reference=3.0,
+    perplexity_ratio=1.0,
+    texts=2,
+    tokens=300,
+    layer_error=0.0,
+)
+
+
+def exceeded(loss, limits):
+    return Quality(loss=loss).judged(limits, TEXTS).exceeded
+
+
+def test_smaller_formats_may_lose_more_but_none_below_four_bits():
+    allowed = [
+        limits_for(formats()[name], Wanted())["kl_mean"]
+        for name in ("f16", "q8_0", "q5_k_m", "q4_k_m", "q2_k")
+    ]
+
+    assert allowed == sorted(allowed)
+    assert allowed[-1] == allowed[-2]
+    assert len(set(allowed)) == 3
+
+
+def test_fp8_lies_between_int8_and_four_bits():
+    found = [limits_for(formats()[name], Wanted()) for name in ("w8a8", "fp8", "gptq")]
+
+    for key in ("kl_mean", "kl_p99", "layer_error"):
+        assert sorted(limits[key] for limits in found) == [limits[key] for limits in found]
+    assert limits_for(formats()["fp8-static"], Wanted()) == found[1]
+
+
+def test_coarser_groups_may_err_more_at_a_layer():
+    found = {
+        name: limits_for(formats()[name], Wanted())["layer_error"]
+        for name in ("q4_k_m", "awq-compressed", "awq", "awq-autoawq", "gptq")
+    }
+
+    assert list(found.values()) == [0.25, 0.25, 0.35, 0.35, 0.35]
+
+
+def test_a_formats_own_limit_wins_over_that_of_all():
+    quality = Wanted(
+        limits={"*": QualityLimits(kl_mean=0.5, top1=0.1), "q4_k_m": QualityLimits(kl_mean=0.25)}
+    )
+
+    found = limits_for(formats()["q4_k_m"], quality)
+
+    assert (found["kl_mean"], found["top1"]) == (0.25, 0.1)
+    assert limits_for(formats()["q8_0"], quality)["kl_mean"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kl_mean", 9.0),
+        ("kl_p99", 99.0),
+        ("top1", 0.5),
+        ("perplexity_ratio", 3.0),
+        ("layer_error", 0.6),
+    ],
+)
+def test_each_measure_can_stop_a_model(key, value):
+    limits = limits_for(formats()["q4_k_m"], Wanted())
+
+    assert exceeded(GOOD, limits) == ()
+    (told,) = exceeded(replace(GOOD, **{key: value}), limits)
+    assert told.startswith(f"{key} {value:g}")
+
+
+def test_not_a_number_stops_a_model():
+    limits = limits_for(formats()["q4_k_m"], Wanted())
+
+    assert exceeded(replace(GOOD, kl_mean=float("nan")), limits)
+
+
+def test_the_refusal_names_the_worst_and_what_to_try():
+    loss = replace(
+        GOOD,
+        worst_layers=(LayerError(layer=7, error=0.5),),
+        worst_tensors=(TensorError(tensor="model.layers.7.mlp.down_proj.weight", error=0.2),),
+    )
+    found = Quality(loss=loss, verdict=QualityVerdict(limits={}, exceeded=("kl_mean 1",)))
+
+    error = refusal(formats()["q2_k"], found, larger_than(formats()["q2_k"]))
+
+    assert error.exit_code == 4
+    assert "7 (0.5)" in error.message
+    assert "model.layers.7.mlp.down_proj.weight" in error.message
+    assert "with more bits (q3_k_m, q4_k_m)" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("q4_k_m", ("q5_k_m", "q6_k")),
+        ("q8_0", ("f16",)),
+        ("f16", ()),
+        ("iq2_xs", ("q3_k_m", "q4_k_m")),
+        ("awq", ()),
+    ],
+)
+def test_a_hint_names_formats_with_more_bits(name, larger):
+    """Of Q8_0, q5_k_m was once named as the larger type."""
+    assert larger_than(formats()[name]) == larger
+
+
+def test_what_other_texts_might_not_show_is_no_finding():
+    limits = {"kl_mean": 0.25, "top1": 0.86}
+    near = replace(
+        GOOD, kl_mean=0.3, top1=0.8, intervals={"kl_mean": (0.2, 0.4), "top1": (0.7, 0.9)}
+    )
+    over = replace(near, intervals={"kl_mean": (0.26, 0.4), "top1": (0.7, 0.85)})
+
+    assert exceeded(near, limits) == ()
+    assert exceeded(over, limits) == ("kl_mean 0.3, at most 0.25", "top1 0.8, at least 0.86")
+
+
+def test_a_ratio_of_perplexities_needs_a_reference_that_predicts_the_text():
+    """A Gemma without its template: 14,800 against 13,500, with a divergence of 0.007 nats."""
+    unknown = limits_for(formats()["q8_0"], Wanted(), perplexity=13_500.0)
+    asked = Wanted(limits={"*": QualityLimits(perplexity_ratio=1.05)})
+
+    assert set(unknown) == {"kl_mean", "kl_p99", "layer_error"}
+    assert limits_for(formats()["q8_0"], Wanted(), perplexity=20.0)["perplexity_ratio"] == 1.05
+    assert limits_for(formats()["q8_0"], asked, perplexity=13_500.0)["perplexity_ratio"] == 1.05
+
+
+def test_general_text_widens_the_defaults_and_not_what_the_recipe_says():
+    quality = Wanted(limits={"*": QualityLimits(kl_p99=0.5)})
+    own = limits_for(formats()["q4_k_m"], quality)
+
+    general = limits_for(formats()["q4_k_m"], quality, general=True)
+
+    assert general["kl_mean"] > own["kl_mean"]
+    assert general["top1"] < own["top1"]
+    assert general["kl_p99"] == 0.5
+    assert general["layer_error"] == own["layer_error"]
+
+
+def test_a_quality_is_the_same_after_writing_and_reading():
+    judged = Quality(loss=GOOD).judged({"kl_mean": 0.5}, TEXTS)
+    skipped = Quality(skipped="no view")
+
+    for found in (judged, skipped, Quality(loss=GOOD)):
+        assert Quality.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert skipped.to_json() == {"skipped": "no view"}
+    assert list(judged.to_json()) == [
+        "kl_mean", "kl_p99", "top1", "perplexity", "perplexity_reference", "perplexity_ratio",
+        "texts", "tokens", "layer_error", "intervals", "worst_layers", "worst_tensors",
+        "limits", "exceeded", "calibration",
+    ]  # fmt: skip
+    assert skipped.judged({"kl_mean": 0.5}, TEXTS) == skipped

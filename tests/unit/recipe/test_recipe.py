@@ -1,0 +1,282 @@
+"""The recipe: faults are named with the nearest right spelling, the schema is what is checked."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from weightsmith.core.errors import UsageError
+from weightsmith.recipe.file import check_recipe, read_recipe, with_settings
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted(ROOT.glob("examples/*/recipe*.yaml"))
+SMALLEST = {"name": "bot", "base": {"source": "./base"}}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_examples_pass_the_published_schema(path: Path) -> None:
+    schema = json.loads((ROOT / "docs/reference/recipe.schema.json").read_text())
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+
+    assert read_recipe(path).recipe.targets
+    assert path.read_text().startswith("# yaml-language-server: $schema=")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adaptors": []}, "unknown key `adaptors`, did you mean `adapters`"),
+        ({"merge": {"presicion": "exact"}}, "did you mean `precision`"),
+        (
+            {"adapters": [{"source": "a", "wieght": 2}]},
+            "`adapters.0.wieght`, did you mean `weight`",
+        ),
+        ({"name": "Not A Name"}, "`name`"),
+        ({"serve": {"max_model_len": 0}}, "`serve.max_model_len"),
+        ({"base": {}}, "`base.source` is missing"),
+        ({"merge": {"method": "soup"}}, "`merge.method`"),
+        ({"adapters": [{"source": "a", "weight": float("nan")}]}, "`adapters.0.weight`"),
+    ],
+)
+def test_faults_are_named(change: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_recipe(SMALLEST | change, "recipe.yaml")
+
+    assert message in str(caught.value)
+    assert caught.value.hint
+
+
+def test_settings_override_and_leave_the_original_alone() -> None:
+    data = {"serve": {"gpu": "x"}}
+    changed = with_settings(
+        data, ["serve.max_model_len=4096", "serve.extra.flash-attn=on", "a=1.5"]
+    )
+
+    assert changed == {
+        "serve": {"gpu": "x", "max_model_len": 4096, "extra": {"flash-attn": True}},
+        "a": 1.5,
+    }
+    assert data == {"serve": {"gpu": "x"}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1.20", "2026-11-28", "0123", "1_000", "12:30", "1e5", "yes", "null", "a #b", "[x]",
+     "{a: b}", ""],
+)  # fmt: skip
+def test_what_the_recipe_has_as_text_is_set_as_it_stands(text: str) -> None:
+    """YAML would make a number, a date, a truth or a list of it, and cut a comment off."""
+    settings = [f"image.labels.team={text}", f"base.revision={text}", f"adapters.0.run_id={text}"]
+    data = SMALLEST | {"adapters": [{"source": "a"}]}
+    recipe = check_recipe(with_settings(data, settings), "here")
+
+    assert recipe.image.labels == {"team": text}
+    assert recipe.base.revision == recipe.adapters[0].run_id == text
+
+
+def test_a_label_is_set_by_its_name_which_has_dots() -> None:
+    settings = ["image.labels.org.opencontainers.image.revision=0f3e", "image.labels.team=x"]
+    settings += ["quantize.tensor_types.blk.0.attn_v=q8_0", "quality.limits.q8_0.top1=0.5"]
+    recipe = check_recipe(with_settings(SMALLEST, settings), "here")
+
+    assert recipe.image.labels == {"org.opencontainers.image.revision": "0f3e", "team": "x"}
+    assert recipe.quantize.tensor_types == {"blk.0.attn_v": "q8_0"}
+    assert recipe.quality.limits["q8_0"].top1 == 0.5
+
+
+def test_keys_that_are_shared_in_the_file(tmp_path: Path) -> None:
+    """YAML's merge key: what stands beside it wins, as its specification says."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: bot\nbase: {source: ./base}\nadapters:\n"
+        "  - &first {source: ./a, weight: 0.5, version: v1}\n"
+        "  - {<<: *first, source: ./b}\n  - <<: [*first]\n    version: v3\n"
+    )
+    rows = read_recipe(path).recipe.adapters
+
+    assert [(row.source, row.weight, row.version) for row in rows] == [
+        ("./a", 0.5, "v1"), ("./b", 0.5, "v1"), ("./a", 0.5, "v3"),
+    ]  # fmt: skip
+
+
+def test_keys_that_the_mapping_around_them_shares(tmp_path: Path) -> None:
+    """A mapping is looked at as it is written, whatever was merged into it before."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: &one {<<: &any {source: ./a}, source: ./b}\n<<: [{name: x}, *one]\n")
+    with pytest.raises(UsageError, match="unknown key `source`"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("base: {source: a, source: b}", "'source'"),
+        ("base: {<<: {source: a, source: b}}", "'source'"),
+        ("base: {<<: {source: a}, <<: {source: b}}", "'<<'"),
+        ("image: {labels: {1: a, 1: b}}", "1"),
+    ],
+)
+def test_a_key_that_is_there_twice(tmp_path: Path, text: str, key: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: bot\n{text}\n")
+    with pytest.raises(UsageError, match=f"line 2, column .*duplicate key {key}"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": "vllm"}, "`targets`: expected a list"),
+        ({"base": "./base"}, "`base`: expected keys below it, such as source"),
+        ({"adapters": ["./a"]}, "`adapters.0`: expected keys below it, such as source"),
+        ({"serve": None}, "`serve`: expected keys below it, such as gpu"),
+        ({"merge": "ties"}, "`merge`: expected keys below it, such as method"),
+        ({"image": {"labels": ["x"]}}, "`image.labels`: expected names with a value each"),
+        ({"image": {"labels": {"int": []}}}, "`image.labels.int`: input should be"),
+        ({"int": 1}, "unknown key `int`"),
+        ({"serve": {"max_num_seqs": 0}}, "`serve.max_num_seqs`: must be at least 1"),
+        ({"serve": {"gpu_memory_utilization": 0}}, "_utilization`: must be above 0 and at most 1"),
+        ({"serve": {"gpu_memory_utilization": 90}}, "_utilization`: must be above 0 and at most"),
+        ({"serve": {"max_num_seqs": 1.5}}, ".yaml: `serve.max_num_seqs`: expected a whole number"),
+        ({"quality": {"gate": "x"}}, ".yaml: `quality.gate`: expected true, false or 'measure'"),
+    ],
+)
+def test_what_a_key_holds_is_said_in_words_of_yaml(change: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_recipe(SMALLEST | change, "recipe.yaml")
+
+    assert message in caught.value.message
+
+
+def test_a_text_in_quotes_is_set_without_them() -> None:
+    data = with_settings(SMALLEST, ['version="1.2"', "base.license='a: b'"])
+
+    assert (data["version"], data["base"]["license"]) == ("1.2", "a: b")
+
+
+@pytest.mark.parametrize(("version", "kind"), [("1.2", "a number"), ("on", "true or false")])
+def test_a_version_that_yaml_does_not_read_as_text(tmp_path: Path, version: str, kind: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"name: bot\nversion: {version}\nbase: {{source: ./base}}\n")
+
+    with pytest.raises(UsageError, match=f"`version`.* as {kind}; write it in quotes"):
+        read_recipe(path)
+
+
+def test_a_date_is_text_as_it_stands(tmp_path: Path) -> None:
+    """Not a type of its own, which no engine and no label could hold."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: bot\nversion: 2026-11-28\nbase: {source: ./base}\n"
+        "serve: {extra: {since: 2026-11-28 12:00:00, sign: =}}\n"
+    )
+    recipe = read_recipe(path, ["serve.extra.until=2026-12-01"]).recipe
+
+    assert recipe.version == "2026-11-28"
+    assert recipe.serve.extra == {
+        "since": "2026-11-28 12:00:00", "sign": "=", "until": "2026-12-01",
+    }  # fmt: skip
+
+
+PATHS = {
+    "base.source": "./x",
+    "adapters": "[{source: ./x, evaluate: {data: ./x, training: ./x}}]",
+    "evaluate": "{data: ./x}",
+    "evaluate.training": "x",
+    "calibration.data": "./x",
+    "validate.probes": "../here/x",
+    "quantize.imatrix": "x",
+    "image.base": "oci:x",
+}
+"""Settings that name `x` of the current folder."""
+
+
+def test_paths_of_a_setting_are_the_callers_and_those_of_the_file_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    path = tmp_path / "there" / "recipe.yaml"
+    path.write_text(
+        "name: bot\nbase: {source: ./x}\nevaluate: {data: x}\nimage: {base: 'oci:x:name'}\n"
+    )
+    whole = read_recipe(path, [f"{key}={value}" for key, value in PATHS.items()])
+    recipe, (adapter,) = whole.recipe, whole.recipe.adapters
+    assert adapter.evaluate
+    assert recipe.evaluate
+    assert recipe.calibration
+    found = [
+        recipe.base.source, adapter.source, adapter.evaluate.data, adapter.evaluate.training,
+        recipe.evaluate.data, recipe.evaluate.training, recipe.calibration.data,
+        recipe.validation.probes, recipe.quantize.imatrix, recipe.image.base.removeprefix("oci:"),
+    ]  # fmt: skip
+    assert {(whole.folder / name).resolve() for name in found} == {tmp_path / "here" / "x"}
+
+    own = read_recipe(path)
+    assert own.recipe.evaluate
+    assert own.folder / own.recipe.evaluate.data == tmp_path / "there" / "x"
+    assert own.recipe.base.source == "./x"  # as the lock names it
+    assert own.recipe.image.base == f"oci:{tmp_path}/there/x:name"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("base.source=hf://a/b", "hf://a/b"),
+        ("quantize.imatrix=walk", "walk"),
+        ("image.base=registry.example.com/engine:1", "registry.example.com/engine:1"),
+        ("image.base=engine:llamacpp", "engine:llamacpp"),
+        ("adapters.0.source=hf://a/c", "hf://a/c"),
+        ("base.license=mit", "mit"),
+    ],
+)
+def test_what_is_no_path_stays(setting: str, value: str) -> None:
+    data = with_settings(SMALLEST | {"adapters": [{"source": "./a"}]}, [setting])
+    *parents, last = (int(k) if k.isdecimal() else k for k in setting.split("=")[0].split("."))
+    for key in parents:
+        data = data[key]
+
+    assert data[last] == value
+
+
+@pytest.mark.parametrize("setting", ["serve.extra={a: 1, a: 2}", "serve.extra={a: [1}"])
+def test_a_setting_that_is_no_yaml(setting: str) -> None:
+    with pytest.raises(UsageError, match=r"--set serve\.extra: not valid YAML: line 1"):
+        with_settings(SMALLEST, [setting])
+
+
+@pytest.mark.parametrize("setting", ["novalue", "=x", "name.first=x"])
+def test_settings_that_are_none(setting: str) -> None:
+    with pytest.raises(UsageError, match="--set"):
+        with_settings(SMALLEST, [setting])
+
+
+def test_elements_of_a_list_are_set_by_number():
+    data = {"adapters": [{"source": "a"}, {"source": "b"}]}
+
+    assert with_settings(data, ["adapters.1.weight=0.5"])["adapters"][1] == {
+        "source": "b",
+        "weight": 0.5,
+    }
+    assert with_settings(data, ["adapters.0={source: hf://c}"])["adapters"][0] == {
+        "source": "hf://c"
+    }
+    for setting in ("adapters.2={source: c}", "adapters.x=1", "adapters.7.weight=1"):
+        with pytest.raises(UsageError, match="--set"):
+            with_settings(data, [setting])
+
+
+def test_a_wrong_key_of_a_merge_is_named_with_the_nearest() -> None:
+    data = {"name": "x", "base": {"source": "x"}, "merge": {"densty": 0.5}}
+
+    with pytest.raises(UsageError, match=r"unknown key `merge\.densty`, did you mean `density`"):
+        check_recipe(data, "here")
+
+
+def test_a_wrong_key_below_a_key_of_the_users_own_is_named() -> None:
+    data = {"name": "x", "base": {"source": "x"}, "quality": {"limits": {"q4_k_m": {"kl_men": 1}}}}
+
+    with pytest.raises(UsageError, match=r"quality\.limits\.q4_k_m\.kl_men.*kl_mean"):
+        check_recipe(data, "here")

@@ -1,0 +1,441 @@
+"""Constructs the drivers; nothing else does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache as cache_once
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from weightsmith.building.apart import keep_apart
+from weightsmith.building.runners import WithinMemory
+from weightsmith.cache.address import Address, Sharing, chosen, required
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.store import SharedStore
+from weightsmith.cache.uploads import Uploads
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
+from weightsmith.core.privacy import AnothersFolder, private, require_own
+from weightsmith.core.time_limits import chosen_seconds
+from weightsmith.core.values import Json
+from weightsmith.oci import auth
+from weightsmith.oci.layout import read_layout
+from weightsmith.oci.references import Reference
+from weightsmith.oci.registry import Registry
+from weightsmith.oci.registry_cache import RegistryCache
+from weightsmith.oci.unpack import unpack
+from weightsmith.outside.assembly import make_engine_files
+from weightsmith.outside.checkup import examine_machine
+from weightsmith.outside.credentials import ask_helper, docker_config
+from weightsmith.outside.docker import DockerEngine, DockerRunner
+from weightsmith.outside.docker_launcher import DockerLauncher
+from weightsmith.outside.fallback import FallbackRunner
+from weightsmith.outside.fleet_local import LocalFleet, local_room
+from weightsmith.outside.fleet_ray import RayFleet
+from weightsmith.outside.fleet_slurm import SlurmFleet
+from weightsmith.outside.folder_cache import FolderCache
+from weightsmith.outside.folders import FolderReader
+from weightsmith.outside.hardware import cores, free_memory, gpu_names
+from weightsmith.outside.hub import HubReader
+from weightsmith.outside.hub_upload import HubWriter
+from weightsmith.outside.local import LocalRunner
+from weightsmith.outside.ownership import private_folder
+from weightsmith.outside.pushed_layers import PushedLayers
+from weightsmith.outside.pypi import PypiReader
+from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
+from weightsmith.outside.s3_cache import S3Cache
+from weightsmith.outside.signer import open_signer
+from weightsmith.outside.store import FileStore
+from weightsmith.outside.user_program import run_command
+from weightsmith.provenance.signing import check_by, check_of
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.section import Place, fields_of
+from weightsmith.recipe.user_config import read_config
+from weightsmith.serving.memory import human, parse_size
+from weightsmith.steps.tools import Memory, Tools, shares_nothing
+
+RUNNERS = ("auto", "docker", "local")
+LOGS = "fleet-logs"
+"""Folder, in that of the results, of what a fleet's tasks say."""
+_LEAST_MEMORY = 1 << 30
+"""Importing torch and transformers takes a third of it."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of builders and logs: WEIGHTSMITH_CACHE, else the user's cache folder.
+
+    Raises EnvironmentFailure if the user has no home folder.
+    """
+    named = os.environ.get("WEIGHTSMITH_CACHE", "")
+    if named and "://" not in named:  # else it is the address of a shared cache
+        return Path(named).absolute()
+    try:
+        folder = Path(platformdirs.user_cache_dir("weightsmith")).expanduser()
+    except (RuntimeError, KeyError):
+        folder = Path("~")
+    if not folder.is_absolute():
+        raise EnvironmentFailure(
+            "there is no home folder for the cache",
+            hint="set HOME, or WEIGHTSMITH_CACHE and WEIGHTSMITH_STORE to folders of your choice",
+        )
+    return folder
+
+
+def store_folder() -> Path:
+    """Return the folder of results: WEIGHTSMITH_STORE, else `store` in the cache folder."""
+    named = os.environ.get("WEIGHTSMITH_STORE")
+    return Path(named).absolute() if named else cache_folder() / "store"
+
+
+def require_folders() -> None:
+    """Raise EnvironmentFailure if cache or store cannot be created, or are another user's."""
+    for variable, folder in _folders().items():
+        try:
+            private(folder)
+        except AnothersFolder as error:
+            raise _of_another(error, variable) from error
+        except OSError as error:
+            raise EnvironmentFailure(
+                f"cannot create the folder {folder}: {error.strerror}",
+                hint=f"set {variable} to a writable folder",
+            ) from error
+
+
+def _folders() -> dict[str, Path]:
+    return {"WEIGHTSMITH_CACHE": cache_folder(), "WEIGHTSMITH_STORE": store_folder()}
+
+
+def _of_another(error: AnothersFolder, variable: str) -> EnvironmentFailure:
+    return EnvironmentFailure(
+        f"{error.filename}: {error.strerror}",
+        hint=f"set {variable} to a folder of your own; one for a group is made by its owner with "
+        "chmod g+rws, and is for the group's members",
+    )
+
+
+def keep_clean(inputs: Iterable[str | Path], *, cache: str = "", **outputs: str | Path) -> None:
+    """Raise UsageError if a command would write into a folder that it reads.
+
+    `outputs` are the values of its output flags, empty if not given. Cache and store, and the
+    shared cache if it is a folder, are checked too; they may be in a hidden folder of an input.
+    """
+    flags: dict[str, str | Path] = {
+        f"--{name.replace('_', '-')}": out for name, out in outputs.items()
+    }
+    folders = _folders()
+    shared = chosen(cache, "", read_config().cache).both
+    if shared and shared.kind == "folder":
+        folders["--cache"] = shared.folder
+    keep_apart(inputs, flags, folders)
+
+
+def keep_places_clean(request: Any, *inputs: str | Path) -> None:
+    """Raise UsageError if a command would write into a folder that it reads.
+
+    Its fields say what it does there; `inputs` are read as well.
+    """
+    read, written = [*inputs], {}
+    for name, field in fields_of(type(request)).items():
+        value = getattr(request, name)
+        if value and Place.READ in field.metadata:
+            read += value if isinstance(value, tuple) else [value]
+        elif value and Place.WRITTEN in field.metadata:
+            written[name] = value
+    keep_clean(read, cache=request.run.cache if hasattr(request, "run") else "", **written)
+
+
+@contextmanager
+def open_for(
+    request: Any, progress: Progress, *inputs: str | Path, uploads: bool = True
+) -> Iterator[Tools]:
+    """Yield the tools for a command's request; raises as `keep_places_clean` and `open_tools`."""
+    keep_places_clean(request, *inputs)
+    with open_tools(request.run, progress, uploads=uploads) as tools:
+        yield tools
+
+
+def make_store(tell: Callable[[str], None] | None = None) -> FileStore:
+    """Return the user's store; `tell` is called when another process must be waited for.
+
+    Raises EnvironmentFailure if store or cache belong to another user.
+    """
+    for variable, folder in _folders().items():
+        try:
+            require_own(folder)
+        except AnothersFolder as error:
+            raise _of_another(error, variable) from error
+    return FileStore(store_folder(), tell)
+
+
+def make_engine() -> DockerEngine:
+    """Return the container engine, whether it runs or not."""
+    return DockerEngine()
+
+
+def make_registry(*, insecure: bool = False, memory: PushedLayers | None = None) -> Registry:
+    """Return a registry client with the user's Docker credentials, which are read on demand."""
+    return Registry(
+        credentials=lambda host: auth.credentials_in(docker_config(), ask_helper)(host),
+        insecure=insecure,
+        memory=memory or PushedLayers(cache_folder()),
+    )
+
+
+@contextmanager
+def open_tools(
+    run: RunOptions,
+    progress: Progress,
+    *,
+    uploads: bool = True,
+    upload_seconds: float = 0.0,
+    verify_key: str = "",
+) -> Iterator[Tools]:
+    """Yield everything outside this process that stages use; close connections afterwards.
+
+    `auto` takes the container engine if one answers, and runs the jobs of builders that the
+    engine cannot make (its base image is out of reach, say) on this machine. There, jobs that
+    cannot be kept from the network are refused unless `allow_network_in_jobs`. No job uses more
+    than `memory`, a size such as 6GiB; by default, than what is free. Warns if it is more than
+    that.
+
+    `cache` and `cache_from` are addresses of shared caches; by default, those of environment and
+    configuration; so is `verify_key`. Without `uploads`, nothing is written to them. The end waits
+    for uploads for `upload_seconds`, or longer if the configuration says so.
+
+    Raises UsageError for an unknown runner, address, size or time limit, EnvironmentFailure if
+    `docker` is asked for and no engine answers.
+    """
+    settings = read_config().cache
+    patience = max(settings.upload_seconds, upload_seconds)
+    settings = settings.changed(
+        upload_seconds=patience, verify_key=verify_key or settings.verify_key
+    )
+    sharing = chosen(run.cache, run.cache_from, settings)
+    if run.runner not in RUNNERS:
+        raise UsageError(f"--runner {run.runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
+    chosen_seconds()
+    free = free_memory()
+    room = Memory.of(_size(run.memory), free)
+    if 0 < free < room.limit:
+        progress.warn(
+            f"--memory {run.memory} is more than the {human(free)} that are free, so jobs may swap"
+        )
+    engine = DockerEngine()
+    if run.runner == "docker":
+        engine.require()
+    answers = run.runner == "docker" or (run.runner == "auto" and engine.answers())
+    signer, layers = make_signer(run.sign_key), PushedLayers(cache_folder())
+    with (
+        make_registry(insecure=run.insecure, memory=layers) as registry,
+        open_store(
+            sharing, progress, signer, registry=registry, layers=layers, uploads=uploads
+        ) as store,
+    ):
+        readers = (FolderReader(store), HubReader(store), PypiReader(store))
+        yield Tools(
+            store=store,
+            readers={reader.scheme: reader for reader in readers},
+            runner=WithinMemory(_runner(run, engine if answers else None), room.limit),
+            engine=engine,
+            launcher=_launcher(engine if answers else None),
+            registry=registry,
+            hub=HubWriter(),
+            progress=progress,
+            scratch=_scratch,
+            make_engine_files=partial(make_engine_files, cache_folder()),
+            command=run_command,
+            signer=signer,
+            memory=room,
+            two_at_once=lambda: cores() > 1 and not gpu_names(),
+            images_in_engine=answers,
+            share=store.share if isinstance(store, SharedStore) else shares_nothing,
+            moved=store.moved if isinstance(store, SharedStore) else lambda: 0,
+        )
+
+
+@contextmanager
+def open_store(
+    sharing: Sharing,
+    progress: Progress,
+    signer: Signer | None = None,
+    *,
+    registry: Registry,
+    layers: PushedLayers,
+    uploads: bool = True,
+) -> Iterator[Store]:
+    """Yield the user's store, in front of the shared caches if there are any.
+
+    At the end it waits for uploads, but no longer than the configuration says. Raises UsageError
+    for keys that cannot be used, or a kind of cache whose packages are not installed.
+    """
+    local, settings = make_store(progress.note), sharing.settings
+    check = check_of(settings.verify_key) if settings.verify_key else None
+    with ExitStack() as stack:
+        caches: dict[Address, SharedCache] = {}
+        for address in filter(None, (sharing.both, sharing.read)):
+            cache = open_cache(address, registry)
+            caches[address] = SharedCache(cache, check, progress.warn, settings.lookup_seconds)
+        if not caches:
+            yield local
+            return
+        queue = None
+        if sharing.both and uploads:
+            key = make_signer(settings.sign_key) if settings.sign_key else signer
+            queue = Uploads(caches[sharing.both], local.memo, key, layers.note)
+        scratch = cache_once(lambda: stack.enter_context(_scratch()))
+        wait = settings.upload_seconds
+        try:
+            yield SharedStore(local, [*caches.values()], scratch, queue, layers.note)
+        except KeyboardInterrupt:
+            wait = 0.0
+            raise
+        finally:
+            left = queue.close(wait) if queue else 0
+        if left and sharing.both:
+            progress.warn(
+                f"{left} result(s) were not uploaded to {caches[sharing.both].where} within "
+                f"{settings.upload_seconds:g} s; the next command that uses them tries again"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneCache:
+    """A shared cache and the local store, for commands that move results between them."""
+
+    local: FileStore
+    shared: SharedCache
+    store: SharedStore
+    uploads: Uploads
+
+
+@contextmanager
+def open_one_cache(
+    cache: str, progress: Progress, *, sign_key: str = "", insecure: bool = False
+) -> Iterator[OneCache]:
+    """Yield the cache of --cache, else of environment or configuration; UsageError for none."""
+    sharing = required(cache, read_config().cache)
+    if sharing.both is None:
+        raise AssertionError("`required` returns a cache")
+    settings, local = sharing.settings, make_store(progress.note)
+    layers = PushedLayers(cache_folder())
+    check = check_of(settings.verify_key) if settings.verify_key else None
+    signer = make_signer(sign_key or settings.sign_key)
+    with make_registry(insecure=insecure, memory=layers) as registry, _scratch() as folder:
+        found = open_cache(sharing.both, registry)
+        shared = SharedCache(found, check, progress.warn, settings.lookup_seconds)
+        yield OneCache(
+            local=local,
+            shared=shared,
+            store=SharedStore(local, [shared], lambda: folder),
+            uploads=Uploads(shared, local.memo, signer),
+        )
+
+
+def open_cache(address: Address, registry: Registry) -> Cache:
+    """Return the cache at an address, without contacting it; UsageError if its kind is missing."""
+    match address.kind:
+        case "folder":
+            return FolderCache(address.folder)
+        case "oci":
+            return RegistryCache(registry, Reference.parse(address.place))
+        case "s3":
+            return S3Cache(address.place)
+
+
+NODE = (sys.executable, "-m", "weightsmith.fleets.node_program")
+"""The program that does a fleet's task on any machine where this package is installed."""
+ENGINES = ("local", "ray", "slurm")
+
+
+def make_fleet_engine(on: str, address: str, dist: Path) -> FleetEngine:
+    """Return where a fleet runs; nothing is started or contacted yet.
+
+    Raises UsageError for an unknown name, or an address where there is none.
+    """
+    if on not in ENGINES:
+        raise UsageError(f"--on {on}: unknown", hint=f"one of {', '.join(ENGINES)}")
+    if address and on != "ray":
+        raise UsageError(f"--address is not for --on {on}", hint="it is the address of a Ray head")
+    if on == "ray":
+        return RayFleet(module=NODE[-1], address=address)
+    if on == "slurm":
+        return SlurmFleet(argv=NODE, folder=dist / LOGS / "slurm")
+    return LocalFleet(argv=NODE, room=local_room(cache_folder()), logs=dist / LOGS)
+
+
+def _size(memory: str) -> int:
+    """Return the bytes of --memory, 0 if it is not given; UsageError if no job could run in it."""
+    if not memory:
+        return 0
+    size = parse_size(memory)
+    if size < _LEAST_MEMORY:
+        raise UsageError(
+            f"--memory {memory}: too little for any job",
+            hint=f"give at least {human(_LEAST_MEMORY)}, or leave it out to use what is free",
+        )
+    return size
+
+
+def _runner(run: RunOptions, engine: DockerEngine | None) -> Runner:
+    local = LocalRunner(cache_folder(), allow_network=run.allow_network_in_jobs)
+    if engine is None:
+        return local
+    docker = DockerRunner(engine, cache_folder())
+    return docker if run.runner == "docker" else FallbackRunner(docker, local)
+
+
+def _launcher(engine: DockerEngine | None) -> Launcher:
+    rootfs = RootfsLauncher(start_info, cache_folder())
+    return EitherLauncher(DockerLauncher(engine), rootfs) if engine else rootfs
+
+
+def make_signer(key: str) -> Signer | None:
+    """Return the signer of the user's key, or None without a key.
+
+    It signs once to test the key before the build. Raises as `open_signer` does, and UsageError
+    for a key whose signatures `verify` cannot check.
+    """
+    if not key:
+        return None
+    signer, text = open_signer(key), b"weightsmith: can this key sign?"
+    if not check_by(signer.public)(text, signer.sign(text)):
+        raise UsageError(
+            f"{key} makes signatures that `verify` cannot check",
+            hint="supported keys: ECDSA and RSA (PKCS #1) with SHA-256, Ed25519",
+        )
+    return signer
+
+
+def start_info(layout: str, root: Path) -> StartInfo:
+    """Unpack the image of a layout folder and return how to start it."""
+    image = read_layout(Path(layout))
+    unpack(image, root)
+    config = image.config
+    env = dict(pair.partition("=")[::2] for pair in config.get("Env") or ())
+    return StartInfo(
+        argv=(*(config.get("Entrypoint") or ()), *(config.get("Cmd") or ())),
+        env=env,
+        workdir=config.get("WorkingDir") or "/",
+        user=config.get("User") or "",
+    )
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Create a folder in the cache for one job's output; deleted afterwards."""
+    with private_folder(cache_folder()) as folder:
+        output = folder / "out"
+        output.mkdir()
+        yield output
+
+
+def examine() -> Mapping[str, Json]:
+    """Return the checks of `doctor`, each with what was found and what to do."""
+    return examine_machine(DockerEngine(), cache_folder(), store_folder())

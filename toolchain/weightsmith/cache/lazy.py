@@ -1,0 +1,250 @@
+"""A result whose files stay in a cache until something reads them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.document import FOLDERS, SharedEntry, layers_of
+from weightsmith.cache.parts import files_in
+from weightsmith.core.errors import CacheLost
+from weightsmith.core.files import replace_file
+from weightsmith.core.ports import Store
+from weightsmith.core.values import Blob, FileEntry, Json, Stream, Tree
+from weightsmith.oci.layers import Member, TarLayer, verified
+
+_WEIGHTS = (".safetensors", ".gguf")
+_ALTERED = "the result is made here when the command is run again"
+
+
+class RemoteFiles:
+    """The files of one entry in a cache; every byte is compared with its file's digest."""
+
+    def __init__(
+        self,
+        entry: SharedEntry,
+        shared: SharedCache,
+        store: Store,
+        scratch: Callable[[], Path],
+        refuse: Callable[[CacheLost, Blob], None],
+    ) -> None:
+        self._entry = entry
+        self._shared = shared
+        self._store = store
+        self._scratch = scratch
+        """Returns a folder for what a process reads of it."""
+        self._refuse = refuse
+        """Called when a blob, or a file in it, turned out to be another."""
+        self._whole: Path | None = None
+        self._texts: Path | None = None
+        self._fetching = threading.RLock()
+        """Two stages may read the same result at once."""
+        self._passing = threading.Lock()
+        self._passes: dict[int, tuple[int, Iterator[tuple[Member, Iterator[bytes]]]]] = {}
+        """A layer's number -> a reading of it that nobody uses now, and its next file's number."""
+
+    def whole(self) -> Path:
+        """Return the folder with all files, now a result of the store."""
+        with self._fetching:
+            if self._whole is None:
+                made = self._store.produce(self._entry.key, self._entry.note, self._fill)
+                self._whole = made.tree.root
+            return self._whole
+
+    def texts(self) -> Path:
+        """Return a folder with all files but the weights."""
+        if self._whole is not None or not any(_is_weights(f.path) for f in self._entry.files):
+            return self.whole()
+        with self._fetching:
+            if self._texts is None:
+                folder = self._scratch() / self._entry.key.hex
+                for layer, blob in self._layers:
+                    if not any(_is_weights(member.path) for member in layer.members):
+                        self._unpack(layer, blob, folder)
+                self._texts = folder
+            return self._texts
+
+    def file(self, name: str) -> Path:
+        """Return the file on this disk."""
+        return (self.whole() if _is_weights(name) else self.texts()) / name
+
+    def source(self, name: str) -> Path | Stream:
+        """Return where the file's bytes come from."""
+        if self._whole is not None:
+            return self._whole / name
+        return Stream(open=lambda: self._stream(name))
+
+    def header(self, name: str) -> Path:
+        """Return a file with the header of a GGUF file, and a hole instead of its tensors.
+
+        A GGUF file whose header nobody could read has only a hole.
+        """
+        if self._whole is not None or not name.endswith(".gguf"):
+            return self.whole() / name
+        path = self._scratch() / self._entry.key.hex / "headers" / name
+        with self._fetching:
+            if not path.exists():
+                self._write_header(name, path)
+        return path
+
+    def _write_header(self, name: str, path: Path) -> None:
+        blob = self._entry.headers.get(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if blob is None:
+            replace_file(path, ())
+        else:
+            with self._kept_honest(blob):
+                replace_file(path, self._blob_bytes(blob))
+        (size,) = (file.size for file in self._entry.files if file.path == name)
+        with path.open("r+b") as file:
+            file.truncate(size)
+
+    def mode(self, name: str) -> int:
+        """Return the file's mode."""
+        return self._entry.mode(name)
+
+    @property
+    def _where(self) -> str:
+        return f"the cache {self._shared.where}"
+
+    @cached_property
+    def _layers(self) -> list[tuple[TarLayer, Blob]]:
+        return list(zip(layers_of(self._entry), self._entry.layers, strict=True))
+
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        """Path in the layer -> path in the entry; layers may have further files."""
+        folder = FOLDERS[self._entry.packing]
+        return {folder + file.path: file.path for file in self._entry.files}
+
+    def _blob_bytes(self, blob: Blob) -> Iterator[bytes]:
+        return verified(self._shared.read(blob), blob, self._where, _ALTERED, CacheLost)
+
+    def _fill(self, folder: Path) -> Mapping[str, Json]:
+        for layer, blob in self._layers:
+            self._unpack(layer, blob, folder)
+        digests = {file.path: file.digest.hex for file in self._entry.files}
+        return {**self._entry.meta, "sha256": digests}
+
+    def _unpack(self, layer: TarLayer, blob: Blob, folder: Path) -> None:
+        with self._kept_honest(blob):
+            for member, chunks in files_in(layer, self._shared.read(blob), self._shared.where):
+                name = self._names.get(member.path)
+                if name is None:
+                    continue
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    for chunk in self._verified(member, chunks):
+                        file.write(chunk)
+                path.chmod(self.mode(name))
+
+    @cached_property
+    def _places(self) -> Mapping[str, tuple[int, int]]:
+        """Path in the entry -> the number of its layer, and its number among the layer's files."""
+        return {
+            self._names[member.path]: (number, at)
+            for number, (layer, _) in enumerate(self._layers)
+            for at, member in enumerate(layer.members)
+            if member.path in self._names
+        }
+
+    def _stream(self, name: str) -> Iterator[bytes]:
+        """Yield a file's bytes; who reads a layer's files in their order reads its blob once."""
+        number, at = self._places[name]
+        layer, blob = self._layers[number]
+        with self._kept_honest(blob):
+            begun, files = self._pass_to(number, at)
+            for _ in range(begun, at):
+                next(files)
+            member, chunks = next(files)
+            yield from self._verified(member, chunks)
+        if at + 1 < len(layer.members):  # else its connection is closed
+            with self._passing:
+                self._passes[number] = at + 1, files
+
+    def _pass_to(
+        self, number: int, at: int
+    ) -> tuple[int, Iterator[tuple[Member, Iterator[bytes]]]]:
+        """Return a reading of a layer that is not beyond a file, and where it is; nobody else's."""
+        with self._passing:
+            begun, files = self._passes.pop(number, (at + 1, iter(())))
+        if begun <= at:
+            return begun, files
+        layer, blob = self._layers[number]
+        return 0, files_in(layer, self._shared.read(blob), self._shared.where)
+
+    def _verified(self, member: Member, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        if member.digest is None:
+            raise AssertionError("a file of an entry has a digest")
+        blob = Blob(digest=member.digest, size=member.size, media_type="")
+        return verified(chunks, blob, f"{self._where}, {member.path}", _ALTERED, CacheLost)
+
+    def _kept_honest(self, blob: Blob) -> _Refusing:
+        return _Refusing(self._refuse, blob)
+
+
+@dataclass(slots=True)
+class _Refusing:
+    """Calls `refuse` if its block ends with a result that cannot be used."""
+
+    refuse: Callable[[CacheLost, Blob], None]
+    blob: Blob
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """Refuse the entry from now on."""
+        if isinstance(error, CacheLost):
+            self.refuse(error, self.blob)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(_WEIGHTS)
+
+
+class LazyTree(Tree):
+    """A tree of a cache's entry; its files are fetched when their paths are asked for."""
+
+    __slots__ = ("_remote",)
+    _remote: RemoteFiles
+
+    def __init__(self, files: tuple[FileEntry, ...], remote: RemoteFiles) -> None:
+        object.__setattr__(self, "_remote", remote)
+        object.__setattr__(self, "files", files)
+        object.__setattr__(self, "places", {})
+
+    def __repr__(self) -> str:
+        """Return a text without fetching anything."""
+        return f"LazyTree({len(self.files)} files)"
+
+    @property
+    def root(self) -> Path:
+        """The folder with all files, which are fetched first."""
+        return self._remote.whole()
+
+    @property
+    def texts(self) -> Path:
+        """A folder with all files but the weights."""
+        return self._remote.texts()
+
+    def path(self, name: str) -> Path:
+        """Return the file's location on disk, fetching it first."""
+        return self._remote.file(name)
+
+    def source(self, name: str) -> Path | Stream:
+        """Return where the file's bytes come from, without fetching them."""
+        return self._remote.source(name)
+
+    def header(self, name: str) -> Path:
+        """Return a file with the weights file's header and size."""
+        return self._remote.header(name)
+
+    def mode(self, name: str) -> int:
+        """Return the file's mode."""
+        return self._remote.mode(name)

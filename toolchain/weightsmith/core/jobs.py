@@ -1,0 +1,354 @@
+"""The jobs of builders: a value for each kind of job, and its JSON form.
+
+A job identifies its inputs by content, so that a runner on another machine can fetch and verify
+them. A runner on this machine reads them in place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias
+
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.job_inputs import Input, Virtual
+from weightsmith.core.json_objects import read_exactly
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.values import Json, plain
+
+Chat: TypeAlias = tuple[Mapping[str, str], ...]
+"""Messages, each with `role` and `content`."""
+Row: TypeAlias = Mapping[str, Json]
+"""`{"text": …}` or `{"messages": […]}`: a text for calibration or evaluation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that a heavy stage needs; a runner sends it to a builder."""
+
+    kind: ClassVar[str]
+    builder: str
+    output: Path
+    """An existing folder, empty or from an interrupted run; the job writes only there."""
+    seconds: int
+    """Time limit in seconds, from `time_limits.job_seconds`; 0 for none."""
+    memory_bytes: int = 0
+    """Memory limit in bytes; 0 for none."""
+    use_gpu: bool = False
+    virtual: Virtual | None = None
+    """What computes the weights of an input without any."""
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """The job's inputs by field; several adapters are `adapter0`, `adapter1` and so on."""
+        own = {name: given for each in fields(self) for name, given in self._given(each.name)}
+        return {**own, **(self.virtual.inputs if self.virtual else {})}
+
+    def at(self, inputs: Mapping[str, Input], output: Path) -> Self:
+        """Return the same job with inputs and output at other paths, such as a builder's."""
+        moved: dict[str, Any] = {}
+        for each in fields(self):
+            if isinstance(job := getattr(self, each.name), Job):
+                mine = {name: inputs[f"{each.name}_{name}"] for name in job.inputs}
+                moved[each.name] = job.at(mine, output)
+            elif found := tuple(inputs[name] for name, _ in self._given(each.name)):
+                several = isinstance(getattr(self, each.name), tuple)
+                moved[each.name] = found if several else found[0]
+        virtual = self.virtual.at(inputs) if self.virtual else None
+        return replace(self, output=output, virtual=virtual, **moved)
+
+    def _given(self, name: str) -> Iterator[tuple[str, Input]]:
+        """Yield the inputs of one field with their names."""
+        value = getattr(self, name)
+        if isinstance(value, Job):
+            yield from ((f"{name}_{inner}", each) for inner, each in value.inputs.items())
+        elif isinstance(value, Input):
+            yield name, value
+        elif isinstance(value, tuple):
+            numbered = ((f"{name.removesuffix('s')}{i}", each) for i, each in enumerate(value))
+            yield from ((name, each) for name, each in numbered if isinstance(each, Input))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OfAdapters(Job):
+    adapters: tuple[Input, ...]
+    weights: tuple[float, ...]
+    """One per adapter."""
+
+    @property
+    def weighted(self) -> tuple[tuple[Path, float], ...]:
+        """Each adapter's folder and weight, in the recipe's order."""
+        return tuple(
+            (given.path, weight) for given, weight in zip(self.adapters, self.weights, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeJob(_OfAdapters):
+    """Merge adapters into a base."""
+
+    kind = "merge"
+    base: Input
+    options: Merge
+    keep_adapter: bool = False
+    """Write the combined adapter instead."""
+    unwritten: bool = False
+    """Compute and check the weights, but write only headers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """How a method combines the deltas that it keeps at an element, or truncates their sum."""
+
+    gain: float = 1.0
+    """Factor on kept deltas: DARE divides them by the density."""
+    mean: bool = False
+    """Kept deltas are averaged, not summed."""
+    truncates: bool = False
+    """All deltas are summed, and the sum's largest singular values kept."""
+    rank: int | None = None
+    """How many singular values; default: the largest adapter rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateJob(_OfAdapters):
+    """Compare a merged checkpoint with base and adapters."""
+
+    kind = "validate"
+    base: Input
+    merged: Input
+    chats: tuple[Chat, ...]
+    """Chats to compare logits on; built-in ones if there are none."""
+    scope: str
+    """What to compare with base and adapters: `all`, `rest` or `files`; see `validating`."""
+    mixture: Mixture | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One question of a task, without the answers that count as right."""
+
+    messages: Chat
+    choices: tuple[str, ...] = ()
+    """Answers to choose from."""
+    plain: bool = False
+    """The choices continue the one message as text, without a chat template."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedModel:
+    """A model to query: a checkpoint with unmerged adapters, each with its weight."""
+
+    name: str
+    key: str
+    """The digest of all that its answers depend on, by which they are returned."""
+    model: int
+    """Index of the job's model."""
+    adapters: tuple[int, ...] = ()
+    """Indices of the job's adapters."""
+    weights: tuple[float, ...] = ()
+    """One per adapter."""
+    speakers: tuple[int, ...] = ()
+    """Indices of adapters whose tokenizer and chat template word the questions; none: its own."""
+    draft: str = ""
+    """Key of another model in the walk that probably gives the same answers."""
+    draft_texts: tuple[str, ...] = ()
+    """Drafts of this model's answers, if they are already known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedTask:
+    """Models that are asked the same questions."""
+
+    models: tuple[AskedModel, ...]
+    questions: tuple[Question, ...]
+    max_tokens: int
+    """Maximum length of an answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedWalk:
+    """Tasks whose models answer in one walk over the weights."""
+
+    tasks: tuple[AskedTask, ...]
+    choose: bool
+    """Return each choice's log-likelihood instead of an answer."""
+    batch_bytes: int = 0
+    """Memory for the texts that are read at a time, of all models together; 0: a usual amount."""
+
+
+ANSWER_JOURNAL = ".answers.jsonl"
+"""File in a reference job's output: the tokens so far, with which an interrupted job goes on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceJob(Job):
+    """Ask several models questions, in few walks over their weights, one after another."""
+
+    kind = "reference"
+    models: tuple[Input, ...]
+    adapters: tuple[Input, ...]
+    walks: tuple[AskedWalk, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProofJob(Job):
+    """Run a reference job and a validation in one process, the second with the first's answers."""
+
+    kind = "proof"
+    reference: ReferenceJob
+    validation: ValidateJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportGgufJob(Job):
+    """Convert a GGUF file to a checkpoint."""
+
+    kind = "import-gguf"
+    gguf: Input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """Another format to make in the same job; its files are in a folder `.FORMAT` of the output."""
+
+    format: str
+    options: Mapping[str, Json]
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder."""
+        return f".{self.format}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeJob(Job):
+    """Quantize a checkpoint to one format."""
+
+    kind = "quantize"
+    model: Input
+    quantizer: str
+    """A module of `weightsmith.quantizers`."""
+    format: str
+    name: str
+    """The model's name, and the output file's without suffix."""
+    options: Mapping[str, Json]
+    """Options of the format."""
+    texts: tuple[Row, ...] = ()
+    """Calibration texts, if the format needs them."""
+    statistics: Input | None = None
+    """An existing measurement, such as an importance matrix."""
+    beside: tuple[Beside, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheScalesJob(Job):
+    """Measure the scales of an 8-bit KV cache."""
+
+    kind = "cache-scales"
+    model: Input
+    texts: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertAdaptersJob(Job):
+    """Convert LoRA adapters of one base to GGUF, each into a folder of the output."""
+
+    kind = "convert-adapters"
+    base: Input
+    adapters: tuple[Input, ...]
+    folders: tuple[str, ...]
+    """One per adapter: its name stands for the adapter's content."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityJob(Job):
+    """Measure how far a quantized model is from its checkpoint."""
+
+    kind = "quality"
+    model: Input
+    artifact: Input
+    quantizer: str
+    texts: tuple[Row, ...]
+    tokens: int
+    """Number of tokens of the texts to measure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DequantizedJob(Job):
+    """Ask a quantized model's weights, dequantized, in the network of its checkpoint."""
+
+    kind = "dequantized"
+    model: Input
+    artifact: Input
+    quantizer: str
+    questions: tuple[Question, ...]
+    max_tokens: int
+    """Maximum length of an answer."""
+    choose: bool
+    """Return each choice's log-likelihood instead of an answer."""
+    drafts: tuple[str, ...] = ()
+    """Its probable answers, which save passes over the weights and change nothing."""
+    batch_bytes: int = 0
+    """Memory for the questions that are answered together; 0 for a default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportEngineJob(Job):
+    """Copy an engine's programs, compiled by the builder, to the output."""
+
+    kind = "export-engine"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTimeJob(Job):
+    """Measure how long one layer of a model takes, for several counts of tokens."""
+
+    kind = "layer_time"
+    model: Input
+    counts: tuple[int, ...]
+
+
+_KINDS: Mapping[str, type[Job]] = {
+    each.kind: each
+    for each in (
+        MergeJob,
+        ValidateJob,
+        ReferenceJob,
+        ProofJob,
+        ImportGgufJob,
+        QuantizeJob,
+        CacheScalesJob,
+        ConvertAdaptersJob,
+        QualityJob,
+        DequantizedJob,
+        ExportEngineJob,
+        LayerTimeJob,
+    )
+}
+
+
+def out_of_memory(job: Job, what: str = "ran out of memory") -> EnvironmentFailure:
+    """Return the error of a job that needed more memory than it may use or than there is."""
+    limit = f" (limit {job.memory_bytes:,} bytes)" if job.memory_bytes else ""
+    return EnvironmentFailure(
+        f"the {job.kind} job {what}{limit}",
+        hint="raise --memory if more is free, close other programs, or use a machine with more "
+        "memory; `plan` shows what each stage needs",
+    )
+
+
+def write_job(job: Job) -> str:
+    """Return a job as JSON text."""
+    return json.dumps({"kind": job.kind, "job": plain(job)}, ensure_ascii=False)
+
+
+def read_job(text: str) -> Job:
+    """Return the job that `write_job` wrote; raise ValueError, with the place, if invalid."""
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.get("kind") not in _KINDS:
+        raise ValueError(f"kind: not one of {', '.join(_KINDS)}: {text[:80]}")
+    kind = data["kind"]
+    return read_exactly(_KINDS[kind], data.get("job"), kind)

@@ -1,0 +1,196 @@
+"""JSON objects as frozen dataclasses, read and written according to their field types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Self,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from weightsmith.core.values import Json, plain
+
+Measured: TypeAlias = Annotated[float, "null is not a number"]
+"""A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
+_Value = TypeVar("_Value")
+
+INLINE = {"inline": True}
+"""Metadata of a field of type `D | None` whose keys are inlined into the enclosing object;
+the field is None if none of these keys is present."""
+OMITTED = {"omitted": True}
+"""Metadata of a field that is left out of the JSON if it equals its default."""
+
+
+class JsonObject:
+    """Base class of dataclasses that are JSON objects; the keys are the fields, in order."""
+
+    __slots__ = ()
+
+    @classmethod
+    def from_json(cls, value: Json) -> Self:
+        """Read an object; raise ValueError naming a key that is missing or has the wrong type.
+
+        Unknown keys are ignored. A field with a default may be missing or null.
+        """
+        return cls(**_fields_of(cls, value, ""))
+
+    def to_json(self) -> dict[str, Json]:
+        """Return the JSON object; numbers that are not finite become null."""
+        kind: Any = type(self)
+        found: dict[str, Json] = {}
+        for one in _fields(kind):
+            value = getattr(self, one.name)
+            if is_inline(one):
+                found |= value.to_json() if value is not None else {}
+            elif not (is_omitted(one) and value == one.default):
+                found[one.name] = _written(value)
+        return found
+
+
+def read_exactly(kind: type[_Value], value: Json, place: str = "") -> _Value:
+    """Read what `plain` wrote of a dataclass; raise ValueError naming what is wrong.
+
+    Every field must be there, and nothing else. A `JsonObject` inside is read by its own rules.
+    """
+    found: _Value = _read(kind, value, place, exact=True)
+    return found
+
+
+def is_inline(one: Field[Any]) -> bool:
+    """Whether the keys of a field's value are inlined into the enclosing object."""
+    return "inline" in one.metadata
+
+
+def is_omitted(one: Field[Any]) -> bool:
+    """Whether a field is left out of the JSON if it equals its default."""
+    return "omitted" in one.metadata
+
+
+@cache
+def types_of(kind: Any) -> Mapping[str, Any]:
+    """Return a dataclass's fields by name with their types."""
+    return get_type_hints(kind, include_extras=True)
+
+
+@cache
+def _fields(kind: Any) -> tuple[Field[Any], ...]:
+    return fields(kind)
+
+
+def _written(value: Any) -> Json:
+    if isinstance(value, JsonObject):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {str(key): _written(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_written(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return plain(value)
+
+
+def _fields_of(kind: Any, value: Json, place: str, *, exact: bool = False) -> dict[str, Any]:
+    """Return the arguments of a dataclass from a JSON object."""
+    if not isinstance(value, dict):
+        raise _another(value, "an object", place)
+    if exact and (wrong := {one.name for one in _fields(kind)} ^ set(value)):
+        raise ValueError(f"{place or 'it'}: missing or unknown keys: {', '.join(sorted(wrong))}")
+    found = {}
+    for one in _fields(kind):
+        hint, path = types_of(kind)[one.name], f"{place}.{one.name}" if place else one.name
+        if is_inline(one):
+            inner = part_of(hint)
+            if any(key.name in value for key in _fields(inner)):
+                found[one.name] = inner(**_fields_of(inner, value, place))
+            continue
+        optional = not exact and _has_default(one)
+        if value.get(one.name) is not None or (one.name in value and not optional):
+            found[one.name] = _read(hint, value[one.name], path, exact=exact)
+        elif not optional:
+            raise ValueError(f"{path} is missing")
+    return found
+
+
+def _has_default(one: Field[Any]) -> bool:
+    return one.default is not MISSING or one.default_factory is not MISSING
+
+
+def part_of(hint: Any) -> Any:
+    """Return X of a type `X | None`."""
+    return next(part for part in get_args(hint) if part is not NoneType)
+
+
+def _read(hint: Any, value: Json, place: str, *, exact: bool) -> Any:
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return _written(value)
+    if origin in (Union, UnionType):
+        return None if value is None else _read(part_of(hint), value, place, exact=exact)
+    if origin is Literal:
+        return _choice(parts, value, place, exact=exact)
+    if origin is Annotated:
+        return math.nan if value is None else _read(parts[0], value, place, exact=exact)
+    if origin is tuple:
+        return _read_list(parts, value, place, exact=exact)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise _another(value, "an object", place)
+        return {
+            key: _read(parts[1], inner, f"{place}.{key}", exact=exact)
+            for key, inner in value.items()
+        }
+    if is_dataclass(hint):
+        kind: Any = hint
+        exact = exact and not issubclass(kind, JsonObject)
+        return kind(**_fields_of(hint, value, place, exact=exact))
+    return _scalar(hint, value, place)
+
+
+def _choice(choices: tuple[str, ...], value: Json, place: str, *, exact: bool) -> str:
+    """Return one of several texts; in a record of a later version, it may be a new one."""
+    if not isinstance(value, str) or (exact and value not in choices):
+        raise _another(value, f"one of {', '.join(choices)}", place)
+    return value
+
+
+def _read_list(parts: tuple[Any, ...], value: Json, place: str, *, exact: bool) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise _another(value, "a list", place)
+    kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+    if len(value) != len(kinds):
+        raise ValueError(f"{place} has {len(value)} values, not {len(kinds)}")
+    pairs = enumerate(zip(kinds, value, strict=True))
+    return tuple(_read(kind, inner, f"{place}[{i}]", exact=exact) for i, (kind, inner) in pairs)
+
+
+def _scalar(kind: type, value: Json, place: str) -> Any:
+    if kind is bool or isinstance(value, bool):  # a bool is an int in Python, but not in JSON
+        right = kind is bool and isinstance(value, bool)
+    elif kind is float:  # JSON has no number that is not finite, but Python reads NaN and 1e999
+        right = isinstance(value, int | float) and abs(value) < math.inf
+    else:
+        right = isinstance(value, str if issubclass(kind, str | Path) else kind)
+    if not right:
+        names = {bool: "true or false", int: "a whole number", float: "a number"}
+        raise _another(value, names.get(kind, "text"), place)
+    try:
+        return value if kind in (bool, int, float, str) else kind(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _another(value: Json, wanted: str, place: str) -> ValueError:
+    return ValueError(f"{place or 'it'} is not {wanted}: {repr(value)[:80]}")

@@ -1,0 +1,323 @@
+"""build.json: what is recorded of one target of a build, passed or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+from weightsmith.core.json_objects import INLINE, OMITTED, JsonObject
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.safe_parse import RECORD, content, parse
+from weightsmith.core.values import FileEntry, Json
+from weightsmith.quantizers.quality.result import Quality
+from weightsmith.validating.result import Validation
+
+FILE = "build.json"
+_KEPT = 4 << 20
+"""Bytes of a record that stays in memory for who asks next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceRecord(JsonObject):
+    """The base: as the user wrote it, its pin, and the digest of its files."""
+
+    source: str
+    pin: str
+    digest: str
+    files: tuple[FileEntry, ...] = ()
+    license: str = field(default="", metadata=OMITTED)
+    """By its model card, or by the recipe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRecord(SourceRecord):
+    """An adapter: the same, and the user's names for it."""
+
+    version: str = ""
+    run_id: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRecord(Merge, JsonObject):
+    """How the adapters were merged, and what became of the tensors."""
+
+    digest: str = ""
+    """Of the merged checkpoint."""
+    tensors: Mapping[str, int] = field(default_factory=dict)
+    """How many were merged, copied and replaced."""
+    findings: tuple[str, ...] = ()
+    """One sentence each."""
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    """How many elements were decided in float64 and with exact integers."""
+    shards: tuple[Mapping[str, Json], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactRecord(JsonObject):
+    """The served weights; `size` in bytes."""
+
+    format: str
+    size: int
+    bits_per_weight: float
+    file: str
+    """The largest of them."""
+    digest: str
+    files: tuple[FileEntry, ...] = ()
+    details: Mapping[str, Json] = field(default_factory=dict)
+    """What the quantizer read back from them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord(JsonObject):
+    """One layer of the image: size in bytes, and the file or purpose it holds."""
+
+    digest: str
+    size: int
+    file: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRecord(JsonObject):
+    """The image by digest."""
+
+    reference: str
+    """Empty if it was not published."""
+    digest: str
+    layers: tuple[LayerRecord, ...]
+    """Bottom first."""
+    uploaded_bytes: int = 0
+    mounted: int = 0
+    """Layers that the registry took from another repository."""
+    platforms: Mapping[str, str] = field(default_factory=dict)
+    """Platform -> its image's digest."""
+    started: str = ""
+    """The platform whose image was started and tested; empty if none was."""
+    takes_pictures: bool = field(default=False, metadata=OMITTED)
+    """Whether its server takes pictures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRecord(JsonObject):
+    """What was asked, and what may be lost."""
+
+    name: str
+    metric: str
+    max_drop: float
+    sample_of: int = field(default=0, metadata=OMITTED)
+    """Questions in the data, if only a sample of them was asked."""
+
+
+NO_TASK = TaskRecord(name="", metric="", max_drop=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRecord(JsonObject):
+    """A score from 0 to 1 over n questions."""
+
+    score: float
+    n: int
+    metric: str
+    interval: tuple[float, float] | None = field(default=None, metadata=OMITTED)
+    """95 %, Wilson."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropRecord(JsonObject):
+    """A paired comparison over the same questions."""
+
+    drop: float
+    interval: tuple[float, float]
+    """95 %, Bonett and Price."""
+    lost: int
+    """Answers that were right and are wrong now."""
+    won: int
+    n: int
+    p: float
+    """McNemar's exact test."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerdictRecord(JsonObject):
+    """One comparison, judged."""
+
+    subject: str
+    against: str
+    passed: bool
+    binding: bool
+    """Whether it decides."""
+    reason: str
+    comparison: DropRecord | None = field(default=None, metadata=INLINE)
+    items_needed: int = field(default=0, metadata=OMITTED)
+    """Questions that could show the allowed drop, if these are too few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DifferenceRecord(JsonObject):
+    """Where an answer first differs from the reference's."""
+
+    question: int
+    """Its number, from 1."""
+    token: str
+    """The reference's text from there to the end of its token."""
+    margin: float | None
+    """Nats by which the reference preferred that token; null if it is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamenessRecord(JsonObject):
+    """How many of a subject's answers are the reference's to the letter."""
+
+    share: float
+    same: int
+    n: int
+    differences: tuple[DifferenceRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweredTask(JsonObject):
+    """A further task, an adapter's own."""
+
+    name: str
+    task: TaskRecord
+    scores: Mapping[str, ScoreRecord]
+    verdicts: tuple[VerdictRecord, ...]
+    items: tuple[Mapping[str, Json], ...]
+    sameness: Mapping[str, SamenessRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckRecord(JsonObject):
+    """One check that the started image passed."""
+
+    name: str
+    seen: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord(JsonObject):
+    """How long a stage took, and whether nothing was fetched, made or sent."""
+
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRecord(JsonObject):
+    """All that is recorded of one target; what came after a refusal is None or empty."""
+
+    schema: int = 1
+    """Raised when a key changes its meaning."""
+    name: str
+    version: str
+    target: str
+    """Engine and format; empty if a merge was refused."""
+    created: str
+    """When this was written, ISO 8601, UTC."""
+    base: SourceRecord
+    adapters: tuple[AdapterRecord, ...] = ()
+    """In the order of the merge."""
+    merge: MergeRecord | None = None
+    validation: Validation | None = None
+    artifact: ArtifactRecord | None = None
+    quality: Quality | None = None
+    plan: Mapping[str, Json] | None = None
+    """The serving plan, sizes in bytes."""
+    image: ImageRecord | None = None
+    forms: Mapping[str, ImageRecord] = field(default_factory=dict)
+    """What else was published of the same weights, by kind: volume, modelpack, hub and so on."""
+    task: TaskRecord = NO_TASK
+    """The first task."""
+    scores: Mapping[str, ScoreRecord] = field(default_factory=dict)
+    """`base`, `adapter` (base with adapters, unmerged), `merged`, and `image` or, where it was not
+    started, `dequantized`: its weights in transformers."""
+    verdicts: tuple[VerdictRecord, ...] = ()
+    items: tuple[Mapping[str, Json], ...] = ()
+    """Each question: expected answers, every model's answer, and which are right (`ok`)."""
+    sameness: Mapping[str, SamenessRecord] = field(default_factory=dict)
+    """`merged` and `image`: how many answers are the reference's to the letter."""
+    more_tasks: tuple[AnsweredTask, ...] = ()
+    checks: tuple[CheckRecord, ...] = ()
+    stages: Mapping[str, StageRecord] = field(default_factory=dict)
+    inputs: Mapping[str, Json] = field(default_factory=dict)
+    """What each cached stage depended on; `plan` compares it to say what changed."""
+    verdict: str = ""
+    """`passed`, `not proven` (published, but the gate could not have failed) or `failed`."""
+    unproven: tuple[str, ...] = ()
+    """Why passing shows nothing; empty if it shows that at most `max_drop` was lost."""
+    refused: str = ""
+    """Why it was not published; empty if it was."""
+    warnings: tuple[str, ...] = ()
+    network_in_jobs: bool = False
+    """Whether a job that made any of it could reach the machine's network."""
+    memory_bytes: int = 0
+    """Most that each of its jobs was allowed to use; 0 for no limit."""
+    recipe: Mapping[str, Json] = field(default_factory=dict)
+    """Without values that equal the default."""
+    reproduce: tuple[str, ...] = ()
+    """The command that gives the same digest, with the pins."""
+    next: tuple[str, ...] = ()
+    """Suggested next commands."""
+
+    @property
+    def title(self) -> str:
+        """Name, version and target."""
+        return f"{self.name} {self.version} {self.target}".strip()
+
+    @property
+    def tasks(self) -> tuple[AnsweredTask, ...]:
+        """Every task that was asked, the first one too."""
+        first = AnsweredTask(
+            name=self.task.name,
+            task=self.task,
+            scores=self.scores,
+            verdicts=self.verdicts,
+            items=self.items,
+            sameness=self.sameness,
+        )
+        return (first, *self.more_tasks) if self.scores else self.more_tasks
+
+
+def read_build(folder: Path) -> BuildRecord:
+    """Read a folder's build.json; raises OSError, and ValueError for a damaged one."""
+    return _read(folder)[1]
+
+
+def recorded(folder: Path, made: BuildRecord) -> BuildRecord | None:
+    """Return a folder's record if a build that ran nothing would only write it again, else None.
+
+    That is if the two differ in no more than when they were written, how long finding each result
+    took, and the memory that no job used.
+    """
+    try:
+        text, earlier = _read(folder)
+    except (OSError, ValueError):
+        return None
+    if not all(stage.cached for stage in made.stages.values()):
+        return None
+    same = replace(
+        made,
+        created=earlier.created,
+        memory_bytes=earlier.memory_bytes,
+        stages={
+            name: replace(stage, seconds=earlier.stages[name].seconds)
+            for name, stage in made.stages.items()
+            if name in earlier.stages
+        },
+    )
+    return earlier if same.to_json() == text else None
+
+
+def _read(folder: Path) -> tuple[Json, BuildRecord]:
+    data = content(folder / FILE, RECORD)
+    return _parsed(data) if len(data) <= _KEPT else _parsed.__wrapped__(data)
+
+
+@lru_cache(maxsize=1)
+def _parsed(data: bytes) -> tuple[Json, BuildRecord]:
+    """Return a record as JSON and read; a build asks for it four times."""
+    value = parse(data, largest=RECORD)
+    return value, BuildRecord.from_json(value)

@@ -1,0 +1,239 @@
+"""What a model's card on a hub says: from build.json, else from an image's labels.
+
+https://huggingface.co/docs/hub/model-cards
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weightsmith.core.values import Json
+from weightsmith.evaluating.build_record import BuildRecord, ScoreRecord
+from weightsmith.evaluating.statistics import wilson
+from weightsmith.models.gguf_names import gguf_models, projector_of
+
+_HUB = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
+_SCORE = re.compile(r"(?P<score>[01]\.\d+) (?P<metric>[\w-]+) n=(?P<n>\d+)")
+_WHO = {
+    "base": "base",
+    "adapter": "base + adapter",
+    "merged": "merged",
+    "dequantized": "dequantized weights, in transformers",
+    "image": "image",
+}
+_MOVED = "its engine was replaced after the test, and the new one was asked nothing"
+_PLAIN = ("", "safetensors", "lora", "bf16", "f16", "f32")
+"""Formats that lose nothing of the merged weights that a served answer shows."""
+_PROCESSORS = frozenset({"preprocessor_config.json", "processor_config.json"})
+"""Files of a checkpoint that also reads images. A GGUF file here holds the language part alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """A model that this one was made from: its name, its pin, and what the user calls it."""
+
+    name: str
+    pin: str
+    version: str = ""
+    run_id: str = ""
+
+    @property
+    def hub(self) -> str:
+        """Its `owner/name` on the hub; empty if it is not from there."""
+        found = _HUB.fullmatch(self.pin)
+        return found["name"] if found else ""
+
+    @property
+    def revision(self) -> str:
+        """The commit on the hub, else the whole pin."""
+        found = _HUB.fullmatch(self.pin)
+        return found["revision"] if found else self.pin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """Everything that a card says of a model; what is not known is empty."""
+
+    name: str
+    version: str = ""
+    description: str = ""
+    intended_use: str = ""
+    limitations: str = ""
+    license: str = ""
+    base: Parent | None = None
+    adapters: tuple[Parent, ...] = ()
+    method: str = ""
+    format: str = ""
+    quantized: bool = False
+    verdict: str = ""
+    unproven: tuple[str, ...] = ()
+    scores: Mapping[str, ScoreRecord] = field(default_factory=dict)
+    """`base`, `adapter`, `merged` and `image`."""
+    checks: tuple[str, ...] = ()
+    """How it was checked, one sentence each."""
+    image: str = ""
+    """The tested image's digest, if one was started. Its name may be of a private registry."""
+    context: int = 0
+    """Tokens of a prompt and its answer that it was planned for."""
+
+    def view(self, repository: str, files: Sequence[str]) -> dict[str, Any]:
+        """Return what the card's template shows, for a repository `owner/name` with these files."""
+        gguf = gguf_models(files)
+        return {
+            "card": self,
+            "front": yaml.safe_dump(self._front(files, gguf), sort_keys=False, allow_unicode=True),
+            "repository": repository,
+            "gguf": gguf[0] if gguf else "",
+            "rows": list(self._rows()),
+        }
+
+    def _front(self, files: Sequence[str], gguf: Sequence[str]) -> dict[str, Json]:
+        """Return the card's metadata, by the hub's names."""
+        front: dict[str, Json] = {}
+        if self.license:
+            known = self.license.lower() in _licenses()
+            front["license"] = self.license.lower() if known else "other"
+            front |= {} if known else {"license_name": _slug(self.license)}
+        if self.base and self.base.hub:
+            relation = "quantized" if self.quantized and not self.adapters else "finetune"
+            front |= {"base_model": self.base.hub, "base_model_relation": relation}
+        front |= {} if gguf else {"library_name": "transformers"}
+        sees = bool(projector_of(files)) if gguf else not _PROCESSORS.isdisjoint(files)
+        front["pipeline_tag"] = "image-text-to-text" if sees else "text-generation"
+        front["tags"] = ["weightsmith", *(["gguf"] if gguf else [])]
+        return front
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for who, score in self.scores.items():
+            right = round(score.score * score.n)
+            low, high = score.interval or wilson(right, score.n)
+            shown = {"right": right, "n": score.n, "score": score.score, "low": low, "high": high}
+            yield {"who": _WHO.get(who, who), "metric": score.metric, **shown}
+
+
+def card_of_build(build: BuildRecord) -> ModelCard:
+    """Return the card of a build's model."""
+    said = build.recipe.get("card") or {}
+    packed = build.artifact is not None and build.artifact.bits_per_weight < 16
+    return ModelCard(
+        name=build.name,
+        version=build.version,
+        description=str(said.get("description", "")),
+        intended_use=str(said.get("intended_use", "")),
+        limitations=str(said.get("limitations", "")),
+        license=str(said.get("license", "")) or build.base.license,
+        base=Parent(name=_public(build.base.source), pin=build.base.pin),
+        adapters=tuple(
+            Parent(name=_public(one.source), pin=one.pin, version=one.version, run_id=one.run_id)
+            for one in build.adapters
+        ),
+        method=build.merge.method if build.merge and build.adapters else "",
+        format=build.artifact.format if build.artifact else "",
+        quantized=packed,
+        verdict=build.verdict,
+        unproven=build.unproven,
+        scores=build.scores,
+        checks=tuple(_checks(build)),
+        image=build.image.digest if build.image and build.image.started else "",
+        context=int((build.plan or {}).get("max_model_len", 0)),
+    )
+
+
+def card_of_labels(
+    name: str, labels: Mapping[str, str], prefix: str, *, license_: str, context: int, image: str
+) -> ModelCard:
+    """Return the card of an image's model, from its labels, whose names begin with `prefix`.
+
+    `image` is its digest, which the labels of what was not tested itself replace: of a form, or of
+    an image on another base. It is not the tested image if it was not asked, or another platform's
+    was in its place.
+    """
+    own = {key.removeprefix(prefix): text for key, text in labels.items() if key.startswith(prefix)}
+    scores = {}
+    for key, text in own.items():
+        if key.startswith("score.") and (found := _SCORE.fullmatch(text)):
+            scores[key.removeprefix("score.")] = ScoreRecord(
+                score=float(found["score"]), n=int(found["n"]), metric=found["metric"]
+            )
+    numbers = sorted({key.split(".")[1] for key in own if key.startswith("adapter.")})
+    adapters = tuple(
+        Parent(
+            name=_named(own.get(f"adapter.{number}.pin", ""), f"adapter {number}"),
+            pin=own.get(f"adapter.{number}.pin", ""),
+            version=own.get(f"adapter.{number}.version", ""),
+            run_id=own.get(f"adapter.{number}.run_id", ""),
+        )
+        for number in numbers
+    )
+    asked = "image" in scores and not own.keys() & {"tested.platform", "rebased.from"}
+    moved = "rebased.from" in own and "tested.image" in own
+    pin = own.get("base.pin", "")
+    return ModelCard(
+        name=labels.get("org.opencontainers.image.title") or name,
+        version=labels.get("org.opencontainers.image.version", ""),
+        license=license_,
+        base=Parent(name=own.get("base.source") or _named(pin, "base"), pin=pin) if pin else None,
+        adapters=adapters,
+        method=own.get("merge.method", "") if adapters else "",
+        format=own.get("format", ""),
+        quantized=own.get("format", "") not in _PLAIN,
+        verdict=own.get("verdict", ""),
+        unproven=(_MOVED,) if moved else (),
+        image=(own.get("tested.image", "") or image) if asked or moved else "",
+        scores={who: scores[who] for who in _WHO if who in scores},
+        context=context,
+    )
+
+
+def _checks(build: BuildRecord) -> Iterator[str]:
+    """Yield how a build's model was checked."""
+    if build.validation and build.adapters:
+        found, agreed = build.validation, build.validation.top1_agreement
+        logits = f", and {100 * agreed:.2f} % of next tokens agree" if agreed is not None else ""
+        if found.passed:
+            yield f"Every element of the merged weights was compared with base and adapters{logits}"
+    if build.quality and build.quality.loss is not None:
+        loss = build.quality.loss
+        yield (
+            f"Quantizing was measured against the merged checkpoint: KL divergence "
+            f"{loss.kl_mean:.2g}, {100 * loss.top1:.0f} % the same next token, perplexity "
+            f"{loss.perplexity_ratio:.2f} times the checkpoint's"
+        )
+    if build.checks:
+        names = ", ".join(check.name for check in build.checks)
+        yield f"The image with these weights was started and passed: {names}"
+    for verdict in build.verdicts:
+        if verdict.binding and verdict.subject in {"dequantized", "image"}:
+            yield verdict.reason[:1].upper() + verdict.reason[1:]
+
+
+@cache
+def _licenses() -> frozenset[str]:
+    """Return the licences that the hub knows; any other is `other` with a name.
+
+    https://huggingface.co/docs/hub/repositories-licenses
+    """
+    known = Path(__file__).with_name("hub_licenses.txt")
+    return frozenset(known.read_text("utf-8").split())
+
+
+def _public(source: str) -> str:
+    """Return a source's name; of a folder, only the last part."""
+    return source if "://" in source else source.rstrip("/").rpartition("/")[2]
+
+
+def _named(pin: str, otherwise: str) -> str:
+    found = _HUB.fullmatch(pin)
+    return f"hf://{found['name']}" if found else otherwise
+
+
+def _slug(text: str) -> str:
+    """Return a licence's name as the hub allows it: lower case, letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:60] or "unnamed"

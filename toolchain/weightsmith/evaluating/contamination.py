@@ -1,0 +1,146 @@
+"""Find evaluation questions in training or calibration text."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from weightsmith.core.errors import UsageError
+from weightsmith.core.safe_parse import parse, small_file
+from weightsmith.core.values import Json
+from weightsmith.evaluating.items import Item
+
+_SHORTEST = 12
+"""Shorter questions may occur in other texts by chance."""
+_KEPT = 4 << 20
+"""Bytes of a file whose texts stay in memory for the next build."""
+_LONGEST_LINE = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leak:
+    """An evaluation question found in another file."""
+
+    line: int
+    """Line in the evaluation's data."""
+    other: Path
+    other_line: int
+    prompt: str
+
+
+def find_leaks(items: Sequence[Item], other: Path) -> tuple[Leak, ...]:
+    """Return the questions that a JSON Lines file also asks or contains word for word.
+
+    Case, white space and punctuation are ignored. Lines have `{"text"}`, `{"prompt"}` or
+    `{"messages"}`. Raises UsageError for a file that cannot be read.
+    """
+    asked = {key: item for item in items if (key := _key(item.prompt))}
+    searched = _by_part(asked)
+    found: dict[int, Leak] = {}
+    for number, text, whole in _texts(other):
+        hits = [text] if text in asked else []
+        if not whole:
+            hits += [key for key in _likely(text, searched) if key in text]
+        for item in map(asked.__getitem__, hits):
+            leak = Leak(line=item.line, other=other, other_line=number, prompt=item.prompt)
+            found.setdefault(item.line, leak)
+    return tuple(found[line] for line in sorted(found))
+
+
+def _by_part(keys: Iterable[str]) -> Mapping[str, Sequence[str]]:
+    """Return the questions that are long enough to be searched for, by some letters of theirs.
+
+    Of five places, those letters that fewest questions have: many begin, go on or end alike.
+    """
+    parts = {key: _parts_of(key) for key in keys if len(key) >= _SHORTEST}
+    counts = Counter(part for some in parts.values() for part in some)
+    found: dict[str, list[str]] = {}
+    for key, some in parts.items():
+        found.setdefault(min(some, key=counts.__getitem__), []).append(key)
+    return found
+
+
+def _parts_of(key: str) -> list[str]:
+    last = len(key) - _SHORTEST
+    return [key[start : start + _SHORTEST] for start in (last * n // 4 for n in range(5))]
+
+
+def _likely(text: str, questions: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield the questions of which a text has those letters: a few of 100,000, found at once."""
+    places = range(len(text) - _SHORTEST + 1)
+    for part in {some for i in places if (some := text[i : i + _SHORTEST]) in questions}:
+        yield from questions[part]
+
+
+def describe(leaks: Sequence[Leak]) -> str:
+    """Return one line about the leaked questions; '' if there are none."""
+    if not leaks:
+        return ""
+    shown = ", ".join(f"line {x.line} in line {x.other_line}" for x in leaks[:5])
+    more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""
+    return (
+        f"{leaks[0].other} contains {len(leaks)} evaluation question(s): {shown}{more};"
+        " the score does not apply to new questions"
+    )
+
+
+def _texts(path: Path) -> Iterable[tuple[int, str, bool]]:
+    """Return line number, normalised text, and whether it must match as a whole (a message)."""
+    data = small_file(path, _KEPT)
+    return _small(path, data) if data else _read(path)
+
+
+@lru_cache(maxsize=2)
+def _small(path: Path, _content: bytes) -> tuple[tuple[int, str, bool], ...]:
+    """Return the same of a file with this content; the builds of a fleet share it."""
+    return tuple(_read(path))
+
+
+def _read(path: Path) -> Iterator[tuple[int, str, bool]]:
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            lines = iter(lambda: stream.readline(_LONGEST_LINE + 1), "")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > _LONGEST_LINE:
+                    raise UsageError(
+                        f"{path}:{number} is longer than {_LONGEST_LINE} characters",
+                        hint="use JSON Lines, one text per line",
+                    )
+                if line.strip():
+                    for text, whole in _parts(_parse(line, f"{path}:{number}")):
+                        yield number, _key(text), whole
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read {path}: {error}", hint="give the path of a JSON Lines file"
+        ) from None
+
+
+def _parse(line: str, where: str) -> Json:
+    try:
+        return parse(line, pairs=False)  # training text may contain lone surrogates
+    except ValueError as error:
+        raise UsageError(
+            f"{where}: invalid JSON: {error}", hint='a line is {"text": "…"} or {"messages": […]}'
+        ) from None
+
+
+def _parts(value: Json) -> Iterator[tuple[str, bool]]:
+    if not isinstance(value, dict):
+        return
+    for name, whole in (("text", False), ("prompt", True)):
+        if isinstance(value.get(name), str):
+            yield value[name], whole
+    messages = value.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict) and isinstance(message.get("content"), str):
+            yield message["content"], True
+
+
+def _key(text: str) -> str:
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = "".join(c if c.isalnum() else " " for c in folded)
+    return " ".join(words.split())

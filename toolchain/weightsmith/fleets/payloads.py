@@ -1,0 +1,161 @@
+"""What a recipe names on the asking machine, on its way to a node that shares only the cache."""
+
+from __future__ import annotations
+
+import base64
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from weightsmith.cache.document import content_inputs
+from weightsmith.core.errors import CacheLost, EnvironmentFailure, UsageError
+from weightsmith.core.values import Digest, Json, Tree
+from weightsmith.fleets.requests import Request
+from weightsmith.steps.tools import Tools
+
+_ALONG = 64 << 10
+"""Bytes of a file that goes along with each task; of a larger one, 1,500 tasks would be too much
+for memory."""
+NAMED = (
+    ("evaluate", "data"),
+    ("evaluate", "training"),
+    ("validate", "probes"),
+    ("calibration", "data"),
+    ("quantize", "imatrix"),
+)
+"""Keys of a recipe that name a file."""
+WORDS = frozenset({"", "auto", "walk", "off"})
+"""Values of these keys that are no file's name."""
+
+
+def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
+    """Return the request for a node that shares no folder with this machine.
+
+    Small files go along; others and folders go into the store, and so into the shared cache. With
+    `again`, what the cache has lost since is sent again. Raises UsageError for a file that is
+    missing, InputRefused for an unsafe folder, EnvironmentFailure for a cache that cannot be
+    written.
+    """
+    files: dict[str, str] = {}
+    parcels: dict[str, Digest] = {}
+    data = _copied(request.recipe)
+    questions = tuple(dict(one) for one in request.questions)
+    asked = [(one, key) for one in questions for key in ("data", "training") if one.get(key)]
+    for part, key in (*_places(data), *asked):
+        path = Path(str(part[key]))
+        try:
+            name, sent = path.name, path.stat().st_size > _ALONG
+            content = b"" if sent else path.read_bytes()
+            tree = Tree(root=path.parent, files=(tools.store.digest_file(path),) if sent else ())
+        except OSError as error:
+            raise UsageError(
+                f"cannot read {path}: {error.strerror}", hint="correct its path in the recipe"
+            ) from None
+        if sent:
+            folder = f"folders/{len(parcels)}/files"
+            parcels[folder], part[key] = _sent(tree, tools, again=again), f"{folder}/{name}"
+        else:
+            place = f"files/{len(files)}/{name}"
+            files[place], part[key] = base64.b64encode(content).decode(), place
+    for part in _folders(data):
+        source = Path(part["source"])
+        tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree
+        name = f"folders/{len(parcels)}/{source.name}"
+        parcels[name], part["source"] = _sent(tree, tools, again=again), name
+    return replace(request, recipe=data, questions=questions, files=files, parcels=parcels)
+
+
+def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
+    """Put a folder's files into the shared cache, and return their key."""
+    stage = content_inputs(tree.files)
+
+    def copy(folder: Path) -> Mapping[str, Json]:
+        for file in tree.files:
+            place = folder / file.path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tree.path(file.path), place)
+        return {"sha256": {file.path: file.digest.hex for file in tree.files}}
+
+    def send(*, again: bool) -> None:
+        entry = tools.store.find(stage.key) or tools.store.produce(stage.key, stage.note, copy)
+        tools.share(stage.key, stage.note, entry, again=again)
+
+    try:
+        try:
+            send(again=again)
+        except CacheLost:  # only the cache had a copy, and lost it: the store offers it no more
+            send(again=True)
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot put {tree.root.name} into the shared cache: {error.strerror or error}",
+            hint="check that the cache is there, and your access to it",
+        ) from None
+    return stage.key
+
+
+def unpacked(request: Request, home: Path, tools: Tools) -> Mapping[str, Any]:
+    """Return the request's recipe, with what it names put into `home`.
+
+    Raises EnvironmentFailure if the cache lacks a folder, CacheLost if it has a damaged one: after
+    all of them were read, so that one retry replaces whatever is damaged.
+    """
+    for name, text in request.files.items():
+        place = _inside(home, name)
+        try:
+            place.write_bytes(base64.b64decode(text, validate=True))
+        except ValueError as error:
+            raise EnvironmentFailure(
+                f"{name} did not arrive whole: {error}", hint="run the fleet again"
+            ) from None
+    damaged: list[CacheLost] = []
+    for name, key in request.parcels.items():
+        entry = tools.store.find(key)
+        if entry is None:
+            raise EnvironmentFailure(
+                f"the cache has no copy of {Path(name).name}, which this task needs",
+                hint="check that every node uses the same --cache and may read it",
+            )
+        try:
+            for file in entry.tree.files:  # which brings them, where the cache is lazy
+                entry.tree.path(file.path)
+            _inside(home, name).symlink_to(entry.tree.root)
+        except CacheLost as error:
+            damaged.append(error)
+    if damaged:
+        raise damaged[0]
+    return request.recipe
+
+
+def _inside(home: Path, name: str) -> Path:
+    place = home / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe whose sections can be changed."""
+    return {
+        key: dict(value)
+        if isinstance(value, Mapping)
+        else [dict(one) for one in value]
+        if key == "adapters"
+        else value
+        for key, value in data.items()
+    }
+
+
+def _places(data: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each section with a key that names a file."""
+    for section, key in NAMED:
+        part = data.get(section)
+        if isinstance(part, dict) and str(part.get(key) or "") not in WORDS:
+            yield part, key
+
+
+def _folders(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the base and the adapters that are folders."""
+    for part in (data["base"], *data["adapters"]):
+        if "://" not in str(part["source"]):
+            yield part

@@ -1,0 +1,258 @@
+"""Safe scans of model and adapter folders: which files are used, which are refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.trees import below
+
+_ALLOWED = re.compile(
+    # Weights, tables and texts: nothing that is executed.
+    r".+\.(safetensors|json|jinja|txt|md|ya?ml)"
+    # Vocabularies of transformers' tokenizers; a test compares them with the names that those read.
+    r"|.+\.(model|tiktoken|spm|vocab|bpe)|bpe\.codes|prophetnet\.tokenizer"
+    r"|(LICEN[CS]E|License|COPYING|COPYRIGHT|NOTICE|Notice|USE_POLICY|TERMS)([-_.][A-Za-z0-9_-]*)?"
+)
+"""Names of a checkpoint's files (case-sensitive); all others are ignored."""
+MAKERS_FOLDERS = ("original", "metal")
+"""Folders with the same weights in the format of those who trained the model, as in gpt-oss."""
+_JUNK_FOLDERS = re.compile(
+    rf"__pycache__|checkpoint-\d+|global_step\d+|runs|wandb|logs|{'|'.join(MAKERS_FOLDERS)}"
+)
+_JUNK_FILES = re.compile(
+    r"consolidated.*|trainer_state\.json|training_args\..*|all_results\.json|train_results\.json"
+    r"|eval_results\.json|trainer_log\.jsonl|events\.out\.tfevents.*|latest"
+    r"|.*\.(py|pyc|pyd|so|sh|gguf|ggml|onnx|onnx_data|h5|msgpack|tflite|lock|tmp|part|incomplete)"
+)
+"""Files left by training, and files that are not checked further."""
+_PICKLES = re.compile(r".*\.(bin|pt|pth|pth\.tar|ckpt|pkl|pickle|joblib|dill)", re.IGNORECASE)
+_CODE_CONFIGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+_MAX_DEPTH = 16
+_SHOWN = 3
+_SCHEMES = ("hf", "pypi")
+"""Of sources that recipes name and that are no folders."""
+
+
+def scan(root: Path, *, gguf: bool = False) -> list[str]:
+    """Return the sorted relative POSIX paths of a model's files.
+
+    These are weights, tables, texts and vocabularies with known names, and GGUF files if `gguf`.
+    Everything else is ignored: hidden files, code, pickles, and leftovers of training. Links are
+    followed to regular files inside the folder or inside the model's hub cache folder. Raises
+    InputRefused for other links, devices, pipes, sockets, and non-portable names.
+    """
+    if not root.is_dir():
+        raise no_folder(root, "give the folder with the files")
+    real = root.resolve()
+    names = sorted(_walk(real, "", _link_root(real), 0, gguf))
+    seen: dict[str, str] = {}
+    for name in names:
+        folded = unicodedata.normalize("NFC", name).casefold()
+        if folded in seen:
+            raise InputRefused(
+                f"{root}: {seen[folded]!r} and {name!r} differ only in case or Unicode form",
+                hint="rename one of them: some file systems treat them as the same file",
+            )
+        seen[folded] = name
+    return [name for name in names if _belongs(name, gguf)]
+
+
+def is_ignored(name: str) -> bool:
+    """Return whether `scan` ignores files of this name: it neither checks nor digests them."""
+    return name.startswith(".") or bool(_JUNK_FILES.fullmatch(name))
+
+
+def ignored_files(root: Path) -> str:
+    """Return a short list of the files that `scan` ignores, except hidden ones; "" if none."""
+    taken = set(scan(root))
+    found = [path.relative_to(root) for path in below(root) if not path.is_dir()]
+    shown = [path for path in found if not any(part.startswith(".") for part in path.parts)]
+    left = [name for path in shown if (name := path.as_posix()) not in taken]
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return ", ".join(repr(name) for name in left[:3]) + more
+
+
+def pickles_in(root: Path) -> list[str]:
+    """Return the folder's pickle files, by relative path, except hidden ones."""
+    found = [path.relative_to(root) for path in below(root) if _PICKLES.fullmatch(path.name)]
+    return sorted(p.as_posix() for p in found if not any(one.startswith(".") for one in p.parts))
+
+
+def _belongs(path: str, gguf: bool) -> bool:
+    name = PurePosixPath(path).name
+    return bool(_ALLOWED.fullmatch(name)) or (gguf and name.endswith(".gguf"))
+
+
+def check_model_folder(root: Path) -> list[str]:
+    """Return a base model's files; raise InputRefused if it lacks any or needs custom code."""
+    names = scan(root)
+    _require(root, names, "config.json", "give the folder of a Hugging Face checkpoint")
+    check_no_code(root, names)
+    if not any(
+        re.fullmatch(r"model(-.*)?\.safetensors|model\.safetensors\.index\.json", name)
+        for name in names
+    ):
+        raise _no_weights(root, "model.safetensors")
+    return names
+
+
+def check_adapter_folder(root: Path) -> list[str]:
+    """Return an adapter's files; raise InputRefused if it lacks any or needs custom code."""
+    names = scan(root)
+    hint = "give the folder that PEFT's save_pretrained wrote"
+    _require(root, names, "adapter_config.json", hint)
+    check_no_code(root, names)
+    if "adapter_model.safetensors" not in names:
+        raise _no_weights(root, "adapter_model.safetensors")
+    return names
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise InputRefused for a file of a folder that is a link which `scan` would not follow."""
+    real = folder.resolve()
+    for name in names:
+        if (real / name).is_symlink():
+            _check_link(real, name, _link_root(real))
+
+
+def _link_root(real: Path) -> Path:
+    """Return the folder that links may not leave: `real`, or the hub cache folder it is in."""
+    for place in (real, *real.parents):
+        cache = place.parent.parent
+        if place.parent.name == "snapshots" and cache.name.startswith("models--"):
+            return cache
+    return real
+
+
+def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterator[str]:
+    """Yield all files below `prefix`."""
+    if depth > _MAX_DEPTH:
+        raise InputRefused(
+            f"{root} is nested deeper than {_MAX_DEPTH} folders: {prefix!r}",
+            hint="give the folder of a single model",
+        )
+    with os.scandir(root / prefix) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            name = prefix + entry.name
+            _check_name(root, name)
+            if entry.is_dir(follow_symlinks=False):
+                if not _JUNK_FOLDERS.fullmatch(entry.name):
+                    yield from _walk(root, f"{name}/", home, depth + 1, gguf)
+            elif (gguf and entry.name.endswith(".gguf")) or not _JUNK_FILES.fullmatch(entry.name):
+                if entry.is_symlink():
+                    _check_link(root, name, home)
+                elif not entry.is_file():
+                    raise _irregular(root / name)
+                yield name
+
+
+def _check_name(root: Path, name: str) -> None:
+    # Undecodable bytes arrive as lone surrogates, which are not printable either.
+    if not name.isprintable() or "\\" in name:
+        raise InputRefused(
+            f"{root} has a file with an invalid name: {name!r}",
+            hint="rename it: control characters, backslashes and invalid UTF-8 are refused",
+        )
+
+
+def _check_link(root: Path, name: str, home: Path) -> None:
+    path = root / name
+    try:
+        target = path.resolve(strict=True)
+        mode = target.stat().st_mode
+    except (OSError, RuntimeError) as error:
+        raise InputRefused(
+            f"{path} is a broken link", hint="download the model again, or remove the link"
+        ) from error
+    if not target.is_relative_to(home):
+        raise InputRefused(
+            f"{path} is a link to a file outside the folder: {target}",
+            hint="copy the file into the folder if it belongs to the model",
+        )
+    if not stat.S_ISREG(mode):
+        raise _irregular(path)
+
+
+def no_folder(root: Path, hint: str) -> InputRefused:
+    """Return the refusal of a path that is no folder, or that was the source of a recipe."""
+    scheme, colon, place = str(root).partition(":/")  # a path has lost the second slash of a URL
+    if scheme in _SCHEMES and colon:
+        return InputRefused(
+            f"{scheme}://{place} is not a folder, and this command downloads no models",
+            hint="download it first, and give the folder with the files",
+        )
+    return InputRefused(f"{root} is not a folder", hint=hint)
+
+
+def _irregular(path: Path) -> InputRefused:
+    return InputRefused(
+        f"{path} is not a regular file", hint="remove devices, pipes, sockets and folder links"
+    )
+
+
+def _require(root: Path, names: list[str], required: str, hint: str) -> None:
+    if required not in names:
+        inside = " or ".join(map(str, _folders_with(root, required)))
+        raise InputRefused(
+            f"{root} has no {required}", hint=f"{hint}: {inside}" if inside else hint
+        )
+
+
+def _folders_with(root: Path, name: str) -> list[Path]:
+    """Return the folders in a folder that have a file: of checkpoints of a training, the last."""
+    found = [path.parent for path in root.glob(f"*/{name}") if not path.parent.name.startswith(".")]
+    saved = [folder for folder in found if _JUNK_FOLDERS.fullmatch(folder.name)]
+    others = [folder for folder in found if folder not in saved]
+    return sorted(others)[:_SHOWN] or sorted(saved, key=_steps)[-1:]
+
+
+def _steps(folder: Path) -> int:
+    return int("".join(filter(str.isdecimal, folder.name)) or 0)
+
+
+def check_no_code(root: Path, names: list[str]) -> None:
+    """Raise InputRefused if one of the files of a model or adapter asks for custom code."""
+    for name in _CODE_CONFIGS:
+        if name in names and read_json(root / name).get("auto_map"):
+            raise InputRefused(
+                f"{root / name} has an auto_map: the model needs custom code",
+                hint="use a model with an architecture that transformers supports; if this is one, "
+                "remove auto_map from the file",
+            )
+
+
+def _no_weights(root: Path, required: str) -> InputRefused:
+    pickles = sorted(p.name for p in root.iterdir() if _PICKLES.fullmatch(p.name))
+    weights = [name for name in pickles if name.startswith(("pytorch_model", "adapter_model"))]
+    found = (weights or [n for n in pickles if n.endswith((".pt", ".pth", ".ckpt"))])[:3]
+    if not found:
+        return InputRefused(
+            f"{root} has no weights: {required} is missing",
+            hint="check that the download is complete",
+        )
+    convert = (
+        "import sys,torch;from safetensors.torch import save_file;"
+        "w=torch.load(sys.argv[1],weights_only=True,map_location='cpu');"
+        "save_file({k:v.clone().contiguous() for k,v in w.items()},sys.argv[2],{'format':'pt'})"
+    )
+    return InputRefused(
+        f"{root} has only pickle files, which can run code: {', '.join(found)}",
+        hint=f'convert them: python -c "{convert}" {found[0]} {required}',
+    )

@@ -1,0 +1,81 @@
+"""Find a checkpoint's chat template; render it, an untrusted program, in Jinja's sandbox.
+
+The sandbox prevents access to files and Python, but does not limit time and memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from weightsmith.core import time_limits
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.time_limits import TooLong, cpu_limit, doing
+
+_PARTS = re.compile(r"\bfor\s+\w+\s+in\b[^%]{0,200}\bcontent\b")
+"""A loop over a message's content, which only a template for contents in parts has."""
+
+
+def takes_parts(template: str) -> bool:
+    """Return whether a chat template takes contents in parts, as those of pictures are."""
+    return _PARTS.search(template) is not None
+
+
+def own_template(model: Path) -> str | None:
+    """Return a folder's default chat template, None without one or with an empty one.
+
+    chat_template.jinja comes before tokenizer_config.json, as in transformers. Raises InputRefused
+    for a file that is not text.
+    """
+    own = model / "chat_template.jinja"
+    if own.is_file():
+        try:
+            return own.read_text("utf-8") or None
+        except UnicodeDecodeError:
+            raise InputRefused(f"{own} is not UTF-8", hint="replace the chat template") from None
+    config = model / "tokenizer_config.json"
+    if not config.is_file():
+        return None
+    template = read_json(config).get("chat_template")
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry.get("template") for entry in entries}
+        template = named.get("default")
+    return template if isinstance(template, str) and template else None
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answer: bool, hint: str = ""
+) -> str:
+    """Render messages by the tokenizer's chat template; `answer` adds the generation prompt.
+
+    Raises InputRefused if the template raises an error or takes too much time or memory.
+    """
+    named = f"the chat template of {tokenizer.name_or_path}"
+    try:
+        with doing(f"rendering {named}"), cpu_limit(time_limits.FOREIGN_SECONDS):
+            return str(
+                tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    add_generation_prompt=answer,
+                    tokenize=False,
+                )
+            )
+    except TooLong:
+        raise InputRefused(
+            f"{named} exceeded {time_limits.FOREIGN_SECONDS:g} s of CPU time for one conversation",
+            hint="look for nested loops in it, or give the model another chat_template.jinja",
+        ) from None
+    except MemoryError:
+        raise InputRefused(
+            f"{named} exceeded the job's memory for one conversation",
+            hint="look for strings that grow in it, or give the model another chat_template.jinja",
+        ) from None
+    except Exception as error:  # noqa: BLE001 - templates can raise anything
+        raise InputRefused(
+            f"{named} refused a conversation: {error}",
+            hint=hint or "write the conversations in the form that the template expects",
+        ) from None

@@ -1,0 +1,170 @@
+"""Read a checkpoint's tensors as numpy arrays, one at a time, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from weightsmith.core.errors import InputRefused
+from weightsmith.models.safetensors import TensorInfo, open_checkpoint
+from weightsmith.models.virtual_weights import data_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_NUMPY = {
+    "F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
+    "U8": "u1", "BOOL": "?", "F8_E8M0": "u1",
+}  # fmt: skip
+_SMALL = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+def array_type(dtype: str) -> np.dtype[Any]:
+    """Return numpy's dtype for a safetensors dtype; raise KeyError if there is none.
+
+    Floats that are only an exponent are read as bytes.
+    """
+    import numpy as np
+
+    if dtype in _SMALL:
+        import ml_dtypes
+
+        small: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _SMALL[dtype]))
+        return small
+    return np.dtype("<" + _NUMPY[dtype])
+
+
+def unsupported(name: str, dtype: str) -> InputRefused:
+    """Return the refusal of a model's weight, because of its safetensors dtype."""
+    return InputRefused(
+        f"{name} has the unsupported dtype {dtype}",
+        hint="models in bfloat16, float16 and float32 can be merged and quantized: load it with "
+        "from_pretrained(…, dtype=torch.float32) and write it with save_pretrained",
+    )
+
+
+def widened(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return floats as float32; bfloat16 by its bits, faster than ml_dtypes does it."""
+    import numpy as np
+
+    if values.dtype.name != "bfloat16":
+        return np.asarray(values.astype(np.float32, copy=False))
+    bits = values.view("<u2").astype(np.uint32)
+    return np.left_shift(bits, 16, out=bits).view(np.float32)
+
+
+def largest(values: npt.NDArray[Any]) -> float:
+    """Return the largest magnitude of floats, which is not below zero; NaN counts as more than all.
+
+    `values` is not empty. Without their sign, the bits of floats have the order of magnitudes.
+    """
+    import numpy as np
+
+    signed, bits = (values.view(f"{kind}{values.itemsize}") for kind in "iu")
+    # As signed integers, floats below zero are below all others; as unsigned ones, above them. So
+    # two maxima find the largest of both kinds, three times as fast as removing signs first.
+    most = max(int(signed.max()), int(bits.max()) & np.iinfo(signed.dtype).max)
+    return float(np.array([most], bits.dtype).view(values.dtype).item())
+
+
+class View(Protocol):
+    """A model's tensors by the checkpoint's names, dequantized if it is quantized."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the tensors."""
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Return one tensor as float32 in the checkpoint's shape and order."""
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return some rows of such a tensor; only they are dequantized."""
+
+    def kind(self, name: str) -> str:
+        """Return how the tensor is stored, as in quantizers/quality/faults.py; "" if unknown."""
+
+
+class CheckpointTensors:
+    """The tensors of a folder's safetensors files, memory-mapped unless they are computed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the headers; raise InputRefused for damaged or incomplete files."""
+        shards = open_checkpoint(folder).shards
+        self._where = {info.name: (shard, info) for shard in shards for info in shard.tensors}
+        self.names = frozenset(self._where)
+        """Every tensor's name; made once, since checks of 90,000 tensors ask for each."""
+        self._last: tuple[tuple[str, int, int], npt.NDArray[np.uint8]] | None = None
+
+    @property
+    def size(self) -> int:
+        """Total size of the tensors in bytes."""
+        return sum(info.size for _, info in self._where.values())
+
+    def info(self, name: str) -> TensorInfo:
+        """Return dtype, shape and offsets; raise KeyError for an unknown name."""
+        return self._where[name][1]
+
+    def array(self, name: str, where: tuple[int | slice, ...] = ()) -> npt.NDArray[Any]:
+        """Return a tensor, or a part of it, in its own dtype; only that is read or computed."""
+        return self._part(name, array_type(self.info(name).dtype), where)
+
+    def f32(self, name: str) -> npt.NDArray[np.float32]:
+        """Return a tensor of any dtype as float32."""
+        return self.part(name, ())
+
+    def part(self, name: str, where: tuple[int | slice, ...]) -> npt.NDArray[np.float32]:
+        """Return a part of a tensor of any dtype as float32; only its rows are read or computed."""
+        import numpy as np
+
+        if self.info(name).dtype == "BF16":  # GGUF's builder has no ml_dtypes
+            # A scalar's array has no dimension, and numpy converts it to a number.
+            bits = np.asarray(self._part(name, np.dtype("<u2"), where).astype(np.uint32))
+            return np.left_shift(bits, 16, out=bits).view(np.float32)
+        return np.asarray(self.array(name, where).astype(np.float32))
+
+    def raw(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes from `start` to `stop`, read from the disk as they are used."""
+        import numpy as np
+
+        shard, info = self._where[name]
+        start, stop, _ = slice(start, stop).indices(info.size)
+        if start >= stop:
+            return np.zeros(0, np.uint8)
+        if data := data_of(shard):
+            return data.read(info.start + start, stop - start)
+        size = (stop - start,)
+        return np.asarray(np.memmap(shard.path, np.uint8, "r", info.start + start, size))
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Return a tensor as float32; raise InputRefused unless it is a float of 16 to 64 bits."""
+        dtype = self.info(name).dtype
+        if dtype not in {"F64", "F32", "F16", "BF16"}:
+            raise InputRefused(
+                f"{name} has dtype {dtype}, not a floating-point dtype",
+                hint="start from a checkpoint in float32, float16 or bfloat16",
+            )
+        return self.f32(name)
+
+    def _part(
+        self, name: str, kind: np.dtype[Any], where: tuple[int | slice, ...]
+    ) -> npt.NDArray[Any]:
+        """Return a part of a tensor, of which the leading indices say what is read."""
+        shape, start, size = self.info(name).shape, 0, self.info(name).size
+        while where and shape and size:
+            step = size // shape[0]
+            if isinstance(where[0], slice):
+                first, last, _ = where[0].indices(shape[0])
+                start, size = start + first * step, (last - first) * step
+                shape, where = (last - first, *shape[1:]), (slice(None), *where[1:])
+                break
+            start, size, shape, where = start + where[0] * step, step, shape[1:], where[1:]
+        read = self._kept if len(where) > 1 else self.raw
+        return read(name, start, start + size).view(kind).reshape(shape)[where]
+
+    def _kept(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes, and keep them: other columns of the same rows come next."""
+        key, last = (name, start, stop), self._last
+        if last is None or last[0] != key:
+            self._last = last = (key, self.raw(name, start, stop))
+        return last[1]

@@ -1,0 +1,73 @@
+"""Registry credentials: Docker's config.json and its credential helpers."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.safe_parse import parse
+from weightsmith.outside import process
+
+_PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
+
+
+def docker_config() -> Mapping[str, Any]:
+    """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} if there is none.
+
+    Raises EnvironmentFailure if it cannot be read, InputRefused if it is damaged.
+    """
+    try:
+        folder = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    except RuntimeError:  # no home folder
+        return {}
+    try:
+        data = (folder / "config.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot read {folder}/config.json: {error.strerror}",
+            hint="correct its owner and permissions, or set DOCKER_CONFIG to another folder",
+        ) from None
+    try:
+        config = parse(data) if data.strip() else {}  # Docker accepts an empty file, too
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise InputRefused(
+            f"{folder}/config.json is not a JSON object", hint="repair it, or log in again"
+        )
+    return config
+
+
+def ask_helper(name: str, server: str) -> tuple[str, str] | None:
+    """Run `docker-credential-NAME get` for a server; None if it has no credentials.
+
+    https://github.com/docker/docker-credential-helpers
+    """
+    if not _PROGRAM.fullmatch(name):
+        raise InputRefused(
+            f"the credential helper {name!r} is not a valid program name",
+            hint="correct credHelpers or credsStore in Docker's config.json",
+        )
+    said: list[str] = []
+    try:
+        done = process.run(
+            [f"docker-credential-{name}", "get"],
+            env=process.scrubbed(os.environ),
+            input=server.encode(),
+            on_line=said.append,
+            on_error_line=lambda _: None,  # helpers of clouds warn there
+            timeout=30,
+        )
+        found = parse("\n".join(said)) if done.returncode == 0 else {}
+    except (EnvironmentFailure, ValueError):
+        return None
+    if not isinstance(found, dict):
+        return None
+    user, secret = found.get("Username"), found.get("Secret")
+    return (str(user), str(secret)) if user and secret else None

@@ -1,0 +1,330 @@
+"""The container engine: runs jobs in builder containers and loads image archives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from socket import AF_UNIX
+from socket import socket as Socket  # noqa: N812 - docker names its own values `socket`
+from typing import Any
+
+import docker
+from docker.context import ContextAPI
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.utils.socket import SocketError
+from requests.exceptions import RequestException
+
+from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.jobs import Job, write_job
+from weightsmith.core.ports import CANDIDATES, Progress
+from weightsmith.core.resources import package
+from weightsmith.core.values import Json
+from weightsmith.outside.docker_containers import ANSWER_SECONDS, GONE, remove, run_container
+from weightsmith.outside.docker_images import build_image, image_tag
+from weightsmith.outside.docker_loading import load_in_order
+from weightsmith.outside.docker_requests import (
+    INPUTS,
+    LABEL_OWNER,
+    NOBODY,
+    Bounds,
+    JobFiles,
+    inside,
+    job_request,
+)
+from weightsmith.outside.hardware import gpu_names
+from weightsmith.outside.local import worker_environment
+from weightsmith.outside.ownership import is_dead, owner_token, private_folder
+from weightsmith.outside.permissions import owned_by, readable
+from weightsmith.outside.toolset import optional_toolsets, try_toolsets
+from weightsmith.outside.worker_protocol import Conversation, open_log
+
+_UNPACK_SECONDS = 24 * 3600
+"""Seconds; the engine sends nothing while it unpacks a large layer."""
+
+
+def engine_host() -> str:
+    """Return the URL of the user's engine: DOCKER_HOST, or the docker command's context."""
+    if named := os.environ.get("DOCKER_HOST"):
+        return named
+    try:
+        context = ContextAPI.get_current_context()
+    except (DockerException, OSError, ValueError, AttributeError, TypeError):
+        context = None  # none of that name, or a config.json that is none
+    return (context.Host if context else None) or "unix:///var/run/docker.sock"
+
+
+_CONFLICT = 409
+_PARALLEL = 2
+"""Archives sent to containerd in parallel, because it confirms each in steps. Docker's own store
+receives one at full speed; there, unpacking is the slow part."""
+
+
+class DockerEngine:
+    """The engine itself: whether it runs, which images it has, and loading images."""
+
+    def __init__(self) -> None:
+        self.owner = owner_token()
+        self._opened: docker.DockerClient | None = None
+
+    @property
+    def client(self) -> docker.DockerClient:
+        """The connection, opened on first use; raises EnvironmentFailure without an engine."""
+        if self._opened is None:
+            self._opened = _connect(ANSWER_SECONDS)
+            weakref.finalize(self, self._opened.close)
+        return self._opened
+
+    def answers(self) -> bool:
+        """Say whether an engine responds."""
+        try:
+            return bool(self.client.ping())
+        except (EnvironmentFailure, *GONE):
+            return False
+
+    def require(self) -> None:
+        """Raise EnvironmentFailure, which says what is wrong, unless an engine responds."""
+        with engine_errors("asking the container engine whether it runs"):
+            self.client.ping()
+
+    def load(self, archives: Iterable[Iterator[bytes]], reference: str) -> str:
+        """Stream image archives, each based on the previous one; return the last one's image id.
+
+        Raises EnvironmentFailure if the engine refuses one or stops. After Ctrl-C it waits until
+        the image is loaded or dropped, since an engine with all bytes would still name it later.
+        """
+        with engine_errors(f"loading {reference} into the container engine"):
+            parallel = _PARALLEL if self._in_containerd() else 1
+            load_in_order(lambda: _connect(_UNPACK_SECONDS), archives, reference, parallel)
+            self._remove_dead_names()
+            return str(self.client.images.get(reference).id)
+
+    def _in_containerd(self) -> bool:
+        status = dict(self.client.info().get("DriverStatus") or ())
+        return "containerd" in status.get("driver-type", "")
+
+    def _remove_dead_names(self) -> None:
+        api: Any = self.client.api
+        for row in api.images(name=CANDIDATES):
+            for name in row.get("RepoTags") or ():
+                if is_dead(name.rpartition(":")[2].partition("-")[2]):
+                    self.untag(name)
+
+    def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
+        """Return the diff ids, bottom first, of each image of these repositories in the engine."""
+        with engine_errors("asking the container engine for its images"):
+            api: Any = self.client.api
+            found = [row["Id"] for name in repositories for row in api.images(name=name)]
+            # {} for an image that another build removes at this moment.
+            held = [self.inspect(name) for name in found]
+            return tuple(tuple(image["RootFS"].get("Layers") or ()) for image in held if image)
+
+    def inspect(self, reference: str) -> Mapping[str, Json]:
+        """Return an image's `Id` and `Config`; {} if it does not exist."""
+        with engine_errors(f"asking the container engine for {reference}"):
+            try:
+                return dict(self.client.images.get(reference).attrs or {})
+            except ImageNotFound:
+                return {}
+
+    def untag(self, reference: str) -> None:
+        """Remove a name, and with its last name the image.
+
+        A missing name is ignored, and so is one that another build's container still uses.
+        """
+        with engine_errors(f"removing the name {reference}"), contextlib.suppress(ImageNotFound):
+            try:
+                self.client.images.remove(reference, noprune=False)
+            except APIError as problem:
+                if problem.status_code != _CONFLICT:
+                    raise
+
+    def describe(self) -> Mapping[str, Json]:
+        """Return version, storage driver, GPU runtime and such; {} without an engine."""
+        if not self.answers():
+            return {}
+        with engine_errors("asking the container engine about itself"):
+            info = self.client.info()
+            parts = self.client.version().get("Components") or ()
+        return {
+            "host": engine_host(),
+            "version": info.get("ServerVersion", ""),
+            "storage": info.get("Driver", ""),
+            "root": info.get("DockerRootDir", ""),
+            "gpu": _passes_gpus(info),
+            # Both of Docker's image stores reuse layers that they have; Podman, behind the same
+            # API, needs complete archives.
+            "layerwise": any(part.get("Name") == "Engine" for part in parts),
+            "rootless": any("rootless" in option for option in info.get("SecurityOptions") or ()),
+        }
+
+    def is_here(self) -> bool:
+        """Say whether containers run on this machine: under its kernel, not in a virtual one."""
+        if not engine_host().startswith("unix://"):
+            return False
+        with engine_errors("asking the container engine about itself"):
+            return self.client.info().get("KernelVersion") == os.uname().release
+
+    def has_gpu(self) -> bool:
+        """Say whether containers can use this machine's GPUs."""
+        if not gpu_names():
+            return False
+        with engine_errors("asking the container engine about itself"):
+            return _passes_gpus(self.client.info())
+
+    def holds(self, reference: str) -> bool:
+        """Say whether the engine has the image."""
+        return bool(self.inspect(reference))
+
+    def reap(self) -> None:
+        """Remove containers and networks left by killed processes."""
+        with engine_errors("looking for left-over containers"):
+            mine = self.client.containers.list(
+                all=True, filters={"label": LABEL_OWNER}, ignore_removed=True
+            )
+            for container in mine:
+                if is_dead(container.labels[LABEL_OWNER]):
+                    remove(container)
+            for network in self.client.networks.list(filters={"label": LABEL_OWNER}):
+                if is_dead((network.attrs.get("Labels") or {}).get(LABEL_OWNER, "")):
+                    with contextlib.suppress(*GONE):
+                        network.remove()
+
+
+class DockerRunner:
+    """Runs each job in a container of its builder's image, without network and privileges.
+
+    `cache` is for logs and for private copies of inputs that the container's user cannot read.
+    """
+
+    name = "docker"
+    networked = False
+
+    def __init__(self, engine: DockerEngine, cache: Path) -> None:
+        self._engine = engine
+        self._cache = cache
+
+    def prepare(self, builder: str, progress: Progress) -> None:
+        """Build the builder's image if the engine does not have it; takes minutes, once."""
+        self._engine.reap()
+        if not self.ready(builder):
+            build_image(builder, self._flavour(), engine_host(), self._cache, progress)
+        try_toolsets(self._cache, builder, progress)
+
+    def check(self, builder: str) -> None:
+        """Check nothing in advance: building the image needs nothing from this machine."""
+
+    def ready(self, builder: str) -> bool:
+        """Say whether the engine has the builder's image."""
+        return self._engine.holds(image_tag(builder, self._flavour()))
+
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+        """Run the job; raises the job's own error, or EnvironmentFailure if it died.
+
+        InterruptedError once the open file `stop` can be read. `builder_image` in the result is
+        the digest of its image.
+        """
+        self.prepare(job.builder, progress)
+        root = os.getuid() == 0
+        user, group = (NOBODY, NOBODY) if root else (os.getuid(), os.getgid())
+        gpu = job.use_gpu and self._engine.has_gpu()
+        bounds = Bounds(user=user, group=group, owner=owner_token(), gpu=gpu)
+        with contextlib.ExitStack() as stack:
+            staging = stack.enter_context(private_folder(self._cache))
+            tools = optional_toolsets(self._cache, job.builder)
+            files = _hand_over(job, staging, tools, by_others=root)
+            log = stack.enter_context(open_log(self._cache, job.kind))
+            if root:
+                stack.enter_context(owned_by(job.output, user, group))
+            image = image_tag(job.builder, self._flavour())
+            request = job_request(job, image, files, bounds, worker_environment())
+            conversation = Conversation(job=job, progress=progress, log=log, inside=INPUTS)
+            stack.enter_context(conversation.in_time())
+            with engine_errors(f"running the {job.kind} job"):
+                returncode = run_container(self._engine.client, request, conversation, stop)
+            ran_in = self._engine.inspect(image).get("Id", "")
+            return {**conversation.result(returncode), "builder_image": ran_in}
+
+    def _flavour(self) -> str:
+        return "cuda" if self._engine.has_gpu() else "cpu"
+
+
+@contextlib.contextmanager
+def engine_errors(doing: str) -> Iterator[None]:
+    """Turn the client library's exceptions into an EnvironmentFailure that says what to do."""
+    try:
+        yield
+    except NotFound as problem:
+        raise EnvironmentFailure(
+            f"{doing}: {problem.explanation}",
+            hint="load or pull the image first; `docker images` lists the engine's images",
+        ) from problem
+    except APIError as problem:
+        raise EnvironmentFailure(
+            f"{doing}: the container engine reports: {problem.explanation}",
+            hint="see `docker info` and the engine's own log",
+        ) from problem
+    except (DockerException, RequestException, SocketError, ConnectionError) as problem:
+        raise EnvironmentFailure(
+            f"{doing}: lost the connection to the container engine: {problem}",
+            hint="start it again (`systemctl status docker`), then run the same command: "
+            "finished stages are kept",
+        ) from problem
+
+
+def _connect(timeout: int) -> docker.DockerClient:
+    """Connect; a request fails if the engine sends nothing for `timeout` seconds."""
+    environment = {**os.environ, "DOCKER_HOST": engine_host()}
+    try:
+        _try_socket(engine_host())
+        return docker.from_env(environment=environment, timeout=timeout)
+    except GONE as problem:
+        raise EnvironmentFailure(
+            f"no container engine answers at {engine_host()}: {problem}",
+            hint="start it, set DOCKER_HOST, or use `--runner local`, which needs no engine",
+        ) from problem
+    except (ValueError, TypeError, AttributeError) as problem:
+        raise InputRefused(
+            "Docker's client cannot read its settings: an entry of `auths` in its config.json, or"
+            " DOCKER_HOST, is damaged",
+            hint="repair the entry, or run `docker login` again for that registry",
+        ) from problem
+
+
+def _try_socket(host: str) -> None:
+    """Connect to a local engine and hang up: docker-py leaks its socket where nobody listens."""
+    scheme, _, path = host.partition("://")
+    if scheme == "unix":
+        with Socket(AF_UNIX) as trial:
+            trial.settimeout(ANSWER_SECONDS)
+            trial.connect("/" + path.lstrip("/"))
+
+
+def _passes_gpus(info: Mapping[str, Any]) -> bool:
+    devices = info.get("DiscoveredDevices") or ()
+    return "nvidia" in (info.get("Runtimes") or {}) or any(
+        "nvidia.com/gpu" in str(device.get("ID", "")) for device in devices
+    )
+
+
+def _hand_over(job: Job, staging: Path, tools: Mapping[str, Path], *, by_others: bool) -> JobFiles:
+    """Prepare the container's files, readable for its user."""
+    inputs = {
+        name: readable(given.path, staging / "in" / name, by_others=by_others)
+        for name, given in job.inputs.items()
+    }
+    files = JobFiles(
+        inputs=inputs,
+        output=job.output.resolve(),
+        job_file=staging / "job.json",
+        package=readable(package(), staging / "weightsmith", by_others=by_others),
+        tools={
+            engine: readable(folder, staging / engine, by_others=by_others)
+            for engine, folder in tools.items()
+        },
+    )
+    files.job_file.write_text(write_job(inside(job)), encoding="utf-8")
+    files.job_file.chmod(0o444)
+    return files

@@ -1,0 +1,142 @@
+"""Builds the builder images with `docker build`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.core.errors import EnvironmentFailure, UsageError
+from weightsmith.core.platforms import host_platform
+from weightsmith.core.ports import Progress
+from weightsmith.core.resources import builder_pins, compiled_engines, containerfile, images
+from weightsmith.core.values import key_of
+from weightsmith.outside import process
+from weightsmith.outside.bases import base
+from weightsmith.outside.docker_requests import build_command
+from weightsmith.outside.downloading import persistently
+from weightsmith.outside.environment import Pins
+from weightsmith.outside.pip_settings import PipSettings
+from weightsmith.outside.toolset import toolset_folder
+from weightsmith.outside.wheels import configured_wheels, pick_wheels
+from weightsmith.outside.worker_protocol import open_log
+
+_STEP = re.compile(r"#\d+ \[[^\]]*?(\d+)/(\d+)\] ")
+_SAID = re.compile(r"#\d+ +[\d.]+ (.*)")
+"""A line printed by a program inside the build."""
+
+
+def base_reference(flavour: str) -> str:
+    """Return the builders' base image: `WEIGHTSMITH_BUILDER_BASE`, or the lock's."""
+    override = os.environ.get("WEIGHTSMITH_BUILDER_BASE")
+    return override or base(f"builder-{flavour}").pinned(host_platform())
+
+
+def image_tag(builder: str, flavour: str) -> str:
+    """Return the builder image's name; it changes with everything the image is made from."""
+    made_from = key_of([builder_pins(builder), flavour, base_reference(flavour)])
+    return f"weightsmith-builder-{builder}:{made_from.short}"
+
+
+def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Progress) -> None:
+    """Build a builder's image; EnvironmentFailure has the end of the build's output."""
+    _require_buildx(host)
+    reference = base_reference(flavour)
+    progress.note(f"building the {flavour} image of the builder {builder!r} on {reference}, once")
+    with (
+        open_log(cache, f"image-{builder}") as log,
+        tempfile.TemporaryDirectory(prefix="weightsmith-wheels-") as wheels,
+    ):
+        command = build_command(
+            containerfile=containerfile(builder),
+            context=images(),
+            tag=image_tag(builder, flavour),
+            arguments={"BUILDER": builder, **_arguments(flavour, reference)},
+            secrets=_secrets(),
+            contexts=_contexts(builder, cache, Path(wheels)),
+        )
+
+        def on_line(line: str) -> None:
+            log.write(line + "\n")
+            if step := _STEP.match(line):
+                progress.advance(int(step[1]), int(step[2]), "steps")
+
+        # Finished steps are cached: only the failed one is repeated.
+        done = persistently(
+            lambda: process.run(command, env=_environment(host), on_line=on_line), progress
+        )
+        _only_said(done).require(
+            f"building the image of the builder {builder!r}",
+            hint="if the base cannot be pulled, use `--runner local`, which needs no image, or set "
+            "WEIGHTSMITH_BUILDER_BASE to one that can; set WEIGHTSMITH_CA_BUNDLE to a private CA's "
+            "certificates, WEIGHTSMITH_WHEELS to a folder of wheels that the package index lacks; "
+            f"log: {log.name}",
+        )
+
+
+def _only_said(done: process.Completed) -> process.Completed:
+    """Keep only what programs printed in a failed build, without BuildKit's own lines."""
+    said = tuple(match[1] for line in done.tail if (match := _SAID.match(line)))
+    errors = tuple(line for line in done.tail if line.startswith("ERROR"))
+    return dataclasses.replace(done, tail=said[-8:] or errors or done.tail[-3:])
+
+
+def _require_buildx(host: str) -> None:
+    hint = "install the docker command and its buildx plugin (Debian: docker-cli docker-buildx)"
+    if shutil.which("docker") is None:
+        raise EnvironmentFailure("the docker command was not found", hint=hint)
+    asked = process.run(["docker", "buildx", "version"], env=_environment(host), timeout=30)
+    if asked.returncode != 0:
+        raise EnvironmentFailure("the docker command has no buildx plugin", hint=hint)
+
+
+def _arguments(flavour: str, reference: str) -> dict[str, str]:
+    arguments = {"BASE": reference, "FLAVOUR": flavour}
+    index = PipSettings().get("index-url")
+    # Build arguments are visible in the image's history, so an index with a password is not passed.
+    if index and "@" not in index:
+        arguments["PIP_INDEX_URL"] = index
+    if os.environ.get("PIP_NO_INDEX"):
+        arguments["PIP_NO_INDEX"] = "1"
+    return arguments
+
+
+def _secrets() -> dict[str, Path]:
+    """Return the certificates to trust during the build, as a build secret.
+
+    WEIGHTSMITH_CA_BUNDLE, else SSL_CERT_FILE: whoever sets that trusts CAs that the base image does
+    not. A build secret leaves nothing in the image.
+    """
+    named = os.environ.get("WEIGHTSMITH_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+    if not named:
+        return {}
+    if not Path(named).is_file():
+        raise UsageError(
+            f"no such certificate file: {named}",
+            hint="correct WEIGHTSMITH_CA_BUNDLE or SSL_CERT_FILE",
+        )
+    return {"ca_bundle": Path(named)}
+
+
+def _contexts(builder: str, cache: Path, wheels: Path) -> Mapping[str, Path]:
+    """Return the named contexts: local wheels, and tools that are compiled already."""
+    contexts = {}
+    if named := os.environ.get("WEIGHTSMITH_WHEELS"):
+        contexts["wheels"] = Path(named)
+    elif pick_wheels(configured_wheels(), Pins(name=builder, flavour="cpu"), wheels):
+        contexts["wheels"] = wheels
+    for engine in compiled_engines(builder):
+        tools = toolset_folder(cache, engine)
+        if tools.is_dir():
+            contexts[engine] = tools
+    return contexts
+
+
+def _environment(host: str) -> dict[str, str]:
+    return process.scrubbed(
+        {"DOCKER_HOST": host}, network=True, prefixes=("DOCKER_", "BUILDX_", "BUILDKIT_", "XDG_")
+    )

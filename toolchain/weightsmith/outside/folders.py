@@ -1,0 +1,74 @@
+"""Reads a source from a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.ports import Progress, Silent, Store
+from weightsmith.core.values import FileEntry, Snapshot, Tree
+from weightsmith.models.folder import scan
+
+_SOON = 2 << 30
+"""Bytes; a smaller folder is hashed to predict what is cached, in about two seconds."""
+
+
+class FolderReader:
+    """Uses a local folder in place: every file is hashed, nothing is copied."""
+
+    scheme = ""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
+        """Return the folder's safe files; raises InputRefused if it is missing or unsafe."""
+        return self._snapshot(source, revision, sha256, progress, read=True)
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return the folder, which is always available.
+
+        Large files without a cached digest get a placeholder, which no result was made from.
+        """
+        return self._snapshot(source, revision, sha256, Silent(), read=False)
+
+    def _snapshot(
+        self, source: str, revision: str, sha256: str, progress: Progress, *, read: bool
+    ) -> Snapshot:
+        root = Path(source)
+        if not root.is_dir():
+            what = "is a file, not a folder" if root.exists() else "does not exist"
+            raise InputRefused(
+                f"{source} {what}",
+                hint="a source is a folder, hf://owner/name or pypi://package==version",
+            )
+        if revision or sha256:
+            raise InputRefused(
+                f"{source}: a folder has no revision or sha256 to pin",
+                hint="leave `revision` and `sha256` out; a folder is pinned by its content",
+            )
+        names = scan(root)
+        soon = read or sum((root / name).stat().st_size for name in names) <= _SOON
+        tree = read_tree(root, self._store, progress, read=soon)
+        return Snapshot(tree=tree, source=source, pin=str(tree.digest), pinned=True)
+
+
+def read_tree(
+    root: Path,
+    store: Store,
+    progress: Progress,
+    *,
+    read: bool = True,
+    wanted: Callable[[str], bool] = lambda _: True,
+) -> Tree:
+    """Return the safe files of a folder with their digests; see Store.digest_file for `read`."""
+    names = [name for name in scan(root) if wanted(name)]
+    sizes = [(root / name).stat().st_size for name in names]
+    total, done, files = sum(sizes), 0, []
+    for name, size in zip(names, sizes, strict=True):
+        entry = store.digest_file(root / name, read=read)
+        files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
+        done += size
+        progress.advance(done, total, "bytes")
+    return Tree(root=root, files=tuple(files))

@@ -1,0 +1,58 @@
+"""CPU cores, free memory and GPUs of this machine."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+from pathlib import Path
+
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.outside import process
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+"""The cgroup of this process, as a container sees it (version 2)."""
+
+
+def free_memory() -> int:
+    """Return the bytes that new programs can use here without swapping; 0 if unknown.
+
+    The kernel's estimate, or what a limit on this container leaves if that is less. Pages of files
+    count as free: the kernel drops them when it needs memory.
+    """
+    free = _number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB") * 1024
+    limit = _number(_CGROUP / "memory.max", r"(\d+)")
+    if not limit:
+        return free
+    used = _number(_CGROUP / "memory.current", r"(\d+)")
+    files = _number(_CGROUP / "memory.stat", r"(?m)^inactive_file (\d+)")
+    return min(free or limit, max(1, limit - used + files))
+
+
+def _number(path: Path, pattern: str) -> int:
+    """Return the number that a pattern finds in a file, 0 if it finds none."""
+    try:
+        found = re.search(pattern, path.read_text("ascii"))
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
+@functools.cache
+def gpu_names() -> tuple[str, ...]:
+    """Return the names of the available NVIDIA GPUs; cached."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    question = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = process.run(question, env=process.scrubbed(), timeout=20)
+    except EnvironmentFailure:
+        return ()
+    return done.tail if done.returncode == 0 else ()

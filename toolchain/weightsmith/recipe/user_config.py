@@ -1,0 +1,90 @@
+"""The user's configuration: settings of a machine or a person, not of a recipe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from weightsmith.core.errors import UsageError
+from weightsmith.recipe.section import Section
+from weightsmith.recipe.user_text import read_yaml, require_plain
+
+VARIABLE = "WEIGHTSMITH_CONFIG"
+_HINT = "docs/reference/configuration.md lists every key"
+
+
+class CacheSettings(Section):
+    """A cache that machines share, and what is trusted in it."""
+
+    where: str = Field(
+        "", description="The cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX or a folder"
+    )
+    read_from: str = Field(
+        "", alias="from", description="A second cache that is only read, such as the team's"
+    )
+    verify_key: str = Field(
+        "",
+        description="Public key as a PEM file: results that it did not sign are not used",
+    )
+    sign_key: str = Field(
+        "",
+        description="Private key that signs what is uploaded, as for --sign-key; default: that key",
+    )
+    lookup_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        20.0, description="A cache that takes longer to answer is not asked again"
+    )
+    upload_seconds: Annotated[float, Field(ge=0, le=86400)] = Field(
+        60.0, description="How long a command's end waits for uploads"
+    )
+
+    @field_validator("verify_key", "sign_key")
+    @classmethod
+    def _expanded(cls, value: str) -> str:
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+
+
+class UserConfig(Section):
+    """The file `config.yaml`."""
+
+    cache: CacheSettings = Field(
+        default_factory=CacheSettings, description="The shared cache; a text is its address"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("cache"), str):
+            return {**data, "cache": {"where": data["cache"]}}
+        return data
+
+
+def config_path() -> Path:
+    """Return the configuration's path: WEIGHTSMITH_CONFIG, else in the user's own folder."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named).absolute()
+    return Path(platformdirs.user_config_dir("weightsmith")) / "config.yaml"
+
+
+def read_config() -> UserConfig:
+    """Return the user's configuration, the defaults without a file; raises UsageError."""
+    path = config_path()
+    try:
+        data = read_yaml(path, hint=_HINT)
+    except FileNotFoundError:
+        if os.environ.get(VARIABLE):
+            raise UsageError(f"{VARIABLE} names {path}, which does not exist", hint=_HINT) from None
+        return UserConfig()
+    try:
+        if isinstance(data, dict):
+            require_plain(data, str(path), _HINT)
+        return UserConfig.model_validate(data or {})
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise UsageError(f"{path}: {'; '.join(faults[:5])}", hint=_HINT) from None
