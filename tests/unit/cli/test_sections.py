@@ -11,8 +11,9 @@ import pytest
 from invoke.collection import Collection
 from weightsmith.cli.command import command
 from weightsmith.cli.program import Weightsmith
-from weightsmith.cli.sections import Flags, given
+from weightsmith.cli.sections import Flags
 from weightsmith.commands.folders import open_sources
+from weightsmith.commands.recipes import given
 from weightsmith.core.jobs import write_job
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Runner
@@ -59,10 +60,10 @@ def run(flags: Flags, *words: str) -> tuple[int, Any]:
     """Run a command that has only these flags; return its exit code and what its body got."""
     taken = []
 
-    @command(sections={"options": flags})
-    def example(*, options: Any) -> tuple[Any, str]:
+    @command(flags)
+    def example(asked: Any) -> tuple[Any, str]:
         """Take options."""
-        taken.append(options)
+        taken.append(asked)
         return {}, ""
 
     namespace = Collection()

@@ -19,7 +19,6 @@ from typing import Any
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from weightsmith.cli.flags import FLAGS
 from weightsmith.cli.sections import Flags
 from weightsmith.core import escape as visible
 from weightsmith.core.errors import (
@@ -33,10 +32,8 @@ from weightsmith.core.interrupts import ignore_it, raise_it
 from weightsmith.core.lines import put_line
 from weightsmith.core.values import Json, plain
 
-_NUMBERS: Mapping[type, str] = {int: "a whole number", float: "a number"}
-"""Type of a flag's default -> what the flag takes, in words."""
-
 _JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)
+_JSON_HELP = "print the result as one JSON object, and nothing else, on standard output"
 _NO_PATHS = {
     errno.ENAMETOOLONG: "give a shorter name or path",
     errno.ELOOP: "correct the symbolic links, or give another path",
@@ -53,25 +50,20 @@ Body = Callable[..., tuple[Mapping[str, Json], str]]
 
 
 def command(
-    request: type[Any] | None = None,
+    request: type[Any] | Flags | None = None,
     *,
     positional: tuple[str, ...] = (),
-    many: tuple[str, ...] = (),
-    sections: Mapping[str, Flags] | None = None,
     meanings: Mapping[str, str] | None = None,
 ) -> Callable[[Body], Any]:
     """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
 
-    The body gets `request` as `asked`, whose fields are the command's flags.
+    The body gets a `request`, whose fields are the command's flags, as `asked`. Without one, its
+    parameters are the flags: `positional` names those without a flag, `meanings` has their help.
     It gets the flag `--json`; the function sees it only if it has a parameter of that name.
-    `positional` names arguments without a flag, `many` those that may be given more than once.
-    `sections` says which parameters are sections of a recipe: each stands for the flags of its
-    fields, and the body gets them as one frozen value. `meanings` has the help of flags that mean
-    something else here.
     """
-    sections = {**(sections or {}), **({"asked": Flags(section=request)} if request else {})}
-    positional += tuple(name for flags in sections.values() for name in flags.positional())
-    every = (*many, *(name for flags in sections.values() for name in flags.many()))
+    flags = request if isinstance(request, Flags | None) else Flags(section=request)
+    positional = flags.positional() if flags else positional
+    texts = {"json": _JSON_HELP, **(flags.help() if flags else meanings or {})}
 
     def wrap(body: Body) -> Any:
         asks = "json" in inspect.signature(body).parameters
@@ -82,8 +74,8 @@ def command(
             settle_streams()
             try:
                 _require_words(positional, arguments)
-                values = {name: flags.read(arguments) for name, flags in sections.items()}
-                result, text = _guarded(body, {**_numbers(body, arguments), **values})
+                values = {"asked": flags.read(arguments)} if flags else arguments
+                result, text = _guarded(body, values)
             except WeightsmithError as error:
                 print_error(error, as_json=as_json)
                 raise Exit(code=error.exit_code) from None
@@ -95,15 +87,15 @@ def command(
             else:
                 _print_result(visible.as_json(plain(result)) if as_json else text)
 
-        signature = _for_invoke(inspect.signature(body), every, sections)
-        run.__signature__ = signature  # type: ignore[attr-defined]
-        texts = {**FLAGS, **{n: t for flags in sections.values() for n, t in flags.help().items()}}
-        texts |= meanings or {}
+        own = inspect.signature(body)
+        found = flags.parameters() if flags else [*own.parameters.values()]
+        given = {one.name: one for one in (_CONTEXT, *found, _JSON)}
+        run.__signature__ = own.replace(parameters=[*given.values()])  # type: ignore[attr-defined]
         return task(
             positional=list(positional),
-            iterable=list(every),
+            iterable=list(flags.many()) if flags else [],
             auto_shortflags=False,
-            help={name: text for name, text in texts.items() if name in signature.parameters},
+            help={name: text for name, text in texts.items() if name in given},
         )(run)
 
     return wrap
@@ -127,28 +119,6 @@ def _print_result(text: str) -> None:
         raise Exit(code=failure.exit_code)
 
 
-def _for_invoke(
-    signature: inspect.Signature, many: tuple[str, ...], sections: Mapping[str, Flags]
-) -> inspect.Signature:
-    """Return the signature that Invoke reads; it takes a flag's type from the default.
-
-    Invoke makes a list only of the default None, and ends with a traceback for a text that is not
-    a number: so it gets texts, and `_numbers` reads them.
-    """
-
-    def seen(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-        if parameter.name in sections:
-            return sections[parameter.name].parameters()
-        if parameter.name in many:
-            return [parameter.replace(default=None)]
-        if type(parameter.default) in _NUMBERS:
-            return [parameter.replace(default=str(parameter.default))]
-        return [parameter]
-
-    given = {"context": _CONTEXT, **signature.parameters, "json": _JSON}.values()
-    return signature.replace(parameters=[each for one in given for each in seen(one)])
-
-
 def _require_words(positional: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
     """Raise UsageError for a blank argument, which as a path would be the current folder.
 
@@ -162,24 +132,6 @@ def _require_words(positional: tuple[str, ...], arguments: Mapping[str, Any]) ->
             raise UsageError(
                 f"{flag} is empty", hint="give a value; a variable of the shell may not be set"
             )
-
-
-def _numbers(body: Body, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments; those with a number as default are numbers. Raises UsageError."""
-    read = dict(arguments)
-    for name, parameter in inspect.signature(body).parameters.items():
-        kind = type(parameter.default)
-        if name not in read or kind not in _NUMBERS:
-            continue
-        try:
-            read[name] = kind(read[name])
-        except ValueError:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{flag} {read[name]}: expected {_NUMBERS[kind]}",
-                hint="`--help COMMAND` shows its default",
-            ) from None
-    return read
 
 
 def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json], str]:

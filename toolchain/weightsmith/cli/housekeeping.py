@@ -27,7 +27,15 @@ def report_words(words: Sequence[str]) -> tuple[str, ...]:
     return ("folder", "other")[: min(bare, 2)]
 
 
-@command(positional=report_words(sys.argv), meanings={"out": "folder for the comparison"})
+@command(
+    positional=report_words(sys.argv),
+    meanings={
+        "folder": "folder with build.json in it or in a subfolder; default: dist",
+        "other": "folder of the second of two builds to compare",
+        "compare": "two build folders to compare: the first here, the second after it",
+        "out": "folder for the comparison",
+    },
+)
 def report(
     *,
     folder: str | None = None,
@@ -83,7 +91,7 @@ def doctor() -> tuple[Mapping[str, Json], str]:
     return result, joined(lines)
 
 
-@command()
+@command(meanings={"keep": "maximum size of the store afterwards, such as 20GiB"})
 def clean(*, keep: str = "", json: bool = False) -> tuple[Mapping[str, Json], str]:
     """Shrink the store to --keep (default: 0), least recently used results first."""
     from weightsmith.building.wiring import make_store

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -134,12 +133,6 @@ def _part(field: FieldInfo) -> Flags | None:
     """Return the flags of a section inside a request."""
     found = next((item for item in field.metadata if isinstance(item, Part)), None)
     return Flags(section=cast("type[Any]", field.annotation), **asdict(found)) if found else None
-
-
-def given(key: str, section: BaseModel) -> list[str]:
-    """Return what was given of a section as `key.path=value` settings of a recipe."""
-    values = section.model_dump(mode="json", exclude_unset=True)
-    return [f"{key}.{name}={json.dumps(value)}" for name, value in values.items()]
 
 
 def _help(field: FieldInfo) -> str:

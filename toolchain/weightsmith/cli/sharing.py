@@ -5,41 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from weightsmith.cli.command import command
+from weightsmith.commands.requests import CacheCommand
 from weightsmith.core.escape import escaped, joined
 from weightsmith.core.values import Json
 
 
-@command(
-    positional=("action",),
-    meanings={
-        "cache": "the cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX or a folder; default: "
-        "that of the environment or the configuration",
-        "keep": "for prune: maximum size of the cache afterwards, such as 200GiB; what was used "
-        "least recently goes first, in a registry or in S3 what was written first",
-        "sign_key": "for push: private key to sign results with",
-    },
-)
-def cache(
-    action: str,
-    *,
-    cache: str = "",
-    keep: str = "",
-    sign_key: str = "",
-    insecure: bool = False,
-) -> tuple[Mapping[str, Json], str]:
+@command(CacheCommand)
+def cache(asked: CacheCommand) -> tuple[Mapping[str, Json], str]:
     """Fill the shared cache (push), fetch it (pull), shrink it (prune) or describe it (stat)."""
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_one_cache
     from weightsmith.commands import cache as run
-    from weightsmith.commands.arguments import required
+    from weightsmith.core.errors import UsageError
     from weightsmith.serving.memory import human, parse_size
 
-    run.check_action(action)
-    if action == "prune":
-        required(keep=keep)
-    size, progress = parse_size(keep or "0"), progress_for()
-    with open_one_cache(cache, progress, sign_key=sign_key, insecure=insecure) as one:
-        match action:
+    run.check_action(asked.action)
+    if asked.action == "prune" and not asked.keep:
+        raise UsageError("missing: --keep", hint="`--help cache` lists every flag")
+    size, progress, insecure = parse_size(asked.keep or "0"), progress_for(), asked.run.insecure
+    with open_one_cache(asked.cache, progress, sign_key=asked.sign_key, insecure=insecure) as one:
+        match asked.action:
             case "push":
                 result = run.push_results(
                     one.local.results(), one.uploads, one.shared.cache, progress

@@ -17,18 +17,6 @@ _Section = TypeVar("_Section")
 _Keys = ParamSpec("_Keys")
 
 
-def required(**values: object) -> None:
-    """Raise UsageError naming the flags that are not given."""
-    missing = [
-        f"--{name.replace('_', '-')}"
-        for name, value in values.items()
-        # An empty value, as of a variable that is not set, would be the current folder.
-        if not value or (isinstance(value, list | tuple) and not all(value))
-    ]
-    if missing:
-        raise UsageError(f"missing: {', '.join(missing)}", hint="`--help COMMAND` lists every flag")
-
-
 def serving_options(serve: Serve, settings: Sequence[str]) -> ServeOptions:
     """Return serving options of `--set serve.KEY=VALUE` and, on top, flags; raises UsageError.
 

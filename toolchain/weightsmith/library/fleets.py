@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
 from weightsmith.cache.address import of_nodes
-from weightsmith.fleets.ordering import foreseen, ordered, run_fleet
+from weightsmith.commands.arguments import request_of
+from weightsmith.commands.requests import FleetCommand
+from weightsmith.core.ports import Progress, Silent
+from weightsmith.core.values import Json
+from weightsmith.fleets.foresight import plan_of
+from weightsmith.fleets.ordering import Ordered, foreseen, ordered
+from weightsmith.fleets.ordering import run_fleet as run_all
 from weightsmith.fleets.rows import CellRow, FleetRows, SharedRow
+from weightsmith.fleets.running import Changed
 from weightsmith.fleets.terminal import watcher
 from weightsmith.library.arguments import AnyPath, Texts, path_of, texts_of
 from weightsmith.recipe.run_options import RunOptions
@@ -64,40 +72,71 @@ def fleet(
     >>> [(cell.adapter, cell.target, cell.error) for cell in result.cells]
     [('a', 'llamacpp-q4_k_m', None)]
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        sign_key=sign_key,
-        cache=cache,
-        cache_from=cache_from,
-    )
-    found = ordered(
-        file if isinstance(file, Mapping) else path_of(file),
-        settings=texts_of(set),
+    request = request_of(
+        FleetCommand,
+        "fleet",
+        file=file if isinstance(file, Mapping) else path_of(file),
+        on=on,
+        address=address,
         adapters=texts_of(adapters),
         targets=texts_of(targets),
+        cpus=cpus,
+        push=push,
+        load=load,
+        layout=path_of(layout) if layout else None,
+        settings=texts_of(set),
+        force=force,
         update_lock=update_lock,
+        dist=path_of(dist),
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            sign_key=sign_key,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    place = path_of(dist).absolute()
-    layouts = str(path_of(layout).absolute()) if layout else ""
-    wiring.keep_clean(found.sources, dist=place, layout=layouts, cache=cache)
-    engine = wiring.make_fleet_engine(on, address, place)
-    nodes = of_nodes(on, run, read_config().cache)
-    with (
-        shown(progress) as shown_progress,
-        wiring.open_tools(run, shown_progress) as tools,
-        watcher(live=False, silent=not progress) as changed,
-    ):
-        return run_fleet(
-            found,
-            foreseen(found, place, tools),
-            engine,
-            tools,
-            dist=place,
-            outputs={"push": push, "load": load, "layout": layouts, "force": force},
-            options=nodes,
-            cpus=cpus,
-            changed=changed,
-        )
+    with shown(progress) as told:
+        watching = watcher(live=False, silent=not progress)
+        return run_fleet(request, ordered_of(request), told, watching)
+
+
+def ordered_of(asked: FleetCommand) -> Ordered:
+    """Return the checked fleet, or the part of it that is named; raises UsageError."""
+    return ordered(
+        asked.file,
+        settings=asked.settings,
+        adapters=asked.adapters,
+        targets=asked.targets,
+        update_lock=asked.update_lock,
+    )
+
+
+def plan_fleet(asked: FleetCommand, found: Ordered) -> Mapping[str, Json]:
+    """Return what `fleet` would do, as `--plan --json` prints it."""
+    with wiring.open_for(asked, Silent(), *found.sources, uploads=False) as tools:
+        return plan_of(foreseen(found, asked.dist.absolute(), tools))
+
+
+def run_fleet(
+    asked: FleetCommand,
+    found: Ordered,
+    progress: Progress,
+    watching: AbstractContextManager[Changed],
+) -> FleetResult:
+    """Run a fleet; return what became of its cells."""
+    dist, layout = asked.dist.absolute(), asked.layout and str(asked.layout.absolute())
+    outputs = {
+        "push": asked.push, "load": asked.load, "layout": layout or "", "force": asked.force,
+    }  # fmt: skip
+    with wiring.open_for(asked, progress, *found.sources) as tools:
+        engine = wiring.make_fleet_engine(asked.on, asked.address, dist)
+        nodes = of_nodes(asked.on, asked.run, read_config().cache)
+        graph = foreseen(found, dist, tools)
+        with watching as changed:
+            return run_all(
+                found, graph, engine, tools,
+                dist=dist, outputs=outputs, options=nodes, cpus=asked.cpus, changed=changed,
+            )  # fmt: skip

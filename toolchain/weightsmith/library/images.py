@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from weightsmith.building import wiring
-from weightsmith.building.build import build as run_build
+from weightsmith.building import record, wiring
+from weightsmith.building.build import build as build_all
 from weightsmith.building.explain import forecast
 from weightsmith.building.progress import shown
 from weightsmith.building.request import BuildRequest
@@ -15,18 +16,25 @@ from weightsmith.commands.arguments import options_of, request_of, sources_of
 from weightsmith.commands.bake import bake_model
 from weightsmith.commands.images import copy_image, inspect_image, preview_copy
 from weightsmith.commands.rebase import rebase_image
+from weightsmith.commands.rebuild import recipe_of_image
+from weightsmith.commands.recipes import recipe_of
 from weightsmith.commands.requests import (
+    AnyRecipe,
     BakeCommand,
+    BuildCommand,
     InspectCommand,
+    PlanCommand,
     PushCommand,
     RebaseCommand,
+    RecipeCommand,
     VerifyCommand,
 )
 from weightsmith.commands.upload import hub_destination, push_to_hub
 from weightsmith.commands.verify import key_path, verify_image
+from weightsmith.core.errors import UsageError
 from weightsmith.core.ports import Progress, Silent
 from weightsmith.core.values import Digest, Json
-from weightsmith.library.arguments import AnyPath, AnyRecipe, Texts, path_of, recipe_of, texts_of
+from weightsmith.library.arguments import AnyPath, Texts, path_of, texts_of
 from weightsmith.library.results import Baked, Built, Pushed, Rebased, Verification
 from weightsmith.provenance.chain import Check
 from weightsmith.recipe.outputs import ImageNames
@@ -259,22 +267,45 @@ def plan(
     >>> [row["stage"] for row in foreseen["stages"]][:2]
     ['resolve', 'merge']
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        sign_key=sign_key,
-        cache=cache,
-        cache_from=cache_from,
+    request = request_of(
+        PlanCommand,
+        "plan",
+        recipe=path_of(recipe) if isinstance(recipe, str) else recipe,
+        targets=texts_of(targets),
+        settings=texts_of(set),
+        locked=locked,
+        update_lock=update_lock,
+        measure=measure,
+        dist=path_of(dist),
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            sign_key=sign_key,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    file = recipe_of(recipe, set)
-    wiring.keep_clean(sources_of(file), cache=cache)
-    wanted = chosen_targets(file, texts_of(targets))
-    with wiring.open_tools(run, Silent(), uploads=False) as tools:
-        folder = path_of(dist).absolute()
-        options = {"locked": locked, "update_lock": update_lock, "measure": measure}
-        return forecast(file, wanted, folder, tools, outputs=Outputs(), **options)
+    return run_plan(request)
+
+
+def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
+    """Return what a build would do, as `plan --json` prints it."""
+    _check_lock(asked)
+    file = recipe_of(asked)
+    targets = chosen_targets(file, asked.targets)
+    with wiring.open_for(asked, Silent(), *sources_of(file), uploads=False) as tools:
+        return forecast(
+            file,
+            targets,
+            asked.dist.absolute(),
+            tools,
+            outputs=_outputs(asked),
+            locked=asked.locked,
+            update_lock=asked.update_lock,
+            measure=asked.measure,
+        )
 
 
 def build(
@@ -311,30 +342,31 @@ def build(
     >>> built["llamacpp-q4_k_m"].scores["image"] >= built["llamacpp-q4_k_m"].scores["base"]
     True
     """
-    run = RunOptions(
-        runner=runner,
-        allow_network_in_jobs=allow_network_in_jobs,
-        memory=memory,
-        insecure=insecure,
-        sign_key=sign_key,
-        cache=cache,
-        cache_from=cache_from,
+    request = request_of(
+        BuildCommand,
+        "build",
+        recipe=path_of(recipe) if isinstance(recipe, str) else recipe,
+        targets=texts_of(targets),
+        settings=texts_of(set),
+        push=push,
+        load=load,
+        layout=path_of(layout) if layout else None,
+        force=force,
+        locked=locked,
+        update_lock=update_lock,
+        dist=path_of(dist),
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            sign_key=sign_key,
+            cache=cache,
+            cache_from=cache_from,
+        ),
     )
-    file = recipe_of(recipe, set)
-    place = path_of(layout).absolute() if layout else None
-    wiring.keep_clean(sources_of(file), dist=path_of(dist), layout=place or "", cache=cache)
-    wanted = chosen_targets(file, texts_of(targets), to_build=True)
-    with shown(progress) as shown_progress, wiring.open_tools(run, shown_progress) as tools:
-        request = BuildRequest(
-            file=file,
-            targets=wanted,
-            outputs=Outputs(load=load, layout=place, push=push, force=force, tag_digest=push),
-            dist=path_of(dist).absolute(),
-            engine_answers=tools.images_in_engine,
-            locked=locked,
-            update_lock=update_lock,
-        )
-        built = list(run_build(request, tools))
+    with shown(progress) as told:
+        built = run_build(request, told)
     return {
         one.target.name: Built(
             target=one.target.name,
@@ -347,10 +379,61 @@ def build(
             report=one.report,
             stages=one.stages,
             uploaded_bytes=one.published.uploaded_bytes,
-            warnings=tuple(shown_progress.warnings),
+            warnings=tuple(told.warnings),
         )
         for one in built
     }
+
+
+def run_build(asked: BuildCommand, progress: Progress) -> list[record.Built]:
+    """Build a recipe, or what an image says that it was built of."""
+    _check_lock(asked)
+    if asked.from_:
+        again = _recipe_again(asked, progress)
+        asked = replace(asked, recipe=again, base="", locked=not asked.base)
+    file = recipe_of(asked)
+    targets = chosen_targets(file, asked.targets, to_build=True)
+    with wiring.open_for(asked, progress, *sources_of(file)) as tools:
+        request = BuildRequest(
+            file=file,
+            targets=targets,
+            outputs=replace(_outputs(asked), tag_digest=asked.push),
+            dist=asked.dist.absolute(),
+            engine_answers=tools.images_in_engine,
+            locked=asked.locked,
+            update_lock=asked.update_lock,
+        )
+        return list(build_all(request, tools))
+
+
+def _outputs(asked: RecipeCommand) -> Outputs:
+    layout = asked.layout and asked.layout.absolute()
+    return Outputs(load=asked.load, layout=layout, push=asked.push, force=asked.force)
+
+
+def _check_lock(asked: BuildCommand | PlanCommand) -> None:
+    """Raise UsageError for flags that want the lock both kept and written again."""
+    from_ = isinstance(asked, BuildCommand) and bool(asked.from_)
+    if asked.update_lock and (asked.locked or from_):
+        raise UsageError(
+            f"--update-lock and {'--locked' if asked.locked else '--from'} exclude each other",
+            hint="give only one of them",
+        )
+    if isinstance(asked, BuildCommand) and asked.key and not from_:
+        raise UsageError(
+            "--key needs --from: it is the public key that the image's signature must match",
+            hint="--sign-key signs the images of this build",
+        )
+
+
+def _recipe_again(asked: BuildCommand, progress: Progress) -> Path:
+    """Return the recipe file of an image that was built before."""
+    wiring.keep_places_clean(asked)
+    key, dist = key_path(asked.key), asked.dist.absolute()
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        return recipe_of_image(
+            asked.from_, asked.base, key, dist, registry, progress, asked.settings
+        )
 
 
 def inspect(source: str, *, platform: str = "", insecure: bool = False) -> Mapping[str, Json]:
