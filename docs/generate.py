@@ -25,7 +25,7 @@ from weightsmith.merging.families import families
 from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.models.facts import ModelFacts
 from weightsmith.oci.limits import REGISTRIES
-from weightsmith.outside import bases
+from weightsmith.outside.docker_images import read_bases
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
     EXPERTS,
@@ -366,7 +366,7 @@ def _targets() -> Iterator[str]:
             f"{target.format.bits_per_weight:g} |"
         )
     yield "\n## Base images\n\n| purpose | image |\n|---|---|"
-    for purpose, base in sorted(bases.read_bases().items()):
+    for purpose, base in sorted(read_bases().items()):
         yield f"| {purpose} | `{base.reference}` |"
     yield (
         "\n## GPUs\n\nMemory is from the data sheet; usable is what a process sees on that GPU. "

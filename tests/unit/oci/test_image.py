@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from weightsmith.commands.images import describe
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Digest
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import Image, Order, assemble, load_image
-from weightsmith.oci.inspect import describe
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_layout, write_layout
 

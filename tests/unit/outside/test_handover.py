@@ -10,7 +10,7 @@ import pytest
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.files import _new_name
 from weightsmith.core.values import Digest
-from weightsmith.outside.bases import Base, base, read_bases
+from weightsmith.outside.docker_images import Base, base, read_bases
 from weightsmith.outside.ownership import is_dead, owner_token, private_folder
 from weightsmith.outside.permissions import owned_by, readable
 

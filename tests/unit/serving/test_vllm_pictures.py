@@ -2,7 +2,7 @@
 
 import pytest
 from weightsmith.core.errors import UsageError
-from weightsmith.serving.vllm_pictures import check_pictures
+from weightsmith.serving.vllm import check_pictures
 
 GEMMA, SMOL = "Gemma3ForConditionalGeneration", "SmolVLMForConditionalGeneration"
 NONE = {"limit-mm-per-prompt": {"image": 0, "video": 0}}

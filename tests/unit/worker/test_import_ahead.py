@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.quantizers.gguf import QUANTIZER
-from weightsmith.worker.ahead import import_ahead
+from weightsmith.worker.jobs import import_ahead
 
 
 def test_whoever_imports_a_module_meanwhile_waits_for_it(tmp_path: Path, monkeypatch) -> None:

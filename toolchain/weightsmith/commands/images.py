@@ -13,8 +13,7 @@ from weightsmith.core.ports import ContainerEngine, Progress, Signer
 from weightsmith.core.values import Blob, Digest, ImageLayer, Json, Published, plain
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import Attachment
-from weightsmith.oci.image import blob_of
-from weightsmith.oci.inspect import describe
+from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layout import is_layout
 from weightsmith.oci.locations import (
     ImageLocation,
@@ -356,3 +355,46 @@ def inspect_text(found: Mapping[str, Json]) -> str:
         for layer in found["layers"]
     ]
     return joined(lines)
+
+
+_SUMMARY = {
+    "User": "user",
+    "Env": "env",
+    "Entrypoint": "entrypoint",
+    "Cmd": "cmd",
+    "WorkingDir": "working_dir",
+    "ExposedPorts": "ports",
+    "Healthcheck": "healthcheck",
+}
+
+
+def describe(image: Image) -> dict[str, Json]:
+    """Return digest, platform, labels, annotations, layers and configuration as plain JSON.
+
+    Sizes are bytes as stored; only the manifest and the configuration are read.
+    """
+    layers = [
+        {
+            "digest": layer.digest,
+            "diff_id": layer.diff_id,
+            "size": layer.size,
+            "media_type": layer.media_type,
+            "file": layer.file,
+        }
+        for layer in image.layers
+    ]
+    config = {ours: image.config[key] for key, ours in _SUMMARY.items() if key in image.config}
+    if "ports" in config:
+        config["ports"] = sorted(config["ports"] or ())
+    return {
+        "digest": image.digest,
+        "config_digest": image.config_blob.digest,
+        "media_type": image.media_type,
+        "platform": image.platform,
+        "created": image.settings.get("created"),
+        "labels": dict(image.labels),
+        "annotations": dict(image.annotations),
+        "config": config,
+        "layers": layers,
+        "size": sum(layer.size for layer in image.layers),
+    }

@@ -26,7 +26,6 @@ from weightsmith.merging.families import families
 from weightsmith.merging.left_out import without_left_out
 from weightsmith.merging.loading import loaded_names, split_names
 from weightsmith.merging.names import BaseNames, plain_key
-from weightsmith.merging.origin import in_four_bits, other_family
 from weightsmith.merging.outputs import Output, OutputShard, Stored
 from weightsmith.merging.quantized.base import STALE, BaseView, base_view
 from weightsmith.merging.quantized.choice import simulates
@@ -347,3 +346,34 @@ def can_be_virtual(plan: MergePlan) -> bool:
         output.change is None and isinstance(output.source, Stored)
         for output in plan.outputs.values()
     )
+
+
+_FAMILIES = frozenset({"llama", "qwen", "gemma", "mistral", "mixtral"})
+"""Families with the same module names and, in small models, the same shapes.
+
+Families whose models often have another family's `model_type` (Falcon, Granite, DeepSeek) are
+omitted.
+"""
+
+
+def other_family(trained_on: str, config: Mapping[str, Any]) -> str:
+    """Return the base's `model_type` if the name `trained_on` contradicts it, else "".
+
+    `trained_on` is `base_model_name_or_path`, a hub name or a path; only its last part is used.
+    """
+    own = str(config.get("model_type", ""))
+    named = _families(_last(trained_on))
+    return own if named and _families(own) and not named & _families(own) else ""
+
+
+def in_four_bits(trained_on: str) -> bool:
+    """Return whether a name is that of a checkpoint in bitsandbytes' 4 bits."""
+    return "bnb-4bit" in _last(trained_on).lower()
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+
+
+def _families(name: str) -> frozenset[str]:
+    return frozenset(family for family in _FAMILIES if family in name.lower())

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.ports import Progress
 from weightsmith.core.resources import builder_pins, compiled_engines, containerfile, images
-from weightsmith.core.values import key_of
+from weightsmith.core.values import Digest, key_of
 from weightsmith.outside import process
-from weightsmith.outside.bases import base
 from weightsmith.outside.docker_requests import build_command
 from weightsmith.outside.downloading import persistently
 from weightsmith.outside.environment import Pins
 from weightsmith.outside.pip_settings import PipSettings
 from weightsmith.outside.toolset import toolset_folder
-from weightsmith.outside.wheels import configured_wheels, pick_wheels
 from weightsmith.outside.worker_protocol import open_log
 
 _STEP = re.compile(r"#\d+ \[[^\]]*?(\d+)/(\d+)\] ")
@@ -140,3 +140,93 @@ def _environment(host: str) -> dict[str, str]:
     return process.scrubbed(
         {"DOCKER_HOST": host}, network=True, prefixes=("DOCKER_", "BUILDX_", "BUILDKIT_", "XDG_")
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """An upstream image: its tag, and its digest per platform if pinned."""
+
+    reference: str
+    digests: Mapping[str, Digest | None]
+    """Platform (`linux/amd64`) -> digest; None if not pinned."""
+
+    def pinned(self, platform: str) -> str:
+        """Return the reference by digest if the lock has one for the platform, else by tag."""
+        digest = self.digests.get(platform)
+        return f"{self.reference}@{digest}" if digest else self.reference
+
+
+def read_bases(path: Path | None = None) -> dict[str, Base]:
+    """Return all bases in the lock file by purpose; raises UsageError if it is damaged."""
+    file = images() / "bases.lock" if path is None else path
+    try:
+        entries = json.loads(file.read_text("utf-8"))
+        return {purpose: _base(purpose, entry) for purpose, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UsageError(
+            f"{file} cannot be read: {problem}", hint="restore it from version control"
+        ) from problem
+
+
+def base(purpose: str) -> Base:
+    """Return the base for a purpose such as `builder-cpu`; raises UsageError if unknown."""
+    bases = read_bases()
+    if purpose not in bases:
+        raise UsageError(
+            f"no base image for {purpose!r} in images/bases.lock",
+            hint=f"it has {', '.join(sorted(bases))}",
+        )
+    return bases[purpose]
+
+
+def _base(purpose: str, entry: Mapping[str, object]) -> Base:
+    digests = entry["digests"]
+    if not isinstance(digests, dict):
+        raise TypeError(f"the digests of {purpose} are not an object")
+    return Base(
+        reference=str(entry["reference"]),
+        digests={str(k): Digest(v) if v else None for k, v in sorted(digests.items())},
+    )
+
+
+_PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;\\]+)")
+
+
+def configured_wheels() -> tuple[Path, ...]:
+    """Return the local folders in pip's `find-links` configuration."""
+    links = [link for value in PipSettings().every("find-links") for link in value.split()]
+    folders = [Path(link.removeprefix("file://")) for link in links]
+    return tuple(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+
+
+def pick_wheels(folders: Iterable[Path], pins: Pins, target: Path) -> bool:
+    """Put the builder's pinned wheels from the folders into `target`; say whether there were any.
+
+    Only those: a folder of wheels may have many gigabytes, and all of it would be sent.
+    """
+    files = [file for file in (pins.light, pins.torch) if file is not None]
+    wanted = {
+        (_normal(name), version)
+        for file in files
+        for name, version in _PIN.findall(file.read_text("utf-8"))
+    }
+    found = False
+    for wheel in (wheel for folder in folders for wheel in sorted(folder.glob("*.whl"))):
+        name, version = wheel.name.split("-")[:2]
+        # A pin without a local part such as `+cpu` matches every build of the version.
+        names = {(_normal(name), version), (_normal(name), version.partition("+")[0])}
+        if names & wanted and not (target / wheel.name).exists():
+            _place(wheel, target / wheel.name)
+            found = True
+    return found
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _place(wheel: Path, target: Path) -> None:
+    try:
+        os.link(wheel, target)
+    except OSError:
+        shutil.copyfile(wheel, target)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import threading
 import time
@@ -28,7 +29,6 @@ from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import below, discard, give, remove
 from weightsmith.core.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 from weightsmith.core.waiting import kept_by_programs, take
-from weightsmith.outside.open_files import allow_more
 
 _WORTH_REMEMBERING = 256 << 10
 """Bytes below which hashing a file again is cheaper than caching its digest."""
@@ -365,3 +365,15 @@ def _children(folder: Path) -> list[Path]:
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def allow_more(opened: int) -> None:
+    """Raise this process's limit as far as it may once half of it is taken.
+
+    `opened` is the latest descriptor. Most systems let a program open 1024 files unless it asks
+    for more, since `select` knows no more; nothing here uses it.
+    """
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if now < most and opened >= now // 2:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

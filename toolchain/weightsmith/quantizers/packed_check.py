@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Json
-from weightsmith.models.facts import read_facts
+from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.checkpoints import LINEAR
-from weightsmith.quantizers.expected import expected
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.packed import FLOAT4, PARTS, Layout, PackedView, view_of
 from weightsmith.quantizers.unquantized import is_kept
@@ -353,3 +352,36 @@ def _check_size(bits: float, view: PackedView, source: CheckpointTensors, expect
             f"checkpoint has {source.size} bytes, the result {view.tensors.size}",
             hint=_HINT,
         )
+
+
+_LAYER = re.compile(r"(?P<above>.*?)\blayers\.(?P<number>\d+)\.(?P<within>.+)")
+_TOWERS = ("vision", "visual", "audio", "encoder", "mtp", "projector")
+"""Parts of the names of what is not the language model."""
+_STAYS = re.compile(
+    r"(.*\.)?("
+    r"gate|gate\.wg|router|router\.(layer|proj)|shared_expert_gate"  # of experts
+    r"|q_a_proj|kv_a_proj_with_mqa|kv_b_proj"  # latent attention; vLLM absorbs the last
+    r"|in_proj_(a|b|ba|qkv|qkvz|z)|conv1d|conv\.conv"  # of states
+    r"|per_layer_input_gate|per_layer_projection"
+    r")\.weight"
+)
+_ONLY_EXPERTS = frozenset({"GptOssForCausalLM"})
+
+
+def expected(source: CheckpointTensors, model: ModelFacts) -> frozenset[str]:
+    """Return the tensors of a 16-bit checkpoint that a quantizer without `keep` quantizes."""
+    return frozenset(name for name in source.names if _is_expected(source, name, model))
+
+
+def _is_expected(source: CheckpointTensors, name: str, model: ModelFacts) -> bool:
+    layer = _LAYER.fullmatch(name)
+    if layer is None or any(part in layer["above"] for part in _TOWERS):
+        return False
+    if model.layers and int(layer["number"]) >= model.layers:
+        return False  # predicts further tokens
+    within, axes = layer["within"], len(source.info(name).shape)
+    if model.architecture in _ONLY_EXPERTS and "experts." not in within:
+        return False
+    matrix = axes == 2 and within.endswith(".weight")
+    stack = axes == 3 and not within.endswith("conv.weight")
+    return (matrix or stack) and not _STAYS.fullmatch(within)

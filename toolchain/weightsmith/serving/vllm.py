@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import Format, Json
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
-from weightsmith.serving.devices import CPU, is_cpu
+from weightsmith.serving.devices import AMX, CPU, is_cpu
 from weightsmith.serving.engine import (
     Engine,
     EngineBase,
+    ExpertKernel,
     ServedModel,
     ServeOptions,
     Support,
@@ -28,9 +29,56 @@ from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import DRAIN_SECONDS, ServingPlan
 from weightsmith.serving.tiles import check_blocks
-from weightsmith.serving.vllm_amx import FP8_BLOCK, INT4, INT8, without_float16
 from weightsmith.serving.vllm_packing import check_packing
-from weightsmith.serving.vllm_pictures import check_pictures
+
+_SOFTMAX = frozenset({
+    "DeepseekV2ForCausalLM", "GraniteMoeForCausalLM", "GraniteMoeHybridForCausalLM",
+    "GraniteMoeSharedForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM", "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "Qwen3VLMoeForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration",
+})  # fmt: skip
+"""Models that choose experts by a softmax, without a bias: RoutingMethodType.Default and
+RenormalizeNaive (layers/fused_moe/config.py, get_routing_method_type)."""
+_GROUPED = frozenset({
+    "DeepseekV3ForCausalLM", "ExaoneMoeForCausalLM", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM",
+})  # fmt: skip
+"""By a sigmoid with a bias, in groups: RoutingMethodType.DeepSeekV3."""
+
+# Of other hidden sizes, check_moe_marlin_supports_config leaves AWQ and GPTQ to MoeWNA16Config,
+# whose weights the kernel does not take (oracle/int_wna16.py, _process_weights_cpu). Group sizes
+# divide all rows anyway.
+INT4 = ExpertKernel(name="CPUExpertsInt4", architectures=_SOFTMAX, hidden=128)
+INT8 = ExpertKernel(name="CPUExpertsInt8", architectures=_SOFTMAX, hidden=32, width=32)
+# Whole blocks: validate_fp8_block_shape_moe. Hidden sizes: convert_weight_packed.
+FP8_BLOCK = ExpertKernel(
+    name="CPUExpertsFp8", architectures=_SOFTMAX | _GROUPED, hidden=32, width=128
+)
+
+_BFLOAT16 = frozenset({"fp8-block", "w8a8"})
+"""Formats whose kernels end the server at its first float16 token: `scalar path not implemented` in
+csrc/cpu/sgl-kernels/gemm_int8.cpp, moe_int8.cpp and gemm_fp8.cpp."""
+
+
+def without_float16(
+    format_: Format, device: str, own: str, options: ServeOptions
+) -> tuple[ServeOptions, tuple[str, ...]]:
+    """Return options that serve a format in bfloat16 where its kernels have no float16, and why.
+
+    That is for every CPU, because one that an image for any CPU starts on may have AMX. `own` is
+    the checkpoint's type. Raises UsageError if the options want float16 on a CPU with AMX.
+    """
+    if not is_cpu(device) or format_.name not in _BFLOAT16:
+        return options, ()
+    if options.dtype == "float16" and device == AMX:
+        raise UsageError(
+            f"{format_.name} weights: vLLM has no kernel for float16 on {AMX}",
+            hint="set serve.dtype=bfloat16, or leave it out",
+        )
+    if options.dtype or own != "float16":
+        return options, ()
+    note = f"{format_.name} weights are served in bfloat16: on CPUs with AMX, vLLM has no float16"
+    return replace(options, dtype="bfloat16"), (note,)
+
 
 GPU_IMAGE = "docker.io/vllm/vllm-openai:v0.33.0"
 """Upstream's CUDA 13 build; images/bases.lock has its digest."""
@@ -406,3 +454,41 @@ ENGINE = Engine(
     support=_SUPPORT,
     support_versions=_VERSIONS,
 )
+
+
+_BOTH_WAYS = frozenset({"Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration"})
+"""Whose tokens of a picture see each other (MM_PREFIX_LM_MODELS in transformers_utils)."""
+_LACKING = {"SmolVLMForConditionalGeneration": "num2words"}
+"""Architecture -> the package that its processor needs, and the engine for CPUs lacks."""
+
+_UNPLANNED = (
+    "the server reads pictures; what preparing and encoding one takes is not in this plan, so leave"
+    " memory for it"
+)
+
+
+def check_pictures(architecture: str, extra: Mapping[str, Json], *, on_cpu: bool) -> list[str]:
+    """Return notes on the pictures that a model with a vision tower is served with.
+
+    Raises UsageError for a model whose server would not start on a CPU, unless `extra` turns
+    pictures off.
+    """
+    limit = extra.get("limit-mm-per-prompt")
+    if isinstance(limit, Mapping) and limit.get("image") == 0:
+        return []
+    lacking = _LACKING.get(architecture, "") if on_cpu else ""
+    if lacking:
+        raise UsageError(
+            f"vLLM's engine for CPUs cannot start {architecture}: its pictures need the package"
+            f" {lacking}, which the engine does not have",
+            hint="choose a llamacpp target, a GPU, or text alone: serve.extra.limit-mm-per-prompt"
+            ' as {"image": 0, "video": 0}',
+        )
+    notes = [_UNPLANNED]
+    if on_cpu and architecture in _BOTH_WAYS:
+        # v1/attention/backends/cpu_attn.py has no ranges of tokens that see each other.
+        notes.append(
+            f"on a CPU, vLLM reads the pictures of {architecture} in one direction, not in both as"
+            " it was trained, so answers about them can be worse than on a GPU"
+        )
+    return notes

@@ -13,7 +13,7 @@ _COPIES = 3
 """Of a layer in float32 that is calibrated: itself, as it was, and a group of its matrices."""
 _SQUARES = 12
 """Float32 numbers per pair of inputs while errors are compensated: two Gram matrices, and five in
-float64 (`quantizers/layerwise/compensating.py`)."""
+float64 (`quantizers/layerwise/quantizing.py`)."""
 
 
 def calibration_memory(model: ModelFacts, size: int, texts: Texts, *, compensated: bool) -> int:

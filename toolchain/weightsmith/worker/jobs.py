@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import shutil
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -39,13 +42,57 @@ from weightsmith.core.jobs import (
 from weightsmith.core.trees import discard
 from weightsmith.core.values import Format, Json, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
-from weightsmith.worker.ahead import import_ahead
 from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
-from weightsmith.worker.converting import convert_adapters, tools_folder
 from weightsmith.worker.steps import forget_steps, run_steps
 from weightsmith.worker.virtual import computed, described
 from weightsmith.worker.wire import Report, note
+
+
+def tools_folder() -> Path:
+    """Return the folder of the builder's own programs."""
+    return Path(os.environ.get("WEIGHTSMITH_TOOLS_LLAMACPP", "/opt/llamacpp"))
+
+
+def convert_adapters(job: ConvertAdaptersJob, report: Report) -> Mapping[str, Json]:
+    """Convert adapters in one process, and read them back; return `tensors` by folder.
+
+    What an interrupted run has converted is not converted again. Raises InputRefused or CheckFailed
+    with the adapter's path.
+    """
+    gguf_lora: Any = importlib.import_module("weightsmith.quantizers.gguf_lora")
+    adapters = dict(zip(job.folders, (given.path for given in job.adapters), strict=True))
+    links = job.output / ".links"
+    left: dict[Path, Path] = {}
+    for folder, adapter in adapters.items():
+        file = job.output / folder / gguf_lora.FILE
+        if not file.is_file():
+            left[_link(links / folder, adapter)] = file
+    forget_steps(job.output)  # those of another run had other adapters left
+    made = gguf_lora.steps(job.base.path, left, job.output, tools_folder(), sys.executable)
+    run_steps(made, job.output, report)
+    discard(links)
+    forget_steps(job.output)
+    found = {}
+    for folder, adapter in adapters.items():
+        try:
+            found[folder] = gguf_lora.check(adapter, job.output / folder / gguf_lora.FILE)
+        except CheckFailed:
+            discard(job.output / folder)
+            raise
+    return {"tensors": found}
+
+
+def _link(folder: Path, adapter: Path) -> Path:
+    """Return a link to an adapter that has the same name for each.
+
+    The converter writes the name into the file, so the bytes would depend on the adapter's place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "adapter"
+    link.unlink(missing_ok=True)
+    link.symlink_to(adapter)
+    return link
 
 
 def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
@@ -282,3 +329,15 @@ LIBRARIES: Mapping[str, tuple[str, ...]] = {
     LayerTimeJob.kind: (),
 }
 """Kinds of jobs that run models -> what they need beside torch and transformers."""
+
+
+def import_ahead(names: Sequence[str]) -> None:
+    """Begin to import modules; whoever imports one meanwhile waits for it, and gets its errors."""
+    if names:
+        threading.Thread(target=_import, args=(names,), daemon=True, name="imports").start()
+
+
+def _import(names: Sequence[str]) -> None:
+    with suppress(Exception):  # raised again where the module is needed
+        for name in names:
+            importlib.import_module(name)

@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,11 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from weightsmith.core.cpus import AVX2_LOOPS, has_avx2
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.kernels import quants
-from weightsmith.core.safe_parse import read_json
+from weightsmith.core.safe_parse import parse, read_json
+from weightsmith.forward.libraries import import_models, load_torch_beside_transformers
 from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.outside import process
+from weightsmith.outside.forked import forked
 from weightsmith.outside.hardware import cores
 from weightsmith.quantizers.convert import run
 from weightsmith.quantizers.gguf_header import Entry, read_header
@@ -44,11 +48,11 @@ from weightsmith.quantizers.gguf_pass import (
     write_files,
 )
 from weightsmith.quantizers.gguf_rows import Place, Read
-from weightsmith.quantizers.gguf_settings import PassFile, PassSettings
+from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.quantizers.running import refusal
+from weightsmith.quantizers.running import progress_line, refusal
+from weightsmith.worker.calibrating import importance
 from weightsmith.worker.virtual import computed_for_program
-from weightsmith.worker.walking import walking
 
 
 def main() -> None:
@@ -304,3 +308,33 @@ def _take(info: Any) -> Any:
 if __name__ == "__main__":
     main()
     end()
+
+
+@contextmanager
+def walking(walk: Walk | None) -> Iterator[Callable[[], object]]:
+    """Measure importance while the block runs; yield a function that waits for the file.
+
+    The file that an interrupted run has finished is taken.
+    """
+    if walk is None or Path(walk.out).is_file():
+        yield lambda: None
+        return
+    load_torch_beside_transformers()
+    import_models()
+    with forked(partial(_measure, walk), "measuring importance") as copy:
+        yield copy.join
+
+
+def _measure(walk: Walk) -> None:
+    gc.freeze()
+    gc.enable()
+    if has_avx2():
+        os.environ.update(AVX2_LOOPS)
+    rows = [parse(line) for line in Path(walk.texts).read_text("utf-8").splitlines()]
+    with computed_for_program(compared=False):
+        importance(Path(walk.model), rows, Path(walk.out), _tell)
+
+
+def _tell(done: int, total: int, unit: str) -> None:
+    # In one call: the program that starts meanwhile writes to the same place.
+    os.write(1, f"{progress_line(done, total, unit)}\n".encode())

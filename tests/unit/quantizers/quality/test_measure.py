@@ -23,7 +23,7 @@ from transformers import (
 from weightsmith.core.errors import CheckFailed, InputRefused, Unmeasurable
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats
-from weightsmith.quantizers.quality.faults import ROUNDING
+from weightsmith.quantizers.quality.dequantized import ROUNDING
 from weightsmith.quantizers.quality.limits import limits_for
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.quality.result import Quality

@@ -5,10 +5,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from weightsmith.commands import bench as load
+from weightsmith.commands.bench import Sample, load_test, measure, percentile, summary
 from weightsmith.core.ports import Silent
-from weightsmith.evaluating import load
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.load import Sample, load_test, measure, percentile, summary
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 
