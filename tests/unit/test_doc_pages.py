@@ -1,5 +1,6 @@
 """The pages fit together: links lead somewhere, lists are whole, every promise has its test."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from weightsmith.core import errors
 
 from tests.unit.test_docs import PAGES, ROOT, listed
 
+PACKAGE = ROOT / "toolchain/weightsmith"
 LINKING = [*PAGES, "CHANGELOG.md"]
 VARIABLE = r"WEIGHTSMITH_[A-Z_]*[A-Z](?![A-Z_])"
 """The name of one of our variables, and not the beginning of several."""
@@ -57,14 +59,36 @@ def test_the_readme_names_targets_that_are_there() -> None:
 
 
 def test_where_things_are() -> None:
-    """Names after a row's first are of files beside it."""
+    """The table names every room, and files in them."""
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     rows = rows_of(page.partition("## Where things are\n")[2].partition("\n## ")[0])
-    for first, *others in (re.findall(r"`([^`]+)`", row.split("|")[1]) for row in rows[1:]):
-        assert (ROOT / first).exists(), first
-        for name in others:
-            beside = (ROOT / first).parent / name
-            assert beside.exists() or (ROOT / name).exists(), name
+    named = []
+    for row in rows[1:]:
+        first, holds = row.replace("\\|", ",").strip("| ").split("|")
+        rooms = re.findall(r"`(\w+)`", first)
+        for file in re.findall(r"`(\w+\.py)`", holds):
+            assert any((PACKAGE / room / file).is_file() for room in rooms), file
+        named += rooms
+    assert sorted(named) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_contributing_names_files_that_are_there() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for name in re.findall(r"`([\w./]+/[\w./]*)`", page):
+        if "NAME" not in name:
+            assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("room", sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py")))
+def test_each_room_says_what_it_may_import_and_where_to_begin(room: str) -> None:
+    text = (PACKAGE / room / "__init__.py").read_text("utf-8")
+    said = " ".join((ast.get_docstring(ast.parse(text)) or "").split())
+
+    assert re.search(r"may import", said)
+    begin = re.search(r"Begin with ([^.]*?[\w/]+\.py)", said)
+    assert begin
+    for name in re.findall(r"[\w/]+\.py", said):
+        assert (PACKAGE / room / name).is_file() or (PACKAGE / name).is_file(), name
 
 
 def test_contributing_lists_every_marker() -> None:

@@ -1,4 +1,8 @@
-"""The command line: parse, call, print. No decisions."""
+"""The command line: parse, call, print; it decides nothing.
+
+It may import every room but `worker`, which runs in builders. Begin with command.py, which makes
+a function a command; sections.py makes flags of fields.
+"""
 
 import os
 import sys

@@ -1,1 +1,4 @@
-"""Checkpoint files: strict readers, safe folder scans, GGUF import."""
+"""Model files: strict readers, the facts of a configuration, and folders scanned safely.
+
+It may import `core` and its siblings. Begin with facts.py and safetensors.py.
+"""

@@ -1,1 +1,5 @@
-"""Names, versions and statements about what was made from what."""
+"""Names, labels, statements, bills of materials and signatures: what was made from what.
+
+It may import `evaluating` and the rooms below. Begin with materials.py, which all evidence
+is made of; chain.py checks it.
+"""

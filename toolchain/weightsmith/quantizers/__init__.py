@@ -1,4 +1,8 @@
-"""Quantizers: the formats, and the commands that produce them."""
+"""Quantizers: the formats, the commands that make them, and how much each format loses.
+
+It may import `forward`, `models`, `oci`, `recipe` and `core`. Begin with quantizer.py: a quantizer
+is one frozen value in a file of this folder; quality/ has the gate.
+"""
 
 from __future__ import annotations
 

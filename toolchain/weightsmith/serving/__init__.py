@@ -1,4 +1,8 @@
-"""Serving engines: what they load, how they are planned, started and asked."""
+"""Serving engines: what they load, how they are planned, started and asked.
+
+It may import `forward`, `models`, `oci`, `recipe` and `core`. Begin with engine.py: an engine is
+one frozen value in a file of this folder; plan.py is what is planned for it.
+"""
 
 from __future__ import annotations
 
