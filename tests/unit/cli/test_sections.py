@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import pytest
 from invoke.collection import Collection
+from pydantic import Field
 from weightsmith.cli.command import command
 from weightsmith.cli.program import Weightsmith
 from weightsmith.cli.sections import Flags
@@ -19,6 +20,7 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Runner
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.recipe.schema import Quantize, Recipe, Serve
+from weightsmith.recipe.section import Flag, Part
 from weightsmith.stages.merge import inputs, merge
 from weightsmith.steps.destinations import InStore
 
@@ -160,3 +162,50 @@ def test_a_flag_goes_before_the_recipe_even_with_the_default() -> None:
     _, options = run(flags, "--gpu-count", "1", "--max-model-len", "auto")
 
     assert given("serve", options) == ["serve.gpu_count=1", 'serve.max_model_len="auto"']
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A command's request: flags of its own, and some of a section."""
+
+    source: Annotated[str, Flag(positional=True), "where from"]
+    out: Annotated[Path, "where to"]
+    spare: Annotated[Path | None, Flag(needed=lambda given: "times" in given), "where else"] = None
+    times: Annotated[int, Field(ge=1), "how often"] = 2
+    names: Annotated[tuple[str, ...], Flag("name"), "who"] = ()
+    folder: Annotated[Path, "where"] = Path("dist")
+    loud: Annotated[bool, "how"] = True
+    options: Annotated[Merge, Part(only=("seed", "method"))]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ((), {}),
+        (("--name", "a", "--name", "b", "--no-loud"), {"names": ("a", "b"), "loud": False}),
+        (("--times", "3", "--spare", "s"), {"times": 3, "spare": Path("s")}),
+        (("--seed", "7"), {"options": Merge(seed=7)}),
+    ],
+)
+def test_a_request_is_read_with_its_parts(words: tuple[str, ...], wanted: dict[str, Any]) -> None:
+    code, asked = run(Flags(section=Asked), "here", "--out", "there", *words)
+
+    plain = {"source": "here", "out": Path("there"), "options": Merge()}
+    assert (code, asked) == (0, Asked(**{**plain, **wanted}))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "missing: --out"),
+        (("--times", "3"), "missing: --out, --spare"),
+        (("--out", "", "--folder", ""), "missing: --out, --folder"),
+        (("--out", "o", "--spare", "s", "--times", "0"), "--times 0: input should be greater"),
+        (("--out", "o", "--spare", "s", "--times", "x"), "--times x: expected a whole number"),
+    ],
+)
+def test_what_a_request_lacks_is_said_at_once(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(Flags(section=Asked), "here", *words, "--json") == (2, None)
+    assert json.loads(capsys.readouterr().out)["error"]["message"].startswith(said)

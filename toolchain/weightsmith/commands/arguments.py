@@ -49,13 +49,11 @@ def options_of(
 
 
 def request_of(
-    request: Callable[_Keys, _Section], where: str, /, *_: _Keys.args, **given: _Keys.kwargs
+    command: Callable[_Keys, _Section], /, *_: _Keys.args, **given: _Keys.kwargs
 ) -> _Section:
-    """Return a command's request of a function's arguments, checked as flags are.
-
-    Raises UsageError.
-    """
-    return validated(cast("type[_Section]", request), given, where)
+    """Return what a command is asked, checked as its flags are; raises UsageError."""
+    request = cast("type[_Section]", command)
+    return validated(request, given, request.__name__.removesuffix("Command").lower())
 
 
 def sources_of(file: RecipeFile) -> list[Path]:

@@ -7,7 +7,7 @@ and help are written only here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -22,6 +22,8 @@ from weightsmith.recipe.schema import Quantize, Recipe, Scoring, Serve
 from weightsmith.recipe.section import Flag, Part, Place
 
 READ, WRITTEN = Place.READ, Place.WRITTEN
+_RUN, _MERGE, _QUANTIZE, _SCORING = RunOptions(), Merge(), Quantize(), Scoring()
+_SERVE, _IMAGE_NAMES = Serve(), ImageNames()
 
 Jobs: TypeAlias = Annotated[RunOptions, Part(without=("sign_key",))]
 """How a command runs that starts jobs and publishes nothing."""
@@ -129,13 +131,13 @@ class MergeCommand(Weighted):
     out: Annotated[
         Path | None, WRITTEN, Flag(needed=lambda given: "keep_adapter" not in given), _OUT
     ] = None
-    options: Annotated[Merge, Part()] = field(default_factory=Merge)
+    options: Annotated[Merge, Part()] = _MERGE
     keep_adapter: Annotated[
         Path | None,
         WRITTEN,
         "folder to write the combined adapter to; without --out, nothing is merged",
     ] = None
-    run: Jobs = field(default_factory=RunOptions)
+    run: Jobs = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,13 +146,11 @@ class ValidateCommand(Weighted):
 
     adapters: Annotated[tuple[Path, ...], READ, Flag("adapter"), _ADAPTER]
     merged: Annotated[Path, READ, "merged checkpoint folder"]
-    options: Annotated[Merge, Part(without=("seed", "dtype", "precision"))] = field(
-        default_factory=Merge
-    )
+    options: Annotated[Merge, Part(without=("seed", "dtype", "precision"))] = _MERGE
     probes: Annotated[Path | None, "JSON Lines of chats to probe with; default: built-in ones"] = (
         None
     )
-    run: Jobs = field(default_factory=RunOptions)
+    run: Jobs = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,9 +164,9 @@ class QuantizeCommand:
         Path | None,
         "calibration text as JSON Lines; part of it is held out for the quality gate",
     ] = None
-    settings: Annotated[Quantize, Part()] = field(default_factory=Quantize)
+    settings: Annotated[Quantize, Part()] = _QUANTIZE
     gate: Annotated[bool, "fail for a loss over the limits; --no-gate only reports it"] = True
-    run: Jobs = field(default_factory=RunOptions)
+    run: Jobs = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,7 @@ class RenderCommand:
     target: Annotated[str, _TARGET]
     out: Annotated[Path, WRITTEN, "folder for the files; files of the same names are replaced"]
     name: Annotated[str, "the model's name; default: its folder's name"] = ""
-    serve: Annotated[Serve, Part(only=SERVED)] = field(default_factory=Serve)
+    serve: Annotated[Serve, Part(only=SERVED)] = _SERVE
     settings: Annotated[
         tuple[str, ...], Flag("set"), "set a key of the recipe's serve: serve.KEY=VALUE"
     ] = ()
@@ -192,7 +192,7 @@ class BakeCommand:
     config: Annotated[Path | None, READ, "folder that `render` wrote"] = None
     name: Annotated[str, "the model's name; default: its file's name"] = ""
     image: Annotated[ImageNames, Part(only=("base", "platforms", "order", "max_layer_size"))] = (
-        field(default_factory=ImageNames)
+        _IMAGE_NAMES
     )
     kind: Annotated[
         str,
@@ -202,7 +202,7 @@ class BakeCommand:
     load: Annotated[str, "load the image into the container engine under this name"] = ""
     layout: Layout = None
     force: Force = False
-    run: Annotated[RunOptions, Part()] = field(default_factory=RunOptions)
+    run: Annotated[RunOptions, Part()] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,9 +226,7 @@ class PushCommand:
     dry_run: Annotated[bool, "show what would be sent, and of a hub the card; change nothing"] = (
         False
     )
-    run: Annotated[RunOptions, Part(only=("insecure", "sign_key"))] = field(
-        default_factory=RunOptions
-    )
+    run: Annotated[RunOptions, Part(only=("insecure", "sign_key"))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,9 +244,7 @@ class RebaseCommand:
         bool, "start the new image once if a container engine is running; --no-smoke skips this"
     ] = True
     force: Force = False
-    run: Annotated[RunOptions, Part(without=("runner", "allow_network_in_jobs", "memory"))] = field(
-        default_factory=RunOptions
-    )
+    run: Annotated[RunOptions, Part(without=("runner", "allow_network_in_jobs", "memory"))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +255,7 @@ class InspectCommand:
     platform: Annotated[
         str, "platform of an index to show, such as linux/amd64; default: this machine's"
     ] = ""
-    run: Annotated[RunOptions, Part(only=("insecure",))] = field(default_factory=RunOptions)
+    run: Annotated[RunOptions, Part(only=("insecure",))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +264,7 @@ class VerifyCommand:
 
     source: Annotated[str, Flag(positional=True), _SOURCE]
     key: Annotated[str, _KEY] = ""
-    run: Annotated[RunOptions, Part(only=("insecure",))] = field(default_factory=RunOptions)
+    run: Annotated[RunOptions, Part(only=("insecure",))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,9 +276,7 @@ class EvaluateCommand:
         Flag(needed=lambda given: "tasks" not in given),
         "questions as JSON Lines: prompt or messages, and expected",
     ] = None
-    scoring: Annotated[Scoring, Part(without=("max_drop", "require"))] = field(
-        default_factory=Scoring
-    )
+    scoring: Annotated[Scoring, Part(without=("max_drop", "require"))] = _SCORING
     image: Annotated[str, READ, _IMAGE] = ""
     url: Annotated[str, _URL] = ""
     model: Annotated[Path | None, READ, "checkpoint folder to load"] = None
@@ -318,7 +312,7 @@ class EvaluateCommand:
         "file that keeps a server's answers: a run with the same file asks only the others. For "
         "another model, give another file",
     ] = None
-    run: Jobs = field(default_factory=RunOptions)
+    run: Jobs = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -338,9 +332,7 @@ class BenchCommand:
     data: Annotated[Path | None, "JSON Lines as for `evaluate`; default: built-in questions"] = None
     timeout: Seconds = 120.0
     out: Annotated[Path | None, "folder of a build, whose report gets the result"] = None
-    run: Annotated[RunOptions, Part(only=("runner", "insecure", "cache", "cache_from"))] = field(
-        default_factory=RunOptions
-    )
+    run: Annotated[RunOptions, Part(only=("runner", "insecure", "cache", "cache_from"))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,19 +346,19 @@ class RecipeCommand:
     layout: Layout = None
     base: Annotated[str, READ, _BASE] = ""
     adapters: Annotated[tuple[str, ...], READ, Flag("adapter"), _ADAPTER] = ()
-    serve: Annotated[Serve, Part(only=SERVED, over_recipe=True)] = field(default_factory=Serve)
+    serve: Annotated[Serve, Part(only=SERVED, over_recipe=True)] = _SERVE
     settings: Annotated[tuple[str, ...], Flag("set"), "set a recipe key: key.path=value"] = ()
     kinds: Annotated[tuple[str, ...], Flag("kind"), _KIND] = ()
     quantize: Annotated[
         Quantize, Part(only=("allow_low_bits", "allow_text_only"), over_recipe=True)
-    ] = field(default_factory=Quantize)
+    ] = _QUANTIZE
     force: Force = False
     locked: Annotated[bool, "refuse sources that differ from the lock file next to the recipe"] = (
         False
     )
     update_lock: UpdateLock = False
     dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
-    run: Annotated[RunOptions, Part()] = field(default_factory=RunOptions)
+    run: Annotated[RunOptions, Part()] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,7 +419,7 @@ class FleetCommand:
     force: Force = False
     update_lock: UpdateLock = False
     dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
-    run: Annotated[RunOptions, Part()] = field(default_factory=RunOptions)
+    run: Annotated[RunOptions, Part()] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -446,4 +438,4 @@ class CacheCommand:
         "recently goes first, in a registry or in S3 what was written first",
     ] = ""
     sign_key: Annotated[str, "for push: private key to sign results with"] = ""
-    run: Annotated[RunOptions, Part(only=("insecure",))] = field(default_factory=RunOptions)
+    run: Annotated[RunOptions, Part(only=("insecure",))] = _RUN

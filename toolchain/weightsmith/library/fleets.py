@@ -74,7 +74,6 @@ def fleet(
     """
     request = request_of(
         FleetCommand,
-        "fleet",
         file=file if isinstance(file, Mapping) else path_of(file),
         on=on,
         address=address,

@@ -83,7 +83,6 @@ def bake(
     """
     request = request_of(
         BakeCommand,
-        "bake",
         model=path_of(model),
         target=target,
         config=path_of(config) if config else None,
@@ -150,7 +149,6 @@ def push(
     """
     request = request_of(
         PushCommand,
-        "push",
         source=str(path_of(source)),
         to=to,
         force=force,
@@ -215,7 +213,6 @@ def rebase(
     """
     request = request_of(
         RebaseCommand,
-        "rebase",
         source=source,
         onto=onto,
         to=to,
@@ -269,7 +266,6 @@ def plan(
     """
     request = request_of(
         PlanCommand,
-        "plan",
         recipe=path_of(recipe) if isinstance(recipe, str) else recipe,
         targets=texts_of(targets),
         settings=texts_of(set),
@@ -344,7 +340,6 @@ def build(
     """
     request = request_of(
         BuildCommand,
-        "build",
         recipe=path_of(recipe) if isinstance(recipe, str) else recipe,
         targets=texts_of(targets),
         settings=texts_of(set),
@@ -448,7 +443,7 @@ def inspect(source: str, *, platform: str = "", insecure: bool = False) -> Mappi
     True
     """
     run = RunOptions(insecure=insecure)
-    request = request_of(InspectCommand, "inspect", source=source, platform=platform, run=run)
+    request = request_of(InspectCommand, source=source, platform=platform, run=run)
     return run_inspect(request)
 
 
@@ -471,7 +466,7 @@ def verify(
     False
     """
     run = RunOptions(insecure=insecure)
-    request = request_of(VerifyCommand, "verify", source=source, key=str(key or ""), run=run)
+    request = request_of(VerifyCommand, source=source, key=str(key or ""), run=run)
     with shown(progress) as told:
         result = run_verify(request, told)
     return Verification(

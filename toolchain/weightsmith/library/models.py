@@ -81,7 +81,6 @@ def merge(
     """
     request = request_of(
         MergeCommand,
-        "merge",
         base=source_of(base),
         adapters=paths_of(adapters),
         out=path_of(out),
@@ -157,7 +156,6 @@ def validate(
     """
     request = request_of(
         ValidateCommand,
-        "validate",
         base=source_of(base),
         adapters=paths_of(adapters),
         merged=path_of(merged),
@@ -226,7 +224,6 @@ def quantize(
     """
     request = request_of(
         QuantizeCommand,
-        "quantize",
         model=path_of(model),
         format=format,
         out=path_of(out),
@@ -292,7 +289,6 @@ def render(
     """
     request = request_of(
         RenderCommand,
-        "render",
         model=path_of(model),
         target=target,
         out=path_of(out),

@@ -67,7 +67,6 @@ def evaluate(
     """
     request = request_of(
         EvaluateCommand,
-        "evaluate",
         data=path_of(data),
         scoring=options_of(
             Scoring,
