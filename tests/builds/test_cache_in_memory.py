@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
-from weightsmith.building.record import Built
+from weightsmith.building.record import BuiltTarget
 from weightsmith.core.errors import CheckFailed
 
 from tests.fakes.memory import QUESTIONS, Memory
@@ -70,7 +70,7 @@ def new_adapter(memory: Memory) -> None:
     write_adapter(memory.home / "a", seed=7)
 
 
-def redone(built: Built) -> tuple[str, ...]:
+def redone(built: BuiltTarget) -> tuple[str, ...]:
     return tuple(name for name, facts in built.stages.items() if not facts.cached)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.ports import Kept
+from weightsmith.core.ports import CacheUse
 from weightsmith.core.values import Blob, Digest
 
 CHUNK = 1000
@@ -69,11 +69,11 @@ class MemoryCache:
         self._fail("write")
         self.blobs.pop(blob.digest, None)
 
-    def entries(self) -> Iterator[Kept]:
+    def entries(self) -> Iterator[CacheUse]:
         self._fail("entries")
         for key, document in list(self.documents.items()):
             size = len(document) + sum(len(self.blobs[name]) for name in self.named[key])
-            yield Kept(key=key, size=size, used=self.used[key])
+            yield CacheUse(key=key, size=size, used=self.used[key])
 
     def remove(self, keys: Collection[Digest]) -> int:
         self._fail("remove")

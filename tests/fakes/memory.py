@@ -18,7 +18,7 @@ import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from weightsmith.building.build import build
-from weightsmith.building.record import Built
+from weightsmith.building.record import BuiltTarget
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.cache.cache import SharedCache
@@ -177,7 +177,7 @@ class Memory:
             locked=locked,
         )
 
-    def build(self, *settings: str, **wanted: Any) -> dict[str, Built]:
+    def build(self, *settings: str, **wanted: Any) -> dict[str, BuiltTarget]:
         """Build it; the journal then tells of this build alone."""
         self.journal.events.clear()
         self.runner.jobs.clear()

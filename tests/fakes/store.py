@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.ports import Entry
+from weightsmith.core.ports import StoreEntry
 from weightsmith.core.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
 
 _LARGE = 256 << 10
@@ -20,7 +20,7 @@ class MemoryStore:
     """Entries in this process, their files below a folder; whole or absent."""
 
     root: Path
-    entries: dict[Digest, Entry] = field(default_factory=dict)
+    entries: dict[Digest, StoreEntry] = field(default_factory=dict)
     """Least recently used first."""
     notes: dict[Digest, Mapping[str, Json]] = field(default_factory=dict)
     """What each was made of, as its maker says."""
@@ -39,7 +39,7 @@ class MemoryStore:
         """Return the stages whose results were begun, and are kept to go on with."""
         return [stage for key, stage in self._begun.items() if self._partial(key).exists()]
 
-    def find(self, key: Digest) -> Entry | None:
+    def find(self, key: Digest) -> StoreEntry | None:
         entry = self.entries.get(key)
         if entry is None or not _is_whole(entry.tree):
             return None
@@ -54,7 +54,7 @@ class MemoryStore:
         make: Callable[[Path], Mapping[str, Json]],
         *,
         resume: bool = False,
-    ) -> Entry:
+    ) -> StoreEntry:
         if found := self.find(key):
             return found
         partial = self._partial(key)
@@ -72,7 +72,7 @@ class MemoryStore:
             if not resume or not any(partial.iterdir()):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        self.entries[key] = Entry(tree=tree, meta=meta, cached=False, note=note)
+        self.entries[key] = StoreEntry(tree=tree, meta=meta, cached=False, note=note)
         self.notes[key] = note
         self._held.add(key)
         return self.entries[key]

@@ -13,7 +13,7 @@ from weightsmith.core.trees import below, discard
 from weightsmith.models.folder import ignored_files
 from weightsmith.oci.attachments import Part
 from weightsmith.provenance import evidence, signing
-from weightsmith.provenance.evidence import EVALUATION_TYPE, Document
+from weightsmith.provenance.evidence import EVALUATION_TYPE, AttachedDocument
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import ADDED, LAYERS, roles_of
 
@@ -62,7 +62,7 @@ def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> 
     part = Part.of_bytes(b'{"items": [1, {"prompt": 2}]}', "")
     recipe = {"evaluate": {"data": "x"}}
     _with_questions(
-        recipe, [Document(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()
+        recipe, [AttachedDocument(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()
     )
     assert recipe == {}
 

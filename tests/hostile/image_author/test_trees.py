@@ -17,7 +17,7 @@ from weightsmith.oci.layers import TITLE
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.permissions import owned_by
-from weightsmith.provenance.evidence import Document
+from weightsmith.provenance.evidence import AttachedDocument
 
 from tests.fakes.deep import NOBODY, closed_folders, nested, somebody_else
 from tests.fakes.images import entry, foreign_image, tar_of
@@ -117,7 +117,7 @@ def test_a_deep_output_is_taken_back_from_its_container(tmp_path: Path) -> None:
 def test_an_attached_adapter_has_no_deep_names(tmp_path: Path) -> None:
     """An image attaches an adapter whose file lies in a thousand folders: refused at once."""
     part = replace(Part.of_bytes(b"x", ""), annotations={TITLE: "a/" * 1000 + "x"})
-    document = Document(artifact_type="", parts=(part,))
+    document = AttachedDocument(artifact_type="", parts=(part,))
     with pytest.raises(InputRefused, match="a/a/a/"):
         _write(document, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -23,7 +23,7 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     NUMBER,
-    Document,
+    AttachedDocument,
     Evidence,
     resource_of,
 )
@@ -148,7 +148,7 @@ def test_adapters_that_changed_places(shop: Shop) -> None:
     place, image = shop.place(name), shop.blob(name)
     told = next(one for one in shop.stated(name) if one.kind == "bake")
     there = tuple(
-        Document(
+        AttachedDocument(
             artifact_type=kind,
             parts=(Part.of_bytes(title.encode() * n, kind, **{TITLE: title}),),
             annotations={NUMBER: str(n)} if kind == ADAPTER_TYPE else {},

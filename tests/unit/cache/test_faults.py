@@ -17,7 +17,7 @@ from weightsmith.cache.cache import SharedCache, within
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import CacheLost, EnvironmentFailure
-from weightsmith.core.ports import Entry
+from weightsmith.core.ports import StoreEntry
 from weightsmith.core.values import Blob, Digest, key_of
 from weightsmith.outside.folder_cache import FolderCache
 
@@ -47,7 +47,7 @@ def stuck() -> Iterator[Stuck]:
     cache.go.set()
 
 
-def made(folder: Path, size: int = 3000) -> tuple[MemoryStore, Entry]:
+def made(folder: Path, size: int = 3000) -> tuple[MemoryStore, StoreEntry]:
     store = MemoryStore(folder)
     return store, store.produce(KEY, NOTE, weights(size))
 

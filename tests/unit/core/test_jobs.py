@@ -34,13 +34,13 @@ from weightsmith.core.jobs import (
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import (
     Checkpoint,
-    Computed,
     Digest,
     FileEntry,
     Snapshot,
     Sources,
     Tree,
     UnreadDigest,
+    VirtualWeights,
 )
 from weightsmith.worker.jobs import STAGES
 
@@ -212,7 +212,7 @@ def test_a_job_gets_the_files_that_are_there() -> None:
     sources = Sources(base=Snapshot(tree=TREE, source="base", pin="base", pinned=True))
     there = Tree(root=TREE.root, files=(replace(ENTRY, size=2, digest=Digest.of(b"ab")),))
     most = {"a.weight": 0.5}
-    computed = Computed(tree=there, sources=sources, merge=asdict(OPTIONS), largest=most)
+    computed = VirtualWeights(tree=there, sources=sources, merge=asdict(OPTIONS), largest=most)
 
     assert Input.checkpoint(Checkpoint(tree=TREE)).files == TREE.files
     assert Input.checkpoint(Checkpoint(tree=TREE, computed=computed)).files == there.files

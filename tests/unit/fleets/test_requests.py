@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from weightsmith.core.ports import Ended
 from weightsmith.fleets import node_program as node
-from weightsmith.fleets.requests import BASE, Built, Reply, Request
+from weightsmith.fleets.requests import BASE, CellSummary, Reply, Request
 from weightsmith.fleets.rows import CellRow, of_reply
 from weightsmith.fleets.running import _read
 
@@ -64,7 +64,9 @@ def test_a_reply_that_no_table_could_show_is_a_failure_of_its_node(row: Any) -> 
 
 
 def test_a_row_comes_back_as_it_went() -> None:
-    built = Built(verdict="not proven", score=0.5, interval=(0.25, 0.75), digest="sha256:1", n=3)
+    built = CellSummary(
+        verdict="not proven", score=0.5, interval=(0.25, 0.75), digest="sha256:1", n=3
+    )
     reply = Reply(id="1", node="far", seconds=1.0, cpu_seconds=1.0, row=built)
 
     assert _read(Ended(id="1", node="far", text=json.dumps(reply.to_json()))) == reply

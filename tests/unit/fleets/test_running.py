@@ -12,7 +12,7 @@ from weightsmith.core.ports import Ended, Work
 from weightsmith.core.values import canonical
 from weightsmith.fleets.cells import AdapterBuild, Cell
 from weightsmith.fleets.graph import Graph, Needs, Task
-from weightsmith.fleets.requests import CELL, Built, Reply
+from weightsmith.fleets.requests import CELL, CellSummary, Reply
 from weightsmith.fleets.running import Order, Run
 from weightsmith.steps.lock import Lock
 
@@ -40,7 +40,7 @@ class Elsewhere:
             node="far",
             seconds=2.0,
             cpu_seconds=1.5,
-            row=Built(verdict="passed"),
+            row=CellSummary(verdict="passed"),
             stages={"merge": False, "publish": True},
             bytes_moved=7,
             files={f"{work.id}/report.html": "A" * REPORT},

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from weightsmith.merging import reference
 from weightsmith.merging.answer_journal import AnswerJournal
-from weightsmith.merging.reference import Asked, Subject, answered
+from weightsmith.merging.reference import GenerationRequest, Subject, answered
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
@@ -41,9 +41,10 @@ def subjects(base: Path) -> dict[str, Subject]:
     return {"base": Subject(model=base), "adapter": Subject(model=base, adapters=adapter)}
 
 
-def asked(subjects: dict[str, Subject]) -> dict[str, Asked]:
+def asked(subjects: dict[str, Subject]) -> dict[str, GenerationRequest]:
     return {
-        name: Asked(subject=one, items=QUESTIONS, max_tokens=MOST) for name, one in subjects.items()
+        name: GenerationRequest(subject=one, items=QUESTIONS, max_tokens=MOST)
+        for name, one in subjects.items()
     }
 
 

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging import kernel, rounding, torch_kernel
 from weightsmith.merging.kernel import Prepared, Space, finish_rows, merge_rows, prepare, work_type
-from weightsmith.merging.repair import Factors
+from weightsmith.merging.repair import LowRankUpdate
 from weightsmith.merging.rounding import BF16, F16, F32, round_dyadic, round_once
 from weightsmith.merging.torch_kernel import as_tensor
 
@@ -125,7 +125,7 @@ def merged(
     rows: int = 1 << 20,
     way: Any = on_cpu,
 ) -> torch.Tensor:
-    factors = Factors(
+    factors = LowRankUpdate(
         left=as_array(left.float()), right=as_array(right.float()), gains=np.array(gains)
     )
     prepared = prepare("w", factors, FORMATS[dtype].array)
@@ -302,7 +302,9 @@ def test_rows_without_addition_keep_their_bits() -> None:
 
 
 def test_overflow_is_refused_by_name() -> None:
-    factors = Factors(left=np.array([[60000.0]], F32), right=np.ones((1, 1), F32), gains=np.ones(1))
+    factors = LowRankUpdate(
+        left=np.array([[60000.0]], F32), right=np.ones((1, 1), F32), gains=np.ones(1)
+    )
     prepared = prepare("model.up.weight", factors, F16)
     weight = np.array([[60000.0]], F16)
 

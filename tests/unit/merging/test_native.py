@@ -6,7 +6,7 @@ import torch
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.kernels import library
 from weightsmith.merging import engine, kernel, native, sketch
-from weightsmith.merging.repair import Factors
+from weightsmith.merging.repair import LowRankUpdate
 from weightsmith.merging.rounding import BF16, F16, F32
 from weightsmith.outside.toolset import tools_variable
 
@@ -15,11 +15,11 @@ pytestmark = [pytest.mark.builders, pytest.mark.usefixtures("compiled_kernels")]
 TYPES = [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F16), (BF16, F16), (F16, BF16)]
 
 
-def factors(random: np.random.Generator, rows: int, depth: int, columns: int) -> Factors:
+def factors(random: np.random.Generator, rows: int, depth: int, columns: int) -> LowRankUpdate:
     left = random.standard_normal((rows, depth), np.float32) * np.float32(0.02)
     left[rows // 2] = 0
     right = random.standard_normal((depth, columns), np.float32) * np.float32(0.02)
-    return Factors(left=left, right=right, gains=random.choice([0.5, 0.7, -1 / 3], depth))
+    return LowRankUpdate(left=left, right=right, gains=random.choice([0.5, 0.7, -1 / 3], depth))
 
 
 def weights(random: np.random.Generator, rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
@@ -115,7 +115,7 @@ def test_factors_and_weights_in_fortran_order_merge_to_the_same_bits(lanes):
     """Parts of transposed layers are views, and numpy keeps their order when it joins them."""
     random = np.random.default_rng(6)
     plain = factors(random, 9, 16, 64)
-    turned = Factors(
+    turned = LowRankUpdate(
         left=np.asfortranarray(plain.left),
         right=np.asfortranarray(plain.right),
         gains=plain.gains,

@@ -10,7 +10,7 @@ import pytest
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.files import _new_name
 from weightsmith.core.values import Digest
-from weightsmith.outside.docker_images import Base, base, read_bases
+from weightsmith.outside.docker_images import BaseImage, base, read_bases
 from weightsmith.outside.ownership import is_dead, owner_token, private_folder
 from weightsmith.outside.permissions import owned_by, readable
 
@@ -145,7 +145,7 @@ def test_the_lock_names_a_base_for_each_flavour():
 
 def test_a_base_is_pinned_where_its_digest_is_known():
     digest = Digest.of(b"")
-    found = Base(reference="r:1", digests={"linux/amd64": digest, "linux/arm64": None})
+    found = BaseImage(reference="r:1", digests={"linux/amd64": digest, "linux/arm64": None})
 
     assert found.pinned("linux/amd64") == f"r:1@{digest}"
     assert found.pinned("linux/arm64") == "r:1"

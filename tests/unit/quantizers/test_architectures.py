@@ -27,7 +27,7 @@ from weightsmith.quantizers.architectures import (
 )
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.known import STACKED_MXFP4
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
@@ -81,7 +81,7 @@ def test_a_model_of_this_architecture_becomes_this_format(
 
     quantize(scheme, model, out, [])
 
-    check_checkpoint(out, model, Layout.of_scheme(scheme))
+    check_checkpoint(out, model, PackedLayout.of_scheme(scheme))
     view, source = view_of(out, model), CheckpointTensors(model)
     for tensor in source.names:
         stays = any(part in tensor for part in NOT_QUANTIZED)
@@ -213,12 +213,12 @@ def test_the_worst_expert_is_named(models, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(CheckFailed, match=rf"{re.escape(bad)}.down_proj has a relative error"):
-        check_checkpoint(tmp_path, model, Layout.of_scheme(scheme))
+        check_checkpoint(tmp_path, model, PackedLayout.of_scheme(scheme))
     quantize(scheme, model, tmp_path, [])
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[f"{bad}.down_proj.weight"] &= -2  # without its lowest bit
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    found = check_checkpoint(tmp_path, model, Layout.of_scheme(scheme))
+    found = check_checkpoint(tmp_path, model, PackedLayout.of_scheme(scheme))
     assert found["experts"] == 8
     assert found["worst_experts"][0]["name"] == bad
     assert found["worst_experts"][0]["error"] > found["worst_experts"][1]["error"]
@@ -230,7 +230,7 @@ def test_what_is_kept_of_stacked_experts_stays_stacked(models, tmp_path: Path) -
 
     quantize(scheme, model, tmp_path, keep)
 
-    check_checkpoint(tmp_path, model, Layout.of_scheme(scheme), tuple(keep))
+    check_checkpoint(tmp_path, model, PackedLayout.of_scheme(scheme), tuple(keep))
     made = CheckpointTensors(tmp_path)
     for name in source.names:
         if "linear" in name:
@@ -268,6 +268,6 @@ def test_experts_stored_either_way_give_the_same_file(models, tmp_path: Path, na
         out = tmp_path / str(number)
         out.mkdir()
         quantize(SCHEMES[name], model, out, [])
-        check_checkpoint(out, model, Layout.of_scheme(SCHEMES[name]))
+        check_checkpoint(out, model, PackedLayout.of_scheme(SCHEMES[name]))
         files.append((out / "model.safetensors").read_bytes())
     assert files[0] == files[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.quantizers import matrices
-from weightsmith.quantizers.packed import Layout
+from weightsmith.quantizers.packed import PackedLayout
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
@@ -35,14 +35,14 @@ def test_a_wrong_rule_of_the_writer_is_found(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, odd: str
 ) -> None:
     quantize(SCHEME, model, tmp_path, [])
-    check_checkpoint(tmp_path, model, Layout.of_scheme(SCHEME))
+    check_checkpoint(tmp_path, model, PackedLayout.of_scheme(SCHEME))
 
     rule = re.compile(rf"(?P<parent>.+)\.(?P<name>{names})\.weight")
     monkeypatch.setattr(matrices, "_PLAIN", rule)
     quantize(SCHEME, model, tmp_path, [])
 
     with pytest.raises(CheckFailed, match=rf"model\.layers\.{odd}, against what is known"):
-        check_checkpoint(tmp_path, model, Layout.of_scheme(SCHEME))
+        check_checkpoint(tmp_path, model, PackedLayout.of_scheme(SCHEME))
 
 
 def test_a_wrong_rule_for_stacks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,4 +54,4 @@ def test_a_wrong_rule_for_stacks_is_found(tmp_path: Path, monkeypatch: pytest.Mo
     quantize(SCHEME, model, out, [])
 
     with pytest.raises(CheckFailed, match=r"output_linear\.weight stays in 16 bits"):
-        check_checkpoint(out, model, Layout.of_scheme(SCHEME))
+        check_checkpoint(out, model, PackedLayout.of_scheme(SCHEME))

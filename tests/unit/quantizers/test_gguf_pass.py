@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import gguf_pass
-from weightsmith.quantizers.gguf_header import Entry, Header
+from weightsmith.quantizers.gguf_header import GgufHeader, GgufTensorInfo
 from weightsmith.quantizers.gguf_pass import (
     Output,
     Source,
@@ -49,8 +49,8 @@ def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
     tmp_path, kind, target, file_type, says
 ):
     name = "blk.0.ffn_up.weight"
-    entry = Entry(name=name, shape=(256, 8), kind=30, offset=0)
-    header = Header(values={}, tensors={name: entry}, size=32)
+    entry = GgufTensorInfo(name=name, shape=(256, 8), kind=30, offset=0)
+    header = GgufHeader(values={}, tensors={name: entry}, size=32)
     source = Source(header=header, rows=None, stored=lambda *_: np.zeros(0))
     targets = [Target(name=name, kind=kind, target=target)]
 
@@ -63,8 +63,8 @@ def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
 @pytest.mark.parametrize("named", [[], ["blk.0.ffn_up.weight", "blk.0.ffn_down.weight"]])
 def test_other_tensors_than_the_headers_are_an_error(tmp_path, named):
     name = "blk.0.ffn_up.weight"
-    entry = Entry(name=name, shape=(256, 8), kind=30, offset=0)
-    header = Header(values={}, tensors={name: entry}, size=32)
+    entry = GgufTensorInfo(name=name, shape=(256, 8), kind=30, offset=0)
+    header = GgufHeader(values={}, tensors={name: entry}, size=32)
     source = Source(header=header, rows=None, stored=lambda *_: np.zeros(0))
     targets = [Target(name=name, kind="BF16", target="Q4_K") for name in named]
 

@@ -31,7 +31,7 @@ from weightsmith.quantizers.known import (
 )
 from weightsmith.quantizers.layerwise.maxima import input_maxima
 from weightsmith.quantizers.matrices import matrices
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
@@ -84,7 +84,7 @@ def test_the_general_rule_fits(models, tmp_path: Path, architecture: str, name: 
 
     quantize(scheme, model, tmp_path, [])
 
-    check_checkpoint(tmp_path, model, Layout.of_scheme(scheme))
+    check_checkpoint(tmp_path, model, PackedLayout.of_scheme(scheme))
     view, source = view_of(tmp_path, model), CheckpointTensors(model)
     stacks = {n for n in source.names - view.tensors.names if len(source.info(n).shape) == 3}
     for tensor in source.names - stacks - {f"{module}.weight" for module in view.modules}:
@@ -117,7 +117,7 @@ def test_the_walk_finds_the_largest_inputs(models, tmp_path: Path, architecture:
     inputs = input_maxima(model, lines, matrices(source, model))
     quantize(NVFP4, model, tmp_path, [], inputs)
 
-    check_checkpoint(tmp_path, model, Layout.of_scheme(NVFP4))
+    check_checkpoint(tmp_path, model, PackedLayout.of_scheme(NVFP4))
     view = view_of(tmp_path, model)
     assert set(inputs) == set(view.modules)
     for matrix in matrices(source, model):

@@ -16,7 +16,7 @@ from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise.maxima import input_maxima
 from weightsmith.quantizers.matrices import matrices
-from weightsmith.quantizers.packed import Layout
+from weightsmith.quantizers.packed import PackedLayout
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import NVFP4
@@ -60,7 +60,7 @@ def test_scales_are_those_of_the_largest_inputs(tmp_path: Path) -> None:
     model = make_dense(tmp_path / "model", "Qwen3ForCausalLM")
     out, inputs = made(tmp_path, model)
 
-    check_checkpoint(out, model, Layout.of_scheme(NVFP4))
+    check_checkpoint(out, model, PackedLayout.of_scheme(NVFP4))
     right, tensors = by_transformers(model), load_file(out / "model.safetensors")
     assert inputs.keys() <= right.keys()
     for module, most in inputs.items():
@@ -83,7 +83,7 @@ def test_experts_of_a_layer_have_one_scale(tmp_path: Path, make, architecture: s
     model = make(tmp_path / "model", architecture)
     out, inputs = made(tmp_path, model)
 
-    check_checkpoint(out, model, Layout.of_scheme(NVFP4))
+    check_checkpoint(out, model, PackedLayout.of_scheme(NVFP4))
     tensors = load_file(out / "model.safetensors")
     for end in ("0.gate_proj", "0.w1", "0.down_proj", "0.w2"):
         for first in (n for n in inputs if n.endswith(f".experts.{end}")):
@@ -100,4 +100,4 @@ def test_fused_matrices_of_different_scales_are_found(tmp_path: Path) -> None:
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(CheckFailed, match=r"different global scales \(input_global_scale\)"):
-        check_checkpoint(out, model, Layout.of_scheme(NVFP4))
+        check_checkpoint(out, model, PackedLayout.of_scheme(NVFP4))

@@ -16,7 +16,7 @@ from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.core.values import FP8
 from weightsmith.models.facts import read_facts
 from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
-from weightsmith.quantizers.packed import Layout, PackedView
+from weightsmith.quantizers.packed import PackedLayout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounding import round_rows
 from weightsmith.quantizers.schemes import SCHEMES
@@ -34,8 +34,8 @@ from tests.fakes.packing import (
     save_gptq,
 )
 
-AWQ_LAYOUT = Layout(method="awq", bits=4, group_size=GROUP, symmetric=False)
-GPTQ_LAYOUT = Layout(method="gptq", bits=4, group_size=GROUP, symmetric=True)
+AWQ_LAYOUT = PackedLayout(method="awq", bits=4, group_size=GROUP, symmetric=False)
+GPTQ_LAYOUT = PackedLayout(method="gptq", bits=4, group_size=GROUP, symmetric=True)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=["awq", "gptq"])
-def made(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> tuple[Path, Layout]:
+def made(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> tuple[Path, PackedLayout]:
     raw, out = tmp_path / "raw", tmp_path / "out"
     out.mkdir()
     if request.param == "awq":
@@ -68,7 +68,7 @@ def made(request: pytest.FixtureRequest, model: Path, tmp_path: Path) -> tuple[P
 
 
 def test_a_sound_checkpoint_is_read_back_near_its_original(
-    made: tuple[Path, Layout], model: Path
+    made: tuple[Path, PackedLayout], model: Path
 ) -> None:
     folder, layout = made
     found = check_checkpoint(folder, model, layout)
@@ -87,7 +87,7 @@ def test_a_sound_checkpoint_is_read_back_near_its_original(
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 8), (3, 29), (17, 18)])
 def test_rows_are_those_of_the_whole_matrix(
-    made: tuple[Path, Layout], start: int, stop: int
+    made: tuple[Path, PackedLayout], start: int, stop: int
 ) -> None:
     view = PackedView(made[0])
 
@@ -126,7 +126,7 @@ def test_rows_of_a_matrix_whose_zero_points_are_packed_along_its_rows(tmp_path: 
 
 
 def test_what_is_not_quantized_keeps_its_type_and_the_tokenizer_its_bytes(
-    made: tuple[Path, Layout], model: Path
+    made: tuple[Path, PackedLayout], model: Path
 ) -> None:
     folder, _ = made
     assert load_file(folder / "model.safetensors")["model.embed_tokens.weight"].dtype == (
@@ -200,7 +200,7 @@ def other_embedding(tensors) -> None:
     ],
 )
 def test_a_broken_quantization_is_caught(
-    made: tuple[Path, Layout], model: Path, what: str, change
+    made: tuple[Path, PackedLayout], model: Path, what: str, change
 ) -> None:
     folder, layout = made
     broken(folder, change)
@@ -224,14 +224,16 @@ def put_back(folder: Path, model: Path, factor: float = 1.0) -> None:
 KEPT = ("layers.0.mlp.up_proj",)
 
 
-def test_a_matrix_that_is_kept_is_the_checkpoint_s(made: tuple[Path, Layout], model: Path) -> None:
+def test_a_matrix_that_is_kept_is_the_checkpoint_s(
+    made: tuple[Path, PackedLayout], model: Path
+) -> None:
     folder, layout = made
     put_back(folder, model)
     assert check_checkpoint(folder, model, layout, KEPT)["quantized"] == 7
 
 
 def test_of_a_kept_matrix_awq_alone_may_scale_inputs(
-    made: tuple[Path, Layout], model: Path
+    made: tuple[Path, PackedLayout], model: Path
 ) -> None:
     folder, layout = made
     put_back(folder, model, factor=3)
@@ -242,7 +244,9 @@ def test_of_a_kept_matrix_awq_alone_may_scale_inputs(
         check_checkpoint(folder, model, layout, KEPT)
 
 
-def test_a_kept_matrix_of_another_order_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+def test_a_kept_matrix_of_another_order_is_caught(
+    made: tuple[Path, PackedLayout], model: Path
+) -> None:
     folder, layout = made
     put_back(folder, model)
     broken(
@@ -255,22 +259,26 @@ def test_a_kept_matrix_of_another_order_is_caught(made: tuple[Path, Layout], mod
         check_checkpoint(folder, model, layout, KEPT)
 
 
-def test_a_kept_matrix_that_is_quantized_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+def test_a_kept_matrix_that_is_quantized_is_caught(
+    made: tuple[Path, PackedLayout], model: Path
+) -> None:
     folder, layout = made
     with pytest.raises(CheckFailed, match="is unexpectedly quantized"):
         check_checkpoint(folder, model, layout, KEPT)
 
 
-def test_a_matrix_left_in_sixteen_bits_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+def test_a_matrix_left_in_sixteen_bits_is_caught(
+    made: tuple[Path, PackedLayout], model: Path
+) -> None:
     folder, layout = made
     put_back(folder, model)
     with pytest.raises(CheckFailed, match="is not quantized"):
         check_checkpoint(folder, model, layout)
 
 
-def test_another_layout_than_wanted_is_caught(made: tuple[Path, Layout], model: Path) -> None:
+def test_another_layout_than_wanted_is_caught(made: tuple[Path, PackedLayout], model: Path) -> None:
     folder, _ = made
-    other = Layout(method="awq", bits=4, group_size=128, symmetric=False)
+    other = PackedLayout(method="awq", bits=4, group_size=128, symmetric=False)
     with pytest.raises(CheckFailed, match="has layout"):
         check_checkpoint(folder, model, other)
 
@@ -320,7 +328,7 @@ def test_a_quantized_matrix_under_its_own_name_keeps_its_type(model: Path, tmp_p
             made[name] = weight.float()
     save_file(made, raw / "model.safetensors")
     finish(model, raw, out, SCHEMES["fp8"].config([]))
-    layout = Layout(method="float-quantized", bits=8, group_size=0, symmetric=True)
+    layout = PackedLayout(method="float-quantized", bits=8, group_size=0, symmetric=True)
     assert check_checkpoint(out, model, layout)["bits_per_quantized_weight"] < 8.1
 
 
@@ -329,7 +337,7 @@ def test_configurations_of_eight_bits_are_read_as_their_layouts() -> None:
 
     for method, layout in (("fp8", "float-quantized"), ("w8a8", "int-quantized")):
         found = layout_of({"quantization_config": SCHEMES[method].config([])})
-        assert found == Layout(method=layout, bits=8, group_size=0, symmetric=True)
+        assert found == PackedLayout(method=layout, bits=8, group_size=0, symmetric=True)
 
 
 def test_the_group_size_is_the_largest_that_divides_every_row() -> None:

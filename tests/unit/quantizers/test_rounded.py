@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import rounded, writing
-from weightsmith.quantizers.packed import Layout
+from weightsmith.quantizers.packed import PackedLayout
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize as write
 from weightsmith.quantizers.rounding import round_rows
@@ -115,7 +115,7 @@ def test_a_large_embedding_is_compared_in_little_memory(model: Path, tmp_path: P
 
     tracemalloc.start()
     try:
-        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+        check_checkpoint(out, model, PackedLayout.of_scheme(scheme), ())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -125,7 +125,7 @@ def test_a_large_embedding_is_compared_in_little_memory(model: Path, tmp_path: P
     tensors[name][-1, -1] = 2
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(CheckFailed, match="unexpectedly changed"):
-        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+        check_checkpoint(out, model, PackedLayout.of_scheme(scheme), ())
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 14, 1 << 16])

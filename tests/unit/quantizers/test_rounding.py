@@ -19,7 +19,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.kernels import library
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize as write
 from weightsmith.quantizers.rounding import fused_scale, round_rows
@@ -123,7 +123,7 @@ def test_compressed_tensors_reads_what_we_read(model: Path, tmp_path: Path, name
 
     write(SCHEMES[name], model, out, ["o_proj"])
 
-    found = check_checkpoint(out, model, Layout.of_scheme(SCHEMES[name]), ("o_proj",))
+    found = check_checkpoint(out, model, PackedLayout.of_scheme(SCHEMES[name]), ("o_proj",))
     assert found["quantized"] == 6
     view, read = view_of(out, model), read_by_compressed_tensors(out)
     assert len(read) == 6
@@ -155,7 +155,7 @@ def test_fused_matrices_share_their_global_scale(model: Path, tmp_path: Path) ->
     tensors["model.layers.0.mlp.up_proj.weight_global_scale"] *= 1.01
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(CheckFailed, match="different global scales"):
-        check_checkpoint(out, model, Layout.of_scheme(SCHEMES["nvfp4a16"]), ())
+        check_checkpoint(out, model, PackedLayout.of_scheme(SCHEMES["nvfp4a16"]), ())
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -169,7 +169,7 @@ def test_damaged_codes_and_scales_are_found(
     damage_half(out, "weight_packed" if damage == "weight" and scheme.packed else damage)
 
     with pytest.raises(CheckFailed):
-        check_checkpoint(out, model, Layout.of_scheme(scheme), ())
+        check_checkpoint(out, model, PackedLayout.of_scheme(scheme), ())
 
 
 @pytest.mark.builders
@@ -178,7 +178,7 @@ def test_damaged_codes_and_scales_are_found(
 def test_with_and_without_kernels_the_file_and_its_check_are_the_same(
     model: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheme, layout = SCHEMES[name], Layout.of_scheme(SCHEMES[name])
+    scheme, layout = SCHEMES[name], PackedLayout.of_scheme(SCHEMES[name])
     facts = []
     for way in ("C", "numpy"):
         (tmp_path / way).mkdir()

@@ -17,7 +17,7 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
@@ -28,7 +28,7 @@ from tests.fakes.sparse import make_sparse
 
 GPT_OSS = "GptOssForCausalLM"
 SCHEME = SCHEMES["mxfp4a16"]
-LAYOUT = Layout.of_scheme(stored_as(SCHEME, GPT_OSS))
+LAYOUT = PackedLayout.of_scheme(stored_as(SCHEME, GPT_OSS))
 STACKS = [f"model.layers.{n}.mlp.experts.{p}_proj" for n in (0, 1) for p in ("gate_up", "down")]
 
 

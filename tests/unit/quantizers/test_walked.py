@@ -28,7 +28,7 @@ from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise import quantizing, scaling
 from weightsmith.quantizers.layerwise.observing import Observer
 from weightsmith.quantizers.layerwise.scaling import scale_layer
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 
@@ -70,8 +70,8 @@ def settings(model: Path, out: Path, method: str, keep: tuple[str, ...] = ()) ->
     }  # fmt: skip
 
 
-def layout(method: str) -> Layout:
-    return Layout(method=method, bits=4, group_size=32, symmetric=method == "gptq")
+def layout(method: str) -> PackedLayout:
+    return PackedLayout(method=method, bits=4, group_size=32, symmetric=method == "gptq")
 
 
 @pytest.mark.grid(9)

@@ -15,8 +15,8 @@ from weightsmith.forward.weights import Weights
 from weightsmith.models.safetensors import build_header
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
-    Batch,
     Merged,
+    ProbeBatch,
     merged_forward,
     reference_forward,
 )
@@ -44,7 +44,7 @@ def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
     base = make_model(tmp_path / "base", kind)
     targets = ["c_attn", "c_proj"] if kind == "gpt2" else ["q_proj", "o_proj"]
     lora = make_adapter(tmp_path / "lora", base, target_modules=targets)
-    batch = Batch.of(PROBES)
+    batch = ProbeBatch.of(PROBES)
 
     meeting = Meeting(2)
     model = Merged(checkpoint=base).streamed(meeting, 0)

@@ -15,7 +15,7 @@ from weightsmith.building.checks import (
 from weightsmith.building.foreseeing import foresee
 from weightsmith.building.graph import Run
 from weightsmith.building.pipeline import AnyStep, steps_of
-from weightsmith.building.record import Built, Record
+from weightsmith.building.record import BuiltTarget, Record
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import CacheLost, CheckFailed, WeightsmithError
 from weightsmith.evaluating.build_record import StageRecord
@@ -27,7 +27,7 @@ _MOST_LOSSES = 20
 """Results that a shared cache may lose in one build; more, and the cache itself is broken."""
 
 
-def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
+def build(request: BuildRequest, tools: Tools) -> Iterator[BuiltTarget]:
     """Yield each target's image: merged, quantized, planned, baked, evaluated, published.
 
     If a result in a shared cache cannot be read, the build starts again without it: what was
@@ -47,7 +47,7 @@ def build(request: BuildRequest, tools: Tools) -> Iterator[Built]:
             return
 
 
-def _build(request: BuildRequest, published: set[str], tools: Tools) -> Iterator[Built]:
+def _build(request: BuildRequest, published: set[str], tools: Tools) -> Iterator[BuiltTarget]:
     check_places(request)
     request = request.pinned()
     steps = steps_of(request)

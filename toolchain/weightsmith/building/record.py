@@ -28,7 +28,7 @@ from weightsmith.steps.tools import Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Built:
+class BuiltTarget:
     """One finished target."""
 
     target: Target
@@ -104,13 +104,13 @@ class Record:
         """Whether anything is published beside the image."""
         return bool(self.target and self.target.forms)
 
-    def keep(self) -> Built:
+    def keep(self) -> BuiltTarget:
         """Write build.json, the report and the rendered files of a target that passed."""
         published = self.published
         if self.target is None or published is None:
             raise AssertionError("only what was published is kept")
         of, trial = self.target.of, self.trial
-        return Built(
+        return BuiltTarget(
             target=of.target,
             published=published,
             forms=self.forms,

@@ -10,7 +10,7 @@ from weightsmith.cache.document import SharedEntry, layers_of
 from weightsmith.cache.lazy import LazyTree, RemoteFiles
 from weightsmith.cache.uploads import Remember, Uploads, nowhere
 from weightsmith.core.errors import CacheLost, UsageError
-from weightsmith.core.ports import Entry, Store
+from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.values import Blob, Digest, FileEntry, Json
 
 
@@ -30,14 +30,14 @@ class SharedStore:
         self._scratch = scratch
         self._uploads = uploads
         self._remember = remember
-        self._lazy: dict[Digest, Entry] = {}
+        self._lazy: dict[Digest, StoreEntry] = {}
         self._missed: set[Digest] = set()
         self._refused: set[Digest] = set()
         self._shared: set[Digest] = set()
         self._layers: dict[str, Digest] = {}
         """Key of a layer -> its digest, by the entries that were found."""
 
-    def find(self, key: Digest) -> Entry | None:
+    def find(self, key: Digest) -> StoreEntry | None:
         """Return the entry, or None; the cache is asked once for each key.
 
         An entry that is here is uploaded, since who looks for it uses it.
@@ -54,7 +54,7 @@ class SharedStore:
         make: Callable[[Path], Mapping[str, Json]],
         *,
         resume: bool = False,
-    ) -> Entry:
+    ) -> StoreEntry:
         """Return the entry; make it if neither store nor cache has it, and upload it meanwhile."""
         if (found := self._find(key, again=True)) and key in self._lazy:
             return found
@@ -64,7 +64,7 @@ class SharedStore:
         return entry
 
     def share(
-        self, key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+        self, key: Digest, note: Mapping[str, Json], entry: StoreEntry, *, again: bool = False
     ) -> None:
         """Upload an entry now, unless the cache has it; for machines that wait for it.
 
@@ -101,7 +101,7 @@ class SharedStore:
         """Delete least recently used entries of the local store."""
         return self._local.clean(keep_bytes)
 
-    def _find(self, key: Digest, *, again: bool) -> Entry | None:
+    def _find(self, key: Digest, *, again: bool) -> StoreEntry | None:
         if entry := self._local.find(key):
             self._lazy.pop(key, None)
             return entry
@@ -116,7 +116,7 @@ class SharedStore:
         self._missed.add(key)
         return None
 
-    def _entry(self, found: SharedEntry, shared: SharedCache) -> Entry:
+    def _entry(self, found: SharedEntry, shared: SharedCache) -> StoreEntry:
         def refuse(error: CacheLost, blob: Blob) -> None:
             if found.key not in self._refused:
                 shared.refuse(error)
@@ -132,4 +132,4 @@ class SharedStore:
         registry, repository = shared.cache.origin
         if registry:
             self._remember(registry, repository, [blob.digest for blob in found.layers])
-        return Entry(tree=tree, meta=found.meta, cached=True, where=shared.where)
+        return StoreEntry(tree=tree, meta=found.meta, cached=True, where=shared.where)

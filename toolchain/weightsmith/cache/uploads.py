@@ -19,7 +19,7 @@ from weightsmith.cache.document import (
     to_document,
 )
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
-from weightsmith.core.ports import Entry, Signer
+from weightsmith.core.ports import Signer, StoreEntry
 from weightsmith.core.values import Blob, Digest, Json, key_of
 from weightsmith.oci.layers import LAYER_TAR, Memo
 from weightsmith.oci.uploads import checked_opener
@@ -54,7 +54,7 @@ class Uploads:
         self._signer = signer
         self._check: Check | None = check_by(signer.public) if signer else None
         self._remember = remember
-        self._tasks: queue.SimpleQueue[tuple[Digest, Mapping[str, Json], Entry, bool] | None]
+        self._tasks: queue.SimpleQueue[tuple[Digest, Mapping[str, Json], StoreEntry, bool] | None]
         self._tasks = queue.SimpleQueue()
         self._seen: set[Digest] = set()
         self._left = 0
@@ -70,7 +70,7 @@ class Uploads:
         return shared is self._shared
 
     def add(
-        self, key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+        self, key: Digest, note: Mapping[str, Json], entry: StoreEntry, *, again: bool = False
     ) -> None:
         """Upload an entry soon, unless the cache has it; returns at once.
 
@@ -112,7 +112,7 @@ class Uploads:
                 self._left -= 1
 
     def upload(
-        self, key: Digest, note: Mapping[str, Json], entry: Entry, again: bool = False
+        self, key: Digest, note: Mapping[str, Json], entry: StoreEntry, again: bool = False
     ) -> bool:
         """Upload an entry now, with some tries; return False if the cache has it already.
 
@@ -189,7 +189,7 @@ class Prepared:
 
 
 def prepared(
-    key: Digest, note: Mapping[str, Json], entry: Entry, memo: Memo, signer: Signer | None
+    key: Digest, note: Mapping[str, Json], entry: StoreEntry, memo: Memo, signer: Signer | None
 ) -> Prepared:
     """Return a local entry as a cache takes it; hashes its layers unless their digests are known.
 

@@ -11,7 +11,7 @@ from weightsmith.core.escape import joined
 from weightsmith.core.values import Json
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
-    from weightsmith.building.record import Built
+    from weightsmith.building.record import BuiltTarget
 
 
 @command(BuildCommand)
@@ -25,7 +25,7 @@ def build(asked: BuildCommand) -> tuple[Mapping[str, Json], str]:
     return {"targets": result}, joined(lines)
 
 
-def _facts(built: Built) -> dict[str, Json]:
+def _facts(built: BuiltTarget) -> dict[str, Json]:
     """Return what is printed of a target's image."""
     return {
         "image": built.published.reference,

@@ -11,7 +11,7 @@ from weightsmith.cache.document import read_document
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
-from weightsmith.core.ports import Cache, Entry, Progress, Store
+from weightsmith.core.ports import Cache, Progress, Store, StoreEntry
 from weightsmith.core.values import Digest, Json
 
 ACTIONS = ("push", "pull", "prune", "stat")
@@ -24,7 +24,7 @@ def check_action(action: str) -> None:
 
 
 def push_results(
-    results: Iterable[tuple[Digest, Mapping[str, Json], Entry]],
+    results: Iterable[tuple[Digest, Mapping[str, Json], StoreEntry]],
     uploads: Uploads,
     cache: Cache,
     progress: Progress,

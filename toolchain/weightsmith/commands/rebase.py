@@ -22,7 +22,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
 from weightsmith.provenance.bills import MODEL_BILL, base_documents
-from weightsmith.provenance.evidence import Document, Evidence
+from weightsmith.provenance.evidence import AttachedDocument, Evidence
 from weightsmith.provenance.labels import (
     ENGINE_LABEL,
     ENGINE_VERSION,
@@ -219,7 +219,7 @@ def _evidence(
     return Evidence(statements=(statement,), kept=kept, documents=documents)
 
 
-def _own(documents: Iterable[Document]) -> list[Document]:
+def _own(documents: Iterable[AttachedDocument]) -> list[AttachedDocument]:
     """Leave out the old base's SBOMs, and third-party documents about the old image."""
     kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
     return [
@@ -227,5 +227,5 @@ def _own(documents: Iterable[Document]) -> list[Document]:
     ]
 
 
-def _title(document: Document) -> tuple[str, str]:
+def _title(document: AttachedDocument) -> tuple[str, str]:
     return document.artifact_type, document.parts[0].title if document.parts else ""

@@ -21,7 +21,7 @@ from weightsmith.oci.attachments import Part
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import evidence, signing
-from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, Document
+from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, AttachedDocument
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import check_recipe
@@ -225,7 +225,7 @@ def _with_base(
 
 def _with_adapters(
     recipe: dict[str, Json],
-    documents: Sequence[Document],
+    documents: Sequence[AttachedDocument],
     stated: Mapping[str, tuple[str, str]],
     folder: Path,
 ) -> dict[str, dict[str, str]]:
@@ -253,7 +253,7 @@ def _with_adapters(
     return locked
 
 
-def _write(document: Document, folder: Path) -> None:
+def _write(document: AttachedDocument, folder: Path) -> None:
     for part in document.parts:
         if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
             raise InputRefused(
@@ -268,7 +268,7 @@ def _write(document: Document, folder: Path) -> None:
 
 
 def _with_questions(
-    recipe: dict[str, Json], documents: Sequence[Document], folder: Path, progress: Progress
+    recipe: dict[str, Json], documents: Sequence[AttachedDocument], folder: Path, progress: Progress
 ) -> None:
     """Write the questions of the attached evaluation, or omit the evaluation."""
     task = recipe.pop("evaluate", None)

@@ -26,10 +26,10 @@ from weightsmith.oci.locations import (
     open_location,
 )
 from weightsmith.oci.registry import Registry
-from weightsmith.oci.streams import ChunkFile, Entry
+from weightsmith.oci.streams import ChunkFile, TarEntry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain
-from weightsmith.provenance.evidence import Document
+from weightsmith.provenance.evidence import AttachedDocument
 from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.roles import weights_of
 from weightsmith.provenance.statements import Statement
@@ -260,7 +260,7 @@ def _why(part: Part) -> str:
     return "not signed"
 
 
-def _documents(found: _Found) -> list[Document]:
+def _documents(found: _Found) -> list[AttachedDocument]:
     """Return the attached documents, other than statements, whose parts all match their digests."""
     right = []
     for document in evidence.documents_in(found.attachments):
@@ -330,7 +330,7 @@ def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
     stream = ChunkFile(chunks)
     seen: set[str] = set()
     with tarfile.open(
-        fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
+        fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=TarEntry
     ) as archive:
         while (entry := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # keep memory bounded

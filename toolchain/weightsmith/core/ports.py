@@ -60,7 +60,7 @@ class Silent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class StoreEntry:
     """One finished result: its files and their metadata."""
 
     tree: Tree
@@ -76,7 +76,7 @@ class Entry:
 class Store(Protocol):
     """Content-addressed results: complete or absent, never half-written."""
 
-    def find(self, key: Digest) -> Entry | None:
+    def find(self, key: Digest) -> StoreEntry | None:
         """Return the entry and mark it used, or None."""
 
     def produce(
@@ -86,7 +86,7 @@ class Store(Protocol):
         make: Callable[[Path], Mapping[str, Json]],
         *,
         resume: bool = False,
-    ) -> Entry:
+    ) -> StoreEntry:
         """Return the entry; if it does not exist, call `make(folder)` under the key's lock.
 
         `make` returns the entry's metadata, with known digests under `sha256` (path -> hex). With
@@ -111,7 +111,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class CacheUse:
     """One entry of a shared cache: its size in bytes, and when it was last used or written."""
 
     key: Digest
@@ -152,7 +152,7 @@ class Cache(Protocol):
     def discard(self, blob: Blob) -> None:
         """Delete a damaged blob, where a place allows that, so that `write` misses it."""
 
-    def entries(self) -> Iterator[Kept]:
+    def entries(self) -> Iterator[CacheUse]:
         """Yield every entry."""
 
     def remove(self, keys: Collection[Digest]) -> int:

@@ -238,7 +238,7 @@ class Sources:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Computed:
+class VirtualWeights:
     """What computes the weights of a checkpoint whose files have none."""
 
     tree: Tree
@@ -256,7 +256,7 @@ class Checkpoint:
 
     tree: Tree
     details: Mapping[str, Json] = field(default_factory=dict)
-    computed: Computed | None = None
+    computed: VirtualWeights | None = None
     """What computes its weights, if the files have none; sizes and digests in `tree` are then those
     of files that have them."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Json, Score
-from weightsmith.evaluating.statistics import Comparison, compare, items_needed, wilson
+from weightsmith.evaluating.statistics import PairedComparison, compare, items_needed, wilson
 
 _MOST_SHOWN = 3
 _SHOWN_LENGTH = 120
@@ -45,7 +45,7 @@ class Verdict:
     """One sentence for users."""
     hint: str = ""
     """Up to three lost items; "" if a score has none, such as a harness's."""
-    comparison: Comparison | None = None
+    comparison: PairedComparison | None = None
     needed: int = 0
     """Number of items needed to show the requested `max_drop`; 0 if there are enough."""
     binding: bool = True
@@ -148,7 +148,7 @@ def changed(now: Score, before: Score | None) -> str:
     return "; ".join(lines[:_MOST_SHOWN])
 
 
-def comparison_of(now: Score, before: Score | None) -> Comparison | None:
+def comparison_of(now: Score, before: Score | None) -> PairedComparison | None:
     """Return the paired comparison of two scores; None if there is no result per item."""
     if before is None or not now.per_item or len(now.per_item) != len(before.per_item):
         return None
@@ -163,7 +163,7 @@ def _reason(
     against: str,
     before: Score,
     limit: DropLimit,
-    comparison: Comparison | None,
+    comparison: PairedComparison | None,
     *,
     passed: bool,
 ) -> str:

@@ -70,7 +70,7 @@ def items_needed(max_drop: float) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class PairedComparison:
     """A paired comparison over the same items."""
 
     lost: int
@@ -94,13 +94,13 @@ class Comparison:
         return mcnemar(self.lost, self.won)
 
 
-def compare(now: Sequence[bool], before: Sequence[bool]) -> Comparison:
+def compare(now: Sequence[bool], before: Sequence[bool]) -> PairedComparison:
     """Compare two subjects' correctness, in the items' order.
 
     Raises ValueError for different numbers of items.
     """
     pairs = list(zip(now, before, strict=True))
-    return Comparison(
+    return PairedComparison(
         lost=sum(was and not is_ for is_, was in pairs),
         won=sum(is_ and not was for is_, was in pairs),
         n=len(pairs),

@@ -9,12 +9,12 @@ from weightsmith.core.resources import builder_pins
 from weightsmith.core.values import (
     AdapterSnapshot,
     Checkpoint,
-    Computed,
     Digest,
     Json,
     Sources,
     StageInputs,
     Tree,
+    VirtualWeights,
 )
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.evaluating.task import Task
@@ -36,7 +36,7 @@ class Subject:
     """Weights that replace the adapters' own."""
     speakers: tuple[AdapterSnapshot, ...] = ()
     """Adapters whose tokenizer and chat template word the questions; none: its own."""
-    computed: Computed | None = None
+    computed: VirtualWeights | None = None
     """What computes the model's weights, if its files have none."""
 
     @property

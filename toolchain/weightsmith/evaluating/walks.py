@@ -38,7 +38,7 @@ _MOST_UNITS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class AskedSubject:
     """A model, and the task that it is asked."""
 
     name: str
@@ -51,14 +51,14 @@ class Asked:
     """Key of the answers that a correct merge gives too."""
 
 
-Unit = tuple[Asked, ...]
+Unit = tuple[AskedSubject, ...]
 """Models that are asked one task; they answer in one walk."""
 
 
 def asked_of(subjects: Mapping[str, Subject], task: Task) -> Unit:
     """Return models by name as those that are asked a task."""
     found = tuple(
-        Asked(name=name, key=str(inputs(one, task).key), subject=one, task=task)
+        AskedSubject(name=name, key=str(inputs(one, task).key), subject=one, task=task)
         for name, one in subjects.items()
     )
     if task.metric == "choice":
@@ -192,9 +192,9 @@ def _chooses(unit: Unit) -> bool:
     return unit[0].task.metric == "choice"
 
 
-def _alike(group: Sequence[Unit]) -> list[list[Asked]]:
+def _alike(group: Sequence[Unit]) -> list[list[AskedSubject]]:
     """Return a walk's models by what they are asked, so that equal questions are sent once."""
-    found: dict[tuple[str, int], list[Asked]] = {}
+    found: dict[tuple[str, int], list[AskedSubject]] = {}
     for unit in group:
         task = unit[0].task
         found.setdefault((task.digest, task.max_tokens), []).extend(unit)
@@ -202,7 +202,7 @@ def _alike(group: Sequence[Unit]) -> list[list[Asked]]:
 
 
 def _model(
-    one: Asked,
+    one: AskedSubject,
     places: tuple[list[Any], list[Any]],
     keys: set[str],
     known: Mapping[str, Sequence[Json]],

@@ -26,7 +26,7 @@ https://gitlab.com/gitlab-org/gitlab/-/issues/584573: no pipeline appears if one
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class MatrixJob:
     """One job of a matrix: a cell, or several adapters where there are too many cells."""
 
     adapters: tuple[str, ...]
@@ -84,13 +84,17 @@ def matrix_of(
     return facts, _TEXTS[system](rows, shlex.quote(file), note)
 
 
-def _jobs(builds: Sequence[AdapterBuild], limit: int) -> list[Job]:
-    cells = [Job((build.adapter,), (target.name,)) for build in builds for target in build.targets]
+def _jobs(builds: Sequence[AdapterBuild], limit: int) -> list[MatrixJob]:
+    cells = [
+        MatrixJob((build.adapter,), (target.name,)) for build in builds for target in build.targets
+    ]
     if not limit or len(cells) <= limit:
         return cells
     each = -(-len(builds) // limit)
     names = [build.adapter for build in builds]
-    return [Job(tuple(names[start : start + each]), ()) for start in range(0, len(names), each)]
+    return [
+        MatrixJob(tuple(names[start : start + each]), ()) for start in range(0, len(names), each)
+    ]
 
 
 def _github(rows: Sequence[Mapping[str, str]], _file: str, _note: str) -> str:

@@ -36,7 +36,7 @@ from weightsmith.fleets.requests import (
     BASE,
     CELL,
     DIFFERENT,
-    Built,
+    CellSummary,
     Failure,
     Reply,
     Request,
@@ -97,7 +97,7 @@ class _Result:
 
     def __init__(
         self,
-        row: Built | None = None,
+        row: CellSummary | None = None,
         stages: Mapping[str, Any] | None = None,
         lock: Mapping[str, Json] | None = None,
         files: Mapping[str, str] | None = None,
@@ -126,7 +126,7 @@ def _do(request: Request, home: Path, stages: dict[str, StageRecord], tools: Too
         dist=_dist(request, home),
         engine_answers=tools.images_in_engine,
     )
-    row: Built | None = None
+    row: CellSummary | None = None
     if request.kind == CELL:
         (built,) = build(asked, tools)
         stages |= built.stages
@@ -246,7 +246,7 @@ def _refused(request: Request, home: Path) -> _Result:
     return _Result()
 
 
-def row_of(record: BuildRecord, report: Path, reference: str) -> Built:
+def row_of(record: BuildRecord, report: Path, reference: str) -> CellSummary:
     """Return what the fleet's table shows of a build.
 
     An image that was not started has the score of its dequantized weights, if they were asked.
@@ -255,7 +255,7 @@ def row_of(record: BuildRecord, report: Path, reference: str) -> Built:
     score = record.scores.get(answered)
     drops = [v.comparison for v in record.verdicts if v.subject == answered and v.comparison]
     image = record.image
-    return Built(
+    return CellSummary(
         verdict="refused" if record.refused else record.verdict,
         score=score.score if score else None,
         answered=answered,

@@ -76,7 +76,7 @@ class Failure(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Built(JsonObject):
+class CellSummary(JsonObject):
     """What the fleet's table shows of a cell's build; see CellRow."""
 
     verdict: str = "passed"
@@ -109,7 +109,7 @@ class Reply(JsonObject):
     node: str
     seconds: float
     cpu_seconds: float
-    row: Built | None = None
+    row: CellSummary | None = None
     """Of a cell that was built or refused."""
     error: Failure | None = None
     stages: Mapping[str, bool] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any
 from weightsmith.building.pipeline import ASSEMBLY
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from weightsmith.core.json_objects import JsonObject
-from weightsmith.fleets.requests import Built, Failure, Reply
+from weightsmith.fleets.requests import CellSummary, Failure, Reply
 
 REFUSED, NOT_MADE = "refused", "not made"
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
@@ -114,7 +114,7 @@ class FleetRows(JsonObject):
 
 def of_reply(row: CellRow, reply: Reply) -> CellRow:
     """Return a cell's row with what its build replied."""
-    built = reply.row or Built()
+    built = reply.row or CellSummary()
     found = replace(
         row,
         state=ENDED,

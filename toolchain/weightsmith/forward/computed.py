@@ -18,7 +18,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-class Computed:
+class LazyRows:
     """Stands for a stored tensor where only rows of it are read."""
 
     def __init__(self, data: Data, info: TensorInfo) -> None:
@@ -39,11 +39,11 @@ class Computed:
         first, last, _ = rows.indices(len(self))
         return self._read(first, max(first, last))
 
-    def part(self, number: int) -> Computed:
+    def part(self, number: int) -> LazyRows:
         """Return one matrix of a stack."""
         start = self._info.start + number * self._row
         shape, end = self._info.shape[1:], start + self._row
-        return Computed(self._data, replace(self._info, shape=shape, start=start, end=end))
+        return LazyRows(self._data, replace(self._info, shape=shape, start=start, end=end))
 
     def whole(self) -> torch.Tensor:
         """Return the whole tensor."""

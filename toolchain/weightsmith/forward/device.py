@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from weightsmith.forward.computed import Computed
+from weightsmith.forward.computed import LazyRows
 
 _ROWS = 4096
 """Rows of a matrix that are copied at a time: few gigabytes, and copies long enough to be fast."""
@@ -25,7 +25,7 @@ class OnDevice:
         self._copies = stream(device) if device.type == "cuda" else None
 
     @torch.no_grad()  # in inference mode, the model's code could not change the product in place
-    def multiply(self, inputs: torch.Tensor, matrix: torch.Tensor | Computed) -> torch.Tensor:
+    def multiply(self, inputs: torch.Tensor, matrix: torch.Tensor | LazyRows) -> torch.Tensor:
         """Return inputs [n, columns] times the matrix [rows, columns] transposed; on the CPU."""
         here, start = inputs.to(self._device), 0
         output = torch.empty((len(inputs), len(matrix)))
@@ -35,7 +35,7 @@ class OnDevice:
             start += len(piece)
         return output
 
-    def _pieces(self, matrix: torch.Tensor | Computed) -> Iterator[torch.Tensor]:
+    def _pieces(self, matrix: torch.Tensor | LazyRows) -> Iterator[torch.Tensor]:
         """Yield the matrix on the device, some rows at a time, in its own dtype."""
         waiting: tuple[torch.Tensor, Any] | None = None
         for part in matrix.split(self._rows):

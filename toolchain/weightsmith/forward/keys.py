@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from weightsmith.forward.positions import Positions
 
 
-class Layer(DynamicLayer):  # type: ignore[misc]
+class KvCacheLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values, with room for more: adding some copies only these."""
 
     def __init__(self, room: int) -> None:
@@ -66,7 +66,7 @@ class Keys:
     def __init__(self, layers: int, rows: int, room: int, *, positioned: bool) -> None:
         """`positioned` says that the model takes positions, and does not always count itself."""
         self._positioned = positioned
-        self.cache: Any = Cache(layers=[Layer(room) for _ in range(layers)])
+        self.cache: Any = Cache(layers=[KvCacheLayer(room) for _ in range(layers)])
         self._real = torch.ones((rows, 0), dtype=torch.bool)
         """[rows, columns]: which columns are tokens."""
 

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import torch
 
 from weightsmith.forward import native
-from weightsmith.forward.computed import Computed
+from weightsmith.forward.computed import LazyRows
 from weightsmith.forward.libraries import ModelFails
 
-Matrix: TypeAlias = torch.Tensor | Computed
+Matrix: TypeAlias = torch.Tensor | LazyRows
 Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 """Multiplies rows [n, columns] with a tile [m, columns] into the third tensor, [n, m]."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from weightsmith.forward.computed import Computed
+from weightsmith.forward.computed import LazyRows
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.models.safetensors import TensorInfo, open_checkpoint
 from weightsmith.models.virtual_weights import data_of
@@ -53,7 +53,7 @@ class Weights:
         self._open: dict[Path, Any] = {}
         self._mapped: dict[str, torch.Tensor] = {}
         self._computed = {
-            info.name: Computed(data, info)
+            info.name: LazyRows(data, info)
             for shard in index.shards
             if (data := data_of(shard))
             for info in shard.tensors
@@ -123,7 +123,7 @@ class Weights:
                 for first in range(start, min(start + step * _BLOCKS, shape[0]), step):
                     yield first, part[first : first + step].clone()
 
-    def mapped(self, tensor: str) -> torch.Tensor | Computed:
+    def mapped(self, tensor: str) -> torch.Tensor | LazyRows:
         """Return a whole tensor in the file's dtype; a row is read from the disk when it is used.
 
         The file stays open, and the kernel may drop its pages.
@@ -143,7 +143,7 @@ class Weights:
         stacks = [one for _, one in self._fused.values() if _only_stacks(one.converter)]
         return frozenset(name for stack in stacks for name, _ in stack.parts)
 
-    def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], torch.Tensor | Computed]]]:
+    def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], torch.Tensor | LazyRows]]]:
         """Return what reads the matrices [rows, columns] of each expert of a stacked parameter.
 
         An expert's matrices follow each other. () if the parameter is stored in another form.
@@ -162,9 +162,9 @@ class Weights:
         lists = [[name for name, of in fused.parts if of == pattern] for pattern in patterns]
         return list(zip(*lists, strict=True))
 
-    def _expert(self, tensor: str, number: int) -> torch.Tensor | Computed:
+    def _expert(self, tensor: str, number: int) -> torch.Tensor | LazyRows:
         stack = self.mapped(tensor)
-        return stack.part(number) if isinstance(stack, Computed) else stack[number]
+        return stack.part(number) if isinstance(stack, LazyRows) else stack[number]
 
     def slice(self, tensor: str, first: int, last: int) -> torch.Tensor:
         """Return a copy of rows of a tensor, in the file's dtype."""

@@ -380,7 +380,7 @@ def build(
     }
 
 
-def run_build(asked: BuildCommand, progress: Progress) -> list[record.Built]:
+def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarget]:
     """Build a recipe, or what an image says that it was built of."""
     _check_lock(asked)
     if asked.from_:

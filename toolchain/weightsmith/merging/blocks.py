@@ -20,7 +20,7 @@ from weightsmith.merging.kernel import (
     prepare,
 )
 from weightsmith.merging.outputs import Band, Output, Patch, Rows, Stored, bands
-from weightsmith.merging.repair import Factors, Repairs
+from weightsmith.merging.repair import LowRankUpdate, Repairs
 from weightsmith.merging.rounding import F32, F64, round_once
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles
@@ -120,7 +120,7 @@ class RowMaker:
         if not lefts:
             return None
         # Transposed parts are in Fortran's order, and numpy keeps it when it joins them.
-        factors = Factors(
+        factors = LowRankUpdate(
             left=np.ascontiguousarray(_joined(lefts, 1)),
             right=np.ascontiguousarray(_joined(rights, 0)),
             gains=np.array(gains, F64),

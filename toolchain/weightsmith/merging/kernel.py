@@ -16,7 +16,7 @@ import numpy as np
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.merging import native
-from weightsmith.merging.repair import Factors, Repairs, repair
+from weightsmith.merging.repair import LowRankUpdate, Repairs, repair
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS, round_once
 
 PIECE = 1 << 18
@@ -31,7 +31,7 @@ class Addition:
     """The sum of factors added to one tensor."""
 
     name: str
-    factors: Factors
+    factors: LowRankUpdate
     """Exact, unscaled."""
     dtype: np.dtype
     """The result's dtype."""
@@ -81,7 +81,7 @@ def work_type(dtype: np.dtype) -> np.dtype:
     return F64 if dtype == F32 else F32
 
 
-def prepare(name: str, factors: Factors, dtype: np.dtype) -> Prepared:
+def prepare(name: str, factors: LowRankUpdate, dtype: np.dtype) -> Prepared:
     """Return the addition in the working dtype, with each row's error bound."""
     work = work_type(dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class BaseLayer:
     """A layer of the base that an adapter changes."""
 
     module: str

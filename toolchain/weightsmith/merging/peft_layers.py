@@ -20,7 +20,7 @@ from torch import nn
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.adapter_config import names_match
-from weightsmith.merging.layer import Layer
+from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import plain_key
 from weightsmith.merging.rounding import F32
 
@@ -32,7 +32,7 @@ _lock = threading.Lock()
 """One layer at a time, to save memory and because PEFT uses global random generators."""
 
 
-def merge_layer(layer: Layer, raw: str, base: Arrays, adapter: Arrays) -> dict[str, np.ndarray]:
+def merge_layer(layer: BaseLayer, raw: str, base: Arrays, adapter: Arrays) -> dict[str, np.ndarray]:
     """Return the layer's merged parameters, `weight` and possibly `bias`, in float32.
 
     `raw` is adapter_config.json, `base` the layer's parameters, `adapter` its tensors by key.
@@ -53,8 +53,8 @@ def _free_memory(model: Any) -> None:
 
 
 def merge_shared_layer(
-    layer: Layer,
-    layers: tuple[Layer, ...],
+    layer: BaseLayer,
+    layers: tuple[BaseLayer, ...],
     raw: str,
     base: Arrays,
     state: State,
@@ -71,7 +71,7 @@ def merge_shared_layer(
 
 
 @lru_cache(maxsize=1)
-def _shared(layers: tuple[Layer, ...], raw: str, state: State, folder: Path | None) -> Any:
+def _shared(layers: tuple[BaseLayer, ...], raw: str, state: State, folder: Path | None) -> Any:
     from safetensors import safe_open
 
     model = _build(_ordered(layers, folder) if folder else layers, raw, {})
@@ -83,7 +83,7 @@ def _shared(layers: tuple[Layer, ...], raw: str, state: State, folder: Path | No
     return model
 
 
-def _ordered(layers: Sequence[Layer], folder: Path) -> list[Layer]:
+def _ordered(layers: Sequence[BaseLayer], folder: Path) -> list[BaseLayer]:
     """Return the layers in the order of the base's model, which is built without weights."""
     import transformers
 
@@ -110,7 +110,7 @@ def _ordered(layers: Sequence[Layer], folder: Path) -> list[Layer]:
     return sorted(layers, key=lambda layer: order[layer.module])
 
 
-def _build(layers: Sequence[Layer], raw: str, base: Mapping[str, Arrays]) -> Any:
+def _build(layers: Sequence[BaseLayer], raw: str, base: Mapping[str, Arrays]) -> Any:
     """Return a PEFT model of only these layers, each at its path."""
     from peft import get_peft_model
 
@@ -135,7 +135,7 @@ def _build(layers: Sequence[Layer], raw: str, base: Mapping[str, Arrays]) -> Any
         ) from error
 
 
-def _plain(layer: Layer, base: Arrays | None) -> nn.Module:
+def _plain(layer: BaseLayer, base: Arrays | None) -> nn.Module:
     """Return the layer with its weights, or with an expanded zero as placeholder."""
     made = _empty(layer)
     for name, parameter in list(made.named_parameters()):
@@ -147,7 +147,7 @@ def _plain(layer: Layer, base: Arrays | None) -> nn.Module:
     return made
 
 
-def _empty(layer: Layer) -> nn.Module:
+def _empty(layer: BaseLayer) -> nn.Module:
     shape, device = layer.shape, torch.device("meta")
     match layer.kind:
         case "conv1d":
@@ -167,7 +167,7 @@ def _empty(layer: Layer) -> nn.Module:
             return nn.Linear(shape[1], shape[0], bias=layer.bias, device=device)
 
 
-def _config(raw: dict[str, Any], layers: Sequence[Layer]) -> Any:
+def _config(raw: dict[str, Any], layers: Sequence[BaseLayer]) -> Any:
     """Return PEFT's configuration restricted to these layers."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -231,7 +231,7 @@ def _missing(model: Any, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _merged(model: Any, layer: Layer, base: Arrays | None = None) -> dict[str, np.ndarray]:
+def _merged(model: Any, layer: BaseLayer, base: Arrays | None = None) -> dict[str, np.ndarray]:
     """Merge one layer and return its parameters; `base` replaces placeholders temporarily."""
     tuned = model.base_model.model.get_submodule(layer.module)
     plain = tuned.get_base_layer()

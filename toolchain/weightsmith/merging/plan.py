@@ -37,7 +37,7 @@ from weightsmith.models.folder import check_adapter_folder, check_model_folder
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
 from weightsmith.models.safetensors import (
     CheckpointIndex,
-    Header,
+    SafetensorsHeader,
     open_checkpoint,
     read_header,
 )
@@ -57,7 +57,7 @@ class PlannedAdapter:
 
     root: Path
     weight: float
-    header: Header
+    header: SafetensorsHeader
     config: AdapterConfig
     files: tuple[str, ...]
 

@@ -68,7 +68,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class GenerationRequest:
     """A subject, its chats, and the maximum length of an answer in tokens."""
 
     subject: Subject
@@ -98,7 +98,7 @@ def answers(
 ) -> dict[str, list[dict[str, Json]]]:
     """Return one greedy answer per item of each subject, in order; see `answered`."""
     asked = {
-        name: Asked(subject=one, items=items, max_tokens=max_tokens)
+        name: GenerationRequest(subject=one, items=items, max_tokens=max_tokens)
         for name, one in subjects.items()
     }
     count = Count(len(items) * len(subjects), progress)
@@ -117,7 +117,7 @@ class Answered:
 
 
 def answered(
-    subjects: Mapping[str, Asked],
+    subjects: Mapping[str, GenerationRequest],
     count: Callable[[int], None] = lambda _: None,
     *,
     batch_bytes: int = 0,
@@ -168,7 +168,7 @@ class _Asked:
     questions: Questions
 
 
-def _asked(one: Asked, loaded: dict[Voice, Any]) -> _Asked:
+def _asked(one: GenerationRequest, loaded: dict[Voice, Any]) -> _Asked:
     subject, tokenizer = one.subject, speaker(one.subject, loaded)
     questions = Questions(
         prompts=[prompt_tokens(tokenizer, item, subject.model) for item in one.items],

@@ -16,7 +16,7 @@ _UNIT = 2.0**-53
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factors:
+class LowRankUpdate:
     """The addition to one tensor, Σₖ gain[k] · left[:, k] · right[k, :].
 
     `left` (rows, K) and `right` (K, columns) are float32 and finite, `gains` (K,) is float64.
@@ -66,7 +66,7 @@ class Repairs:
 
 
 def repair(
-    factors: Factors,
+    factors: LowRankUpdate,
     weights: np.ndarray,
     rows: np.ndarray,
     columns: np.ndarray,
@@ -85,7 +85,7 @@ def repair(
     return out, done
 
 
-def _products(factors: Factors, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def _products(factors: LowRankUpdate, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Return the additions at (rows[i], columns[i]) in float64."""
     made = native.dot_products(factors.left, factors.columns, factors.gains, rows, columns)
     if made is None:
@@ -95,7 +95,7 @@ def _products(factors: Factors, rows: np.ndarray, columns: np.ndarray) -> np.nda
 
 
 def _decide(
-    factors: Factors,
+    factors: LowRankUpdate,
     rows: np.ndarray,
     columns: np.ndarray,
     base: np.ndarray,

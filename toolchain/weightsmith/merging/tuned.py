@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.layer import Layer
+from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import plain_key
 from weightsmith.merging.outputs import Files, Output, Rows, Source, Stored
 
@@ -39,7 +39,7 @@ _IMPORTS = (270 << 20) // 8
 class Tuned:
     """A layer's weight or bias merged by PEFT in float32, whole or some rows at a time."""
 
-    layer: Layer
+    layer: BaseLayer
     parameter: str
     """`weight` or `bias`."""
     base: tuple[tuple[str, Source], ...]
@@ -49,7 +49,7 @@ class Tuned:
     raw: str
     """adapter_config.json."""
     file: Path
-    shared: tuple[Layer, ...] = ()
+    shared: tuple[BaseLayer, ...] = ()
     """All layers of the adapter, if they share tensors."""
     shared_keys: tuple[str, ...] = ()
     """Names of all the tuner's tensors, if layers share some."""

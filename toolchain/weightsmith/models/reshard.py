@@ -16,7 +16,7 @@ from weightsmith.core.safe_parse import INDEX as LARGEST_INDEX
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import Digest, FileEntry, Json, Pieces, Slice, Tree, canonical, key_of
 from weightsmith.models.reading import read_part
-from weightsmith.models.safetensors import Header, TensorInfo, read_header
+from weightsmith.models.safetensors import SafetensorsHeader, TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -90,7 +90,7 @@ def size_of(pieces: Pieces) -> int:
     return sum(len(p) if isinstance(p, bytes) else p.size for p in pieces)
 
 
-def _groups(header: Header, largest: int, strict: bool) -> list[list[TensorInfo]]:
+def _groups(header: SafetensorsHeader, largest: int, strict: bool) -> list[list[TensorInfo]]:
     """Return the tensors in as few consecutive groups as fit."""
     table = 8 + sum(len(t.name) + 256 for t in header.tensors)
     room = largest - _spare(largest) - min(table, largest // 2)
@@ -120,7 +120,7 @@ def _name(path: str, number: int, count: int) -> str:
     return f"{path.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _shard(header: Header, group: list[TensorInfo]) -> Pieces:
+def _shard(header: SafetensorsHeader, group: list[TensorInfo]) -> Pieces:
     start = group[0].start
     table: dict[str, Json] = {
         tensor.name: {

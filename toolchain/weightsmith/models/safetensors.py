@@ -53,7 +53,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
+class SafetensorsHeader:
     """A file's header; tensors are in file order."""
 
     path: Path
@@ -68,7 +68,7 @@ class CheckpointIndex:
     """All tensors of a checkpoint folder, shard by shard."""
 
     root: Path
-    shards: tuple[Header, ...]
+    shards: tuple[SafetensorsHeader, ...]
     index_file: str
     """Name of the index file; empty for a single file."""
 
@@ -78,7 +78,7 @@ class CheckpointIndex:
         return {info.name: info for shard in self.shards for info in shard.tensors}
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> SafetensorsHeader:
     """Return the header of a file; its tensors must cover the data without gaps or overlaps.
 
     Raises InputRefused for everything that the safetensors crate refuses, and for names that are
@@ -106,7 +106,7 @@ def read_header(path: Path) -> Header:
     if metadata == NO_DATA and size == 8 + length:
         size = infos[-1].end if infos else size
     _check_tiling(path, infos, 8 + length, size)
-    return Header(path=path, tensors=tuple(infos), metadata=metadata, file_size=size)
+    return SafetensorsHeader(path=path, tensors=tuple(infos), metadata=metadata, file_size=size)
 
 
 def open_checkpoint(root: Path) -> CheckpointIndex:
@@ -229,7 +229,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shards(index: Path, weight_map: Mapping[str, str], shards: Sequence[Header]) -> None:
+def _check_shards(
+    index: Path, weight_map: Mapping[str, str], shards: Sequence[SafetensorsHeader]
+) -> None:
     """Check that index and headers agree in both directions."""
     found: dict[str, str] = {}
     for shard in shards:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import FileEntry, Tree
-from weightsmith.models.safetensors import NO_DATA, Header
+from weightsmith.models.safetensors import NO_DATA, SafetensorsHeader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,12 +42,12 @@ def filled(files: Mapping[Path, Data]) -> Iterator[None]:
             _FILLED.pop(path)
 
 
-def has_no_data(header: Header) -> bool:
+def has_no_data(header: SafetensorsHeader) -> bool:
     """Return whether a file has no data of its own."""
     return header.metadata == NO_DATA
 
 
-def data_of(header: Header) -> Data | None:
+def data_of(header: SafetensorsHeader) -> Data | None:
     """Return what computes a file's data; None for a file that has it.
 
     Raises InputRefused if nothing does.

@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.ports import Kept
+from weightsmith.core.ports import CacheUse
 from weightsmith.core.values import Blob, Digest, Json, canonical
 from weightsmith.oci import downloads, manifests
 from weightsmith.oci.attachments import EMPTY, EMPTY_TYPE
@@ -92,7 +92,7 @@ class RegistryCache:
     def discard(self, blob: Blob) -> None:
         """Do nothing: a registry keeps a deleted blob's bytes, and never replaces them."""
 
-    def entries(self) -> Iterator[Kept]:
+    def entries(self) -> Iterator[CacheUse]:
         """Yield the entry of every tag that is a key; two requests for a hundred, one for each."""
         for tag in self._tags():
             try:
@@ -120,16 +120,16 @@ class RegistryCache:
             freed += self._kept(key, found[0]).size
         return freed
 
-    def _kept(self, key: Digest, manifest: bytes) -> Kept:
+    def _kept(self, key: Digest, manifest: bytes) -> CacheUse:
         """Return what a manifest says of its entry; one that nobody wrote so is the first to go."""
         try:
             read = manifests.read_json(manifest, self.where)
             rows = [read["config"], *read["layers"]]
             written = datetime.fromisoformat(str(read["annotations"][_CREATED]))
             size = sum(int(row["size"]) for row in rows)
-            return Kept(key=key, size=size, used=written.timestamp())
+            return CacheUse(key=key, size=size, used=written.timestamp())
         except (InputRefused, LookupError, TypeError, ValueError, ArithmeticError):
-            return Kept(key=key, size=len(manifest), used=0.0)
+            return CacheUse(key=key, size=len(manifest), used=0.0)
 
     @property
     def _pulling(self) -> RegistrySession:

@@ -39,7 +39,7 @@ def opened(layer: Layer) -> Iterator[tuple[tarfile.TarFile, ChunkFile]]:
     stream = ChunkFile(uncompressed(layer, chunks))
     try:
         with tarfile.open(
-            fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=Entry
+            fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_BUFFER, tarinfo=TarEntry
         ) as archive:
             yield archive, stream
         stream.drain()
@@ -67,7 +67,7 @@ def entries(layer: Layer) -> Iterator[tarfile.TarInfo]:
             yield entry
 
 
-class Entry(tarfile.TarInfo):
+class TarEntry(tarfile.TarInfo):
     """A tar entry with limits: `tarfile` reads extended headers whole, and recursively.
 
     Extended headers are limited in size and number. Sparse files are refused: no tool writes them

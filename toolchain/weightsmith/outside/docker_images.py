@@ -143,7 +143,7 @@ def _environment(host: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Base:
+class BaseImage:
     """An upstream image: its tag, and its digest per platform if pinned."""
 
     reference: str
@@ -156,7 +156,7 @@ class Base:
         return f"{self.reference}@{digest}" if digest else self.reference
 
 
-def read_bases(path: Path | None = None) -> dict[str, Base]:
+def read_bases(path: Path | None = None) -> dict[str, BaseImage]:
     """Return all bases in the lock file by purpose; raises UsageError if it is damaged."""
     file = images() / "bases.lock" if path is None else path
     try:
@@ -168,7 +168,7 @@ def read_bases(path: Path | None = None) -> dict[str, Base]:
         ) from problem
 
 
-def base(purpose: str) -> Base:
+def base(purpose: str) -> BaseImage:
     """Return the base for a purpose such as `builder-cpu`; raises UsageError if unknown."""
     bases = read_bases()
     if purpose not in bases:
@@ -179,11 +179,11 @@ def base(purpose: str) -> Base:
     return bases[purpose]
 
 
-def _base(purpose: str, entry: Mapping[str, object]) -> Base:
+def _base(purpose: str, entry: Mapping[str, object]) -> BaseImage:
     digests = entry["digests"]
     if not isinstance(digests, dict):
         raise TypeError(f"the digests of {purpose} are not an object")
-    return Base(
+    return BaseImage(
         reference=str(entry["reference"]),
         digests={str(k): Digest(v) if v else None for k, v in sorted(digests.items())},
     )

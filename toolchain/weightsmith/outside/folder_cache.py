@@ -17,7 +17,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.files import is_unfinished, marked, replace_file
-from weightsmith.core.ports import Kept
+from weightsmith.core.ports import CacheUse
 from weightsmith.core.trees import below, remove
 from weightsmith.core.values import Blob, Digest
 
@@ -86,7 +86,7 @@ class FolderCache:
         """Delete a blob."""
         self._blob(blob.digest).unlink(missing_ok=True)
 
-    def entries(self) -> Iterator[Kept]:
+    def entries(self) -> Iterator[CacheUse]:
         """Yield every entry; blobs that several have count for each. OSError as in `find`."""
         if self._is_lost():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root))
@@ -94,7 +94,7 @@ class FolderCache:
             with suppress(OSError, ValueError, InputRefused):
                 size = sum(_blobs_of(path).values()) + path.stat().st_size
                 key = Digest(f"sha256:{path.stem}")
-                yield Kept(key=key, size=size, used=path.stat().st_mtime)
+                yield CacheUse(key=key, size=size, used=path.stat().st_mtime)
 
     def remove(self, keys: Collection[Digest]) -> int:
         """Delete entries, then blobs that no entry names."""

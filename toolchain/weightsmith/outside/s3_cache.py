@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
-from weightsmith.core.ports import Kept
+from weightsmith.core.ports import CacheUse
 from weightsmith.core.values import Blob, Digest
 from weightsmith.outside.folder_cache import of_rows, to_rows
 
@@ -99,14 +99,14 @@ class S3Cache:
         with self._asked(), suppress(FileNotFoundError):
             self._files.rm_file(self._blob(blob.digest))
 
-    def entries(self) -> Iterator[Kept]:
+    def entries(self) -> Iterator[CacheUse]:
         """Yield every entry; blobs that several have count for each."""
         with self._asked():
             rows = self._keys()
         for key, row in rows.items():
             with suppress(FileNotFoundError, InputRefused):
                 size = int(row["size"]) + sum(self._blobs_of(key).values())
-                yield Kept(key=key, size=size, used=_time(row))
+                yield CacheUse(key=key, size=size, used=_time(row))
 
     def remove(self, keys: Collection[Digest]) -> int:
         """Delete entries, then blobs that no entry names."""

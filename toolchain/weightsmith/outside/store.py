@@ -23,7 +23,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.files import age_order, sync_folder, write_whole
-from weightsmith.core.ports import Entry
+from weightsmith.core.ports import StoreEntry
 from weightsmith.core.privacy import AnothersFolder, private
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import below, discard, give, remove
@@ -46,12 +46,12 @@ class FileStore:
         """Called with a message when another process must be waited for."""
         self._held: dict[Digest, int] = {}
         """Open descriptors whose shared locks last as long as this process."""
-        self._found: dict[Digest, Entry] = {}
+        self._found: dict[Digest, StoreEntry] = {}
         """Entries in use, read once: nobody can delete them meanwhile."""
         self._holding = threading.Lock()
         """Two stages may look for the same entry at once."""
 
-    def find(self, key: Digest) -> Entry | None:
+    def find(self, key: Digest) -> StoreEntry | None:
         """Return the entry, protected from deletion while this process lives, or None."""
         if key in self._found:
             return self._found[key]
@@ -75,7 +75,7 @@ class FileStore:
         make: Callable[[Path], Mapping[str, Json]],
         *,
         resume: bool = False,
-    ) -> Entry:
+    ) -> StoreEntry:
         """Return the entry; make it under the key's lock if it does not exist."""
         while True:
             if entry := self.find(key):
@@ -234,7 +234,7 @@ class FileStore:
             sync_folder(folder)
         return files
 
-    def _read(self, key: Digest, *, cached: bool) -> Entry | None:
+    def _read(self, key: Digest, *, cached: bool) -> StoreEntry | None:
         folder = self.root / "results" / key.hex
         try:
             manifest = parse((folder / "manifest.json").read_bytes())
@@ -249,7 +249,7 @@ class FileStore:
             return None
         with suppress(OSError):
             os.utime(folder / "manifest.json")
-        return Entry(
+        return StoreEntry(
             tree=Tree(root=folder / "data", files=files),
             meta=manifest["meta"],
             cached=cached,
@@ -269,7 +269,7 @@ class FileStore:
             self._held[key] = descriptor
             allow_more(descriptor)  # a fleet holds thousands of results
 
-    def results(self) -> Iterator[tuple[Digest, Mapping[str, Json], Entry]]:
+    def results(self) -> Iterator[tuple[Digest, Mapping[str, Json], StoreEntry]]:
         """Yield the key, the note and the entry of every result, most recently used first."""
         for name, _, _ in sorted(
             self._results(), key=lambda item: age_order(item[1]), reverse=True

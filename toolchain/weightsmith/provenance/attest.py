@@ -24,7 +24,7 @@ from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
     NUMBER,
-    Document,
+    AttachedDocument,
     Evidence,
     resource_of,
     titled,
@@ -42,7 +42,7 @@ from weightsmith.provenance.statements import (
 from weightsmith.recipe.schema import Recipe
 
 
-def evidence(made: ImageMaterials, base_documents: Sequence[Document]) -> Evidence:
+def evidence(made: ImageMaterials, base_documents: Sequence[AttachedDocument]) -> Evidence:
     """Return an image's statements and documents; equal images have equal evidence.
 
     `base_documents` are the bills of materials of the base.
@@ -157,7 +157,7 @@ def _calibration(artifact: Artifact) -> list[Resource]:
     return [tree_resource("calibration", digest)] if digest else []
 
 
-def _baked(made: ImageMaterials, documents: Sequence[Document]) -> Statement:
+def _baked(made: ImageMaterials, documents: Sequence[AttachedDocument]) -> Statement:
     base = [Resource(name="base image", digest=made.base.digest, uri=made.inputs.base_name)] if (
         made.base
     ) else []  # fmt: skip
@@ -225,14 +225,14 @@ def _ancestors(sources: Sources | None) -> list[Ancestor]:
     return found
 
 
-def _evaluation(scores: Scores) -> list[Document]:
+def _evaluation(scores: Scores) -> list[AttachedDocument]:
     return [titled(EVALUATION_TYPE, "evaluation.json", evaluation(scores))] if scores else []
 
 
-def _adapters(sources: Sources | None) -> list[Document]:
+def _adapters(sources: Sources | None) -> list[AttachedDocument]:
     adapters = sources.adapters if sources else ()
     return [
-        Document(
+        AttachedDocument(
             artifact_type=ADAPTER_TYPE,
             parts=tuple(
                 Part.of_file(a.snapshot.tree.path(file.path), file.path, file.digest)

@@ -17,7 +17,7 @@ from weightsmith.oci.image import Image
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.provenance.evidence import SPDX_TYPE, Document, titled
+from weightsmith.provenance.evidence import SPDX_TYPE, AttachedDocument, titled
 from weightsmith.provenance.mlbom import MEDIA_TYPE, engine_bom
 
 OWN_ENGINE = "engine:"
@@ -35,7 +35,9 @@ _ABOUT, _KIND = "vnd.docker.reference.digest", "vnd.docker.reference.type"
 _MOST = 20
 
 
-def base_documents(base: Image | None, name: str, registry: Registry) -> tuple[Document, ...]:
+def base_documents(
+    base: Image | None, name: str, registry: Registry
+) -> tuple[AttachedDocument, ...]:
     """Return the bills of materials of what is below the weights: its makers', or ours."""
     if base is None or not name:
         return ()
@@ -46,21 +48,23 @@ def base_documents(base: Image | None, name: str, registry: Registry) -> tuple[D
     return (titled(MEDIA_TYPE, ENGINE_BILL, bill),)
 
 
-def read_bills(reference: Reference, base: Image, registry: Registry) -> tuple[Document, ...]:
+def read_bills(
+    reference: Reference, base: Image, registry: Registry
+) -> tuple[AttachedDocument, ...]:
     """Return a base's bills of materials; () if none can be read.
 
     They are optional, so a registry's error is ignored here.
     """
-    readers: Sequence[Callable[[Reference, Image, Registry], Iterator[Document]]]
+    readers: Sequence[Callable[[Reference, Image, Registry], Iterator[AttachedDocument]]]
     readers = (_attached, _in_index)
-    found: list[Document] = []
+    found: list[AttachedDocument] = []
     for reader in readers:
         with suppress(WeightsmithError):
             found += reader(reference, base, registry)
     return tuple(found)
 
 
-def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator[Document]:
+def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator[AttachedDocument]:
     there = reference.at(base.digest)
     for blob, _ in registry.attached(there, base.digest, tagged=False)[:_MOST]:
         one = registry.read_attachment(there, blob)
@@ -68,12 +72,12 @@ def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator
         if MODEL_BILL in titles:
             continue  # the base is an image of ours, and its model is not the one that is served
         if one.artifact_type in _TYPES and _size(one) <= LARGEST_PART:
-            yield Document(
+            yield AttachedDocument(
                 artifact_type=one.artifact_type, parts=one.parts, annotations=one.annotations
             )
 
 
-def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator[Document]:
+def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator[AttachedDocument]:
     body, kind = registry.read_manifest(reference)
     if kind not in manifests.INDEXES:
         return
@@ -89,7 +93,7 @@ def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator
             yield from _stated(registry.read_attachment(reference, blob))
 
 
-def _stated(attestation: Attachment) -> Iterator[Document]:
+def _stated(attestation: Attachment) -> Iterator[AttachedDocument]:
     for part in attestation.parts[:_MOST]:
         media_type, name = _PREDICATES.get(part.annotations.get(_PREDICATE, ""), ("", ""))
         if not media_type:

@@ -12,7 +12,7 @@ from weightsmith.provenance import statements
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
-    Document,
+    AttachedDocument,
     document_name,
     resource_of,
 )
@@ -36,7 +36,7 @@ class Check:
 def check_chain(
     image: Image,
     stated: Sequence[Statement],
-    documents: Sequence[Document],
+    documents: Sequence[AttachedDocument],
     files: Mapping[str, str],
 ) -> Iterator[Check]:
     """Yield the checks of an image against its statements.
@@ -156,7 +156,7 @@ def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
         yield Check(name=f"label {name}", ok=label == digest, found=found)
 
 
-def _documents(own: Statement, documents: Sequence[Document]) -> Check:
+def _documents(own: Statement, documents: Sequence[AttachedDocument]) -> Check:
     stated, there = own.byproducts, set(map(resource_of, documents))
     missing = sorted(one.name for one in stated - there)
     if missing:
@@ -165,7 +165,7 @@ def _documents(own: Statement, documents: Sequence[Document]) -> Check:
     return Check(name="documents", ok=True, found=", ".join(names) or "none")
 
 
-def _unnamed(lineage: Lineage, documents: Sequence[Document]) -> Iterator[Check]:
+def _unnamed(lineage: Lineage, documents: Sequence[AttachedDocument]) -> Iterator[Check]:
     """Yield attached documents that no statement names; those that look like ours are wrong."""
     for document in documents:
         name = document_name(document)

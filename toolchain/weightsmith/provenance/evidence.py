@@ -29,7 +29,7 @@ _MOST_ATTACHED = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
+class AttachedDocument:
     """A file attached to the image."""
 
     artifact_type: str
@@ -37,10 +37,10 @@ class Document:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
-def titled(artifact_type: str, title: str, content: Json) -> Document:
+def titled(artifact_type: str, title: str, content: Json) -> AttachedDocument:
     """Return a document of one JSON file."""
     part = Part.of_bytes(canonical(content), artifact_type, **{TITLE: title})
-    return Document(artifact_type=artifact_type, parts=(part,), annotations={TITLE: title})
+    return AttachedDocument(artifact_type=artifact_type, parts=(part,), annotations={TITLE: title})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Evidence:
     """Made and signed by this build."""
     kept: tuple[Part, ...] = ()
     """Those of the image that this one was made from."""
-    documents: tuple[Document, ...] = ()
+    documents: tuple[AttachedDocument, ...] = ()
 
 
 def read_attached(location: ImageLocation, image: Digest) -> list[Attachment]:
@@ -128,10 +128,10 @@ def statement_parts(attachments: Iterable[Attachment]) -> list[Part]:
     return list(found.values())
 
 
-def documents_in(attachments: Iterable[Attachment]) -> list[Document]:
+def documents_in(attachments: Iterable[Attachment]) -> list[AttachedDocument]:
     """Return all attachments that are neither statements nor signatures."""
     return [
-        Document(
+        AttachedDocument(
             artifact_type=attachment.artifact_type,
             parts=attachment.parts,
             annotations=attachment.annotations,
@@ -154,7 +154,7 @@ def limited(rows: Sequence[tuple[Blob, str]]) -> Sequence[tuple[Blob, str]]:
     return rows
 
 
-def document_name(document: Document) -> str:
+def document_name(document: AttachedDocument) -> str:
     """Return a document's name in statements: its file name, or the adapter's number."""
     number = document.annotations.get(NUMBER)
     if document.artifact_type == ADAPTER_TYPE:
@@ -163,7 +163,7 @@ def document_name(document: Document) -> str:
     return next((part.title for part in document.parts), "") or document.artifact_type
 
 
-def resource_of(document: Document) -> Resource:
+def resource_of(document: AttachedDocument) -> Resource:
     """Return a document as statements name it; another name or type is another document."""
     return Resource(
         name=document_name(document),
@@ -172,7 +172,7 @@ def resource_of(document: Document) -> Resource:
     )
 
 
-def document_digest(document: Document) -> Digest:
+def document_digest(document: AttachedDocument) -> Digest:
     """Return a document's digest: its only part's, or that of the list of its parts."""
     if len(document.parts) == 1 and document.artifact_type != ADAPTER_TYPE:
         return document.parts[0].blob.digest

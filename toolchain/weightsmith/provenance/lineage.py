@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from weightsmith.core.values import Digest
-from weightsmith.provenance.evidence import Document, resource_of
+from weightsmith.provenance.evidence import AttachedDocument, resource_of
 from weightsmith.provenance.statements import TEST_RESULT, Resource, Statement
 
 _OF_IMAGES = ("bake", "rebase")
@@ -54,7 +54,7 @@ class Lineage:
         others = [digest for digest in statement.subjects.values() if digest != self.images[0]]
         return f"about another image ({others[0][7:19]})" if others else "about no image"
 
-    def names(self, document: Document) -> bool:
+    def names(self, document: AttachedDocument) -> bool:
         """Say whether a statement about the image names a document: its name, type and digest."""
         return resource_of(document) in self.byproducts
 

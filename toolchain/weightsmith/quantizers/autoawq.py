@@ -22,7 +22,7 @@ from weightsmith.quantizers.checkpoints import (
     peak_disk,
     zero_point_option,
 )
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import (
@@ -62,7 +62,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return {**found, "engine": "autoawq"}
 
 
-def _layout(request: QuantizeRequest) -> Layout:
+def _layout(request: QuantizeRequest) -> PackedLayout:
     return in_groups(request.model, "awq", request.options.get("group_size"))
 
 

@@ -16,7 +16,7 @@ from weightsmith.core.values import Format, Json
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.known import what_works
-from weightsmith.quantizers.packed import PARTS, Layout
+from weightsmith.quantizers.packed import PARTS, PackedLayout
 from weightsmith.quantizers.writing import Work, copied, whole, write_checkpoint
 
 GROUP_SIZES = (128, 64, 32)
@@ -136,13 +136,13 @@ def group_size(model: ModelFacts, requested: Json) -> int:
     )
 
 
-def in_groups(model: Path, method: str, requested: Json) -> Layout:
+def in_groups(model: Path, method: str, requested: Json) -> PackedLayout:
     """Return the layout of 4-bit integers with a scale per group: `gptq` symmetric, others not.
 
     Raises InputRefused as `group_size` does.
     """
     size = group_size(read_facts(model), requested)
-    return Layout(method=method, bits=4, group_size=size, symmetric=method == "gptq")
+    return PackedLayout(method=method, bits=4, group_size=size, symmetric=method == "gptq")
 
 
 def row_lengths(model: ModelFacts) -> dict[str, int]:

@@ -24,7 +24,7 @@ from weightsmith.quantizers.checkpoints import (
     group_size,
     peak_disk,
 )
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import encoder, python_step, read_settings, samples, texts
@@ -74,11 +74,13 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return {**found, "engine": "llm-compressor"}
 
 
-def _layout(request: QuantizeRequest) -> Layout:
+def _layout(request: QuantizeRequest) -> PackedLayout:
     if request.format == FP8_STATIC:
-        return Layout(method="float-quantized", bits=8, group_size=0, symmetric=True, inputs=True)
+        return PackedLayout(
+            method="float-quantized", bits=8, group_size=0, symmetric=True, inputs=True
+        )
     model = read_facts(request.model)
-    return Layout(
+    return PackedLayout(
         method="pack-quantized",
         bits=4,
         group_size=group_size(model, request.options.get("group_size")),

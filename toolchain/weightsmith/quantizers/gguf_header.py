@@ -21,7 +21,7 @@ SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class GgufTensorInfo:
     """A tensor of a header."""
 
     name: str
@@ -44,15 +44,15 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Header:
+class GgufHeader:
     """Values as type and bytes, tensors, and where their data starts."""
 
     values: Mapping[str, bytes]
-    tensors: Mapping[str, Entry]
+    tensors: Mapping[str, GgufTensorInfo]
     size: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> GgufHeader:
     """Return a file's header; raises ValueError unless it is GGUF of this version."""
     with path.open("rb") as file:
         if file.read(4) != _MAGIC or _number(file, "I") != _VERSION:
@@ -61,11 +61,11 @@ def read_header(path: Path) -> Header:
         values = {_text(file): _value(file) for _ in range(keys)}
         tensors = {entry.name: entry for entry in (_entry(file) for _ in range(count))}
         size = file.tell()
-    return Header(values=values, tensors=tensors, size=_padded(size))
+    return GgufHeader(values=values, tensors=tensors, size=_padded(size))
 
 
 def quantized(
-    header: Header, targets: Mapping[str, tuple[int, int]], changes: Mapping[str, bytes]
+    header: GgufHeader, targets: Mapping[str, tuple[int, int]], changes: Mapping[str, bytes]
 ) -> tuple[bytes, Mapping[str, int]]:
     """Return the bytes that llama-quantize writes before the data, and each tensor's offset.
 
@@ -134,7 +134,7 @@ def number(value: bytes) -> int:
     return int(found)
 
 
-def _described(entry: Entry, kind: int, offset: int) -> bytes:
+def _described(entry: GgufTensorInfo, kind: int, offset: int) -> bytes:
     # As ggml_n_dims counts: without ones at the end.
     shape = list(entry.shape)
     while len(shape) > 1 and shape[-1] == 1:
@@ -195,7 +195,9 @@ def _skip(file: IO[bytes], kind: int) -> None:
         raise ValueError(f"unknown type {kind} of a value")
 
 
-def _entry(file: IO[bytes]) -> Entry:
+def _entry(file: IO[bytes]) -> GgufTensorInfo:
     name = _text(file)
     shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))
-    return Entry(name=name, shape=shape, kind=_number(file, "I"), offset=_number(file, "Q"))
+    return GgufTensorInfo(
+        name=name, shape=shape, kind=_number(file, "I"), offset=_number(file, "Q")
+    )

@@ -20,7 +20,7 @@ _HINT = "create it with `imatrix: auto`, or with llama-imatrix from this model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class ImatrixEntry:
     """One tensor's entry: number of inputs, and how often each of its matrices was used."""
 
     name: str
@@ -67,7 +67,7 @@ def experts_missed(path: Path) -> list[str]:
     return [text]
 
 
-def read_imatrix(path: Path) -> list[Entry]:
+def read_imatrix(path: Path) -> list[ImatrixEntry]:
     """Return the entries of a GGUF or `.dat` importance matrix; raises InputRefused."""
     try:
         with path.open("rb") as stream:
@@ -83,7 +83,7 @@ def read_imatrix(path: Path) -> list[Entry]:
         raise InputRefused(f"{path} is not an importance matrix: {error}", hint=_HINT) from None
 
 
-def _of_gguf(path: Path) -> list[Entry]:
+def _of_gguf(path: Path) -> list[ImatrixEntry]:
     # Imported here to keep listing the formats fast.
     from weightsmith.models.gguf_reader import GGUFReader
 
@@ -93,7 +93,7 @@ def _of_gguf(path: Path) -> list[Entry]:
         raise ValueError("its general.type is not imatrix")
     tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
     return [
-        Entry(
+        ImatrixEntry(
             name=name.removesuffix(".in_sum2"),
             columns=int(tensor.shape[0]),
             counts=tuple(float(c) for c in tensors[_counts(name)].data.ravel()),
@@ -107,7 +107,7 @@ def _counts(name: str) -> str:
     return name.removesuffix(".in_sum2") + ".counts"
 
 
-def _of_dat(stream: IO[bytes], size: int) -> Iterator[Entry]:
+def _of_dat(stream: IO[bytes], size: int) -> Iterator[ImatrixEntry]:
     """Read llama.cpp's `--output-format dat`, which has no counts per expert."""
     (number,) = struct.unpack("<i", stream.read(4))
     if number < 1:
@@ -121,7 +121,7 @@ def _of_dat(stream: IO[bytes], size: int) -> Iterator[Entry]:
         if not 0 < 4 * columns <= size - stream.tell():
             raise ValueError(f"{name} has an invalid size")
         stream.seek(4 * columns, 1)
-        yield Entry(name=name, columns=columns, counts=(float(calls),))
+        yield ImatrixEntry(name=name, columns=columns, counts=(float(calls),))
 
 
 def _wrong_model(path: Path, why: str) -> InputRefused:

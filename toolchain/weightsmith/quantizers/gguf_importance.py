@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.quantizers.gguf_header import Entry, number, read_header, strings
+from weightsmith.quantizers.gguf_header import GgufTensorInfo, number, read_header, strings
 
 DIGEST_KEY = "weightsmith.imatrix.digest"
 """GGUF key of the sha256 of the importance matrix."""
@@ -83,7 +83,7 @@ def _of_gguf(path: Path) -> tuple[dict[str, np.ndarray], list[str], int]:
     return values, datasets, chunks
 
 
-def _floats(file: IO[bytes], entry: Entry, start: int) -> np.ndarray:
+def _floats(file: IO[bytes], entry: GgufTensorInfo, start: int) -> np.ndarray:
     file.seek(start + entry.offset)
     return np.frombuffer(file.read(4 * entry.rows * entry.columns), np.float32)
 

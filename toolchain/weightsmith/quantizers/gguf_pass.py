@@ -18,7 +18,13 @@ import numpy as np
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.kernels import quants
 from weightsmith.core.safe_parse import parse
-from weightsmith.quantizers.gguf_header import Entry, Header, changed_values, placed, quantized
+from weightsmith.quantizers.gguf_header import (
+    GgufHeader,
+    GgufTensorInfo,
+    changed_values,
+    placed,
+    quantized,
+)
 from weightsmith.quantizers.gguf_importance import Importance
 from weightsmith.quantizers.gguf_rows import Read
 
@@ -113,10 +119,10 @@ class Target:
 class Source:
     """One unquantized file: its header, and where its tensors' data comes from."""
 
-    header: Header
-    rows: Callable[[Entry, str], Read]
+    header: GgufHeader
+    rows: Callable[[GgufTensorInfo, str], Read]
     """(tensor, type) -> its rows; called once per tensor, in order."""
-    stored: Callable[[Entry, str], np.ndarray]
+    stored: Callable[[GgufTensorInfo, str], np.ndarray]
     """(tensor, type) -> uint8: the data of a type that is no float."""
     place: Callable[[str], tuple[str, int]] = lambda _: ("", 0)
     """Tensor -> file and offset of its first data: it is best read in this order."""
@@ -193,7 +199,7 @@ class _File:
 
 
 @contextmanager
-def _opened(header: Header, output: Output) -> Iterator[_File]:
+def _opened(header: GgufHeader, output: Output) -> Iterator[_File]:
     """Begin a file, or open it again with the tensors that it has."""
     tensors, targets, wanted = header.tensors, output.targets, output.wanted
     if different := {t.name for t in targets} ^ tensors.keys():
@@ -259,7 +265,7 @@ def _check(targets: Sequence[Target], wanted: Wanted) -> None:
             )
 
 
-def _sized(target: Target, entry: Entry) -> tuple[int, int]:
+def _sized(target: Target, entry: GgufTensorInfo) -> tuple[int, int]:
     """Return a target type's number and the tensor's bytes."""
     size = quants.row_bytes(target.target, entry.columns) * entry.rows
     return quants.number(target.target), size
@@ -304,7 +310,7 @@ class _Writer:
             self._pool.shutdown(cancel_futures=failed)
             self._noter.shutdown()
 
-    def add(self, source: Source, entry: Entry, files: Sequence[_File]) -> None:
+    def add(self, source: Source, entry: GgufTensorInfo, files: Sequence[_File]) -> None:
         """Start a tensor; returns while its last blocks are being computed."""
         name, blocks = entry.name, list[Future[_Written]]()
         blocks.extend(
@@ -335,7 +341,9 @@ class _Writer:
         while self._notes and self._notes[0].done():
             self._notes.pop(0).result()
 
-    def _blocks(self, rows: Read, entry: Entry, files: Sequence[_File]) -> list[Future[_Written]]:
+    def _blocks(
+        self, rows: Read, entry: GgufTensorInfo, files: Sequence[_File]
+    ) -> list[Future[_Written]]:
         matrices = entry.shape[2] if len(entry.shape) > 2 else 1
         height, blocks = entry.rows // matrices, []
         important = [_importance(file, entry, matrices) for file in files]
@@ -392,14 +400,14 @@ class _Writer:
             raise self._lost
 
 
-def _importance(file: _File, entry: Entry, matrices: int) -> np.ndarray | None:
+def _importance(file: _File, entry: GgufTensorInfo, matrices: int) -> np.ndarray | None:
     target = file.targets[entry.name]
     if target.kind == target.target:
         return None
     return file.importance.of(entry.name, entry.columns, matrices)
 
 
-def _part(file: _File, entry: Entry, importance: np.ndarray | None, start: int) -> _Part:
+def _part(file: _File, entry: GgufTensorInfo, importance: np.ndarray | None, start: int) -> _Part:
     target = file.targets[entry.name]
     at = file.offsets[entry.name] + start * quants.row_bytes(target.target, entry.columns)
     return _Part(file=file, target=target, importance=importance, at=at)

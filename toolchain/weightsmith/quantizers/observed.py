@@ -13,7 +13,7 @@ from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.architectures import WALKED, check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import check_config, output_bytes
 from weightsmith.quantizers.matrices import matrices
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.rounded import options, quantize
@@ -36,7 +36,7 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
 def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Check the finished checkpoint against the original; raises CheckFailed."""
     keep = tuple(request.options.get("keep", ()))
-    layout = Layout.of_scheme(NVFP4)
+    layout = PackedLayout.of_scheme(NVFP4)
     return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "observed"}
 
 

@@ -40,7 +40,7 @@ PARTS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class PackedLayout:
     """Storage layout of a checkpoint's quantized modules."""
 
     method: str
@@ -55,7 +55,7 @@ class Layout:
     """Outputs per scale."""
 
     @classmethod
-    def of_scheme(cls, scheme: Scheme) -> Layout:
+    def of_scheme(cls, scheme: Scheme) -> PackedLayout:
         """Return the layout of a format that needs no calibration."""
         return cls(
             method=scheme.layout,
@@ -87,7 +87,7 @@ class Layout:
         return ".weight_packed" if packed else ".weight_scale"
 
 
-def layout_of(config: Mapping[str, Json]) -> Layout:
+def layout_of(config: Mapping[str, Json]) -> PackedLayout:
     """Return the layout in config.json; raise CheckFailed if it is missing or unknown."""
     quantization = config.get("quantization_config") or {}
     method = quantization.get("quant_method", "")
@@ -98,14 +98,16 @@ def layout_of(config: Mapping[str, Json]) -> Layout:
             else not quantization.get("zero_point", True)
         )
         group = int(quantization.get("group_size") or 0)
-        return Layout(method=method, bits=4, group_size=max(0, group), symmetric=bool(symmetric))
+        return PackedLayout(
+            method=method, bits=4, group_size=max(0, group), symmetric=bool(symmetric)
+        )
     if method == "mxfp4":
-        return Layout(method=method, bits=4, group_size=32, symmetric=True)
+        return PackedLayout(method=method, bits=4, group_size=32, symmetric=True)
     if method == "compressed-tensors":
         (group,) = quantization["config_groups"].values()
         weights = group["weights"]
         outputs, columns = weights.get("block_structure") or (1, weights.get("group_size") or 0)
-        return Layout(
+        return PackedLayout(
             method=str(group.get("format") or quantization["format"]),
             bits=int(weights["num_bits"]),
             group_size=int(columns),
@@ -305,7 +307,7 @@ def _packed(
 
 
 def _tiles(
-    tensors: CheckpointTensors, module: str, layout: Layout, start: int, stop: int | None
+    tensors: CheckpointTensors, module: str, layout: PackedLayout, start: int, stop: int | None
 ) -> Tiles:
     """W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4.
 
@@ -342,7 +344,7 @@ def _powers_of_two(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def scales_of(
-    tensors: CheckpointTensors, module: str, layout: Layout, where: slice = slice(None)
+    tensors: CheckpointTensors, module: str, layout: PackedLayout, where: slice = slice(None)
 ) -> npt.NDArray[np.float32]:
     """Return what codes are multiplied by: float32 [tiles of outputs, tiles of inputs]."""
     import numpy as np

@@ -14,7 +14,7 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.checkpoints import LINEAR
 from weightsmith.quantizers.matrices import Matrix, matrices
-from weightsmith.quantizers.packed import FLOAT4, PARTS, Layout, PackedView, view_of
+from weightsmith.quantizers.packed import FLOAT4, PARTS, PackedLayout, PackedView, view_of
 from weightsmith.quantizers.unquantized import is_kept
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _HINT = "quantize it again; if it fails again, use another format"
 
 
 def check_checkpoint(
-    folder: Path, model: Path, expected: Layout, keep: tuple[str, ...] = ()
+    folder: Path, model: Path, expected: PackedLayout, keep: tuple[str, ...] = ()
 ) -> Mapping[str, Json]:
     """Return a quantized checkpoint's facts for the report; raises CheckFailed if a check fails.
 
@@ -181,7 +181,7 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
 
 
 def _check_near(
-    view: PackedView, source: CheckpointTensors, matrix: Matrix, layout: Layout
+    view: PackedView, source: CheckpointTensors, matrix: Matrix, layout: PackedLayout
 ) -> float:
     module = matrix.module
     if layout.method in _MAY_RESCALE:
@@ -291,7 +291,9 @@ def rescaled(
     return np.asarray(near, np.float32)
 
 
-def _check_rest(view: PackedView, source: CheckpointTensors, name: str, layout: Layout) -> None:
+def _check_rest(
+    view: PackedView, source: CheckpointTensors, name: str, layout: PackedLayout
+) -> None:
     import numpy as np
 
     found: Any = view.tensors.info(name)
@@ -343,7 +345,9 @@ def _is_finite(tensors: CheckpointTensors, name: str) -> bool:
     return all(bool(np.isfinite(tensors.part(name, (rows,))).all()) for rows in blocks)
 
 
-def _check_size(bits: float, view: PackedView, source: CheckpointTensors, expected: Layout) -> None:
+def _check_size(
+    bits: float, view: PackedView, source: CheckpointTensors, expected: PackedLayout
+) -> None:
     # A scale and a zero point per group, and an index per input in GPTQ's layout.
     most = expected.bits + (32 / expected.group_size if expected.group_size else 0) + 1
     if bits > most or view.tensors.size >= source.size:

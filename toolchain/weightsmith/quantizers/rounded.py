@@ -20,7 +20,7 @@ from weightsmith.models.tensors import CheckpointTensors, array_type, largest
 from weightsmith.quantizers.architectures import check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import not_finite, output_bytes, write_companions
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.rounding import fused_scale, round_rows
@@ -63,7 +63,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     """Check the finished checkpoint against the original; raises CheckFailed."""
     keep = tuple(request.options.get("keep", ()))
     architecture = read_facts(request.model).architecture
-    layout = Layout.of_scheme(stored_as(SCHEMES[request.format.name], architecture))
+    layout = PackedLayout.of_scheme(stored_as(SCHEMES[request.format.name], architecture))
     return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "rounded"}
 
 

@@ -18,7 +18,7 @@ from weightsmith.quantizers.checkpoints import (
     output_bytes,
     zero_point_option,
 )
-from weightsmith.quantizers.packed import Layout, view_of
+from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
 from weightsmith.quantizers.running import python_step, read_settings, refusals
@@ -65,7 +65,7 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return {**found, **more, "engine": "walked"}
 
 
-def _layout(request: QuantizeRequest) -> Layout:
+def _layout(request: QuantizeRequest) -> PackedLayout:
     return in_groups(request.model, request.format.kind, request.options.get("group_size"))
 
 

@@ -50,7 +50,7 @@ _WARM_UP, _MOST_PATCHES = 4 * 46**2, 4 * 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class PooledMachine:
     """Memory of all devices together; `gpus` is 0 for a CPU."""
 
     device: str
@@ -65,12 +65,12 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
+class LlamaCppCapacity:
     """A model on a machine, with the options that change what it weighs."""
 
     shape: ModelShape
     weights: int
-    machine: Machine
+    machine: PooledMachine
     type_k: str
     type_v: str
     ubatch: int
@@ -190,7 +190,7 @@ class Capacity:
 
 def make_capacity(
     model: ModelFacts, weights: int, options: ServeOptions, extra: Mapping[str, Json]
-) -> Capacity:
+) -> LlamaCppCapacity:
     """Return the capacity with llama-server's options read; UsageError for one that cannot be."""
     shape, projector = model.shape, options.projector_bytes
     flash = str(extra.get("flash-attn", "on")).lower() not in {"off", "false", "0", "disabled"}
@@ -202,7 +202,7 @@ def make_capacity(
     if str(extra.get("swa-full", "off")).lower() not in {"off", "false", "0", "disabled"}:
         shape = replace(shape, sliding_window=0)
     host_cache = _whole(extra, "cache-ram", 0, least=0)
-    return Capacity(
+    return LlamaCppCapacity(
         shape=shape,
         weights=weights,
         machine=_machine(options),
@@ -217,7 +217,7 @@ def make_capacity(
     )
 
 
-def _machine(options: ServeOptions) -> Machine:
+def _machine(options: ServeOptions) -> PooledMachine:
     named = named_gpu(options.gpu)
     if named and named.compute_capability == (0, 0):
         raise UsageError(
@@ -231,9 +231,9 @@ def _machine(options: ServeOptions) -> Machine:
         held = total // _MARGIN
         if options.gpu_memory_utilization:
             held = total - int(total * options.gpu_memory_utilization)
-        return Machine(device=device, gpus=options.gpu_count, total=total, held_back=held)
+        return PooledMachine(device=device, gpus=options.gpu_count, total=total, held_back=held)
     total = options.host_memory_bytes or host_memory()
-    return Machine(device=options.gpu or CPU, gpus=0, total=total, held_back=total // _MARGIN)
+    return PooledMachine(device=options.gpu or CPU, gpus=0, total=total, held_back=total // _MARGIN)
 
 
 def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) -> int:
@@ -249,7 +249,7 @@ def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) 
     return number
 
 
-def ways(capacity: Capacity, tokens: int, slots: int) -> list[dict[str, Json]]:
+def ways(capacity: LlamaCppCapacity, tokens: int, slots: int) -> list[dict[str, Json]]:
     """Return the nearest options that fit: `text` for people, the rest as `serve` keys."""
     both: dict[str, Json] = {"max_model_len": tokens, "max_num_seqs": slots}
     found: list[dict[str, Json]] = []
@@ -273,7 +273,7 @@ def ways(capacity: Capacity, tokens: int, slots: int) -> list[dict[str, Json]]:
     return found
 
 
-def _packed(capacity: Capacity) -> Capacity | None:
+def _packed(capacity: LlamaCppCapacity) -> LlamaCppCapacity | None:
     packed = replace(capacity, type_k="q8_0", type_v="q8_0")
     try:
         smaller = packed.kv(KV_PADDING, 1) < capacity.kv(KV_PADDING, 1)

@@ -21,7 +21,7 @@ from weightsmith.serving.llamacpp_cache import (
     require_attention,
     sliding_layers,
 )
-from weightsmith.serving.llamacpp_capacity import UBATCH, Capacity, make_capacity, ways
+from weightsmith.serving.llamacpp_capacity import UBATCH, LlamaCppCapacity, make_capacity, ways
 from weightsmith.serving.llamacpp_options import extra_options
 from weightsmith.serving.memory import human
 from weightsmith.serving.plan import ServingPlan
@@ -119,7 +119,7 @@ def _length_limit(shape: ModelShape, options: ServeOptions, extra: Mapping[str, 
     return max(limit, wanted)
 
 
-def _choose(capacity: Capacity, options: ServeOptions, limit: int) -> tuple[int, int]:
+def _choose(capacity: LlamaCppCapacity, options: ServeOptions, limit: int) -> tuple[int, int]:
     """Return (tokens, slots): the options, and for `auto` the most that fits."""
     tokens = options.max_model_len
     if tokens is None:
@@ -136,7 +136,7 @@ def _choose(capacity: Capacity, options: ServeOptions, limit: int) -> tuple[int,
     return tokens, slots
 
 
-def _split(capacity: Capacity, tokens: int, slots: int, options: ServeOptions) -> int:
+def _split(capacity: LlamaCppCapacity, tokens: int, slots: int, options: ServeOptions) -> int:
     """Return how many layers fit on the GPU, counting a layer's weights and cache as equal."""
     layers = capacity.shape.layers
     kv = capacity.kv(tokens, slots)
@@ -155,7 +155,7 @@ def _split(capacity: Capacity, tokens: int, slots: int, options: ServeOptions) -
     return fitting
 
 
-def _too_much(capacity: Capacity, tokens: int, slots: int) -> UsageError:
+def _too_much(capacity: LlamaCppCapacity, tokens: int, slots: int) -> UsageError:
     machine = capacity.machine
     return UsageError(
         f"max_model_len {tokens} x max_num_seqs {slots} needs"
@@ -168,7 +168,7 @@ def _too_much(capacity: Capacity, tokens: int, slots: int) -> UsageError:
     )
 
 
-def _nearest(capacity: Capacity, tokens: int, slots: int) -> str:
+def _nearest(capacity: LlamaCppCapacity, tokens: int, slots: int) -> str:
     """Return the nearest options that fit, for people."""
     return "; or ".join(str(way["text"]) for way in ways(capacity, tokens, slots))
 
@@ -187,7 +187,7 @@ def _shape_notes(shape: ModelShape) -> list[str]:
     return notes
 
 
-def _picture_notes(model: ModelFacts, capacity: Capacity, tokens: int) -> list[str]:
+def _picture_notes(model: ModelFacts, capacity: LlamaCppCapacity, tokens: int) -> list[str]:
     text = (
         "the server reads text only: the pinned llama.cpp has no projector for"
         f" {model.architecture}, or the model has no preprocessor_config.json"
@@ -201,7 +201,7 @@ def _picture_notes(model: ModelFacts, capacity: Capacity, tokens: int) -> list[s
     return [text] if model.sees_images else []
 
 
-def _adapter_notes(capacity: Capacity, options: ServeOptions) -> list[str]:
+def _adapter_notes(capacity: LlamaCppCapacity, options: ServeOptions) -> list[str]:
     if not (found := options.adapters):
         return []
     weights = human(sum(adapter.weight_bytes for adapter in found))
@@ -211,7 +211,7 @@ def _adapter_notes(capacity: Capacity, options: ServeOptions) -> list[str]:
 
 
 def _result(
-    capacity: Capacity,
+    capacity: LlamaCppCapacity,
     tokens: int,
     slots: int,
     gpu_layers: int,

@@ -9,7 +9,7 @@ from weightsmith.core.values import Json
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.machine import can_split
 from weightsmith.serving.memory import human
-from weightsmith.serving.paged_capacity import Capacity
+from weightsmith.serving.paged_capacity import PagedCapacity
 from weightsmith.serving.plan import ServingPlan
 
 _MOST_GPUS = 16
@@ -17,7 +17,7 @@ _FOUR_BITS = 4.25
 """Four bits and a 16-bit scale and 4-bit zero per 128 weights, nearly (AWQ, GPTQ)."""
 
 
-def alternatives(capacity: Capacity, plan: ServingPlan) -> tuple[Mapping[str, Json], ...]:
+def alternatives(capacity: PagedCapacity, plan: ServingPlan) -> tuple[Mapping[str, Json], ...]:
     """Return changes of one option each that fit: `text` for people, the rest as `serve` keys.
 
     In this order: a shorter request, fewer at once, a smaller cache type, smaller weights, more
@@ -36,7 +36,7 @@ def alternatives(capacity: Capacity, plan: ServingPlan) -> tuple[Mapping[str, Js
     return tuple(way for way in found if way)
 
 
-def _shorter(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _shorter(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
     shorter = capacity.longest(requests, tokens)
     if not 0 < shorter < tokens:
         return {}
@@ -47,7 +47,7 @@ def _shorter(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Jso
     }
 
 
-def _fewer(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _fewer(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
     fewer = capacity.most(tokens, requests)
     if not 0 < fewer < requests:
         return {}
@@ -58,7 +58,7 @@ def _fewer(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]
     }
 
 
-def _smaller_cache(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _smaller_cache(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
     card = capacity.machine.gpu
     if capacity.element <= 1 or "fp8" not in capacity.rules.cache_dtypes or (card and not card.fp8):
         return {}
@@ -75,7 +75,7 @@ def _smaller_cache(capacity: Capacity, tokens: int, requests: int) -> Mapping[st
     }
 
 
-def _smaller_weights(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _smaller_weights(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
     bits = capacity.options.format.bits_per_weight
     if bits <= 8 or capacity.packed or not capacity.rules.small_target:
         return {}
@@ -92,7 +92,7 @@ def _smaller_weights(capacity: Capacity, tokens: int, requests: int) -> Mapping[
     }
 
 
-def _more_gpus(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _more_gpus(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
     machine = capacity.machine
     if not machine.gpus:
         return {}
@@ -111,7 +111,7 @@ def _more_gpus(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, J
     return {}
 
 
-def _other_gpu(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _other_gpu(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
     machine = capacity.machine
     if not machine.gpus:
         return {}
@@ -130,7 +130,7 @@ def _other_gpu(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, J
     return {}
 
 
-def _more_memory(capacity: Capacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _more_memory(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
     if capacity.machine.gpus:
         return {}
     low, high = capacity.machine.bytes_each, capacity.machine.bytes_each * 2
@@ -143,5 +143,5 @@ def _more_memory(capacity: Capacity, tokens: int, requests: int) -> Mapping[str,
     return {"text": f"{human(high)} of memory", "memory": high}
 
 
-def _with_memory(capacity: Capacity, size: int) -> Capacity:
+def _with_memory(capacity: PagedCapacity, size: int) -> PagedCapacity:
     return replace(capacity, machine=replace(capacity.machine, bytes_each=size))

@@ -17,7 +17,7 @@ SPARSE_MLA_BYTES = 656
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class KvCacheGroup:
     """Layers that share block tables."""
 
     kind: Kind
@@ -36,7 +36,7 @@ class PagedCache:
     """Tokens of the shortest block."""
     bytes_per_block: int
     """One block of every layer of a group."""
-    groups: tuple[Group, ...]
+    groups: tuple[KvCacheGroup, ...]
     state_blocks: int
     """Blocks of a request in a group of `state` layers: 2 with prefix caching, else 1."""
 
@@ -48,7 +48,7 @@ class PagedCache:
         """
         return sum(group.count * self._of_kind(group, tokens, inflight) for group in self.groups)
 
-    def _of_kind(self, group: Group, tokens: int, inflight: int) -> int:
+    def _of_kind(self, group: KvCacheGroup, tokens: int, inflight: int) -> int:
         if group.kind == "full":
             return -(-tokens // group.block)
         if group.kind == "sliding":
@@ -133,7 +133,7 @@ def paged_cache(
     state_blocks = 2 if prefix_caching else 1
     if not hybrid and len(set(tokens.values())) > 1:
         size = sum(-(-part.layers // pipeline_parallel) * one for part, one in tokens.items())
-        whole = Group(kind="full", window=0, count=1, block=block)
+        whole = KvCacheGroup(kind="full", window=0, count=1, block=block)
         return PagedCache(
             block=block, bytes_per_block=block * size, groups=(whole,), state_blocks=state_blocks
         )
@@ -158,7 +158,7 @@ def paged_cache(
         block=block,
         bytes_per_block=-(-size // pipeline_parallel) * page,
         groups=tuple(
-            Group(
+            KvCacheGroup(
                 kind=part.kind,
                 window=part.window,
                 count=-(-part.layers // size),

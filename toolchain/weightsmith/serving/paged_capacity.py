@@ -77,7 +77,7 @@ class Rules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Capacity:
+class PagedCapacity:
     """A model on a machine under an engine's rules."""
 
     rules: Rules

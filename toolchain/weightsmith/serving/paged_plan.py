@@ -20,7 +20,7 @@ from weightsmith.serving.length import lengths
 from weightsmith.serving.machine import Machine, can_split, choose_dtype, machine_for
 from weightsmith.serving.memory import GIB, human
 from weightsmith.serving.nearest import alternatives
-from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
 from weightsmith.serving.plan import ServingPlan
 
 _AUTO_REQUESTS = 8
@@ -33,7 +33,7 @@ def plan_paged(
     options: ServeOptions,
     rules: Rules,
     switches: Switches | None = None,
-) -> tuple[ServingPlan, Capacity]:
+) -> tuple[ServingPlan, PagedCapacity]:
     """Return a model's plan, without the engine's settings, and its capacity.
 
     `auto` for the length takes the longest that fits, up to the model's own, for as many requests
@@ -68,7 +68,7 @@ def make_capacity(
     options: ServeOptions,
     rules: Rules,
     switches: Switches,
-) -> Capacity:
+) -> PagedCapacity:
     """Return the checked capacity; raises as `plan_paged`."""
     shape = model.shape
     machine = machine_for(options, shape)
@@ -99,7 +99,7 @@ def make_capacity(
     if _shrinks(model, options, dtype):
         notes.append(f"float32 weights are loaded as {dtype}: half of the files' size")
         weight_bytes //= 2
-    return Capacity(
+    return PagedCapacity(
         rules=rules,
         shape=shape,
         weights=weight_bytes,
@@ -170,7 +170,7 @@ def _check_fraction(options: ServeOptions) -> None:
         )
 
 
-def _tokens(capacity: Capacity) -> int:
+def _tokens(capacity: PagedCapacity) -> int:
     """Return max_model_len: the option, else the longest that fits and is of use."""
     wanted, limit = capacity.options.max_model_len, capacity.limit
     if wanted is None:
@@ -189,7 +189,7 @@ def _tokens(capacity: Capacity) -> int:
     return wanted
 
 
-def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
+def _plan(capacity: PagedCapacity, tokens: int, requests: int) -> ServingPlan:
     machine, cache = capacity.machine, capacity.cache
     room, margin, fraction = capacity.budget(tokens, requests)
     gpus, tensor = max(1, machine.gpus), machine.tensor_parallel
@@ -225,14 +225,14 @@ def _plan(capacity: Capacity, tokens: int, requests: int) -> ServingPlan:
     )
 
 
-def _lowered(capacity: Capacity, fraction: float) -> tuple[str, ...]:
+def _lowered(capacity: PagedCapacity, fraction: float) -> tuple[str, ...]:
     wanted = capacity.options.gpu_memory_utilization
     if not wanted or fraction >= wanted:
         return ()
     return (f"gpu_memory_utilization {fraction} instead of {wanted}: activations need the rest",)
 
 
-def _growth(capacity: Capacity) -> int:
+def _growth(capacity: PagedCapacity) -> int:
     """Return the bytes of a token in the growing layers of all pipeline stages, on one shard."""
     if capacity.machine.pipeline_parallel == 1:
         return capacity.cache.growth
@@ -251,7 +251,7 @@ def _shm_bytes(machine: Machine) -> int:
     return 2 * GIB if machine.gpus > 1 else 0
 
 
-def _host_bytes(capacity: Capacity, cache: int, overhead: int) -> int:
+def _host_bytes(capacity: PagedCapacity, cache: int, overhead: int) -> int:
     if not capacity.machine.gpus:
         return capacity.weights + cache + capacity.cache.bytes_per_block + overhead
     # The files' pages while they are copied, and a process per GPU.
@@ -262,7 +262,7 @@ def _floored(number: float) -> float:
     return math.floor(number * 100) / 100
 
 
-def _too_much(capacity: Capacity, plan: ServingPlan) -> UsageError:
+def _too_much(capacity: PagedCapacity, plan: ServingPlan) -> UsageError:
     ways = alternatives(capacity, plan)
     refused = replace(plan, nearest=ways)
     where = f"{plan.device}" + (f" x {plan.gpus}" if plan.gpus > 1 else "")

@@ -21,7 +21,7 @@ from weightsmith.serving.engine import (
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import NO_TLS, OptionList, load_options
-from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
 from weightsmith.serving.tiles import check_blocks
@@ -129,7 +129,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
-def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
     settings: dict[str, Json] = {
         "dtype": capacity.dtype,
         "context-length": planned.max_model_len,

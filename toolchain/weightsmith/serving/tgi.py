@@ -13,7 +13,7 @@ from weightsmith.models.facts import ModelFacts
 from weightsmith.models.positions import Positions
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.options import OptionList, load_options
-from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import ServingPlan
 
@@ -157,7 +157,7 @@ def _switches(model: ModelFacts) -> Switches:
     )
 
 
-def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
     """Return the launcher's options: input < total <= the batch, prefill <= the batch."""
     batch = planned.max_model_len * planned.max_num_seqs
     settings: dict[str, Json] = {

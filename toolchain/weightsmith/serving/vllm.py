@@ -25,7 +25,7 @@ from weightsmith.serving.engine import (
 from weightsmith.serving.machine import Machine
 from weightsmith.serving.memory import GIB
 from weightsmith.serving.options import NO_TLS, OptionList, load_options
-from weightsmith.serving.paged_capacity import Capacity, Rules, Switches
+from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
 from weightsmith.serving.paged_plan import plan_paged
 from weightsmith.serving.plan import DRAIN_SECONDS, ServingPlan
 from weightsmith.serving.tiles import check_blocks
@@ -266,7 +266,7 @@ def _adapter_bytes(shape: ModelShape, options: ServeOptions) -> int:
     return 2 * len(options.adapters) * _lora_rank(options) * shape.layers * ends
 
 
-def _settings(planned: ServingPlan, capacity: Capacity) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
     """Return the keys of vLLM's file: dashed, none of them null, no `false` without a `--no-`."""
     settings: dict[str, Json] = {
         "dtype": capacity.dtype,

@@ -68,7 +68,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class ImageEvaluation:
     """What an image's answers depend on, and its questions."""
 
     artifact: Artifact
@@ -134,7 +134,7 @@ class Evaluation:
 
 
 def evaluate(
-    image: Image, evaluation: Evaluation, candidate: AbstractContextManager[str], tools: Tools
+    image: Image, evaluation: ImageEvaluation, candidate: AbstractContextManager[str], tools: Tools
 ) -> Outcome[Trial]:
     """Start the image, check it and score its answers, unless all results are cached.
 
@@ -193,7 +193,7 @@ def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
     return tuple(entry.meta.get("checks", ())) if entry else ()
 
 
-def _run(name: str, image: Image, evaluation: Evaluation, tools: Tools) -> None:
+def _run(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> None:
     """Start the image, check it, and ask every question without a cached answer."""
     smoke, promise = Smoke(), evaluation.promise
     if evaluation.engine.lets_requests_end(evaluation.config.plan) or has_own_engine(image.labels):
@@ -212,7 +212,7 @@ def _run(name: str, image: Image, evaluation: Evaluation, tools: Tools) -> None:
 
 
 def _answers(
-    evaluation: Evaluation, question: Question, session: ServerSession | None, tools: Tools
+    evaluation: ImageEvaluation, question: Question, session: ServerSession | None, tools: Tools
 ) -> Answers:
     """Return the cached answers to a task, or ask the image and cache them.
 
@@ -268,14 +268,16 @@ def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
     return replace(result, scores=scores, verdicts=tuple(verdicts))
 
 
-def evaluation_of(of: TargetBuild, inputs: ImageInputs, results: Sequence[Result]) -> Evaluation:
+def evaluation_of(
+    of: TargetBuild, inputs: ImageInputs, results: Sequence[Result]
+) -> ImageEvaluation:
     """Return the questions for this machine's image, and what its answers depend on."""
     if inputs.config is None or inputs.sources is None or inputs.checkpoint is None:
         raise AssertionError("an image built from a recipe has a serving configuration")
     target = of.target
     served = inputs.sources.base if target.format == LORA else inputs.checkpoint
     template = own_template(served.tree.texts)
-    return Evaluation(
+    return ImageEvaluation(
         artifact=inputs.artifact,
         config=inputs.config,
         base=own_of(whole_of(inputs.bases)).digest,

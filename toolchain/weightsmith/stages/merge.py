@@ -13,12 +13,11 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import MergeJob
 from weightsmith.core.merge_options import Merge
-from weightsmith.core.ports import Entry, Store
+from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import (
     Checkpoint,
-    Computed,
     Digest,
     FileEntry,
     Json,
@@ -26,6 +25,7 @@ from weightsmith.core.values import (
     Sources,
     StageInputs,
     Tree,
+    VirtualWeights,
 )
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.combining.combination import SUMS, Combination
@@ -96,7 +96,7 @@ def find(sources: Sources, options: Merge, store: Store, *, files: bool) -> Chec
     return _unwritten(made, sources, options)
 
 
-def _unwritten(made: Entry, sources: Sources, options: Merge) -> Checkpoint:
+def _unwritten(made: StoreEntry, sources: Sources, options: Merge) -> Checkpoint:
     """Return a checkpoint whose files have no weights, with the digests of files that have them."""
     details = dict(made.meta)
     largest = details.pop("largest")
@@ -107,7 +107,7 @@ def _unwritten(made: Entry, sources: Sources, options: Merge) -> Checkpoint:
     return Checkpoint(
         tree=UnwrittenTree(files, made.tree),
         details=details,
-        computed=Computed(
+        computed=VirtualWeights(
             tree=made.tree,
             sources=sources,
             merge=asdict(options),

@@ -19,7 +19,7 @@ from weightsmith.evaluating.seconds import answer_seconds, steps_of
 from weightsmith.evaluating.subjects import BUILDER, Subject, inputs, subjects, with_merged
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.evaluating.walks import (
-    Asked,
+    AskedSubject,
     Unit,
     asked_of,
     job_of,
@@ -103,7 +103,7 @@ def _made(
     return found or {first.key: document.value}
 
 
-def _keep(asked: Iterable[Asked], rows: Mapping[str, Json], to: Documents) -> None:
+def _keep(asked: Iterable[AskedSubject], rows: Mapping[str, Json], to: Documents) -> None:
     for one in asked:
         if one.key in rows:
             to.document(_key(one), _ANSWERS, partial(_answered, rows[one.key]))
@@ -150,11 +150,11 @@ def _missing(units: Sequence[Unit], to: Documents, made: Mapping[str, Json]) -> 
     return tuple(unit for unit in left if unit)
 
 
-def _key(one: Asked) -> partial[StageInputs]:
+def _key(one: AskedSubject) -> partial[StageInputs]:
     return partial(inputs, one.subject, one.task)
 
 
-def _stored(one: Asked, to: Documents) -> Json:
+def _stored(one: AskedSubject, to: Documents) -> Json:
     def gone(_: Path) -> Json:
         raise AssertionError("answers vanished from the store")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.jobs import ExportEngineJob
 from weightsmith.core.platforms import host_platform
-from weightsmith.core.ports import Entry, Silent
+from weightsmith.core.ports import Silent, StoreEntry
 from weightsmith.core.resources import (
     assembles_itself,
     engine_pins,
@@ -260,7 +260,7 @@ def _own_labels(name: str, engine: str) -> dict[str, str]:
     return {ENGINE_LABEL: engine or name, **({ENGINE_VERSION: versions[0]} if versions else {})}
 
 
-def _root_layers(entry: Entry, memo: Memo) -> tuple[BlobLayer, ...]:
+def _root_layers(entry: StoreEntry, memo: Memo) -> tuple[BlobLayer, ...]:
     """Return a complete root file system: one layer per large package, one for all other files.
 
     The store remembers the grouping, so the 17,000 files are looked at only if a layer is opened.

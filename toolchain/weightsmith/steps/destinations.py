@@ -13,7 +13,7 @@ from typing import Protocol
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.files import alone, sync_folder
-from weightsmith.core.ports import Entry, Store
+from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.trees import below, discard
 from weightsmith.core.values import Digest, FileEntry, Json, StageInputs, Tree
 from weightsmith.core.waiting import holder
@@ -39,7 +39,7 @@ def moved(made: Path, facts: Mapping[str, Json]) -> Make:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Document:
+class StoredDocument:
     """A stage's result that is one JSON document."""
 
     value: Json
@@ -51,7 +51,7 @@ class Documents(Protocol):
 
     def document(
         self, inputs: Inputs, name: str, make: MakeDocument, *, resume: bool = False
-    ) -> Document:
+    ) -> StoredDocument:
         """Return the JSON from `make(folder)`; a store saves it as the file `name`.
 
         With `resume`, the folder has the temporary files that an interrupted run left, if any.
@@ -64,7 +64,7 @@ class Documents(Protocol):
 class Destination(Documents, Protocol):
     """Stores a stage's result; the stage does not know where."""
 
-    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Entry:
+    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> StoreEntry:
         """Return the files; call `make(folder)` if they do not exist.
 
         With `resume`, the folder has the files that an interrupted run left.
@@ -80,14 +80,14 @@ class InStore:
 
     store: Store
 
-    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> Entry:
+    def files(self, inputs: Inputs, make: Make, *, resume: bool = False) -> StoreEntry:
         """Return the store's entry; make it if it does not exist."""
         stage = inputs()
         return self.store.produce(stage.key, stage.note, make, resume=resume)
 
     def document(
         self, inputs: Inputs, name: str, make: MakeDocument, *, resume: bool = False
-    ) -> Document:
+    ) -> StoredDocument:
         """Return the document of the store's entry; make it if it does not exist."""
 
         def written(folder: Path) -> Mapping[str, Json]:
@@ -99,7 +99,7 @@ class InStore:
 
         files = self.files(inputs, written, resume=resume)
         value = json.loads(files.tree.path(name).read_text("utf-8"))
-        return Document(value=value, cached=files.cached)
+        return StoredDocument(value=value, cached=files.cached)
 
     def find(self, inputs: Inputs) -> Tree | None:
         """Return the entry's files, or None."""
@@ -124,11 +124,11 @@ class Unkept:
 
     def document(
         self, _inputs: Inputs, _name: str, make: MakeDocument, *, resume: bool = False
-    ) -> Document:
+    ) -> StoredDocument:
         """Return the document, made in a temporary folder of which nothing stays."""
         del resume
         with self.tools.scratch() as folder:
-            return Document(value=make(folder), cached=False)
+            return StoredDocument(value=make(folder), cached=False)
 
     def find(self, _inputs: Inputs) -> Tree | None:
         """Return None: nothing is stored."""
@@ -142,7 +142,7 @@ class InFolder(Unkept):
     folder: Path
     resumes: bool
 
-    def files(self, _inputs: Inputs, make: Make, *, resume: bool = False) -> Entry:
+    def files(self, _inputs: Inputs, make: Make, *, resume: bool = False) -> StoreEntry:
         """Return the files, made in the folder.
 
         The folder has no key that says what an interrupted run was making: unless `resumes`, what
@@ -153,7 +153,7 @@ class InFolder(Unkept):
                 discard(path)
         meta = dict(make(self.folder))
         known: Mapping[str, str] = meta.pop("sha256", {})
-        return Entry(tree=self._tree(known), meta=meta, cached=False)
+        return StoreEntry(tree=self._tree(known), meta=meta, cached=False)
 
     def keep(self, _inputs: Inputs, _file: Path) -> None:
         """Do nothing: by-products are not stored."""

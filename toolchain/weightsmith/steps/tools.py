@@ -12,7 +12,6 @@ from typing import Protocol
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import (
     ContainerEngine,
-    Entry,
     Hub,
     Launcher,
     Progress,
@@ -21,6 +20,7 @@ from weightsmith.core.ports import (
     Signer,
     SourceReader,
     Store,
+    StoreEntry,
 )
 from weightsmith.core.values import Digest, Json
 from weightsmith.oci.registry import Registry
@@ -36,13 +36,13 @@ class Share(Protocol):
     """Puts a result of the store into the shared cache now, unless it is there."""
 
     def __call__(
-        self, key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+        self, key: Digest, note: Mapping[str, Json], entry: StoreEntry, *, again: bool = False
     ) -> None:
         """Upload the entry; with `again`, look anew for all of it, since it may have been lost."""
 
 
 def shares_nothing(
-    key: Digest, note: Mapping[str, Json], entry: Entry, *, again: bool = False
+    key: Digest, note: Mapping[str, Json], entry: StoreEntry, *, again: bool = False
 ) -> None:
     """Raise UsageError: there is no shared cache."""
     del key, note, entry, again

@@ -16,7 +16,13 @@ from weightsmith.forward.network import is_missing, missing_below
 from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.validating.elements import ARITHMETIC, Tally, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
-from weightsmith.validating.mixtures import TRUNCATION, Kept, can_judge, compare_kept, truncated
+from weightsmith.validating.mixtures import (
+    TRUNCATION,
+    MaskCounts,
+    can_judge,
+    compare_kept,
+    truncated,
+)
 from weightsmith.validating.sites import Site, is_approximate, tuner_layers
 from weightsmith.validating.stacked import (
     compare_experts,
@@ -57,7 +63,7 @@ class Examiner:
     """How the method combines deltas, if the merge is not their sum."""
     mixed: set[str] = field(default_factory=set)
     """Parameters checked against the mixture."""
-    kept: dict[str, Kept] = field(default_factory=dict)
+    kept: dict[str, MaskCounts] = field(default_factory=dict)
     """Parameter -> which adapters it contains, if the method keeps parts of the deltas."""
     unjudged: list[str] = field(default_factory=list)
     """Parameters whose rounding the twins do not cover."""
@@ -157,7 +163,7 @@ class Examiner:
                 compare_rows(tally, first, weights, delta, found, factors)
             else:
                 deltas = [part.rows(first, len(rows), wide) for part in parts]
-                kept = self.kept.setdefault(name, Kept())
+                kept = self.kept.setdefault(name, MaskCounts())
                 compare_kept(tally, kept, mixed, first, weights, deltas, found)
             take(first, weights, weights + delta, found)
 

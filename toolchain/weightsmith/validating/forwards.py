@@ -36,7 +36,7 @@ _KEPT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class ProbeBatch:
     """A batch of probes, padded on the right, which a causal model ignores."""
 
     ids: torch.Tensor
@@ -45,7 +45,7 @@ class Batch:
     """Per probe, the number of tokens at its end that get logits."""
 
     @classmethod
-    def of(cls, probes: Sequence[Sequence[int]], most: int = sys.maxsize) -> Batch:
+    def of(cls, probes: Sequence[Sequence[int]], most: int = sys.maxsize) -> ProbeBatch:
         """Return a batch of probes with at most `most` logits each."""
         width = max(len(probe) for probe in probes)
         rows = [[*probe, *[probe[-1]] * (width - len(probe))] for probe in probes]
@@ -61,9 +61,9 @@ class Batch:
         columns = [column for _, (n, count) in both for column in range(n - count, n)]
         return torch.tensor(rows), torch.tensor(columns)
 
-    def doubled(self, twins: int) -> Batch:
+    def doubled(self, twins: int) -> ProbeBatch:
         """Return the batch with copies of its first probes appended."""
-        return Batch(
+        return ProbeBatch(
             ids=torch.cat([self.ids, self.ids[:twins]]),
             lengths=(*self.lengths, *self.lengths[:twins]),
             counted=(*self.counted, *self.counted[:twins]),
@@ -191,7 +191,7 @@ def reference_forward(
     unmerged: Unmerged,
     meeting: Meeting,
     merged: Weights,
-    batch: Batch,
+    batch: ProbeBatch,
     twins: int,
     *,
     advance: Advance,
@@ -254,7 +254,7 @@ def _watch(examiner: Examiner, unmerged: Unmerged, merged: Weights) -> None:
 
 
 @torch.no_grad()
-def merged_forward(model: Any, batch: Batch, twins: int, advance: Advance) -> Run:
+def merged_forward(model: Any, batch: ProbeBatch, twins: int, advance: Advance) -> Run:
     """Run the merged checkpoint, keeping hidden states of its first `twins` probes."""
     return _forward(model, model, batch, list(range(twins)), advance)
 
@@ -310,7 +310,9 @@ def replaced_parameters(
             yield module, found
 
 
-def _forward(model: Any, outer: Any, batch: Batch, rows: Sequence[int], advance: Advance) -> Run:
+def _forward(
+    model: Any, outer: Any, batch: ProbeBatch, rows: Sequence[int], advance: Advance
+) -> Run:
     """Run once; the head gets only the tokens that need logits."""
     hidden: list[torch.Tensor] = []
     length = min(batch.lengths[row] for row in rows)

@@ -16,7 +16,7 @@ import torch
 
 from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, Finding, finding
-from weightsmith.validating.forwards import Batch
+from weightsmith.validating.forwards import ProbeBatch
 from weightsmith.validating.result import GreedyText, LogitLimits
 
 _MOST_NEW = 16
@@ -84,7 +84,7 @@ class Text:
 
 
 def read(
-    reference: torch.Tensor, merged: torch.Tensor, batch: Batch, texts: Sequence[Sequence[int]]
+    reference: torch.Tensor, merged: torch.Tensor, batch: ProbeBatch, texts: Sequence[Sequence[int]]
 ) -> Iterator[Text]:
     """Yield each probe's greedy text, compared by the logits of both sides.
 

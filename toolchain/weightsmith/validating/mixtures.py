@@ -31,7 +31,7 @@ def can_judge(mixture: Mixture, parts: Sequence[Factors]) -> bool:
 
 
 @dataclass(slots=True)
-class Kept:
+class MaskCounts:
     """Per adapter, the number of elements of a tensor that must, or cannot, contain it."""
 
     inside: list[int] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Kept:
 
 def compare_kept(
     tally: Tally,
-    kept: Kept,
+    kept: MaskCounts,
     mixture: Mixture,
     first: int,
     base: torch.Tensor,
@@ -128,7 +128,7 @@ def truncated(parts: Sequence[Factors], whole: Factors, rank: int | None) -> Fac
     )
 
 
-def left_out(kept: dict[str, Kept], tensors: dict[str, str]) -> list[Finding]:
+def left_out(kept: dict[str, MaskCounts], tensors: dict[str, str]) -> list[Finding]:
     """Return a finding for each tensor that lacks the delta of one of its adapters."""
     return [
         finding(

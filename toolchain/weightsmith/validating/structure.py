@@ -13,7 +13,7 @@ from weightsmith.core.values import canonical
 from weightsmith.models.folder import check_model_folder
 from weightsmith.models.safetensors import (
     CheckpointIndex,
-    Header,
+    SafetensorsHeader,
     TensorInfo,
     open_checkpoint,
 )
@@ -206,7 +206,7 @@ def _digest(index: CheckpointIndex, name: str) -> str:
     return _hash(shard, info)
 
 
-def _hash(shard: Header, info: TensorInfo) -> str:
+def _hash(shard: SafetensorsHeader, info: TensorInfo) -> str:
     digest, left = hashlib.sha256(), info.size
     if data := data_of(shard):
         for start in range(info.start, info.end, 1 << 20):

@@ -31,8 +31,8 @@ from weightsmith.validating import greedy, probes
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
-    Batch,
     Merged,
+    ProbeBatch,
     Reference,
     Run,
     Unmerged,
@@ -198,7 +198,7 @@ def _sides(
         raise _Uncompared(ERROR, "tokenizer", message, "tokenizer.json")
     most = probes.most_logits(len(ids), size)
     texts = _texts(request, ids, min(most, greedy.most_new(weights)), findings)
-    batch = Batch.of(greedy.longer(ids, texts) if texts else ids, most)
+    batch = ProbeBatch.of(greedy.longer(ids, texts) if texts else ids, most)
     sides = Sides(request=request, model=model, weights=weights, batch=batch, probes=len(ids))
     return sides, texts
 
@@ -273,7 +273,7 @@ class Sides:
     model: Any
     weights: Weights
     """Of the merged checkpoint."""
-    batch: Batch
+    batch: ProbeBatch
     probes: int
     """Number of probes; some may be longer in the batch by their greedy tokens."""
 

@@ -9,7 +9,7 @@ import torch
 
 from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
-from weightsmith.validating.forwards import Batch, Reference, Run
+from weightsmith.validating.forwards import ProbeBatch, Reference, Run
 from weightsmith.validating.greedy import Text
 from weightsmith.validating.greedy import judge as judge_texts
 from weightsmith.validating.result import Comparison, Distance, LayerDifference, LogitLimits
@@ -33,7 +33,7 @@ def judge_models(
     reference: Reference,
     run: Run,
     weights: Weights,
-    batch: Batch,
+    batch: ProbeBatch,
     twins: int,
     findings: list[Finding],
     texts: Sequence[Text],

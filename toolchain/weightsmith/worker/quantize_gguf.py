@@ -35,7 +35,7 @@ from weightsmith.outside import process
 from weightsmith.outside.forked import forked
 from weightsmith.outside.hardware import cores
 from weightsmith.quantizers.convert import run
-from weightsmith.quantizers.gguf_header import Entry, read_header
+from weightsmith.quantizers.gguf_header import GgufTensorInfo, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance
 from weightsmith.quantizers.gguf_lazy import computed, is_stored, place_of, rows_of
 from weightsmith.quantizers.gguf_pass import (
@@ -263,12 +263,12 @@ def _parts(settings: PassSettings) -> list[Path]:
 def _of_file(path: Path) -> Source:
     header = read_header(path)
 
-    def rows(entry: Entry, kind: str) -> Read:
+    def rows(entry: GgufTensorInfo, kind: str) -> Read:
         at = header.size + entry.offset
         place = Place(path=path, kind=kind, offset=at, rows=entry.rows, columns=entry.columns)
         return place.read
 
-    def stored(entry: Entry, kind: str) -> np.ndarray:
+    def stored(entry: GgufTensorInfo, kind: str) -> np.ndarray:
         size = quants.row_bytes(kind, entry.columns) * entry.rows
         return np.fromfile(path, np.uint8, size, offset=header.size + entry.offset)
 

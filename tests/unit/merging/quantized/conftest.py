@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from weightsmith.merging.quantized.decode import decode
-from weightsmith.merging.quantized.layout import Layout, read_layout
+from weightsmith.merging.quantized.layout import QuantizedLayout, read_layout
 from weightsmith.models.safetensors import TensorInfo, read_header
 from weightsmith.models.tensors import array_type
 
-Decode = Callable[..., tuple[Layout, dict[str, np.ndarray]]]
+Decode = Callable[..., tuple[QuantizedLayout, dict[str, np.ndarray]]]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def decode_file(tmp_path: Path) -> Decode:
 
     def run(
         tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-    ) -> tuple[Layout, dict[str, np.ndarray]]:
+    ) -> tuple[QuantizedLayout, dict[str, np.ndarray]]:
         path = tmp_path / "model.safetensors"
         save_file(dict(tensors), path)
         data = path.read_bytes()

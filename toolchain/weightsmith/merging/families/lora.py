@@ -33,7 +33,7 @@ _TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
 
 
 @dataclass(slots=True)
-class Group:
+class ModuleKeys:
     """The keys of one wrapped module, by role."""
 
     raw: str
@@ -109,15 +109,15 @@ def module_of(name: str) -> str:
     return match["module"] if match else ""
 
 
-def _groups(view: AdapterView) -> dict[str, Group]:
+def _groups(view: AdapterView) -> dict[str, ModuleKeys]:
     """Group the family's keys by module."""
-    groups: dict[str, Group] = {}
+    groups: dict[str, ModuleKeys] = {}
     for key in view.keys:
         match = _KEY.fullmatch(module_key(key))
         if not match:
             continue
         raw, part = match["module"], match["part"]
-        group = groups.setdefault(raw, Group(raw=raw, module=plain_module(raw)))
+        group = groups.setdefault(raw, ModuleKeys(raw=raw, module=plain_module(raw)))
         if part in _TRAINING_ONLY:
             group.unused.append(key)
             continue
@@ -134,7 +134,7 @@ def _groups(view: AdapterView) -> dict[str, Group]:
     return {raw: group for raw, group in groups.items() if group.keys or group.unused}
 
 
-def _has_tied_copy(view: AdapterView, groups: dict[str, Group]) -> bool:
+def _has_tied_copy(view: AdapterView, groups: dict[str, ModuleKeys]) -> bool:
     """Return whether a tied head has its embedding's factors (`ensure_weight_tying`)."""
     embeddings = [g for g in groups.values() if "lora_embedding_A" in g.keys]
     heads = [g for g in groups.values() if view.is_head(g.module) and "lora_A" in g.keys]
@@ -147,7 +147,7 @@ def _has_tied_copy(view: AdapterView, groups: dict[str, Group]) -> bool:
 
 def _layer(
     view: AdapterView,
-    group: Group,
+    group: ModuleKeys,
     factors: tuple[TensorInfo, TensorInfo],
     tied_copy: bool,
     mismatches: list[str],
@@ -223,7 +223,7 @@ def _has_copy(module: str) -> bool:
     return is_embedding(module) or is_head(module)
 
 
-def _shape(view: AdapterView, group: Group, target: str) -> tuple[int, ...]:
+def _shape(view: AdapterView, group: ModuleKeys, target: str) -> tuple[int, ...]:
     """Return the shape of the weight that the factors change: the adapter's copy, if any."""
     for prefix in ("base_model.model.", "") if _has_copy(group.module) else ():
         if info := view.keys.get(f"{prefix}{group.raw}.base_layer.weight"):
@@ -231,7 +231,7 @@ def _shape(view: AdapterView, group: Group, target: str) -> tuple[int, ...]:
     return view.shape(target)
 
 
-def _factors(view: AdapterView, group: Group) -> tuple[TensorInfo, TensorInfo]:
+def _factors(view: AdapterView, group: ModuleKeys) -> tuple[TensorInfo, TensorInfo]:
     """Return A and B; raise InputRefused if one is missing or has an unsupported dtype or shape."""
     embedding = "lora_embedding_A" in group.keys or "lora_embedding_B" in group.keys
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -257,7 +257,7 @@ def _factors(view: AdapterView, group: Group) -> tuple[TensorInfo, TensorInfo]:
 
 
 def _oriented(
-    view: AdapterView, group: Group, shape: tuple[int, ...], a: TensorInfo, b: TensorInfo
+    view: AdapterView, group: ModuleKeys, shape: tuple[int, ...], a: TensorInfo, b: TensorInfo
 ) -> tuple[Part, Part]:
     """Return (left, right) in the layout of the base's weight."""
     a_blocks, b_blocks = _blocks(view, group)
@@ -275,7 +275,7 @@ def _oriented(
     return left, right
 
 
-def _blocks(view: AdapterView, group: Group) -> tuple[int, int]:
+def _blocks(view: AdapterView, group: ModuleKeys) -> tuple[int, int]:
     """Return the numbers of diagonal blocks of A and B (PEFT's `BdLoraLinearVariant`)."""
     raw = view.config.raw.get("use_bdlora")
     if not isinstance(raw, dict) or "lora_embedding_A" in group.keys:
@@ -298,7 +298,7 @@ def _check_rank(view: AdapterView, module: str, a: int, b: int) -> None:
         )
 
 
-def _variant(view: AdapterView, group: Group, claim: Claim) -> Claim:
+def _variant(view: AdapterView, group: ModuleKeys, claim: Claim) -> Claim:
     """Return the claim, changed to DoRA's or KaSA's if the module has their keys."""
     (term,) = claim.terms
     _check_settings(view, group)
@@ -323,7 +323,7 @@ def _variant(view: AdapterView, group: Group, claim: Claim) -> Claim:
     return claim
 
 
-def _check_settings(view: AdapterView, group: Group) -> None:
+def _check_settings(view: AdapterView, group: ModuleKeys) -> None:
     """Refuse weights without the setting that makes PEFT load them."""
     for part, setting in _SETTINGS.items():
         if part in group.keys and not view.config.raw.get(setting):
@@ -341,7 +341,7 @@ def _incomplete(view: AdapterView, setting: str, module: str, key: str) -> Input
     )
 
 
-def _bias(view: AdapterView, group: Group, scaling: float) -> Claim:
+def _bias(view: AdapterView, group: ModuleKeys, scaling: float) -> Claim:
     """Return the claim b + scaling · bias: a rank-1 term on the bias as a column."""
     key = group.keys["lora_B.bias"]
     target = view.find(group.module, "bias")

@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
-from weightsmith.merging.layer import Layer
+from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import is_conv1d, module_key
 from weightsmith.merging.outputs import Source, Stored
 from weightsmith.merging.tuned import BIASED, Tuned
@@ -150,7 +150,7 @@ def _base(view: AdapterView, module: str) -> tuple[tuple[str, Source], ...]:
     return tuple(found)
 
 
-def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> Layer:
+def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> BaseLayer:
     shape = dict(_base(view, module))["weight"].shape
     kinds = {1: "norm", 2: "linear", 3: "conv", 4: "conv", 5: "conv"}
     if len(shape) not in kinds:
@@ -163,7 +163,7 @@ def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> Layer:
         kind = "conv1d"
     if kind == "linear" and _is_embedding_layer(module, keys):
         kind = "embedding"
-    return Layer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
+    return BaseLayer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
 
 
 def _is_embedding_layer(module: str, keys: tuple[str, ...]) -> bool:

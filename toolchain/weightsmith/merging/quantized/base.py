@@ -12,7 +12,7 @@ from weightsmith.merging.base import BaseTensors, stored_tensors
 from weightsmith.merging.names import is_conv1d
 from weightsmith.merging.outputs import Source, Stored
 from weightsmith.merging.quantized.choice import refuse, simulates
-from weightsmith.merging.quantized.layout import Layout, quantization_of, read_layout
+from weightsmith.merging.quantized.layout import QuantizedLayout, quantization_of, read_layout
 from weightsmith.merging.quantized.sources import Decoded, Rounded
 from weightsmith.models.safetensors import CheckpointIndex, TensorInfo
 
@@ -95,7 +95,7 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> BaseView:
     )
 
 
-def _name(info: TensorInfo, layout: Layout, owners: Mapping[str, str]) -> str:
+def _name(info: TensorInfo, layout: QuantizedLayout, owners: Mapping[str, str]) -> str:
     """Return the plain tensor that replaces a stored one, or ""."""
     if info.name in layout.dropped:
         return ""

@@ -24,7 +24,7 @@ _ACTIVATION_MORE = ("input_zero_point", "input_global_scale", "input_scale_ub")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class QuantizedLayout:
     """The quantized weights and unused tensors of a checkpoint."""
 
     method: str
@@ -71,7 +71,7 @@ def quantization_of(config: Mapping[str, Any], tensors: Tensors) -> str:
     return ""
 
 
-def read_layout(config: Mapping[str, Any], tensors: Tensors, read: ReadBytes) -> Layout:
+def read_layout(config: Mapping[str, Any], tensors: Tensors, read: ReadBytes) -> QuantizedLayout:
     """Return how each quantized weight is stored, and which tensors a plain checkpoint omits.
 
     Raises InputRefused for unsupported methods and variants, and for missing parts.
@@ -92,7 +92,7 @@ def read_layout(config: Mapping[str, Any], tensors: Tensors, read: ReadBytes) ->
         if name.rpartition(".")[2] in (*_ACTIVATION, *_ACTIVATION_MORE)
     }
     _check_rest(tensors, used | unused, found, method)
-    return Layout(method=method, packed=found, dropped=frozenset(unused))
+    return QuantizedLayout(method=method, packed=found, dropped=frozenset(unused))
 
 
 def _check_rest(tensors: Tensors, used: set[str], found: Mapping[str, Any], method: str) -> None:

@@ -67,7 +67,7 @@ class Moments:
 
 
 @dataclass(slots=True)
-class Group:
+class SharedInputGroup:
     """Matrices of a layer that get the same input."""
 
     linears: dict[str, Any]
@@ -101,12 +101,12 @@ class Observer:
     def __init__(self, layer: Any, wanted: Sequence[str]) -> None:
         """`wanted` are the names, within the layer, of the linear layers to look at."""
         named = dict(layer.named_modules())
-        self.groups: list[Group] = []
+        self.groups: list[SharedInputGroup] = []
         experts = [Routed(module, name) for name, module in named.items() if is_experts(module)]
         self.routed = experts[0] if experts else None
         self._wanted = {name: named[name] for name in wanted}
         self._modules = list(named.values())
-        self._leaders: dict[str, Group] = {}
+        self._leaders: dict[str, SharedInputGroup] = {}
         self._valid = torch.empty(0)
 
     @contextmanager
@@ -155,7 +155,7 @@ class _Origins:
         self._own = {id(module) for module in observer._wanted.values()}  # noqa: SLF001
         self._kept: list[torch.Tensor] = []
         self._norms: dict[int, Any] = {}
-        self._groups: dict[tuple[int, int], Group] = {}
+        self._groups: dict[tuple[int, int], SharedInputGroup] = {}
         self._elsewhere: set[int] = set()
 
     def hooks(self, modules: Sequence[Any]) -> list[Any]:
@@ -180,10 +180,10 @@ class _Origins:
             group.linears[name] = module
         return group is not None
 
-    def group(self, name: str, module: Any, inputs: torch.Tensor) -> Group:
+    def group(self, name: str, module: Any, inputs: torch.Tensor) -> SharedInputGroup:
         """Return a new group for a matrix."""
         self._kept.append(inputs)
-        made = Group({name: module}, Moments.empty(module.in_features))
+        made = SharedInputGroup({name: module}, Moments.empty(module.in_features))
         self._groups[_memory(inputs), module.in_features] = made
         return made
 

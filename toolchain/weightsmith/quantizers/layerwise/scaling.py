@@ -14,7 +14,7 @@ import torch
 
 from weightsmith.forward.threads import product
 from weightsmith.quantizers.layerwise.integers import best_grid
-from weightsmith.quantizers.layerwise.observing import Group, Moments
+from weightsmith.quantizers.layerwise.observing import Moments, SharedInputGroup
 
 _COARSE = (0.1, 0.3, 0.5, 0.7, 0.9)
 _FINE = (-0.1, -0.05, 0.05, 0.1)
@@ -80,7 +80,7 @@ def _error(
 
 
 def scale_layer(
-    groups: Sequence[Group], size: int, dtypes: Callable[[Any], torch.dtype]
+    groups: Sequence[SharedInputGroup], size: int, dtypes: Callable[[Any], torch.dtype]
 ) -> Iterator[Any]:
     """Scale a layer's groups in place where that helps; yield the norms and biases it changed.
 
@@ -106,7 +106,7 @@ def scale_layer(
         yield before or group.norm
 
 
-def _before(group: Group, by_name: dict[str, Any]) -> Any:
+def _before(group: SharedInputGroup, by_name: dict[str, Any]) -> Any:
     """Return the matrix whose outputs are a group's only inputs, or None."""
     if len(group.linears) > 1:
         return None
