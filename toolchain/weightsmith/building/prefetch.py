@@ -1,4 +1,11 @@
-"""Runs steps ahead of their turn, in a thread, beside the steps that come before them."""
+"""Runs steps ahead of their turn, in a thread, beside the steps that come before them.
+
+Each stage imports its libraries on one CPU, and quantizing needs only the merged checkpoint. What
+such a step says, and its error, is held back until its turn, so lines, records and digests are
+those of a build in order. If a gate refuses, the job is killed as by Ctrl-C, so what can be resumed
+is kept. Filling the store ahead and running the steps again would lose the job's warnings and its
+time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What is kept of each target, passed or refused: build.json, the report, the rendered files."""
+"""What is kept of each target, passed or refused: build.json, the report, the rendered files.
+
+A new build.json that differs only in its date, the seconds of finding results and the limit of jobs
+that did not run is not written: a record says when its build was last made. Writing it each time is
+six waits for the disk for each cell of a fleet.
+"""
 
 from __future__ import annotations
 

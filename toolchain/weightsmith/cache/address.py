@@ -1,4 +1,8 @@
-"""Addresses of shared caches, and the settings of the one that a user has."""
+"""Addresses of shared caches, and the settings of the one that a user has.
+
+WEIGHTSMITH_CACHE with a scheme is a shared cache, a path this machine's folder, as pipelines have
+long set it. A path cannot be both.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A cache as a build uses it: whatever is wrong with it is a miss and one warning."""
+"""A cache as a build uses it: whatever is wrong with it is a miss and one warning.
+
+Whoever finds a damaged blob reads it once more, since the fault may have been on the way, and
+deletes it where it may write: an upload that looks for each blob then misses it and sends it. An
+upload compares names and sizes alone, because reading everything would cost as much as sending it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A result whose files stay in a cache until something reads them."""
+"""A result whose files stay in a cache until something reads them.
+
+A result is its document and its files in the tar layers that an image has of them, so that a push
+mounts weights and a hit brings the document alone. Files by digest could not be mounted; whole
+results would need the disk of every stage.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The `weightsmith` program: the same commands as `invoke`, wherever the package is installed."""
+"""The `weightsmith` program: the same commands as `invoke`, wherever the package is installed.
+
+It has a program of its own, with exit code 2 and JSON; `invoke` keeps its conventions. Changing
+Invoke's parser when our tasks are loaded also changed other people's tasks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`invoke verify`: check an image's digests, signature and statements."""
+"""`invoke verify`: check an image's digests, signature and statements.
+
+Everything is read: every layer is hashed, and the files in the weight layers are compared with the
+statement, so the chain goes from the sources to the bytes.
+"""
 
 from __future__ import annotations
 

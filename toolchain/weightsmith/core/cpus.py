@@ -1,4 +1,9 @@
-"""What this machine's CPUs can do, and how many threads a computation gets."""
+"""What this machine's CPUs can do, and how many threads a computation gets.
+
+Threads of llama.cpp spin until the last one is done: on two quiet CPUs, two threads took 6 seconds
+less than one for the support bot's matrix, beside another busy program 66.7 s instead of 20.1. So
+the idle CPUs are counted for 0.2 seconds when such a program starts.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Ctrl-C, SIGTERM or SIGHUP while Python is still importing: one line and exit code 130.
 
 Imports almost nothing, so that it can be called before everything else.
+
+With `invoke`, its own import comes first, about a tenth of a second, and still prints a traceback.
 """
 
 import os

@@ -5,6 +5,8 @@ One that belongs to another user is refused: its owner could read every result, 
 folder shared with a group on purpose (set-group-id and group-writable: `chmod g+rws`) stays as it
 is, for the members of the group. A folder chosen by the user that has other content too, such as
 /var/cache, stays open; only our folders in it are closed.
+
+Set-group-id marks a shared store because no umask sets it by accident.
 """
 
 from __future__ import annotations

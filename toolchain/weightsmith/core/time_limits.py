@@ -1,4 +1,10 @@
-"""Time limits: CPU time for untrusted patterns and templates, time by size for jobs."""
+"""Time limits: CPU time for untrusted patterns and templates, time by size for jobs.
+
+A limit on silence would not do: a quantizer prints nothing during its longest step. CPU time does
+not depend on how busy the machine is; a timer's signal ends a pattern, because Python's `re` looks
+for signals while it matches. RE2 has no lookaheads, and `regex` reads some patterns otherwise than
+the `re` that PEFT uses.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
 """What a model's card on a hub says: from build.json, else from an image's labels.
 
 https://huggingface.co/docs/hub/model-cards
+
+It says what was measured, nothing else, and has no date, so that the same build gives the same
+commit. No `model-index`: the hub shows it beside public benchmarks, and a task's questions are the
+user's own.
 """
 
 from __future__ import annotations

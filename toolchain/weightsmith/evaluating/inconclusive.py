@@ -1,4 +1,9 @@
-"""Why passing a gate shows nothing: it could not have failed, or not the same was asked."""
+"""Why passing a gate shows nothing: it could not have failed, or not the same was asked.
+
+A gain is as odd as a loss: if merged model or image are significantly better than their reference,
+they were probably asked something else. It is no failure, because the fault may be the reference's,
+and chance gives one in forty such gains.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 A prompt is continued as text, as in lm-evaluation-harness (after one space, no chat template);
 messages are rendered by the model's chat template if it has one and the server can apply it.
+
+vLLM and SGLang echo the prompt with log-probabilities. llama.cpp does not, but gives the next
+token's, so a choice is scored token by token with a cached prompt. Constraining the answer to the
+choices would score another distribution.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Smoke test of a started image: checks on the running server before publishing."""
+"""Smoke test of a started image: checks on the running server before publishing.
+
+What users will do: chat, streaming, a prompt that is too long, the planned number of requests at
+once, log-probabilities, SIGTERM while it answers, restart. vLLM without a compiler crashed on
+log-probabilities although it said that it was healthy.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""A fleet file -> builds: a whole recipe for each adapter, and a cell for each of its targets."""
+"""A fleet file -> builds: a whole recipe for each adapter, and a cell for each of its targets.
+
+What comes out for each adapter is a recipe that `build` would take, with the adapter's name in its
+own and in the repository, so a cell has the digest of the same build alone. One repository with the
+adapter in the tag would be mixed up by clean-up rules.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""What a node does for one request: the pipeline's stages, as far as the task goes."""
+"""What a node does for one request: the pipeline's stages, as far as the task goes.
+
+A cell without changes goes through every stage, in the fleet's own process, in less than a tenth of
+a second. A fingerprint that skips all of it would be a second list of what a build depends on, and
+wrong as soon as somebody forgets to extend it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Runs a graph on an engine: submits what is ready, collects replies, says how it stands."""
+"""Runs a graph on an engine: submits what is ready, collects replies, says how it stands.
+
+A cell that ended with exit code 2, 3 or 4 would do so on every machine. One that ended with 5, or
+whose node is lost, is tried on two more nodes, after 10 seconds and after a minute: without a
+pause, every cell that begins while a cache restarts would use up its tries.
+"""
 
 from __future__ import annotations
 

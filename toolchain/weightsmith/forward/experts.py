@@ -1,4 +1,10 @@
-"""Stacked experts of which a walk reads only those that get tokens, one at a time."""
+"""Stacked experts of which a walk reads only those that get tokens, one at a time.
+
+Reading a stack as a whole took 2.4 GB in float32 for 128 experts of Qwen3-30B's shapes, for each
+view and each token; so a view's stack gives single experts, and transformers runs its own loop over
+them. Architectures that multiply with all experts at once (Llama 4) still read the whole stack, and
+those with transposed matrices (gpt-oss) one expert.
+"""
 
 from __future__ import annotations
 

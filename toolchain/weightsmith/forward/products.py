@@ -1,4 +1,10 @@
-"""Products of inputs with a matrix in a file, on all CPUs."""
+"""Products of inputs with a matrix in a file, on all CPUs.
+
+Tiles go to plain threads with one OpenMP thread each: OpenMP's barriers wait for a thread that was
+preempted. On AMD's CPUs, MKL behind `torch.mm` leaves AVX-512 unused (60 to 90 against 65 to 100
+billion operations per second on one core). Keeping weights in float32 between passes took no less
+CPU time than converting them again, and three times the memory.
+"""
 
 from __future__ import annotations
 

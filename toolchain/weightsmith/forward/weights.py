@@ -1,4 +1,9 @@
-"""Read a checkpoint's tensors by the model's parameter names, a few rows at a time."""
+"""Read a checkpoint's tensors by the model's parameter names, a few rows at a time.
+
+Each linear layer and embedding reads its rows while it runs, so neither a layer nor the vocabulary
+of a large model must fit into memory, and no architecture needs a list of layer names. `accelerate`
+holds whole layers, for both models, and needs a copy of the checkpoint.
+"""
 
 from __future__ import annotations
 

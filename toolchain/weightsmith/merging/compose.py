@@ -1,4 +1,9 @@
-"""Claims -> outputs: every tensor of the merged checkpoint, file by file."""
+"""Claims -> outputs: every tensor of the merged checkpoint, file by file.
+
+An adapter's weight scales its whole change: W + Σ weight · (changed - W). So half of a DoRA, a
+trained norm or a saved embedding means half of its effect. PEFT scales B·A alone, which for DoRA
+also changes the norm.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""A file's data in the order of the file, though they are read in another order."""
+"""A file's data in the order of the file, though they are read in another order.
+
+A file of weights is hashed in this way by what reads them anyway; only what nothing else reads is
+read for it. It costs 1.5 CPU seconds per billion weights, on a thread of its own. A digest per
+tensor would be one more for the merge to compute; a cheaper sum, one more to keep, which no signed
+statement names.
+"""
 
 from __future__ import annotations
 

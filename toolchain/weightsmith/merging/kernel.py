@@ -4,6 +4,9 @@ A first pass computes in `work` precision with a rigorous error bound. Rounding 
 ends of the error interval round to the same value, it is the correctly rounded one, independent of
 the order of summation, thread count, block size, BLAS and device. The other elements, about one in
 a thousand, go to `repair`.
+
+With numpy, because torch takes 0.7 to 0.9 CPU seconds and 200 MiB to import, a fifth of the merge
+of a 1 GB model, and a correctly rounded result is the same with either.
 """
 
 from __future__ import annotations

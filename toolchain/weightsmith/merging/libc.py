@@ -1,4 +1,8 @@
-"""C library and Linux functions that Python does not offer."""
+"""C library and Linux functions that Python does not offer.
+
+All buffers of a merge come from one heap that keeps freed memory: returning pages to the system
+took a tenth of the CPU time, and buffer pools more code and memory for no gain.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,11 @@
 
 Besides `torch_kernel` and `reference`, only this module of the merge imports torch. PEFT computes
 in float32 for every base dtype; the result is rounded once.
+
+Thirty methods have merge code of their own, which changes with every release of PEFT. So a PEFT
+model is built with one layer, at its real module path, so that patterns by name still match: one
+file for all methods, with one tensor in memory. If layers share projections, all are built once,
+around weights that take no memory; if rows change independently, a layer is built for a few rows.
 """
 
 from __future__ import annotations

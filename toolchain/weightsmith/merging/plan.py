@@ -1,4 +1,10 @@
-"""Plan a merge from headers and configurations only."""
+"""Plan a merge from headers and configurations only.
+
+A plan is a list of output tensors, each with its source (a tensor of the base, of an adapter, or
+one decoded from several) and its changes. So one kernel handles linear layers, convolutions,
+embeddings, biases and experts, and the writer knows no kind of adapter. A map from base tensors to
+terms could not replace, add or rename tensors.
+"""
 
 from __future__ import annotations
 

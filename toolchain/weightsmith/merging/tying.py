@@ -1,4 +1,9 @@
-"""Tied embeddings and heads: find the shared weight."""
+"""Tied embeddings and heads: find the shared weight.
+
+If an adapter changes one use of a shared tensor, the checkpoint gets a second one, and the other
+use keeps its values. Changing both, as `merge_and_unload` does, gave an error larger than the
+logits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Facts about a model, read once from its files for planners, quantizers and renderers."""
+"""Facts about a model, read once from its files for planners, quantizers and renderers.
+
+Passed along, config.json had a rule for a missing key at each reader. A wrong number is refused
+when it is needed, not when it is read: a model that cannot be planned can still be packaged.
+"""
 
 from __future__ import annotations
 

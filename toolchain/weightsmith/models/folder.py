@@ -1,4 +1,9 @@
-"""Safe scans of model and adapter folders: which files are used, which are refused."""
+"""Safe scans of model and adapter folders: which files are used, which are refused.
+
+Files are chosen by known endings and names, in matching case: weights, tables, texts, vocabularies,
+licences. Exact names alone would miss indexes, chat templates and parts of sentence-transformers,
+and a JSON or text file executes nothing; a list of bad names never ends.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Groups an engine's files into layers: a program's own, or a whole root file system's."""
+"""Groups an engine's files into layers: a program's own, or a whole root file system's.
+
+Their digests are in the store under the digest of the tree; its 19,000 files are read when a layer
+is read, and verified then. Describing them in every build took half of the CPU time of one without
+changes.
+"""
 
 from __future__ import annotations
 

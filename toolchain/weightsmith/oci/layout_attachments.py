@@ -3,6 +3,9 @@
 Ours are listed in `referrers.json`, an index beside `index.json`. So a layout of one image has one
 row in its index, and skopeo, podman and umoci accept it without a name. Rows of `index.json` with
 a subject, as oras writes them, are read as well, and so are those of `cosign save`.
+
+Rows of `index.json` for them would survive `umoci gc` and `oras copy -r`, but then skopeo and
+podman require an image name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,11 @@
 """A GGUF model as Ollama pulls it from a registry: the file is a layer of its own bytes.
 
 https://github.com/ollama/ollama (manifest/manifest.go, types/model/config.go, server/images.go)
+
+Ollama accepts only Docker's manifest type and ignores unknown keys, so labels are in the
+configuration and names in the layers' title annotations. There is no template layer: from 0.30.0 on
+Ollama takes the GGUF file's own, and the language of its own has no `trim`, so those of Llama 3 and
+Gemma could not be translated exactly.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """Sends one blob into an upload session, whole or in chunks, and resumes broken connections.
 
 https://github.com/opencontainers/distribution-spec/blob/main/spec.md#push
+
+A layer whose digest was not just computed is hashed while it is sent, and its last chunk goes only
+if the digest is right: Pulp accepts a blob under any digest, and takes what arrived of an
+interrupted PUT for complete. So a large layer is sent with PATCH and then finished, as Docker does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Trusted certificates, and whether a registry on this machine speaks TLS."""
+"""Trusted certificates, and whether a registry on this machine speaks TLS.
+
+On loopback plain HTTP comes first, and TLS if the registry requires it: the first reply shows
+which, and no credentials are sent before it. TLS first hangs on servers that wait for a line.
+"""
 
 from __future__ import annotations
 

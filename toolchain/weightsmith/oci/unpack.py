@@ -1,6 +1,10 @@
 """Unpacks an image into a root file system; its layers are untrusted.
 
 https://github.com/opencontainers/image-spec/blob/main/layer.md (whiteouts, change sets)
+
+Limits are checked before: 200 times the size of a compressed layer (256 MiB in any case), a million
+files, no sparse files or chains of extended headers, which no tool writes. Of a name that occurs
+twice the last one wins, as in every engine, so that what is tested is what an engine starts.
 """
 
 from __future__ import annotations

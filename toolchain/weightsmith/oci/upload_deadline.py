@@ -1,4 +1,8 @@
-"""Warns if a layer uploads too slowly for its registry's time limit."""
+"""Warns if a layer uploads too slowly for its registry's time limit.
+
+A warning and no abort, since the rate rises when other layers are done. Splitting layers here would
+make the digest depend on the network.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Makes an engine's files for any platform from pins, without root or a container engine."""
+"""Makes an engine's files for any platform from pins, without root or a container engine.
+
+vLLM needs a C library and Python, and not every site can pull a base image: pinned `.deb` files and
+wheels need only pip and a mirror. The C library is from a newer Debian than Python, because torch's
+CPU build requires that.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Registry credentials: Docker's config.json and its credential helpers."""
+"""Registry credentials: Docker's config.json and its credential helpers.
+
+`docker.auth` (docker 7.2) does not do: a broken config.json gives no credentials instead of an
+error, one malformed entry breaks the lookup for all registries, plain `username` and `password` are
+ignored, a failing helper hides `auths`, and helpers have no time limit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Loads image archives into the engine; an interrupt leaves an image loaded or not loaded."""
+"""Loads image archives into the engine; an interrupt leaves an image loaded or not loaded.
+
+Docker unpacks an archive only when it has all of it, and keeps both on disk. So each large layer is
+sent as an image of its own, based on the previous one: its archive leaves out the lower layers, and
+its last bytes are held back until those are loaded. An interrupted load goes on, since its
+intermediate images have names. A read-only registry on loopback to pull from is no faster, and a
+remote engine cannot reach it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Creates a builder's virtual environment from its pinned requirements."""
+"""Creates a builder's virtual environment from its pinned requirements.
+
+torch is installed as a CPU build if one can be had: from pip's configured sources, the folder of
+wheels, download.pytorch.org, then PyPI, whose build has gigabytes of CUDA libraries. One that
+installs but does not import, for want of a newer C library, is skipped.
+"""
 
 from __future__ import annotations
 

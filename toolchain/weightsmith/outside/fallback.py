@@ -1,4 +1,8 @@
-"""The `auto` runner: the container engine if it can make the builder, else this machine."""
+"""The `auto` runner: the container engine if it can make the builder, else this machine.
+
+Both give the same bytes, so a build may mix them, with a warning: failing would make a registry
+mirror a condition of the first image.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Publishes files on a model hub (`hf://owner/name`) with the hub's own client."""
+"""Publishes files on a model hub (`hf://owner/name`) with the hub's own client.
+
+All or nothing: one commit with the difference, which is read back. `upload_folder` leaves old files
+beside new ones. Large files go by Git LFS, except to huggingface.co: the client uses Xet whenever
+its library is there, and other hubs may not speak it. The client's error texts are not shown: they
+can contain signed addresses. New repositories are private, since a publication by mistake cannot be
+taken back.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,11 @@ Run by `image_launcher.py` in its own process. That process stays outside and wa
 process 1 of a process namespace: it makes the image's file system the only one, drops all
 privileges, starts the program, forwards SIGTERM, reaps orphans and reports the exit status. The
 program's own process checks which limits hold, from inside, just before it executes the program.
+
+If we are root, the program's user on the host is 65532, whatever user the image names, so that
+images whose user is root still start; keeping root without its capabilities would leave it all of
+root's files. Only the program gets the image's environment, which could affect the loader of the
+process that starts it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Finds out from inside a sandbox what this process can do, by reading and by trying."""
+"""Finds out from inside a sandbox what this process can do, by reading and by trying.
+
+Reports once claimed isolation for images that could write to the machine. So what is reported is
+what was tried, just before the program runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Calibration text for quantizers, and held-out text for the quality gate."""
+"""Calibration text for quantizers, and held-out text for the quality gate.
+
+The digest of seed and text decides whether a text calibrates or judges, so adding one moves no
+other to the other side. Questions of an evaluation never calibrate: that would hide a loss. Texts
+are not joined: at position 0 a model has activations a hundred times larger than elsewhere, and in
+joined samples only one token in 512 is there. With separate texts, GPTQ's divergence on the support
+bot fell from 0.18 to 0.13 nats.
+"""
 
 from __future__ import annotations
 

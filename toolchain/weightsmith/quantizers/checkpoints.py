@@ -1,4 +1,10 @@
-"""Shared by all quantizers of checkpoints: input checks, and writing the finished folder."""
+"""Shared by all quantizers of checkpoints: input checks, and writing the finished folder.
+
+Tools save tokenizers and configurations in the format of their transformers version, with paths and
+times, and sometimes float32 tensors. So only the packed tensors are kept; others get the
+checkpoint's type, and tokenizer and template are copied byte for byte: servers with older libraries
+can read them.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ tokenizer.json if there is an exact match.
 
 Runs in a builder: from `worker/convert_gguf.py`, which lets it write files as it always does, or
 from `worker/quantize_gguf.py`, which takes the tensors before they are written.
+
+A default name for all other vocabularies would silently split text differently.
 """
 
 from __future__ import annotations

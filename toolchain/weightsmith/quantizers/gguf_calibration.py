@@ -1,4 +1,9 @@
-"""What an importance matrix is measured on, and by what."""
+"""What an importance matrix is measured on, and by what.
+
+Our walk is the default from 200 MB on; below that its imports take longer than llama-imatrix.
+llama-imatrix runs with one CPU variant (x86-64-v3), because another order of sums changes the file:
+17 instead of 8 CPU seconds for 3,600 tokens of the support bot.
+"""
 
 from __future__ import annotations
 

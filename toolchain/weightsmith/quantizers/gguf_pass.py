@@ -1,4 +1,10 @@
-"""Quantize tensors one by one into GGUF files, with the bytes of llama-quantize."""
+"""Quantize tensors one by one into GGUF files, with the bytes of llama-quantize.
+
+A journal has offset, size and sha256 of each part that was written, computed in memory before the
+part goes to the disk; the next run reads these parts and makes those tensors again that differ. A
+line is written once its tensor is on the disk. After the disk has lost a write, no more lines are
+written, since the system tells of it only once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""The projector of a model that sees: a second GGUF file, which llama.cpp's converter writes."""
+"""The projector of a model that sees: a second GGUF file, which llama.cpp's converter writes.
+
+It is made in the same process, before the model's tensors are taken over, so computed weights are
+read once. The option is in the key of models that have a projector and of no others, whose results
+stay valid. A model whose tower cannot be converted is refused unless the recipe allows it: a
+warning among others did not tell those who need it to see.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Tables of llama.cpp's file types and tensor types."""
+"""Tables of llama.cpp's file types and tensor types.
+
+Types below four bits are made only on request: fine-tuning makes small changes, which are lost
+first. Large models tolerate them, so they are offered.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""AWQ and GPTQ by GPTQModel, on a CPU or a GPU: a second engine for the layouts of both."""
+"""AWQ and GPTQ by GPTQModel, on a CPU or a GPU: a second engine for the layouts of both.
+
+A target's name states what changes the bytes, so a second tool is a target of its own and not an
+option.
+"""
 
 from __future__ import annotations
 

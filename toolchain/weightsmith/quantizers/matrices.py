@@ -1,4 +1,11 @@
-"""The matrices of a checkpoint that are quantized, by the names under which engines read them."""
+"""The matrices of a checkpoint that are quantized, by the names under which engines read them.
+
+One rule for all architectures: in a decoder's layers, every two-dimensional `*_proj` is quantized.
+It is applied only to architectures in `vllm_architectures.json`, where a test quantizes a small
+model of each: elsewhere a matrix with another name would silently stay in 16 bits. Routers, gates
+of shared experts and the small projections of latent attention keep 16 bits: they decide more than
+they weigh.
+"""
 
 from __future__ import annotations
 

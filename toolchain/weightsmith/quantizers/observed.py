@@ -1,4 +1,8 @@
-"""NVFP4 with scales of inputs: rounded like the others, after a walk that finds the largest."""
+"""NVFP4 with scales of inputs: rounded like the others, after a walk that finds the largest.
+
+Q, K and V, and gate and up, get one scale because engines read one. So do all experts of a layer:
+what calibration does not send to one may reach it in use.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Run Python quantizers in their builder: settings file, calibration samples."""
+"""Run Python quantizers in their builder: settings file, calibration samples.
+
+AutoAWQ joins texts, and GPTQModel uses only the last sample if lengths differ, so these tools get
+joined samples of equal length. OpenMP's threads sleep while they wait: spinning, they take CPU time
+from the other threads, and fp8-static of the tiny model took 38.9 CPU seconds instead of 12.0.
+"""
 
 from __future__ import annotations
 

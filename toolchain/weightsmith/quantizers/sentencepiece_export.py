@@ -4,6 +4,9 @@ Tokenizers of Llama 2, Mistral and Gemma are SentencePiece models, but transform
 with an adapter) writes only tokenizer.json. Without the SentencePiece model the converter fails, or
 gives all pieces the same score, so that llama.cpp tokenizes differently than in training. It also
 reads added tokens only from tokenizer_config.json, which may no longer have them.
+
+The order of merges is the order of scores. The base's own file does not do, since the adapter's
+tokenizer may differ; byte-pair vocabularies that never were SentencePiece are refused.
 """
 
 from __future__ import annotations

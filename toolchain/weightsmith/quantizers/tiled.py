@@ -1,6 +1,9 @@
 """Rows of a quantized matrix whose codes share a scale per tile, read back to float32.
 
 By a table of what each byte stands for, so that nothing is shared with what rounded them.
+
+Measuring the error while codes are written would save a pass, but the check would believe what the
+writer says about weights that it did not see.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Matrices kept in 16 bits: the recipe's `keep`, and its form in each layout."""
+"""Matrices kept in 16 bits: the recipe's `keep`, and its form in each layout.
+
+By suffix, and fused ones together: engines fuse Q, K and V, and gate and up, and do not start with
+a checkpoint that keeps part of a group in 16 bits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""AWQ and GPTQ by our own walk, with one decoder layer in memory at a time."""
+"""AWQ and GPTQ by our own walk, with one decoder layer in memory at a time.
+
+Only inputs are in the key: these results are multiplied in float32 by the machine's own libraries,
+in an order that threads and CPUs decide, so another machine's may differ. An image's digest covers
+the actual bytes.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """Where a command works and what it may use there: flags that most commands share.
 
 A field is a flag and a keyword of the Python functions; its metadata have the flag's help.
+
+One frozen value from the edge on: each option was named four times between a flag and its use. It
+is no section of the recipe, because where a build runs is no property of the image.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The CPUs that plans know by name; gpus.py has the GPUs."""
+"""The CPUs that plans know by name; gpus.py has the GPUs.
+
+A CPU with AMX is a device of its own: vLLM has kernels for quantized experts only there. Asking the
+building machine would make the plan depend on it.
+"""
 
 from __future__ import annotations
 

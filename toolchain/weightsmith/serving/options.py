@@ -1,4 +1,8 @@
-"""The options of engines that read a file or arguments, as recorded from pinned versions."""
+"""The options of engines that read a file or arguments, as recorded from pinned versions.
+
+So a typo, in a name or in a value such as `tool-call-parser: hermess`, is refused before ten
+minutes of loading. The image cannot be asked: it does not exist yet.
+"""
 
 from __future__ import annotations
 

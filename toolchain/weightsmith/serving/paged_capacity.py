@@ -2,6 +2,9 @@
 
 Exact: the weights, and the cache by the engine's own block rules. Estimated: what else the engine
 needs, so a margin is held back. Sizes in bytes.
+
+A twentieth of the memory is reserved for the estimates: activations, the CUDA context and CUDA
+graphs cannot be known before the server starts, and the build machine does not have the GPU.
 """
 
 from __future__ import annotations

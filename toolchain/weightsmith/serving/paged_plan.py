@@ -2,6 +2,10 @@
 
 The guarantee is strict: `max_num_seqs` requests of `max_model_len` tokens are in the cache
 together, none waits and none is computed twice.
+
+The engine could preempt requests, but the purpose of a plan is that none is computed twice under
+load. Each engine supplies a dozen facts, so the block rules have one place; llama.cpp's slots
+follow other rules and have a planner of their own.
 """
 
 from __future__ import annotations

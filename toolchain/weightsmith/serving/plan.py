@@ -1,4 +1,8 @@
-"""What is planned and rendered for an image, and the JSON form that is written and read back."""
+"""What is planned and rendered for an image, and the JSON form that is written and read back.
+
+What goes into an image says what serving needs, nothing of the planning machine, on which the
+digest would depend; that is in build.json.
+"""
 
 from __future__ import annotations
 

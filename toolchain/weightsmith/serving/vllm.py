@@ -1,4 +1,8 @@
-"""vLLM: 16-bit, AWQ, GPTQ and FP8 checkpoints on GPUs and CPUs, with an OpenAI-compatible API."""
+"""vLLM: 16-bit, AWQ, GPTQ and FP8 checkpoints on GPUs and CPUs, with an OpenAI-compatible API.
+
+Compiled code stays out of images: it is made for one GPU, at the first start on it. Manifests have
+a volume for it, commented out, because the server runs what it finds there.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Artifact -> Artifact: with the scales of vLLM's 8-bit KV cache."""
+"""Artifact -> Artifact: with the scales of vLLM's 8-bit KV cache.
+
+A stage of its own, so that all formats share one measurement, on the merged checkpoint; an option
+of each quantizer would make every format again. AWQ's and GPTQ's layouts get no scales, because
+vLLM reads none from them, and `awq-compressed` none, because its values change after they were
+measured. On the support bot the mean divergence at 2,048 tokens fell from 0.033 to 0.030 nats, but
+the largest rose.
+"""
 
 from __future__ import annotations
 

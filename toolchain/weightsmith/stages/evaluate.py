@@ -1,4 +1,8 @@
-"""Image -> scores: start the image as users do, check it, query it, and score its answers."""
+"""Image -> scores: start the image as users do, check it, query it, and score its answers.
+
+The image is tested under a candidate name, and gets its own when it has passed: an image that was
+pushed can be pulled by digest.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Images -> Published: the tested image and the other kinds of its weights get their names."""
+"""Images -> Published: the tested image and the other kinds of its weights get their names.
+
+All forms' tags are looked at before any is published, so a build publishes all of them or none
+because of a tag.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Artifact facts -> ServingConfig: plan the memory and render the serving files."""
+"""Artifact facts -> ServingConfig: plan the memory and render the serving files.
+
+The manifests of a volume take program, variables, memory and probes of the tested image, so that
+both ways serve alike. For llama.cpp on CPUs their engine is upstream's image, because ours exists
+only below weights; an image of its own would be a second thing to sign, scan and update.
+"""
 
 from __future__ import annotations
 

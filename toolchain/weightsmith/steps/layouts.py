@@ -1,4 +1,8 @@
-"""Writes an image layout next to its final path, then moves it there atomically."""
+"""Writes an image layout next to its final path, then moves it there atomically.
+
+A layout takes the place of another by swapping names (`renameat2`), or by two renames, which the
+next build mends if the process was killed between them.
+"""
 
 from __future__ import annotations
 

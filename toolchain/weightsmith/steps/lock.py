@@ -2,6 +2,10 @@
 
 Its digests are those of content that a build has read. The file is next to the recipe and has its
 name, so that both are versioned and reviewed together. A build without a recipe file has no lock.
+
+A file beside the recipe, since two people would pin differently in caches of their own without
+noticing. Other content under the same pin is refused: a commit or a wheel never changes, so the
+hub, mirror or index has.
 """
 
 from __future__ import annotations

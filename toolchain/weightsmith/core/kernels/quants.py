@@ -1,4 +1,10 @@
-"""Quantize rows to llama.cpp's types: by our kernels, and by llama.cpp's code for other types."""
+"""Quantize rows to llama.cpp's types: by our kernels, and by llama.cpp's code for other types.
+
+llama.cpp searches scales in scalar code, 35 to 140 ns per weight. The sub-blocks are independent,
+so each vector lane has a row of its own: 3 to 10 ns with AVX-512. Intrinsics would need one source
+per CPU, numba is a third as fast, and the sums of llama.cpp's own loops have a fixed order, so no
+compiler vectorizes them.
+"""
 
 from __future__ import annotations
 

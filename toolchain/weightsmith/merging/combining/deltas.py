@@ -1,4 +1,9 @@
-"""Combine whole deltas of one tensor: weighted sum, or mean of those with the elected sign."""
+"""Combine whole deltas of one tensor: weighted sum, or mean of those with the elected sign.
+
+A delta is what one adapter at weight 1 changes, which is well defined for all kinds. PEFT combines
+A and B separately, which adds cross terms and ignores what is no factor; `--space factors` does the
+same for models that were evaluated that way.
+"""
 
 from __future__ import annotations
 

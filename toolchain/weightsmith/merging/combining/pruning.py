@@ -1,4 +1,8 @@
-"""Prune a delta: keep its largest weights, or random ones."""
+"""Prune a delta: keep its largest weights, or random ones.
+
+DARE draws from a counter-based stream keyed by seed, tensor and adapter, so that neither threads
+nor the order of adapters change the result.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The choices for a quantized base; no torch here."""
+"""The choices for a quantized base; no torch here.
+
+The default is a refusal with the numbers: adapters do not record whether they were trained on 4-bit
+weights, and both 16-bit bases are in use. Quantizing a merge again on the same grid is not offered,
+because it erases small adapters.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Sums of squares of a model's inputs over calibration text, as an importance matrix has them."""
+"""Sums of squares of a model's inputs over calibration text, as an importance matrix has them.
+
+llama-imatrix needs a 16-bit GGUF file of the whole model. Here the sums are over its windows, in
+float64, and are written sorted and in float32, with the same bits on every CPU with AVX2. More than
+65,536 tokens are walked in parts, so that states do not fill the memory. DeepSeek is refused: the
+converter splits `kv_b_proj` into two matrices with other inputs.
+"""
 
 from __future__ import annotations
 

