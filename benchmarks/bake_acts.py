@@ -86,11 +86,11 @@ def load(folder: str, reference: str) -> None:
     from weightsmith.oci.image import assemble
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.recipe.run_options import RunOptions
-    from weightsmith.steps.delivery import Outputs, publish
+    from weightsmith.steps.delivery import ImageOutputs, deliver
 
     image = assemble(layers(folder), config=ImageConfig())
     with open_tools(RunOptions(runner="docker"), Silent()) as tools:
-        publish(image, reference, Outputs(load=True), [Evidence()], tools)
+        deliver(image, reference, ImageOutputs(load=True), [Evidence()], tools)
 
 
 def plan() -> None:

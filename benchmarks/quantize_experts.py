@@ -34,7 +34,7 @@ from weightsmith.quantizers.checkpoints import finish
 from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.quality.limits import limits_for
 from weightsmith.quantizers.quality.measure import measure
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.quantizers.quality.texts import as_lines
 from weightsmith.recipe.schema import Quality as Wanted
 from weightsmith.recipe.schema import TextBounds
@@ -142,7 +142,7 @@ def lost_by(name: str, kind: str, model: Path, data: Path) -> list[str]:
     packed = sum(made.array(n).nbytes for n in made.names)
     size = sum(path.stat().st_size for path in (folder / "out").iterdir())
     weights = sum(math.prod(own.info(n).shape) for n in own.names)
-    lost = Quality(loss=loss).judged(limits, None).to_json()
+    lost = QualityResult(loss=loss).judged(limits, None).to_json()
     cells = row(f"{kind}, tiny", name, size, 8 * packed / weights, lost, score)
     return [*cells[:2], f"{size / 1e6:.2f}", *cells[3:]]
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_pass import (
-    Output,
+    GgufOutput,
     Source,
     Wanted,
     finish,
     read_targets,
     write_files,
 )
-from weightsmith.quantizers.gguf_rows import Place
+from weightsmith.quantizers.gguf_rows import StoredRows
 
 from tests.fakes.ggufs import program, run, same, theirs
 
@@ -35,12 +35,12 @@ def written(middle: Path, out: Path, broken_at: str = "", key: str = "") -> list
             raise KeyboardInterrupt
         at = header.size + entry.offset
         size = {"rows": entry.rows, "columns": entry.columns}
-        return Place(path=middle, kind=kind, offset=at, **size).read
+        return StoredRows(path=middle, kind=kind, offset=at, **size).read
 
     lines = (printed.stdout + printed.stderr).splitlines()
     source = Source(header=header, rows=rows, stored=lambda *_: np.zeros(0))
     wanted = Wanted(file_type=15, key=key)
-    write_files(source, [Output(path=out, targets=read_targets(lines), wanted=wanted)], 2)
+    write_files(source, [GgufOutput(path=out, targets=read_targets(lines), wanted=wanted)], 2)
     finish([out])
     return read
 

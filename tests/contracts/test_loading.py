@@ -25,14 +25,14 @@ from weightsmith.oci.registry import Registry
 from weightsmith.outside.docker import DockerEngine
 from weightsmith.outside.ownership import is_dead, owner_token
 from weightsmith.provenance.evidence import Evidence
-from weightsmith.steps.delivery import Outputs, candidate, deliver, discard_candidate, is_held
+from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate, is_held
 from weightsmith.steps.tools import Tools
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.memory import memory_tools
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
-LOAD = Outputs(load=True)
+LOAD = ImageOutputs(load=True)
 ROOT = Path(__file__).parents[2]
 
 

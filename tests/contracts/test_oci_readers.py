@@ -14,7 +14,7 @@ import pytest
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.archive import docker_archive
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, Order, assemble
 from weightsmith.oci.layers import Member, TarLayer
@@ -123,7 +123,7 @@ def test_a_layout_with_attachments_needs_no_name(tmp_path: Path) -> None:
     about = Attachment(
         artifact_type="text/plain",
         subject=image.manifest_blob,
-        parts=(Part.of_bytes(b"said", "text/plain"),),
+        parts=(AttachmentPart.of_bytes(b"said", "text/plain"),),
     )
     attach(tmp_path / "oci", about)
     seen = json.loads(_run("skopeo", "inspect", f"oci:{tmp_path}/oci"))
@@ -137,7 +137,7 @@ def test_what_knows_only_the_index_leaves_attachments_behind(tmp_path: Path) -> 
     """As the pages and `verify` say; in the index, they would make skopeo ask for a name."""
     image = tiny_image(tmp_path / "model")
     write_layout(image, tmp_path / "oci", ref="v1")
-    said = (Part.of_bytes(b"said", "text/plain"),)
+    said = (AttachmentPart.of_bytes(b"said", "text/plain"),)
     about = Attachment(artifact_type="text/plain", subject=image.manifest_blob, parts=said)
     attach(tmp_path / "oci", about)
     _run("oras", "copy", "-r", "--from-oci-layout", f"{tmp_path}/oci:v1",

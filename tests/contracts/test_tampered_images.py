@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.values import Digest, canonical
-from weightsmith.oci.attachments import Part, fallback_tag
+from weightsmith.oci.attachments import AttachmentPart, fallback_tag
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -141,7 +141,7 @@ def test_a_changed_statement(scene: Scene) -> None:
     told["predicate"]["buildDefinition"]["externalParameters"]["target"] = "another"
     envelope["payload"] = base64.b64encode(canonical(told)).decode()
     part = signing.envelope_part(canonical(envelope), str(told["predicateType"]))
-    parts: tuple[Part, ...] = (part, *held.parts[1:])
+    parts: tuple[AttachmentPart, ...] = (part, *held.parts[1:])
     _forget_attachments(scene, image)
     forged = signing.cosign_manifest(parts, image.manifest_blob, held.artifact_type, tag)
     scene.client.attach(scene.place, forged)

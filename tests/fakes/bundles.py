@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 
 BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 SIGNED = "https://sigstore.dev/cosign/sign/v1"
@@ -52,7 +52,7 @@ def attached(made: dict[str, Any], image: Blob, kind: str = SIGNED) -> Attachmen
     return Attachment(
         artifact_type=BUNDLE,
         subject=image,
-        parts=(Part.of_bytes(json.dumps(made).encode(), BUNDLE),),
+        parts=(AttachmentPart.of_bytes(json.dumps(made).encode(), BUNDLE),),
         annotations={
             "dev.sigstore.bundle.content": "dsse-envelope",
             "dev.sigstore.bundle.predicateType": kind,

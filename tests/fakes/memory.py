@@ -34,7 +34,7 @@ from weightsmith.outside.user_program import run_command
 from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe.file import read_recipe
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.tools import NO_LIMIT, Tools
 from weightsmith.steps.tools import Memory as Room
 from weightsmith.worker.jobs import STAGES
@@ -171,7 +171,7 @@ class Memory:
         return BuildRequest(
             file=file,
             targets=chosen_targets(file, tuple(targets), to_build=True),
-            outputs=Outputs(**{"tag_digest": outputs.get("push", False), **outputs}),
+            outputs=ImageOutputs(**{"tag_digest": outputs.get("push", False), **outputs}),
             dist=self.dist,
             engine_answers=self.engine.answering,
             locked=locked,

@@ -120,7 +120,7 @@ def publish(source: str, layout: str, swap: bool) -> None:
     from weightsmith.oci.layout import read_layout
     from weightsmith.provenance.evidence import Evidence
     from weightsmith.steps import layouts
-    from weightsmith.steps.delivery import Outputs, deliver
+    from weightsmith.steps.delivery import ImageOutputs, deliver
 
     from tests.fakes.memory import memory_tools
 
@@ -129,7 +129,11 @@ def publish(source: str, layout: str, swap: bool) -> None:
     image = read_layout(Path(source))
     _spare_no_more()
     deliver(
-        image, "x:1", Outputs(layout=Path(layout)), [Evidence()], memory_tools(Path(layout).parent)
+        image,
+        "x:1",
+        ImageOutputs(layout=Path(layout)),
+        [Evidence()],
+        memory_tools(Path(layout).parent),
     )
 
 
@@ -156,13 +160,13 @@ def load(source: str, name: str) -> None:
     from weightsmith.oci.layout import read_layout
     from weightsmith.outside.docker import DockerEngine
     from weightsmith.provenance.evidence import Evidence
-    from weightsmith.steps.delivery import Outputs, deliver
+    from weightsmith.steps.delivery import ImageOutputs, deliver
 
     from tests.fakes.memory import memory_tools
 
     archive._LARGE = 1  # type: ignore[misc]
     tools = replace(memory_tools(Path(source).parent), engine=DockerEngine())
-    deliver(read_layout(Path(source)), name, Outputs(load=True), [Evidence()], tools)
+    deliver(read_layout(Path(source)), name, ImageOutputs(load=True), [Evidence()], tools)
 
 
 def merge(folder: str) -> None:

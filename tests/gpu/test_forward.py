@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weightsmith.forward.device import OnDevice, on_gpu
+from weightsmith.forward.device import DeviceCopier, on_gpu
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
@@ -25,7 +25,9 @@ TIE = 1e-3
 """Difference of two logits below which rounding may decide."""
 
 
-def answers(root: Path, lora: Path, products: OnDevice | None) -> tuple[dict[str, Answers], float]:
+def answers(
+    root: Path, lora: Path, products: DeviceCopier | None
+) -> tuple[dict[str, Answers], float]:
     meeting = Meeting(products=products)
     given = (("base", []), ("adapter", [(lora, 1.0)]))
     views = {name: view(root, adapters, meeting, 0) for name, adapters in given}

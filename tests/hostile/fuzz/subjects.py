@@ -34,7 +34,7 @@ from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_config import gguf_config, gguf_file_type, gguf_tensor_types
 from weightsmith.models.gguf_import import import_gguf
 from weightsmith.models.safetensors import open_checkpoint
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, load_image
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
@@ -44,8 +44,8 @@ from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import roles_of
 from weightsmith.provenance.signing import ENVELOPE_TYPE, STATEMENT_TYPE, open_envelope
+from weightsmith.recipe import user_config
 from weightsmith.recipe.file import read_recipe
-from weightsmith.recipe.schema import user_config
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.option_values import not_to_be_stated
 from weightsmith.serving.parameters import weights_from_config
@@ -288,7 +288,7 @@ def _in_memory(attachment: Attachment) -> Attachment:
         data, kind = part.read(), part.blob.media_type
         if kind == ENVELOPE_TYPE:
             data, kind = open_envelope(data, None).content, STATEMENT_TYPE
-        parts.append(Part.of_bytes(data, kind, **part.annotations))
+        parts.append(AttachmentPart.of_bytes(data, kind, **part.annotations))
     return replace(attachment, parts=tuple(parts), raw=None)
 
 
@@ -350,7 +350,9 @@ def read_statements(data: bytes, folder: Path) -> None:
             for old, digest in new.items() if kind == STATEMENT_TYPE else ():
                 text = text.replace(old, digest)
             same = part.blob.digest not in given
-            parts.append(part if same else Part.of_bytes(text.encode(), kind, **part.annotations))
+            parts.append(
+                part if same else AttachmentPart.of_bytes(text.encode(), kind, **part.annotations)
+            )
         attachments.append(replace(attachment, parts=tuple(parts), raw=None))
     place = replace(held, attachments=tuple(attachments))
     with patch.object(rebuild, "open_location", lambda *_: place), Registry() as client:

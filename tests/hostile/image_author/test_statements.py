@@ -11,7 +11,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.trees import below, discard
 from weightsmith.models.folder import ignored_files
-from weightsmith.oci.attachments import Part
+from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.evidence import EVALUATION_TYPE, AttachedDocument
 from weightsmith.provenance.labels import plan_in
@@ -38,13 +38,13 @@ WRAPPED = base64.b64encode(DEEP)
 def test_deep_statements_are_refused(kind: str, data: bytes) -> None:
     """A statement, its envelope or what the envelope holds is nested 50,000 deep."""
     with pytest.raises(InputRefused):
-        evidence.read_statement(Part.of_bytes(data, kind), lambda *_: True)
+        evidence.read_statement(AttachmentPart.of_bytes(data, kind), lambda *_: True)
 
 
 def test_a_deep_signature_is_nobodys() -> None:
     """A signature's payload is nested 50,000 deep: it is no signature of this key."""
     notes = {"dev.cosignproject.cosign/signature": "AAAA"}
-    part = Part.of_bytes(DEEP, signing.SIMPLE_SIGNING, **notes)
+    part = AttachmentPart.of_bytes(DEEP, signing.SIMPLE_SIGNING, **notes)
     assert signing.signed_digest(part, lambda *_: True) == ""
 
 
@@ -59,7 +59,7 @@ def test_deep_labels_say_nothing() -> None:
 
 def test_an_attached_evaluation_of_another_shape_is_left_out(tmp_path: Path) -> None:
     """The questions that an image brings are numbers: the recipe gets none."""
-    part = Part.of_bytes(b'{"items": [1, {"prompt": 2}]}', "")
+    part = AttachmentPart.of_bytes(b'{"items": [1, {"prompt": 2}]}', "")
     recipe = {"evaluate": {"data": "x"}}
     _with_questions(
         recipe, [AttachedDocument(artifact_type=EVALUATION_TYPE, parts=(part,))], tmp_path, Silent()

@@ -12,7 +12,7 @@ from weightsmith.commands.rebuild import _write
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.files import _new_name
 from weightsmith.core.trees import discard, walk
-from weightsmith.oci.attachments import Part
+from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.ownership import private_folder
@@ -116,7 +116,7 @@ def test_a_deep_output_is_taken_back_from_its_container(tmp_path: Path) -> None:
 
 def test_an_attached_adapter_has_no_deep_names(tmp_path: Path) -> None:
     """An image attaches an adapter whose file lies in a thousand folders: refused at once."""
-    part = replace(Part.of_bytes(b"x", ""), annotations={TITLE: "a/" * 1000 + "x"})
+    part = replace(AttachmentPart.of_bytes(b"x", ""), annotations={TITLE: "a/" * 1000 + "x"})
     document = AttachedDocument(artifact_type="", parts=(part,))
     with pytest.raises(InputRefused, match="a/a/a/"):
         _write(document, tmp_path / "adapter")

@@ -12,7 +12,7 @@ from weightsmith.commands.requests import RebaseCommand
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.index import Index
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import RegistryLocation
@@ -113,7 +113,7 @@ def test_questions_of_somebody_else_are_not_asked_again(shop: Shop) -> None:
         ("application/vnd.cyclonedx+json", "model.cdx.json", False),
         ("application/sarif+json", "scan.sarif", None),
     ):
-        part = Part.of_bytes(b"{}", kind, **{TITLE: title})
+        part = AttachmentPart.of_bytes(b"{}", kind, **{TITLE: title})
         made = Attachment(artifact_type=kind, subject=shop.blob(name), parts=(part,))
         shop.place(name).attach(made)
         assert shop.rows(name)[f"document {title}"][0] is wanted
@@ -150,7 +150,7 @@ def test_adapters_that_changed_places(shop: Shop) -> None:
     there = tuple(
         AttachedDocument(
             artifact_type=kind,
-            parts=(Part.of_bytes(title.encode() * n, kind, **{TITLE: title}),),
+            parts=(AttachmentPart.of_bytes(title.encode() * n, kind, **{TITLE: title}),),
             annotations={NUMBER: str(n)} if kind == ADAPTER_TYPE else {},
         )
         for kind, title in ((ADAPTER_TYPE, "adapter.json"), (MEDIA_TYPE, "base.cdx.json"))

@@ -18,7 +18,7 @@ from weightsmith.outside.hub import HubReader
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.bases import bases_of
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.step import Results
 from weightsmith.steps.tools import Tools
 
@@ -42,7 +42,7 @@ def locked_request(folder: Path, source: str, *settings: str) -> BuildRequest:
     return BuildRequest(
         file=read_recipe(folder / "recipe.yaml", settings),
         targets=(),
-        outputs=Outputs(),
+        outputs=ImageOutputs(),
         dist=folder,
         engine_answers=False,
     )

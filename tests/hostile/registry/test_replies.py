@@ -14,7 +14,7 @@ import httpx
 import pytest
 from weightsmith.core import network
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.network import Pace, paced
+from weightsmith.core.network import ReplyLimiter, paced
 from weightsmith.oci.auth import Challenge, parse_challenge
 from weightsmith.oci.manifests import read_json
 from weightsmith.oci.paging import next_page
@@ -126,7 +126,7 @@ def test_how_long_a_server_thinks_is_not_limited_by_the_pace(
     """Half an hour until it begins; then an hour of a body at a good rate, and one that is slow."""
     now = [0.0]
     monkeypatch.setattr(network, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    pace = Pace()
+    pace = ReplyLimiter()
     pace.sent()
 
     def receives(data: bytes, after: float) -> None:

@@ -7,7 +7,7 @@ from weightsmith.commands.images import copy_image
 from weightsmith.commands.rebase import rebase_image
 from weightsmith.commands.requests import RebaseCommand
 from weightsmith.core.ports import Silent
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import statements
@@ -59,7 +59,7 @@ def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
     vuln = "https://cosign.sigstore.dev/attestation/vuln/v1"
     scan = statements.statement([statements.image_resource(shop.blob(source))], vuln, {})
     shop.plant(source, passed(shop.blob(other)), scan, key=mine)
-    part = Part.of_bytes(b'{"items": []}', EVALUATION_TYPE, **{TITLE: "evaluation.json"})
+    part = AttachmentPart.of_bytes(b'{"items": []}', EVALUATION_TYPE, **{TITLE: "evaluation.json"})
     shop.place(source).attach(
         Attachment(artifact_type=EVALUATION_TYPE, subject=shop.blob(source), parts=(part,))
     )

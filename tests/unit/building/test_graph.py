@@ -18,7 +18,7 @@ from weightsmith.building.prefetch import Shares
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.recipe.file import RecipeFile, check_recipe
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.step import (
     CACHED,
     WEIGHTS,
@@ -40,7 +40,7 @@ def steps(tmp_path: Path, *targets: str, **recipe: Any) -> BuildSteps:
     request = BuildRequest(
         file=file,
         targets=chosen_targets(file, targets),
-        outputs=Outputs(),
+        outputs=ImageOutputs(),
         dist=tmp_path,
         engine_answers=False,
     )

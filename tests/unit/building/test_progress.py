@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from weightsmith.building import progress
-from weightsmith.building.progress import Pace, PlainProgress
+from weightsmith.building.progress import PlainProgress, StageProgress
 
 
 def test_what_was_done_before_a_stage_is_shown_does_not_count_for_its_rate(
@@ -40,7 +40,7 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int, int], str]:
     """Return what is said of `done` of `total` steps, so many seconds after the stage's start."""
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    kept = Pace()
+    kept = StageProgress()
 
     def at(seconds: float, done: int, total: int) -> str:
         nonlocal now

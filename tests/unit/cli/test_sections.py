@@ -20,7 +20,7 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Runner
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.recipe.schema import Quantize, Recipe, Serve
-from weightsmith.recipe.section import Flag, Part
+from weightsmith.recipe.section import Flag, FlagFields
 from weightsmith.stages.merge import inputs, merge
 from weightsmith.steps.destinations import InStore
 
@@ -175,7 +175,7 @@ class Asked:
     names: Annotated[tuple[str, ...], Flag("name"), "who"] = ()
     folder: Annotated[Path, "where"] = Path("dist")
     loud: Annotated[bool, "how"] = True
-    options: Annotated[Merge, Part(only=("seed", "method"))]
+    options: Annotated[Merge, FlagFields(only=("seed", "method"))]
 
 
 @pytest.mark.parametrize(

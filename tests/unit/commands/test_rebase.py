@@ -14,7 +14,7 @@ from weightsmith.commands.requests import RebaseCommand
 from weightsmith.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image
 from weightsmith.oci.index import Index
 from weightsmith.oci.locations import RegistryLocation
@@ -132,7 +132,7 @@ def test_what_others_attached_to_the_old_image_stays_with_it(scene: Scene) -> No
     place = Reference.parse(source)
     theirs = ("application/sarif+json", "application/vnd.dev.sigstore.bundle.v0.3+json")
     for kind in theirs:
-        part = Part.of_bytes(b"{}", kind)
+        part = AttachmentPart.of_bytes(b"{}", kind)
         subject = scene.image("team/app:1").manifest_blob
         scene.client.attach(place, Attachment(artifact_type=kind, subject=subject, parts=(part,)))
     scene.rebase(source, scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {}))

@@ -18,7 +18,7 @@ import yaml
 from weightsmith.commands.upload import preview, push_to_hub
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.core.values import Digest, FileEntry, Tree
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.layout import write_layout
 from weightsmith.oci.modelpack import ModelDescription, model_pack
@@ -306,7 +306,9 @@ def licensed(bakery: Bakery, name: str, kind: str, license_: str) -> None:
     """Attach a bill of materials of something with a licence to an image."""
     place, image = Reference.parse(f"{bakery.fake.host}/{name}"), bakery.image(name)
     bill = {"metadata": {"component": {"type": kind, "licenses": [{"license": {"id": license_}}]}}}
-    part = Part.of_bytes(json.dumps(bill).encode(), MEDIA_TYPE, **{TITLE: "engine.cdx.json"})
+    part = AttachmentPart.of_bytes(
+        json.dumps(bill).encode(), MEDIA_TYPE, **{TITLE: "engine.cdx.json"}
+    )
     bakery.client.attach(
         place, Attachment(artifact_type=MEDIA_TYPE, subject=image.manifest_blob, parts=(part,))
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weightsmith.forward.device import OnDevice, on_gpu
+from weightsmith.forward.device import DeviceCopier, on_gpu
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
@@ -21,7 +21,7 @@ PROMPTS = [[1, 7, 9, 200, 31], [1, 50, 60], [1, 300, 301]]
 def test_products_in_pieces_are_those_of_torch(rows: int) -> None:
     matrix, inputs = torch.randn(300, 64).bfloat16(), torch.randn(7, 64)
 
-    found = OnDevice(torch.device("cpu"), rows).multiply(inputs, matrix)
+    found = DeviceCopier(torch.device("cpu"), rows).multiply(inputs, matrix)
 
     torch.testing.assert_close(found, inputs @ matrix.float().T, rtol=1e-5, atol=1e-5)
     found += 1  # as the models' own code may, outside inference mode
@@ -30,13 +30,15 @@ def test_products_in_pieces_are_those_of_torch(rows: int) -> None:
 def test_each_piece_is_copied_before_the_one_before_it_is_multiplied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    device, seen = OnDevice(torch.device("cpu"), 2), []
-    copied, arrived = OnDevice._copied, OnDevice._arrived
+    device, seen = DeviceCopier(torch.device("cpu"), 2), []
+    copied, arrived = DeviceCopier._copied, DeviceCopier._arrived
     monkeypatch.setattr(
-        OnDevice, "_copied", lambda d, p: (seen.append(f"copy {p[0, 0]:g}"), copied(d, p))[1]
+        DeviceCopier, "_copied", lambda d, p: (seen.append(f"copy {p[0, 0]:g}"), copied(d, p))[1]
     )
     monkeypatch.setattr(
-        OnDevice, "_arrived", lambda d, p, e: (seen.append(f"use {p[0, 0]:g}"), arrived(d, p, e))[1]
+        DeviceCopier,
+        "_arrived",
+        lambda d, p, e: (seen.append(f"use {p[0, 0]:g}"), arrived(d, p, e))[1],
     )
 
     device.multiply(torch.ones(1, 1), torch.arange(5.0)[:, None])
@@ -47,7 +49,7 @@ def test_each_piece_is_copied_before_the_one_before_it_is_multiplied(
 def test_answers_on_a_device_are_those_of_the_whole_model(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     asked = Questions(prompts=PROMPTS, ends=[2], most=6)
-    meeting = Meeting(2, OnDevice(torch.device("cpu"), 50))
+    meeting = Meeting(2, DeviceCopier(torch.device("cpu"), 50))
     model = view(base, [], meeting, 0)
 
     found = meeting.run({"": lambda: greedy(model, asked, lambda _: None)})[""]
@@ -62,8 +64,8 @@ def test_a_device_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch)
         asked.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(OnDevice, "multiply", full)
-    meeting = Meeting(2, OnDevice(torch.device("cpu"), 50))
+    monkeypatch.setattr(DeviceCopier, "multiply", full)
+    meeting = Meeting(2, DeviceCopier(torch.device("cpu"), 50))
     matrix, inputs = torch.randn(300, 64), torch.randn(7, 64)
 
     def twice() -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.merging.blocks import Settings
-from weightsmith.merging.outputs import Output, OutputShard, Part, Stored, Term
+from weightsmith.merging.outputs import MatrixView, MergedTensor, OutputShard, Stored, Term
 from weightsmith.merging.rounding import FORMATS
 from weightsmith.merging.shards import ShardMaker, Tally
 from weightsmith.merging.stream import ARRAY_TYPES
@@ -72,14 +72,14 @@ def matrix(array: np.ndarray, side: str, rank: int, layout: str) -> np.ndarray:
     return array
 
 
-def part(stored: Stored, side: str, rank: int, layout: str) -> Part:
+def part(stored: Stored, side: str, rank: int, layout: str) -> MatrixView:
     height = stored.shape[0]
     if layout == "turned":
-        return Part(stored=stored, height=height).transpose
+        return MatrixView(stored=stored, height=height).transpose
     if layout == "strided":
         cut = {"columns": slice(1, None, 2)} if side == "b" else {"rows": slice(rank, 2 * rank)}
-        return Part(stored=stored, height=height, **cut)
-    return Part(stored=stored, height=height)
+        return MatrixView(stored=stored, height=height, **cut)
+    return MatrixView(stored=stored, height=height)
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_every_bit_of_a_written_tensor(case: tuple[Any, ...]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stored = write(Path(folder) / "in", tensors)
         weight = tensors["w"][1]
-        output = Output(
+        output = MergedTensor(
             name="w",
             dtype=out,
             shape=weight.shape,

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_limits
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging import kernel, rounding, torch_kernel
-from weightsmith.merging.kernel import Prepared, Space, finish_rows, merge_rows, prepare, work_type
+from weightsmith.merging.kernel import (
+    PreparedAddition,
+    Space,
+    finish_rows,
+    merge_rows,
+    prepare,
+    work_type,
+)
 from weightsmith.merging.repair import LowRankUpdate
 from weightsmith.merging.rounding import BF16, F16, F32, round_dyadic, round_once
 from weightsmith.merging.torch_kernel import as_tensor
@@ -103,13 +110,13 @@ def expected_bits(
     return found
 
 
-def on_cpu(prepared: Prepared, weight: np.ndarray, first: int, out: np.ndarray) -> None:
+def on_cpu(prepared: PreparedAddition, weight: np.ndarray, first: int, out: np.ndarray) -> None:
     # Pieces of two rows, so that blocks have several.
     space = Space(2 * weight.shape[1], prepared.dtype, work_type(prepared.dtype))
     merge_rows(prepared, weight, first, space, out)
 
 
-def on_device(prepared: Prepared, weight: np.ndarray, first: int, out: np.ndarray) -> None:
+def on_device(prepared: PreparedAddition, weight: np.ndarray, first: int, out: np.ndarray) -> None:
     """As on a GPU: torch's first pass, the same end."""
     held = torch_kernel.to_device(prepared, "cuda" if torch.cuda.is_available() else "cpu")
     flagged, safe = torch_kernel.first_pass(held, weight, first, out)

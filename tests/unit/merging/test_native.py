@@ -32,7 +32,7 @@ def weights(random: np.random.Generator, rows: int, columns: int, dtype: np.dtyp
     return (usual * sizes).astype(dtype)
 
 
-def merged(made: kernel.Prepared, weight: np.ndarray, first: int) -> np.ndarray:
+def merged(made: kernel.PreparedAddition, weight: np.ndarray, first: int) -> np.ndarray:
     out = np.empty(weight.shape, made.dtype)
     kernel.merge_rows(made, weight, first, kernel.Space(1 << 14, made.dtype, F32), out)
     return out.view(np.uint16)

@@ -12,7 +12,7 @@ import pytest
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import uploads
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer, Member, TarLayer
 from weightsmith.oci.registry import Registry
@@ -110,7 +110,7 @@ def test_manifests_that_an_old_registry_does_not_know(
         client.push(image, at(fake))
     assert "OCI manifests" in caught.value.hint
     client.push(image, at(fake))
-    part = Part.of_bytes(b"{}", "application/json")
+    part = AttachmentPart.of_bytes(b"{}", "application/json")
     said = Attachment(artifact_type="a/b", subject=image.manifest_blob, parts=(part,))
     fake.faults = [("PUT", "/manifests/", status)]
     with pytest.raises(EnvironmentFailure, match="bad moment") as caught:
@@ -126,7 +126,7 @@ def test_what_is_attached_already_is_not_sent_again(
         Attachment(
             artifact_type="a/b",
             subject=image.manifest_blob,
-            parts=(Part.of_bytes(text, "application/json"),),
+            parts=(AttachmentPart.of_bytes(text, "application/json"),),
         )
         for text in (b"{}", b"[]")
     )
@@ -150,7 +150,7 @@ def test_a_registry_that_fails_when_it_is_asked_for_a_list_gets_attachments(
     fake: FakeRegistry, client: Registry, image: Image
 ) -> None:
     client.push(image, at(fake))
-    part = Part.of_bytes(b"{}", "application/json")
+    part = AttachmentPart.of_bytes(b"{}", "application/json")
     one = Attachment(artifact_type="a/b", subject=image.manifest_blob, parts=(part,))
     fake.faults = [("GET", "/referrers/", "500")] * 20
     client.attach(at(fake), one)

@@ -11,7 +11,7 @@ import pytest
 from weightsmith.commands.verify import verify_image
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest, canonical
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -35,7 +35,7 @@ class Base:
 
     def attach(self, data: bytes) -> None:
         """Attach a bill, as `oras attach` and syft do."""
-        part = Part.of_bytes(data, CYCLONEDX)
+        part = AttachmentPart.of_bytes(data, CYCLONEDX)
         self.client.attach(
             self.place,
             Attachment(artifact_type=CYCLONEDX, subject=self.image.manifest_blob, parts=(part,)),
@@ -45,9 +45,9 @@ class Base:
         """Push an index as `docker buildx build --sbom=true` does; return its name."""
         kind, predicate = "application/vnd.in-toto+json", "in-toto.io/predicate-type"
         parts = [
-            Part.of_bytes(b"{}", CONFIG),
-            Part.of_bytes(statement, kind, **{predicate: "https://spdx.dev/Document"}),
-            Part.of_bytes(
+            AttachmentPart.of_bytes(b"{}", CONFIG),
+            AttachmentPart.of_bytes(statement, kind, **{predicate: "https://spdx.dev/Document"}),
+            AttachmentPart.of_bytes(
                 b'{"predicate":{}}', kind, **{predicate: "https://slsa.dev/provenance/v1"}
             ),
         ]

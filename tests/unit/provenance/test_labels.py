@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from weightsmith.provenance.labels import _quality, plan_label, public_name
-from weightsmith.quantizers.quality.result import Loss, Quality
+from weightsmith.quantizers.quality.result import Loss, QualityResult
 from weightsmith.serving.plan import ServingPlan
 
 
@@ -37,7 +37,7 @@ def test_last_digits_of_what_was_lost_are_in_no_label() -> None:
             kl_mean=kl_mean, kl_p99=0.1234567, top1=0.9876543, perplexity=11.0,
             perplexity_reference=10.0, perplexity_ratio=1.1, texts=2, tokens=99, layer_error=0.1,
         )  # fmt: skip
-        return _quality(Quality(loss=loss))
+        return _quality(QualityResult(loss=loss))
 
     assert label(0.0123401) == label(0.0123402) != label(0.0133)
     assert label(0.0123401) == {

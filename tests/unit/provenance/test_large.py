@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from weightsmith.commands.rebuild import _items
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance import bills, evidence, signing
 from weightsmith.provenance.statements import Statement
 from weightsmith.steps.results import layers_in
@@ -52,7 +52,7 @@ def test_a_large_statement_is_read_however_it_is_kept() -> None:
         (bundled(envelope), signing.BUNDLE_TYPE, True),
     ]
     for data, kind, signed in kept:
-        read = evidence.read_statement(Part.of_bytes(data, kind), check)
+        read = evidence.read_statement(AttachmentPart.of_bytes(data, kind), check)
         assert (read.document, read.signed) == (STATEMENT.document, signed)
 
 
@@ -68,7 +68,7 @@ def test_a_large_envelope_is_signed_by_a_second_key() -> None:
 
 @pytest.mark.slow
 def test_a_large_bill_beside_a_base_is_found() -> None:
-    part = Part.of_bytes(
+    part = AttachmentPart.of_bytes(
         STATEMENT.content,
         signing.STATEMENT_TYPE,
         **{"in-toto.io/predicate-type": "https://spdx.dev/Document"},
@@ -81,7 +81,7 @@ def test_a_large_bill_beside_a_base_is_found() -> None:
 @pytest.mark.slow
 def test_a_large_attached_evaluation_keeps_its_questions() -> None:
     rows = [{"prompt": LARGE, "expected": "y"}]
-    part = Part.of_bytes(json.dumps({"items": rows}).encode(), evidence.EVALUATION_TYPE)
+    part = AttachmentPart.of_bytes(json.dumps({"items": rows}).encode(), evidence.EVALUATION_TYPE)
     assert _items(part) == rows
 
 

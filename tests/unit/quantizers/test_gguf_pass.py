@@ -12,7 +12,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import gguf_pass
 from weightsmith.quantizers.gguf_header import GgufHeader, GgufTensorInfo
 from weightsmith.quantizers.gguf_pass import (
-    Output,
+    GgufOutput,
     Source,
     Target,
     Wanted,
@@ -95,5 +95,5 @@ def test_nothing_counts_as_finished_after_a_fault_of_the_disk(tmp_path, monkeypa
 
 
 def write(source: Source, targets: list[Target], file_type: int, path: Path) -> None:
-    output = Output(path=path, targets=targets, wanted=Wanted(file_type=file_type))
+    output = GgufOutput(path=path, targets=targets, wanted=Wanted(file_type=file_type))
     write_files(source, [output], 1)

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from weightsmith.quantizers.gguf_rows import Place, joined, to_bfloat16
+from weightsmith.quantizers.gguf_rows import StoredRows, joined, to_bfloat16
 
 pytestmark = [pytest.mark.builders, pytest.mark.usefixtures("compiled_kernels")]
 TYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -14,7 +14,7 @@ def test_rows_are_read_at_their_place(tmp_path, kind):
     stored = np.random.default_rng(0).standard_normal((7, 32)).astype(TYPES[kind])
     path = tmp_path / "data"
     path.write_bytes(b"before" + stored.tobytes() + b"after")
-    place = Place(path=path, kind=kind, offset=6, rows=7, columns=32)
+    place = StoredRows(path=path, kind=kind, offset=6, rows=7, columns=32)
 
     np.testing.assert_array_equal(place.read(2, 5), stored[2:5].astype(np.float32))
     assert place.read(0, 7).dtype == np.float32
@@ -28,7 +28,7 @@ def test_rows_in_another_order_are_read_with_those_between(tmp_path):
     order = np.array([0, 2, 1, 3, 4, 6, 5, 7])
     size = {"rows": 8, "columns": 32}
 
-    place = Place(path=tmp_path / "data", kind="F32", offset=0, order=order, **size)
+    place = StoredRows(path=tmp_path / "data", kind="F32", offset=0, order=order, **size)
 
     for start, end in ((0, 8), (1, 2), (2, 6), (5, 8)):
         np.testing.assert_array_equal(place.read(start, end), stored[order[start:end]])
@@ -38,7 +38,7 @@ def test_matrices_of_several_places_are_one(tmp_path):
     stored = np.arange(3 * 4 * 8, dtype=np.float32).reshape(12, 8)
     (tmp_path / "data").write_bytes(stored.tobytes())
     parts = [
-        Place(path=tmp_path / "data", kind="F32", offset=at * 128, rows=4, columns=8)
+        StoredRows(path=tmp_path / "data", kind="F32", offset=at * 128, rows=4, columns=8)
         for at in range(3)
     ]
 

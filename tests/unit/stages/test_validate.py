@@ -25,7 +25,7 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import Checkpoint, Snapshot, Sources, Tree
 from weightsmith.recipe.file import read_recipe
 from weightsmith.stages.validate import validate
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.tools import Tools
 from weightsmith.worker.jobs import STAGES
@@ -126,7 +126,7 @@ def request_for(folder: Path, *settings: str) -> BuildRequest:
     return BuildRequest(
         file=file,
         targets=chosen_targets(file, ()),
-        outputs=Outputs(load=False, layout=None, push=False, force=False),
+        outputs=ImageOutputs(load=False, layout=None, push=False, force=False),
         dist=folder / "dist",
         engine_answers=False,
     )

@@ -15,7 +15,7 @@ from weightsmith.forward.weights import Weights
 from weightsmith.models.safetensors import build_header
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
-    Merged,
+    MergedModel,
     ProbeBatch,
     merged_forward,
     reference_forward,
@@ -47,7 +47,7 @@ def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
     batch = ProbeBatch.of(PROBES)
 
     meeting = Meeting(2)
-    model = Merged(checkpoint=base).streamed(meeting, 0)
+    model = MergedModel(checkpoint=base).streamed(meeting, 0)
     run = merged_forward(model, batch, 1, lambda: None)
     opening = BaseAndAdapters(checkpoint=base, adapters=((lora, 1.0),))
     reference = reference_forward(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from weightsmith.validating import greedy
-from weightsmith.validating.forwards import Merged
+from weightsmith.validating.forwards import MergedModel
 
 from tests.unit.validating.conftest import held, make_adapter, make_model, merged, tell
 
@@ -72,7 +72,7 @@ def test_the_text_is_generated_without_loading_the_model(
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base)
     out = merged(tmp_path / "out", base, lora)
-    monkeypatch.delattr(Merged, "whole")
+    monkeypatch.delattr(MergedModel, "whole")
 
     result = held(base, out, lora, items=ITEMS)
 

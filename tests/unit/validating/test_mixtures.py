@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.core.jobs import Mixture
+from weightsmith.core.jobs import CombinationRule
 from weightsmith.stages.validate import mixture
 from weightsmith.validating.elements import Tally
 from weightsmith.validating.mixtures import MaskCounts, compare_kept
@@ -31,7 +31,7 @@ def judge(base: Path, out: Path, loras: list[Path], method: str, density: float)
     given = mixture(method, "delta", density, None)
     assert given is not None
     weights = (1.0, 0.7, 0.5)[: len(loras)]
-    return held(base, out, *loras, scope="rest", mixture=Mixture(**given), weights=weights)
+    return held(base, out, *loras, scope="rest", mixture=CombinationRule(**given), weights=weights)
 
 
 def make(
@@ -68,7 +68,7 @@ def test_one_adapter_given_twice_is_not_missing(tmp_path: Path, method: str) -> 
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"])
     out = merged(tmp_path / "out", base, lora, lora, method=method, density=0.4, **seeded(method))
-    judged = Mixture(**(mixture(method, "delta", 0.4, None) or {}))
+    judged = CombinationRule(**(mixture(method, "delta", 0.4, None) or {}))
 
     result = held(base, out, lora, lora, scope="rest", mixture=judged)
 
@@ -87,10 +87,10 @@ def test_a_sum_of_bounded_rank(tmp_path: Path, rank: int | None, dtype: str) -> 
     ]
     options = {"rank": rank} if rank else {}
     out = merged(tmp_path / "out", base, *loras, method="svd", dtype=dtype, **options)
-    judged = Mixture(truncates=True, rank=rank)
+    judged = CombinationRule(truncates=True, rank=rank)
 
     good = held(base, out, *loras, scope="rest", mixture=judged)
-    other = held(base, out, *loras, scope="rest", mixture=Mixture(truncates=True, rank=5))
+    other = held(base, out, *loras, scope="rest", mixture=CombinationRule(truncates=True, rank=5))
     edit_tensors(out, lambda t: t[Q1].__setitem__((5, 7), -t[Q1][5, 7]))
     bad = held(base, out, *loras, scope="rest", mixture=judged)
 
@@ -175,7 +175,9 @@ def test_what_cannot_be_told_apart_is_no_absence() -> None:
     deltas = [torch.full((8, 32), 1e-6), torch.full((8, 32), 0.25)]
     tally, kept = Tally(tensor="x"), MaskCounts()
 
-    compare_kept(tally, kept, Mixture(), 0, base, deltas, torch.full((8, 32), 1.25).bfloat16())
+    compare_kept(
+        tally, kept, CombinationRule(), 0, base, deltas, torch.full((8, 32), 1.25).bfloat16()
+    )
 
     assert tally.wrong == 0
     assert kept.inside == [0, 256]

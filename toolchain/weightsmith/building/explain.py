@@ -21,11 +21,11 @@ from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.stages.resolve import NotHere
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.step import Foresight, PlanRow, State
 from weightsmith.steps.tools import Tools
 
-_NOWHERE = Outputs()
+_NOWHERE = ImageOutputs()
 _UNKNOWN = "its inputs are not known before `resolve`"
 
 
@@ -86,7 +86,7 @@ def forecast(
     dist: Path,
     tools: Tools,
     *,
-    outputs: Outputs = _NOWHERE,
+    outputs: ImageOutputs = _NOWHERE,
     locked: bool = False,
     update_lock: bool = False,
     measure: bool = False,

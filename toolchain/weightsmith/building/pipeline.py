@@ -12,7 +12,7 @@ from weightsmith.evaluating.recipe_tasks import probes, tasks_of
 from weightsmith.evaluating.results import RecipeTask, Result
 from weightsmith.provenance.materials import ImageMaterials
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.targets import Target
 from weightsmith.stages.bake import BakeStep, FormStep, LabelStep
@@ -45,7 +45,7 @@ class TargetSteps:
     of: TargetBuild
     steps: tuple[AnyStep, ...]
     weights: Weights
-    quality: Step[Quality | None, None]
+    quality: Step[QualityResult | None, None]
     served: Weights
     """The same weights, with what lies beside them in the image."""
     config: Step[ServingConfig, ServingPlan]

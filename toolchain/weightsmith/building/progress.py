@@ -55,12 +55,12 @@ class PlainProgress:
         self.warnings: list[str] = []
         self._stream = stream
         self._printed = time.monotonic()
-        self._pace = Pace()
+        self._pace = StageProgress()
 
     def stage(self, name: str, detail: str) -> None:
         """Print the stage's name and detail."""
         self._printed = time.monotonic()
-        self._pace = Pace()
+        self._pace = StageProgress()
         self._print(quoted(f"{name}: {detail}" if detail else name))
 
     def advance(self, done: int, total: int, unit: str) -> None:
@@ -115,13 +115,13 @@ class LiveProgress:
             transient=True,
         )
         self._task: TaskID | None = None
-        self._pace = Pace()
+        self._pace = StageProgress()
 
     def stage(self, name: str, detail: str) -> None:
         """Start the stage's bar."""
         self.stop()
         self._print((name, "bold"), (f"  {detail}" if detail else "", ""))
-        self._pace = Pace()
+        self._pace = StageProgress()
         self._task = self._bars.add_task(escaped(name), total=None, detail="")
         self._bars.start()
 
@@ -161,7 +161,7 @@ class LiveProgress:
             self._task = None
 
 
-class Pace:
+class StageProgress:
     """How far a stage is, how fast it goes, and how long the rest takes."""
 
     def __init__(self) -> None:

@@ -46,7 +46,7 @@ from weightsmith.evaluating.statistics import wilson
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.provenance.mlbom import license_of
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.steps.results import write_files
@@ -64,7 +64,7 @@ class Facts:
     target: str
     """Its name; empty where a merge was refused before there was any."""
     artifact: Artifact | None
-    quality: Quality | None
+    quality: QualityResult | None
     config: ServingConfig | None
     published: Published | None
     forms: Mapping[str, Form]

@@ -12,7 +12,7 @@ from weightsmith.recipe.outputs import LOADABLE
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import has_gguf
 from weightsmith.stages.upload import HubDestination, repository_of
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.lock import pinned, read_lock
 from weightsmith.steps.step import TargetBuild
 
@@ -23,7 +23,7 @@ class BuildRequest:
 
     file: RecipeFile
     targets: tuple[Target, ...]
-    outputs: Outputs
+    outputs: ImageOutputs
     dist: Path
     """Results go to NAME/VERSION/TARGET/ in this folder."""
     engine_answers: bool
@@ -38,7 +38,7 @@ class BuildRequest:
         recipe = self.file.recipe
         return self.dist / recipe.name / recipe.version / target.name
 
-    def outputs_of(self, target: Target) -> Outputs:
+    def outputs_of(self, target: Target) -> ImageOutputs:
         """Return one target's outputs; of several targets, each gets its own layout folder."""
         layout = self.outputs.layout
         if layout is not None and len(self.targets) > 1:
@@ -95,7 +95,7 @@ class BuildRequest:
         name = repository_of(wanted.hub.replace("{target}", target.name))
         return HubDestination(repository=name, force=self.outputs.force, public=wanted.public)
 
-    def outputs_of_form(self, target: Target, kind: str) -> Outputs:
+    def outputs_of_form(self, target: Target, kind: str) -> ImageOutputs:
         """Return where another kind of the same weights goes: beside the target's image.
 
         Container engines cannot load every kind; without another output, those are layouts.

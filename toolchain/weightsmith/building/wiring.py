@@ -56,7 +56,7 @@ from weightsmith.outside.store import FileStore
 from weightsmith.outside.user_program import run_command
 from weightsmith.provenance.signing import check_by, check_of
 from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.section import Place, fields_of
+from weightsmith.recipe.section import PathUse, fields_of
 from weightsmith.recipe.user_config import read_config
 from weightsmith.serving.memory import human, parse_size
 from weightsmith.steps.tools import Memory, Tools, shares_nothing
@@ -144,9 +144,9 @@ def keep_places_clean(request: Any, *inputs: str | Path) -> None:
     read, written = [*inputs], {}
     for name, field in fields_of(type(request)).items():
         value = getattr(request, name)
-        if value and Place.READ in field.metadata:
+        if value and PathUse.READ in field.metadata:
             read += value if isinstance(value, tuple) else [value]
-        elif value and Place.WRITTEN in field.metadata:
+        elif value and PathUse.WRITTEN in field.metadata:
             written[name] = value
     keep_clean(read, cache=request.run.cache if hasattr(request, "run") else "", **written)
 

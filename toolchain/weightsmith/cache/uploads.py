@@ -178,7 +178,7 @@ _LARGEST_HEADER = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class PreparedUpload:
     """A document, and the blobs that it names with their bytes."""
 
     key: Digest
@@ -190,7 +190,7 @@ class Prepared:
 
 def prepared(
     key: Digest, note: Mapping[str, Json], entry: StoreEntry, memo: Memo, signer: Signer | None
-) -> Prepared:
+) -> PreparedUpload:
     """Return a local entry as a cache takes it; hashes its layers unless their digests are known.
 
     Raises UsageError or InputRefused for files that cannot be in a layer, and for a note that the
@@ -222,7 +222,7 @@ def prepared(
         (blob, checked_opener(layer, blob)) for blob, layer in zip(blobs, layers, strict=True)
     ]
     bodies += [(_blob(head), _of(head)) for head in heads.values() if head]
-    return Prepared(
+    return PreparedUpload(
         key=key,
         document=to_document(shared, signer),
         blobs=tuple(bodies),

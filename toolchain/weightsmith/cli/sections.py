@@ -14,14 +14,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from weightsmith.core.errors import UsageError
-from weightsmith.recipe.section import Part, fields_of, flag_of, spelling
+from weightsmith.recipe.section import FlagFields, fields_of, flag_of, spelling
 
 _EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
 """Kind of fault -> what a flag takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags(Part):
+class Flags(FlagFields):
     """The flags that a command takes from one section, or from its request and the parts of it."""
 
     section: type[Any]
@@ -131,7 +131,7 @@ class Flags(Part):
 
 def _part(field: FieldInfo) -> Flags | None:
     """Return the flags of a section inside a request."""
-    found = next((item for item in field.metadata if isinstance(item, Part)), None)
+    found = next((item for item in field.metadata if isinstance(item, FlagFields)), None)
     return Flags(section=cast("type[Any]", field.annotation), **asdict(found)) if found else None
 
 

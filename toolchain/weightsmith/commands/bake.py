@@ -48,7 +48,7 @@ from weightsmith.stages.bake import bake, layer_limit
 from weightsmith.stages.publish import publish
 from weightsmith.stages.render import render_unplanned, repository_name
 from weightsmith.steps.bases import base_images, base_reference, data_base, public_base
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.layouts import check_layout
 from weightsmith.steps.tools import Tools
 
@@ -74,7 +74,7 @@ def bake_model(request: BakeCommand, tools: Tools) -> Mapping[str, Json]:
     made = bake(prepare, place, tools, push=outputs.push).value
     published = publish(made, place, outputs, tools, started_in=outputs.layout).value
     if request.push and request.load and request.load != request.push:
-        publish(made, request.load, Outputs(load=True), tools)
+        publish(made, request.load, ImageOutputs(load=True), tools)
     return {**plain(published), "seconds": round(time.monotonic() - began, 3)}
 
 
@@ -217,9 +217,9 @@ def _labels(
     return labels
 
 
-def _outputs(request: BakeCommand) -> Outputs:
+def _outputs(request: BakeCommand) -> ImageOutputs:
     """Return the outputs for the image's first name; `bake_model` loads a second name later."""
-    return Outputs(
+    return ImageOutputs(
         load=bool(request.load) and request.push in ("", request.load),
         layout=request.layout and request.layout.absolute(),
         push=bool(request.push),

@@ -41,7 +41,7 @@ from weightsmith.provenance.roles import (
 )
 from weightsmith.provenance.statements import Resource
 from weightsmith.steps.bases import base_image, public_base
-from weightsmith.steps.delivery import Outputs, candidate, deliver, discard_candidate
+from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate
 from weightsmith.steps.launch import why_not_started
 from weightsmith.steps.outcome import Timer
 from weightsmith.steps.tools import Tools
@@ -78,7 +78,7 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> Mapping[str, Json]:
     if request.smoke:
         _smoke(own_of(whole), request.onto, tools)
     attachments = [evidence for _, evidence in moved]
-    outputs = Outputs(push=True, force=request.force)
+    outputs = ImageOutputs(push=True, force=request.force)
     published = deliver(whole, request.to, outputs, attachments, tools)
     seconds = timer.done(published, cached=False).seconds
     before = Digest.of(index) if index else olds[0].digest

@@ -17,7 +17,7 @@ from weightsmith.core.trees import discard
 from weightsmith.core.values import FileEntry, Json, tree_digest
 from weightsmith.evaluating.items import read_items
 from weightsmith.evaluating.metrics import check_metric
-from weightsmith.oci.attachments import Part
+from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import evidence, signing
@@ -90,7 +90,7 @@ def recipe_of_image(
     return folder / "recipe.yaml"
 
 
-def _statements(parts: Sequence[Part], key: Path | None, source: str) -> list[Statement]:
+def _statements(parts: Sequence[AttachmentPart], key: Path | None, source: str) -> list[Statement]:
     check = signing.read_public_key(key) if key else None
     found = [evidence.read_statement(part, check) for part in parts]
     right = [one for one in found if key is None or one.signed]
@@ -292,7 +292,7 @@ def _with_questions(
     recipe["evaluate"] = {"data": "eval.jsonl", **{k: task[k] for k in kept if k in task}}
 
 
-def _items(part: Part) -> list[dict[str, Json]]:
+def _items(part: AttachmentPart) -> list[dict[str, Json]]:
     """Return the questions of an attached evaluation, or none if they are invalid."""
     try:
         items = parse(part.read(), largest=PART)["items"]

@@ -19,13 +19,13 @@ from weightsmith.core.values import Score
 from weightsmith.recipe.outputs import ImageNames
 from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.schema import Quantize, Recipe, Scoring, Serve
-from weightsmith.recipe.section import Flag, Part, Place
+from weightsmith.recipe.section import Flag, FlagFields, PathUse
 
-READ, WRITTEN = Place.READ, Place.WRITTEN
+READ, WRITTEN = PathUse.READ, PathUse.WRITTEN
 _RUN, _MERGE, _QUANTIZE, _SCORING = RunOptions(), Merge(), Quantize(), Scoring()
 _SERVE, _IMAGE_NAMES = Serve(), ImageNames()
 
-Jobs: TypeAlias = Annotated[RunOptions, Part(without=("sign_key",))]
+Jobs: TypeAlias = Annotated[RunOptions, FlagFields(without=("sign_key",))]
 """How a command runs that starts jobs and publishes nothing."""
 AnyRecipe: TypeAlias = str | Path | Recipe | Mapping[str, Any]
 """A recipe file, a Recipe, or a mapping with a recipe file's keys."""
@@ -131,7 +131,7 @@ class MergeCommand(Weighted):
     out: Annotated[
         Path | None, WRITTEN, Flag(needed=lambda given: "keep_adapter" not in given), _OUT
     ] = None
-    options: Annotated[Merge, Part()] = _MERGE
+    options: Annotated[Merge, FlagFields()] = _MERGE
     keep_adapter: Annotated[
         Path | None,
         WRITTEN,
@@ -146,7 +146,7 @@ class ValidateCommand(Weighted):
 
     adapters: Annotated[tuple[Path, ...], READ, Flag("adapter"), _ADAPTER]
     merged: Annotated[Path, READ, "merged checkpoint folder"]
-    options: Annotated[Merge, Part(without=("seed", "dtype", "precision"))] = _MERGE
+    options: Annotated[Merge, FlagFields(without=("seed", "dtype", "precision"))] = _MERGE
     probes: Annotated[Path | None, "JSON Lines of chats to probe with; default: built-in ones"] = (
         None
     )
@@ -164,7 +164,7 @@ class QuantizeCommand:
         Path | None,
         "calibration text as JSON Lines; part of it is held out for the quality gate",
     ] = None
-    settings: Annotated[Quantize, Part()] = _QUANTIZE
+    settings: Annotated[Quantize, FlagFields()] = _QUANTIZE
     gate: Annotated[bool, "fail for a loss over the limits; --no-gate only reports it"] = True
     run: Jobs = _RUN
 
@@ -177,7 +177,7 @@ class RenderCommand:
     target: Annotated[str, _TARGET]
     out: Annotated[Path, WRITTEN, "folder for the files; files of the same names are replaced"]
     name: Annotated[str, "the model's name; default: its folder's name"] = ""
-    serve: Annotated[Serve, Part(only=SERVED)] = _SERVE
+    serve: Annotated[Serve, FlagFields(only=SERVED)] = _SERVE
     settings: Annotated[
         tuple[str, ...], Flag("set"), "set a key of the recipe's serve: serve.KEY=VALUE"
     ] = ()
@@ -191,9 +191,9 @@ class BakeCommand:
     target: Annotated[str, _TARGET]
     config: Annotated[Path | None, READ, "folder that `render` wrote"] = None
     name: Annotated[str, "the model's name; default: its file's name"] = ""
-    image: Annotated[ImageNames, Part(only=("base", "platforms", "order", "max_layer_size"))] = (
-        _IMAGE_NAMES
-    )
+    image: Annotated[
+        ImageNames, FlagFields(only=("base", "platforms", "order", "max_layer_size"))
+    ] = _IMAGE_NAMES
     kind: Annotated[
         str,
         _KIND,
@@ -202,7 +202,7 @@ class BakeCommand:
     load: Annotated[str, "load the image into the container engine under this name"] = ""
     layout: Layout = None
     force: Force = False
-    run: Annotated[RunOptions, Part()] = _RUN
+    run: Annotated[RunOptions, FlagFields()] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +226,7 @@ class PushCommand:
     dry_run: Annotated[bool, "show what would be sent, and of a hub the card; change nothing"] = (
         False
     )
-    run: Annotated[RunOptions, Part(only=("insecure", "sign_key"))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure", "sign_key"))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,9 @@ class RebaseCommand:
         bool, "start the new image once if a container engine is running; --no-smoke skips this"
     ] = True
     force: Force = False
-    run: Annotated[RunOptions, Part(without=("runner", "allow_network_in_jobs", "memory"))] = _RUN
+    run: Annotated[
+        RunOptions, FlagFields(without=("runner", "allow_network_in_jobs", "memory"))
+    ] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +257,7 @@ class InspectCommand:
     platform: Annotated[
         str, "platform of an index to show, such as linux/amd64; default: this machine's"
     ] = ""
-    run: Annotated[RunOptions, Part(only=("insecure",))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure",))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +266,7 @@ class VerifyCommand:
 
     source: Annotated[str, Flag(positional=True), _SOURCE]
     key: Annotated[str, _KEY] = ""
-    run: Annotated[RunOptions, Part(only=("insecure",))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure",))] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,7 +278,7 @@ class EvaluateCommand:
         Flag(needed=lambda given: "tasks" not in given),
         "questions as JSON Lines: prompt or messages, and expected",
     ] = None
-    scoring: Annotated[Scoring, Part(without=("max_drop", "require"))] = _SCORING
+    scoring: Annotated[Scoring, FlagFields(without=("max_drop", "require"))] = _SCORING
     image: Annotated[str, READ, _IMAGE] = ""
     url: Annotated[str, _URL] = ""
     model: Annotated[Path | None, READ, "checkpoint folder to load"] = None
@@ -332,7 +334,9 @@ class BenchCommand:
     data: Annotated[Path | None, "JSON Lines as for `evaluate`; default: built-in questions"] = None
     timeout: Seconds = 120.0
     out: Annotated[Path | None, "folder of a build, whose report gets the result"] = None
-    run: Annotated[RunOptions, Part(only=("runner", "insecure", "cache", "cache_from"))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("runner", "insecure", "cache", "cache_from"))] = (
+        _RUN
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,11 +350,11 @@ class RecipeCommand:
     layout: Layout = None
     base: Annotated[str, READ, _BASE] = ""
     adapters: Annotated[tuple[str, ...], READ, Flag("adapter"), _ADAPTER] = ()
-    serve: Annotated[Serve, Part(only=SERVED, over_recipe=True)] = _SERVE
+    serve: Annotated[Serve, FlagFields(only=SERVED, over_recipe=True)] = _SERVE
     settings: Annotated[tuple[str, ...], Flag("set"), "set a recipe key: key.path=value"] = ()
     kinds: Annotated[tuple[str, ...], Flag("kind"), _KIND] = ()
     quantize: Annotated[
-        Quantize, Part(only=("allow_low_bits", "allow_text_only"), over_recipe=True)
+        Quantize, FlagFields(only=("allow_low_bits", "allow_text_only"), over_recipe=True)
     ] = _QUANTIZE
     force: Force = False
     locked: Annotated[bool, "refuse sources that differ from the lock file next to the recipe"] = (
@@ -358,7 +362,7 @@ class RecipeCommand:
     )
     update_lock: UpdateLock = False
     dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
-    run: Annotated[RunOptions, Part()] = _RUN
+    run: Annotated[RunOptions, FlagFields()] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,7 +423,7 @@ class FleetCommand:
     force: Force = False
     update_lock: UpdateLock = False
     dist: Annotated[Path, WRITTEN, "folder for the results"] = Path("dist")
-    run: Annotated[RunOptions, Part()] = _RUN
+    run: Annotated[RunOptions, FlagFields()] = _RUN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,4 +442,4 @@ class CacheCommand:
         "recently goes first, in a registry or in S3 what was written first",
     ] = ""
     sign_key: Annotated[str, "for push: private key to sign results with"] = ""
-    run: Annotated[RunOptions, Part(only=("insecure",))] = _RUN
+    run: Annotated[RunOptions, FlagFields(only=("insecure",))] = _RUN

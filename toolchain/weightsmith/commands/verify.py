@@ -20,7 +20,7 @@ from weightsmith.core.escape import joined
 from weightsmith.core.ports import Progress
 from weightsmith.core.values import Digest, Json
 from weightsmith.oci import manifests
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, Layer, verified
 from weightsmith.oci.locations import (
@@ -233,9 +233,9 @@ def _statements(image: Digest, check: signing.Check | None, found: _Found) -> No
             found.say(name, ok, "signed by this key" if read.signed else _why(part))
 
 
-def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, Statement]]:
+def _read(found: _Found, check: signing.Check | None) -> list[tuple[AttachmentPart, Statement]]:
     """Return each statement once, preferring the copy that this key signed."""
-    unique: dict[bytes, tuple[Part, Statement]] = {}
+    unique: dict[bytes, tuple[AttachmentPart, Statement]] = {}
     bundles = evidence.bundles_in(found.attachments)
     for part in (*evidence.statement_parts(found.attachments), *bundles):
         try:
@@ -253,12 +253,12 @@ def _read(found: _Found, check: signing.Check | None) -> list[tuple[Part, Statem
     return list(unique.values())
 
 
-def _short_type(part: Part, kind: str = "") -> str:
+def _short_type(part: AttachmentPart, kind: str = "") -> str:
     words = (kind or part.annotations.get("predicateType", "")).rstrip("/").split("/")
     return "/".join(words[-2:]) or part.blob.digest.short
 
 
-def _why(part: Part) -> str:
+def _why(part: AttachmentPart) -> str:
     if evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
         return "not signed by this key, or changed after signing"
     return "not signed"

@@ -99,7 +99,7 @@ class MergeJob(_OfAdapters):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mixture:
+class CombinationRule:
     """How a method combines the deltas that it keeps at an element, or truncates their sum."""
 
     gain: float = 1.0
@@ -123,7 +123,7 @@ class ValidateJob(_OfAdapters):
     """Chats to compare logits on; built-in ones if there are none."""
     scope: str
     """What to compare with base and adapters: `all`, `rest` or `files`; see `validating`."""
-    mixture: Mixture | None
+    mixture: CombinationRule | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

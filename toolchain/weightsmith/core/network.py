@@ -41,7 +41,7 @@ class Limit(Protocol):
         """Note what was received since it was asked how long that may take."""
 
 
-class Pace:
+class ReplyLimiter:
     """Limits the head of each reply by time and bytes, and its body by its rate.
 
     Nothing here limits how long a server may take until it begins to reply: that is the client's
@@ -143,7 +143,7 @@ def paced(client: httpx.Client) -> httpx.Client:
 
 def pace(transport: httpx.HTTPTransport) -> httpx.HTTPTransport:
     """Return the transport, whose replies now have the limits of Pace."""
-    _limit(transport, Pace)
+    _limit(transport, ReplyLimiter)
     return transport
 
 

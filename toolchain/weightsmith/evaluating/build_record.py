@@ -11,7 +11,7 @@ from weightsmith.core.json_objects import INLINE, OMITTED, JsonObject
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import RECORD, content, parse
 from weightsmith.core.values import FileEntry, Json
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.validating.result import Validation
 
 FILE = "build.json"
@@ -223,7 +223,7 @@ class BuildRecord(JsonObject):
     merge: MergeRecord | None = None
     validation: Validation | None = None
     artifact: ArtifactRecord | None = None
-    quality: Quality | None = None
+    quality: QualityResult | None = None
     plan: Mapping[str, Json] | None = None
     """The serving plan, sizes in bytes."""
     image: ImageRecord | None = None

@@ -26,7 +26,7 @@ from weightsmith.recipe.file import check_section
 from weightsmith.recipe.schema import Evaluate
 from weightsmith.serving.devices import CPU, is_cpu
 from weightsmith.serving.targets import Target
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.step import PlanRow
 from weightsmith.steps.tools import Tools
 
@@ -149,7 +149,7 @@ def _plan(build: AdapterBuild, target: Target, dist: Path, tools: Tools) -> Buil
     request = BuildRequest(
         file=build.file,
         targets=(target,),
-        outputs=Outputs(),
+        outputs=ImageOutputs(),
         dist=dist,
         engine_answers=tools.images_in_engine,
     )

@@ -51,7 +51,7 @@ from weightsmith.recipe.file import RecipeFile, check_recipe, check_section
 from weightsmith.recipe.schema import Evaluate
 from weightsmith.stages.reference import answers
 from weightsmith.stages.resolve import known
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.lock import pinned, read_lock
 from weightsmith.steps.tools import Tools
@@ -198,10 +198,10 @@ def _written(request: Request, home: Path, tools: Tools) -> RecipeFile:
     return RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
 
 
-def _outputs(request: Request) -> Outputs:
+def _outputs(request: Request) -> ImageOutputs:
     given = request.outputs
     layout = given.get("layout")
-    return Outputs(
+    return ImageOutputs(
         load=bool(given.get("load")),
         push=bool(given.get("push")),
         force=bool(given.get("force")),

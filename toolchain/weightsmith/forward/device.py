@@ -18,7 +18,7 @@ _ROWS = 4096
 """Rows of a matrix that are copied at a time: few gigabytes, and copies long enough to be fast."""
 
 
-class OnDevice:
+class DeviceCopier:
     """Copies a matrix to a device piece by piece; the next is copied while one is multiplied."""
 
     def __init__(self, device: torch.device, rows: int = _ROWS) -> None:
@@ -67,12 +67,12 @@ class OnDevice:
         return piece
 
 
-def on_gpu() -> OnDevice | None:
+def on_gpu() -> DeviceCopier | None:
     """Return the products of the first GPU that this torch can use, None if there is none."""
     if not torch.cuda.is_available():
         return None
     try:
-        products = OnDevice(torch.device("cuda"))
+        products = DeviceCopier(torch.device("cuda"))
         products.multiply(torch.ones(1, 1), torch.ones(1, 1))
     except (RuntimeError, AssertionError):  # torch was built for other drivers or cards
         return None

@@ -19,7 +19,7 @@ from weightsmith.forward.drafts import Draft, read_at_once
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
-from weightsmith.forward.positions import Positions, only
+from weightsmith.forward.positions import BatchPositions, only
 from weightsmith.forward.prefix import (
     HOLES,
     Prefix,
@@ -280,7 +280,7 @@ def _read(
     tokens = columns < lengths[:, None]
     wanted = tokens & (columns >= (lengths - torch.tensor(counts))[:, None])
     asked_at = wanted.flatten().nonzero()[:, 0]
-    positions = Positions(len(rows), width, tokens.flatten().nonzero()[:, 0], asked_at)
+    positions = BatchPositions(len(rows), width, tokens.flatten().nonzero()[:, 0], asked_at)
     given: dict[str, Any] = {"use_cache": False}
     if keys is not None:
         given = keys.given(lengths, width)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from weightsmith.forward.positions import Positions
+from weightsmith.forward.positions import BatchPositions
 
 
 class KvCacheLayer(DynamicLayer):  # type: ignore[misc]
@@ -113,6 +113,6 @@ class Keys:
         """Columns that no row would need if each had its tokens beside each other."""
         return self._real.shape[1] - int(self.lengths.max())
 
-    def narrow(self, positions: Positions) -> None:
+    def narrow(self, positions: BatchPositions) -> None:
         """Tell when the last keys and values are there: then only positions with logits matter."""
         self.cache.layers[-1].updated = positions.narrow

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from weightsmith.forward.device import OnDevice
+from weightsmith.forward.device import DeviceCopier
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.products import Matrix, Products
 
@@ -51,7 +51,7 @@ class Meeting:
     is read once. On another device, `products` multiplies; the views themselves stay on the CPU.
     """
 
-    def __init__(self, cpus: int = 0, products: OnDevice | None = None) -> None:
+    def __init__(self, cpus: int = 0, products: DeviceCopier | None = None) -> None:
         self._products = products
         self._cpus = Products(cpus or len(os.sched_getaffinity(0)))
         self._changed = threading.Condition()

@@ -13,7 +13,7 @@ _here = threading.local()
 
 
 @dataclass(slots=True)
-class Positions:
+class BatchPositions:
     """Positions of a batch, numbered row by row, and which of them a model is asked for."""
 
     rows: int
@@ -29,7 +29,7 @@ class Positions:
 
 
 @contextmanager
-def only(positions: Positions) -> Iterator[None]:
+def only(positions: BatchPositions) -> Iterator[None]:
     """Multiply only these positions, in this thread."""
     _here.positions = positions
     try:
@@ -42,7 +42,7 @@ def multiplied(
     inputs: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Return the product of inputs [..., columns]; zeros where nothing depends on it."""
-    known: Positions | None = getattr(_here, "positions", None)
+    known: BatchPositions | None = getattr(_here, "positions", None)
     if known is None or inputs.shape[:-1] != (known.rows, known.columns):
         return multiply(inputs)
     count = known.rows * known.columns

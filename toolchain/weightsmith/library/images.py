@@ -39,7 +39,7 @@ from weightsmith.library.results import Baked, Built, Pushed, Rebased, Verificat
 from weightsmith.provenance.chain import Check
 from weightsmith.recipe.outputs import ImageNames
 from weightsmith.recipe.run_options import RunOptions
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 
 
 def bake(
@@ -401,9 +401,9 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
         return list(build_all(request, tools))
 
 
-def _outputs(asked: RecipeCommand) -> Outputs:
+def _outputs(asked: RecipeCommand) -> ImageOutputs:
     layout = asked.layout and asked.layout.absolute()
-    return Outputs(load=asked.load, layout=layout, push=asked.push, force=asked.force)
+    return ImageOutputs(load=asked.load, layout=layout, push=asked.push, force=asked.force)
 
 
 def _check_lock(asked: BuildCommand | PlanCommand) -> None:

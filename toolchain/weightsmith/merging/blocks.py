@@ -13,13 +13,13 @@ import numpy as np
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.kernel import (
     PIECE,
-    Prepared,
+    PreparedAddition,
     Space,
     finish_rows,
     merge_rows,
     prepare,
 )
-from weightsmith.merging.outputs import Band, Output, Patch, Rows, Stored, bands
+from weightsmith.merging.outputs import Band, MergedTensor, Patch, Rows, Stored, bands
 from weightsmith.merging.repair import LowRankUpdate, Repairs
 from weightsmith.merging.rounding import F32, F64, round_once
 from weightsmith.merging.sketch import Sketch
@@ -43,7 +43,7 @@ class Settings:
     piece: int = PIECE
 
 
-def stored_copy(output: Output) -> Stored | None:
+def stored_copy(output: MergedTensor) -> Stored | None:
     """Return the stored tensor whose bytes an output has, or None if its rows are computed."""
     # Tensors from adapters are checked for NaN, if their dtype can have it.
     unchecked = output.kind == "copied" or output.dtype not in ARRAY_TYPES
@@ -77,9 +77,9 @@ class RowMaker:
         self._settings, self._tally = settings, tally
         self.files = OpenFiles()
         self._local, self._lock = threading.local(), threading.Lock()
-        self._on_device: tuple[Prepared, Any] | None = None
+        self._on_device: tuple[PreparedAddition, Any] | None = None
 
-    def spans(self, output: Output, sketch: Sketch | None = None) -> Iterator[Span]:
+    def spans(self, output: MergedTensor, sketch: Sketch | None = None) -> Iterator[Span]:
         """Yield a tensor's spans in order; each reads its factors when it is yielded.
 
         `sketch` takes the base's rows as they are merged.
@@ -102,7 +102,7 @@ class RowMaker:
             size = band.end - band.first
             yield Span(first=band.first, count=size, rows=make, step=step, fixed=False)
 
-    def _prepare(self, output: Output, band: Band) -> Prepared | None:
+    def _prepare(self, output: MergedTensor, band: Band) -> PreparedAddition | None:
         """Read the factors of one band; None if they are all zero."""
         lefts, rights, gains = [], [], []
         for term in band.terms:
@@ -129,9 +129,9 @@ class RowMaker:
 
     def _merge(
         self,
-        output: Output,
+        output: MergedTensor,
         sketch: Sketch | None,
-        addition: Prepared,
+        addition: PreparedAddition,
         offset: int,
         first: int,
         count: int,
@@ -147,7 +147,7 @@ class RowMaker:
         return out
 
     def _apply(
-        self, addition: Prepared, weight: np.ndarray, first: int, out: np.ndarray
+        self, addition: PreparedAddition, weight: np.ndarray, first: int, out: np.ndarray
     ) -> Repairs:
         """Merge rows on the CPU or the GPU."""
         if self._settings.device == "cpu":
@@ -175,7 +175,7 @@ class RowMaker:
         return held[2]
 
     def _unchanged(
-        self, output: Output, sketch: Sketch | None, first: int, count: int
+        self, output: MergedTensor, sketch: Sketch | None, first: int, count: int
     ) -> np.ndarray:
         """Return rows without terms: patched and cast, with one rounding."""
         base = output.source.rows(self.files, first, count, output.columns)
@@ -190,7 +190,7 @@ class RowMaker:
             sketch.add(first, base, out)
         return out
 
-    def _computed(self, output: Output, rows: Rows, first: int, count: int) -> np.ndarray:
+    def _computed(self, output: MergedTensor, rows: Rows, first: int, count: int) -> np.ndarray:
         values = rows(first, count)
         if not np.isfinite(values).all():
             raise InputRefused(
@@ -199,7 +199,7 @@ class RowMaker:
             )
         return self._rounded(output, values)
 
-    def _rounded(self, output: Output, values: np.ndarray) -> np.ndarray:
+    def _rounded(self, output: MergedTensor, values: np.ndarray) -> np.ndarray:
         dtype = ARRAY_TYPES[output.dtype]
         out = values if values.dtype == dtype else round_once(values, dtype)
         if not np.array_equal(np.isfinite(out), np.isfinite(values)):

@@ -20,7 +20,7 @@ from weightsmith.merging.combining.changes import combined
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.duplicates import same_beginning, same_bytes
 from weightsmith.merging.mixture import Mixture, Share
-from weightsmith.merging.outputs import Output, OutputShard, Source, Stored, matrix_columns
+from weightsmith.merging.outputs import MergedTensor, OutputShard, Source, Stored, matrix_columns
 from weightsmith.merging.tying import Tie, is_embedding, is_head
 from weightsmith.models.tensors import unsupported
 
@@ -56,7 +56,7 @@ def compose(
                 share = Share(claim=claim, weight=view.weight, adapter=view.index, path=view.path)
                 shares[claim.target].append(share)
     untied = _untie(tie, shares)
-    outputs: dict[str, Output] = {}
+    outputs: dict[str, MergedTensor] = {}
     for name, source in base.sources.items():
         outputs[name] = compose_output(name, source, shares[name], dtype, combination)
     layout = {shard: list(names) for shard, names in base.layout}
@@ -89,7 +89,9 @@ def compose(
     )
 
 
-def _touches_both(shares: Mapping[str, Sequence[Share]], outputs: Mapping[str, Output]) -> bool:
+def _touches_both(
+    shares: Mapping[str, Sequence[Share]], outputs: Mapping[str, MergedTensor]
+) -> bool:
     """Return whether an embedding or a head changes in a checkpoint that has both."""
     names = [name.removesuffix(".weight") for name in outputs]
     changed = [name.removesuffix(".weight") for name, some in shares.items() if some]
@@ -137,7 +139,7 @@ def _kept(tie: Tie | None, shares: Mapping[str, Sequence[Share]]) -> tuple[str, 
 
 def compose_output(
     name: str, source: Source, shares: Sequence[Share], dtype: str, combination: Combination
-) -> Output:
+) -> MergedTensor:
     """Return one output: the source with all shares applied.
 
     Low-rank terms are summed exactly; a tensor or rows replaced by a single adapter are copied;
@@ -145,7 +147,7 @@ def compose_output(
     combination of these deltas (`Combined`).
     """
     out, columns = out_dtype(source, dtype), matrix_columns(source.shape)
-    plain = Output(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
+    plain = MergedTensor(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
     if not shares:
         return plain
     if source.dtype not in MERGEABLE and not _is_copied(source, shares):
@@ -193,14 +195,14 @@ def _only_grown(source: Source, tensors: Sequence[Stored]) -> bool:
     return same_beginning(first.path, first.info, source.path, source.info) and all(same)
 
 
-def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> Output:
+def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> MergedTensor:
     """Return the output of a new tensor, in the dtype of the base's matrices."""
     (share,) = shares
     stored = share.claim.replacement
     assert stored is not None  # noqa: S101 - new tensors come from an adapter
     kinds = [source.dtype for source in base.sources.values() if len(source.shape) == 2]
     usual = next((kind for kind in kinds if kind in MERGEABLE), stored.dtype)
-    return Output(
+    return MergedTensor(
         name=name,
         dtype=usual if dtype == "auto" else dtype,
         shape=stored.shape,
@@ -210,7 +212,7 @@ def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) ->
     )
 
 
-def _single(plain: Output, claims: Sequence[Claim]) -> Output:
+def _single(plain: MergedTensor, claims: Sequence[Claim]) -> MergedTensor:
     """Return the output of a tensor changed by a single adapter at weight 1."""
     made, kind = plain, "merged"
     replacement = next((claim.replacement for claim in claims if claim.replacement), None)
@@ -231,7 +233,7 @@ def _single(plain: Output, claims: Sequence[Claim]) -> Output:
 
 
 def _vocabulary(
-    base: BaseTensors, outputs: Mapping[str, Output], tie: Tie | None
+    base: BaseTensors, outputs: Mapping[str, MergedTensor], tie: Tie | None
 ) -> dict[str, Any]:
     """Return the new `vocab_size` if embeddings and heads are resized alike."""
     rows: dict[str, tuple[int, int]] = {}

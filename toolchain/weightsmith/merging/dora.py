@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.mixture import Adder, adder
-from weightsmith.merging.outputs import Files, Output, Rows, Stored, Term
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, Stored, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,11 +33,11 @@ class Dora:
     whole: bool = False
     by_row: bool = True
 
-    def held_elements(self, output: Output) -> int:
+    def held_elements(self, output: MergedTensor) -> int:
         """Return the peak number of float64 elements in memory."""
         return self.term.rank * sum(self.term.shape) + 2 * (output.rows + output.columns)
 
-    def begin(self, output: Output, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows; column norms need a pass over the tensor first."""
         width = output.columns if self.by_column else output.rows
         count = math.prod(self.magnitude.shape)
@@ -63,7 +63,7 @@ class Dora:
         return rows
 
     @staticmethod
-    def _column_norms(output: Output, files: Files, add: Adder) -> np.ndarray:
+    def _column_norms(output: MergedTensor, files: Files, add: Adder) -> np.ndarray:
         step = max(1, _PASS // output.columns)
         first = _sum(output, files, add, 0, min(step, output.rows))
         squares: np.ndarray = (first * first).sum(0)
@@ -74,7 +74,7 @@ class Dora:
         return squares
 
 
-def _sum(output: Output, files: Files, add: Adder, first: int, count: int) -> np.ndarray:
+def _sum(output: MergedTensor, files: Files, add: Adder, first: int, count: int) -> np.ndarray:
     total = output.source.rows(files, first, count, output.columns).astype("float64")
     add(total, first)
     return total

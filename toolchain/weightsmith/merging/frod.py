@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.outputs import Files, Output, Rows, Stored
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,12 +33,12 @@ class Frod:
     whole: bool = True
     by_row: bool = False
 
-    def held_elements(self, output: Output) -> int:
+    def held_elements(self, output: MergedTensor) -> int:
         """Return the peak number of float64 elements in memory."""
         width = output.rows if self.transposed else output.columns
         return 3 * output.rows * output.columns + 3 * width * width
 
-    def begin(self, output: Output, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows."""
         import numpy as np
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.outputs import Files, Output, Rows, Stored, Term
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, Stored, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,11 +24,11 @@ class Kasa:
     whole: bool = True
     by_row: bool = False
 
-    def held_elements(self, output: Output) -> int:
+    def held_elements(self, output: MergedTensor) -> int:
         """Return the peak number of float64 elements in memory."""
         return 5 * output.rows * output.columns
 
-    def begin(self, output: Output, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows."""
         from numpy.linalg import svd
 

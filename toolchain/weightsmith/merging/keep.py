@@ -19,7 +19,7 @@ from weightsmith.merging.combining.measure import terms_of
 from weightsmith.merging.companions import adapter_companions, write_file
 from weightsmith.merging.mixture import Mixture
 from weightsmith.merging.names import module_key
-from weightsmith.merging.outputs import Band, Output, Term, bands
+from weightsmith.merging.outputs import Band, MergedTensor, Term, bands
 from weightsmith.merging.plan import MergePlan
 from weightsmith.merging.rounding import F32
 from weightsmith.merging.stream import OpenFiles, Writer, as_bytes
@@ -37,7 +37,7 @@ class _Module:
     a: str
     """Key of A in the file."""
     b: str
-    output: Output
+    output: MergedTensor
     band: Band
     rank: int
 
@@ -102,7 +102,7 @@ def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[s
     }
 
 
-def _modules(output: Output) -> Iterator[_Module]:
+def _modules(output: MergedTensor) -> Iterator[_Module]:
     if output.kind == "copied":
         return
     change, terms = output.change, terms_of(output)
@@ -139,7 +139,7 @@ def _is_plain(term: Term) -> bool:
     )
 
 
-def _keys(output: Output, band: Band) -> tuple[str, str]:
+def _keys(output: MergedTensor, band: Band) -> tuple[str, str]:
     """Return the keys of A and B; raise InputRefused if adapters use different ones."""
     found = set()
     for term in band.terms:

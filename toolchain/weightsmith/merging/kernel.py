@@ -41,7 +41,7 @@ class Addition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared(Addition):
+class PreparedAddition(Addition):
     """An addition prepared for correctly rounded merging of row blocks."""
 
     left: np.ndarray
@@ -84,12 +84,12 @@ def work_type(dtype: np.dtype) -> np.dtype:
     return F64 if dtype == F32 else F32
 
 
-def prepare(name: str, factors: LowRankUpdate, dtype: np.dtype) -> Prepared:
+def prepare(name: str, factors: LowRankUpdate, dtype: np.dtype) -> PreparedAddition:
     """Return the addition in the working dtype, with each row's error bound."""
     work = work_type(dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         bound = _bound(factors.norms, factors.norm, len(factors.gains), work)
-        return Prepared(
+        return PreparedAddition(
             name=name,
             factors=factors,
             left=(factors.left * factors.gains).astype(work),
@@ -119,7 +119,7 @@ def _bound(left: np.ndarray, right: float, terms: int, work: np.dtype) -> np.nda
 
 
 def merge_rows(
-    prepared: Prepared, weight: np.ndarray, first: int, space: Space, out: np.ndarray
+    prepared: PreparedAddition, weight: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> Repairs:
     """Fill `out` with the rows of W + δ from `first` on, correctly rounded, ties to even.
 
@@ -136,7 +136,7 @@ def merge_rows(
 
 
 def finish_rows(
-    prepared: Prepared,
+    prepared: PreparedAddition,
     weight: np.ndarray,
     first: int,
     out: np.ndarray,
@@ -171,7 +171,7 @@ def finish_rows(
 
 
 def first_pass(
-    prepared: Prepared, weight: np.ndarray, first: int, space: Space, out: np.ndarray
+    prepared: PreparedAddition, weight: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> tuple[np.ndarray, bool]:
     """Round what the working dtype can decide, in pieces of the size of `space`.
 
@@ -188,7 +188,7 @@ def first_pass(
     return np.concatenate(rest) if rest else np.empty(0, np.int64), safe
 
 
-def _sums(prepared: Prepared, weight: np.ndarray, first: int, space: Space) -> np.ndarray:
+def _sums(prepared: PreparedAddition, weight: np.ndarray, first: int, space: Space) -> np.ndarray:
     """Compute fl(W + fl(B·A)) in the working dtype."""
     sums = space.sums[: weight.size].reshape(weight.shape)
     np.matmul(prepared.left[first : first + len(weight)], prepared.right, out=sums)
@@ -221,7 +221,7 @@ def _any_infinite(weight: np.ndarray) -> bool:
 
 
 def _round_ends(
-    prepared: Prepared, sums: np.ndarray, first: int, space: Space, out: np.ndarray
+    prepared: PreparedAddition, sums: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> np.ndarray:
     """Round both ends of sum ± error, the outer one into `out`; return a flat mask of differences.
 

@@ -33,7 +33,7 @@ def loaded_names(config: Mapping[str, object], names: Iterable[str]) -> dict[str
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SplitParameter:
     """A parameter that is rows of a tensor of the checkpoint."""
 
     tensor: str
@@ -44,17 +44,17 @@ class Piece:
     """True if all have the same number of rows."""
 
 
-def split_names(config: Mapping[str, object], names: Iterable[str]) -> dict[str, Piece]:
+def split_names(config: Mapping[str, object], names: Iterable[str]) -> dict[str, SplitParameter]:
     """Return name in the model -> piece, of parameters that transformers splits a tensor into."""
     splits = _rules(config, _SPLIT)
     renamings = _rules(config) if splits else []
-    found: dict[str, Piece] = {}
+    found: dict[str, SplitParameter] = {}
     for name in names if splits else ():
         new = _loaded(name, renamings)
         for rule in splits:
             pieces = tuple(rule.apply(new, put) for put in rule.targets)
             if pieces[0] != new:
-                piece = Piece(name, pieces, rule.equal)
+                piece = SplitParameter(name, pieces, rule.equal)
                 found |= dict.fromkeys(pieces, piece)
     return found
 

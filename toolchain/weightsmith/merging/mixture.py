@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith.merging.claim import Claim
-from weightsmith.merging.outputs import Files, Output, Rows, Source, Term
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, Source, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +46,7 @@ class Mixture:
         """Return whether all changes can be computed row by row."""
         return all(share.claim.change.by_row for share in self.shares if share.claim.change)
 
-    def held_elements(self, output: Output) -> int:
+    def held_elements(self, output: MergedTensor) -> int:
         """Return the peak number of float64 elements in memory."""
         held = output.rows * output.columns * 3 if self.whole else 0
         for share in self.shares:
@@ -55,7 +55,7 @@ class Mixture:
                 held += share.claim.change.held_elements(output)
         return held
 
-    def begin(self, output: Output, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows of the sum."""
         plain = replace(output, change=None)
         changed = [

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from weightsmith.merging.loading import Piece
+from weightsmith.merging.loading import SplitParameter
 from weightsmith.models.peft_keys import WRAPPERS
 
 _WRAPPER = "base_model.model."
@@ -51,7 +51,7 @@ class BaseNames:
         self,
         tensors: Mapping[str, object],
         loaded: Mapping[str, str] | None = None,
-        pieces: Mapping[str, Piece] | None = None,
+        pieces: Mapping[str, SplitParameter] | None = None,
     ) -> None:
         self._tensors = tensors
         self._pieces = pieces or {}
@@ -77,7 +77,7 @@ class BaseNames:
             return found
         return tuple(self._loaded[name] for name in self._renamed.find(tensor))
 
-    def piece(self, tensor: str) -> Piece | None:
+    def piece(self, tensor: str) -> SplitParameter | None:
         """Return the rows of the base that a parameter of the model is made of."""
         return self._pieces.get(tensor)
 

@@ -30,7 +30,7 @@ class Files(Protocol):
     def array(self, path: Path, info: TensorInfo) -> np.ndarray:
         """Return a whole stored tensor of any dtype, in its own shape."""
 
-    def matrix(self, part: Part) -> np.ndarray:
+    def matrix(self, part: MatrixView) -> np.ndarray:
         """Return a factor as float32; raise InputRefused if it is not finite."""
 
     def once(self, key: object, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -75,7 +75,7 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class MatrixView:
     """A matrix in a stored tensor: viewed as `height` rows, sliced, then transposed."""
 
     stored: Stored
@@ -107,7 +107,7 @@ class Part:
         return cut[::-1] if self.transposed else cut
 
     @property
-    def transpose(self) -> Part:
+    def transpose(self) -> MatrixView:
         """The same matrix, transposed."""
         return replace(self, transposed=not self.transposed)
 
@@ -118,9 +118,9 @@ class Term:
 
     adapter: int
     """Index of the adapter in the request."""
-    left: Part
+    left: MatrixView
     """(rows, rank): B, or A transposed if the base stores (in, out)."""
-    right: Part | None
+    right: MatrixView | None
     """(rank, columns); None is a single 1, to add a vector to a column."""
     scaling: float
     """The adapter's configured scaling."""
@@ -159,10 +159,10 @@ class Change(Protocol):
     def by_row(self) -> bool:
         """True if a single row can be recomputed to float64 accuracy."""
 
-    def held_elements(self, output: Output) -> int:
+    def held_elements(self, output: MergedTensor) -> int:
         """Return the peak number of float64 elements in memory, for the plan."""
 
-    def begin(self, output: Output, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows of the result in float64.
 
         Raises InputRefused for values that are not finite.
@@ -170,7 +170,7 @@ class Change(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
+class MergedTensor:
     """One tensor of the merged checkpoint."""
 
     name: str
@@ -214,7 +214,7 @@ class Band:
     terms: tuple[Term, ...]
 
 
-def bands(output: Output) -> list[Band]:
+def bands(output: MergedTensor) -> list[Band]:
     """Split an output's rows where terms begin and end; some bands may have no terms."""
     ends = {0, output.rows}
     for term in output.terms:
@@ -237,7 +237,7 @@ class OutputShard:
     """One file of the merged checkpoint, with its tensors in file order."""
 
     name: str
-    outputs: tuple[Output, ...]
+    outputs: tuple[MergedTensor, ...]
 
     @property
     def size(self) -> int:

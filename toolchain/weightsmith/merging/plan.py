@@ -32,7 +32,7 @@ from weightsmith.merging.families import families
 from weightsmith.merging.left_out import without_left_out
 from weightsmith.merging.loading import loaded_names, split_names
 from weightsmith.merging.names import BaseNames, plain_key
-from weightsmith.merging.outputs import Output, OutputShard, Stored
+from weightsmith.merging.outputs import MergedTensor, OutputShard, Stored
 from weightsmith.merging.quantized.base import STALE, BaseView, base_view
 from weightsmith.merging.quantized.choice import simulates
 from weightsmith.merging.quantized.sources import held_bytes
@@ -87,7 +87,7 @@ class MergePlan:
     findings: tuple[str, ...] = ()
 
     @property
-    def outputs(self) -> dict[str, Output]:
+    def outputs(self) -> dict[str, MergedTensor]:
         """Every tensor to write, by name."""
         return {output.name: output for shard in self.shards for output in shard.outputs}
 
@@ -194,7 +194,7 @@ def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     }
 
 
-def _held(output: Output) -> int:
+def _held(output: MergedTensor) -> int:
     """Return the memory in bytes that an output's factors or change take."""
     source = held_bytes(output.source)
     if output.change is not None:

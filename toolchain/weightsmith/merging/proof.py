@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.merging.outputs import Output, OutputShard, Patch, Stored, Term
+from weightsmith.merging.outputs import MergedTensor, OutputShard, Patch, Stored, Term
 from weightsmith.merging.rounding import F64, FORMATS, round_once
 from weightsmith.merging.sketch import Sketch, bits_of, differ, project, seed_of
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
@@ -47,7 +47,7 @@ class Tested(Protocol):
     """A tensor to check: read back from a file, or as it was computed."""
 
     @property
-    def output(self) -> Output:
+    def output(self) -> MergedTensor:
         """What it should be."""
 
     @property
@@ -69,7 +69,7 @@ class Tested(Protocol):
 class _Written:
     """A tensor of the written file."""
 
-    output: Output
+    output: MergedTensor
     info: TensorInfo
     checksums: tuple[Checksum, ...]
     """Checksums of its bytes, taken while writing."""
@@ -221,7 +221,7 @@ def _project(written: Tested, sketch: Sketch) -> bool:
     return sketch.moved
 
 
-def _some_rows(output: Output) -> set[int]:
+def _some_rows(output: MergedTensor) -> set[int]:
     """Return the rows to recompute in any case, which nothing of the merge knows."""
     random = np.random.default_rng((seed_of(output.name), ROWS))
     return set(random.integers(0, output.rows, ROWS).tolist())
@@ -267,7 +267,7 @@ class _Factors:
             total[own] += self.term.factor * (left[:, part] @ self.right[part].astype(F64))
 
 
-def _loaded(output: Output, files: OpenFiles) -> list[_Factors]:
+def _loaded(output: MergedTensor, files: OpenFiles) -> list[_Factors]:
     return [
         _Factors(
             term,
@@ -278,7 +278,7 @@ def _loaded(output: Output, files: OpenFiles) -> list[_Factors]:
     ]
 
 
-def _source_row(output: Output, files: OpenFiles, row: int) -> np.ndarray:
+def _source_row(output: MergedTensor, files: OpenFiles, row: int) -> np.ndarray:
     for patch in reversed(output.patches):
         if row in patch.places:
             return _patched(patch, files, row, output.columns)
@@ -290,7 +290,7 @@ def _patched(patch: Patch, files: OpenFiles, row: int, columns: int) -> np.ndarr
     return patch.stored.rows(files, place, 1, columns).astype(F64)
 
 
-def _compare(output: Output, expected: np.ndarray, found: np.ndarray) -> None:
+def _compare(output: MergedTensor, expected: np.ndarray, found: np.ndarray) -> None:
     """Compare with a tolerance of half a unit plus the error of float64."""
     form = FORMATS[found.dtype]
     size = np.abs(expected)
@@ -356,7 +356,7 @@ def _compare_values(written: Tested) -> bool:
     return moved
 
 
-def _wrong(output: Output, off: int, size: int) -> CheckFailed:
+def _wrong(output: MergedTensor, off: int, size: int) -> CheckFailed:
     return CheckFailed(
         f"{output.name} was written wrongly: {off} of {size} compared elements differ",
         hint="memory or disk may be faulty: merge again, on another machine if it recurs",

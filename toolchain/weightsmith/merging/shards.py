@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
-from weightsmith.merging.outputs import Output, OutputShard
+from weightsmith.merging.outputs import MergedTensor, OutputShard
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Writer, as_bytes
 from weightsmith.merging.tally import Tally
@@ -89,7 +89,7 @@ class ShardMaker:
                 if not future.cancelled():
                     future.exception()
 
-    def _blocks(self, output: Output) -> Iterator[Block]:
+    def _blocks(self, output: MergedTensor) -> Iterator[Block]:
         """Yield the blocks of one tensor in file order."""
         if not output.size:
             return
@@ -106,7 +106,7 @@ class ShardMaker:
             for first, count in span.blocks():
                 yield partial(span.rows, first, count)
 
-    def _again(self, output: Output) -> Callable[[int], np.ndarray]:
+    def _again(self, output: MergedTensor) -> Callable[[int], np.ndarray]:
         """Return what computes single rows of a tensor; it reads the factors once."""
         spans = list(self._second.spans(output))
 

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 
 from weightsmith.merging import native
-from weightsmith.merging.outputs import Output
+from weightsmith.merging.outputs import MergedTensor
 from weightsmith.merging.rounding import F32, F64, round_once
 from weightsmith.merging.stream import ARRAY_TYPES
 
@@ -18,7 +18,7 @@ _VECTORS = 2
 class Sketch:
     """A base's rows times random signs, taken while they are merged, so that they are read once."""
 
-    def __init__(self, output: Output) -> None:
+    def __init__(self, output: MergedTensor) -> None:
         random = np.random.default_rng(seed_of(output.name))
         work = F64 if ARRAY_TYPES[output.dtype] == F32 else F32
         self.signs = random.integers(0, 2, (_VECTORS, output.columns)).astype(work) * 2 - 1

@@ -17,7 +17,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.files import sync_folder
 from weightsmith.merging.libc import reserve
 from weightsmith.merging.native import sum_words
-from weightsmith.merging.outputs import Part
+from weightsmith.merging.outputs import MatrixView
 from weightsmith.merging.rounding import BF16, F16, F32, F64
 from weightsmith.models.safetensors import BITS, TensorInfo
 from weightsmith.models.tensors import array_type
@@ -110,7 +110,7 @@ class OpenFiles:
                     self._made.popitem(last=False)
             return self._made[key]
 
-    def matrix(self, part: Part) -> np.ndarray:
+    def matrix(self, part: MatrixView) -> np.ndarray:
         """Return a factor as float32, which represents every supported dtype exactly.
 
         Raises InputRefused if it is not finite.
@@ -118,7 +118,7 @@ class OpenFiles:
         whole = self._finite(part)[part.rows, part.columns]
         return whole.T if part.transposed else whole
 
-    def _finite(self, part: Part) -> np.ndarray:
+    def _finite(self, part: MatrixView) -> np.ndarray:
         """Return the whole tensor of a part; sliced ones are cached for the next part."""
         path, info = part.stored.path, part.stored.info
         key = (path, info.name, part.height, part.blocks)

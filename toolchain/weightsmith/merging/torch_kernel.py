@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.merging.kernel import SLACK, Prepared
+from weightsmith.merging.kernel import SLACK, PreparedAddition
 from weightsmith.merging.rounding import BF16, F16, F32, F64, FORMATS
 
 TORCH_TYPES = {BF16: torch.bfloat16, F16: torch.float16, F32: torch.float32, F64: torch.float64}
@@ -16,7 +16,7 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OnDevice:
+class DeviceUpdate:
     """One tensor's factors and bounds on the device."""
 
     left: torch.Tensor
@@ -33,12 +33,12 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def to_device(prepared: Prepared, device: str) -> OnDevice:
+def to_device(prepared: PreparedAddition, device: str) -> DeviceUpdate:
     """Copy factors and bounds to a device."""
     left, right, bound = (
         as_tensor(array).to(device) for array in (prepared.left, prepared.right, prepared.bound)
     )
-    return OnDevice(
+    return DeviceUpdate(
         left=left,
         right=right,
         bound=bound,
@@ -48,7 +48,7 @@ def to_device(prepared: Prepared, device: str) -> OnDevice:
 
 
 def first_pass(
-    held: OnDevice, weight: np.ndarray, first: int, out: np.ndarray
+    held: DeviceUpdate, weight: np.ndarray, first: int, out: np.ndarray
 ) -> tuple[np.ndarray, bool]:
     """Like `kernel.first_pass`, for a whole block on the device."""
     place = slice(first, first + len(weight))

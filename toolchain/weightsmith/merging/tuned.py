@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import plain_key
-from weightsmith.merging.outputs import Files, Output, Rows, Source, Stored
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, Source, Stored
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,16 +69,16 @@ class Tuned:
     def _kind(self) -> str:
         return str(json.loads(self.raw)["peft_type"])
 
-    def held_elements(self, output: Output) -> int:
+    def held_elements(self, output: MergedTensor) -> int:
         """Return the peak memory in float64 elements: base, delta and result in float32."""
         own = sum(stored.info.size for stored in self.keys) // 8
         return _IMPORTS + own + (3 * output.rows * output.columns if self.whole else _BLOCK)
 
-    def begin(self, output: Output, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows, or the whole tensor."""
         return self._whole(output, files) if self.whole else self._by_rows(output, files)
 
-    def _by_rows(self, output: Output, files: Files) -> Rows:
+    def _by_rows(self, output: MergedTensor, files: Files) -> Rows:
         parts, kept = _BY_ROWS[self._kind], {}
         cut: dict[str, Stored] = {}
         for stored in self.keys:
@@ -102,7 +102,7 @@ class Tuned:
 
         return rows
 
-    def _whole(self, output: Output, files: Files) -> Rows:
+    def _whole(self, output: MergedTensor, files: Files) -> Rows:
         def rows(first: int, count: int) -> np.ndarray:
             from weightsmith.merging.peft_layers import merge_layer, merge_shared_layer
 

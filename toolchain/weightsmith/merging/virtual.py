@@ -19,7 +19,7 @@ from weightsmith.merging.blocks import RowMaker, Settings, Span, stored_copy
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.in_order import InOrder
 from weightsmith.merging.kernel import check_arithmetic
-from weightsmith.merging.outputs import Output, OutputShard
+from weightsmith.merging.outputs import MergedTensor, OutputShard
 from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.shards import header_of
 from weightsmith.merging.stream import as_bytes
@@ -177,7 +177,7 @@ def _end(info: TensorInfo) -> int:
 class VirtualTensor:
     """One tensor, viewed as a matrix."""
 
-    def __init__(self, output: Output, maker: RowMaker) -> None:
+    def __init__(self, output: MergedTensor, maker: RowMaker) -> None:
         self.output, self._maker, self._lock = output, maker, threading.Lock()
         self._made: tuple[Span, ...] | None = None
         self._last: tuple[int, np.ndarray] | None = None

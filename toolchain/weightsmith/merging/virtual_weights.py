@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.merging.outputs import Output, OutputShard, Stored
+from weightsmith.merging.outputs import MergedTensor, OutputShard, Stored
 from weightsmith.merging.proof import BLOCK, is_changed
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer
@@ -30,7 +30,7 @@ _PAUSE = 0.2
 class Passing:
     """A tensor that is checked while it is computed."""
 
-    output: Output
+    output: MergedTensor
     files: OpenFiles
     sketch: Sketch | None
     blocks: Iterator[np.ndarray]
@@ -64,7 +64,7 @@ class UnwrittenShard:
         path: Path,
         files: OpenFiles,
         sketches: dict[str, Sketch],
-        again: Callable[[Output], Callable[[int], np.ndarray]],
+        again: Callable[[MergedTensor], Callable[[int], np.ndarray]],
     ) -> None:
         self.path, self.size = path, 0
         self.unchanged: list[str] = []
@@ -74,7 +74,7 @@ class UnwrittenShard:
         self._sketches = sketches
         self._hash = hashlib.sha256()
         self._left = iter([output for output in shard.outputs if output.size])
-        self._output: Output | None = None
+        self._output: MergedTensor | None = None
         self._rest = 0
         self._checker = ThreadPoolExecutor(1, "check")
         self._checks: list[tuple[str, Future[bool]]] = []
@@ -124,14 +124,14 @@ class UnwrittenShard:
                 self._put(None)
                 self._queue = None
 
-    def _begin(self, output: Output) -> None:
+    def _begin(self, output: MergedTensor) -> None:
         self._output, self._rest, self._queue = output, output.size, None
         if output.as_is and isinstance(output.source, Stored):
             return
         queue = self._queue = Queue(_WAITING)
         self._checks.append((output.name, self._checker.submit(self._check, output, queue)))
 
-    def _check(self, output: Output, queue: Queue[np.ndarray | None]) -> bool:
+    def _check(self, output: MergedTensor, queue: Queue[np.ndarray | None]) -> bool:
         passing = Passing(
             output=output,
             files=self._files,

@@ -19,7 +19,7 @@ from weightsmith.core.values import Json
 from weightsmith.models.gguf_config import gguf_config
 from weightsmith.models.matrices import Matrices
 from weightsmith.models.packing import Packing
-from weightsmith.models.positions import Positions, whole
+from weightsmith.models.positions import PositionSettings, whole
 from weightsmith.models.shape import ModelShape, has_states_alone
 from weightsmith.models.text import text_part
 
@@ -82,7 +82,7 @@ class ModelFacts:
     tied_embeddings: bool | None
     """`tie_word_embeddings`; None if it is not set."""
     packing: Packing | None
-    positions: Positions
+    positions: PositionSettings
     stateful_keys: tuple[str, ...]
     """Keys of layers that cache something other than keys and values of every token."""
     tokenizer_class: str
@@ -144,7 +144,7 @@ class ModelFacts:
             hidden=whole(text.get("hidden_size")),
             tied_embeddings=None if tied is None else bool(tied),
             packing=Packing.of(config.get("quantization_config")),
-            positions=Positions.of(text),
+            positions=PositionSettings.of(text),
             stateful_keys=tuple(sorted(k for k in text if _STATEFUL.search(k) and text[k])),
             tokenizer_class=str(settings.get("tokenizer_class") or ""),
             tokenizer_length=whole(settings.get("model_max_length")),

@@ -21,7 +21,7 @@ _LENGTHS = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Positions:
+class PositionSettings:
     """Lengths and rope parameters; numbers are 0 if they are not set."""
 
     lengths: tuple[int, ...]
@@ -38,7 +38,7 @@ class Positions:
     """Only `rope_parameters` has the theta, which transformers 4 does not read."""
 
     @classmethod
-    def of(cls, text: Mapping[str, Json]) -> Positions:
+    def of(cls, text: Mapping[str, Json]) -> PositionSettings:
         """Read them from the text config."""
         parameters, rope = text.get("rope_parameters"), _rope(text)
         factor = _number(rope.get("factor", 1.0))

@@ -27,7 +27,7 @@ _MOST_PARTS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class AttachmentPart:
     """One blob of an attachment."""
 
     blob: Blob
@@ -35,13 +35,13 @@ class Part:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of_bytes(cls, data: bytes, media_type: str, **annotations: str) -> Part:
+    def of_bytes(cls, data: bytes, media_type: str, **annotations: str) -> AttachmentPart:
         """Return a part whose content is in memory."""
         blob = Blob(digest=Digest.of(data), size=len(data), media_type=media_type)
         return cls(blob=blob, open=lambda: iter((data,)), annotations=annotations)
 
     @classmethod
-    def of_file(cls, path: Path, title: str, digest: Digest) -> Part:
+    def of_file(cls, path: Path, title: str, digest: Digest) -> AttachmentPart:
         """Return a part that is read from a file with a known digest."""
         member = Member.of_file(title, path, digest)
         blob = Blob(digest=digest, size=member.size, media_type=BINARY)
@@ -72,7 +72,7 @@ class Attachment:
 
     artifact_type: str
     subject: Blob
-    parts: tuple[Part, ...]
+    parts: tuple[AttachmentPart, ...]
     annotations: Mapping[str, str] = field(default_factory=dict)
     config: bytes = EMPTY
     config_type: str = EMPTY_TYPE
@@ -143,7 +143,7 @@ def load_attachment(
             digest=Digest.of(b""), size=0, media_type=""
         ),
         parts=tuple(
-            Part(
+            AttachmentPart(
                 blob=(blob := _blob(row, where)),
                 open=opener(blob),
                 annotations=_texts(row.get("annotations")),

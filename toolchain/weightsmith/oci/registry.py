@@ -31,7 +31,7 @@ _WORTH_MOUNTING = 1 << 20
 """Bytes; sending a smaller layer takes no longer than asking for a mount."""
 
 
-class Memory(Protocol):
+class LayerMemory(Protocol):
     """Remembers which repository of a registry has which layers."""
 
     def repository(self, registry: str, digest: Digest) -> str:
@@ -58,7 +58,7 @@ class Registry:
         transport: httpx.BaseTransport | None = None,
         pause: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
-        memory: Memory | None = None,
+        memory: LayerMemory | None = None,
     ) -> None:
         self._memory = memory
         verify = tls.unverified() if insecure else tls.trusted()

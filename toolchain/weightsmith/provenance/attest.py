@@ -15,7 +15,7 @@ from weightsmith.core.values import (
     plain,
     without_passwords,
 )
-from weightsmith.oci.attachments import Part
+from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.provenance import statements
 from weightsmith.provenance.bills import MODEL_BILL
@@ -235,7 +235,7 @@ def _adapters(sources: Sources | None) -> list[AttachedDocument]:
         AttachedDocument(
             artifact_type=ADAPTER_TYPE,
             parts=tuple(
-                Part.of_file(a.snapshot.tree.path(file.path), file.path, file.digest)
+                AttachmentPart.of_file(a.snapshot.tree.path(file.path), file.path, file.digest)
                 for file in a.snapshot.tree.files
             ),
             annotations={

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import ImageLocation
 from weightsmith.provenance import signing
@@ -33,13 +33,13 @@ class AttachedDocument:
     """A file attached to the image."""
 
     artifact_type: str
-    parts: tuple[Part, ...]
+    parts: tuple[AttachmentPart, ...]
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
 def titled(artifact_type: str, title: str, content: Json) -> AttachedDocument:
     """Return a document of one JSON file."""
-    part = Part.of_bytes(canonical(content), artifact_type, **{TITLE: title})
+    part = AttachmentPart.of_bytes(canonical(content), artifact_type, **{TITLE: title})
     return AttachedDocument(artifact_type=artifact_type, parts=(part,), annotations={TITLE: title})
 
 
@@ -49,7 +49,7 @@ class Evidence:
 
     statements: tuple[Statement, ...] = ()
     """Made and signed by this build."""
-    kept: tuple[Part, ...] = ()
+    kept: tuple[AttachmentPart, ...] = ()
     """Those of the image that this one was made from."""
     documents: tuple[AttachedDocument, ...] = ()
 
@@ -59,7 +59,7 @@ def read_attached(location: ImageLocation, image: Digest) -> list[Attachment]:
     return [location.read(blob, tag) for blob, tag in limited(location.attached(image))]
 
 
-def signatures_in(attachments: Iterable[Attachment]) -> list[Part]:
+def signatures_in(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
     """Return the signed claims about image digests."""
     return [
         part
@@ -90,18 +90,18 @@ def is_claim(statement: Statement) -> bool:
     return statement.predicate_type == signing.SIGN_PREDICATE
 
 
-def bundles_in(attachments: Iterable[Attachment]) -> list[Part]:
+def bundles_in(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
     """Return Sigstore bundles, each once: statements, and cosign 3's signatures."""
     parts = (part for attachment in attachments for part in attachment.parts)
     return list({part.blob.digest: part for part in parts if is_bundle(part)}.values())
 
 
-def is_bundle(part: Part) -> bool:
+def is_bundle(part: AttachmentPart) -> bool:
     """Say whether a part is a Sigstore bundle."""
     return part.blob.media_type.startswith(signing.BUNDLE_TYPE)
 
 
-def read_statement(part: Part, check: signing.Check | None) -> Statement:
+def read_statement(part: AttachmentPart, check: signing.Check | None) -> Statement:
     """Return a statement, plain, in an envelope or in a bundle; raises InputRefused otherwise."""
     data = signing.unbundled(part.read()) if is_bundle(part) else part.read()
     if is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
@@ -117,7 +117,7 @@ def read_statement(part: Part, check: signing.Check | None) -> Statement:
     return Statement(plain)
 
 
-def statement_parts(attachments: Iterable[Attachment]) -> list[Part]:
+def statement_parts(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
     """Return the statements, each once."""
     found = {
         part.blob.digest: part

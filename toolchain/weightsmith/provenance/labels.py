@@ -13,7 +13,7 @@ from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Artifact, Digest, Json, Sources, without_passwords
 from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of
 from weightsmith.oci.configuration import OWN_LABELS
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 
@@ -60,7 +60,7 @@ def labels(
     recipe: Recipe,
     sources: Sources,
     artifact: Artifact,
-    quality: Quality | None,
+    quality: QualityResult | None,
     config: ServingConfig,
 ) -> dict[str, str]:
     """Return the labels: every source by digest, and the serving plan.
@@ -119,7 +119,7 @@ def _program(words: Sequence[str]) -> list[str]:
     return [Path(words[0]).name, *(["…"] if words[1:] else [])] if words else []
 
 
-def _quality(quality: Quality | None) -> dict[str, str]:
+def _quality(quality: QualityResult | None) -> dict[str, str]:
     """Return the quantization loss, rounded: the last digits differ between machines."""
     if quality is None or quality.loss is None:
         return {}

@@ -12,7 +12,7 @@ from contextlib import suppress
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Signer
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci.attachments import Attachment, Part, fallback_tag
+from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
 from weightsmith.oci.locations import ImageLocation
 from weightsmith.provenance import signing
 from weightsmith.provenance.evidence import (
@@ -91,14 +91,14 @@ def countersigned(
     return (*others, *_signed_with_held(both, parts, image, name, signer))
 
 
-def strays(parts: Sequence[Part], image: Digest) -> list[str]:
+def strays(parts: Sequence[AttachmentPart], image: Digest) -> list[str]:
     """Describe each of our statements that is not about the image."""
     stated = _readable(parts)
     lineage = trace(image, stated)
     return [lineage.stray(one) for one in stated if one.is_ours and not lineage.holds(one)]
 
 
-def only_held(held: Sequence[Part], parts: Sequence[Part]) -> int:
+def only_held(held: Sequence[AttachmentPart], parts: Sequence[AttachmentPart]) -> int:
     """Return how many of our statements are held that are not among the image's own."""
     own = {one.content for one in _readable(parts)}
     return len({one.content for one in _readable(held) if one.is_ours} - own)
@@ -110,7 +110,7 @@ def _several(attachments: Sequence[Attachment], kind: str) -> bool:
 
 def _signed_with_held(
     held: Sequence[Attachment],
-    parts: Sequence[Part],
+    parts: Sequence[AttachmentPart],
     image: Blob,
     name: str,
     signer: Signer | None,
@@ -129,9 +129,9 @@ def _signed_with_held(
     yield from _of_cosign(unique.values(), image)
 
 
-def _joined(parts: Iterable[Part]) -> list[Part]:
+def _joined(parts: Iterable[AttachmentPart]) -> list[AttachmentPart]:
     """Return each statement once, with the signatures of all its envelopes."""
-    groups: dict[bytes, list[Part]] = {}
+    groups: dict[bytes, list[AttachmentPart]] = {}
     for part in parts:
         groups.setdefault(_content(part), []).append(part)
     found = []
@@ -147,7 +147,7 @@ def _joined(parts: Iterable[Part]) -> list[Part]:
     return found
 
 
-def _readable(parts: Sequence[Part]) -> list[Statement]:
+def _readable(parts: Sequence[AttachmentPart]) -> list[Statement]:
     """Return the statements that can be read."""
     found = []
     for part in parts:
@@ -156,14 +156,14 @@ def _readable(parts: Sequence[Part]) -> list[Statement]:
     return found
 
 
-def _about(parts: Sequence[Part], image: Digest) -> set[bytes]:
+def _about(parts: Sequence[AttachmentPart], image: Digest) -> set[bytes]:
     """Return the contents of our statements about an image."""
     stated = _readable(parts)
     lineage = trace(image, stated)
     return {one.content for one in stated if one.is_ours and lineage.holds(one)}
 
 
-def _content(part: Part) -> bytes:
+def _content(part: AttachmentPart) -> bytes:
     """Return a statement's content; its digest if it is someone else's and unreadable."""
     try:
         return read_statement(part, None).content
@@ -171,7 +171,7 @@ def _content(part: Part) -> bytes:
         return part.blob.digest.encode()
 
 
-def _signed(part: Part, signer: Signer) -> Part:
+def _signed(part: AttachmentPart, signer: Signer) -> AttachmentPart:
     """Return a statement in an envelope with our signature."""
     statement = read_statement(part, None)
     kind = statement.predicate_type
@@ -180,7 +180,7 @@ def _signed(part: Part, signer: Signer) -> Part:
     return signing.envelope_part(signing.sign_statement(statement, signer), kind)
 
 
-def _of_cosign(parts: Iterable[Part], image: Blob) -> Iterator[Attachment]:
+def _of_cosign(parts: Iterable[AttachmentPart], image: Blob) -> Iterator[Attachment]:
     """Yield the manifests with envelopes and signatures, and one for each other statement."""
     parts = tuple(parts)
     for part in parts:
@@ -202,7 +202,7 @@ def cosign_tag(attachment: Attachment) -> str:
     return fallback_tag(attachment.subject.digest, suffix) if suffix else ""
 
 
-def _one_statement(part: Part, image: Blob) -> Attachment:
+def _one_statement(part: AttachmentPart, image: Blob) -> Attachment:
     notes = {_PREDICATE: part.annotations.get("predicateType", "")}
     return Attachment(
         artifact_type=part.blob.media_type, subject=image, parts=(part,), annotations=notes

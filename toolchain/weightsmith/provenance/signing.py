@@ -22,7 +22,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.ports import Signer
 from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.values import Blob, Digest, canonical
-from weightsmith.oci.attachments import Attachment, Part
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance.statements import Statement
 
 Check: TypeAlias = Callable[[bytes, bytes], bool]
@@ -42,7 +42,9 @@ _FOREIGN = "ask whoever attached it; `cosign verify-attestation` may say more"
 _PAYLOAD = "application/vnd.in-toto+json"
 
 
-def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()) -> Part:
+def sign_image(
+    image: Blob, name: str, signer: Signer, held: Sequence[AttachmentPart] = ()
+) -> AttachmentPart:
     """Return a signature of an image's digest; `name` is its repository.
 
     An equal signature of the same key in `held` is reused: some keys sign differently each time.
@@ -62,7 +64,7 @@ def sign_image(image: Blob, name: str, signer: Signer, held: Sequence[Part] = ()
         if part.blob.digest == Digest.of(payload) and signed_digest(part, check):
             return part
     signature = base64.b64encode(signer.sign(payload)).decode()
-    return Part.of_bytes(payload, SIMPLE_SIGNING, **{_SIGNATURE: signature})
+    return AttachmentPart.of_bytes(payload, SIMPLE_SIGNING, **{_SIGNATURE: signature})
 
 
 def sign_statement(statement: Statement, signer: Signer) -> bytes:
@@ -99,20 +101,20 @@ def join(envelopes: Sequence[bytes]) -> bytes:
     return canonical({**document, "signatures": list(unique.values())})
 
 
-def envelope_part(envelope: bytes, predicate_type: str) -> Part:
+def envelope_part(envelope: bytes, predicate_type: str) -> AttachmentPart:
     """Return a signed statement in cosign's format."""
     notes = {_SIGNATURE: "", "predicateType": predicate_type}
-    return Part.of_bytes(envelope, ENVELOPE_TYPE, **notes)
+    return AttachmentPart.of_bytes(envelope, ENVELOPE_TYPE, **notes)
 
 
-def statement_part(statement: Statement) -> Part:
+def statement_part(statement: Statement) -> AttachmentPart:
     """Return an unsigned statement."""
     notes = {"predicateType": statement.predicate_type}
-    return Part.of_bytes(statement.content, STATEMENT_TYPE, **notes)
+    return AttachmentPart.of_bytes(statement.content, STATEMENT_TYPE, **notes)
 
 
 def cosign_manifest(
-    parts: tuple[Part, ...], subject: Blob, artifact_type: str, tag: str
+    parts: tuple[AttachmentPart, ...], subject: Blob, artifact_type: str, tag: str
 ) -> Attachment:
     """Return a manifest where cosign looks for it: under a tag, with an image's configuration."""
     ids = [part.blob.digest for part in parts]
@@ -134,7 +136,7 @@ def cosign_manifest(
     )
 
 
-def signed_digest(part: Part, check: Check | None) -> str:
+def signed_digest(part: AttachmentPart, check: Check | None) -> str:
     """Return the image digest of a signature, or empty if the key did not make it."""
     payload = part.read()
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from weightsmith.core.kernels import quants
-from weightsmith.quantizers.gguf_rows import STORED, Place, Read, joined, to_bfloat16
+from weightsmith.quantizers.gguf_rows import STORED, Read, StoredRows, joined, to_bfloat16
 
 _MOVES = ("reshape", "swapaxes")
 """Steps by which the converter moves rows: llama.cpp rotates other pairs of a head's rows."""
@@ -78,7 +78,7 @@ def _eager(tensor: Any) -> np.ndarray:
     return np.ascontiguousarray(type(tensor).to_eager(tensor))
 
 
-def _places(node: Any, kind: str, columns: int) -> list[Place]:
+def _places(node: Any, kind: str, columns: int) -> list[StoredRows]:
     """Return where a tensor's weights lie; empty if anything but type and order of rows changes."""
     moves: list[tuple[str, list[Any]]] = []
     while (step := _step(node)) in ("to float32", "numpy", "astype", "quantize", *_MOVES):
@@ -97,7 +97,7 @@ def _places(node: Any, kind: str, columns: int) -> list[Place]:
     if moves and (order := _order(moves, rows, columns)) is None:
         return []
     place = {"path": span.filename, "offset": span.offset, "rows": rows, "columns": columns}
-    return [Place(kind=local.dtype, order=order, **place)]
+    return [StoredRows(kind=local.dtype, order=order, **place)]
 
 
 def _order(moves: Sequence[tuple[str, list[Any]]], rows: int, columns: int) -> np.ndarray | None:

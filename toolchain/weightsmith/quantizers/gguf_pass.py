@@ -39,7 +39,7 @@ _SOME = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Piece:
+class WrittenChunk:
     """Bytes of a tensor that were written at once."""
 
     at: int
@@ -47,12 +47,12 @@ class Piece:
     sha256: str
 
     @staticmethod
-    def of(data: memoryview, at: int) -> Piece:
+    def of(data: memoryview, at: int) -> WrittenChunk:
         """Return the piece of bytes that go to an offset of the file."""
-        return Piece(at, len(data), hashlib.sha256(data).hexdigest())
+        return WrittenChunk(at, len(data), hashlib.sha256(data).hexdigest())
 
 
-def line_of(name: str, pieces: Sequence[Piece]) -> bytes:
+def line_of(name: str, pieces: Sequence[WrittenChunk]) -> bytes:
     """Return the journal's line of a tensor whose pieces are on the disk."""
     return json.dumps([name, *map(astuple, sorted(pieces))]).encode() + b"\n"
 
@@ -78,7 +78,7 @@ def _finished(line: str, file: IO[bytes], spans: Mapping[str, tuple[int, int]]) 
     """Return a line's tensor if the file has what it says, or an empty name."""
     try:
         name, *found = parse(line)
-        pieces, (at, size) = [Piece(*piece) for piece in found], spans[name]
+        pieces, (at, size) = [WrittenChunk(*piece) for piece in found], spans[name]
         end = at + size
         for piece in pieces:
             if piece.at != at or piece.sha256 != _sha256(file, at, piece.size):
@@ -147,7 +147,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Output:
+class GgufOutput:
     """A file to write, and the types of its tensors in llama-quantize's order."""
 
     path: Path
@@ -172,7 +172,7 @@ def read_targets(printed: Sequence[str]) -> list[Target]:
     ]
 
 
-def write_files(source: Source, outputs: Sequence[Output], threads: int) -> None:
+def write_files(source: Source, outputs: Sequence[GgufOutput], threads: int) -> None:
     """Write files below their unfinished names, or go on with them; `finish` gives them their own.
 
     Each row of the source is read once for all of them. Raises InputRefused for NaN, infinity, and
@@ -205,7 +205,7 @@ class _File:
 
 
 @contextmanager
-def _opened(header: GgufHeader, output: Output) -> Iterator[_File]:
+def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
     """Begin a file, or open it again with the tensors that it has."""
     tensors, targets, wanted = header.tensors, output.targets, output.wanted
     if different := {t.name for t in targets} ^ tensors.keys():
@@ -287,7 +287,7 @@ class _Part:
     at: int
 
 
-_Written = dict[int, Piece]
+_Written = dict[int, WrittenChunk]
 """What a block wrote, by its output."""
 
 
@@ -442,10 +442,10 @@ def _unfit(target: Target, error: ValueError) -> InputRefused:
     return _not_finite(f"{target.name}: {error}")
 
 
-def _write(out: int, data: np.ndarray, at: int) -> Piece:
+def _write(out: int, data: np.ndarray, at: int) -> WrittenChunk:
     flat: Any = data.reshape(-1).view(np.uint8)
     view = memoryview(flat)
-    piece = Piece.of(view, at)
+    piece = WrittenChunk.of(view, at)
     while view:
         count = os.pwrite(out, view, at)
         view, at = view[count:], at + count

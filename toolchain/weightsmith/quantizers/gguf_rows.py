@@ -23,7 +23,7 @@ STORED: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class StoredRows:
     """Rows that lie in a file, or would if it had data."""
 
     path: Path
@@ -59,7 +59,7 @@ class Place:
         return quants.widen(self.kind, data).reshape(-1, self.columns)
 
 
-def joined(places: Sequence[Place]) -> Read:
+def joined(places: Sequence[StoredRows]) -> Read:
     """Return the rows of matrices of equal height, one after the other."""
     height = places[0].rows
 

@@ -31,7 +31,7 @@ from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
 from weightsmith.quantizers.unquantized import keep_option, without_kept
-from weightsmith.quantizers.writing import Output, Work, copied, whole, write_checkpoint
+from weightsmith.quantizers.writing import OutputTensor, Work, copied, whole, write_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -214,11 +214,11 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _Rows) -> Work:
     count, columns = matrix.outputs, matrix.inputs
     height, width = scheme.tile[0], scheme.tile[1] or columns
     outputs = [
-        Output(codes, scheme.codes, (count, columns // 2 if scheme.packed else columns)),
-        Output(f"{weight}_scale", scheme.scales, (-(-count // height), -(-columns // width))),
+        OutputTensor(codes, scheme.codes, (count, columns // 2 if scheme.packed else columns)),
+        OutputTensor(f"{weight}_scale", scheme.scales, (-(-count // height), -(-columns // width))),
     ]
     if scheme.fused_scale:
-        outputs.append(Output(f"{weight}_global_scale", "F32", (1,)))
+        outputs.append(OutputTensor(f"{weight}_global_scale", "F32", (1,)))
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
         shared = rows.scale(matrix)
@@ -243,12 +243,12 @@ def _stacks(found: Sequence[Matrix], scheme: Scheme, rows: _Rows) -> Iterator[Wo
     for name, experts in stacks.items():
         one, groups = experts[0], experts[0].inputs // scheme.tile[1]
         outputs = (
-            Output(
+            OutputTensor(
                 f"{name}_blocks",
                 scheme.codes,
                 (len(experts), one.outputs, groups, scheme.tile[1] // 2),
             ),
-            Output(f"{name}_scales", scheme.scales, (len(experts), one.outputs, groups)),
+            OutputTensor(f"{name}_scales", scheme.scales, (len(experts), one.outputs, groups)),
         )
         inorder = sorted(experts, key=lambda matrix: matrix.expert)
         yield Work(outputs, partial(_stack_rows, name, inorder, scheme, rows))

@@ -25,7 +25,7 @@ _JOURNAL = ".shards"
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class OutputTensor:
     """A tensor to write."""
 
     name: str
@@ -42,7 +42,7 @@ class Output:
 class Work:
     """Tensors that are computed together, such as a matrix's codes and scales."""
 
-    outputs: tuple[Output, ...]
+    outputs: tuple[OutputTensor, ...]
     blocks: Callable[[], Iterator[tuple[str, npt.NDArray[Any]]]]
     """() -> tensor names and their next rows, in the tensor's dtype."""
 
@@ -56,7 +56,7 @@ def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]
             raise ValueError(f"{name} is {data.dtype} {data.shape}")
         yield name, data
 
-    return Work((Output(name, dtype, shape),), blocks)
+    return Work((OutputTensor(name, dtype, shape),), blocks)
 
 
 def copied(source: CheckpointTensors, name: str) -> Work:
@@ -67,7 +67,7 @@ def copied(source: CheckpointTensors, name: str) -> Work:
             yield name, source.raw(name, start, start + _COPIED)
 
     info = source.info(name)
-    return Work((Output(name, info.dtype, info.shape),), blocks)
+    return Work((OutputTensor(name, info.dtype, info.shape),), blocks)
 
 
 def write_checkpoint(folder: Path, works: Iterable[Work]) -> None:
@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path, works: Iterable[Work]) -> None:
     after an interrupt keeps the shards that are finished.
     """
     made = {output.name: (output, work) for work in works for output in work.outputs}
-    shards: list[list[Output]] = [[]]
+    shards: list[list[OutputTensor]] = [[]]
     room = SHARD_BYTES
     for name in sorted(made):
         output = made[name][0]
@@ -106,7 +106,7 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
 
 
-def _write_shard(path: Path, outputs: Sequence[Output], works: Sequence[Work]) -> None:
+def _write_shard(path: Path, outputs: Sequence[OutputTensor], works: Sequence[Work]) -> None:
     """Write one shard beside its name, and rename it."""
     header = build_header(((o.name, o.dtype, o.shape) for o in outputs), {"format": "pt"})
     places, place = {}, len(header)
@@ -131,7 +131,9 @@ def _write_shard(path: Path, outputs: Sequence[Output], works: Sequence[Work]) -
     partial.rename(path)
 
 
-def _write_index(folder: Path, names: Sequence[str], shards: Sequence[Sequence[Output]]) -> None:
+def _write_index(
+    folder: Path, names: Sequence[str], shards: Sequence[Sequence[OutputTensor]]
+) -> None:
     total = sum(output.size for shard in shards for output in shard)
     places = {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard}
     index = {"metadata": {"total_size": total}, "weight_map": places}

@@ -47,7 +47,7 @@ class Flag:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class FlagFields:
     """Which fields of a section are flags of a command."""
 
     only: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Part:
     """Whether the command also reads a recipe. It has the other values, so no default is shown."""
 
 
-class Place(Enum):
+class PathUse(Enum):
     """What a command does in the folder or with the file that a field names."""
 
     READ = "read"

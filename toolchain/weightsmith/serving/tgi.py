@@ -10,7 +10,7 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Json
 from weightsmith.models.facts import ModelFacts
-from weightsmith.models.positions import Positions
+from weightsmith.models.positions import PositionSettings
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches
@@ -124,7 +124,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
-def _check_rotation(positions: Positions) -> None:
+def _check_rotation(positions: PositionSettings) -> None:
     """Raise InputRefused where positions are turned as TGI's transformers 4 would not turn them.
 
     transformers 5 writes `rope_parameters`; 4 looks for `rope_theta` and `rope_scaling`, and takes

@@ -54,7 +54,7 @@ from weightsmith.provenance.materials import (
 )
 from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.quantizers import of_format
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.serving.memory import parse_size
 from weightsmith.serving.parameters import parameters
 from weightsmith.serving.plan import ServingConfig, ServingPlan
@@ -384,7 +384,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
     sources: Step[Sources, Sources]
     checkpoint: Step[Checkpoint, ForeseenWeights]
     weights: Step[Artifact, ForeseenWeights]
-    quality: Step[Quality | None, None]
+    quality: Step[QualityResult | None, None]
     config: Step[ServingConfig, ServingPlan]
 
     def foresee(self, seen: Foresight) -> Foreseen[Mapping[str, str]]:

@@ -61,7 +61,7 @@ _SLOWEST_DISK = 50_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
+class TaskInProgress:
     """A task with its result so far, and the adapter that answers it."""
 
     result: Result
@@ -84,9 +84,9 @@ class ImageEvaluation:
     """Whether the served model has a chat template."""
     parts: bool = True
     """Whether that template takes contents in parts, as a message with a picture has."""
-    questions: tuple[Question, ...]
+    questions: tuple[TaskInProgress, ...]
 
-    def inputs(self, question: Question) -> StageInputs:
+    def inputs(self, question: TaskInProgress) -> StageInputs:
         """Everything that a task's answers depend on; not the image's names, labels and limits."""
         plan, task = self.config.plan, question.result.task.task
         model, fields = question.model, dict(question.fields)
@@ -216,7 +216,10 @@ def _run(name: str, image: Image, evaluation: ImageEvaluation, tools: Tools) -> 
 
 
 def _answers(
-    evaluation: ImageEvaluation, question: Question, session: ServerSession | None, tools: Tools
+    evaluation: ImageEvaluation,
+    question: TaskInProgress,
+    session: ServerSession | None,
+    tools: Tools,
 ) -> Answers:
     """Return the cached answers to a task, or ask the image and cache them.
 
@@ -292,15 +295,15 @@ def evaluation_of(
     )
 
 
-def _question(of: TargetBuild, sources: Sources | None, result: Result) -> Question:
+def _question(of: TargetBuild, sources: Sources | None, result: Result) -> TaskInProgress:
     """Return a task with the adapter that answers it, if the image serves several."""
     target, number = of.target, result.task.adapter
     if target.format != LORA or sources is None or number is None or len(sources.adapters) == 1:
-        return Question(result=result)
+        return TaskInProgress(result=result)
     if fields_of := target.engine.adapter_fields:
-        return Question(result=result, fields=fields_of(number))
+        return TaskInProgress(result=result, fields=fields_of(number))
     served = unmerged_adapters(of.file, target, sources)
-    return Question(result=result, model=served[number].name)
+    return TaskInProgress(result=result, model=served[number].name)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

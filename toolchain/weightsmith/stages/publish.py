@@ -23,7 +23,7 @@ from weightsmith.provenance.materials import ImageMaterials, whole_image
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import (
-    Outputs,
+    ImageOutputs,
     deliver,
     describe,
     discard_candidate,
@@ -50,7 +50,7 @@ Images = tuple[ImageMaterials, ...]
 def publish(
     made: Sequence[ImageMaterials],
     name: str,
-    outputs: Outputs,
+    outputs: ImageOutputs,
     tools: Tools,
     *,
     started_in: Path | None = None,
@@ -158,7 +158,7 @@ class PublishFormStep(TargetStep[Published, None]):
     publishes = True
 
     kind: str
-    outputs: Outputs
+    outputs: ImageOutputs
     form: Step[Images, None]
     image: Step[Published, None]
 

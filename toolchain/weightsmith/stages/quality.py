@@ -18,7 +18,7 @@ from weightsmith.models.safetensors import read_header
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.quality.limits import limits_for, refusal
-from weightsmith.quantizers.quality.result import Quality, TextsUsed
+from weightsmith.quantizers.quality.result import QualityResult, TextsUsed
 from weightsmith.recipe.schema import Quality as Limits
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.outcome import Outcome, Timer
@@ -73,7 +73,7 @@ def quality(
     options: Limits,
     to: Documents,
     tools: Tools,
-) -> Outcome[Quality | None]:
+) -> Outcome[QualityResult | None]:
     """Return an artifact's loss, limits and verdict; None if it is not quantized.
 
     quantizers/quality/measure.py defines the measures; they are cached per artifact and text. The
@@ -84,13 +84,13 @@ def quality(
     if not artifact.format.packed:
         return timer.done(None, cached=True)
     if reason := _needless(artifact.format, checkpoint, options):
-        return timer.done(Quality(skipped=reason), cached=True)
+        return timer.done(QualityResult(skipped=reason), cached=True)
     document = to.document(
         lambda: inputs(checkpoint.digest, artifact.digest, texts, options.tokens),
         _RESULT,
         lambda folder: _run(folder, checkpoint, artifact, texts, options.tokens, tools).to_json(),
     )
-    found = Quality.from_json(document.value)
+    found = QualityResult.from_json(document.value)
     if found.skipped:
         tools.progress.warn(f"quality not measured: {found.skipped}")
     limits = limits_for(
@@ -113,7 +113,9 @@ def _used(texts: Texts) -> TextsUsed:
     )
 
 
-def quality_fault(format_: Format, found: Quality | None, options: Limits) -> CheckFailed | None:
+def quality_fault(
+    format_: Format, found: QualityResult | None, options: Limits
+) -> CheckFailed | None:
     """Return an error if a format's loss is over its limits, else None."""
     if not found or not found.exceeded or options.gate is not True:
         return None
@@ -152,10 +154,10 @@ def _run(
     texts: Texts,
     tokens: int,
     tools: Tools,
-) -> Quality:
+) -> QualityResult:
     quantizer = of_format(artifact.format.name)
     if quantizer.view is None:
-        return Quality(skipped=f"{quantizer.name} has no view for the quality gate")
+        return QualityResult(skipped=f"{quantizer.name} has no view for the quality gate")
     tools.runner.prepare(BUILDER, tools.progress)
     size = checkpoint.tree.weight_bytes
     job = QualityJob(
@@ -172,7 +174,7 @@ def _run(
         seconds=job_seconds(size, tokens=tokens),
         use_gpu=True,
     )
-    return Quality.from_json(tools.runner.run(job, tools.progress))
+    return QualityResult.from_json(tools.runner.run(job, tools.progress))
 
 
 def quality_memory(model: ModelFacts, tokens: int) -> int:
@@ -182,7 +184,7 @@ def quality_memory(model: ModelFacts, tokens: int) -> int:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class QualityStep(TargetStep[Quality | None, None]):
+class QualityStep(TargetStep[QualityResult | None, None]):
     """Measures what quantizing lost, and judges it; None if nothing was quantized."""
 
     name = "quality"
@@ -226,7 +228,7 @@ class QualityStep(TargetStep[Quality | None, None]):
             value=None, rows=(self.row(state, read=checkpoint.size + size, memory=memory),)
         )
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Quality | None]:
+    def run(self, have: Results, tools: Tools) -> Outcome[QualityResult | None]:
         """Return the loss with its limits."""
         checkpoint, artifact = have[self.checkpoint], have[self.weights]
         limits, texts = self.file.recipe.quality, texts_of(self.file)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import Mixture, ValidateJob
+from weightsmith.core.jobs import CombinationRule, ValidateJob
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
@@ -154,7 +154,7 @@ def _run(
         weights=tuple(a.weight for a in sources.adapters),
         chats=tuple(tuple(item) for item in items),
         scope=scope(options.method, options.space, options.quantized_base),
-        mixture=Mixture(**mixed) if mixed else None,
+        mixture=CombinationRule(**mixed) if mixed else None,
         output=folder,
         # Only architectures that cannot be streamed need more than a fraction of this.
         memory_bytes=MEMORY_BYTES + 5 * size,

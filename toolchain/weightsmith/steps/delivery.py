@@ -28,7 +28,7 @@ from weightsmith.steps.tools import Tools
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outputs:
+class ImageOutputs:
     """Where to publish an image; several outputs can be combined."""
 
     load: bool = False
@@ -64,7 +64,7 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
 def deliver(
     whole: Whole,
     reference: str,
-    outputs: Outputs,
+    outputs: ImageOutputs,
     attachments: Sequence[Evidence],
     tools: Tools,
 ) -> Published:
@@ -121,7 +121,7 @@ def _attach(
         attach(Evidence(), whole.blob, reference.name, place, tools.signer)
 
 
-def describe(whole: Whole, reference: str, outputs: Outputs) -> Published:
+def describe(whole: Whole, reference: str, outputs: ImageOutputs) -> Published:
     """Return where the image will be published, without contacting anything."""
     local = outputs.layout is not None and not outputs.load and not outputs.push
     return Published(
@@ -136,7 +136,7 @@ def _platforms(whole: Whole) -> dict[str, Digest]:
     return {image.platform: image.digest for image in images_of(whole) if image.platform}
 
 
-def is_held(whole: Whole, reference: str, outputs: Outputs, tools: Tools) -> bool:
+def is_held(whole: Whole, reference: str, outputs: ImageOutputs, tools: Tools) -> bool:
     """Return whether every local output already has this image, without contacting a registry."""
     own = own_of(whole)
     if outputs.load and not _is_loaded(own, reference, tools):

@@ -21,7 +21,7 @@ from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
-from weightsmith.steps.delivery import Outputs
+from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.expected_weights import ForeseenTree
 from weightsmith.steps.joined import JoinedJob
 from weightsmith.steps.outcome import Outcome
@@ -51,7 +51,7 @@ class TargetBuild:
     target: Target
     folder: Path
     """For build.json, the report and the rendered files."""
-    outputs: Outputs
+    outputs: ImageOutputs
     candidate_layout: Path | None
     """None to start the image in the engine, else the layout next to which it starts."""
     update_lock: bool = False

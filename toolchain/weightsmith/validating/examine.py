@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.core.jobs import Mixture
+from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.experts import stacks_of
 from weightsmith.forward.network import is_missing, missing_below
 from weightsmith.forward.weights import Weights, blocks_of
@@ -59,7 +59,7 @@ class Examiner:
     """Parameter -> RMS of the adapter's effect on its outputs, and of the rounding error."""
     apart: Callable[[], AbstractContextManager[None]] = nullcontext
     """Entered for work that needs no other model, which may go on meanwhile."""
-    mixture: Mixture | None = None
+    mixture: CombinationRule | None = None
     """How the method combines deltas, if the merge is not their sum."""
     mixed: set[str] = field(default_factory=set)
     """Parameters checked against the mixture."""

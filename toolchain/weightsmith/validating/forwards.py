@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from weightsmith.core.cpus import all_but_one
-from weightsmith.core.jobs import Mixture
+from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.adapters import NeedsWeights, replication, with_adapters
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.lockstep import Meeting
@@ -90,7 +90,7 @@ class Run:
 
 
 @dataclass(slots=True, kw_only=True)
-class Reference:
+class ReferenceModel:
     """The forward pass of base and adapters, with the results of its checks."""
 
     run: Run
@@ -163,7 +163,7 @@ class BaseAndAdapters:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Merged:
+class MergedModel:
     """The merged checkpoint, not built yet."""
 
     checkpoint: Path
@@ -195,8 +195,8 @@ def reference_forward(
     twins: int,
     *,
     advance: Advance,
-    mixture: Mixture | None = None,
-) -> Reference:
+    mixture: CombinationRule | None = None,
+) -> ReferenceModel:
     """Run base and unmerged adapters, checking every adapted layer on the way.
 
     `mixture` says how the merge combines the deltas, if not by their sum. Raises ModelFails if
@@ -228,7 +228,7 @@ def reference_forward(
         for site in unmerged.sites:
             examiner.finish(site)
     half = [state.chunk(2) for state in run.hidden]
-    return Reference(
+    return ReferenceModel(
         run=Run(logits=run.logits[:tokens], hidden=[first for first, _ in half]),
         twins=Run(logits=run.logits[tokens:], hidden=[second for _, second in half]),
         base=unmerged.base,

@@ -14,7 +14,7 @@ from itertools import permutations
 
 import torch
 
-from weightsmith.core.jobs import Mixture
+from weightsmith.core.jobs import CombinationRule
 from weightsmith.validating.elements import ARITHMETIC, Factors, Tally, half_step
 from weightsmith.validating.findings import ERROR, Finding, finding
 
@@ -25,7 +25,7 @@ _ENOUGH = 64
 """Elements needed to show that an adapter is left out; fewer may be chance."""
 
 
-def can_judge(mixture: Mixture, parts: Sequence[Factors]) -> bool:
+def can_judge(mixture: CombinationRule, parts: Sequence[Factors]) -> bool:
     """Return whether a merge of these adapters' deltas can be checked."""
     return mixture.truncates or 0 < len(parts) <= MOST_ADAPTERS
 
@@ -64,7 +64,7 @@ class MaskCounts:
 def compare_kept(
     tally: Tally,
     kept: MaskCounts,
-    mixture: Mixture,
+    mixture: CombinationRule,
     first: int,
     base: torch.Tensor,
     deltas: Sequence[torch.Tensor],

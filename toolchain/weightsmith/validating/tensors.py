@@ -10,7 +10,7 @@ from weightsmith.forward.weights import Weights
 from weightsmith.validating.elements import Factors, Tally, compare_bytes, compare_rows
 from weightsmith.validating.examine import Examiner
 from weightsmith.validating.findings import ERROR, Finding, finding
-from weightsmith.validating.forwards import Reference
+from weightsmith.validating.forwards import ReferenceModel
 from weightsmith.validating.mixtures import left_out
 from weightsmith.validating.result import ElementCount
 from weightsmith.validating.sites import Site
@@ -18,7 +18,7 @@ from weightsmith.validating.stacked import rows_of, stored
 
 
 def judge_tensors(
-    reference: Reference, weights: Weights, *, summed: bool
+    reference: ReferenceModel, weights: Weights, *, summed: bool
 ) -> tuple[list[Finding], ElementCount]:
     """Check every tensor of the merged checkpoint; if it is not a sum, only those that can be."""
     examiner = reference.examiner
@@ -50,7 +50,7 @@ def judge_tensors(
     )
 
 
-def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dict[str, Tally]:
+def _untouched(reference: ReferenceModel, weights: Weights, touched: set[str]) -> dict[str, Tally]:
     """Compare tensors that no adapter changes; a tied head counts as the embedding."""
     base = reference.base
     pairs: dict[tuple[str, str], None] = {}
@@ -83,7 +83,7 @@ def _untouched(reference: Reference, weights: Weights, touched: set[str]) -> dic
     return found
 
 
-def _shared(reference: Reference, weights: Weights, touched: set[str]) -> list[Finding]:
+def _shared(reference: ReferenceModel, weights: Weights, touched: set[str]) -> list[Finding]:
     """Return a finding if two parameters share a tensor and adapters change only one of them."""
     base = reference.base
     changed = {t.tensor: n for n, t in reference.examiner.tallies.items() if t.changed}

@@ -15,7 +15,7 @@ import torch
 
 from weightsmith.core.cpus import all_but_one
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.jobs import Mixture
+from weightsmith.core.jobs import CombinationRule
 from weightsmith.core.safe_parse import read_json
 from weightsmith.forward.adapters import IncompatibleAdapters
 from weightsmith.forward.greedy import Questions
@@ -31,9 +31,9 @@ from weightsmith.validating import greedy, probes
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
-    Merged,
+    MergedModel,
     ProbeBatch,
-    Reference,
+    ReferenceModel,
     Run,
     Unmerged,
     merged_forward,
@@ -61,7 +61,7 @@ class Request:
     scope: str = "all"
     """What is compared: `all` for a weighted sum; `rest`, only tensors that no adapter changes;
     `files`, only files and tokenizer."""
-    mixture: Mixture | None = None
+    mixture: CombinationRule | None = None
     """With scope `rest`: how the method combines deltas, if that can be checked."""
     drafts: tuple[tuple[Sequence[int], Sequence[int]], ...] = ()
     """Questions, and what the merged model answers to them, in tokens: drafts, if it is known."""
@@ -219,7 +219,9 @@ def _model(request: Request, findings: list[Finding]) -> Any:
         raise _Uncompared(WARNING, "logits", text) from None
 
 
-def _forwards(sides: Sides, findings: list[Finding], progress: Progress) -> tuple[Reference, Run]:
+def _forwards(
+    sides: Sides, findings: list[Finding], progress: Progress
+) -> tuple[ReferenceModel, Run]:
     try:
         return sides.forwards(progress, partial(_tell, findings))
     except IncompatibleAdapters as error:
@@ -256,7 +258,7 @@ def _texts(
         return continuations(model, asked, lambda _: None).tokens
 
     try:
-        made = iter(walk({"": Merged(checkpoint=request.merged)}, {"": generate})[""])
+        made = iter(walk({"": MergedModel(checkpoint=request.merged)}, {"": generate})[""])
         return [known[n] if n in known else next(made) for n in range(len(ids))]
     except (DoesNotRun, EnvironmentFailure) as error:
         why = error.__cause__ or error
@@ -287,16 +289,16 @@ class Sides:
         """Number of probes that run twice, to measure rounding: half of them, to save time."""
         return -(-len(self.batch.ids) // 2)
 
-    def forwards(self, progress: Progress, tell: Tell) -> tuple[Reference, Run]:
+    def forwards(self, progress: Progress, tell: Tell) -> tuple[ReferenceModel, Run]:
         """Run both in one walk; `tell` gets the reason if they had to be loaded."""
         request, batch, twins = self.request, self.batch, self.twins
         advance = partial(Count(2 * max(1, len(decoder_layers(self.model))), progress), 1)
         openings: dict[str, Opening] = {
             "reference": BaseAndAdapters(checkpoint=request.base, adapters=request.adapters),
-            "merged": Merged(checkpoint=request.merged),
+            "merged": MergedModel(checkpoint=request.merged),
         }
 
-        def reference(unmerged: Unmerged, meeting: Meeting) -> Reference:
+        def reference(unmerged: Unmerged, meeting: Meeting) -> ReferenceModel:
             return reference_forward(
                 unmerged,
                 meeting,

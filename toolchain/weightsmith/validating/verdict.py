@@ -9,7 +9,7 @@ import torch
 
 from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
-from weightsmith.validating.forwards import ProbeBatch, Reference, Run
+from weightsmith.validating.forwards import ProbeBatch, ReferenceModel, Run
 from weightsmith.validating.greedy import Text
 from weightsmith.validating.greedy import judge as judge_texts
 from weightsmith.validating.result import Comparison, Distance, LayerDifference, LogitLimits
@@ -30,7 +30,7 @@ _SWALLOWED = 0.5
 
 
 def judge_models(
-    reference: Reference,
+    reference: ReferenceModel,
     run: Run,
     weights: Weights,
     batch: ProbeBatch,
@@ -83,7 +83,7 @@ def judge_models(
     )
 
 
-def _layers(reference: Reference, run: Run) -> tuple[LayerDifference, ...]:
+def _layers(reference: ReferenceModel, run: Run) -> tuple[LayerDifference, ...]:
     """Return the distance of the hidden states after each layer from the reference's."""
     rows: list[LayerDifference] = []
     states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)
@@ -120,7 +120,7 @@ def _where(parted: int, examined: Sequence[Finding]) -> Finding:
     )
 
 
-def _swallowed(reference: Reference) -> tuple[list[Finding], float | None]:
+def _swallowed(reference: ReferenceModel) -> tuple[list[Finding], float | None]:
     """Return a warning if rounding removed most of the adapter, and the fraction removed."""
     signal = reference.examiner.signal.values()
     added = sum(size**2 for size, _ in signal) ** 0.5

@@ -44,7 +44,7 @@ from weightsmith.quantizers.gguf_header import GgufTensorInfo, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance
 from weightsmith.quantizers.gguf_lazy import computed, is_stored, place_of, rows_of
 from weightsmith.quantizers.gguf_pass import (
-    Output,
+    GgufOutput,
     Source,
     Target,
     Wanted,
@@ -52,7 +52,7 @@ from weightsmith.quantizers.gguf_pass import (
     read_targets,
     write_files,
 )
-from weightsmith.quantizers.gguf_rows import Place, Read
+from weightsmith.quantizers.gguf_rows import Read, StoredRows
 from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import progress_line, refusal
@@ -192,7 +192,7 @@ def _quantize(
     parts = [_parts_of(Path(file.out), settings, len(sources)) for file in settings.files]
     for number, source in enumerate(sources):
         outputs = [
-            Output(
+            GgufOutput(
                 path=paths[number],
                 targets=[target for target in targets if target.name in source.header.tensors],
                 wanted=wanted,
@@ -270,7 +270,7 @@ def _of_file(path: Path) -> Source:
 
     def rows(entry: GgufTensorInfo, kind: str) -> Read:
         at = header.size + entry.offset
-        place = Place(path=path, kind=kind, offset=at, rows=entry.rows, columns=entry.columns)
+        place = StoredRows(path=path, kind=kind, offset=at, rows=entry.rows, columns=entry.columns)
         return place.read
 
     def stored(entry: GgufTensorInfo, kind: str) -> np.ndarray:

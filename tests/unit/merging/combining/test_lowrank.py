@@ -7,7 +7,7 @@ import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.merging.combining.conflicts import Conflicts
 from weightsmith.merging.combining.lowrank import (
-    Pair,
+    LowRankDelta,
     concatenate,
     to_float32,
     truncate,
@@ -15,10 +15,10 @@ from weightsmith.merging.combining.lowrank import (
 )
 
 
-def pairs(ranks: tuple[int, ...], shape: tuple[int, int] = (40, 30)) -> list[Pair]:
+def pairs(ranks: tuple[int, ...], shape: tuple[int, int] = (40, 30)) -> list[LowRankDelta]:
     random = np.random.default_rng(5)
     return [
-        Pair(
+        LowRankDelta(
             left=random.standard_normal((shape[0], rank), np.float32),
             right=random.standard_normal((rank, shape[1]), np.float32),
             gain=0.3 * (-1) ** rank + 0.1 * number,
@@ -27,7 +27,7 @@ def pairs(ranks: tuple[int, ...], shape: tuple[int, int] = (40, 30)) -> list[Pai
     ]
 
 
-def whole(parts: list[Pair]) -> np.ndarray:
+def whole(parts: list[LowRankDelta]) -> np.ndarray:
     return sum(p.gain * (p.left.astype(float) @ p.right.astype(float)) for p in parts)  # type: ignore[return-value]
 
 
@@ -72,7 +72,7 @@ def test_factors_in_float32_keep_the_product() -> None:
 
 def test_conflicts_are_those_of_the_whole_deltas() -> None:
     one, two = pairs((3,))[0], pairs((3, 5))[1]
-    against = Pair(left=-one.left, right=one.right, gain=one.gain * 2)
+    against = LowRankDelta(left=-one.left, right=one.right, gain=one.gain * 2)
     conflicts = Conflicts()
     conflicts.add("x", {0: [one], 1: [two], 2: [against]})
     conflicts.add("y", {0: [one], 2: [one]})
@@ -96,7 +96,7 @@ def test_unrelated_adapters_are_no_conflict() -> None:
     conflicts = Conflicts()
     for name in "xyz":
         made = [
-            Pair(
+            LowRankDelta(
                 left=random.standard_normal((300, 4), np.float32),
                 right=random.standard_normal((4, 200), np.float32),
                 gain=1.0,
@@ -109,7 +109,7 @@ def test_unrelated_adapters_are_no_conflict() -> None:
 
 def test_an_untrained_adapter_has_no_norm() -> None:
     (one,) = pairs((3,))
-    nothing = Pair(left=one.left * 0, right=one.right, gain=1.0)
+    nothing = LowRankDelta(left=one.left * 0, right=one.right, gain=1.0)
     conflicts = Conflicts()
     conflicts.add("x", {0: [one], 1: [nothing]})
     (entry,) = conflicts.report(["a", "b"])

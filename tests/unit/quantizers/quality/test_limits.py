@@ -8,7 +8,7 @@ from weightsmith.quantizers.quality.limits import limits_for, refusal
 from weightsmith.quantizers.quality.result import (
     LayerError,
     Loss,
-    Quality,
+    QualityResult,
     QualityVerdict,
     TensorError,
 )
@@ -30,7 +30,7 @@ GOOD = Loss(
 
 
 def exceeded(loss, limits):
-    return Quality(loss=loss).judged(limits, TEXTS).exceeded
+    return QualityResult(loss=loss).judged(limits, TEXTS).exceeded
 
 
 def test_smaller_formats_may_lose_more_but_none_below_four_bits():
@@ -102,7 +102,7 @@ def test_the_refusal_names_the_worst_and_what_to_try():
         worst_layers=(LayerError(layer=7, error=0.5),),
         worst_tensors=(TensorError(tensor="model.layers.7.mlp.down_proj.weight", error=0.2),),
     )
-    found = Quality(loss=loss, verdict=QualityVerdict(limits={}, exceeded=("kl_mean 1",)))
+    found = QualityResult(loss=loss, verdict=QualityVerdict(limits={}, exceeded=("kl_mean 1",)))
 
     error = refusal(formats()["q2_k"], found, larger_than(formats()["q2_k"]))
 
@@ -161,11 +161,11 @@ def test_general_text_widens_the_defaults_and_not_what_the_recipe_says():
 
 
 def test_a_quality_is_the_same_after_writing_and_reading():
-    judged = Quality(loss=GOOD).judged({"kl_mean": 0.5}, TEXTS)
-    skipped = Quality(skipped="no view")
+    judged = QualityResult(loss=GOOD).judged({"kl_mean": 0.5}, TEXTS)
+    skipped = QualityResult(skipped="no view")
 
-    for found in (judged, skipped, Quality(loss=GOOD)):
-        assert Quality.from_json(json.loads(json.dumps(found.to_json()))) == found
+    for found in (judged, skipped, QualityResult(loss=GOOD)):
+        assert QualityResult.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert skipped.to_json() == {"skipped": "no view"}
     assert list(judged.to_json()) == [
         "kl_mean", "kl_p99", "top1", "perplexity", "perplexity_reference", "perplexity_ratio",

@@ -26,7 +26,7 @@ from weightsmith.quantizers import formats
 from weightsmith.quantizers.quality.dequantized import ROUNDING
 from weightsmith.quantizers.quality.limits import limits_for
 from weightsmith.quantizers.quality.measure import measure
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.quantizers.quality.runs import run_both
 from weightsmith.recipe.schema import Quality as Wanted
 
@@ -73,7 +73,7 @@ def measured(view, tokens=300, rows=ROWS):
 
 def allowed(found, name="q4_k_m"):
     limits = limits_for(formats()[name], Wanted())
-    return not Quality(loss=found).judged(limits, TEXTS).exceeded
+    return not QualityResult(loss=found).judged(limits, TEXTS).exceeded
 
 
 def test_the_checkpoint_loses_nothing_against_itself():
@@ -198,7 +198,7 @@ def test_one_damaged_tensor_is_named_though_the_whole_hardly_changes(name):
     assert [fault.tensor for fault in found.damaged] == [damaged_name]
     assert found.damaged[0].error > 2 * found.damaged[0].limit
     exceeded = (
-        Quality(loss=found).judged({"perplexity_ratio": 1.3, "kl_mean": 0.25}, TEXTS).exceeded
+        QualityResult(loss=found).judged({"perplexity_ratio": 1.3, "kl_mean": 0.25}, TEXTS).exceeded
     )
     assert len(exceeded) == 1
     assert damaged_name in exceeded[0]

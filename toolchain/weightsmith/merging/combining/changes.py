@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.mixture import Mixture, Share
-from weightsmith.merging.outputs import Band, Files, Output, Rows, Term, bands
+from weightsmith.merging.outputs import Band, Files, MergedTensor, Rows, Term, bands
 
 if TYPE_CHECKING:
     import numpy as np
 
     from weightsmith.merging.combining.factors import Factor
-    from weightsmith.merging.combining.lowrank import Factors, Pair
+    from weightsmith.merging.combining.lowrank import Factors, LowRankDelta
 
 Add = Callable[["np.ndarray", int], None]
 """(total, first): add the change to `total`, the rows from `first` on, in place."""
@@ -42,7 +42,7 @@ class Combined:
         """True: deltas are computed in fixed blocks, so single rows give the same bits."""
         return True
 
-    def held_elements(self, output: Output) -> int:
+    def held_elements(self, output: MergedTensor) -> int:
         """Return the number of float64 elements in memory: factors, or one delta per adapter."""
         factors = sum(t.rank * sum(t.shape) for share in self.shares for t in share.claim.terms)
         if not self.combination.needs_deltas and self._low_rank:
@@ -51,7 +51,7 @@ class Combined:
         more = 2 * output.rows * output.columns if self.combination.truncates else 0
         return factors + deltas + more
 
-    def begin(self, output: Output, files: Files) -> Rows:
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows of the result."""
         import numpy as np
 
@@ -65,7 +65,7 @@ class Combined:
 
         return rows
 
-    def _of_factors(self, output: Output, files: Files) -> Add:
+    def _of_factors(self, output: MergedTensor, files: Files) -> Add:
         made = [(band.first, *self.factors(output, band, files)) for band in self.bands(output)]
 
         def add(total: np.ndarray, first: int) -> None:
@@ -77,7 +77,7 @@ class Combined:
 
         return add
 
-    def _of_deltas(self, output: Output, files: Files) -> Add:
+    def _of_deltas(self, output: MergedTensor, files: Files) -> Add:
         from weightsmith.merging.combining.deltas import combine
 
         deltas, weights = self._deltas(output, files), self._weights
@@ -105,7 +105,7 @@ class Combined:
     def _terms(self) -> tuple[Term, ...]:
         return tuple(term for share in self.shares for term in share.claim.terms)
 
-    def bands(self, output: Output) -> list[Band]:
+    def bands(self, output: MergedTensor) -> list[Band]:
         """Return row ranges changed by the same adapters; each has its own low-rank result.
 
         A method that needs deltas gets the whole tensor, or each layer that it consists of.
@@ -116,7 +116,7 @@ class Combined:
         found = bands(replace(output, terms=self._terms, change=None))
         return [band for band in found if band.terms]
 
-    def rank(self, output: Output, band: Band) -> int:
+    def rank(self, output: MergedTensor, band: Band) -> int:
         """Return the largest possible rank of a band's result."""
         ranks = [term.rank for term in band.terms]
         width = min(band.end - band.first, output.columns)
@@ -126,7 +126,7 @@ class Combined:
             return min(self.combination.rank or max(ranks, default=width), width)
         return sum(ranks) if self.combination.method == "cat" else max(ranks)
 
-    def factors(self, output: Output, band: Band, files: Files) -> Factors:
+    def factors(self, output: MergedTensor, band: Band, files: Files) -> Factors:
         """Return the combined (left, right) of a band in float32; their product is the delta."""
         from weightsmith.merging.combining import lowrank
         from weightsmith.merging.combining.deltas import combine
@@ -141,7 +141,7 @@ class Combined:
         whole = combine(deltas, self._weights, self.combination)
         return lowrank.to_float32(lowrank.truncate_whole(whole, rank), output.name)
 
-    def _deltas(self, output: Output, files: Files) -> list[np.ndarray]:
+    def _deltas(self, output: MergedTensor, files: Files) -> list[np.ndarray]:
         """Return each adapter's pruned delta of the whole tensor at weight 1, in float32."""
         from weightsmith.merging.combining.deltas import prune
 
@@ -153,7 +153,7 @@ class Combined:
             prune(some, self.combination, name, names)
         return deltas
 
-    def _delta(self, output: Output, adapter: int, files: Files) -> np.ndarray:
+    def _delta(self, output: MergedTensor, adapter: int, files: Files) -> np.ndarray:
         import numpy as np
 
         shares = tuple(_alone(share) for share in self.shares if share.adapter == adapter)
@@ -213,16 +213,16 @@ def _alone(share: Share) -> Share:
     return replace(share, claim=replace(share.claim, terms=terms), weight=1.0)
 
 
-def pair(term: Term, band: Band, files: Files) -> Pair:
+def pair(term: Term, band: Band, files: Files) -> LowRankDelta:
     """Return a term's factors for the rows of a band, with weight · scaling as the gain."""
     import numpy as np
 
-    from weightsmith.merging.combining.lowrank import Pair
+    from weightsmith.merging.combining.lowrank import LowRankDelta
 
     start = band.first - term.first
     right = np.ones((1, 1), np.float32) if term.right is None else files.matrix(term.right)
     left = files.matrix(term.left)[start : start + band.end - band.first]
-    return Pair(left=left, right=right, gain=term.factor)
+    return LowRankDelta(left=left, right=right, gain=term.factor)
 
 
 def _is_transposed(term: Term) -> bool:

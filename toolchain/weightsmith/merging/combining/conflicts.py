@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.merging.combining.lowrank import Pair
+from weightsmith.merging.combining.lowrank import LowRankDelta
 from weightsmith.merging.rounding import F64
 
 _SAMPLED = 16
@@ -58,7 +58,7 @@ class Conflicts:
     def __init__(self) -> None:
         self._pairs: dict[tuple[int, int], _Sums] = {}
 
-    def add(self, name: str, pairs: Mapping[int, Sequence[Pair]]) -> None:
+    def add(self, name: str, pairs: Mapping[int, Sequence[LowRankDelta]]) -> None:
         """Add a tensor; `pairs` maps an adapter's index to its weighted factors of the tensor.
 
         ⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ) costs the factors' size times a rank.
@@ -98,7 +98,7 @@ class Conflicts:
         ]
 
 
-def inner(one: Sequence[Pair], two: Sequence[Pair]) -> float:
+def inner(one: Sequence[LowRankDelta], two: Sequence[LowRankDelta]) -> float:
     """Return the inner product ⟨Δ₁, Δ₂⟩ of two low-rank deltas."""
     return sum(
         x.gain * y.gain * float((_gram(x.left.T, y.left) * _gram(x.right, y.right.T)).sum())
@@ -117,7 +117,7 @@ def _cosine(dot: float, first: float, second: float) -> float:
     return max(-1.0, min(1.0, dot / size)) if size else 0.0
 
 
-def _rows(pairs: Sequence[Pair]) -> np.ndarray:
+def _rows(pairs: Sequence[LowRankDelta]) -> np.ndarray:
     """Return evenly spaced rows of a delta."""
     count = pairs[0].left.shape[0]
     places = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)

@@ -15,7 +15,7 @@ Factors = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class LowRankDelta:
     """One adapter's delta of a tensor: gain · left · right."""
 
     left: np.ndarray
@@ -26,7 +26,7 @@ class Pair:
     """weight · scaling."""
 
 
-def concatenate(pairs: Sequence[Pair]) -> Factors:
+def concatenate(pairs: Sequence[LowRankDelta]) -> Factors:
     """Return float64 factors of Σ gain · left · right, whose rank is the sum of the ranks.
 
     The right factor includes the gains.
@@ -36,7 +36,7 @@ def concatenate(pairs: Sequence[Pair]) -> Factors:
     return left, right
 
 
-def truncate(pairs: Sequence[Pair], rank: int) -> Factors:
+def truncate(pairs: Sequence[LowRankDelta], rank: int) -> Factors:
     """Return the best float64 factors of at most `rank` for Σ gain · left · right.
 
     Best in the Frobenius norm (Eckart and Young). With thin QRs L = Q₁R₁ and Rᵀ = Q₂R₂, the

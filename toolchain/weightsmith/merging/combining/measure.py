@@ -9,11 +9,11 @@ from dataclasses import replace
 from weightsmith.merging.combining.changes import Combined, pair
 from weightsmith.merging.combining.conflicts import Conflicts
 from weightsmith.merging.mixture import Mixture
-from weightsmith.merging.outputs import Output, Term, bands
+from weightsmith.merging.outputs import MergedTensor, Term, bands
 from weightsmith.merging.stream import OpenFiles
 
 
-def measure(outputs: Iterable[Output]) -> Conflicts:
+def measure(outputs: Iterable[MergedTensor]) -> Conflicts:
     """Compare the adapters on every tensor to which at least two of them add factors.
 
     Changes other than low-rank terms, such as DoRA's norms, are not counted.
@@ -35,7 +35,7 @@ def measure(outputs: Iterable[Output]) -> Conflicts:
     return conflicts
 
 
-def terms_of(output: Output) -> tuple[Term, ...]:
+def terms_of(output: MergedTensor) -> tuple[Term, ...]:
     """Return the low-rank terms of an output, however they are combined."""
     if isinstance(output.change, Combined | Mixture):
         return tuple(term for share in output.change.shares for term in share.claim.terms)

@@ -13,7 +13,7 @@ from itertools import permutations
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim
-from weightsmith.merging.outputs import Part, Term
+from weightsmith.merging.outputs import MatrixView, Term
 from weightsmith.models.safetensors import TensorInfo
 
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -29,7 +29,7 @@ _ONE = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class FactorPair:
     """The factors of one of PEFT's wrappers."""
 
     raw: str
@@ -47,7 +47,7 @@ class Stack:
     pieces: tuple[tuple[str, ...], ...]
     """Expert -> its tensors, in the order of the stack's rows."""
 
-    def fits(self, view: AdapterView, pair: Pair) -> bool:
+    def fits(self, view: AdapterView, pair: FactorPair) -> bool:
         """Return whether a pair of factors fits this parameter."""
         return bool(_orientation(view, self, pair))
 
@@ -68,7 +68,7 @@ def is_one_of_stack(module: str) -> bool:
     return _ONE.fullmatch(module) is not None
 
 
-def claims(view: AdapterView, module: str, pairs: Sequence[Pair]) -> Iterator[Claim]:
+def claims(view: AdapterView, module: str, pairs: Sequence[FactorPair]) -> Iterator[Claim]:
     """Yield one claim per base tensor that a module's pairs change.
 
     Raises InputRefused if it is ambiguous which parameter a wrapper changes, or if ranks or
@@ -108,8 +108,8 @@ def _stack(view: AdapterView, module: str, parameter: str) -> Stack | None:
 
 
 def _assigned(
-    view: AdapterView, module: str, pairs: Sequence[Pair]
-) -> Iterator[tuple[Pair, Stack]]:
+    view: AdapterView, module: str, pairs: Sequence[FactorPair]
+) -> Iterator[tuple[FactorPair, Stack]]:
     """Yield each pair with its parameter: the innermost wrapper has the first that fits."""
     stacks = _stacks(view, module)
     inner_first = sorted(pairs, key=lambda pair: -pair.raw.count("base_layer"))
@@ -139,7 +139,7 @@ def _count(view: AdapterView, stack: Stack) -> int:
     return shape[0] if len(shape) == 3 else 1
 
 
-def _orientation(view: AdapterView, stack: Stack, pair: Pair) -> str:
+def _orientation(view: AdapterView, stack: Stack, pair: FactorPair) -> str:
     """Return `straight` if the base stores (out, in), `transposed` for (in, out), else ""."""
     given = (pair.b.shape[0], pair.a.shape[1])
     if stack.tensor:
@@ -157,14 +157,16 @@ def _orientation(view: AdapterView, stack: Stack, pair: Pair) -> str:
     return "transposed" if stacked and given == shape[::-1] else ""
 
 
-def _terms(view: AdapterView, name: str, stack: Stack, pair: Pair) -> dict[str, tuple[Term, ...]]:
+def _terms(
+    view: AdapterView, name: str, stack: Stack, pair: FactorPair
+) -> dict[str, tuple[Term, ...]]:
     """Return each base tensor's terms."""
     experts, orientation = _count(view, stack), _orientation(view, stack, pair)
     rank = pair.a.shape[0] // experts
     _check_rank(view, name, rank)
     found: dict[str, list[Term]] = {}
     for expert in range(experts):
-        a = Part(
+        a = MatrixView(
             stored=view.stored(pair.a.name),
             height=pair.a.shape[0],
             rows=slice(expert * rank, (expert + 1) * rank),
@@ -172,7 +174,7 @@ def _terms(view: AdapterView, name: str, stack: Stack, pair: Pair) -> dict[str, 
         first = 0
         for target in (stack.tensor,) if stack.tensor else stack.pieces[expert]:
             height = pair.b.shape[0] if stack.tensor else view.shape(target)[0]
-            b = Part(
+            b = MatrixView(
                 stored=view.stored(pair.b.name),
                 height=pair.b.shape[0],
                 rows=slice(first, first + height),
@@ -185,7 +187,7 @@ def _terms(view: AdapterView, name: str, stack: Stack, pair: Pair) -> dict[str, 
     return {target: tuple(terms) for target, terms in found.items()}
 
 
-def _term(view: AdapterView, name: str, left: Part, right: Part, first: int) -> Term:
+def _term(view: AdapterView, name: str, left: MatrixView, right: MatrixView, first: int) -> Term:
     scaling = view.config.scaling(name)
     factor = view.factor(scaling)
     return Term(
@@ -203,7 +205,7 @@ def _place(view: AdapterView, stack: str, name: str) -> tuple[str, int, int] | N
     return None
 
 
-def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: Pair) -> Claim:
+def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: FactorPair) -> Claim:
     """Return the claim of one expert's layer (transformers 4) in a base with stacked experts."""
     place = _place(view, one["stack"], one["name"])
     tensor, part, parts = place or ("", 0, 1)
@@ -215,8 +217,8 @@ def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: Pair
             hint="the adapter was trained on another model",
         )
     _check_rank(view, module, pair.a.shape[0])
-    a = Part(stored=view.stored(pair.a.name), height=pair.a.shape[0])
-    b = Part(stored=view.stored(pair.b.name), height=pair.b.shape[0])
+    a = MatrixView(stored=view.stored(pair.a.name), height=pair.a.shape[0])
+    b = MatrixView(stored=view.stored(pair.b.name), height=pair.b.shape[0])
     term = _term(view, module, b, a, number * shape[1] + part * height)
     keys = (pair.a.name, pair.b.name)
     return Claim(keys=keys, module=module, target=tensor, columns=shape[2], terms=(term,))

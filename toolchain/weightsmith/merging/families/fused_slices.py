@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim
-from weightsmith.merging.loading import Piece
-from weightsmith.merging.outputs import Part, Term
+from weightsmith.merging.loading import SplitParameter
+from weightsmith.merging.outputs import MatrixView, Term
 from weightsmith.models.safetensors import TensorInfo
 
 _PLAIN = {"lora_A", "lora_B"}
@@ -46,8 +46,8 @@ def claims(
         scaling = config.scaling(config.pattern_name(module))
         term = Term(
             adapter=view.index,
-            left=Part(stored=view.stored(b.name), height=b.shape[0]),
-            right=Part(stored=view.stored(a.name), height=a.shape[0]),
+            left=MatrixView(stored=view.stored(b.name), height=b.shape[0]),
+            right=MatrixView(stored=view.stored(a.name), height=a.shape[0]),
             scaling=scaling,
             factor=view.factor(scaling),
             first=first,
@@ -62,7 +62,7 @@ def claims(
         )
 
 
-def _first(piece: Piece, name: str, heights: Mapping[str, int], rows: int) -> int | None:
+def _first(piece: SplitParameter, name: str, heights: Mapping[str, int], rows: int) -> int | None:
     """Return the first row of a piece; None if it depends on layers that the adapter lacks."""
     place = piece.names.index(name)
     if piece.equal:

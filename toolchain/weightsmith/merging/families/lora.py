@@ -14,7 +14,7 @@ from weightsmith.merging.duplicates import same_transposed
 from weightsmith.merging.families import experts, fused_slices
 from weightsmith.merging.kasa import Kasa
 from weightsmith.merging.names import CONV1D_MODELS, is_conv1d, module_key, plain_module
-from weightsmith.merging.outputs import Part, Term, matrix_columns
+from weightsmith.merging.outputs import MatrixView, Term, matrix_columns
 from weightsmith.merging.tying import has_head, is_embedding, is_head
 from weightsmith.models.safetensors import TensorInfo
 
@@ -45,7 +45,7 @@ class ModuleKeys:
 
 def _claim(view: AdapterView) -> Iterator[Claim]:
     mismatches: list[str] = []
-    stacks: dict[str, list[experts.Pair]] = {}
+    stacks: dict[str, list[experts.FactorPair]] = {}
     groups = _groups(view)
     split: dict[str, tuple[TensorInfo, TensorInfo]] = {}
     roles: set[str] = set()
@@ -57,7 +57,7 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
             continue
         a, b = _factors(view, group)
         if len(a.shape) == 2 and experts.is_expert(view, group.module):
-            stacks.setdefault(group.module, []).append(experts.Pair(group.raw, a, b))
+            stacks.setdefault(group.module, []).append(experts.FactorPair(group.raw, a, b))
         elif len(a.shape) == 2 and fused_slices.is_piece(view, group.module):
             split[group.module] = a, b
             roles.update(group.keys)
@@ -258,11 +258,11 @@ def _factors(view: AdapterView, group: ModuleKeys) -> tuple[TensorInfo, TensorIn
 
 def _oriented(
     view: AdapterView, group: ModuleKeys, shape: tuple[int, ...], a: TensorInfo, b: TensorInfo
-) -> tuple[Part, Part]:
+) -> tuple[MatrixView, MatrixView]:
     """Return (left, right) in the layout of the base's weight."""
     a_blocks, b_blocks = _blocks(view, group)
-    right = Part(stored=view.stored(a.name), height=a.shape[0], blocks=a_blocks)
-    left = Part(stored=view.stored(b.name), height=b.shape[0], blocks=b_blocks)
+    right = MatrixView(stored=view.stored(a.name), height=a.shape[0], blocks=a_blocks)
+    left = MatrixView(stored=view.stored(b.name), height=b.shape[0], blocks=b_blocks)
     _check_rank(view, group.module, right.shape[0], left.shape[1])
     if len(a.shape) > 2 and math.prod(b.shape[2:]) != 1:
         raise InputRefused(
@@ -352,14 +352,14 @@ def _bias(view: AdapterView, group: ModuleKeys, scaling: float) -> Claim:
             hint="PEFT cannot merge this either: serve the adapter unmerged, or train it without "
             "lora_bias",
         )
-    part = Part(stored=view.stored(key), height=shape[0])
+    part = MatrixView(stored=view.stored(key), height=shape[0])
     factor = view.factor(scaling)
     term = Term(adapter=view.index, left=part, right=None, scaling=scaling, factor=factor)
     return Claim(keys=(key,), module=group.module, target=target, columns=1, terms=(term,))
 
 
 def _is_transposed(
-    view: AdapterView, module: str, shape: tuple[int, ...], b: Part, a: Part
+    view: AdapterView, module: str, shape: tuple[int, ...], b: MatrixView, a: MatrixView
 ) -> bool:
     """Return whether the base stores (in, out).
 

@@ -57,7 +57,7 @@ _GATED, _DOWN = ("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SquareSums:
     """Of the inputs that one product gets."""
 
     squares: Sequence[np.ndarray]
@@ -65,7 +65,7 @@ class Part:
     count: int
 
     @classmethod
-    def of(cls, rows: torch.Tensor) -> Part:
+    def of(cls, rows: torch.Tensor) -> SquareSums:
         """Return that of inputs [rows, columns]."""
         return cls([_squares(some) for some in torch.split(rows, _ROWS)], len(rows))
 
@@ -84,7 +84,7 @@ class Sums:
         """Return those of no inputs."""
         return cls(np.zeros((matrices, columns)), np.zeros(matrices, np.int64))
 
-    def add(self, part: Part, matrix: int = 0) -> None:
+    def add(self, part: SquareSums, matrix: int = 0) -> None:
         """Add some of a matrix's inputs."""
         for squares in part.squares:
             self.squares[matrix] += squares
@@ -171,7 +171,7 @@ def _run(
             for hook in hooks:
                 hook.remove()
 
-    def run(number: int, batch: int) -> Sequence[tuple[str, Part]]:
+    def run(number: int, batch: int) -> Sequence[tuple[str, SquareSums]]:
         seen.parts = []
         with torch.inference_mode():
             layers.states[batch] = layers.run(number, batch)
@@ -189,14 +189,14 @@ class _Seen(threading.local):
     """What a thread sees of a batch in a decoder layer's linear layers."""
 
     def __init__(self) -> None:
-        self.parts: list[tuple[str, Part]] = []
-        self._last: tuple[torch.Tensor, Part] | None = None
+        self.parts: list[tuple[str, SquareSums]] = []
+        self._last: tuple[torch.Tensor, SquareSums] | None = None
 
     def see(self, tensor: str, module: Any, args: tuple[torch.Tensor, ...]) -> None:
         """Add up the inputs of a linear layer."""
         if self._last is None or self._last[0] is not args[0]:  # Q, K and V get the same
             with unwatched():
-                self._last = args[0], Part.of(args[0].reshape(-1, module.in_features))
+                self._last = args[0], SquareSums.of(args[0].reshape(-1, module.in_features))
         self.parts.append((tensor, self._last[1]))
 
 
@@ -224,11 +224,11 @@ def _see_experts(
         mine = rows[(chosen == expert).any(1)]
         if not len(mine):
             continue
-        inputs = Part.of(mine)
+        inputs = SquareSums.of(mine)
         for name in _GATED:
             found[f"{block}{name}.weight"].add(inputs, expert)
         gate, up = product(mine, module.gate_up_proj[expert]).chunk(2, 1)
-        found[f"{block}{_DOWN[0]}.weight"].add(Part.of(module.act_fn(gate) * up), expert)
+        found[f"{block}{_DOWN[0]}.weight"].add(SquareSums.of(module.act_fn(gate) * up), expert)
 
 
 def _squares(rows: torch.Tensor) -> np.ndarray:

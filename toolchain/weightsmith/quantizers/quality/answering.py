@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.quantizers.quality.runs import Quantized
+from weightsmith.quantizers.quality.runs import QuantizedNetwork
 
 
 @dataclass(slots=True)
-class QuantizedSubject(Quantized):
+class QuantizedSubject(QuantizedNetwork):
     """What `merging.reference.Subject` says of a checkpoint, of its quantized weights."""
 
     adapters: Sequence[tuple[Path, float]] = ()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Format
-from weightsmith.quantizers.quality.result import Quality
+from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import Quality as Wanted
 from weightsmith.recipe.schema import QualityLimits
 
@@ -74,7 +74,7 @@ def limits_for(
     return {key: float(value) for key, value in merged.items()}
 
 
-def refusal(format_: Format, quality: Quality, larger: Sequence[str]) -> CheckFailed:
+def refusal(format_: Format, quality: QualityResult, larger: Sequence[str]) -> CheckFailed:
     """Return the error for a model over its limits: where the loss is, and what to try.
 
     `larger` names formats with more bits per weight.

@@ -102,7 +102,7 @@ class TextsUsed(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quality(JsonObject):
+class QualityResult(JsonObject):
     """The loss by quantization and its verdict, or why it was not measured."""
 
     skipped: str = field(default="", metadata=OMITTED)

@@ -78,7 +78,7 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
     """
     layers = len(decoder_layers(skeleton(model)))
     compared = LayerErrors(length, partial(Count(2 * layers, progress), 1))
-    quantized = Quantized(model, view)
+    quantized = QuantizedNetwork(model, view)
     probed = torch.cat([ids, ids[:PROBE_ROWS]])
 
     def run(network: Any, meeting: Meeting) -> States:
@@ -131,7 +131,7 @@ class _Checkpoint:
 
 
 @dataclass(slots=True)
-class Quantized:
+class QuantizedNetwork:
     """A quantized model with its checkpoint's network, to be opened by `walk`."""
 
     checkpoint: Path
