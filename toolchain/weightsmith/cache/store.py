@@ -97,7 +97,7 @@ class SharedStore:
         """Return the small text cached under a key; a layer's digest may be known from a cache."""
         return self._layers.get(key) or self._local.memo(key, make)
 
-    def clean(self, keep_bytes: int) -> Mapping[str, Json]:
+    def clean(self, keep_bytes: int) -> Mapping[str, int]:
         """Delete least recently used entries of the local store."""
         return self._local.clean(keep_bytes)
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Protocol
 
 from weightsmith.core.jobs import Job
-from weightsmith.core.values import Blob, Digest, FileEntry, Json, Snapshot, Tree, without_passwords
+from weightsmith.core.values import (
+    Blob,
+    Digest,
+    FileEntry,
+    Json,
+    JsonValue,
+    Snapshot,
+    Tree,
+    without_passwords,
+)
 
 
 class Progress(Protocol):
@@ -69,7 +78,7 @@ class StoreEntry:
     """True if it existed before this call."""
     where: str = ""
     """The address of the shared cache that has its files; empty if they are on this machine."""
-    note: Mapping[str, Json] = field(default_factory=dict)
+    note: Mapping[str, JsonValue] = field(default_factory=dict)
     """What it was made of, as its maker says."""
 
 
@@ -82,8 +91,8 @@ class Store(Protocol):
     def produce(
         self,
         key: Digest,
-        note: Mapping[str, Json],
-        make: Callable[[Path], Mapping[str, Json]],
+        note: Mapping[str, JsonValue],
+        make: Callable[[Path], Mapping[str, JsonValue]],
         *,
         resume: bool = False,
     ) -> StoreEntry:
@@ -106,7 +115,7 @@ class Store(Protocol):
     def memo(self, key: str, make: Callable[[], str]) -> str:
         """Return the small text cached under a key; make it if it is not cached."""
 
-    def clean(self, keep_bytes: int) -> Mapping[str, Json]:
+    def clean(self, keep_bytes: int) -> Mapping[str, int]:
         """Delete least recently used entries above the budget, except those in use by a build."""
 
 

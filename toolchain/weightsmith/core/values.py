@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 Json: TypeAlias = Any
-"""A JSON value; narrowed where it is read."""
+"""What was parsed; its reader checks it, or it is our own file."""
+JsonValue: TypeAlias = (
+    "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+)
+"""What JSON can write; a reader narrows it before it uses it."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 

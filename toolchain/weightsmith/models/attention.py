@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 Kind = Literal["full", "sliding", "chunked", "state"]
 
@@ -54,7 +54,7 @@ _FULL_EVERY = {"Gemma2": 2, "Gemma3": 6, "Cohere2": 4, "GptOss": 2}
 
 
 def cache_layers(
-    architecture: str, config: Mapping[str, Json], layers: int, window: int
+    architecture: str, config: Mapping[str, JsonValue], layers: int, window: int
 ) -> tuple[CacheLayers, ...]:
     """Return the layers with a cache by kind, full attention first.
 
@@ -96,7 +96,7 @@ def cache_layers(
 
 
 def _names(
-    architecture: str, config: Mapping[str, Json], layers: int, window: int
+    architecture: str, config: Mapping[str, JsonValue], layers: int, window: int
 ) -> Sequence[str]:
     """Return one kind per layer; "" for no cache."""
     listed = config.get("layer_types") or config.get("layers_block_type")
@@ -135,7 +135,9 @@ def _names(
     return ["sliding"] * layers  # Mistral 7B v0.1, Phi-3
 
 
-def _own_heads(config: Mapping[str, Json], kind: str, numbers: Sequence[int]) -> tuple[int, int]:
+def _own_heads(
+    config: Mapping[str, JsonValue], kind: str, numbers: Sequence[int]
+) -> tuple[int, int]:
     """Return key-value heads and head width of some layers, each 0 if they have the model's own.
 
     Gemma 4 widens the heads of its full layers: by keys of their own, or layer by layer as
@@ -160,7 +162,7 @@ def _own_heads(config: Mapping[str, Json], kind: str, numbers: Sequence[int]) ->
     return heads, width
 
 
-def _attention_types(config: Mapping[str, Json]) -> list[str]:
+def _attention_types(config: Mapping[str, JsonValue]) -> list[str]:
     """Return one kind per layer by `attn_type_list` (MiniMax-01); [] if all are full."""
     types = config.get("attn_type_list")
     if not isinstance(types, list) or 0 not in types:
@@ -168,7 +170,7 @@ def _attention_types(config: Mapping[str, Json]) -> list[str]:
     return ["full" if kind else "state" for kind in types]
 
 
-def block_attention(config: Mapping[str, Json]) -> list[Mapping[str, Json]]:
+def block_attention(config: Mapping[str, JsonValue]) -> list[Mapping[str, JsonValue]]:
     """Return what `block_configs` say of each layer's attention; [] without them."""
     blocks = config.get("block_configs")
     found = blocks if isinstance(blocks, list) else []
@@ -188,18 +190,18 @@ def _kind(architecture: str, name: str) -> str:
         ) from None
 
 
-def _full_every(architecture: str, config: Mapping[str, Json]) -> int:
+def _full_every(architecture: str, config: Mapping[str, JsonValue]) -> int:
     for key in ("sliding_window_pattern", "_sliding_window_pattern"):
         if isinstance(config.get(key), int):
             return _int(config, key, 1)
     return next((n for stem, n in _FULL_EVERY.items() if architecture.startswith(stem)), 0)
 
 
-def _chunk(config: Mapping[str, Json], kind: str) -> int:
+def _chunk(config: Mapping[str, JsonValue], kind: str) -> int:
     return _int(config, "attention_chunk_size", 8192) if kind == "chunked" else 0
 
 
-def _state(config: Mapping[str, Json]) -> tuple[int, int]:
+def _state(config: Mapping[str, JsonValue]) -> tuple[int, int]:
     """Return the elements of a layer's convolution and recurrent state; (0, 0) if unknown.
 
     vLLM 0.33, model_executor/layers/mamba/mamba_utils.py: gated delta net, linear attention,
@@ -230,11 +232,11 @@ def _state(config: Mapping[str, Json]) -> tuple[int, int]:
     return 0, 0
 
 
-def _first(config: Mapping[str, Json], *names: str) -> int:
+def _first(config: Mapping[str, JsonValue], *names: str) -> int:
     return next((_int(config, name, 0) for name in names if config.get(name) is not None), 0)
 
 
-def _int(config: Mapping[str, Json], name: str, default: int) -> int:
+def _int(config: Mapping[str, JsonValue], name: str, default: int) -> int:
     value = config.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1_000_000_000:
         raise InputRefused(
@@ -244,7 +246,7 @@ def _int(config: Mapping[str, Json], name: str, default: int) -> int:
     return value
 
 
-def _list(config: Mapping[str, Json], name: str) -> list[int]:
+def _list(config: Mapping[str, JsonValue], name: str) -> list[int]:
     value = config.get(name)
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
         raise InputRefused(

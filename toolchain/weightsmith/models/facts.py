@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import SMALL, json_object, read_bytes
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_config import gguf_config
 from weightsmith.models.matrices import Matrices
 from weightsmith.models.packing import Packing
@@ -117,8 +117,8 @@ class ModelFacts:
     @classmethod
     def of(
         cls,
-        config: Mapping[str, Json],
-        tokenizer: Mapping[str, Json] | None = None,
+        config: Mapping[str, JsonValue],
+        tokenizer: Mapping[str, JsonValue] | None = None,
         *,
         describes_images: bool = False,
         gives_vectors: bool = False,
@@ -200,12 +200,12 @@ def _checked(part: _Part | InputRefused) -> _Part:
     return part
 
 
-def _architecture(config: Json) -> str:
+def _architecture(config: JsonValue) -> str:
     names = config.get("architectures") if isinstance(config, Mapping) else None
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
 
 
-def _dtype(config: Mapping[str, Json]) -> str:
+def _dtype(config: Mapping[str, JsonValue]) -> str:
     inner = config.get("text_config")
     for place in (inner if isinstance(inner, Mapping) else {}, config):
         for name in ("dtype", "torch_dtype"):

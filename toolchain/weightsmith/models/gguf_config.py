@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
+
+if TYPE_CHECKING:
+    from gguf import ReaderField
+
+    from weightsmith.models.gguf_reader import GGUFReader
 
 _NAMES = {
     "block_count": "num_hidden_layers",
@@ -25,13 +30,13 @@ _NAMES = {
 """GGUF keys below the architecture's name: https://github.com/ggml-org/ggml docs/gguf.md."""
 
 
-def gguf_config(path: Path) -> Mapping[str, Json]:
+def gguf_config(path: Path) -> Mapping[str, JsonValue]:
     """Return a GGUF file's model shape; raise InputRefused if the file is invalid."""
     fields = _fields(path)
     architecture = _contents(path, fields["general.architecture"])
     if not isinstance(architecture, str):
         raise _unreadable(path, "general.architecture is not a string")
-    config: dict[str, Json] = {"model_type": architecture, "architectures": [architecture]}
+    config: dict[str, JsonValue] = {"model_type": architecture, "architectures": [architecture]}
     for key, name in _NAMES.items():
         if field := fields.get(f"{architecture}.{key}"):
             config[name] = _contents(path, field)
@@ -61,14 +66,15 @@ def gguf_tensor_types(path: Path) -> Mapping[str, int]:
     return dict(weights.most_common())
 
 
-def _contents(path: Path, field: Any) -> Json:
+def _contents(path: Path, field: ReaderField) -> JsonValue:
     try:
-        return field.contents()
+        found: JsonValue = field.contents()
     except ValueError as error:
         raise _unreadable(path, error) from None
+    return found
 
 
-def _reader(path: Path) -> Any:
+def _reader(path: Path) -> GGUFReader:
     from weightsmith.models.gguf_reader import GGUFReader
 
     try:
@@ -77,8 +83,8 @@ def _reader(path: Path) -> Any:
         raise _unreadable(path, error) from None
 
 
-def _fields(path: Path) -> Mapping[str, Any]:
-    fields: Mapping[str, Any] = _reader(path).fields
+def _fields(path: Path) -> Mapping[str, ReaderField]:
+    fields: Mapping[str, ReaderField] = _reader(path).fields
     if "general.architecture" not in fields:
         raise _unreadable(path, "it has no general.architecture")
     return fields

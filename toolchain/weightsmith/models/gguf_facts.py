@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 
 _MOST = 1 << 31
 _LARGEST = 3e38
 """Roughly float32's maximum."""
 
 
-def count_of(facts: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def count_of(facts: Mapping[str, JsonValue], key: str, default: int | None = None) -> int:
     """Return a count of at least 1; raise InputRefused if invalid, KeyError if missing."""
     value = facts[key] if default is None else facts.get(key, default)
     if type(value) is not int or not 0 < value < _MOST:
@@ -22,18 +22,18 @@ def count_of(facts: Mapping[str, Any], key: str, default: int | None = None) -> 
     return value
 
 
-def number_of(facts: Mapping[str, Any], key: str, default: float | None = None) -> float:
+def number_of(facts: Mapping[str, JsonValue], key: str, default: float | None = None) -> float:
     """Return a float; raise InputRefused if invalid, KeyError if missing.
 
     Returns the shortest decimal: GGUF stores 1e-05 as the float32 9.999999747378752e-06.
     """
     value = facts[key] if default is None else facts.get(key, default)
-    if type(value) not in (int, float) or not abs(value) < _LARGEST:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _LARGEST:
         raise _invalid(key, value)
     return float(str(np.float32(value)))
 
 
-def token_id(facts: Mapping[str, Any], name: str) -> int | None:
+def token_id(facts: Mapping[str, JsonValue], name: str) -> int | None:
     """Return a special token's id, or None; raise InputRefused if invalid."""
     key = f"tokenizer.ggml.{name}_token_id"
     value = facts.get(key)
@@ -42,7 +42,7 @@ def token_id(facts: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def texts_of(facts: Mapping[str, Any], key: str) -> list[str]:
+def texts_of(facts: Mapping[str, JsonValue], key: str) -> list[str]:
     """Return a list of strings; raise InputRefused if invalid, KeyError if missing."""
     value = facts[key]
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -50,7 +50,7 @@ def texts_of(facts: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
-def numbers_of(facts: Mapping[str, Any], key: str) -> list[int]:
+def numbers_of(facts: Mapping[str, JsonValue], key: str) -> list[int]:
     """Return a list of integers, [] if missing; raise InputRefused if invalid."""
     value = facts.get(key, [])
     if not isinstance(value, list) or not all(type(item) is int for item in value):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 from gguf import ReaderTensor, dequantize
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_facts import count_of, number_of, texts_of, token_id
 from weightsmith.models.gguf_reader import GGUFReader
 from weightsmith.models.gguf_tokenizer import json_text, tokenizer_files
@@ -42,8 +44,9 @@ def import_gguf(source: Path, out: Path) -> None:
     reader, facts = _open(source)
     try:
         tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
-        config = _model_config(facts, tied="lm_head.weight" not in tensors)
-        _check_tensors(config, tensors)
+        shape = _Shape.of(facts, tied="lm_head.weight" not in tensors)
+        config = _model_config(facts, shape)
+        _check_tensors(shape, tensors)
         texts = tokenizer_files(facts, config)
     except KeyError as missing:
         raise InputRefused(
@@ -53,13 +56,13 @@ def import_gguf(source: Path, out: Path) -> None:
     texts["config.json"] = json_text(config)
     texts["generation_config.json"] = json_text(_generation_config(facts, config))
     out.mkdir(parents=True, exist_ok=True)
-    _write_weights(out / "model.safetensors", tensors, config)
+    _write_weights(out / "model.safetensors", tensors, shape.head)
     for name, text in texts.items():
         (out / name).write_bytes(text.encode())
         (out / name).chmod(0o644)
 
 
-def _open(source: Path) -> tuple[GGUFReader, Mapping[str, Any]]:
+def _open(source: Path) -> tuple[GGUFReader, Mapping[str, JsonValue]]:
     """Open a GGUF file and return its metadata; raise InputRefused unless it is a valid llama."""
     if not source.is_file():
         raise InputRefused(f"{source} is not a file", hint="give the path of one .gguf file")
@@ -94,48 +97,75 @@ def _hugging_face_name(name: str) -> str:
     return f"model.layers.{int(match[1])}.{_LAYER_TENSORS[match[2]]}.weight"
 
 
-def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shape:
+    """The numbers of a Llama model from which its tensors' shapes follow."""
+
+    hidden: int
+    inner: int
+    vocabulary: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    tied: bool
+
+    @classmethod
+    def of(cls, facts: Mapping[str, JsonValue], *, tied: bool) -> Self:
+        """Read them; raises InputRefused for an invalid one, and KeyError for a missing one."""
+        heads = count_of(facts, "llama.attention.head_count")
+        hidden = count_of(facts, "llama.embedding_length")
+        return cls(
+            hidden=hidden,
+            inner=count_of(facts, "llama.feed_forward_length"),
+            vocabulary=len(texts_of(facts, "tokenizer.ggml.tokens")),
+            layers=count_of(facts, "llama.block_count"),
+            heads=heads,
+            kv_heads=count_of(facts, "llama.attention.head_count_kv", heads),
+            head=count_of(facts, "llama.attention.key_length", hidden // heads),
+            tied=tied,
+        )
+
+
+def _model_config(facts: Mapping[str, JsonValue], shape: _Shape) -> dict[str, JsonValue]:
     """Return the model's config.json."""
     if facts.get("llama.rope.scaling.type", "none") != "none":
         raise InputRefused(
             f"rope scaling {facts['llama.rope.scaling.type']!r} cannot be imported",
             hint="start from the original Hugging Face checkpoint",
         )
-    heads = count_of(facts, "llama.attention.head_count")
-    hidden = count_of(facts, "llama.embedding_length")
-    head = count_of(facts, "llama.attention.key_length", hidden // heads)
-    config = {
+    config: dict[str, JsonValue] = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": token_id(facts, "bos"),
         "eos_token_id": token_id(facts, "eos"),
-        "head_dim": head,
+        "head_dim": shape.head,
         "hidden_act": "silu",
-        "hidden_size": hidden,
+        "hidden_size": shape.hidden,
         "initializer_range": 0.02,
-        "intermediate_size": count_of(facts, "llama.feed_forward_length"),
+        "intermediate_size": shape.inner,
         "max_position_embeddings": count_of(facts, "llama.context_length"),
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": count_of(facts, "llama.block_count"),
-        "num_key_value_heads": count_of(facts, "llama.attention.head_count_kv", heads),
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
         "pad_token_id": token_id(facts, "padding"),
         "rms_norm_eps": number_of(facts, "llama.attention.layer_norm_rms_epsilon"),
         "rope_scaling": None,
         "rope_theta": number_of(facts, "llama.rope.freq_base", 10000.0),
-        "tie_word_embeddings": tied,
+        "tie_word_embeddings": shape.tied,
         "torch_dtype": "float16",
         "use_cache": True,
-        "vocab_size": len(texts_of(facts, "tokenizer.ggml.tokens")),
+        "vocab_size": shape.vocabulary,
     }
-    if head % 2:
+    if shape.head % 2:
         raise InputRefused(
-            f"the attention head size {head} is odd, but rope needs pairs",
+            f"the attention head size {shape.head} is odd, but rope needs pairs",
             hint="the file is damaged; convert or download it again",
         )
-    if facts.get("llama.rope.dimension_count", head) != head:
+    if facts.get("llama.rope.dimension_count", shape.head) != shape.head:
         raise InputRefused(
             "rope covers only part of each attention head, which a Llama configuration cannot "
             "express",
@@ -144,14 +174,14 @@ def _model_config(facts: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     return config
 
 
-def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> None:
+def _check_tensors(shape: _Shape, tensors: Mapping[str, ReaderTensor]) -> None:
     """Refuse a file whose tensors do not match its configuration."""
-    if config["num_hidden_layers"] > len(tensors):
+    if shape.layers > len(tensors):
         raise InputRefused(
-            f"{config['num_hidden_layers']} layers need more than {len(tensors)} tensors",
+            f"{shape.layers} layers need more than {len(tensors)} tensors",
             hint="the file is incomplete or was not made from a plain Llama model",
         )
-    expected = dict(_expected_shapes(config))
+    expected = dict(_expected_shapes(shape))
     found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     wrong = [
         f"{name} should be {expected.get(name, 'absent')}, but is {found.get(name, 'absent')}"
@@ -165,14 +195,9 @@ def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor
         )
 
 
-def _expected_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner, vocab = (
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["vocab_size"],
-    )
-    queries = config["num_attention_heads"] * config["head_dim"]
-    keys = config["num_key_value_heads"] * config["head_dim"]
+def _expected_shapes(shape: _Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner = shape.hidden, shape.inner
+    queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
     layer = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (queries, hidden),
@@ -184,16 +209,18 @@ def _expected_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    yield "model.embed_tokens.weight", (vocab, hidden)
+    yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
     yield "model.norm.weight", (hidden,)
-    if not config["tie_word_embeddings"]:
-        yield "lm_head.weight", (vocab, hidden)
-    for number in range(config["num_hidden_layers"]):
-        for part, shape in layer.items():
-            yield f"model.layers.{number}.{part}.weight", shape
+    if not shape.tied:
+        yield "lm_head.weight", (shape.vocabulary, hidden)
+    for number in range(shape.layers):
+        for part, sides in layer.items():
+            yield f"model.layers.{number}.{part}.weight", sides
 
 
-def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _generation_config(
+    facts: Mapping[str, JsonValue], config: Mapping[str, JsonValue]
+) -> dict[str, JsonValue]:
     """Return generation_config.json with the end token and, if set, the end-of-turn token."""
     ends = [config["eos_token_id"], token_id(facts, "eot")]
     ends = [token for token in dict.fromkeys(ends) if token is not None]
@@ -205,11 +232,9 @@ def _generation_config(facts: Mapping[str, Any], config: Mapping[str, Any]) -> d
     }
 
 
-def _write_weights(
-    path: Path, tensors: Mapping[str, ReaderTensor], config: Mapping[str, Any]
-) -> None:
+def _write_weights(path: Path, tensors: Mapping[str, ReaderTensor], head: int) -> None:
     """Write the tensors in float16, sorted by name, one block of rows at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, JsonValue] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in sorted(tensors):
         shape = [int(n) for n in reversed(tensors[name].shape)]
@@ -221,16 +246,16 @@ def _write_weights(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in sorted(tensors):
-            for block in _float16_blocks(name, tensors[name], config):
+            for block in _float16_blocks(name, tensors[name], head):
                 file.write(block.tobytes())
     path.chmod(0o644)
 
 
 def _float16_blocks(
-    name: str, tensor: ReaderTensor, config: Mapping[str, Any]
+    name: str, tensor: ReaderTensor, head: int
 ) -> Iterator[npt.NDArray[np.float16]]:
     """Yield a tensor's rows in the checkpoint's order, in small blocks."""
-    half = config["head_dim"] // 2
+    half = head // 2
     rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
     rows = 2 * half if rotated else _ROWS_PER_BLOCK
     for start in range(0, len(tensor.data), rows):

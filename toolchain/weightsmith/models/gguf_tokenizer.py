@@ -4,39 +4,41 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from gguf import TokenType
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_facts import numbers_of, texts_of, token_id
 
 # llama.cpp's name of a pre-tokenizer -> the same split in the tokenizers library.
-_DIGITS = {"type": "Digits", "individual_digits": True}
+_DIGITS: dict[str, JsonValue] = {"type": "Digits", "individual_digits": True}
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTE_LEVEL = {
+_BYTE_LEVEL: dict[str, JsonValue] = {
     "type": "ByteLevel",
     "add_prefix_space": False,
     "trim_offsets": True,
     "use_regex": True,
 }
-_LLAMA3_SPLIT = {
+_LLAMA3_SPLIT: dict[str, JsonValue] = {
     "type": "Split",
     "pattern": {"Regex": _LLAMA3},
     "behavior": "Isolated",
     "invert": False,
 }
-_PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+_PRE_TOKENIZERS: dict[str, list[dict[str, JsonValue]]] = {
     "gpt-2": [_BYTE_LEVEL],
     "smollm": [_DIGITS, _BYTE_LEVEL],
     "llama-bpe": [_LLAMA3_SPLIT, {**_BYTE_LEVEL, "use_regex": False}],
 }
 
 
-def tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+def tokenizer_files(
+    facts: Mapping[str, JsonValue], config: Mapping[str, JsonValue]
+) -> dict[str, str]:
     """Return the tokenizer's files, texts by name, from a GGUF file's metadata and config.json.
 
     Raises InputRefused for a tokenizer that has no equivalent in the tokenizers library.
@@ -57,7 +59,7 @@ def tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     names = _special_tokens(facts, tokens)
     add_bos = bool(facts.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"))
     added = _added_tokens(tokens, numbers_of(facts, "tokenizer.ggml.token_type"))
-    settings: dict[str, Any] = {
+    settings: dict[str, JsonValue] = {
         "add_bos_token": add_bos,
         "add_prefix_space": False,
         "added_tokens_decoder": {
@@ -78,7 +80,7 @@ def tokenizer_files(facts: Mapping[str, Any], config: Mapping[str, Any]) -> dict
     return files
 
 
-def _special_tokens(facts: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
+def _special_tokens(facts: Mapping[str, JsonValue], tokens: list[str]) -> dict[str, str]:
     """Return the file's begin, end, unknown and padding tokens."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {name: token_id(facts, key) for name, key in keys.items()}
@@ -91,7 +93,7 @@ def _special_tokens(facts: Mapping[str, Any], tokens: list[str]) -> dict[str, st
     return {f"{name}_token": tokens[n] for name, n in sorted(ids.items()) if n is not None}
 
 
-def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, JsonValue]]:
     """Return the tokens that are never split: control and user-defined tokens."""
     whole = (TokenType.CONTROL, TokenType.USER_DEFINED)
     return [
@@ -110,11 +112,11 @@ def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
 
 
 def _tokenizer(
-    facts: Mapping[str, Any],
-    pre_tokenizers: list[dict[str, Any]],
-    added: list[dict[str, Any]],
+    facts: Mapping[str, JsonValue],
+    pre_tokenizers: list[dict[str, JsonValue]],
+    added: list[dict[str, JsonValue]],
     bos: int | None,
-) -> dict[str, Any]:
+) -> dict[str, JsonValue]:
     """Return tokenizer.json for a byte-level BPE vocabulary."""
     tokens = texts_of(facts, "tokenizer.ggml.tokens")
     return {
@@ -143,10 +145,11 @@ def _tokenizer(
     }
 
 
-def _begin_with(token: str, number: int) -> dict[str, Any]:
+def _begin_with(token: str, number: int) -> dict[str, JsonValue]:
     """Return a post-processor that prepends the begin token to each sequence."""
-    begin = {"SpecialToken": {"id": token, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    begin: JsonValue = {"SpecialToken": {"id": token, "type_id": 0}}
+    first: JsonValue = {"Sequence": {"id": "A", "type_id": 0}}
+    second: JsonValue = {"Sequence": {"id": "B", "type_id": 0}}
     return {
         "type": "TemplateProcessing",
         "single": [begin, first],
@@ -155,6 +158,6 @@ def _begin_with(token: str, number: int) -> dict[str, Any]:
     }
 
 
-def json_text(value: Mapping[str, Any]) -> str:
+def json_text(value: Mapping[str, JsonValue]) -> str:
     """Return a file's text as transformers writes its JSON files."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 
@@ -57,7 +57,7 @@ class Matrices:
     vision: Vision
 
     @classmethod
-    def of(cls, text: Mapping[str, Json], vision: Json, layers: int) -> Matrices:
+    def of(cls, text: Mapping[str, JsonValue], vision: JsonValue, layers: int) -> Matrices:
         """Read text config and `vision_config`; raises InputRefused for invalid numbers."""
         experts = next((count(text, name) for name in _EXPERTS if text.get(name)), 0)
         return cls(
@@ -73,7 +73,7 @@ class Matrices:
         )
 
 
-def _sparse_layers(text: Mapping[str, Json], layers: int) -> int:
+def _sparse_layers(text: Mapping[str, JsonValue], layers: int) -> int:
     step = count(text, "decoder_sparse_step") or count(text, "moe_layer_interval") or 1
     starts = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
     first = next((count(text, name) for name in starts if text.get(name)), 0)
@@ -84,7 +84,7 @@ def _sparse_layers(text: Mapping[str, Json], layers: int) -> int:
     return sum(first <= i <= last and (i + 1) % step == 0 and i not in plain for i in range(layers))
 
 
-def _vision(tower: Json) -> Vision:
+def _vision(tower: JsonValue) -> Vision:
     if not isinstance(tower, Mapping) or not tower.get("hidden_size"):
         return Vision()
     more = tower.get("deepstack_visual_indexes")
@@ -101,13 +101,13 @@ def _vision(tower: Json) -> Vision:
     )
 
 
-def _patches(tower: Mapping[str, Json]) -> int:
+def _patches(tower: Mapping[str, JsonValue]) -> int:
     sizes = tower.get("image_size"), tower.get("patch_size")
     whole = all(isinstance(size, int) and size > 0 for size in sizes)
     return (count(tower, "image_size") // count(tower, "patch_size")) ** 2 if whole else 0
 
 
-def count(config: Mapping[str, Json], name: str) -> int:
+def count(config: Mapping[str, JsonValue], name: str) -> int:
     """Return a count, 0 if it is missing; raise InputRefused if it is invalid."""
     value = config.get(name) or 0
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10_000_000:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Packing:
     """Kinds of Format with which it can be served; empty if no target supports it."""
 
     @classmethod
-    def of(cls, value: Json) -> Packing | None:
+    def of(cls, value: JsonValue) -> Packing | None:
         """Read a `quantization_config`; return None if the weights are not quantized."""
         if not value:
             return None
@@ -46,11 +46,11 @@ class Packing:
         )
 
 
-def _whole(value: Json) -> int:
+def _whole(value: JsonValue) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-def _kinds(method: str, groups: Json) -> frozenset[str]:
+def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
     """Return the kinds of Format that engines load.
 
     compressed-tensors with 4-bit weights may be AWQ or GPTQ.

@@ -16,6 +16,7 @@ from weightsmith.core import time_limits
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import TooLong, cpu_limit, doing
+from weightsmith.core.values import JsonValue
 
 _PLAIN = re.compile(r"[\w.]*")
 """Plain names, as most entries are: they cannot backtrack and need no check."""
@@ -77,7 +78,7 @@ def _too_slow(path: Path, named: str) -> InputRefused:
     )
 
 
-def _patterns(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _patterns(raw: Mapping[str, JsonValue]) -> Iterator[tuple[str, str, str]]:
     """Yield field, text, and PEFT's regular expression for it (`tuners_utils`, `utils.other`).
 
     Only for strings: other types are refused when the configuration is read.

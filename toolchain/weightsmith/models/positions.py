@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 _LENGTHS = (
     "max_position_embeddings",
@@ -38,7 +38,7 @@ class PositionSettings:
     """Only `rope_parameters` has the theta, which transformers 4 does not read."""
 
     @classmethod
-    def of(cls, text: Mapping[str, Json]) -> PositionSettings:
+    def of(cls, text: Mapping[str, JsonValue]) -> PositionSettings:
         """Read them from the text config."""
         parameters, rope = text.get("rope_parameters"), _rope(text)
         factor = _number(rope.get("factor", 1.0))
@@ -53,7 +53,7 @@ class PositionSettings:
         )
 
 
-def _rope(text: Mapping[str, Json]) -> Mapping[str, Json]:
+def _rope(text: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     for key in ("rope_parameters", "rope_scaling"):
         found = text.get(key)
         if not isinstance(found, Mapping):
@@ -63,10 +63,10 @@ def _rope(text: Mapping[str, Json]) -> Mapping[str, Json]:
     return {}
 
 
-def whole(value: Json) -> int:
+def whole(value: JsonValue) -> int:
     """Return a whole number above 0, and 0 for anything else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _number(value: Json) -> float:
+def _number(value: JsonValue) -> float:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else 0

@@ -19,7 +19,16 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import INDEX as LARGEST_INDEX
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import Digest, FileEntry, Json, Pieces, Slice, Tree, canonical, key_of
+from weightsmith.core.values import (
+    Digest,
+    FileEntry,
+    JsonValue,
+    Pieces,
+    Slice,
+    Tree,
+    canonical,
+    key_of,
+)
 from weightsmith.models.reading import read_part
 from weightsmith.models.safetensors import SafetensorsHeader, TensorInfo, read_header
 
@@ -127,7 +136,7 @@ def _name(path: str, number: int, count: int) -> str:
 
 def _shard(header: SafetensorsHeader, group: list[TensorInfo]) -> Pieces:
     start = group[0].start
-    table: dict[str, Json] = {
+    table: dict[str, JsonValue] = {
         tensor.name: {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -143,7 +152,7 @@ def _shard(header: SafetensorsHeader, group: list[TensorInfo]) -> Pieces:
     return (len(text).to_bytes(8, "little") + text, body)
 
 
-def _index(tree: Tree) -> tuple[dict[str, Json], Mapping[str, Json]]:
+def _index(tree: Tree) -> tuple[dict[str, str], Mapping[str, JsonValue]]:
     """Return the file of each tensor, and the index's metadata. Folders hold other models."""
     if tree.has(INDEX):
         data = read_json(tree.path(INDEX), largest=LARGEST_INDEX)

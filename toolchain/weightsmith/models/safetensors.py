@@ -8,10 +8,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import INDEX, json_object, read_json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.folder import is_ignored
 
 MAX_HEADER_BYTES = 100_000_000
@@ -142,7 +143,7 @@ def build_header(
 
     The header is padded with spaces to a multiple of 8 bytes, as in the format's specification.
     """
-    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: dict[str, JsonValue] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, dtype, shape in tensors:
         end = offset + math.prod(shape) * BITS[dtype] // 8
@@ -154,18 +155,19 @@ def build_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _metadata(path: Path, value: Any) -> dict[str, str]:
+def _metadata(path: Path, value: JsonValue) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise _refuse(path, "__metadata__ is not an object of strings")
     return value
 
 
-def _in_upper_case(entry: Any) -> Any:
-    dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    return {**entry, "dtype": dtype.upper()} if isinstance(dtype, str) else entry
+def _in_upper_case(entry: JsonValue) -> JsonValue:
+    if isinstance(entry, dict) and isinstance(dtype := entry.get("dtype"), str):
+        return {**entry, "dtype": dtype.upper()}
+    return entry
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+def _tensor(path: Path, name: str, entry: JsonValue, data_start: int) -> TensorInfo:
     """Check one entry of the header."""
     _check_name(path, name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -191,7 +193,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     )
 
 
-def _is_naturals(value: Any) -> bool:
+def _is_naturals(value: JsonValue) -> TypeGuard[list[int]]:
     # Below 2**63 like file offsets; bool is an int in Python, but not in JSON.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 

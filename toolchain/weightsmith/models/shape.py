@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.attention import CacheLayers, block_attention, cache_layers
 
 _LARGEST = {
@@ -75,7 +75,7 @@ class ModelShape:
         return sum(kind == "sliding_attention" for kind in self.layer_types)
 
     @classmethod
-    def of(cls, inner: Mapping[str, Json], architecture: str, dtype: str) -> ModelShape:
+    def of(cls, inner: Mapping[str, JsonValue], architecture: str, dtype: str) -> ModelShape:
         """Read the text config.
 
         Raises InputRefused for missing and invalid numbers.
@@ -125,7 +125,7 @@ class ModelShape:
         )
 
 
-def has_states_alone(config: Mapping[str, Json]) -> bool:
+def has_states_alone(config: Mapping[str, JsonValue]) -> bool:
     """Return whether a decoder has no attention but states, as Mamba and RWKV have."""
     if "num_attention_heads" in config or "n_head" in config:
         return False
@@ -133,7 +133,7 @@ def has_states_alone(config: Mapping[str, Json]) -> bool:
     return bool(stated) or str(config.get("model_type")).startswith(_STATEFUL_KINDS)
 
 
-def _intermediate(config: Mapping[str, Json], hidden: int) -> int:
+def _intermediate(config: Mapping[str, JsonValue], hidden: int) -> int:
     """Return the width of the feed-forward networks; Gemma 3n lists one per layer."""
     listed, other = config.get("intermediate_size"), config.get("n_inner")
     widths = listed if isinstance(listed, list) and listed else [listed]
@@ -141,7 +141,7 @@ def _intermediate(config: Mapping[str, Json], hidden: int) -> int:
     return max(_number(one, "intermediate_size", "n_inner", default=4 * hidden) for one in each)
 
 
-def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
+def _kv_heads(config: Mapping[str, JsonValue], heads: int) -> int:
     """Return the number of key-value heads by any of its keys (vLLM 0.33, config/model.py)."""
     # Older Falcon and GPT-BigCode: one key-value head.
     if config.get("multi_query") is True and not config.get("new_decoder_architecture"):
@@ -156,7 +156,7 @@ def _kv_heads(config: Mapping[str, Json], heads: int) -> int:
     return _number(config, *names, default=heads)
 
 
-def _number(config: Mapping[str, Json], *names: str, default: int | None = None) -> int:
+def _number(config: Mapping[str, JsonValue], *names: str, default: int | None = None) -> int:
     """Return the first key that is set; a default of 0 also allows the value 0."""
     for name in names:
         value = config.get(name)
@@ -176,7 +176,7 @@ def _number(config: Mapping[str, Json], *names: str, default: int | None = None)
     return default
 
 
-def _head_dim(config: Mapping[str, Json], hidden: int, heads: int) -> int:
+def _head_dim(config: Mapping[str, JsonValue], hidden: int, heads: int) -> int:
     rope = _number(config, "qk_rope_head_dim", default=0)
     if rope:
         return rope + _number(config, "qk_nope_head_dim", default=0)
@@ -189,14 +189,14 @@ def _head_dim(config: Mapping[str, Json], hidden: int, heads: int) -> int:
     return hidden // heads
 
 
-def _sliding_window(config: Mapping[str, Json]) -> int:
+def _sliding_window(config: Mapping[str, JsonValue]) -> int:
     # Qwen2 sets a window and disables it.
     if config.get("use_sliding_window") is False:
         return 0
     return _number(config, "sliding_window", default=0)
 
 
-def _layer_types(config: Mapping[str, Json], layers: int) -> tuple[str, ...]:
+def _layer_types(config: Mapping[str, JsonValue], layers: int) -> tuple[str, ...]:
     kinds = config.get("layer_types")
     if kinds is None:
         return ()
@@ -209,7 +209,7 @@ def _layer_types(config: Mapping[str, Json], layers: int) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _state_dtype(architecture: str, config: Mapping[str, Json]) -> str:
+def _state_dtype(architecture: str, config: Mapping[str, JsonValue]) -> str:
     """Return the model's state dtype (vLLM, model_executor/models/config.py)."""
     for name in ("mamba_ssm_cache_dtype", "mamba_ssm_dtype"):
         if config.get(name) in {"float32", "float16", "bfloat16"}:

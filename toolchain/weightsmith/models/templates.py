@@ -14,6 +14,7 @@ from weightsmith.core import time_limits
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import TooLong, cpu_limit, doing
+from weightsmith.core.values import JsonValue
 
 _PARTS = re.compile(r"\bfor\s+\w+\s+in\b[^%]{0,200}\bcontent\b")
 """A loop over a message's content, which only a template for contents in parts has."""
@@ -48,7 +49,7 @@ def own_template(model: Path) -> str | None:
 
 
 def render_chat(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, answer: bool, hint: str = ""
+    tokenizer: Any, messages: Sequence[Mapping[str, JsonValue]], *, answer: bool, hint: str = ""
 ) -> str:
     """Render messages by the tokenizer's chat template; `answer` adds the generation prompt.
 

@@ -12,12 +12,12 @@ from functools import cache
 from importlib import resources
 from typing import cast
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 _DEFAULTS = "text_defaults.json"
 
 
-def text_part(config: Mapping[str, Json]) -> Mapping[str, Json]:
+def text_part(config: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the language model's configuration: `text_config` with its class's defaults.
 
     Without a `text_config`, the whole configuration, which is complete.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import PART
-from weightsmith.core.values import Blob, Digest, Json, canonical
+from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.models.reading import read_file
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Opener
@@ -86,7 +86,7 @@ class Attachment:
         """The manifest."""
         if self.raw is not None:
             return self.raw
-        document: dict[str, Json] = {
+        document: dict[str, JsonValue] = {
             "schemaVersion": 2,
             "mediaType": manifests.OCI_MANIFEST,
             "artifactType": self.artifact_type,
@@ -105,7 +105,7 @@ class Attachment:
         return Blob(digest=Digest.of(data), size=len(data), media_type=manifests.OCI_MANIFEST)
 
     @property
-    def row(self) -> Mapping[str, Json]:
+    def row(self) -> Mapping[str, JsonValue]:
         """Its entry in a referrers index."""
         row = manifests.described(self.blob, self.annotations)
         return {**row, "artifactType": self.artifact_type}
@@ -173,18 +173,18 @@ def fallback_tag(subject: Digest, suffix: str = "") -> str:
     return f"sha256-{subject.hex}{suffix}"
 
 
-def with_rows(rows: Sequence[Json], attachments: Sequence[Attachment]) -> bytes:
+def with_rows(rows: Sequence[JsonValue], attachments: Sequence[Attachment]) -> bytes:
     """Return a referrers index with the attachments added, each once."""
     new = {str(attachment.blob.digest): attachment.row for attachment in attachments}
     old = {str(row.get("digest")): row for row in rows if isinstance(row, dict)}
     return manifests.index_of([row for _, row in sorted({**old, **new}.items())])
 
 
-def _blob(row: Json, where: str) -> Blob:
+def _blob(row: JsonValue, where: str) -> Blob:
     media_type = str(row.get("mediaType")) if isinstance(row, dict) else ""
     return manifests.descriptor(row, where, (media_type,))
 
 
-def _texts(value: Json) -> dict[str, str]:
+def _texts(value: JsonValue) -> dict[str, str]:
     pairs = value.items() if isinstance(value, dict) else ()
     return {key: text for key, text in pairs if isinstance(text, str)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.oci.references import DOCKER_HUB
 
 Credentials: TypeAlias = Callable[[str], tuple[str, str] | None]
@@ -59,7 +59,7 @@ def basic(pair: tuple[str, str]) -> str:
     return "Basic " + base64.b64encode(":".join(pair).encode()).decode()
 
 
-def credentials_in(config: Mapping[str, Json], helper: Helper | None = None) -> Credentials:
+def credentials_in(config: Mapping[str, JsonValue], helper: Helper | None = None) -> Credentials:
     """Return a lookup in a parsed `~/.docker/config.json`, in Docker's own order.
 
     A host's helper (`credHelpers`), then the store (`credsStore`), then `auths`.
@@ -72,13 +72,13 @@ def credentials_in(config: Mapping[str, Json], helper: Helper | None = None) -> 
         program = next(helpers, config.get("credsStore"))
         if program and helper and (found := helper(str(program), keys[0])):
             return found
-        entry = next(filter(None, _matching(config.get("auths"), keys)), None)
+        entry = next((one for one in _matching(config.get("auths"), keys) if one), None)
         return _stored(entry, host) if entry else None
 
     return find
 
 
-def _matching(table: Json, keys: Sequence[str]) -> Iterator[Json]:
+def _matching(table: JsonValue, keys: Sequence[str]) -> Iterator[JsonValue]:
     """Yield a table's values for these keys, then for URLs with these hosts, as Docker does."""
     rows = table if isinstance(table, dict) else {}
     yield from (rows[key] for key in keys if key in rows)
@@ -89,7 +89,7 @@ def _host(address: str) -> str:
     return re.sub(r"^https?://", "", address).partition("/")[0]
 
 
-def _stored(entry: Json, host: str) -> tuple[str, str] | None:
+def _stored(entry: JsonValue, host: str) -> tuple[str, str] | None:
     if not isinstance(entry, dict):
         raise _damaged(host)
     if entry.get("identitytoken"):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.oci import manifests
 
 OWN_LABELS = "dev.weightsmith."
@@ -41,7 +41,7 @@ class ImageConfig:
     working_dir: str | None = None
 
 
-def merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
+def merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, JsonValue]:
     """Return a base's configuration with what is added."""
     both = dict(base)
     env = dict(pair.partition("=")[::2] for pair in base.get("Env") or ())
@@ -62,14 +62,14 @@ def merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, Json]:
     if added.working_dir is not None:
         both["WorkingDir"] = added.working_dir
     if added.ports:
-        ports: dict[str, Json] = {f"{port}/tcp": {} for port in added.ports}
+        ports: dict[str, JsonValue] = {f"{port}/tcp": {} for port in added.ports}
         both["ExposedPorts"] = {**(base.get("ExposedPorts") or {}), **ports}
     if added.healthcheck:
         both["Healthcheck"] = _healthcheck(added.healthcheck)
     return {key: value for key, value in both.items() if value not in (None, [], {})}
 
 
-def _healthcheck(check: Healthcheck) -> dict[str, Json]:
+def _healthcheck(check: Healthcheck) -> dict[str, JsonValue]:
     """Docker's extension of the OCI configuration; times in nanoseconds.
 
     https://github.com/moby/docker-image-spec/blob/main/spec.md
@@ -83,7 +83,7 @@ def _healthcheck(check: Healthcheck) -> dict[str, Json]:
     }
 
 
-def checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
+def checked(settings: Mapping[str, JsonValue], where: str) -> Mapping[str, JsonValue]:
     """Return a configuration from outside; raises InputRefused if a field has the wrong type."""
     config = settings.get("config") or {}
     if not isinstance(config, dict):
@@ -109,7 +109,7 @@ def checked(settings: Mapping[str, Json], where: str) -> Mapping[str, Json]:
     return settings
 
 
-def texts(value: Json, where: str) -> dict[str, str]:
+def texts(value: JsonValue, where: str) -> dict[str, str]:
     """Return annotations or labels; raises InputRefused if they are no strings."""
     found = {} if value is None else value
     if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):

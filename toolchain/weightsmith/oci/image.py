@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal, TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Blob, Digest, ImageLayer, Json, canonical
+from weightsmith.core.values import Blob, Digest, ImageLayer, Json, JsonValue, canonical
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.configuration import ImageConfig, checked, merged, texts
 from weightsmith.oci.layers import LAYER_TAR, TITLE, BlobLayer, Layer, file_of
@@ -249,7 +249,7 @@ def image_layers(image: Image) -> tuple[ImageLayer, ...]:
     return tuple(ImageLayer(digest=x.digest, size=x.size, file=x.file) for x in image.layers)
 
 
-def _uncovered(base: Image, own: Sequence[Layer]) -> Mapping[str, Json]:
+def _uncovered(base: Image, own: Sequence[Layer]) -> Mapping[str, JsonValue]:
     """Return the base's configuration without volumes over our own layers' files.
 
     An engine would copy the weights into such a volume whenever it starts a container.
@@ -263,22 +263,25 @@ def _uncovered(base: Image, own: Sequence[Layer]) -> Mapping[str, Json]:
     return {**base.config, "Volumes": volumes}
 
 
-def _entry(layer: Layer, created: str) -> dict[str, Json]:
+def _entry(layer: Layer, created: str) -> dict[str, JsonValue]:
     return {"created": created, "created_by": f"weightsmith: {layer.file or 'layer'}"}
 
 
-def _base_history(base: Image, created: str) -> list[Json]:
+def _base_history(base: Image, created: str) -> Sequence[Mapping[str, JsonValue]]:
     """Return the base's history, or one entry per layer if it does not match the layers."""
     rows = [row for row in base.settings.get("history") or () if isinstance(row, dict)]
     fits = sum(not row.get("empty_layer") for row in rows) == len(base.layers)
-    return rows if fits else [{"created": created, "created_by": "base"}] * len(base.layers)
+    entry: dict[str, JsonValue] = {"created": created, "created_by": "base"}
+    return rows if fits else [entry] * len(base.layers)
 
 
 def _time(epoch: int) -> str:
     return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _diff_ids(settings: Mapping[str, Json], count: int, where: str, *, model: bool) -> list[Digest]:
+def _diff_ids(
+    settings: Mapping[str, JsonValue], count: int, where: str, *, model: bool
+) -> list[Digest]:
     files = settings.get("modelfs" if model else "rootfs")
     ids = files.get("diffIds" if model else "diff_ids") if isinstance(files, dict) else None
     if not isinstance(ids, list) or len(ids) != count:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TypeAlias
 
 from weightsmith.core.platforms import host_platform
-from weightsmith.core.values import Blob, Digest, Json, canonical
+from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image
 
@@ -69,9 +69,9 @@ def is_own(image: Image) -> bool:
     return image.platform == host_platform()
 
 
-def _row(image: Image) -> dict[str, Json]:
+def _row(image: Image) -> dict[str, JsonValue]:
     system, _, machine = image.platform.partition("/")
-    platform: Mapping[str, Json] = {"os": system, "architecture": machine}
+    platform: Mapping[str, JsonValue] = {"os": system, "architecture": machine}
     variant = image.settings.get("variant")
     return {
         **manifests.described(image.manifest_blob),

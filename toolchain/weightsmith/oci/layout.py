@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.files import replace_file, sweep
-from weightsmith.core.values import Blob, Digest, Json, canonical
+from weightsmith.core.values import Blob, Digest, Json, JsonValue, canonical
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Image, Opener, load_image
 from weightsmith.oci.index import Index
@@ -182,16 +182,14 @@ def _index(image: Image, ref: str, folder: Path) -> bytes:
     if (folder / "index.json").exists():
         rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
         kept = [row for row in rows if _name(row) not in ("", ref)]
-    row = manifests.described(image.manifest_blob, {REF_NAME: ref})
+    row: dict[str, Json] = manifests.described(image.manifest_blob, {REF_NAME: ref})
     system, _, machine = image.platform.partition("/")
     if system:
         row["platform"] = {"os": system, "architecture": machine}
-    return manifests.index_of(
-        sorted([*kept, row], key=lambda row: (_name(row), str(row["digest"])))
-    )
+    return manifests.index_of(sorted([*kept, row], key=lambda row: (_name(row), _digest(row))))
 
 
-def index_document(folder: Path) -> Mapping[str, Json]:
+def index_document(folder: Path) -> Mapping[str, JsonValue]:
     """Return a layout's index.json; raises InputRefused if the folder is not a layout."""
     require_layout(folder)
     return manifests.read_json(read_small_file(folder / "index.json"), f"{folder}/index.json")
@@ -208,7 +206,7 @@ def require_layout(folder: Path) -> None:
         )
 
 
-def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: str) -> Blob:
+def _pick(rows: Sequence[JsonValue], ref: str | None, platform: str | None, where: str) -> Blob:
     images = [row for row in rows if not is_attachment(row)]
     named = [row for row in images if ref is None or _name(row) == ref]
     if not named:
@@ -227,12 +225,12 @@ def _pick(rows: Sequence[Json], ref: str | None, platform: str | None, where: st
     return manifests.choose(named, platform, where)
 
 
-def _how_many(rows: Sequence[Json]) -> int:
+def _how_many(rows: Sequence[JsonValue]) -> int:
     """Return the number of different manifests; one may have several names."""
-    return len({str(row.get("digest")) if isinstance(row, dict) else "" for row in rows})
+    return len({_digest(row) for row in rows})
 
 
-def _are_platforms(rows: Sequence[Json]) -> bool:
+def _are_platforms(rows: Sequence[JsonValue]) -> bool:
     """Say whether the rows are one image for several platforms."""
     for_platforms = [
         row for row in rows if isinstance(row, dict) and manifests.platform_of(row.get("platform"))
@@ -240,7 +238,7 @@ def _are_platforms(rows: Sequence[Json]) -> bool:
     return len(for_platforms) == len(rows) and len({_name(row) for row in rows}) == 1
 
 
-def is_attachment(row: Json) -> bool:
+def is_attachment(row: JsonValue) -> bool:
     """Say whether an index's row is an attachment and not an image."""
     if not isinstance(row, dict):
         return False
@@ -248,13 +246,17 @@ def is_attachment(row: Json) -> bool:
     return kind != manifests.MODEL_MANIFEST or is_saved_by_cosign(row)
 
 
-def is_saved_by_cosign(row: Json) -> bool:
+def is_saved_by_cosign(row: JsonValue) -> bool:
     """Say whether a row was added by `cosign save` beside the only image of its layout."""
     notes = row.get("annotations") if isinstance(row, dict) else None
     return isinstance(notes, dict) and notes.get("kind") in _SAVED
 
 
-def _name(row: Json) -> str:
+def _digest(row: JsonValue) -> str:
+    return str(row.get("digest")) if isinstance(row, dict) else ""
+
+
+def _name(row: JsonValue) -> str:
     notes = row.get("annotations") if isinstance(row, dict) else None
     return str(notes.get(REF_NAME, "")) if isinstance(notes, dict) else ""
 

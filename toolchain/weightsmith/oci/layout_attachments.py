@@ -14,7 +14,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.files import replace_file
-from weightsmith.core.values import Blob, Digest, Json
+from weightsmith.core.values import Blob, Digest, JsonValue
 from weightsmith.oci import layout, manifests
 from weightsmith.oci.attachments import Attachment, load_attachment, with_rows
 from weightsmith.oci.progress import Meter
@@ -75,7 +75,7 @@ def read_attachment(folder: Path, blob: Blob) -> Attachment:
     )
 
 
-def _listed(folder: Path) -> list[Json]:
+def _listed(folder: Path) -> list[JsonValue]:
     if not (folder / LIST).exists():
         return []
     document = manifests.read_json(layout.read_small_file(folder / LIST), f"{folder}/{LIST}")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.safe_parse import SMALL, parse
-from weightsmith.core.values import Blob, Digest, Json, canonical
+from weightsmith.core.values import Blob, Digest, Json, JsonValue, canonical
 from weightsmith.oci.layers import LAYER_TAR
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -71,7 +71,9 @@ def read_json(data: bytes, where: str, largest: int = SMALL) -> Mapping[str, Jso
     return value
 
 
-def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | None = None) -> Blob:
+def descriptor(
+    value: JsonValue, where: str, allowed: Sequence[str], largest: int | None = None
+) -> Blob:
     """Return a descriptor's blob; raises InputRefused for a bad digest, size or media type."""
     fields = value if isinstance(value, dict) else {}
     media_type, size = fields.get("mediaType"), fields.get("size")
@@ -96,9 +98,9 @@ def descriptor(value: Json, where: str, allowed: Sequence[str], largest: int | N
         ) from None
 
 
-def described(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, Json]:
+def described(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, JsonValue]:
     """Return a blob's descriptor as documents have it."""
-    found: dict[str, Json] = {
+    found: dict[str, JsonValue] = {
         "mediaType": blob.media_type,
         "digest": blob.digest,
         "size": blob.size,
@@ -106,12 +108,12 @@ def described(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[
     return {**found, "annotations": dict(annotations)} if annotations else found
 
 
-def index_of(rows: Sequence[Json]) -> bytes:
+def index_of(rows: Sequence[JsonValue]) -> bytes:
     """Return an index of these descriptors."""
     return canonical({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": list(rows)})
 
 
-def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:
+def listed(document: Mapping[str, JsonValue], key: str, where: str) -> list[Json]:
     """Return a list in a document; raises InputRefused if it is not a list."""
     value = document.get(key)
     if not isinstance(value, list):
@@ -119,7 +121,7 @@ def listed(document: Mapping[str, Json], key: str, where: str) -> list[Json]:
     return value
 
 
-def choose(entries: Sequence[Json], platform: str | None, where: str) -> Blob:
+def choose(entries: Sequence[JsonValue], platform: str | None, where: str) -> Blob:
     """Return the index entry for a platform (default: this one); UsageError if there is none.
 
     An entry need not say its platform; the only image of an index is taken without it.
@@ -162,7 +164,7 @@ def twice_in(index: bytes, where: str) -> list[str]:
     return sorted(name for name in found if len(found[name]) > 1 and name != "unknown/unknown")
 
 
-def platform_of(value: Json) -> str:
+def platform_of(value: JsonValue) -> str:
     """Return a platform object as `os/architecture`, or empty; the variant is ignored."""
     if not isinstance(value, dict):
         return ""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from weightsmith.core.values import Digest, Json, Pieces, Tree, canonical
+from weightsmith.core.values import Digest, JsonValue, Pieces, Tree, canonical
 from weightsmith.oci.image import FILE_PATH, Image
 from weightsmith.oci.layers import TITLE, FileLayer, Layer, TarLayer, title_of
 from weightsmith.oci.manifests import MODEL_LAYER, MODEL_MANIFEST
@@ -41,16 +41,16 @@ class ModelDescription:
     """Such as `q4_k_m`."""
     sees_images: bool = False
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Return the document, by schema/config-schema.json, without the layers' digests."""
         inputs = ["text", "image"] if self.sees_images else ["text"]
-        descriptor = {
+        descriptor: dict[str, JsonValue] = {
             "name": self.name,
             "version": self.version,
             "family": self.family,
             "licenses": list(self.licenses),
         }
-        config = {
+        config: dict[str, JsonValue] = {
             "architecture": "transformer",
             "format": self.format,
             "paramSize": _size(self.parameters) if self.parameters else "",
@@ -175,5 +175,5 @@ def _size(parameters: int) -> str:
     return str(parameters)
 
 
-def _given(facts: Mapping[str, Json]) -> dict[str, Json]:
+def _given(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {name: value for name, value in facts.items() if value not in ("", [], 0)}

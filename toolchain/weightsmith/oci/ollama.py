@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Digest, FileEntry, Json, Pieces, Tree, canonical
+from weightsmith.core.values import Digest, FileEntry, JsonValue, Pieces, Tree, canonical
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import TITLE, FileLayer
 from weightsmith.oci.manifests import DOCKER_MANIFEST, OLLAMA_LAYER
@@ -64,7 +64,7 @@ def ollama_model(
     ]
     if context:
         layers.append(_text("params", "params.json", canonical({"num_ctx": context}).decode()))
-    settings: dict[str, Json] = {
+    settings: dict[str, JsonValue] = {
         "model_format": "gguf",
         "model_family": family,
         "model_families": [family, *(["clip"] if projector else [])],

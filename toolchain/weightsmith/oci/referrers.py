@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.values import Blob, Digest, Json
+from weightsmith.core.values import Blob, Digest, JsonValue
 from weightsmith.oci import downloads, manifests, uploads
 from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from weightsmith.oci.paging import next_page
@@ -135,10 +135,12 @@ def read(session: RegistrySession, reference: Reference, blob: Blob, tag: str = 
     )
 
 
-def _by_api(session: RegistrySession, reference: Reference, subject: Digest) -> list[Json] | None:
+def _by_api(
+    session: RegistrySession, reference: Reference, subject: Digest
+) -> list[JsonValue] | None:
     """Return the API's list, or None if the registry has no referrers API."""
     url = f"referrers/{subject}"
-    rows: list[Json] = []
+    rows: list[JsonValue] = []
     for _ in range(_MOST_PAGES):
         reply = session.attempt(
             f"cannot list what is attached to {reference}",
@@ -157,7 +159,7 @@ def _by_api(session: RegistrySession, reference: Reference, subject: Digest) -> 
     return rows
 
 
-def _by_tag(session: RegistrySession, reference: Reference, tag: str) -> list[Json] | None:
+def _by_tag(session: RegistrySession, reference: Reference, tag: str) -> list[JsonValue] | None:
     """Return the list under a tag, or None if the tag is an image: `cosign copy` leaves such."""
     target = Reference(reference.registry, reference.repository, tag)
     found = downloads.manifest_or_none(session, target)

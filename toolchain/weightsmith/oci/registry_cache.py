@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.ports import CacheUse
-from weightsmith.core.values import Blob, Digest, Json, canonical
+from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci import downloads, manifests
 from weightsmith.oci.attachments import EMPTY, EMPTY_TYPE
 from weightsmith.oci.paging import next_page
@@ -161,7 +161,7 @@ class RegistryCache:
         raise InputRefused(f"{what}: it has more than {_MOST_PAGES} pages", hint=_NO_LIST)
 
 
-def _inlined(row: Mapping[str, Json]) -> bytes:
+def _inlined(row: Mapping[str, JsonValue]) -> bytes:
     """Return a descriptor's embedded content, unverified; empty without any."""
     try:
         return base64.b64decode(str(row.get("data", "")), validate=True)

@@ -12,7 +12,7 @@ import httpx
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 
 class Transient(Exception):
@@ -66,7 +66,7 @@ def is_full(reply: Reply) -> bool:
     return reply.status == 507 or (reply.status == 500 and full)
 
 
-def json_object(body: bytes) -> Mapping[str, Json]:
+def json_object(body: bytes) -> Mapping[str, JsonValue]:
     """Return the JSON object in a body, or an empty one."""
     try:
         value = parse(body)
@@ -85,5 +85,5 @@ def stated_error(body: bytes) -> str:
     return "; ".join(str(part) for part in parts if part)
 
 
-def _text(detail: Json) -> str:
+def _text(detail: JsonValue) -> str:
     return detail if isinstance(detail, str) else json.dumps(detail)[:200] if detail else ""

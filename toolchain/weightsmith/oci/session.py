@@ -19,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_limits
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.oci.auth import IDENTITY, Credentials, basic, parse_challenge
 from weightsmith.oci.references import DOCKER_HUB, Reference, is_loopback
 from weightsmith.oci.replies import (
@@ -347,7 +347,7 @@ class RegistrySession:
         self._check_transient(reply)
         return reply
 
-    def _keep(self, answer: Mapping[str, Json]) -> None:
+    def _keep(self, answer: Mapping[str, JsonValue]) -> None:
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             raise EnvironmentFailure(

@@ -146,12 +146,12 @@ class FileStore:
                 "WEIGHTSMITH_STORE to a folder on a larger disk",
             )
 
-    def clean(self, keep_bytes: int) -> Mapping[str, Json]:
+    def clean(self, keep_bytes: int) -> Mapping[str, int]:
         """Delete least recently used results above the budget, except those in use."""
         with self._writing("cleaning"):
             return self._clean(keep_bytes)
 
-    def _clean(self, keep_bytes: int) -> Mapping[str, Json]:
+    def _clean(self, keep_bytes: int) -> Mapping[str, int]:
         results = sorted(self._results(), key=lambda item: age_order(item[1]))
         total = sum(size for _, _, size in results)
         before, deleted, busy = total, 0, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 
 _OFTEN = 3
 """Different adapters under one name within a week: it is still being trained."""
@@ -14,7 +14,7 @@ _OPPOSED = -0.05
 
 def advise(
     *, adapters: int, packed: bool, changes: int, conflicts: Sequence[Mapping[str, Json]]
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     """Return `merge` (true, false, or null without adapters) and `why`, sentences for people.
 
     `adapters` of the recipe; `packed`: a target is quantized; `changes`: different adapters built

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 USEFUL = 8192
 """Tokens: a request of this length is not made longer for fewer at once than wanted."""
@@ -55,7 +55,9 @@ def rule(own: int, wanted: int) -> str:
     )
 
 
-def choices(capacity: Fitting, own: int, limit: int, chosen: int) -> tuple[Mapping[str, Json], ...]:
+def choices(
+    capacity: Fitting, own: int, limit: int, chosen: int
+) -> tuple[Mapping[str, JsonValue], ...]:
     """Return how many requests fit at other lengths, from the longest to some below the chosen.
 
     Of lengths at which as many fit, only the longest; () if there is nothing to choose between.

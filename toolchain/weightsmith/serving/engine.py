@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import SAFETENSORS, Format, Json
+from weightsmith.core.values import SAFETENSORS, Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.plan import ServingPlan
 
@@ -49,7 +49,7 @@ class ServeOptions:
     """Bytes of the weights that are a projector for pictures."""
     format: Format = SAFETENSORS
     """The target's, not the user's: what the weights are packed in."""
-    extra: Mapping[str, Json] = field(default_factory=dict)
+    extra: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ class Engine:
     """(plan, model) -> environment of the process."""
     entrypoint: tuple[str, ...]
     command: Callable[[ServingPlan, ServedModel], tuple[str, ...]]
-    file_settings: Callable[[ServingPlan, ServedModel], Mapping[str, Json]] = field(
+    file_settings: Callable[[ServingPlan, ServedModel], Mapping[str, JsonValue]] = field(
         default=lambda _plan, _model: {}
     )
     """(plan, model) -> what the engine's own file says, for its template."""
@@ -166,7 +166,7 @@ class Engine:
     """The setting that tells it to."""
     neutral_settings: frozenset[str] = frozenset()
     """Settings of a plan that change no answer: slots, total context, threads."""
-    adapter_fields: Callable[[int], Mapping[str, Json]] | None = None
+    adapter_fields: Callable[[int], Mapping[str, JsonValue]] | None = None
     """(adapter's number) -> request fields that choose it; None where its name is the model's."""
     probe_seconds: int = 3
     """How long a health probe may take."""

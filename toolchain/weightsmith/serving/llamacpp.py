@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel
 from weightsmith.serving.llamacpp_options import as_arguments, as_environment
 from weightsmith.serving.llamacpp_plan import plan
@@ -28,7 +28,7 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     Everything a plan depends on is explicit, so the
     server neither fits nor downloads anything of its own (`--fit off`, `--offline`).
     """
-    served: dict[str, Json] = {
+    served: dict[str, JsonValue] = {
         "model": model.path,
         **({"mmproj": model.projector} if model.projector else {}),
         "alias": model.name,

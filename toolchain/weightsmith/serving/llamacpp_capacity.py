@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.matrices import Vision
 from weightsmith.models.shape import ModelShape
@@ -189,7 +189,7 @@ class LlamaCppCapacity:
 
 
 def make_capacity(
-    model: ModelFacts, weights: int, options: ServeOptions, extra: Mapping[str, Json]
+    model: ModelFacts, weights: int, options: ServeOptions, extra: Mapping[str, JsonValue]
 ) -> LlamaCppCapacity:
     """Return the capacity with llama-server's options read; UsageError for one that cannot be."""
     shape, projector = model.shape, options.projector_bytes
@@ -236,7 +236,7 @@ def _machine(options: ServeOptions) -> PooledMachine:
     return PooledMachine(device=options.gpu or CPU, gpus=0, total=total, held_back=total // _MARGIN)
 
 
-def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) -> int:
+def _whole(extra: Mapping[str, JsonValue], option: str, default: int, *, least: int) -> int:
     value = extra.get(option, default)
     try:
         number = int(str(value))
@@ -249,10 +249,10 @@ def _whole(extra: Mapping[str, Json], option: str, default: int, *, least: int) 
     return number
 
 
-def ways(capacity: LlamaCppCapacity, tokens: int, slots: int) -> list[dict[str, Json]]:
+def ways(capacity: LlamaCppCapacity, tokens: int, slots: int) -> list[dict[str, JsonValue]]:
     """Return the nearest options that fit: `text` for people, the rest as `serve` keys."""
-    both: dict[str, Json] = {"max_model_len": tokens, "max_num_seqs": slots}
-    found: list[dict[str, Json]] = []
+    both: dict[str, JsonValue] = {"max_model_len": tokens, "max_num_seqs": slots}
+    found: list[dict[str, JsonValue]] = []
     if shorter := capacity.longest(slots, tokens):
         text = f"max_model_len {shorter} with {slots} at once"
         found.append({"text": text, **both, "max_model_len": shorter})

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.serving.option_values import require_harmless
 from weightsmith.serving.options import NO_TLS, require_fitting
 
@@ -80,7 +80,7 @@ def _canonical() -> Mapping[str, str]:
     return MappingProxyType(names)
 
 
-def extra_options(extra: Mapping[str, Json]) -> dict[str, Json]:
+def extra_options(extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     """Return `serve.extra` with every key as llama-server's long option, without dashes.
 
     Keys may be long options or LLAMA_ARG_ variables. Raises UsageError for an unknown option
@@ -88,7 +88,7 @@ def extra_options(extra: Mapping[str, Json]) -> dict[str, Json]:
     that the server does not know and a number that is none.
     """
     require_harmless(extra)
-    found: dict[str, Json] = {}
+    found: dict[str, JsonValue] = {}
     for key, value in extra.items():
         option = _option(key)
         if option in _NOT_HERE:
@@ -105,7 +105,7 @@ def extra_options(extra: Mapping[str, Json]) -> dict[str, Json]:
     return found
 
 
-def as_environment(settings: Mapping[str, Json]) -> dict[str, str]:
+def as_environment(settings: Mapping[str, JsonValue]) -> dict[str, str]:
     """Return the settings that have a variable, under it; booleans as 1 and 0.
 
     llama-server reads true/1/on/enabled and false/0/off/disabled; a variable of a plain switch
@@ -115,7 +115,7 @@ def as_environment(settings: Mapping[str, Json]) -> dict[str, str]:
     return {names[option]: text(value) for option, value in settings.items() if option in names}
 
 
-def as_arguments(settings: Mapping[str, Json]) -> tuple[str, ...]:
+def as_arguments(settings: Mapping[str, JsonValue]) -> tuple[str, ...]:
     """Return the settings that only the command line knows, as arguments."""
     argv: list[str] = []
     for option, value in settings.items():
@@ -131,7 +131,7 @@ def as_arguments(settings: Mapping[str, Json]) -> tuple[str, ...]:
     return tuple(argv)
 
 
-def text(value: Json) -> str:
+def text(value: JsonValue) -> str:
     """Return a setting as llama-server reads it."""
     if isinstance(value, bool):
         return "1" if value else "0"
@@ -160,7 +160,7 @@ def _option(key: str) -> str:
 
 
 def _load() -> Mapping[str, Json]:
-    loaded: Mapping[str, Json] = json.loads(_LIST.read_text("utf-8"))
+    loaded: Mapping[str, JsonValue] = json.loads(_LIST.read_text("utf-8"))
     return loaded
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
 from weightsmith.serving.architectures import check_architecture
@@ -62,7 +62,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
         )
     else:
         raise _too_much(capacity, tokens, slots)
-    rows: tuple[Mapping[str, Json], ...] = ()
+    rows: tuple[Mapping[str, JsonValue], ...] = ()
     if options.max_model_len is None and options.max_num_seqs is None:
         rows = choices(capacity, limit, _MANY_SLOTS, tokens)
         notes += [rule(limit, _AUTO_SLOTS)] if rows and tokens < limit else []
@@ -73,7 +73,7 @@ _CACHE_TYPES = {"fp8": "q8_0", "fp8_e4m3": "q8_0", "float16": "f16", "bfloat16":
 """Other engines' names -> the nearest of llama.cpp's own."""
 
 
-def _with_options(extra: dict[str, Json], options: ServeOptions) -> dict[str, Json]:
+def _with_options(extra: dict[str, JsonValue], options: ServeOptions) -> dict[str, JsonValue]:
     """Return llama-server's options for those that every engine has; `extra` wins.
 
     Raises UsageError for an option that llama.cpp has nothing for.
@@ -94,7 +94,7 @@ def _with_options(extra: dict[str, Json], options: ServeOptions) -> dict[str, Js
             f" {options.gpu_count}",
             hint="leave it out: llama.cpp spreads the layers over all GPUs",
         )
-    found: dict[str, Json] = {}
+    found: dict[str, JsonValue] = {}
     if options.kv_cache_dtype:
         kind = _CACHE_TYPES.get(options.kv_cache_dtype, options.kv_cache_dtype)
         found |= {"cache-type-k": kind, "cache-type-v": kind}
@@ -103,7 +103,7 @@ def _with_options(extra: dict[str, Json], options: ServeOptions) -> dict[str, Js
     return {**found, **extra}
 
 
-def _length_limit(shape: ModelShape, options: ServeOptions, extra: Mapping[str, Json]) -> int:
+def _length_limit(shape: ModelShape, options: ServeOptions, extra: Mapping[str, JsonValue]) -> int:
     """Return the longest request the model allows; stretched positions lift the limit."""
     limit = shape.max_positions or _UNKNOWN_LENGTH
     wanted = options.max_model_len
@@ -215,10 +215,10 @@ def _result(
     tokens: int,
     slots: int,
     gpu_layers: int,
-    extra: Mapping[str, Json],
+    extra: Mapping[str, JsonValue],
     notes: list[str],
 ) -> ServingPlan:
-    settings: dict[str, Json] = {
+    settings: dict[str, JsonValue] = {
         "ctx-size": padded(tokens) * slots,
         "parallel": slots,
         "kv-unified": False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.serving.gpus import GPUS
 from weightsmith.serving.machine import can_split
 from weightsmith.serving.memory import human
@@ -17,7 +17,7 @@ _FOUR_BITS = 4.25
 """Four bits and a 16-bit scale and 4-bit zero per 128 weights, nearly (AWQ, GPTQ)."""
 
 
-def alternatives(capacity: PagedCapacity, plan: ServingPlan) -> tuple[Mapping[str, Json], ...]:
+def alternatives(capacity: PagedCapacity, plan: ServingPlan) -> tuple[Mapping[str, JsonValue], ...]:
     """Return changes of one option each that fit: `text` for people, the rest as `serve` keys.
 
     In this order: a shorter request, fewer at once, a smaller cache type, smaller weights, more
@@ -36,7 +36,7 @@ def alternatives(capacity: PagedCapacity, plan: ServingPlan) -> tuple[Mapping[st
     return tuple(way for way in found if way)
 
 
-def _shorter(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _shorter(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
     shorter = capacity.longest(requests, tokens)
     if not 0 < shorter < tokens:
         return {}
@@ -47,7 +47,7 @@ def _shorter(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str
     }
 
 
-def _fewer(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _fewer(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
     fewer = capacity.most(tokens, requests)
     if not 0 < fewer < requests:
         return {}
@@ -58,7 +58,7 @@ def _fewer(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, 
     }
 
 
-def _smaller_cache(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _smaller_cache(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
     card = capacity.machine.gpu
     if capacity.element <= 1 or "fp8" not in capacity.rules.cache_dtypes or (card and not card.fp8):
         return {}
@@ -75,7 +75,9 @@ def _smaller_cache(capacity: PagedCapacity, tokens: int, requests: int) -> Mappi
     }
 
 
-def _smaller_weights(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _smaller_weights(
+    capacity: PagedCapacity, tokens: int, requests: int
+) -> Mapping[str, JsonValue]:
     bits = capacity.options.format.bits_per_weight
     if bits <= 8 or capacity.packed or not capacity.rules.small_target:
         return {}
@@ -92,7 +94,7 @@ def _smaller_weights(capacity: PagedCapacity, tokens: int, requests: int) -> Map
     }
 
 
-def _more_gpus(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _more_gpus(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
     machine = capacity.machine
     if not machine.gpus:
         return {}
@@ -111,7 +113,7 @@ def _more_gpus(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[s
     return {}
 
 
-def _other_gpu(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _other_gpu(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
     machine = capacity.machine
     if not machine.gpus:
         return {}
@@ -130,7 +132,7 @@ def _other_gpu(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[s
     return {}
 
 
-def _more_memory(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, Json]:
+def _more_memory(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
     if capacity.machine.gpus:
         return {}
     low, high = capacity.machine.bytes_each, capacity.machine.bytes_each * 2

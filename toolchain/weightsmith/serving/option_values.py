@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json, without_passwords
+from weightsmith.core.values import JsonValue, without_passwords
 
 _CODE = "trust-remote-code"
 _SECRET = re.compile(
@@ -42,7 +42,7 @@ def plain_name(key: str) -> str:
     return _HUMP.sub("-", key).strip().lstrip("-").lower().replace("_", "-")
 
 
-def require_harmless(extra: Mapping[str, Json]) -> None:
+def require_harmless(extra: Mapping[str, JsonValue]) -> None:
     """Raise UsageError for code of a checkpoint, secrets or further options within values.
 
     Each engine's own table refuses the options that are these themselves.
@@ -74,7 +74,7 @@ def _secret(place: str) -> UsageError:
     )
 
 
-def not_to_be_stated(extra: Mapping[str, Json]) -> list[str]:
+def not_to_be_stated(extra: Mapping[str, JsonValue]) -> list[str]:
     """Return the places in an image's `serve.extra` that only this machine's user may set."""
     found = []
     for key, value in extra.items():
@@ -93,7 +93,7 @@ def not_to_be_stated(extra: Mapping[str, Json]) -> list[str]:
     return sorted(set(found))
 
 
-def _inner(value: Json, place: str) -> Iterator[tuple[str, str, Json]]:
+def _inner(value: JsonValue, place: str) -> Iterator[tuple[str, str, JsonValue]]:
     """Yield each value within another, also of JSON in a text: its place, its key, the value."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:

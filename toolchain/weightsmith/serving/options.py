@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.serving.option_values import require_harmless
 
 NO_TLS = "health checks and probes speak HTTP: let a proxy or the cluster's ingress end TLS"
@@ -49,7 +49,7 @@ class OptionList:
     underscores: bool = False
     """The engine's own names have underscores, not dashes."""
 
-    def checked(self, extra: Mapping[str, Json]) -> dict[str, Json]:
+    def checked(self, extra: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
         """Return `serve.extra` under the engine's names; keys may have dashes or underscores.
 
         Raises UsageError for an unknown option (with near misses), one given twice, one that is not
@@ -58,7 +58,7 @@ class OptionList:
         numbers that are none, too, and for an option without the one that it needs.
         """
         require_harmless(extra)
-        found: dict[str, Json] = {}
+        found: dict[str, JsonValue] = {}
         for key, value in extra.items():
             option = self._name(key)
             if option in self.refused:
@@ -101,7 +101,7 @@ class OptionList:
         )
 
 
-def _checked_value(key: str, value: Json, kind: str) -> Json:
+def _checked_value(key: str, value: JsonValue, kind: str) -> JsonValue:
     if value is None:
         raise UsageError(
             f"serve.extra.{key} is null, which the engine would read as a text",
@@ -117,7 +117,7 @@ def _checked_value(key: str, value: Json, kind: str) -> Json:
     return value
 
 
-def require_fitting(option: str, value: Json, words: Sequence[str], *, number: bool) -> None:
+def require_fitting(option: str, value: JsonValue, words: Sequence[str], *, number: bool) -> None:
     """Raise UsageError for a value that the engine's own parser refuses, if that is known."""
     if number and (isinstance(value, bool) or not _NUMBER.match(str(value))):
         raise UsageError(
@@ -135,11 +135,11 @@ def require_fitting(option: str, value: Json, words: Sequence[str], *, number: b
         )
 
 
-def _spelled(word: Json) -> str:
+def _spelled(word: JsonValue) -> str:
     return str(word).lower().replace("-", "_")
 
 
-def shortened(value: Json) -> str:
+def shortened(value: JsonValue) -> str:
     """Return a value for a message."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

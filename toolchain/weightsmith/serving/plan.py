@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from weightsmith.core.json_objects import JsonObject, read_exactly
-from weightsmith.core.values import Digest, Json, plain
+from weightsmith.core.values import Digest, JsonValue, plain
 from weightsmith.serving.devices import CPU, is_cpu
 
 GRACE_SECONDS = 60
@@ -78,11 +78,11 @@ class ServingPlan(JsonObject):
     gpu_layers: int = 0
     """Layers on the GPU; 0 on CPU."""
     fits: bool = True
-    nearest: tuple[Mapping[str, Json], ...] | None = None
+    nearest: tuple[Mapping[str, JsonValue], ...] | None = None
     """Where it does not fit: changed options that do, each with a `text` for people."""
-    choices: tuple[Mapping[str, Json], ...] = ()
+    choices: tuple[Mapping[str, JsonValue], ...] = ()
     """Where length and requests are left to the plan: other pairs that fit, as `serve` keys."""
-    settings: Mapping[str, Json] = field(default_factory=dict)
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
     """Engine options that follow from the plan, in the engine's own names."""
     notes: tuple[str, ...] = ()
 
@@ -100,13 +100,13 @@ class ServingPlan(JsonObject):
             gpus = ("--device", "/dev/kfd", "--device", "/dev/dri")
         return (*gpus, *(("--shm-size", str(self.shm_bytes)) if self.shm_bytes else ()))
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Return the plan as it is written; of one that was never made, its device alone."""
         if not self.max_model_len:
             return {"device": self.device}
         return {**plain(self), "memory_limit_bytes": self.memory_limit_bytes}
 
-    def portable(self) -> dict[str, Json]:
+    def portable(self) -> dict[str, JsonValue]:
         """Return what of the plan goes into the image: what was chosen.
 
         On a CPU, nothing of the planning machine.
@@ -136,11 +136,11 @@ class ServingConfig:
     plan: ServingPlan
     made_from: tuple[Digest, ...]
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Return all that `bake` needs of a rendered folder."""
         return {**plain(self), "plan": self.plan.to_json()}
 
     @classmethod
-    def from_json(cls, data: Json) -> ServingConfig:
+    def from_json(cls, data: JsonValue) -> ServingConfig:
         """Read what `to_json` returned; raises ValueError for a part that is not as it was."""
         return read_exactly(cls, data)

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.engine import (
     Engine,
@@ -129,8 +129,8 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     return replace(planned, settings={**_settings(planned, capacity), **extra})
 
 
-def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
-    settings: dict[str, Json] = {
+def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonValue]:
+    settings: dict[str, JsonValue] = {
         "dtype": capacity.dtype,
         "context-length": planned.max_model_len,
         "max-running-requests": planned.max_num_seqs,
@@ -149,7 +149,7 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
     return settings
 
 
-def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, Json]:
+def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, JsonValue]:
     """Return everything that sglang.yaml says: single values, and flags that are on.
 
     Raises UsageError for a name that an argument parser would take for an option.

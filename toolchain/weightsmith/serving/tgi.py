@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.positions import PositionSettings
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
@@ -157,10 +157,10 @@ def _switches(model: ModelFacts) -> Switches:
     )
 
 
-def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonValue]:
     """Return the launcher's options: input < total <= the batch, prefill <= the batch."""
     batch = planned.max_model_len * planned.max_num_seqs
-    settings: dict[str, Json] = {
+    settings: dict[str, JsonValue] = {
         "max-total-tokens": planned.max_model_len,
         "max-input-tokens": planned.max_model_len - 1,
         "max-batch-prefill-tokens": min(planned.max_num_batched_tokens, batch),
@@ -179,7 +179,7 @@ def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
 
 def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     """Return the environment, which holds everything: the image's start script splits arguments."""
-    served: dict[str, Json] = {
+    served: dict[str, JsonValue] = {
         "model-id": model.path,
         "hostname": "0.0.0.0",  # noqa: S104  # a container is reached through its published port
         "port": _PORT,
@@ -195,7 +195,7 @@ def env(plan: ServingPlan, model: ServedModel) -> Mapping[str, str]:
     }
 
 
-def _text(value: Json) -> str:
+def _text(value: JsonValue) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

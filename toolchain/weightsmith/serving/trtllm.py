@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions
 from weightsmith.serving.options import OptionList, load_options
@@ -90,10 +90,10 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
             f"TensorRT-LLM does not run on {card.name}",
             hint="choose an NVIDIA GPU from the A100, A10G or L4 on, or a vllm target",
         )
-    cache: dict[str, Json] = {"free_gpu_memory_fraction": planned.gpu_memory_utilization}
+    cache: dict[str, JsonValue] = {"free_gpu_memory_fraction": planned.gpu_memory_utilization}
     if options.kv_cache_dtype:
         cache["dtype"] = options.kv_cache_dtype
-    settings: dict[str, Json] = {
+    settings: dict[str, JsonValue] = {
         "max_seq_len": planned.max_model_len,
         "max_batch_size": planned.max_num_seqs,
         "max_num_tokens": planned.max_num_batched_tokens,
@@ -106,7 +106,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     return replace(planned, settings={**settings, **extra})
 
 
-def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, Json]:
+def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, JsonValue]:
     """Return what trtllm.yaml says: nothing that an argument says, because the file would win."""
     del model
     return {key: value for key, value in plan.settings.items() if key not in _ARGUMENTS}

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
 from weightsmith.serving.devices import AMX, CPU, is_cpu
@@ -218,7 +218,7 @@ def plan(model: ModelFacts, weight_bytes: int, options: ServeOptions) -> Serving
     return replace(planned, notes=notes, settings={**settings, **extra})
 
 
-def switches(extra: Mapping[str, Json]) -> Switches:
+def switches(extra: Mapping[str, JsonValue]) -> Switches:
     """Return what these options change of the cache."""
     block = extra.get("block-size", 0)
     if isinstance(block, bool) or not isinstance(block, int) or block < 0 or block % 8:
@@ -236,7 +236,7 @@ def switches(extra: Mapping[str, Json]) -> Switches:
     )
 
 
-def _state_dtype(extra: Mapping[str, Json]) -> str:
+def _state_dtype(extra: Mapping[str, JsonValue]) -> str:
     chosen = str(extra.get("mamba-ssm-cache-dtype", "auto"))
     if chosen not in {"auto", "float32", "float16", "bfloat16"}:
         raise UsageError(
@@ -270,9 +270,9 @@ def _adapter_bytes(shape: ModelShape, options: ServeOptions) -> int:
     return 2 * len(options.adapters) * _lora_rank(options) * shape.layers * ends
 
 
-def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, Json]:
+def _settings(planned: ServingPlan, capacity: PagedCapacity) -> dict[str, JsonValue]:
     """Return the keys of vLLM's file: dashed, none of them null, no `false` without a `--no-`."""
-    settings: dict[str, Json] = {
+    settings: dict[str, JsonValue] = {
         "dtype": capacity.dtype,
         "max-model-len": planned.max_model_len,
         "max-num-seqs": planned.max_num_seqs,
@@ -332,7 +332,7 @@ def command(plan: ServingPlan, model: ServedModel) -> tuple[str, ...]:
     return ("--config", CONFIG_FILE)
 
 
-def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, Json]:
+def file_settings(plan: ServingPlan, model: ServedModel) -> Mapping[str, JsonValue]:
     """Return everything that vllm.yaml says.
 
     What is off is said twice: `vllm serve` looks for `--no-KEY` among the options of the wrong
@@ -471,7 +471,7 @@ _UNPLANNED = (
 )
 
 
-def check_pictures(architecture: str, extra: Mapping[str, Json], *, on_cpu: bool) -> list[str]:
+def check_pictures(architecture: str, extra: Mapping[str, JsonValue], *, on_cpu: bool) -> list[str]:
     """Return notes on the pictures that a model with a vision tower is served with.
 
     Raises UsageError for a model whose server would not start on a CPU, unless `extra` turns

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from weightsmith.core.safe_parse import RECORD, content, parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 FILE = ".answered.jsonl"
 
@@ -26,7 +26,7 @@ class AnswerCheckpoint:
         self._path = folder / FILE
         self._lock = threading.Lock()
 
-    def keep(self, key: str, answers: Json) -> None:
+    def keep(self, key: str, answers: JsonValue) -> None:
         """Write a model's answers down before returning."""
         # The line before may be incomplete, if that process was killed.
         line = "\n" + json.dumps([key, answers])
@@ -40,13 +40,13 @@ class AnswerCheckpoint:
         self._path.unlink(missing_ok=True)
 
 
-def checkpointed_answers(folder: Path) -> Mapping[str, Json]:
+def checkpointed_answers(folder: Path) -> Mapping[str, JsonValue]:
     """Return the answers in a job's output by key; none if the file cannot be read."""
     try:
         lines = content(folder / FILE, RECORD).split(b"\n")
     except (OSError, ValueError):
         return {}
-    found: dict[str, Json] = {}
+    found: dict[str, JsonValue] = {}
     for line in lines:
         try:
             key, answers = parse(line, largest=RECORD)

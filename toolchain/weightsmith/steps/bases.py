@@ -20,7 +20,7 @@ from weightsmith.core.resources import (
     images,
 )
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import Blob, Digest, Json, StageInputs, key_of
+from weightsmith.core.values import Blob, Digest, JsonValue, StageInputs, key_of
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.engine_layers import (
     ACCOUNTS,
@@ -91,7 +91,7 @@ def data_base(kind: str, override: str) -> str:
 
 def base_inputs(name: str, platform: str = "") -> StageInputs:
     """Return what our own engine's files depend on; the default platform is this machine's."""
-    pins: Json = engine_pins(name)
+    pins: JsonValue = engine_pins(name)
     return StageInputs(
         stage=ENGINE,
         recipe_number=_RECIPE_NUMBER,
@@ -230,7 +230,7 @@ def _own(reference: str, engine: str, platform: str, tools: Tools) -> Image:
     name = reference.removeprefix(OWN)
     whole, stage = assembles_itself(name), base_inputs(name, platform)
 
-    def make(folder: Path) -> Mapping[str, Json]:
+    def make(folder: Path) -> Mapping[str, JsonValue]:
         if not whole and platform == host_platform():
             return _export(folder, tools)
         if whole:
@@ -284,7 +284,7 @@ def _root_layers(entry: StoreEntry, memo: Memo) -> tuple[BlobLayer, ...]:
     return tuple(layers)
 
 
-def _export(folder: Path, tools: Tools) -> Mapping[str, Json]:
+def _export(folder: Path, tools: Tools) -> Mapping[str, JsonValue]:
     tools.runner.prepare(_BUILDER, tools.progress)
     job = ExportEngineJob(builder=_BUILDER, output=folder, seconds=job_seconds(0))
     return tools.runner.run(job, tools.progress)

@@ -15,22 +15,22 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefuse
 from weightsmith.core.files import alone, sync_folder
 from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.trees import below, discard
-from weightsmith.core.values import Digest, FileEntry, Json, StageInputs, Tree
+from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, StageInputs, Tree
 from weightsmith.core.waiting import holder
 from weightsmith.steps.tools import Tools
 
-Make = Callable[[Path], Mapping[str, Json]]
+Make = Callable[[Path], Mapping[str, JsonValue]]
 """Fills an empty folder and returns metadata to store with the files."""
-MakeDocument = Callable[[Path], Json]
+MakeDocument = Callable[[Path], JsonValue]
 """Returns the document; the folder is for temporary files."""
 Inputs = Callable[[], StageInputs]
 """Computes a store key; not called for a user's folder, which has none."""
 
 
-def moved(made: Path, facts: Mapping[str, Json]) -> Make:
+def moved(made: Path, facts: Mapping[str, JsonValue]) -> Make:
     """Return what stores the files of a folder that another result was made in."""
 
-    def move(folder: Path) -> Mapping[str, Json]:
+    def move(folder: Path) -> Mapping[str, JsonValue]:
         for path in made.iterdir():
             path.rename(folder / path.name)
         return facts
@@ -90,7 +90,7 @@ class InStore:
     ) -> StoredDocument:
         """Return the document of the store's entry; make it if it does not exist."""
 
-        def written(folder: Path) -> Mapping[str, Json]:
+        def written(folder: Path) -> Mapping[str, JsonValue]:
             text = json.dumps(make(folder), ensure_ascii=False)
             for path in list(folder.iterdir()):
                 discard(path)
@@ -109,7 +109,7 @@ class InStore:
     def keep(self, inputs: Inputs, file: Path) -> None:
         """Store a copy of the file as a separate entry."""
 
-        def copied(folder: Path) -> Mapping[str, Json]:
+        def copied(folder: Path) -> Mapping[str, JsonValue]:
             shutil.copyfile(file, folder / file.name)
             return {}
 
@@ -151,7 +151,7 @@ class InFolder(Unkept):
         if not (resume and self.resumes):
             for path in self.folder.iterdir():
                 discard(path)
-        meta = dict(make(self.folder))
+        meta: dict[str, Json] = dict(make(self.folder))
         known: Mapping[str, str] = meta.pop("sha256", {})
         return StoreEntry(tree=self._tree(known), meta=meta, cached=False)
 

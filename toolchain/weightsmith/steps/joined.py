@@ -15,7 +15,7 @@ from typing import Any
 
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.jobs import ProofJob, ReferenceJob, ValidateJob
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint, checkpointed_answers
 from weightsmith.steps.tools import Tools
 
@@ -26,7 +26,7 @@ class JoinedJob:
     def __init__(
         self,
         next_job: Callable[[], ReferenceJob | None],
-        keep: Callable[[Mapping[str, Json]], None],
+        keep: Callable[[Mapping[str, JsonValue]], None],
     ) -> None:
         """Take what returns the job, None if nothing is left to ask, and what stores answers."""
         self._next_job = next_job
@@ -35,7 +35,7 @@ class JoinedJob:
         """Seconds that the answers took."""
         self.ran = False
 
-    def run_with(self, validation: ValidateJob, tools: Tools) -> Mapping[str, Json]:
+    def run_with(self, validation: ValidateJob, tools: Tools) -> Mapping[str, JsonValue]:
         """Run both, store the answers, and return what the validation found."""
         self._keep_checkpoint(validation.output)  # of a killed run, maybe to other questions too
         reference = self._next_job()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import of_format
 from weightsmith.quantizers.known import has_projector
@@ -33,7 +33,7 @@ def expected_projector(target: Target, model: ModelFacts) -> Projector | None:
 
 
 def disk_peak(
-    checkpoint_bytes: int, format_: Format, model: ModelFacts, options: Mapping[str, Json]
+    checkpoint_bytes: int, format_: Format, model: ModelFacts, options: Mapping[str, JsonValue]
 ) -> int:
     """Return the peak disk usage, in bytes, of making and storing an artifact."""
     if not format_.packed:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.json_objects import JsonObject
-from weightsmith.core.values import Digest, Json, StageInputs, Tree, key_of, plain
+from weightsmith.core.values import Digest, JsonValue, StageInputs, Tree, key_of, plain
 from weightsmith.evaluating.results import Result
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.models.facts import ModelFacts, read_facts
@@ -40,7 +40,7 @@ WEIGHTS = "quantize"
 """The name, in plans and records, of whatever makes a target's weights."""
 MERGE_FIRST = "merge comes first"
 NOT_YET = "its weights do not exist yet"
-_NOTHING: Mapping[tuple[str, str], Mapping[str, Json]] = MappingProxyType({})
+_NOTHING: Mapping[tuple[str, str], Mapping[str, JsonValue]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +205,7 @@ class Step(Generic[T_co, F_co]):
         return ()
 
     @property
-    def options(self) -> Json:
+    def options(self) -> JsonValue:
         """The part of the recipe that it depends on, beside the steps that it needs."""
         return None
 
@@ -311,7 +311,7 @@ class Foresight:
     """What was foreseen of the steps so far, and what there is to judge by."""
 
     def __init__(
-        self, tools: Tools, earlier: Mapping[tuple[str, str], Mapping[str, Json]] = _NOTHING
+        self, tools: Tools, earlier: Mapping[tuple[str, str], Mapping[str, JsonValue]] = _NOTHING
     ) -> None:
         """Take, by step and target, what the last build's results depended on."""
         self.tools = tools

@@ -22,6 +22,7 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.jobs import Job, out_of_memory, read_job
 from weightsmith.core.time_limits import tell_what_is_done
+from weightsmith.core.values import JsonValue
 from weightsmith.forward.libraries import import_for_good
 from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.worker.jobs import LIBRARIES, STAGES
@@ -76,7 +77,11 @@ def _of_the_system(problem: OSError, job: Job) -> WeightsmithError:
 
 
 def _send_error(wire: Wire, error: WeightsmithError) -> int:
-    report = {"message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+    report: dict[str, JsonValue] = {
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
     wire.send({"error": report})
     return error.exit_code
 

@@ -15,24 +15,24 @@ from weightsmith.core.jobs import (
     AskedWalk,
     ReferenceJob,
 )
-from weightsmith.core.values import Json, plain
+from weightsmith.core.values import JsonValue, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.worker.wire import Report
 
 
-def reference(job: ReferenceJob, report: Report) -> Mapping[str, Json]:
+def reference(job: ReferenceJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `answers`, by the keys of their models."""
     found = answered(job, report)
     (job.output / ANSWER_JOURNAL).unlink(missing_ok=True)
     return {"answers": rows_of(found)}
 
 
-def rows_of(found: Mapping[str, Any]) -> Mapping[str, Json]:
+def rows_of(found: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the rows that a job returns of what `answered` found."""
     return {key: plain(getattr(one, "rows", one)) for key, one in found.items()}
 
 
-def answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
+def answered(job: ReferenceJob, report: Report) -> Mapping[str, JsonValue]:
     """Return what each model answers by key: `Answered`, or log-likelihoods where it chooses.
 
     What a model has finished also lies in the output at once, in case the job does not end.
@@ -44,7 +44,7 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
     total = sum(len(task.questions) * len(task.models) for task in tasks)
     count = walking.Count(total, partial(report_items, report))
     kept = journal.AnswerJournal(job.output / ANSWER_JOURNAL)
-    found: dict[str, Any] = {}
+    found: dict[str, JsonValue] = {}
     for walk in job.walks:
         found |= _walked(job, walk, count, kept, early)
         gc.collect()  # modules with hooks refer to each other
@@ -53,7 +53,7 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, Any]:
 
 def _walked(
     job: ReferenceJob, walk: AskedWalk, count: Any, journal: Any, early: AnswerCheckpoint
-) -> Mapping[str, Any]:
+) -> Mapping[str, JsonValue]:
     subject = partial(_subject, job)
 
     def finished(key: str, rows: Any) -> None:
@@ -62,7 +62,7 @@ def _walked(
     if walk.choose:
         choices: Any = importlib.import_module("weightsmith.merging.choices")
         given = {one.key: (subject(one), task.questions) for one, task in _models(walk)}
-        scores: Mapping[str, Any] = choices.likelihoods(given, count, finished)
+        scores: Mapping[str, JsonValue] = choices.likelihoods(given, count, finished)
         return scores
     module: Any = importlib.import_module("weightsmith.merging.reference")
     asked = {
@@ -73,7 +73,7 @@ def _walked(
         )
         for one, task in _models(walk)
     }
-    found: Mapping[str, Any] = module.answered(
+    found: Mapping[str, JsonValue] = module.answered(
         asked, count, batch_bytes=walk.batch_bytes, journal=journal, finished=finished
     )
     return found

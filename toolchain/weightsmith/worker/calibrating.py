@@ -12,13 +12,13 @@ from weightsmith.core.cpus import has_avx2
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import CacheScalesJob
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 
 Report = Callable[[int, int, str], None]
 
 
 def importance(
-    model: Path, texts: Sequence[Mapping[str, Json]], file: Path, report: Report
+    model: Path, texts: Sequence[Mapping[str, JsonValue]], file: Path, report: Report
 ) -> None:
     """Write the importance of a model's matrices to a file, which is whole as soon as it is there.
 
@@ -48,7 +48,7 @@ def importance(
     partial.rename(file)
 
 
-def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, Json]:
+def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `scales`: of keys and of values, by the attention's name."""
     module: Any = importlib.import_module("weightsmith.quantizers.layerwise.cache")
     found = module.cache_scales(
@@ -65,7 +65,7 @@ def _loops() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
 
 
-def _rendered(model: Path, texts: Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
+def _rendered(model: Path, texts: Sequence[Mapping[str, JsonValue]]) -> list[Mapping[str, Json]]:
     """Return each text as the model reads it, with its number of tokens."""
     rendering: Any = importlib.import_module("weightsmith.quantizers.quality.texts")
     return [parse(line) for line in rendering.as_lines(model, texts).splitlines()]

@@ -40,7 +40,7 @@ from weightsmith.core.jobs import (
     ValidateJob,
 )
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Format, Json, plain
+from weightsmith.core.values import Format, JsonValue, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
@@ -54,7 +54,7 @@ def tools_folder() -> Path:
     return Path(os.environ.get("WEIGHTSMITH_TOOLS_LLAMACPP", "/opt/llamacpp"))
 
 
-def convert_adapters(job: ConvertAdaptersJob, report: Report) -> Mapping[str, Json]:
+def convert_adapters(job: ConvertAdaptersJob, report: Report) -> Mapping[str, JsonValue]:
     """Convert adapters in one process, and read them back; return `tensors` by folder.
 
     What an interrupted run has converted is not converted again. Raises InputRefused or CheckFailed
@@ -95,7 +95,7 @@ def _link(folder: Path, adapter: Path) -> Path:
     return link
 
 
-def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
+def _merge(job: MergeJob, report: Report) -> Mapping[str, JsonValue]:
     engine: Any = importlib.import_module("weightsmith.merging.engine")
     request = engine.MergeRequest(
         base=job.base.path,
@@ -109,7 +109,7 @@ def _merge(job: MergeJob, report: Report) -> Mapping[str, Json]:
     return _mapping(engine.merge(request, lambda done, total: report(done, total, "bytes")))
 
 
-def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
+def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, JsonValue]:
     """Copy the engine's programs, compiled by the builder, to the output."""
     source = tools_folder() / "app"
     if not source.is_dir():
@@ -122,14 +122,14 @@ def _export_engine(job: ExportEngineJob, report: Report) -> Mapping[str, Json]:
     return {}
 
 
-def _import_gguf(job: ImportGgufJob, report: Report) -> Mapping[str, Json]:
+def _import_gguf(job: ImportGgufJob, report: Report) -> Mapping[str, JsonValue]:
     gguf_import: Any = importlib.import_module("weightsmith.models.gguf_import")
     gguf_import.import_gguf(job.gguf.path, job.output)
     report(1, 1, "items")
     return {}
 
 
-def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
+def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
     from weightsmith.quantizers.quantizer import QuantizeRequest
 
     quantizer, model = _quantizer(job.quantizer), job.model.path
@@ -195,7 +195,7 @@ def _beside(request: Any, quantizer: Any, other: Beside) -> Any:
     return replace(request, format=format_, output=folder, options=other.options)
 
 
-def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, Json]:
+def _checked(request: Any, quantizer: Any, measured: Path) -> Mapping[str, JsonValue]:
     """Check another format, which has the same statistics."""
     link = request.output / measured.name
     link.unlink(missing_ok=True)
@@ -215,7 +215,7 @@ def _quantizer(name: str) -> Any:
     return importlib.import_module(f"weightsmith.quantizers.{name}").QUANTIZER
 
 
-def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
+def _prove(job: ProofJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `answers`, the `seconds` that they took, and `validation`.
 
     While the validation runs, the answers also lie in a file of the output, in case it is
@@ -225,7 +225,7 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
     validation finds nothing wrong with the merged model.
     """
     asked, drafts, began = job.reference, [], time.monotonic()
-    answers: Mapping[str, Json] = {}
+    answers: Mapping[str, JsonValue] = {}
     try:
         with computed(asked):
             found = answered(asked, report)
@@ -247,7 +247,9 @@ def _prove(job: ProofJob, report: Report) -> Mapping[str, Json]:
     return {"validation": validation, "answers": answers, "seconds": seconds}
 
 
-def _validate(job: ValidateJob, report: Report, drafts: Sequence[Any] = ()) -> Mapping[str, Json]:
+def _validate(
+    job: ValidateJob, report: Report, drafts: Sequence[Any] = ()
+) -> Mapping[str, JsonValue]:
     module: Any = importlib.import_module("weightsmith.validating.validate")
     request = module.Request(
         base=job.base.path,
@@ -262,7 +264,7 @@ def _validate(job: ValidateJob, report: Report, drafts: Sequence[Any] = ()) -> M
     return _mapping(found.to_json())
 
 
-def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
+def _quality(job: QualityJob, report: Report) -> Mapping[str, JsonValue]:
     measure: Any = importlib.import_module("weightsmith.quantizers.quality.measure")
     model, tell = job.model.path, lambda done, total: report(done, total, "layers")
     try:
@@ -272,7 +274,7 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, Json]:
         return {"skipped": error.message}
 
 
-def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
+def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `answers`, of the one subject, or `skipped`: why its weights cannot be read."""
     answering: Any = importlib.import_module("weightsmith.quantizers.quality.answering")
     walking: Any = importlib.import_module("weightsmith.forward.walk")
@@ -293,18 +295,18 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, Json]:
     return {"answers": plain(found)}
 
 
-def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, Json]:
+def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, JsonValue]:
     module: Any = importlib.import_module("weightsmith.forward.layer_time")
     tell = partial(report_items, report)
     return _mapping(module.layer_time(job.model.path, job.counts, tell))
 
 
-def _mapping(value: object) -> Mapping[str, Json]:
+def _mapping(value: object) -> Mapping[str, JsonValue]:
     mapping = plain(value)
     return mapping if isinstance(mapping, dict) else {}
 
 
-STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, Json]]] = {
+STAGES: Mapping[str, Callable[[Any, Report], Mapping[str, JsonValue]]] = {
     MergeJob.kind: _merge,
     ImportGgufJob.kind: _import_gguf,
     QuantizeJob.kind: _quantize,

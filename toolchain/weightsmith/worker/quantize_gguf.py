@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,6 +58,9 @@ from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.calibrating import importance
 from weightsmith.worker.virtual import computed_for_program
+
+if TYPE_CHECKING:
+    from gguf.gguf_writer import GGUFWriter, TensorInfo
 
 
 def main() -> None:
@@ -98,7 +101,7 @@ def _run(settings: PassSettings, measured: Callable[[], object]) -> None:
         wanted.append((Path(settings.middle), settings.between))
     plans: list[_Plan] = []
 
-    def write(writer: Any) -> None:
+    def write(writer: GGUFWriter) -> None:
         try:
             plans.append(_Plan.of(writer))
             if len(plans) == len(wanted):
@@ -130,10 +133,10 @@ class _Plan:
     """What the converter would write: headers, and the tensors of each."""
 
     files: Sequence[Path]
-    tensors: Sequence[Mapping[str, Any]]
+    tensors: Sequence[Mapping[str, TensorInfo]]
 
     @classmethod
-    def of(cls, writer: Any) -> _Plan:
+    def of(cls, writer: GGUFWriter) -> _Plan:
         return cls(files=_write_headers(writer), tensors=writer.tensors)
 
 
@@ -167,7 +170,7 @@ class _Direct:
     whole: Mapping[str, Callable[[], np.ndarray]]
 
     @classmethod
-    def of(cls, path: Path, tensors: Mapping[str, Any], apart: Collection[str]) -> _Direct:
+    def of(cls, path: Path, tensors: Mapping[str, TensorInfo], apart: Collection[str]) -> _Direct:
         """Share the source's rows, but for tensors `apart`: the converter computes these."""
         with path.open("rb") as file:
             start = file.read(read_header(path).size)
@@ -280,7 +283,7 @@ def _of_file(path: Path) -> Source:
     return Source(header=header, rows=rows, stored=stored)
 
 
-def _write_headers(writer: Any) -> list[Path]:
+def _write_headers(writer: GGUFWriter) -> list[Path]:
     """Write the converter's headers, each with a hole for its data; return the files."""
     writer.write_ti_data_to_file()
     for file, tensors in zip(writer.fout, writer.tensors, strict=True):
@@ -291,7 +294,7 @@ def _write_headers(writer: Any) -> list[Path]:
     return [Path(name) for name in writer.format_shard_names(writer.path)]
 
 
-def _of_writer(path: Path, tensors: Mapping[str, Any]) -> Source:
+def _of_writer(path: Path, tensors: Mapping[str, TensorInfo]) -> Source:
     return Source(
         header=read_header(path),
         rows=lambda entry, kind: rows_of(_take(tensors[entry.name]), kind, entry.columns),
@@ -300,11 +303,11 @@ def _of_writer(path: Path, tensors: Mapping[str, Any]) -> Source:
     )
 
 
-def _whole(info: Any) -> np.ndarray:
+def _whole(info: TensorInfo) -> np.ndarray:
     return computed(_take(info))
 
 
-def _take(info: Any) -> Any:
+def _take(info: TensorInfo) -> Any:
     """Return a tensor of the converter's; its data, once computed, is freed with its last use."""
     tensor, info.tensor = info.tensor, None
     return tensor

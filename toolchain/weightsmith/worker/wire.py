@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
-from weightsmith.core.values import Json, plain
+from weightsmith.core.values import JsonValue, plain
 
 Report = Callable[[int, int, str], None]
 """Report work done: done, total, unit."""
@@ -23,7 +23,7 @@ class Wire:
         os.dup2(2, 1)
         self._last = 0.0
 
-    def send(self, message: Mapping[str, Json]) -> None:
+    def send(self, message: Mapping[str, JsonValue]) -> None:
         """Write one JSON line."""
         self._file.write(json.dumps(plain(message), ensure_ascii=False) + "\n")
 
