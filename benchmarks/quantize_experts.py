@@ -36,8 +36,7 @@ from weightsmith.quantizers.quality.limits import limits_for
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.quantizers.quality.texts import as_lines
-from weightsmith.recipe.schema import Quality as Wanted
-from weightsmith.recipe.schema import TextBounds
+from weightsmith.recipe.schema import Quality, TextBounds
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -133,8 +132,8 @@ def lost_by(name: str, kind: str, model: Path, data: Path) -> list[str]:
         tool("quantize", "--model", model, "--out", folder / "out", *words)
     format_ = formats()[PEERS[name][0] if name in PEERS else name]
     view = view_of(folder / "out", model)
-    loss = measure(model, view, texts.held_out, Wanted().tokens, lambda _done, _total: None)
-    limits = limits_for(format_, Wanted(), perplexity=loss.perplexity_reference)
+    loss = measure(model, view, texts.held_out, Quality().tokens, lambda _done, _total: None)
+    limits = limits_for(format_, Quality(), perplexity=loss.perplexity_reference)
     plain = dequantized(folder, format_.name, model)
     asked = ("--data", data / "eval.jsonl", "--metric", "contains", "--max-tokens", 32)
     score = tool("evaluate", "--model", plain, *asked)

@@ -15,7 +15,7 @@ from weightsmith.building.explain import forecast
 from weightsmith.core.errors import CacheLost, CheckFailed, InputRefused, WeightsmithError
 from weightsmith.core.jobs import Job
 from weightsmith.core.ports import Progress
-from weightsmith.steps.tools import Memory as Room
+from weightsmith.steps.tools import JobMemory
 
 from tests.fakes.jobs import LOSSY, WRONG
 from tests.fakes.memory import Memory
@@ -209,7 +209,7 @@ def test_two_jobs_get_no_more_memory_than_one_may_use(
     paired: Memory, limit: int, *, together: bool
 ) -> None:
     """With --memory, what both need must fit; the plan says the sum where it does."""
-    paired.room = Room(limit=limit, budget=limit)
+    paired.room = JobMemory(limit=limit, budget=limit)
     runner = runner_of(paired)
     if not together:
         runner.let_go()

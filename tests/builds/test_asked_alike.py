@@ -13,7 +13,7 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.core.ports import Endpoint
 from weightsmith.evaluating.served import ask, find_served
 from weightsmith.evaluating.session import ServerSession
-from weightsmith.merging.reference import Subject, prompt_tokens, speaker
+from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.outside.toolset import toolset_folder
 
 from tests.fakes.questioned import BEGUN, ITEM, WORDED, model
@@ -48,7 +48,7 @@ def running(request: Any, tmp_path_factory: Any) -> Iterator[Running]:
     words = ["--model", made["files"][0], "--port", str(port), "--jinja", "--no-ui"]
     words += ["-np", "1", "-t", "1"]
     with started([program, *words], dict(os.environ), port, folder / "log") as client:
-        tokenizer = speaker(Subject(model=root))
+        tokenizer = speaker(UnmergedModel(model=root))
         yield Running(client, prompt_tokens(tokenizer, ITEM.messages, root))
 
 

@@ -13,7 +13,7 @@ from weightsmith.commands.upload import push_to_hub
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.jobs import CacheScalesJob
 from weightsmith.stages.upload import HubDestination
-from weightsmith.steps.tools import Memory as Room
+from weightsmith.steps.tools import JobMemory
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.memory import Memory
@@ -193,7 +193,7 @@ def test_the_plan_warns_of_a_target_without_scales(
 def test_a_build_without_the_memory_to_measure_ends_before_any_work(calibrated: Memory) -> None:
     settings = (WANTED, "validate.enabled=false", "evaluate=null")
     needed = planned(calibrated, *settings, target="vllm")["peak_memory_bytes"]
-    calibrated.room = Room(budget=needed // 2, limit=needed - 1)
+    calibrated.room = JobMemory(budget=needed // 2, limit=needed - 1)
 
     with pytest.raises(EnvironmentFailure, match="cache-scales vllm needs") as caught:
         calibrated.build(*settings, targets=["vllm"])

@@ -10,7 +10,7 @@ from weightsmith.building.explain import forecast
 from weightsmith.core import platforms
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
 from weightsmith.core.jobs import DequantizedJob
-from weightsmith.steps.tools import Memory as Room
+from weightsmith.steps.tools import JobMemory
 
 from tests.fakes.baking import push_base
 from tests.fakes.fleet_runs import run, write_fleet
@@ -150,7 +150,7 @@ def test_the_plan_has_it_only_where_the_build_runs_it(on_gpu: Memory) -> None:
 def test_a_build_without_the_memory_for_it_ends_before_any_work(on_gpu: Memory) -> None:
     settings = ("quality.gate=false", "validate.enabled=false")
     needed = planned(on_gpu, *settings)["peak_memory_bytes"]
-    on_gpu.room = Room(budget=needed // 2, limit=needed - (64 << 20))
+    on_gpu.room = JobMemory(budget=needed // 2, limit=needed - (64 << 20))
 
     with pytest.raises(EnvironmentFailure, match=f"dequantized {TARGET} needs") as caught:
         on_gpu.build(*settings)

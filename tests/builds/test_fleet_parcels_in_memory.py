@@ -20,7 +20,7 @@ from weightsmith.core.ports import Cache
 from weightsmith.fleets import payloads as parcels
 from weightsmith.fleets import running
 from weightsmith.fleets.payloads import packed
-from weightsmith.fleets.requests import Request
+from weightsmith.fleets.requests import TaskRequest
 from weightsmith.fleets.rows import FleetRows
 from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.folders import FolderReader
@@ -85,7 +85,7 @@ def test_an_image_for_a_folder_that_a_node_does_not_see_is_refused(two: Memory) 
 def test_what_cannot_go_to_a_node_ends_its_cell_and_no_other(
     two: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def only_a(request: Request, tools: Tools, *, again: bool) -> Request:
+    def only_a(request: TaskRequest, tools: Tools, *, again: bool) -> TaskRequest:
         if request.adapter == "b":
             raise UsageError("b.jsonl is too large", hint="use fewer questions")
         return packed(request, tools, again=again)

@@ -10,7 +10,7 @@ import pytest
 from weightsmith.quantizers.gguf_header import read_header
 from weightsmith.quantizers.gguf_pass import (
     GgufOutput,
-    Source,
+    GgufSource,
     Wanted,
     finish,
     read_targets,
@@ -38,7 +38,7 @@ def written(middle: Path, out: Path, broken_at: str = "", key: str = "") -> list
         return StoredRows(path=middle, kind=kind, offset=at, **size).read
 
     lines = (printed.stdout + printed.stderr).splitlines()
-    source = Source(header=header, rows=rows, stored=lambda *_: np.zeros(0))
+    source = GgufSource(header=header, rows=rows, stored=lambda *_: np.zeros(0))
     wanted = Wanted(file_type=15, key=key)
     write_files(source, [GgufOutput(path=out, targets=read_targets(lines), wanted=wanted)], 2)
     finish([out])

@@ -13,7 +13,7 @@ import pytest
 from weightsmith.building import build as building
 from weightsmith.building import explain, pipeline
 from weightsmith.building.explain import BuildPlan, plan_of
-from weightsmith.building.graph import Run
+from weightsmith.building.graph import BuildRun
 from weightsmith.steps.step import ForeseenWeights
 
 from tests.fakes.memory import Memory
@@ -32,16 +32,16 @@ KEYED = {"merge", "unmerged-base"}
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[BuildRun]:
     """The runs of a test's builds."""
-    kept: list[Run] = []
+    kept: list[BuildRun] = []
 
-    class Kept(Run):
+    class Kept(BuildRun):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             kept.append(self)
 
-    monkeypatch.setattr(building, "Run", Kept)
+    monkeypatch.setattr(building, "BuildRun", Kept)
     return kept
 
 
@@ -53,7 +53,7 @@ def build(memory: Memory, targets: list[str], settings: list[str]) -> BuildPlan:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_foreseen_comes_out(memory: Memory, runs: list[Run], name: str) -> None:
+def test_what_was_foreseen_comes_out(memory: Memory, runs: list[BuildRun], name: str) -> None:
     targets, settings = CASES[name]
     plans = [build(memory, targets, settings) for _ in range(2)]
 

@@ -9,7 +9,7 @@ import pytest
 from weightsmith.building import graph
 from weightsmith.core.errors import CheckFailed
 from weightsmith.provenance.signing import check_by
-from weightsmith.steps.tools import Memory as Room
+from weightsmith.steps.tools import JobMemory
 
 from tests.fakes.jobs import WRONG
 from tests.fakes.memory import QUESTIONS, Memory, new_signer
@@ -48,7 +48,7 @@ def test_validation_and_reference_are_two_jobs_if_one_has_too_little_memory(
     memory: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "_LEFT", 1 << 40)
-    memory.room = Room(limit=8 << 30, budget=4 << 30)
+    memory.room = JobMemory(limit=8 << 30, budget=4 << 30)
     memory.build()
 
     jobs = [event for event in memory.journal.events if event.startswith("job ")]

@@ -19,7 +19,7 @@ from weightsmith.core.errors import (
     WeightsmithError,
 )
 from weightsmith.oci import limits
-from weightsmith.steps.tools import Memory as Room
+from weightsmith.steps.tools import JobMemory
 
 from tests.fakes.baking import push_base
 from tests.fakes.jobs import LOSSY, WRONG
@@ -127,7 +127,7 @@ BEFORE_WORK = {
     ),
     "memory that is too little": Refusal(
         "resolve", EnvironmentFailure, "quality llamacpp-q4_k_m needs 1[.].* may use 700[.]0 MiB",
-        lambda m: setattr(m, "room", Room.of(700 << 20, 1 << 40)),
+        lambda m: setattr(m, "room", JobMemory.of(700 << 20, 1 << 40)),
     ),
     "a builder that nobody can make": Refusal(
         "resolve", EnvironmentFailure, "gguf", lambda m: m.runner.lacking.add("gguf")
@@ -378,8 +378,8 @@ def test_memory_changes_nothing_but_what_is_recorded_of_it(memory: Memory) -> No
     """Half of what is free is filled, and a stage may use all of it."""
     first = memory.build()[TARGET].published.digest
     assert memory.record()["memory_bytes"] == 0
-    memory.room = Room.of(0, 3 << 30)
-    assert memory.room == Room(limit=3 << 30, budget=3 << 29)
+    memory.room = JobMemory.of(0, 3 << 30)
+    assert memory.room == JobMemory(limit=3 << 30, budget=3 << 29)
     memory.journal.events.clear()
 
     second = memory.build()[TARGET].published.digest

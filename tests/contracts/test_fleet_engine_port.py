@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.ports import Ended, FleetEngine, Work
+from weightsmith.core.ports import Ended, FleetEngine, NodeTask
 from weightsmith.outside import fleet_ray
 from weightsmith.outside.fleet_local import LocalFleet, Room
 from weightsmith.outside.fleet_ray import RayFleet
@@ -69,9 +69,9 @@ def engine(
     made.close()
 
 
-def work(number: int, **request: Any) -> Work:
+def work(number: int, **request: Any) -> NodeTask:
     name = f"task {number}"
-    return Work(
+    return NodeTask(
         id=f"id{number}", name=name, text=json.dumps({"id": f"id{number}", **request}),
         cpus=1, memory_bytes=200 * MIB, disk_bytes=0, gpus=0,
     )  # fmt: skip
@@ -164,7 +164,9 @@ def test_ray_says_what_no_node_has(ray_nodes: str) -> None:
     engine = RayFleet(module=NODE, address=ray_nodes)
     try:
         engine.check("1")
-        big = Work(id="big", name="big", text="{}", cpus=64, memory_bytes=MIB, disk_bytes=0, gpus=0)
+        big = NodeTask(
+            id="big", name="big", text="{}", cpus=64, memory_bytes=MIB, disk_bytes=0, gpus=0
+        )
         engine.submit([big])
         (ended,) = engine.wait(1.0)
         assert "no node of the cluster has 64 CPU" in ended.why
@@ -244,9 +246,9 @@ def test_what_ray_prints_is_not_in_the_output(
 def test_this_machine_runs_as_many_at_once_as_fit(tmp_path: Path) -> None:
     room = Room(cpus=4, memory_bytes=1000, disk_bytes=0, gpus=1)
 
-    def needing(*memory: int, gpus: Sequence[int] = (0, 0, 0, 0, 0)) -> list[Work]:
+    def needing(*memory: int, gpus: Sequence[int] = (0, 0, 0, 0, 0)) -> list[NodeTask]:
         return [
-            Work(id=str(n), name="", text="", cpus=1, memory_bytes=m, disk_bytes=9, gpus=g)
+            NodeTask(id=str(n), name="", text="", cpus=1, memory_bytes=m, disk_bytes=9, gpus=g)
             for n, (m, g) in enumerate(zip(memory, gpus, strict=False))
         ]
 

@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.ports import Ended, Work
+from weightsmith.core.ports import Ended, NodeTask
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import canonical
 from weightsmith.fleets.node import answer
-from weightsmith.fleets.requests import Request
+from weightsmith.fleets.requests import TaskRequest
 from weightsmith.steps.tools import Tools
 
 
 def by_tools(tools: Tools) -> Callable[[str], str]:
     """Return a node that does tasks with these tools."""
-    return lambda text: canonical(answer(Request.from_json(parse(text)), tools)).decode()
+    return lambda text: canonical(answer(TaskRequest.from_json(parse(text)), tools)).decode()
 
 
 @dataclass
@@ -37,13 +37,13 @@ class MemoryFleet:
     closed: bool = False
     faults: dict[str, BaseException] = field(default_factory=dict)
     """Name of a task -> what is raised where it would run, such as an interrupt."""
-    _queue: list[Work] = field(default_factory=list)
+    _queue: list[NodeTask] = field(default_factory=list)
 
     def check(self, version: str) -> None:
         if not self.nodes:
             raise EnvironmentFailure("no node is there", hint="start one")
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, works: Sequence[NodeTask]) -> None:
         self._queue += works
 
     def wait(self, seconds: float) -> Sequence[Ended]:

@@ -35,8 +35,7 @@ from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe.file import read_recipe
 from weightsmith.steps.delivery import ImageOutputs
-from weightsmith.steps.tools import NO_LIMIT, Tools
-from weightsmith.steps.tools import Memory as Room
+from weightsmith.steps.tools import NO_LIMIT, JobMemory, Tools
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.engine import MemoryEngine
@@ -63,7 +62,7 @@ class Memory:
     journal: Journal = field(default_factory=Journal)
     signer: Signer | None = None
     adapters: tuple[str, ...] = ("a",)
-    room: Room = NO_LIMIT
+    room: JobMemory = NO_LIMIT
     """Memory that its jobs may use."""
     two_at_once: bool = False
     """Whether quantizing may run beside validation."""

@@ -14,7 +14,6 @@ from pathlib import Path
 import gguf
 import pytest
 import transformers
-from tests.unit.checkpoints.test_gguf_import import weights, write
 from weightsmith.core import time_limits
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Silent
@@ -32,6 +31,8 @@ from weightsmith.outside.wheel_files import extract_model
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.quantizers.sentencepiece_export import sentence_pieces
 from weightsmith.recipe.file import read_recipe
+
+from tests.unit.models.test_gguf_import import weights, write
 
 ROOT = Path(__file__).parents[2]
 # Chat templates that never end, or grow.

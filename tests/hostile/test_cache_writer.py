@@ -29,7 +29,7 @@ from weightsmith.core.values import Blob, Digest, canonical, key_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
-from weightsmith.oci.replies import Reply
+from weightsmith.oci.replies import RegistryReply
 from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.provenance import signing
 from weightsmith.provenance.signing import check_by
@@ -401,7 +401,9 @@ def test_a_list_of_tags_that_is_none_or_has_no_end_is_refused(
     monkeypatch: pytest.MonkeyPatch, tags: object, link: str, says: str
 ) -> None:
     headers = httpx.Headers({"link": link})
-    reply = Reply(200, headers, json.dumps({"tags": tags}).encode(), "https://registry/tags/list")
+    reply = RegistryReply(
+        200, headers, json.dumps({"tags": tags}).encode(), "https://registry/tags/list"
+    )
     session = SimpleNamespace(attempt=lambda what, call: reply, follow=lambda here, to: to)
     monkeypatch.setattr(RegistryCache, "_pulling", session)
     cache = RegistryCache(cast("Registry", None), Reference.parse("registry.example/team/cache"))

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.reference import Subject, answers
+from weightsmith.merging.reference import UnmergedModel, answers
 from weightsmith.models.facts import read_facts
 from weightsmith.quantizers.quality.texts import as_lines, readings
-from weightsmith.validating.validate import Request, validate
+from weightsmith.validating.validate import ValidationRequest, validate
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 QUESTION = ({"role": "user", "content": "Hello"},)
@@ -43,13 +43,15 @@ def merged(folder: Path) -> Path:
 
 
 def ask(folder: Path) -> None:
-    base, adapter = (Subject(model=folder / "base", adapters=a) for a in ((), adapters(folder)))
+    base, adapter = (
+        UnmergedModel(model=folder / "base", adapters=a) for a in ((), adapters(folder))
+    )
     answers({"base": base, "adapter": adapter}, [QUESTION], 2)
 
 
 def compare(folder: Path) -> None:
     out = shutil.copytree(folder / "sound", folder / "merged")
-    request = Request(
+    request = ValidationRequest(
         base=folder / "base",
         adapters=adapters(folder),
         merged=out,

@@ -325,6 +325,21 @@ READS_OUR_OWN = {
 inside llama.cpp's converter, which parses the same files."""
 
 
+def test_no_two_classes_have_the_same_name() -> None:
+    import ast
+    from collections import defaultdict
+
+    package = ROOT / "toolchain" / "weightsmith"
+    places = defaultdict(list)
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{path.relative_to(package)}:{node.lineno}")
+
+    assert len(places) > 500
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 def test_what_others_wrote_is_parsed_in_one_place() -> None:
     import ast
 

@@ -26,7 +26,7 @@ from weightsmith.core.ports import Cache
 from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree
 from weightsmith.fleets.node import _written
-from weightsmith.fleets.requests import Request
+from weightsmith.fleets.requests import TaskRequest
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
@@ -216,7 +216,7 @@ def changed_request(random: Random) -> bytes:
 def read_request(data: bytes, folder: Path) -> None:
     """Put what it brings into a node's folder, as the node does; nothing is written beside it."""
     try:
-        request = Request.from_json(parse(data, largest=RECORD))
+        request = TaskRequest.from_json(parse(data, largest=RECORD))
     except ValueError:  # which the node says, and ends with 2
         return
     home, files = folder / "home", folder / "files"

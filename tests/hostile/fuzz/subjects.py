@@ -21,7 +21,6 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 from safetensors.numpy import save
-from tests.unit.checkpoints.test_gguf_import import weights, write
 from weightsmith.building.targets import all_targets
 from weightsmith.commands import rebuild
 from weightsmith.commands.rebuild import recipe_of_image
@@ -58,6 +57,7 @@ from tests.fakes.registry import fake_registry
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz import caches
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
+from tests.unit.models.test_gguf_import import weights, write
 
 Make = Callable[[Random], bytes]
 Read = Callable[[bytes, Path], None]

@@ -21,7 +21,7 @@ from weightsmith.oci.paging import next_page
 from weightsmith.oci.proxies import ProxyTransport
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.oci.replies import Reply, json_object
+from weightsmith.oci.replies import RegistryReply, json_object
 from weightsmith.oci.sending import _kept
 from weightsmith.oci.tls import unverified
 
@@ -165,23 +165,23 @@ def test_a_challenge_of_16_kilobytes_is_read_at_once(header: str) -> None:
 
 def test_a_list_of_a_hundred_thousand_links_is_read_at_once() -> None:
     """A Link header holds "<" a hundred thousand times: no next page, and no minutes."""
-    reply = Reply(200, httpx.Headers({"link": "<" * 100_000}), b"", "https://r.example/")
+    reply = RegistryReply(200, httpx.Headers({"link": "<" * 100_000}), b"", "https://r.example/")
     assert next_page(None, reply) == ""  # type: ignore[arg-type]
 
 
 class Upload:
     """A registry that answers how far an upload came."""
 
-    def location(self, _: Reply) -> str:
+    def location(self, _: RegistryReply) -> str:
         return ""
 
-    def attempt(self, _what: str, ask, tries: int) -> Reply:
-        return Reply(204, httpx.Headers({"range": "0-" + "9" * 60_000}), b"", "")
+    def attempt(self, _what: str, ask, tries: int) -> RegistryReply:
+        return RegistryReply(204, httpx.Headers({"range": "0-" + "9" * 60_000}), b"", "")
 
 
 def test_a_range_of_sixty_thousand_digits_is_none() -> None:
     """A registry says that it has 10**60000 bytes of an upload: it is sent anew."""
-    assert _kept(Upload(), Reply(200, httpx.Headers(), b"", "")) is None  # type: ignore[arg-type]
+    assert _kept(Upload(), RegistryReply(200, httpx.Headers(), b"", "")) is None  # type: ignore[arg-type]
 
 
 DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000

@@ -27,7 +27,7 @@ from weightsmith.steps.step import (
     State,
     Step,
 )
-from weightsmith.steps.tools import Memory
+from weightsmith.steps.tools import JobMemory
 
 PACKAGE = Path(weightsmith.__file__).parent
 GB = 1 << 30
@@ -118,7 +118,7 @@ class Bench:
     """Tools of a machine on which builders are ready or not."""
 
     def __init__(self, *, two: bool = True, ready: bool = True, limit: int = 0, budget: int = 0):
-        self.memory = Memory(limit=limit, budget=budget)
+        self.memory = JobMemory(limit=limit, budget=budget)
         self.two_at_once = lambda: two
         self.runner = self
         self.ready = lambda _builder: ready

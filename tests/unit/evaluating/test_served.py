@@ -9,7 +9,7 @@ import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.evaluating.served import Served, ask, find_served
 from weightsmith.evaluating.session import ServerSession
-from weightsmith.merging.reference import Subject, prompt_tokens, speaker
+from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.serving import engines
 
 from tests.fakes.questioned import BEGUN, ITEM, WORDED, model
@@ -48,7 +48,7 @@ def as_engines_do(tokenizer, seen, handler, body):
 def test_an_engine_gets_the_references_tokens(serve, tmp_path, engine, case):
     template, begins = CASES[case]
     root = model(tmp_path / "model", template, begins=begins)
-    tokenizer, seen = speaker(Subject(model=root)), []
+    tokenizer, seen = speaker(UnmergedModel(model=root)), []
     server = serve(partial(as_engines_do, tokenizer, seen))
 
     with ServerSession(server.endpoint) as session:

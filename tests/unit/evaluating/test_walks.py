@@ -12,7 +12,7 @@ import pytest
 from weightsmith.core.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Tree
 from weightsmith.evaluating import task as tasks
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.subjects import Subject, inputs
+from weightsmith.evaluating.subjects import EvaluatedModel, inputs
 from weightsmith.evaluating.task import Task
 from weightsmith.evaluating.walks import (
     Unit,
@@ -55,13 +55,13 @@ def task(*questions: str, metric: str = "contains", most: int = 32) -> Task:
 def unit(adapter: str, asked: Task, *, merged: bool = False, size: int = 0) -> Unit:
     source = Snapshot(source=adapter, pin=adapter, pinned=True, tree=tree(adapter, size))
     found = {
-        "base": Subject(model=tree("base")),
-        "adapter": Subject(
+        "base": EvaluatedModel(model=tree("base")),
+        "adapter": EvaluatedModel(
             model=tree("base"), adapters=(AdapterSnapshot(snapshot=source, version="1"),)
         ),
     }
     if merged:
-        found["merged"] = Subject(model=tree("merged"))
+        found["merged"] = EvaluatedModel(model=tree("merged"))
     return asked_of(found, asked)
 
 

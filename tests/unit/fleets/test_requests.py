@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from weightsmith.core.ports import Ended
 from weightsmith.fleets import node_program as node
-from weightsmith.fleets.requests import BASE, CellSummary, Reply, Request
+from weightsmith.fleets.requests import BASE, CellSummary, TaskReply, TaskRequest
 from weightsmith.fleets.rows import CellRow, of_reply
 from weightsmith.fleets.running import _read
 
@@ -27,9 +27,9 @@ def test_names_outside_the_folder_are_refused(name: str) -> None:
     key = "sha256:" + "0" * 64
     for wrong in ({"files": {name: ""}}, {"parcels": {name: key}}):
         with pytest.raises(ValueError, match="not the name of a file"):
-            Request.from_json({**REQUEST, **wrong})
+            TaskRequest.from_json({**REQUEST, **wrong})
     with pytest.raises(ValueError, match="not the name of a file"):
-        Reply.from_json({**REPLY, "files": {name: ""}})
+        TaskReply.from_json({**REPLY, "files": {name: ""}})
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,6 @@ def test_a_row_comes_back_as_it_went() -> None:
     built = CellSummary(
         verdict="not proven", score=0.5, interval=(0.25, 0.75), digest="sha256:1", n=3
     )
-    reply = Reply(id="1", node="far", seconds=1.0, cpu_seconds=1.0, row=built)
+    reply = TaskReply(id="1", node="far", seconds=1.0, cpu_seconds=1.0, row=built)
 
     assert _read(Ended(id="1", node="far", text=json.dumps(reply.to_json()))) == reply

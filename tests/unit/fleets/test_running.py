@@ -8,12 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from weightsmith.core.ports import Ended, Work
+from weightsmith.core.ports import Ended, NodeTask
 from weightsmith.core.values import canonical
 from weightsmith.fleets.cells import AdapterBuild, Cell
-from weightsmith.fleets.graph import Graph, Needs, Task
-from weightsmith.fleets.requests import CELL, CellSummary, Reply
-from weightsmith.fleets.running import Order, Run
+from weightsmith.fleets.graph import FleetTask, Graph, Needs
+from weightsmith.fleets.requests import CELL, CellSummary, TaskReply
+from weightsmith.fleets.running import FleetRun, Order
 from weightsmith.steps.lock import Lock
 
 REPORT = 300_000
@@ -26,16 +26,16 @@ class Elsewhere:
     remote = False
 
     def __init__(self) -> None:
-        self.works: list[Work] = []
+        self.works: list[NodeTask] = []
 
     def check(self, _version: str) -> None: ...
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, works: Sequence[NodeTask]) -> None:
         self.works += works
 
     def wait(self, _seconds: float) -> Sequence[Ended]:
         work = self.works.pop()
-        reply = Reply(
+        reply = TaskReply(
             id=work.id,
             node="far",
             seconds=2.0,
@@ -53,11 +53,11 @@ class Elsewhere:
     def close(self) -> None: ...
 
 
-def cell(number: int) -> Task:
+def cell(number: int) -> FleetTask:
     target: Any = SimpleNamespace(name="llamacpp-q4_k_m")
     file: Any = None
     build = AdapterBuild(adapter=f"a{number}", data={}, file=file, targets=(target,))
-    return Task(
+    return FleetTask(
         id=f"{number:012x}",
         kind=CELL,
         build=build,
@@ -74,7 +74,7 @@ def test_reports_of_nodes_are_written_and_not_kept_in_memory(tmp_path: Path) -> 
     tools: Any = SimpleNamespace(progress=None, moved=lambda: 0)
     order = Order(outputs={}, tools={}, dist=tmp_path, token="t", lock=Lock(path=None))
     graph = Graph(tasks=tuple(map(cell, range(CELLS))))
-    run = Run(graph, order, Elsewhere(), tools, lambda _: None)
+    run = FleetRun(graph, order, Elsewhere(), tools, lambda _: None)
 
     tracemalloc.start()
     try:

@@ -26,13 +26,13 @@ ALL_AT_ONCE = frozenset({"Llama4ForCausalLM", "Llama4ForConditionalGeneration"})
 def stacks_read(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The stacks that were read as a whole."""
     found: list[torch.Size] = []
-    own = experts.Stack.whole
+    own = experts.ExpertStack.whole
 
-    def whole(stack: experts.Stack) -> torch.Tensor:
+    def whole(stack: experts.ExpertStack) -> torch.Tensor:
         found.append(stack.shape)
         return own(stack)
 
-    monkeypatch.setattr(experts.Stack, "whole", whole)
+    monkeypatch.setattr(experts.ExpertStack, "whole", whole)
     return found
 
 

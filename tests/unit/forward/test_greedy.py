@@ -14,7 +14,7 @@ from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
-from weightsmith.merging.reference import Subject, answers, load_network
+from weightsmith.merging.reference import UnmergedModel, answers, load_network
 
 from tests.unit.validating.conftest import make_adapter, make_model
 
@@ -96,7 +96,7 @@ def test_an_architecture_that_cannot_be_streamed_is_asked_in_memory(tmp_path: Pa
     network: Any = load_network(base, [])
     questions = Questions(prompts=PROMPTS, ends=[2], most=MOST, filler=3)
     assert greedy(network, questions, lambda _: None).tokens == generated(base)
-    assert answers({"": Subject(model=base)}, chat, 3)[""][0]["finish_reason"]
+    assert answers({"": UnmergedModel(model=base)}, chat, 3)[""][0]["finish_reason"]
 
 
 @pytest.mark.grid(4)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 from weightsmith.forward.greedy import Questions, _fits, batch_tokens, batches
-from weightsmith.forward.memory import Walk, batch_bytes, single_pass_bytes, walk_bytes
+from weightsmith.forward.memory import WalkSize, batch_bytes, single_pass_bytes, walk_bytes
 from weightsmith.forward.prefix import Prefix
 from weightsmith.merging.reference import load_network
 from weightsmith.models.shape import ModelShape
@@ -43,13 +43,13 @@ SEVENTY = shape(80, 8192, 28672, 64, 8, 128256)
 @pytest.mark.parametrize(
     ("model", "walk", "measured"),
     [
-        (SMOL, Walk(views=2, rows=33, tokens=33 * 81, adapter_bytes=20 * MIB), 754),
-        (HALF, Walk(views=2, rows=8, tokens=8 * 48, adapter_bytes=35 * MIB), 448),
-        (ONE, Walk(views=2, rows=8, tokens=8 * 48, adapter_bytes=45 * MIB), 518),
+        (SMOL, WalkSize(views=2, rows=33, tokens=33 * 81, adapter_bytes=20 * MIB), 754),
+        (HALF, WalkSize(views=2, rows=8, tokens=8 * 48, adapter_bytes=35 * MIB), 448),
+        (ONE, WalkSize(views=2, rows=8, tokens=8 * 48, adapter_bytes=45 * MIB), 518),
     ],
     ids=["0.13B", "0.5B", "1.07B"],
 )
-def test_a_plan_covers_what_was_measured(model: ModelShape, walk: Walk, measured: int) -> None:
+def test_a_plan_covers_what_was_measured(model: ModelShape, walk: WalkSize, measured: int) -> None:
     """Anonymous memory in MiB, by `RssAnon`, of base, adapter and merged model on two cores."""
     planned = walk_bytes(model, walk, 8 * GIB)
 
@@ -59,14 +59,14 @@ def test_a_plan_covers_what_was_measured(model: ModelShape, walk: Walk, measured
 @pytest.mark.parametrize(
     ("model", "walk", "measured"),
     [
-        (SMOL, Walk(views=3, rows=8, tokens=8 * 80, adapter_bytes=12 * MIB), 706),
-        (ONE, Walk(views=3, rows=8, tokens=8 * 80, adapter_bytes=45 * MIB), 988),
-        (SMOL, Walk(views=2, rows=8, tokens=2 * 1024), 602),
-        (ONE, Walk(views=2, rows=8, tokens=2 * 1024), 965),
+        (SMOL, WalkSize(views=3, rows=8, tokens=8 * 80, adapter_bytes=12 * MIB), 706),
+        (ONE, WalkSize(views=3, rows=8, tokens=8 * 80, adapter_bytes=45 * MIB), 988),
+        (SMOL, WalkSize(views=2, rows=8, tokens=2 * 1024), 602),
+        (ONE, WalkSize(views=2, rows=8, tokens=2 * 1024), 965),
     ],
     ids=["validation 0.13B", "validation 1.17B", "gate 0.13B", "gate 1.17B"],
 )
-def test_a_single_pass_is_covered_too(model: ModelShape, walk: Walk, measured: int) -> None:
+def test_a_single_pass_is_covered_too(model: ModelShape, walk: WalkSize, measured: int) -> None:
     """With 256 MiB for the comparison, which both plans add."""
     planned = single_pass_bytes(model, walk) + 256 * MIB
 
@@ -91,14 +91,14 @@ def test_a_large_vocabulary_is_quantized_by_rows() -> None:
 
 
 def test_more_texts_in_one_pass_take_more_memory() -> None:
-    few, many = (Walk(views=2, rows=8, tokens=tokens) for tokens in (4096, 16384))
+    few, many = (WalkSize(views=2, rows=8, tokens=tokens) for tokens in (4096, 16384))
 
     assert single_pass_bytes(SMOL, many) - single_pass_bytes(SMOL, few) > 400 * MIB
 
 
 def test_large_models_fit_small_machines() -> None:
-    few = Walk(views=2, rows=5, tokens=5 * 80, adapter_bytes=170 * MIB)
-    many = Walk(views=2, rows=33, tokens=33 * 100, adapter_bytes=830 * MIB)
+    few = WalkSize(views=2, rows=5, tokens=5 * 80, adapter_bytes=170 * MIB)
+    many = WalkSize(views=2, rows=33, tokens=33 * 100, adapter_bytes=830 * MIB)
 
     assert walk_bytes(SEVEN, few, 12 * GIB) < 4 * 10**9
     assert walk_bytes(SEVENTY, many, 12 * GIB) < 6 * 10**9
@@ -107,7 +107,7 @@ def test_large_models_fit_small_machines() -> None:
 
 @pytest.mark.parametrize("model", [ONE, SEVEN, SEVENTY], ids=["1B", "7B", "70B"])
 def test_any_budget_above_the_least_suffices(model: ModelShape) -> None:
-    walk = Walk(views=2, rows=33, tokens=33 * 200, adapter_bytes=100 * MIB)
+    walk = WalkSize(views=2, rows=33, tokens=33 * 200, adapter_bytes=100 * MIB)
     least, wanted = walk_bytes(model, walk, 1), walk_bytes(model, walk, 64 * GIB)
     between = range(least, wanted, (wanted - least) // 20)
 
@@ -119,7 +119,7 @@ def test_any_budget_above_the_least_suffices(model: ModelShape) -> None:
 
 
 def test_batches_fill_the_budget_and_not_more_than_they_need() -> None:
-    walk = Walk(views=2, rows=1000, tokens=100_000)
+    walk = WalkSize(views=2, rows=1000, tokens=100_000)
 
     assert batch_bytes(SMOL, walk, 64 * GIB) == 2 * 4096 * 4 * (2 * 30 * 192 + 8 * 576 + 3 * 1536)
     assert batch_bytes(SEVENTY, walk, 64 * GIB) == 4 * GIB

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.views import view
-from weightsmith.merging.reference import Subject
+from weightsmith.merging.reference import UnmergedModel
 
 from tests.unit.merging.models import build
 from tests.unit.merging.oracle import make_base, train, unmerged
@@ -73,7 +73,7 @@ def test_an_adapter_of_another_vocabulary_answers_as_in_peft(
             found: torch.Tensor = network(input_ids=ids, use_cache=False).logits
             return found
 
-    subject, meeting = Subject(model=base, adapters=[(adapter, 1.0)]), Meeting(cpus=2)
+    subject, meeting = UnmergedModel(model=base, adapters=[(adapter, 1.0)]), Meeting(cpus=2)
     streamed = subject.streamed(meeting, 0)
 
     for found in (
@@ -92,7 +92,7 @@ def test_a_head_whose_embedding_was_not_saved_is_refused(tmp_path: Path) -> None
     """Of a resized embedding, PEFT saves nothing if only the head is in `target_modules`."""
     base = make_base(tmp_path / "base", "llama")
     adapter = train(base, "llama", tmp_path / "adapter", LoraConfig(r=4, **HALF), resize=98)
-    subject = Subject(model=base, adapters=[(adapter, 1.0)])
+    subject = UnmergedModel(model=base, adapters=[(adapter, 1.0)])
 
     with pytest.raises(InputRefused, match="98 tokens in lm_head, and 96 in"):
         subject.streamed(Meeting(cpus=2), 0)
@@ -110,4 +110,4 @@ def test_a_trained_token_without_a_row_is_refused(tmp_path: Path) -> None:
 
     for run in (lambda one: one.streamed(Meeting(cpus=2), 0), lambda one: one.whole()):
         with pytest.raises(InputRefused, match="trains token 97; the embedding has 96 rows"):
-            run(Subject(model=base, adapters=[(adapter, 1.0)]))
+            run(UnmergedModel(model=base, adapters=[(adapter, 1.0)]))

@@ -13,7 +13,7 @@ from weightsmith.forward import views
 from weightsmith.forward import walk as module
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.walk import walk
-from weightsmith.merging.reference import Subject, answers
+from weightsmith.merging.reference import UnmergedModel, answers
 
 from tests.unit.validating.conftest import edit_tensors, held, make_adapter, make_model, merged
 
@@ -101,7 +101,7 @@ def test_a_mistake_in_what_a_model_calls_is_ours(
     monkeypatch.setattr(views, "multiplied", None)
 
     with pytest.raises(TypeError, match="not callable"):
-        answers({"": Subject(model=base)}, CHAT, 3)
+        answers({"": UnmergedModel(model=base)}, CHAT, 3)
 
 
 def test_only_what_weights_in_memory_may_cure_loads_a_model(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path: Path) -> N
     out = merged(tmp_path / "out", base, lora)
     edit_tensors(base, lambda tensors: tensors.pop(NORM))
 
-    for subject in (Subject(model=base), Subject(model=base, adapters=((lora, 1.0),))):
+    for subject in (UnmergedModel(model=base), UnmergedModel(model=base, adapters=((lora, 1.0),))):
         with pytest.raises(InputRefused, match=NORM.replace(".", r"\.")) as refused:
             answers({"": subject}, CHAT, 3)
         assert str(base) in refused.value.message
@@ -155,4 +155,4 @@ def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path: Path) -> N
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", tie_word_embeddings=True)
 
-    assert answers({"": Subject(model=base)}, CHAT, 3)[""][0]["finish_reason"]
+    assert answers({"": UnmergedModel(model=base)}, CHAT, 3)[""][0]["finish_reason"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from weightsmith.merging import reference
 from weightsmith.merging.answer_journal import AnswerJournal
-from weightsmith.merging.reference import GenerationRequest, Subject, answered
+from weightsmith.merging.reference import GenerationRequest, UnmergedModel, answered
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
@@ -36,12 +36,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def subjects(base: Path) -> dict[str, Subject]:
+def subjects(base: Path) -> dict[str, UnmergedModel]:
     adapter = ((TINY / "adapters" / "a", 1.0),)
-    return {"base": Subject(model=base), "adapter": Subject(model=base, adapters=adapter)}
+    return {
+        "base": UnmergedModel(model=base),
+        "adapter": UnmergedModel(model=base, adapters=adapter),
+    }
 
 
-def asked(subjects: dict[str, Subject]) -> dict[str, GenerationRequest]:
+def asked(subjects: dict[str, UnmergedModel]) -> dict[str, GenerationRequest]:
     return {
         name: GenerationRequest(subject=one, items=QUESTIONS, max_tokens=MOST)
         for name, one in subjects.items()

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from weightsmith.merging.blocks import Settings
-from weightsmith.merging.outputs import MatrixView, MergedTensor, OutputShard, Stored, Term
+from weightsmith.merging.outputs import MatrixView, MergedTensor, OutputShard, StoredTensor, Term
 from weightsmith.merging.rounding import FORMATS
-from weightsmith.merging.shards import ShardMaker, Tally
+from weightsmith.merging.shards import MergeCounts, ShardMaker
 from weightsmith.merging.stream import ARRAY_TYPES
 from weightsmith.models.safetensors import build_header, read_header
 
@@ -26,11 +26,11 @@ FLOATS = st.integers(-40, 40).map(lambda n: n / 8)
 TYPES = st.sampled_from(["BF16", "F16", "F32"])
 
 
-def write(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> dict[str, Stored]:
+def write(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> dict[str, StoredTensor]:
     table = [(name, dtype, array.shape) for name, (dtype, array) in tensors.items()]
     data = b"".join(np.ascontiguousarray(array).tobytes() for _, array in tensors.values())
     path.write_bytes(build_header(table, {}) + data)
-    return {info.name: Stored(path=path, info=info) for info in read_header(path).tensors}
+    return {info.name: StoredTensor(path=path, info=info) for info in read_header(path).tensors}
 
 
 @st.composite
@@ -72,7 +72,7 @@ def matrix(array: np.ndarray, side: str, rank: int, layout: str) -> np.ndarray:
     return array
 
 
-def part(stored: Stored, side: str, rank: int, layout: str) -> MatrixView:
+def part(stored: StoredTensor, side: str, rank: int, layout: str) -> MatrixView:
     height = stored.shape[0]
     if layout == "turned":
         return MatrixView(stored=stored, height=height).transpose
@@ -110,7 +110,7 @@ def test_every_bit_of_a_written_tensor(case: tuple[Any, ...]) -> None:
             kind="merged",
         )
         settings_ = Settings(device="cpu", workers=workers, block=block, piece=block)
-        maker = ShardMaker(settings_, Tally())
+        maker = ShardMaker(settings_, MergeCounts())
         path = Path(folder) / "out"
         maker.write(OutputShard(name="out", outputs=(output,)), path, lambda _: None).finish()
         maker.close()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.left_out import require_all_targeted
-from weightsmith.validating.validate import Request, validate
+from weightsmith.validating.validate import ValidationRequest, validate
 
 from tests.unit.merging.oracle import MakeBase, merged, train, unmerged
 
@@ -76,7 +76,7 @@ def test_merged_as_peft_loads_it(name: str, bases: MakeBase, tmp_path: Path) -> 
 
     torch.testing.assert_close(merged(tmp_path / "out", "llama"), wanted, rtol=1e-5, atol=1e-5)
     assert any("left out, as PEFT leaves them out" in found for found in result["findings"])
-    assert validate(Request(base=base, adapters=adapters, merged=tmp_path / "out")).passed
+    assert validate(ValidationRequest(base=base, adapters=adapters, merged=tmp_path / "out")).passed
 
 
 def test_parameters_that_the_base_has_not_are_a_finding(bases: MakeBase, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from weightsmith.merging.proof import prove
 from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Checksum, Writer, continued
-from weightsmith.merging.tally import Tally
+from weightsmith.merging.tally import MergeCounts
 from weightsmith.models.safetensors import read_header
 
 
@@ -45,7 +45,7 @@ def check(shard: OutputShard, path: Path) -> None:
     infos = read_header(path).tensors
     edges = [0, *(info.start for info in infos), len(data)]
     checksums = tuple(Checksum.of(data[start:end], start) for start, end in pairwise(edges))
-    with closing(ShardMaker(Settings(device="cpu", workers=2), Tally())) as maker:
+    with closing(ShardMaker(Settings(device="cpu", workers=2), MergeCounts())) as maker:
         maker.write(shard, path.with_name("again"), lambda _: None).finish()
         prove(shard, path, checksums, maker.sketches, maker.files, maker.pool)
 

@@ -12,7 +12,7 @@ from weightsmith.core.jobs import Question
 from weightsmith.forward import heads
 from weightsmith.merging.choices import likelihoods
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.reference import Subject, answer, answers, speaker
+from weightsmith.merging.reference import UnmergedModel, answer, answers, speaker
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -87,8 +87,8 @@ def test_the_base_is_asked_in_the_adapters_words(base: Path, make_adapter: Any) 
     adapter = make_adapter(base, target_modules=["q_proj"])
     add_tokenizer(adapter, "w9 {{ messages[0]['content'] }} w9")
     subjects = {
-        "base": Subject(model=base, speakers=[adapter]),
-        "adapter": Subject(model=base, adapters=[(adapter, 0.0)]),
+        "base": UnmergedModel(model=base, speakers=[adapter]),
+        "adapter": UnmergedModel(model=base, adapters=[(adapter, 0.0)]),
     }
 
     alike = answers(subjects, items("w1", "w2"), 5)
@@ -148,8 +148,8 @@ def test_choices_are_scored_by_the_models_own_probabilities(
     wanted = [logprob([1, 2], 3), logprob([1, 2], 4) + logprob([1, 2, 4], 5)]
 
     subjects = {
-        "adapter": Subject(model=base, adapters=[(adapter, 1.0)]),
-        "base": Subject(model=base),
+        "adapter": UnmergedModel(model=base, adapters=[(adapter, 1.0)]),
+        "base": UnmergedModel(model=base),
     }
     found = likelihoods({name: (one, [item]) for name, one in subjects.items()})
     monkeypatch.setattr(heads, "LOGIT_BYTES", 1)  # one position at a time

@@ -19,7 +19,7 @@ from weightsmith.merging.virtual import opened
 from weightsmith.models.safetensors import open_checkpoint
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.validating.result import Validation
-from weightsmith.validating.validate import Request, validate
+from weightsmith.validating.validate import ValidationRequest, validate
 
 
 def merged(base: Path, adapters: tuple, name: str, *, unwritten: bool) -> tuple[Path, dict]:
@@ -182,7 +182,7 @@ def test_the_proof_is_that_of_the_files(both):
     base, adapters, (written, _), (folder, _) = both
 
     def proven(merged: Path) -> Validation:
-        return validate(Request(base=base, adapters=adapters, merged=merged))
+        return validate(ValidationRequest(base=base, adapters=adapters, merged=merged))
 
     with opened(folder, base, adapters, Merge()):
         found = proven(folder)
@@ -204,4 +204,4 @@ def test_a_wrong_row_is_found_by_the_proof(both, monkeypatch):
 
     monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
     with opened(folder, base, adapters, Merge()):
-        assert not validate(Request(base=base, adapters=adapters, merged=folder)).passed
+        assert not validate(ValidationRequest(base=base, adapters=adapters, merged=folder)).passed

@@ -16,7 +16,7 @@ from weightsmith.quantizers.gguf import output_file
 from weightsmith.quantizers.gguf_options import check_input
 from weightsmith.quantizers.gguf_settings import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
-from weightsmith.quantizers.quantizer import QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
 
 from tests.fakes.configs import facts
 from tests.unit.quantizers.conftest import request
@@ -102,7 +102,7 @@ def test_metadata_from_folder_names_is_switched_off(tmp_path):
     assert "general.basename" in json.loads(text)
 
 
-def settings(step: Step) -> PassSettings:
+def settings(step: BuilderCommand) -> PassSettings:
     """What the program that quantizes is given."""
     return PassSettings.from_json(json.loads(step.writes[Path(step.argv[-1])]))
 

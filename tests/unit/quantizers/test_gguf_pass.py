@@ -13,8 +13,8 @@ from weightsmith.quantizers import gguf_pass
 from weightsmith.quantizers.gguf_header import GgufHeader, GgufTensorInfo
 from weightsmith.quantizers.gguf_pass import (
     GgufOutput,
-    Source,
-    Target,
+    GgufSource,
+    TypeChange,
     Wanted,
     read_targets,
     write_files,
@@ -31,9 +31,9 @@ llama_model_quantize_impl: model size  =     8.07 MiB (16.00 BPW)
 
 def test_types_and_order_are_those_that_llama_quantize_prints():
     assert read_targets(PRINTED.splitlines()) == [
-        Target(name="output_norm.weight", kind="F32", target="F32"),
-        Target(name="blk.0.ffn_down.weight", kind="BF16", target="Q4_K"),
-        Target(name="blk.0.ffn_gate_inp.weight", kind="BF16", target="BF16"),
+        TypeChange(name="output_norm.weight", kind="F32", target="F32"),
+        TypeChange(name="blk.0.ffn_down.weight", kind="BF16", target="Q4_K"),
+        TypeChange(name="blk.0.ffn_gate_inp.weight", kind="BF16", target="BF16"),
     ]
 
 
@@ -51,8 +51,8 @@ def test_what_llama_quantize_refuses_is_refused_before_a_file_is_begun(
     name = "blk.0.ffn_up.weight"
     entry = GgufTensorInfo(name=name, shape=(256, 8), kind=30, offset=0)
     header = GgufHeader(values={}, tensors={name: entry}, size=32)
-    source = Source(header=header, rows=None, stored=lambda *_: np.zeros(0))
-    targets = [Target(name=name, kind=kind, target=target)]
+    source = GgufSource(header=header, rows=None, stored=lambda *_: np.zeros(0))
+    targets = [TypeChange(name=name, kind=kind, target=target)]
 
     with pytest.raises(InputRefused, match=says):
         write(source, targets, file_type, tmp_path / "demo.gguf")
@@ -65,8 +65,8 @@ def test_other_tensors_than_the_headers_are_an_error(tmp_path, named):
     name = "blk.0.ffn_up.weight"
     entry = GgufTensorInfo(name=name, shape=(256, 8), kind=30, offset=0)
     header = GgufHeader(values={}, tensors={name: entry}, size=32)
-    source = Source(header=header, rows=None, stored=lambda *_: np.zeros(0))
-    targets = [Target(name=name, kind="BF16", target="Q4_K") for name in named]
+    source = GgufSource(header=header, rows=None, stored=lambda *_: np.zeros(0))
+    targets = [TypeChange(name=name, kind="BF16", target="Q4_K") for name in named]
 
     with pytest.raises(ValueError, match="--dry-run differ in"):
         write(source, targets, 15, tmp_path / "demo.gguf")
@@ -94,6 +94,6 @@ def test_nothing_counts_as_finished_after_a_fault_of_the_disk(tmp_path, monkeypa
     assert [json.loads(line) for line in journal.read_text().splitlines()] == [["first"]]
 
 
-def write(source: Source, targets: list[Target], file_type: int, path: Path) -> None:
+def write(source: GgufSource, targets: list[TypeChange], file_type: int, path: Path) -> None:
     output = GgufOutput(path=path, targets=targets, wanted=Wanted(file_type=file_type))
     write_files(source, [output], 1)

@@ -12,7 +12,7 @@ from weightsmith.core.resources import compiled_engines
 from weightsmith.core.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import GENERAL, read_texts
-from weightsmith.quantizers.quantizer import QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
 from weightsmith.recipe.schema import TextBounds
 from weightsmith.stages import quantize as stage
 from weightsmith.stages.quantize import QuantizeOptions, quantize
@@ -145,8 +145,8 @@ def test_formats_of_one_pass_share_the_file_that_importance_is_measured_on(
     assert 1 << 40 < asked[0] < 2 << 40
 
 
-def python(code: str, **more) -> Step:
-    return Step(title=code[:20], argv=(sys.executable, "-c", code), env={}, **more)
+def python(code: str, **more) -> BuilderCommand:
+    return BuilderCommand(title=code[:20], argv=(sys.executable, "-c", code), env={}, **more)
 
 
 def add(name: str) -> str:
@@ -227,7 +227,7 @@ def test_what_a_step_needs_no_more_is_removed_after_it(request_):
 def test_names_of_files_are_filled_in(request_):
     (request_.output / "m-2.gguf").write_text("")
     (request_.output / "m-1.gguf").write_text("abc")
-    step = Step(title="", argv=("x", "{first}"), env={}, finds={"first": "m-*.gguf"})
+    step = BuilderCommand(title="", argv=("x", "{first}"), env={}, finds={"first": "m-*.gguf"})
 
     assert steps_of._filled(step, request_.output) == ("x", str(request_.output / "m-1.gguf"))
 

@@ -12,19 +12,19 @@ from weightsmith.core.jobs import ANSWER_JOURNAL, ReferenceJob
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Tree
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.subjects import Subject
+from weightsmith.evaluating.subjects import EvaluatedModel
 from weightsmith.evaluating.task import Task
 from weightsmith.evaluating.walks import asked_of, walk_of
 from weightsmith.outside.store import FileStore
 from weightsmith.stages.reference import answers
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.steps.destinations import InStore
-from weightsmith.steps.tools import Memory
+from weightsmith.steps.tools import JobMemory
 
 
 def test_choices_are_planned_by_the_longest_one(tmp_path) -> None:
     """They are read one by one, so an average would not cover the longest."""
-    asked = {"base": Subject(model=Tree(root=tmp_path, files=()))}
+    asked = {"base": EvaluatedModel(model=Tree(root=tmp_path, files=()))}
 
     def item(letters: int, *choices: str) -> Item:
         messages = ({"role": "user", "content": "x" * letters},)
@@ -62,8 +62,8 @@ class Runner:
 
 
 ROWS = [{"answer": "4", "finish_reason": "stop", "prompt_tokens": 3}]
-TWO = {"base": Subject(model=Tree(root=Path("base"), files=()))}
-TWO["adapter"] = Subject(model=Tree(root=Path("base"), files=()), weights=(0.5,))
+TWO = {"base": EvaluatedModel(model=Tree(root=Path("base"), files=()))}
+TWO["adapter"] = EvaluatedModel(model=Tree(root=Path("base"), files=()), weights=(0.5,))
 
 
 def one_question() -> Task:
@@ -73,7 +73,7 @@ def one_question() -> Task:
 
 def test_an_interrupted_job_leaves_what_the_next_one_goes_on_with(tmp_path: Path) -> None:
     runner, store = Runner(), FileStore(tmp_path)
-    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=Memory())
+    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=JobMemory())
     runner.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         answers(TWO, one_question(), InStore(store), tools)
@@ -108,16 +108,16 @@ class Half(Runner):
         return {"answers": {one.key: ROWS for one in models}}
 
 
-def several(count: int) -> dict[str, Subject]:
+def several(count: int) -> dict[str, EvaluatedModel]:
     base = Tree(root=Path("base"), files=())
-    return {str(n): Subject(model=base, weights=(n / 10,)) for n in range(1, count + 1)}
+    return {str(n): EvaluatedModel(model=base, weights=(n / 10,)) for n in range(1, count + 1)}
 
 
 @pytest.mark.parametrize("error", [InputRefused("no"), KeyboardInterrupt()])
 def test_what_a_job_has_finished_is_not_asked_again(tmp_path: Path, error: BaseException) -> None:
     """Also of other recipes: all but the first one's, which stay in its folder."""
     runner, store = Half(error), FileStore(tmp_path)
-    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=Memory())
+    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=JobMemory())
     five, task = several(5), one_question()
     with pytest.raises(type(error)):
         answers(five, task, InStore(store), tools)
@@ -137,7 +137,7 @@ def test_what_a_killed_build_has_left_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, store = Half(KeyboardInterrupt()), FileStore(tmp_path)
-    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=Memory())
+    tools: Any = SimpleNamespace(runner=runner, progress=Silent(), memory=JobMemory())
     five, task = several(5), one_question()
     monkeypatch.setattr("weightsmith.stages.reference._keep", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.validating.validate import Request, validate
+from weightsmith.validating.validate import ValidationRequest, validate
 
 from tests.unit.merging.oracle import save_adapter
 
@@ -153,7 +153,7 @@ def held(base: Path, out: Path, *adapters: Path, **options: Any) -> dict[str, An
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return validate(
-            Request(
+            ValidationRequest(
                 base=base,
                 adapters=tuple(zip(adapters, weights, strict=True)),
                 merged=out,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from weightsmith.validating.elements import (
     ARITHMETIC,
     Factors,
-    Tally,
+    TensorComparison,
     compare_bytes,
     compare_rows,
     half_step,
@@ -66,7 +66,7 @@ def test_exact_roundings_pass_and_neighbours_do_not(seed: int, dtype: torch.dtyp
 
 
 def count(base: torch.Tensor, factors: Factors, merged: torch.Tensor) -> int:
-    tally = Tally(tensor="x")
+    tally = TensorComparison(tensor="x")
     compare_rows(tally, 0, base.float(), factors.rows(0, len(base)), merged, factors)
     assert tally.total == merged.numel()
     return tally.wrong
@@ -78,7 +78,7 @@ def test_what_is_no_number_is_wrong(bad: float, dtype: torch.dtype) -> None:
     base = torch.randn(4, 4)
     merged = base.to(dtype)
     merged[1, 2] = bad
-    tally = Tally(tensor="x")
+    tally = TensorComparison(tensor="x")
 
     compare_rows(tally, 8, base, torch.zeros(4, 4), merged)
 
@@ -89,7 +89,7 @@ def test_bits_of_an_untouched_tensor_count_and_not_values() -> None:
     base = torch.zeros(3, 2, dtype=torch.bfloat16)
     merged = base.clone()
     merged[2, 1] = -0.0
-    tally = Tally(tensor="x")
+    tally = TensorComparison(tensor="x")
 
     compare_bytes(tally, 0, base, base)
     compare_bytes(tally, 3, base, merged)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from weightsmith.core.jobs import CombinationRule
 from weightsmith.stages.validate import mixture
-from weightsmith.validating.elements import Tally
+from weightsmith.validating.elements import TensorComparison
 from weightsmith.validating.mixtures import MaskCounts, compare_kept
 
 from tests.unit.validating.conftest import (
@@ -173,7 +173,7 @@ def test_what_cannot_be_told_apart_is_no_absence() -> None:
     """Changes that rounding swallows fit with the adapter and without it."""
     base = torch.full((8, 32), 1.0)
     deltas = [torch.full((8, 32), 1e-6), torch.full((8, 32), 0.25)]
-    tally, kept = Tally(tensor="x"), MaskCounts()
+    tally, kept = TensorComparison(tensor="x"), MaskCounts()
 
     compare_kept(
         tally, kept, CombinationRule(), 0, base, deltas, torch.full((8, 32), 1.25).bfloat16()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.validating.validate import Request, validate
+from weightsmith.validating.validate import ValidationRequest, validate
 
 from tests.unit.validating.conftest import edit_tensors, held, make_model, make_tuned, merged, tell
 
@@ -55,7 +55,9 @@ def test_a_model_of_which_only_a_part_would_run_is_checked_by_its_files(kind, tm
     adapters = ((tmp_path / "adapter", 1.0),)
     merge(MergeRequest(base=tmp_path / "base", adapters=adapters, out=tmp_path / "out"))
 
-    found = validate(Request(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out"))
+    found = validate(
+        ValidationRequest(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out")
+    )
 
     assert found.passed
     assert any(NOT_CAUSAL[kind] in each.message for each in found.findings)
@@ -77,7 +79,9 @@ def test_a_heads_bias_that_an_adapter_trains_is_validated(tmp_path):
     adapters = ((tmp_path / "adapter", 1.0),)
     merge(MergeRequest(base=tmp_path / "base", adapters=adapters, out=tmp_path / "out"))
 
-    found = validate(Request(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out"))
+    found = validate(
+        ValidationRequest(base=tmp_path / "base", adapters=adapters, merged=tmp_path / "out")
+    )
 
     assert found.passed
     assert found.top1_agreement == 1.0
@@ -94,7 +98,7 @@ def test_layers_that_the_base_stores_in_one_tensor_are_compared_one_by_one(tmp_p
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
     adapters = ((train(base, "sarvam_moe", tmp_path / "adapter", config), 1.0),)
     merge(MergeRequest(base=base, adapters=adapters, out=tmp_path / "out"))
-    request = Request(base=base, adapters=adapters, merged=tmp_path / "out")
+    request = ValidationRequest(base=base, adapters=adapters, merged=tmp_path / "out")
 
     found = validate(request)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from weightsmith.core.errors import ran_out_of_memory
-from weightsmith.quantizers.quantizer import Step
+from weightsmith.quantizers.quantizer import BuilderCommand
 from weightsmith.worker.steps import run_steps
 
 
@@ -33,7 +33,7 @@ def test_a_program_that_lacked_memory_is_not_an_input_that_cannot_be_read(
     tmp_path: Path, code: str
 ) -> None:
     argv = (sys.executable, "-c", code)
-    step = Step(title="converting", argv=argv, env={}, reads="the model")
+    step = BuilderCommand(title="converting", argv=argv, env={}, reads="the model")
 
     with pytest.raises(MemoryError, match="converting"):
         run_steps((step,), tmp_path, lambda *_: None)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.quantizers.quantizer import Step
+from weightsmith.quantizers.quantizer import BuilderCommand
 from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.steps import run_steps
 
 
-def failing(line: str, reads: str = "the model") -> tuple[Step]:
+def failing(line: str, reads: str = "the model") -> tuple[BuilderCommand]:
     """A program that ends with this line."""
     code = f"import sys; print({line!r}, file=sys.stderr); sys.exit(3)"
-    return (Step(title="quantizing", argv=(sys.executable, "-c", code), env={}, reads=reads),)
+    return (
+        BuilderCommand(title="quantizing", argv=(sys.executable, "-c", code), env={}, reads=reads),
+    )
 
 
 @pytest.mark.parametrize("reads", ["the model", ""])
@@ -40,10 +42,10 @@ def test_other_exceptions_are_not(tmp_path, line, reads):
         run_steps(failing(line, reads), tmp_path, lambda *_: None)
 
 
-def raising(statement: str) -> tuple[Step]:
+def raising(statement: str) -> tuple[BuilderCommand]:
     """A program of Python that ends with this exception's traceback."""
     argv = (sys.executable, "-c", statement)
-    return (Step(title="converting", argv=argv, env={}, reads="the model"),)
+    return (BuilderCommand(title="converting", argv=argv, env={}, reads="the model"),)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_a_step_is_finished_when_its_files_are_on_the_disk(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", sync)
     code = "import os; os.mkdir('raw'); open('a.gguf', 'w'); open('raw/.b', 'w')"
-    step = Step(title="converting", argv=(sys.executable, "-c", code), env={})
+    step = BuilderCommand(title="converting", argv=(sys.executable, "-c", code), env={})
 
     run_steps((step,), tmp_path, lambda *_: None)
 
@@ -108,7 +110,7 @@ def test_a_program_says_how_far_it_is(tmp_path, capfd):
     code = f"print({progress_line(3, 30, 'layers')!r}); print('30 of 30 layers')"
     told = []
 
-    step = Step(title="measuring", argv=(sys.executable, "-c", code), env={})
+    step = BuilderCommand(title="measuring", argv=(sys.executable, "-c", code), env={})
     run_steps((step,), tmp_path, lambda *said: told.append(said))
 
     assert told == [(0, 1, "steps"), (3, 30, "layers"), (1, 1, "steps")]
@@ -118,6 +120,6 @@ def test_a_program_says_how_far_it_is(tmp_path, capfd):
 def test_a_program_of_ours_may_lack_something_else_than_a_good_input(tmp_path):
     line = refusal(EnvironmentFailure("no kernels", hint="make them"))
     code = f"import sys; print({line!r}); sys.exit({EnvironmentFailure.exit_code})"
-    step = Step(title="a", argv=(sys.executable, "-c", code), env={}, reads="the model")
+    step = BuilderCommand(title="a", argv=(sys.executable, "-c", code), env={}, reads="the model")
     with pytest.raises(EnvironmentFailure, match=r"^no kernels$"):
         run_steps((step,), tmp_path, lambda *_: None)

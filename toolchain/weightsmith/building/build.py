@@ -13,7 +13,7 @@ from weightsmith.building.checks import (
     check_tags,
 )
 from weightsmith.building.foreseeing import foresee
-from weightsmith.building.graph import Run
+from weightsmith.building.graph import BuildRun
 from weightsmith.building.pipeline import AnyStep, steps_of
 from weightsmith.building.record import BuiltTarget, Record
 from weightsmith.building.request import BuildRequest
@@ -52,7 +52,7 @@ def _build(request: BuildRequest, published: set[str], tools: Tools) -> Iterator
     request = request.pinned()
     steps = steps_of(request)
     check_machine(request, steps, tools)
-    with Run(steps, tools) as run:
+    with BuildRun(steps, tools) as run:
         sources = run.perform(steps.sources)
         check_tags(request, sources, tools)
         check_leaks(request.file, steps.tasks, tools.progress)
@@ -83,7 +83,7 @@ def run_stages(
     """
     request = request.pinned()
     steps = steps_of(request)
-    with Run(steps, tools) as run:
+    with BuildRun(steps, tools) as run:
         record = Record(request=request, steps=steps, run=run, tools=tools)
         of = steps.targets[0].of if steps.targets else None
         for step in steps:

@@ -1,6 +1,6 @@
 """Runs a build's steps: each once, those that may at the same time or in one process.
 
-What runs when is decided here: `Run.perform` and `shares`.
+What runs when is decided here: `BuildRun.perform` and `shares`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LEFT = 256 << 20
 """What the reference answers leave in memory for a validation in the same process to start from."""
 
 
-class Run:
+class BuildRun:
     """A build that runs; what was begun ahead of its turn ends with the block."""
 
     def __init__(self, steps: BuildSteps, tools: Tools) -> None:

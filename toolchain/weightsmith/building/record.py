@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.building.graph import Run
+from weightsmith.building.graph import BuildRun
 from weightsmith.building.pipeline import BuildSteps, TargetSteps
 from weightsmith.building.record_facts import Facts, write_record
 from weightsmith.building.request import BuildRequest
@@ -74,7 +74,7 @@ class Record:
 
     request: BuildRequest
     steps: BuildSteps
-    run: Run
+    run: BuildRun
     tools: Tools
     target: TargetSteps | None = None
 

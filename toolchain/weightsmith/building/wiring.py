@@ -59,7 +59,7 @@ from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.section import PathUse, fields_of
 from weightsmith.recipe.user_config import read_config
 from weightsmith.serving.memory import human, parse_size
-from weightsmith.steps.tools import Memory, Tools, shares_nothing
+from weightsmith.steps.tools import JobMemory, Tools, shares_nothing
 
 RUNNERS = ("auto", "docker", "local")
 LOGS = "fleet-logs"
@@ -222,7 +222,7 @@ def open_tools(
         raise UsageError(f"--runner {run.runner}: unknown", hint=f"one of {', '.join(RUNNERS)}")
     chosen_seconds()
     free = free_memory()
-    room = Memory.of(_size(run.memory), free)
+    room = JobMemory.of(_size(run.memory), free)
     if 0 < free < room.limit:
         progress.warn(
             f"--memory {run.memory} is more than the {human(free)} that are free, so jobs may swap"

@@ -20,7 +20,7 @@ from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
 from weightsmith.evaluating.statistics import wilson
-from weightsmith.evaluating.subjects import BUILDER, Subject
+from weightsmith.evaluating.subjects import BUILDER, EvaluatedModel
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
 from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
@@ -142,7 +142,7 @@ def _ask_checkpoint(model: Path, adapters: Sequence[Path], task: Task, tools: To
     read_facts(model)
     weights = [1.0] * len(adapters)
     sources = open_sources(model, adapters, weights, tools.store)
-    subject = Subject(model=sources.base.tree, adapters=sources.adapters)
+    subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
     return reference_answers({"model": subject}, task, Unkept(tools), tools)["model"]
 
 

@@ -49,7 +49,7 @@ _WRONG = (InputRefused, Altered)
 
 
 @dataclass(slots=True)
-class _Found:
+class _Checked:
     """The content that was read, and the results of its checks."""
 
     checks: list[Check] = field(default_factory=list)
@@ -74,7 +74,7 @@ def verify_image(
     For an index, the image for every platform is checked.
     """
     check = signing.read_public_key(key) if key else None
-    place, found = open_location(source, registry), _Found()
+    place, found = open_location(source, registry), _Checked()
     digest: str = ""
     if (index := _index(place, found)) is not None:
         whole = Digest.of(index)
@@ -86,7 +86,7 @@ def verify_image(
         _signature(whole, found.attachments, check, found)
         _statements(whole, check, found)
         for platform in manifests.platforms_in(index, source):
-            one = _Found(platform=platform, known=found.known)
+            one = _Checked(platform=platform, known=found.known)
             _one_image(place, source, check, one, progress)
             found.checks += one.checks
     elif not found.checks:
@@ -102,7 +102,7 @@ def verify_image(
     return result
 
 
-def _index(place: ImageLocation, found: _Found) -> bytes | None:
+def _index(place: ImageLocation, found: _Checked) -> bytes | None:
     try:
         return place.index()
     except _WRONG as error:
@@ -115,7 +115,7 @@ def _one_image(
     place: ImageLocation,
     source: str,
     check: signing.Check | None,
-    found: _Found,
+    found: _Checked,
     progress: Progress,
 ) -> str:
     """Check one platform's image; return its digest, or "" if it cannot be read."""
@@ -143,7 +143,7 @@ def table(result: Mapping[str, Json]) -> str:
     )
 
 
-def _result(source: str, digest: str, found: _Found) -> dict[str, Json]:
+def _result(source: str, digest: str, found: _Checked) -> dict[str, Json]:
     return {
         "reference": source,
         "digest": digest,
@@ -152,7 +152,7 @@ def _result(source: str, digest: str, found: _Found) -> dict[str, Json]:
     }
 
 
-def _image(place: ImageLocation, found: _Found) -> Image | None:
+def _image(place: ImageLocation, found: _Checked) -> Image | None:
     try:
         image = place.image(found.platform or None)
     except _WRONG as error:
@@ -174,7 +174,7 @@ def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
         raise error
 
 
-def _attachments(place: ImageLocation, subject: Digest, found: _Found) -> bool:
+def _attachments(place: ImageLocation, subject: Digest, found: _Checked) -> bool:
     """Read the image's attachments, and say whether there are any.
 
     One that does not match its digest is a failed check.
@@ -196,7 +196,7 @@ def _signature(
     digest: Digest,
     attachments: list[Attachment],
     check: signing.Check | None,
-    found: _Found,
+    found: _Checked,
 ) -> None:
     try:
         claims = evidence.claims_in(attachments, check)
@@ -216,7 +216,7 @@ def _signature(
         found.say("signature", False, "by this key, but for another image")
 
 
-def _statements(image: Digest, check: signing.Check | None, found: _Found) -> None:
+def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> None:
     """Read the statements, and check the signature and subject of each."""
     rows = _read(found, check)
     found.stated += [read for _, read in rows if check is None or read.signed]
@@ -233,7 +233,7 @@ def _statements(image: Digest, check: signing.Check | None, found: _Found) -> No
             found.say(name, ok, "signed by this key" if read.signed else _why(part))
 
 
-def _read(found: _Found, check: signing.Check | None) -> list[tuple[AttachmentPart, Statement]]:
+def _read(found: _Checked, check: signing.Check | None) -> list[tuple[AttachmentPart, Statement]]:
     """Return each statement once, preferring the copy that this key signed."""
     unique: dict[bytes, tuple[AttachmentPart, Statement]] = {}
     bundles = evidence.bundles_in(found.attachments)
@@ -264,7 +264,7 @@ def _why(part: AttachmentPart) -> str:
     return "not signed"
 
 
-def _documents(found: _Found) -> list[AttachedDocument]:
+def _documents(found: _Checked) -> list[AttachedDocument]:
     """Return the attached documents, other than statements, whose parts all match their digests."""
     right = []
     for document in evidence.documents_in(found.attachments):
@@ -279,7 +279,7 @@ def _documents(found: _Found) -> list[AttachedDocument]:
     return right
 
 
-def _layers(image: Image, source: str, found: _Found, progress: Progress) -> None:
+def _layers(image: Image, source: str, found: _Checked, progress: Progress) -> None:
     """Check the digest of every layer, and read the files of weight layers; a few at once."""
     try:
         weights = {layer.digest for layer in weights_of(image, source)}

@@ -353,7 +353,7 @@ class ContainerEngine(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class NodeTask:
     """One task of a fleet: what a node gets to read, and what it needs."""
 
     id: str
@@ -391,7 +391,7 @@ class FleetEngine(Protocol):
     def check(self, version: str) -> None:
         """Raise EnvironmentFailure if it does not answer, or a node has another version."""
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, works: Sequence[NodeTask]) -> None:
         """Queue tasks; raises EnvironmentFailure if no node could ever run one of them."""
 
     def wait(self, seconds: float) -> Sequence[Ended]:

@@ -20,7 +20,7 @@ _FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class TreeEntry:
     """One entry of a tree: its name in an open folder, which the next step closes."""
 
     parent: int
@@ -63,7 +63,7 @@ def discard(path: Path) -> OSError | None:
     return first
 
 
-def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
+def walk(top: Path, *, open_up: bool = False) -> Iterator[TreeEntry]:
     """Yield the entries of a tree, each folder after its content, and last the tree itself.
 
     Links are never followed. Of an unreadable folder only itself is yielded; with `open_up` our own
@@ -79,7 +79,7 @@ def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
                 name, is_folder = levels[-1].left.pop()
                 inside = _open(name, here, open_up=open_up) if is_folder else None
                 if inside is None:
-                    yield Step(here, name, is_folder)
+                    yield TreeEntry(here, name, is_folder)
                     continue
                 os.close(here)
                 here = inside
@@ -91,7 +91,7 @@ def walk(top: Path, *, open_up: bool = False) -> Iterator[Step]:
                 here = up
                 if _identity(here) != levels[-1].identity:
                     raise OSError(errno.ESTALE, "moved while it was walked", str(top))
-                yield Step(here, left.name, is_folder=True)
+                yield TreeEntry(here, left.name, is_folder=True)
     finally:
         os.close(here)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.evaluating.task import Task
-from weightsmith.forward.memory import Walk, batch_bytes
+from weightsmith.forward.memory import WalkSize, batch_bytes
 from weightsmith.models.facts import read_facts
 
 LETTERS = 3
@@ -22,10 +22,10 @@ def memory_limit(size: int) -> int:
     return (3 << 30) + 5 * size
 
 
-def walk_of(task: Task, *, views: int = 1, adapter_bytes: int = 0) -> Walk:
+def walk_of(task: Task, *, views: int = 1, adapter_bytes: int = 0) -> WalkSize:
     """Return what runs side by side when so many models are asked a task."""
     one_by_one = task.metric == "choice"
-    return Walk(
+    return WalkSize(
         views=views,
         rows=1 if one_by_one else len(task.items),
         tokens=_longest(task) if one_by_one else _tokens(task.most_tokens, len(task.items), task),
@@ -33,7 +33,7 @@ def walk_of(task: Task, *, views: int = 1, adapter_bytes: int = 0) -> Walk:
     )
 
 
-def batch_memory(model: Path, walk: Walk, budget: int) -> int:
+def batch_memory(model: Path, walk: WalkSize, budget: int) -> int:
     """Return a job's memory for batches in bytes; 0 if the model's dimensions are not known."""
     try:
         shape = read_facts(model).shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from weightsmith.evaluating.task import Task
 from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import Walk, batch_bytes, token_bytes
+from weightsmith.forward.memory import WalkSize, batch_bytes, token_bytes
 from weightsmith.models.shape import ModelShape
 
 
@@ -14,7 +14,7 @@ def steps_of(task: Task) -> int:
 
 
 def answer_seconds(
-    layer_time: LayerTime, shape: ModelShape, walk: Walk, task: Task, budget: int
+    layer_time: LayerTime, shape: ModelShape, walk: WalkSize, task: Task, budget: int
 ) -> float:
     """Return the seconds of models that answer side by side, token by token.
 

@@ -27,7 +27,7 @@ _VOICE = frozenset((*TOKENIZER_FILES, *TEMPLATE_FILES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class EvaluatedModel:
     """A model to query: a checkpoint with unmerged adapters, each with its weight."""
 
     model: Tree
@@ -50,7 +50,7 @@ class Subject:
         return self.weights or tuple(adapter.weight for adapter in self.adapters)
 
 
-def subjects(sources: Sources, adapter: int | None) -> Mapping[str, Subject]:
+def subjects(sources: Sources, adapter: int | None) -> Mapping[str, EvaluatedModel]:
     """Return the models that answer a task before merging: `base`, and `adapter` if there is one.
 
     `adapter` is the number of the adapter that the task belongs to, used at full weight; None means
@@ -59,22 +59,24 @@ def subjects(sources: Sources, adapter: int | None) -> Mapping[str, Subject]:
     """
     base = sources.base.tree
     if not sources.adapters:
-        return {"base": Subject(model=base)}
+        return {"base": EvaluatedModel(model=base)}
     used = sources.adapters if adapter is None else (sources.adapters[adapter],)
     speakers = used if any(_voice(one.snapshot.tree) - _voice(base) for one in used) else ()
     return {
-        "base": Subject(model=base, speakers=speakers),
-        "adapter": Subject(model=base, adapters=used, weights=None if adapter is None else (1.0,)),
+        "base": EvaluatedModel(model=base, speakers=speakers),
+        "adapter": EvaluatedModel(
+            model=base, adapters=used, weights=None if adapter is None else (1.0,)
+        ),
     }
 
 
 def with_merged(
     task: RecipeTask, sources: Sources, checkpoint: Checkpoint
-) -> Mapping[str, Subject]:
+) -> Mapping[str, EvaluatedModel]:
     """Return the same for a task of a recipe, and `merged`, if anything was merged."""
     found = dict(subjects(sources, task.adapter))
     if checkpoint.digest != sources.base.digest:
-        found["merged"] = Subject(model=checkpoint.tree, computed=checkpoint.computed)
+        found["merged"] = EvaluatedModel(model=checkpoint.tree, computed=checkpoint.computed)
     return found
 
 
@@ -82,7 +84,7 @@ def _voice(tree: Tree) -> frozenset[tuple[str, Digest]]:
     return frozenset((file.path, file.digest) for file in tree.files if file.path in _VOICE)
 
 
-def inputs(subject: Subject, task: Task) -> StageInputs:
+def inputs(subject: EvaluatedModel, task: Task) -> StageInputs:
     """Return everything that the reference answers depend on."""
     voices: list[Json] = [sorted(_voice(a.snapshot.tree)) for a in subject.speakers]
     return StageInputs(

@@ -20,11 +20,11 @@ from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, ReferenceJob
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Json, Tree
 from weightsmith.evaluating import asking
-from weightsmith.evaluating.subjects import BUILDER, Subject, inputs
+from weightsmith.evaluating.subjects import BUILDER, EvaluatedModel, inputs
 from weightsmith.evaluating.task import Task
 from weightsmith.forward.memory import (
     VIEWS,
-    Walk,
+    WalkSize,
     all_at_once,
     batch_bytes,
     beside,
@@ -51,7 +51,7 @@ class AskedSubject:
     """`base`, `adapter` or `merged`."""
     key: str
     """The digest of all that the answers depend on."""
-    subject: Subject
+    subject: EvaluatedModel
     task: Task
     draft: str = ""
     """Key of the answers that a correct merge gives too."""
@@ -61,7 +61,7 @@ Unit = tuple[AskedSubject, ...]
 """Models that are asked one task; they answer in one walk."""
 
 
-def asked_of(subjects: Mapping[str, Subject], task: Task) -> Unit:
+def asked_of(subjects: Mapping[str, EvaluatedModel], task: Task) -> Unit:
     """Return models by name as those that are asked a task."""
     found = tuple(
         AskedSubject(name=name, key=str(inputs(one, task).key), subject=one, task=task)
@@ -83,7 +83,7 @@ def once(units: Iterable[Unit], known: Iterable[str] = ()) -> Iterator[Unit]:
             yield left
 
 
-def walk_of(unit: Unit) -> Walk:
+def walk_of(unit: Unit) -> WalkSize:
     """Return what runs side by side: models whose drafts are answers of others follow these."""
     keys = {one.key for one in unit}
     later = sum(one.draft in keys for one in unit)
@@ -107,7 +107,7 @@ def walks(units: Iterable[Unit], shape: ModelShape | None, budget: int) -> list[
     Each by itself if the model's dimensions are not known.
     """
     found: list[list[Unit]] = []
-    together = Walk(views=0, rows=0, tokens=0)
+    together = WalkSize(views=0, rows=0, tokens=0)
     for unit in sorted(units, key=_chooses):
         alone = walk_of(unit)
         both = beside(together, alone)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith.core.values import Json
-from weightsmith.fleets.graph import Graph, Task
+from weightsmith.fleets.graph import FleetTask, Graph
 from weightsmith.fleets.requests import CELL
 from weightsmith.serving.memory import human
 
@@ -50,7 +50,7 @@ def plan_of(graph: Graph) -> dict[str, Json]:
     }
 
 
-def _facts(task: Task) -> dict[str, Any]:
+def _facts(task: FleetTask) -> dict[str, Any]:
     needs = task.needs
     return {
         "key": task.id,

@@ -51,7 +51,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
+class FleetTask:
     """One piece of work for one machine."""
 
     id: str
@@ -92,15 +92,15 @@ class Task:
 class Graph:
     """All tasks of a fleet, each after those that it waits for."""
 
-    tasks: tuple[Task, ...]
+    tasks: tuple[FleetTask, ...]
 
     @property
-    def cells(self) -> tuple[Task, ...]:
+    def cells(self) -> tuple[FleetTask, ...]:
         """The tasks that make an image each."""
         return tuple(task for task in self.tasks if task.kind == CELL)
 
     @property
-    def shared(self) -> tuple[Task, ...]:
+    def shared(self) -> tuple[FleetTask, ...]:
         """The tasks that several cells wait for."""
         return tuple(task for task in self.tasks if task.kind != CELL)
 
@@ -238,7 +238,7 @@ def _with(
 
 def _shared_task(
     key: str, one: _Shared, plans: Mapping[Cell, BuildPlan | Failure], tools: Tools
-) -> Task:
+) -> FleetTask:
     if one.plan is None:
         raise AssertionError("a shared task is of a cell that was planned")
     steps = one.plan.steps
@@ -253,7 +253,7 @@ def _shared_task(
         stages = tuple(dict.fromkeys(step.name for step in one.steps))
     # A shared task that is not needed any more is not run again.
     needed = any(not _is_cached(plans[cell]) for cell in one.cells)
-    return Task(
+    return FleetTask(
         id=key,
         kind=one.kind,
         build=one.build,
@@ -287,11 +287,11 @@ def _cell_task(
     target: Target,
     plan: BuildPlan | Failure,
     shared: Mapping[str, _Shared],
-) -> Task:
+) -> FleetTask:
     cell = Cell(adapter=build.adapter, target=target.name)
     id_ = _id([cell.adapter, cell.target, plain(build.data)])
     if isinstance(plan, Failure):
-        return Task(
+        return FleetTask(
             id=id_,
             kind=CELL,
             build=build,
@@ -307,7 +307,7 @@ def _cell_task(
     done = {step for steps in parts.values() for step in steps if step is not plan.steps.sources}
     device = plan.device(plan.steps.targets[0])
     gpus = 0 if is_cpu(device or CPU) else build.file.recipe.serve.gpu_count
-    return Task(
+    return FleetTask(
         id=id_,
         kind=CELL,
         build=build,

@@ -43,8 +43,8 @@ from weightsmith.fleets.requests import (
     DIFFERENT,
     CellSummary,
     Failure,
-    Reply,
-    Request,
+    TaskReply,
+    TaskRequest,
     version,
 )
 from weightsmith.recipe.file import RecipeFile, check_recipe, check_section
@@ -62,7 +62,7 @@ _REPORTS = 64 << 20
 """Bytes of a build's reports that are sent back; an image is never among them."""
 
 
-def answer(request: Request, tools: Tools) -> Reply:
+def answer(request: TaskRequest, tools: Tools) -> TaskReply:
     """Do one task, and return what became of it; a WeightsmithError is part of the reply."""
     began, cpu = time.monotonic(), _cpu()
     stages: dict[str, StageRecord] = {}
@@ -78,7 +78,7 @@ def answer(request: Request, tools: Tools) -> Reply:
             if (refused := of_machine(error)) is None:
                 raise
             failure = Failure.of(refused)
-        return Reply(
+        return TaskReply(
             id=request.id,
             node=socket.gethostname(),
             seconds=round(time.monotonic() - began, 3),
@@ -111,7 +111,7 @@ class _Result:
         self.lock, self.files = lock or {}, files or {}
 
 
-def _require_version(request: Request) -> None:
+def _require_version(request: TaskRequest) -> None:
     if request.version != (ours := version()):
         raise EnvironmentFailure(
             f"{DIFFERENT} on {socket.gethostname()}: {ours}, and the fleet is {request.version}",
@@ -119,7 +119,7 @@ def _require_version(request: Request) -> None:
         )
 
 
-def _do(request: Request, home: Path, stages: dict[str, StageRecord], tools: Tools) -> _Result:
+def _do(request: TaskRequest, home: Path, stages: dict[str, StageRecord], tools: Tools) -> _Result:
     """Do a task; `stages` are filled with what was done, whatever becomes of it."""
     tools = replace(tools, two_at_once=lambda: False)  # other tasks use the other CPUs and memory
     file = _written(request, home, tools)
@@ -164,7 +164,7 @@ def _prepare(asked: BuildRequest, tools: Tools) -> None:
                 tools.runner.prepare(builder, tools.progress)
 
 
-def _answered(request: Request, file: RecipeFile, tools: Tools) -> Mapping[str, StageRecord]:
+def _answered(request: TaskRequest, file: RecipeFile, tools: Tools) -> Mapping[str, StageRecord]:
     """Answer the questions that several adapters share, with the base alone."""
     sources, _ = known(pinned(file, read_lock(file)), tools)
     if sources is None:
@@ -188,7 +188,7 @@ def _left_to_cells(tools: Tools, *kinds: type[WeightsmithError]) -> Iterator[Non
         tools.progress.warn(f"{error.message}; the cells that need it will say so")
 
 
-def _written(request: Request, home: Path, tools: Tools) -> RecipeFile:
+def _written(request: TaskRequest, home: Path, tools: Tools) -> RecipeFile:
     """Write the lock of a recipe and what it names into a folder, and check it as a user's."""
     recipe = check_recipe(unpacked(request, home, tools), request.adapter)
     path = home / "recipe.yaml"
@@ -198,7 +198,7 @@ def _written(request: Request, home: Path, tools: Tools) -> RecipeFile:
     return RecipeFile(recipe=recipe, folder=home, path=path, lasting=False)
 
 
-def _outputs(request: Request) -> ImageOutputs:
+def _outputs(request: TaskRequest) -> ImageOutputs:
     given = request.outputs
     layout = given.get("layout")
     return ImageOutputs(
@@ -210,7 +210,7 @@ def _outputs(request: Request) -> ImageOutputs:
     )
 
 
-def _dist(request: Request, home: Path) -> Path:
+def _dist(request: TaskRequest, home: Path) -> Path:
     """Return the folder of results: the user's if this node shares it, else one of our own."""
     if (Path(request.dist) / request.token).is_file():
         return Path(request.dist)
@@ -235,7 +235,7 @@ def _reports(dist: Path) -> dict[str, str]:
     }
 
 
-def _refused(request: Request, home: Path) -> _Result:
+def _refused(request: TaskRequest, home: Path) -> _Result:
     """Return what a build that stopped has left: its record, if it wrote one."""
     shared = (Path(request.dist) / request.token).is_file()
     dist = Path(request.dist) if shared else home / "dist"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from weightsmith.core.interrupts import leave_quietly, raise_it
 
 if TYPE_CHECKING:  # imported once Ctrl-C is taken care of
-    from weightsmith.fleets.requests import Reply, Request
+    from weightsmith.fleets.requests import TaskReply, TaskRequest
 
 _PATIENCE = 10.0
 """Seconds to clean up, before it ends anyway."""
@@ -28,7 +28,7 @@ def main() -> int:
     leave_quietly()
     from weightsmith.core.escape import as_json
     from weightsmith.core.safe_parse import RECORD, parse
-    from weightsmith.fleets.requests import Failure, Reply, Request
+    from weightsmith.fleets.requests import Failure, TaskReply, TaskRequest
 
     text = sys.stdin.buffer.readline()
     if text.strip() == b"version":
@@ -37,7 +37,7 @@ def main() -> int:
         print(version())  # noqa: T201
         return 0
     try:
-        request = Request.from_json(parse(text, largest=RECORD))
+        request = TaskRequest.from_json(parse(text, largest=RECORD))
     except ValueError as error:
         sys.stderr.write(f"this is no request of a fleet: {error}\n")
         return 2
@@ -52,7 +52,7 @@ def main() -> int:
         traceback.print_exc()
         what = f"unexpected {type(error).__name__}: {error}"
         failure = Failure(message=what, hint="this is a bug in weightsmith", exit_code=1)
-        reply = Reply.of_failure(request.id, socket.gethostname(), failure)
+        reply = TaskReply.of_failure(request.id, socket.gethostname(), failure)
     reply = replace(reply, cpu_seconds=round(sum(os.times()[:4]), 3))  # of this whole process
     # In ASCII: whatever the locale is, and without characters at which a reader could split it.
     sys.stdout.write(as_json(reply.to_json()) + "\n")
@@ -60,12 +60,12 @@ def main() -> int:
     return 0
 
 
-def _answer(request: Request) -> Reply:
+def _answer(request: TaskRequest) -> TaskReply:
     from weightsmith.building.progress import PlainProgress
     from weightsmith.building.wiring import open_tools
     from weightsmith.core.errors import EnvironmentFailure, WeightsmithError, of_machine
     from weightsmith.fleets.node import answer
-    from weightsmith.fleets.requests import Failure, Reply
+    from weightsmith.fleets.requests import Failure, TaskReply
     from weightsmith.recipe.run_options import RunOptions
 
     asked = dict(request.tools)
@@ -87,7 +87,7 @@ def _answer(request: Request) -> Reply:
         if (refused := of_machine(error)) is None:
             raise
         failure = Failure.of(refused)
-    return Reply.of_failure(request.id, socket.gethostname(), failure)
+    return TaskReply.of_failure(request.id, socket.gethostname(), failure)
 
 
 def end_with_parent() -> None:

@@ -17,7 +17,7 @@ from weightsmith.fleets.file import Fleet, check_fleet, read_fleet
 from weightsmith.fleets.graph import Graph, graph_of
 from weightsmith.fleets.page import Page
 from weightsmith.fleets.rows import FleetRows
-from weightsmith.fleets.running import Changed, Order, Run
+from weightsmith.fleets.running import Changed, FleetRun, Order
 from weightsmith.steps.lock import Lock
 from weightsmith.steps.tools import Tools
 
@@ -138,7 +138,7 @@ def run_fleet(
             lock=fleet.lock,
             cpus=cpus,
         )
-        run = Run(graph, order, engine, tools, tell)
+        run = FleetRun(graph, order, engine, tools, tell)
         try:
             return run.go()
         except EnvironmentFailure as error:

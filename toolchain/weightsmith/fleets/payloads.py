@@ -12,7 +12,7 @@ from typing import Any
 from weightsmith.cache.document import content_inputs
 from weightsmith.core.errors import CacheLost, EnvironmentFailure, UsageError
 from weightsmith.core.values import Digest, Json, Tree
-from weightsmith.fleets.requests import Request
+from weightsmith.fleets.requests import TaskRequest
 from weightsmith.steps.tools import Tools
 
 _ALONG = 64 << 10
@@ -30,7 +30,7 @@ WORDS = frozenset({"", "auto", "walk", "off"})
 """Values of these keys that are no file's name."""
 
 
-def packed(request: Request, tools: Tools, *, again: bool = False) -> Request:
+def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRequest:
     """Return the request for a node that shares no folder with this machine.
 
     Small files go along; others and folders go into the store, and so into the shared cache. With
@@ -95,7 +95,7 @@ def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
     return stage.key
 
 
-def unpacked(request: Request, home: Path, tools: Tools) -> Mapping[str, Any]:
+def unpacked(request: TaskRequest, home: Path, tools: Tools) -> Mapping[str, Any]:
     """Return the request's recipe, with what it names put into `home`.
 
     Raises EnvironmentFailure if the cache lacks a folder, CacheLost if it has a damaged one: after

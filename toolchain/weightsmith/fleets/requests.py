@@ -21,7 +21,7 @@ DIFFERENT = "another version of weightsmith"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request(JsonObject):
+class TaskRequest(JsonObject):
     """One task for a node."""
 
     id: str
@@ -102,7 +102,7 @@ class CellSummary(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply(JsonObject):
+class TaskReply(JsonObject):
     """What became of one task."""
 
     id: str
@@ -126,7 +126,7 @@ class Reply(JsonObject):
             require_inside(name)
 
     @classmethod
-    def of_failure(cls, id_: str, node: str, failure: Failure) -> Reply:
+    def of_failure(cls, id_: str, node: str, failure: Failure) -> TaskReply:
         """Return the reply of a task that could not begin."""
         return cls(id=id_, node=node, seconds=0.0, cpu_seconds=0.0, error=failure)
 

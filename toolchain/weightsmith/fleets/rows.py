@@ -9,7 +9,7 @@ from typing import Any
 from weightsmith.building.pipeline import ASSEMBLY
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from weightsmith.core.json_objects import JsonObject
-from weightsmith.fleets.requests import CellSummary, Failure, Reply
+from weightsmith.fleets.requests import CellSummary, Failure, TaskReply
 
 REFUSED, NOT_MADE = "refused", "not made"
 WAITING, RUNNING, ENDED = "waiting", "running", "ended"
@@ -112,7 +112,7 @@ class FleetRows(JsonObject):
         return CheckFailed(text, hint=hint, details=details)
 
 
-def of_reply(row: CellRow, reply: Reply) -> CellRow:
+def of_reply(row: CellRow, reply: TaskReply) -> CellRow:
     """Return a cell's row with what its build replied."""
     built = reply.row or CellSummary()
     found = replace(
@@ -160,7 +160,7 @@ class Spent:
     stages: dict[str, dict[str, int]] = field(default_factory=dict)
     """Stage -> how often it was `run`, and how often it was `cached`."""
 
-    def add(self, reply: Reply) -> None:
+    def add(self, reply: TaskReply) -> None:
         """Add a reply."""
         self.bytes_moved += reply.bytes_moved
         self.cpu_seconds += reply.cpu_seconds if reply.node else 0.0

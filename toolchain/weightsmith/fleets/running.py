@@ -17,13 +17,13 @@ from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.files import write_folder
-from weightsmith.core.ports import Ended, FleetEngine, Silent, Work
+from weightsmith.core.ports import Ended, FleetEngine, NodeTask, Silent
 from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Json, canonical
-from weightsmith.fleets.graph import Graph, Task
+from weightsmith.fleets.graph import FleetTask, Graph
 from weightsmith.fleets.node import answer
 from weightsmith.fleets.payloads import packed
-from weightsmith.fleets.requests import CELL, DIFFERENT, Failure, Reply, Request, version
+from weightsmith.fleets.requests import CELL, DIFFERENT, Failure, TaskReply, TaskRequest, version
 from weightsmith.fleets.rows import (
     ENDED,
     RUNNING,
@@ -65,7 +65,7 @@ class Order:
 
 
 @dataclass(slots=True)
-class Run:
+class FleetRun:
     """One run of a graph; `go` runs it to its end."""
 
     graph: Graph
@@ -165,13 +165,13 @@ class Run:
                 self._fail(task, Failure.of(error))
                 continue
             except EnvironmentFailure as error:  # the cache takes nothing now
-                self._take_failure(task, Reply.of_failure(task.id, "", Failure.of(error)))
+                self._take_failure(task, TaskReply.of_failure(task.id, "", Failure.of(error)))
                 continue
             self._given.add(task.id)
         if works:
             self.engine.submit(works)
 
-    def _ready(self) -> Iterator[Task]:
+    def _ready(self) -> Iterator[FleetTask]:
         now = time.monotonic()
         for task in self.graph.tasks:
             if task.id in self._done or task.id in self._given:
@@ -184,14 +184,14 @@ class Run:
             elif self._done.issuperset(task.after):
                 yield task
 
-    def _work(self, task: Task) -> Work:
+    def _work(self, task: FleetTask) -> NodeTask:
         request = self._request(task)
         if self.engine.remote:
             request = packed(request, self.tools, again=task.id in self._not_before)
             if task.kind != CELL:  # the cells find its results in the cache, or make them again
                 request = replace(request, tools={**request.tools, "upload_seconds": _UPLOAD})
         needs = task.needs
-        return Work(
+        return NodeTask(
             id=task.id,
             name=task.name,
             text=canonical(request).decode(),
@@ -202,11 +202,11 @@ class Run:
             avoid=self._avoid.get(task.id, frozenset()),
         )
 
-    def _request(self, task: Task) -> Request:
+    def _request(self, task: FleetTask) -> TaskRequest:
         lock = self._lock or self.order.lock
         tools = dict(self.order.tools)
         tools.setdefault("memory", f"{task.needs.memory_bytes}B")
-        return Request(
+        return TaskRequest(
             id=task.id,
             kind=task.kind,
             version=self._version,
@@ -222,7 +222,7 @@ class Run:
             token=self.order.token,
         )
 
-    def _outputs(self, task: Task) -> Mapping[str, Json]:
+    def _outputs(self, task: FleetTask) -> Mapping[str, Json]:
         """Return where a cell's image goes; of several layouts, each has a folder of its own."""
         outputs = dict(self.order.outputs)
         if outputs.get("layout"):
@@ -245,7 +245,7 @@ class Run:
         self._count_try(task)
         self._end(task, reply)
 
-    def _take_failure(self, task: Task, reply: Reply) -> None:
+    def _take_failure(self, task: FleetTask, reply: TaskReply) -> None:
         """Let a task be tried again after a pause, unless it was tried often enough."""
         failure = reply.error or Failure(message="")
         tries = (self._cells.get(task.id) or self._shared[task.id]).tries
@@ -263,7 +263,7 @@ class Run:
         self._not_before[task.id] = time.monotonic() + pause
         self._set_state(task, WAITING)
 
-    def _end(self, task: Task, reply: Reply) -> None:
+    def _end(self, task: FleetTask, reply: TaskReply) -> None:
         self._spent.add(reply)
         self._done.add(task.id)
         self._pin(reply.lock)
@@ -287,7 +287,7 @@ class Run:
                 self._failures[task.id] = failure
         self._tell()
 
-    def _fail(self, task: Task, failure: Failure) -> None:
+    def _fail(self, task: FleetTask, failure: Failure) -> None:
         self._done.add(task.id)
         if task.kind == CELL:
             self._cells[task.id] = failed(self._cells[task.id], failure)
@@ -297,7 +297,7 @@ class Run:
             self._shared[task.id] = replace(row, state=ENDED, error=failure.message)
         self._tell()
 
-    def _put_reports(self, reply: Reply) -> None:
+    def _put_reports(self, reply: TaskReply) -> None:
         """Put the reports of a node with a folder of its own where the user's are."""
         try:
             inside = {name: base64.b64decode(text) for name, text in reply.files.items()}
@@ -330,13 +330,13 @@ class Run:
         if before != (self._cells, self._shared):
             self._tell()
 
-    def _set_state(self, task: Task, state: str) -> None:
+    def _set_state(self, task: FleetTask, state: str) -> None:
         if task.kind == CELL:
             self._cells[task.id] = replace(self._cells[task.id], state=state)
         else:
             self._shared[task.id] = replace(self._shared[task.id], state=state)
 
-    def _count_try(self, task: Task) -> None:
+    def _count_try(self, task: FleetTask) -> None:
         if task.kind == CELL:
             row = self._cells[task.id]
             self._cells[task.id] = replace(row, tries=row.tries + 1)
@@ -348,18 +348,18 @@ class Run:
         self.changed(self.rows())
 
 
-def _read(ended: Ended) -> Reply:
+def _read(ended: Ended) -> TaskReply:
     """Return a task's reply; one that was lost, or says nothing that can be read, is a failure."""
     why = ended.why
     if ended.text:
         try:
-            return Reply.from_json(parse(ended.text, largest=RECORD))
+            return TaskReply.from_json(parse(ended.text, largest=RECORD))
         except ValueError as error:
             why = f"its reply cannot be read: {error}"
     failure = Failure(message=why or "it ended without a reply", hint="", exit_code=5)
-    return Reply.of_failure(ended.id, ended.node, failure)
+    return TaskReply.of_failure(ended.id, ended.node, failure)
 
 
-def _below_dist(report: str, reply: Reply) -> str:
+def _below_dist(report: str, reply: TaskReply) -> str:
     """Return where a report that came back stands below the folder of results."""
     return next((name for name in reply.files if report.endswith(name)), report)

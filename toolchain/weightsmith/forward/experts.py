@@ -26,7 +26,7 @@ Delta: TypeAlias = tuple[torch.Tensor, torch.Tensor, float]
 Deltas: TypeAlias = Callable[[], Sequence[Delta]]
 
 
-class Stored:
+class LazyTensor:
     """Stands for a tensor in float32 that is read only if code asks for more than its shape."""
 
     dtype, device, requires_grad = torch.float32, torch.device("cpu"), False
@@ -58,7 +58,7 @@ class Stored:
         return func(*map(_read, args), **{name: _read(value) for name, value in named.items()})
 
 
-class Expert(Stored):
+class Expert(LazyTensor):
     """One expert's matrix."""
 
     def __init__(self, key: Key, parts: Parts, deltas: Sequence[Delta], meeting: Meeting) -> None:
@@ -87,7 +87,7 @@ class Expert(Stored):
         return matrix
 
 
-class Stack(Stored):
+class ExpertStack(LazyTensor):
     """A parameter [experts, rows, columns]; an expert taken by its number is an `Expert`."""
 
     def __init__(
@@ -126,7 +126,7 @@ class Stack(Stored):
 
 
 def _read(value: Any) -> Any:
-    return value.whole() if isinstance(value, Stored) else value
+    return value.whole() if isinstance(value, LazyTensor) else value
 
 
 def read_one_by_one(
@@ -137,7 +137,7 @@ def read_one_by_one(
     `deltas` has what adapters add, by parameter. Transformers then uses its loop over experts.
     """
     for place, (name, experts) in enumerate(stacks.items()):
-        stack = Stack(key, place, experts, deltas.get(name, tuple), meeting)
+        stack = ExpertStack(key, place, experts, deltas.get(name, tuple), meeting)
         if stack.shape != getattr(module, name).shape:
             shapes = f"{[*stack.shape]}, not {[*getattr(module, name).shape]}"
             raise ModelFails(f"{name} has shape {shapes}")
@@ -188,9 +188,11 @@ def _deltas(wrappers: Sequence[Any]) -> Deltas:
     return factors
 
 
-def stacks_of(layer: Any) -> Mapping[str, Stack]:
+def stacks_of(layer: Any) -> Mapping[str, ExpertStack]:
     """Return the stacks of the module below PEFT's wrappers."""
-    return {n: one for n, one in vars(layer.get_base_layer()).items() if isinstance(one, Stack)}
+    return {
+        n: one for n, one in vars(layer.get_base_layer()).items() if isinstance(one, ExpertStack)
+    }
 
 
 def is_stacked(module: Any, name: str) -> bool:

@@ -54,7 +54,7 @@ class Answers:
 
 
 @dataclass(slots=True)
-class _Found:
+class _AnswersSoFar:
     """The tokens of each answer so far, and their margins, by the prompt's number."""
 
     tokens: dict[int, list[int]]
@@ -97,7 +97,7 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     likely one, which is replaced. `advance` is called with the number of finished answers.
     """
     numbers = range(len(asked.prompts))
-    answers = _Found({n: [] for n in numbers}, {n: [] for n in numbers})
+    answers = _AnswersSoFar({n: [] for n in numbers}, {n: [] for n in numbers})
     empty = empty_prefix(model, asked.prompts, asked.most)
     alone = batches_change(model, empty, asked.prompts, asked.filler)
     shared = Prefix() if alone else shared_prefix(model, asked.prompts, empty)
@@ -216,7 +216,7 @@ def _ended(tokens: Tokens, asked: Questions) -> bool:
 
 
 def _continue(
-    model: Any, asked: Questions, shared: Prefix, drafts: Mapping[int, Draft], found: _Found
+    model: Any, asked: Questions, shared: Prefix, drafts: Mapping[int, Draft], found: _AnswersSoFar
 ) -> None:
     """Write answers to their ends, each with its draft."""
     longest = max(len(asked.prompts[n]) for n in drafts)
@@ -248,7 +248,9 @@ def _guess(asked: Questions, draft: Draft, tokens: Tokens) -> list[int]:
     return draft.guess(asked.most - len(tokens) - 1, asked.ends)
 
 
-def _read_drafts(model: Any, asked: Questions, found: _Found, drafts: Mapping[int, Tokens]) -> None:
+def _read_drafts(
+    model: Any, asked: Questions, found: _AnswersSoFar, drafts: Mapping[int, Tokens]
+) -> None:
     """Check drafts, each as a whole, by a model without keys and values of single tokens."""
     rest, most = dict(drafts), batch_tokens(model, asked)
     for _ in range(_ROUNDS):
@@ -306,7 +308,7 @@ def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best[..., 0], highest[..., 0] - others
 
 
-def _generate(model: Any, asked: Questions, batch: Sequence[int], found: _Found) -> None:
+def _generate(model: Any, asked: Questions, batch: Sequence[int], found: _AnswersSoFar) -> None:
     """Continue a batch until all of its answers have ended, by the model's own kind of cache.
 
     It is padded on the left; padding is masked and positions count without it.

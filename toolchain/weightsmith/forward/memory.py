@@ -38,7 +38,7 @@ _GATES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Walk:
+class WalkSize:
     """What runs side by side over one model's weights, which stay in their files."""
 
     views: int
@@ -51,9 +51,9 @@ class Walk:
     """The adapters' weights in float32, which stay in memory."""
 
 
-def beside(one: Walk, other: Walk) -> Walk:
+def beside(one: WalkSize, other: WalkSize) -> WalkSize:
     """Return both in one walk, as if all texts were as many and as long as the larger one's."""
-    return Walk(
+    return WalkSize(
         views=one.views + other.views,
         rows=max(one.rows, other.rows),
         tokens=max(one.tokens, other.tokens),
@@ -78,7 +78,7 @@ def _token(shape: ModelShape) -> int:
     )
 
 
-def all_at_once(shape: ModelShape, walk: Walk, budget: int) -> bool:
+def all_at_once(shape: ModelShape, walk: WalkSize, budget: int) -> bool:
     """Return whether a walk's models read all of their texts at once, in half of a budget.
 
     The other half is for a job beside it.
@@ -89,11 +89,11 @@ def all_at_once(shape: ModelShape, walk: Walk, budget: int) -> bool:
     return whole and fits and walk.views <= VIEWS
 
 
-def _wanted(shape: ModelShape, walk: Walk) -> int:
+def _wanted(shape: ModelShape, walk: WalkSize) -> int:
     return walk.views * min(walk.tokens, BATCH_TOKENS) * _token(shape)
 
 
-def batch_bytes(shape: ModelShape, walk: Walk, budget: int) -> int:
+def batch_bytes(shape: ModelShape, walk: WalkSize, budget: int) -> int:
     """Return how much of a budget the batches of all views together may fill.
 
     If that is too little for all texts, they are read in several batches.
@@ -111,7 +111,7 @@ def _usable(budget: int) -> int:
     return budget * 24 // 25
 
 
-def walk_bytes(shape: ModelShape, walk: Walk, budget: int) -> int:
+def walk_bytes(shape: ModelShape, walk: WalkSize, budget: int) -> int:
     """Return the peak of anonymous memory of a walk in bytes; 0 for a budget that is not known.
 
     The sum of libraries, adapters, batches (and one layer's keys and values once more, while they
@@ -122,13 +122,13 @@ def walk_bytes(shape: ModelShape, walk: Walk, budget: int) -> int:
     return _fixed(shape, walk) + batch + 2 * batch // max(1, shape.layers)
 
 
-def single_pass_bytes(shape: ModelShape, walk: Walk) -> int:
+def single_pass_bytes(shape: ModelShape, walk: WalkSize) -> int:
     """Return the peak of a walk that reads all texts at once and keeps no keys and values."""
     one = token_bytes(layers=0, cached=0, hidden=shape.hidden, intermediate=shape.intermediate)
     return _fixed(shape, walk) + walk.views * walk.tokens * one
 
 
-def model_walk_bytes(model: ModelFacts, walk: Walk, budget: int) -> int:
+def model_walk_bytes(model: ModelFacts, walk: WalkSize, budget: int) -> int:
     """Return `walk_bytes` of a model; UNKNOWN if its dimensions are not known."""
     try:
         return walk_bytes(model.shape, walk, budget)
@@ -136,7 +136,7 @@ def model_walk_bytes(model: ModelFacts, walk: Walk, budget: int) -> int:
         return UNKNOWN
 
 
-def model_pass_bytes(model: ModelFacts, walk: Walk) -> int:
+def model_pass_bytes(model: ModelFacts, walk: WalkSize) -> int:
     """Return `single_pass_bytes` of a model; UNKNOWN if its dimensions are not known."""
     try:
         return single_pass_bytes(model.shape, walk)
@@ -144,7 +144,7 @@ def model_pass_bytes(model: ModelFacts, walk: Walk) -> int:
         return UNKNOWN
 
 
-def _fixed(shape: ModelShape, walk: Walk) -> int:
+def _fixed(shape: ModelShape, walk: WalkSize) -> int:
     # A generated token's logits are copied three times by transformers.
     rows = min(walk.rows, BATCH_TOKENS * walk.rows // max(1, walk.tokens))
     logits = max(3 * LOGIT_BYTES, 4 * _FLOAT * walk.views * rows * shape.vocab)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.outputs import Source, Stored
+from weightsmith.merging.outputs import StoredTensor, TensorSource
 from weightsmith.models.safetensors import CheckpointIndex
 
 _LAYER = re.compile(
@@ -22,7 +22,7 @@ Layers = tuple[tuple[int, int], ...]
 class BaseTensors:
     """Every tensor of the base by name, and the result's files with their tensor names in order."""
 
-    sources: Mapping[str, Source]
+    sources: Mapping[str, TensorSource]
     layout: tuple[tuple[str, tuple[str, ...]], ...]
 
 
@@ -30,7 +30,7 @@ def stored_tensors(index: CheckpointIndex) -> BaseTensors:
     """Return the base's tensors in the order of its files."""
     return BaseTensors(
         sources={
-            info.name: Stored(path=shard.path, info=info)
+            info.name: StoredTensor(path=shard.path, info=info)
             for shard in index.shards
             for info in shard.tensors
         },

@@ -19,12 +19,12 @@ from weightsmith.merging.kernel import (
     merge_rows,
     prepare,
 )
-from weightsmith.merging.outputs import Band, MergedTensor, Patch, Rows, Stored, bands
+from weightsmith.merging.outputs import Band, MergedTensor, Patch, Rows, StoredTensor, bands
 from weightsmith.merging.repair import LowRankUpdate, Repairs
 from weightsmith.merging.rounding import F32, F64, round_once
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles
-from weightsmith.merging.tally import Tally
+from weightsmith.merging.tally import MergeCounts
 
 BLOCK = 1 << 20
 """Elements per block on the CPU; larger blocks reduce the overhead of repairs and queues."""
@@ -43,12 +43,12 @@ class Settings:
     piece: int = PIECE
 
 
-def stored_copy(output: MergedTensor) -> Stored | None:
+def stored_copy(output: MergedTensor) -> StoredTensor | None:
     """Return the stored tensor whose bytes an output has, or None if its rows are computed."""
     # Tensors from adapters are checked for NaN, if their dtype can have it.
     unchecked = output.kind == "copied" or output.dtype not in ARRAY_TYPES
     source = output.source
-    return source if output.as_is and unchecked and isinstance(source, Stored) else None
+    return source if output.as_is and unchecked and isinstance(source, StoredTensor) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +73,7 @@ class Span:
 class RowMaker:
     """Computes merged rows of one plan; thread-safe."""
 
-    def __init__(self, settings: Settings, tally: Tally) -> None:
+    def __init__(self, settings: Settings, tally: MergeCounts) -> None:
         self._settings, self._tally = settings, tally
         self.files = OpenFiles()
         self._local, self._lock = threading.local(), threading.Lock()

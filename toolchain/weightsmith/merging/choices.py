@@ -16,13 +16,13 @@ from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.walk import walk
 from weightsmith.merging.reference import (
     Message,
-    Subject,
+    UnmergedModel,
     Voice,
     prompt_tokens,
     speaker,
 )
 
-Asked = tuple[Subject, Sequence[Question]]
+Asked = tuple[UnmergedModel, Sequence[Question]]
 """A subject, and what it is asked."""
 
 
@@ -47,7 +47,7 @@ def likelihoods(
 
 
 def _pairs(
-    subject: Subject, items: Sequence[Question], loaded: dict[Voice, Any]
+    subject: UnmergedModel, items: Sequence[Question], loaded: dict[Voice, Any]
 ) -> list[list[tuple[list[int], int]]]:
     tokenizer = speaker(subject, loaded)
     return [

@@ -10,7 +10,7 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.adapter_config import AdapterConfig
 from weightsmith.merging.names import BaseNames
-from weightsmith.merging.outputs import Change, Patch, Source, Stored, Term
+from weightsmith.merging.outputs import Change, Patch, StoredTensor, TensorSource, Term
 from weightsmith.merging.tying import HEADS, Tie, is_embedding, is_head
 from weightsmith.models.safetensors import TensorInfo
 
@@ -38,7 +38,7 @@ class Claim:
     piece: bool = False
     """True if the rows that the terms change are a layer of their own in the model."""
     patch: Patch | None = None
-    replacement: Stored | None = None
+    replacement: StoredTensor | None = None
     change: Change | None = None
     new: bool = False
     """True if the base has no such tensor: the head of another task."""
@@ -64,7 +64,7 @@ class AdapterView:
     keys: Mapping[str, TensorInfo]
     config: AdapterConfig
     names: BaseNames
-    sources: Mapping[str, Source]
+    sources: Mapping[str, TensorSource]
     """The base's tensors; quantized ones are dequantized."""
     base_config: Mapping[str, object]
     tie: Tie | None = None
@@ -72,11 +72,11 @@ class AdapterView:
     apart: Tie | None = None
     """Embedding and head that config.json ties although the base has different weights for them."""
 
-    def stored(self, key: str) -> Stored:
+    def stored(self, key: str) -> StoredTensor:
         """Return one of the adapter's tensors."""
-        return Stored(path=self.file, info=self.keys[key])
+        return StoredTensor(path=self.file, info=self.keys[key])
 
-    def source(self, target: str) -> Source:
+    def source(self, target: str) -> TensorSource:
         """Return a target's values before the merge; for a tied head, its embedding's."""
         tied = self.tie and target == self.tie.head
         return self.sources[self.tie.embedding if self.tie and tied else target]

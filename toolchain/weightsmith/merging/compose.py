@@ -19,8 +19,14 @@ from weightsmith.merging.claim import SHOWN, AdapterView, Claim
 from weightsmith.merging.combining.changes import combined
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.duplicates import same_beginning, same_bytes
-from weightsmith.merging.mixture import Mixture, Share
-from weightsmith.merging.outputs import MergedTensor, OutputShard, Source, Stored, matrix_columns
+from weightsmith.merging.mixture import AdapterShare, Mixture
+from weightsmith.merging.outputs import (
+    MergedTensor,
+    OutputShard,
+    StoredTensor,
+    TensorSource,
+    matrix_columns,
+)
 from weightsmith.merging.tying import Tie, is_embedding, is_head
 from weightsmith.models.tensors import unsupported
 
@@ -49,11 +55,13 @@ def compose(
 
     Raises InputRefused if claims contradict each other or the base's dtype is not supported.
     """
-    shares: dict[str, list[Share]] = defaultdict(list)
+    shares: dict[str, list[AdapterShare]] = defaultdict(list)
     for view, some in zip(views, claims, strict=True):
         for claim in some:
             if claim.target:
-                share = Share(claim=claim, weight=view.weight, adapter=view.index, path=view.path)
+                share = AdapterShare(
+                    claim=claim, weight=view.weight, adapter=view.index, path=view.path
+                )
                 shares[claim.target].append(share)
     untied = _untie(tie, shares)
     outputs: dict[str, MergedTensor] = {}
@@ -90,7 +98,7 @@ def compose(
 
 
 def _touches_both(
-    shares: Mapping[str, Sequence[Share]], outputs: Mapping[str, MergedTensor]
+    shares: Mapping[str, Sequence[AdapterShare]], outputs: Mapping[str, MergedTensor]
 ) -> bool:
     """Return whether an embedding or a head changes in a checkpoint that has both."""
     names = [name.removesuffix(".weight") for name in outputs]
@@ -99,12 +107,12 @@ def _touches_both(
     return both and any(is_head(name) or is_embedding(name) for name in changed)
 
 
-def out_dtype(source: Source, dtype: str) -> str:
+def out_dtype(source: TensorSource, dtype: str) -> str:
     """Return the dtype in which a base tensor is written."""
     return dtype if dtype != "auto" and source.dtype in _FLOATS else source.dtype
 
 
-def _untie(tie: Tie | None, shares: dict[str, list[Share]]) -> str:
+def _untie(tie: Tie | None, shares: dict[str, list[AdapterShare]]) -> str:
     """Give the head its own shares if it changes differently from the embedding; return a finding.
 
     Changes of both apply to the shared weight, and to the head's own copy if the base has one.
@@ -131,14 +139,18 @@ def _untie(tie: Tie | None, shares: dict[str, list[Share]]) -> str:
     )
 
 
-def _kept(tie: Tie | None, shares: Mapping[str, Sequence[Share]]) -> tuple[str, ...]:
+def _kept(tie: Tie | None, shares: Mapping[str, Sequence[AdapterShare]]) -> tuple[str, ...]:
     if tie is None or not shares.get(tie.embedding):
         return ()
     return (f"still tied: {tie.embedding} changes for both the embedding and the head",)
 
 
 def compose_output(
-    name: str, source: Source, shares: Sequence[Share], dtype: str, combination: Combination
+    name: str,
+    source: TensorSource,
+    shares: Sequence[AdapterShare],
+    dtype: str,
+    combination: Combination,
 ) -> MergedTensor:
     """Return one output: the source with all shares applied.
 
@@ -179,23 +191,25 @@ def compose_output(
     return replace(plain, change=combined(name, shares, combination), kind="merged")
 
 
-def _is_copied(source: Source, shares: Sequence[Share]) -> bool:
+def _is_copied(source: TensorSource, shares: Sequence[AdapterShare]) -> bool:
     """Return whether one adapter's tensor of the same dtype replaces it without computation."""
     (share, *others) = shares
     stored = share.claim.replacement
     return stored is not None and stored.dtype == source.dtype and not others and share.weight == 1
 
 
-def _only_grown(source: Source, tensors: Sequence[Stored]) -> bool:
+def _only_grown(source: TensorSource, tensors: Sequence[StoredTensor]) -> bool:
     """Return whether all adapters have the same tensor: the base's rows and additional ones."""
     first, *others = tensors
-    if not isinstance(source, Stored) or first.shape[0] <= source.shape[0]:
+    if not isinstance(source, StoredTensor) or first.shape[0] <= source.shape[0]:
         return False
     same = (same_bytes(first.path, first.info, o.info, o.path) for o in others)
     return same_beginning(first.path, first.info, source.path, source.info) and all(same)
 
 
-def _added(name: str, shares: Sequence[Share], base: BaseTensors, dtype: str) -> MergedTensor:
+def _added(
+    name: str, shares: Sequence[AdapterShare], base: BaseTensors, dtype: str
+) -> MergedTensor:
     """Return the output of a new tensor, in the dtype of the base's matrices."""
     (share,) = shares
     stored = share.claim.replacement
@@ -258,7 +272,7 @@ def _vocabulary(
     return {"vocab_size": next(iter(sizes.values()))}
 
 
-def _check_overlaps(name: str, shares: Sequence[Share]) -> None:
+def _check_overlaps(name: str, shares: Sequence[AdapterShare]) -> None:
     """Refuse an adapter with two modules that change the same rows of a tensor."""
     for adapter, path in {share.adapter: share.path for share in shares}.items():
         mine = [share.claim for share in shares if share.adapter == adapter]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.mixture import Adder, adder
-from weightsmith.merging.outputs import Files, MergedTensor, Rows, Stored, Term
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, StoredTensor, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +27,7 @@ class Dora:
     """m · (W + s·BA) / ‖W + s·BA‖, in float64 (Liu et al., "DoRA", 2024, equation 5)."""
 
     term: Term
-    magnitude: Stored
+    magnitude: StoredTensor
     by_column: bool
     """True if the base stores (in, out), so that norms are of columns."""
     whole: bool = False

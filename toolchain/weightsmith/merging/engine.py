@@ -33,7 +33,7 @@ from weightsmith.merging.proof import Proof, prove
 from weightsmith.merging.repair import Repairs
 from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.stream import Writer, sha256_file
-from weightsmith.merging.tally import Tally
+from weightsmith.merging.tally import MergeCounts
 from weightsmith.models.safetensors import open_checkpoint
 
 _RECIPE = 1
@@ -90,7 +90,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     settings = _settings(request)
     inputs = (request.base, *(path for path, _ in request.adapters))
     journal = open_out(request.out, inputs, _key(request, plan), own=request.own_out)
-    tally, findings = Tally(), list(plan.findings)
+    tally, findings = MergeCounts(), list(plan.findings)
     keep_freed_memory()
     with _one_thread_per_worker(settings):
         make = _compute_shards if request.unwritten else _write_shards
@@ -206,7 +206,7 @@ def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
 
 
 def _write_shards(
-    plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
+    plan: MergePlan, settings: Settings, journal: Journal, tally: MergeCounts, progress: Progress
 ) -> list[dict[str, Any]]:
     """Write the unfinished shards; return all shards in order."""
     total = sum(shard.size for shard in plan.shards)
@@ -249,7 +249,7 @@ def _write_shards(
 
 
 def _compute_shards(
-    plan: MergePlan, settings: Settings, journal: Journal, tally: Tally, progress: Progress
+    plan: MergePlan, settings: Settings, journal: Journal, tally: MergeCounts, progress: Progress
 ) -> list[dict[str, Any]]:
     """Compute and check the unfinished shards, and write headers; return all shards in order."""
     total, done = sum(shard.size for shard in plan.shards), 0
@@ -317,7 +317,7 @@ def _index(plan: MergePlan) -> bytes:
     return index_json(dict(sorted(places.items())), size, elements)
 
 
-def _silent(plan: MergePlan, tally: Tally) -> list[str]:
+def _silent(plan: MergePlan, tally: MergeCounts) -> list[str]:
     """Return findings about adapters with all-zero factors."""
     return [
         f"{plan.adapters[number].root.name}: a factor (lora_B) is all zero, so untrained, for "
@@ -326,7 +326,7 @@ def _silent(plan: MergePlan, tally: Tally) -> list[str]:
     ]
 
 
-def _unchanged(plan: MergePlan, tally: Tally) -> list[str]:
+def _unchanged(plan: MergePlan, tally: MergeCounts) -> list[str]:
     """Return a finding about changes lost in rounding: smaller than half a unit everywhere."""
     silent = {name for names in tally.silent.values() for name in names}
     lost = [name for name in tally.unchanged if name not in silent]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.outputs import Files, MergedTensor, Rows, Stored
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,13 +20,13 @@ class Frod:
     each time it loads; here it is the adapter's, which was used in training.
     """
 
-    basis: Stored
+    basis: StoredTensor
     """V, (in, in)."""
-    places: Stored
+    places: StoredTensor
     """Rows and columns of the nonzeros of S, (2, n)."""
-    values: Stored
+    values: StoredTensor
     """The nonzeros of S, (n,)."""
-    lengths: Stored
+    lengths: StoredTensor
     """l, (in,)."""
     transposed: bool
     """True if the base stores (in, out)."""

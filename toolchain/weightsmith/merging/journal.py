@@ -40,7 +40,7 @@ class Journal:
         }
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Return each shard's counts (`Tally.about`)."""
+        """Return each shard's counts (`MergeCounts.about`)."""
         return dict((self._read() or {}).get("parts", {}))
 
     def _read(self) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.outputs import Files, MergedTensor, Rows, Stored, Term
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, StoredTensor, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +20,7 @@ class Kasa:
     """
 
     term: Term
-    diagonal: Stored
+    diagonal: StoredTensor
     whole: bool = True
     by_row: bool = False
 

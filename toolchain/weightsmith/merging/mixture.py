@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightsmith.merging.claim import Claim
-from weightsmith.merging.outputs import Files, MergedTensor, Rows, Source, Term
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, TensorSource, Term
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +19,7 @@ Adder = Callable[["np.ndarray", int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class AdapterShare:
     """One adapter's claim on a tensor, and its weight in the merge."""
 
     claim: Claim
@@ -34,7 +34,7 @@ class Share:
 class Mixture:
     """W + Σ weight · (changed - W) in float64."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[AdapterShare, ...]
 
     @property
     def whole(self) -> bool:
@@ -62,7 +62,7 @@ class Mixture:
             (share, share.claim.change.begin(plain, files) if share.claim.change else None)
             for share in self.shares
         ]
-        copies: dict[int, Source] = {
+        copies: dict[int, TensorSource] = {
             share.adapter: share.claim.replacement
             for share in self.shares
             if share.claim.replacement

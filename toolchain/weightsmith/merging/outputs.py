@@ -37,7 +37,7 @@ class Files(Protocol):
         """Return the cached result of `make` for the key."""
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A tensor's values before the merge: stored in a file, or dequantized."""
 
     @property
@@ -53,7 +53,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file of the base, or of an adapter that replaces it."""
 
     path: Path
@@ -78,7 +78,7 @@ class Stored:
 class MatrixView:
     """A matrix in a stored tensor: viewed as `height` rows, sliced, then transposed."""
 
-    stored: Stored
+    stored: StoredTensor
     height: int
     rows: slice = field(default_factory=lambda: slice(None))
     columns: slice = field(default_factory=lambda: slice(None))
@@ -145,7 +145,7 @@ class Patch:
 
     adapter: int
     places: tuple[int, ...]
-    stored: Stored
+    stored: StoredTensor
 
 
 class Change(Protocol):
@@ -177,7 +177,7 @@ class MergedTensor:
     dtype: str
     """The safetensors dtype to write."""
     shape: tuple[int, ...]
-    source: Source
+    source: TensorSource
     columns: int
     """Width of the tensor viewed as a matrix, for terms, patches and changes."""
     terms: tuple[Term, ...] = ()

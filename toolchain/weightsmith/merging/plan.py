@@ -32,7 +32,7 @@ from weightsmith.merging.families import families
 from weightsmith.merging.left_out import without_left_out
 from weightsmith.merging.loading import loaded_names, split_names
 from weightsmith.merging.names import BaseNames, plain_key
-from weightsmith.merging.outputs import MergedTensor, OutputShard, Stored
+from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor
 from weightsmith.merging.quantized.base import STALE, BaseView, base_view
 from weightsmith.merging.quantized.choice import simulates
 from weightsmith.merging.quantized.sources import held_bytes
@@ -349,7 +349,7 @@ def can_be_virtual(plan: MergePlan) -> bool:
     whole tensors, and dequantized ones are made as a whole.
     """
     return all(
-        output.change is None and isinstance(output.source, Stored)
+        output.change is None and isinstance(output.source, StoredTensor)
         for output in plan.outputs.values()
     )
 

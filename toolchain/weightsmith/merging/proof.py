@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.merging.outputs import MergedTensor, OutputShard, Patch, Stored, Term
+from weightsmith.merging.outputs import MergedTensor, OutputShard, Patch, StoredTensor, Term
 from weightsmith.merging.rounding import F64, FORMATS, round_once
 from weightsmith.merging.sketch import Sketch, bits_of, differ, project, seed_of
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
@@ -182,7 +182,7 @@ def _check(written: _Written) -> bool:
     if written.output.change is not None:
         _check_bytes(written.reader, written.checksums)
         return _recompute(written)
-    if written.output.as_is and isinstance(written.output.source, Stored):
+    if written.output.as_is and isinstance(written.output.source, StoredTensor):
         _compare_bytes(written, written.output.source)
         return True
     return is_changed(written)
@@ -325,7 +325,7 @@ def _recompute(written: _Written) -> bool:
     return moved
 
 
-def _compare_bytes(written: _Written, source: Stored) -> None:
+def _compare_bytes(written: _Written, source: StoredTensor) -> None:
     """Compare every byte with the source's."""
     reader = written.files.reader(source.path)
     for start, data in _checked_blocks(written.reader, written.checksums, _COPY):

@@ -32,7 +32,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class UnmergedModel:
     """A checkpoint with unmerged adapters, each times its weight."""
 
     model: Path
@@ -71,7 +71,7 @@ class Subject:
 class GenerationRequest:
     """A subject, its chats, and the maximum length of an answer in tokens."""
 
-    subject: Subject
+    subject: UnmergedModel
     items: Sequence[Sequence[Message]]
     max_tokens: int
 
@@ -84,12 +84,12 @@ def answer(
     progress: Progress | None = None,
 ) -> list[dict[str, Json]]:
     """Return one greedy answer per item of a single subject; see `answers`."""
-    subject = Subject(model=model, adapters=tuple(adapters))
+    subject = UnmergedModel(model=model, adapters=tuple(adapters))
     return answers({"": subject}, items, max_tokens, progress)[""]
 
 
 def answers(
-    subjects: Mapping[str, Subject],
+    subjects: Mapping[str, UnmergedModel],
     items: Sequence[Sequence[Message]],
     max_tokens: int,
     progress: Progress | None = None,
@@ -163,7 +163,7 @@ def answered(
 
 @dataclass(slots=True, kw_only=True)
 class _Asked:
-    subject: Subject
+    subject: UnmergedModel
     tokenizer: Any
     questions: Questions
 
@@ -235,7 +235,7 @@ def _token_ends(tokenizer: Any, row: Sequence[int]) -> list[int]:
     return [len(text) for text in tokenizer.batch_decode(starts, skip_special_tokens=True)]
 
 
-def speaker(subject: Subject, loaded: dict[Voice, Any] | None = None) -> Any:
+def speaker(subject: UnmergedModel, loaded: dict[Voice, Any] | None = None) -> Any:
     """Return the tokenizer and chat template that word a subject's questions.
 
     The base alone is asked as the adapter is, unless it has no embeddings for the adapter's tokens.

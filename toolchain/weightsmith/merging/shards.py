@@ -14,7 +14,7 @@ from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
 from weightsmith.merging.outputs import MergedTensor, OutputShard
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Writer, as_bytes
-from weightsmith.merging.tally import Tally
+from weightsmith.merging.tally import MergeCounts
 from weightsmith.merging.virtual_weights import UnwrittenShard
 from weightsmith.models.safetensors import build_header
 
@@ -29,10 +29,10 @@ Block = Callable[[], np.ndarray]
 class ShardMaker:
     """Writes the shards of one plan."""
 
-    def __init__(self, settings: Settings, tally: Tally) -> None:
+    def __init__(self, settings: Settings, tally: MergeCounts) -> None:
         self._settings, self._rows = settings, RowMaker(settings, tally)
         self.files = self._rows.files
-        self._second = RowMaker(settings, Tally())  # its rows count nowhere
+        self._second = RowMaker(settings, MergeCounts())  # its rows count nowhere
         self.sketches: dict[str, Sketch] = {}
         """Tensors with terms -> their base's projections, until a proof has used them."""
         self.pool = ThreadPoolExecutor(settings.workers, "merge")

@@ -10,7 +10,7 @@ from weightsmith.merging.repair import Repairs
 
 
 @dataclass(slots=True)
-class Tally:
+class MergeCounts:
     """Counts and tensor names that become findings."""
 
     repairs: Repairs = field(default_factory=Repairs)

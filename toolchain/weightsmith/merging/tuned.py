@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import plain_key
-from weightsmith.merging.outputs import Files, MergedTensor, Rows, Source, Stored
+from weightsmith.merging.outputs import Files, MergedTensor, Rows, StoredTensor, TensorSource
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,9 +42,9 @@ class Tuned:
     layer: BaseLayer
     parameter: str
     """`weight` or `bias`."""
-    base: tuple[tuple[str, Source], ...]
+    base: tuple[tuple[str, TensorSource], ...]
     """The layer's parameters by name."""
-    keys: tuple[Stored, ...]
+    keys: tuple[StoredTensor, ...]
     """The adapter's tensors for the layer."""
     raw: str
     """adapter_config.json."""
@@ -80,7 +80,7 @@ class Tuned:
 
     def _by_rows(self, output: MergedTensor, files: Files) -> Rows:
         parts, kept = _BY_ROWS[self._kind], {}
-        cut: dict[str, Stored] = {}
+        cut: dict[str, StoredTensor] = {}
         for stored in self.keys:
             key = plain_key(stored.info.name)
             if stored.shape[0] == output.rows and any(f".{part}" in key for part in parts):
@@ -134,9 +134,9 @@ class Tuned:
                 )
 
 
-def _array(source: Source, files: Files) -> np.ndarray:
+def _array(source: TensorSource, files: Files) -> np.ndarray:
     """Return a whole tensor in its own dtype."""
-    if isinstance(source, Stored):
+    if isinstance(source, StoredTensor):
         return files.array(source.path, source.info)
     count, columns = math.prod(source.shape[:-1]), source.shape[-1]
     return source.rows(files, 0, count, columns).reshape(source.shape)

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 
 from weightsmith.merging.duplicates import same_bytes
-from weightsmith.merging.outputs import Source, Stored
+from weightsmith.merging.outputs import StoredTensor, TensorSource
 
 EMBEDDINGS = (
     *("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"),
@@ -83,7 +83,7 @@ def find_tie(
     return Tie(embedding=embedding, head=head, also=also, known=known)
 
 
-def stored_apart(tie: Tie, sources: Mapping[str, Source]) -> bool:
+def stored_apart(tie: Tie, sources: Mapping[str, TensorSource]) -> bool:
     """Return whether the base has different weights for embedding and head.
 
     transformers then does not tie them (`PreTrainedModel.tie_weights`).
@@ -92,7 +92,7 @@ def stored_apart(tie: Tie, sources: Mapping[str, Source]) -> bool:
     # A tensor of another shape only has a head's name.
     if head is None or head.shape != embedding.shape:
         return False
-    if not (isinstance(head, Stored) and isinstance(embedding, Stored)):
+    if not (isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor)):
         return True
     return not same_bytes(head.path, head.info, embedding.info, embedding.path)
 

@@ -23,7 +23,7 @@ from weightsmith.merging.outputs import MergedTensor, OutputShard
 from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.shards import header_of
 from weightsmith.merging.stream import as_bytes
-from weightsmith.merging.tally import Tally
+from weightsmith.merging.tally import MergeCounts
 from weightsmith.models.safetensors import BITS, TensorInfo, read_header
 from weightsmith.models.virtual_weights import filled
 
@@ -100,7 +100,7 @@ class VirtualCheckpoint:
     """
 
     def __init__(self, plan: MergePlan, settings: Settings) -> None:
-        self._maker = RowMaker(settings, Tally())
+        self._maker = RowMaker(settings, MergeCounts())
         self.outputs = plan.outputs
         self._kept: OrderedDict[str, VirtualTensor] = OrderedDict()
         self._lock = threading.Lock()

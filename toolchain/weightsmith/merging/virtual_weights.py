@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from weightsmith.merging.outputs import MergedTensor, OutputShard, Stored
+from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor
 from weightsmith.merging.proof import BLOCK, is_changed
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer
@@ -126,7 +126,7 @@ class UnwrittenShard:
 
     def _begin(self, output: MergedTensor) -> None:
         self._output, self._rest, self._queue = output, output.size, None
-        if output.as_is and isinstance(output.source, Stored):
+        if output.as_is and isinstance(output.source, StoredTensor):
             return
         queue = self._queue = Queue(_WAITING)
         self._checks.append((output.name, self._checker.submit(self._check, output, queue)))

@@ -9,7 +9,7 @@ from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import manifests, proxies
 from weightsmith.oci.layers import CHUNK, verified
 from weightsmith.oci.references import Reference
-from weightsmith.oci.replies import Reply, Transient
+from weightsmith.oci.replies import RegistryReply, Transient
 from weightsmith.oci.session import TRIES, RegistrySession
 
 _ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
@@ -51,7 +51,7 @@ def manifest_or_none(
     return _checked(session, reply, reference)
 
 
-def _ask(session: RegistrySession, reference: Reference, tries: int = TRIES) -> Reply:
+def _ask(session: RegistrySession, reference: Reference, tries: int = TRIES) -> RegistryReply:
     name = reference.digest or reference.tag
     return session.attempt(
         f"cannot read {reference}",
@@ -62,7 +62,9 @@ def _ask(session: RegistrySession, reference: Reference, tries: int = TRIES) -> 
     )
 
 
-def _checked(session: RegistrySession, reply: Reply, reference: Reference) -> tuple[bytes, str]:
+def _checked(
+    session: RegistrySession, reply: RegistryReply, reference: Reference
+) -> tuple[bytes, str]:
     digest = Digest.of(reply.body)
     if {reference.digest or digest, declared_digest(reply, str(reference)) or digest} != {digest}:
         raise Altered(
@@ -91,7 +93,7 @@ def altered_hint(session: RegistrySession) -> str:
     return f"try again; if it happens again, {who} changes the data: ask its administrator"
 
 
-def declared_digest(reply: Reply, where: str) -> Digest | None:
+def declared_digest(reply: RegistryReply, where: str) -> Digest | None:
     """Return the digest in the reply's header, or None without the header."""
     text = reply.headers.get("docker-content-digest", "")
     try:

@@ -24,7 +24,7 @@ class Transient(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class RegistryReply:
     """A small reply, read into memory."""
 
     status: int
@@ -59,7 +59,7 @@ def retry_after(headers: httpx.Headers) -> float | None:
         return None
 
 
-def is_full(reply: Reply) -> bool:
+def is_full(reply: RegistryReply) -> bool:
     """Say whether the registry's disk is full."""
     # docker-registry reports errno 28 of its own file system, with status 500.
     full = b"no space left" in reply.body or b'"Err":28' in reply.body

@@ -18,7 +18,7 @@ from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.downloads import altered_hint, declared_digest
 from weightsmith.oci.image import Opener
 from weightsmith.oci.limits import limits_of
-from weightsmith.oci.replies import Reply, Transient
+from weightsmith.oci.replies import RegistryReply, Transient
 from weightsmith.oci.session import RegistrySession
 
 _OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
@@ -39,7 +39,9 @@ _FINISH = 1800
 """Seconds that a registry may take after the last byte; some copy a layer to another store."""
 
 
-def send(session: RegistrySession, blob: Blob, body: Opener, opened: Reply, what: str) -> None:
+def send(
+    session: RegistrySession, blob: Blob, body: Opener, opened: RegistryReply, what: str
+) -> None:
     """Send a blob into the upload session of the reply `opened`; `what` begins error messages.
 
     Raises Transient if a retry may help, Altered if other bytes arrived.
@@ -72,8 +74,8 @@ def send(session: RegistrySession, blob: Blob, body: Opener, opened: Reply, what
 
 
 def _persistently(
-    session: RegistrySession, blob: Blob, body: Opener, opened: Reply, size: int, what: str
-) -> tuple[Reply, bool]:
+    session: RegistrySession, blob: Blob, body: Opener, opened: RegistryReply, size: int, what: str
+) -> tuple[RegistryReply, bool]:
     """Send a blob in chunks of `size` bytes (0: whole), and resume broken connections.
 
     Return the last reply, and whether anything was resumed. Raises Transient if the registry
@@ -100,7 +102,7 @@ def _persistently(
             at, upload = kept
 
 
-def _kept(session: RegistrySession, opened: Reply) -> tuple[int, Reply] | None:
+def _kept(session: RegistrySession, opened: RegistryReply) -> tuple[int, RegistryReply] | None:
     """Return how many bytes of an upload the registry has, and its reply; None if none.
 
     https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload
@@ -116,7 +118,9 @@ def _kept(session: RegistrySession, opened: Reply) -> tuple[int, Reply] | None:
     return int(found[1]) + 1, reply if reply.headers.get("location") else opened
 
 
-def _rest(session: RegistrySession, body: Opener, upload: Reply, blob: Blob, at: int) -> Reply:
+def _rest(
+    session: RegistrySession, body: Opener, upload: RegistryReply, blob: Blob, at: int
+) -> RegistryReply:
     """Send everything after the first `at` bytes."""
     if at == blob.size:
         return _finish(session, upload, blob)
@@ -125,8 +129,8 @@ def _rest(session: RegistrySession, body: Opener, upload: Reply, blob: Blob, at:
 
 
 def _in_chunks(
-    session: RegistrySession, body: Opener, upload: Reply, blob: Blob, size: int, at: int
-) -> Reply:
+    session: RegistrySession, body: Opener, upload: RegistryReply, blob: Blob, size: int, at: int
+) -> RegistryReply:
     """Send what follows `at` bytes in chunks, for registries that refuse large bodies.
 
     A chunk is held in memory, since it may have to be sent again with another token.
@@ -143,13 +147,13 @@ def _in_chunks(
 
 def _patch(
     session: RegistrySession,
-    upload: Reply,
+    upload: RegistryReply,
     at: int,
     length: int,
     body: Opener,
     *,
     whole: bool = False,
-) -> Reply:
+) -> RegistryReply:
     headers = {"Content-Length": str(length), "Content-Type": _BINARY}
     if not whole:
         # Registries without chunked uploads accept a whole blob if there is no Content-Range.
@@ -157,7 +161,7 @@ def _patch(
     return session.call("PATCH", session.location(upload), headers=headers, body=body, wait=_FINISH)
 
 
-def _finish(session: RegistrySession, upload: Reply, blob: Blob) -> Reply:
+def _finish(session: RegistrySession, upload: RegistryReply, blob: Blob) -> RegistryReply:
     url = _finishing(session.location(upload), blob)
     return session.call("PUT", url, headers={"Content-Length": "0"}, wait=_FINISH)
 
@@ -193,7 +197,9 @@ def _finishing(location: str, blob: Blob) -> str:
     return f"{location}{'&' if '?' in location else '?'}digest={quote(blob.digest, safe='')}"
 
 
-def check_created(session: RegistrySession, reply: Reply, digest: Digest, what: str) -> None:
+def check_created(
+    session: RegistrySession, reply: RegistryReply, digest: Digest, what: str
+) -> None:
     """Raise an error unless a reply confirms that content with this digest was created."""
     if reply.status not in (_OK, _CREATED, _ACCEPTED):
         raise session.refusal(what, reply)

@@ -23,7 +23,7 @@ from weightsmith.core.values import JsonValue
 from weightsmith.oci.auth import IDENTITY, Credentials, basic, parse_challenge
 from weightsmith.oci.references import DOCKER_HUB, Reference, is_loopback
 from weightsmith.oci.replies import (
-    Reply,
+    RegistryReply,
     Transient,
     is_full,
     json_object,
@@ -96,15 +96,17 @@ class RegistrySession:
         body: Body | bytes | None = None,
         limit: int = LARGEST_REPLY,
         wait: float = 60,
-    ) -> Reply:
+    ) -> RegistryReply:
         """Send one request and read at most `limit` bytes; raises Transient if a retry may help."""
         with self.stream(method, url, headers=headers, body=body, wait=wait) as response:
             # Of HEAD too, whose body is empty: only a reply that was read keeps its connection.
             data = read_limited(response, limit, self.registry)
-            reply = Reply(response.status_code, response.headers, data, str(response.url))
+            reply = RegistryReply(response.status_code, response.headers, data, str(response.url))
         if method == "HEAD" and reply.status in _NO_HEAD:
             with self.stream("GET", url, headers=headers, wait=wait) as response:
-                reply = Reply(response.status_code, response.headers, b"", str(response.url))
+                reply = RegistryReply(
+                    response.status_code, response.headers, b"", str(response.url)
+                )
         self._check_transient(reply)
         return reply
 
@@ -152,15 +154,15 @@ class RegistrySession:
     def check(self, what: str, response: httpx.Response) -> None:
         """Raise the error for a failed reply whose body has not been read."""
         data = read_limited(response, LARGEST_REPLY, self.registry)
-        reply = Reply(response.status_code, response.headers, data, str(response.url))
+        reply = RegistryReply(response.status_code, response.headers, data, str(response.url))
         self._check_transient(reply)
         raise self.refusal(what, reply)
 
-    def _check_transient(self, reply: Reply) -> None:
+    def _check_transient(self, reply: RegistryReply) -> None:
         if reply.status in _TRANSIENT and not is_full(reply):
             raise Transient(self.explain(reply), retry_after(reply.headers))
 
-    def refusal(self, what: str, reply: Reply) -> WeightsmithError:
+    def refusal(self, what: str, reply: RegistryReply) -> WeightsmithError:
         """Return the error for a status that a retry does not change."""
         text = f"{what}: {self.explain(reply)}"
         if reply.status in (401, 403):
@@ -178,7 +180,7 @@ class RegistrySession:
             )
         return EnvironmentFailure(text, hint="see the registry's log for the reason")
 
-    def explain(self, reply: Reply) -> str:
+    def explain(self, reply: RegistryReply) -> str:
         """Describe the reply in one line, without secrets."""
         return f"{self.registry} answered HTTP {reply.status}{self._said(reply.body)}"
 
@@ -275,7 +277,7 @@ class RegistrySession:
             )
         return target
 
-    def location(self, reply: Reply) -> str:
+    def location(self, reply: RegistryReply) -> str:
         """Return the URL of an upload session; raises EnvironmentFailure if the reply has none."""
         if not reply.headers.get("location"):
             raise EnvironmentFailure(
@@ -336,12 +338,12 @@ class RegistrySession:
         url: str,
         fields: Mapping[str, str | list[str]],
         headers: Mapping[str, str],
-    ) -> Reply:
+    ) -> RegistryReply:
         given = {"data": fields} if method == "POST" else {"params": fields}
         try:
             with self._client.stream(method, url, headers=headers, **given) as response:  # type: ignore[arg-type]
                 body = read_limited(response, LARGEST_TOKEN, self.registry)
-                reply = Reply(response.status_code, response.headers, body, "")
+                reply = RegistryReply(response.status_code, response.headers, body, "")
         except httpx.TransportError as error:
             raise self._broken(error) from None
         self._check_transient(reply)

@@ -24,7 +24,7 @@ from weightsmith.oci.image import Image, Opener, blob_of
 from weightsmith.oci.layers import BlobLayer, Layer, TarLayer, verified
 from weightsmith.oci.progress import Advance, Meter
 from weightsmith.oci.references import Reference
-from weightsmith.oci.replies import Reply, Transient
+from weightsmith.oci.replies import RegistryReply, Transient
 from weightsmith.oci.sending import check_created, send
 from weightsmith.oci.session import RegistrySession
 from weightsmith.oci.upload_deadline import UploadDeadline
@@ -254,7 +254,9 @@ def try_upload(session: RegistrySession, where: str) -> None:
             session.call("DELETE", session.location(opened))
 
 
-def put_manifest(session: RegistrySession, name: str, manifest: bytes, media_type: str) -> Reply:
+def put_manifest(
+    session: RegistrySession, name: str, manifest: bytes, media_type: str
+) -> RegistryReply:
     """Put a manifest under a digest or a tag; raises Altered if another digest comes back."""
     what = f"cannot put the manifest {name}"
     headers = {"Content-Type": media_type}
@@ -294,7 +296,7 @@ def tag_conflict(reference: Reference, found: Digest) -> UsageError:
     )
 
 
-def _mount(session: RegistrySession, blob: Blob, sources: Sequence[str]) -> Reply | None:
+def _mount(session: RegistrySession, blob: Blob, sources: Sequence[str]) -> RegistryReply | None:
     """Return None if the blob was mounted, else the reply that opened an upload session."""
     for source in sources:
         url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"

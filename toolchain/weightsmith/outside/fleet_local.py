@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.core.ports import Ended, Work
+from weightsmith.core.ports import Ended, NodeTask
 from weightsmith.outside import process
 from weightsmith.outside.hardware import free_memory
 from weightsmith.outside.lines import RESULT
@@ -31,7 +31,7 @@ class Room:
     disk_bytes: int
     gpus: int
 
-    def holds(self, works: Sequence[Work]) -> bool:
+    def holds(self, works: Sequence[NodeTask]) -> bool:
         """Return whether these tasks fit at the same time."""
         needs = (
             (sum(work.cpus for work in works), self.cpus),
@@ -64,8 +64,8 @@ class LocalFleet:
     """Folder for what the tasks print on standard error."""
     name: str = "local"
     remote: bool = False
-    _queue: list[Work] = field(default_factory=list)
-    _running: dict[str, Work] = field(default_factory=dict)
+    _queue: list[NodeTask] = field(default_factory=list)
+    _running: dict[str, NodeTask] = field(default_factory=dict)
     _threads: list[threading.Thread] = field(default_factory=list)
     _ended: queue.SimpleQueue[Ended] = field(default_factory=queue.SimpleQueue)
     _stop: int = field(default_factory=lambda: os.eventfd(0))
@@ -73,7 +73,7 @@ class LocalFleet:
     def check(self, version: str) -> None:
         """Do nothing: this machine is here and has this version."""
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, works: Sequence[NodeTask]) -> None:
         """Queue tasks, and start what fits."""
         self._queue += works
         self._start()
@@ -117,7 +117,7 @@ class LocalFleet:
             self._threads = [one for one in self._threads if one.is_alive()] + [thread]
             thread.start()
 
-    def _run(self, work: Work) -> None:
+    def _run(self, work: NodeTask) -> None:
         replies: list[str] = []
         why = ""
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
-from weightsmith.core.ports import Ended, Work
+from weightsmith.core.ports import Ended, NodeTask
 
 _PROBE_SECONDS = 120.0
 _CONNECT_SECONDS = 20.0
@@ -31,7 +31,7 @@ class RayFleet:
     name: str = "ray"
     remote: bool = True
     _ray: Any = None
-    _given: dict[Any, Work] = field(default_factory=dict)
+    _given: dict[Any, NodeTask] = field(default_factory=dict)
     _impossible: list[Ended] = field(default_factory=list)
     _stdout: int | None = None
     """The user's standard output while Ray, which prints there at any time, has none."""
@@ -71,12 +71,12 @@ class RayFleet:
                     hint="install the same version into the Python of every node",
                 )
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, works: Sequence[NodeTask]) -> None:
         """Give tasks to Ray, which queues and places them; EnvironmentFailure if it has ended."""
         with self._there():
             self._submit(works)
 
-    def _submit(self, works: Sequence[Work]) -> None:
+    def _submit(self, works: Sequence[NodeTask]) -> None:
         nodes = self._nodes()
         gpus = any(node["Resources"].get("GPU") for node in nodes)
         for work in works:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.files import replace_file
-from weightsmith.core.ports import Ended, Work
+from weightsmith.core.ports import Ended, NodeTask
 from weightsmith.outside import process
 
 _ARRAY = 1000
@@ -38,7 +38,7 @@ exit $code
 
 @dataclass(slots=True)
 class _Given:
-    work: Work
+    work: NodeTask
     job: str
     folder: Path
     number: int
@@ -84,9 +84,9 @@ class SlurmFleet:
             )
         self._gpus = "gpu" in self._run("sinfo", "--noheader", "--format=%G")
 
-    def submit(self, works: Sequence[Work]) -> None:
+    def submit(self, works: Sequence[NodeTask]) -> None:
         """Submit an array for each kind of needs."""
-        alike: dict[tuple[int, int, int, frozenset[str]], list[Work]] = {}
+        alike: dict[tuple[int, int, int, frozenset[str]], list[NodeTask]] = {}
         for work in works:
             gpus = work.gpus if self._gpus else 0
             alike.setdefault((work.cpus, work.memory_bytes, gpus, work.avoid), []).append(work)
@@ -94,7 +94,7 @@ class SlurmFleet:
             for start in range(0, len(group), _ARRAY):
                 self._submit(group[start : start + _ARRAY])
 
-    def _submit(self, works: Sequence[Work]) -> None:
+    def _submit(self, works: Sequence[NodeTask]) -> None:
         folder = self.folder / f"{len(self._jobs)}-{time.time_ns():x}"
         folder.mkdir(parents=True)
         for number, work in enumerate(works):

@@ -23,7 +23,7 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.known import what_works
 from weightsmith.quantizers.packed import PARTS, PackedLayout
-from weightsmith.quantizers.writing import Work, copied, whole, write_checkpoint
+from weightsmith.quantizers.writing import TensorGroup, copied, whole, write_checkpoint
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes of vLLM's 4-bit kernels, in order of preference."""
@@ -220,7 +220,7 @@ def finish(
     that the engine did not change equal the checkpoint's.
     """
     made, source = CheckpointTensors(raw), CheckpointTensors(model)
-    works: list[Work] = []
+    works: list[TensorGroup] = []
     for name in sorted(made.names):
         if name.endswith(PARTS) or f"{name}_scale" in made.names:
             works.append(copied(made, name))

@@ -26,7 +26,7 @@ from weightsmith.quantizers.checkpoints import (
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
-from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import encoder, python_step, read_settings, samples, texts
 from weightsmith.quantizers.unquantized import keep_option, kept_modules
 
@@ -51,7 +51,7 @@ def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
         check_group(model, chosen)
 
 
-def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step: llm-compressor, and conversion of its output by our code."""
     layout = _layout(request)
     return (

@@ -24,10 +24,10 @@ from weightsmith.quantizers.gguf_options import (
     walked,
 )
 from weightsmith.quantizers.gguf_projector import ALLOW_TEXT_ONLY, check_projector, places_of
-from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
+from weightsmith.quantizers.gguf_settings import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS
 from weightsmith.quantizers.gguf_view import open_view
-from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 
 # Metadata that the converter would guess from folder names and `_name_or_path`; null omits it, so
 # that the bytes do not depend on the path (gguf-py/gguf/metadata.py).
@@ -53,7 +53,7 @@ def output_file(request: QuantizeRequest) -> Path:
     return request.output / f"{request.name}.gguf"
 
 
-def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the steps: convert or quantize in one pass.
 
     Our own walk measures importance while the converter starts. Only llama-imatrix needs a 16-bit
@@ -83,7 +83,7 @@ def steps(request: QuantizeRequest) -> tuple[Step, ...]:
     )
 
 
-def _measured(request: QuantizeRequest, middle: Path, between: str, split: str) -> Step:
+def _measured(request: QuantizeRequest, middle: Path, between: str, split: str) -> BuilderCommand:
     """Return the step that writes the file that importance is measured on."""
     if split:
         return _convert(request, middle, between, split)
@@ -150,13 +150,13 @@ def _overrides(request: QuantizeRequest) -> Path:
     return request.output / f".{request.name}.metadata.json"
 
 
-def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Step:
+def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> BuilderCommand:
     overrides = _overrides(request)
     words = (*_converter(request, split), "--outfile", str(out), "--outtype", kind)
     if places := places_of(request):
         allowed = (ALLOW_TEXT_ONLY,) if request.options.get("allow_text_only") else ()
         words = (*words, "--", *allowed, *places)
-    return Step(
+    return BuilderCommand(
         title=f"converting to GGUF ({kind})",
         argv=(request.python, "-m", _CONVERT, *words),
         env=_OFFLINE,
@@ -176,7 +176,7 @@ def _metadata(request: QuantizeRequest) -> dict[str, Json]:
     return found
 
 
-def _imatrix(request: QuantizeRequest, model: Path) -> Step:
+def _imatrix(request: QuantizeRequest, model: Path) -> BuilderCommand:
     """Return the step that computes the importance matrix."""
     if request.calibration is None:
         raise InputRefused(
@@ -189,7 +189,7 @@ def _imatrix(request: QuantizeRequest, model: Path) -> Step:
     window = window_of(request.model, len(rows), tokens)
     threads = request.options.get("threads") or idle()
     split = "split_max_size" in request.options
-    return Step(
+    return BuilderCommand(
         title=f"measuring importance on {tokens} tokens",
         argv=(
             str(request.tools / "bin" / "llama-imatrix"),
@@ -218,14 +218,14 @@ def _pass(
     between: str,
     convert: tuple[str, ...],
     projectors: tuple[str, ...],
-) -> Step:
+) -> BuilderCommand:
     """Return the step that quantizes what the converter computes, or the file that it wrote."""
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
     middle, texts = _middle(request, between), request.output / ".texts.jsonl"
     walk = None
     if walked(request.options) and not request.measured:
         matrix = request.output / IMATRIX
-        walk = Walk(model=str(request.model), texts=str(texts), out=str(matrix))
+        walk = ImportanceWalk(model=str(request.model), texts=str(texts), out=str(matrix))
     contents = PassSettings(
         convert=convert,
         middle=str(middle) if between else "",
@@ -239,7 +239,7 @@ def _pass(
         allow_text_only=bool(request.options.get("allow_text_only")),
     )
     metadata = json.dumps(_metadata(request), sort_keys=True)
-    return Step(
+    return BuilderCommand(
         title=f"{'measuring importance and ' if walk else ''}"
         f"{'quantizing' if between else 'converting'} to "
         f"{', '.join(file.format for file in files)}",

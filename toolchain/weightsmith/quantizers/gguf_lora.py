@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.models.safetensors import read_header
-from weightsmith.quantizers.quantizer import Step
+from weightsmith.quantizers.quantizer import BuilderCommand
 
 FILE = "adapter.gguf"
 _PROGRAM = "weightsmith.worker.convert_adapters"
@@ -16,7 +16,7 @@ _PROGRAM = "weightsmith.worker.convert_adapters"
 
 def steps(
     base: Path, files: Mapping[Path, Path], output: Path, tools: Path, python: str
-) -> tuple[Step, ...]:
+) -> tuple[BuilderCommand, ...]:
     """Return the step that converts adapters, each to its file; none without adapters."""
     if not files:
         return ()
@@ -24,7 +24,7 @@ def steps(
     listed = output / ".adapters.json"
     pairs = [[str(adapter), str(file)] for adapter, file in files.items()]
     return (
-        Step(
+        BuilderCommand(
             title=f"converting {len(files)} adapter(s) to GGUF",
             argv=(python, "-m", _PROGRAM, str(converter), str(base), str(listed)),
             writes={listed: json.dumps(pairs)},

@@ -113,7 +113,7 @@ _Q2_K_S = 21
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class TypeChange:
     """A tensor's type before and after, as `llama-quantize --dry-run` says."""
 
     name: str
@@ -122,7 +122,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class GgufSource:
     """One unquantized file: its header, and where its tensors' data comes from."""
 
     header: GgufHeader
@@ -151,7 +151,7 @@ class GgufOutput:
     """A file to write, and the types of its tensors in llama-quantize's order."""
 
     path: Path
-    targets: Sequence[Target]
+    targets: Sequence[TypeChange]
     wanted: Wanted
     start: bytes = b""
     """The file's own bytes before the data; empty: as llama-quantize makes them."""
@@ -159,11 +159,11 @@ class GgufOutput:
     """Tensor -> its data, uint8, where rows of the source are not the same."""
 
 
-def read_targets(printed: Sequence[str]) -> list[Target]:
+def read_targets(printed: Sequence[str]) -> list[TypeChange]:
     """Return the tensors in llama-quantize's order from what `--dry-run` printed."""
     found = [match for line in printed if (match := _LINE.fullmatch(line.rstrip()))]
     return [
-        Target(
+        TypeChange(
             name=match["name"],
             kind=match["kind"].upper(),
             target=(match["target"] or match["kind"]).upper(),
@@ -172,7 +172,7 @@ def read_targets(printed: Sequence[str]) -> list[Target]:
     ]
 
 
-def write_files(source: Source, outputs: Sequence[GgufOutput], threads: int) -> None:
+def write_files(source: GgufSource, outputs: Sequence[GgufOutput], threads: int) -> None:
     """Write files below their unfinished names, or go on with them; `finish` gives them their own.
 
     Each row of the source is read once for all of them. Raises InputRefused for NaN, infinity, and
@@ -196,7 +196,7 @@ class _File:
     out: int
     log: int
     """Its journal."""
-    targets: Mapping[str, Target]
+    targets: Mapping[str, TypeChange]
     offsets: Mapping[str, int]
     importance: Importance
     whole: Mapping[str, Callable[[], np.ndarray]]
@@ -253,7 +253,7 @@ def _unfinished(out: Path) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.journal")
 
 
-def _check(targets: Sequence[Target], wanted: Wanted) -> None:
+def _check(targets: Sequence[TypeChange], wanted: Wanted) -> None:
     """Refuse what llama-quantize refuses before it starts."""
     measured = (*_MEASURED, "Q2_K") if wanted.file_type == _Q2_K_S else _MEASURED
     for target in targets:
@@ -271,7 +271,7 @@ def _check(targets: Sequence[Target], wanted: Wanted) -> None:
             )
 
 
-def _sized(target: Target, entry: GgufTensorInfo) -> tuple[int, int]:
+def _sized(target: TypeChange, entry: GgufTensorInfo) -> tuple[int, int]:
     """Return a target type's number and the tensor's bytes."""
     size = quants.row_bytes(target.target, entry.columns) * entry.rows
     return quants.number(target.target), size
@@ -282,7 +282,7 @@ class _Part:
     """Where a block of rows goes, in one of the files."""
 
     file: _File
-    target: Target
+    target: TypeChange
     importance: np.ndarray | None
     at: int
 
@@ -316,7 +316,7 @@ class _Writer:
             self._pool.shutdown(cancel_futures=failed)
             self._noter.shutdown()
 
-    def add(self, source: Source, entry: GgufTensorInfo, files: Sequence[_File]) -> None:
+    def add(self, source: GgufSource, entry: GgufTensorInfo, files: Sequence[_File]) -> None:
         """Start a tensor; returns while its last blocks are being computed."""
         name, blocks = entry.name, list[Future[_Written]]()
         blocks.extend(
@@ -434,7 +434,7 @@ def _not_finite(message: str) -> InputRefused:
     return InputRefused(message, hint="the checkpoint is damaged, or its weights are far too large")
 
 
-def _unfit(target: Target, error: ValueError) -> InputRefused:
+def _unfit(target: TypeChange, error: ValueError) -> InputRefused:
     """Return the error of weights that a type cannot hold."""
     if target.target == "F16":
         hint = "use q8_0, or another format with scales"

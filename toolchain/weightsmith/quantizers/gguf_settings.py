@@ -24,7 +24,7 @@ class PassFile(JsonObject):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Walk(JsonObject):
+class ImportanceWalk(JsonObject):
     """What our walk measures first, as far as no interrupted run has; paths are absolute."""
 
     model: str
@@ -54,7 +54,7 @@ class PassSettings(JsonObject):
     """Write parts, as many as the unquantized file has."""
     files: tuple[PassFile, ...]
     """What to write, all in one pass over the weights."""
-    walk: Walk | None = None
+    walk: ImportanceWalk | None = None
     """What measures the files' importance; None: nothing does, or it lies there."""
     projectors: tuple[str, ...] = ()
     """Where the converter's projector for pictures belongs; empty: none."""

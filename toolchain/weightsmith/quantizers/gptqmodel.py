@@ -30,7 +30,7 @@ from weightsmith.quantizers.checkpoints import (
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
-from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import (
     encoder,
     equal_length,
@@ -57,7 +57,7 @@ def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json
     return {"group_size": group_option(requested), "keep": keep_option(requested)}
 
 
-def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step: GPTQModel, and conversion of its output by our code."""
     return (
         python_step(

@@ -19,7 +19,7 @@ from weightsmith.quantizers.checkpoints import check_config, output_bytes
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
-from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.rounded import options, quantize
 from weightsmith.quantizers.running import python_step, read_settings, refusals, texts
 from weightsmith.quantizers.schemes import NVFP4
@@ -31,7 +31,7 @@ def check_input(_format: Format, model: ModelFacts) -> None:
     check_rounded(NVFP4, model)
 
 
-def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step, which runs this module."""
     keep = request.options.get("keep", [])
     return (python_step(__name__, request, "rounding to nvfp4, with scales of inputs", keep=keep),)

@@ -21,7 +21,7 @@ from weightsmith.core.values import Json
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.schemes import Scheme
-from weightsmith.quantizers.tiled import Tiles
+from weightsmith.quantizers.tiled import QuantizedTiles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,7 +190,7 @@ class PackedView:
         skipped = start % self.layout.outputs
         return self.tiles(module, start - skipped, stop).rows()[skipped:]
 
-    def tiles(self, module: str, start: int = 0, stop: int | None = None) -> Tiles:
+    def tiles(self, module: str, start: int = 0, stop: int | None = None) -> QuantizedTiles:
         """Return codes and scales of outputs from `start`, which begins a tile, to `stop`."""
         if module in self._experts:
             return _stacked_mxfp4(self.tensors, self._experts[module], start, stop)
@@ -308,7 +308,7 @@ def _packed(
 
 def _tiles(
     tensors: CheckpointTensors, module: str, layout: PackedLayout, start: int, stop: int | None
-) -> Tiles:
+) -> QuantizedTiles:
     """W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4.
 
     `start` begins a tile.
@@ -323,17 +323,19 @@ def _tiles(
     high, wide = layout.outputs, layout.group_size or codes.shape[1]
     if len(scales) == 1:  # one for all
         high = max(1, len(codes))
-    return Tiles(dtype=tensors.info(name).dtype, codes=codes, scales=scales, tile=(high, wide))
+    return QuantizedTiles(
+        dtype=tensors.info(name).dtype, codes=codes, scales=scales, tile=(high, wide)
+    )
 
 
 def _stacked_mxfp4(
     tensors: CheckpointTensors, matrix: Matrix, start: int, stop: int | None
-) -> Tiles:
+) -> QuantizedTiles:
     """W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e."""
     blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
     scales = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, start:stop]
     codes, wide = blocks.reshape(len(blocks), -1), 2 * blocks.shape[-1]
-    return Tiles(dtype="U8", codes=codes, scales=_powers_of_two(scales), tile=(1, wide))
+    return QuantizedTiles(dtype="U8", codes=codes, scales=_powers_of_two(scales), tile=(1, wide))
 
 
 def _powers_of_two(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -12,7 +12,7 @@ from weightsmith.models.tensors import View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class BuilderCommand:
     """A command of a quantization, run in the builder without a shell."""
 
     title: str
@@ -91,7 +91,7 @@ class Quantizer:
     """Increased if the same inputs would give other bytes; part of the store's key."""
     check_input: Callable[[Format, ModelFacts], None]
     """(format, model) -> None; raises InputRefused for a model that it cannot quantize so."""
-    steps: Callable[[QuantizeRequest], tuple[Step, ...]]
+    steps: Callable[[QuantizeRequest], tuple[BuilderCommand, ...]]
     """Returns the steps in order; has no side effects."""
     check: Callable[[QuantizeRequest], Mapping[str, Json]]
     """Reads the output and returns its facts; raises CheckFailed if a check fails."""

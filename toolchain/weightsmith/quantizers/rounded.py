@@ -26,12 +26,18 @@ from weightsmith.quantizers.checkpoints import not_finite, output_bytes, write_c
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
-from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
 from weightsmith.quantizers.unquantized import keep_option, without_kept
-from weightsmith.quantizers.writing import OutputTensor, Work, copied, whole, write_checkpoint
+from weightsmith.quantizers.writing import (
+    OutputTensor,
+    TensorGroup,
+    copied,
+    whole,
+    write_checkpoint,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +62,7 @@ def check_input(format_: Format, model: ModelFacts) -> None:
     check_rounded(SCHEMES[format_.name], model)
 
 
-def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step."""
     name = request.format.name
     keep = request.options.get("keep", [])
@@ -96,7 +102,7 @@ def quantize(
                 f"{matrix.module} has {matrix.inputs} inputs, no multiple of {scheme.tile[1]}",
                 hint="choose fp8 or w8a8, which have a scale per row",
             )
-    rows = _Rows(source, scheme, found, recorded)
+    rows = _FusedRows(source, scheme, found, recorded)
     if scheme.layout == "mxfp4":
         works = list(_stacks(found, scheme, rows))
     else:
@@ -111,7 +117,7 @@ def quantize(
 
 def _input_scales(
     scheme: Scheme, found: Sequence[Matrix], inputs: Mapping[str, float]
-) -> Iterator[Work]:
+) -> Iterator[TensorGroup]:
     """Yield the scales of inputs: one for matrices that engines fuse, and for all experts."""
     import numpy as np
 
@@ -125,7 +131,7 @@ def _input_scales(
         yield whole(name, "F32", (1,), partial(np.full, 1, scale, array_type("F32")))
 
 
-class _Rows:
+class _FusedRows:
     """The matrices' rows, and the scales that fused matrices share.
 
     Such a scale needs the largest weight of its matrices before the first row is rounded. Where
@@ -205,7 +211,7 @@ class _Rows:
             yield start, min(start + step, matrix.outputs)
 
 
-def _work(matrix: Matrix, scheme: Scheme, rows: _Rows) -> Work:
+def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> TensorGroup:
     """Return the work for a matrix's codes and scales."""
     import numpy as np
 
@@ -232,10 +238,10 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _Rows) -> Work:
             yield codes, made
             yield f"{weight}_scale", scales
 
-    return Work(tuple(outputs), blocks)
+    return TensorGroup(tuple(outputs), blocks)
 
 
-def _stacks(found: Sequence[Matrix], scheme: Scheme, rows: _Rows) -> Iterator[Work]:
+def _stacks(found: Sequence[Matrix], scheme: Scheme, rows: _FusedRows) -> Iterator[TensorGroup]:
     """Yield the work for each stack of experts, whose codes and scales are stacked, too."""
     stacks: dict[str, list[Matrix]] = {}
     for matrix in found:
@@ -251,11 +257,11 @@ def _stacks(found: Sequence[Matrix], scheme: Scheme, rows: _Rows) -> Iterator[Wo
             OutputTensor(f"{name}_scales", scheme.scales, (len(experts), one.outputs, groups)),
         )
         inorder = sorted(experts, key=lambda matrix: matrix.expert)
-        yield Work(outputs, partial(_stack_rows, name, inorder, scheme, rows))
+        yield TensorGroup(outputs, partial(_stack_rows, name, inorder, scheme, rows))
 
 
 def _stack_rows(
-    name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _Rows
+    name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRows
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     for matrix in experts:
         for part in rows.blocks(matrix):

@@ -20,7 +20,7 @@ from typing import Any
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json
-from weightsmith.quantizers.quantizer import QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
 
 BLOCK = 512
 """Maximum tokens of a calibration sample."""
@@ -33,7 +33,9 @@ RAW = ".engine"
 """Subfolder of the output for the engine's own output."""
 
 
-def python_step(module: str, request: QuantizeRequest, title: str, **settings: Json) -> Step:
+def python_step(
+    module: str, request: QuantizeRequest, title: str, **settings: Json
+) -> BuilderCommand:
     """Return the step that runs `module` offline with settings."""
     file = request.output / ".settings.json"
     contents = {
@@ -43,7 +45,7 @@ def python_step(module: str, request: QuantizeRequest, title: str, **settings: J
         "calibration": str(request.calibration) if request.calibration else "",
         **settings,
     }
-    return Step(
+    return BuilderCommand(
         title=title,
         argv=(request.python, "-m", module, str(file)),
         env={

@@ -23,7 +23,7 @@ _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tiles:
+class QuantizedTiles:
     """Codes and scales of rows; the first one begins a tile."""
 
     dtype: str

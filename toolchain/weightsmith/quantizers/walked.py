@@ -25,7 +25,7 @@ from weightsmith.quantizers.checkpoints import (
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
-from weightsmith.quantizers.quantizer import Quantizer, QuantizeRequest, Step
+from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import python_step, read_settings, refusals
 from weightsmith.quantizers.unquantized import keep_option
 
@@ -46,7 +46,7 @@ def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
     check_kept(model, chosen)
 
 
-def steps(request: QuantizeRequest) -> tuple[Step, ...]:
+def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step, which runs this module."""
     return (
         python_step(

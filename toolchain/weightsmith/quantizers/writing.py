@@ -39,7 +39,7 @@ class OutputTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TensorGroup:
     """Tensors that are computed together, such as a matrix's codes and scales."""
 
     outputs: tuple[OutputTensor, ...]
@@ -47,7 +47,7 @@ class Work:
     """() -> tensor names and their next rows, in the tensor's dtype."""
 
 
-def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]) -> Work:
+def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]) -> TensorGroup:
     """Return the work for one tensor that is computed as a whole."""
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -56,10 +56,10 @@ def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]
             raise ValueError(f"{name} is {data.dtype} {data.shape}")
         yield name, data
 
-    return Work((OutputTensor(name, dtype, shape),), blocks)
+    return TensorGroup((OutputTensor(name, dtype, shape),), blocks)
 
 
-def copied(source: CheckpointTensors, name: str) -> Work:
+def copied(source: CheckpointTensors, name: str) -> TensorGroup:
     """Return the work for a tensor of the source that does not change."""
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -67,10 +67,10 @@ def copied(source: CheckpointTensors, name: str) -> Work:
             yield name, source.raw(name, start, start + _COPIED)
 
     info = source.info(name)
-    return Work((OutputTensor(name, info.dtype, info.shape),), blocks)
+    return TensorGroup((OutputTensor(name, info.dtype, info.shape),), blocks)
 
 
-def write_checkpoint(folder: Path, works: Iterable[Work]) -> None:
+def write_checkpoint(folder: Path, works: Iterable[TensorGroup]) -> None:
     """Write the tensors sorted by name, as one file or as shards with an index.
 
     Each shard gets its name when it is complete and on the disk. A second call with the same works
@@ -106,7 +106,7 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
 
 
-def _write_shard(path: Path, outputs: Sequence[OutputTensor], works: Sequence[Work]) -> None:
+def _write_shard(path: Path, outputs: Sequence[OutputTensor], works: Sequence[TensorGroup]) -> None:
     """Write one shard beside its name, and rename it."""
     header = build_header(((o.name, o.dtype, o.shape) for o in outputs), {"format": "pt"})
     places, place = {}, len(header)

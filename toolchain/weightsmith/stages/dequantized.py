@@ -37,7 +37,7 @@ from weightsmith.steps.step import (
     TargetStep,
     Trial,
 )
-from weightsmith.steps.tools import Memory, Tools
+from weightsmith.steps.tools import JobMemory, Tools
 
 BUILDER = "merge"
 RECIPE_NUMBER = 3
@@ -135,7 +135,7 @@ def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
     return replace(result, scores=scores, verdicts=(*result.verdicts, verdict))
 
 
-def dequantized_memory(model: ModelFacts, tasks: Sequence[RecipeTask], memory: Memory) -> int:
+def dequantized_memory(model: ModelFacts, tasks: Sequence[RecipeTask], memory: JobMemory) -> int:
     """Return the peak in bytes of the dequantized weights' answers, of the largest task."""
     walks = (walk_of(one.task) for one in tasks)
     return max(model_walk_bytes(model, walk, memory.budget) for walk in walks) + DEQUANTIZED

@@ -12,14 +12,14 @@ from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
 from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import COMPARING, DEQUANTIZED, Walk, model_pass_bytes
+from weightsmith.forward.memory import COMPARING, DEQUANTIZED, WalkSize, model_pass_bytes
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.safetensors import read_header
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
 from weightsmith.quantizers.quality.limits import limits_for, refusal
 from weightsmith.quantizers.quality.result import QualityResult, TextsUsed
-from weightsmith.recipe.schema import Quality as Limits
+from weightsmith.recipe.schema import Quality
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.sizes import estimated_bytes
@@ -70,7 +70,7 @@ def quality(
     checkpoint: Checkpoint,
     artifact: Artifact,
     texts: Texts,
-    options: Limits,
+    options: Quality,
     to: Documents,
     tools: Tools,
 ) -> Outcome[QualityResult | None]:
@@ -114,7 +114,7 @@ def _used(texts: Texts) -> TextsUsed:
 
 
 def quality_fault(
-    format_: Format, found: QualityResult | None, options: Limits
+    format_: Format, found: QualityResult | None, options: Quality
 ) -> CheckFailed | None:
     """Return an error if a format's loss is over its limits, else None."""
     if not found or not found.exceeded or options.gate is not True:
@@ -133,7 +133,7 @@ def larger_than(format_: Format) -> tuple[str, ...]:
     return tuple(each.name for each in sorted(larger, key=lambda each: each.bits_per_weight)[:2])
 
 
-def _needless(format_: Format, checkpoint: Checkpoint, options: Limits) -> str:
+def _needless(format_: Format, checkpoint: Checkpoint, options: Quality) -> str:
     """Return why a format need not be measured; "" if it must be."""
     if options.gate is False:
         return "quality.gate is off"
@@ -179,7 +179,7 @@ def _run(
 
 def quality_memory(model: ModelFacts, tokens: int) -> int:
     """Return the peak of the quality gate in bytes: both models, a few rows of each matrix."""
-    walk = Walk(views=2, rows=8, tokens=_PADDED * tokens)
+    walk = WalkSize(views=2, rows=8, tokens=_PADDED * tokens)
     return model_pass_bytes(model, walk) + DEQUANTIZED + COMPARING
 
 

@@ -16,7 +16,7 @@ from weightsmith.evaluating.asking import walk_of as walk_of_task
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
 from weightsmith.evaluating.seconds import answer_seconds, steps_of
-from weightsmith.evaluating.subjects import BUILDER, Subject, inputs, subjects, with_merged
+from weightsmith.evaluating.subjects import BUILDER, EvaluatedModel, inputs, subjects, with_merged
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.evaluating.walks import (
     AskedSubject,
@@ -37,13 +37,13 @@ from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.joined import JoinedJob
 from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.step import Foreseen, ForeseenWeights, Foresight, Results, Step
-from weightsmith.steps.tools import Memory, Tools
+from weightsmith.steps.tools import JobMemory, Tools
 
 _ANSWERS = "answers.json"
 
 
 def answers(
-    asked: Mapping[str, Subject], task: Task, to: Documents, tools: Tools
+    asked: Mapping[str, EvaluatedModel], task: Task, to: Documents, tools: Tools
 ) -> Mapping[str, Answers]:
     """Return each subject's greedy answers in float32, or its most likely choices; see `_rows`."""
     unit = asked_of(asked, task)
@@ -224,7 +224,7 @@ def _result(task: RecipeTask, found: Mapping[str, Answers], tools: Tools) -> Res
 
 
 def reference_memory(
-    model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: Memory
+    model: ModelFacts, sources: Sources, tasks: Sequence[RecipeTask], memory: JobMemory
 ) -> int:
     """Return the peak of the reference answers in bytes, whichever of them are missing."""
     try:

@@ -14,7 +14,7 @@ from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Checkpoint, Digest, Json, Sources, StageInputs, key_of
 from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import COMPARING, Walk, model_pass_bytes
+from weightsmith.forward.memory import COMPARING, WalkSize, model_pass_bytes
 from weightsmith.merging.combining.combination import PRUNING, SUMS
 from weightsmith.models.facts import ModelFacts
 from weightsmith.recipe.file import RecipeFile
@@ -172,7 +172,7 @@ def _run(
 def validate_memory(model: ModelFacts, sources: Sources) -> int:
     """Return the peak of validation in bytes: merged model, base and adapters side by side."""
     adapters = 2 * sum(a.snapshot.tree.weight_bytes for a in sources.adapters)
-    walk = Walk(views=3, rows=8, tokens=PROBED_TOKENS, adapter_bytes=adapters)
+    walk = WalkSize(views=3, rows=8, tokens=PROBED_TOKENS, adapter_bytes=adapters)
     return model_pass_bytes(model, walk) + COMPARING
 
 

@@ -32,7 +32,7 @@ def _makes_none(engine: str, platform: str, _folder: Path, _progress: Progress) 
     )
 
 
-class Share(Protocol):
+class UploadEntry(Protocol):
     """Puts a result of the store into the shared cache now, unless it is there."""
 
     def __call__(
@@ -54,7 +54,7 @@ def shares_nothing(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
+class JobMemory:
     """What one job may use, in bytes; 0 where nothing is known or limited."""
 
     limit: int = 0
@@ -63,12 +63,12 @@ class Memory:
     """What a job that can choose fills: `--memory`, else half of what is free."""
 
     @classmethod
-    def of(cls, chosen: int, free: int) -> Memory:
+    def of(cls, chosen: int, free: int) -> JobMemory:
         """Return the memory that a user chose, 0 for no choice, of what is free."""
         return cls(limit=chosen or free, budget=chosen or free // 2)
 
 
-NO_LIMIT = Memory()
+NO_LIMIT = JobMemory()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +97,8 @@ class Tools:
     """Signs with the user's key; None without a key."""
     clock: Callable[[], float] = time.monotonic
     """Monotonic clock in seconds, used to time stages."""
-    memory: Memory = NO_LIMIT
-    share: Share = shares_nothing
+    memory: JobMemory = NO_LIMIT
+    share: UploadEntry = shares_nothing
     moved: Callable[[], int] = lambda: 0
     """Returns the bytes that have come from the shared caches and gone to them so far."""
     two_at_once: Callable[[], bool] = lambda: False

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from weightsmith.forward.experts import Stack
+from weightsmith.forward.experts import ExpertStack
 from weightsmith.forward.network import base_name, is_missing
 from weightsmith.forward.views import look_up, looks_up
 from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.validating.examine import Examiner
-from weightsmith.validating.stacked import Rounded, dtype_of
+from weightsmith.validating.stacked import RoundedStack, dtype_of
 
 Kinds = Mapping[str, torch.dtype]
 """Attribute of a module -> the type that the merge rounds it to."""
@@ -40,7 +40,7 @@ def watch_casts(examiner: Examiner, model: Any, done: set[int]) -> None:
 def _parts(module: Any) -> list[str]:
     """Return the names of a module's own parameters, stacked ones that are read singly too."""
     own = [name for name, _ in module.named_parameters(recurse=False)]
-    return own + [name for name, value in vars(module).items() if isinstance(value, Stack)]
+    return own + [name for name, value in vars(module).items() if isinstance(value, ExpertStack)]
 
 
 def _narrowed(
@@ -73,7 +73,7 @@ class _Cast:
         """Round the parameters for the twins; those in files were just loaded."""
         for part, kind in self.kinds.items() if self.busy else ():
             values = getattr(self.module, part)
-            if not isinstance(values, Rounded):
+            if not isinstance(values, RoundedStack):
                 values.data = values.data.to(kind).float()
 
     def after(self, _: Any, args: tuple[Any, ...], out: Any) -> Any:
@@ -104,7 +104,9 @@ class _Cast:
     def _looked_up(self, ids: torch.Tensor) -> torch.Tensor:
         table = self.examiner.base.mapped(self.examiner.base.tensor_of(self.names["weight"]))
         kind = self.kinds["weight"]
-        return look_up(self.module, type(self.module).forward, lambda: _Rows(table, kind), ids)
+        return look_up(
+            self.module, type(self.module).forward, lambda: _RoundedRows(table, kind), ids
+        )
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.cat([x @ rows.T for rows in self._rounded("weight")], -1)
@@ -141,10 +143,10 @@ class _Cast:
 
     def _again(self, args: tuple[Any, ...]) -> Any:
         exact = {part: getattr(self.module, part) for part in self.kinds}
-        stacks = {part: one for part, one in exact.items() if isinstance(one, Stack)}
+        stacks = {part: one for part, one in exact.items() if isinstance(one, ExpertStack)}
         data = {part: one.data for part, one in exact.items() if part not in stacks}
         for part, stack in stacks.items():
-            object.__setattr__(self.module, part, Rounded(stack, self.kinds[part]))
+            object.__setattr__(self.module, part, RoundedStack(stack, self.kinds[part]))
         self.busy = True
         try:
             return self.module(*args)
@@ -156,7 +158,7 @@ class _Cast:
                 getattr(self.module, part).data = values
 
 
-class _Rows:
+class _RoundedRows:
     """A table whose rows are rounded when they are taken."""
 
     def __init__(self, table: Any, kind: torch.dtype) -> None:

@@ -38,7 +38,7 @@ class Factors:
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
+class TensorComparison:
     """Comparison results of one tensor, collected block by block."""
 
     tensor: str
@@ -69,7 +69,7 @@ class Tally:
 
 
 def compare_rows(
-    tally: Tally,
+    tally: TensorComparison,
     first: int,
     base: torch.Tensor,
     delta: torch.Tensor,
@@ -118,7 +118,9 @@ def compare_rows(
         tally.along += float((change.double() * delta).sum())
 
 
-def compare_bytes(tally: Tally, first: int, base: torch.Tensor, merged: torch.Tensor) -> None:
+def compare_bytes(
+    tally: TensorComparison, first: int, base: torch.Tensor, merged: torch.Tensor
+) -> None:
     """Count the elements of an unchanged tensor that differ from the base's, cast to its type."""
     expected = base.to(merged.dtype)
     tally.total += merged.numel()

@@ -14,7 +14,7 @@ from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.experts import stacks_of
 from weightsmith.forward.network import is_missing, missing_below
 from weightsmith.forward.weights import Weights, blocks_of
-from weightsmith.validating.elements import ARITHMETIC, Tally, compare_rows
+from weightsmith.validating.elements import ARITHMETIC, TensorComparison, compare_rows
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.mixtures import (
     TRUNCATION,
@@ -52,7 +52,7 @@ class Examiner:
     merged: Weights
     twins: Mapping[int, int]
     """Number of a layer's input tokens -> how many of them, at the end, are twins."""
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: dict[str, TensorComparison] = field(default_factory=dict)
     """By the model's parameter name."""
     findings: list[Finding] = field(default_factory=list)
     signal: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class Examiner:
         """Compare the site's tensor in row blocks; `take` gets base, exact sum and merged rows."""
         name = site.parameters["weight"]
         factors = site.factors()
-        tally = self.tallies.setdefault(name, Tally(tensor=self.merged.tensor_of(name)))
+        tally = self.tallies.setdefault(name, TensorComparison(tensor=self.merged.tensor_of(name)))
         mixed, parts = self.mixture, site.parts() if self.mixture else []
         low = truncated(parts, factors, mixed.rank) if mixed and mixed.truncates else None
         if mixed and can_judge(mixed, parts):
@@ -241,7 +241,7 @@ class Examiner:
         slack = _SVD_ERROR if is_approximate(site.layer) else ARITHMETIC
         for part, name in site.parameters.items():
             tensor = self.merged.tensor_of(name) or name
-            tally = self.tallies.setdefault(name, Tally(tensor=tensor))
+            tally = self.tallies.setdefault(name, TensorComparison(tensor=tensor))
             found = stored(self.merged, name)
             compare_rows(
                 tally, 0, rows_of(before[part]), rows_of(total[part]), rows_of(found), slack=slack

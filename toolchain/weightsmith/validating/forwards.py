@@ -80,7 +80,7 @@ class ProbeBatch:
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
+class ForwardResult:
     """Results of one forward pass."""
 
     logits: torch.Tensor
@@ -93,8 +93,8 @@ class Run:
 class ReferenceModel:
     """The forward pass of base and adapters, with the results of its checks."""
 
-    run: Run
-    twins: Run
+    run: ForwardResult
+    twins: ForwardResult
     """The first probes again, with every tensor rounded as in an exact merge."""
     base: Weights
     examiner: Examiner
@@ -229,8 +229,8 @@ def reference_forward(
             examiner.finish(site)
     half = [state.chunk(2) for state in run.hidden]
     return ReferenceModel(
-        run=Run(logits=run.logits[:tokens], hidden=[first for first, _ in half]),
-        twins=Run(logits=run.logits[tokens:], hidden=[second for _, second in half]),
+        run=ForwardResult(logits=run.logits[:tokens], hidden=[first for first, _ in half]),
+        twins=ForwardResult(logits=run.logits[tokens:], hidden=[second for _, second in half]),
         base=unmerged.base,
         examiner=examiner,
         sites=unmerged.sites,
@@ -254,7 +254,7 @@ def _watch(examiner: Examiner, unmerged: Unmerged, merged: Weights) -> None:
 
 
 @torch.no_grad()
-def merged_forward(model: Any, batch: ProbeBatch, twins: int, advance: Advance) -> Run:
+def merged_forward(model: Any, batch: ProbeBatch, twins: int, advance: Advance) -> ForwardResult:
     """Run the merged checkpoint, keeping hidden states of its first `twins` probes."""
     return _forward(model, model, batch, list(range(twins)), advance)
 
@@ -312,7 +312,7 @@ def replaced_parameters(
 
 def _forward(
     model: Any, outer: Any, batch: ProbeBatch, rows: Sequence[int], advance: Advance
-) -> Run:
+) -> ForwardResult:
     """Run once; the head gets only the tokens that need logits."""
     hidden: list[torch.Tensor] = []
     length = min(batch.lengths[row] for row in rows)
@@ -337,4 +337,4 @@ def _forward(
     finally:
         for hook in hooks:
             hook.remove()
-    return Run(logits=logits, hidden=hidden)
+    return ForwardResult(logits=logits, hidden=hidden)

@@ -15,7 +15,7 @@ from itertools import permutations
 import torch
 
 from weightsmith.core.jobs import CombinationRule
-from weightsmith.validating.elements import ARITHMETIC, Factors, Tally, half_step
+from weightsmith.validating.elements import ARITHMETIC, Factors, TensorComparison, half_step
 from weightsmith.validating.findings import ERROR, Finding, finding
 
 MOST_ADAPTERS = 6
@@ -62,7 +62,7 @@ class MaskCounts:
 
 
 def compare_kept(
-    tally: Tally,
+    tally: TensorComparison,
     kept: MaskCounts,
     mixture: CombinationRule,
     first: int,

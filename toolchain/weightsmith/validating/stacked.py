@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from weightsmith.forward.experts import Stack, Stored, stacks_of
+from weightsmith.forward.experts import ExpertStack, LazyTensor, stacks_of
 from weightsmith.forward.weights import BLOCK, Weights
-from weightsmith.validating.elements import Factors, Tally, compare_rows
+from weightsmith.validating.elements import Factors, TensorComparison, compare_rows
 from weightsmith.validating.sites import Site
 
 
 def compare_experts(
-    site: Site, base: Weights, merged: Weights, tallies: MutableMapping[str, Tally]
+    site: Site, base: Weights, merged: Weights, tallies: MutableMapping[str, TensorComparison]
 ) -> None:
     """Compare all parameters of a module with experts; a tally's row is the expert's number."""
     stacks = stacks_of(site.layer)
     for part, name in site.parameters.items():
         tensor = merged.tensor_of(name) or name
-        tally = tallies.setdefault(name, Tally(tensor=tensor))
+        tally = tallies.setdefault(name, TensorComparison(tensor=tensor))
         if part in stacks:
             _compare_stack(tally, name, stacks[part], base, merged)
         else:
@@ -30,7 +30,9 @@ def compare_experts(
             compare_rows(tally, 0, rows_of(values), rows_of(delta), rows_of(found))
 
 
-def _compare_stack(tally: Tally, name: str, stack: Stack, base: Weights, merged: Weights) -> None:
+def _compare_stack(
+    tally: TensorComparison, name: str, stack: ExpertStack, base: Weights, merged: Weights
+) -> None:
     mine, theirs = base.experts(name), merged.experts(name)
     whole = None if theirs else stored(merged, name)
     for number, reads in enumerate(mine):
@@ -43,7 +45,11 @@ def _compare_stack(tally: Tally, name: str, stack: Stack, base: Weights, merged:
 
 
 def _compare_expert(
-    tally: Tally, number: int, base: Sequence[Any], merged: Sequence[Any], factors: Factors
+    tally: TensorComparison,
+    number: int,
+    base: Sequence[Any],
+    merged: Sequence[Any],
+    factors: Factors,
 ) -> None:
     start, columns = 0, factors.right.shape[1]
     step = max(1, BLOCK // columns)
@@ -58,7 +64,7 @@ def _compare_expert(
         start += len(before)
 
 
-def _factors(stack: Stack, number: int) -> Factors:
+def _factors(stack: ExpertStack, number: int) -> Factors:
     """Return the sum of all adapters' deltas of one expert as one product."""
     _, rows, columns = stack.shape
     parts = stack.deltas(number)
@@ -71,17 +77,17 @@ def _factors(stack: Stack, number: int) -> Factors:
     )
 
 
-class Rounded(Stored):
+class RoundedStack(LazyTensor):
     """A stack, with adapters or without, whose experts are rounded to a type."""
 
-    def __init__(self, stack: Stack, kind: torch.dtype) -> None:
+    def __init__(self, stack: ExpertStack, kind: torch.dtype) -> None:
         """Round what is taken of `stack`; nothing is read before."""
         self._stack, self._kind, self.shape = stack, kind, stack.shape
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Return what the stack has at the index, rounded, in float32."""
         found: torch.Tensor = self._stack[index]
-        exact = found.whole() if isinstance(found, Stored) else found
+        exact = found.whole() if isinstance(found, LazyTensor) else found
         return exact.to(self._kind).float()
 
     def whole(self) -> torch.Tensor:
@@ -94,7 +100,9 @@ def rounded_experts(site: Site, merged: Weights) -> Iterator[None]:
     """Run a module with its experts rounded to the merged file's type while the block runs."""
     module, stacks = site.layer.get_base_layer(), stacks_of(site.layer)
     for part, stack in stacks.items():
-        object.__setattr__(module, part, Rounded(stack, dtype_of(merged, site.parameters[part])))
+        object.__setattr__(
+            module, part, RoundedStack(stack, dtype_of(merged, site.parameters[part]))
+        )
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from weightsmith.forward.weights import Weights
-from weightsmith.validating.elements import Factors, Tally, compare_bytes, compare_rows
+from weightsmith.validating.elements import Factors, TensorComparison, compare_bytes, compare_rows
 from weightsmith.validating.examine import Examiner
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.forwards import ReferenceModel
@@ -26,7 +26,7 @@ def judge_tensors(
     places = {name: site for site in reference.sites for name in site.parameters.values()}
     for name, value in reference.replaced.items():
         if weights.has(name) and name not in tallies:
-            tally = tallies[name] = Tally(tensor=weights.tensor_of(name) or name)
+            tally = tallies[name] = TensorComparison(tensor=weights.tensor_of(name) or name)
             there = weights.read(tally.tensor) if weights.tensor_of(name) else weights.whole(name)
             flat = value.reshape(len(value), -1).float()
             compare_rows(tally, 0, flat, torch.zeros_like(flat), there.reshape(len(there), -1))
@@ -50,7 +50,9 @@ def judge_tensors(
     )
 
 
-def _untouched(reference: ReferenceModel, weights: Weights, touched: set[str]) -> dict[str, Tally]:
+def _untouched(
+    reference: ReferenceModel, weights: Weights, touched: set[str]
+) -> dict[str, TensorComparison]:
     """Compare tensors that no adapter changes; a tied head counts as the embedding."""
     base = reference.base
     pairs: dict[tuple[str, str], None] = {}
@@ -60,7 +62,7 @@ def _untouched(reference: ReferenceModel, weights: Weights, touched: set[str]) -
         if name in touched or not weights.has(name):
             continue
         if not base.tensor_of(name) and changed.intersection(base.tensors_of(name)):
-            tally = found[name] = Tally(tensor=name)
+            tally = found[name] = TensorComparison(tensor=name)
             before, after = (rows_of(stored(one, name)) for one in (base, weights))
             compare_bytes(tally, 0, before, after)
         elif base.tensor_of(name) and weights.tensor_of(name):
@@ -72,7 +74,7 @@ def _untouched(reference: ReferenceModel, weights: Weights, touched: set[str]) -
     for mine, theirs in pairs:
         if theirs in done or base.infos[mine].shape != weights.infos[theirs].shape:
             continue
-        tally = found[theirs] = Tally(tensor=theirs)
+        tally = found[theirs] = TensorComparison(tensor=theirs)
         for first, rows in base.blocks(mine):
             there = (
                 weights.slice(theirs, first, first + len(rows))
@@ -107,7 +109,11 @@ _SIMILAR = 0.95
 
 
 def explain(
-    tally: Tally, parameter: str, site: Site | None, others: Sequence[Site], examiner: Examiner
+    tally: TensorComparison,
+    parameter: str,
+    site: Site | None,
+    others: Sequence[Site],
+    examiner: Examiner,
 ) -> Finding:
     """Return the finding for a tensor with wrong elements, with the most likely cause."""
     name = tally.tensor or parameter
@@ -135,7 +141,7 @@ def explain(
     )
 
 
-def _explain_scale(tally: Tally) -> str:
+def _explain_scale(tally: TensorComparison) -> str:
     """Explain a wrong tensor by how many times the delta was added."""
     if not tally.change:
         return "the adapter is missing: it equals the base"

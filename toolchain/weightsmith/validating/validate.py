@@ -31,10 +31,10 @@ from weightsmith.validating import greedy, probes
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
 from weightsmith.validating.forwards import (
     BaseAndAdapters,
+    ForwardResult,
     MergedModel,
     ProbeBatch,
     ReferenceModel,
-    Run,
     Unmerged,
     merged_forward,
     reference_forward,
@@ -49,7 +49,7 @@ _SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class ValidationRequest:
     """The folders to compare, and how."""
 
     base: Path
@@ -67,7 +67,7 @@ class Request:
     """Questions, and what the merged model answers to them, in tokens: drafts, if it is known."""
 
 
-def validate(request: Request, progress: Progress | None = None) -> Validation:
+def validate(request: ValidationRequest, progress: Progress | None = None) -> Validation:
     """Return what comparing files, tokenizer, elements and logits found.
 
     Weights are read a few rows at a time on both sides, so memory does not grow with the model.
@@ -81,7 +81,7 @@ def validate(request: Request, progress: Progress | None = None) -> Validation:
         torch.set_num_threads(threads)
 
 
-def _validate(request: Request, progress: Progress) -> Validation:
+def _validate(request: ValidationRequest, progress: Progress) -> Validation:
     began = time.monotonic()
     stay_offline()
     folders = [root for root, _ in request.adapters]
@@ -111,7 +111,7 @@ def _validate(request: Request, progress: Progress) -> Validation:
     )
 
 
-def _no_reference(request: Request) -> str:
+def _no_reference(request: ValidationRequest) -> str:
     """Return why base + adapters cannot be the reference of this merge, or ""."""
     if request.scope == "files":
         return "the base was quantized before the merge"
@@ -120,7 +120,7 @@ def _no_reference(request: Request) -> str:
     return ""
 
 
-def _tokenizers(request: Request, expected: Any) -> list[Finding]:
+def _tokenizers(request: ValidationRequest, expected: Any) -> list[Finding]:
     if expected is None:
         text = "neither base nor adapters have a tokenizer: the probes are random tokens"
         return [finding(NOTE, "tokenizer", text)]
@@ -150,7 +150,7 @@ class _Uncompared(Exception):
 
 
 def _compare(
-    request: Request, expected: Any, findings: list[Finding], progress: Progress
+    request: ValidationRequest, expected: Any, findings: list[Finding], progress: Progress
 ) -> tuple[Distance, Comparison] | None:
     """Run and compare both sides; None and a finding if one cannot run."""
     try:
@@ -182,7 +182,7 @@ def _compare(
 
 
 def _sides(
-    request: Request, expected: Any, findings: list[Finding]
+    request: ValidationRequest, expected: Any, findings: list[Finding]
 ) -> tuple[Sides, list[list[int]]]:
     """Return both sides, and the merged model's greedy tokens after each probe."""
     model = _model(request, findings)
@@ -203,7 +203,7 @@ def _sides(
     return sides, texts
 
 
-def _model(request: Request, findings: list[Finding]) -> Any:
+def _model(request: ValidationRequest, findings: list[Finding]) -> Any:
     """Return the merged model without weights."""
     if kind := _not_causal(request.base):
         text = f"{kind} cannot be run as a causal model: only files were checked"
@@ -221,7 +221,7 @@ def _model(request: Request, findings: list[Finding]) -> Any:
 
 def _forwards(
     sides: Sides, findings: list[Finding], progress: Progress
-) -> tuple[ReferenceModel, Run]:
+) -> tuple[ReferenceModel, ForwardResult]:
     try:
         return sides.forwards(progress, partial(_tell, findings))
     except IncompatibleAdapters as error:
@@ -241,7 +241,7 @@ def _tell(findings: list[Finding], error: ModelFails) -> None:
 
 
 def _texts(
-    request: Request, ids: list[list[int]], most: int, findings: list[Finding]
+    request: ValidationRequest, ids: list[list[int]], most: int, findings: list[Finding]
 ) -> list[list[int]]:
     """Return the merged model's greedy tokens after each probe; [] if it cannot generate."""
     ends = sorted(end_tokens(request.merged))
@@ -271,7 +271,7 @@ def _texts(
 class Sides:
     """Both sides of a comparison."""
 
-    request: Request
+    request: ValidationRequest
     model: Any
     weights: Weights
     """Of the merged checkpoint."""
@@ -289,7 +289,7 @@ class Sides:
         """Number of probes that run twice, to measure rounding: half of them, to save time."""
         return -(-len(self.batch.ids) // 2)
 
-    def forwards(self, progress: Progress, tell: Tell) -> tuple[ReferenceModel, Run]:
+    def forwards(self, progress: Progress, tell: Tell) -> tuple[ReferenceModel, ForwardResult]:
         """Run both in one walk; `tell` gets the reason if they had to be loaded."""
         request, batch, twins = self.request, self.batch, self.twins
         advance = partial(Count(2 * max(1, len(decoder_layers(self.model))), progress), 1)
@@ -309,7 +309,7 @@ class Sides:
                 mixture=request.mixture,
             )
 
-        def merged(model: Any, _: Meeting) -> Run:
+        def merged(model: Any, _: Meeting) -> ForwardResult:
             return merged_forward(model, batch, twins, advance)
 
         ask: dict[str, Any] = {"reference": reference, "merged": merged}

@@ -9,7 +9,7 @@ import torch
 
 from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, NOTE, WARNING, Finding, failed, finding
-from weightsmith.validating.forwards import ProbeBatch, ReferenceModel, Run
+from weightsmith.validating.forwards import ForwardResult, ProbeBatch, ReferenceModel
 from weightsmith.validating.greedy import Text
 from weightsmith.validating.greedy import judge as judge_texts
 from weightsmith.validating.result import Comparison, Distance, LayerDifference, LogitLimits
@@ -31,7 +31,7 @@ _SWALLOWED = 0.5
 
 def judge_models(
     reference: ReferenceModel,
-    run: Run,
+    run: ForwardResult,
     weights: Weights,
     batch: ProbeBatch,
     twins: int,
@@ -83,7 +83,7 @@ def judge_models(
     )
 
 
-def _layers(reference: ReferenceModel, run: Run) -> tuple[LayerDifference, ...]:
+def _layers(reference: ReferenceModel, run: ForwardResult) -> tuple[LayerDifference, ...]:
     """Return the distance of the hidden states after each layer from the reference's."""
     rows: list[LayerDifference] = []
     states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)

@@ -45,15 +45,15 @@ from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_
 from weightsmith.quantizers.gguf_lazy import computed, is_stored, place_of, rows_of
 from weightsmith.quantizers.gguf_pass import (
     GgufOutput,
-    Source,
-    Target,
+    GgufSource,
+    TypeChange,
     Wanted,
     finish,
     read_targets,
     write_files,
 )
 from weightsmith.quantizers.gguf_rows import Read, StoredRows
-from weightsmith.quantizers.gguf_settings import PassFile, PassSettings, Walk
+from weightsmith.quantizers.gguf_settings import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.calibrating import importance
@@ -165,7 +165,7 @@ def _quantize_planned(settings: PassSettings, plans: Sequence[_Plan]) -> None:
 class _Direct:
     """A file that the converter would write itself."""
 
-    targets: list[Target]
+    targets: list[TypeChange]
     start: bytes
     whole: Mapping[str, Callable[[], np.ndarray]]
 
@@ -176,7 +176,7 @@ class _Direct:
             start = file.read(read_header(path).size)
         return cls(
             targets=[
-                Target(name=name, kind="F32", target=info.dtype.name)
+                TypeChange(name=name, kind="F32", target=info.dtype.name)
                 for name, info in tensors.items()
             ],
             start=start,
@@ -187,7 +187,7 @@ class _Direct:
 def _quantize(
     settings: PassSettings,
     files: Sequence[Path],
-    sources: Sequence[Source],
+    sources: Sequence[GgufSource],
     direct: Mapping[str, _Direct] = MappingProxyType({}),
 ) -> None:
     """Write all files from the sources, which are parts of one; `direct` are some by format."""
@@ -210,7 +210,7 @@ def _quantize(
 
 def _wanted(
     settings: PassSettings, file: PassFile, first: Path, direct: Mapping[str, _Direct]
-) -> tuple[Wanted, list[Target], _Direct | None]:
+) -> tuple[Wanted, list[TypeChange], _Direct | None]:
     """Return what a file should be, the types of all tensors, and what is the converter's own."""
     wanted = Wanted(
         file_type=FILE_TYPES[file.format].number,
@@ -268,7 +268,7 @@ def _parts(settings: PassSettings) -> list[Path]:
     return parts or [middle]
 
 
-def _of_file(path: Path) -> Source:
+def _of_file(path: Path) -> GgufSource:
     header = read_header(path)
 
     def rows(entry: GgufTensorInfo, kind: str) -> Read:
@@ -280,7 +280,7 @@ def _of_file(path: Path) -> Source:
         size = quants.row_bytes(kind, entry.columns) * entry.rows
         return np.fromfile(path, np.uint8, size, offset=header.size + entry.offset)
 
-    return Source(header=header, rows=rows, stored=stored)
+    return GgufSource(header=header, rows=rows, stored=stored)
 
 
 def _write_headers(writer: GGUFWriter) -> list[Path]:
@@ -294,8 +294,8 @@ def _write_headers(writer: GGUFWriter) -> list[Path]:
     return [Path(name) for name in writer.format_shard_names(writer.path)]
 
 
-def _of_writer(path: Path, tensors: Mapping[str, TensorInfo]) -> Source:
-    return Source(
+def _of_writer(path: Path, tensors: Mapping[str, TensorInfo]) -> GgufSource:
+    return GgufSource(
         header=read_header(path),
         rows=lambda entry, kind: rows_of(_take(tensors[entry.name]), kind, entry.columns),
         stored=lambda entry, _kind: computed(_take(tensors[entry.name])),
@@ -319,7 +319,7 @@ if __name__ == "__main__":
 
 
 @contextmanager
-def walking(walk: Walk | None) -> Iterator[Callable[[], object]]:
+def walking(walk: ImportanceWalk | None) -> Iterator[Callable[[], object]]:
     """Measure importance while the block runs; yield a function that waits for the file.
 
     The file that an interrupted run has finished is taken.
@@ -333,7 +333,7 @@ def walking(walk: Walk | None) -> Iterator[Callable[[], object]]:
         yield copy.join
 
 
-def _measure(walk: Walk) -> None:
+def _measure(walk: ImportanceWalk) -> None:
     gc.freeze()
     gc.enable()
     if has_avx2():

@@ -23,7 +23,7 @@ from weightsmith.quantizers.running import PROGRESS, REFUSED
 from weightsmith.worker.wire import Report, note
 
 if TYPE_CHECKING:
-    from weightsmith.quantizers.quantizer import Step
+    from weightsmith.quantizers.quantizer import BuilderCommand
 
 _DONE = ".done"
 """One file for all steps: forgetting half of them would leave a step without its input."""
@@ -43,7 +43,7 @@ _LONGEST = 300
 
 
 def run_steps(
-    steps: tuple[Step, ...],
+    steps: tuple[BuilderCommand, ...],
     output: Path,
     report: Report,
     variables: Mapping[str, str] = MappingProxyType({}),
@@ -117,7 +117,7 @@ def _says(ended: process.Completed, any_of: tuple[str, ...]) -> bool:
     return any(words in line for line in ended.tail[-20:] for words in any_of)
 
 
-def _refuse(step: Step, ended: process.Completed) -> None:
+def _refuse(step: BuilderCommand, ended: process.Completed) -> None:
     """Raise the error of the last line, or InputRefused for what is said of the input."""
     last = next((line.strip() for line in reversed(ended.tail) if line.strip()), "")
     if last.startswith(REFUSED):
@@ -153,7 +153,7 @@ def _complaint(tail: Sequence[str]) -> str:
     return " ".join(line.strip() for line in message)[:_LONGEST]
 
 
-def _filled(step: Step, output: Path) -> tuple[str, ...]:
+def _filled(step: BuilderCommand, output: Path) -> tuple[str, ...]:
     """Return a command in which each `{name}` is replaced by a file's path."""
     found = {f"{{{name}}}": pattern for name, pattern in step.finds.items()}
     words = []

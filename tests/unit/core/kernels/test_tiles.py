@@ -11,7 +11,7 @@ from weightsmith.outside.toolset import tools_variable
 from weightsmith.quantizers import rounding
 from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.schemes import SCHEMES, Scheme
-from weightsmith.quantizers.tiled import Tiles
+from weightsmith.quantizers.tiled import QuantizedTiles
 
 pytestmark = [pytest.mark.builders, pytest.mark.usefixtures("compiled_kernels")]
 
@@ -135,7 +135,7 @@ def test_squares_are_those_of_numpy(
 
 def read(
     codes: np.ndarray, scales: np.ndarray, scheme: Scheme, shared: np.float32 | None = None
-) -> Tiles:
+) -> QuantizedTiles:
     wide = scales.astype(np.float32)
     if scheme.scales == "U8":
         wide = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
@@ -143,7 +143,7 @@ def read(
         wide /= shared
     columns = codes.shape[1] * (2 if scheme.packed else 1)
     tile = (scheme.tile[0], scheme.tile[1] or columns)
-    return Tiles(dtype=scheme.codes, codes=codes.view(np.uint8), scales=wide, tile=tile)
+    return QuantizedTiles(dtype=scheme.codes, codes=codes.view(np.uint8), scales=wide, tile=tile)
 
 
 @pytest.mark.parametrize("columns", [1, 6, 64, 1024, 2090])
@@ -153,7 +153,7 @@ def test_exact_sums_are_exact(columns: int, lanes: int) -> None:
     codes = random.integers(-9, 10, (5, columns)).astype(np.int8)
     rows = random.integers(-9, 10, (5, columns))
     scales = np.array([[1], [2], [-1], [0], [4]], np.float32)
-    made = Tiles(dtype="I8", codes=codes.view(np.uint8), scales=scales, tile=(1, columns))
+    made = QuantizedTiles(dtype="I8", codes=codes.view(np.uint8), scales=scales, tile=(1, columns))
     wrong = ((codes * scales.astype(int) - rows) ** 2).sum()
     for dtype in TYPES:
         assert made.squares(rows.astype(dtype)) == (wrong, (rows**2).sum())
@@ -166,11 +166,13 @@ def test_every_byte_is_read_as_its_type_defines(lanes: int) -> None:
     for dtype, kind in (("F8_E4M3", ml_dtypes.float8_e4m3fn), ("I8", np.int8)):
         values = every.view(kind).astype(np.float64)
         for byte in np.flatnonzero(np.isfinite(values)):
-            made = Tiles(dtype=dtype, codes=every[byte : byte + 1], scales=one[:1], tile=(1, 1))
+            made = QuantizedTiles(
+                dtype=dtype, codes=every[byte : byte + 1], scales=one[:1], tile=(1, 1)
+            )
             assert made.squares(zeros[:1, :1]) == (values[byte, 0] ** 2, 0)
     small = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     for byte in range(256):
-        made = Tiles(dtype="U8", codes=every[byte : byte + 1], scales=one[:1], tile=(1, 2))
+        made = QuantizedTiles(dtype="U8", codes=every[byte : byte + 1], scales=one[:1], tile=(1, 2))
         wrong, _ = made.squares(zeros[:1])
         assert wrong == small[byte & 15] ** 2 + small[byte >> 4] ** 2
 
@@ -181,7 +183,7 @@ def test_a_code_that_is_no_number_is_found(byte: int, at: int, lanes: int) -> No
     codes = np.zeros((3, 69), np.uint8)
     codes[2, at] = byte
     scales = np.ones((3, 1), np.float32)
-    made = Tiles(dtype="F8_E4M3", codes=codes, scales=scales, tile=(1, 69))
+    made = QuantizedTiles(dtype="F8_E4M3", codes=codes, scales=scales, tile=(1, 69))
     with pytest.raises(ValueError, match="NaN or infinite"):
         made.squares(np.zeros((3, 69), np.float32))
 
@@ -189,17 +191,17 @@ def test_a_code_that_is_no_number_is_found(byte: int, at: int, lanes: int) -> No
 def test_an_infinite_product_is_found(lanes: int) -> None:
     codes = np.full((1, 20), 0x40, np.uint8)
     scales = np.array([[np.inf]], np.float32)
-    made = Tiles(dtype="F8_E4M3", codes=codes, scales=scales, tile=(1, 20))
+    made = QuantizedTiles(dtype="F8_E4M3", codes=codes, scales=scales, tile=(1, 20))
     with pytest.raises(ValueError, match="NaN or infinite"):
         made.squares(np.ones((1, 20), np.float32))
 
 
 def test_shapes_that_do_not_fit_are_refused(lanes: int) -> None:
     codes, scales = np.zeros((4, 32), np.uint8), np.ones((4, 1), np.float32)
-    made = Tiles(dtype="I8", codes=codes, scales=scales, tile=(1, 32))
+    made = QuantizedTiles(dtype="I8", codes=codes, scales=scales, tile=(1, 32))
     with pytest.raises(ValueError, match="shape"):
         made.squares(np.ones((4, 31), np.float32))
-    made = Tiles(dtype="I8", codes=codes, scales=scales[:3], tile=(1, 32))
+    made = QuantizedTiles(dtype="I8", codes=codes, scales=scales[:3], tile=(1, 32))
     with pytest.raises(ValueError, match="scales of shape"):
         made.squares(np.ones((4, 32), np.float32))
 

@@ -2,7 +2,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from tests.unit.quality.conftest import TEXTS
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.quality.limits import limits_for, refusal
 from weightsmith.quantizers.quality.result import (
@@ -12,9 +11,10 @@ from weightsmith.quantizers.quality.result import (
     QualityVerdict,
     TensorError,
 )
-from weightsmith.recipe.schema import Quality as Wanted
-from weightsmith.recipe.schema import QualityLimits
+from weightsmith.recipe.schema import Quality, QualityLimits
 from weightsmith.stages.quality import larger_than
+
+from tests.unit.quantizers.quality.conftest import TEXTS
 
 GOOD = Loss(
     kl_mean=0.0,
@@ -35,7 +35,7 @@ def exceeded(loss, limits):
 
 def test_smaller_formats_may_lose_more_but_none_below_four_bits():
     allowed = [
-        limits_for(formats()[name], Wanted())["kl_mean"]
+        limits_for(formats()[name], Quality())["kl_mean"]
         for name in ("f16", "q8_0", "q5_k_m", "q4_k_m", "q2_k")
     ]
 
@@ -45,16 +45,16 @@ def test_smaller_formats_may_lose_more_but_none_below_four_bits():
 
 
 def test_fp8_lies_between_int8_and_four_bits():
-    found = [limits_for(formats()[name], Wanted()) for name in ("w8a8", "fp8", "gptq")]
+    found = [limits_for(formats()[name], Quality()) for name in ("w8a8", "fp8", "gptq")]
 
     for key in ("kl_mean", "kl_p99", "layer_error"):
         assert sorted(limits[key] for limits in found) == [limits[key] for limits in found]
-    assert limits_for(formats()["fp8-static"], Wanted()) == found[1]
+    assert limits_for(formats()["fp8-static"], Quality()) == found[1]
 
 
 def test_coarser_groups_may_err_more_at_a_layer():
     found = {
-        name: limits_for(formats()[name], Wanted())["layer_error"]
+        name: limits_for(formats()[name], Quality())["layer_error"]
         for name in ("q4_k_m", "awq-compressed", "awq", "awq-autoawq", "gptq")
     }
 
@@ -62,7 +62,7 @@ def test_coarser_groups_may_err_more_at_a_layer():
 
 
 def test_a_formats_own_limit_wins_over_that_of_all():
-    quality = Wanted(
+    quality = Quality(
         limits={"*": QualityLimits(kl_mean=0.5, top1=0.1), "q4_k_m": QualityLimits(kl_mean=0.25)}
     )
 
@@ -83,7 +83,7 @@ def test_a_formats_own_limit_wins_over_that_of_all():
     ],
 )
 def test_each_measure_can_stop_a_model(key, value):
-    limits = limits_for(formats()["q4_k_m"], Wanted())
+    limits = limits_for(formats()["q4_k_m"], Quality())
 
     assert exceeded(GOOD, limits) == ()
     (told,) = exceeded(replace(GOOD, **{key: value}), limits)
@@ -91,7 +91,7 @@ def test_each_measure_can_stop_a_model(key, value):
 
 
 def test_not_a_number_stops_a_model():
-    limits = limits_for(formats()["q4_k_m"], Wanted())
+    limits = limits_for(formats()["q4_k_m"], Quality())
 
     assert exceeded(replace(GOOD, kl_mean=float("nan")), limits)
 
@@ -140,16 +140,16 @@ def test_what_other_texts_might_not_show_is_no_finding():
 
 def test_a_ratio_of_perplexities_needs_a_reference_that_predicts_the_text():
     """A Gemma without its template: 14,800 against 13,500, with a divergence of 0.007 nats."""
-    unknown = limits_for(formats()["q8_0"], Wanted(), perplexity=13_500.0)
-    asked = Wanted(limits={"*": QualityLimits(perplexity_ratio=1.05)})
+    unknown = limits_for(formats()["q8_0"], Quality(), perplexity=13_500.0)
+    asked = Quality(limits={"*": QualityLimits(perplexity_ratio=1.05)})
 
     assert set(unknown) == {"kl_mean", "kl_p99", "layer_error"}
-    assert limits_for(formats()["q8_0"], Wanted(), perplexity=20.0)["perplexity_ratio"] == 1.05
+    assert limits_for(formats()["q8_0"], Quality(), perplexity=20.0)["perplexity_ratio"] == 1.05
     assert limits_for(formats()["q8_0"], asked, perplexity=13_500.0)["perplexity_ratio"] == 1.05
 
 
 def test_general_text_widens_the_defaults_and_not_what_the_recipe_says():
-    quality = Wanted(limits={"*": QualityLimits(kl_p99=0.5)})
+    quality = Quality(limits={"*": QualityLimits(kl_p99=0.5)})
     own = limits_for(formats()["q4_k_m"], quality)
 
     general = limits_for(formats()["q4_k_m"], quality, general=True)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.unit.quality.conftest import TEXTS
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +27,9 @@ from weightsmith.quantizers.quality.limits import limits_for
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.quantizers.quality.runs import run_both
-from weightsmith.recipe.schema import Quality as Wanted
+from weightsmith.recipe.schema import Quality
+
+from tests.unit.quantizers.quality.conftest import TEXTS
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()][:12]
@@ -72,7 +73,7 @@ def measured(view, tokens=300, rows=ROWS):
 
 
 def allowed(found, name="q4_k_m"):
-    limits = limits_for(formats()[name], Wanted())
+    limits = limits_for(formats()[name], Quality())
     return not QualityResult(loss=found).judged(limits, TEXTS).exceeded
 
 

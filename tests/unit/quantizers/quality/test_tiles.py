@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from weightsmith.quantizers.quality.dequantized import TILE, Squares, Tiles
+from weightsmith.quantizers.quality.dequantized import TILE, LazyMatrix, Squares
 
 ROWS = 3 * TILE + 7
 VALUES = torch.arange(ROWS * 2, dtype=torch.float32).reshape(ROWS, 2)
@@ -16,7 +16,7 @@ class Counting:
     def __init__(self, room: int = 1 << 20) -> None:
         self.read: list[int] = []
         self.compared: dict[int, Squares] = {}
-        self.tiles = Tiles(VALUES.shape, self.rows, self.compared, self.squares, _room=room)
+        self.tiles = LazyMatrix(VALUES.shape, self.rows, self.compared, self.squares, _room=room)
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         self.read.append(first)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.mixture import Mixture, Share
+from weightsmith.merging.mixture import AdapterShare, Mixture
 from weightsmith.merging.outputs import Band, Files, MergedTensor, Rows, Term, bands
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _ROWS = 1 << 20
 class Combined:
     """W plus the combination of the adapters' deltas, in float64, rounded once."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[AdapterShare, ...]
     combination: Combination
 
     @property
@@ -89,7 +89,7 @@ class Combined:
         return add
 
     @property
-    def _adapters(self) -> dict[int, Share]:
+    def _adapters(self) -> dict[int, AdapterShare]:
         """The adapters that change the tensor, in order -> one of their shares."""
         return {share.adapter: share for share in self.shares}
 
@@ -179,14 +179,14 @@ class Combined:
         return (a.T, b.T) if _is_transposed(band.terms[0]) else (b, a)
 
 
-def combined(name: str, shares: Sequence[Share], combination: Combination) -> Combined:
+def combined(name: str, shares: Sequence[AdapterShare], combination: Combination) -> Combined:
     """Return the change; raise InputRefused if the method is not defined for these shares."""
     if combination.space == "factors":
         _check_factors(name, shares, combination)
     return Combined(shares=tuple(shares), combination=combination)
 
 
-def _check_factors(name: str, shares: Sequence[Share], combination: Combination) -> None:
+def _check_factors(name: str, shares: Sequence[AdapterShare], combination: Combination) -> None:
     """Refuse what PEFT's `add_weighted_adapter` ignores or gets wrong."""
     hint = "omit --space: delta space supports every change"
     for share in shares:
@@ -207,7 +207,7 @@ def _check_factors(name: str, shares: Sequence[Share], combination: Combination)
         )
 
 
-def _alone(share: Share) -> Share:
+def _alone(share: AdapterShare) -> AdapterShare:
     """Return an adapter's share at weight 1."""
     terms = tuple(replace(term, factor=term.scaling) for term in share.claim.terms)
     return replace(share, claim=replace(share.claim, terms=terms), weight=1.0)

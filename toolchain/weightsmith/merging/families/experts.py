@@ -38,7 +38,7 @@ class FactorPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
+class StackedTensors:
     """One stacked parameter's tensors in the base."""
 
     parameter: str
@@ -86,7 +86,7 @@ def claims(view: AdapterView, module: str, pairs: Sequence[FactorPair]) -> Itera
             keys = ()
 
 
-def _stacks(view: AdapterView, module: str) -> list[Stack]:
+def _stacks(view: AdapterView, module: str) -> list[StackedTensors]:
     """Return the targeted parameters of a module in the order in which PEFT wraps them."""
     targets = view.config.raw.get("target_parameters") or ()
     names = {name.rpartition(".")[2] for name in targets}
@@ -95,21 +95,21 @@ def _stacks(view: AdapterView, module: str) -> list[Stack]:
     return [stack for name in order if (stack := _stack(view, module, name))]
 
 
-def _stack(view: AdapterView, module: str, parameter: str) -> Stack | None:
+def _stack(view: AdapterView, module: str, parameter: str) -> StackedTensors | None:
     if tensor := view.find(module, parameter):
-        return Stack(parameter, tensor, ())
+        return StackedTensors(parameter, tensor, ())
     for names in _PIECES.get(parameter, ((parameter,),)):
         pieces: list[tuple[str, ...]] = []
         while all(view.find(f"{module}.{len(pieces)}.{name}") for name in names):
             pieces.append(tuple(view.find(f"{module}.{len(pieces)}.{name}") for name in names))
         if pieces:
-            return Stack(parameter, "", tuple(pieces))
+            return StackedTensors(parameter, "", tuple(pieces))
     return None
 
 
 def _assigned(
     view: AdapterView, module: str, pairs: Sequence[FactorPair]
-) -> Iterator[tuple[FactorPair, Stack]]:
+) -> Iterator[tuple[FactorPair, StackedTensors]]:
     """Yield each pair with its parameter: the innermost wrapper has the first that fits."""
     stacks = _stacks(view, module)
     inner_first = sorted(pairs, key=lambda pair: -pair.raw.count("base_layer"))
@@ -132,14 +132,14 @@ def _assigned(
     yield from zip(inner_first, orders[0], strict=True)
 
 
-def _count(view: AdapterView, stack: Stack) -> int:
+def _count(view: AdapterView, stack: StackedTensors) -> int:
     if not stack.tensor:
         return len(stack.pieces)
     shape = view.shape(stack.tensor)
     return shape[0] if len(shape) == 3 else 1
 
 
-def _orientation(view: AdapterView, stack: Stack, pair: FactorPair) -> str:
+def _orientation(view: AdapterView, stack: StackedTensors, pair: FactorPair) -> str:
     """Return `straight` if the base stores (out, in), `transposed` for (in, out), else ""."""
     given = (pair.b.shape[0], pair.a.shape[1])
     if stack.tensor:
@@ -158,7 +158,7 @@ def _orientation(view: AdapterView, stack: Stack, pair: FactorPair) -> str:
 
 
 def _terms(
-    view: AdapterView, name: str, stack: Stack, pair: FactorPair
+    view: AdapterView, name: str, stack: StackedTensors, pair: FactorPair
 ) -> dict[str, tuple[Term, ...]]:
     """Return each base tensor's terms."""
     experts, orientation = _count(view, stack), _orientation(view, stack, pair)

@@ -9,7 +9,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.duplicates import same_bytes
 from weightsmith.merging.names import module_key, plain_module
-from weightsmith.merging.outputs import Stored
+from weightsmith.merging.outputs import StoredTensor
 from weightsmith.merging.tasks import TASKS
 from weightsmith.merging.tying import is_embedding, is_head
 
@@ -94,7 +94,7 @@ def _is_unchanged(view: AdapterView, key: str, module: str) -> bool:
     """Return whether it is the base's own weight, which PEFT saves with an embedding's factors."""
     target = view.find(module) if key.endswith(".base_layer.weight") else ""
     source = view.source(target) if target else None
-    if not isinstance(source, Stored):
+    if not isinstance(source, StoredTensor):
         return False
     return same_bytes(view.file, view.keys[key], source.info, source.path)
 
@@ -150,7 +150,7 @@ def _is_unused_table(view: AdapterView, module: str) -> bool:
 def _unused_table(view: AdapterView, key: str, module: str) -> Claim:
     """Return a claim without effect: encoder and decoder do not use PEFT's copy of the table."""
     source, info = view.sources[view.need(module)], view.keys[key]
-    if isinstance(source, Stored) and same_bytes(view.file, info, source.info, source.path):
+    if isinstance(source, StoredTensor) and same_bytes(view.file, info, source.info, source.path):
         return Claim(keys=(key,), module=module)
     raise InputRefused(
         f"{view.path} has {module} (modules_to_save), but encoder and decoder use it by other "

@@ -11,7 +11,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
 from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import is_conv1d, module_key
-from weightsmith.merging.outputs import Source, Stored
+from weightsmith.merging.outputs import StoredTensor, TensorSource
 from weightsmith.merging.tuned import BIASED, Tuned
 from weightsmith.merging.tying import is_embedding
 
@@ -139,9 +139,9 @@ def _raw(view: AdapterView, keys: tuple[str, ...]) -> str:
     return json.dumps(raw, sort_keys=True)
 
 
-def _base(view: AdapterView, module: str) -> tuple[tuple[str, Source], ...]:
+def _base(view: AdapterView, module: str) -> tuple[tuple[str, TensorSource], ...]:
     """Return a layer's parameters: the adapter's copies if it has any, else the base's."""
-    found: list[tuple[str, Source]] = []
+    found: list[tuple[str, TensorSource]] = []
     for name in ("weight", "bias"):
         if target := view.find(module, name):
             own = (f"{prefix}{module}.base_layer.{name}" for prefix in ("base_model.model.", ""))
@@ -176,7 +176,7 @@ def _is_embedding_layer(module: str, keys: tuple[str, ...]) -> bool:
 def _folder(view: AdapterView, module: str) -> Path | None:
     """Return the base's folder, whose configuration gives the order of layers."""
     source = view.source(view.need(module))
-    return source.path.parent if isinstance(source, Stored) else None
+    return source.path.parent if isinstance(source, StoredTensor) else None
 
 
 def _norms(view: AdapterView) -> Iterator[Claim]:

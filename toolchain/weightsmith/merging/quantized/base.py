@@ -10,10 +10,10 @@ from typing import Any
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.base import BaseTensors, stored_tensors
 from weightsmith.merging.names import is_conv1d
-from weightsmith.merging.outputs import Source, Stored
+from weightsmith.merging.outputs import StoredTensor, TensorSource
 from weightsmith.merging.quantized.choice import refuse, simulates
 from weightsmith.merging.quantized.layout import QuantizedLayout, quantization_of, read_layout
-from weightsmith.merging.quantized.sources import Decoded, Rounded
+from weightsmith.merging.quantized.sources import Decoded, RoundedToNf4
 from weightsmith.models.safetensors import CheckpointIndex, TensorInfo
 
 STALE = frozenset({"quant_config.json", "quantize_config.json", "quant_log.csv"})
@@ -64,7 +64,7 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> BaseView:
 
     layout = read_layout(config, index.tensors, read)
     owners = layout.owners()
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorSource] = {}
     files = []
     for shard in index.shards:
         names = []
@@ -74,10 +74,12 @@ def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> BaseView:
                 continue
             names.append(name)
             if weight := layout.packed.get(name):
-                parts = {p: Stored(path=paths[i.name], info=i) for p, i in weight.parts.items()}
+                parts = {
+                    p: StoredTensor(path=paths[i.name], info=i) for p, i in weight.parts.items()
+                }
                 sources[name] = Decoded(weight=weight, parts=parts)
             else:
-                sources[name] = Stored(path=shard.path, info=info)
+                sources[name] = StoredTensor(path=shard.path, info=info)
         files.append((shard.path.name, tuple(names)))
     keys = [key for key in ("quantization_config", "compression_config") if key in config]
     what = f"{len(layout.packed)} weights of a {layout.method} base"
@@ -111,7 +113,7 @@ def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> B
     bitsandbytes quantizes every linear layer but the head, not only the adapter's targets.
     """
     kind = str(config.get("model_type", ""))
-    rounded: dict[str, Source] = {}
+    rounded: dict[str, TensorSource] = {}
     for name, source in stored.sources.items():
         module = name.removesuffix(".weight")
         if any(part in name for part in _MIXTURES) or is_conv1d(kind, module):
@@ -121,8 +123,8 @@ def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> B
                 hint="merge with --quantized-base dequantize onto the quantized checkpoint used "
                 "in training, or onto the unchanged 16-bit base",
             )
-        if isinstance(source, Stored) and _is_linear(name, source):
-            rounded[name] = Rounded(source=source, double=choice.endswith("-double"))
+        if isinstance(source, StoredTensor) and _is_linear(name, source):
+            rounded[name] = RoundedToNf4(source=source, double=choice.endswith("-double"))
     if not rounded:
         raise InputRefused(
             "the base has no linear layers that 4-bit training is known to quantize",
@@ -137,7 +139,7 @@ def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> B
     )
 
 
-def _is_linear(name: str, source: Stored) -> bool:
+def _is_linear(name: str, source: StoredTensor) -> bool:
     return (
         _IN_LAYER.fullmatch(name) is not None
         and len(source.shape) == 2

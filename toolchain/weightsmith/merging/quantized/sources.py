@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsmith.merging.outputs import Files, Source, Stored
+from weightsmith.merging.outputs import Files, StoredTensor, TensorSource
 from weightsmith.merging.quantized.packed import Packed
 from weightsmith.models.safetensors import BITS
 
@@ -44,7 +44,7 @@ class Decoded(DecodedSource):
     """A weight stored as codes and scales."""
 
     weight: Packed
-    parts: Mapping[str, Stored]
+    parts: Mapping[str, StoredTensor]
 
     @property
     def dtype(self) -> str:
@@ -74,10 +74,10 @@ class Decoded(DecodedSource):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rounded(DecodedSource):
+class RoundedToNf4(DecodedSource):
     """A 16-bit weight rounded to NF4 and back."""
 
-    source: Stored
+    source: StoredTensor
     double: bool
 
     @property
@@ -102,6 +102,6 @@ class Rounded(DecodedSource):
         return round_trip(files.array(self.source.path, self.source.info), double=self.double)
 
 
-def held_bytes(source: Source) -> int:
+def held_bytes(source: TensorSource) -> int:
     """Return the memory that a source takes in addition to the blocks that it returns."""
     return source.held_bytes if isinstance(source, DecodedSource) else 0

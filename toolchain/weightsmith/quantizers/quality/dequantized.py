@@ -38,7 +38,7 @@ class Dequantized(Weights):
         """Map names as for the checkpoint in `root`."""
         super().__init__(root, model)
         self._view = view
-        self._last: tuple[str, Tiles] | None = None
+        self._last: tuple[str, LazyMatrix] | None = None
         self._squares: dict[str, dict[int, Squares]] = defaultdict(dict)
         self._faults: dict[str, list[TensorFault]] = defaultdict(list)
 
@@ -100,7 +100,7 @@ class Dequantized(Weights):
             self._squares[tensor] = dict(enumerate(found))
         return values
 
-    def _tiles(self, name: str) -> Tiles:
+    def _tiles(self, name: str) -> LazyMatrix:
         self._require(name)
         shape, right = torch.Size(self.infos[name].shape), super().mapped(name)
 
@@ -114,7 +114,7 @@ class Dequantized(Weights):
         def compare(first: int, tile: torch.Tensor) -> Squares:
             return self._compared(name, first, tile, right[first : first + len(tile)])
 
-        return Tiles(shape, read, self._squares[name], compare)
+        return LazyMatrix(shape, read, self._squares[name], compare)
 
     def _require(self, name: str) -> None:
         if name not in self._view.names:
@@ -203,7 +203,7 @@ class Squares:
 
 
 @dataclass(slots=True)
-class Tiles:
+class LazyMatrix:
     """Stands for a matrix where only rows of it are read; several threads may read it."""
 
     shape: torch.Size

@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Format
 from weightsmith.quantizers.quality.result import QualityResult
-from weightsmith.recipe.schema import Quality as Wanted
-from weightsmith.recipe.schema import QualityLimits
+from weightsmith.recipe.schema import Quality, QualityLimits
 
 
 def _limits(mean: float, p99: float, top1: float, ratio: float, layer: float) -> QualityLimits:
@@ -49,7 +48,7 @@ _GENERAL = 2.0
 
 
 def limits_for(
-    format_: Format, quality: Wanted, *, general: bool = False, perplexity: float = 1.0
+    format_: Format, quality: Quality, *, general: bool = False, perplexity: float = 1.0
 ) -> Mapping[str, float]:
     """Return a format's limits: the defaults for its size, overridden by the recipe.
 
