@@ -8,14 +8,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 Json: TypeAlias = Any
 """What was parsed; its reader checks it, or it is our own file."""
-JsonValue: TypeAlias = (
-    "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
-)
-"""What JSON can write; a reader narrows it before it uses it."""
+if TYPE_CHECKING:
+    JsonValue: TypeAlias = (
+        bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | None
+    )
+    """What JSON can write; its reader narrows it before use."""
+else:  # Records are read by their fields' types, and a recursive one has no end.
+    JsonValue = Any
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
