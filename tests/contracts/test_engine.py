@@ -14,10 +14,9 @@ import urllib.request
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, Silent, StartSpec
-from weightsmith.outside.docker import DockerEngine, DockerRunner, engine_host
+from weightsmith.outside.docker import ArchiveUpload, DockerEngine, DockerRunner, engine_host
 from weightsmith.outside.docker_images import base_reference
 from weightsmith.outside.docker_launcher import DockerLauncher
-from weightsmith.outside.docker_loading import ArchiveUpload
 from weightsmith.outside.docker_requests import LABEL_OWNER
 from weightsmith.outside.ownership import is_dead, owner_token
 
@@ -79,7 +78,7 @@ def test_an_archive_is_loaded_from_a_stream_and_its_name_removed(engine, server_
 @pytest.mark.parametrize("sent", ["half", "all"])
 def test_an_interrupted_load_is_over_when_it_ends(engine, server_image, monkeypatch, sent):
     """What the engine has whole it names, however late: then it is there to be removed."""
-    monkeypatch.setattr("weightsmith.outside.docker_loading.LAST_SECONDS", PATIENCE)
+    monkeypatch.setattr("weightsmith.outside.docker.LAST_SECONDS", PATIENCE)
     hear_interrupts()
     name = f"weightsmith-test-interrupted:{os.getpid()}"
     engine.client.images.get(server_image).tag(*name.split(":"))

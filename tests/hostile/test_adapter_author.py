@@ -36,8 +36,7 @@ from weightsmith.core.escape import as_json
 from weightsmith.core.lines import put_line
 from weightsmith.core.ports import Progress
 from weightsmith.evaluating.build_record import BuildRecord
-from weightsmith.evaluating.junit import junit
-from weightsmith.evaluating.pages import build_view, render_view
+from weightsmith.evaluating.pages import build_view, junit, render_view
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.merging.plan import make_plan
 from weightsmith.outside.forked import forked

@@ -186,7 +186,7 @@ def _steps(kind: type[Any]) -> Iterator[type[Any]]:
 
 
 OTHER_MEANINGS = {
-    ("building/layer_time.py", "merge"): "a builder",
+    ("building/explain.py", "merge"): "a builder",
     ("fleets/file.py", "validate"): "a section of the recipe",
     ("fleets/graph.py", "evaluate"): "a section of the recipe",
     ("fleets/node.py", "evaluate"): "a section of the recipe",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STRIKE = """
 import builtins, os, signal, sys, time
 true = builtins.__import__

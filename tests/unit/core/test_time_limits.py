@@ -19,7 +19,7 @@ from weightsmith.core.time_limits import (
     job_seconds,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HOURS = 3600
 
 

@@ -3,7 +3,7 @@
 from xml.etree import ElementTree as ET
 
 from weightsmith.evaluating.build_record import BuildRecord
-from weightsmith.evaluating.junit import junit
+from weightsmith.evaluating.pages import junit
 
 from tests.fakes.records import BUILD, failing
 

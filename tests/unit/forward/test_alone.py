@@ -9,8 +9,7 @@ import pytest
 import torch
 import transformers
 from weightsmith.forward import greedy as module
-from weightsmith.forward.greedy import Questions, batches_change, greedy
-from weightsmith.forward.prefix import empty_prefix
+from weightsmith.forward.greedy import Questions, batches_change, empty_prefix, greedy
 
 PROMPTS = [[1, 7, 9, 200, 31], [1, 50, 60], [1, *range(300, 312)], [1, 44], [1, *range(5, 24)]]
 MOST = 8

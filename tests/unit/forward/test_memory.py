@@ -7,9 +7,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from weightsmith.forward.greedy import Questions, _fits, batch_tokens, batches
+from weightsmith.forward.greedy import Prefix, Questions, _fits, batch_tokens, batches
 from weightsmith.forward.memory import WalkSize, batch_bytes, single_pass_bytes, walk_bytes
-from weightsmith.forward.prefix import Prefix
 from weightsmith.merging.reference import load_network
 from weightsmith.models.shape import ModelShape
 from weightsmith.quantizers import formats

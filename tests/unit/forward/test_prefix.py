@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.forward.greedy import Questions, greedy
+from weightsmith.forward.greedy import Prefix, Questions, empty_prefix, greedy, shared_prefix
 from weightsmith.forward.keys import Keys
 from weightsmith.forward.lockstep import Meeting
-from weightsmith.forward.prefix import Prefix, empty_prefix, shared_prefix
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 

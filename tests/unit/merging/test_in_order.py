@@ -6,8 +6,8 @@ import threading
 
 import numpy as np
 import pytest
-from weightsmith.merging import in_order
-from weightsmith.merging.in_order import InOrder
+from weightsmith.merging import virtual
+from weightsmith.merging.virtual import InOrder
 
 FIRST, SIZE = 100, 1000
 DATA = np.random.default_rng(0).integers(0, 256, SIZE, np.uint8)
@@ -50,7 +50,7 @@ def test_what_is_read_in_order_is_not_read_again():
 
 
 def test_nothing_waits_for_long(monkeypatch):
-    monkeypatch.setattr(in_order, "_EARLY", 100)
+    monkeypatch.setattr(virtual, "_EARLY", 100)
     taken, read = [], []
     order = passing(taken, read)
     see(order, [(900, 1000), (700, 800)])
@@ -62,7 +62,7 @@ def test_nothing_waits_for_long(monkeypatch):
 
 
 def test_readers_of_several_threads(monkeypatch):
-    monkeypatch.setattr(in_order, "_WAITING", 1)
+    monkeypatch.setattr(virtual, "_WAITING", 1)
     taken, read = [], []
     order = passing(taken, read)
     halves = [[(at, at + 10) for at in range(start, SIZE, 20)] for start in (0, 10)]

@@ -137,7 +137,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.virtual_weights import UnwrittenShard
+from weightsmith.merging.shards import UnwrittenShard
 base, adapter, out = map(Path, sys.argv[1:])
 finish, done = UnwrittenShard.finish, []
 def finish_two(shard):

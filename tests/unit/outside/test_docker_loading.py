@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.outside.docker_loading import load_in_order
+from weightsmith.outside.docker import load_in_order
 
 PATIENCE = 60
 

@@ -16,8 +16,8 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers import formats, gguf_calibration, of_format
 from weightsmith.quantizers.architectures import EXPERTS, MEASURED, SEEING
 from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.gguf import experts_missed, read_imatrix
 from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK, measured_by
-from weightsmith.quantizers.gguf_imatrix import experts_missed, read_imatrix
 from weightsmith.quantizers.gguf_importance import read_importance
 from weightsmith.quantizers.layerwise import importance as walking
 from weightsmith.quantizers.layerwise.importance import importance, write_importance

@@ -25,9 +25,9 @@ from weightsmith.quantizers.architectures import (
     SEEING,
 )
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.layerwise import quantizing, scaling
+from weightsmith.quantizers.layerwise import quantizing
 from weightsmith.quantizers.layerwise.observing import Observer
-from weightsmith.quantizers.layerwise.scaling import scale_layer
+from weightsmith.quantizers.layerwise.quantizing import scale_layer
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
@@ -130,7 +130,7 @@ def test_scaling_changes_no_output(
 ) -> None:
     draw = torch.Generator().manual_seed(2)
     monkeypatch.setattr(
-        scaling,
+        quantizing,
         "best_factors",
         lambda weights, *_: torch.rand(weights[0].shape[1], generator=draw) * 4 + 0.3,
     )

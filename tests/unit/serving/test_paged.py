@@ -2,7 +2,7 @@
 
 import pytest
 from weightsmith.serving.memory import GIB
-from weightsmith.serving.paged import paged_cache
+from weightsmith.serving.paged_capacity import paged_cache
 
 from tests.fakes.configs import GEMMA_4_HEADS, LLAMA_8B, gemma_4, shape_of
 

@@ -8,7 +8,7 @@ import pytest
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
 from weightsmith.serving.llamacpp_cache import attention_layers, kv_cache_bytes, kv_layer_bytes
-from weightsmith.serving.paged import paged_cache
+from weightsmith.serving.paged_capacity import paged_cache
 
 
 def config(name: str, layers: int, hidden: int, heads: int, kv: Any, **more: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.models.packing import Packing
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.machine import machine_for
-from weightsmith.serving.vllm_packing import check_packing
+from weightsmith.serving.vllm import check_packing
 
 from tests.fakes.configs import shape_of
 

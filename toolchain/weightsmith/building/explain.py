@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from weightsmith.building.advice import advice_for
 from weightsmith.building.checks import check_assembly, check_places
 from weightsmith.building.foreseeing import foresee, temporary_bytes
 from weightsmith.building.graph import peak_memory
-from weightsmith.building.layer_time import measured_layer_time
 from weightsmith.building.pipeline import AnyStep, BuildSteps, TargetSteps, steps_of
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.job_inputs import Input
+from weightsmith.core.jobs import LayerTimeJob
+from weightsmith.core.time_limits import job_seconds
+from weightsmith.core.values import Json, JsonValue, Sources
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.recipe_tasks import check_leaks
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
+from weightsmith.stages.merge import find
 from weightsmith.stages.resolve import NotHere
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.step import Foresight, PlanRow, State
@@ -172,3 +175,94 @@ def _earlier(steps: BuildSteps) -> Mapping[tuple[str, str], Mapping[str, Json]]:
             if step.name in inputs:
                 found[step.name, step.target] = inputs[step.name]
     return found
+
+
+def advice_for(request: BuildRequest, sources: Sources, tools: Tools) -> Mapping[str, Json]:
+    """Return whether to merge, from the recipe, the merge's measurement and earlier builds."""
+    recipe = request.file.recipe
+    found = find(sources, recipe.merge, tools.store, files=False)
+    return advise(
+        adapters=len(sources.adapters),
+        packed=any(target.format.packed for target in request.targets),
+        changes=_changes(request.dist / recipe.name),
+        conflicts=found.details.get("conflicts") or () if found and sources.adapters else (),
+    )
+
+
+def _changes(folder: Path) -> int:
+    """Return how many different sets of adapters were built in this folder within a week."""
+    since, seen = (datetime.now(UTC) - timedelta(days=7)).isoformat(), set()
+    for path in folder.glob("*/*/build.json"):
+        try:
+            record = read_build(path.parent)
+        except (OSError, ValueError):
+            continue
+        if record.created >= since:
+            seen.add(tuple(adapter.digest for adapter in record.adapters))
+    return len(seen)
+
+
+_OFTEN = 3
+"""Different adapters under one name within a week: it is still being trained."""
+_OPPOSED = -0.05
+"""Cosine of two adapters' changes below which each undoes a part of the other."""
+
+
+def advise(
+    *, adapters: int, packed: bool, changes: int, conflicts: Sequence[Mapping[str, Json]]
+) -> Mapping[str, JsonValue]:
+    """Return `merge` (true, false, or null without adapters) and `why`, sentences for people.
+
+    `adapters` of the recipe; `packed`: a target is quantized; `changes`: different adapters built
+    under the recipe's name within a week; `conflicts`: the merge's own measurement, a mapping with
+    `adapters` and `cosine` for each two, empty before it is done.
+    """
+    if not adapters:
+        return {"merge": None, "why": ["there is no adapter: the base is served as it is"]}
+    merged: list[str] = []
+    apart = [
+        f"{' and '.join(map(str, pair['adapters']))} work against each other (cosine"
+        f" {float(pair['cosine']):.2f}): merging weakens both"
+        for pair in conflicts
+        if float(pair["cosine"]) < _OPPOSED
+    ]
+    if changes >= _OFTEN:
+        apart.append(
+            f"the adapters changed {changes} times within a week: unmerged, an update moves"
+            " megabytes; merged, it moves all weights"
+        )
+    if packed:
+        merged.append("a target is quantized: quantizers take one plain checkpoint")
+    if adapters == 1:
+        merged.append("one adapter: once merged, it costs nothing per request")
+    elif not conflicts:
+        merged.append(
+            f"{adapters} adapters for one model: if each has clients of its own, serve them"
+            " unmerged with one base (vllm-lora) instead"
+        )
+    else:
+        merged.append("the adapters do not work against each other, as measured")
+    keep = bool(apart) and not packed
+    return {"merge": not keep, "why": [*apart, *merged] if keep else [*merged, *apart]}
+
+
+_COUNTS = (8, 256)
+"""Tokens in one pass: a step of a few answers, and texts that are read."""
+_BUILDER = "merge"
+
+
+def measured_layer_time(sources: Sources, tools: Tools) -> LayerTime:
+    """Run the job that measures a layer of the base's shapes on this machine."""
+    base = sources.base.tree
+    tools.runner.prepare(_BUILDER, tools.progress)
+    with tools.scratch() as folder:
+        job = LayerTimeJob(
+            builder=_BUILDER,
+            model=Input.tree(base),
+            counts=_COUNTS,
+            output=folder,
+            memory_bytes=(4 << 30) + base.weight_bytes // 4,
+            seconds=job_seconds(base.weight_bytes),
+            use_gpu=True,
+        )
+        return LayerTime.from_json(tools.runner.run(job, tools.progress))

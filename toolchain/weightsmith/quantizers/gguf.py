@@ -4,30 +4,264 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from weightsmith.core.cpus import idle
-from weightsmith.core.errors import InputRefused
+from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Format, Json
-from weightsmith.quantizers.gguf_calibration import config_of, window_of
+from weightsmith.models.facts import ModelFacts
+from weightsmith.quantizers.checkpoints import check_unpacked
+from weightsmith.quantizers.gguf_calibration import check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_check import check_files
-from weightsmith.quantizers.gguf_imatrix import check_imatrix, experts_missed
-from weightsmith.quantizers.gguf_options import (
-    calibrated,
-    check_input,
-    check_options,
-    options,
-    options_of_model,
-    together,
-    walked,
+from weightsmith.quantizers.gguf_projector import (
+    ALLOW_TEXT_ONLY,
+    PROJECTOR_TYPE,
+    TEXT_ONLY,
+    check_projector,
+    places_of,
 )
-from weightsmith.quantizers.gguf_projector import ALLOW_TEXT_ONLY, check_projector, places_of
 from weightsmith.quantizers.gguf_settings import ImportanceWalk, PassFile, PassSettings
-from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS
+from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
 from weightsmith.quantizers.gguf_view import open_view
+from weightsmith.quantizers.known import converted_as, gguf_architectures, has_projector
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
+_READS_HIDDEN = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_up", "ffn_gate"})
+_MAGIC = b"GGUF"
+_LONGEST_NAME = 4096
+_HINT = "create it with `imatrix: auto`, or with llama-imatrix from this model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImatrixEntry:
+    """One tensor's entry: number of inputs, and how often each of its matrices was used."""
+
+    name: str
+    columns: int
+    counts: tuple[float, ...]
+
+
+def check_imatrix(path: Path, model: ModelFacts) -> None:
+    """Raise InputRefused unless a file is an importance matrix that matches a config.json.
+
+    Layer count and widths are compared; models of the same shape cannot be distinguished.
+    """
+    entries = read_imatrix(path)
+    blocks = {int(m[1]) + 1 for e in entries if (m := _BLOCK.fullmatch(e.name))}
+    if not blocks:
+        raise _wrong_model(path, "it has no entries for decoder layers")
+    if model.layers not in (0, max(blocks)):
+        raise _wrong_model(path, f"it has {max(blocks)} layers, but the model has {model.layers}")
+    for entry in entries:
+        part = _BLOCK.fullmatch(entry.name)
+        if part and part[2] in _READS_HIDDEN and model.hidden not in (0, entry.columns):
+            raise _wrong_model(
+                path, f"{entry.name} has {entry.columns} columns, not {model.hidden}"
+            )
+
+
+def experts_missed(path: Path) -> list[str]:
+    """Return a warning if calibration did not reach some experts."""
+    missed = {
+        f"layer {part[1]}" if (part := _BLOCK.fullmatch(entry.name)) else entry.name: sum(
+            count == 0 for count in entry.counts
+        )
+        for entry in read_imatrix(path)
+        if len(entry.counts) > 1 and 0 in entry.counts
+    }
+    if not missed:
+        return []
+    where = ", ".join(f"{name}: {count}" for name, count in list(missed.items())[:8])
+    more = ", …" if len(missed) > 8 else ""
+    text = (
+        f"calibration did not reach {sum(missed.values())} experts ({where}{more}): their "
+        "weights are quantized without importance; add more varied calibration text"
+    )
+    return [text]
+
+
+def read_imatrix(path: Path) -> list[ImatrixEntry]:
+    """Return the entries of a GGUF or `.dat` importance matrix; raises InputRefused."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) == _MAGIC:
+                return _of_gguf(path)
+            stream.seek(0)
+            return list(_of_dat(stream, path.stat().st_size))
+    except OSError as error:
+        raise InputRefused(
+            f"cannot read {path}: {error.strerror}", hint="give an importance matrix file"
+        ) from None
+    except (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError) as error:
+        raise InputRefused(f"{path} is not an importance matrix: {error}", hint=_HINT) from None
+
+
+def _of_gguf(path: Path) -> list[ImatrixEntry]:
+    # Imported here to keep listing the formats fast.
+    from weightsmith.models.gguf_reader import GGUFReader
+
+    reader = GGUFReader(path)
+    kind = reader.fields.get("general.type")
+    if kind is None or kind.contents() != "imatrix":
+        raise ValueError("its general.type is not imatrix")
+    tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
+    return [
+        ImatrixEntry(
+            name=name.removesuffix(".in_sum2"),
+            columns=int(tensor.shape[0]),
+            counts=tuple(float(c) for c in tensors[_counts(name)].data.ravel()),
+        )
+        for name, tensor in tensors.items()
+        if name.endswith(".in_sum2")
+    ]
+
+
+def _counts(name: str) -> str:
+    return name.removesuffix(".in_sum2") + ".counts"
+
+
+def _of_dat(stream: IO[bytes], size: int) -> Iterator[ImatrixEntry]:
+    """Read llama.cpp's `--output-format dat`, which has no counts per expert."""
+    (number,) = struct.unpack("<i", stream.read(4))
+    if number < 1:
+        raise ValueError(f"it has {number} entries")
+    for _ in range(number):
+        (length,) = struct.unpack("<i", stream.read(4))
+        if not 0 < length <= _LONGEST_NAME:
+            raise ValueError(f"invalid name length {length}")
+        name = stream.read(length).decode("utf-8")
+        calls, columns = struct.unpack("<ii", stream.read(8))
+        if not 0 < 4 * columns <= size - stream.tell():
+            raise ValueError(f"{name} has an invalid size")
+        stream.seek(4 * columns, 1)
+        yield ImatrixEntry(name=name, columns=columns, counts=(float(calls),))
+
+
+def _wrong_model(path: Path, why: str) -> InputRefused:
+    return InputRefused(f"{path} does not match the model: {why}", hint=_HINT)
+
+
+def check_input(model: ModelFacts) -> None:
+    """Refuse models that the converter does not support, by config.json."""
+    if not model.architecture:
+        raise InputRefused(
+            "config.json has no architectures",
+            hint="add the model class's name, such as LlamaForCausalLM",
+        )
+    if model.encoder_decoder:
+        raise InputRefused(
+            f"{model.architecture} is an encoder-decoder; only decoder-only models are supported",
+            hint="choose a decoder-only model",
+        )
+    check_unpacked(model)
+    if (name := converted_as(model)) not in gguf_architectures():
+        raise InputRefused(
+            f"the pinned llama.cpp does not support {name}",
+            hint="use an engine that loads safetensors, or a newer llama.cpp (see "
+            "images/engines/llamacpp/README.md)",
+        )
+
+
+def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+    """Return the recipe's options that affect a format's output; raises UsageError."""
+    name = format_.name
+    if FILE_TYPES[name].is_low and not requested.get("allow_low_bits"):
+        raise UsageError(
+            f"{name} has about {format_.bits_per_weight:g} bits per weight, too few to preserve"
+            " fine-tuning",
+            hint="use q4_k_m; or set quantize.allow_low_bits (--allow-low-bits) and check the "
+            "quality gate and the task score",
+        )
+    found: dict[str, Json] = {"imatrix": _imatrix_mode(name, str(requested.get("imatrix") or ""))}
+    if requested.get("split_max_size"):
+        found["split_max_size"] = str(requested["split_max_size"])
+    if requested.get("allow_text_only"):
+        found["allow_text_only"] = True
+    if types := dict(requested.get("tensor_types") or {}):
+        found["tensor_types"] = _tensor_types(name, types)
+    return found
+
+
+def options_of_model(model: ModelFacts) -> Mapping[str, Json]:
+    """Return the type of the projector that a model which sees gets beside its file."""
+    return {"projector": PROJECTOR_TYPE} if has_projector(model) else {}
+
+
+def _imatrix_mode(name: str, requested: str) -> str:
+    """Return `off`, `auto`, `walk`, or the user's file."""
+    row = FILE_TYPES[name]
+    if not row.takes_imatrix:
+        return "off"
+    if row.needs_imatrix and requested == "off":
+        raise UsageError(
+            f"{name} needs an importance matrix",
+            hint="remove imatrix, or set it to auto, walk or to a file",
+        )
+    return requested or ("auto" if row.named_bits < 5 else "off")
+
+
+def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
+    if FILE_TYPES[name].direct:
+        raise UsageError(
+            f"tensor_types is not supported by {name}: the converter uses one type for all tensors",
+            hint="remove tensor_types, or use a quantized format",
+        )
+    known = sorted(row.name for row in TENSOR_TYPES.values() if row.selectable)
+    for pattern, kind in types.items():
+        if str(kind).lower() not in known or re.search(r"[=\s,]", str(pattern)):
+            raise UsageError(
+                f"tensor_types: invalid pattern or type in {pattern}={kind}",
+                hint=f"types: {', '.join(known)}",
+            )
+    return {str(pattern): str(kind).lower() for pattern, kind in sorted(types.items())}
+
+
+def calibrated(_format: Format, chosen: Mapping[str, Json]) -> bool:
+    """Return whether an importance matrix is computed from calibration text."""
+    return chosen.get("imatrix") == "auto" or walked(chosen)
+
+
+def walked(chosen: Mapping[str, Json]) -> bool:
+    """Return whether our own walk over the layers measures importance."""
+    return chosen.get("imatrix") == "walk"
+
+
+def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
+    """Refuse a walk over an architecture that it does not support, and to lose a vision tower."""
+    if model.sees_images and not has_projector(model) and not chosen.get("allow_text_only"):
+        raise InputRefused(
+            f"{model.architecture} reads pictures, and its GGUF file would read text only: "
+            + (
+                "the pinned llama.cpp has no projector for it"
+                if model.describes_images
+                else "the model has no preprocessor_config.json, which a projector needs"
+            ),
+            hint=TEXT_ONLY,
+        )
+    if walked(chosen):
+        check_walk(model)
+
+
+def together(
+    _format: Format, chosen: Mapping[str, Json], _other: Format, others: Mapping[str, Json]
+) -> bool:
+    """Return whether one pass over the weights can make another file beside the first.
+
+    Parts depend on the type, and there is one importance matrix.
+    """
+    return (
+        not ("split_max_size" in chosen or "split_max_size" in others)
+        and chosen.get("about") == others.get("about")
+        and others.get("imatrix") in ("off", chosen.get("imatrix"))
+    )
+
 
 # Metadata that the converter would guess from folder names and `_name_or_path`; null omits it, so
 # that the bytes do not depend on the path (gguf-py/gguf/metadata.py).

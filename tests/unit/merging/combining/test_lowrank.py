@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from weightsmith.core.errors import CheckFailed
-from weightsmith.merging.combining.conflicts import Conflicts
 from weightsmith.merging.combining.lowrank import (
     LowRankDelta,
     concatenate,
@@ -13,6 +12,7 @@ from weightsmith.merging.combining.lowrank import (
     truncate,
     truncate_whole,
 )
+from weightsmith.merging.combining.measure import Conflicts
 
 
 def pairs(ranks: tuple[int, ...], shape: tuple[int, int] = (40, 30)) -> list[LowRankDelta]:

@@ -31,7 +31,7 @@ from weightsmith.recipe.schema import Quality
 
 from tests.unit.quantizers.quality.conftest import TEXTS
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny"
+TINY = Path(__file__).parents[4] / "examples" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()][:12]
 
 

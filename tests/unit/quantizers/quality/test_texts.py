@@ -13,7 +13,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.quantizers.quality.texts import as_lines
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+TINY = Path(__file__).parents[4] / "examples" / "tiny" / "base"
 CHATS = [
     {"messages": [{"role": "user", "content": "What is blue?"}]},
     {

@@ -1,5 +1,5 @@
 import pytest
-from weightsmith.serving.advice import advise
+from weightsmith.building.explain import advise
 
 AGAINST = [{"adapters": ["a", "b"], "cosine": -0.31}]
 WITH = [{"adapters": ["a", "b"], "cosine": 0.02}]
