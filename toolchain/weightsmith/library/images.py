@@ -290,8 +290,9 @@ def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
     """Return what a build would do, as `plan --json` prints it."""
     _check_lock(asked)
     file = recipe_of(asked)
+    wiring.keep_places_clean(asked, *sources_of(file))
     targets = chosen_targets(file, asked.targets)
-    with wiring.open_for(asked, Silent(), *sources_of(file), uploads=False) as tools:
+    with wiring.open_tools(asked.run, Silent(), uploads=False) as tools:
         return forecast(
             file,
             targets,
@@ -387,8 +388,9 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
         again = _recipe_again(asked, progress)
         asked = replace(asked, recipe=again, base="", locked=not asked.base)
     file = recipe_of(asked)
+    wiring.keep_places_clean(asked, *sources_of(file))
     targets = chosen_targets(file, asked.targets, to_build=True)
-    with wiring.open_for(asked, progress, *sources_of(file)) as tools:
+    with wiring.open_tools(asked.run, progress) as tools:
         request = BuildRequest(
             file=file,
             targets=targets,
