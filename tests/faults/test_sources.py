@@ -91,7 +91,7 @@ def test_a_file_that_is_not_as_it_should_be(
         ("base.source=./no-such-base", 3, ["no-such-base", "does not exist"]),
         ("adapters=[{source: ./adapters/zz}]", 3, ["adapters/zz", "does not exist"]),
         ("base.source=ftp://host/model", 2, ["ftp://host/model", "hf://"]),
-        ("base.source=./recipe.yaml", 3, ["is a file, not a folder"]),
+        ("base.source=./tiny/recipe.yaml", 3, ["is a file, not a folder"]),
         ("base.revision=abc", 3, ["revision", "leave"]),
         ("evaluate.data=./nothing.jsonl", 2, ["nothing.jsonl"]),
     ],
@@ -176,4 +176,6 @@ def test_a_recipe_may_reach_a_source_beside_it(workshop: Workshop, digest: str) 
     """`..` in the recipe is the user's own word; inside a model it is refused."""
     (workshop.tiny / "base").rename(workshop.folder / "base")
 
-    assert workshop.build("--set", "base.source=../base").digest == digest
+    workshop.edit({"base": {"source": "../base"}})
+
+    assert workshop.build().digest == digest

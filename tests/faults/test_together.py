@@ -38,7 +38,7 @@ def test_the_same_recipe_and_results_folder_at_once(workshop: Workshop, digest: 
 
 def test_two_recipes_at_once(workshop: Workshop, digest: str) -> None:
     workshop.forget("smoke", "trial")
-    other = ("--set", "name=other", "--set", "adapters=[{source: ./adapters/a, weight: 0.9}]")
+    other = ("--set", "name=other", "--set", "adapters=[{source: ./tiny/adapters/a, weight: 0.9}]")
     ours = workshop.start_build()
     theirs = workshop.start_build(*other)
 
