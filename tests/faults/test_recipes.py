@@ -12,7 +12,6 @@ from tests.faults.workshop import Workshop
 pytestmark = pytest.mark.builders
 
 
-@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -36,7 +35,6 @@ def test_a_faulty_recipe(workshop: Workshop, old: str, new: str, said: list[str]
     workshop.check_unharmed()
 
 
-@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -83,7 +81,6 @@ def test_a_context_that_cannot_fit(workshop: Workshop) -> None:
     workshop.check_unharmed()
 
 
-@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -36,6 +36,7 @@ def test_the_same_recipe_and_results_folder_at_once(workshop: Workshop, digest: 
     workshop.check_intact(digest)
 
 
+@pytest.mark.full
 def test_two_recipes_at_once(workshop: Workshop, digest: str) -> None:
     workshop.forget("smoke", "trial")
     other = ("--set", "name=other", "--set", "adapters=[{source: ./tiny/adapters/a, weight: 0.9}]")
