@@ -32,13 +32,31 @@ class Running:
 
 @pytest.fixture(
     scope="module",
-    params=[(WORDED, False), ("", False), (BEGUN, True), ("", True)],
-    ids=["template", "plain", "template and begin token", "plain and begin token"],
+    params=[
+        (WORDED, False, False),
+        ("", False, False),
+        (BEGUN, True, False),
+        ("", True, False),
+        (WORDED, True, False),
+        (WORDED, False, True),
+        ("", False, True),
+    ],
+    ids=[
+        "template",
+        "plain",
+        "template and begin token",
+        "plain and begin token",
+        "begin token that the template leaves out",
+        "template, saved by transformers",
+        "plain, saved by transformers",
+    ],
 )
 def running(request: Any, tmp_path_factory: Any) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("alike")
-    template, begins = request.param
+    template, begins, saved = request.param
     root = model(folder / "model", template, begins=begins)
+    if saved:  # without `add_bos_token`, as beside an adapter
+        speaker(Subject(model=root)).save_pretrained(root)
     made = weightsmith(
         "quantize", "--model", root, "--format", "f16", "--out", folder / "gguf",
         "--runner", "local",

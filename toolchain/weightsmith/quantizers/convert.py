@@ -18,11 +18,13 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_memory
-from weightsmith.forward.libraries import import_lightly
+from weightsmith.forward.libraries import import_lightly, load_tokenizer
+from weightsmith.models.templates import render_chat
 from weightsmith.models.tokenizer_files import VOCABULARY_FILES
 from weightsmith.models.virtual_weights import computed
 from weightsmith.quantizers.gguf_header import read_header
@@ -93,7 +95,9 @@ def run(
     import_lightly("torch", "transformers.activations")
     _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
     _compute_data(importlib.import_module("gguf.utility").LocalTensor)
-    writer_class: Any = importlib.import_module("gguf").GGUFWriter
+    gguf: Any = importlib.import_module("gguf")
+    writer_class: Any = gguf.GGUFWriter
+    _add_tokens(gguf.SpecialVocab, model)
     with with_pieces(model) as folder:
         if projectors:
             words, text_only = runs[0][0], allow_text_only
@@ -181,6 +185,38 @@ def _compute_data(tensor_class: Any) -> None:
         return found.read(place.offset, place.size) if found else stored(tensor)
 
     tensor_class.__init__, tensor_class.mmap_bytes = initialize, data
+
+
+def _add_tokens(vocabulary_class: Any, model: Path) -> None:
+    """Let the converter say which tokens begin and end a text as this model's users are served.
+
+    It takes them from files that transformers may save without them. llama.cpp then goes by the
+    kind of vocabulary, and its server got one token more than the reference.
+    """
+    add = vocabulary_class.add_to_gguf
+
+    def add_to_gguf(vocabulary: Any, writer: Any, quiet: bool = False) -> None:
+        with suppress(InputRefused):  # the converter reads more tokenizers than transformers
+            vocabulary.add_special_token |= added_tokens(load_tokenizer(model))
+        add(vocabulary, writer, quiet)
+
+    vocabulary_class.add_to_gguf = add_to_gguf
+
+
+def added_tokens(tokenizer: Any) -> dict[str, bool]:
+    """Return whether a server must add the begin token (`bos`) and the end token (`eos`).
+
+    A plain text gets those that the tokenizer adds. llama.cpp adds the same ones to chats, which
+    have no more of them than their template writes. Raises InputRefused if the template fails.
+    """
+    ids = tokenizer("a")["input_ids"]
+    found = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    added = {name: bool(ids) and ids[end] == found[name] for name, end in (("bos", 0), ("eos", -1))}
+    if tokenizer.chat_template:
+        chat = render_chat(tokenizer, ({"role": "user", "content": "a"},), answer=True)
+        added["bos"] &= chat.startswith(tokenizer.bos_token or "")
+        added["eos"] = False
+    return {name: value for name, value in added.items() if found[name] is not None}
 
 
 def _split_by_tokenizer(model_class: Any) -> None:
