@@ -56,7 +56,7 @@ def running(request: Any, tmp_path_factory: Any) -> Iterator[Running]:
     template, begins, saved = request.param
     root = model(folder / "model", template, begins=begins)
     if saved:  # without `add_bos_token`, as beside an adapter
-        speaker(Subject(model=root)).save_pretrained(root)
+        speaker(UnmergedModel(model=root)).save_pretrained(root)
     made = weightsmith(
         "quantize", "--model", root, "--format", "f16", "--out", folder / "gguf",
         "--runner", "local",

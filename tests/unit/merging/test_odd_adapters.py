@@ -367,3 +367,19 @@ def test_vocabularies_that_grew_apart_are_refused(bases: MakeBase, tmp_path: Pat
         )
 
     assert "merge it alone and at weight 1" in refused.value.hint
+
+
+def test_half_of_a_grown_vocabulary_is_refused_for_what_it_is(
+    bases: MakeBase, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    base = bases("llama", **TIED)
+    saved = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    adapter = train(base, "llama", tmp_path / "a", saved, resize=101)
+
+    with pytest.raises(InputRefused, match=r"it has weight 0\.5") as refused:
+        merge(MergeRequest(base=base, adapters=((adapter, 0.5),), out=tmp_path / "out"))
+
+    assert "other adapters" not in str(refused.value)
+    assert "at weight 1" in refused.value.hint

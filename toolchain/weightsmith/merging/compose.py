@@ -181,14 +181,27 @@ def compose_output(
     if len(resized) == len(claims) and _only_grown(source, resized):
         return replace(plain, source=resized[0], shape=resized[0].shape, kind="replaced")
     if any(stored.shape != source.shape for stored in resized):
-        raise InputRefused(
-            f"an adapter resizes {name} from {list(source.shape)} to {list(resized[0].shape)}, "
-            "which cannot be combined with other adapters",
-            hint="merge it alone and at weight 1; then merge the others onto the result",
-        )
+        raise _resizes(name, source, resized[0].shape, shares)
     if combination.sums:
         return replace(plain, change=Mixture(shares=tuple(shares)), kind="merged")
     return replace(plain, change=combined(name, shares, combination), kind="merged")
+
+
+def _resizes(
+    name: str, source: TensorSource, shape: Sequence[int], shares: Sequence[AdapterShare]
+) -> InputRefused:
+    """Return why changed rows of another number cannot be weighted or combined."""
+    what = f"an adapter resizes {name} from {list(source.shape)} to {list(shape)}"
+    if len({share.adapter for share in shares}) == 1:
+        return InputRefused(
+            f"{what}, and it has weight {shares[0].weight:g}: the base has no rows to weigh the "
+            "new ones against",
+            hint="merge it at weight 1, as it was trained",
+        )
+    return InputRefused(
+        f"{what}, which cannot be combined with other adapters",
+        hint="merge it alone and at weight 1; then merge the others onto the result",
+    )
 
 
 def _is_copied(source: TensorSource, shares: Sequence[AdapterShare]) -> bool:
