@@ -145,6 +145,36 @@ def test_the_control_plane_never_imports_torch() -> None:
     assert run(sys.executable, "-c", code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
+def test_what_builders_import_by_name_is_there() -> None:
+    """Types do not show it: control planes have no torch, so workers import when they run."""
+    import ast
+    import importlib
+
+    used = set()
+    for path in (ROOT / "toolchain" / "weightsmith").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        for scope in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            modules = {
+                ast.unparse(node.target): node.value.args[0].value
+                for node in ast.walk(scope)
+                if isinstance(node, ast.AnnAssign)
+                and isinstance(node.value, ast.Call)
+                and ast.unparse(node.value.func) == "importlib.import_module"
+                and isinstance(node.value.args[0], ast.Constant)
+            }
+            used |= {
+                (modules[ast.unparse(node.value)], node.attr)
+                for node in ast.walk(scope)
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) in modules
+            }
+
+    ours = sorted((name, attr) for name, attr in used if name.startswith("weightsmith."))
+    assert len(ours) > 15
+    missing = [one for one in ours if not hasattr(importlib.import_module(one[0]), one[1])]
+    assert missing == []
+
+
 def test_tasks_file_is_three_lines() -> None:
     assert len((ROOT / "tasks.py").read_text().splitlines()) == 3
 

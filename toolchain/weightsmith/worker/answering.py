@@ -66,7 +66,7 @@ def _walked(
         return scores
     module: Any = importlib.import_module("weightsmith.merging.reference")
     asked = {
-        one.key: module.Asked(
+        one.key: module.GenerationRequest(
             subject=subject(one),
             items=[question.messages for question in task.questions],
             max_tokens=task.max_tokens,
@@ -85,7 +85,7 @@ def _models(walk: AskedWalk) -> list[tuple[AskedModel, AskedTask]]:
 
 def _subject(job: ReferenceJob, one: AskedModel) -> Any:
     reference: Any = importlib.import_module("weightsmith.merging.reference")
-    return reference.Subject(
+    return reference.UnmergedModel(
         model=job.models[one.model].path,
         adapters=tuple(
             (job.adapters[number].path, weight)

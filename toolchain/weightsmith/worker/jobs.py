@@ -251,7 +251,7 @@ def _validate(
     job: ValidateJob, report: Report, drafts: Sequence[Any] = ()
 ) -> Mapping[str, JsonValue]:
     module: Any = importlib.import_module("weightsmith.validating.validate")
-    request = module.Request(
+    request = module.ValidationRequest(
         base=job.base.path,
         adapters=job.weighted,
         merged=job.merged.path,
