@@ -355,6 +355,23 @@ READS_OUR_OWN = {
 inside llama.cpp's converter, which parses the same files."""
 
 
+def test_a_program_begins_once_all_of_it_is_read() -> None:
+    """What stands below `main()` does not exist yet when it runs."""
+    import ast
+
+    package = ROOT / "toolchain" / "weightsmith"
+    early = []
+    for path in package.rglob("*.py"):
+        *before, _ = ast.parse(path.read_text("utf-8")).body or [ast.Pass()]
+        early += [
+            str(path)
+            for node in before
+            if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        ]
+
+    assert early == []
+
+
 def test_no_two_classes_have_the_same_name() -> None:
     import ast
     from collections import defaultdict

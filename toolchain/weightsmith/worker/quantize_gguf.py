@@ -313,11 +313,6 @@ def _take(info: TensorInfo) -> Any:
     return tensor
 
 
-if __name__ == "__main__":
-    main()
-    end()
-
-
 @contextmanager
 def walking(walk: ImportanceWalk | None) -> Iterator[Callable[[], object]]:
     """Measure importance while the block runs; yield a function that waits for the file.
@@ -346,3 +341,8 @@ def _measure(walk: ImportanceWalk) -> None:
 def _tell(done: int, total: int, unit: str) -> None:
     # In one call: the program that starts meanwhile writes to the same place.
     os.write(1, f"{progress_line(done, total, unit)}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
+    end()
