@@ -131,7 +131,7 @@ def test_a_walk_serves_all_types_and_nothing_else_is_measured(memory: Memory) ->
     assert pass_.virtual is not None
     assert pass_.texts
     assert (pass_.statistics, pass_.options["imatrix"]) == (None, "walk")
-    assert {pass_.format, *(one.format for one in pass_.beside)} == {"q4_k_m", "iq4_xs"}
+    assert {pass_.format, *(one.format for one in pass_.siblings)} == {"q4_k_m", "iq4_xs"}
 
     memory.build("quantize.imatrix=walk", targets=["llamacpp-iq4_nl"])
     assert memory.jobs() == ["quantize", "quality"]

@@ -89,17 +89,17 @@ def test_bits_are_those_of_all_batches_at_once(tmp_path, monkeypatch, cpus):
     model = make(tmp_path / "model", "LlamaForCausalLM")
     lines = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()]
     monkeypatch.setattr(walking, "CPUS", cpus)
-    beside = importance(model, lines, 1 << 20)
-    assert walking._beside(model, beside.window)
-    assert beside.chunks * beside.window > 3 * walking._ROWS
+    concurrent = importance(model, lines, 1 << 20)
+    assert walking._batch_per_thread(model, concurrent.window)
+    assert concurrent.chunks * concurrent.window > 3 * walking._ROWS
 
     monkeypatch.setattr(walking, "_SMALL", 0)
 
     at_once = importance(model, lines, 1 << 20)
-    assert beside.sums.keys() == at_once.sums.keys()
+    assert concurrent.sums.keys() == at_once.sums.keys()
     for name, sums in at_once.sums.items():
-        assert np.array_equal(beside.sums[name].squares, sums.squares), name
-        assert np.array_equal(beside.sums[name].counts, sums.counts)
+        assert np.array_equal(concurrent.sums[name].squares, sums.squares), name
+        assert np.array_equal(concurrent.sums[name].counts, sums.counts)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from transformers import (
 )
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import Beside
+from weightsmith.core.jobs import SiblingFormat
 from weightsmith.outside.local import LocalRunner
 from weightsmith.outside.toolset import tools_variable, toolset_folder
 from weightsmith.quantizers import formats
@@ -118,12 +118,12 @@ def beside(
     options = {"imatrix": "off", **options}
     wanted = QuantizeOptions(name="demo", format=formats()[first], options=options)
     job = job_of(Input(path=model), 1 << 20, wanted, out)
-    others = tuple(Beside(format=name, options=options) for name in names)
-    found = LocalRunner(cache_folder()).run(replace(job, beside=others), RecordingProgress())
+    others = tuple(SiblingFormat(format=name, options=options) for name in names)
+    found = LocalRunner(cache_folder()).run(replace(job, siblings=others), RecordingProgress())
     if told is not None:
         told += found["warnings"]
     for one in others:
-        assert found["beside"][one.format]["file_type"] == one.format
+        assert found["siblings"][one.format]["file_type"] == one.format
     folders = {first: out, **{one.format: out / one.folder for one in others}}
     return {name: sorted(path.glob("*.gguf")) for name, path in folders.items()}
 

@@ -16,13 +16,13 @@ from typing import Any
 from weightsmith.core.jobs import (
     AskedModel,
     AskedTask,
-    Beside,
     CacheScalesJob,
     ConvertAdaptersJob,
     DequantizedJob,
     ExportEngineJob,
     QuantizeJob,
     ReferenceJob,
+    SiblingFormat,
 )
 from weightsmith.core.values import Digest, Json, canonical
 from weightsmith.models.gguf_names import projector_name
@@ -147,14 +147,16 @@ class Bench:
         if job.options.get("projector"):
             (job.output / projector_name(name)).write_bytes(digest_of(model) * 64)
         facts = {"file": name, "bits_per_weight": 4.9, "warnings": [], **self.quantized}
-        beside = {one.format: self._beside(job, one, report) for one in job.beside}
-        return {**facts, "beside": beside} if beside else facts
+        siblings = {one.format: self._sibling(job, one, report) for one in job.siblings}
+        return {**facts, "siblings": siblings} if siblings else facts
 
-    def _beside(self, job: QuantizeJob, other: Beside, report: Report) -> Mapping[str, Json]:
+    def _sibling(
+        self, job: QuantizeJob, other: SiblingFormat, report: Report
+    ) -> Mapping[str, Json]:
         """Quantize as a job of its own would; it has no texts if it needs none."""
         folder = job.output / other.folder
         folder.mkdir()
-        alone = replace(job, format=other.format, options=other.options, output=folder, beside=())
+        alone = replace(job, format=other.format, options=other.options, output=folder, siblings=())
         if other.options.get("imatrix", "off") == "off":
             alone = replace(alone, texts=(), statistics=None)
         found = self._quantize(alone, report)

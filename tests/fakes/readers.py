@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from weightsmith.building.wiring import cache_folder
-from weightsmith.core.files import folder_beside
+from weightsmith.core.files import sibling_folder
 
 
 def reader(package: str, *needs: str) -> Path:
@@ -15,7 +15,7 @@ def reader(package: str, *needs: str) -> Path:
     folder = cache_folder() / "readers" / package
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder_beside(folder) as partial:
+        with sibling_folder(folder) as partial:
             subprocess.run([sys.executable, "-m", "venv", partial], check=True)
             pip = [partial / "bin" / "python", "-m", "pip", "install", "--quiet"]
             subprocess.run([*pip, "--no-deps", package], check=True)

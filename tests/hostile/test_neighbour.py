@@ -17,7 +17,7 @@ import pytest
 from weightsmith.building.wiring import make_store, require_folders
 from weightsmith.core import files
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.files import alone, folder_beside, replace_file, sweep, write_whole
+from weightsmith.core.files import alone, replace_file, sibling_folder, sweep, write_whole
 from weightsmith.core.ports import Silent
 from weightsmith.core.privacy import AnothersFolder, is_shared, private, require_own
 from weightsmith.core.values import Digest, key_of
@@ -211,7 +211,7 @@ def test_a_link_with_the_name_of_something_unfinished_is_not_followed(tmp_path: 
     os.mkfifo(swept / f"{LEFT[:-1]}1")
     sweep(swept)
     assert (kept / "file").exists()
-    with folder_beside(swept / "out") as made:
+    with sibling_folder(swept / "out") as made:
         assert made.stat().st_mode & 0o777 == 0o700
 
 

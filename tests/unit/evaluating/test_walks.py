@@ -23,7 +23,7 @@ from weightsmith.evaluating.walks import (
     walk_of,
     walks,
 )
-from weightsmith.forward.memory import VIEWS, beside, walk_bytes
+from weightsmith.forward.memory import VIEWS, joint_walk, walk_bytes
 from weightsmith.models.shape import ModelShape
 
 GIB = 1 << 30
@@ -131,7 +131,7 @@ def test_the_plan_covers_whichever_tasks_are_missing() -> None:
         for count in range(1, len(units) + 1):
             for some in itertools.combinations(units, count):
                 held = [
-                    walk_bytes(shape, reduce(beside, map(walk_of, group)), budget)
+                    walk_bytes(shape, reduce(joint_walk, map(walk_of, group)), budget)
                     for group in walks(list(once(some)), shape, budget)
                 ]
                 assert max(held) <= planned

@@ -8,9 +8,9 @@ TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
 
 SCRIPT = """
 import sys
-from weightsmith.forward.libraries import import_for_good, load_torch_beside_transformers
+from weightsmith.forward.libraries import import_for_good, load_torch_and_transformers
 if "beside" in sys.argv:
-    load_torch_beside_transformers()
+    load_torch_and_transformers()
     assert "torch" not in sys.modules
 import_for_good("peft")
 left_out = {"torch._dynamo", "torch.distributed.tensor"} & sys.modules.keys()

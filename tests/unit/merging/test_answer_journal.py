@@ -127,21 +127,21 @@ def test_a_journal_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b'["base", [[0, 3, [14')
 
-    begun = AnswerJournal(path).begun("base", prompts)
+    partial_answers = AnswerJournal(path).partial_answers("base", prompts)
 
-    assert begun == {0: [11, 12, 13], 1: [21, 22]}
+    assert partial_answers == {0: [11, 12, 13], 1: [21, 22]}
 
     AnswerJournal(path).keep("base", prompts)([(0, 3, [14])])
 
-    assert AnswerJournal(path).begun("base", prompts)[0] == [11, 12, 13, 14]
+    assert AnswerJournal(path).partial_answers("base", prompts)[0] == [11, 12, 13, 14]
 
 
 def test_a_journal_of_other_questions_or_another_subject_is_not_used(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     AnswerJournal(path).keep("base", [[5, 6]])([(0, 0, [11])])
 
-    assert AnswerJournal(path).begun("base", [[5, 7]]) == {}
-    assert AnswerJournal(path).begun("adapter", [[5, 6]]) == {}
+    assert AnswerJournal(path).partial_answers("base", [[5, 7]]) == {}
+    assert AnswerJournal(path).partial_answers("adapter", [[5, 6]]) == {}
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.job_inputs import Input
-from weightsmith.core.jobs import Beside, QuantizeJob
+from weightsmith.core.jobs import QuantizeJob, SiblingFormat
 from weightsmith.core.resources import compiled_engines
 from weightsmith.core.values import Checkpoint, Digest, FileEntry, Tree
 from weightsmith.quantizers import formats, of_format
@@ -39,10 +39,10 @@ def quantizer_job(job, _report):
         (job.output / "imatrix.gguf").write_text("measured")
     (job.output / "demo.gguf").write_text(job.format)
     facts = {"given": given.path.read_text() if given else ""}
-    for one in job.beside:
+    for one in job.siblings:
         (job.output / one.folder).mkdir()
         (job.output / one.folder / "demo.gguf").write_text(one.format)
-    return {**facts, "beside": {one.format: facts for one in job.beside}}
+    return {**facts, "siblings": {one.format: facts for one in job.siblings}}
 
 
 @pytest.fixture
@@ -120,12 +120,12 @@ def test_one_pass_begins_with_the_same_format_whichever_is_asked_for_first(check
         tools.store.entries.clear()
         tools.runner.jobs.clear()
 
-        made = quantize(checkpoint, order[0], InStore(tools.store), tools, beside=order)
+        made = quantize(checkpoint, order[0], InStore(tools.store), tools, siblings=order)
         rest = [quantize(checkpoint, one, InStore(tools.store), tools) for one in order[1:]]
 
         (job,) = tools.runner.jobs
         assert job.format == "q4_k_m"  # which needs the importance matrix
-        assert [one.format for one in job.beside] == ["q5_k_m", "q6_k"]
+        assert [one.format for one in job.siblings] == ["q5_k_m", "q6_k"]
         assert (made.cached, [one.cached for one in rest]) == (False, [True, True])
         assert made.value.format == order[0].format
 
@@ -140,7 +140,7 @@ def test_formats_of_one_pass_share_the_file_that_importance_is_measured_on(
     asked: list[int] = []
     monkeypatch.setattr(tools.store, "require_room", lambda size, _what: asked.append(size))
 
-    quantize(model, wanted("q4_k_m"), InStore(tools.store), tools, beside=[wanted("iq4_xs")])
+    quantize(model, wanted("q4_k_m"), InStore(tools.store), tools, siblings=[wanted("iq4_xs")])
 
     assert 1 << 40 < asked[0] < 2 << 40
 
@@ -247,7 +247,7 @@ def test_a_refused_file_is_made_from_the_start_the_next_time(request_, monkeypat
     assert Path(request_.output).is_dir()
 
 
-def job_of(request_, *beside):
+def job_of(request_, *siblings):
     return QuantizeJob(
         builder="gguf",
         model=Input(path=request_.model),
@@ -257,7 +257,7 @@ def job_of(request_, *beside):
         options={},
         output=request_.output,
         seconds=0,
-        beside=tuple(Beside(format=name, options={}) for name in beside),
+        siblings=tuple(SiblingFormat(format=name, options={}) for name in siblings),
     )
 
 
@@ -270,7 +270,7 @@ def test_a_run_with_other_formats_beside_takes_nothing_from_a_killed_one(
     def steps(request):
         """Make all files in one step, whose words do not name them."""
         files = request.output / ".files"
-        names = [str(one.output / "demo.gguf") for one in (request, *request.beside)]
+        names = [str(one.output / "demo.gguf") for one in (request, *request.siblings)]
         code = "[open(name, 'w').close() for name in open('.files').read().split()]"
         return (python(code, writes={files: " ".join(names)}, removes=(files,)),)
 

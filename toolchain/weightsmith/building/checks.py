@@ -183,19 +183,26 @@ def check_layer_sizes(request: BuildRequest, steps: BuildSteps, seen: Foresight)
     The image's actual sizes are checked again before it is pushed.
     """
     recipe, tree = request.file.recipe, seen[steps.sources].base.tree
-    own = layer_limit(recipe.image.max_layer_size)
+    own_limit = layer_limit(recipe.image.max_layer_size)
     limits = limits_of(repository_of(recipe).registry)
-    theirs = limits.largest_layer if limits and request.outputs.push else 0
+    registry_limit = limits.largest_layer if limits and request.outputs.push else 0
     for one in steps.targets:
         target, weights = one.of.target, seen[one.weights]
         if target.format.suffix == ".gguf":
-            beside = projector_bytes(weights.model)
-            size = max(weights.weight_bytes - beside, beside)
-            most, key = min(filter(None, (own, theirs)), default=0), "quantize.split_max_size"
+            projector = projector_bytes(weights.model)
+            size = max(weights.weight_bytes - projector, projector)
+            most, key = (
+                min(filter(None, (own_limit, registry_limit)), default=0),
+                "quantize.split_max_size",
+            )
             fits = bool(recipe.quantize.split_max_size)
         else:
             size = max((file.size for file in tree.files), default=0)
-            most, key, fits = theirs, "image.max_layer_size", own != 0 or target.format.packed
+            most, key, fits = (
+                registry_limit,
+                "image.max_layer_size",
+                own_limit != 0 or target.format.packed,
+            )
         if most and size > most and not fits:
             raise UsageError(
                 f"{target.name}: a file of about {human(size)} would be one layer, and the limit "

@@ -47,7 +47,7 @@ class BuildRun:
 
     def perform(self, step: Step[T, Any]) -> T:
         """Run a step; raises what it raises."""
-        if step.beside and self._shares and not self._prefetch.begun:
+        if step.allows_prefetch and self._shares and not self._prefetch.started:
             self._prefetch.start(_ahead(self._steps), self.have, self._tools, self._shares)
         if self._prefetch.has(step):
             outcome = self._prefetch.take(step)
@@ -115,13 +115,13 @@ def peak_memory(steps: BuildSteps, seen: Foresight) -> int:
         (row.peak_memory_bytes for step in todo for row in seen.rows(step) if not row.cached),
         default=0,
     )
-    both = todo.intersection(_beside(steps)) and todo.intersection(_ahead(steps))
+    both = todo.intersection(_allowing_prefetch(steps)) and todo.intersection(_ahead(steps))
     return max(largest, sum(_sides(steps, seen))) if both and shares(steps, seen) else largest
 
 
 def _sides(steps: BuildSteps, seen: Foresight) -> tuple[int, int]:
     """Return the peaks of both sides in bytes; the first is 0 if nothing comes before."""
-    now, ahead = _peak(seen, _beside(steps)), _ahead(steps)
+    now, ahead = _peak(seen, _allowing_prefetch(steps)), _ahead(steps)
     # The weights of other targets may be made in the same pass.
     alike = {(step.name, step.builders()) for step in ahead}
     others = (step for one in steps.targets for step in one.steps)
@@ -130,13 +130,13 @@ def _sides(steps: BuildSteps, seen: Foresight) -> tuple[int, int]:
     )
 
 
-def _beside(steps: BuildSteps) -> tuple[AnyStep, ...]:
-    return tuple(step for step in steps.shared if step.beside)
+def _allowing_prefetch(steps: BuildSteps) -> tuple[AnyStep, ...]:
+    return tuple(step for step in steps.shared if step.allows_prefetch)
 
 
 def _ahead(steps: BuildSteps) -> tuple[AnyStep, ...]:
     """Return the first target's steps that may run ahead, before those that run beside them."""
-    ready = {step for step in steps.shared if not step.beside}
+    ready = {step for step in steps.shared if not step.allows_prefetch}
     found: list[AnyStep] = []
     for step in steps.targets[0].steps:
         if step.prefetched and ready.issuperset(step.needs):

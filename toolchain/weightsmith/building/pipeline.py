@@ -193,9 +193,9 @@ def _weights(
         )
         return (made,), made
     if "gguf" not in of.target.engine.accepts:
-        beside = UnmergedStep(of=of, sources=sources)
-        return (beside,), beside
+        unmerged = UnmergedStep(of=of, sources=sources)
+        return (unmerged,), unmerged
     base = BaseStep(of=of, sources=sources)
     as_gguf = QuantizeStep(of=of, sources=sources, checkpoint=base, format=formats()["f16"])
-    beside = UnmergedStep(of=of, sources=sources, base=as_gguf)
-    return (base, as_gguf, beside), beside
+    unmerged = UnmergedStep(of=of, sources=sources, base=as_gguf)
+    return (base, as_gguf, unmerged), unmerged

@@ -92,7 +92,7 @@ class Prefetch:
         return step in self._steps
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether any steps were begun."""
         return bool(self._steps)
 

@@ -22,8 +22,8 @@ from weightsmith.evaluating.build_record import StageRecord, read_build
 from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
 from weightsmith.oci.image import Image
-from weightsmith.oci.index import own_of
-from weightsmith.provenance.materials import whole_image
+from weightsmith.oci.index import host_image
+from weightsmith.provenance.materials import index_of_materials
 from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures
 from weightsmith.steps.delivery import discard_candidate, network_in_jobs
@@ -90,7 +90,7 @@ class Record:
     def image(self) -> Image | None:
         """The image for this machine; None if there is none yet."""
         made = self.run.have.get(self.target.image) if self.target else None
-        return own_of(whole_image(made)) if made else None
+        return host_image(index_of_materials(made)) if made else None
 
     @property
     def published(self) -> Published | None:

@@ -44,7 +44,7 @@ class SharedCache:
         """Whether it is not used any more."""
         self.closed = False
         """Whether nothing is written to it any more; it may still be read."""
-        self.taken = 0
+        self.bytes_read = 0
         """Bytes read from it."""
 
     @property
@@ -74,7 +74,7 @@ class SharedCache:
             raise lost(self.where, "the cache cannot be used any more")
         try:
             for chunk in self.cache.read(blob):
-                self.taken += len(chunk)
+                self.bytes_read += len(chunk)
                 yield chunk
         except (InputRefused, FileNotFoundError, Altered) as error:
             raise lost(self.where, _why(error)) from error
@@ -104,7 +104,7 @@ class SharedCache:
         state = hashlib.sha256()
         try:
             for chunk in self.cache.read(blob):
-                self.taken += len(chunk)
+                self.bytes_read += len(chunk)
                 state.update(chunk)
             if state.hexdigest() == blob.digest.hex:
                 return False

@@ -163,8 +163,8 @@ class RemoteFiles:
         number, at = self._places[name]
         layer, blob = self._layers[number]
         with self._kept_honest(blob):
-            begun, files = self._pass_to(number, at)
-            for _ in range(begun, at):
+            position, files = self._pass_to(number, at)
+            for _ in range(position, at):
                 next(files)
             member, chunks = next(files)
             yield from self._verified(member, chunks)
@@ -177,9 +177,9 @@ class RemoteFiles:
     ) -> tuple[int, Iterator[tuple[Member, Iterator[bytes]]]]:
         """Return a reading of a layer that is not beyond a file, and where it is; nobody else's."""
         with self._passing:
-            begun, files = self._passes.pop(number, (at + 1, iter(())))
-        if begun <= at:
-            return begun, files
+            position, files = self._passes.pop(number, (at + 1, iter(())))
+        if position <= at:
+            return position, files
         layer, blob = self._layers[number]
         return 0, files_in(layer, self._shared.read(blob), self._shared.where)
 

@@ -83,7 +83,7 @@ class SharedStore:
     def moved(self) -> int:
         """Return how many bytes have come from the caches and gone to them so far."""
         sent = self._uploads.sent if self._uploads else 0
-        return sent + sum(shared.taken for shared in self._caches)
+        return sent + sum(shared.bytes_read for shared in self._caches)
 
     def digest_file(self, path: Path, *, read: bool = True) -> FileEntry:
         """Return size and digest of a file; see Store."""

@@ -197,7 +197,7 @@ def _inputs(
         labels=_labels(request, model, target, config),
         order=request.image.order,
         largest_layer=layer_limit(most),
-        beside=folder,
+        licensed=folder,
         parameters={"target": target.name, "kind": request.kind, "order": request.image.order},
         network_in_jobs=tools.runner.networked,
     )

@@ -80,7 +80,7 @@ def pull_results(store: SharedStore, local: Store, shared: SharedCache) -> Mappi
         "pulled": pulled,
         "held": held,
         "refused": refused,
-        "bytes": shared.taken,
+        "bytes": shared.bytes_read,
     }
 
 

@@ -99,11 +99,13 @@ def preview_copy(source: str, to: str, registry: Registry, *, force: bool) -> Ma
         subjects = [Digest.of(index), *(blob.digest for blob in below)]
     if not force:
         registry.check_tag(place, subjects[0])
-    beside = isinstance(origin, RegistryLocation) and origin.reference.registry == place.registry
+    same_registry = (
+        isinstance(origin, RegistryLocation) and origin.reference.registry == place.registry
+    )
     rows: list[dict[str, Json]] = []
     for blob in dict.fromkeys(blobs):
         how = "there" if registry.has(place, blob) else "send"
-        if how == "send" and beside and blob in files:  # a configuration is sent
+        if how == "send" and same_registry and blob in files:  # a configuration is sent
             how = "mount"
         file = files.get(blob, "configuration")
         rows.append({"digest": blob.digest, "size": blob.size, "file": file, "how": how})

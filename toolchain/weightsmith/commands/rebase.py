@@ -16,7 +16,7 @@ from weightsmith.evaluating.served import ask, find_served
 from weightsmith.oci import manifests
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Image
-from weightsmith.oci.index import own_of, whole_of
+from weightsmith.oci.index import host_image, index_of
 from weightsmith.oci.locations import ImageLocation, open_location
 from weightsmith.oci.references import Reference
 from weightsmith.provenance import evidence as gathered
@@ -74,9 +74,9 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> Mapping[str, Json]:
                 hint="its index is wrong: name the image by its digest",
             )
     moved = [_moved(old, request, origin, tools) for old in olds]
-    whole = whole_of([image for image, _ in moved])
+    whole = index_of([image for image, _ in moved])
     if request.smoke:
-        _smoke(own_of(whole), request.onto, tools)
+        _smoke(host_image(whole), request.onto, tools)
     attachments = [evidence for _, evidence in moved]
     outputs = ImageOutputs(push=True, force=request.force)
     published = deliver(whole, request.to, outputs, attachments, tools)

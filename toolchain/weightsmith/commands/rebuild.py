@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.files import folder_beside
+from weightsmith.core.files import sibling_folder
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import PART, parse
 from weightsmith.core.trees import discard
@@ -35,7 +35,7 @@ _METRICS = ("contains", "exact", "regex", "choice")
 _HUB = re.compile(r"(?P<name>hf://([\w.-]+/)?[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 """The oldest models on the hub, such as gpt2, have no owner."""
 _WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
-_TAKEN = (
+_KEPT_KEYS = (
     "name", "version", "merge", "evaluate", "quantize", "quality", "targets", "serve", "card",
 )  # fmt: skip
 """Keys of a recorded recipe that define the model and its serving; `evaluate` only in part."""
@@ -75,7 +75,7 @@ def recipe_of_image(
     sources = _sources(stated, source)
     documents = [*filter(lineage.names, evidence.documents_in(attachments))]
     folder = dist / "from" / image.digest.short
-    with folder_beside(folder) as partial:
+    with sibling_folder(folder) as partial:
         partial.chmod(0o755)
         locked = _with_base(recipe, base, sources.get("base", ("", "")))
         locked |= _with_adapters(recipe, documents, sources, partial)
@@ -113,14 +113,14 @@ def _recipe(stated: Sequence[Statement], source: str, progress: Progress) -> dic
             rows = recipe.get("adapters") or []
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise _malformed(source, "its adapters are not a list of mappings")
-            kept = {key: recipe[key] for key in _TAKEN if key in recipe}
+            kept = {key: recipe[key] for key in _KEPT_KEYS if key in recipe}
             if isinstance(quantize := kept.get("quantize"), dict):
                 # Any other value names a file that is not attached.
                 mine = quantize.get("imatrix") in ("auto", "walk", "off")
                 kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
             kept["adapters"] = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
-            known = {*_TAKEN, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
+            known = {*_KEPT_KEYS, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
             if left := sorted(map(str, given - known)):
                 progress.warn(
                     f"{source}: ignored these keys of its recipe: {', '.join(left)[:200]}"

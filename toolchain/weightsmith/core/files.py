@@ -100,7 +100,7 @@ def _replace(
 
 
 @contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
+def sibling_folder(path: Path) -> Iterator[Path]:
     """Create a temporary folder in the path's parent, for the block to rename to the path.
 
     If the block does not rename it, it is deleted. Raises OSError if it cannot be created.

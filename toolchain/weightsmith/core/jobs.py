@@ -211,7 +211,7 @@ class ImportGgufJob(Job):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
+class SiblingFormat:
     """Another format to make in the same job; its files are in a folder `.FORMAT` of the output."""
 
     format: str
@@ -240,7 +240,7 @@ class QuantizeJob(Job):
     """Calibration texts, if the format needs them."""
     statistics: Input | None = None
     """An existing measurement, such as an importance matrix."""
-    beside: tuple[Beside, ...] = ()
+    siblings: tuple[SiblingFormat, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from weightsmith.forward.memory import (
     WalkSize,
     all_at_once,
     batch_bytes,
-    beside,
+    joint_walk,
     walk_bytes,
 )
 from weightsmith.models.facts import read_facts
@@ -110,7 +110,7 @@ def walks(units: Iterable[Unit], shape: ModelShape | None, budget: int) -> list[
     together = WalkSize(views=0, rows=0, tokens=0)
     for unit in sorted(units, key=_chooses):
         alone = walk_of(unit)
-        both = beside(together, alone)
+        both = joint_walk(together, alone)
         alike = bool(found) and _chooses(found[-1][0]) == _chooses(unit)
         if alike and shape and all_at_once(shape, both, budget):
             found[-1].append(unit)
@@ -125,7 +125,7 @@ def planned_bytes(units: Sequence[Unit], shape: ModelShape, budget: int) -> int:
     """Return the most memory in bytes of a job that asks these units, or only some of them."""
     each = [walk_of(unit) for unit in units]
     largest = max(walk_bytes(shape, one, budget) for one in each)
-    whole = reduce(beside, each)
+    whole = reduce(joint_walk, each)
     together = walk_bytes(shape, replace(whole, views=min(whole.views, VIEWS)), budget)
     # Only what fits into half of the budget is put together.
     return max(largest, min(together, budget // 2) if budget else together)
@@ -154,7 +154,9 @@ def job_of(units: Sequence[Unit], known: Mapping[str, Sequence[Json]], budget: i
     keys = {one.key for one in asked}
     size = sum(model.tree.size for model in models.values())
     shape = shape_of(asked[0].subject.model.root)
-    groups = [(group, reduce(beside, map(walk_of, group))) for group in walks(units, shape, budget)]
+    groups = [
+        (group, reduce(joint_walk, map(walk_of, group))) for group in walks(units, shape, budget)
+    ]
     peak = max(walk_bytes(shape, walk, budget) for _, walk in groups) if shape else 0
     return ReferenceJob(
         builder=BUILDER,

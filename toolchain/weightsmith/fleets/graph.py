@@ -337,10 +337,10 @@ def _needs(rows: Iterable[PlanRow], gpus: int) -> Needs:
     read = max((row.read_bytes for row in rows), default=0)
     known = any(row.peak_memory_bytes or row.read_bytes for row in rows)
     written = sum(row.write_bytes for row in todo)
-    beside = max((row.disk_bytes - row.write_bytes for row in todo), default=0)
+    intermediate = max((row.disk_bytes - row.write_bytes for row in todo), default=0)
     return Needs(
         cpus=min(_MOST_CPUS, 1 + read // _PER_CPU),
         memory_bytes=max(_LEAST, peak + peak // 4 + _OWN) if known or not todo else _UNKNOWN,
-        disk_bytes=written + max(0, beside),
+        disk_bytes=written + max(0, intermediate),
         gpus=gpus,
     )

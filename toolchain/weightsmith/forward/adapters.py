@@ -209,9 +209,9 @@ def _tie_again(model: Any) -> None:
         both = [_parameter(model, name) for name in names]
         if any(one is None for one in both) or both[0].shape != both[1].shape:
             continue
-        for mine, theirs in (both, both[::-1]):
-            if has_no_weights(mine) and not has_no_weights(theirs):
-                mine.data = theirs.data
+        for one, other in (both, both[::-1]):
+            if has_no_weights(one) and not has_no_weights(other):
+                one.data = other.data
 
 
 def _parameter(model: Any, name: str) -> Any:

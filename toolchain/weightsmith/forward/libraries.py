@@ -56,7 +56,7 @@ def import_models(*names: str) -> None:
     import_lightly(*_MODELS, *names)
 
 
-def load_torch_beside_transformers() -> None:
+def load_torch_and_transformers() -> None:
     """Import transformers, which needs no torch yet, while a thread loads torch's library.
 
     That is a fifth of torch's import, and does not hold up Python.

@@ -51,7 +51,7 @@ class WalkSize:
     """The adapters' weights in float32, which stay in memory."""
 
 
-def beside(one: WalkSize, other: WalkSize) -> WalkSize:
+def joint_walk(one: WalkSize, other: WalkSize) -> WalkSize:
     """Return both in one walk, as if all texts were as many and as long as the larger one's."""
     return WalkSize(
         views=one.views + other.views,

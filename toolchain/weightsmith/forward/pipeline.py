@@ -41,20 +41,20 @@ class Pipeline(Generic[Made]):
 
         Raises what the work raised, for the first layer and batch where it did.
         """
-        begun: deque[tuple[ExitStack, Sequence[Future[Any]]]] = deque()
+        pending: deque[tuple[ExitStack, Sequence[Future[Any]]]] = deque()
         before: Sequence[Future[Made]] = ()
         with ExitStack() as stack:
             try:
                 for layer in range(layers):
-                    for new in range(layer + len(begun), min(layer + most, layers)):
+                    for new in range(layer + len(pending), min(layer + most, layers)):
                         own = stack.enter_context(ExitStack())
                         loading, before = self._begin(new, batches, own, before)
-                        begun.append((own, (loading, *before)))
-                    made = [one.result() for one in begun[0][1]][1:]
-                    begun.popleft()[0].close()
+                        pending.append((own, (loading, *before)))
+                    made = [one.result() for one in pending[0][1]][1:]
+                    pending.popleft()[0].close()
                     yield made
             finally:  # nobody may still use a layer that is left
-                for _, futures in begun:
+                for _, futures in pending:
                     for one in futures:
                         one.cancel()
                     wait(futures)

@@ -35,7 +35,7 @@ class AnswerJournal:
             for line in path.read_bytes().splitlines():
                 self._replay(line)
 
-    def begun(self, subject: str, prompts: Sequence[Tokens]) -> Mapping[int, list[int]]:
+    def partial_answers(self, subject: str, prompts: Sequence[Tokens]) -> Mapping[int, list[int]]:
         """Return the tokens that an interrupted job found, by the question's number."""
         return self._found.get(_name(subject, prompts), {})
 

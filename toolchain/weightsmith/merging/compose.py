@@ -79,10 +79,10 @@ def compose(
         for name, shared in tie.also:
             outputs[name] = replace(outputs[shared], name=name)
             home.insert(place, name)
-    for name, mine in shares.items():
-        if any(share.claim.new for share in mine):
+    for name, own_shares in shares.items():
+        if any(share.claim.new for share in own_shares):
             layout[base.layout[-1][0]].append(name)
-            outputs[name] = _added(name, mine, base, dtype)
+            outputs[name] = _added(name, own_shares, base, dtype)
     settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     if tie is None and _touches_both(shares, outputs):
         # Set explicitly, for classes that tie by default.
@@ -288,10 +288,10 @@ def _vocabulary(
 def _check_overlaps(name: str, shares: Sequence[AdapterShare]) -> None:
     """Refuse an adapter with two modules that change the same rows of a tensor."""
     for adapter, path in {share.adapter: share.path for share in shares}.items():
-        mine = [share.claim for share in shares if share.adapter == adapter]
+        claims = [share.claim for share in shares if share.adapter == adapter]
         spans = sorted(
             (term.first, term.first + term.shape[0], claim.module)
-            for claim in mine
+            for claim in claims
             for term in claim.terms
         )
         doubled = [
@@ -299,18 +299,18 @@ def _check_overlaps(name: str, shares: Sequence[AdapterShare]) -> None:
             for one, other in pairwise(spans)
             if other[0] < one[1] and one[2] != other[2]
         ]
-        kinds = [claim.kind for claim in mine if not claim.terms]
+        kinds = [claim.kind for claim in claims if not claim.terms]
         # Factors or rows may come with a copy of the base tensor that they apply to; PEFT writes
         # one only for embeddings, heads and biases.
-        modules = [claim.module for claim in mine]
-        wholes = [key for claim in mine if claim.replacement for key in claim.keys]
+        modules = [claim.module for claim in claims]
+        wholes = [key for claim in claims if claim.replacement for key in claim.keys]
         copied = name.endswith("bias") or all(".base_layer." in key for key in wholes)
         copied = copied or all(is_embedding(m) or is_head(m) for m in modules)
         legal = len(kinds) == len(set(kinds)) and not ({"change", "patch"} <= set(kinds))
         legal = legal and (not spans or set(kinds) <= {"replacement"})
-        legal = legal and (len(mine) == 1 or copied or "replacement" not in kinds)
+        legal = legal and (len(claims) == 1 or copied or "replacement" not in kinds)
         if doubled or not legal:
-            what = doubled[:SHOWN] or sorted({claim.module for claim in mine})
+            what = doubled[:SHOWN] or sorted({claim.module for claim in claims})
             raise InputRefused(
                 f"{path} changes {name} twice: {', '.join(what)}",
                 hint="two of its modules match the same base tensor; export one adapter per folder",

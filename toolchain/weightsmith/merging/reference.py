@@ -193,8 +193,8 @@ def _drafts(asked: _Asked, found: Mapping[str, Answered]) -> Mapping[int, Sequen
 def _go_on(name: str, questions: Questions, kept: AnswerJournal) -> None:
     """Use what an interrupted job found as the begin of drafts, and write new tokens down."""
     drafts = dict(questions.drafts)
-    for number, begun in kept.begun(name, questions.prompts).items():
-        drafts[number] = [*begun, *drafts.get(number, [])[len(begun) :]]
+    for number, written in kept.partial_answers(name, questions.prompts).items():
+        drafts[number] = [*written, *drafts.get(number, [])[len(written) :]]
     questions.drafts, questions.keep = drafts, kept.keep(name, questions.prompts)
 
 

@@ -163,7 +163,7 @@ def read_facts(path: Path) -> ModelFacts:
     if path.suffix == ".gguf" and not path.is_dir():
         return ModelFacts.of(gguf_config(path))
     config = read_bytes(path / "config.json", SMALL)
-    beside: dict[str, bool] = {
+    present: dict[str, bool] = {
         "describes_images": any((path / name).is_file() for name in _PROCESSORS),
         "gives_vectors": (path / _SENTENCE_TRANSFORMERS).is_file(),
     }
@@ -172,18 +172,18 @@ def read_facts(path: Path) -> ModelFacts:
     except InputRefused:
         tokenizer = b""
     read = _facts if len(config) + len(tokenizer) <= _KEPT else _facts.__wrapped__
-    return read(path, config, tokenizer, **beside)
+    return read(path, config, tokenizer, **present)
 
 
 @lru_cache(maxsize=8)
-def _facts(path: Path, config: bytes, tokenizer: bytes, **beside: bool) -> ModelFacts:
+def _facts(path: Path, config: bytes, tokenizer: bytes, **present: bool) -> ModelFacts:
     """Return the facts in two files with this content; a build asks for them ten times."""
     try:
         settings = json_object(tokenizer, str(path / "tokenizer_config.json"), unique=True)
     except InputRefused:
         settings = None
     model = json_object(config, str(path / "config.json"), unique=True)
-    return ModelFacts.of(model, settings, **beside)
+    return ModelFacts.of(model, settings, **present)
 
 
 def _read(reader: Callable[[], _Part]) -> _Part | InputRefused:

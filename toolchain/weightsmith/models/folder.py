@@ -84,10 +84,10 @@ def is_ignored(name: str) -> bool:
 
 def ignored_files(root: Path) -> str:
     """Return a short list of the files that `scan` ignores, except hidden ones; "" if none."""
-    taken = set(scan(root))
+    used = set(scan(root))
     found = [path.relative_to(root) for path in below(root) if not path.is_dir()]
     shown = [path for path in found if not any(part.startswith(".") for part in path.parts)]
-    left = [name for path in shown if (name := path.as_posix()) not in taken]
+    left = [name for path in shown if (name := path.as_posix()) not in used]
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
     return ", ".join(repr(name) for name in left[:3]) + more
 

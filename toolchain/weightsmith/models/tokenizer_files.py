@@ -17,8 +17,13 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
-_BESIDE = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"}
-VOCABULARY_FILES = tuple(name for name in TOKENIZER_FILES if name not in _BESIDE)
+_NO_VOCABULARY = {
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+}
+VOCABULARY_FILES = tuple(name for name in TOKENIZER_FILES if name not in _NO_VOCABULARY)
 """Those that hold the tokens; without one of them, there is no tokenizer."""
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _NAMED_TEMPLATES = "additional_chat_templates"

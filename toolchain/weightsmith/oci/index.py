@@ -40,31 +40,31 @@ class Index:
         return Blob(digest=self.digest, size=size, media_type=manifests.OCI_INDEX)
 
     @property
-    def own(self) -> Image:
+    def host_image(self) -> Image:
         """The image for this machine's platform, else the first."""
-        return next((i for i in self.images if is_own(i)), self.images[0])
+        return next((i for i in self.images if is_for_host(i)), self.images[0])
 
 
-Whole: TypeAlias = Image | Index
+ImageOrIndex: TypeAlias = Image | Index
 """What a name resolves to: an image, or an index of one image per platform."""
 
 
-def whole_of(images: Sequence[Image]) -> Whole:
+def index_of(images: Sequence[Image]) -> ImageOrIndex:
     """Return a single image as it is, several as an index."""
     return images[0] if len(images) == 1 else Index(images=tuple(images))
 
 
-def images_of(whole: Whole) -> tuple[Image, ...]:
+def images_of(whole: ImageOrIndex) -> tuple[Image, ...]:
     """Return the image itself, or all images of an index."""
     return whole.images if isinstance(whole, Index) else (whole,)
 
 
-def own_of(whole: Whole) -> Image:
+def host_image(whole: ImageOrIndex) -> Image:
     """Return the image itself, or an index's image for this machine."""
-    return whole.own if isinstance(whole, Index) else whole
+    return whole.host_image if isinstance(whole, Index) else whole
 
 
-def is_own(image: Image) -> bool:
+def is_for_host(image: Image) -> bool:
     """Say whether an image is for this machine's platform."""
     return image.platform == host_platform()
 

@@ -93,10 +93,10 @@ class Registry:
         side by side, only in the first, since a fleet pushes to hundreds with the same credentials.
         Raises EnvironmentFailure if the registry cannot be reached or refuses the credentials.
         """
-        beside = (reference.registry, reference.repository.rpartition("/")[0])
-        if beside not in self._allowed:
+        namespace = (reference.registry, reference.repository.rpartition("/")[0])
+        if namespace not in self._allowed:
             uploads.try_upload(self.session(reference, "pull,push"), str(reference))
-            self._allowed.add(beside)
+            self._allowed.add(namespace)
 
     def push(
         self,
@@ -200,7 +200,7 @@ class Registry:
         return Published(
             reference=str(reference),
             digest=index.digest,
-            layers=image_layers(index.own),
+            layers=image_layers(index.host_image),
             uploaded_bytes=sum(one.uploaded_bytes for one in done),
             mounted=sum(one.mounted for one in done),
             seconds=sum(one.seconds for one in done),

@@ -22,7 +22,7 @@ from weightsmith.oci.replies import RegistryReply, Transient
 from weightsmith.oci.session import RegistrySession
 
 _OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
-_TAKEN = (_ACCEPTED, _NO_CONTENT, _CREATED)
+_SUCCEEDED = (_ACCEPTED, _NO_CONTENT, _CREATED)
 """Replies to a chunk: the specification's, and those of registries that differ."""
 _BAD, _MISSING, _TOO_LARGE, _OUT_OF_STEP = 400, 404, 413, 416
 _NO_PARTS = (_MISSING, 405, 501)
@@ -125,7 +125,7 @@ def _rest(
     if at == blob.size:
         return _finish(session, upload, blob)
     reply = _patch(session, upload, at, blob.size - at, lambda: _after(body(), at), whole=not at)
-    return _finish(session, reply, blob) if reply.status in _TAKEN else reply
+    return _finish(session, reply, blob) if reply.status in _SUCCEEDED else reply
 
 
 def _in_chunks(
@@ -139,7 +139,7 @@ def _in_chunks(
     for piece in _pieces(_after(body(), at), min(size, _LARGEST_CHUNK)):
         length = sum(map(len, piece))
         reply = _patch(session, reply, at, length, lambda piece=piece: iter(piece))  # type: ignore[misc]
-        if reply.status not in _TAKEN:
+        if reply.status not in _SUCCEEDED:
             return reply
         at += length
     return _finish(session, reply, blob)

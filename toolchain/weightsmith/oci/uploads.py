@@ -91,7 +91,7 @@ def upload_layers(
 
 def upload_each(
     session: RegistrySession,
-    things: Sequence[T],
+    items: Sequence[T],
     ready: Callable[[T], tuple[Blob, Opener]],
     sources: Sequence[str],
     meter: Meter,
@@ -104,13 +104,13 @@ def upload_each(
     """
     stop = threading.Event()
 
-    def work(thing: T) -> tuple[Transfer, int]:
+    def work(item: T) -> tuple[Transfer, int]:
         if stop.is_set():
             raise _Stopped
-        blob, opener = ready(thing)
+        blob, opener = ready(item)
         return upload_blob(session, blob, opener, sources, meter, stop, elsewhere), blob.size
 
-    futures = _started(work, things, max(1, parallel))
+    futures = _started(work, items, max(1, parallel))
     try:
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         for future in done:
@@ -125,7 +125,7 @@ def upload_each(
 
 
 def _started(
-    work: Callable[[T], tuple[Transfer, int]], things: Sequence[T], parallel: int
+    work: Callable[[T], tuple[Transfer, int]], items: Sequence[T], parallel: int
 ) -> list[Future[tuple[Transfer, int]]]:
     """Start the work on each item, on so many threads.
 
@@ -134,23 +134,23 @@ def _started(
     """
     waiting: queue.SimpleQueue[tuple[Future[tuple[Transfer, int]], T]] = queue.SimpleQueue()
     futures: list[Future[tuple[Transfer, int]]] = []
-    for thing in things:
+    for item in items:
         futures.append(Future())
-        waiting.put((futures[-1], thing))
+        waiting.put((futures[-1], item))
 
     def run() -> None:
         while True:
             try:
-                future, thing = waiting.get_nowait()
+                future, item = waiting.get_nowait()
             except queue.Empty:
                 return
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(work(thing))
+                    future.set_result(work(item))
                 except BaseException as error:  # noqa: BLE001 - raised where it is waited for
                     future.set_exception(error)
 
-    for _ in range(min(parallel, len(things))):
+    for _ in range(min(parallel, len(items))):
         threading.Thread(target=run, daemon=True, name="upload").start()
     return futures
 

@@ -34,14 +34,14 @@ class Lines:
         self._rest += first
         whole = []
         for piece in others:
-            whole.append(self._taken())
+            whole.append(self._line())
             self._rest += piece
         # An endless line must not grow without limit.
         if not chunk or len(self._rest) > self._longest:
-            whole.append(self._taken())
+            whole.append(self._line())
         return [line for line in whole if line]
 
-    def _taken(self) -> str:
+    def _line(self) -> str:
         line = self._rest.decode(errors="replace")
         self._rest = bytearray()
         return line

@@ -97,12 +97,12 @@ def _mapped_in_common(pid: int, *, once: bool) -> int:
 
 def _files_in_memory(family: Iterable[int]) -> int:
     """Return the bytes in file systems in memory that these processes see and we do not."""
-    theirs = {_mounts_of(pid): pid for pid in family}
-    theirs.pop(_mounts_of(os.getpid()), None)
-    ours = _file_systems_in_memory(os.getpid()) if theirs else {}
+    others = {_mounts_of(pid): pid for pid in family}
+    others.pop(_mounts_of(os.getpid()), None)
+    ours = _file_systems_in_memory(os.getpid()) if others else {}
     places = {
         device: f"/proc/{pid}/root{place}"
-        for pid in theirs.values()
+        for pid in others.values()
         for device, place in _file_systems_in_memory(pid).items()
         if device not in ours
     }

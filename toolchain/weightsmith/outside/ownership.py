@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightsmith.core.files import folder_beside
+from weightsmith.core.files import sibling_folder
 from weightsmith.core.privacy import private
 
 
@@ -41,7 +41,7 @@ def private_folder(cache: Path) -> Iterator[Path]:
 
     Folders left by killed processes are deleted first.
     """
-    with folder_beside(private(cache, "jobs") / "job") as folder:
+    with sibling_folder(private(cache, "jobs") / "job") as folder:
         yield folder
 
 

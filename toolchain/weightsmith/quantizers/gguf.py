@@ -295,11 +295,11 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     afterwards. It has the checkpoint's dtype, so nothing is rounded before quantization.
     `options.threads` does not affect the bytes.
     """
-    kinds = [FILE_TYPES[each.format.name] for each in (request, *request.beside)]
+    kinds = [FILE_TYPES[each.format.name] for each in (request, *request.siblings)]
     split = str(request.options.get("split_max_size", ""))
     if kinds[0].direct and split:
         return (_convert(request, output_file(request), kinds[0].name, split),)
-    files, projectors = tuple(map(_file, (request, *request.beside))), places_of(request)
+    files, projectors = tuple(map(_file, (request, *request.siblings))), places_of(request)
     if all(kind.direct for kind in kinds):
         return (_pass(request, files, "", _converter(request, ""), projectors),)
     between = _INTERMEDIATE.get(_dtype(request.model), "f16")

@@ -40,7 +40,7 @@ def places_of(request: QuantizeRequest) -> tuple[str, ...]:
     if "projector" not in request.options:
         return ()
     name = projector_name(f"{request.name}.gguf")
-    return tuple(str(each.output / name) for each in (request, *request.beside))
+    return tuple(str(each.output / name) for each in (request, *request.siblings))
 
 
 def check_projector(path: Path) -> dict[str, Json]:

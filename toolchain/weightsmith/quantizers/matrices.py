@@ -162,13 +162,13 @@ def unquantized(
     Engines must be told their names: else they expect codes and scales for routers, gates and
     towers, too. They look for those of single experts, also where all are one tensor.
     """
-    taken = {matrix.tensor for matrix in quantized}
-    kept = {matrix.module for matrix in known if matrix.tensor not in taken}
+    tensors = {matrix.tensor for matrix in quantized}
+    kept = {matrix.module for matrix in known if matrix.tensor not in tensors}
     return sorted(
         kept
         | {
             name.removesuffix(".weight")
-            for name in source.names - taken
+            for name in source.names - tensors
             if name.endswith(".weight")
             and len(source.info(name).shape) > 1
             and not any(part in name for part in ("embed_tokens", "lm_head"))

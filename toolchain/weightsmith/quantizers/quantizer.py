@@ -50,7 +50,7 @@ class QuantizeRequest:
     measured: bool = False
     """The output already has the calibration statistics (`Quantizer.statistics`)."""
     options: Mapping[str, Json]
-    beside: tuple[QuantizeRequest, ...] = ()
+    siblings: tuple[QuantizeRequest, ...] = ()
     """More formats of the same model, to be made in the same steps."""
 
 
@@ -109,7 +109,7 @@ class Quantizer:
     """(format, options) -> whether it needs calibration text."""
     together: Callable[[Format, Mapping[str, Json], Format, Mapping[str, Json]], bool] = _alone
     """(format, options, another format, its options) -> whether the steps of the first can make the
-    other as well (`QuantizeRequest.beside`)."""
+    other as well (`QuantizeRequest.siblings`)."""
     view: Callable[[Path, Path], View] | None = None
     """(artifact folder, checkpoint folder) -> View for the quality gate; raises Unmeasurable for
     an unsupported architecture. None: no quality gate."""

@@ -109,8 +109,8 @@ def quantize(
         works = [_work(matrix, scheme, rows) for matrix in found]
     if scheme.observed:
         works += _input_scales(scheme, found, inputs)
-    taken = {matrix.tensor for matrix in found}
-    works += [copied(source, name) for name in source.names - taken]
+    quantized = {matrix.tensor for matrix in found}
+    works += [copied(source, name) for name in source.names - quantized]
     write_checkpoint(out, works)
     write_companions(model, out, scheme.config(unquantized(source, known, found)))
 

@@ -47,7 +47,7 @@ class Scheme:
     def config(self, ignored: Sequence[str]) -> dict[str, Json]:
         """Return the quantization_config; `ignored` modules stay in 16 bits."""
         if self.layout == "mxfp4":
-            return {"quant_method": "mxfp4", "modules_to_not_convert": list(_BESIDE_EXPERTS)}
+            return {"quant_method": "mxfp4", "modules_to_not_convert": list(_NOT_EXPERTS)}
         group: dict[str, Json] = {"targets": ["Linear"], "weights": dict(self.weights)}
         group["input_activations"] = dict(self.inputs) if self.inputs else None
         return {
@@ -59,7 +59,7 @@ class Scheme:
         }
 
 
-_BESIDE_EXPERTS = (
+_NOT_EXPERTS = (
     "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
 )  # fmt: skip
 """What stays in 16 bits, in the words of OpenAI's own checkpoints."""

@@ -180,13 +180,13 @@ class PagedCapacity:
     def budget(self, tokens: int, requests: int) -> tuple[int, int, float]:
         """Return (bytes for the cache, bytes held back, the engine's fraction), per GPU."""
         total, rules = self.machine.bytes_each, self.rules
-        taken = self.weights_each + self.overhead(tokens, requests)
+        used = self.weights_each + self.overhead(tokens, requests)
         fraction = self.options.gpu_memory_utilization or rules.fraction
         if not self.machine.gpus:
             margin = total // _MARGIN
-            return total - margin - taken, margin, 0.0
+            return total - margin - used, margin, 0.0
         if rules.fraction_of == "free":
-            free = total - taken
+            free = total - used
             room = int(free * fraction)
             return room, free - room, fraction
         if rules.fraction_of == "static":
@@ -196,7 +196,7 @@ class PagedCapacity:
             return int(total * chosen) - self.weights_each, margin, chosen
         asked = math.ceil(total * fraction * rules.wiggle)
         margin = asked // _MARGIN
-        return asked - margin - taken, margin, fraction
+        return asked - margin - used, margin, fraction
 
     def room(self, tokens: int, requests: int) -> int:
         """Return the bytes for the cache, per GPU; negative where not even the weights fit."""

@@ -20,7 +20,7 @@ from weightsmith.models.reshard import Resharded, reshard
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
 from weightsmith.oci.image import DEFAULT_PLATFORM, Image
-from weightsmith.oci.index import own_of
+from weightsmith.oci.index import host_image
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers
 from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
@@ -49,8 +49,8 @@ from weightsmith.provenance.materials import (
     ImageInputs,
     ImageMaterials,
     facts_of,
+    index_of_materials,
     license_name,
-    whole_image,
 )
 from weightsmith.provenance.roles import assemble_in_roles
 from weightsmith.quantizers import of_format
@@ -123,7 +123,7 @@ def bake(
     split = _split(inputs, tools.store)
     below = [(base, base.platform) for base in inputs.bases] or _scratch(inputs)
     made = tuple(_made(inputs, split, base, each, (), tools.store) for base, each in below)
-    layers = own_of(whole_image(made)).layers
+    layers = host_image(index_of_materials(made)).layers
     if push:
         sizes = [(layer.file or layer.digest.short, layer.size) for layer in layers]
         check_layers(sizes, Reference.parse(name).registry)
@@ -283,7 +283,7 @@ def _for_ollama(inputs: ImageInputs, split: Resharded, labels: Mapping[str, str]
         )
     facts = _facts(inputs)
     base = inputs.sources.base.tree if inputs.sources else None
-    trees = filter(None, (split.tree, inputs.beside, base))
+    trees = filter(None, (split.tree, inputs.licensed, base))
     return ollama_model(
         split.tree,
         entries[files[0]],
@@ -484,7 +484,7 @@ class FormStep(TargetStep[Images, None]):
     def run(self, have: Results, tools: Tools) -> Outcome[Images]:
         """Return it; raises what `bake` does."""
         made, trial = have[self.image], have[self.trial]
-        tested = whole_image(made).digest if trial.started else None
+        tested = index_of_materials(made).digest if trial.started else None
         prepare = partial(form_inputs, made[0].inputs, self.kind, tested, trial.results, tools)
         name = f"{reference(self.file.recipe, self.target)}-{self.kind}"
         return unrecorded(bake(prepare, name, tools, push=self.push).value)

@@ -127,8 +127,8 @@ def stored(measured: Mapping[str, Json], weights: Tree, tools: Tools) -> Tree | 
     if (found := tools.store.find(stage.key)) is None:
         return None
     scales = read_json(found.tree.path(_SCALES))
-    beside = tools.store.find(_written(weights.digest, scales).key)
-    return _ScaledTree(beside.tree, weights) if beside else None
+    scaled = tools.store.find(_written(weights.digest, scales).key)
+    return _ScaledTree(scaled.tree, weights) if scaled else None
 
 
 def _written(artifact: Digest, scales: Mapping[str, Json]) -> StageInputs:
@@ -143,13 +143,13 @@ def _written(artifact: Digest, scales: Mapping[str, Json]) -> StageInputs:
 class _ScaledTree(Tree):
     """The files of one tree beside the weights of another, which are not fetched for that."""
 
-    __slots__ = ("_beside", "_weights")
-    _beside: Tree
+    __slots__ = ("_scaled", "_weights")
+    _scaled: Tree
     _weights: Tree
 
-    def __init__(self, beside: Tree, weights: Tree) -> None:
-        files = [*beside.files, *(one for one in weights.files if _is_weight(one.path))]
-        object.__setattr__(self, "_beside", beside)
+    def __init__(self, scaled: Tree, weights: Tree) -> None:
+        files = [*scaled.files, *(one for one in weights.files if _is_weight(one.path))]
+        object.__setattr__(self, "_scaled", scaled)
         object.__setattr__(self, "_weights", weights)
         object.__setattr__(self, "files", tuple(sorted(files, key=lambda one: one.path)))
         object.__setattr__(self, "places", {})
@@ -158,15 +158,15 @@ class _ScaledTree(Tree):
         return f"_ScaledTree({len(self.files)} files)"
 
     def _of(self, name: str) -> Tree:
-        return self._beside if self._beside.has(name) else self._weights
+        return self._scaled if self._scaled.has(name) else self._weights
 
     @property
     def root(self) -> Path:
-        return self._beside.root
+        return self._scaled.root
 
     @property
     def texts(self) -> Path:
-        return self._beside.texts
+        return self._scaled.texts
 
     def path(self, name: str) -> Path:
         return self._of(name).path(name)

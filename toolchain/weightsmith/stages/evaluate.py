@@ -30,8 +30,8 @@ from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.models.facts import read_facts
 from weightsmith.models.templates import own_template, takes_parts
 from weightsmith.oci.image import Image
-from weightsmith.oci.index import own_of, whole_of
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials, whole_image
+from weightsmith.oci.index import host_image, index_of
+from weightsmith.provenance.materials import ImageInputs, ImageMaterials, index_of_materials
 from weightsmith.provenance.roles import has_own_engine
 from weightsmith.serving.devices import is_cpu
 from weightsmith.serving.engine import Engine
@@ -287,7 +287,7 @@ def evaluation_of(
     return ImageEvaluation(
         artifact=inputs.artifact,
         config=inputs.config,
-        base=own_of(whole_of(inputs.bases)).digest,
+        base=host_image(index_of(inputs.bases)).digest,
         engine=target.engine,
         chat=template is not None,
         parts=template is None or takes_parts(template),
@@ -323,7 +323,7 @@ class EvaluateStep(TargetStep[Trial, None]):
     def run(self, have: Results, tools: Tools) -> Outcome[Trial]:
         """Return the tasks with the image's scores; raises CheckFailed as `evaluate` does."""
         made = have[self.image]
-        image = own_of(whole_image(made))
+        image = host_image(index_of_materials(made))
         evaluation = evaluation_of(self.of, made[0].inputs, have[self.expected])
         started = candidate(image, self.of.candidate_layout, tools)
         return evaluate(image, evaluation, started, tools)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from weightsmith.core.values import LORA, Artifact, Published, Sources
 from weightsmith.oci.image import Image
-from weightsmith.oci.index import own_of
+from weightsmith.oci.index import host_image
 from weightsmith.oci.manifests import OLLAMA_MODEL, OLLAMA_PROJECTOR
 from weightsmith.oci.ollama import modelfile
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import evidence
 from weightsmith.provenance.bills import base_documents
 from weightsmith.provenance.labels import reference
-from weightsmith.provenance.materials import ImageMaterials, whole_image
+from weightsmith.provenance.materials import ImageMaterials, index_of_materials
 from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import (
@@ -62,13 +62,13 @@ def publish(
     candidate was written, None for the engine. Raises what `deliver` raises.
     """
     timer = Timer("publish", name, tools)
-    whole = whole_image(made)
+    whole = index_of_materials(made)
     held = is_held(whole, name, outputs, tools)
     if held and not outputs.push and not (outputs.layout and tools.signer):
-        discard_candidate(own_of(whole), started_in, tools)
+        discard_candidate(host_image(whole), started_in, tools)
         return timer.done(describe(whole, name, outputs), cached=True)
     if started_in is not None and outputs.layout is None:  # a layout that is not an output
-        discard_candidate(own_of(whole), started_in, tools)
+        discard_candidate(host_image(whole), started_in, tools)
     attachments = [
         evidence(one, base_documents(one.base, one.inputs.base_name, tools.registry))
         for one in (made if outputs.layout or outputs.push else ())
@@ -102,7 +102,9 @@ class PermitStep(TargetStep[None, None]):
         if self.forms and outputs.push and not outputs.force:
             tagged = {name: self.image, **{f"{name}-{kind}": one for kind, one in self.forms}}
             for tag, step in tagged.items():
-                tools.registry.check_tag(Reference.parse(tag), whole_image(have[step]).digest)
+                tools.registry.check_tag(
+                    Reference.parse(tag), index_of_materials(have[step]).digest
+                )
         return unrecorded(None)
 
 
@@ -172,7 +174,7 @@ class PublishFormStep(TargetStep[Published, None]):
         layout = self.outputs.layout
         found = publish(made, name, self.outputs, tools, started_in=layout).value
         if self.kind == "ollama":
-            folder, image = self.of.folder, own_of(whole_image(made))
+            folder, image = self.of.folder, host_image(index_of_materials(made))
             places = _blobs(image, layout, folder) if layout else [name]
             write_files({"Modelfile": modelfile(places, made[0].inputs.context)}, folder)
         return unrecorded(found)

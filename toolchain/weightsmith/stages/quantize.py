@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.job_inputs import Input, Virtual
-from weightsmith.core.jobs import Beside, QuantizeJob
+from weightsmith.core.jobs import QuantizeJob, SiblingFormat
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import GGUF_PER_GB, PACKING_PER_GB, ROUNDING_PER_GB, job_seconds
 from weightsmith.core.trees import discard
@@ -135,11 +135,11 @@ def quantize(
     to: Destination,
     tools: Tools,
     *,
-    beside: Sequence[QuantizeOptions] = (),
+    siblings: Sequence[QuantizeOptions] = (),
 ) -> Outcome[Artifact]:
     """Return the checkpoint quantized to a format in its builder, and read back.
 
-    Formats `beside` it, which will be asked for next, are made in the same pass where that is
+    The `siblings`, formats that will be asked for next, are made in the same pass where that is
     possible, and stored. Raises InputRefused if the quantizer cannot read the model, CheckFailed if
     the output does not match the request.
     """
@@ -148,7 +148,7 @@ def quantize(
     if format_ == SAFETENSORS:
         artifact = Artifact(format=format_, tree=checkpoint.tree)
         return timer.done(artifact, cached=True)
-    made = _made_together(checkpoint, options, to, tools, beside)
+    made = _made_together(checkpoint, options, to, tools, siblings)
     files = to.files(
         lambda: inputs(checkpoint.digest, options),
         lambda folder: _run(folder, checkpoint, options, to, tools, ()),
@@ -166,10 +166,10 @@ def _run(
     options: QuantizeOptions,
     to: Destination,
     tools: Tools,
-    beside: Sequence[QuantizeOptions],
+    siblings: Sequence[QuantizeOptions],
 ) -> Mapping[str, Json]:
     quantizer = of_format(options.format.name)
-    others = _others(checkpoint, options, beside, to)
+    others = _others(checkpoint, options, siblings, to)
     keeps = options.format.suffix != ".gguf" or "projector" in options.options
     model = read_facts(checkpoint.tree.texts) if keeps else None
     kept = kept_bytes(checkpoint.tree.size, options.format, model)
@@ -200,14 +200,14 @@ def _made_together(
     options: QuantizeOptions,
     to: Destination,
     tools: Tools,
-    beside: Sequence[QuantizeOptions],
+    siblings: Sequence[QuantizeOptions],
 ) -> bool:
     """Make a format and the missing ones beside it in one pass, if that is possible.
 
     The pass holds its first format's lock in the store while it stores the others. All builds take
     the locks in the order of `_rank`, so that no two of them wait for each other.
     """
-    group = [options, *_others(checkpoint, options, beside, to)]
+    group = [options, *_others(checkpoint, options, siblings, to)]
     if len(group) == 1 or to.find(partial(inputs, checkpoint.digest, options)):
         return False
     first, *others = sorted(group, key=_rank)
@@ -227,7 +227,7 @@ def _rank(options: QuantizeOptions) -> tuple[bool, str]:
 def _others(
     checkpoint: Checkpoint,
     options: QuantizeOptions,
-    beside: Sequence[QuantizeOptions],
+    siblings: Sequence[QuantizeOptions],
     to: Destination,
 ) -> list[QuantizeOptions]:
     """Return the formats that are missing and can be made in the same pass."""
@@ -238,7 +238,7 @@ def _others(
 
     return [
         one
-        for one in beside
+        for one in siblings
         if of_format(one.format.name) == quantizer
         and one.format != options.format
         and together(*sorted((options, one), key=_rank))
@@ -254,11 +254,11 @@ def _kept(
     result: Mapping[str, Json],
 ) -> Mapping[str, Json]:
     """Store what was made beside the first format; return the first one's facts."""
-    facts = {key: value for key, value in result.items() if key != "beside"}
+    facts = {key: value for key, value in result.items() if key != "siblings"}
     about = {key: facts[key] for key in _OF_THE_JOB if key in facts}
     for one in others:
-        made = folder / _beside(one).folder
-        found = {**result["beside"][one.format.name], **about}
+        made = folder / _sibling(one).folder
+        found = {**result["siblings"][one.format.name], **about}
         to.files(partial(inputs, checkpoint.digest, one), moved(made, found))
         discard(made)
     return facts
@@ -276,14 +276,14 @@ def _quantized(
     job = replace(
         job,
         virtual=Virtual.of(checkpoint),
-        beside=tuple(map(_beside, others)),
+        siblings=tuple(map(_sibling, others)),
         seconds=job.seconds * (1 + len(others)),
     )
     return tools.runner.run(job, tools.progress)
 
 
-def _beside(options: QuantizeOptions) -> Beside:
-    return Beside(format=options.format.name, options=options.options)
+def _sibling(options: QuantizeOptions) -> SiblingFormat:
+    return SiblingFormat(format=options.format.name, options=options.options)
 
 
 def memory_limit(size: int, options: QuantizeOptions) -> int:
@@ -501,7 +501,9 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
             for one in dict.fromkeys(self.in_one_pass)
             if one != self.format
         ]
-        return quantize(have[self.checkpoint], options, InStore(tools.store), tools, beside=others)
+        return quantize(
+            have[self.checkpoint], options, InStore(tools.store), tools, siblings=others
+        )
 
     def inputs(self, have: Results, tools: Tools) -> StageInputs | None:
         """Return what the weights depended on."""

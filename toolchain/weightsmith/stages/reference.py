@@ -29,7 +29,7 @@ from weightsmith.evaluating.walks import (
     walks,
 )
 from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import UNKNOWN, beside
+from weightsmith.forward.memory import UNKNOWN, joint_walk
 from weightsmith.models.facts import ModelFacts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.answer_checkpoint import checkpointed_answers
@@ -244,7 +244,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
 
     name = "reference"
     in_every_plan = True
-    beside = True
+    allows_prefetch = True
     way_out = "set evaluate.limit to ask fewer questions"
 
     file: RecipeFile
@@ -312,7 +312,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
             answer_seconds(
                 layer,
                 shape,
-                reduce(beside, map(walk_of, group)),
+                reduce(joint_walk, map(walk_of, group)),
                 max((unit[0].task for unit in group), key=steps_of),
                 budget,
             )

@@ -428,9 +428,9 @@ def repository_name(name: str) -> str:
 def serve_options(serve: Serve) -> ServeOptions:
     """Return the recipe's `serve` section in the planner's units; both have the same defaults."""
     given = serve.model_dump(exclude_defaults=True, exclude={"kv_cache_scales"})
-    for ours, theirs in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
-        if ours in given:
-            given[theirs] = _memory(ours, given.pop(ours))
+    for key, option in (("gpu_memory", "gpu_memory_bytes"), ("memory", "host_memory_bytes")):
+        if key in given:
+            given[option] = _memory(key, given.pop(key))
     return ServeOptions(**given)
 
 

@@ -183,7 +183,7 @@ class ValidateStep(Step[Validation | None, None]):
     name = "validate"
     recipe_number = RECIPE_NUMBER
     in_every_plan = True
-    beside = True
+    allows_prefetch = True
     proves = True
     way_out = "set validate.enabled to false"
 

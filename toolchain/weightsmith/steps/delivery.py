@@ -12,7 +12,7 @@ from weightsmith.core.ports import CANDIDATES
 from weightsmith.core.values import Artifact, Checkpoint, Digest, Published, key_of
 from weightsmith.oci.archive import docker_archive, incremental_images
 from weightsmith.oci.image import Image, image_layers
-from weightsmith.oci.index import Index, Whole, images_of, own_of
+from weightsmith.oci.index import ImageOrIndex, Index, host_image, images_of
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
 from weightsmith.oci.references import Reference
@@ -62,7 +62,7 @@ def candidate(image: Image, layout: Path | None, tools: Tools) -> Iterator[str]:
 
 
 def deliver(
-    whole: Whole,
+    whole: ImageOrIndex,
     reference: str,
     outputs: ImageOutputs,
     attachments: Sequence[Evidence],
@@ -78,7 +78,7 @@ def deliver(
     """
     began = tools.clock()
     check_layout(outputs.layout)
-    place, own = Reference.parse(reference), own_of(whole)
+    place, own = Reference.parse(reference), host_image(whole)
     done = describe(whole, reference, outputs)
     if outputs.load:
         _load(own, place, tools)
@@ -109,7 +109,7 @@ def deliver(
 
 
 def _attach(
-    whole: Whole,
+    whole: ImageOrIndex,
     attachments: Sequence[Evidence],
     place: ImageLocation,
     reference: Reference,
@@ -121,24 +121,24 @@ def _attach(
         attach(Evidence(), whole.blob, reference.name, place, tools.signer)
 
 
-def describe(whole: Whole, reference: str, outputs: ImageOutputs) -> Published:
+def describe(whole: ImageOrIndex, reference: str, outputs: ImageOutputs) -> Published:
     """Return where the image will be published, without contacting anything."""
     local = outputs.layout is not None and not outputs.load and not outputs.push
     return Published(
         reference=f"oci:{outputs.layout}" if local else reference,
         digest=whole.digest,
-        layers=image_layers(own_of(whole)),
+        layers=image_layers(host_image(whole)),
         platforms=_platforms(whole),
     )
 
 
-def _platforms(whole: Whole) -> dict[str, Digest]:
+def _platforms(whole: ImageOrIndex) -> dict[str, Digest]:
     return {image.platform: image.digest for image in images_of(whole) if image.platform}
 
 
-def is_held(whole: Whole, reference: str, outputs: ImageOutputs, tools: Tools) -> bool:
+def is_held(whole: ImageOrIndex, reference: str, outputs: ImageOutputs, tools: Tools) -> bool:
     """Return whether every local output already has this image, without contacting a registry."""
-    own = own_of(whole)
+    own = host_image(whole)
     if outputs.load and not _is_loaded(own, reference, tools):
         return False
     return outputs.layout is None or held_digest(outputs.layout) == whole.digest

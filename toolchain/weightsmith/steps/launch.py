@@ -11,7 +11,7 @@ from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Smoke
 from weightsmith.oci.image import Image
-from weightsmith.oci.index import is_own
+from weightsmith.oci.index import is_for_host
 from weightsmith.provenance.labels import plan_of
 from weightsmith.serving.devices import AMX, AMX_FLAGS, is_cpu
 from weightsmith.steps.tools import Tools
@@ -65,7 +65,7 @@ def why_not_started(image: Image, tools: Tools) -> str:
 
 def what_is_missing(image: Image, tools: Tools) -> str:
     """Return what a built image is for that this machine is not or has not; "" for nothing."""
-    if not is_own(image):
+    if not is_for_host(image):
         return f"for {image.platform}"
     return missing_device(plan_of(image.labels).device, tools)
 

@@ -15,7 +15,7 @@ from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.files import alone, exchange, is_unfinished
 from weightsmith.core.trees import discard
 from weightsmith.core.waiting import holder
-from weightsmith.oci.index import Index, Whole, images_of
+from weightsmith.oci.index import ImageOrIndex, Index, images_of
 from weightsmith.oci.layout import (
     DEFAULT_NAME,
     held_digest,
@@ -29,7 +29,7 @@ from weightsmith.steps.tools import Tools
 
 
 @contextmanager
-def candidate_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
+def candidate_layout(whole: ImageOrIndex, folder: Path, tools: Tools) -> Iterator[Path]:
     """Write an image's layout next to its final path; yield the folder.
 
     If the block fails, nothing is left; what an interrupt leaves is used by the next run.
@@ -48,7 +48,7 @@ def discard_candidate_layout(folder: Path, tools: Tools) -> None:
 
 
 @contextmanager
-def final_layout(whole: Whole, folder: Path, tools: Tools) -> Iterator[Path]:
+def final_layout(whole: ImageOrIndex, folder: Path, tools: Tools) -> Iterator[Path]:
     """Yield the complete candidate layout; move it to its final path afterwards.
 
     If the block fails, nothing is left; what an interrupt leaves is used by the next run.
@@ -147,7 +147,7 @@ def _explained(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _forget_unnamed(folder: Path, whole: Whole) -> None:
+def _forget_unnamed(folder: Path, whole: ImageOrIndex) -> None:
     """Delete blobs that the layout no longer refers to: the candidate's manifest and config."""
     forget(folder)
     named = {blob.digest.hex for image in images_of(whole) for blob, _ in image.blobs()}
@@ -176,7 +176,7 @@ def check_layout(folder: Path | None) -> None:
         )
 
 
-def _write(whole: Whole, folder: Path, tools: Tools) -> None:
+def _write(whole: ImageOrIndex, folder: Path, tools: Tools) -> None:
     _require_room(whole, folder)
 
     def progress(done: int, total: int) -> None:
@@ -188,7 +188,7 @@ def _write(whole: Whole, folder: Path, tools: Tools) -> None:
         write_layout(whole, folder, progress=progress)
 
 
-def _require_room(whole: Whole, folder: Path) -> None:
+def _require_room(whole: ImageOrIndex, folder: Path) -> None:
     """Raise EnvironmentFailure if the layout's disk has no room for the missing blobs."""
     store = folder / "blobs" / "sha256"
     sizes = {layer.digest: layer.size for image in images_of(whole) for layer in image.layers}

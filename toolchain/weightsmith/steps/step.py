@@ -143,8 +143,8 @@ class Step(Generic[T_co, F_co]):
     in_every_plan: ClassVar[bool] = False
     """Whether it is in a plan for which the sources are not known yet."""
     prefetched: ClassVar[bool] = False
-    """May be run ahead of its turn, beside steps that may be `beside` it."""
-    beside: ClassVar[bool] = False
+    """May be run ahead of its turn, while steps run that allow it (`allows_prefetch`)."""
+    allows_prefetch: ClassVar[bool] = False
     """May run while another step is run ahead of its turn."""
     proves: ClassVar[bool] = False
     """Runs to find a fault of the model: what it refuses is recorded, as what is judged."""

@@ -77,8 +77,8 @@ class ProbeBatch:
         Layers get all tokens; the head only those that get logits.
         """
         width = self.ids.shape[1]
-        mine = sum(self.counted[len(self.counted) - twins :])
-        return {sum(self.counted): mine, len(self.ids) * width: twins * width}
+        twin_logits = sum(self.counted[len(self.counted) - twins :])
+        return {sum(self.counted): twin_logits, len(self.ids) * width: twins * width}
 
 
 @dataclass(slots=True, kw_only=True)

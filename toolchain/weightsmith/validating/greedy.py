@@ -94,13 +94,13 @@ def read(
     for row, (stop, length) in enumerate(zip(stops, batch.lengths, strict=True)):
         tokens = tuple(texts[row]) if texts else (int(merged[stop - 1].argmax()),)
         probe = batch.ids[row, : length - len(tokens) + 1].tolist()
-        mine = reference[stop - len(tokens) : stop]
-        chosen = mine.argmax(-1).tolist()
+        logits = reference[stop - len(tokens) : stop]
+        chosen = logits.argmax(-1).tolist()
         place = next((i for i, token in enumerate(tokens) if chosen[i] != token), None)
         if place is None:
             yield Text(probe=probe, tokens=tokens)
         else:
-            margin = float(mine[place].max() - mine[place, tokens[place]])
+            margin = float(logits[place].max() - logits[place, tokens[place]])
             yield Text(
                 probe=probe, tokens=tokens, differs_at=place, other=chosen[place], margin=margin
             )

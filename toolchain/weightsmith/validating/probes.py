@@ -149,18 +149,22 @@ def _not_embedded(merged: Any, vocabulary: int, base: Path) -> list[Finding]:
 def _round_trip(expected: Any, merged: Any) -> list[Finding]:
     """Compare both tokenizers' encoding and decoding of some texts."""
     for text in (*ROUND_TRIP, *(item[0]["content"] for item in BUILT_IN)):
-        mine, theirs = expected(text)["input_ids"], merged(text)["input_ids"]
-        if mine != theirs:
+        expected_ids, merged_ids = expected(text)["input_ids"], merged(text)["input_ids"]
+        if expected_ids != merged_ids:
             place = next(
-                (i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b),
-                min(len(mine), len(theirs)),
+                (
+                    i
+                    for i, (a, b) in enumerate(zip(expected_ids, merged_ids, strict=False))
+                    if a != b
+                ),
+                min(len(expected_ids), len(merged_ids)),
             )
             message = (
                 f"the tokenizer differs: {text[:24]!r}… is encoded differently from token {place} "
                 "on"
             )
             return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
-        if expected.decode(mine) != merged.decode(theirs):
+        if expected.decode(expected_ids) != merged.decode(merged_ids):
             message = f"the tokenizer decodes {text[:24]!r}… differently"
             return [finding(ERROR, "tokenizer", message, "tokenizer.json")]
     if expected.get_vocab() != merged.get_vocab():

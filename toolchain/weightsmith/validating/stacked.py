@@ -33,12 +33,12 @@ def compare_experts(
 def _compare_stack(
     tally: TensorComparison, name: str, stack: ExpertStack, base: Weights, merged: Weights
 ) -> None:
-    mine, theirs = base.experts(name), merged.experts(name)
-    whole = None if theirs else stored(merged, name)
-    for number, reads in enumerate(mine):
+    base_experts, merged_experts = base.experts(name), merged.experts(name)
+    whole = None if merged_experts else stored(merged, name)
+    for number, reads in enumerate(base_experts):
         parts = [read() for read in reads]
         if whole is None:
-            found = tuple(read() for read in theirs[number])
+            found = tuple(read() for read in merged_experts[number])
         else:
             found = torch.split(whole[number], [len(part) for part in parts])
         _compare_expert(tally, number, parts, found, _factors(stack, number))

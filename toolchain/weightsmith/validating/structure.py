@@ -91,12 +91,14 @@ def _tensors(
         if not untied and not grown:
             yield finding(ERROR, "files", f"tensor {name} is not in the base", name)
     for name in sorted(old.keys() & there.keys()):
-        mine, theirs = old[name].shape, there[name].shape
+        base_shape, merged_shape = old[name].shape, there[name].shape
         resized = (
-            len(mine) == 2 and mine[1:] == theirs[1:] and name.endswith((*_EMBEDDINGS, *_HEADS))
+            len(base_shape) == 2
+            and base_shape[1:] == merged_shape[1:]
+            and name.endswith((*_EMBEDDINGS, *_HEADS))
         )
-        if mine != theirs and not resized:
-            message = f"{name} has shape {list(theirs)}, but {list(mine)} in the base"
+        if base_shape != merged_shape and not resized:
+            message = f"{name} has shape {list(merged_shape)}, but {list(base_shape)} in the base"
             yield finding(ERROR, "files", message, name)
 
 
@@ -123,12 +125,12 @@ def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]
 def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding]:
     keys = (old.keys() | new.keys()) - _FREE
     for key in sorted(keys, key=lambda key: (key != "model_type", key)):
-        mine, theirs = old.get(key), new.get(key)
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            yield from _configs(mine, theirs)
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _configs(before, after)
         # NaN does not equal itself, and 10000 is written as 10000.0, too.
-        elif mine != theirs and canonical(mine) != canonical(theirs):
-            message = f"config.json: {key} is {theirs!r}, but {mine!r} in the base"
+        elif before != after and canonical(before) != canonical(after):
+            message = f"config.json: {key} is {after!r}, but {before!r} in the base"
             yield finding(ERROR, "files", message[:300], "config.json")
 
 

@@ -58,9 +58,9 @@ def judge_models(
     examined, elements = judge_tensors(reference, weights, summed=summed)
     findings += reference.examiner.findings
     findings += examined
-    mine = sum(batch.counted[:twins])
-    exact, there = reference.twins.logits, run.logits[:mine]
-    rounding = distance(reference.run.logits[:mine], exact)
+    twin_logits = sum(batch.counted[:twins])
+    exact, there = reference.twins.logits, run.logits[:twin_logits]
+    rounding = distance(reference.run.logits[:twin_logits], exact)
     seen, off = distance(reference.run.logits, run.logits), distance(exact, there)
     complete = not reference.examiner.unjudged
     allowed = limits(rounding, reference.run.logits, complete=complete)
@@ -97,13 +97,16 @@ def _layers(reference: ReferenceModel, run: ForwardResult) -> tuple[LayerDiffere
     """Return the distance of the hidden states after each layer from the reference's."""
     rows: list[LayerDifference] = []
     states = zip(reference.run.hidden, reference.twins.hidden, run.hidden, strict=False)
-    for number, (mine, exact, there) in enumerate(states):
-        size = float(mine.norm()) or 1.0
-        rounding, off = float((exact - mine).norm()) / size, float((there - exact).norm()) / size
+    for number, (expected, exact, there) in enumerate(states):
+        size = float(expected.norm()) or 1.0
+        rounding, off = (
+            float((exact - expected).norm()) / size,
+            float((there - exact).norm()) / size,
+        )
         rows.append(
             LayerDifference(
                 layer=number,
-                difference=_bounded(float((there - mine).norm()) / size),
+                difference=_bounded(float((there - expected).norm()) / size),
                 rounding=_bounded(rounding),
                 off=_bounded(off),
                 parted=not off <= rounding + 2.0**-14,
@@ -160,14 +163,14 @@ def distance(reference: torch.Tensor, other: torch.Tensor) -> Distance:
     """Compare logits of shape (positions, vocabulary), row by row in float64."""
     largest = total = squares = 0.0
     divergences, same = [], 0
-    for mine, theirs in zip(reference, other, strict=True):
-        p, q = mine.double(), theirs.double()
+    for expected, found in zip(reference, other, strict=True):
+        p, q = expected.double(), found.double()
         off = (p - q).abs()
         largest = max(largest, float(off.max()))
         total, squares = total + float(off.sum()), squares + float(off.square().sum())
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         divergences.append(max(0.0, float((log_p.exp() * (log_p - log_q)).sum())))
-        same += int(mine.argmax()) == int(theirs.argmax())
+        same += int(expected.argmax()) == int(found.argmax())
     count = max(1, reference.numel())
     return Distance(
         max_abs=largest,

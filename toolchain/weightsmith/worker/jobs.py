@@ -25,7 +25,6 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.jobs import (
     ANSWER_JOURNAL,
-    Beside,
     CacheScalesJob,
     ConvertAdaptersJob,
     DequantizedJob,
@@ -37,6 +36,7 @@ from weightsmith.core.jobs import (
     QualityJob,
     QuantizeJob,
     ReferenceJob,
+    SiblingFormat,
     ValidateJob,
 )
 from weightsmith.core.trees import discard
@@ -155,13 +155,15 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
         measured=job.statistics is not None,
         options=job.options,
     )
-    request = replace(request, beside=tuple(_beside(request, quantizer, one) for one in job.beside))
+    request = replace(
+        request, siblings=tuple(_sibling(request, quantizer, one) for one in job.siblings)
+    )
     try:
         import_ahead(quantizer.check_imports)
         with described(job) as variables:
             run_steps(quantizer.steps(request), job.output, report, variables)
         result = _mapping(quantizer.check(request))
-        beside = {one.format.name: _checked(one, quantizer, measured) for one in request.beside}
+        siblings = {one.format.name: _checked(one, quantizer, measured) for one in request.siblings}
     except CheckFailed:
         forget_steps(job.output)  # a retry must not trust files from this run
         measured.unlink(missing_ok=True)
@@ -170,7 +172,7 @@ def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
         if path is not None:
             path.unlink()
     forget_steps(job.output)
-    return {**result, "beside": beside} if beside else result
+    return {**result, "siblings": siblings} if siblings else result
 
 
 def _forget_other_wishes(job: QuantizeJob, formats: Sequence[Format]) -> None:
@@ -178,8 +180,8 @@ def _forget_other_wishes(job: QuantizeJob, formats: Sequence[Format]) -> None:
 
     The folder's key names one format. If others are new, no step counts as done: it made none.
     """
-    wanted = {one.folder for one in job.beside}
-    known = {Beside(format=each.name, options={}).folder for each in formats}
+    wanted = {one.folder for one in job.siblings}
+    known = {SiblingFormat(format=each.name, options={}).folder for each in formats}
     left = {name for name in known if (job.output / name).is_dir()}
     for name in left - wanted:
         discard(job.output / name)
@@ -187,7 +189,7 @@ def _forget_other_wishes(job: QuantizeJob, formats: Sequence[Format]) -> None:
         forget_steps(job.output)
 
 
-def _beside(request: Any, quantizer: Any, other: Beside) -> Any:
+def _sibling(request: Any, quantizer: Any, other: SiblingFormat) -> Any:
     """Return the request for another format, in a folder of its own."""
     folder = request.output / other.folder
     folder.mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ from weightsmith.core.cpus import AVX2_LOOPS, has_avx2
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.kernels import quants
 from weightsmith.core.safe_parse import parse, read_json
-from weightsmith.forward.libraries import import_models, load_torch_beside_transformers
+from weightsmith.forward.libraries import import_models, load_torch_and_transformers
 from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.outside import process
 from weightsmith.outside.forked import forked
@@ -322,7 +322,7 @@ def walking(walk: ImportanceWalk | None) -> Iterator[Callable[[], object]]:
     if walk is None or Path(walk.out).is_file():
         yield lambda: None
         return
-    load_torch_beside_transformers()
+    load_torch_and_transformers()
     import_models()
     with forked(partial(_measure, walk), "measuring importance") as copy:
         yield copy.join

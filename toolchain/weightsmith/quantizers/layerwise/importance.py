@@ -116,18 +116,18 @@ def importance(
     found: dict[str, Sums] = {}
     step = max(1, WALK_TOKENS // window)
     starts = range(0, len(chunks), step)
-    beside = _beside(model, window)
-    tokens, workers = (_ROWS, min(CPUS, TOKENS // _ROWS)) if beside else (TOKENS, 1)
+    batch_per_thread = _batch_per_thread(model, window)
+    tokens, workers = (_ROWS, min(CPUS, TOKENS // _ROWS)) if batch_per_thread else (TOKENS, 1)
     with reproducible(product), crew(workers, partial(follow, product)) as pool:
         for number, start in enumerate(starts):
             layers = Layers(model, chunks[start : start + step], tokens)
             total = len(layers.layers)
-            for layer in _run(layers, pool, 1 + beside, found):
+            for layer in _run(layers, pool, 1 + batch_per_thread, found):
                 progress(number * total + layer + 1, len(starts) * total)
     return Measured(sums=found, chunks=len(chunks), window=window)
 
 
-def _beside(model: Path, window: int) -> bool:
+def _batch_per_thread(model: Path, window: int) -> bool:
     """Return whether each thread takes a batch of its own, with two layers in memory.
 
     That is worth it where a layer is small: what is no product takes one thread otherwise. The
@@ -221,13 +221,13 @@ def _see_experts(
         for name in part:
             found.setdefault(f"{block}{name}.weight", Sums.empty(experts, width))
     for expert in range(experts):
-        mine = rows[(chosen == expert).any(1)]
-        if not len(mine):
+        routed_rows = rows[(chosen == expert).any(1)]
+        if not len(routed_rows):
             continue
-        inputs = SquareSums.of(mine)
+        inputs = SquareSums.of(routed_rows)
         for name in _GATED:
             found[f"{block}{name}.weight"].add(inputs, expert)
-        gate, up = product(mine, module.gate_up_proj[expert]).chunk(2, 1)
+        gate, up = product(routed_rows, module.gate_up_proj[expert]).chunk(2, 1)
         found[f"{block}{_DOWN[0]}.weight"].add(SquareSums.of(module.act_fn(gate) * up), expert)
 
 

@@ -77,9 +77,9 @@ class _Maxima:
         rows, chosen = (value.reshape(len(self.valid), -1)[self.valid] for value in args[:2])
         routed = Routed(module, "", [rows], [chosen])
         for expert in range(len(module.down_proj)):
-            mine, count = routed.inputs(expert, 0)
+            routed_rows, count = routed.inputs(expert, 0)
             if count:
-                gate, up = product(mine, module.gate_up_proj[expert]).chunk(2, 1)
+                gate, up = product(routed_rows, module.gate_up_proj[expert]).chunk(2, 1)
                 inner = float((module.act_fn(gate) * up).abs().max())
                 self._most |= {name: max(self._most.get(name, 0.0), inner) for name in last}
 

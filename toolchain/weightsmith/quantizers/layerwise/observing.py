@@ -90,9 +90,9 @@ class Routed:
         """Return an expert's inputs and their number; if it is less than `least`, all inputs."""
         if len(self.rows) > 1:  # joined once, not for each of a hundred experts
             self.rows, self.chosen = [torch.cat(self.rows)], [torch.cat(self.chosen)]
-        rows, mine = self.rows[0], (self.chosen[0] == expert).any(1)
-        count = int(mine.sum())
-        return (rows if count < least else rows[mine]), count
+        rows, mask = self.rows[0], (self.chosen[0] == expert).any(1)
+        count = int(mask.sum())
+        return (rows if count < least else rows[mask]), count
 
 
 class Observer:
@@ -163,14 +163,14 @@ class _Origins:
         found = [m.register_forward_hook(self._made) for m in modules if is_norm(m)]
         others = [m for m in modules if _has_weights(m) and not is_norm(m)]
         others = [module for module in others if id(module) not in self._own]
-        return found + [module.register_forward_pre_hook(self._taken) for module in others]
+        return found + [module.register_forward_pre_hook(self._note_inputs) for module in others]
 
     def _made(self, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
         self._kept.append(output)
         if len(args) == 1:  # linear attention's norm takes a gate, too
             self._norms[_memory(output)] = norm
 
-    def _taken(self, _: Any, args: tuple[Any, ...]) -> None:
+    def _note_inputs(self, _: Any, args: tuple[Any, ...]) -> None:
         self._elsewhere |= {_memory(one) for one in args if isinstance(one, torch.Tensor)}
 
     def joined(self, name: str, module: Any, inputs: torch.Tensor) -> bool:

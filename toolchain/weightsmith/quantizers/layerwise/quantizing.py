@@ -258,14 +258,14 @@ def _scaled(
 def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor]:
     """Return the stored tensors of a layer's experts, each calibrated on the tokens it gets."""
     prefix = f"{walk.layers.stored_path(number)}."
-    mine: dict[int, dict[int, Matrix]] = {}
+    by_expert: dict[int, dict[int, Matrix]] = {}
     for matrix in walk.found:
         match = _EXPERT.fullmatch(matrix.module)
         if match and matrix.module.startswith(prefix):
-            mine.setdefault(int(match["expert"]), {})[_ROLE[match["name"]]] = matrix
+            by_expert.setdefault(int(match["expert"]), {})[_ROLE[match["name"]]] = matrix
     made: dict[str, torch.Tensor] = {}
     module = routed.module
-    for expert in sorted(mine):
+    for expert in sorted(by_expert):
         rows, count = routed.inputs(expert, MIN_TOKENS)
         if count < MIN_TOKENS:
             walk.few.append((number, expert, count))
@@ -277,7 +277,7 @@ def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor
         if factors is not None:
             up, down = up / factors[:, None], down * factors
             behind.scale(factors)
-        first, second, last = (mine[expert][role] for role in range(3))
+        first, second, last = (by_expert[expert][role] for role in range(3))
         made |= _rounded(walk, {first: gate, second: up}, seen)
         made |= _rounded(walk, {last: down}, behind)
     return made
@@ -287,13 +287,13 @@ def _assemble(
     settings: Mapping[str, Json], walk: _Walk, model: Path, out: Path, made: _Finished
 ) -> None:
     """Write the finished folder: the layers' tensors, and the checkpoint's others."""
-    taken = {matrix.tensor for matrix in walk.found}
+    quantized = {matrix.tensor for matrix in walk.found}
     works = []
     for number in range(len(walk.layers.layers)):
         layer = CheckpointTensors(made.file(number).parent)
         works += [copied(layer, name) for name in layer.names]
-        taken |= layer.names
-    works += [copied(walk.source, name) for name in walk.source.names - taken]
+        quantized |= layer.names
+    works += [copied(walk.source, name) for name in walk.source.names - quantized]
     write_checkpoint(out, works)
     known = matrices(walk.source, model)
     kept = unquantized(walk.source, known, walk.found)

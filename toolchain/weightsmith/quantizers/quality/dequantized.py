@@ -136,16 +136,18 @@ class Dequantized(Weights):
                 hint="the quantizer wrote another model; quantize again",
             )
 
-    def _compared(self, name: str, first: int, mine: torch.Tensor, rows: torch.Tensor) -> Squares:
-        theirs = rows.float()
-        error = float((mine - theirs).norm()) ** 2
+    def _compared(
+        self, name: str, first: int, dequantized: torch.Tensor, rows: torch.Tensor
+    ) -> Squares:
+        original = rows.float()
+        error = float((dequantized - original).norm()) ** 2
         if not math.isfinite(error):
             raise CheckFailed(
                 f"{name} has NaN or infinite values",
                 hint="check the merged weights for outliers, or choose a larger format",
             )
-        found = Squares(error, float(theirs.norm()) ** 2)
-        if rows.dim() > 1 and (fault := self._fault(name, first, found, theirs)):
+        found = Squares(error, float(original.norm()) ** 2)
+        if rows.dim() > 1 and (fault := self._fault(name, first, found, original)):
             self._faults[name].append(fault)
         return found
 

@@ -22,9 +22,9 @@ from weightsmith.forward.heads import logits_of
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.lockstep import Meeting
 from weightsmith.forward.network import (
-    beside_text,
     decoder_of,
     fill,
+    modules_without_text,
     skeleton,
     skeleton_with_weights,
 )
@@ -147,13 +147,13 @@ class QuantizedNetwork:
     def streamed(self, meeting: Meeting, number: int) -> Any:
         """Return it with its weights dequantized when they are used."""
         model, weights = self._built()
-        stream(model, weights, meeting, number, beside_text(model))
+        stream(model, weights, meeting, number, modules_without_text(model))
         return model
 
     def whole(self) -> Any:
         """Return it with its weights dequantized in memory."""
         model, weights = self._built()
-        fill(model, weights, beside_text(model))
+        fill(model, weights, modules_without_text(model))
         return model
 
     def _built(self) -> tuple[Any, Weights]:
