@@ -71,10 +71,10 @@ class Prefetch:
         self._steps, self._stop = steps, os.eventfd(0)
         self._progress = BufferedProgress(tools.progress)
         runner = Stopped(WithinMemory(tools.runner, shares.ahead), self._stop)
-        mine = replace(tools, runner=runner, progress=self._progress)
+        quiet_tools = replace(tools, runner=runner, progress=self._progress)
         # A daemon, so that a second Ctrl-C does not wait for it at the very end.
         self._thread = threading.Thread(
-            target=self._run, args=(have.copy(), mine), daemon=True, name="prefetch"
+            target=self._run, args=(have.copy(), quiet_tools), daemon=True, name="prefetch"
         )
         self._thread.start()
 

@@ -116,8 +116,8 @@ def _recipe(stated: Sequence[Statement], source: str, progress: Progress) -> dic
             kept = {key: recipe[key] for key in _KEPT_KEYS if key in recipe}
             if isinstance(quantize := kept.get("quantize"), dict):
                 # Any other value names a file that is not attached.
-                mine = quantize.get("imatrix") in ("auto", "walk", "off")
-                kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or mine}
+                ours = quantize.get("imatrix") in ("auto", "walk", "off")
+                kept["quantize"] = {k: v for k, v in quantize.items() if k != "imatrix" or ours}
             kept["adapters"] = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
             given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
             known = {*_KEPT_KEYS, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}

@@ -51,8 +51,8 @@ class Job:
         moved: dict[str, Any] = {}
         for each in fields(self):
             if isinstance(job := getattr(self, each.name), Job):
-                mine = {name: inputs[f"{each.name}_{name}"] for name in job.inputs}
-                moved[each.name] = job.at(mine, output)
+                inner = {name: inputs[f"{each.name}_{name}"] for name in job.inputs}
+                moved[each.name] = job.at(inner, output)
             elif found := tuple(inputs[name] for name, _ in self._given(each.name)):
                 several = isinstance(getattr(self, each.name), tuple)
                 moved[each.name] = found if several else found[0]

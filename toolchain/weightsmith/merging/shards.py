@@ -254,7 +254,7 @@ class UnwrittenShard:
             output=output,
             files=self._files,
             sketch=self._sketches.pop(output.name, None),
-            blocks=_taken(queue),
+            blocks=_drained(queue),
             again=self._again(output),
         )
         return is_changed(passing)
@@ -268,6 +268,6 @@ class UnwrittenShard:
                 return
 
 
-def _taken(queue: Queue[np.ndarray | None]) -> Iterator[np.ndarray]:
+def _drained(queue: Queue[np.ndarray | None]) -> Iterator[np.ndarray]:
     while (block := queue.get()) is not None:
         yield block

@@ -181,10 +181,10 @@ class DockerEngine:
     def reap(self) -> None:
         """Remove containers and networks left by killed processes."""
         with engine_errors("looking for left-over containers"):
-            mine = self.client.containers.list(
+            ours = self.client.containers.list(
                 all=True, filters={"label": LABEL_OWNER}, ignore_removed=True
             )
-            for container in mine:
+            for container in ours:
                 if is_dead(container.labels[LABEL_OWNER]):
                     remove(container)
             for network in self.client.networks.list(filters={"label": LABEL_OWNER}):
@@ -347,22 +347,24 @@ def load_in_order(
     `parallel` of them are sent while the engine unpacks one, as in a pull, so its disk holds only
     those at a time. Raises EnvironmentFailure if the engine refuses one.
     """
-    begun: list[ArchiveUpload] = []
+    uploads: list[ArchiveUpload] = []
     try:
         for archive in archives:
-            begun.append(ArchiveUpload(connect, archive, reference, begun[-1] if begun else None))
-            if len(begun) >= parallel:
-                begun[-parallel].wait_until_sent()
-            for before in begun[:-parallel]:
+            uploads.append(
+                ArchiveUpload(connect, archive, reference, uploads[-1] if uploads else None)
+            )
+            if len(uploads) >= parallel:
+                uploads[-parallel].wait_until_sent()
+            for before in uploads[:-parallel]:
                 before.finish()
-            del begun[:-parallel]
-        for last in begun:
+            del uploads[:-parallel]
+        for last in uploads:
             last.finish()
     except BaseException:
-        for taking in begun:
-            taking.stop()
-        for taking in begun:
-            taking.give_up()
+        for upload in uploads:
+            upload.stop()
+        for upload in uploads:
+            upload.give_up()
         raise
 
 

@@ -80,11 +80,11 @@ class FileStore:
         while True:
             if entry := self.find(key):
                 return entry
-            with self._writing("making a result"), self._try_exclusive(key.hex) as mine:
-                if mine and self._read(key, cached=True) is None:
+            with self._writing("making a result"), self._try_exclusive(key.hex) as locked:
+                if locked and self._read(key, cached=True) is None:
                     self._make(key, note, make, resume=resume)
                     break
-            if not mine:
+            if not locked:
                 self._wait(key, str(note.get("stage", "a stage")))
         self.find(key)  # takes the shared lock
         entry = self._read(key, cached=False)
@@ -156,16 +156,16 @@ class FileStore:
         total = sum(size for _, _, size in results)
         before, deleted, busy = total, 0, 0
         for folder in _children(self.root / "partial"):
-            with suppress(PermissionError), self._try_exclusive(folder.name) as mine:
-                if mine:
+            with suppress(PermissionError), self._try_exclusive(folder.name) as locked:
+                if locked:
                     discard(folder)
         for key, _, size in results:
             if total <= keep_bytes:
                 break
             # In a shared store, another user's result stays; the others are still deleted.
             gone = False
-            with suppress(PermissionError), self._try_exclusive(key) as mine:
-                gone = mine and self._delete(key)
+            with suppress(PermissionError), self._try_exclusive(key) as locked:
+                gone = locked and self._delete(key)
             total -= size if gone else 0
             deleted, busy = deleted + gone, busy + (not gone)
         return {"deleted": deleted, "in_use": busy, "bytes_before": before, "bytes_after": total}

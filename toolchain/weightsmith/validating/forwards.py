@@ -374,8 +374,8 @@ def _narrowed(
     for part, name in names.items():
         if not (base.has(name) and merged.has(name)):
             continue
-        mine, theirs = base.tensors_of(name)[0], merged.tensors_of(name)[0]
-        if base.infos[mine].dtype == merged.infos[theirs].dtype:
+        base_tensor, merged_tensor = base.tensors_of(name)[0], merged.tensors_of(name)[0]
+        if base.infos[base_tensor].dtype == merged.infos[merged_tensor].dtype:
             continue
         before, after = dtype_of(base, name), dtype_of(merged, name)
         if torch.promote_types(before, after) != after:

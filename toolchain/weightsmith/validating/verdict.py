@@ -293,15 +293,15 @@ def _untouched(
             pairs.update(((t, t), None) for t in base.tensors_of(name) if t in weights.infos)
     pairs.update(((t, t), None) for t in base.unused if t in weights.infos)
     done = {t.tensor for n, t in reference.examiner.tallies.items()}
-    for mine, theirs in pairs:
-        if theirs in done or base.infos[mine].shape != weights.infos[theirs].shape:
+    for base_name, merged_name in pairs:
+        if merged_name in done or base.infos[base_name].shape != weights.infos[merged_name].shape:
             continue
-        tally = found[theirs] = TensorComparison(tensor=theirs)
-        for first, rows in base.blocks(mine):
+        tally = found[merged_name] = TensorComparison(tensor=merged_name)
+        for first, rows in base.blocks(base_name):
             there = (
-                weights.slice(theirs, first, first + len(rows))
+                weights.slice(merged_name, first, first + len(rows))
                 if rows.dim()
-                else weights.read(theirs)
+                else weights.read(merged_name)
             )
             compare_bytes(tally, first, rows, there)
     return found
@@ -395,14 +395,17 @@ def _explain_place(parameter: str, site: Site, others: Sequence[Site], examiner:
     for other in others:
         if other is site or other.kind == "other":
             continue
-        theirs = other.factors()
-        if theirs.left.shape != factors.left.shape or theirs.right.shape != factors.right.shape:
+        other_factors = other.factors()
+        if (
+            other_factors.left.shape != factors.left.shape
+            or other_factors.right.shape != factors.right.shape
+        ):
             continue
         name = other.parameters["weight"]
-        if _cosine(merged - base, theirs.rows(0, _ROWS)) > _SIMILAR:
+        if _cosine(merged - base, other_factors.rows(0, _ROWS)) > _SIMILAR:
             return f"the added delta belongs to {name}"
         there = examiner.base.slice(examiner.base.tensor_of(name), 0, _ROWS).float()
-        if _cosine(merged, there + theirs.rows(0, _ROWS)) > _SIMILAR:
+        if _cosine(merged, there + other_factors.rows(0, _ROWS)) > _SIMILAR:
             return f"it has the values of {name}"
     return ""
 
