@@ -6,13 +6,15 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
+from invoke.parser import Argument
 from invoke.parser.context import to_flag
 from weightsmith.building.targets import all_targets
 from weightsmith.cli import namespace
@@ -48,6 +50,8 @@ from weightsmith.recipe.section import fields_of, is_section
 from weightsmith.serving.architectures import NOT_PLANNED
 from weightsmith.serving.devices import AMX, CPUS
 from weightsmith.serving.gpus import GPUS
+
+K = TypeVar("K")
 
 _TYPES = {
     str: "text",
@@ -261,23 +265,43 @@ def _oneline(text: str | None) -> str:
 def _commands() -> Iterator[str]:
     yield (
         "Run as `invoke NAME` from a checkout or `weightsmith NAME` where the package is "
-        "installed. Every command takes `--json`: one JSON object on standard output, nothing else "
-        "there. Flags marked * may be repeated.\n"
+        "installed. Flags marked * may be repeated.\n"
     )
     namespace["report"].positional = ("folder", "other")  # as many as a command line has words
-    for name in sorted(namespace.task_names):
-        task = namespace[name]
-        yield f"## {name}\n\n{inspect.getdoc(task.body)}\n"
-        yield "| flag | default | meaning |\n|---|---|---|"
-        for argument in task.get_arguments():
-            flag = to_flag(argument.name)
-            if argument.positional:
-                flag = argument.name.upper()
-            star = "*" if argument.kind is list else ""
-            default = argument.default if argument.default not in (None, [], "") else ""
-            shown = "" if default in ("", False, "0", "0.0") else f"`{default}`"
-            yield f"| `{flag}`{star} | {shown} | {_oneline(argument.help)} |"
-        yield ""
+    names = sorted(namespace.task_names)
+    rows = {name: tuple(map(_flag_row, namespace[name].get_arguments())) for name in names}
+    used = Counter(row for name in names for row in rows[name])
+    common = [row for row in used if used[row] >= _COMMON]
+    yield "## Flags of many commands\n\nEach command names those that it has.\n"
+    yield _FLAGS
+    yield from map(_as_row, common)
+    for name in names:
+        yield f"\n## {name}\n\n{inspect.getdoc(namespace[name].body)}\n"
+        own = [row for row in rows[name] if row not in common]
+        also = ", ".join(f"`{row[0]}`" for row in rows[name] if row in common)
+        if own:
+            yield _FLAGS
+            yield from map(_as_row, own)
+            yield ""
+        yield f"Also {also}."
+
+
+_FLAGS = "| flag | default | meaning |\n|---|---|---|"
+_COMMON = 5
+"""A flag that as many commands have is described once."""
+
+
+def _flag_row(argument: Argument) -> tuple[str, str, str, str]:
+    """Return a flag's name, a star if it may be repeated, its default and its meaning."""
+    name = argument.name.upper() if argument.positional else to_flag(argument.name)
+    default = argument.default if argument.default not in (None, [], "") else ""
+    shown = "" if default in ("", False, "0", "0.0") else f"`{default}`"
+    return name, "*" if argument.kind is list else "", shown, _oneline(argument.help)
+
+
+def _as_row(flag: tuple[str, str, str, str]) -> str:
+    name, star, default, meaning = flag
+    return f"| `{name}`{star} | {default} | {meaning} |"
 
 
 def _adapters() -> Iterator[str]:
@@ -286,33 +310,42 @@ def _adapters() -> Iterator[str]:
         f"the reason; {UNMERGED}.\n"
     )
     yield "| adapter | merged | how, or why not |\n|---|---|---|"
-    for family in families():
-        for variant in family.variants:
-            yield f"| {variant.name} | yes | {_oneline(variant.how)} |"
-    for name, reason in SETTINGS.items():
-        yield f"| `{name}` | no | {_oneline(reason)} |"
-    for kind, reason in REFUSED.items():
-        yield f"| `{kind}` | no | {_oneline(reason)} |"
+    merged = [(one.name, one.how) for family in families() for one in family.variants]
+    refused = [(f"`{name}`", why) for name, why in (SETTINGS | REFUSED).items()]
+    for rows, is_merged in ((merged, "yes"), (refused, "no")):
+        for why, alike in _by(rows).items():
+            yield f"| {', '.join(alike)} | {is_merged} | {_oneline(why)} |"
     yield (
         "| PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ | converted | their initialisation changed the base: "
         "convert with `path_initial_model_for_weight_conversion`, or give the residual base |"
     )
 
 
+def _by(pairs: Iterable[tuple[str, K]]) -> dict[K, list[str]]:
+    """Return what has the same second value together, in the order of the first of each."""
+    found: dict[K, list[str]] = {}
+    for name, key in pairs:
+        found.setdefault(key, []).append(name)
+    return found
+
+
 def _architectures() -> Iterator[str]:
-    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Each cell of the first five formats, of `awq` and `gptq`, and of many of `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_known.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
+    yield "This table says which architectures have which packed formats. Others are refused before the merge: serve them in 16 bits (target `vllm`), or as GGUF, whose converter knows more of them; [some models](#what-no-target-serves) no target serves. Each pair of an architecture and one of the first five formats, `awq` and `gptq`, and many with `nvfp4`, is a test with a small random model (`test_architectures.py`, `test_known.py`, `test_stacked_mxfp4.py` and `test_walked.py` in `tests/unit/quantizers/`).\n"
     yield "Of vision models, only the language model is quantized. Routers, gates of shared experts, the small projections of latent attention, embeddings and head stay in 16 bits, byte for byte.\n"
     packed = [*SCHEMES, *(n for n, f in formats().items() if n not in SCHEMES and f.kind != "gguf")]
-    yield f"| architecture | {' | '.join(packed)} |\n|---{'|---' * len(packed)}|"
+    yield "| architectures | packed formats |\n|---|---|"
     kinds = (
         (DENSE | JOINED | NAMED, ""),
-        (EXPERTS | FURTHER_EXPERTS | STACKED_MXFP4, "experts"),
-        (SEEING, "vision"),
+        (EXPERTS | FURTHER_EXPERTS | STACKED_MXFP4, " (experts)"),
+        (SEEING, " (vision)"),
     )
-    for names, kind in kinds:
-        for name in sorted(names):
-            cells = ("yes" if _becomes(name, one) else "" for one in packed)
-            yield f"| {name}{f' ({kind})' if kind else ''} | {' | '.join(cells)} |"
+    known = (
+        (f"{name}{kind}", tuple(f"`{one}`" for one in packed if _becomes(name, one)))
+        for names, kind in kinds
+        for name in sorted(names)
+    )
+    for has, names in _by(known).items():
+        yield f"| {', '.join(names)} | {', '.join(has)} |"
     yield "\n## Models that see, as GGUF\n"
     yield "Beside the GGUF file of these, llama.cpp's converter can write a [projector](../how-to/quantize.md#models-that-see), with which its server reads pictures, if the model has a vision tower. Of other models that see, and of models that only hear, the file has the language model alone.\n"
     yield f"{', '.join(sorted(gguf_projectors() & gguf_architectures()))}.\n"
@@ -358,13 +391,10 @@ def _becomes(architecture: str, name: str) -> bool:
 
 
 def _targets() -> Iterator[str]:
-    yield "A target is an engine and a weight format.\n"
-    yield "| target | engine | format | bits per weight |\n|---|---|---|---|"
+    yield "A target is an engine and a weight format; the engine's name alone means 16 bits.\n"
+    yield "| target | bits per weight |\n|---|---|"
     for name, target in all_targets().items():
-        yield (
-            f"| `{name}` | {target.engine.name} | {target.format.name} | "
-            f"{target.format.bits_per_weight:g} |"
-        )
+        yield f"| `{name}` | {target.format.bits_per_weight:g} |"
     yield "\n## Base images\n\n| purpose | image |\n|---|---|"
     for purpose, base in sorted(read_bases().items()):
         yield f"| {purpose} | `{base.reference}` |"

@@ -146,7 +146,11 @@ def sections():
     lists, refused = rest.split("\n## What no target serves")
     name = r"^\| (\w+)"
     return (
-        re.findall(name, table, re.MULTILINE)[1:],
+        [
+            name
+            for names in re.findall(r"^\| (.*) \| `", table, re.MULTILINE)
+            for name in re.findall(r"\w{10,}", names)
+        ],
         re.findall(r"^Also as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
         re.findall(r"^Not as GGUF: (.*)\.$", lists, re.MULTILINE)[0].split(", "),
         re.findall(name, refused, re.MULTILINE)[1:],
