@@ -39,11 +39,13 @@ def test_each_kind_of_architecture(tmp_path, config):
     base = make_random(tmp_path / "base", config, TINY / "base")
     adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
     files = {}
-    for unwritten in (False, True):
-        model = tmp_path / ("unwritten" if unwritten else "written") / "model"
-        made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
-        virtual = computing(base, adapters, made) if unwritten else None
-        files[unwritten] = quantized(model, name, virtual)
+    for headers_only in (False, True):
+        model = tmp_path / ("unwritten" if headers_only else "written") / "model"
+        made = merge(
+            MergeRequest(base=base, adapters=adapters, out=model, headers_only=headers_only)
+        )
+        virtual = computing(base, adapters, made) if headers_only else None
+        files[headers_only] = quantized(model, name, virtual)
 
     assert same(files[True], files[False])
 
@@ -53,7 +55,7 @@ def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path):
     config.vocab_size = 512
     base, model = make_random(tmp_path / "base", config, TINY / "base"), tmp_path / "out" / "model"
     adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
-    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, headers_only=True))
     others = ((make_adapter(base, tmp_path / "other"), 1.0),)
 
     with pytest.raises(InputRefused, match="not those that were merged"):

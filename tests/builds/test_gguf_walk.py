@@ -124,11 +124,13 @@ def test_base_and_adapter_give_the_file_of_the_merged_checkpoint(tmp_path):
     base = make_random(tmp_path / "base", config, TINY / "base")
     adapters = ((make_adapter(base, tmp_path / "adapter"), 1.0),)
     files = []
-    for unwritten in (False, True):
-        model = tmp_path / f"model-{unwritten}"
-        made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
-        virtual = computing(base, adapters, made) if unwritten else None
-        files.append(walked(model, tmp_path / f"out-{unwritten}", ROWS, virtual=virtual))
+    for headers_only in (False, True):
+        model = tmp_path / f"model-{headers_only}"
+        made = merge(
+            MergeRequest(base=base, adapters=adapters, out=model, headers_only=headers_only)
+        )
+        virtual = computing(base, adapters, made) if headers_only else None
+        files.append(walked(model, tmp_path / f"out-{headers_only}", ROWS, virtual=virtual))
 
     assert files[0].read_bytes() == files[1].read_bytes()
     assert same(*([file.with_name("demo.gguf")] for file in files))

@@ -117,13 +117,13 @@ def test_two_targets_share_what_comes_before_them(memory: Memory) -> None:
 
 def test_gguf_alone_needs_no_merged_weights_on_the_disk(memory: Memory) -> None:
     memory.build(targets=[TARGET])
-    (unwritten,) = merges(memory)
+    (headers_only,) = merges(memory)
     alone = memory.record(TARGET)
 
     memory.build(targets=["vllm", TARGET])
-    (written,) = set(merges(memory)) - {unwritten}
+    (written,) = set(merges(memory)) - {headers_only}
 
-    assert has_no_data(read_header(unwritten / "model.safetensors"))
+    assert has_no_data(read_header(headers_only / "model.safetensors"))
     assert not has_no_data(read_header(written / "model.safetensors"))
     assert memory.jobs().count("merge") == 1
     both = memory.record(TARGET)
@@ -140,12 +140,12 @@ def test_formats_without_calibration_need_no_merged_weights_on_the_disk(memory: 
     vllm_base(memory)
     names = ["vllm-fp8", "vllm-w8a8"]
     memory.build(targets=names)
-    (unwritten,) = merges(memory)
+    (headers_only,) = merges(memory)
     alone = {name: memory.record(name) for name in names}
 
     memory.build(targets=["vllm", *names])
 
-    assert has_no_data(read_header(unwritten / "model.safetensors"))
+    assert has_no_data(read_header(headers_only / "model.safetensors"))
     assert memory.jobs().count("merge") == 1
     assert "quantize" not in memory.jobs()  # the same keys
     for name in names:

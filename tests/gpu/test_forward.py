@@ -10,7 +10,7 @@ import pytest
 import torch
 from weightsmith.forward.device import DeviceCopier, on_gpu
 from weightsmith.forward.greedy import Answers, Questions, greedy
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 
 from tests.unit.validating.conftest import make_adapter, make_model
@@ -28,7 +28,7 @@ TIE = 1e-3
 def answers(
     root: Path, lora: Path, products: DeviceCopier | None
 ) -> tuple[dict[str, Answers], float]:
-    meeting = Meeting(products=products)
+    meeting = Lockstep(products=products)
     given = (("base", []), ("adapter", [(lora, 1.0)]))
     views = {name: view(root, adapters, meeting, 0) for name, adapters in given}
     asked = Questions(prompts=PROMPTS, ends=[2], most=32)

@@ -1,4 +1,4 @@
-"""Fuzzed places that machines share: a cache's entries in a folder, a bucket, a registry; parcels.
+"""Fuzzed places that machines share: a cache's entries in a folder, a bucket, a registry; payloads.
 
 Whoever may write there puts something odd at one key. That result may be lost, and no other: the
 cache is used on, it can be described and cleaned, and no file is ever another than its key says.
@@ -203,14 +203,14 @@ REQUEST = {
     "lock": {"sources": {}, "bases": {}}, "targets": ["llamacpp-q4_k_m"],
     "questions": [], "outputs": {}, "tools": {}, "dist": "/dist", "token": "",
     "files": {"files/0/questions.jsonl": "e30K", "files/1/x": ""},
-    "parcels": {"folders/0/base": "", "folders/1/a": ""},
+    "payloads": {"folders/0/base": "", "folders/1/a": ""},
 }  # fmt: skip
 
 
 def changed_request(random: Random) -> bytes:
     """Change what a fleet sends to a node."""
-    parcels = dict.fromkeys(REQUEST["parcels"], str(filled().key))
-    return json.dumps(json_changed(random, {**REQUEST, "parcels": parcels})).encode()
+    payloads = dict.fromkeys(REQUEST["payloads"], str(filled().key))
+    return json.dumps(json_changed(random, {**REQUEST, "payloads": payloads})).encode()
 
 
 def read_request(data: bytes, folder: Path) -> None:

@@ -413,5 +413,5 @@ SUBJECTS: dict[str, tuple[Make, Read]] = {
     "folder-cache": (caches.changed_entry, caches.read_folder_entry),
     "s3-cache": (caches.changed_entry, caches.read_bucket_entry),
     "registry-cache": (caches.changed_manifest, caches.read_manifest_entry),
-    "parcels": (caches.changed_request, caches.read_request),
+    "payloads": (caches.changed_request, caches.read_request),
 }

@@ -17,7 +17,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.jobs import ExportEngineJob
 from weightsmith.core.ports import Progress
 from weightsmith.core.waiting import check_stopped
-from weightsmith.steps.outcome import Outcome
+from weightsmith.steps.stage_result import StageResult
 from weightsmith.steps.step import Results, Step
 from weightsmith.steps.tools import Tools
 
@@ -73,8 +73,8 @@ class Work(Step[str, None]):
     name = "quantize"
     does: Callable[[Tools], str]
 
-    def run(self, _have: Results, tools: Tools) -> Outcome[str]:
-        return Outcome(stage=self.name, value=self.does(tools), cached=False, seconds=0.0)
+    def run(self, _have: Results, tools: Tools) -> StageResult[str]:
+        return StageResult(stage=self.name, value=self.does(tools), cached=False, seconds=0.0)
 
 
 def work(tools: Tools) -> str:

@@ -3,7 +3,7 @@ import json
 import pytest
 from weightsmith.core.errors import UsageError
 from weightsmith.evaluating import contamination as leaks
-from weightsmith.evaluating.contamination import describe, find_leaks
+from weightsmith.evaluating.contamination import describe, find_contamination
 from weightsmith.evaluating.items import Item
 
 
@@ -24,7 +24,9 @@ def test_the_same_question_in_other_letters_is_found(tmp_path):
         {"messages": [{"role": "user", "content": "which PORT  is it"}]},
     )
 
-    (leak,) = find_leaks([item("Which port is it?", line=7), item("What is the host?")], path)
+    (leak,) = find_contamination(
+        [item("Which port is it?", line=7), item("What is the host?")], path
+    )
 
     assert (leak.line, leak.other_line) == (7, 2)
     assert "line 7 in line 2" in describe([leak])
@@ -33,7 +35,9 @@ def test_the_same_question_in_other_letters_is_found(tmp_path):
 def test_a_long_question_within_a_text_is_found_and_a_short_one_is_not(tmp_path):
     path = write(tmp_path, {"text": "Yes or no? And which port does the gateway use? 7481."})
 
-    found = find_leaks([item("Which port does the gateway use?", 1), item("Yes or no?", 2)], path)
+    found = find_contamination(
+        [item("Which port does the gateway use?", 1), item("Yes or no?", 2)], path
+    )
 
     assert [leak.line for leak in found] == [1]
 
@@ -51,7 +55,7 @@ def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_pat
 
     monkeypatch.setattr(leaks, "_likely", counted)
 
-    found = find_leaks(asked, path)
+    found = find_contamination(asked, path)
 
     assert [leak.line for leak in found] == [77]
     assert len(searched) < 10
@@ -60,26 +64,26 @@ def test_of_many_questions_that_begin_and_end_alike_few_are_searched_for(tmp_pat
 def test_messages_that_are_no_list_hold_no_question(tmp_path):
     path = write(tmp_path, {"messages": 5}, {"messages": {"content": "Which port?"}})
 
-    assert find_leaks([item("Which port?")], path) == ()
+    assert find_contamination([item("Which port?")], path) == ()
 
 
 def test_an_answer_that_holds_the_question_is_no_leak(tmp_path):
     said = "You ask which port the gateway uses at work: 7481."
     path = write(tmp_path, {"messages": [{"role": "assistant", "content": said}]})
 
-    assert find_leaks([item("which port the gateway uses")], path) == ()
+    assert find_contamination([item("which port the gateway uses")], path) == ()
     assert describe(()) == ""
 
 
 def test_a_text_that_was_cut_within_an_emoji_is_compared(tmp_path):
     path = write(tmp_path, {"text": "cut \ud83d"}, {"messages": [{"content": "Which port?"}]})
 
-    assert [leak.other_line for leak in find_leaks([item("which port")], path)] == [2]
+    assert [leak.other_line for leak in find_contamination([item("which port")], path)] == [2]
 
 
 def test_a_file_that_is_none_is_named(tmp_path):
     with pytest.raises(UsageError, match="cannot read"):
-        find_leaks([item("q")], tmp_path / "none.jsonl")
+        find_contamination([item("q")], tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text("{}\n{")
     with pytest.raises(UsageError, match=r"bad\.jsonl:2: invalid JSON"):
-        find_leaks([item("q")], tmp_path / "bad.jsonl")
+        find_contamination([item("q")], tmp_path / "bad.jsonl")

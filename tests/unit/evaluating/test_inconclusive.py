@@ -7,7 +7,7 @@ import re
 import pytest
 from weightsmith.core.values import Score
 from weightsmith.evaluating.gate import DropLimit
-from weightsmith.evaluating.inconclusive import doubts
+from weightsmith.evaluating.inconclusive import inconclusive_reasons
 
 NOTHING, ALL = Score(score=0.0, n=60, metric="m"), Score(score=1.0, n=60, metric="m")
 
@@ -22,7 +22,7 @@ def score(right: int, n: int = 60, tokens: int = 5) -> Score:
 
 
 def doubted(max_drop: float = 0.05, **scores: Score) -> tuple[str, ...]:
-    return doubts(scores, DropLimit(max_drop=max_drop))
+    return inconclusive_reasons(scores, DropLimit(max_drop=max_drop))
 
 
 def test_a_gate_that_could_have_failed_leaves_no_doubt() -> None:

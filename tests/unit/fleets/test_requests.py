@@ -25,7 +25,7 @@ REPLY: dict[str, Any] = {"id": "1", "node": "far", "seconds": 1.0, "cpu_seconds"
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_outside_the_folder_are_refused(name: str) -> None:
     key = "sha256:" + "0" * 64
-    for wrong in ({"files": {name: ""}}, {"parcels": {name: key}}):
+    for wrong in ({"files": {name: ""}}, {"payloads": {name: key}}):
         with pytest.raises(ValueError, match="not the name of a file"):
             TaskRequest.from_json({**REQUEST, **wrong})
     with pytest.raises(ValueError, match="not the name of a file"):
@@ -34,7 +34,7 @@ def test_names_outside_the_folder_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"parcels": {"a": "sha256:0"}}, {"stages": []}, {"files": {"a": 1}}, {"targets": None}],
+    [{"payloads": {"a": "sha256:0"}}, {"stages": []}, {"files": {"a": 1}}, {"targets": None}],
     ids=str,
 )
 def test_what_is_no_request_is_refused(

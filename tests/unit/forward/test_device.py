@@ -8,7 +8,7 @@ import pytest
 import torch
 from weightsmith.forward.device import DeviceCopier, on_gpu
 from weightsmith.forward.greedy import Questions, greedy
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 
@@ -49,10 +49,10 @@ def test_each_piece_is_copied_before_the_one_before_it_is_multiplied(
 def test_answers_on_a_device_are_those_of_the_whole_model(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     asked = Questions(prompts=PROMPTS, ends=[2], most=6)
-    meeting = Meeting(2, DeviceCopier(torch.device("cpu"), 50))
-    model = view(base, [], meeting, 0)
+    lockstep = Lockstep(2, DeviceCopier(torch.device("cpu"), 50))
+    model = view(base, [], lockstep, 0)
 
-    found = meeting.run({"": lambda: greedy(model, asked, lambda _: None)})[""]
+    found = lockstep.run({"": lambda: greedy(model, asked, lambda _: None)})[""]
 
     assert found.tokens == greedy(load_network(base, []), asked, lambda _: None).tokens
 
@@ -65,14 +65,14 @@ def test_a_device_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(DeviceCopier, "multiply", full)
-    meeting = Meeting(2, DeviceCopier(torch.device("cpu"), 50))
+    lockstep = Lockstep(2, DeviceCopier(torch.device("cpu"), 50))
     matrix, inputs = torch.randn(300, 64), torch.randn(7, 64)
 
     def twice() -> torch.Tensor:
-        meeting.multiply((0, 0), inputs, matrix)
-        return meeting.multiply((0, 0), inputs, matrix)
+        lockstep.multiply((0, 0), inputs, matrix)
+        return lockstep.multiply((0, 0), inputs, matrix)
 
-    found = meeting.run({"": twice})[""]
+    found = lockstep.run({"": twice})[""]
 
     torch.testing.assert_close(found, inputs @ matrix.T)
     assert len(asked) == 1

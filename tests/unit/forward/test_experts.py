@@ -9,7 +9,7 @@ import pytest
 import torch
 from weightsmith.core.errors import InputRefused
 from weightsmith.forward import experts
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 from weightsmith.forward.weights import Weights
 from weightsmith.quantizers.architectures import EXPERTS
@@ -51,9 +51,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def streamed(folder: Path, *adapters: Path) -> torch.Tensor:
-    meeting = Meeting(cpus=2)
-    network = view(folder, [(adapter, 1.0) for adapter in adapters], meeting, 0)
-    return meeting.run({"": lambda: logits(network)})[""]
+    lockstep = Lockstep(cpus=2)
+    network = view(folder, [(adapter, 1.0) for adapter in adapters], lockstep, 0)
+    return lockstep.run({"": lambda: logits(network)})[""]
 
 
 @pytest.mark.parametrize("architecture", sorted(EXPERTS))
@@ -104,17 +104,20 @@ def test_base_and_adapter_share_what_is_read(
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     options = {"target_modules": ["q_proj"], "target_parameters": parameters}
     adapter = make_adapter(tmp_path / "adapter", base, **options)
-    meeting, served = Meeting(cpus=1), []
-    own = meeting._multiply
+    lockstep, served = Lockstep(cpus=1), []
+    own = lockstep._multiply
 
     def count(requests: Any) -> None:
         served.append(len(requests))
         own(requests)
 
-    monkeypatch.setattr(meeting, "_multiply", count)
-    views = {"base": view(base, [], meeting, 0), "adapter": view(base, [(adapter, 1)], meeting, 0)}
+    monkeypatch.setattr(lockstep, "_multiply", count)
+    views = {
+        "base": view(base, [], lockstep, 0),
+        "adapter": view(base, [(adapter, 1)], lockstep, 0),
+    }
 
-    meeting.run({name: lambda one=one: logits(one) for name, one in views.items()})
+    lockstep.run({name: lambda one=one: logits(one) for name, one in views.items()})
 
     assert served.count(2) > 0.9 * len(served)
 
@@ -124,13 +127,13 @@ def test_each_matrix_of_an_expert_has_a_key_of_its_own(
 ) -> None:
     """A view that worked apart may ask for the first one while another asks for the second."""
     base = make_model(tmp_path / "base", "mixtral", intermediate_size=64)
-    own, keys = Meeting.multiply, dict[Any, set[int]]()
+    own, keys = Lockstep.multiply, dict[Any, set[int]]()
 
-    def multiply(meeting: Meeting, key: Any, inputs: torch.Tensor, matrix: Any) -> torch.Tensor:
+    def multiply(lockstep: Lockstep, key: Any, inputs: torch.Tensor, matrix: Any) -> torch.Tensor:
         keys.setdefault(key, set()).add(matrix.data_ptr())
-        return own(meeting, key, inputs, matrix)
+        return own(lockstep, key, inputs, matrix)
 
-    monkeypatch.setattr(Meeting, "multiply", multiply)
+    monkeypatch.setattr(Lockstep, "multiply", multiply)
 
     streamed(base)
 

@@ -12,7 +12,7 @@ from weightsmith.forward import greedy as greedy_module
 from weightsmith.forward import heads
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import UnmergedModel, answers, load_network
 
@@ -47,10 +47,10 @@ def asked(drafts: dict[int, Sequence[int]] | None = None) -> Questions:
 
 
 def answer(root: Path, adapter: Path | None = None, **more: Any) -> list[list[int]]:
-    meeting = Meeting(2)
+    lockstep = Lockstep(2)
     adapters = [(adapter, 1.0)] if adapter else []
-    model = view(root, adapters, meeting, 0)
-    return meeting.run({"": lambda: greedy(model, asked(**more), lambda _: None)})[""].tokens
+    model = view(root, adapters, lockstep, 0)
+    return lockstep.run({"": lambda: greedy(model, asked(**more), lambda _: None)})[""].tokens
 
 
 def adapter_of(tmp_path: Path, base: Path, kind: str, **options: Any) -> Path:
@@ -120,12 +120,12 @@ def test_an_answer_ends_with_the_first_end_token_of_a_draft_or_of_its_own(tmp_pa
     true = generated(base)
     ends = [true[0][2], true[1][5], 2]
     wanted = [row[: next((i for i, t in enumerate(row) if t in ends), MOST) + 1] for row in true]
-    meeting = Meeting(2)
-    model = view(base, [], meeting, 0)
+    lockstep = Lockstep(2)
+    model = view(base, [], lockstep, 0)
 
     for drafts in ({}, dict(enumerate(true))):
         questions = Questions(prompts=PROMPTS, ends=ends, most=MOST, drafts=drafts)
-        found = meeting.run({"": lambda q=questions: greedy(model, q, lambda _: None)})
+        found = lockstep.run({"": lambda q=questions: greedy(model, q, lambda _: None)})
 
         assert found[""].tokens == wanted
 
@@ -137,18 +137,18 @@ def test_views_of_one_checkpoint_read_each_matrix_once(
     base = make_model(tmp_path / "base")
     lora = adapter_of(tmp_path, base, "llama")
     shared: list[int] = []
-    multiply = Meeting._multiply
+    multiply = Lockstep._multiply
 
-    def counted(self: Meeting, requests: Any) -> None:
+    def counted(self: Lockstep, requests: Any) -> None:
         shared.append(len(requests))
         multiply(self, requests)
 
-    monkeypatch.setattr(Meeting, "_multiply", counted)
-    meeting = Meeting(2)
-    views = {n: view(base, a, meeting, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
+    monkeypatch.setattr(Lockstep, "_multiply", counted)
+    lockstep = Lockstep(2)
+    views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
     run = {n: lambda m=m: greedy(m, asked(), lambda _: None) for n, m in views.items()}
 
-    found = meeting.run(run)
+    found = lockstep.run(run)
 
     assert found["base"].tokens == generated(base)
     assert found["adapter"].tokens == generated(base, lora)
@@ -161,8 +161,8 @@ def test_a_draft_that_is_right_needs_no_step_of_its_own(
     base = make_model(tmp_path / "base")
     true = generated(base)
     seen: list[object] = []
-    multiply = Meeting._multiply
-    monkeypatch.setattr(Meeting, "_multiply", lambda *a: (seen.append(1), multiply(*a)))
+    multiply = Lockstep._multiply
+    monkeypatch.setattr(Lockstep, "_multiply", lambda *a: (seen.append(1), multiply(*a)))
 
     assert answer(base, drafts=dict(enumerate(true))) == true
     drafted = len(seen)
@@ -191,10 +191,10 @@ def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_
     base = make_model(tmp_path / "base", num_key_value_heads=4, intermediate_size=64)
     spans = [[0, 2], [0, 3]]
     lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj"], layer_replication=spans)
-    meeting = Meeting(2)
-    views = {n: view(base, a, meeting, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
+    lockstep = Lockstep(2)
+    views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
 
-    found = meeting.run(
+    found = lockstep.run(
         {n: lambda m=m: greedy(m, asked(), lambda _: None) for n, m in views.items()}
     )
 
@@ -205,13 +205,13 @@ def test_a_view_with_replicated_layers_meets_its_base_at_the_right_matrices(tmp_
 def multiplied_rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of rows of each product."""
     found: list[int] = []
-    multiply = Meeting.multiply
+    multiply = Lockstep.multiply
 
-    def counted(self: Meeting, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
+    def counted(self: Lockstep, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
         found.append(inputs[..., 0].numel())
         return multiply(self, key, inputs, matrix)
 
-    monkeypatch.setattr(Meeting, "multiply", counted)
+    monkeypatch.setattr(Lockstep, "multiply", counted)
     return found
 
 
@@ -260,27 +260,27 @@ def test_only_tokens_are_multiplied_and_in_the_last_layer_those_with_logits(
 
 def test_drafts_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
-    model = view(base, [], meeting := Meeting(2), 0)
+    model = view(base, [], lockstep := Lockstep(2), 0)
     beyond = {0: [10_000, 5], 1: [*generated(base)[1][:2], 10_000]}
 
     assert answer(base, drafts=beyond) == generated(base)
 
     empty = Questions(prompts=[[1], []], ends=[2], most=4, drafts={1: [7, 7]})
     assert greedy_module._usable_drafts(model, empty) == {}
-    del meeting
+    del lockstep
 
 
 def test_positions_that_depend_on_the_length_take_no_draft(tmp_path: Path) -> None:
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     base = make_model(tmp_path / "base", rope_parameters=scaling)
-    model = view(base, [], Meeting(2), 0)
+    model = view(base, [], Lockstep(2), 0)
 
     assert greedy_module._usable_drafts(model, asked({0: [1, 2]})) == {}
 
 
 def test_gemmas_scaled_embedding_reads_the_rows_that_are_used(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "gemma3", vocab_size=20_000)
-    model = view(base, [], Meeting(2), 0)
+    model = view(base, [], Lockstep(2), 0)
     embed = model.get_input_embeddings()
 
     found = embed(torch.tensor([[5, 9, 5]]))
@@ -295,13 +295,13 @@ def test_gemmas_scaled_embedding_reads_the_rows_that_are_used(tmp_path: Path) ->
 def largest_head_input(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that gets the number of positions of each product with the head."""
     found: list[int] = []
-    multiply = Meeting.multiply
+    multiply = Lockstep.multiply
 
-    def counted(self: Meeting, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
+    def counted(self: Lockstep, key: Any, inputs: torch.Tensor, matrix: torch.Tensor) -> Any:
         found.extend([inputs[..., 0].numel()] * (len(matrix) == 512))
         return multiply(self, key, inputs, matrix)
 
-    monkeypatch.setattr(Meeting, "multiply", counted)
+    monkeypatch.setattr(Lockstep, "multiply", counted)
     return found
 
 
@@ -334,9 +334,9 @@ def test_margins_are_those_of_a_forward_pass(
     root = make_model(tmp_path / "base", kind, **options)
     expected = generated(root)
     drafts = {n: [*row[:5], 5, *row[6:]] for n, row in enumerate(expected)} if drafted else {}
-    model, meeting = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32), Meeting(2)
-    streamed = view(root, [], meeting, 0)
-    found = meeting.run({"": lambda: greedy(streamed, asked(drafts), lambda _: None)})[""]
+    model, lockstep = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32), Lockstep(2)
+    streamed = view(root, [], lockstep, 0)
+    found = lockstep.run({"": lambda: greedy(streamed, asked(drafts), lambda _: None)})[""]
 
     assert max(most) <= max(positions, len(PROMPTS))
     assert found.tokens == expected

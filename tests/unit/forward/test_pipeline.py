@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from weightsmith.forward.pipeline import Pipeline
-from weightsmith.forward.threads import crew, product
+from weightsmith.forward.threads import product, thread_pool
 
 
 class Layers:
@@ -46,7 +46,7 @@ class Layers:
 @pytest.mark.parametrize("most", [1, 2])
 def test_each_batch_runs_through_all_layers_in_order(workers, batches, most) -> None:
     layers = Layers()
-    with crew(workers, lambda: None) as pool:
+    with thread_pool(workers, lambda: None) as pool:
         made = list(Pipeline(pool, layers.load, layers.work).run(20, batches, most))
     assert made == [[(layer, batch) for batch in range(batches)] for layer in range(20)]
     assert not layers.loaded
@@ -56,7 +56,10 @@ def test_each_batch_runs_through_all_layers_in_order(workers, batches, most) -> 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_first_error_is_raised_and_all_threads_end(workers) -> None:
     layers, before = Layers(fails=(3, 1)), set(threading.enumerate())
-    with crew(workers, lambda: None) as pool, pytest.raises(ValueError, match="layer 3, batch 1"):
+    with (
+        thread_pool(workers, lambda: None) as pool,
+        pytest.raises(ValueError, match="layer 3, batch 1"),
+    ):
         list(Pipeline(pool, layers.load, layers.work).run(20, 4, 2))
     assert not set(threading.enumerate()) - before
     assert not layers.loaded
@@ -66,7 +69,7 @@ def test_an_error_of_loading_is_raised() -> None:
     def load(layer: int) -> Layers:
         raise MemoryError(f"layer {layer}")
 
-    with crew(2, lambda: None) as pool, pytest.raises(MemoryError, match="layer 0"):
+    with thread_pool(2, lambda: None) as pool, pytest.raises(MemoryError, match="layer 0"):
         list(Pipeline(pool, load, Layers().work).run(3, 2, 2))
 
 
@@ -74,6 +77,6 @@ def test_threads_of_a_crew_multiply_at_once() -> None:
     torch.manual_seed(0)
     rows, matrix = torch.randn(300, 64), torch.randn(1000, 64)
     right = product(rows, matrix)
-    with crew(3, lambda: None) as pool:
+    with thread_pool(3, lambda: None) as pool:
         for found in pool.map(lambda _: product(rows, matrix), range(12)):
             torch.testing.assert_close(found, right)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from weightsmith.forward.greedy import Prefix, Questions, empty_prefix, greedy, shared_prefix
 from weightsmith.forward.keys import Keys
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 
@@ -46,12 +46,12 @@ def test_answers_after_a_shared_prefix_are_those_of_each_prompt_alone(
     lengths: list[int] = []
     rows = Prefix.rows
     monkeypatch.setattr(Prefix, "rows", lambda p, *n: (lengths.append(p.length), rows(p, *n))[1])
-    model = view(base, [], meeting := Meeting(2), 0)
+    model = view(base, [], lockstep := Lockstep(2), 0)
     wrong = [[*row[:3], 11, *row[4:]] for row in true]
 
     for drafts in ({}, dict(enumerate(true)), dict(enumerate(wrong)), {0: true[0][:4]}):
         asked = Questions(prompts=PROMPTS, ends=[2], most=MOST, filler=3, drafts=drafts)
-        found = meeting.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
+        found = lockstep.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
 
         assert found[""].tokens == true
     assert len(HEAD) in lengths
@@ -62,10 +62,12 @@ def test_an_adapter_has_its_own_prefix(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     lora = make_adapter(tmp_path / "lora", base, target_modules=["q_proj", "v_proj"])
     asked = Questions(prompts=PROMPTS, ends=[2], most=MOST)
-    meeting = Meeting(2)
-    views = {n: view(base, a, meeting, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
+    lockstep = Lockstep(2)
+    views = {n: view(base, a, lockstep, 0) for n, a in (("base", []), ("adapter", [(lora, 1.0)]))}
 
-    found = meeting.run({n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()})
+    found = lockstep.run(
+        {n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()}
+    )
 
     assert found["base"].tokens == generated(load_network(base, []))
     assert found["adapter"].tokens == generated(load_network(base, [(lora, 1.0)]))
@@ -92,12 +94,12 @@ def test_attention_that_counts_columns_finds_no_holes(
     # What Doge makes of all values, strong enough to decide tokens.
     edit_tensors(base, lambda t: t.update({n: 40 * t[n] for n in t if n.endswith(".A")}))
     true = generated(load_network(base, []), prompts)
-    model = view(base, [], meeting := Meeting(2), 0)
+    model = view(base, [], lockstep := Lockstep(2), 0)
     wrong = [[*row[:3], 11, *row[4:]] for row in true]
 
     for drafts in ({}, {0: true[0], 1: wrong[1]}):
         asked = Questions(prompts=prompts, ends=[], most=MOST, filler=3, drafts=drafts)
-        found = meeting.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
+        found = lockstep.run({"": lambda asked=asked: greedy(model, asked, lambda _: None)})
 
         assert found[""].tokens == true
 

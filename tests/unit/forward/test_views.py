@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import UnmergedModel
 
@@ -32,10 +32,10 @@ def test_models_with_states_are_streamed(kind: str, tmp_path: Path) -> None:
             found: torch.Tensor = network(input_ids=IDS, use_cache=False).logits
             return found
 
-    meeting = Meeting(cpus=2)
-    network = view(tmp_path, [], meeting, 0)
+    lockstep = Lockstep(cpus=2)
+    network = view(tmp_path, [], lockstep, 0)
 
-    found = meeting.run({"": lambda: logits(network)})[""]
+    found = lockstep.run({"": lambda: logits(network)})[""]
 
     torch.testing.assert_close(found, logits(model), rtol=1e-4, atol=1e-5)
 
@@ -73,11 +73,11 @@ def test_an_adapter_of_another_vocabulary_answers_as_in_peft(
             found: torch.Tensor = network(input_ids=ids, use_cache=False).logits
             return found
 
-    subject, meeting = UnmergedModel(model=base, adapters=[(adapter, 1.0)]), Meeting(cpus=2)
-    streamed = subject.streamed(meeting, 0)
+    subject, lockstep = UnmergedModel(model=base, adapters=[(adapter, 1.0)]), Lockstep(cpus=2)
+    streamed = subject.streamed(lockstep, 0)
 
     for found in (
-        meeting.run({"": lambda: logits(streamed)})[""],
+        lockstep.run({"": lambda: logits(streamed)})[""],
         logits(subject.whole()),
     ):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -95,7 +95,7 @@ def test_a_head_whose_embedding_was_not_saved_is_refused(tmp_path: Path) -> None
     subject = UnmergedModel(model=base, adapters=[(adapter, 1.0)])
 
     with pytest.raises(InputRefused, match="98 tokens in lm_head, and 96 in"):
-        subject.streamed(Meeting(cpus=2), 0)
+        subject.streamed(Lockstep(cpus=2), 0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -108,6 +108,6 @@ def test_a_trained_token_without_a_row_is_refused(tmp_path: Path) -> None:
     kept = {name: one for name, one in load_file(path).items() if "base_layer" not in name}
     save_file({name: one for name, one in kept.items() if "lm_head" not in name}, path)
 
-    for run in (lambda one: one.streamed(Meeting(cpus=2), 0), lambda one: one.whole()):
+    for run in (lambda one: one.streamed(Lockstep(cpus=2), 0), lambda one: one.whole()):
         with pytest.raises(InputRefused, match="trains token 97; the embedding has 96 rows"):
             run(UnmergedModel(model=base, adapters=[(adapter, 1.0)]))

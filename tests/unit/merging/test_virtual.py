@@ -64,7 +64,7 @@ def test_what_is_computed_again_is_compared_with_what_was_merged(make_model, mak
     base = make_model(dtype=torch.bfloat16, shard="20KB")
     adapter, out = make_adapter(base), base.parent / "out"
     adapters = ((adapter, 1.0),)
-    made = merge(MergeRequest(base=base, adapters=adapters, out=out, unwritten=True))
+    made = merge(MergeRequest(base=base, adapters=adapters, out=out, headers_only=True))
     digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
 
     read_back(out, base, adapter, digests, order)
@@ -79,7 +79,7 @@ def test_a_single_wrong_weight_is_noticed(make_model, make_adapter, monkeypatch)
     base = make_model(dtype=torch.bfloat16)
     adapter, out = make_adapter(base), base.parent / "out"
     adapters = ((adapter, 1.0),)
-    made = merge(MergeRequest(base=base, adapters=adapters, out=out, unwritten=True))
+    made = merge(MergeRequest(base=base, adapters=adapters, out=out, headers_only=True))
     digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
     right = blocks.RowMaker._merge
 

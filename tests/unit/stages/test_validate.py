@@ -109,7 +109,7 @@ def wrong_merge(change: Callable[[int], int]) -> Any:
     """Merge, and change the bits of one of four million elements."""
 
     def run(job: MergeJob, report: Any) -> Any:
-        result = STAGES["merge"](replace(job, unwritten=False), report)
+        result = STAGES["merge"](replace(job, headers_only=False), report)
         path = job.output / "model.safetensors"
         tensors = load_file(path)
         bits = tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int16)

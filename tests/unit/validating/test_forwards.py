@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import skeleton
 from weightsmith.forward.weights import Weights
 from weightsmith.models.safetensors import build_header
@@ -46,13 +46,13 @@ def test_streamed_is_whole(tmp_path: Path, kind: str) -> None:
     lora = make_adapter(tmp_path / "lora", base, target_modules=targets)
     batch = ProbeBatch.of(PROBES)
 
-    meeting = Meeting(2)
-    model = MergedModel(checkpoint=base).streamed(meeting, 0)
+    lockstep = Lockstep(2)
+    model = MergedModel(checkpoint=base).streamed(lockstep, 0)
     run = merged_forward(model, batch, 1, lambda: None)
     opening = BaseAndAdapters(checkpoint=base, adapters=((lora, 1.0),))
     reference = reference_forward(
-        opening.streamed(meeting, 1),
-        meeting,
+        opening.streamed(lockstep, 1),
+        lockstep,
         Weights(base, skeleton(base)),
         batch,
         2,

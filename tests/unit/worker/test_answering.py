@@ -13,7 +13,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, Question, ReferenceJob
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.merging import reference
 from weightsmith.steps.answer_checkpoint import checkpointed_answers
 from weightsmith.worker.jobs import STAGES
@@ -87,8 +87,8 @@ def test_each_answers_as_in_a_job_of_its_own(
 ) -> None:
     job = job_of(tmp_path)
     served: list[int] = []
-    serve = Meeting._serve
-    monkeypatch.setattr(Meeting, "_serve", lambda m, r: (served.append(len(r)), serve(m, r))[1])
+    serve = Lockstep._serve
+    monkeypatch.setattr(Lockstep, "_serve", lambda m, r: (served.append(len(r)), serve(m, r))[1])
 
     found = run(job)
 

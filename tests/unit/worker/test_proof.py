@@ -20,7 +20,7 @@ from weightsmith.core.jobs import (
     ReferenceJob,
     ValidateJob,
 )
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.validating.greedy import drafts
 from weightsmith.worker.jobs import STAGES
 
@@ -82,8 +82,8 @@ def test_both_find_what_each_finds_by_itself(
     job: ProofJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     products: list[int] = []
-    multiply = Meeting.multiply
-    monkeypatch.setattr(Meeting, "multiply", lambda *a: (products.append(1), multiply(*a))[1])
+    multiply = Lockstep.multiply
+    monkeypatch.setattr(Lockstep, "multiply", lambda *a: (products.append(1), multiply(*a))[1])
     alone = run(job.reference)["answers"], run(job.validation)
     apart = len(products)
 

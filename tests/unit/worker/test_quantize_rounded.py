@@ -61,7 +61,7 @@ def test_the_files_are_those_of_the_written_merge(
     written = quantized(model, name, None, tmp_path / "from-files")
 
     model = tmp_path / "unwritten"
-    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, headers_only=True))
     again = quantized(model, name, computing(base, adapters, made), tmp_path / "from-base")
 
     assert again == written
@@ -74,7 +74,7 @@ def test_weights_that_are_not_those_of_the_merge_are_refused(tmp_path: Path) -> 
     architecture = "LlamaForCausalLM"
     base, model = make(architecture, tmp_path / "base"), tmp_path / "model"
     adapters = ((make_adapter(base, architecture, tmp_path / "adapter"), 1.0),)
-    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, headers_only=True))
     others = ((make_adapter(base, architecture, tmp_path / "other", seed=2), 1.0),)
 
     with pytest.raises(InputRefused, match="not those that were merged"):
@@ -85,7 +85,7 @@ def test_a_largest_weight_that_was_recorded_wrongly_is_no_scale(tmp_path: Path) 
     architecture = "LlamaForCausalLM"
     base, model = make(architecture, tmp_path / "base"), tmp_path / "model"
     adapters = ((make_adapter(base, architecture, tmp_path / "adapter"), 1.0),)
-    made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=True))
+    made = merge(MergeRequest(base=base, adapters=adapters, out=model, headers_only=True))
     made["largest"]["model.layers.0.mlp.up_proj.weight"] /= 2
 
     with pytest.raises(EnvironmentFailure, match=r"largest weight of .*up_proj"):
@@ -103,10 +103,12 @@ def test_gate_answers_and_cache_scales_are_those_of_the_written_merge(
     texts = tuple(json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:2])
     asked = (Question(messages=({"role": "user", "content": "Hi"},)),)
     found = []
-    for unwritten in (False, True):
-        model, packed = tmp_path / f"model-{unwritten}", tmp_path / f"packed-{unwritten}"
-        made = merge(MergeRequest(base=base, adapters=adapters, out=model, unwritten=unwritten))
-        virtual = computing(base, adapters, made) if unwritten else None
+    for headers_only in (False, True):
+        model, packed = tmp_path / f"model-{headers_only}", tmp_path / f"packed-{headers_only}"
+        made = merge(
+            MergeRequest(base=base, adapters=adapters, out=model, headers_only=headers_only)
+        )
+        virtual = computing(base, adapters, made) if headers_only else None
         quantized(model, "fp8", virtual, packed)
         read: dict[str, Any] = {
             "builder": "merge", "model": Input(path=model), "virtual": virtual,

@@ -19,7 +19,7 @@ from weightsmith.building.record import BuiltTarget, Record
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import CacheLost, CheckFailed, WeightsmithError
 from weightsmith.evaluating.build_record import StageRecord
-from weightsmith.evaluating.recipe_tasks import check_leaks
+from weightsmith.evaluating.recipe_tasks import check_contamination
 from weightsmith.evaluating.results import unproven_of
 from weightsmith.steps.tools import Tools
 
@@ -55,7 +55,7 @@ def _build(request: BuildRequest, published: set[str], tools: Tools) -> Iterator
     with BuildRun(steps, tools) as run:
         sources = run.perform(steps.sources)
         check_tags(request, sources, tools)
-        check_leaks(request.file, steps.tasks, tools.progress)
+        check_contamination(request.file, steps.tasks, tools.progress)
         seen = foresee(steps, tools, sources)
         check_before_work(request, steps, seen)
         check_images(request, steps, seen)

@@ -18,7 +18,7 @@ from weightsmith.core.jobs import LayerTimeJob
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Json, JsonValue, Sources
 from weightsmith.evaluating.build_record import read_build
-from weightsmith.evaluating.recipe_tasks import check_leaks
+from weightsmith.evaluating.recipe_tasks import check_contamination
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
@@ -74,7 +74,7 @@ def plan_of(request: BuildRequest, tools: Tools) -> BuildPlan:
     check_places(request)
     request = request.pinned()
     steps = steps_of(request)
-    check_leaks(request.file, steps.tasks, tools.progress)
+    check_contamination(request.file, steps.tasks, tools.progress)
     try:
         seen = foresee(steps, tools, earlier=_earlier(steps))
     except NotHere as why:

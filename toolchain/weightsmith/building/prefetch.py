@@ -21,7 +21,7 @@ from weightsmith.core.jobs import Job
 from weightsmith.core.ports import Progress, Runner
 from weightsmith.core.values import Json
 from weightsmith.core.waiting import stopped_by
-from weightsmith.steps.outcome import Outcome
+from weightsmith.steps.stage_result import StageResult
 from weightsmith.steps.step import Results, Step
 from weightsmith.steps.tools import Tools
 
@@ -44,7 +44,7 @@ class Prefetch:
 
     def __init__(self) -> None:
         self._steps: Sequence[Step[Any, Any]] = ()
-        self._outcomes: dict[Step[Any, Any], Outcome[Any]] = {}
+        self._outcomes: dict[Step[Any, Any], StageResult[Any]] = {}
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
         self._progress: BufferedProgress | None = None
@@ -101,7 +101,7 @@ class Prefetch:
         """Whether steps were begun whose turn has not come yet."""
         return self._progress is not None
 
-    def take(self, step: Step[Any, Any]) -> Outcome[Any]:
+    def take(self, step: Step[Any, Any]) -> StageResult[Any]:
         """Return what a step gave, or raise its error; from now on, what they say is shown."""
         if self._progress:
             self._progress.follow()

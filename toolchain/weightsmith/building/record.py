@@ -27,7 +27,7 @@ from weightsmith.provenance.materials import index_of_materials
 from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures
 from weightsmith.steps.delivery import discard_candidate, network_in_jobs
-from weightsmith.steps.outcome import unrecorded
+from weightsmith.steps.stage_result import unrecorded
 from weightsmith.steps.step import Step, Trial
 from weightsmith.steps.tools import Tools
 

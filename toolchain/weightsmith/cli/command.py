@@ -20,7 +20,7 @@ from invoke.exceptions import Exit
 from invoke.tasks import task
 
 from weightsmith.cli.sections import Flags
-from weightsmith.core import escape as visible
+from weightsmith.core import escape
 from weightsmith.core.errors import (
     EnvironmentFailure,
     UsageError,
@@ -85,7 +85,7 @@ def command(
                 print_error(_Interrupted("interrupted", hint=again), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
             else:
-                _print_result(visible.as_json(plain(result)) if as_json else text)
+                _print_result(escape.as_json(plain(result)) if as_json else text)
 
         own = inspect.signature(body)
         found = flags.parameters() if flags else [*own.parameters.values()]
@@ -241,7 +241,7 @@ def print_error(error: WeightsmithError, *, as_json: bool) -> None:
         hint = f"set LC_ALL=C.UTF-8 and not PYTHONUTF8=0, else names must be ASCII; or {hint}"
     if as_json:
         report = {"message": error.message, "hint": hint, "exit_code": error.exit_code}
-        put_line(visible.as_json({**plain(error.details), "error": report}), sys.stdout)
-    text = f"error: {visible.quoted(error.message)}"
-    text += f"\n  hint: {visible.quoted(hint)}" if hint else ""
+        put_line(escape.as_json({**plain(error.details), "error": report}), sys.stdout)
+    text = f"error: {escape.quoted(error.message)}"
+    text += f"\n  hint: {escape.quoted(hint)}" if hint else ""
     put_line(text, sys.stderr)

@@ -13,7 +13,7 @@ from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.values import Json, Score
 from weightsmith.evaluating.answer_cache import KeptAnswers
-from weightsmith.evaluating.contamination import describe, find_leaks
+from weightsmith.evaluating.contamination import describe, find_contamination
 from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
 from weightsmith.evaluating.inconclusive import sampled
 from weightsmith.evaluating.items import read_items, sample
@@ -111,7 +111,7 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
 
 def _check_leaks(task: Task, asked: EvaluateCommand, tools: Tools) -> None:
     for other in (asked.scoring.training, asked.calibration):
-        leaks = describe(find_leaks(task.items, Path(other))) if other else ""
+        leaks = describe(find_contamination(task.items, Path(other))) if other else ""
         if leaks and asked.scoring.strict:
             raise InputRefused(
                 leaks, hint="remove them from one of the two files, or remove --strict"

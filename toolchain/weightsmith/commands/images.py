@@ -33,7 +33,12 @@ from weightsmith.provenance.labels import (
     plan_in,
     scores_in,
 )
-from weightsmith.provenance.sealing import cosign_tag, countersigned, only_held, strays
+from weightsmith.provenance.sealing import (
+    cosign_tag,
+    countersigned,
+    only_held,
+    unrelated_statements,
+)
 from weightsmith.serving.memory import human
 
 _ASIDE = "unknown/unknown"
@@ -222,14 +227,14 @@ def copy_attachments(
     if signer or any(map(cosign_tag, found)):
         known = {attachment.blob.digest for attachment in found}
         held = [a for a in read_attached(there, image.digest) if a.blob.digest not in known]
-    _warn_of_strays(image, found, held, warn, signed=signer is not None)
+    _warn_of_unrelated(image, found, held, warn, signed=signer is not None)
     made = countersigned(found, image, there.reference.name, signer, held)
     # Attachments that were found only through cosign's tag name no subject.
     ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in made)
     there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
 
 
-def _warn_of_strays(
+def _warn_of_unrelated(
     image: Blob,
     found: Sequence[Attachment],
     held: Sequence[Attachment],
@@ -239,7 +244,7 @@ def _warn_of_strays(
 ) -> None:
     """Warn about statements on other images, and those that only the new location had."""
     parts = statement_parts(found)
-    if others := strays(parts, image.digest):
+    if others := unrelated_statements(parts, image.digest):
         done = "left unsigned" if signed else "copied unchanged"
         warn(
             f"a statement attached to {image.digest.short} is {others[0]}"

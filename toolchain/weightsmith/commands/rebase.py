@@ -43,7 +43,7 @@ from weightsmith.provenance.statements import Resource
 from weightsmith.steps.bases import base_image, public_base
 from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate
 from weightsmith.steps.launch import why_not_started
-from weightsmith.steps.outcome import Timer
+from weightsmith.steps.stage_result import Timer
 from weightsmith.steps.tools import Tools
 
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)

@@ -227,7 +227,7 @@ def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> 
         ours, counts = read.is_ours, read.signed or check is None
         if counts and not lineage.holds(read):
             ok = False if ours or read.signed else None
-            found.say(name, ok, f"{lineage.stray(read)}, no evidence of this one")
+            found.say(name, ok, f"{lineage.describe_unrelated(read)}, no evidence of this one")
         elif check is not None:
             ok = True if read.signed else (False if ours else None)
             found.say(name, ok, "signed by this key" if read.signed else _why(part))

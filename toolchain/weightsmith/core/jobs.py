@@ -94,7 +94,7 @@ class MergeJob(_OfAdapters):
     options: Merge
     keep_adapter: bool = False
     """Write the combined adapter instead."""
-    unwritten: bool = False
+    headers_only: bool = False
     """Compute and check the weights, but write only headers."""
 
 

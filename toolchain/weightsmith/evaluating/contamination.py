@@ -22,7 +22,7 @@ _LONGEST_LINE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leak:
+class ContaminatedQuestion:
     """An evaluation question found in another file."""
 
     line: int
@@ -32,7 +32,7 @@ class Leak:
     prompt: str
 
 
-def find_leaks(items: Sequence[Item], other: Path) -> tuple[Leak, ...]:
+def find_contamination(items: Sequence[Item], other: Path) -> tuple[ContaminatedQuestion, ...]:
     """Return the questions that a JSON Lines file also asks or contains word for word.
 
     Case, white space and punctuation are ignored. Lines have `{"text"}`, `{"prompt"}` or
@@ -40,13 +40,15 @@ def find_leaks(items: Sequence[Item], other: Path) -> tuple[Leak, ...]:
     """
     asked = {key: item for item in items if (key := _key(item.prompt))}
     searched = _by_part(asked)
-    found: dict[int, Leak] = {}
+    found: dict[int, ContaminatedQuestion] = {}
     for number, text, whole in _texts(other):
         hits = [text] if text in asked else []
         if not whole:
             hits += [key for key in _likely(text, searched) if key in text]
         for item in map(asked.__getitem__, hits):
-            leak = Leak(line=item.line, other=other, other_line=number, prompt=item.prompt)
+            leak = ContaminatedQuestion(
+                line=item.line, other=other, other_line=number, prompt=item.prompt
+            )
             found.setdefault(item.line, leak)
     return tuple(found[line] for line in sorted(found))
 
@@ -76,7 +78,7 @@ def _likely(text: str, questions: Mapping[str, Sequence[str]]) -> Iterator[str]:
         yield from questions[part]
 
 
-def describe(leaks: Sequence[Leak]) -> str:
+def describe(leaks: Sequence[ContaminatedQuestion]) -> str:
     """Return one line about the leaked questions; '' if there are none."""
     if not leaks:
         return ""

@@ -19,7 +19,7 @@ _CHANCE = 0.05
 _JUDGED = ("merged", "dequantized", "image")
 
 
-def doubts(scores: Scores, limit: DropLimit) -> tuple[str, ...]:
+def inconclusive_reasons(scores: Scores, limit: DropLimit) -> tuple[str, ...]:
     """Return why these scores do not show that the image does what its reference does.
 
     One sentence each; () if they show, with 95 % confidence, that at most `max_drop` was lost. Of a

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Progress
-from weightsmith.evaluating.contamination import describe, find_leaks
+from weightsmith.evaluating.contamination import describe, find_contamination
 from weightsmith.evaluating.inconclusive import sampled
 from weightsmith.evaluating.items import read_items, read_prompts, sample
 from weightsmith.evaluating.metrics import check_metric
@@ -61,7 +61,9 @@ def say_samples(tasks: tuple[RecipeTask, ...], progress: Progress) -> None:
             progress.note(named(task, sampled(len(task.task.items), task.of)))
 
 
-def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progress) -> None:
+def check_contamination(
+    file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progress
+) -> None:
     """Warn about questions that appear in the recipe's training or calibration text.
 
     Raises InputRefused instead where the task is strict.
@@ -71,7 +73,7 @@ def check_leaks(file: RecipeFile, tasks: tuple[RecipeTask, ...], progress: Progr
         for other in (task.settings.training, calibration.data if calibration else ""):
             if not other:
                 continue
-            leaks = describe(find_leaks(task.task.items, file.folder / other))
+            leaks = describe(find_contamination(task.task.items, file.folder / other))
             if leaks and task.settings.strict:
                 raise InputRefused(leaks, hint="remove them from one of the two files")
             if leaks:

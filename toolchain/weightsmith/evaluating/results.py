@@ -9,7 +9,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Score, Scores
 from weightsmith.evaluating.agreement import Sameness, sameness
 from weightsmith.evaluating.gate import DropLimit, Verdict, judge_drop
-from weightsmith.evaluating.inconclusive import doubts
+from weightsmith.evaluating.inconclusive import inconclusive_reasons
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe.schema import Evaluate
 
@@ -71,7 +71,7 @@ class Result:
     def unproven(self) -> tuple[str, ...]:
         """Why passing the gate shows nothing; () if it shows that at most `max_drop` was lost."""
         missing = () if "image" in self.scores else (self._not_asked,)
-        return tuple(named(self.task, text) for text in (*missing, *self.doubts))
+        return tuple(named(self.task, text) for text in (*missing, *self.inconclusive_reasons))
 
     @property
     def _not_asked(self) -> str:
@@ -81,9 +81,9 @@ class Result:
         return f"the image was not asked{why}; its dequantized weights were, in transformers"
 
     @property
-    def doubts(self) -> tuple[str, ...]:
+    def inconclusive_reasons(self) -> tuple[str, ...]:
         """The same for the subjects that were asked so far."""
-        return doubts(self.scores, self.task.limit)
+        return inconclusive_reasons(self.scores, self.task.limit)
 
     def require_proof(self, *, tested: bool) -> None:
         """Raise CheckFailed if the task must be proven and what is known so far has doubts.
@@ -92,7 +92,7 @@ class Result:
         """
         if self.task.settings.require != "proven":
             return
-        if reasons := self.unproven if tested else self.doubts:
+        if reasons := self.unproven if tested else self.inconclusive_reasons:
             raise CheckFailed(
                 f"not proven: {reasons[0]}",
                 hint="ask more or harder questions, train the adapter further, or set"

@@ -39,7 +39,7 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
     written.
     """
     files: dict[str, str] = {}
-    parcels: dict[str, Digest] = {}
+    payloads: dict[str, Digest] = {}
     data = _copied(request.recipe)
     questions = tuple(dict(one) for one in request.questions)
     asked = [(one, key) for one in questions for key in ("data", "training") if one.get(key)]
@@ -54,17 +54,17 @@ def packed(request: TaskRequest, tools: Tools, *, again: bool = False) -> TaskRe
                 f"cannot read {path}: {error.strerror}", hint="correct its path in the recipe"
             ) from None
         if sent:
-            folder = f"folders/{len(parcels)}/files"
-            parcels[folder], part[key] = _sent(tree, tools, again=again), f"{folder}/{name}"
+            folder = f"folders/{len(payloads)}/files"
+            payloads[folder], part[key] = _sent(tree, tools, again=again), f"{folder}/{name}"
         else:
             place = f"files/{len(files)}/{name}"
             files[place], part[key] = base64.b64encode(content).decode(), place
     for part in _folders(data):
         source = Path(part["source"])
         tree = tools.readers[""].fetch(str(source), "", "", tools.progress).tree
-        name = f"folders/{len(parcels)}/{source.name}"
-        parcels[name], part["source"] = _sent(tree, tools, again=again), name
-    return replace(request, recipe=data, questions=questions, files=files, parcels=parcels)
+        name = f"folders/{len(payloads)}/{source.name}"
+        payloads[name], part["source"] = _sent(tree, tools, again=again), name
+    return replace(request, recipe=data, questions=questions, files=files, payloads=payloads)
 
 
 def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
@@ -110,7 +110,7 @@ def unpacked(request: TaskRequest, home: Path, tools: Tools) -> Mapping[str, Any
                 f"{name} did not arrive whole: {error}", hint="run the fleet again"
             ) from None
     damaged: list[CacheLost] = []
-    for name, key in request.parcels.items():
+    for name, key in request.payloads.items():
         entry = tools.store.find(key)
         if entry is None:
             raise EnvironmentFailure(

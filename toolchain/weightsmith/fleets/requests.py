@@ -30,7 +30,7 @@ class TaskRequest(JsonObject):
     """Of the code that asks; a node with another refuses."""
     adapter: str
     recipe: Mapping[str, Json]
-    """A whole recipe; its folders are absolute paths, or names in `parcels`."""
+    """A whole recipe; its folders are absolute paths, or names in `payloads`."""
     lock: Mapping[str, Json]
     """The pins of its sources and bases."""
     targets: tuple[str, ...]
@@ -47,14 +47,14 @@ class TaskRequest(JsonObject):
     """A file in it, which a node sees that shares the folder."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Name -> base64 of a small file that the recipe names."""
-    parcels: Mapping[str, Digest] = field(default_factory=dict)
+    payloads: Mapping[str, Digest] = field(default_factory=dict)
     """Name -> the cache's key of a folder that the recipe names."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a task without stages, and for a name outside the task's folder."""
         if self.kind != CELL and not self.stages:
             raise ValueError(f"a task of this kind needs stages: {self.kind!r}")
-        for name in (*self.files, *self.parcels):
+        for name in (*self.files, *self.payloads):
             require_inside(name)
 
 

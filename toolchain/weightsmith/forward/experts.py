@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.lockstep import Key, Meeting
+from weightsmith.forward.lockstep import Key, Lockstep
 from weightsmith.forward.products import Matrix
 
 Parts: TypeAlias = Sequence[Callable[[], Matrix]]
@@ -50,7 +50,7 @@ class LazyTensor:
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        """Multiply by an expert's matrix in the meeting; read it for everything else."""
+        """Multiply by an expert's matrix in the lockstep; read it for everything else."""
         named = dict(kwargs or {})
         if func is functional.linear and not named and isinstance(args[1], Expert):
             product, bias = args[1].multiply(args[0]), args[2] if args[2:] else None
@@ -61,9 +61,9 @@ class LazyTensor:
 class Expert(LazyTensor):
     """One expert's matrix."""
 
-    def __init__(self, key: Key, parts: Parts, deltas: Sequence[Delta], meeting: Meeting) -> None:
+    def __init__(self, key: Key, parts: Parts, deltas: Sequence[Delta], lockstep: Lockstep) -> None:
         """Open the files of its parts."""
-        self._key, self._meeting = key, meeting
+        self._key, self._lockstep = key, lockstep
         self._parts, self._deltas = [read() for read in parts], deltas
         rows = sum(part.shape[0] for part in self._parts)
         self.shape = torch.Size((rows, *self._parts[0].shape[1:]))
@@ -71,7 +71,7 @@ class Expert(LazyTensor):
     def multiply(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return inputs [..., columns] times the matrix transposed, in float32."""
         products = [
-            self._meeting.multiply((*self._key, number), inputs, part)
+            self._lockstep.multiply((*self._key, number), inputs, part)
             for number, part in enumerate(self._parts)
         ]
         whole = torch.cat(products, -1) if products[1:] else products[0]
@@ -91,14 +91,14 @@ class ExpertStack(LazyTensor):
     """A parameter [experts, rows, columns]; an expert taken by its number is an `Expert`."""
 
     def __init__(
-        self, key: Key, place: int, experts: Sequence[Parts], deltas: Deltas, meeting: Meeting
+        self, key: Key, place: int, experts: Sequence[Parts], deltas: Deltas, lockstep: Lockstep
     ) -> None:
         """Let `deltas` say what adapters add to it when an expert is taken.
 
         `place` tells it apart from the module's other stacks, which have the same `key`.
         """
         self._key, self._place, self._experts = key, place, experts
-        self._deltas, self._meeting = deltas, meeting
+        self._deltas, self._lockstep = deltas, lockstep
         self.shape = torch.Size((len(experts), *self._expert(0).shape))
 
     def __getitem__(self, index: Any) -> Any:
@@ -122,7 +122,7 @@ class ExpertStack(LazyTensor):
     def _expert(self, number: int) -> Expert:
         number = range(len(self._experts))[number]
         key = (*self._key, number, self._place)
-        return Expert(key, self._experts[number], self.deltas(number), self._meeting)
+        return Expert(key, self._experts[number], self.deltas(number), self._lockstep)
 
 
 def _read(value: Any) -> Any:
@@ -130,14 +130,14 @@ def _read(value: Any) -> Any:
 
 
 def read_one_by_one(
-    module: Any, stacks: Mapping[str, Sequence[Parts]], key: Key, meeting: Meeting, deltas: Any
+    module: Any, stacks: Mapping[str, Sequence[Parts]], key: Key, lockstep: Lockstep, deltas: Any
 ) -> None:
     """Replace a module's stacked parameters by ones that read single experts.
 
     `deltas` has what adapters add, by parameter. Transformers then uses its loop over experts.
     """
     for place, (name, experts) in enumerate(stacks.items()):
-        stack = ExpertStack(key, place, experts, deltas.get(name, tuple), meeting)
+        stack = ExpertStack(key, place, experts, deltas.get(name, tuple), lockstep)
         if stack.shape != getattr(module, name).shape:
             shapes = f"{[*stack.shape]}, not {[*getattr(module, name).shape]}"
             raise ModelFails(f"{name} has shape {shapes}")

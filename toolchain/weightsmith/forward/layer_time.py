@@ -19,7 +19,7 @@ from torch import nn
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.forward.device import on_gpu
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import decoder_of, skeleton
 from weightsmith.forward.views import stream
 
@@ -95,8 +95,8 @@ def layer_time(
     weights: Any = _Random(model)
     setattr(decoder, name, nn.ModuleList([layers[len(layers) // 2]]))
     decoder.config.num_hidden_layers = 1
-    meeting = Meeting(products=on_gpu())
-    stream(model, weights, meeting, 0)
+    lockstep = Lockstep(products=on_gpu())
+    stream(model, weights, lockstep, 0)
     head = model.get_output_embeddings().weight.shape
     matrix, key = weights.matrix((min(_HEAD_ROWS, head[0]), head[1])), (len(weights.order), 0)
 
@@ -107,12 +107,12 @@ def layer_time(
             ids = torch.zeros((-(-count // _WIDTH), min(count, _WIDTH)), dtype=torch.long)
             states = torch.randn((count, head[1]))
             times["layer"].append(_fastest(partial(decoder, input_ids=ids, use_cache=False)))
-            part = _fastest(partial(meeting.multiply, key, states, matrix))
+            part = _fastest(partial(lockstep.multiply, key, states, matrix))
             times["head"].append(part * head[0] / len(matrix))
             tell(done, len(counts))
         return times
 
-    return {"layers": len(layers), "counts": list(counts), **meeting.run({"": run})[""]}
+    return {"layers": len(layers), "counts": list(counts), **lockstep.run({"": run})[""]}
 
 
 def _fastest(work: Callable[[], object]) -> float:

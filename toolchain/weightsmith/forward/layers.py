@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import (
     decoder_layers,
     decoder_of,
@@ -61,7 +61,7 @@ class Layers:
         self.layers: list[Any] = decoder_layers(decoder)
         paths = {id(module): path for path, module in self.model.named_modules()}
         self.paths = [paths[id(layer)] for layer in self.layers]
-        stream(self.model, self.weights, Meeting(), 0, self.layers)
+        stream(self.model, self.weights, Lockstep(), 0, self.layers)
         _require_rows(self.model, samples)
         self.batches = _batches(samples, tokens)
         self._calls: list[list[_Call]] = [[] for _ in self.layers]

@@ -44,7 +44,7 @@ class _StoppedError(Exception):
     """Another view failed, or the caller was interrupted."""
 
 
-class Meeting:
+class Lockstep:
     """Runs each view in its own thread; when all of them wait, one multiplies for all.
 
     It takes the first requested matrix in the model's order, for all views that need it, so that it

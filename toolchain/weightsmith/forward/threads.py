@@ -20,7 +20,7 @@ _own = threading.local()
 def product(rows: torch.Tensor, matrix: Matrix) -> torch.Tensor:
     """Return rows [n, inputs] times the matrix [m, inputs] transposed, by the fastest way.
 
-    Float32 [n, m]. It runs on all CPUs, and for a thread of a crew on its share of them.
+    Float32 [n, m]. It runs on all CPUs, and for a thread of such a pool on its share of them.
     """
     products: Products = getattr(_own, "products", _ALL)
     with unwatched():
@@ -37,7 +37,7 @@ def unwatched() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def crew(count: int, begin: Callable[[], object]) -> Iterator[ThreadPoolExecutor]:
+def thread_pool(count: int, begin: Callable[[], object]) -> Iterator[ThreadPoolExecutor]:
     """Yield so many threads that share the CPUs; each calls `begin` first.
 
     What they have not begun at the end of the block is dropped.
@@ -50,7 +50,7 @@ def crew(count: int, begin: Callable[[], object]) -> Iterator[ThreadPoolExecutor
         teams.append(_own.products)
         begin()
 
-    with ThreadPoolExecutor(count, "crew", start) as pool:
+    with ThreadPoolExecutor(count, "products", start) as pool:
         try:
             yield pool
         finally:

@@ -22,7 +22,7 @@ from weightsmith.forward.experts import (
     wrapped_experts,
 )
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.lockstep import Key, Meeting
+from weightsmith.forward.lockstep import Key, Lockstep
 from weightsmith.forward.network import (
     base_name,
     fill_while_running,
@@ -39,7 +39,7 @@ from weightsmith.forward.weights import Weights
 def view(
     checkpoint: Path,
     adapters: Sequence[tuple[Path, float]],
-    meeting: Meeting,
+    lockstep: Lockstep,
     number: int,
 ) -> Any:
     """Return a transformers model, with PEFT's layers on it, in float32 and ready to run.
@@ -53,7 +53,7 @@ def view(
         model = with_adapters(model, adapters)
         if (layers := replication(model)) is not None:
             weights.replicate(layers)
-    stream(model, weights, meeting, number)
+    stream(model, weights, lockstep, number)
     model.get_output_embeddings().register_forward_hook(require_finite)
     return model
 
@@ -69,17 +69,17 @@ def require_complete(checkpoint: Path, model: Any, weights: Weights) -> None:
 
 
 def stream(
-    model: Any, weights: Weights, meeting: Meeting, number: int, skip: Sequence[Any] = ()
+    model: Any, weights: Weights, lockstep: Lockstep, number: int, skip: Sequence[Any] = ()
 ) -> None:
     """Make every module without weights read them when it runs; modules in `skip` are left alone.
 
-    Matrices are multiplied in the meeting, as those of checkpoint `number`.
+    Matrices are multiplied in the lockstep, as those of checkpoint `number`.
     """
     left = {id(module) for layer in skip for module in layer.modules()}
     own = [
         layer
         for layer in _outermost([layer for layer in _tuned(model) if not _is_plain(layer)])
-        if id(layer) not in left and not _stream_wrapped(model, layer, weights, meeting, number)
+        if id(layer) not in left and not _stream_wrapped(model, layer, weights, lockstep, number)
     ]
     for path, layer in model.named_modules():
         if layer in own:
@@ -87,18 +87,18 @@ def stream(
     left |= {id(module) for layer in own for module in layer.modules()}
     for path, module in model.named_modules():
         if id(module) not in left:
-            _stream(path, module, weights, meeting, number)
+            _stream(path, module, weights, lockstep, number)
 
 
 def _stream_wrapped(
-    model: Any, layer: Any, weights: Weights, meeting: Meeting, number: int
+    model: Any, layer: Any, weights: Weights, lockstep: Lockstep, number: int
 ) -> bool:
     """Make experts with adapters on their stacked parameters read these one by one, if possible."""
     if (found := reads_one_by_one(model, layer, weights)) is None:
         return False
     path, module, deltas = found
     call_only(layer, module)
-    _stream(path, module, weights, meeting, number, deltas)
+    _stream(path, module, weights, lockstep, number, deltas)
     return True
 
 
@@ -150,7 +150,7 @@ def _stream(
     path: str,
     module: nn.Module,
     weights: Weights,
-    meeting: Meeting,
+    lockstep: Lockstep,
     number: int,
     deltas: Mapping[str, Deltas] | None = None,
 ) -> None:
@@ -162,7 +162,7 @@ def _stream(
     if stacks := _stacks(path, module, weights):
         tensors = weights.tensors_of(base_name(f"{path}.{next(iter(stacks))}"))
         key = (weights.order[tensors[0]], number)
-        read_one_by_one(module, stacks, key, meeting, deltas or {})
+        read_one_by_one(module, stacks, key, lockstep, deltas or {})
     names = [n for n, p in module.named_parameters(recurse=False) if is_missing(p)]
     places = {name: base_name(f"{path}.{name}") for name in names}
     tensor = weights.tensor_of(places.get("weight", ""))
@@ -170,7 +170,7 @@ def _stream(
     if tensor and type(module) is nn.Linear:
         places.pop("weight")
         key = (weights.order[tensor], number)
-        setattr(module, "forward", functools.partial(_linear, module, meeting, key, matrix))  # noqa: B010
+        setattr(module, "forward", functools.partial(_linear, module, lockstep, key, matrix))  # noqa: B010
     elif tensor and looks_up(module):
         places.pop("weight")
         lookup = functools.partial(look_up, module, type(module).forward, matrix)
@@ -189,12 +189,12 @@ def _stays(module: nn.Module, name: str) -> bool:
 
 def _linear(
     module: Any,
-    meeting: Meeting,
+    lockstep: Lockstep,
     key: Key,
     matrix: Callable[[], Matrix],
     x: torch.Tensor,
 ) -> torch.Tensor:
-    product = multiplied(x, lambda some: meeting.multiply(key, some, matrix()))
+    product = multiplied(x, lambda some: lockstep.multiply(key, some, matrix()))
     return product if module.bias is None else product + module.bias
 
 

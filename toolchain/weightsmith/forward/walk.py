@@ -13,7 +13,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.time_limits import doing
 from weightsmith.forward.device import on_gpu
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.models.safetensors import open_checkpoint
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Opening(Protocol):
     def source(self) -> Hashable:
         """What its matrices are read from; models with equal sources share each read."""
 
-    def streamed(self, meeting: Meeting, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Any:
         """Return it with its weights in files; `number` is that of its source."""
 
     def whole(self) -> Any:
@@ -60,7 +60,7 @@ class Opening(Protocol):
 
 def walk(
     openings: Mapping[str, Opening],
-    ask: Mapping[str, Callable[[Any, Meeting], T]],
+    ask: Mapping[str, Callable[[Any, Lockstep], T]],
     tell: Tell = lambda _: None,
     *,
     alike: bool = False,
@@ -72,19 +72,19 @@ def walk(
     EnvironmentFailure if one does not fit into memory, DoesNotRun if it cannot run there either or
     fails for another reason than missing weights.
     """
-    meeting, unfit = Meeting(products=on_gpu()), dict[str, ModelFails]()
-    views = _views(openings, meeting, unfit)
+    lockstep, unfit = Lockstep(products=on_gpu()), dict[str, ModelFails]()
+    views = _views(openings, lockstep, unfit)
 
     def attempt(name: str) -> T | None:
         try:
-            return ask[name](views[name], meeting)
+            return ask[name](views[name], lockstep)
         except ModelFails as error:
             unfit[name] = _without_weights(openings[name], error)
             return None
 
     found: dict[str, Any] = {}
     if not (alike and unfit):
-        found = meeting.run({name: partial(attempt, name) for name in views})
+        found = lockstep.run({name: partial(attempt, name) for name in views})
     views.clear()
     if unfit:
         first = next(unfit[name] for name in openings if name in unfit)
@@ -95,9 +95,9 @@ def walk(
     return found
 
 
-def _asked_whole(opening: Opening, ask: Callable[[Any, Meeting], T]) -> T:
+def _asked_whole(opening: Opening, ask: Callable[[Any, Lockstep], T]) -> T:
     try:
-        return ask(opening.whole(), Meeting())
+        return ask(opening.whole(), Lockstep())
     except ModelFails as error:
         raise _does_not_run(opening, error) from error
 
@@ -121,14 +121,14 @@ def _does_not_run(opening: Opening, error: ModelFails) -> DoesNotRun:
 
 
 def _views(
-    openings: Mapping[str, Opening], meeting: Meeting, unfit: dict[str, ModelFails]
+    openings: Mapping[str, Opening], lockstep: Lockstep, unfit: dict[str, ModelFails]
 ) -> dict[str, Any]:
     views, numbers = dict[str, Any](), dict[Hashable, int]()
     with doing("building the models without their weights"):
         for name, opening in openings.items():
             number = numbers.setdefault(opening.source, len(numbers))
             try:
-                views[name] = opening.streamed(meeting, number)
+                views[name] = opening.streamed(lockstep, number)
             except ModelFails as error:
                 unfit[name] = _without_weights(opening, error)
     return views

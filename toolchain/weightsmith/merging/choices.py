@@ -12,7 +12,7 @@ import torch
 from weightsmith.core.jobs import Question
 from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import stay_offline
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.walk import walk
 from weightsmith.merging.reference import (
     Message,
@@ -61,13 +61,13 @@ def _scores(
     count: Callable[[int], None],
     finished: Callable[[list[list[float]]], None],
     network: Any,
-    meeting: Meeting,
+    lockstep: Lockstep,
 ) -> list[list[float]]:
     found = []
     for pairs in items:
         found.append([_score(network, whole, shared) for whole, shared in pairs])
         count(1)
-    with meeting.away():
+    with lockstep.away():
         finished(found)
     return found
 

@@ -57,7 +57,7 @@ class MergeRequest(Merge):
     out: Path
     keep_adapter: bool = False
     """Write the combined adapter to `out` instead of merging it."""
-    unwritten: bool = False
+    headers_only: bool = False
     """Compute and check the weights, but write only headers: for `virtual.opened`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0
@@ -95,7 +95,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     tally, findings = MergeCounts(), list(plan.findings)
     keep_freed_memory()
     with _one_thread_per_worker(settings):
-        make = _compute_shards if request.unwritten else _write_shards
+        make = _compute_shards if request.headers_only else _write_shards
         shards = make(plan, settings, journal, tally, progress or (lambda *_: None))
         small, notes = _write_companions(plan, request.out)
         _check_index(plan, request.out)
@@ -115,7 +115,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
         "conflicts": conflicts,
         "quantized_base": dict(plan.quantized_base),
         "repairs": {"float64": tally.repairs.float64, "exact": tally.repairs.exact},
-        **({"largest": tally.largest} if request.unwritten else {}),
+        **({"largest": tally.largest} if request.headers_only else {}),
     }
 
 
@@ -269,10 +269,10 @@ def _compute_shards(
                 advance(shard.size)
                 continue
             before = replace(tally.repairs)
-            unwritten = maker.compute(shard, journal.path.parent / shard.name, advance)
-            finished[shard.name] = unwritten.finish()
-            tally.unchanged += tuple(unwritten.unchanged)
-            tally.largest |= unwritten.largest
+            headers_only = maker.compute(shard, journal.path.parent / shard.name, advance)
+            finished[shard.name] = headers_only.finish()
+            tally.unchanged += tuple(headers_only.unchanged)
+            tally.largest |= headers_only.largest
             names, repairs = (one.name for one in shard.outputs), tally.repairs.since(before)
             parts[shard.name] = tally.about(names, repairs)
             journal.record(finished, parts)

@@ -16,7 +16,7 @@ from weightsmith.core.values import Json
 from weightsmith.forward.adapters import IncompatibleAdapters, with_adapters
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.libraries import load_tokenizer, stay_offline
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import fill, skeleton_with_weights
 from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
@@ -54,11 +54,11 @@ class UnmergedModel:
         """The folder, whose matrices are read once for all subjects."""
         return self.model
 
-    def streamed(self, meeting: Meeting, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Any:
         """Return the model with its weights in files; raise InputRefused if one is missing."""
         check_model_folder(self.model)
         with _loading(self.adapters):
-            network = view(self.model, self.adapters, meeting, number)
+            network = view(self.model, self.adapters, lockstep, number)
         _weigh(network, [weight for _, weight in self.adapters])
         return network
 
@@ -203,10 +203,10 @@ def _answered(
     count: Callable[[int], None],
     finished: Callable[[list[dict[str, Json]]], None],
     network: Any,
-    meeting: Meeting,
+    lockstep: Lockstep,
 ) -> Answered:
     found = greedy(network, asked.questions, count)
-    with meeting.away():
+    with lockstep.away():
         rows = _texts(asked, found)
         finished(rows)
     return Answered(rows=rows, texts=tuple(zip(asked.questions.prompts, found.tokens, strict=True)))

@@ -61,15 +61,15 @@ class ShardMaker:
 
     def compute(
         self, shard: OutputShard, path: Path, progress: Callable[[int], None]
-    ) -> UnwrittenShard:
+    ) -> HeaderOnlyShard:
         """Do the same with a shard of which only the header is to be written."""
-        unwritten = UnwrittenShard(shard, path, self.files, self.sketches, self._again)
-        self._fill(unwritten, header_of(shard), shard, progress)
-        return unwritten
+        headers_only = HeaderOnlyShard(shard, path, self.files, self.sketches, self._again)
+        self._fill(headers_only, header_of(shard), shard, progress)
+        return headers_only
 
     def _fill(
         self,
-        writer: Writer | UnwrittenShard,
+        writer: Writer | HeaderOnlyShard,
         header: bytes,
         shard: OutputShard,
         progress: Callable[[int], None],
@@ -122,7 +122,7 @@ class ShardMaker:
 
         return row
 
-    def _append(self, writer: Writer | UnwrittenShard, waiting: deque[Future[np.ndarray]]) -> int:
+    def _append(self, writer: Writer | HeaderOnlyShard, waiting: deque[Future[np.ndarray]]) -> int:
         """Write the oldest block; return its size in bytes."""
         block = waiting.popleft().result()
         writer.write(as_bytes(block))
@@ -169,7 +169,7 @@ class Passing:
             first += len(block)
 
 
-class UnwrittenShard:
+class HeaderOnlyShard:
     """Takes a shard's bytes as `Writer` does, and writes a header without data.
 
     The sha256 is that of the file that a merge would write, and each tensor is checked as one that

@@ -67,7 +67,7 @@ def computed(path: Path) -> Data | None:
     return _FILLED.get(path.resolve()) if _FILLED else None
 
 
-class UnwrittenTree(Tree):
+class HeaderOnlyTree(Tree):
     """A tree of files that were not written; headers and small files are those of another tree."""
 
     __slots__ = ("_there",)

@@ -46,7 +46,7 @@ class Lineage:
             return statement.image in self.images
         return self.images[0] in statement.subjects.values()
 
-    def stray(self, statement: Statement) -> str:
+    def describe_unrelated(self, statement: Statement) -> str:
         """Describe the subject of a statement that is not about this image."""
         kind = statement.kind
         if kind in dict(_OF_WEIGHTS):

@@ -91,11 +91,13 @@ def countersigned(
     return (*others, *_signed_with_held(both, parts, image, name, signer))
 
 
-def strays(parts: Sequence[AttachmentPart], image: Digest) -> list[str]:
+def unrelated_statements(parts: Sequence[AttachmentPart], image: Digest) -> list[str]:
     """Describe each of our statements that is not about the image."""
     stated = _readable(parts)
     lineage = trace(image, stated)
-    return [lineage.stray(one) for one in stated if one.is_ours and not lineage.holds(one)]
+    return [
+        lineage.describe_unrelated(one) for one in stated if one.is_ours and not lineage.holds(one)
+    ]
 
 
 def only_held(held: Sequence[AttachmentPart], parts: Sequence[AttachmentPart]) -> int:

@@ -71,8 +71,8 @@ from weightsmith.steps.bases import (
     public_base,
 )
 from weightsmith.steps.delivery import network_in_jobs
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
 from weightsmith.steps.results import layers_in
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
     ForeseenWeights,
@@ -103,7 +103,7 @@ def bake(
     *,
     push: bool = False,
     earlier: Sequence[str] = (),
-) -> Outcome[tuple[ImageMaterials, ...]]:
+) -> StageResult[tuple[ImageMaterials, ...]]:
     """Return the image for each platform of the base: base, weight layers and a settings layer.
 
     Without a base, for each platform that the inputs name. A ModelPack is one artifact for all
@@ -408,7 +408,7 @@ class BakeStep(TargetStep[Images, Mapping[str, str]]):
         why = "" if cached else f"{name} for {platform} is made once: {takes}"
         return self.row(State(cached=cached, why=why), name=ENGINE)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Images]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return the image for each platform; raises what `bake` does."""
         name, earlier = reference(self.file.recipe, self.target), layers_in(self.of.folder)
         prepare = partial(self._inputs, have, tools)
@@ -458,7 +458,7 @@ class LabelStep(TargetStep[Images, None]):
         """Foresee nothing."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Images]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return the image as it is published."""
         trial = have[self.trial]
         return unrecorded(with_scores(have[self.image], trial.results, trial.started, tools.store))
@@ -481,7 +481,7 @@ class FormStep(TargetStep[Images, None]):
         """Foresee nothing: it shares the image's layers."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Images]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Images]:
         """Return it; raises what `bake` does."""
         made, trial = have[self.image], have[self.trial]
         tested = index_of_materials(made).digest if trial.started else None

@@ -44,7 +44,7 @@ from weightsmith.serving.memory import human
 from weightsmith.serving.targets import Target
 from weightsmith.steps.calibration_memory import calibration_memory
 from weightsmith.steps.destinations import Destination, InStore
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
     ForeseenWeights,
@@ -92,7 +92,7 @@ def with_cache_scales(
     tools: Tools,
     *,
     demanded: bool,
-) -> Outcome[Artifact]:
+) -> StageResult[Artifact]:
     """Return the artifact with scales that are measured on the checkpoint it was made from.
 
     For texts or layers that cannot be measured, raises InputRefused if scales are `demanded`; else
@@ -323,7 +323,7 @@ class CacheScalesStep(TargetStep[Artifact, ForeseenWeights]):
         )
         return Foreseen(value=weights, rows=(row,))
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Artifact]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return the weights with scales, or as they are."""
         checkpoint, artifact = have[self.checkpoint], have[self.weights]
         if not has_scales(self.file, self.of.target, read_facts(checkpoint.tree.texts)):

@@ -25,7 +25,7 @@ from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.steps.bases import base_reference, platforms_of
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.launch import missing_device
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     NOT_YET,
     Foreseen,
@@ -66,7 +66,7 @@ def inputs(checkpoint: Digest, artifact: Digest, task: Task) -> StageInputs:
 
 def dequantized(
     checkpoint: Checkpoint, artifact: Artifact, results: Sequence[Result], tools: Tools
-) -> Outcome[tuple[Result, ...]]:
+) -> StageResult[tuple[Result, ...]]:
     """Return the tasks with the scores of the dequantized weights, in float32 in transformers.
 
     They are the image's weights, but not its engine: what that adds is not seen. Warns and leaves a
@@ -188,13 +188,13 @@ class DequantizedStep(TargetStep[Trial, None]):
         missing = missing_device(device, tools)
         return f"its image is {missing}" if missing else ""
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Trial]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Trial]:
         """Return the tasks with all scores; those of an image that was started stay as they are."""
         trial, weights = have[self.trial], have[self.weights]
         if trial.started or not trial.results or not can_answer(weights.format):
             return unrecorded(trial)
         asked = dequantized(have[self.checkpoint], weights, trial.results, tools)
-        return Outcome(
+        return StageResult(
             stage=asked.stage,
             value=replace(trial, results=asked.value),
             cached=asked.cached,

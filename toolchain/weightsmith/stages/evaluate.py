@@ -40,8 +40,8 @@ from weightsmith.serving.projector import projector_in
 from weightsmith.steps.delivery import candidate
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.launch import idle_cpus, start, what_is_missing, why_not_started
-from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.served_adapters import unmerged_adapters
+from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
     Foreseen,
     Foresight,
@@ -139,7 +139,7 @@ class ImageEvaluation:
 
 def evaluate(
     image: Image, evaluation: ImageEvaluation, candidate: AbstractContextManager[str], tools: Tools
-) -> Outcome[Trial]:
+) -> StageResult[Trial]:
     """Start the image, check it and score its answers, unless all results are cached.
 
     `candidate` makes the image startable and yields its name; it is entered only if needed. If the
@@ -320,7 +320,7 @@ class EvaluateStep(TargetStep[Trial, None]):
         """Foresee nothing: how long a server takes is not known."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Trial]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Trial]:
         """Return the tasks with the image's scores; raises CheckFailed as `evaluate` does."""
         made = have[self.image]
         image = host_image(index_of_materials(made))

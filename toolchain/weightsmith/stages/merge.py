@@ -39,13 +39,13 @@ from weightsmith.merging.plan import (
 from weightsmith.merging.quantized.choice import refuse, simulates
 from weightsmith.models.facts import read_facts
 from weightsmith.models.safetensors import read_header
-from weightsmith.models.virtual_weights import UnwrittenTree
+from weightsmith.models.virtual_weights import HeaderOnlyTree
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.memory import human
 from weightsmith.serving.parameters import parameters
 from weightsmith.steps.destinations import Destination, InFolder, InStore
 from weightsmith.steps.expected_weights import ForeseenTree
-from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
     MERGE_FIRST,
     Foreseen,
@@ -68,7 +68,7 @@ _MEMORY_BYTES = 2 << 30
 """Smallest memory limit of the merge container; a sum of deltas needs only a fraction of it."""
 
 
-def inputs(sources: Sources, options: Merge, *, unwritten: bool = False) -> StageInputs:
+def inputs(sources: Sources, options: Merge, *, headers_only: bool = False) -> StageInputs:
     """Return everything that the merged checkpoint depends on.
 
     One without weights in its files is another entry of the store.
@@ -82,7 +82,7 @@ def inputs(sources: Sources, options: Merge, *, unwritten: bool = False) -> Stag
             "weights": [a.weight for a in sources.adapters],
             **asdict(options),
             "builder": builder_pins(BUILDER),
-            **({"unwritten": True} if unwritten else {}),
+            **({"unwritten": True} if headers_only else {}),
         },
     )
 
@@ -91,12 +91,12 @@ def find(sources: Sources, options: Merge, store: Store, *, files: bool) -> Chec
     """Return the store's merged checkpoint; one without weights will do unless `files`."""
     if written := store.find(inputs(sources, options).key):
         return Checkpoint(tree=written.tree, details=written.meta)
-    if files or not (made := store.find(inputs(sources, options, unwritten=True).key)):
+    if files or not (made := store.find(inputs(sources, options, headers_only=True).key)):
         return None
-    return _unwritten(made, sources, options)
+    return _header_only(made, sources, options)
 
 
-def _unwritten(made: StoreEntry, sources: Sources, options: Merge) -> Checkpoint:
+def _header_only(made: StoreEntry, sources: Sources, options: Merge) -> Checkpoint:
     """Return a checkpoint whose files have no weights, with the digests of files that have them."""
     details = dict(made.meta)
     largest = details.pop("largest")
@@ -105,7 +105,7 @@ def _unwritten(made: StoreEntry, sources: Sources, options: Merge) -> Checkpoint
         for f in details.pop("files")
     )
     return Checkpoint(
-        tree=UnwrittenTree(files, made.tree),
+        tree=HeaderOnlyTree(files, made.tree),
         details=details,
         computed=VirtualWeights(
             tree=made.tree,
@@ -166,7 +166,7 @@ def _cost(
 
 def merge(
     sources: Sources, options: Merge, to: Destination, tools: Tools, *, files: bool = True
-) -> Outcome[Checkpoint]:
+) -> StageResult[Checkpoint]:
     """Return the merged checkpoint; without adapters, the unchanged base, or a copy in a folder.
 
     Without `files`, nobody needs its weights as files: unless they are there already, they are
@@ -178,19 +178,21 @@ def merge(
         base = Checkpoint(tree=sources.base.tree)
         return timer.done(base, cached=True)
     there = to.find(lambda: inputs(sources, options))
-    unwritten = not files and not there and _cost(*_planned_of(sources, options))[1]
+    headers_only = not files and not there and _cost(*_planned_of(sources, options))[1]
     made = to.files(
-        lambda: inputs(sources, options, unwritten=unwritten),
-        lambda folder: _run(folder, sources, options, tools, unwritten=unwritten),
+        lambda: inputs(sources, options, headers_only=headers_only),
+        lambda folder: _run(folder, sources, options, tools, headers_only=headers_only),
         resume=True,
     )
     checkpoint = Checkpoint(tree=made.tree, details=made.meta)
-    if unwritten:
-        checkpoint = _unwritten(made, sources, options)
+    if headers_only:
+        checkpoint = _header_only(made, sources, options)
     return timer.done(checkpoint, cached=made.cached)
 
 
-def combine(sources: Sources, options: Merge, to: InFolder, tools: Tools) -> Outcome[Checkpoint]:
+def combine(
+    sources: Sources, options: Merge, to: InFolder, tools: Tools
+) -> StageResult[Checkpoint]:
     """Write the combined adapters as one adapter, into a folder of the user's.
 
     Raises UsageError for methods whose result is not an adapter, InputRefused for inputs with more
@@ -212,9 +214,9 @@ def _run(
     tools: Tools,
     *,
     keep_adapter: bool = False,
-    unwritten: bool = False,
+    headers_only: bool = False,
 ) -> Mapping[str, Json]:
-    cost = check(sources, options, files=not unwritten)
+    cost = check(sources, options, files=not headers_only)
     written = 0 if keep_adapter else cost["write_bytes"]
     tools.store.require_room(written, "the merged checkpoint")
     tools.runner.prepare(BUILDER, tools.progress)
@@ -225,7 +227,7 @@ def _run(
         weights=tuple(a.weight for a in sources.adapters),
         options=options,
         keep_adapter=keep_adapter,
-        unwritten=unwritten,
+        headers_only=headers_only,
         output=folder,
         memory_bytes=memory_limit(cost),
         seconds=job_seconds(cost["read_bytes"]),
@@ -233,7 +235,7 @@ def _run(
     )
     result = dict(tools.runner.run(job, tools.progress))
     result.pop("out", None)
-    if unwritten:
+    if headers_only:
         return result
     files = result.pop("files", [])
     return {**result, "sha256": {f["path"]: f["sha256"] for f in files}}
@@ -343,13 +345,13 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
         saved = whole["write_bytes"] - cost["write_bytes"]
         if state.cached or saved <= 0:
             return state
-        unwritten = seen.state(self, inputs(sources, options, unwritten=True))
-        if unwritten.cached:
-            return unwritten
+        headers_only = seen.state(self, inputs(sources, options, headers_only=True))
+        if headers_only.cached:
+            return headers_only
         why = f"every target is made from base and adapters: {human(saved)} less disk"
         return replace(state, why=f"{state.why}; {why}")
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Checkpoint]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Checkpoint]:
         """Return the merged checkpoint; raises InputRefused as `merge` does."""
         sources = have[self.sources]
         if not self.merges:

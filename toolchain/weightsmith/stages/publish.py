@@ -29,8 +29,8 @@ from weightsmith.steps.delivery import (
     discard_candidate,
     is_held,
 )
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
 from weightsmith.steps.results import write_files
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     NOT_YET,
     Foreseen,
@@ -54,7 +54,7 @@ def publish(
     tools: Tools,
     *,
     started_in: Path | None = None,
-) -> Outcome[Published]:
+) -> StageResult[Published]:
     """Publish the image of each platform with its evidence, and delete the candidate.
 
     Does nothing if every output already has exactly this image. It always contacts the registry,
@@ -96,7 +96,7 @@ class PermitStep(TargetStep[None, None]):
         """Foresee nothing: only the registry knows."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[None]:
+    def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Raise UsageError if a tag does; does nothing for an image that goes alone."""
         outputs, name = self.of.outputs, reference(self.file.recipe, self.target)
         if self.forms and outputs.push and not outputs.force:
@@ -145,7 +145,7 @@ class PublishStep(TargetStep[Published, None]):
         row = self.row(State(cached=False, why=why), read=size, write=written, disk=disk)
         return Foreseen(value=None, rows=(row,))
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Published]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Published]:
         """Return where it is; raises what `publish` does."""
         of, name = self.of, reference(self.file.recipe, self.target)
         made = have[self.image]
@@ -168,7 +168,7 @@ class PublishFormStep(TargetStep[Published, None]):
         """Foresee nothing: the image's row has what it takes."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Published]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Published]:
         """Return where it is; for Ollama, write a Modelfile too."""
         made, name = have[self.form], f"{reference(self.file.recipe, self.target)}-{self.kind}"
         layout = self.outputs.layout

@@ -21,8 +21,8 @@ from weightsmith.quantizers.quality.limits import limits_for, refusal
 from weightsmith.quantizers.quality.result import QualityResult, TextsUsed
 from weightsmith.recipe.schema import Quality
 from weightsmith.steps.destinations import Documents, InStore
-from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.sizes import estimated_bytes
+from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
     NOT_YET,
     Foreseen,
@@ -73,7 +73,7 @@ def quality(
     options: Quality,
     to: Documents,
     tools: Tools,
-) -> Outcome[QualityResult | None]:
+) -> StageResult[QualityResult | None]:
     """Return an artifact's loss, limits and verdict; None if it is not quantized.
 
     quantizers/quality/measure.py defines the measures; they are cached per artifact and text. The
@@ -228,7 +228,7 @@ class QualityStep(TargetStep[QualityResult | None, None]):
             value=None, rows=(self.row(state, read=checkpoint.size + size, memory=memory),)
         )
 
-    def run(self, have: Results, tools: Tools) -> Outcome[QualityResult | None]:
+    def run(self, have: Results, tools: Tools) -> StageResult[QualityResult | None]:
         """Return the loss with its limits."""
         checkpoint, artifact = have[self.checkpoint], have[self.weights]
         limits, texts = self.file.recipe.quality, texts_of(self.file)

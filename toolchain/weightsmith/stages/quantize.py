@@ -37,8 +37,8 @@ from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.calibration_memory import calibration_memory
 from weightsmith.steps.destinations import Destination, InStore, moved
-from weightsmith.steps.outcome import Outcome, Timer
 from weightsmith.steps.sizes import disk_peak, estimated_bytes, kept_bytes
+from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import (
     WEIGHTS,
     Foreseen,
@@ -136,7 +136,7 @@ def quantize(
     tools: Tools,
     *,
     siblings: Sequence[QuantizeOptions] = (),
-) -> Outcome[Artifact]:
+) -> StageResult[Artifact]:
     """Return the checkpoint quantized to a format in its builder, and read back.
 
     The `siblings`, formats that will be asked for next, are made in the same pass where that is
@@ -492,7 +492,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
             options = self.wanted(self.format, seen[self.sources], seen.tools)
             check_model(options, seen[self.checkpoint].model)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Artifact]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return the weights; raises as `quantize` does."""
         sources = have[self.sources]
         options = self.wanted(self.format, sources, tools)

@@ -35,7 +35,7 @@ from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.answer_checkpoint import checkpointed_answers
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.joined import JoinedJob
-from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import Foreseen, ForeseenWeights, Foresight, Results, Step
 from weightsmith.steps.tools import JobMemory, Tools
 
@@ -194,7 +194,7 @@ def reference(
     to: InStore,
     tools: Tools,
     joined: JoinedJob | None = None,
-) -> Outcome[tuple[Result, ...]]:
+) -> StageResult[tuple[Result, ...]]:
     """Return each task with the scores of base, adapter and merged model; check the merge.
 
     What a `joined` job has answered is in the store by now, and took its time elsewhere.
@@ -290,7 +290,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         first = partial(next_job, *given, tools)
         return JoinedJob(first, partial(keep_answers, *given)) if first() else None
 
-    def run(self, have: Results, tools: Tools) -> Outcome[tuple[Result, ...]]:
+    def run(self, have: Results, tools: Tools) -> StageResult[tuple[Result, ...]]:
         """Return the tasks with the scores of base, adapters and merged model."""
         given = self.tasks, have[self.sources], have[self.checkpoint], InStore(tools.store)
         return reference(*given, tools, have.joined.get(self))

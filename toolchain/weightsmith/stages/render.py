@@ -50,10 +50,10 @@ from weightsmith.serving.projector import Projector, projector_in
 from weightsmith.serving.targets import Target
 from weightsmith.steps.bases import OWN, base_reference
 from weightsmith.steps.expected_weights import ForeseenTree
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
 from weightsmith.steps.results import is_written, write_files
 from weightsmith.steps.served_adapters import base_weight_bytes, unmerged_adapters
 from weightsmith.steps.sizes import expected_projector
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
     ForeseenWeights,
@@ -497,7 +497,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
         self.weights.permit(seen)
         return Foreseen(value=config.plan)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[ServingConfig]:
+    def run(self, have: Results, tools: Tools) -> StageResult[ServingConfig]:
         """Plan and render for the finished weights."""
         timer, sources, artifact = (
             Timer(self.name, self.target, tools),
@@ -563,7 +563,7 @@ class VolumeManifestsStep(TargetStep[None, None]):
         """Foresee nothing: they are small."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[None]:
+    def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Write them, or note why there are none."""
         config, volume = have[self.config], have[self.volume]
         target, recipe = self.of.target, self.file.recipe

@@ -19,7 +19,7 @@ from weightsmith.recipe.schema import Adapter, Base
 from weightsmith.steps.destinations import InStore
 from weightsmith.steps.expected_weights import foreseen
 from weightsmith.steps.lock import read_lock, with_sources, write_lock
-from weightsmith.steps.outcome import Outcome, Timer
+from weightsmith.steps.stage_result import StageResult, Timer
 from weightsmith.steps.step import CACHED, Foreseen, Foresight, Results, State, Step
 from weightsmith.steps.tools import Tools
 
@@ -202,7 +202,7 @@ class ResolveStep(Step[Sources, Sources]):
         state = State(cached=False, why=note) if note else CACHED
         return Foreseen(value=sources, rows=(self.row(state, read=sources.base.tree.size),))
 
-    def run(self, _have: Results, tools: Tools) -> Outcome[Sources]:
+    def run(self, _have: Results, tools: Tools) -> StageResult[Sources]:
         """Return the sources; raises what `resolve` raises, and what the lock refuses."""
         timer = Timer(self.name, self.file.recipe.base.source, tools)
         cached = known(self.file, tools)[0] is not None

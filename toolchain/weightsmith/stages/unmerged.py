@@ -26,8 +26,8 @@ from weightsmith.core.values import (
 )
 from weightsmith.quantizers import gguf_lora
 from weightsmith.steps.destinations import InStore, moved
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
 from weightsmith.steps.served_adapters import FOLDER, served_adapters
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     WEIGHTS,
     Foreseen,
@@ -64,7 +64,7 @@ def unmerged(sources: Sources) -> Artifact:
     return Artifact(format=LORA, tree=tree)
 
 
-def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> Outcome[Artifact]:
+def unmerged_gguf(sources: Sources, base: Artifact, tools: Tools) -> StageResult[Artifact]:
     """Return one tree with a GGUF base and its adapters, converted in their builder."""
     timer = Timer(WEIGHTS, f"{len(sources.adapters)} adapter(s) to GGUF", tools)
     served = served_adapters(sources, gguf=True)
@@ -150,7 +150,7 @@ class BaseStep(TargetStep[Checkpoint, ForeseenWeights]):
         """Return the base."""
         return Foreseen(value=ForeseenWeights.of(seen[self.sources].base.tree))
 
-    def run(self, have: Results, _tools: Tools) -> Outcome[Checkpoint]:
+    def run(self, have: Results, _tools: Tools) -> StageResult[Checkpoint]:
         """Return the base."""
         return unrecorded(Checkpoint(tree=have[self.sources].base.tree))
 
@@ -171,7 +171,7 @@ class UnmergedStep(TargetStep[Artifact, ForeseenWeights]):
         """Return the base's weights; the adapters are planned where they are served."""
         return Foreseen(value=ForeseenWeights.of(seen[self.sources].base.tree))
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Artifact]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Artifact]:
         """Return base and adapters as one tree."""
         sources = have[self.sources]
         if self.base:

@@ -14,7 +14,7 @@ from weightsmith.core.values import Artifact, FileEntry, Published, Tree, Upload
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.card import card_of_build
 from weightsmith.evaluating.pages import model_card
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
     ForeseenWeights,
@@ -106,7 +106,7 @@ def check_free(tree: Tree, destination: HubDestination, hub: Hub) -> None:
 
 def upload(
     tree: Tree, card: str, destination: HubDestination, version: str, tools: Tools
-) -> Outcome[Uploaded]:
+) -> StageResult[Uploaded]:
     """Publish a model's files and its card on a hub, in one commit that holds nothing else.
 
     Files that the repository has are not sent again, and nothing is committed if it has them all.
@@ -232,7 +232,7 @@ class CheckHubStep(TargetStep[None, None]):
         """Foresee nothing: only the hub knows."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[None]:
+    def run(self, have: Results, tools: Tools) -> StageResult[None]:
         """Raise what `check_free` does."""
         check_free(have[self.weights].tree, self.destination, tools.hub)
         return unrecorded(None)
@@ -254,7 +254,7 @@ class UploadStep(TargetStep[Uploaded, None]):
         """Foresee nothing: the image's row has what it takes."""
         return Foreseen(value=None)
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Uploaded]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Uploaded]:
         """Return the commit; raises what `upload` does."""
         tree, place = have[self.weights].tree, self.destination
         names = [entry.path for entry in tree.files]

@@ -20,7 +20,7 @@ from weightsmith.models.facts import ModelFacts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.destinations import Documents, InStore
 from weightsmith.steps.joined import JoinedJob
-from weightsmith.steps.outcome import Outcome, Timer, unrecorded
+from weightsmith.steps.stage_result import StageResult, Timer, unrecorded
 from weightsmith.steps.step import (
     Foreseen,
     ForeseenWeights,
@@ -102,7 +102,7 @@ def validate(
     to: Documents,
     tools: Tools,
     joined: JoinedJob | None = None,
-) -> Outcome[Validation]:
+) -> StageResult[Validation]:
     """Return what comparing a checkpoint with base and adapters found; a job may be `joined`.
 
     Raises CheckFailed, with the whole result as details, if it differs from base and adapters.
@@ -215,7 +215,7 @@ class ValidateStep(Step[Validation | None, None]):
         memory = validate_memory(checkpoint.model, sources)
         return Foreseen(value=None, rows=(self.row(state, read=read, memory=memory),))
 
-    def run(self, have: Results, tools: Tools) -> Outcome[Validation | None]:
+    def run(self, have: Results, tools: Tools) -> StageResult[Validation | None]:
         """Return how it was validated; raises CheckFailed if it differs."""
         recipe = self.file.recipe
         if not self.merges:

@@ -24,7 +24,7 @@ from weightsmith.serving.targets import Target
 from weightsmith.steps.delivery import ImageOutputs
 from weightsmith.steps.expected_weights import ForeseenTree
 from weightsmith.steps.joined import JoinedJob
-from weightsmith.steps.outcome import Outcome
+from weightsmith.steps.stage_result import StageResult
 from weightsmith.steps.tools import Tools
 
 T = TypeVar("T")
@@ -167,7 +167,7 @@ class Step(Generic[T_co, F_co]):
     def permit(self, seen: Foresight) -> None:
         """Raise InputRefused for a model that it cannot be made of, once it is foreseen."""
 
-    def run(self, have: Results, tools: Tools) -> Outcome[T_co]:
+    def run(self, have: Results, tools: Tools) -> StageResult[T_co]:
         """Return the step's result; raises what its stage raises."""
         raise NotImplementedError
 
@@ -277,7 +277,7 @@ class Results:
     """What the steps of a build have given so far, in their order."""
 
     def __init__(self) -> None:
-        self._outcomes: dict[Step[Any, Any], Outcome[Any]] = {}
+        self._outcomes: dict[Step[Any, Any], StageResult[Any]] = {}
         self.joined: dict[Step[Any, Any], JoinedJob] = {}
         """Both steps whose jobs run in one process -> that job."""
 
@@ -290,7 +290,7 @@ class Results:
         """Return what a step gave; None if it has not run."""
         return self._outcomes[step].value if step in self._outcomes else None
 
-    def put(self, step: Step[T, Any], outcome: Outcome[T]) -> None:
+    def put(self, step: Step[T, Any], outcome: StageResult[T]) -> None:
         """Add what a step gave."""
         self._outcomes[step] = outcome
 
@@ -300,7 +300,7 @@ class Results:
         other._outcomes = dict(self._outcomes)
         return other
 
-    def outcomes(self, of: TargetBuild | None) -> Iterator[tuple[Step[Any, Any], Outcome[Any]]]:
+    def outcomes(self, of: TargetBuild | None) -> Iterator[tuple[Step[Any, Any], StageResult[Any]]]:
         """Yield the steps of a target, and those that all share, with what they gave."""
         for step, outcome in self._outcomes.items():
             if step.of in (None, of):

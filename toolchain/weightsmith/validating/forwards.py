@@ -16,7 +16,7 @@ from weightsmith.core.jobs import CombinationRule
 from weightsmith.forward.adapters import NeedsWeights, replication, with_adapters
 from weightsmith.forward.experts import ExpertStack
 from weightsmith.forward.libraries import ModelFails, running
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import (
     PEFT_PREFIX,
     base_name,
@@ -128,7 +128,7 @@ class BaseAndAdapters:
         """The folder of the base."""
         return self.checkpoint
 
-    def streamed(self, meeting: Meeting, number: int) -> Unmerged:
+    def streamed(self, lockstep: Lockstep, number: int) -> Unmerged:
         """Return it with its weights in files; raise InputRefused if one is missing."""
         built = self._built()
         skip = [
@@ -136,7 +136,7 @@ class BaseAndAdapters:
             for site in built.sites
             if site.kind == "other" and not reads_one_by_one(built.model, site.layer, built.base)
         ]
-        stream(built.model, built.base, meeting, number, skip)
+        stream(built.model, built.base, lockstep, number, skip)
         return built
 
     def whole(self) -> Unmerged:
@@ -175,10 +175,10 @@ class MergedModel:
         """The folder."""
         return self.checkpoint
 
-    def streamed(self, meeting: Meeting, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Any:
         """Return it with its weights in files."""
         model, weights = skeleton_with_weights(self.checkpoint)
-        stream(model, weights, meeting, number)
+        stream(model, weights, lockstep, number)
         return model
 
     def whole(self) -> Any:
@@ -191,7 +191,7 @@ class MergedModel:
 @torch.no_grad()
 def reference_forward(
     unmerged: Unmerged,
-    meeting: Meeting,
+    lockstep: Lockstep,
     merged: Weights,
     batch: ProbeBatch,
     twins: int,
@@ -218,7 +218,7 @@ def reference_forward(
         merged=merged,
         twins=whole.twin_tokens(twins),
         mixture=mixture,
-        apart=meeting.away,
+        apart=lockstep.away,
     )
     _watch(examiner, unmerged, merged)
     rows = [*range(twins), *range(len(batch.ids), len(whole.ids))]
@@ -226,7 +226,7 @@ def reference_forward(
     tokens = sum(batch.counted)
     if not bool(torch.isfinite(run.logits[:tokens]).all()):
         raise ModelFails("the reference's logits are not finite")
-    with meeting.away():
+    with lockstep.away():
         for site in unmerged.sites:
             examiner.finish(site)
     half = [state.chunk(2) for state in run.hidden]

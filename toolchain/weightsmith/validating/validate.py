@@ -21,7 +21,7 @@ from weightsmith.forward.adapters import IncompatibleAdapters
 from weightsmith.forward.greedy import Questions
 from weightsmith.forward.greedy import greedy as continuations
 from weightsmith.forward.libraries import ModelFails, load_tokenizer, stay_offline
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import decoder_layers, skeleton
 from weightsmith.forward.views import require_finite
 from weightsmith.forward.walk import Count, DoesNotRun, Opening, Progress, Tell, walk
@@ -253,7 +253,7 @@ def _texts(
     filler = min(ends, default=0)
     asked = Questions(prompts=prompts, ends=ends, most=most, filler=filler, drafts=drafts)
 
-    def generate(model: Any, _: Meeting) -> list[list[int]]:
+    def generate(model: Any, _: Lockstep) -> list[list[int]]:
         model.get_output_embeddings().register_forward_hook(require_finite)
         return continuations(model, asked, lambda _: None).tokens
 
@@ -298,10 +298,10 @@ class Sides:
             "merged": MergedModel(checkpoint=request.merged),
         }
 
-        def reference(unmerged: Unmerged, meeting: Meeting) -> ReferenceModel:
+        def reference(unmerged: Unmerged, lockstep: Lockstep) -> ReferenceModel:
             return reference_forward(
                 unmerged,
-                meeting,
+                lockstep,
                 self.weights,
                 batch,
                 twins,
@@ -309,7 +309,7 @@ class Sides:
                 mixture=request.mixture,
             )
 
-        def merged(model: Any, _: Meeting) -> ForwardResult:
+        def merged(model: Any, _: Lockstep) -> ForwardResult:
             return merged_forward(model, batch, twins, advance)
 
         ask: dict[str, Any] = {"reference": reference, "merged": merged}

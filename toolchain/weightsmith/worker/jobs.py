@@ -102,7 +102,7 @@ def _merge(job: MergeJob, report: Report) -> Mapping[str, JsonValue]:
         adapters=job.weighted,
         out=job.output,
         keep_adapter=job.keep_adapter,
-        unwritten=job.unwritten,
+        headers_only=job.headers_only,
         own_out=True,
         **asdict(job.options),
     )

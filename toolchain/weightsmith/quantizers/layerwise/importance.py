@@ -26,7 +26,7 @@ from weightsmith.forward.layers import TOKENS, Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.pipeline import Pipeline
 from weightsmith.forward.reproducible import follow, reproducible
-from weightsmith.forward.threads import CPUS, crew, product, unwatched
+from weightsmith.forward.threads import CPUS, product, thread_pool, unwatched
 from weightsmith.quantizers.architectures import EXPERTS
 from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, config_of, window_of
 from weightsmith.quantizers.layerwise.observing import is_experts
@@ -118,7 +118,7 @@ def importance(
     starts = range(0, len(chunks), step)
     batch_per_thread = _batch_per_thread(model, window)
     tokens, workers = (_ROWS, min(CPUS, TOKENS // _ROWS)) if batch_per_thread else (TOKENS, 1)
-    with reproducible(product), crew(workers, partial(follow, product)) as pool:
+    with reproducible(product), thread_pool(workers, partial(follow, product)) as pool:
         for number, start in enumerate(starts):
             layers = Layers(model, chunks[start : start + step], tokens)
             total = len(layers.layers)

@@ -20,7 +20,7 @@ import torch
 from weightsmith.core.errors import Unmeasurable
 from weightsmith.forward.heads import logits_of
 from weightsmith.forward.libraries import ModelFails, running
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import (
     decoder_of,
     fill,
@@ -81,9 +81,9 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
     quantized = QuantizedNetwork(model, view)
     probed = torch.cat([ids, ids[:PROBE_ROWS]])
 
-    def run(network: Any, meeting: Meeting) -> States:
+    def run(network: Any, lockstep: Lockstep) -> States:
         if network is quantized.network:
-            compared.compare(network, meeting)
+            compared.compare(network, lockstep)
             return _run(network, probed)
         compared.record(network)
         return _run(network, ids)
@@ -113,9 +113,9 @@ class _Checkpoint:
     def source(self) -> Path:
         return self.checkpoint
 
-    def streamed(self, meeting: Meeting, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Any:
         model, weights = self._built()
-        stream(model, weights, meeting, number)
+        stream(model, weights, lockstep, number)
         decoder_of(model).register_forward_hook(_require_finite)
         return model
 
@@ -144,10 +144,10 @@ class QuantizedNetwork:
         """Its own matrices."""
         return "quantized"
 
-    def streamed(self, meeting: Meeting, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Any:
         """Return it with its weights dequantized when they are used."""
         model, weights = self._built()
-        stream(model, weights, meeting, number, modules_without_text(model))
+        stream(model, weights, lockstep, number, modules_without_text(model))
         return model
 
     def whole(self) -> Any:
@@ -205,10 +205,10 @@ class LayerErrors:
         for number, layer in enumerate(decoder_layers(model)):
             _hook(layer, self._record_input(number), self._record_output(number))
 
-    def compare(self, model: Any, meeting: Meeting) -> None:
+    def compare(self, model: Any, lockstep: Lockstep) -> None:
         """Judge the quantized model's layers, each when the checkpoint has run it."""
         for number, layer in enumerate(decoder_layers(model)):
-            _hook(layer, self._replace(number, meeting), self._judge(number, meeting))
+            _hook(layer, self._replace(number, lockstep), self._judge(number, lockstep))
 
     def _record_input(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def record(states: torch.Tensor) -> torch.Tensor:
@@ -224,16 +224,16 @@ class LayerErrors:
 
         return record
 
-    def _replace(self, number: int, meeting: Meeting) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _replace(self, number: int, lockstep: Lockstep) -> Callable[[torch.Tensor], torch.Tensor]:
         def replace(states: torch.Tensor) -> torch.Tensor:
-            meeting.wait_until(lambda: number in self.inputs)
+            lockstep.wait_until(lambda: number in self.inputs)
             return torch.cat([states[:-PROBE_ROWS], self.inputs[number]])
 
         return replace
 
-    def _judge(self, number: int, meeting: Meeting) -> Callable[[torch.Tensor], None]:
+    def _judge(self, number: int, lockstep: Lockstep) -> Callable[[torch.Tensor], None]:
         def judge(states: torch.Tensor) -> None:
-            meeting.wait_until(lambda: number in self.outputs)
+            lockstep.wait_until(lambda: number in self.outputs)
             before, right = self.inputs.pop(number), self.outputs.pop(number)
             before, right = before[:, : self.length], right[:, : self.length]
             change = float((right - before).norm()) or 1.0

@@ -22,9 +22,9 @@ from weightsmith.validating.result import Validation
 from weightsmith.validating.validate import ValidationRequest, validate
 
 
-def merged(base: Path, adapters: tuple, name: str, *, unwritten: bool) -> tuple[Path, dict]:
+def merged(base: Path, adapters: tuple, name: str, *, headers_only: bool) -> tuple[Path, dict]:
     out = base.parent / name
-    request = MergeRequest(base=base, adapters=adapters, out=out, unwritten=unwritten)
+    request = MergeRequest(base=base, adapters=adapters, out=out, headers_only=headers_only)
     return out, engine.merge(request)
 
 
@@ -38,23 +38,23 @@ def both(request, make_model, make_adapter):
     return (
         base,
         adapters,
-        merged(base, adapters, "written", unwritten=False),
-        merged(base, adapters, "unwritten", unwritten=True),
+        merged(base, adapters, "written", headers_only=False),
+        merged(base, adapters, "unwritten", headers_only=True),
     )
 
 
 def test_digests_and_findings_are_those_of_the_files(both):
-    _, _, (_, written), (folder, unwritten) = both
+    _, _, (_, written), (folder, headers_only) = both
 
     for kept in ("files", "shards", "findings", "tensors", "repairs"):
-        assert unwritten[kept] == written[kept]
+        assert headers_only[kept] == written[kept]
     empty = list(folder.glob("*.safetensors"))
     assert len(empty) == len(written["shards"])
     assert all(path.stat().st_size < 8192 for path in empty)
 
 
 def test_the_largest_weights_of_computed_matrices_are_recorded(both):
-    base, _, (folder, written), (_, unwritten) = both
+    base, _, (folder, written), (_, headers_only) = both
     before, after = (CheckpointTensors(one) for one in (base, folder))
     changed = {
         name
@@ -63,8 +63,8 @@ def test_the_largest_weights_of_computed_matrices_are_recorded(both):
         and not np.array_equal(before.array(name), after.array(name))
     }
 
-    assert unwritten["largest"].keys() >= changed
-    for name, most in unwritten["largest"].items():
+    assert headers_only["largest"].keys() >= changed
+    for name, most in headers_only["largest"].items():
         assert most == np.abs(after.f32(name)).max(), name
     assert "largest" not in written
 
@@ -73,7 +73,7 @@ def test_the_largest_weights_are_those_of_all_blocks(both, monkeypatch):
     base, adapters, _, (_, whole) = both
     monkeypatch.setattr(engine, "BLOCK", 64)
 
-    _, pieces = merged(base, adapters, "pieces", unwritten=True)
+    _, pieces = merged(base, adapters, "pieces", headers_only=True)
 
     assert pieces["largest"] == whole["largest"]
 
@@ -119,17 +119,19 @@ def test_a_wrong_computation_is_noticed(make_model, make_adapter, monkeypatch):
 
     monkeypatch.setattr(blocks.RowMaker, "_merge", wrong)
     with pytest.raises(CheckFailed, match=r"layers\.1\.mlp\.up_proj"):
-        merged(base, adapters, "unwritten", unwritten=True)
+        merged(base, adapters, "unwritten", headers_only=True)
     assert not list((base.parent / "unwritten").glob("*.safetensors"))
 
 
 def test_a_killed_run_is_done_again(make_model, make_adapter):
     base = make_model(dtype=torch.bfloat16)
     adapters = ((make_adapter(base), 1.0),)
-    folder, first = merged(base, adapters, "unwritten", unwritten=True)
+    folder, first = merged(base, adapters, "unwritten", headers_only=True)
     (folder / ".merge-journal.json").write_text(json.dumps({"key": "another"}))
 
-    request = MergeRequest(base=base, adapters=adapters, out=folder, unwritten=True, own_out=True)
+    request = MergeRequest(
+        base=base, adapters=adapters, out=folder, headers_only=True, own_out=True
+    )
     assert engine.merge(request)["shards"] == first["shards"]
 
 
@@ -156,7 +158,7 @@ def test_a_killed_run_goes_on_at_the_file_that_it_had_reached(
 ):
     base = make_model(dtype=torch.bfloat16, shard="20KB")
     adapter = make_adapter(base)
-    _, whole = merged(base, ((adapter, 1.0),), "whole", unwritten=True)
+    _, whole = merged(base, ((adapter, 1.0),), "whole", headers_only=True)
     out = base.parent / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, base, adapter, out], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -170,7 +172,7 @@ def test_a_killed_run_goes_on_at_the_file_that_it_had_reached(
         return right(maker, shard, *rest)
 
     monkeypatch.setattr(ShardMaker, "compute", compute)
-    _, again = merged(base, ((adapter, 1.0),), "out", unwritten=True)
+    _, again = merged(base, ((adapter, 1.0),), "out", headers_only=True)
 
     assert computed == [*names[: 1 if damaged else 0], *names[2:]]
     for kept in ("files", "shards", "findings", "tensors", "repairs", "largest"):

@@ -7,87 +7,87 @@ import threading
 import pytest
 import torch
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.lockstep import Meeting
+from weightsmith.forward.lockstep import Lockstep
 
 
 def test_a_view_that_fails_ends_the_meeting() -> None:
-    meeting = Meeting(2)
+    lockstep = Lockstep(2)
     matrix = torch.ones((300, 4))
 
     def good() -> torch.Tensor:
-        return meeting.multiply(
-            (0, 1), meeting.multiply((0, 0), torch.ones(2, 4), matrix)[:, :4], matrix
+        return lockstep.multiply(
+            (0, 1), lockstep.multiply((0, 0), torch.ones(2, 4), matrix)[:, :4], matrix
         )
 
     def bad() -> torch.Tensor:
-        meeting.multiply((0, 0), torch.ones(2, 4), matrix)
-        return meeting.multiply((0, 2), torch.ones(2, 5), matrix)
+        lockstep.multiply((0, 0), torch.ones(2, 4), matrix)
+        return lockstep.multiply((0, 2), torch.ones(2, 5), matrix)
 
     with pytest.raises(ModelFails, match=r"5|descriptor"):
-        meeting.run({"good": good, "bad": bad})
+        lockstep.run({"good": good, "bad": bad})
 
 
 def test_products_are_those_of_torch() -> None:
-    meeting = Meeting(2)
+    lockstep = Lockstep(2)
     for rows, columns, inputs in ((1, 1, 1), (127, 8, 3), (1000, 64, 200)):
         matrix = torch.randn(rows, columns, dtype=torch.bfloat16)
         x = torch.randn(2, inputs, columns)
 
-        found = meeting.run({"": lambda x=x, m=matrix: meeting.multiply((0, 0), x, m)})[""]
+        found = lockstep.run({"": lambda x=x, m=matrix: lockstep.multiply((0, 0), x, m)})[""]
 
         torch.testing.assert_close(found, x @ matrix.float().T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_view_that_fails_stops_the_others() -> None:
-    meeting, products = Meeting(2), []
+    lockstep, products = Lockstep(2), []
     matrix = torch.ones((4, 4))
 
     def endless() -> None:
         while True:
-            products.append(meeting.multiply((0, 0), torch.ones(2, 4), matrix))
+            products.append(lockstep.multiply((0, 0), torch.ones(2, 4), matrix))
 
     def bad() -> None:
-        meeting.multiply((0, 0), torch.ones(2, 4), matrix)
+        lockstep.multiply((0, 0), torch.ones(2, 4), matrix)
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        meeting.run({"endless": endless, "bad": bad})
+        lockstep.run({"endless": endless, "bad": bad})
 
 
 def test_a_view_waits_for_another_ones_work_while_that_goes_on() -> None:
-    meeting, done = Meeting(2), list[int]()
+    lockstep, done = Lockstep(2), list[int]()
     matrix = torch.ones((4, 4))
 
     def works() -> None:
         for number in range(3):
-            meeting.multiply((0, 0), torch.ones(2, 4), matrix)
+            lockstep.multiply((0, 0), torch.ones(2, 4), matrix)
             done.append(number)
 
     def waits() -> int:
-        meeting.wait_until(lambda: len(done) > 1)
+        lockstep.wait_until(lambda: len(done) > 1)
         seen = len(done)
-        meeting.multiply((0, 1), torch.ones(2, 4), matrix)
+        lockstep.multiply((0, 1), torch.ones(2, 4), matrix)
         return seen
 
-    assert meeting.run({"works": works, "waits": waits})["waits"] in {2, 3}
+    assert lockstep.run({"works": works, "waits": waits})["waits"] in {2, 3}
 
 
 def test_a_view_does_not_wait_for_one_that_has_ended() -> None:
-    meeting = Meeting(2)
+    lockstep = Lockstep(2)
 
     with pytest.raises(ModelFails, match="has ended"):
-        meeting.run({"ends": lambda: None, "waits": lambda: meeting.wait_until(lambda: False)})
+        lockstep.run({"ends": lambda: None, "waits": lambda: lockstep.wait_until(lambda: False)})
 
 
 def test_a_view_without_matrices_lets_the_others_go_on() -> None:
-    meeting, done = Meeting(2), threading.Event()
+    lockstep, done = Lockstep(2), threading.Event()
 
     def works() -> None:
-        meeting.multiply((0, 0), torch.ones(2, 4), torch.ones((4, 4)))
+        lockstep.multiply((0, 0), torch.ones(2, 4), torch.ones((4, 4)))
         done.set()
 
     def examines() -> bool:
-        with meeting.away():
+        with lockstep.away():
             return done.wait(60)
 
-    assert meeting.run({"works": works, "examines": examines})["examines"]
+    assert lockstep.run({"works": works, "examines": examines})["examines"]

@@ -12,7 +12,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome(Generic[T_co]):
+class StageResult(Generic[T_co]):
     """A stage's value, whether it was cached, and its duration in seconds."""
 
     stage: str
@@ -22,9 +22,9 @@ class Outcome(Generic[T_co]):
     seconds: float
 
 
-def unrecorded(value: T) -> Outcome[T]:
+def unrecorded(value: T) -> StageResult[T]:
     """Return what took no stage of its own."""
-    return Outcome(stage="", value=value, cached=True, seconds=0.0)
+    return StageResult(stage="", value=value, cached=True, seconds=0.0)
 
 
 class Timer:
@@ -35,7 +35,7 @@ class Timer:
         tools.progress.stage(stage, detail)
         self._began = tools.clock()
 
-    def done(self, value: T, *, cached: bool, elsewhere: float = 0.0) -> Outcome[T]:
+    def done(self, value: T, *, cached: bool, elsewhere: float = 0.0) -> StageResult[T]:
         """Return the stage's outcome, and report its end.
 
         `elsewhere` are seconds that this stage took in another one's time; negative if it was the
@@ -43,4 +43,4 @@ class Timer:
         """
         seconds = round(max(0.0, self._tools.clock() - self._began + elsewhere), 3)
         self._tools.progress.finish(self._stage, seconds, cached)
-        return Outcome(stage=self._stage, value=value, cached=cached, seconds=seconds)
+        return StageResult(stage=self._stage, value=value, cached=cached, seconds=seconds)

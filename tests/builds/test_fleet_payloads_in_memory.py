@@ -17,8 +17,7 @@ from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Cache
-from weightsmith.fleets import payloads as parcels
-from weightsmith.fleets import running
+from weightsmith.fleets import payloads, running
 from weightsmith.fleets.payloads import packed
 from weightsmith.fleets.requests import TaskRequest
 from weightsmith.fleets.rows import FleetRows
@@ -60,7 +59,7 @@ def test_questions_go_through_the_cache_unless_they_are_few(
     two: Memory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With each of 1,500 tasks, a file of megabytes would fill the memory."""
-    monkeypatch.setattr(parcels, "_ALONG", 10)
+    monkeypatch.setattr(payloads, "_ALONG", 10)
     path = write_fleet(two, adapters=["./a"], targets=[Q4])
     cache = two.cache = MemoryCache()
     texts: list[str] = []
@@ -211,11 +210,11 @@ def test_what_was_damaged_in_the_cache_at_the_same_size_is_sent_again(
     [(("adapter_model.safetensors",), {}), (("a.jsonl", "b.jsonl"), {"stage": "merge"})],
     ids=["adapters", "questions, as another stage's result"],
 )
-def test_another_document_under_a_parcel_s_key_is_not_used(
+def test_another_document_under_a_payload_s_key_is_not_used(
     two: Memory, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], lie: dict[str, str]
 ) -> None:
     """Nobody needs a key to see it: what goes to a node is named by the digest of its content."""
-    monkeypatch.setattr(parcels, "_ALONG", 10)
+    monkeypatch.setattr(payloads, "_ALONG", 10)
     cache = two.cache = MemoryCache()
     with two.sharing():
         honest = run_elsewhere(two, write_fleet(two, targets=[Q4]), cache)
