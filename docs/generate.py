@@ -286,22 +286,22 @@ def _commands() -> Iterator[str]:
         yield f"Also {also}."
 
 
-_FLAGS = "| flag | default | meaning |\n|---|---|---|"
+_FLAGS = "| flag | meaning |\n|---|---|"
 _COMMON = 5
 """A flag that as many commands have is described once."""
 
 
-def _flag_row(argument: Argument) -> tuple[str, str, str, str]:
-    """Return a flag's name, a star if it may be repeated, its default and its meaning."""
+def _flag_row(argument: Argument) -> tuple[str, str, str]:
+    """Return a flag's name, a star if it may be repeated, and its meaning with its default."""
     name = argument.name.upper() if argument.positional else to_flag(argument.name)
     default = argument.default if argument.default not in (None, [], "") else ""
-    shown = "" if default in ("", False, "0", "0.0") else f"`{default}`"
-    return name, "*" if argument.kind is list else "", shown, _oneline(argument.help)
+    shown = "" if default in ("", False, "0", "0.0") else f"; default `{default}`"
+    return name, "*" if argument.kind is list else "", _oneline(argument.help) + shown
 
 
-def _as_row(flag: tuple[str, str, str, str]) -> str:
-    name, star, default, meaning = flag
-    return f"| `{name}`{star} | {default} | {meaning} |"
+def _as_row(flag: tuple[str, str, str]) -> str:
+    name, star, meaning = flag
+    return f"| `{name}`{star} | {meaning} |"
 
 
 def _adapters() -> Iterator[str]:
