@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, Self, get_type_hints
 
 from pydantic import BaseModel, ConfigDict
@@ -75,6 +76,12 @@ def fields_of(section: Any) -> Mapping[str, FieldInfo]:
     if not is_dataclass(section):
         found: Mapping[str, FieldInfo] = section.model_fields
         return found
+    kind: Any = section
+    return _fields_of(kind)
+
+
+@cache  # all commands have fields of the same sections, and every start reads them
+def _fields_of(section: Any) -> Mapping[str, FieldInfo]:
     hints = get_type_hints(section, include_extras=True)
     return {
         one.name: FieldInfo.from_annotated_attribute(hints[one.name], one)
