@@ -60,6 +60,7 @@ def test_what_no_target_serves_is_refused_by_its_kind_whatever_else_is_wrong():
         "fills gaps in texts": {**LLAMA, "architectures": ["BertForMaskedLM"]},
         "gives vectors": {"architectures": ["MistralModel"]},
         "keeps states alone": {"architectures": ["RWKV7ForCausalLM"], "model_type": "rwkv7"},
+        "t5 is an encoder with a decoder": {"model_type": "t5", "is_encoder_decoder": True},
         "keeps an index": {**LLAMA, "architectures": ["DeepseekV32ForCausalLM"]},
     }
     for what, config in cases.items():

@@ -13,6 +13,7 @@ def test_names_are_lower_case_with_the_maker_first():
         ("nvidia-l4", "nvidia-l4"),
         ("L4", "nvidia-l4"),
         ("h100", "nvidia-h100-80gb"),
+        ("nvidia-h100", "nvidia-h100-80gb"),
         ("h200", "nvidia-h200-141gb"),
         ("RTX 4090", "nvidia-rtx-4090"),
         ("mi300x", "amd-mi300x"),

@@ -87,7 +87,7 @@ def check_served(model: ModelFacts) -> None:
 
     Raises InputRefused, which says what the model is and what can be done with it here.
     """
-    name = model.architecture
+    name = model.architecture or model.model_type or "the model"
     if (model.encoder_decoder or name == "t5") and not _PART.search(name):
         raise InputRefused(
             f"{name} is an encoder with a decoder, and no target serves one: an image here is"

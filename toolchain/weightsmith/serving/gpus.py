@@ -57,7 +57,7 @@ def _nvidia(
         compute_capability=capability,
         fp8=capability >= (8, 9),
         bf16=capability >= (8, 0),
-        aliases=(name, *aliases),
+        aliases=(name, *aliases, *(f"nvidia-{alias}" for alias in aliases)),
     )
 
 
@@ -81,7 +81,7 @@ GPUS: Mapping[str, Gpu] = dict(
         _nvidia("a100-80gb", 80, 81_037, (8, 0)),
         _nvidia("l40s", 48, 45_457, (8, 9)),
         _nvidia("h100-80gb", 80, 80_990, (9, 0), "h100"),
-        _nvidia("h200-141gb", 141, 143_156, (9, 0), "h200", "nvidia-h200"),
+        _nvidia("h200-141gb", 141, 143_156, (9, 0), "h200"),
         _nvidia("b200", 180, 182_500, (10, 0)),
         _nvidia("rtx-4090", 24, 24_080, (8, 9), "rtx4090", "4090"),
         _nvidia("rtx-5090", 32, 32_110, (12, 0), "rtx5090", "5090"),
