@@ -76,10 +76,10 @@ def tokens(chats, **more):
 """
 WAYS = {
     "reference": """
-from weightsmith.merging.reference import Subject, answers
+from weightsmith.merging.reference import UnmergedModel, answers
 both = ((adapter, 1.0),)
-answers({"base": Subject(model=base), "adapter": Subject(model=base, adapters=both),
-         "merged": Subject(model=merged, draft="adapter")}, chats, 32)
+answers({"base": UnmergedModel(model=base), "adapter": UnmergedModel(model=base, adapters=both),
+         "merged": UnmergedModel(model=merged, draft="adapter")}, chats, 32)
 """,
     "reference by hand": HAND
     + """
@@ -94,8 +94,8 @@ with torch.inference_mode():
     ask(load(merged))
 """,
     "validation": """
-from weightsmith.validating.validate import Request, validate
-found = validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged, items=tuple(chats)))
+from weightsmith.validating.validate import ValidationRequest, validate
+found = validate(ValidationRequest(base=base, adapters=((adapter, 1.0),), merged=merged, items=tuple(chats)))
 assert found.passed, found.findings
 """,
     "reference and validation": """

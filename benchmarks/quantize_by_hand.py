@@ -83,7 +83,7 @@ given = {"base": Input(path=base), "adapters": (Input(path=adapter),), "weights"
          "options": Merge()}
 runner = LocalRunner(cache_folder())
 made = runner.run(MergeJob(builder="merge", output=model, seconds=0, memory_bytes=4 << 30,
-                           unwritten=True, **given), Silent())
+                           headers_only=True, **given), Silent())
 digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
 wanted = QuantizeOptions(name="m", format=formats()[name], options={"imatrix": "off"})
 if imatrix != "off":

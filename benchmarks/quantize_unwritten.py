@@ -22,7 +22,7 @@ from shutil import rmtree
 from merge import LAYER, make_adapter
 from quantize_by_hand import BILLION, ROOT, billion, timed
 
-WORK = ROOT / "benchmarks" / "work" / "quantize-unwritten"
+WORK = ROOT / "benchmarks" / "work" / "quantize-headers_only"
 CASES = {"billion": BILLION, "layer70b": LAYER}
 
 MERGE = """
@@ -34,10 +34,10 @@ from weightsmith.core.jobs import MergeJob
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Silent
 from weightsmith.building.wiring import cache_folder
-base, adapter, out, unwritten = sys.argv[1:]
+base, adapter, out, headers_only = sys.argv[1:]
 job = MergeJob(builder="merge", base=Input(path=Path(base)), weights=(1.0,), options=Merge(),
                adapters=(Input(path=Path(adapter)),), output=Path(out), seconds=0,
-               memory_bytes=4 << 30, unwritten=bool(unwritten))
+               memory_bytes=4 << 30, headers_only=bool(headers_only))
 made = LocalRunner(cache_folder()).run(job, Silent())
 digests = {shard["file"]: shard["sha256"] for shard in made["shards"]}
 Path(f"{out}.json").write_text(json.dumps([digests, made.get("largest", {})]))
@@ -54,10 +54,10 @@ from weightsmith.core.ports import Silent
 from weightsmith.quantizers import formats
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.building.wiring import cache_folder
-base, adapter, model, name, out, unwritten = sys.argv[1:]
+base, adapter, model, name, out, headers_only = sys.argv[1:]
 job = job_of(Input(path=Path(model)), 4 << 30, QuantizeOptions(name="m", format=formats()[name]),
              Path(out))
-if unwritten:
+if headers_only:
     digests, largest = json.loads(Path(f"{model}.json").read_text())
     virtual = Virtual(base=Input(path=Path(base)), adapters=(Input(path=Path(adapter)),),
                       weights=(1.0,), options=Merge(), digests=digests, largest=largest)
@@ -75,14 +75,14 @@ def digest_of(path: Path) -> str:
 def once(name: str, base: Path, adapter: Path) -> dict[str, tuple[float, ...]]:
     """Return the measures of both ways to a format; end the program if their bytes differ."""
     found, made = {}, []
-    for way, unwritten in (("files", ""), ("base and adapter", "1")):
+    for way, headers_only in (("files", ""), ("base and adapter", "1")):
         rmtree(WORK, ignore_errors=True)
         model, out = WORK / "model", WORK / "out"
         model.mkdir(parents=True)
         out.mkdir()
-        merge = [sys.executable, "-c", MERGE, base, adapter, model, unwritten]
+        merge = [sys.executable, "-c", MERGE, base, adapter, model, headers_only]
         found[f"merge for {way}"] = timed([merge], ROOT, WORK)
-        quantize = [sys.executable, "-c", QUANTIZE, base, adapter, model, name, out, unwritten]
+        quantize = [sys.executable, "-c", QUANTIZE, base, adapter, model, name, out, headers_only]
         found[f"{name} of {way}"] = timed([quantize], ROOT, WORK)
         made.append({path.name: digest_of(path) for path in out.iterdir()})
     if made[0] != made[1]:

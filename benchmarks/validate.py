@@ -26,22 +26,22 @@ from merge import ROOT, make_inputs, run
 OURS = """
 import sys
 from pathlib import Path
-from weightsmith.validating.validate import Request, validate
+from weightsmith.validating.validate import ValidationRequest, validate
 base, adapter, merged = map(Path, sys.argv[1:4])
-assert validate(Request(base=base, adapters=((adapter, 1.0),), merged=merged)).passed
+assert validate(ValidationRequest(base=base, adapters=((adapter, 1.0),), merged=merged)).passed
 """
 FORWARD = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from weightsmith.validating import probes
-from weightsmith.validating.forwards import Batch
+from weightsmith.validating.forwards import ProbeBatch
 torch.set_num_threads(max(1, torch.get_num_threads() - 1))
 merged = Path(sys.argv[1])
 ids = probes.encode(probes.load_tokenizer(merged), probes.choose(()), 32000)
 model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
 with torch.inference_mode():
-    model(input_ids=Batch.of(ids).ids, use_cache=False)
+    model(input_ids=ProbeBatch.of(ids).ids, use_cache=False)
 """
 MERGE = """
 import sys

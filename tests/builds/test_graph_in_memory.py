@@ -79,7 +79,7 @@ STAGE = """
 from dataclasses import dataclass
 
 from weightsmith.steps.destinations import InStore
-from weightsmith.steps.stage_result import Outcome, Timer
+from weightsmith.steps.stage_result import Timer
 from weightsmith.steps.step import Foreseen, Step, TargetStep
 from weightsmith.core.values import StageInputs
 

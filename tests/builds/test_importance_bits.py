@@ -32,11 +32,11 @@ for model in map(Path, sys.argv[1:]):
 """
 HERE = """
 import sys
-from weightsmith.quantizers.gguf_settings import Walk
+from weightsmith.quantizers.gguf_settings import ImportanceWalk
 from weightsmith.worker.quantize_gguf import walking
 texts, *models = sys.argv[1:]
 for model in models:
-    with walking(Walk(model=model, texts=texts, out=f"{model}-here.gguf")) as measured:
+    with walking(ImportanceWalk(model=model, texts=texts, out=f"{model}-here.gguf")) as measured:
         measured()
 """
 LOOPS = """

@@ -139,16 +139,16 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.shards import UnwrittenShard
+from weightsmith.merging.shards import HeaderOnlyShard
 base, adapter, out = map(Path, sys.argv[1:])
-finish, done = UnwrittenShard.finish, []
+finish, done = HeaderOnlyShard.finish, []
 def finish_two(shard):
     if len(done) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(shard)
     return finish(shard)
-UnwrittenShard.finish = finish_two
-merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, unwritten=True))
+HeaderOnlyShard.finish = finish_two
+merge(MergeRequest(base=base, adapters=((adapter, 1.0),), out=out, headers_only=True))
 """
 
 
