@@ -95,7 +95,8 @@ with torch.inference_mode():
 """,
     "validation": """
 from weightsmith.validating.validate import ValidationRequest, validate
-found = validate(ValidationRequest(base=base, adapters=((adapter, 1.0),), merged=merged, items=tuple(chats)))
+found = validate(ValidationRequest(base=base, adapters=((adapter, 1.0),), merged=merged,
+                                   items=tuple(chats)))
 assert found.passed, found.findings
 """,
     "reference and validation": """

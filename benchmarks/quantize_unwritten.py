@@ -22,7 +22,7 @@ from shutil import rmtree
 from merge import LAYER, make_adapter
 from quantize_by_hand import BILLION, ROOT, billion, timed
 
-WORK = ROOT / "benchmarks" / "work" / "quantize-headers_only"
+WORK = ROOT / "benchmarks" / "work" / "quantize-unwritten"
 CASES = {"billion": BILLION, "layer70b": LAYER}
 
 MERGE = """
