@@ -150,7 +150,8 @@ def _resize(model: Any, adapters: Sequence[Path]) -> bool:
         return False
     rows = len(parts[min(resized)].weight)
     for path in parts.keys() - resized:
-        if f"{path}.weight" not in _tied_names(model):
+        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        if f"{path}.weight" not in {*tied.keys(), *tied.values()}:
             raise InputRefused(
                 f"an adapter has {rows} tokens in {min(resized)}, and {before} in {path}",
                 hint="save the resized base and use it as the base, or train the adapter with both "
@@ -196,11 +197,6 @@ def _check_tokens(root: Path, rows: int) -> None:
                 hint="resize the base's vocabulary as in training, or export the adapter with "
                 "save_embedding_layers=True",
             )
-
-
-def _tied_names(model: Any) -> set[str]:
-    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    return {*tied.keys(), *tied.values()}
 
 
 def _tie_again(model: Any) -> None:

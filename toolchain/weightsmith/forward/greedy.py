@@ -99,7 +99,7 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     left = [n for n in numbers if not _ended(answers.tokens[n], asked)]
     advance(len(numbers) - len(left))
     rows = {n: [*asked.prompts[n], *answers.tokens[n]] for n in left}
-    fits = _one_by_one if alone else _fits(model, asked, shared, drafts)
+    fits = (lambda count, _: count == 1) if alone else _fits(model, asked, shared, drafts)
     for batch in batches(rows, fits):
         if shared.layers:
             texts = {n: Draft(drafts.get(n, ())) for n in batch}
@@ -152,10 +152,6 @@ def _fits(
         return tokens <= BATCH_TOKENS and needed <= asked.batch_bytes
 
     return fits
-
-
-def _one_by_one(count: int, _longest: int) -> bool:
-    return count == 1
 
 
 def _sizes(model: Any) -> dict[str, int]:
@@ -219,7 +215,8 @@ def _continue(
         if keys.holes > HOLES or _LEAVE * (len(batch) - len(going)) >= len(batch):
             keys.select([row for row, n in enumerate(batch) if n in going])
             batch = going
-        guesses = {n: _guess(asked, drafts[n], found.tokens[n]) for n in going}
+        left = {n: asked.most - len(found.tokens[n]) - 1 for n in going}
+        guesses = {n: drafts[n].guess(left[n], asked.ends) for n in going}
         rows = [[*new[n], *guesses[n]] if n in going else [] for n in batch]
         counts = [len(guesses[n]) + 1 if n in going else 0 for n in batch]
         read = _read(model, rows, counts, asked.filler, keys)
@@ -234,10 +231,6 @@ def _continue(
                 new[number] = [tokens[same]]
         asked.keep(written)
         keys.keep(torch.tensor(right), max(map(len, rows)))
-
-
-def _guess(asked: Questions, draft: Draft, tokens: Tokens) -> list[int]:
-    return draft.guess(asked.most - len(tokens) - 1, asked.ends)
 
 
 def _read_drafts(
@@ -448,7 +441,8 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], empty: Prefix) -
     # One logit is enough: the head of a small model is a fifth of its weights.
     with running():
         model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
-    return replace(empty, length=length, states=tuple(_states(cache)))
+    kept = [(n, one.keys, one.values) for n, one in enumerate(cache.layers) if one.is_initialized]
+    return replace(empty, length=length, states=tuple(kept))
 
 
 def depends_on_length(model: Any) -> bool:
@@ -496,9 +490,3 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     longest = min(map(len, rows), default=1) - 1
     same = (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return max(0, min(longest, next(same, longest)))
-
-
-def _states(cache: Any) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    for number, layer in enumerate(cache.layers):
-        if layer.is_initialized:
-            yield number, layer.keys, layer.values

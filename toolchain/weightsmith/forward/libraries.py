@@ -106,7 +106,10 @@ def _without_compiler() -> Iterator[None]:
     compiler: Any = ModuleType(_COMPILER)
     order: Any = ModuleType(_ORDER)
     compiler.__path__, compiler.__getattr__ = [], lambda _: _undecorated
-    order.TransformGetItemToIndex = _index_order
+    # The context for masks that are computed by vmap.
+    order.TransformGetItemToIndex = lambda: importlib.import_module(
+        _ORDER
+    ).TransformGetItemToIndex()
     own = distributed.is_available
     present = _COMPILER in sys.modules
     if not present:
@@ -123,11 +126,6 @@ def _without_compiler() -> Iterator[None]:
 def _undecorated(function: Any = None, *_: object, **__: object) -> Any:
     """Stand for a decorator of the compiler, with arguments or without."""
     return function if function is not None else _undecorated
-
-
-def _index_order() -> Any:
-    """Return the compiler's context for masks that are computed by vmap."""
-    return importlib.import_module(_ORDER).TransformGetItemToIndex()
 
 
 def load_tokenizer(root: Path, **options: Any) -> Any:

@@ -101,14 +101,10 @@ def batch_bytes(shape: ModelShape, walk: WalkSize, budget: int) -> int:
     wanted = _wanted(shape, walk)
     # Of each layer's keys and values, one layer's are held twice more: see `walk_bytes`.
     layers = max(1, shape.layers)
-    left = (_usable(budget) - _fixed(shape, walk)) * layers // (layers + 2)
+    # A 25th of the budget is for what no plan knows.
+    left = (budget * 24 // 25 - _fixed(shape, walk)) * layers // (layers + 2)
     left = left if budget else BATCH_BYTES * walk.views
     return max(min(_LEAST, wanted), min(wanted, left, _MOST))
-
-
-def _usable(budget: int) -> int:
-    """Return what of a budget is planned: the rest is for what no plan knows."""
-    return budget * 24 // 25
 
 
 def walk_bytes(shape: ModelShape, walk: WalkSize, budget: int) -> int:

@@ -111,17 +111,14 @@ def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
 
 def lacking(model: Any, weights: Weights) -> list[str]:
     """Return the parameters that the model needs and its checkpoint does not have."""
-    optional = [re.compile(pattern) for pattern in _optional(model)]
+    # Transformers' patterns of parameters that checkpoints may leave out.
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    optional = [re.compile(pattern) for pattern in patterns]
     return [
         name
         for name, _ in model.named_parameters()
         if not weights.has(name) and not any(pattern.search(name) for pattern in optional)
     ]
-
-
-def _optional(model: Any) -> Sequence[str]:
-    """Return transformers' patterns of parameters that checkpoints may leave out."""
-    return tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
 
 
 def is_missing(parameter: torch.Tensor) -> bool:

@@ -91,15 +91,11 @@ def walk(
         tell(first)
         for name in openings if alike else unfit:
             _require_memory(openings[name].checkpoint, first)
-            found[name] = _asked_whole(openings[name], ask[name])
+            try:
+                found[name] = ask[name](openings[name].whole(), Lockstep())
+            except ModelFails as error:
+                raise _does_not_run(openings[name], error) from error
     return found
-
-
-def _asked_whole(opening: Opening, ask: Callable[[Any, Lockstep], T]) -> T:
-    try:
-        return ask(opening.whole(), Lockstep())
-    except ModelFails as error:
-        raise _does_not_run(opening, error) from error
 
 
 def _without_weights(opening: Opening, error: ModelFails) -> ModelFails:

@@ -156,7 +156,9 @@ def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]
     """
     generation = _object(files, "generation_config.json")
     ends: dict[int, None] = dict.fromkeys(_ids(generation))
-    for source in (base, _object(files, "config.json"), *_generation_configs(plan)):
+    adapters = [a.root for a in plan.adapters if "generation_config.json" in a.files]
+    theirs = (read_json(root / "generation_config.json") for root in adapters)
+    for source in (base, _object(files, "config.json"), *theirs):
         ends.update(dict.fromkeys(_ids(source)))
     ends.update(dict.fromkeys(_tokenizer_end(files)))
     if not ends or set(ends) == set(_ids(generation)):
@@ -171,11 +173,6 @@ def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]
             return []
     files["generation_config.json"] = _json(generation)
     return [f"generation_config.json: end tokens changed from {before or 'none'} to {tokens}"]
-
-
-def _generation_configs(plan: MergePlan) -> list[dict[str, Any]]:
-    name = "generation_config.json"
-    return [read_json(adapter.root / name) for adapter in plan.adapters if name in adapter.files]
 
 
 def _ids(config: Mapping[str, Any]) -> list[int]:

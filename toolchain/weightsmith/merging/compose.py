@@ -83,6 +83,9 @@ def compose(
         if any(share.claim.new for share in own_shares):
             layout[base.layout[-1][0]].append(name)
             outputs[name] = _added(name, own_shares, base, dtype)
+    note = untied
+    if tie and not untied and shares.get(tie.embedding):
+        note = f"still tied: {tie.embedding} changes for both the embedding and the head"
     settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
     if tie is None and _touches_both(shares, outputs):
         # Set explicitly, for classes that tie by default.
@@ -93,7 +96,7 @@ def compose(
             for shard, names in layout.items()
         ),
         settings=settings | _vocabulary(base, outputs, tie),
-        findings=(untied,) if untied else _kept(tie, shares),
+        findings=(note,) if note else (),
     )
 
 
@@ -137,12 +140,6 @@ def _untie(tie: Tie | None, shares: dict[str, list[AdapterShare]]) -> str:
         f"untied: the adapter changes only {' and '.join(modules)}, so {tie.head} is written "
         f"in addition to {tie.embedding}, and tie_word_embeddings is set to false"
     )
-
-
-def _kept(tie: Tie | None, shares: Mapping[str, Sequence[AdapterShare]]) -> tuple[str, ...]:
-    if tie is None or not shares.get(tie.embedding):
-        return ()
-    return (f"still tied: {tie.embedding} changes for both the embedding and the head",)
 
 
 def compose_output(

@@ -116,15 +116,13 @@ def _of_gguf(path: Path) -> list[ImatrixEntry]:
         ImatrixEntry(
             name=name.removesuffix(".in_sum2"),
             columns=int(tensor.shape[0]),
-            counts=tuple(float(c) for c in tensors[_counts(name)].data.ravel()),
+            counts=tuple(
+                float(c) for c in tensors[name.removesuffix(".in_sum2") + ".counts"].data.ravel()
+            ),
         )
         for name, tensor in tensors.items()
         if name.endswith(".in_sum2")
     ]
-
-
-def _counts(name: str) -> str:
-    return name.removesuffix(".in_sum2") + ".counts"
 
 
 def _of_dat(stream: IO[bytes], size: int) -> Iterator[ImatrixEntry]:
@@ -423,6 +421,8 @@ def _imatrix(request: QuantizeRequest, model: Path) -> BuilderCommand:
     window = window_of(request.model, len(rows), tokens)
     threads = request.options.get("threads") or idle()
     split = "split_max_size" in request.options
+    # Of all but very old machines.
+    variant = "x86-64-v3" if platform.machine() in {"x86_64", "AMD64"} else "armv8-a"
     return BuilderCommand(
         title=f"measuring importance on {tokens} tokens",
         argv=(
@@ -434,16 +434,11 @@ def _imatrix(request: QuantizeRequest, model: Path) -> BuilderCommand:
         ),
         # The order of sums affects the last bits, so use the same CPU variant everywhere. Threads
         # are no argument: a resumed run knows a finished step by its arguments.
-        env={"WEIGHTSMITH_CPU_VARIANT": _variant(), "LLAMA_ARG_THREADS": str(threads)},
+        env={"WEIGHTSMITH_CPU_VARIANT": variant, "LLAMA_ARG_THREADS": str(threads)},
         writes={text: "\n".join(row["text"] for row in rows)},
         finds={"first": f"{model.stem}*.gguf"} if split else {},
         removes=(text,),
     )
-
-
-def _variant() -> str:
-    """Return the CPU variant that all but very old machines support."""
-    return "x86-64-v3" if platform.machine() in {"x86_64", "AMD64"} else "armv8-a"
 
 
 def _pass(
@@ -482,15 +477,15 @@ def _pass(
         writes={
             settings: json.dumps(contents.to_json()),
             **({overrides: metadata} if convert else {}),
-            **({texts: "".join(map(_line, request.texts))} if walk else {}),
+            **(
+                {texts: "".join(json.dumps(dict(row)) + "\n" for row in request.texts)}
+                if walk
+                else {}
+            ),
         },
         removes=(settings, overrides, texts, middle, middle.with_name(f"{middle.stem}-*.gguf")),
         reads="the model" if convert else "",
     )
-
-
-def _line(row: Mapping[str, Json]) -> str:
-    return json.dumps(dict(row)) + "\n"
 
 
 def _file(request: QuantizeRequest) -> PassFile:

@@ -40,7 +40,8 @@ def window_of(model: Path, texts: int, tokens: int) -> int:
             f"at least {_MIN_TOKENS}",
             hint="add calibration text, or set imatrix to off",
         )
-    return min(_WINDOW, _context(model), 1 << (tokens.bit_length() - 2))
+    context = int(str(config_of(model).get("max_position_embeddings") or _WINDOW))
+    return min(_WINDOW, context, 1 << (tokens.bit_length() - 2))
 
 
 def check_walk(model: ModelFacts) -> None:
@@ -68,7 +69,3 @@ def config_of(model: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return {**config, **(config.get("text_config") or {})}
-
-
-def _context(model: Path) -> int:
-    return int(str(config_of(model).get("max_position_embeddings") or _WINDOW))

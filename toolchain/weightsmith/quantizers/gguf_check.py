@@ -61,7 +61,7 @@ def check_files(
     architecture = str(read.value("general.architecture"))
     _check_type(read, format_name)
     check_guesses(read)
-    names = _checkpoint_tensors(model)
+    names = {t.name for shard in model.glob("*.safetensors") for t in read_header(shard).tensors}
     multimodal = {name for name in names if _MULTIMODAL.search(name)}
     _check_count(read, names - multimodal, architecture)
     tokens = check_tokenizer(read, model)
@@ -144,13 +144,6 @@ def _check_count(read: GGUFModel, names: set[str], architecture: str) -> None:
             f"{read.name} has {written} tensors, but the checkpoint has {len(weights)}",
             hint="the converter dropped or added tensors; check its output",
         )
-
-
-def _checkpoint_tensors(model: Path) -> set[str]:
-    names: set[str] = set()
-    for shard in sorted(model.glob("*.safetensors")):
-        names.update(tensor.name for tensor in read_header(shard).tensors)
-    return names
 
 
 def _check_template(read: GGUFModel, model: Path) -> bool:

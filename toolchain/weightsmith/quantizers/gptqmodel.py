@@ -139,7 +139,11 @@ def _quantize(
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.AWQ_TORCH
         # Use float32, because most CPUs emulate 16-bit arithmetic; the packing kernel can take it.
         _patch_cpu_copy(torch)
-        _clip_by_gram(importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor)
+        search: Any = importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor
+        # As for AutoAWQ.
+        search._compute_best_clip = lambda own, weight, inputs: best_clip(  # noqa: SLF001
+            own.qcfg.group_size, own.pseudo_quantize_tensor, weight, inputs
+        )
         kernel = importlib.import_module("gptqmodel.nn_modules.qlinear.torch_awq").AwqTorchLinear
         kernel.SUPPORTS_DTYPES = [*kernel.SUPPORTS_DTYPES, torch.float32]
     else:
@@ -176,13 +180,6 @@ def _patch_cpu_copy(torch: Any) -> None:
     """
     own = torch.Tensor.cpu
     torch.Tensor.cpu = lambda tensor, *args, **named: own(tensor, *args, **named).clone()
-
-
-def _clip_by_gram(search: Any) -> None:
-    """Patch the clipping search of GPTQModel's AWQProcessor, as for AutoAWQ."""
-    search._compute_best_clip = lambda own, weight, inputs: best_clip(  # noqa: SLF001
-        own.qcfg.group_size, own.pseudo_quantize_tensor, weight, inputs
-    )
 
 
 QUANTIZER = Quantizer(

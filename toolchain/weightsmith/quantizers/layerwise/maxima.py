@@ -31,14 +31,12 @@ def input_maxima(model: Path, lines: Sequence[str], found: Sequence[Matrix]) -> 
     for number, path in enumerate(layers.paths):
         prefix = f"{path}."
         stored = f"{layers.stored_path(number)}."
-        experts = [m.module for m in found if m.module.startswith(stored) and _is_expert(m)]
+        experts = [
+            m.module for m in found if m.module.startswith(stored) and ".experts." in m.module
+        ]
         with layers.loaded(number) as layer:
             _run(layers, number, _Maxima(layer, layers, prefix, own, experts, most))
     return most
-
-
-def _is_expert(matrix: Matrix) -> bool:
-    return ".experts." in matrix.module
 
 
 class _Maxima:

@@ -161,7 +161,7 @@ class _Origins:
     def hooks(self, modules: Sequence[Any]) -> list[Any]:
         """Return hooks on the modules that make or take an input of a matrix."""
         found = [m.register_forward_hook(self._made) for m in modules if is_norm(m)]
-        others = [m for m in modules if _has_weights(m) and not is_norm(m)]
+        others = [m for m in modules if list(m.parameters(recurse=False)) and not is_norm(m)]
         others = [module for module in others if id(module) not in self._own]
         return found + [module.register_forward_pre_hook(self._note_inputs) for module in others]
 
@@ -192,10 +192,6 @@ class _Origins:
         for (memory, _), group in self._groups.items():
             if memory not in self._elsewhere:
                 group.norm = self._norms.get(memory)
-
-
-def _has_weights(module: Any) -> bool:
-    return any(True for _ in module.named_parameters(recurse=False))
 
 
 def is_experts(module: Any) -> bool:
