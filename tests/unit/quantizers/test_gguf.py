@@ -211,7 +211,7 @@ def test_the_user_decides_about_the_importance_matrix():
 
 def test_types_of_single_tensors_are_checked():
     assert chosen("q4_k_m", tensor_types={"attn_v": "Q8_0"})["tensor_types"] == {"attn_v": "q8_0"}
-    for types in ({"attn_v": "q9"}, {"attn v": "q8_0"}, {"(": "q8_0"}):
+    for types in ({"attn_v": "q9"}, {"attn v": "q8_0"}):
         with pytest.raises(UsageError, match="tensor_types"):
             chosen("q4_k_m", tensor_types=types)
     with pytest.raises(UsageError, match="one type for all tensors"):
