@@ -295,3 +295,33 @@ def test_a_line_of_megabytes_is_one_where_that_is_asked_for():
 
     assert heard == ["x" * 3_000_000]
     assert [len(line) for line in done.tail] == [1 << 20]  # what is kept of it for a message
+
+
+WITH_A_WORKER = """
+import os, signal, sys, time
+
+def told(who, status):
+    def end(*_):
+        print(who, "was told", flush=True)
+        os._exit(status)
+    signal.signal(signal.SIGTERM, end)
+
+worker = os.fork()
+told("worker" if not worker else "server", 3)
+print("ready", flush=True)
+while True:
+    time.sleep(0.01)
+"""
+
+
+def test_a_server_is_told_to_stop_and_its_workers_are_not():
+    """As by a container engine: vLLM's workers would drop the requests that the server finishes."""
+    with process.start([sys.executable, "-c", WITH_A_WORKER]) as server:
+        deadline = time.monotonic() + PATIENCE
+        while server.logs(9).count("ready") < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+        assert server.stop(PATIENCE) == 3
+        assert "worker was told" not in server.logs(9)
+
+    assert "server was told" in server.logs(9)

@@ -91,7 +91,7 @@ def in_namespaces(settings: Mapping[str, Any]) -> None:
         for other in (ask[0], answer[1], ended[0]):
             os.close(other)
         _first_process(settings, (answer[0], ask[1], ended[1]))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the program gets it too, and decides
+    signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
     for own in (ask[1], answer[0], ended[1], settings["tell"]):
         os.close(own)
     if os.read(ask[0], 1):
@@ -136,12 +136,10 @@ def _first_process(settings: Mapping[str, Any], pipes: tuple[int, int, int]) -> 
     if program == 0:
         _become(settings)
     os.close(settings["tell"])
-    home = os.getpgid(0)
 
     def hand_on(number: int, _: object) -> None:
         with suppress(ProcessLookupError):
-            if os.getpgid(program) != home:  # else it got the signal with its group
-                os.kill(program, number)
+            os.kill(program, number)
 
     signal.signal(signal.SIGTERM, hand_on)
     while True:

@@ -31,7 +31,7 @@ from weightsmith.core.waiting import locks_for_programs
 from weightsmith.outside.job_sandbox import JobSandbox
 from weightsmith.outside.lines import LONGEST, Lines, pump
 from weightsmith.outside.memory_watchdog import watched
-from weightsmith.outside.sandbox_launcher import END
+from weightsmith.outside.sandbox_launcher import END, STOP
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 _NOT_STARTED = 125
@@ -200,8 +200,13 @@ class Server:
         return self.process.poll() is None
 
     def stop(self, seconds: float) -> int | None:
-        """Send SIGTERM to it and its children; return its exit code, None if it still runs."""
-        _signal_group(self.process, signal.SIGTERM)
+        """Send SIGTERM to it alone, as container engines do; return its exit code.
+
+        None if it still runs. A server's workers must not get it: they would drop the requests that
+        the server lets them finish.
+        """
+        if self.process.returncode is None:
+            os.kill(self.process.pid, STOP)
         return self.process.wait() if _exited(self.process, seconds) else None
 
     def note(self, line: str) -> None:

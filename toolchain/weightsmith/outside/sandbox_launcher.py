@@ -32,11 +32,13 @@ NEW_USER, NEW_NETWORK = 0x1000_0000, 0x4000_0000
 SET_DEATH_SIGNAL, NO_NEW_PRIVILEGES, _ADOPT_ORPHANS = 1, 38, 36
 END = signal.SIGHUP
 """Tells the launcher to end the program, with all that it started."""
+STOP = signal.SIGUSR1
+"""Tells the launcher to send the program SIGTERM, and nothing that the program started."""
 _PATIENCE = 10.0
 """Seconds for killed processes to go."""
 FAILED = 125
 """Exit code for a failure before the program started, as in other tools of this kind."""
-_BLOCKED = {signal.SIGCHLD, END, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+_BLOCKED = {signal.SIGCHLD, END, STOP, signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
 """What the guard waits for, and what the program's group gets: the program decides."""
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -120,9 +122,11 @@ def watch(child: int) -> int:
     """Wait for the child's end, or for an order to end it; return its status when all is gone."""
     status = None
     while status is None:
-        ordered = signal.sigwait({signal.SIGCHLD, END}) == END
+        got = signal.sigwait({signal.SIGCHLD, END, STOP})
         ended = reap()
-        if ordered and child not in ended:
+        if got == STOP and child not in ended:
+            os.kill(child, signal.SIGTERM)
+        if got == END and child not in ended:
             os.kill(child, signal.SIGKILL)
             ended[child] = os.waitpid(child, 0)[1]
         status = ended.get(child)
