@@ -28,12 +28,12 @@ TIE = 1e-3
 def answers(
     root: Path, lora: Path, products: DeviceCopier | None
 ) -> tuple[dict[str, Answers], float]:
-    meeting = Lockstep(products=products)
+    lockstep = Lockstep(products=products)
     given = (("base", []), ("adapter", [(lora, 1.0)]))
-    views = {name: view(root, adapters, meeting, 0) for name, adapters in given}
+    views = {name: view(root, adapters, lockstep, 0) for name, adapters in given}
     asked = Questions(prompts=PROMPTS, ends=[2], most=32)
     started = time.perf_counter()
-    found = meeting.run({n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()})
+    found = lockstep.run({n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()})
     return found, time.perf_counter() - started
 
 
