@@ -33,7 +33,9 @@ def answers(
     views = {name: view(root, adapters, lockstep, 0) for name, adapters in given}
     asked = Questions(prompts=PROMPTS, ends=[2], most=32)
     started = time.perf_counter()
-    found = lockstep.run({n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()})
+    found = lockstep.run(
+        {n: lambda m=m: greedy(m, asked, lambda _: None) for n, m in views.items()}
+    )
     return found, time.perf_counter() - started
 
 

@@ -72,6 +72,17 @@ def test_where_things_are() -> None:
     assert sorted(named) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 
+def test_the_glossary_is_two_pages_in_order_and_names_files_that_are_there() -> None:
+    page = (ROOT / "docs/glossary.md").read_text("utf-8")
+    tables = [rows_of(part) for part in page.split("\n## ")[1:]]
+    for words in ([row.strip("| ").partition(" |")[0] for row in table[1:]] for table in tables):
+        assert words == sorted(words)
+        assert len(words) > 10
+    for name in re.findall(r"`([\w./]+\.py)`", page):
+        assert (PACKAGE / name).is_file(), name
+    assert len(page.split()) < 1000
+
+
 def test_contributing_names_files_that_are_there() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     for name in re.findall(r"`([\w./]+/[\w./]*)`", page):
