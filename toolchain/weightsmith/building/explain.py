@@ -93,7 +93,7 @@ def forecast(
     locked: bool = False,
     update_lock: bool = False,
     measure: bool = False,
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     """Return stages, serving plans and totals of a build, as `plan --json` prints them.
 
     With `measure`, one layer of the model is timed, and rows have `seconds`. Sizes are in bytes.
@@ -110,7 +110,7 @@ def forecast(
     )
     plan = plan_of(request, tools)
     recipe, rows = file.recipe, plan.rows
-    found: dict[str, Json] = {
+    found: dict[str, JsonValue] = {
         "name": recipe.name,
         "version": recipe.version,
         "stages": [row.to_json() for row in rows],
@@ -146,7 +146,7 @@ def forecast(
     return found
 
 
-def _timed(steps: BuildSteps, seen: Foresight, layer: LayerTime) -> list[Mapping[str, Json]]:
+def _timed(steps: BuildSteps, seen: Foresight, layer: LayerTime) -> list[Mapping[str, JsonValue]]:
     """Return the rows with `seconds`, null where a stage does not run the model."""
     return [
         {**row.to_json(), "seconds": None if row.cached else _seconds(step, seen, layer)}
@@ -163,9 +163,9 @@ def _seconds(step: AnyStep, seen: Foresight, layer: LayerTime) -> float | None:
     return None if found is None else round(found, 1)
 
 
-def _earlier(steps: BuildSteps) -> Mapping[tuple[str, str], Mapping[str, Json]]:
+def _earlier(steps: BuildSteps) -> Mapping[tuple[str, str], Mapping[str, JsonValue]]:
     """Return what the results of the last build depended on, by step and target."""
-    found: dict[tuple[str, str], Mapping[str, Json]] = {}
+    found: dict[tuple[str, str], Mapping[str, JsonValue]] = {}
     for target in steps.targets:
         try:
             inputs = read_build(target.of.folder).inputs
@@ -177,7 +177,7 @@ def _earlier(steps: BuildSteps) -> Mapping[tuple[str, str], Mapping[str, Json]]:
     return found
 
 
-def advice_for(request: BuildRequest, sources: Sources, tools: Tools) -> Mapping[str, Json]:
+def advice_for(request: BuildRequest, sources: Sources, tools: Tools) -> Mapping[str, JsonValue]:
     """Return whether to merge, from the recipe, the merge's measurement and earlier builds."""
     recipe = request.file.recipe
     found = find(sources, recipe.merge, tools.store, files=False)

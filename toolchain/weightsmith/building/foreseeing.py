@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from weightsmith.building.pipeline import AnyStep, BuildSteps
-from weightsmith.core.values import Json, Sources
+from weightsmith.core.values import JsonValue, Sources
 from weightsmith.models.facts import read_facts
 from weightsmith.serving.architectures import check_served
 from weightsmith.steps.step import Foresight, PlanRow
@@ -16,7 +16,7 @@ def foresee(
     steps: BuildSteps,
     tools: Tools,
     sources: Sources | None = None,
-    earlier: Mapping[tuple[str, str], Mapping[str, Json]] | None = None,
+    earlier: Mapping[tuple[str, str], Mapping[str, JsonValue]] | None = None,
     *,
     only: Iterable[AnyStep] | None = None,
 ) -> Foresight:

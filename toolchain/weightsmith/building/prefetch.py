@@ -19,7 +19,7 @@ from typing import Any, Self
 from weightsmith.building.runners import WithinMemory, Wrapped
 from weightsmith.core.jobs import Job
 from weightsmith.core.ports import Progress, Runner
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.core.waiting import stopped_by
 from weightsmith.steps.stage_result import StageResult
 from weightsmith.steps.step import Results, Step
@@ -122,7 +122,9 @@ class Stopped(Wrapped):
         super().__init__(runner)
         self._stop = stop
 
-    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+    def run(
+        self, job: Job, progress: Progress, *, stop: int | None = None
+    ) -> Mapping[str, JsonValue]:
         """Run the job; raises KeyboardInterrupt if it was stopped, as stages know it."""
         try:
             return self.runner.run(job, progress, stop=self._stop if stop is None else stop)

@@ -17,7 +17,7 @@ from weightsmith.building.pipeline import BuildSteps, TargetSteps
 from weightsmith.building.record_facts import Facts, write_record
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import CheckFailed, WeightsmithError
-from weightsmith.core.values import Form, Json, Published, Scores
+from weightsmith.core.values import Form, Published, Scores, Writable
 from weightsmith.evaluating.build_record import StageRecord, read_build
 from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
@@ -198,7 +198,7 @@ class Record:
         )
         return write_report(write_record(facts, folder), folder, anew=False).html
 
-    def _inputs(self) -> Iterator[tuple[str, Mapping[str, Json]]]:
+    def _inputs(self) -> Iterator[tuple[str, Mapping[str, Writable]]]:
         """Yield what each cached stage depended on, by its name."""
         of = self.target.of if self.target else None
         for step, _ in self.run.have.outcomes(of):

@@ -15,11 +15,12 @@ from weightsmith.core.values import (
     Artifact,
     Checkpoint,
     Form,
-    Json,
+    JsonValue,
     Published,
     Score,
     Snapshot,
     Sources,
+    Writable,
     without_passwords,
 )
 from weightsmith.evaluating.build_record import (
@@ -70,7 +71,7 @@ class Facts:
     forms: Mapping[str, Form]
     """What else was published, by kind."""
     results: tuple[Result, ...]
-    checks: Sequence[Mapping[str, Json]]
+    checks: Sequence[Mapping[str, JsonValue]]
     """The checks of the started image, and their results."""
     started: str
     """The platform of that image; "" if none was started."""
@@ -82,7 +83,7 @@ class Facts:
     refused: str
     """Why the image was not published; "" if it was."""
     warnings: tuple[str, ...]
-    inputs: Mapping[str, Json]
+    inputs: Mapping[str, Writable]
     """Stage -> inputs of its result, so that the next plan can say what changed."""
     network_in_jobs: bool = False
     """Whether any job had network access, because the user allowed it."""

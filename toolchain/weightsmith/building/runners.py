@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from weightsmith.core.jobs import Job
 from weightsmith.core.ports import Progress, Runner
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 
 class Wrapped:
@@ -34,7 +34,9 @@ class Wrapped:
         """Return whether the builder already exists."""
         return self.runner.ready(builder)
 
-    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+    def run(
+        self, job: Job, progress: Progress, *, stop: int | None = None
+    ) -> Mapping[str, JsonValue]:
         """Run the job and return its result; raises the job's own error."""
         return self.runner.run(job, progress, stop=stop)
 
@@ -50,7 +52,9 @@ class WithinMemory(Wrapped):
         super().__init__(runner)
         self._limit = limit
 
-    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+    def run(
+        self, job: Job, progress: Progress, *, stop: int | None = None
+    ) -> Mapping[str, JsonValue]:
         """Run the job within the lower one of its own limit and this one."""
         limit = min(filter(None, (job.memory_bytes, self._limit)), default=0)
         return self.runner.run(replace(job, memory_bytes=limit), progress, stop=stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache as cache_once
@@ -24,7 +24,6 @@ from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Cache, FleetEngine, Launcher, Progress, Runner, Signer, Store
 from weightsmith.core.privacy import AnothersFolder, private, require_own
 from weightsmith.core.time_limits import chosen_seconds
-from weightsmith.core.values import Json
 from weightsmith.oci import auth
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.references import Reference
@@ -32,7 +31,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.assembly import make_engine_files
-from weightsmith.outside.checkup import examine_machine
+from weightsmith.outside.checkup import Machine, examine_machine
 from weightsmith.outside.credentials import ask_helper, docker_config
 from weightsmith.outside.docker import DockerEngine, DockerRunner
 from weightsmith.outside.docker_launcher import DockerLauncher
@@ -436,6 +435,6 @@ def _scratch() -> Iterator[Path]:
         yield output
 
 
-def examine() -> Mapping[str, Json]:
+def examine() -> Machine:
     """Return the checks of `doctor`, each with what was found and what to do."""
     return examine_machine(DockerEngine(), cache_folder(), store_folder())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.oci.references import Reference
 from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.user_config import CacheSettings
@@ -113,7 +113,7 @@ def required(cache: str, settings: CacheSettings) -> Sharing:
     return replace(found, read=None)
 
 
-def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, Json]:
+def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, JsonValue]:
     """Return how a fleet's nodes run: as its command, with its caches and the key that they trust.
 
     Raises UsageError if nodes on other machines would share none.

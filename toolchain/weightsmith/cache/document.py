@@ -21,6 +21,7 @@ from weightsmith.core.values import (
     Json,
     StageInputs,
     Tree,
+    Writable,
     key_of,
     tree_digest,
 )
@@ -96,7 +97,7 @@ def layers_of(
 
 def to_document(entry: SharedEntry, signer: Signer | None) -> bytes:
     """Return the entry's document, signed if there is a key."""
-    predicate = {
+    predicate: dict[str, Writable] = {
         "note": entry.note,
         "meta": entry.meta,
         "files": entry.files,

@@ -19,7 +19,7 @@ from weightsmith.cache.parts import files_in
 from weightsmith.core.errors import CacheLost
 from weightsmith.core.files import replace_file
 from weightsmith.core.ports import Store
-from weightsmith.core.values import Blob, FileEntry, Json, Stream, Tree
+from weightsmith.core.values import Blob, FileEntry, JsonValue, Stream, Tree
 from weightsmith.oci.layers import Member, TarLayer, verified
 
 _WEIGHTS = (".safetensors", ".gguf")
@@ -129,7 +129,7 @@ class RemoteFiles:
     def _blob_bytes(self, blob: Blob) -> Iterator[bytes]:
         return verified(self._shared.read(blob), blob, self._where, _ALTERED, CacheLost)
 
-    def _fill(self, folder: Path) -> Mapping[str, Json]:
+    def _fill(self, folder: Path) -> Mapping[str, JsonValue]:
         for layer, blob in self._layers:
             self._unpack(layer, blob, folder)
         digests = {file.path: file.digest.hex for file in self._entry.files}

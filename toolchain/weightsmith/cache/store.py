@@ -11,7 +11,7 @@ from weightsmith.cache.lazy import LazyTree, RemoteFiles
 from weightsmith.cache.uploads import Remember, Uploads, nowhere
 from weightsmith.core.errors import CacheLost, UsageError
 from weightsmith.core.ports import Store, StoreEntry
-from weightsmith.core.values import Blob, Digest, FileEntry, Json
+from weightsmith.core.values import Blob, Digest, FileEntry, JsonValue, Writable
 
 
 class SharedStore:
@@ -50,8 +50,8 @@ class SharedStore:
     def produce(
         self,
         key: Digest,
-        note: Mapping[str, Json],
-        make: Callable[[Path], Mapping[str, Json]],
+        note: Mapping[str, Writable],
+        make: Callable[[Path], Mapping[str, JsonValue]],
         *,
         resume: bool = False,
     ) -> StoreEntry:
@@ -64,7 +64,7 @@ class SharedStore:
         return entry
 
     def share(
-        self, key: Digest, note: Mapping[str, Json], entry: StoreEntry, *, again: bool = False
+        self, key: Digest, note: Mapping[str, Writable], entry: StoreEntry, *, again: bool = False
     ) -> None:
         """Upload an entry now, unless the cache has it; for machines that wait for it.
 

@@ -20,7 +20,7 @@ from weightsmith.cache.document import (
 )
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Signer, StoreEntry
-from weightsmith.core.values import Blob, Digest, Json, key_of
+from weightsmith.core.values import Blob, Digest, Writable, key_of
 from weightsmith.oci.layers import LAYER_TAR, Memo
 from weightsmith.oci.uploads import checked_opener
 from weightsmith.provenance.signing import Check, check_by
@@ -54,7 +54,9 @@ class Uploads:
         self._signer = signer
         self._check: Check | None = check_by(signer.public) if signer else None
         self._remember = remember
-        self._tasks: queue.SimpleQueue[tuple[Digest, Mapping[str, Json], StoreEntry, bool] | None]
+        self._tasks: queue.SimpleQueue[
+            tuple[Digest, Mapping[str, Writable], StoreEntry, bool] | None
+        ]
         self._tasks = queue.SimpleQueue()
         self._seen: set[Digest] = set()
         self._left = 0
@@ -70,7 +72,7 @@ class Uploads:
         return shared is self._shared
 
     def add(
-        self, key: Digest, note: Mapping[str, Json], entry: StoreEntry, *, again: bool = False
+        self, key: Digest, note: Mapping[str, Writable], entry: StoreEntry, *, again: bool = False
     ) -> None:
         """Upload an entry soon, unless the cache has it; returns at once.
 
@@ -112,7 +114,7 @@ class Uploads:
                 self._left -= 1
 
     def upload(
-        self, key: Digest, note: Mapping[str, Json], entry: StoreEntry, again: bool = False
+        self, key: Digest, note: Mapping[str, Writable], entry: StoreEntry, again: bool = False
     ) -> bool:
         """Upload an entry now, with some tries; return False if the cache has it already.
 
@@ -189,7 +191,7 @@ class PreparedUpload:
 
 
 def prepared(
-    key: Digest, note: Mapping[str, Json], entry: StoreEntry, memo: Memo, signer: Signer | None
+    key: Digest, note: Mapping[str, Writable], entry: StoreEntry, memo: Memo, signer: Signer | None
 ) -> PreparedUpload:
     """Return a local entry as a cache takes it; hashes its layers unless their digests are known.
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsmith.cli.command import command
 from weightsmith.commands.requests import BuildCommand, PlanCommand
 from weightsmith.core.escape import joined
-from weightsmith.core.values import Json
+from weightsmith.core.values import Writable
 
 if TYPE_CHECKING:  # imported when it is called: the list of commands must appear at once
     from weightsmith.building.record import BuiltTarget
 
 
 @command(BuildCommand)
-def build(asked: BuildCommand) -> tuple[Mapping[str, Json], str]:
+def build(asked: BuildCommand) -> tuple[Mapping[str, Writable], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
     from weightsmith.building.progress import progress_for
     from weightsmith.library.images import run_build
 
-    result = {built.target.name: _facts(built) for built in run_build(asked, progress_for())}
-    lines = [line for name, facts in result.items() for line in _lines(name, facts)]
-    return {"targets": result}, joined(lines)
+    made = run_build(asked, progress_for())
+    lines = [line for built in made for line in _lines(built)]
+    return {"targets": {built.target.name: _facts(built) for built in made}}, joined(lines)
 
 
-def _facts(built: BuiltTarget) -> dict[str, Json]:
+def _facts(built: BuiltTarget) -> Mapping[str, Writable]:
     """Return what is printed of a target's image."""
     return {
         "image": built.published.reference,
@@ -54,23 +54,24 @@ def _facts(built: BuiltTarget) -> dict[str, Json]:
     }
 
 
-def _lines(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{name}: {facts['image']}@{facts['digest']}"
-    for platform, image in facts["platforms"].items() if len(facts["platforms"]) > 1 else ():
-        tested = "started and tested" if image["started"] else "not started"
-        yield f"  {platform}: {image['digest']}, {tested}"
-    for kind, form in facts["forms"].items():
-        yield f"  {kind}: {form['reference']}@{form['digest']}"
-    if scores := ", ".join(f"{who} {score:.3f}" for who, score in facts["scores"].items()):
+def _lines(built: BuiltTarget) -> Iterator[str]:
+    image = built.published
+    yield f"{built.target.name}: {image.reference}@{image.digest}"
+    for platform, digest in image.platforms.items() if len(image.platforms) > 1 else ():
+        tested = "started and tested" if platform == built.started else "not started"
+        yield f"  {platform}: {digest}, {tested}"
+    for kind, form in built.forms.items():
+        yield f"  {kind}: {form.reference}@{form.digest}"
+    if scores := ", ".join(f"{who} {found.score:.3f}" for who, found in built.scores.items()):
         yield f"  scores: {scores}"
-    if same := ", ".join(f"{who} {share:.3f}" for who, share in facts["sameness"].items()):
+    if same := ", ".join(f"{who} {share:.3f}" for who, share in built.sameness.items()):
         yield f"  answers equal to the reference's: {same}"
-    yield from (f"  NOT PROVEN: {reason}" for reason in facts["unproven"])
-    yield f"  report: {facts['report']}"
+    yield from (f"  NOT PROVEN: {reason}" for reason in built.unproven)
+    yield f"  report: {built.report}"
 
 
 @command(PlanCommand)
-def plan(asked: PlanCommand) -> tuple[Mapping[str, Json], str]:
+def plan(asked: PlanCommand) -> tuple[Mapping[str, Writable], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
     from weightsmith.commands.plan import table
     from weightsmith.library.images import run_plan

@@ -30,7 +30,7 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.interrupts import ignore_it, raise_it
 from weightsmith.core.lines import put_line
-from weightsmith.core.values import Json, plain
+from weightsmith.core.values import JsonValue, Writable, plain
 
 _JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)
 _JSON_HELP = "print the result as one JSON object, and nothing else, on standard output"
@@ -45,7 +45,7 @@ _SHOWN = 200
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
 """Invoke's own first argument, which no command uses."""
 
-Body = Callable[..., tuple[Mapping[str, Json], str]]
+Body = Callable[..., tuple[Mapping[str, Writable], str]]
 """A command's body returns its JSON object, and the text for people."""
 
 
@@ -134,7 +134,7 @@ def _require_words(positional: tuple[str, ...], arguments: Mapping[str, Any]) ->
             )
 
 
-def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Json], str]:
+def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Writable], str]:
     """Run a body; some signals end it like Ctrl-C, and a bug leaves its traceback in a file."""
     raise_it()
     _require_folder()
@@ -240,7 +240,11 @@ def print_error(error: WeightsmithError, *, as_json: bool) -> None:
     if sys.getfilesystemencoding() == "ascii" and not error.message.isascii():
         hint = f"set LC_ALL=C.UTF-8 and not PYTHONUTF8=0, else names must be ASCII; or {hint}"
     if as_json:
-        report = {"message": error.message, "hint": hint, "exit_code": error.exit_code}
+        report: dict[str, JsonValue] = {
+            "message": error.message,
+            "hint": hint,
+            "exit_code": error.exit_code,
+        }
         put_line(escape.as_json({**plain(error.details), "error": report}), sys.stdout)
     text = f"error: {escape.quoted(error.message)}"
     text += f"\n  hint: {escape.quoted(hint)}" if hint else ""

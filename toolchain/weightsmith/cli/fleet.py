@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from weightsmith.cli.command import command
 from weightsmith.commands.requests import FleetCommand
-from weightsmith.core.values import Json
+from weightsmith.core.values import Writable
 
 
 @command(FleetCommand)
-def fleet(asked: FleetCommand) -> tuple[Mapping[str, Json], str]:
+def fleet(asked: FleetCommand) -> tuple[Mapping[str, Writable], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
     from weightsmith.building.progress import progress_for
     from weightsmith.fleets.foresight import text_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightsmith.cli.command import command
 from weightsmith.core.escape import escaped, joined
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, plain
 
 
 def report_words(words: Sequence[str]) -> tuple[str, ...]:
@@ -83,12 +83,12 @@ def doctor() -> tuple[Mapping[str, Json], str]:
     """Show what this machine provides, what is missing, and what to do about it."""
     from weightsmith.building.wiring import examine
 
-    result = examine()
+    found = examine()
     lines = []
-    for name, check in result["checks"].items():
+    for name, check in found.checks.items():
         lines.append(f"{'ok  ' if check.ok else 'no  '}{name:<12} {check.found}")
         lines += [f"{'':<17}{line}" for line in check.todo.splitlines()]
-    return result, joined(lines)
+    return plain(found), joined(lines)
 
 
 @command(meanings={"keep": "maximum size of the store afterwards, such as 20GiB"})

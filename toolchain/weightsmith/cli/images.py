@@ -13,11 +13,11 @@ from weightsmith.commands.requests import (
     VerifyCommand,
 )
 from weightsmith.core.lines import pinned
-from weightsmith.core.values import Json
+from weightsmith.core.values import Writable
 
 
 @command(BakeCommand)
-def bake(asked: BakeCommand) -> tuple[Mapping[str, Json], str]:
+def bake(asked: BakeCommand) -> tuple[Mapping[str, Writable], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
@@ -29,7 +29,7 @@ def bake(asked: BakeCommand) -> tuple[Mapping[str, Json], str]:
 
 
 @command(PushCommand)
-def push(asked: PushCommand) -> tuple[Mapping[str, Json], str]:
+def push(asked: PushCommand) -> tuple[Mapping[str, Writable], str]:
     """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card."""
     from weightsmith.building.progress import progress_for
     from weightsmith.commands.images import preview_text
@@ -43,7 +43,7 @@ def push(asked: PushCommand) -> tuple[Mapping[str, Json], str]:
 
 
 @command(RebaseCommand)
-def rebase(asked: RebaseCommand) -> tuple[Mapping[str, Json], str]:
+def rebase(asked: RebaseCommand) -> tuple[Mapping[str, Writable], str]:
     """Move an image to another engine base and push it; its weights are not copied."""
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
@@ -55,7 +55,7 @@ def rebase(asked: RebaseCommand) -> tuple[Mapping[str, Json], str]:
 
 
 @command(InspectCommand)
-def inspect(asked: InspectCommand) -> tuple[Mapping[str, Json], str]:
+def inspect(asked: InspectCommand) -> tuple[Mapping[str, Writable], str]:
     """Show what an image contains, using only the image: provenance, plan, scores, layers."""
     from weightsmith.commands.images import inspect_text
     from weightsmith.library.images import run_inspect
@@ -65,7 +65,7 @@ def inspect(asked: InspectCommand) -> tuple[Mapping[str, Json], str]:
 
 
 @command(VerifyCommand)
-def verify(asked: VerifyCommand) -> tuple[Mapping[str, Json], str]:
+def verify(asked: VerifyCommand) -> tuple[Mapping[str, Writable], str]:
     """Check an image's signature, its layers' digests, and the chain from sources to layers."""
     from weightsmith.building.progress import progress_for
     from weightsmith.commands.verify import table

@@ -13,12 +13,12 @@ from weightsmith.commands.requests import (
     ValidateCommand,
 )
 from weightsmith.core.escape import escaped, joined
-from weightsmith.core.values import Json
+from weightsmith.core.values import Writable
 from weightsmith.validating.result import Validation
 
 
 @command(MergeCommand)
-def merge(asked: MergeCommand) -> tuple[Mapping[str, Json], str]:
+def merge(asked: MergeCommand) -> tuple[Mapping[str, Writable], str]:
     """Merge adapters into a base and write a plain Hugging Face checkpoint to --out.
 
     Without --adapter, it is the base itself.
@@ -34,7 +34,7 @@ def merge(asked: MergeCommand) -> tuple[Mapping[str, Json], str]:
 
 
 @command(ValidateCommand)
-def validate(asked: ValidateCommand) -> tuple[Mapping[str, Json], str]:
+def validate(asked: ValidateCommand) -> tuple[Mapping[str, Writable], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
@@ -66,7 +66,7 @@ def _verdict(merged: Path, result: Validation) -> str:
 
 
 @command(QuantizeCommand)
-def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Json], str]:
+def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Writable], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
@@ -86,7 +86,7 @@ def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Json], str]:
 
 
 @command(RenderCommand)
-def render(asked: RenderCommand) -> tuple[Mapping[str, Json], str]:
+def render(asked: RenderCommand) -> tuple[Mapping[str, Writable], str]:
     """Plan a target's memory and render its serving configuration and manifests into --out."""
     from weightsmith.building.wiring import keep_places_clean
     from weightsmith.commands.render import render_folder

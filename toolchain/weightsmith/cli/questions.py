@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from weightsmith.cli.command import command
 from weightsmith.commands.requests import BenchCommand, EvaluateCommand
-from weightsmith.core.values import Json
+from weightsmith.core.values import Writable
 
 
 @command(EvaluateCommand)
-def evaluate(asked: EvaluateCommand) -> tuple[Mapping[str, Json], str]:
+def evaluate(asked: EvaluateCommand) -> tuple[Mapping[str, Writable], str]:
     """Score a started image, a server, or a checkpoint with or without adapter on --data."""
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
@@ -26,7 +26,7 @@ def evaluate(asked: EvaluateCommand) -> tuple[Mapping[str, Json], str]:
 
 
 @command(BenchCommand)
-def bench(asked: BenchCommand) -> tuple[Mapping[str, Json], str]:
+def bench(asked: BenchCommand) -> tuple[Mapping[str, Writable], str]:
     """Measure throughput and latencies of a started image or a server in a short load test."""
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for

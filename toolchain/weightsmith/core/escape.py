@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 QUOTED = "  | "
 """Starts every line of a message but the first: the rest is quoted."""
@@ -62,7 +62,7 @@ def passed_on(line: str) -> str:
     return printed(_COLOUR.sub("", line))
 
 
-def as_json(value: Json) -> str:
+def as_json(value: JsonValue) -> str:
     """Return JSON in one line of ASCII that no terminal or CI system interprets.
 
     The value stays the same: characters that they would interpret are written as JSON escapes. What
@@ -75,7 +75,7 @@ def as_json(value: Json) -> str:
     return text.replace("\x7f", "\\u007f").replace("##", "#\\u0023")
 
 
-def _with_numbers_only(value: Json) -> Json:
+def _with_numbers_only(value: JsonValue) -> JsonValue:
     if isinstance(value, Mapping):
         return {key: _with_numbers_only(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ from typing import (
     get_type_hints,
 )
 
-from weightsmith.core.values import Json, plain
+from weightsmith.core.values import Json, JsonValue, plain
 
 Measured: TypeAlias = Annotated[float, "null is not a number"]
 """A float that may be infinite or not a number: JSON has null for both, read back as NaN."""
@@ -40,17 +40,17 @@ class JsonObject:
     __slots__ = ()
 
     @classmethod
-    def from_json(cls, value: Json) -> Self:
+    def from_json(cls, value: JsonValue) -> Self:
         """Read an object; raise ValueError naming a key that is missing or has the wrong type.
 
         Unknown keys are ignored. A field with a default may be missing or null.
         """
         return cls(**_fields_of(cls, value, ""))
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, JsonValue]:
         """Return the JSON object; numbers that are not finite become null."""
         kind: Any = type(self)
-        found: dict[str, Json] = {}
+        found: dict[str, JsonValue] = {}
         for one in _fields(kind):
             value = getattr(self, one.name)
             if is_inline(one):
@@ -60,7 +60,7 @@ class JsonObject:
         return found
 
 
-def read_exactly(kind: type[_Value], value: Json, place: str = "") -> _Value:
+def read_exactly(kind: type[_Value], value: JsonValue, place: str = "") -> _Value:
     """Read what `plain` wrote of a dataclass; raise ValueError naming what is wrong.
 
     Every field must be there, and nothing else. A `JsonObject` inside is read by its own rules.
@@ -102,7 +102,7 @@ def _written(value: Any) -> Json:
     return plain(value)
 
 
-def _fields_of(kind: Any, value: Json, place: str, *, exact: bool = False) -> dict[str, Any]:
+def _fields_of(kind: Any, value: JsonValue, place: str, *, exact: bool = False) -> dict[str, Any]:
     """Return the arguments of a dataclass from a JSON object."""
     if not isinstance(value, dict):
         raise _another(value, "an object", place)
@@ -133,7 +133,7 @@ def part_of(hint: Any) -> Any:
     return next(part for part in get_args(hint) if part is not NoneType)
 
 
-def _read(hint: Any, value: Json, place: str, *, exact: bool) -> Any:
+def _read(hint: Any, value: JsonValue, place: str, *, exact: bool) -> Any:
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return _written(value)
@@ -159,14 +159,16 @@ def _read(hint: Any, value: Json, place: str, *, exact: bool) -> Any:
     return _scalar(hint, value, place)
 
 
-def _choice(choices: tuple[str, ...], value: Json, place: str, *, exact: bool) -> str:
+def _choice(choices: tuple[str, ...], value: JsonValue, place: str, *, exact: bool) -> str:
     """Return one of several texts; in a record of a later version, it may be a new one."""
     if not isinstance(value, str) or (exact and value not in choices):
         raise _another(value, f"one of {', '.join(choices)}", place)
     return value
 
 
-def _read_list(parts: tuple[Any, ...], value: Json, place: str, *, exact: bool) -> tuple[Any, ...]:
+def _read_list(
+    parts: tuple[Any, ...], value: JsonValue, place: str, *, exact: bool
+) -> tuple[Any, ...]:
     if not isinstance(value, list):
         raise _another(value, "a list", place)
     kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
@@ -176,7 +178,7 @@ def _read_list(parts: tuple[Any, ...], value: Json, place: str, *, exact: bool) 
     return tuple(_read(kind, inner, f"{place}[{i}]", exact=exact) for i, (kind, inner) in pairs)
 
 
-def _scalar(kind: type, value: Json, place: str) -> Any:
+def _scalar(kind: type, value: JsonValue, place: str) -> Any:
     if kind is bool or isinstance(value, bool):  # a bool is an int in Python, but not in JSON
         right = kind is bool and isinstance(value, bool)
     elif kind is float:  # JSON has no number that is not finite, but Python reads NaN and 1e999
@@ -192,5 +194,5 @@ def _scalar(kind: type, value: Json, place: str) -> Any:
         raise ValueError(f"{place}: {error}") from None
 
 
-def _another(value: Json, wanted: str, place: str) -> ValueError:
+def _another(value: JsonValue, wanted: str, place: str) -> ValueError:
     return ValueError(f"{place or 'it'} is not {wanted}: {repr(value)[:80]}")

@@ -17,6 +17,7 @@ from weightsmith.core.values import (
     JsonValue,
     Snapshot,
     Tree,
+    Writable,
     without_passwords,
 )
 
@@ -78,7 +79,7 @@ class StoreEntry:
     """True if it existed before this call."""
     where: str = ""
     """The address of the shared cache that has its files; empty if they are on this machine."""
-    note: Mapping[str, JsonValue] = field(default_factory=dict)
+    note: Mapping[str, Writable] = field(default_factory=dict)
     """What it was made of, as its maker says."""
 
 
@@ -91,7 +92,7 @@ class Store(Protocol):
     def produce(
         self,
         key: Digest,
-        note: Mapping[str, JsonValue],
+        note: Mapping[str, Writable],
         make: Callable[[Path], Mapping[str, JsonValue]],
         *,
         resume: bool = False,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import below
-from weightsmith.core.values import Digest, Json, key_of
+from weightsmith.core.values import Digest, JsonValue, key_of
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _INSTALLED = _PACKAGE / "_resources"
@@ -45,7 +45,7 @@ def builder_pins(name: str) -> Digest:
 @cache
 def _builder_pins(name: str, _images: Path) -> Digest:
     folder = _builder(name)
-    rows: list[Json] = [[folder.name, _fingerprint(folder)]]
+    rows: list[JsonValue] = [[folder.name, _fingerprint(folder)]]
     rows += [
         [engine, [*_fingerprint(images() / "engines" / engine), *_shared(engine)]]
         for engine in compiled_engines(name)
@@ -94,9 +94,9 @@ def engine_platforms(name: str) -> tuple[str, ...]:
     return tuple(map(str, platforms)) if isinstance(platforms, list) else ()
 
 
-def engine_source(name: str) -> Mapping[str, Json]:
+def engine_source(name: str) -> Mapping[str, JsonValue]:
     """Return the `source.json` of one of our engines."""
-    source: Mapping[str, Json] = json.loads(
+    source: Mapping[str, JsonValue] = json.loads(
         (images() / "engines" / name / "source.json").read_text("utf-8")
     )
     return source

@@ -8,17 +8,23 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, overload
 
 Json: TypeAlias = Any
 """What was parsed; its reader checks it, or it is our own file."""
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     JsonValue: TypeAlias = (
         bool | int | float | str | Sequence["JsonValue"] | Mapping[str, "JsonValue"] | None
     )
     """What JSON can write; its reader narrows it before use."""
+    Writable: TypeAlias = (
+        JsonValue | DataclassInstance | Path | Iterable["Writable"] | Mapping[str, "Writable"]
+    )
+    """What has a JSON form, by `plain`."""
 else:  # Records are read by their fields' types, and a recursive one has no end.
-    JsonValue = Any
+    JsonValue = Writable = Any
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -56,14 +62,14 @@ class UnreadDigest(Digest):
     __slots__ = ()
 
 
-def canonical(value: Json) -> bytes:
+def canonical(value: Writable) -> bytes:
     """Return the one JSON spelling of a value: sorted keys, no spaces, UTF-8."""
     return json.dumps(
         plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False
     ).encode()
 
 
-def key_of(value: Json) -> Digest:
+def key_of(value: Writable) -> Digest:
     """Return the digest of a value's canonical JSON: the store's key."""
     return Digest.of(canonical(value))
 
@@ -71,12 +77,12 @@ def key_of(value: Json) -> Digest:
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
-def plain(value: Json) -> Json:
+def plain(value: Writable) -> Json:
     """Turn dataclasses, paths and tuples into plain JSON values; TypeError for what has none."""
     kind = type(value)
     if kind in _PLAIN:  # a fast path for most values: a key may cover 20,000 files
         return value
-    if kind is tuple or kind is list:
+    if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
@@ -99,7 +105,15 @@ It is searched once after each `://`, so that the time is linear in the length.
 """
 
 
-def without_passwords(value: Json) -> Json:
+@overload
+def without_passwords(value: str) -> str: ...
+
+
+@overload
+def without_passwords(value: JsonValue) -> JsonValue: ...
+
+
+def without_passwords(value: JsonValue) -> JsonValue:
     """Return a JSON value or text with user names and passwords removed from URLs."""
     if isinstance(value, str):
         return _USER.sub(_without_user, value)
@@ -391,7 +405,7 @@ class StageInputs:
     stage: str
     recipe_number: int
     """Version, increased whenever the same inputs would give different bytes."""
-    inputs: Mapping[str, Json]
+    inputs: Mapping[str, Writable]
 
     @property
     def key(self) -> Digest:
@@ -399,7 +413,7 @@ class StageInputs:
         return key_of(self)
 
     @property
-    def note(self) -> Mapping[str, Json]:
+    def note(self) -> Mapping[str, Writable]:
         """What the store keeps beside a result: the key is the digest of exactly this."""
         return {"stage": self.stage, "recipe_number": self.recipe_number, "inputs": self.inputs}
 

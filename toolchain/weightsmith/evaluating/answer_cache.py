@@ -12,7 +12,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import RECORD, content, parse
-from weightsmith.core.values import Json, key_of
+from weightsmith.core.values import JsonValue, key_of
 from weightsmith.evaluating.client import Ask
 from weightsmith.evaluating.items import Item
 
@@ -30,7 +30,7 @@ class KeptAnswers:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._found: dict[str, Mapping[str, Json]] = {}
+        self._found: dict[str, Mapping[str, JsonValue]] = {}
         try:
             data = content(path, RECORD) if path.exists() else b""
             os.close(self._open())  # now, and not after the first answer
@@ -41,10 +41,10 @@ class KeptAnswers:
         for line in data.splitlines():
             self._read(line)
 
-    def around(self, ask: Ask, about: Json) -> Ask:
+    def around(self, ask: Ask, about: JsonValue) -> Ask:
         """Return what asks only questions without an answer, and writes each answer down."""
 
-        def asked(item: Item) -> Mapping[str, Json]:
+        def asked(item: Item) -> Mapping[str, JsonValue]:
             key = key_of([about, [dict(m) for m in item.messages], item.choices, item.plain])
             if key in self._found:
                 return self._found[key]
@@ -64,7 +64,7 @@ class KeptAnswers:
             if isinstance(key, str) and isinstance(answer["answer"], str):
                 self._found[key] = answer
 
-    def _write(self, key: str, answer: Mapping[str, Json]) -> None:
+    def _write(self, key: str, answer: Mapping[str, JsonValue]) -> None:
         # The line before may be incomplete, if that process was killed.
         line = "\n" + json.dumps([key, answer])
         with self._lock:

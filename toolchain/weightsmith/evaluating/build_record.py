@@ -10,7 +10,7 @@ from pathlib import Path
 from weightsmith.core.json_objects import INLINE, OMITTED, JsonObject
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import RECORD, content, parse
-from weightsmith.core.values import FileEntry, Json
+from weightsmith.core.values import FileEntry, Json, JsonValue
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.validating.result import Validation
 
@@ -311,13 +311,13 @@ def recorded(folder: Path, made: BuildRecord) -> BuildRecord | None:
     return earlier if same.to_json() == text else None
 
 
-def _read(folder: Path) -> tuple[Json, BuildRecord]:
+def _read(folder: Path) -> tuple[JsonValue, BuildRecord]:
     data = content(folder / FILE, RECORD)
     return _parsed(data) if len(data) <= _KEPT else _parsed.__wrapped__(data)
 
 
 @lru_cache(maxsize=1)
-def _parsed(data: bytes) -> tuple[Json, BuildRecord]:
+def _parsed(data: bytes) -> tuple[JsonValue, BuildRecord]:
     """Return a record as JSON and read; a build asks for it four times."""
     value = parse(data, largest=RECORD)
     return value, BuildRecord.from_json(value)

@@ -13,14 +13,14 @@ import httpx
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.network import DeadlineTransport
 from weightsmith.core.ports import Endpoint, Progress
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.session import ServerSession, died
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0
 
-Ask = Callable[[Item], Mapping[str, Json]]
+Ask = Callable[[Item], Mapping[str, JsonValue]]
 
 
 def wait_until_healthy(
@@ -87,14 +87,14 @@ def first_name(session: ServerSession) -> str:
 
 def ask_all(
     items: Sequence[Item], ask: Ask, progress: Progress, *, concurrency: int = 1
-) -> tuple[Mapping[str, Json], ...]:
+) -> tuple[Mapping[str, JsonValue], ...]:
     """Return the answers in order, each with the `seconds` that it took, or once took.
 
     One at a time by default, because batching changes the order of sums in a server and so answers
     that are nearly tied. If `ask` raises, the remaining items are not asked.
     """
 
-    def timed(item: Item) -> Mapping[str, Json]:
+    def timed(item: Item) -> Mapping[str, JsonValue]:
         began = time.monotonic()
         said = ask(item)
         return {"seconds": round(time.monotonic() - began, 4), **said}
@@ -108,7 +108,7 @@ def ask_all(
 
 
 _Map = Callable[
-    [Callable[[Item], Mapping[str, Json]], Sequence[Item]], Iterator[Mapping[str, Json]]
+    [Callable[[Item], Mapping[str, JsonValue]], Sequence[Item]], Iterator[Mapping[str, JsonValue]]
 ]
 
 
@@ -121,8 +121,8 @@ def _mapping(concurrency: int) -> Iterator[_Map]:
     with ThreadPoolExecutor(concurrency) as pool:
 
         def ahead(
-            call: Callable[[Item], Mapping[str, Json]], items: Sequence[Item]
-        ) -> Iterator[Mapping[str, Json]]:
+            call: Callable[[Item], Mapping[str, JsonValue]], items: Sequence[Item]
+        ) -> Iterator[Mapping[str, JsonValue]]:
             waiting = iter(items)
             pending = [pool.submit(call, item) for item in islice(waiting, 4 * concurrency)]
             while pending:

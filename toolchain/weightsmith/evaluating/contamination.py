@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import parse, small_file
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.evaluating.items import Item
 
 _SHORTEST = 12
@@ -130,7 +130,7 @@ def _parse(line: str, where: str) -> Json:
         ) from None
 
 
-def _parts(value: Json) -> Iterator[tuple[str, bool]]:
+def _parts(value: JsonValue) -> Iterator[tuple[str, bool]]:
     if not isinstance(value, dict):
         return
     for name, whole in (("text", False), ("prompt", True)):

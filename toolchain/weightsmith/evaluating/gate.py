@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.values import Json, Score
+from weightsmith.core.values import JsonValue, Score
 from weightsmith.evaluating.statistics import PairedComparison, compare, items_needed, wilson
 
 _MOST_SHOWN = 3
@@ -52,9 +52,9 @@ class Verdict:
     """False if the comparison is only reported."""
 
     @property
-    def facts(self) -> Mapping[str, Json]:
+    def facts(self) -> Mapping[str, JsonValue]:
         """The verdict as JSON, for build.json and `--json`."""
-        facts: dict[str, Json] = {
+        facts: dict[str, JsonValue] = {
             "subject": self.subject,
             "against": self.against,
             "passed": self.passed,
@@ -181,6 +181,6 @@ def _reason(
     return f"{text}; at most {limit.max_drop:.3f} is allowed"
 
 
-def _short(text: Json) -> str:
+def _short(text: JsonValue) -> str:
     flat = " ".join(str(text).split())
     return repr(flat if len(flat) <= _SHOWN_LENGTH else flat[: _SHOWN_LENGTH - 1] + "…")

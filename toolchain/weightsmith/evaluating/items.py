@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import parse, small_file
-from weightsmith.core.values import Json, key_of
+from weightsmith.core.values import JsonValue, key_of
 
 _LONGEST_LINE = 1 << 20
 _KEPT = 4 << 20
@@ -138,7 +138,7 @@ def _decode(raw: bytes, where: str) -> str:
         raise UsageError(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
 
 
-def _parse(line: str, where: str) -> Mapping[str, Json]:
+def _parse(line: str, where: str) -> Mapping[str, JsonValue]:
     try:
         value = parse(line)
     except ValueError as error:
@@ -148,7 +148,7 @@ def _parse(line: str, where: str) -> Mapping[str, Json]:
     return value
 
 
-def _item(value: Mapping[str, Json], number: int, where: str) -> Item:
+def _item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
     if ("prompt" in value) == ("messages" in value):
         found = "both prompt and messages" if "prompt" in value else "neither prompt nor messages"
         raise UsageError(f"{where} has {found}", hint=_SHAPE)
@@ -167,7 +167,7 @@ def _item(value: Mapping[str, Json], number: int, where: str) -> Item:
     )
 
 
-def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
+def _messages(value: JsonValue, where: str) -> tuple[dict[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise UsageError(f"{where}: messages is not a list of messages", hint=_SHAPE)
     found = []
@@ -183,7 +183,7 @@ def _messages(value: Json, where: str) -> tuple[dict[str, str], ...]:
     return tuple(found)
 
 
-def _choices(value: Mapping[str, Json], where: str) -> tuple[str, ...]:
+def _choices(value: Mapping[str, JsonValue], where: str) -> tuple[str, ...]:
     choices = value.get("choices", [])
     if not isinstance(choices, list):
         raise UsageError(f"{where}: choices is not a list of strings", hint=_SHAPE)
@@ -195,7 +195,9 @@ def _choices(value: Mapping[str, Json], where: str) -> tuple[str, ...]:
     return texts
 
 
-def _expected(value: Mapping[str, Json], choices: tuple[str, ...], where: str) -> tuple[str, ...]:
+def _expected(
+    value: Mapping[str, JsonValue], choices: tuple[str, ...], where: str
+) -> tuple[str, ...]:
     if "expected" not in value:
         raise UsageError(f"{where} has no expected", hint=_SHAPE)
     expected = value["expected"]
@@ -205,7 +207,7 @@ def _expected(value: Mapping[str, Json], choices: tuple[str, ...], where: str) -
     return tuple(_answer(answer, choices, where) for answer in answers)
 
 
-def _answer(answer: Json, choices: tuple[str, ...], where: str) -> str:
+def _answer(answer: JsonValue, choices: tuple[str, ...], where: str) -> str:
     """Return an expected answer as text: schemas as JSON, choice indices as the choice."""
     if isinstance(answer, dict):
         return json.dumps(answer, sort_keys=True)
@@ -225,7 +227,7 @@ def _answer(answer: Json, choices: tuple[str, ...], where: str) -> str:
     return text
 
 
-def _text(value: Json, name: str, where: str) -> str:
+def _text(value: JsonValue, name: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{where}: {name} is not a non-empty string", hint=_SHAPE)
     return value

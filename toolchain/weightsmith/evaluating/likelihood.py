@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, excerpt
@@ -178,7 +178,7 @@ def _by_steps(session: ServerSession, served: Served, item: Item, choice: str) -
 
 
 def _pieces(session: ServerSession, text: str) -> list[int]:
-    body = {"content": text, "add_special": True, "parse_special": True}
+    body: dict[str, JsonValue] = {"content": text, "add_special": True, "parse_special": True}
     answer = session.post("/tokenize", body)
     try:
         return [int(token) for token in answer["tokens"]]
@@ -193,7 +193,7 @@ def _next_score(session: ServerSession, prefix: Sequence[int], token: int) -> fl
     """
     count = _FEW
     while True:
-        body = {
+        body: dict[str, JsonValue] = {
             "prompt": list(prefix),
             "n_predict": 1,
             "n_probs": count,

@@ -10,7 +10,7 @@ from weightsmith.core import time_limits
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.safe_parse import check_pattern, parse
 from weightsmith.core.time_limits import TooLong, cpu_limit
-from weightsmith.core.values import Json, Score
+from weightsmith.core.values import JsonValue, Score
 from weightsmith.evaluating.items import Item
 
 METRICS = ("contains", "exact", "regex", "choice", "json-schema", "command")
@@ -126,7 +126,7 @@ def _unfenced(answer: str) -> str:
 
 
 def score_answers(
-    answers: Sequence[str | Mapping[str, Json]], items: Sequence[Item], metric: str
+    answers: Sequence[str | Mapping[str, JsonValue]], items: Sequence[Item], metric: str
 ) -> Score:
     """Return the score of answers in the items' order.
 
@@ -147,10 +147,10 @@ def score_answers(
 
 
 def _rows(
-    answers: Sequence[str | Mapping[str, Json]], items: Sequence[Item], metric: str
-) -> tuple[Mapping[str, Json], ...]:
+    answers: Sequence[str | Mapping[str, JsonValue]], items: Sequence[Item], metric: str
+) -> tuple[Mapping[str, JsonValue], ...]:
     """Judge all answers with a time limit: patterns and schemas may take forever."""
-    rows: list[Mapping[str, Json]] = []
+    rows: list[Mapping[str, JsonValue]] = []
     seconds = time_limits.FOREIGN_SECONDS + len(items) * _SECONDS_EACH
     try:
         with cpu_limit(seconds):
@@ -164,8 +164,8 @@ def _rows(
     return tuple(rows)
 
 
-def _row(item: Item, answer: str | Mapping[str, Json], metric: str) -> Mapping[str, Json]:
-    facts: Mapping[str, Json] = {"answer": answer} if isinstance(answer, str) else answer
+def _row(item: Item, answer: str | Mapping[str, JsonValue], metric: str) -> Mapping[str, JsonValue]:
+    facts: Mapping[str, JsonValue] = {"answer": answer} if isinstance(answer, str) else answer
     return {
         "prompt": item.prompt,
         **({} if item.plain else {"messages": [dict(one) for one in item.messages]}),

@@ -39,7 +39,7 @@ from weightsmith.core.escape import escaped, upright
 from weightsmith.core.files import write_folder
 from weightsmith.core.resources import templates
 from weightsmith.core.safe_parse import RECORD, parse_file
-from weightsmith.core.values import Json, Score
+from weightsmith.core.values import Json, JsonValue, Score
 from weightsmith.evaluating import answers, comparing, views
 from weightsmith.evaluating.answers import rows
 from weightsmith.evaluating.build_record import AnsweredTask, BuildRecord, read_build
@@ -132,7 +132,9 @@ def write_comparison(first: Path, second: Path, folder: Path) -> Written:
     return Written(html=folder / "compare.html", markdown=folder / "compare.md")
 
 
-def build_view(build: BuildRecord, targets: Sequence[BuildRecord], bench: Json) -> dict[str, Any]:
+def build_view(
+    build: BuildRecord, targets: Sequence[BuildRecord], bench: Mapping[str, Json] | None
+) -> dict[str, Any]:
     """Return what the templates show of a build; `targets` are all targets of the version."""
     return {
         **build.to_json(),
@@ -341,7 +343,7 @@ def _write(texts: Mapping[str, str], folder: Path) -> None:
         ) from None
 
 
-def _cell(value: Json) -> Markup:
+def _cell(value: JsonValue) -> Markup:
     """Return text for a cell of a Markdown table: one line, with all markup escaped.
 
     https://spec.commonmark.org/0.31.2/#backslash-escapes, and GitHub's own links and lists.
@@ -353,22 +355,22 @@ def _cell(value: Json) -> Markup:
     return Markup(flat)  # noqa: S704 - it was just escaped
 
 
-def _code(value: Json) -> Markup:
+def _code(value: JsonValue) -> Markup:
     """Return a line of an indented Markdown block, where only the end of the block is markup."""
     return Markup(escaped(str(value)))  # noqa: S704 - an indented block shows it verbatim
 
 
-def _verbatim(value: Json) -> Markup:
+def _verbatim(value: JsonValue) -> Markup:
     """Return a text that is no Markdown, such as YAML that a library wrote, or a link's address."""
     return Markup(upright(str(value)))  # noqa: S704 - its caller knows that nothing in it is markup
 
 
-def _upright(value: Json) -> Json:
+def _upright(value: JsonValue) -> JsonValue:
     """Return a value's text for HTML; autoescaping does the rest."""
     return upright(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _pretty(value: Json) -> str:
+def _pretty(value: JsonValue) -> str:
     return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
 
 
@@ -388,7 +390,7 @@ def _day(created: str) -> str:
         return created
 
 
-def _sentence(finding: Json) -> str:
+def _sentence(finding: JsonValue) -> str:
     """Return a finding as text; it is a text, or a mapping that contains one."""
     if isinstance(finding, Mapping):
         texts = [finding.get(key) for key in ("message", "text", "detail") if finding.get(key)]

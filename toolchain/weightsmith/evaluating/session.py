@@ -18,7 +18,7 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, Weightsmith
 from weightsmith.core.network import DeadlineTransport
 from weightsmith.core.ports import Endpoint
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 
 _LOG_LINES = 15
 _NO_ACCESS = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
@@ -103,10 +103,10 @@ class ServerSession:
             timeout=httpx.Timeout(self.limits.request_seconds, connect=10.0),
             trust_env=False,
         )
-        self._fields: Mapping[str, Json] = {}
+        self._fields: Mapping[str, JsonValue] = {}
         self._urls: dict[str, httpx.URL] = {}
 
-    def adding(self, fields: Mapping[str, Json]) -> Self:
+    def adding(self, fields: Mapping[str, JsonValue]) -> Self:
         """Return a session that adds these fields to each request's body."""
         other = copy.copy(self)
         other._fields = {**self._fields, **fields}
@@ -133,21 +133,21 @@ class ServerSession:
         """Return status and text of a GET for any status, to find out what a server supports."""
         return self._retried(path, lambda: self._once("GET", path, None))
 
-    def post(self, path: str, body: Json, *, most: int = 0) -> Mapping[str, Json]:
+    def post(self, path: str, body: JsonValue, *, most: int = 0) -> Mapping[str, Json]:
         """Return the JSON object in the response to a POST.
 
         `most` overrides the limit of the response's size in bytes.
         """
         return self._retried(path, lambda: _object(self._once("POST", path, body, most)))
 
-    def try_post(self, path: str, body: Json) -> Answer:
+    def try_post(self, path: str, body: JsonValue) -> Answer:
         """Return status and text of a POST for any status, to find out what a server supports.
 
         Raises CheckFailed only if there is no complete response.
         """
         return self._retried(path, lambda: self._once("POST", path, body))
 
-    def try_once(self, path: str, body: Json, sent: Callable[[], None]) -> Answer:
+    def try_once(self, path: str, body: JsonValue, sent: Callable[[], None]) -> Answer:
         """Return status and text of a POST for any status; raise TryAgain without a response.
 
         Calls `sent` when the whole request is on its way.
@@ -161,7 +161,7 @@ class ServerSession:
             return Answer(response.status_code, self._read(response))
 
     @contextmanager
-    def events(self, path: str, body: Json) -> Iterator[Iterator[str]]:
+    def events(self, path: str, body: JsonValue) -> Iterator[Iterator[str]]:
         """Yield the data of each server-sent event of a POST as it arrives; without retries.
 
         Raises TryAgain or Refused.
@@ -215,13 +215,17 @@ class ServerSession:
             pause *= 2
         raise AssertionError("a request is tried at least once")
 
-    def _once(self, method: str, path: str, body: Json, most: int = 0) -> Answer:
+    def _once(self, method: str, path: str, body: JsonValue, most: int = 0) -> Answer:
         with self._opened(method, path, body) as response:
             return Answer(response.status_code, self._read(response, most))
 
     @contextmanager
     def _opened(
-        self, method: str, path: str, body: Json, trace: Callable[[str, object], None] | None = None
+        self,
+        method: str,
+        path: str,
+        body: JsonValue,
+        trace: Callable[[str, object], None] | None = None,
     ) -> Iterator[httpx.Response]:
         extensions = {"trace": trace} if trace else {}
         seconds = self.limits.request_seconds

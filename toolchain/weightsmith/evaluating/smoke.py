@@ -19,7 +19,7 @@ from threading import Event
 from weightsmith.core.errors import CheckFailed, WeightsmithError
 from weightsmith.core.ports import Endpoint
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.client import check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.served import Served, ask
@@ -69,7 +69,7 @@ class Promise:
 class Smoke:
     """Results of the checks: name, observation, seconds."""
 
-    checks: list[Mapping[str, Json]] = field(default_factory=list)
+    checks: list[Mapping[str, JsonValue]] = field(default_factory=list)
 
     def check(self, name: str, session: ServerSession, look: Callable[[], str]) -> None:
         """Run a check and record its result; raise CheckFailed with its name if it fails."""
@@ -160,7 +160,7 @@ def _stream(session: ServerSession, served: Served) -> str:
     return f"{len(pieces)} pieces"
 
 
-def _texts(event: str, served: Served) -> list[Json]:
+def _texts(event: str, served: Served) -> list[JsonValue]:
     """Return the texts of an event's choices; raises ValueError, or Refused without a list."""
     value = parse(event)
     rows = (value.get("choices") if isinstance(value, dict) else None) or []
@@ -289,7 +289,7 @@ def _ended(
         return f"{end}; a stream went on for {late} events, and {plain.result()}"
 
 
-def _answered(session: ServerSession, served: Served, body: Json, sent: Event) -> str:
+def _answered(session: ServerSession, served: Served, body: JsonValue, sent: Event) -> str:
     """Ask once; `sent` is set when the request is on its way, or failed."""
     try:
         answer = session.try_once(served.path, body, sent.set)

@@ -10,7 +10,7 @@ from weightsmith.core.values import (
     AdapterSnapshot,
     Checkpoint,
     Digest,
-    Json,
+    JsonValue,
     Sources,
     StageInputs,
     Tree,
@@ -86,7 +86,7 @@ def _voice(tree: Tree) -> frozenset[tuple[str, Digest]]:
 
 def inputs(subject: EvaluatedModel, task: Task) -> StageInputs:
     """Return everything that the reference answers depend on."""
-    voices: list[Json] = [sorted(_voice(a.snapshot.tree)) for a in subject.speakers]
+    voices: list[JsonValue] = [sorted(_voice(a.snapshot.tree)) for a in subject.speakers]
     return StageInputs(
         stage="reference",
         recipe_number=RECIPE_NUMBER,

@@ -12,7 +12,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.jobs import Question
 from weightsmith.core.ports import Progress, RunCommand
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Digest, Json, Score, key_of
+from weightsmith.core.values import Digest, Json, JsonValue, Score, key_of
 from weightsmith.evaluating.answer_cache import KeptAnswers
 from weightsmith.evaluating.client import Ask, ask_all
 from weightsmith.evaluating.items import Item
@@ -21,7 +21,7 @@ from weightsmith.evaluating.metrics import score_answers
 from weightsmith.evaluating.served import Served, ask
 from weightsmith.evaluating.session import ServerSession
 
-Answers = tuple[Mapping[str, Json], ...]
+Answers = tuple[Mapping[str, JsonValue], ...]
 """One per item, in order: `answer` and further facts, such as `finish_reason`."""
 
 _COMMAND_SECONDS = 3600.0
@@ -42,7 +42,7 @@ class Task:
     @cached_property
     def digest(self) -> Digest:
         """Key of the questions, without expected answers: changing those needs no new run."""
-        asked: list[Json] = [[dict(m) for m in item.messages] for item in self.items]
+        asked: list[JsonValue] = [[dict(m) for m in item.messages] for item in self.items]
         if self.metric != "choice":
             return key_of(asked)
         return key_of([asked, [[item.choices, item.plain] for item in self.items]])
@@ -122,7 +122,7 @@ def score_task(
 _HINT = 'it must print {"ok": [true, …]} or {"score": 0.93, "n": 200} as its last line'
 
 
-def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, Json]]) -> bytes:
+def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, JsonValue]]) -> bytes:
     """Return the program's standard input."""
     lines = [
         json.dumps(
@@ -140,7 +140,7 @@ def question_lines(items: Sequence[Item], answers: Sequence[Mapping[str, Json]])
 
 
 def read_verdict(
-    output: str, items: Sequence[Item], answers: Sequence[Mapping[str, Json]]
+    output: str, items: Sequence[Item], answers: Sequence[Mapping[str, JsonValue]]
 ) -> Score:
     """Return the score that a program printed, with the questions' verdicts if it gave them.
 
@@ -165,7 +165,9 @@ def read_verdict(
     return Score(score=float(score), n=n, metric="command", per_item=_rows(rows))
 
 
-def _judged(verdicts: Json, items: Sequence[Item], answers: Sequence[Mapping[str, Json]]) -> Score:
+def _judged(
+    verdicts: JsonValue, items: Sequence[Item], answers: Sequence[Mapping[str, JsonValue]]
+) -> Score:
     if not isinstance(verdicts, list) or len(verdicts) != len(items):
         count = len(verdicts) if isinstance(verdicts, list) else "no"
         raise CheckFailed(f"the command judged {count} of {len(items)} answers", hint=_HINT)
@@ -183,7 +185,7 @@ def _judged(verdicts: Json, items: Sequence[Item], answers: Sequence[Mapping[str
     return Score(score=share, n=len(rows), metric="command", per_item=rows)
 
 
-def _rows(rows: Sequence[Mapping[str, Json]]) -> tuple[Mapping[str, Json], ...]:
+def _rows(rows: Sequence[Mapping[str, JsonValue]]) -> tuple[Mapping[str, JsonValue], ...]:
     """Return the program's rows if all have `ok`, so that runs can be compared; else none."""
     if not all("ok" in row for row in rows):
         return ()
@@ -199,7 +201,7 @@ def _rows(rows: Sequence[Mapping[str, Json]]) -> tuple[Mapping[str, Json], ...]:
     )
 
 
-def _last_object(output: str) -> Mapping[str, Json]:
+def _last_object(output: str) -> Mapping[str, JsonValue]:
     """Return the output, or its last line that is a JSON object."""
     for text in (output, *reversed(output.splitlines())):
         try:

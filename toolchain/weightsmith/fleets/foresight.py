@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.fleets.graph import FleetTask, Graph
 from weightsmith.fleets.requests import CELL
 from weightsmith.serving.memory import human
 
 
-def plan_of(graph: Graph) -> dict[str, Json]:
+def plan_of(graph: Graph) -> dict[str, JsonValue]:
     """Return the plan of a fleet; sizes in bytes.
 
     `total` is over what is still to do: `cpus` and `gpus` if all cells ran at once, the memory of

@@ -17,7 +17,7 @@ from weightsmith.building.explain import BuildPlan, plan_of
 from weightsmith.building.pipeline import AnyStep
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.core.values import Json, Sources, key_of, plain
+from weightsmith.core.values import JsonValue, Sources, key_of, plain
 from weightsmith.evaluating import subjects as references
 from weightsmith.evaluating.recipe_tasks import task_of
 from weightsmith.fleets.cells import AdapterBuild, Cell
@@ -70,7 +70,7 @@ class FleetTask:
     """What it does, as a plan has it."""
     stages: tuple[str, ...] = ()
     """The names of the stages that it runs; () for all of a build."""
-    questions: tuple[Mapping[str, Json], ...] = ()
+    questions: tuple[Mapping[str, JsonValue], ...] = ()
     failure: Failure | None = None
     """Why it is certain that it would be refused."""
     of_one_format: bool = False
@@ -119,7 +119,7 @@ class _Shared:
     targets: dict[str, Target] = field(default_factory=dict)
     cells: list[Cell] = field(default_factory=list)
     after: tuple[str, ...] = ()
-    questions: tuple[Mapping[str, Json], ...] = ()
+    questions: tuple[Mapping[str, JsonValue], ...] = ()
 
 
 def graph_of(builds: Sequence[AdapterBuild], dist: Path, tools: Tools) -> Graph:
@@ -215,11 +215,11 @@ def _base_key(build: AdapterBuild) -> str:
     return _id([plain(build.file.recipe.base.model_dump()), BASE])
 
 
-def _id(value: Json) -> str:
+def _id(value: JsonValue) -> str:
     return key_of(value).short
 
 
-def _asked(build: AdapterBuild) -> Mapping[str, Json] | None:
+def _asked(build: AdapterBuild) -> Mapping[str, JsonValue] | None:
     """Return the recipe's `evaluate`, as JSON; None without one."""
     evaluate = build.file.recipe.evaluate
     return plain(evaluate.model_dump(mode="json", by_alias=True)) if evaluate else None
@@ -230,8 +230,8 @@ def _questions_key(build: AdapterBuild) -> str:
 
 
 def _with(
-    questions: tuple[Mapping[str, Json], ...], build: AdapterBuild
-) -> tuple[Mapping[str, Json], ...]:
+    questions: tuple[Mapping[str, JsonValue], ...], build: AdapterBuild
+) -> tuple[Mapping[str, JsonValue], ...]:
     one = _asked(build)
     return questions if one is None or one in questions else (*questions, one)
 

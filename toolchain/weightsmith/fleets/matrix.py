@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import yaml
 
 from weightsmith.core.errors import UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue, Writable
 from weightsmith.fleets.cells import AdapterBuild
 
 _LIMITS: Mapping[str, int] = {"github": 256, "gitlab": 200, "argo": 0}
@@ -47,7 +47,7 @@ class MatrixJob:
 
 def matrix_of(
     builds: Sequence[AdapterBuild], system: str, file: str
-) -> tuple[Mapping[str, Json], str]:
+) -> tuple[Mapping[str, Writable], str]:
     """Return a system's matrix as JSON, and as text to put where the system reads it.
 
     More cells than the system takes jobs are split: each job then builds several adapters with all
@@ -67,7 +67,7 @@ def matrix_of(
         }
         for job in jobs
     ]
-    facts = {
+    facts: dict[str, Writable] = {
         "system": system,
         "jobs": len(jobs),
         "cells": cells,
@@ -107,11 +107,14 @@ def _gitlab(rows: Sequence[Mapping[str, str]], file: str, note: str) -> str:
 
     It has one job with a matrix, or a job for each row if their names would be too long.
     """
-    job = {"stage": "test", "script": [f"weightsmith fleet --file {file} $ARGUMENTS --push --json"]}
+    job: dict[str, JsonValue] = {
+        "stage": "test",
+        "script": [f"weightsmith fleet --file {file} $ARGUMENTS --push --json"],
+    }
     cells = [{"CELL": row["name"], "ARGUMENTS": row["arguments"]} for row in rows]
-    jobs: dict[str, Json] = {"build": {**job, "parallel": {"matrix": cells}}}
+    jobs: dict[str, JsonValue] = {"build": {**job, "parallel": {"matrix": cells}}}
     if any(len(f"build: [{', '.join(cell.values())}]") > _LONGEST_NAME for cell in cells):
-        each = {
+        each: dict[str, JsonValue] = {
             f"build {number}/{len(cells)}": {"extends": ".build", "variables": cell}
             for number, cell in enumerate(cells, 1)
         }

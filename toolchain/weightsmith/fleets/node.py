@@ -31,7 +31,7 @@ from weightsmith.core.errors import (
     of_machine,
 )
 from weightsmith.core.trees import below
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.build_record import BuildRecord, StageRecord, read_build
 from weightsmith.evaluating.recipe_tasks import task_of
 from weightsmith.evaluating.subjects import inputs as answer_inputs
@@ -104,7 +104,7 @@ class _Result:
         self,
         row: CellSummary | None = None,
         stages: Mapping[str, Any] | None = None,
-        lock: Mapping[str, Json] | None = None,
+        lock: Mapping[str, JsonValue] | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
         self.row, self.stages = row, stages or {}

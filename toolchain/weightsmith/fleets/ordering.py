@@ -11,7 +11,7 @@ from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.files import marked
 from weightsmith.core.ports import FleetEngine
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.fleets.cells import AdapterBuild, builds_of, lock_of
 from weightsmith.fleets.file import Fleet, check_fleet, read_fleet
 from weightsmith.fleets.graph import Graph, graph_of
@@ -42,7 +42,7 @@ class Ordered:
 
 
 def ordered(
-    file: str | Path | Mapping[str, Json],
+    file: str | Path | Mapping[str, JsonValue],
     *,
     settings: Sequence[str] = (),
     adapters: Sequence[str] = (),
@@ -114,8 +114,8 @@ def run_fleet(
     tools: Tools,
     *,
     dist: Path,
-    outputs: Mapping[str, Json],
-    options: Mapping[str, Json],
+    outputs: Mapping[str, JsonValue],
+    options: Mapping[str, JsonValue],
     cpus: int,
     changed: Changed,
 ) -> FleetRows:

@@ -11,7 +11,7 @@ from typing import Any
 
 from weightsmith.cache.document import content_inputs
 from weightsmith.core.errors import CacheLost, EnvironmentFailure, UsageError
-from weightsmith.core.values import Digest, Json, Tree
+from weightsmith.core.values import Digest, JsonValue, Tree
 from weightsmith.fleets.requests import TaskRequest
 from weightsmith.steps.tools import Tools
 
@@ -71,7 +71,7 @@ def _sent(tree: Tree, tools: Tools, *, again: bool) -> Digest:
     """Put a folder's files into the shared cache, and return their key."""
     stage = content_inputs(tree.files)
 
-    def copy(folder: Path) -> Mapping[str, Json]:
+    def copy(folder: Path) -> Mapping[str, JsonValue]:
         for file in tree.files:
             place = folder / file.path
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -141,10 +141,10 @@ def require_inside(name: str) -> None:
 @cache
 def version() -> str:
     """Return the version and the digest of all code and templates: what two nodes must share."""
-    rows: list[Json] = []
+    rows: list[tuple[str, Digest]] = []
     for folder in (package(), templates(), images()):
         for path in below(folder):
             name = path.relative_to(folder)
             if path.is_file() and not {"__pycache__", "_resources"} & set(name.parts):
-                rows.append([name.as_posix(), Digest.of(path.read_bytes())])
+                rows.append((name.as_posix(), Digest.of(path.read_bytes())))
     return f"{__version__} ({key_of(sorted(rows)).short})"

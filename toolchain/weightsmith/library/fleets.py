@@ -127,7 +127,7 @@ def run_fleet(
 ) -> FleetResult:
     """Run a fleet; return what became of its cells."""
     dist, layout = asked.dist.absolute(), asked.layout and str(asked.layout.absolute())
-    outputs = {
+    outputs: dict[str, Json] = {
         "push": asked.push, "load": asked.load, "layout": layout or "", "force": asked.force,
     }  # fmt: skip
     with wiring.open_for(asked, progress, *found.sources) as tools:

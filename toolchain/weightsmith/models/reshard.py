@@ -26,6 +26,7 @@ from weightsmith.core.values import (
     Pieces,
     Slice,
     Tree,
+    Writable,
     canonical,
     key_of,
 )
@@ -180,7 +181,7 @@ def _entry(
             state.update(chunk)
         return f"sha256:{state.hexdigest()}"
 
-    data = [
+    data: list[Writable] = [
         Digest.of(p) if isinstance(p, bytes)
         else [sources[p.path.relative_to(root).as_posix()], p.offset, p.size]
         for p in pieces

@@ -50,8 +50,8 @@ class Image:
             return self.raw[1]
         ids = [layer.diff_id for layer in self.layers]
         if self.artifact_type:
-            return canonical({**self.settings, "modelfs": {"type": "layers", "diffIds": ids}})
-        return canonical({**self.settings, "rootfs": {"type": "layers", "diff_ids": ids}})
+            return canonical(dict(self.settings, modelfs={"type": "layers", "diffIds": ids}))
+        return canonical(dict(self.settings, rootfs={"type": "layers", "diff_ids": ids}))
 
     @cached_property
     def manifest_bytes(self) -> bytes:

@@ -13,7 +13,7 @@ from weightsmith.core.platforms import host_platform, machine_of
 from weightsmith.core.ports import Runner
 from weightsmith.core.privacy import is_shared, owners
 from weightsmith.core.resources import engine_platforms, images
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.outside.confinement import confinement
 from weightsmith.outside.credentials import docker_config
 from weightsmith.outside.docker import DockerEngine, DockerRunner
@@ -35,8 +35,20 @@ class Checkup:
     todo: str = field(default="", kw_only=True)
 
 
-def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[str, Json]:
-    """Return `{checks: {name: {ok, found, todo}}, …}`; changes nothing."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What `doctor` shows of this machine."""
+
+    checks: Mapping[str, Checkup]
+    cores: int
+    cache: str
+    store: str
+    runner: str
+    """What jobs would run in: `docker` or `local`."""
+
+
+def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Machine:
+    """Return what this machine has and lacks; changes nothing."""
     checks = {
         "engine": _engine(engine),
         "gpu": _gpu(engine),
@@ -49,13 +61,13 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Mapping[s
         "jobs": _jobs(),
         "platforms": _platforms(cache),
     }
-    return {
-        "checks": checks,
-        "cores": cores(),
-        "cache": str(cache),
-        "store": str(store),
-        "runner": "docker" if checks["engine"].ok else "local",
-    }
+    return Machine(
+        checks=checks,
+        cores=cores(),
+        cache=str(cache),
+        store=str(store),
+        runner="docker" if checks["engine"].ok else "local",
+    )
 
 
 def _engine(engine: DockerEngine) -> Checkup:
@@ -151,7 +163,7 @@ def _credentials() -> Checkup:
     return Checkup("none", todo="`docker login HOST` before pushing to a registry that asks")
 
 
-def _table(config: Mapping[str, Json], key: str) -> Mapping[str, Json]:
+def _table(config: Mapping[str, JsonValue], key: str) -> Mapping[str, JsonValue]:
     value = config.get(key)
     return value if isinstance(value, dict) else {}
 

@@ -26,7 +26,7 @@ from weightsmith.core.ports import Progress
 from weightsmith.core.privacy import private
 from weightsmith.core.resources import images
 from weightsmith.core.trees import discard
-from weightsmith.core.values import key_of
+from weightsmith.core.values import Writable, key_of
 from weightsmith.outside import process
 from weightsmith.outside.downloading import persistently
 from weightsmith.outside.locks import locked
@@ -100,7 +100,7 @@ class Pins:
         """Name, and a digest of the pins, the Python version and the machine type."""
         files = [file for file in (self.light, self.torch, self.sources) if file is not None]
         pins = [_without_comments(file) for file in files]
-        facts = [sys.version_info[:2], platform.machine(), pins]
+        facts: list[Writable] = [sys.version_info[:2], platform.machine(), pins]
         return f"{self.name}-{key_of(facts).short}"
 
 

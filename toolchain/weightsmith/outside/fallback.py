@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import Job
 from weightsmith.core.ports import Progress, Runner
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 
 _LONG = 160
 """Characters of a reason; the middle of a longer one is cut."""
@@ -58,7 +58,9 @@ class FallbackRunner:
         """Say whether either runner has the builder."""
         return self._first.ready(builder) or self._second.ready(builder)
 
-    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+    def run(
+        self, job: Job, progress: Progress, *, stop: int | None = None
+    ) -> Mapping[str, JsonValue]:
         """Run the job in the runner that has its builder."""
         self.prepare(job.builder, progress)
         return self._chosen[job.builder].run(job, progress, stop=stop)

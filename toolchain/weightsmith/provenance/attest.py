@@ -9,7 +9,7 @@ from weightsmith.core.resources import builder_pins
 from weightsmith.core.values import (
     Artifact,
     Digest,
-    Json,
+    JsonValue,
     Scores,
     Sources,
     plain,
@@ -63,7 +63,7 @@ def evidence(made: ImageMaterials, base_documents: Sequence[AttachedDocument]) -
     return Evidence(statements=tuple(found), documents=documents)
 
 
-def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
+def public_recipe(recipe: Recipe) -> Mapping[str, JsonValue]:
     """Return a recipe without paths, secrets, push targets and default values."""
     found = dict(recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True))
     found["base"] = {**found["base"], "source": public_name(recipe.base.source)}
@@ -72,11 +72,10 @@ def public_recipe(recipe: Recipe) -> Mapping[str, Json]:
     ]
     for places in ("image", "outputs"):
         found.pop(places, None)
-    named: Mapping[str, Json] = _without_folders(without_secrets(found))
-    return named
+    return {key: _without_folders(inner, key) for key, inner in without_secrets(found).items()}
 
 
-def _without_folders(value: Json, key: str = "") -> Json:
+def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
     """Return a part of a recipe with file names instead of paths."""
     if isinstance(value, dict):
         return {k: _without_folders(inner, k) for k, inner in value.items()}
@@ -105,7 +104,7 @@ def _merged(inputs: ImageInputs) -> list[Statement]:
     ]
 
 
-def _builder(name: str, details: Mapping[str, Json]) -> list[Resource]:
+def _builder(name: str, details: Mapping[str, JsonValue]) -> list[Resource]:
     """Return a builder's pins, and the image that the job ran in, if any."""
     found = [Resource(name=f"builder:{name}", digest=builder_pins(name))]
     if image := details.get("builder_image"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightsmith.core.values import Json, Scores
+from weightsmith.core.values import JsonValue, Scores
 
 
-def side_by_side(scores: Scores) -> list[dict[str, Json]]:
+def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
     """Return the questions with the answers of every subject."""
     names = [name for name in scores if scores[name].per_item]
     if len({len(scores[name].per_item) for name in names}) > 1:  # a command's own choice of rows
@@ -25,7 +25,7 @@ def side_by_side(scores: Scores) -> list[dict[str, Json]]:
     ]
 
 
-def evaluation(scores: Scores) -> dict[str, Json]:
+def evaluation(scores: Scores) -> dict[str, JsonValue]:
     """Return the whole evaluation: scores, questions and answers."""
     return {
         "schema": 1,
@@ -38,7 +38,7 @@ def evaluation(scores: Scores) -> dict[str, Json]:
 
 def test_result(
     scores: Scores, max_drop: float, min_score: float, unproven: Sequence[str]
-) -> dict[str, Json]:
+) -> dict[str, JsonValue]:
     """Return in-toto's test result predicate: a published image has passed, perhaps with doubts.
 
     https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import PART, parse
-from weightsmith.core.values import Blob, Digest, FileEntry, Json, canonical, tree_digest
+from weightsmith.core.values import Blob, Digest, FileEntry, JsonValue, canonical, tree_digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import ImageLocation
@@ -37,7 +37,7 @@ class AttachedDocument:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
-def titled(artifact_type: str, title: str, content: Json) -> AttachedDocument:
+def titled(artifact_type: str, title: str, content: JsonValue) -> AttachedDocument:
     """Return a document of one JSON file."""
     part = AttachmentPart.of_bytes(canonical(content), artifact_type, **{TITLE: title})
     return AttachedDocument(artifact_type=artifact_type, parts=(part,), annotations={TITLE: title})

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Artifact, Digest, Json, Sources, without_passwords
+from weightsmith.core.values import Artifact, Digest, Json, JsonValue, Sources, without_passwords
 from weightsmith.evaluating.results import NOT_PROVEN, Result, verdict_of
 from weightsmith.oci.configuration import OWN_LABELS
 from weightsmith.quantizers.quality.result import QualityResult
@@ -68,7 +68,7 @@ def labels(
     The plan has nothing of the planning machine: labels depend only on the inputs, so that the
     same inputs give the same digest.
     """
-    found = {
+    found: dict[str, str] = {
         "org.opencontainers.image.title": recipe.name,
         "org.opencontainers.image.version": recipe.version,
         PREFIX + "target": config.target,
@@ -99,19 +99,23 @@ def plan_label(plan: ServingPlan) -> str:
     return json.dumps(plan.portable(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def without_secrets(value: Json) -> Json:
-    """Return a recipe, or a part of it, without secrets.
+def without_secrets(recipe: Mapping[str, Json]) -> dict[str, Json]:
+    """Return a recipe, or a section of it, without secrets.
 
     People put keys into a program's arguments, so only its name stays, and that it has arguments.
     Their digest would reveal short ones, and nobody needs to compare them.
     """
+    return {
+        key: _program(inner) if key == "command" else _without_secrets(inner)
+        for key, inner in recipe.items()
+    }
+
+
+def _without_secrets(value: JsonValue) -> JsonValue:
     if isinstance(value, dict):
-        return {
-            key: _program(inner) if key == "command" else without_secrets(inner)
-            for key, inner in value.items()
-        }
+        return without_secrets(value)
     if isinstance(value, list):
-        return [without_secrets(inner) for inner in value]
+        return [_without_secrets(inner) for inner in value]
     return without_passwords(value)
 
 
@@ -192,7 +196,7 @@ def engine_version(labels: Mapping[str, str]) -> str:
     return labels.get(ENGINE_VERSION) or ("" if release else said)
 
 
-def plan_in(labels: Mapping[str, str]) -> Mapping[str, Json]:
+def plan_in(labels: Mapping[str, str]) -> Mapping[str, JsonValue]:
     """Return the plan in an image's labels, for display; {} if there is no valid one."""
     try:
         plan = parse(labels.get(PLAN, "{}"))

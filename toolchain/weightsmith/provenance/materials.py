@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from weightsmith.core.errors import CacheLost, WeightsmithError
-from weightsmith.core.values import Artifact, Checkpoint, Json, Scores, Sources, Tree
+from weightsmith.core.values import Artifact, Checkpoint, JsonValue, Scores, Sources, Tree
 from weightsmith.evaluating.results import Result, main_scores, unproven_of
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_names import gguf_models
@@ -50,7 +50,7 @@ class ImageInputs:
     """Layers of the base of the image whose layers this kind shares."""
     context: int = 0
     """Tokens that a runner should make room for; 0 for its own default."""
-    parameters: Mapping[str, Json]
+    parameters: Mapping[str, JsonValue]
     """What the user asked for, as the image's statement records it."""
     licensed: Tree | None = None
     """The model's folder, if the artifact lacks its licence files."""

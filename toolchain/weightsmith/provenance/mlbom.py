@@ -14,7 +14,7 @@ from pathlib import Path
 
 from weightsmith import __version__
 from weightsmith.core.safe_parse import parse, parse_yaml
-from weightsmith.core.values import Digest, FileEntry, Json, Scores, key_of
+from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, Scores, key_of
 from weightsmith.recipe.outputs import Card
 
 MEDIA_TYPE = "application/vnd.cyclonedx+json"
@@ -61,9 +61,9 @@ class BilledModel:
     card: Card = field(default_factory=Card)
 
 
-def ml_bom(model: BilledModel) -> dict[str, Json]:
+def ml_bom(model: BilledModel) -> dict[str, JsonValue]:
     """Return a model's bill of materials: identity, ancestors, scores and use."""
-    component: dict[str, Json] = {
+    component: dict[str, JsonValue] = {
         "type": _MODEL,
         "bom-ref": "model",
         "name": model.name,
@@ -79,7 +79,7 @@ def ml_bom(model: BilledModel) -> dict[str, Json]:
     parents = [_ancestor(n, ancestor) for n, ancestor in enumerate(model.ancestors)]
     if parents:
         component["pedigree"] = {"ancestors": parents}
-    files = [
+    files: list[Mapping[str, JsonValue]] = [
         {"type": "file", "bom-ref": f"file:{file.path}", "name": file.path,
          "hashes": [_hash(file.digest)]}
         for file in model.files
@@ -87,11 +87,11 @@ def ml_bom(model: BilledModel) -> dict[str, Json]:
     return _document(component, files, [str(row["bom-ref"]) for row in files])
 
 
-def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[str, Json]:
+def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[str, JsonValue]:
     """Return the bill of materials of an engine compiled here, from its `source.json`."""
     upstream = next((v for v in source.values() if isinstance(v, dict) and "commit" in v), {})
     repository = str(upstream.get("repository", ""))
-    component: dict[str, Json] = {
+    component: dict[str, JsonValue] = {
         "type": "application",
         "bom-ref": "engine",
         "name": name,
@@ -142,8 +142,8 @@ def license_in(bill: bytes, digest: str) -> str:
     return ""
 
 
-def _card(model: BilledModel) -> dict[str, Json]:
-    parameters: dict[str, Json] = {
+def _card(model: BilledModel) -> dict[str, JsonValue]:
+    parameters: dict[str, JsonValue] = {
         "task": "text-generation",
         "inputs": [{"format": "string"}],
         "outputs": [{"format": "string"}],
@@ -152,7 +152,7 @@ def _card(model: BilledModel) -> dict[str, Json]:
         parameters["architectureFamily"] = model.model_type
     if model.architecture:
         parameters["modelArchitecture"] = model.architecture
-    card: dict[str, Json] = {"modelParameters": parameters}
+    card: dict[str, JsonValue] = {"modelParameters": parameters}
     if model.scores:
         card["quantitativeAnalysis"] = {
             "performanceMetrics": [
@@ -169,8 +169,8 @@ def _card(model: BilledModel) -> dict[str, Json]:
     return card
 
 
-def _ancestor(number: int, ancestor: Ancestor) -> dict[str, Json]:
-    row: dict[str, Json] = {
+def _ancestor(number: int, ancestor: Ancestor) -> dict[str, JsonValue]:
+    row: dict[str, JsonValue] = {
         "type": _MODEL,
         "bom-ref": f"ancestor:{number}",
         "name": ancestor.name,
@@ -187,8 +187,8 @@ def _ancestor(number: int, ancestor: Ancestor) -> dict[str, Json]:
 
 
 def _document(
-    component: Mapping[str, Json], rows: Sequence[Json], needs: Sequence[str]
-) -> dict[str, Json]:
+    component: Mapping[str, JsonValue], rows: Sequence[JsonValue], needs: Sequence[str]
+) -> dict[str, JsonValue]:
     own = str(component["bom-ref"])
     facts = key_of([component, rows])
     return {
@@ -214,6 +214,6 @@ def _hash(digest: Digest) -> dict[str, str]:
     return {"alg": "SHA-256", "content": digest.hex}
 
 
-def _license(name: str) -> dict[str, Json]:
+def _license(name: str) -> dict[str, JsonValue]:
     known = _LICENSES.get(name.lower())
     return {"license": {"id": known} if known else {"name": name}}

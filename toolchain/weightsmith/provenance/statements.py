@@ -11,7 +11,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsmith import __version__
-from weightsmith.core.values import Blob, Digest, FileEntry, Json, Tree, canonical, tree_digest
+from weightsmith.core.values import (
+    Blob,
+    Digest,
+    FileEntry,
+    Json,
+    JsonValue,
+    Tree,
+    Writable,
+    canonical,
+    tree_digest,
+)
 from weightsmith.oci.image import Image
 
 STATEMENT = "https://in-toto.io/Statement/v1"
@@ -33,11 +43,11 @@ class Resource:
     digest: Digest
     uri: str = ""
     media_type: str = ""
-    annotations: Mapping[str, Json] | None = None
+    annotations: Mapping[str, JsonValue] | None = None
 
-    def row(self) -> dict[str, Json]:
+    def row(self) -> dict[str, JsonValue]:
         """Return it as JSON."""
-        found: dict[str, Json] = {"name": self.name, "digest": {"sha256": self.digest.hex}}
+        found: dict[str, JsonValue] = {"name": self.name, "digest": {"sha256": self.digest.hex}}
         extra = {"uri": self.uri, "mediaType": self.media_type, "annotations": self.annotations}
         return found | {key: value for key, value in extra.items() if value}
 
@@ -123,23 +133,23 @@ class Statement:
         )
 
     @property
-    def parameters(self) -> Mapping[str, Json]:
+    def parameters(self) -> Mapping[str, JsonValue]:
         """A transformation's parameters."""
         found = self._definition.get("externalParameters")
         return found if isinstance(found, dict) else {}
 
     @property
-    def _definition(self) -> Mapping[str, Json]:
+    def _definition(self) -> Mapping[str, JsonValue]:
         return self._at("predicate", "buildDefinition")
 
-    def _at(self, *keys: str) -> Mapping[str, Json]:
-        value: Json = self.document
+    def _at(self, *keys: str) -> Mapping[str, JsonValue]:
+        value: JsonValue = self.document
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value if isinstance(value, dict) else {}
 
 
-def _digests(rows: Json) -> dict[str, str]:
+def _digests(rows: JsonValue) -> dict[str, str]:
     """Return resource descriptors as name -> `sha256:…`.
 
     Malformed descriptors are left out, and so are names that occur more than once.
@@ -167,7 +177,7 @@ def provenance(
     kind: str,
     subjects: Sequence[Resource],
     *,
-    parameters: Mapping[str, Json],
+    parameters: Mapping[str, JsonValue],
     dependencies: Sequence[Resource],
     builder: Sequence[Resource] = (),
     byproducts: Sequence[Resource] = (),
@@ -176,7 +186,7 @@ def provenance(
 
     It has no times, which would change the digest with every run; they are in build.json.
     """
-    details: dict[str, Json] = {
+    details: dict[str, JsonValue] = {
         "builder": {
             "id": f"{_PROJECT}@{__version__}",
             "version": {"weightsmith": __version__},
@@ -199,7 +209,7 @@ def provenance(
     )
 
 
-def statement(subjects: Sequence[Resource], predicate_type: str, predicate: Json) -> Statement:
+def statement(subjects: Sequence[Resource], predicate_type: str, predicate: Writable) -> Statement:
     """Return an in-toto statement about the subjects."""
     return Statement(
         {

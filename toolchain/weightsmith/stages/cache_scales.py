@@ -28,10 +28,12 @@ from weightsmith.core.values import (
     Checkpoint,
     Digest,
     Json,
+    JsonValue,
     Sources,
     StageInputs,
     Stream,
     Tree,
+    Writable,
     canonical,
 )
 from weightsmith.models.facts import ModelFacts, read_facts
@@ -118,7 +120,7 @@ def with_cache_scales(
     return timer.done(found, cached=measured.cached and made.cached)
 
 
-def stored(measured: Mapping[str, Json], weights: Tree, tools: Tools) -> Tree | None:
+def stored(measured: Mapping[str, JsonValue], weights: Tree, tools: Tools) -> Tree | None:
     """Return weights with scales from the store; None if it lacks them.
 
     `measured` are the inputs of the measurement, as a build's record has them.
@@ -131,7 +133,7 @@ def stored(measured: Mapping[str, Json], weights: Tree, tools: Tools) -> Tree | 
     return _ScaledTree(scaled.tree, weights) if scaled else None
 
 
-def _written(artifact: Digest, scales: Mapping[str, Json]) -> StageInputs:
+def _written(artifact: Digest, scales: Mapping[str, JsonValue]) -> StageInputs:
     """Return what an artifact with scales depends on."""
     return StageInputs(
         stage="cache-scales-written",
@@ -200,7 +202,7 @@ def _is_weight(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
-def _write(tree: Tree, scales: Mapping[str, list[float]], folder: Path) -> Mapping[str, Json]:
+def _write(tree: Tree, scales: Mapping[str, list[float]], folder: Path) -> Mapping[str, JsonValue]:
     """Write the scales, and the small files: configuration and index name them."""
     import numpy as np
 
@@ -229,7 +231,7 @@ def _write(tree: Tree, scales: Mapping[str, list[float]], folder: Path) -> Mappi
     return {}
 
 
-def _write_json(path: Path, value: Json) -> None:
+def _write_json(path: Path, value: JsonValue) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -292,7 +294,7 @@ class CacheScalesStep(TargetStep[Artifact, ForeseenWeights]):
     sources: Step[Sources, Sources]
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """What the cache is, and the text that it is measured on."""
         recipe = self.file.recipe
         calibration = recipe.calibration and recipe.calibration.model_dump(mode="json")

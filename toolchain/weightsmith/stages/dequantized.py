@@ -12,7 +12,7 @@ from weightsmith.core.jobs import DequantizedJob
 from weightsmith.core.platforms import host_platform
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
+from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, JsonValue, StageInputs
 from weightsmith.evaluating.asking import batch_memory, memory_limit, walk_of
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
 from weightsmith.evaluating.seconds import answer_seconds
@@ -93,7 +93,7 @@ def dequantized(
 
 def _run(
     checkpoint: Checkpoint, artifact: Artifact, result: Result, tools: Tools, folder: Path
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     tools.runner.prepare(BUILDER, tools.progress)
     task, size, model = result.task.task, checkpoint.tree.size, checkpoint.tree.texts
     job = DequantizedJob(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import StartSpec
-from weightsmith.core.values import LORA, Artifact, Digest, Json, Sources, StageInputs
+from weightsmith.core.values import LORA, Artifact, Digest, JsonValue, Sources, StageInputs
 from weightsmith.evaluating.results import Result, judged
 from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession
@@ -67,7 +67,7 @@ class TaskInProgress:
     result: Result
     model: str = ""
     """The model's name in requests; "" for the image's served name."""
-    fields: Mapping[str, Json] = field(default_factory=dict)
+    fields: Mapping[str, JsonValue] = field(default_factory=dict)
     """Extra request fields, for engines that do not choose the adapter by name."""
 
 
@@ -191,7 +191,7 @@ def smoke_inputs(image: Digest) -> StageInputs:
     return StageInputs(stage="smoke", recipe_number=RECIPE_NUMBER, inputs={"image": image})
 
 
-def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, Json]]:
+def checks_of(image: Digest, tools: Tools) -> Sequence[Mapping[str, JsonValue]]:
     """Return the results of the checks that an image passed; () if it was not started."""
     entry = tools.store.find(smoke_inputs(image).key)
     return tuple(entry.meta.get("checks", ())) if entry else ()

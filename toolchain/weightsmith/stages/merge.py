@@ -20,12 +20,13 @@ from weightsmith.core.values import (
     Checkpoint,
     Digest,
     FileEntry,
-    Json,
+    JsonValue,
     Snapshot,
     Sources,
     StageInputs,
     Tree,
     VirtualWeights,
+    Writable,
 )
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.combining.combination import SUMS, Combination
@@ -215,7 +216,7 @@ def _run(
     *,
     keep_adapter: bool = False,
     headers_only: bool = False,
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     cost = check(sources, options, files=not headers_only)
     written = 0 if keep_adapter else cost["write_bytes"]
     tools.store.require_room(written, "the merged checkpoint")
@@ -307,7 +308,7 @@ class MergeStep(Step[Checkpoint, ForeseenWeights]):
     """Whether a target needs the merged weights as files."""
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """How it merges."""
         return asdict(self.file.recipe.merge) if self.merges else None
 

@@ -10,7 +10,14 @@ from weightsmith.core.job_inputs import Input, Virtual
 from weightsmith.core.jobs import QualityJob
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, Json, StageInputs
+from weightsmith.core.values import (
+    Artifact,
+    Checkpoint,
+    Digest,
+    Format,
+    StageInputs,
+    Writable,
+)
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import COMPARING, DEQUANTIZED, WalkSize, model_pass_bytes
 from weightsmith.models.facts import ModelFacts
@@ -201,7 +208,7 @@ class QualityStep(TargetStep[QualityResult | None, None]):
         return self.of.target.format
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """The limits."""
         return self.file.recipe.quality.model_dump(mode="json")
 

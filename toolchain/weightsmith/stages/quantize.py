@@ -22,10 +22,12 @@ from weightsmith.core.values import (
     Digest,
     Format,
     Json,
+    JsonValue,
     Snapshot,
     Sources,
     StageInputs,
     Tree,
+    Writable,
 )
 from weightsmith.forward.memory import UNKNOWN
 from weightsmith.models.facts import ModelFacts, read_facts
@@ -73,7 +75,7 @@ class QuantizeOptions:
     name: str
     """The model's name in the file's metadata."""
     format: Format
-    options: Mapping[str, Json] = field(default_factory=dict)
+    options: Mapping[str, JsonValue] = field(default_factory=dict)
     texts: Texts | None = None
     """Calibration text; None if the format needs none."""
     statistics: Input | None = None
@@ -252,7 +254,7 @@ def _kept(
     others: Sequence[QuantizeOptions],
     to: Destination,
     result: Mapping[str, Json],
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     """Store what was made beside the first format; return the first one's facts."""
     facts = {key: value for key, value in result.items() if key != "siblings"}
     about = {key: facts[key] for key in _OF_THE_JOB if key in facts}
@@ -270,7 +272,7 @@ def _quantized(
     options: QuantizeOptions,
     others: Sequence[QuantizeOptions],
     tools: Tools,
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     tools.runner.prepare(of_format(options.format.name).builder, tools.progress)
     job = job_of(Input.checkpoint(checkpoint), checkpoint.tree.size, options, folder)
     job = replace(
@@ -362,7 +364,7 @@ def quantize_options(
     """Return the options of a format; raises UsageError, or InputRefused for its files."""
     if format_.name not in formats():  # the checkpoint itself, or a format made elsewhere
         return QuantizeOptions(name=file.recipe.name, format=format_)
-    about: dict[str, Json] = {"base_models": [_origin(base)]}
+    about: dict[str, JsonValue] = {"base_models": [_origin(base)]}
     if file.recipe.base.license:
         about["license"] = file.recipe.base.license
     settings = file.recipe.quantize.model_dump()
@@ -375,8 +377,8 @@ def quantize_options(
 def format_options(
     name: str,
     format_: Format,
-    settings: Mapping[str, Json],
-    about: Mapping[str, Json],
+    settings: Mapping[str, JsonValue],
+    about: Mapping[str, JsonValue],
     model: Tree,
     tools: Tools,
 ) -> QuantizeOptions:
@@ -446,7 +448,7 @@ class QuantizeStep(TargetStep[Artifact, ForeseenWeights]):
     """Formats that the build's other targets need, and that may be made in the same pass."""
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """The format, and how it is made."""
         recipe = self.file.recipe
         calibration = recipe.calibration and recipe.calibration.model_dump(mode="json")

@@ -11,7 +11,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.jobs import ReferenceJob
-from weightsmith.core.values import Checkpoint, Json, Sources, StageInputs
+from weightsmith.core.values import Checkpoint, Json, JsonValue, Sources, StageInputs, Writable
 from weightsmith.evaluating.asking import walk_of as walk_of_task
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
@@ -109,7 +109,7 @@ def _keep(asked: Iterable[AskedSubject], rows: Mapping[str, Json], to: Documents
             to.document(_key(one), _ANSWERS, partial(_answered, rows[one.key]))
 
 
-def _answered(rows: Json, _: Path) -> Json:
+def _answered(rows: JsonValue, _: Path) -> JsonValue:
     return rows
 
 
@@ -155,7 +155,7 @@ def _key(one: AskedSubject) -> partial[StageInputs]:
 
 
 def _stored(one: AskedSubject, to: Documents) -> Json:
-    def gone(_: Path) -> Json:
+    def gone(_: Path) -> JsonValue:
         raise AssertionError("answers vanished from the store")
 
     return to.document(_key(one), _ANSWERS, gone).value
@@ -163,7 +163,7 @@ def _stored(one: AskedSubject, to: Documents) -> Json:
 
 def _run(job: ReferenceJob, tools: Tools) -> Mapping[str, Json]:
     tools.runner.prepare(BUILDER, tools.progress)
-    found: Mapping[str, Json] = tools.runner.run(job, tools.progress)
+    found = tools.runner.run(job, tools.progress)
     answers: Mapping[str, Json] = found["answers"]
     return answers
 
@@ -261,7 +261,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
         return "merge" if self.merges else ""
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """The questions."""
         recipe = self.file.recipe
         each = (recipe.evaluate, *(adapter.evaluate for adapter in recipe.adapters))

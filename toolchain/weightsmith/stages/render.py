@@ -27,7 +27,16 @@ from jinja2 import (
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.resources import templates
-from weightsmith.core.values import LORA, Artifact, Checkpoint, Digest, Json, Published, Sources
+from weightsmith.core.values import (
+    LORA,
+    Artifact,
+    Checkpoint,
+    Digest,
+    JsonValue,
+    Published,
+    Sources,
+    Writable,
+)
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_names import gguf_models
 from weightsmith.oci.layout import is_layout
@@ -211,7 +220,12 @@ def render_unplanned(
     plan = ServingPlan(device=CPU if engine.base.cpu else "gpu")
     served = _served(engine, name, model_file, weight_bytes, projector)
     config, settings = _config(target, plan, served), engine.file_settings(plan, served)
-    facts = {"name": name, "version": "0", "plan": plan, "file_settings": settings}
+    facts: dict[str, Writable] = {
+        "name": name,
+        "version": "0",
+        "plan": plan,
+        "file_settings": settings,
+    }
     environment = _environment((templates() / engine.name, templates() / "deploy"))
     inside = {
         path: _one(environment, f"{file}.j2", facts)
@@ -252,7 +266,7 @@ def _served(
     )
 
 
-def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Mapping[str, Json]:
+def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Mapping[str, Writable]:
     return {
         "engine_title": engine.title,
         "start_command": [*engine.entrypoint, *engine.command(plan, served)],
@@ -274,7 +288,7 @@ def _engine_facts(engine: Engine, plan: ServingPlan, served: ServedModel) -> Map
     }
 
 
-def _as_arguments(settings: Mapping[str, Json]) -> list[str]:
+def _as_arguments(settings: Mapping[str, JsonValue]) -> list[str]:
     """Return settings as command-line arguments, for manifests that take only arguments."""
     words: list[str] = []
     for key, value in settings.items():
@@ -286,7 +300,7 @@ def _as_arguments(settings: Mapping[str, Json]) -> list[str]:
     return words
 
 
-def _parts(image: str) -> Mapping[str, Json]:
+def _parts(image: str) -> Mapping[str, JsonValue]:
     """Return a reference as repository and tag; the tag includes the digest: `a/b`, `1@sha256:…`.
 
     Charts join them as `repository:tag`; a digest without a tag gets one, which has no effect.
@@ -303,7 +317,7 @@ def startup_seconds(weight_bytes: int) -> int:
     return max(600, 60 + weight_bytes // _SLOWEST_DISK // 10 * 10)
 
 
-def render_files(folders: tuple[Path, ...], facts: Mapping[str, Json]) -> dict[str, str]:
+def render_files(folders: tuple[Path, ...], facts: Mapping[str, Writable]) -> dict[str, str]:
     """Render every template of these folders; files in earlier folders take precedence."""
     environment = _environment(folders)
     names = sorted(environment.list_templates(extensions=["j2"]))
@@ -336,7 +350,7 @@ def _environment(folders: tuple[Path, ...]) -> Environment:
     return environment
 
 
-def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> str:
+def _one(environment: Environment, template: str, facts: Mapping[str, Writable]) -> str:
     try:
         return environment.get_template(template).render(facts)
     except UndefinedError as error:
@@ -356,7 +370,7 @@ def _one(environment: Environment, template: str, facts: Mapping[str, Json]) -> 
         ) from None
 
 
-def _yaml(value: Json) -> str:
+def _yaml(value: JsonValue) -> str:
     """Return a value in YAML's flow style, with double-quoted and escaped strings."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_yaml(str(k))}: {_yaml(v)}" for k, v in value.items()) + "}"
@@ -404,7 +418,7 @@ def _dns_label(value: str, longest: int = 60) -> str:
     return label[:longest].rstrip("-")
 
 
-def _literal(value: Json) -> Json:
+def _literal(value: JsonValue) -> JsonValue:
     """Return a text, or a list of texts, that Kubernetes expands to the given one.
 
     It reads `$$` as a dollar sign and `$(NAME)` as a variable in commands, arguments and `env`:
@@ -465,7 +479,7 @@ class RenderStep(TargetStep[ServingConfig, ServingPlan]):
     """The same weights, with what lies beside them in the image."""
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """How it is served."""
         return [self.target, self.file.recipe.serve.model_dump(mode="json")]
 

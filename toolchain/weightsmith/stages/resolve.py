@@ -12,7 +12,14 @@ from weightsmith.core.jobs import ImportGgufJob
 from weightsmith.core.ports import SourceReader
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import AdapterSnapshot, Json, Snapshot, Sources, StageInputs, Tree
+from weightsmith.core.values import (
+    AdapterSnapshot,
+    Snapshot,
+    Sources,
+    StageInputs,
+    Tree,
+    Writable,
+)
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, ignored_files
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.recipe.schema import Adapter, Base
@@ -179,7 +186,7 @@ class ResolveStep(Step[Sources, Sources]):
     """Pin sources again."""
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """Base and adapters, without what they are asked."""
         recipe = self.file.recipe
         adapters = [one.model_dump(mode="json", exclude={"evaluate"}) for one in recipe.adapters]

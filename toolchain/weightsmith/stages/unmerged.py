@@ -19,7 +19,7 @@ from weightsmith.core.values import (
     Checkpoint,
     Digest,
     FileEntry,
-    Json,
+    JsonValue,
     Sources,
     StageInputs,
     Tree,
@@ -99,7 +99,7 @@ def _converted(sources: Sources, tools: Tools) -> tuple[list[Tree], bool]:
 
 def _make(
     sources: Sources, missing: Mapping[Digest, AdapterSnapshot], tools: Tools, folder: Path
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     """Convert adapters in one job; store all but the first, and leave this one in the folder."""
     trees = {key.hex: one.snapshot.tree for key, one in missing.items()}
     tools.runner.prepare(_BUILDER, tools.progress)

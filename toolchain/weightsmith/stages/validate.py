@@ -12,7 +12,15 @@ from weightsmith.core.jobs import CombinationRule, ValidateJob
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import Checkpoint, Digest, Json, Sources, StageInputs, key_of
+from weightsmith.core.values import (
+    Checkpoint,
+    Digest,
+    Json,
+    Sources,
+    StageInputs,
+    Writable,
+    key_of,
+)
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import COMPARING, WalkSize, model_pass_bytes
 from weightsmith.merging.combining.combination import PRUNING, SUMS
@@ -195,7 +203,7 @@ class ValidateStep(Step[Validation | None, None]):
     """() for the built-in ones."""
 
     @property
-    def options(self) -> Json:
+    def options(self) -> Writable:
         """What is asked, and whether."""
         recipe = self.file.recipe
         questions = recipe.evaluate.data if recipe.evaluate else ""

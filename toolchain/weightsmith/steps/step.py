@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.json_objects import JsonObject
-from weightsmith.core.values import Digest, JsonValue, StageInputs, Tree, key_of, plain
+from weightsmith.core.values import Digest, JsonValue, StageInputs, Tree, Writable, key_of, plain
 from weightsmith.evaluating.results import Result
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.models.facts import ModelFacts, read_facts
@@ -205,7 +205,7 @@ class Step(Generic[T_co, F_co]):
         return ()
 
     @property
-    def options(self) -> JsonValue:
+    def options(self) -> Writable:
         """The part of the recipe that it depends on, beside the steps that it needs."""
         return None
 

@@ -22,7 +22,7 @@ from weightsmith.core.ports import (
     Store,
     StoreEntry,
 )
-from weightsmith.core.values import Digest, JsonValue
+from weightsmith.core.values import Digest, Writable
 from weightsmith.oci.registry import Registry
 
 
@@ -36,13 +36,13 @@ class UploadEntry(Protocol):
     """Puts a result of the store into the shared cache now, unless it is there."""
 
     def __call__(
-        self, key: Digest, note: Mapping[str, JsonValue], entry: StoreEntry, *, again: bool = False
+        self, key: Digest, note: Mapping[str, Writable], entry: StoreEntry, *, again: bool = False
     ) -> None:
         """Upload the entry; with `again`, look anew for all of it, since it may have been lost."""
 
 
 def shares_nothing(
-    key: Digest, note: Mapping[str, JsonValue], entry: StoreEntry, *, again: bool = False
+    key: Digest, note: Mapping[str, Writable], entry: StoreEntry, *, again: bool = False
 ) -> None:
     """Raise UsageError: there is no shared cache."""
     del key, note, entry, again

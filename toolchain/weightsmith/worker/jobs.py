@@ -40,7 +40,7 @@ from weightsmith.core.jobs import (
     ValidateJob,
 )
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Format, JsonValue, plain
+from weightsmith.core.values import Format, JsonValue, Writable, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
@@ -303,7 +303,7 @@ def _layer_time(job: LayerTimeJob, report: Report) -> Mapping[str, JsonValue]:
     return _mapping(module.layer_time(job.model.path, job.counts, tell))
 
 
-def _mapping(value: object) -> Mapping[str, JsonValue]:
+def _mapping(value: Writable) -> Mapping[str, JsonValue]:
     mapping = plain(value)
     return mapping if isinstance(mapping, dict) else {}
 
