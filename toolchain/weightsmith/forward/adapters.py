@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from weightsmith.models.folder import check_adapter_folder
 from weightsmith.models.peft_keys import KEY_MAPPING, check_peft_keys
 from weightsmith.models.peft_patterns import check_peft_patterns
 from weightsmith.models.safetensors import read_header
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
 
 _HINT = (
     "check that adapter_config.json is complete and that the adapter was trained on this base; "
@@ -35,7 +38,7 @@ class NeedsWeights(ModelFails):
     """PEFT computes with the base's weights as it loads an adapter, and they are read later."""
 
 
-def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
+def with_adapters(model: Model, adapters: Sequence[tuple[Path, float]]) -> Model:
     """Load adapters with PEFT, unmerged and all active, on a model with or without its weights.
 
     Their weights are in memory in float32. If they were trained with another number of tokens, the
@@ -65,7 +68,7 @@ def with_adapters(model: Any, adapters: Sequence[tuple[Path, float]]) -> Any:
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _loaded(model: Any, root: Path, how: Mapping[str, Any]) -> Any:
+def _loaded(model: Model, root: Path, how: Mapping[str, Any]) -> Model:
     """Return a model with one more adapter."""
     from peft import PeftModel
 
@@ -95,7 +98,7 @@ def _without_weights(root: Path) -> Iterator[None]:
 
 
 @running()
-def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
+def _load_again(model: Model, adapters: Mapping[str, tuple[Path, float]]) -> None:
     """Load all tensors in float32, such as those of layers that PEFT replicates."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -109,7 +112,7 @@ def _load_again(model: Any, adapters: Mapping[str, tuple[Path, float]]) -> None:
 
 
 @running()
-def _use_saved_basis(model: Any) -> None:
+def _use_saved_basis(model: Model) -> None:
     """Compute FRoD's factors anew, from the basis that was saved with the adapter.
 
     PEFT computes them from a basis of its own, whose signs depend on the number of threads, and
@@ -128,7 +131,7 @@ def _use_saved_basis(model: Any) -> None:
                 layer.frod_U[name] = made.to(factor.dtype)
 
 
-def _resize(model: Any, adapters: Sequence[Path]) -> bool:
+def _resize(model: Model, adapters: Sequence[Path]) -> bool:
     """Give embedding and head as many rows as the adapters saved; return whether any differ.
 
     PEFT fills them. Raises InputRefused if an adapter saved only one of two that are not tied, or
@@ -173,7 +176,7 @@ def _saved_rows(root: Path) -> dict[tuple[str, tuple[int, ...]], int]:
     return found
 
 
-def _set_rows(module: Any, rows: int) -> None:
+def _set_rows(module: torch.nn.Module, rows: int) -> None:
     """Give an embedding or head so many rows, without weights."""
     for name, old in list(module.named_parameters(recurse=False)):
         new = missing((rows, *old.shape[1:]))
@@ -202,27 +205,25 @@ def _check_tokens(root: Path, rows: int) -> None:
 def _tie_again(model: Any) -> None:
     """Tie tied parameters of which an adapter has saved one alone."""
     for names in dict(getattr(model, "all_tied_weights_keys", {})).items():
-        both = [_parameter(model, name) for name in names]
-        if any(one is None for one in both) or both[0].shape != both[1].shape:
+        both = [one for name in names if (one := _parameter(model, name)) is not None]
+        if len(both) < 2 or both[0].shape != both[1].shape:
             continue
         for one, other in (both, both[::-1]):
             if has_no_weights(one) and not has_no_weights(other):
                 one.data = other.data
 
 
-def _parameter(model: Any, name: str) -> Any:
+def _parameter(model: Model, name: str) -> torch.nn.Parameter | None:
     """Return a parameter by its name before PEFT wrapped the model, or None if PEFT moved it."""
-    try:
-        return model.get_parameter(name)
-    except AttributeError:
-        module, _, last = name.rpartition(".")
-        try:
-            return model.get_parameter(f"{module}.base_layer.{last}")
-        except AttributeError:
-            return None
+    module, _, last = name.rpartition(".")
+    for place in (name, f"{module}.base_layer.{last}"):
+        with suppress(AttributeError):
+            found: torch.nn.Parameter = model.get_parameter(place)
+            return found
+    return None
 
 
-def replication(model: Any) -> list[int] | None:
+def replication(model: Model) -> list[int] | None:
     """Return the base layer of each layer if an adapter replicates layers, else None."""
     for config in model.peft_config.values():
         spans = getattr(config, "layer_replication", None)

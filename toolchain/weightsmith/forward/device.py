@@ -51,14 +51,14 @@ class DeviceCopier:
         if waiting is not None:
             yield self._arrived(*waiting)
 
-    def _copied(self, part: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    def _copied(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if self._copies is None:
             return part.to(self._device), None
         with torch.cuda.stream(self._copies):
             piece = part.pin_memory().to(self._device, non_blocking=True)
             return piece, self._copies.record_event()
 
-    def _arrived(self, piece: torch.Tensor, event: Any) -> torch.Tensor:
+    def _arrived(self, piece: torch.Tensor, event: torch.cuda.Event) -> torch.Tensor:
         """Return a piece that the products may use: they wait for its copy, and it for them."""
         if event is not None:
             current = torch.cuda.current_stream(self._device)

@@ -9,7 +9,7 @@ those with transposed matrices (gpt-oss) one expert.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,6 +18,10 @@ from torch.nn import functional
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Key, Lockstep
 from weightsmith.forward.products import Matrix
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 
 Parts: TypeAlias = Sequence[Callable[[], Matrix]]
 """Read the matrices [rows, columns] of one expert, which follow each other."""
@@ -101,7 +105,7 @@ class ExpertStack(LazyTensor):
         self._deltas, self._lockstep = deltas, lockstep
         self.shape = torch.Size((len(experts), *self._expert(0).shape))
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int | slice | torch.Tensor) -> Expert | torch.Tensor:
         """Return one expert, or what the whole tensor has at any other index."""
         if isinstance(index, torch.Tensor) and not index.dim():
             index = int(index)
@@ -147,7 +151,7 @@ def read_one_by_one(
         module.config._experts_implementation = "eager"  # noqa: SLF001 - transformers' own switch
 
 
-def wrapped_experts(layer: Any) -> tuple[Any, Mapping[str, Deltas]] | None:
+def wrapped_experts(layer: torch.nn.Module) -> tuple[torch.nn.Module, Mapping[str, Deltas]] | None:
     """Return the module below PEFT's wrappers of stacked parameters, and what these add to each.
 
     The wrappers then only call it. None if another kind of layer is among them, or biases.
@@ -167,7 +171,7 @@ def wrapped_experts(layer: Any) -> tuple[Any, Mapping[str, Deltas]] | None:
     return inner, {name: _deltas(all_) for name, all_ in added.items()}
 
 
-def call_only(layer: Any, inner: Any) -> None:
+def call_only(layer: BaseTunerLayer, inner: torch.nn.Module) -> None:
     """Let PEFT's wrappers around a module do nothing but call it."""
     while layer is not inner:
         below = layer.base_layer
@@ -175,7 +179,7 @@ def call_only(layer: Any, inner: Any) -> None:
         layer = below
 
 
-def _deltas(wrappers: Sequence[Any]) -> Deltas:
+def _deltas(wrappers: Sequence[BaseTunerLayer]) -> Deltas:
     def factors() -> list[Delta]:
         return [
             wrapper.get_delta_factors(name)
@@ -188,14 +192,14 @@ def _deltas(wrappers: Sequence[Any]) -> Deltas:
     return factors
 
 
-def stacks_of(layer: Any) -> Mapping[str, ExpertStack]:
+def stacks_of(layer: BaseTunerLayer) -> Mapping[str, ExpertStack]:
     """Return the stacks of the module below PEFT's wrappers."""
     return {
         n: one for n, one in vars(layer.get_base_layer()).items() if isinstance(one, ExpertStack)
     }
 
 
-def is_stacked(module: Any, name: str) -> bool:
+def is_stacked(module: torch.nn.Module, name: str) -> bool:
     """Return whether a parameter may be a stack of matrices.
 
     Not a convolution's filter, and not a vector of shape [1, 1, columns] such as RWKV's.

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,11 @@ from weightsmith.forward.heads import some_logits
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
 from weightsmith.forward.positions import BatchPositions, only
+
+if TYPE_CHECKING:
+    from transformers import Cache, PretrainedConfig
+
+    from weightsmith.forward.kinds import Model
 
 Tokens = Sequence[int]
 Written = tuple[int, int, list[int]]
@@ -82,7 +87,7 @@ class Questions:
 
 
 @torch.inference_mode()
-def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answers:
+def greedy(model: Model, asked: Questions, advance: Callable[[int], None]) -> Answers:
     """Return the most likely tokens after each prompt, including the token that ends an answer.
 
     A draft's tokens are read some at a time and accepted up to the first that is not the most
@@ -110,7 +115,7 @@ def greedy(model: Any, asked: Questions, advance: Callable[[int], None]) -> Answ
     return Answers([answers.tokens[n] for n in numbers], [answers.margins[n] for n in numbers])
 
 
-def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
+def _usable_drafts(model: Model, asked: Questions) -> dict[int, list[int]]:
     """Return the drafts that can be read in one pass, as far as their tokens are the model's.
 
     Returns none if the model's positions depend on the length of the text.
@@ -125,13 +130,13 @@ def _usable_drafts(model: Any, asked: Questions) -> dict[int, list[int]]:
     return drafts
 
 
-def batch_tokens(model: Any, asked: Questions) -> int:
+def batch_tokens(model: Model, asked: Questions) -> int:
     """Return how many tokens of prompts and answers a batch may have."""
     return min(BATCH_TOKENS, asked.batch_bytes // token_bytes(**_sizes(model)))
 
 
 def _fits(
-    model: Any, asked: Questions, shared: Prefix, drafts: Mapping[int, Tokens]
+    model: Model, asked: Questions, shared: Prefix, drafts: Mapping[int, Tokens]
 ) -> Callable[[int, int], bool]:
     """Return whether a batch of so many rows, the longest of so many tokens, fits into memory.
 
@@ -167,7 +172,7 @@ def _sizes(model: Any) -> dict[str, int]:
     }
 
 
-def _size(config: Any, name: str) -> int:
+def _size(config: PretrainedConfig, name: str) -> int:
     """Return a size, the largest if each layer has its own; 0 if there is none for all layers."""
     try:
         value = getattr(config, name)
@@ -204,7 +209,11 @@ def _ended(tokens: Tokens, asked: Questions) -> bool:
 
 
 def _continue(
-    model: Any, asked: Questions, shared: Prefix, drafts: Mapping[int, Draft], found: _AnswersSoFar
+    model: Model,
+    asked: Questions,
+    shared: Prefix,
+    drafts: Mapping[int, Draft],
+    found: _AnswersSoFar,
 ) -> None:
     """Write answers to their ends, each with its draft."""
     longest = max(len(asked.prompts[n]) for n in drafts)
@@ -234,7 +243,7 @@ def _continue(
 
 
 def _read_drafts(
-    model: Any, asked: Questions, found: _AnswersSoFar, drafts: Mapping[int, Tokens]
+    model: Model, asked: Questions, found: _AnswersSoFar, drafts: Mapping[int, Tokens]
 ) -> None:
     """Check drafts, each as a whole, by a model without keys and values of single tokens."""
     rest, most = dict(drafts), batch_tokens(model, asked)
@@ -254,7 +263,7 @@ def _read_drafts(
 
 
 def _read(
-    model: Any, rows: Sequence[Tokens], counts: Sequence[int], filler: int, keys: Any = None
+    model: Model, rows: Sequence[Tokens], counts: Sequence[int], filler: int, keys: Cache = None
 ) -> list[tuple[list[int], list[float]]]:
     """Return the most likely token after each of a row's last tokens, so many per row, and margins.
 
@@ -293,7 +302,7 @@ def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best[..., 0], highest[..., 0] - others
 
 
-def _generate(model: Any, asked: Questions, batch: Sequence[int], found: _AnswersSoFar) -> None:
+def _generate(model: Model, asked: Questions, batch: Sequence[int], found: _AnswersSoFar) -> None:
     """Continue a batch until all of its answers have ended, by the model's own kind of cache.
 
     It is padded on the left; padding is masked and positions count without it.
@@ -339,7 +348,7 @@ _ALIKE = 1e-3
 """Of the largest logit: sums in another order differ by a hundredth of that."""
 
 
-def batches_change(model: Any, empty: Prefix, prompts: Sequence[Sequence[int]], pad: int) -> bool:
+def batches_change(model: Model, empty: Prefix, prompts: Sequence[Sequence[int]], pad: int) -> bool:
     """Return whether padding beside a text, or a hole in it, changes the model's next token.
 
     It does where positions are counted by column, as in BART's decoder, where a state has read the
@@ -359,7 +368,7 @@ def batches_change(model: Any, empty: Prefix, prompts: Sequence[Sequence[int]], 
     return bool((alone - other).abs().max() > _ALIKE * alone.abs().max())
 
 
-def _with_a_hole(model: Any, empty: Prefix, text: Sequence[int], pad: int) -> torch.Tensor:
+def _with_a_hole(model: Model, empty: Prefix, text: Sequence[int], pad: int) -> torch.Tensor:
     """Return the logits after a text of which a column before its last token was taken back."""
     keys, width = empty.rows(1, len(text) + 1), len(text)
     _last(model, [*text[:-1], pad], **keys.given(torch.tensor([width]), width))
@@ -367,7 +376,7 @@ def _with_a_hole(model: Any, empty: Prefix, text: Sequence[int], pad: int) -> to
     return _last(model, text[-1:], **keys.given(torch.tensor([1]), 1))
 
 
-def _padded(model: Any, text: Sequence[int], pad: int) -> torch.Tensor:
+def _padded(model: Model, text: Sequence[int], pad: int) -> torch.Tensor:
     """Return the logits after a text with padding before it, which is masked, and behind it."""
     mask = torch.tensor([[0, *[1] * (len(text) + 1)]])
     given: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
@@ -377,7 +386,9 @@ def _padded(model: Any, text: Sequence[int], pad: int) -> torch.Tensor:
 
 
 @running()
-def _last(model: Any, ids: Sequence[int], place: int = -1, **given: Any) -> torch.Tensor:
+def _last(
+    model: Model, ids: Sequence[int], place: int = -1, **given: torch.Tensor | bool
+) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)]), **given).logits
     return logits[0, place].float()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,13 +11,18 @@ from weightsmith.forward.libraries import running
 from weightsmith.forward.memory import LOGIT_BYTES
 from weightsmith.forward.network import decoder_of
 
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
+
 Places = tuple[torch.Tensor, torch.Tensor]
 """Rows and columns of a batch."""
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings by which a model changes its head's logits, and so their margins."""
 
 
-def some_logits(model: Any, ids: torch.Tensor, places: Places, **more: Any) -> Iterator[Any]:
+def some_logits(
+    model: Model, ids: torch.Tensor, places: Places, **more: torch.Tensor | bool
+) -> Iterator[Any]:
     """Yield a model's logits at some places of a batch, [positions, vocabulary], in order.
 
     `ids` are [rows, columns]; `more` goes to the model with them.
@@ -28,11 +33,11 @@ def some_logits(model: Any, ids: torch.Tensor, places: Places, **more: Any) -> I
     parts: list[torch.Tensor] = []
     outputs: list[Any] = []
 
-    def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         parts.extend(torch.split(args[0][places], step))
         return (parts[0][None], *args[1:])
 
-    def record(_: Any, __: Any, output: Any) -> None:
+    def record(_: torch.nn.Module, __: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         outputs.append(type(output))
 
     hooks = [head.register_forward_pre_hook(select)]
@@ -49,7 +54,7 @@ def some_logits(model: Any, ids: torch.Tensor, places: Places, **more: Any) -> I
         yield logits_of(model, outputs[0], part) if scaled else head(part[None])[0]
 
 
-def logits_of(model: Any, output: type, states: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Model, output: type, states: torch.Tensor) -> torch.Tensor:
     """Return the logits of a decoder's states [positions, hidden], by the model's own scaling.
 
     `output` is the type that the decoder returns.

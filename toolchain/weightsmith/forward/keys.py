@@ -22,7 +22,7 @@ class KvCacheLayer(DynamicLayer):  # type: ignore[misc]
         """Called after keys and values were added, if not None."""
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values [rows, heads, columns, width]; return all of them."""
         start = self.get_seq_length()
@@ -75,7 +75,7 @@ class Keys:
         """Each row's number of tokens."""
         return self._real.sum(1)
 
-    def given(self, counts: torch.Tensor, width: int) -> dict[str, Any]:
+    def given(self, counts: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
         """Return what a model is called with to read so many more tokens of each row.
 
         They are padded on the right to `width` columns. Without holes, a model needs no mask and

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.forward.device import on_gpu
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import decoder_of, skeleton
 from weightsmith.forward.views import stream
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
 
 _WIDTH = 32
 """Tokens of a row."""
@@ -33,7 +37,7 @@ _BLOCK = 1 << 22
 class _Random:
     """Stands for a checkpoint's weights; all matrices share one random buffer in bfloat16."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Model) -> None:
         shapes = {name: tuple(part.shape) for name, part in model.named_parameters()}
         head = model.get_output_embeddings().weight.shape
         self._rows = min(_HEAD_ROWS, head[0])
@@ -76,7 +80,7 @@ class _Random:
 
 def layer_time(
     root: Path, counts: Sequence[int], tell: Callable[[int, int], None]
-) -> dict[str, Any]:
+) -> Mapping[str, JsonValue]:
     """Return `layers`, and the seconds of one `layer` and of the `head` for each count of tokens.
 
     The layer in the middle runs with random weights of its shapes in memory, by the code of the

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,11 @@ from weightsmith.forward.network import (
 )
 from weightsmith.forward.threads import product
 from weightsmith.forward.views import require_complete, stream
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from weightsmith.forward.kinds import Model
 
 _CACHE = frozenset({"cache", "past_key_values"})
 """A layer's argument for keys and values; transformers has renamed it."""
@@ -68,12 +73,14 @@ class Layers:
         self.states = [self._entered(decoder, batch) for batch in self.batches]
         """Of each batch, in front of the next layer: float32 [texts, longest, hidden]."""
 
-    def _entered(self, decoder: Any, batch: Batch) -> torch.Tensor:
+    def _entered(self, decoder: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Return the first layer's input, and keep what the decoder passes to each layer."""
         first: list[torch.Tensor] = []
 
-        def recording(number: int) -> Any:
-            def forward(hidden_states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        def recording(number: int) -> Callable[..., torch.Tensor]:
+            def forward(
+                hidden_states: torch.Tensor, *more: torch.Tensor, **named: Any
+            ) -> torch.Tensor:
                 first.append(hidden_states)
                 self._calls[number].append(_Call(more, named))
                 return hidden_states
@@ -100,7 +107,7 @@ class Layers:
         return path
 
     @contextmanager
-    def with_weights(self, number: int) -> Iterator[Any]:
+    def with_weights(self, number: int) -> Iterator[torch.nn.Module]:
         """Give a layer its weights in float32 for as long as the context lasts, for any thread."""
         layer = self.layers[number]
         for module in layer.modules():
@@ -110,12 +117,12 @@ class Layers:
             yield layer
 
     @contextmanager
-    def loaded(self, number: int) -> Iterator[Any]:
+    def loaded(self, number: int) -> Iterator[torch.nn.Module]:
         """Give a layer its weights in float32 as long as the context lasts; nothing is trained."""
         with self.with_weights(number) as layer, torch.inference_mode():
             yield layer
 
-    def run(self, number: int, batch: int, cache: Any = None) -> torch.Tensor:
+    def run(self, number: int, batch: int, cache: Cache = None) -> torch.Tensor:
         """Return what a loaded layer makes of a batch's states; `cache` gets keys and values."""
         call = self._calls[number][batch]
         named = dict(call.named)
@@ -144,7 +151,7 @@ def _is_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def _require_rows(model: Any, samples: Sequence[Sequence[int]]) -> None:
+def _require_rows(model: Model, samples: Sequence[Sequence[int]]) -> None:
     """Raise InputRefused for a token that the embedding has no row for."""
     count = model.get_input_embeddings().weight.shape[0]
     largest = max((max(sample) for sample in samples), default=0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,11 @@ from torch import nn
 from weightsmith.forward.libraries import reading
 from weightsmith.forward.weights import Weights
 from weightsmith.models.folder import check_model_folder, check_no_code, scan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from weightsmith.forward.kinds import Model
 
 PEFT_PREFIX = "base_model.model."
 _CONFIG_HINT = (
@@ -25,7 +30,7 @@ _CONFIG_HINT = (
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
-def skeleton(root: Path) -> Any:
+def skeleton(root: Path) -> Model:
     """Return the folder's model in float32 with every parameter missing but real buffers.
 
     A missing parameter is one NaN expanded to the parameter's shape, so that using it by mistake
@@ -90,7 +95,7 @@ def _drawn(draw: Callable[..., torch.Tensor], *given: Any, **named: Any) -> Any:
     return values if isinstance(values, nn.Parameter) else draw(*given, **named)
 
 
-def set_missing(model: Any) -> None:
+def set_missing(model: Model) -> None:
     """Make every parameter on the meta device a missing one."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -98,7 +103,7 @@ def set_missing(model: Any) -> None:
                 setattr(module, name, missing(parameter.shape))
 
 
-def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
+def skeleton_with_weights(root: Path) -> tuple[Model, Weights]:
     """Return the folder's model, with no weights but its buffers, and the weights in its files."""
     check_model_folder(root)
     model = skeleton(root)
@@ -109,7 +114,7 @@ def skeleton_with_weights(root: Path) -> tuple[Any, Weights]:
     return model, weights
 
 
-def lacking(model: Any, weights: Weights) -> list[str]:
+def lacking(model: Model, weights: Weights) -> list[str]:
     """Return the parameters that the model needs and its checkpoint does not have."""
     # Transformers' patterns of parameters that checkpoints may leave out.
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
@@ -138,7 +143,9 @@ def base_name(name: str) -> str:
 
 
 def fill_while_running(
-    outer: Any, weights: Weights, places: dict[tuple[Any, str], str] | None = None
+    outer: torch.nn.Module,
+    weights: Weights,
+    places: dict[tuple[torch.nn.Module, str], str] | None = None,
 ) -> None:
     """Load a module's missing parameters before it runs, and drop them afterwards."""
     places = missing_below(outer, "") if places is None else places
@@ -157,7 +164,7 @@ def fill_while_running(
 
 
 @contextmanager
-def filled(outer: Any, path: str, weights: Weights) -> Iterator[None]:
+def filled(outer: torch.nn.Module, path: str, weights: Weights) -> Iterator[None]:
     """Load the missing parameters below `outer`, and drop them at the end."""
     places = missing_below(outer, path)
     for (module, name), parameter in places.items():
@@ -170,7 +177,7 @@ def filled(outer: Any, path: str, weights: Weights) -> Iterator[None]:
             part.data = missing(part.shape).data
 
 
-def missing_below(outer: Any, path: str) -> dict[tuple[Any, str], str]:
+def missing_below(outer: torch.nn.Module, path: str) -> dict[tuple[torch.nn.Module, str], str]:
     """Return (module, attribute) -> the model's name of every missing parameter below `outer`."""
     return {
         (module, name): base_name(".".join(p for p in (path, inner, name) if p))
@@ -180,7 +187,7 @@ def missing_below(outer: Any, path: str) -> dict[tuple[Any, str], str]:
     }
 
 
-def fill(model: Any, weights: Weights, skip: Sequence[Any] = ()) -> None:
+def fill(model: Model, weights: Weights, skip: Sequence[torch.nn.Module] = ()) -> None:
     """Load every missing parameter of a model, and keep it; modules in `skip` are left alone."""
     left = {id(module) for layer in skip for module in layer.modules()}
     for (module, name), parameter in missing_below(model, "").items():
@@ -188,7 +195,7 @@ def fill(model: Any, weights: Weights, skip: Sequence[Any] = ()) -> None:
             getattr(module, name).data = weights.whole(parameter)
 
 
-def decoder_of(model: Any) -> Any:
+def decoder_of(model: Model) -> PreTrainedModel:
     """Return the module between embeddings and head; Llama 4 names its whole language model."""
     decoder = model.get_decoder()
     head = model.get_output_embeddings()
@@ -202,7 +209,7 @@ def modules_without_text(model: Any) -> list[Any]:
     return [m for m in model.modules() if not any(id(part) in kept for part in m.modules())]
 
 
-def decoder_layers(model: Any) -> list[Any]:
+def decoder_layers(model: Model) -> list[torch.nn.Module]:
     """Return the model's decoder layers: its longest list of modules."""
     lists: list[Any] = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=len, default=()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -20,6 +20,15 @@ from weightsmith.forward.computed import LazyRows
 from weightsmith.forward.libraries import ModelFails
 
 Matrix: TypeAlias = torch.Tensor | LazyRows
+
+
+class Rows(Protocol):
+    """Gives the rows that it is asked for."""
+
+    def __getitem__(self, rows: torch.Tensor, /) -> torch.Tensor:
+        """Return these rows."""
+
+
 Multiply: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
 """Multiplies rows [n, columns] with a tile [m, columns] into the third tensor, [n, m]."""
 

@@ -89,7 +89,7 @@ class _ByProduct(TorchFunctionMode):
         return found.reshape(*many, left.shape[-2], right.shape[-1])
 
     def _of_groups(
-        self, rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor, **_: Any
+        self, rows: torch.Tensor, matrices: torch.Tensor, *, offs: torch.Tensor, **_: torch.Tensor
     ) -> torch.Tensor:
         """Return rows [n, columns] times matrices [groups, columns, m], each its group's.
 

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -32,8 +32,11 @@ from weightsmith.forward.network import (
     skeleton_with_weights,
 )
 from weightsmith.forward.positions import multiplied
-from weightsmith.forward.products import Matrix
+from weightsmith.forward.products import Matrix, Rows
 from weightsmith.forward.weights import Weights
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
 
 
 def view(
@@ -41,7 +44,7 @@ def view(
     adapters: Sequence[tuple[Path, float]],
     lockstep: Lockstep,
     number: int,
-) -> Any:
+) -> Model:
     """Return a transformers model, with PEFT's layers on it, in float32 and ready to run.
 
     Views of the same checkpoint share a `number`. Raises InputRefused if the checkpoint lacks a
@@ -58,7 +61,7 @@ def view(
     return model
 
 
-def require_complete(checkpoint: Path, model: Any, weights: Weights) -> None:
+def require_complete(checkpoint: Path, model: Model, weights: Weights) -> None:
     """Raise InputRefused if a checkpoint lacks a tensor of its architecture."""
     if names := lacking(model, weights):
         more = f" and {len(names) - 1} more" if names[1:] else ""
@@ -103,8 +106,8 @@ def _stream_wrapped(
 
 
 def reads_one_by_one(
-    model: Any, layer: Any, weights: Weights
-) -> tuple[str, Any, Mapping[str, Deltas]] | None:
+    model: Model, layer: torch.nn.Module, weights: Weights
+) -> tuple[str, torch.nn.Module, Mapping[str, Deltas]] | None:
     """Return path and module of experts with adapters, and what these add to each parameter.
 
     None if they cannot be read one by one.
@@ -117,14 +120,14 @@ def reads_one_by_one(
     return (path, module, deltas) if deltas.keys() <= stacks.keys() else None
 
 
-def _stacks(path: str, module: Any, weights: Weights) -> dict[str, Sequence[Parts]]:
+def _stacks(path: str, module: torch.nn.Module, weights: Weights) -> dict[str, Sequence[Parts]]:
     """Return a module's missing parameters whose matrices can be read one by one."""
     names = [n for n, p in module.named_parameters(recurse=False) if is_missing(p)]
     found = {n: weights.experts(base_name(f"{path}.{n}")) for n in names if is_stacked(module, n)}
     return {name: experts for name, experts in found.items() if experts}
 
 
-def _tuned(model: Any) -> list[Any]:
+def _tuned(model: Model) -> list[torch.nn.Module]:
     if not hasattr(model, "peft_config"):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -132,13 +135,13 @@ def _tuned(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _outermost(layers: Sequence[Any]) -> list[Any]:
+def _outermost(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
     """Leave out layers inside others: a parameter is filled once, before any of them changes it."""
     inside = {id(m) for layer in layers for m in layer.modules() if m is not layer}
     return [layer for layer in layers if id(layer) not in inside]
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_plain(layer: torch.nn.Module) -> bool:
     """Return whether a layer calls its base layer and never reads the base's weight."""
     from peft.tuners.lora import Embedding, Linear
 
@@ -198,22 +201,26 @@ def _linear(
     return product if module.bias is None else product + module.bias
 
 
-def looks_up(module: nn.Module) -> bool:
+def looks_up(module: nn.Module) -> TypeGuard[nn.Embedding]:
     """Return whether a module is an embedding, or Gemma's that scales what it looks up."""
     scaled = isinstance(module, nn.Embedding) and "ScaledWordEmbedding" in type(module).__name__
     return scaled or type(module) is nn.Embedding
 
 
-def _matrix(weights: Weights, tensor: str, module: Any) -> Matrix:
+def _matrix(weights: Weights, tensor: str, module: nn.Module) -> Matrix:
     """Return the tensor; ModelFails if it does not have the shape of the module's weight."""
     matrix = weights.mapped(tensor)
-    if matrix.shape != module.weight.shape:
-        raise ModelFails(f"{tensor} has shape {[*matrix.shape]}, not {[*module.weight.shape]}")
+    shape = module.get_parameter("weight").shape
+    if matrix.shape != shape:
+        raise ModelFails(f"{tensor} has shape {[*matrix.shape]}, not {[*shape]}")
     return matrix
 
 
 def look_up(
-    module: Any, forward: Any, matrix: Callable[[], Any], ids: torch.Tensor
+    module: nn.Embedding,
+    forward: Callable[[nn.Embedding, torch.Tensor], torch.Tensor],
+    matrix: Callable[[], Rows],
+    ids: torch.Tensor,
 ) -> torch.Tensor:
     """Look ids up in the rows that are used, by the module's own forward."""
     unique, places = torch.unique(ids, return_inverse=True)
@@ -227,7 +234,7 @@ def look_up(
         module.weight, module.padding_idx = missing, padding
 
 
-def require_finite(_: Any, __: Any, logits: torch.Tensor) -> None:
+def require_finite(_: torch.nn.Module, __: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
     """Raise ModelFails if logits are not finite: a weight was used without its module."""
     # The sum of finite logits is finite, and takes a fifth of the time of a test of each.
     if not math.isfinite(logits.sum()):

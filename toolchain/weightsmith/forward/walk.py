@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.time_limits import doing
@@ -15,6 +15,9 @@ from weightsmith.forward.device import on_gpu
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.models.safetensors import open_checkpoint
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -54,7 +57,7 @@ class Opening(Protocol):
     def streamed(self, lockstep: Lockstep, number: int) -> Any:
         """Return it with its weights in files; `number` is that of its source."""
 
-    def whole(self) -> Any:
+    def whole(self) -> Model:
         """Return it with its weights in memory."""
 
 

@@ -15,7 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +24,11 @@ from weightsmith.forward.computed import LazyRows
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.models.safetensors import TensorInfo, open_checkpoint
 from weightsmith.models.virtual_weights import data_of
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter
+
+    from weightsmith.forward.kinds import Model
 
 BLOCK = 1 << 19
 """Elements in memory at a time: few enough for the CPU cache."""
@@ -50,7 +55,7 @@ class Weights:
     count as this process's memory. Tensors of a file without data are computed.
     """
 
-    def __init__(self, root: Path, model: Any) -> None:
+    def __init__(self, root: Path, model: Model) -> None:
         index = open_checkpoint(root)
         self._model = model
         self.infos: dict[str, TensorInfo] = index.tensors
@@ -209,7 +214,7 @@ class Weights:
         return whole
 
     @running()
-    def _map(self, model: Any) -> None:
+    def _map(self, model: Model) -> None:
         """Map tensors to parameters as `convert_and_load_state_dict_in_model` does."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -248,7 +253,7 @@ class Weights:
         self.parameters = tuple(known)
 
 
-def _only_stacks(converter: Any) -> bool:
+def _only_stacks(converter: WeightConverter) -> bool:
     """Return whether matrices become rows of an expert, and experts a stack, and nothing else."""
     done = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
     stacked, joined = ("MergeModulelist", 0), ("Concatenate", 1)

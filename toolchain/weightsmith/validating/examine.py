@@ -80,7 +80,7 @@ class Examiner:
         else:
             site.layer.register_forward_hook(self._plain(site))
 
-    def watch_replaced(self, module: Any, parameters: Mapping[str, str]) -> None:
+    def watch_replaced(self, module: torch.nn.Module, parameters: Mapping[str, str]) -> None:
         """Run the twins with an adapter's replaced parameters, rounded to the merged file's dtype.
 
         `parameters` maps attributes to the model's parameter names.
@@ -88,7 +88,9 @@ class Examiner:
         kinds = {part: dtype_of(self.merged, name) for part, name in parameters.items()}
         busy = False
 
-        def rerun(_: Any, args: tuple[Any, ...], out: Any) -> torch.Tensor | None:
+        def rerun(
+            _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+        ) -> torch.Tensor | None:
             nonlocal busy
             if busy:
                 return None
@@ -121,7 +123,9 @@ class Examiner:
             self._blocks(site, lambda *_: None)
 
     def _plain(self, site: Site) -> Callable[..., torch.Tensor | None]:
-        def examine(_: Any, args: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor | None:
+        def examine(
+            _: torch.nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor
+        ) -> torch.Tensor | None:
             if site.seen:
                 return None
             site.seen = True
@@ -190,7 +194,7 @@ class Examiner:
             parameter.data = torch.full((), torch.nan).expand(parameter.shape)
 
     def _other(self, site: Site) -> Callable[..., torch.Tensor | None]:
-        def examine(_: Any, args: tuple[Any, ...], out: Any) -> Any:
+        def examine(_: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
             seen, site.seen = site.seen, True
             if not seen:
                 if site.weights and isinstance(out, torch.Tensor):
@@ -204,7 +208,7 @@ class Examiner:
         return examine
 
     def _stacked(self, site: Site) -> Callable[..., torch.Tensor | None]:
-        def examine(_: Any, args: tuple[Any, ...], out: Any) -> Any:
+        def examine(_: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
             if site.seen:
                 return None
             site.seen = True
@@ -359,7 +363,7 @@ def _apply(
         into[inside] = rows[x[inside] - where.start]
 
 
-def _weighted(site: Site, args: tuple[Any, ...]) -> torch.Tensor:
+def _weighted(site: Site, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """Return a layer's outputs with weighted adapters: W + Σ weight·(changed - W)."""
     layers, active = tuner_layers(site.layer), list(site.layer.active_adapters)
     base: torch.Tensor = site.layer.get_base_layer()(*args)
@@ -373,7 +377,9 @@ def _weighted(site: Site, args: tuple[Any, ...]) -> torch.Tensor:
     return out
 
 
-def _with_rounded(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor) -> torch.Tensor:
+def _with_rounded(
+    module: torch.nn.Module, kinds: Mapping[str, torch.dtype], x: torch.Tensor
+) -> torch.Tensor:
     """Return a module's outputs with some parameters rounded, a few matrix rows at a time."""
     exact = {part: getattr(module, part).data for part in kinds}
     if type(module) is nn.Linear and kinds.keys() == dict(module.named_parameters()).keys():
@@ -393,7 +399,8 @@ def _with_rounded(module: Any, kinds: Mapping[str, torch.dtype], x: torch.Tensor
     return again
 
 
-def _attribute(module: Any, path: str) -> Any:
+def _attribute(module: Any, path: str) -> torch.Tensor:
     for part in path.split("."):
         module = getattr(module, part)
-    return module
+    found: torch.Tensor = module
+    return found

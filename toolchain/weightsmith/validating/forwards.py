@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from weightsmith.forward.weights import Weights, blocks_of
 from weightsmith.validating.examine import Examiner
 from weightsmith.validating.sites import Site, sites
 from weightsmith.validating.stacked import RoundedStack, dtype_of
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
 
 Advance = Callable[[], None]
 _KEPT_TOKENS = 16
@@ -139,7 +142,7 @@ class BaseAndAdapters:
         stream(built.model, built.base, lockstep, number, skip)
         return built
 
-    def whole(self) -> Unmerged:
+    def whole(self) -> Model:
         """Return it with its weights in memory."""
         try:
             built = self._built()
@@ -181,7 +184,7 @@ class MergedModel:
         stream(model, weights, lockstep, number)
         return model
 
-    def whole(self) -> Any:
+    def whole(self) -> Model:
         """Return it with its weights in memory."""
         model, weights = skeleton_with_weights(self.checkpoint)
         fill(model, weights)
@@ -256,16 +259,16 @@ def _watch(examiner: Examiner, unmerged: Unmerged, merged: Weights) -> None:
 
 
 @torch.no_grad()
-def merged_forward(model: Any, batch: ProbeBatch, twins: int, advance: Advance) -> ForwardResult:
+def merged_forward(model: Model, batch: ProbeBatch, twins: int, advance: Advance) -> ForwardResult:
     """Run the merged checkpoint, keeping hidden states of its first `twins` probes."""
     return _forward(model, model, batch, list(range(twins)), advance)
 
 
 def _apply_weights(
-    model: Any,
+    model: Model,
     adapters: Sequence[tuple[Path, float]],
     adapted: Sequence[Site],
-    replaced: Sequence[tuple[Any, dict[str, str]]],
+    replaced: Sequence[tuple[torch.nn.Module, dict[str, str]]],
     base: Weights,
 ) -> None:
     """Apply the adapters' weights to their deltas and to replaced parameters."""
@@ -287,8 +290,8 @@ def _apply_weights(
 
 
 def replaced_parameters(
-    model: Any, names: set[str], base: Weights | None = None
-) -> Iterator[tuple[Any, dict[str, str]]]:
+    model: Model, names: set[str], base: Weights | None = None
+) -> Iterator[tuple[torch.nn.Module, dict[str, str]]]:
     """Yield modules whose parameters an adapter replaces: attribute -> the base's name.
 
     In a model that had its weights before, these are the ones that differ from the `base`.
@@ -313,19 +316,19 @@ def replaced_parameters(
 
 
 def _forward(
-    model: Any, outer: Any, batch: ProbeBatch, rows: Sequence[int], advance: Advance
+    model: Model, outer: torch.nn.Module, batch: ProbeBatch, rows: Sequence[int], advance: Advance
 ) -> ForwardResult:
     """Run once; the head gets only the tokens that need logits."""
     hidden: list[torch.Tensor] = []
     length = min(batch.lengths[row] for row in rows)
     columns = torch.arange(0, length, max(1, length // _KEPT_TOKENS))
 
-    def keep(_: Any, __: Any, out: Any) -> None:
+    def keep(_: torch.nn.Module, __: tuple[torch.Tensor, ...], out: Any) -> None:
         state = out if isinstance(out, torch.Tensor) else out[0]
         hidden.append(state[rows][:, columns].flatten(0, 1).clone())
         advance()
 
-    def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         if args[0].dim() == 2:  # the twins, of which the examiner asks the head again
             return args
         places = batch.places

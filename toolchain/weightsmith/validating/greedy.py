@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,9 @@ from weightsmith.forward.weights import Weights
 from weightsmith.validating.findings import ERROR, Finding, finding
 from weightsmith.validating.forwards import ProbeBatch
 from weightsmith.validating.result import GreedyText, LogitLimits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MOST_NEW = 16
 """Tokens generated after a probe."""
@@ -106,7 +109,7 @@ def read(
             )
 
 
-def described(texts: Sequence[Text], tokenizer: Any) -> tuple[GreedyText, ...]:
+def described(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> tuple[GreedyText, ...]:
     """Return each text, decoded; none without a tokenizer."""
     if tokenizer is None:
         return ()

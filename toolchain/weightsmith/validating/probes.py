@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.time_limits import doing
+from weightsmith.core.values import Json
 from weightsmith.forward.libraries import load_tokenizer, reading
 from weightsmith.models.folder import check_adapter_folder
 from weightsmith.models.templates import render_chat
 from weightsmith.models.tokenizer_files import is_named_template
 from weightsmith.validating.findings import ERROR, WARNING, Finding, finding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 
@@ -55,7 +59,7 @@ def has_tokenizer(root: Path) -> bool:
     return any((root / name).is_file() for name in _TOKENIZERS)
 
 
-def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
+def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the merged model must have: the last adapter's, else the base's.
 
     An adapter may also have a chat template only. None if there is no tokenizer. Raises
@@ -81,7 +85,9 @@ def expected_tokenizer(base: Path, adapters: Sequence[Path]) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, items: Sequence[Sequence[Message]], vocabulary: int) -> list[list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Sequence[Message]], vocabulary: int
+) -> list[list[int]]:
     """Return token ids of the items, the last MOST_TOKENS of each."""
     if tokenizer is None:
         return _random_tokens(vocabulary)
@@ -106,7 +112,9 @@ def _random_tokens(vocabulary: int) -> list[list[int]]:
     return [[draw.randrange(max(1, vocabulary)) for _ in range(24)] for _ in BUILT_IN]
 
 
-def compare(expected: Any, merged: Any, vocabulary: int, base: Path) -> list[Finding]:
+def compare(
+    expected: PreTrainedTokenizerBase, merged: PreTrainedTokenizerBase, vocabulary: int, base: Path
+) -> list[Finding]:
     """Compare the merged folder's tokenizer and chat template with the expected ones.
 
     `vocabulary` is the number of rows of the model's embedding.
@@ -129,7 +137,7 @@ def compare(expected: Any, merged: Any, vocabulary: int, base: Path) -> list[Fin
     return [*found, *_not_embedded(merged, vocabulary, base)]
 
 
-def _not_embedded(merged: Any, vocabulary: int, base: Path) -> list[Finding]:
+def _not_embedded(merged: PreTrainedTokenizerBase, vocabulary: int, base: Path) -> list[Finding]:
     """Report tokens that the model does not embed.
 
     A warning if the base's tokenizer has them too (such as Gemma 3's image token), else an error:
@@ -146,7 +154,9 @@ def _not_embedded(merged: Any, vocabulary: int, base: Path) -> list[Finding]:
     return [finding(severity, "tokenizer", message, "tokenizer.json")]
 
 
-def _round_trip(expected: Any, merged: Any) -> list[Finding]:
+def _round_trip(
+    expected: PreTrainedTokenizerBase, merged: PreTrainedTokenizerBase
+) -> list[Finding]:
     """Compare both tokenizers' encoding and decoding of some texts."""
     for text in (*ROUND_TRIP, *(item[0]["content"] for item in BUILT_IN)):
         expected_ids, merged_ids = expected(text)["input_ids"], merged(text)["input_ids"]
@@ -173,13 +183,13 @@ def _round_trip(expected: Any, merged: Any) -> list[Finding]:
     return []
 
 
-def _text(tokenizer: Any, item: Sequence[Message]) -> str:
+def _text(tokenizer: PreTrainedTokenizerBase, item: Sequence[Message]) -> str:
     if tokenizer.chat_template:
         return render_chat(tokenizer, item, answer=True)
     return "\n".join(message["content"] for message in item)
 
 
-def _template(root: Path, files: Sequence[str]) -> Any:
+def _template(root: Path, files: Sequence[str]) -> Json:
     """Return a folder's chat template, several as a dictionary by name, or ""."""
     named = {
         Path(name).stem: (root / name).read_text("utf-8")
@@ -192,7 +202,7 @@ def _template(root: Path, files: Sequence[str]) -> Any:
     return {str(entry["name"]): entry["template"] for entry in default}
 
 
-def _default_template(root: Path, files: Sequence[str]) -> Any:
+def _default_template(root: Path, files: Sequence[str]) -> Json:
     """Return a folder's template outside the folder of named ones: a text, a list, or ""."""
     from weightsmith.core.safe_parse import read_json
 

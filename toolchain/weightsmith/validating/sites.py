@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,6 +13,11 @@ from torch import nn
 from weightsmith.forward.network import base_name
 from weightsmith.forward.weights import Weights
 from weightsmith.validating.elements import Factors
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from weightsmith.forward.kinds import Model
 
 
 def _none() -> list[Factors]:
@@ -24,7 +29,7 @@ class Site:
     """One layer that PEFT wrapped, and the parameters of the base that it changes."""
 
     path: str
-    layer: Any
+    layer: BaseTunerLayer
     parameters: dict[str, str]
     """Parameter of the base layer (`weight`) -> its name in the model."""
     kind: str
@@ -55,7 +60,7 @@ class Site:
         )
 
 
-def sites(reference: Any, base: Weights) -> list[Site]:
+def sites(reference: Model, base: Weights) -> list[Site]:
     """Return the layers that PEFT wrapped, outermost, in the model's order.
 
     A layer whose weight is rows of a tensor of `base` is of the kind `other`.
@@ -82,21 +87,21 @@ def sites(reference: Any, base: Weights) -> list[Site]:
     return found
 
 
-def tuner_layers(layer: Any) -> list[Any]:
+def tuner_layers(layer: BaseTunerLayer) -> list[BaseTunerLayer]:
     """Return PEFT's layers inside one of them, including itself."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _is_linear_in_scaling(layer: Any) -> bool:
+def _is_linear_in_scaling(layer: BaseTunerLayer) -> bool:
     """Return whether the change is proportional to PEFT's scaling (not so for DoRA)."""
     from peft.tuners.lora import LoraLayer
 
     return isinstance(layer, LoraLayer) and not getattr(layer, "lora_variant", {})
 
 
-def is_approximate(layer: Any) -> bool:
+def is_approximate(layer: BaseTunerLayer) -> bool:
     """Return whether PEFT computes the layer's merged weight only approximately (KaSA's SVD)."""
     variants = [
         v for part in tuner_layers(layer) for v in getattr(part, "lora_variant", {}).values()
@@ -104,12 +109,12 @@ def is_approximate(layer: Any) -> bool:
     return any("kasa" in type(variant).__name__.lower() for variant in variants)
 
 
-def _active(layer: Any) -> list[str]:
+def _active(layer: BaseTunerLayer) -> list[str]:
     """Return the adapters of this layer."""
     return [name for name in layer.active_adapters if name in getattr(layer, "scaling", {})]
 
 
-def _kind(layer: Any) -> str:
+def _kind(layer: BaseTunerLayer) -> str:
     from peft.tuners import lora
     from transformers.pytorch_utils import Conv1D
 
@@ -125,7 +130,7 @@ def _kind(layer: Any) -> str:
     return kinds.get(type(base), "other")
 
 
-def _parts(layer: Any, kind: str) -> list[Factors]:
+def _parts(layer: BaseTunerLayer, kind: str) -> list[Factors]:
     found = []
     for name in _active(layer):
         if kind == "embedding":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from weightsmith.forward.experts import ExpertStack, LazyTensor, stacks_of
 from weightsmith.forward.weights import BLOCK, Weights
 from weightsmith.validating.elements import Factors, TensorComparison, compare_rows
 from weightsmith.validating.sites import Site
+
+if TYPE_CHECKING:
+    from weightsmith.forward.products import Matrix
 
 
 def compare_experts(
@@ -47,8 +50,8 @@ def _compare_stack(
 def _compare_expert(
     tally: TensorComparison,
     number: int,
-    base: Sequence[Any],
-    merged: Sequence[Any],
+    base: Sequence[Matrix],
+    merged: Sequence[Matrix],
     factors: Factors,
 ) -> None:
     start, columns = 0, factors.right.shape[1]
@@ -84,9 +87,9 @@ class RoundedStack(LazyTensor):
         """Round what is taken of `stack`; nothing is read before."""
         self._stack, self._kind, self.shape = stack, kind, stack.shape
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: int | slice | torch.Tensor) -> torch.Tensor:
         """Return what the stack has at the index, rounded, in float32."""
-        found: torch.Tensor = self._stack[index]
+        found = self._stack[index]
         exact = found.whole() if isinstance(found, LazyTensor) else found
         return exact.to(self._kind).float()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import canonical
+from weightsmith.core.values import JsonValue, canonical
 from weightsmith.models.folder import check_model_folder
 from weightsmith.models.safetensors import (
     CheckpointIndex,
@@ -78,8 +78,8 @@ def end_tokens(root: Path) -> set[int]:
 def _tensors(
     before: CheckpointIndex,
     after: CheckpointIndex,
-    config: Mapping[str, Any],
-    new: Mapping[str, Any],
+    config: Mapping[str, JsonValue],
+    new: Mapping[str, JsonValue],
 ) -> Iterator[Finding]:
     old, there = before.tensors, after.tensors
     for name in sorted(old.keys() - there.keys()):
@@ -122,7 +122,7 @@ def _types(before: CheckpointIndex, after: CheckpointIndex) -> Iterator[Finding]
             yield finding(NOTE, "files", f"all {was} tensors were cast to {now}")
 
 
-def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding]:
+def _configs(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> Iterator[Finding]:
     keys = (old.keys() | new.keys()) - _FREE
     for key in sorted(keys, key=lambda key: (key != "model_type", key)):
         before, after = old.get(key), new.get(key)
@@ -135,7 +135,7 @@ def _configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Finding
 
 
 def _ends(
-    base: Path, adapters: Sequence[Path], merged: Path, config: Mapping[str, Any]
+    base: Path, adapters: Sequence[Path], merged: Path, config: Mapping[str, JsonValue]
 ) -> Iterator[Finding]:
     """Report end tokens of the inputs that the merged model's configuration lacks."""
     expected = _ids(read_json(base / "config.json"))
@@ -162,7 +162,7 @@ def _heads(index: CheckpointIndex) -> list[str]:
 
 
 def _tied(
-    after: CheckpointIndex, config: Mapping[str, Any], *, headless: bool
+    after: CheckpointIndex, config: Mapping[str, JsonValue], *, headless: bool
 ) -> Iterator[Finding]:
     """Compare the flag `tie_word_embeddings` with the file's head and embedding.
 
@@ -188,7 +188,7 @@ def _tied(
         )
 
 
-def _is_tied(config: Mapping[str, Any]) -> bool | None:
+def _is_tied(config: Mapping[str, JsonValue]) -> bool | None:
     """Return `tie_word_embeddings`, or None if the configuration does not set it."""
     text = config.get("text_config")
     nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
@@ -196,7 +196,7 @@ def _is_tied(config: Mapping[str, Any]) -> bool | None:
     return None if value is None else bool(value)
 
 
-def _number(config: Mapping[str, Any], key: str) -> Any:
+def _number(config: Mapping[str, JsonValue], key: str) -> Any:
     text = config.get("text_config")
     return config.get(key, text.get(key) if isinstance(text, dict) else None)
 
@@ -222,12 +222,12 @@ def _hash(shard: SafetensorsHeader, info: TensorInfo) -> str:
     return digest.hexdigest()
 
 
-def _ids(config: Mapping[str, Any]) -> set[int]:
+def _ids(config: Mapping[str, JsonValue]) -> set[int]:
     value = config.get("eos_token_id")
     return {n for n in (value if isinstance(value, list) else [value]) if type(n) is int}
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(path: Path) -> Mapping[str, JsonValue]:
     if not path.is_file():
         return {}
     try:

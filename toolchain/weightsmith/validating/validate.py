@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,6 +43,11 @@ from weightsmith.validating.probes import Message
 from weightsmith.validating.result import Comparison, Distance, Validation
 from weightsmith.validating.structure import compare_files, end_tokens, is_readable, vocabulary
 from weightsmith.validating.verdict import judge_models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from weightsmith.forward.kinds import Model
 
 _SHOWN = 20
 """Findings of one kind that are listed; more are only counted."""
@@ -120,7 +125,7 @@ def _no_reference(request: ValidationRequest) -> str:
     return ""
 
 
-def _tokenizers(request: ValidationRequest, expected: Any) -> list[Finding]:
+def _tokenizers(request: ValidationRequest, expected: PreTrainedTokenizerBase) -> list[Finding]:
     if expected is None:
         text = "neither base nor adapters have a tokenizer: the probes are random tokens"
         return [finding(NOTE, "tokenizer", text)]
@@ -150,7 +155,10 @@ class _Uncompared(Exception):
 
 
 def _compare(
-    request: ValidationRequest, expected: Any, findings: list[Finding], progress: Progress
+    request: ValidationRequest,
+    expected: PreTrainedTokenizerBase,
+    findings: list[Finding],
+    progress: Progress,
 ) -> tuple[Distance, Comparison] | None:
     """Run and compare both sides; None and a finding if one cannot run."""
     try:
@@ -182,7 +190,7 @@ def _compare(
 
 
 def _sides(
-    request: ValidationRequest, expected: Any, findings: list[Finding]
+    request: ValidationRequest, expected: PreTrainedTokenizerBase, findings: list[Finding]
 ) -> tuple[Sides, list[list[int]]]:
     """Return both sides, and the merged model's greedy tokens after each probe."""
     model = _model(request, findings)
@@ -203,7 +211,7 @@ def _sides(
     return sides, texts
 
 
-def _model(request: ValidationRequest, findings: list[Finding]) -> Any:
+def _model(request: ValidationRequest, findings: list[Finding]) -> Model:
     """Return the merged model without weights."""
     if kind := _not_causal(request.base):
         text = f"{kind} cannot be run as a causal model: only files were checked"
@@ -332,7 +340,7 @@ def _first(findings: Sequence[Finding]) -> list[Finding]:
     return kept
 
 
-def _vocabulary(model: Any) -> int:
+def _vocabulary(model: Model) -> int:
     head = model.get_output_embeddings()
     if head is None:
         raise InputRefused(

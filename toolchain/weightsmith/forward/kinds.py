@@ -1,0 +1,11 @@
+"""Names for what comes from torch, transformers and PEFT, for annotations alone."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+Model: TypeAlias = PreTrainedModel | PeftModel
+"""A network of transformers, with adapters or without."""
