@@ -17,7 +17,7 @@ import pytest
 from weightsmith.building.wiring import make_store, require_folders
 from weightsmith.core import files
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.files import alone, replace_file, sibling_folder, sweep, write_whole
+from weightsmith.core.files import folder_lock, replace_file, sibling_folder, sweep, write_whole
 from weightsmith.core.ports import Silent
 from weightsmith.core.privacy import AnothersFolder, is_shared, private, require_own
 from weightsmith.core.values import Digest, key_of
@@ -235,11 +235,11 @@ def test_who_waits_for_a_folder_that_is_renamed_meanwhile_gets_no_other(tmp_path
     """Another merge finishes into the folder that we are about to write to."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    with alone(folder):
-        with pytest.raises(BlockingIOError), alone(folder, wait=False):
+    with folder_lock(folder):
+        with pytest.raises(BlockingIOError), folder_lock(folder, wait=False):
             pass
         folder.rename(tmp_path / "done")
-    with pytest.raises(FileNotFoundError), alone(folder):
+    with pytest.raises(FileNotFoundError), folder_lock(folder):
         pass
 
 

@@ -22,7 +22,7 @@ from weightsmith.oci.proxies import ProxyTransport
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.replies import RegistryReply, json_object
-from weightsmith.oci.sending import _kept
+from weightsmith.oci.sending import _bytes_kept
 from weightsmith.oci.tls import unverified
 
 # Replies that never come whole.
@@ -181,7 +181,7 @@ class Upload:
 
 def test_a_range_of_sixty_thousand_digits_is_none() -> None:
     """A registry says that it has 10**60000 bytes of an upload: it is sent anew."""
-    assert _kept(Upload(), RegistryReply(200, httpx.Headers(), b"", "")) is None  # type: ignore[arg-type]
+    assert _bytes_kept(Upload(), RegistryReply(200, httpx.Headers(), b"", "")) is None  # type: ignore[arg-type]
 
 
 DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000

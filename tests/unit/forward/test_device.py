@@ -31,13 +31,13 @@ def test_each_piece_is_copied_before_the_one_before_it_is_multiplied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device, seen = DeviceCopier(torch.device("cpu"), 2), []
-    copied, arrived = DeviceCopier._copied, DeviceCopier._arrived
+    copied, arrived = DeviceCopier._copied, DeviceCopier._wait_for_copy
     monkeypatch.setattr(
         DeviceCopier, "_copied", lambda d, p: (seen.append(f"copy {p[0, 0]:g}"), copied(d, p))[1]
     )
     monkeypatch.setattr(
         DeviceCopier,
-        "_arrived",
+        "_wait_for_copy",
         lambda d, p, e: (seen.append(f"use {p[0, 0]:g}"), arrived(d, p, e))[1],
     )
 

@@ -75,7 +75,7 @@ def test_a_layout_that_another_build_writes_is_waited_for_aloud(tmp_path: Path) 
             os.close(holder)
 
     progress = Telling()
-    with layouts._alone(folder, SimpleNamespace(progress=progress)) as mine:
+    with layouts._locked_folder(folder, SimpleNamespace(progress=progress)) as mine:
         assert mine == folder
     assert progress.lines == [
         ("note", f"the layout {folder} is in use by another process: waiting for it")

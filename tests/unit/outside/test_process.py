@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.core.files import alone
+from weightsmith.core.files import folder_lock
 from weightsmith.outside import process
 from weightsmith.outside.lines import Lines
 
@@ -204,7 +204,7 @@ IN_ANOTHER_SESSION = """
 import fcntl, os, signal, sys
 from pathlib import Path
 from weightsmith.outside import process
-from weightsmith.core.files import alone
+from weightsmith.core.files import folder_lock
 code = '''
 import os, sys, time
 if os.fork(): time.sleep(600)
@@ -214,7 +214,7 @@ print(os.getpid(), flush=True)
 while True:
     open("written", "a").write("x"); time.sleep(0.01)
 '''
-with alone(Path(sys.argv[1])):
+with folder_lock(Path(sys.argv[1])):
     argv = [sys.executable, "-c", code]
     process.run(argv, cwd=sys.argv[1], on_line=lambda line: print(line, flush=True))
 """
@@ -231,7 +231,7 @@ def test_what_a_program_started_in_a_session_of_its_own_dies_with_us(tmp_path):
     with parent:
         pid = int(parent.stdout.readline())
         parent.kill()
-    with alone(tmp_path):
+    with folder_lock(tmp_path):
         assert not is_running(pid)
 
 
@@ -245,12 +245,12 @@ def test_what_a_program_left_in_a_session_of_its_own_ends_with_it():
 
 def test_a_program_has_no_lock_of_ours_and_an_ended_block_holds_none(tmp_path):
     code = "import os; print(*os.listdir('/proc/self/fd'))"
-    with alone(tmp_path):
+    with folder_lock(tmp_path):
         done = process.run([sys.executable, "-c", code])
         server = process.start(["sleep", "600"])
         server.__enter__()
     try:
-        with alone(tmp_path, wait=False):
+        with folder_lock(tmp_path, wait=False):
             pass
     finally:
         server.__exit__(None, None, None)

@@ -27,7 +27,7 @@ class Pool:
     def longest(self, requests: int, most: int) -> int:
         return min(most, self.tokens // requests)
 
-    def most(self, tokens: int, limit: int) -> int:
+    def most_requests(self, tokens: int, limit: int) -> int:
         return min(limit, self.tokens // tokens)
 
 
@@ -35,7 +35,7 @@ def tried(pool: Pool, own: int, wanted: int) -> int:
     """Return the length that the page promises, by trying every one that it names."""
     lengths = sorted({own, *(2**n for n in range(20) if 2**n < own)})
     while wanted > 1:
-        fitting = [one for one in lengths if pool.most(one, wanted) >= wanted]
+        fitting = [one for one in lengths if pool.most_requests(one, wanted) >= wanted]
         if fitting and fitting[-1] >= min(8192, own):
             return fitting[-1]
         wanted //= 2
@@ -52,12 +52,12 @@ def test_it_is_the_longest_usual_length_for_several(tokens: int, own: int, wante
     assert found == tried(pool, own, wanted)
     rows = [(row["max_model_len"], row["max_num_seqs"]) for row in choices(pool, own, 256, found)]
     assert rows == sorted(rows, reverse=True)
-    assert all(pool.most(length, 256) == most for length, most in rows)
+    assert all(pool.most_requests(length, 256) == most for length, most in rows)
     assert len(rows) != 1
     assert len(rows) <= 6
     if rows:
         assert rows[0][0] == pool.longest(1, own)
-        assert pool.most(found, 256) in [most for _, most in rows]
+        assert pool.most_requests(found, 256) in [most for _, most in rows]
 
 
 def test_a_large_model_serves_several_clients() -> None:

@@ -48,7 +48,7 @@ class BuildRun:
     def perform(self, step: Step[T, Any]) -> T:
         """Run a step; raises what it raises."""
         if step.allows_prefetch and self._shares and not self._prefetch.started:
-            self._prefetch.start(_ahead(self._steps), self.have, self._tools, self._shares)
+            self._prefetch.start(_prefetchable(self._steps), self.have, self._tools, self._shares)
         if self._prefetch.has(step):
             outcome = self._prefetch.take(step)
         else:
@@ -96,7 +96,7 @@ def shares(steps: BuildSteps, seen: Foresight) -> Shares | None:
     need.
     """
     tools, memory = seen.tools, seen.tools.memory
-    builders = [name for step in _ahead(steps) for name in step.builders()]
+    builders = [name for step in _prefetchable(steps) for name in step.builders()]
     now, ahead = _sides(steps, seen)
     if not (builders and now and tools.two_at_once() and all(map(tools.runner.ready, builders))):
         return None
@@ -115,13 +115,13 @@ def peak_memory(steps: BuildSteps, seen: Foresight) -> int:
         (row.peak_memory_bytes for step in todo for row in seen.rows(step) if not row.cached),
         default=0,
     )
-    both = todo.intersection(_allowing_prefetch(steps)) and todo.intersection(_ahead(steps))
+    both = todo.intersection(_allowing_prefetch(steps)) and todo.intersection(_prefetchable(steps))
     return max(largest, sum(_sides(steps, seen))) if both and shares(steps, seen) else largest
 
 
 def _sides(steps: BuildSteps, seen: Foresight) -> tuple[int, int]:
     """Return the peaks of both sides in bytes; the first is 0 if nothing comes before."""
-    now, ahead = _peak(seen, _allowing_prefetch(steps)), _ahead(steps)
+    now, ahead = _peak(seen, _allowing_prefetch(steps)), _prefetchable(steps)
     # The weights of other targets may be made in the same pass.
     alike = {(step.name, step.builders()) for step in ahead}
     others = (step for one in steps.targets for step in one.steps)
@@ -134,7 +134,7 @@ def _allowing_prefetch(steps: BuildSteps) -> tuple[AnyStep, ...]:
     return tuple(step for step in steps.shared if step.allows_prefetch)
 
 
-def _ahead(steps: BuildSteps) -> tuple[AnyStep, ...]:
+def _prefetchable(steps: BuildSteps) -> tuple[AnyStep, ...]:
     """Return the first target's steps that may run ahead, before those that run beside them."""
     ready = {step for step in steps.shared if not step.allows_prefetch}
     found: list[AnyStep] = []

@@ -160,7 +160,7 @@ def is_unfinished(name: str) -> bool:
 
 
 @contextmanager
-def alone(
+def folder_lock(
     folder: Path, *, wait: bool = True, tell: Callable[[str], None] = lambda _: None
 ) -> Iterator[None]:
     """Hold a folder's lock during the block; if the folder is replaced meanwhile, lock the new one.

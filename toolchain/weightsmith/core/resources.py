@@ -109,7 +109,7 @@ def assembles_itself(engine: str) -> bool:
 
 def compiled_engines(builder: str) -> tuple[str, ...]:
     """Return the engines whose tools a builder contains: those that name it in source.json."""
-    return _naming(builder, "builders")
+    return _engines_naming(builder, "builders")
 
 
 def optional_engines(builder: str) -> tuple[str, ...]:
@@ -117,10 +117,10 @@ def optional_engines(builder: str) -> tuple[str, ...]:
 
     They are not part of the builder's pins, and its jobs run without them.
     """
-    return _naming(builder, "speeds_up")
+    return _engines_naming(builder, "speeds_up")
 
 
-def _naming(builder: str, key: str) -> tuple[str, ...]:
+def _engines_naming(builder: str, key: str) -> tuple[str, ...]:
     return tuple(
         source.parent.name
         for source in sorted((images() / "engines").glob("*/source.json"))

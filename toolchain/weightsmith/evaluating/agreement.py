@@ -100,11 +100,13 @@ def describe(who: str, same: Sameness) -> str:
     text = f"{who}: {equal} of {same.n} answers are the reference's to the letter"
     margins = sorted(one.margin for one in same.differences if one.margin is not None)
     if margins:
-        text += f"; the others part from it at a margin of {between(margins[0], margins[-1])} nats"
+        text += (
+            f"; the others part from it at a margin of {span_text(margins[0], margins[-1])} nats"
+        )
     return text
 
 
-def between(least: float, most: float) -> str:
+def span_text(least: float, most: float) -> str:
     """Return `0.1 to 0.44`, or one number where both are written alike."""
     low, high = f"{least:.2g}", f"{most:.2g}"
     return low if low == high else f"{low} to {high}"

@@ -30,14 +30,14 @@ def inconclusive_reasons(scores: Scores, limit: DropLimit) -> tuple[str, ...]:
         return ()
     judged = {who: scores[who] for who in _JUDGED if who in scores}
     return (
-        *_apart(reference, judged),
+        *_asked_otherwise(reference, judged),
         *_nothing_to_lose(scores, reference, limit.max_drop),
         *_gains(reference, judged),
         *_too_few(reference, scores.get("image"), scores.get("merged"), limit.max_drop),
     )
 
 
-def _apart(reference: Score, judged: Scores) -> Iterator[str]:
+def _asked_otherwise(reference: Score, judged: Scores) -> Iterator[str]:
     """Yield which subjects got other tokens than the reference for the same questions.
 
     Counts are compared, since servers return no token ids; answers without them are left out.

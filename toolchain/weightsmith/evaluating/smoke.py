@@ -104,7 +104,9 @@ def check_serving(smoke: Smoke, session: ServerSession, promise: Promise) -> Non
     smoke.check("end of answer", session, lambda: _end(session, served))
     smoke.check("context limit", session, lambda: _context(session, served, promise.max_model_len))
     count = min(promise.max_num_seqs, _MOST_AT_ONCE)
-    smoke.check(f"{count} requests at once", session, lambda: _together(session, served, count))
+    smoke.check(
+        f"{count} requests at once", session, lambda: _concurrent_requests(session, served, count)
+    )
     smoke.check("log-probabilities", session, lambda: _logprobs(session, served))
     if promise.sees:
         smoke.check(PICTURE, session, lambda: _picture(session, promise))
@@ -196,7 +198,7 @@ def _context(session: ServerSession, served: Served, max_model_len: int) -> str:
     return f"HTTP {answer.status}: {said}"
 
 
-def _together(session: ServerSession, served: Served, count: int) -> str:
+def _concurrent_requests(session: ServerSession, served: Served, count: int) -> str:
     with ThreadPoolExecutor(count) as pool:
         asked = [pool.submit(ask, session, served, _GREETING, _SHORT) for _ in range(count)]
         empty = sum(not str(one.result()["answer"]).strip() for one in asked)

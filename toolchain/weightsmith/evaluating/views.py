@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from weightsmith.evaluating.agreement import between
+from weightsmith.evaluating.agreement import span_text
 from weightsmith.evaluating.answers import PATHS
 from weightsmith.evaluating.build_record import AnsweredTask, BuildRecord, ImageRecord
 from weightsmith.validating.result import Validation
@@ -76,7 +76,7 @@ def sameness(task: AnsweredTask) -> list[dict[str, Any]]:
     rows = []
     for who, same in task.sameness.items():
         known = [one.margin for one in same.differences if one.margin is not None]
-        margins = between(min(known), max(known)) if known else ""
+        margins = span_text(min(known), max(known)) if known else ""
         rows.append({"label": _LABELS[who], **same.to_json(), "margins": margins})
     return rows
 

@@ -46,10 +46,10 @@ class DeviceCopier:
         for part in matrix.split(self._rows):
             following = self._copied(part)
             if waiting is not None:
-                yield self._arrived(*waiting)
+                yield self._wait_for_copy(*waiting)
             waiting = following
         if waiting is not None:
-            yield self._arrived(*waiting)
+            yield self._wait_for_copy(*waiting)
 
     def _copied(self, part: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if self._copies is None:
@@ -58,7 +58,7 @@ class DeviceCopier:
             piece = part.pin_memory().to(self._device, non_blocking=True)
             return piece, self._copies.record_event()
 
-    def _arrived(self, piece: torch.Tensor, event: torch.cuda.Event) -> torch.Tensor:
+    def _wait_for_copy(self, piece: torch.Tensor, event: torch.cuda.Event) -> torch.Tensor:
         """Return a piece that the products may use: they wait for its copy, and it for them."""
         if event is not None:
             current = torch.cuda.current_stream(self._device)

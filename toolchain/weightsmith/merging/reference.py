@@ -244,11 +244,11 @@ def speaker(subject: UnmergedModel, loaded: dict[Voice, Any] | None = None) -> A
     loaded = {} if loaded is None else loaded
     if subject.speakers:
         voice = voice_of(subject.model, [(root, 1.0) for root in subject.speakers])
-        tokenizer = _spoken(voice, loaded)
+        tokenizer = _tokenizer_in(voice, loaded)
         known = text_part(read_json(subject.model / "config.json")).get("vocab_size")
         if not isinstance(known, int) or len(tokenizer) <= known:
             return tokenizer
-    return _spoken(voice_of(subject.model, subject.adapters), loaded)
+    return _tokenizer_in(voice_of(subject.model, subject.adapters), loaded)
 
 
 Voice = tuple[Path, Path, str, Path]
@@ -267,7 +267,7 @@ def voice_of(model: Path, adapters: Sequence[tuple[Path, float]]) -> Voice:
     return model, folder, template, author
 
 
-def _spoken(voice: Voice, loaded: dict[Voice, Any]) -> Any:
+def _tokenizer_in(voice: Voice, loaded: dict[Voice, Any]) -> Any:
     if voice not in loaded:
         loaded[voice] = tokenizer_of(voice)
     return loaded[voice]

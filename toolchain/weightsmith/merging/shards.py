@@ -63,7 +63,7 @@ class ShardMaker:
         self, shard: OutputShard, path: Path, progress: Callable[[int], None]
     ) -> HeaderOnlyShard:
         """Do the same with a shard of which only the header is to be written."""
-        headers_only = HeaderOnlyShard(shard, path, self.files, self.sketches, self._again)
+        headers_only = HeaderOnlyShard(shard, path, self.files, self.sketches, self._row_maker)
         self._fill(headers_only, header_of(shard), shard, progress)
         return headers_only
 
@@ -112,7 +112,7 @@ class ShardMaker:
             for first, count in span.blocks():
                 yield partial(span.rows, first, count)
 
-    def _again(self, output: MergedTensor) -> Callable[[int], np.ndarray]:
+    def _row_maker(self, output: MergedTensor) -> Callable[[int], np.ndarray]:
         """Return what computes single rows of a tensor; it reads the factors once."""
         spans = list(self._second.spans(output))
 
@@ -188,7 +188,7 @@ class HeaderOnlyShard:
         self.unchanged: list[str] = []
         self.largest: dict[str, float] = {}
         """Computed matrices -> their largest magnitude."""
-        self._shard, self._files, self._again = shard, files, again
+        self._shard, self._files, self._row_maker = shard, files, again
         self._sketches = sketches
         self._hash = hashlib.sha256()
         self._left = iter([output for output in shard.outputs if output.size])
@@ -255,7 +255,7 @@ class HeaderOnlyShard:
             files=self._files,
             sketch=self._sketches.pop(output.name, None),
             blocks=_drained(queue),
-            again=self._again(output),
+            again=self._row_maker(output),
         )
         return is_changed(passing)
 

@@ -159,10 +159,10 @@ class CheckpointTensors:
                 shape, where = (last - first, *shape[1:]), (slice(None), *where[1:])
                 break
             start, size, shape, where = start + where[0] * step, step, shape[1:], where[1:]
-        read = self._kept if len(where) > 1 else self.raw
+        read = self._remembered_bytes if len(where) > 1 else self.raw
         return read(name, start, start + size).view(kind).reshape(shape)[where]
 
-    def _kept(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def _remembered_bytes(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Return a tensor's bytes, and keep them: other columns of the same rows come next."""
         key, last = (name, start, stop), self._last
         if last is None or last[0] != key:

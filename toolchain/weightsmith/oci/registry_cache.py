@@ -100,7 +100,7 @@ class RegistryCache:
             except ValueError:
                 continue  # something else in the same repository
             if found := downloads.manifest_or_none(self._pulling, self._tag(key)):
-                yield self._kept(key, found[0])
+                yield self._cache_use(key, found[0])
 
     def remove(self, keys: Collection[Digest]) -> int:
         """Delete manifests; the registry's own garbage collection frees their blobs."""
@@ -117,10 +117,10 @@ class RegistryCache:
                     f"{what}: {session.explain(reply)}",
                     hint="allow deletions in the registry, or set its own rule for old tags",
                 )
-            freed += self._kept(key, found[0]).size
+            freed += self._cache_use(key, found[0]).size
         return freed
 
-    def _kept(self, key: Digest, manifest: bytes) -> CacheUse:
+    def _cache_use(self, key: Digest, manifest: bytes) -> CacheUse:
         """Return what a manifest says of its entry; one that nobody wrote so is the first to go."""
         try:
             read = manifests.read_json(manifest, self.where)

@@ -94,7 +94,7 @@ def _persistently(
             url = _finishing(session.location(upload), blob)
             return session.call("PUT", url, headers=headers, body=body, wait=_FINISH), False
         except Transient as trouble:
-            kept = _kept(session, upload)
+            kept = _bytes_kept(session, upload)
             if kept is None or not at < kept[0] <= blob.size:
                 raise
             # There was progress, so it will end: count the tries anew.
@@ -102,7 +102,9 @@ def _persistently(
             at, upload = kept
 
 
-def _kept(session: RegistrySession, opened: RegistryReply) -> tuple[int, RegistryReply] | None:
+def _bytes_kept(
+    session: RegistrySession, opened: RegistryReply
+) -> tuple[int, RegistryReply] | None:
     """Return how many bytes of an upload the registry has, and its reply; None if none.
 
     https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload

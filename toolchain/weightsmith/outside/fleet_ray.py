@@ -73,7 +73,7 @@ class RayFleet:
 
     def submit(self, works: Sequence[NodeTask]) -> None:
         """Give tasks to Ray, which queues and places them; EnvironmentFailure if it has ended."""
-        with self._there():
+        with self._cluster_errors():
             self._submit(works)
 
     def _submit(self, works: Sequence[NodeTask]) -> None:
@@ -113,7 +113,7 @@ class RayFleet:
         if not self._given:
             time.sleep(seconds)
             return ()
-        with self._there():
+        with self._cluster_errors():
             done, _ = self._ray.wait([*self._given], num_returns=1, timeout=seconds)
         ended = []
         for one in done:
@@ -136,7 +136,10 @@ class RayFleet:
     def _leave(self) -> None:
         if self._ray is None:
             return
-        with suppress(EnvironmentFailure), self._there():  # a cluster that has ended runs nothing
+        with (
+            suppress(EnvironmentFailure),
+            self._cluster_errors(),
+        ):  # a cluster that has ended runs nothing
             self._cancel()
         self._given.clear()
         self._ray.shutdown()
@@ -152,7 +155,7 @@ class RayFleet:
             self._ray.cancel(one, force=True)
 
     @contextmanager
-    def _there(self) -> Iterator[None]:
+    def _cluster_errors(self) -> Iterator[None]:
         """Turn what Ray raises without its cluster into an error of the environment."""
         try:
             yield

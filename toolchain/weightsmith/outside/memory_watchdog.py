@@ -29,7 +29,9 @@ _SECONDS = 0.25
 
 
 @contextlib.contextmanager
-def watched(pid: int, most: int, end: Callable[[], None], *, shared: bool = True) -> Iterator[None]:
+def memory_limit(
+    pid: int, most: int, end: Callable[[], None], *, shared: bool = True
+) -> Iterator[None]:
     """While the block runs, call `end` once if what a launcher started holds more than `most`.
 
     In bytes; 0 for no limit. Pages of files do not count; memory that the processes share does, and

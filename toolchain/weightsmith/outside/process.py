@@ -30,7 +30,7 @@ from weightsmith.core.errors import EnvironmentFailure, too_many_processes
 from weightsmith.core.waiting import locks_for_programs
 from weightsmith.outside.job_sandbox import JobSandbox
 from weightsmith.outside.lines import LONGEST, Lines, pump
-from weightsmith.outside.memory_watchdog import watched
+from weightsmith.outside.memory_watchdog import memory_limit
 from weightsmith.outside.sandbox_launcher import END, STOP
 
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
@@ -152,12 +152,12 @@ def run(
         merge = on_error_line is None
         process = _spawn(words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=merge)
         both = (
-            (process.stdout, Lines(longest_line), _kept(tail, on_line)),
-            (process.stderr, Lines(), _kept(tail, on_error_line)),
+            (process.stdout, Lines(longest_line), _remembering(tail, on_line)),
+            (process.stderr, Lines(), _remembering(tail, on_error_line)),
         )
         streams = [(stream, lines, to) for stream, lines, to in both if stream is not None]
         kill = partial(_end, process)
-        with _ended(process), _watched(process, limits, kill):
+        with _ended(process), _memory_limit(process, limits, kill):
             try:
                 pump(process.pid, streams, deadline, kill, stop)
             except TimeoutError:
@@ -173,7 +173,7 @@ def run(
     )
 
 
-def _kept(tail: deque[str], listener: OnLine | None) -> OnLine:
+def _remembering(tail: deque[str], listener: OnLine | None) -> OnLine:
     """Return what keeps a line in the tail, and passes it on."""
 
     def keep(line: str) -> None:
@@ -248,16 +248,16 @@ def start(
     listener = threading.Thread(target=server.listen, daemon=True)
     listener.start()
     try:
-        with _ended(process), _watched(process, limits, kill):
+        with _ended(process), _memory_limit(process, limits, kill):
             yield server
     finally:
         listener.join(_PATIENCE)
 
 
-def _watched(
+def _memory_limit(
     process: subprocess.Popen[bytes], limits: ResourceLimits, kill: Callable[[], None]
 ) -> contextlib.AbstractContextManager[None]:
-    return watched(process.pid, limits.resident_bytes, kill, shared=limits.shared)
+    return memory_limit(process.pid, limits.resident_bytes, kill, shared=limits.shared)
 
 
 def _spawn(

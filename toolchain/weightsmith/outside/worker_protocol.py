@@ -62,16 +62,18 @@ class Conversation:
                 self._done = f"{done} of {total} {unit} done"
                 self.progress.advance(done, total, unit)
             case {"doing": str(text)}:
-                self._doing = self._ours(text)
+                self._doing = self._with_host_paths(text)
             case {"note": str(text)}:
-                self._noted = self._ours(text)
+                self._noted = self._with_host_paths(text)
                 self.progress.note(self._noted)
             case {"warn": str(text)}:
-                self.progress.warn(self._ours(text))
+                self.progress.warn(self._with_host_paths(text))
             case {"result": dict(result)}:
                 self._result = result
             case {"error": {"message": str(message), "hint": str(hint), "exit_code": int(code)}}:
-                self._error = from_code(code, self._ours(message), self._ours(hint))
+                self._error = from_code(
+                    code, self._with_host_paths(message), self._with_host_paths(hint)
+                )
             case _:
                 self.on_error_line(line)
 
@@ -118,7 +120,7 @@ class Conversation:
                 f"another limit; log: {self.log.name}",
             ) from None
 
-    def _ours(self, text: str) -> str:
+    def _with_host_paths(self, text: str) -> str:
         if not self.inside:
             return text
         pattern = rf"(?<![\w./]){re.escape(self.inside)}/([\w-]+)"

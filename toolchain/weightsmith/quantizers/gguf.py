@@ -247,7 +247,7 @@ def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
         check_walk(model)
 
 
-def together(
+def fits_one_pass(
     _format: Format, chosen: Mapping[str, Json], _other: Format, others: Mapping[str, Json]
 ) -> bool:
     """Return whether one pass over the weights can make another file beside the first.
@@ -527,5 +527,5 @@ QUANTIZER = Quantizer(
     statistics=IMATRIX,
     check_imports=("weightsmith.models.gguf_reader",),
     check_statistics=check_imatrix,
-    together=together,
+    one_pass=fits_one_pass,
 )

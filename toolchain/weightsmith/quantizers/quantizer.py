@@ -70,11 +70,11 @@ def _never(_format: Format, _options: Mapping[str, Json]) -> bool:
     return False
 
 
-def _unwalked(_options: Mapping[str, Json]) -> bool:
+def _never_walked(_options: Mapping[str, Json]) -> bool:
     return False
 
 
-def _alone(
+def _never_one_pass(
     _format: Format, _options: Mapping[str, Json], _other: Format, _others: Mapping[str, Json]
 ) -> bool:
     return False
@@ -107,7 +107,9 @@ class Quantizer:
     """(model, options) -> None; raises InputRefused for options that do not fit the model."""
     calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never
     """(format, options) -> whether it needs calibration text."""
-    together: Callable[[Format, Mapping[str, Json], Format, Mapping[str, Json]], bool] = _alone
+    one_pass: Callable[[Format, Mapping[str, Json], Format, Mapping[str, Json]], bool] = (
+        _never_one_pass
+    )
     """(format, options, another format, its options) -> whether the steps of the first can make the
     other as well (`QuantizeRequest.siblings`)."""
     view: Callable[[Path, Path], View] | None = None
@@ -116,7 +118,7 @@ class Quantizer:
     statistics: str = ""
     """Name of the output file with calibration statistics, which is stored separately for use by
     other formats of the same checkpoint."""
-    walked: Callable[[Mapping[str, Json]], bool] = _unwalked
+    walked: Callable[[Mapping[str, Json]], bool] = _never_walked
     """(options) -> whether our own walk over the layers measures these statistics."""
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""

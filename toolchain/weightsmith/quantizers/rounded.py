@@ -160,7 +160,7 @@ class _FusedRows:
         if not self._scheme.fused_scale:
             return None
         if matrix.fused not in self._known:
-            most = max(map(self._most, self._parts[matrix.fused]))
+            most = max(map(self._largest_weight, self._parts[matrix.fused]))
             self._known[matrix.fused] = fused_scale(most, self._scheme)
         return self._known[matrix.fused]
 
@@ -192,7 +192,7 @@ class _FusedRows:
         """Return a matrix's recorded largest weight; None for a part of a stack."""
         return self._recorded.get(matrix.tensor) if matrix.expert < 0 else None
 
-    def _most(self, matrix: Matrix) -> float:
+    def _largest_weight(self, matrix: Matrix) -> float:
         if (known := self._known_most(matrix)) is not None:
             return known
         most = 0.0

@@ -23,7 +23,7 @@ class Fitting(Protocol):
     def longest(self, requests: int, most: int) -> int:
         """Return the longest request up to `most` of which so many fit; 0: none."""
 
-    def most(self, tokens: int, limit: int) -> int:
+    def most_requests(self, tokens: int, limit: int) -> int:
         """Return how many requests of that length fit, up to `limit`; 0: none."""
 
 
@@ -67,7 +67,7 @@ def choices(
         lengths.append(length)
     rows: dict[int, int] = {}
     for tokens in sorted({*lengths, chosen} - {0}, reverse=True):
-        rows.setdefault(capacity.most(tokens, limit), tokens)
+        rows.setdefault(capacity.most_requests(tokens, limit), tokens)
     found = [{"max_model_len": n, "max_num_seqs": most} for most, n in rows.items() if most]
     return (found[0], *found[1:][1 - _ROWS :]) if len(found) > 1 else ()
 

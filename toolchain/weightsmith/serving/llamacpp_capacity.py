@@ -179,7 +179,7 @@ class LlamaCppCapacity:
             low, high = (middle, high) if self.fits(middle * KV_PADDING, slots) else (low, middle)
         return low * KV_PADDING
 
-    def most(self, tokens: int, limit: int) -> int:
+    def most_requests(self, tokens: int, limit: int) -> int:
         """Return how many requests of that length fit, up to `limit`; 0: none."""
         low, high = 0, limit + 1
         while high - low > 1:
@@ -256,7 +256,7 @@ def ways(capacity: LlamaCppCapacity, tokens: int, slots: int) -> list[dict[str, 
     if shorter := capacity.longest(slots, tokens):
         text = f"max_model_len {shorter} with {slots} at once"
         found.append({"text": text, **both, "max_model_len": shorter})
-    if fewer := capacity.most(tokens, slots):
+    if fewer := capacity.most_requests(tokens, slots):
         text = f"max_num_seqs {fewer} at {tokens}"
         found.append({"text": text, **both, "max_num_seqs": fewer})
     packed = _packed(capacity)

@@ -132,7 +132,7 @@ def _choose(capacity: LlamaCppCapacity, options: ServeOptions, limit: int) -> tu
         if capacity.machine.gpus and tokens < useful:
             tokens = useful
         tokens = usable(tokens, limit)
-    slots = options.max_num_seqs or capacity.most(tokens, _AUTO_SLOTS) or 1
+    slots = options.max_num_seqs or capacity.most_requests(tokens, _AUTO_SLOTS) or 1
     return tokens, slots
 
 

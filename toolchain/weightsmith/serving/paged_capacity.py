@@ -218,7 +218,7 @@ class PagedCapacity:
             low, high = (middle, high) if self.fits(middle * step, requests) else (low, middle)
         return low * step
 
-    def most(self, tokens: int, limit: int) -> int:
+    def most_requests(self, tokens: int, limit: int) -> int:
         """Return how many requests of that length fit, up to `limit`; 0: none."""
         low, high = 0, limit + 1
         while high - low > 1:

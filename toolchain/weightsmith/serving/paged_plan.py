@@ -49,7 +49,7 @@ def plan_paged(
     capacity = make_capacity(model, weight_bytes, options, rules, switches or Switches())
     tokens = _tokens(capacity)
     limit = rules.most_requests(capacity.machine)
-    requests = options.max_num_seqs or capacity.most(tokens, limit) or 1
+    requests = options.max_num_seqs or capacity.most_requests(tokens, limit) or 1
     if options.max_num_batched_tokens and options.max_num_batched_tokens < requests:
         raise UsageError(
             f"max_num_batched_tokens {options.max_num_batched_tokens} is less than max_num_seqs"
@@ -321,7 +321,7 @@ def _shorter(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str
 
 
 def _fewer(capacity: PagedCapacity, tokens: int, requests: int) -> Mapping[str, JsonValue]:
-    fewer = capacity.most(tokens, requests)
+    fewer = capacity.most_requests(tokens, requests)
     if not 0 < fewer < requests:
         return {}
     return {

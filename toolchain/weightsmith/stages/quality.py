@@ -106,10 +106,10 @@ def quality(
         general=bool(texts.general),
         perplexity=found.loss.perplexity_reference if found.loss else 1.0,
     )
-    return timer.done(found.judged(limits, _used(texts)), cached=document.cached)
+    return timer.done(found.judged(limits, _texts_used(texts)), cached=document.cached)
 
 
-def _used(texts: Texts) -> TextsUsed:
+def _texts_used(texts: Texts) -> TextsUsed:
     return TextsUsed(
         source=texts.source,
         texts=len(texts.calibration),

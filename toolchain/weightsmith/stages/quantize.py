@@ -182,7 +182,7 @@ def _run(
     texts = options.texts
     if not (texts and quantizer.statistics):
         result = _quantized(folder, checkpoint, options, others, tools)
-        return _kept(folder, checkpoint, others, to, result)
+        return _store_siblings(folder, checkpoint, others, to, result)
     known = statistics_inputs(checkpoint.digest, texts, quantizer)
     if quantizer.walked(options.options):
         known = walked_inputs(checkpoint.digest, texts)
@@ -194,7 +194,7 @@ def _run(
     if measured.is_file():
         to.keep(lambda: known, measured)
     measured.unlink(missing_ok=True)
-    return _kept(folder, checkpoint, others, to, result)
+    return _store_siblings(folder, checkpoint, others, to, result)
 
 
 def _made_together(
@@ -235,20 +235,20 @@ def _others(
     """Return the formats that are missing and can be made in the same pass."""
     quantizer = of_format(options.format.name)
 
-    def together(first: QuantizeOptions, other: QuantizeOptions) -> bool:
-        return quantizer.together(first.format, first.options, other.format, other.options)
+    def one_pass(first: QuantizeOptions, other: QuantizeOptions) -> bool:
+        return quantizer.one_pass(first.format, first.options, other.format, other.options)
 
     return [
         one
         for one in siblings
         if of_format(one.format.name) == quantizer
         and one.format != options.format
-        and together(*sorted((options, one), key=_rank))
+        and one_pass(*sorted((options, one), key=_rank))
         and not to.find(partial(inputs, checkpoint.digest, one))
     ]
 
 
-def _kept(
+def _store_siblings(
     folder: Path,
     checkpoint: Checkpoint,
     others: Sequence[QuantizeOptions],

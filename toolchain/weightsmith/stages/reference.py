@@ -63,11 +63,11 @@ def _rows(units: Sequence[Unit], to: Documents, tools: Tools) -> Mapping[str, Js
     """
     made: dict[str, Json] = {}
     while missing := _missing(units, to, made):
-        made |= _made(missing, units, made, to, tools)
+        made |= _make_missing(missing, units, made, to, tools)
     return {one.key: made.get(one.key) or _stored(one, to) for unit in units for one in unit}
 
 
-def _made(
+def _make_missing(
     missing: Sequence[Unit],
     units: Sequence[Unit],
     made: Mapping[str, Json],

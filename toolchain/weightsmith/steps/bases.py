@@ -146,7 +146,7 @@ def base_image(reference: str, engine: str, tools: Tools, *, platform: str | Non
     another engine, EnvironmentFailure if the registry cannot be reached, and what `check_own` does.
     """
     if reference.startswith(OWN):
-        return _own(reference, engine, platform or host_platform(), tools)
+        return _own_base(reference, engine, platform or host_platform(), tools)
     if is_layout(reference):
         image = read_layout(*locate(reference), platform=platform)
     else:
@@ -225,7 +225,7 @@ def public_base(reference: str) -> str:
     return "" if is_layout(reference) else reference
 
 
-def _own(reference: str, engine: str, platform: str, tools: Tools) -> Image:
+def _own_base(reference: str, engine: str, platform: str, tools: Tools) -> Image:
     check_own(reference, [platform])
     name = reference.removeprefix(OWN)
     whole, stage = assembles_itself(name), base_inputs(name, platform)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
-from weightsmith.core.files import alone, sync_folder
+from weightsmith.core.files import folder_lock, sync_folder
 from weightsmith.core.ports import Store, StoreEntry
 from weightsmith.core.trees import below, discard
 from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, StageInputs, Tree
@@ -218,7 +218,7 @@ def _unused(path: Path, what: str) -> Path:
 def _locked(partial: Path, out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
-            stack.enter_context(alone(partial, wait=False))
+            stack.enter_context(folder_lock(partial, wait=False))
         except (BlockingIOError, FileNotFoundError):
             raise UsageError(
                 f"{holder(partial)} is writing {out}", hint="wait for it, or give another path"

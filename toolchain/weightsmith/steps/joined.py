@@ -43,7 +43,7 @@ class JoinedJob:
             return tools.runner.run(validation, tools.progress)
         tools.progress.note("the reference questions are asked first, in the same process")
         try:
-            both: Any = tools.runner.run(_both(reference, validation), tools.progress)
+            both: Any = tools.runner.run(_proof_job(reference, validation), tools.progress)
         except BaseException:
             self._keep_checkpoint(validation.output)
             raise
@@ -61,7 +61,7 @@ class JoinedJob:
                 AnswerCheckpoint(folder).forget()
 
 
-def _both(reference: ReferenceJob, validation: ValidateJob) -> ProofJob:
+def _proof_job(reference: ReferenceJob, validation: ValidateJob) -> ProofJob:
     return ProofJob(
         builder=validation.builder,
         reference=replace(reference, output=validation.output),

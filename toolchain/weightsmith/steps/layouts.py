@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
-from weightsmith.core.files import alone, exchange, is_unfinished
+from weightsmith.core.files import exchange, folder_lock, is_unfinished
 from weightsmith.core.trees import discard
 from weightsmith.core.waiting import holder
 from weightsmith.oci.index import ImageOrIndex, Index, images_of
@@ -34,7 +34,7 @@ def candidate_layout(whole: ImageOrIndex, folder: Path, tools: Tools) -> Iterato
 
     If the block fails, nothing is left; what an interrupt leaves is used by the next run.
     """
-    with _alone(_candidate(_real(folder)), tools) as candidate, _nothing_left(candidate):
+    with _locked_folder(_candidate(_real(folder)), tools) as candidate, _nothing_left(candidate):
         _write(whole, candidate, tools)
         yield candidate
 
@@ -43,7 +43,7 @@ def discard_candidate_layout(folder: Path, tools: Tools) -> None:
     """Delete the candidate layout next to the final path, if there is one."""
     folder = _real(folder)
     if _candidate(folder).exists():
-        with _alone(_candidate(folder), tools) as candidate:
+        with _locked_folder(_candidate(folder), tools) as candidate:
             discard(candidate)
 
 
@@ -54,7 +54,7 @@ def final_layout(whole: ImageOrIndex, folder: Path, tools: Tools) -> Iterator[Pa
     If the block fails, nothing is left; what an interrupt leaves is used by the next run.
     """
     folder = _real(folder)
-    with _alone(_candidate(folder), tools) as candidate, _nothing_left(candidate):
+    with _locked_folder(_candidate(folder), tools) as candidate, _nothing_left(candidate):
         stale = held_digest(candidate)
         _write(whole, candidate, tools)
         if stale is not None and stale != whole.digest:
@@ -76,7 +76,7 @@ def _take_place(candidate: Path, folder: Path) -> None:
         discard(old)
         return
     discard(old)
-    with alone(folder):  # it briefly has the candidate's name, so lock it
+    with folder_lock(folder):  # it briefly has the candidate's name, so lock it
         if exchange(candidate, folder):
             candidate.rename(old)
         else:
@@ -93,7 +93,7 @@ def _recover(folder: Path) -> None:
     old = _old(folder)
     if folder.exists() or not old.exists():
         return
-    with _alone(_candidate(folder)) as candidate:
+    with _locked_folder(_candidate(folder)) as candidate:
         with _explained(folder):
             if old.exists() and not folder.exists():  # no other process restored it
                 old.rename(folder)
@@ -102,7 +102,7 @@ def _recover(folder: Path) -> None:
 
 
 @contextmanager
-def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
+def _locked_folder(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
     """Yield a locked folder: no other build writes to it or renames it until the block ends.
 
     Raises EnvironmentFailure if it cannot be made.
@@ -113,7 +113,7 @@ def _alone(folder: Path, tools: Tools | None = None) -> Iterator[Path]:
             while True:
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
-                    stack.enter_context(alone(folder, wait=wait))
+                    stack.enter_context(folder_lock(folder, wait=wait))
                     break
                 except FileNotFoundError:
                     continue  # renamed between open and lock

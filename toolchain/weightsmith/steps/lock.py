@@ -20,7 +20,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.files import alone, write_whole
+from weightsmith.core.files import folder_lock, write_whole
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import parse_file
 from weightsmith.core.values import Digest, Snapshot, Sources, plain
@@ -153,7 +153,7 @@ def write_lock(before: Lock, after: Lock, progress: Progress) -> None:
         with ExitStack() as stack:
             with suppress(OSError):  # a file system without locks
                 stack.enter_context(
-                    alone(
+                    folder_lock(
                         path.parent,
                         tell=lambda who: progress.note(
                             f"{who} uses {path.parent}: waiting for it to write {path.name}"

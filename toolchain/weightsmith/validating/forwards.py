@@ -412,7 +412,7 @@ class _Cast:
             if flat is not None:
                 return flat
             if (rows := self._rows(args, out)) and self.alone:
-                return _joined(out, self._again(tuple(arg[-rows:] for arg in args)), rows)
+                return _joined(out, self._run_rounded(tuple(arg[-rows:] for arg in args)), rows)
         self.examiner.unjudged += [self.names[part] for part in self.kinds]
         return None
 
@@ -468,7 +468,7 @@ class _Cast:
         ]
         return max(fits, default=0)
 
-    def _again(self, args: tuple[Any, ...]) -> Any:
+    def _run_rounded(self, args: tuple[Any, ...]) -> Any:
         exact = {part: getattr(self.module, part) for part in self.kinds}
         stacks = {part: one for part, one in exact.items() if isinstance(one, ExpertStack)}
         data = {part: one.data for part, one in exact.items() if part not in stacks}

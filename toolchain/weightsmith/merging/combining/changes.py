@@ -156,7 +156,7 @@ class Combined:
     def _delta(self, output: MergedTensor, adapter: int, files: Files) -> np.ndarray:
         import numpy as np
 
-        shares = tuple(_alone(share) for share in self.shares if share.adapter == adapter)
+        shares = tuple(_at_weight_one(share) for share in self.shares if share.adapter == adapter)
         alone = Mixture(shares=shares)
         changed = alone.begin(replace(output, change=None), files)
         delta = np.empty((output.rows, output.columns), np.float32)
@@ -207,7 +207,7 @@ def _check_factors(name: str, shares: Sequence[AdapterShare], combination: Combi
         )
 
 
-def _alone(share: AdapterShare) -> AdapterShare:
+def _at_weight_one(share: AdapterShare) -> AdapterShare:
     """Return an adapter's share at weight 1."""
     terms = tuple(replace(term, factor=term.scaling) for term in share.claim.terms)
     return replace(share, claim=replace(share.claim, terms=terms), weight=1.0)
