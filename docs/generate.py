@@ -227,7 +227,12 @@ def _recipe(section: type[Any], prefix: str) -> Iterator[str]:
         inner, many = _inner(field.annotation)
         place = f"{prefix}{name}" + ("[]" if many else "")
         if inner:
-            yield f"| `{place}` | {'list' if many else 'mapping'} | | {_oneline(field.description or inner.__doc__)} |"
+            told = _oneline(field.description or inner.__doc__)
+            same = next((one for one, at in _SECTIONS if at is inner and one != place), "")
+            if same and prefix:
+                yield f"| `{place}` | mapping | | {told} Its keys are those of `{same}`. |"
+                continue
+            yield f"| `{place}` | {'list' if many else 'mapping'} | | {told} |"
             any_key = "FORMAT." if get_origin(field.annotation) is dict else ""
             yield from _recipe(inner, f"{place}.{any_key}")
         else:
@@ -243,6 +248,12 @@ def _inner(annotation: Any) -> tuple[type[Any] | None, bool]:
     choices = [annotation, *getattr(annotation, "__args__", ())]
     found = [choice for choice in choices if is_section(choice)]
     return (found[0] if found else None), getattr(annotation, "__origin__", None) is tuple
+
+
+_SECTIONS = [
+    (name, at) for name, field in fields_of(Recipe).items() if (at := _inner(field.annotation)[0])
+]
+"""The recipe's sections, whose keys are listed once."""
 
 
 def _type(annotation: Any) -> str:
@@ -271,8 +282,8 @@ def _commands() -> Iterator[str]:
     names = sorted(namespace.task_names)
     rows = {name: tuple(map(_flag_row, namespace[name].get_arguments())) for name in names}
     used = Counter(row for name in names for row in rows[name])
-    common = [row for row in used if used[row] >= _COMMON]
-    yield "## Flags of many commands\n\nEach command names those that it has.\n"
+    common = [row for row in used if used[row] >= _COMMON and row[0].startswith("--")]
+    yield "## Flags of several commands\n\nEach command names those that it has.\n"
     yield _FLAGS
     yield from map(_as_row, common)
     for name in names:
@@ -287,7 +298,7 @@ def _commands() -> Iterator[str]:
 
 
 _FLAGS = "| flag | meaning |\n|---|---|"
-_COMMON = 5
+_COMMON = 3
 """A flag that as many commands have is described once."""
 
 
