@@ -31,7 +31,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
 from weightsmith.outside.assembly import make_engine_files
-from weightsmith.outside.checkup import Machine, examine_machine
+from weightsmith.outside.checkup import MachineReport, examine_machine
 from weightsmith.outside.credentials import ask_helper, docker_config
 from weightsmith.outside.docker import DockerEngine, DockerRunner
 from weightsmith.outside.docker_launcher import DockerLauncher
@@ -435,6 +435,6 @@ def _scratch() -> Iterator[Path]:
         yield output
 
 
-def examine() -> Machine:
+def examine() -> MachineReport:
     """Return the checks of `doctor`, each with what was found and what to do."""
     return examine_machine(DockerEngine(), cache_folder(), store_folder())

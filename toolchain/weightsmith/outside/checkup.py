@@ -36,7 +36,7 @@ class Checkup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class MachineReport:
     """What `doctor` shows of this machine."""
 
     checks: Mapping[str, Checkup]
@@ -47,7 +47,7 @@ class Machine:
     """What jobs would run in: `docker` or `local`."""
 
 
-def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Machine:
+def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> MachineReport:
     """Return what this machine has and lacks; changes nothing."""
     checks = {
         "engine": _engine(engine),
@@ -61,7 +61,7 @@ def examine_machine(engine: DockerEngine, cache: Path, store: Path) -> Machine:
         "jobs": _jobs(),
         "platforms": _platforms(cache),
     }
-    return Machine(
+    return MachineReport(
         checks=checks,
         cores=cores(),
         cache=str(cache),
