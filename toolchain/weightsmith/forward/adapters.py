@@ -202,7 +202,7 @@ def _check_tokens(root: Path, rows: int) -> None:
             )
 
 
-def _tie_again(model: Any) -> None:
+def _tie_again(model: Model) -> None:
     """Tie tied parameters of which an adapter has saved one alone."""
     for names in dict(getattr(model, "all_tied_weights_keys", {})).items():
         both = [one for name in names if (one := _parameter(model, name)) is not None]

@@ -23,7 +23,7 @@ from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
 from weightsmith.forward.positions import BatchPositions, only
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig
+    from transformers import Cache, PretrainedConfig, PreTrainedModel
 
     from weightsmith.forward.kinds import Model
 
@@ -159,7 +159,7 @@ def _fits(
     return fits
 
 
-def _sizes(model: Any) -> dict[str, int]:
+def _sizes(model: Model) -> dict[str, int]:
     config = model.config.get_text_config()
     heads = _size(config, "num_attention_heads") or 1
     hidden = _size(config, "hidden_size") or _HIDDEN
@@ -419,7 +419,7 @@ class Prefix:
     states: tuple[tuple[int, torch.Tensor, torch.Tensor], ...] = ()
     """Each layer's number, keys and values [1, heads, length, width]."""
 
-    def rows(self, count: int, more: int) -> Any:
+    def rows(self, count: int, more: int) -> Cache:
         """Return the `Keys` of so many rows that begin so, with room for more tokens."""
         from weightsmith.forward.keys import Keys
 
@@ -430,7 +430,7 @@ class Prefix:
         return keys
 
 
-def empty_prefix(model: Any, prompts: Sequence[Sequence[int]], most: int) -> Prefix:
+def empty_prefix(model: Model, prompts: Sequence[Sequence[int]], most: int) -> Prefix:
     """Return a prefix without tokens; it has no layers if the model's cache is of another kind.
 
     `most` is how many tokens may follow a prompt.
@@ -439,7 +439,7 @@ def empty_prefix(model: Any, prompts: Sequence[Sequence[int]], most: int) -> Pre
     return Prefix(layers=_plain_layers(model, columns), positioned=takes(model, "position_ids"))
 
 
-def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], empty: Prefix) -> Prefix:
+def shared_prefix(model: Model, prompts: Sequence[Sequence[int]], empty: Prefix) -> Prefix:
     """Return the tokens that all prompts begin with, read in one pass; none if it saves too little.
 
     At least one token of each prompt is left. `empty` is the model's prefix without tokens.
@@ -456,13 +456,13 @@ def shared_prefix(model: Any, prompts: Sequence[Sequence[int]], empty: Prefix) -
     return replace(empty, length=length, states=tuple(kept))
 
 
-def depends_on_length(model: Any) -> bool:
+def depends_on_length(model: Model) -> bool:
     """Return whether the model's positions depend on the length of the whole text."""
     settings = str(model.config.get_text_config().to_dict())
     return any(kind in settings for kind in _LENGTH_DEPENDENT)
 
 
-def _plain_layers(model: Any, columns: int) -> int:
+def _plain_layers(model: Model, columns: int) -> int:
     """Return how many layers of keys and values of every token the model's cache has.
 
     0 for models with other states, and for windows that may be shorter than so many columns.
@@ -484,12 +484,12 @@ def _plain_layers(model: Any, columns: int) -> int:
     return len(layers)
 
 
-def bare(model: Any) -> Any:
+def bare(model: Model) -> PreTrainedModel:
     """Return transformers' model without PEFT's around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def takes(model: Any, name: str) -> bool:
+def takes(model: Model, name: str) -> bool:
     """Return whether a model is called with an argument of this name."""
     return name in inspect.signature(bare(model).forward).parameters
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 """A network of transformers, with adapters or without."""
+Tokenizer: TypeAlias = PreTrainedTokenizerBase

@@ -19,9 +19,12 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _COMPILER = "torch._dynamo"
 _ORDER = f"{_COMPILER}._trace_wrapped_higher_order_op"
@@ -128,7 +131,7 @@ def _undecorated(function: Any = None, *_: object, **__: object) -> Any:
     return function if function is not None else _undecorated
 
 
-def load_tokenizer(root: Path, **options: Any) -> Any:
+def load_tokenizer(root: Path, **options: Any) -> PreTrainedTokenizerBase:
     """Return a folder's tokenizer, from local files only; raises InputRefused if that fails."""
     stay_offline()
     from transformers import AutoTokenizer

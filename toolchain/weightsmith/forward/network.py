@@ -202,7 +202,7 @@ def decoder_of(model: Model) -> PreTrainedModel:
     return decoder.model if any(part is head for part in decoder.children()) else decoder
 
 
-def modules_without_text(model: Any) -> list[Any]:
+def modules_without_text(model: Model) -> list[torch.nn.Module]:
     """Return the modules that text does not run through, such as a vision tower."""
     parts = (decoder_of(model), model.get_input_embeddings(), model.get_output_embeddings())
     kept = {id(module) for part in parts for module in part.modules()}

@@ -72,7 +72,11 @@ def require_complete(checkpoint: Path, model: Model, weights: Weights) -> None:
 
 
 def stream(
-    model: Any, weights: Weights, lockstep: Lockstep, number: int, skip: Sequence[Any] = ()
+    model: Model,
+    weights: Weights,
+    lockstep: Lockstep,
+    number: int,
+    skip: Sequence[torch.nn.Module] = (),
 ) -> None:
     """Make every module without weights read them when it runs; modules in `skip` are left alone.
 
@@ -94,7 +98,7 @@ def stream(
 
 
 def _stream_wrapped(
-    model: Any, layer: Any, weights: Weights, lockstep: Lockstep, number: int
+    model: Model, layer: torch.nn.Module, weights: Weights, lockstep: Lockstep, number: int
 ) -> bool:
     """Make experts with adapters on their stacked parameters read these one by one, if possible."""
     if (found := reads_one_by_one(model, layer, weights)) is None:

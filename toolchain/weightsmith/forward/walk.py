@@ -54,7 +54,7 @@ class Opening(Protocol):
     def source(self) -> Hashable:
         """What its matrices are read from; models with equal sources share each read."""
 
-    def streamed(self, lockstep: Lockstep, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Model:
         """Return it with its weights in files; `number` is that of its source."""
 
     def whole(self) -> Model:
@@ -63,7 +63,7 @@ class Opening(Protocol):
 
 def walk(
     openings: Mapping[str, Opening],
-    ask: Mapping[str, Callable[[Any, Lockstep], T]],
+    ask: Mapping[str, Callable[[Model, Lockstep], T]],
     tell: Tell = lambda _: None,
     *,
     alike: bool = False,
@@ -121,7 +121,7 @@ def _does_not_run(opening: Opening, error: ModelFails) -> DoesNotRun:
 
 def _views(
     openings: Mapping[str, Opening], lockstep: Lockstep, unfit: dict[str, ModelFails]
-) -> dict[str, Any]:
+) -> dict[str, Model]:
     views, numbers = dict[str, Any](), dict[Hashable, int]()
     with doing("building the models without their weights"):
         for name, opening in openings.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,11 @@ from weightsmith.merging.reference import (
     prompt_tokens,
     speaker,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from weightsmith.forward.kinds import Model
 
 Asked = tuple[UnmergedModel, Sequence[Question]]
 """A subject, and what it is asked."""
@@ -47,7 +52,7 @@ def likelihoods(
 
 
 def _pairs(
-    subject: UnmergedModel, items: Sequence[Question], loaded: dict[Voice, Any]
+    subject: UnmergedModel, items: Sequence[Question], loaded: dict[Voice, PreTrainedTokenizerBase]
 ) -> list[list[tuple[list[int], int]]]:
     tokenizer = speaker(subject, loaded)
     return [
@@ -60,7 +65,7 @@ def _scores(
     items: Sequence[Sequence[tuple[list[int], int]]],
     count: Callable[[int], None],
     finished: Callable[[list[list[float]]], None],
-    network: Any,
+    network: Model,
     lockstep: Lockstep,
 ) -> list[list[float]]:
     found = []
@@ -72,7 +77,9 @@ def _scores(
     return found
 
 
-def _tokens(tokenizer: Any, item: Question, choice: str, model: Path) -> tuple[list[int], int]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, item: Question, choice: str, model: Path
+) -> tuple[list[int], int]:
     """Return the token ids of context plus choice, and the number of context tokens among them."""
     messages: Sequence[Message] = item.messages
     if item.plain:
@@ -91,7 +98,7 @@ def _tokens(tokenizer: Any, item: Question, choice: str, model: Path) -> tuple[l
 
 
 @torch.inference_mode()
-def _score(network: Any, tokens: Sequence[int], shared: int) -> float:
+def _score(network: Model, tokens: Sequence[int], shared: int) -> float:
     """Return the log-likelihood of the tokens after the first `shared` ones."""
     columns = torch.arange(shared - 1, len(tokens) - 1)
     places = (torch.zeros_like(columns), columns)

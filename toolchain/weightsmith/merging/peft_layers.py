@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from weightsmith.merging.adapter_config import names_match
 from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import plain_key
 from weightsmith.merging.rounding import F32
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
 
 Arrays = Mapping[str, np.ndarray]
 State = tuple[Path, tuple[str, ...]]
@@ -51,7 +54,7 @@ def merge_layer(layer: BaseLayer, raw: str, base: Arrays, adapter: Arrays) -> di
         return merged
 
 
-def _free_memory(model: Any) -> None:
+def _free_memory(model: Model) -> None:
     """Free the weights' memory at once: modules are in reference cycles."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.empty(0, dtype=tensor.dtype)
@@ -204,7 +207,7 @@ def _tensor(value: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(value.copy() if kept else value.astype(F32))
 
 
-def _load(model: Any, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+def _load(model: Model, tensors: Mapping[str, torch.Tensor], what: str) -> None:
     from peft import set_peft_model_state_dict
 
     try:
@@ -223,7 +226,7 @@ def _load(model: Any, tensors: Mapping[str, torch.Tensor], what: str) -> None:
         )
 
 
-def _missing(model: Any, names: Sequence[str]) -> list[str]:
+def _missing(model: Model, names: Sequence[str]) -> list[str]:
     """Return trained parameters that were not loaded under any of their names."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     loaded = {id(parameter) for name, parameter in parameters.items() if name not in names}
@@ -236,7 +239,7 @@ def _missing(model: Any, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _merged(model: Any, layer: BaseLayer, base: Arrays | None = None) -> dict[str, np.ndarray]:
+def _merged(model: Model, layer: BaseLayer, base: Arrays | None = None) -> dict[str, np.ndarray]:
     """Merge one layer and return its parameters; `base` replaces placeholders temporarily."""
     tuned = model.base_model.model.get_submodule(layer.module)
     plain = tuned.get_base_layer()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
@@ -25,6 +25,11 @@ from weightsmith.merging.answer_journal import AnswerJournal
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
 from weightsmith.models.templates import own_template, render_chat
 from weightsmith.models.text import text_part
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from weightsmith.forward.kinds import Model
 
 Message = Mapping[str, str]
 
@@ -54,7 +59,7 @@ class UnmergedModel:
         """The folder, whose matrices are read once for all subjects."""
         return self.model
 
-    def streamed(self, lockstep: Lockstep, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Model:
         """Return the model with its weights in files; raise InputRefused if one is missing."""
         check_model_folder(self.model)
         with _loading(self.adapters):
@@ -62,7 +67,7 @@ class UnmergedModel:
         _weigh(network, [weight for _, weight in self.adapters])
         return network
 
-    def whole(self) -> Any:
+    def whole(self) -> Model:
         """Return the model with its weights in memory."""
         return load_network(self.model, self.adapters)
 
@@ -168,7 +173,7 @@ class _Asked:
     questions: Questions
 
 
-def _asked(one: GenerationRequest, loaded: dict[Voice, Any]) -> _Asked:
+def _asked(one: GenerationRequest, loaded: dict[Voice, PreTrainedTokenizerBase]) -> _Asked:
     subject, tokenizer = one.subject, speaker(one.subject, loaded)
     questions = Questions(
         prompts=[prompt_tokens(tokenizer, item, subject.model) for item in one.items],
@@ -202,7 +207,7 @@ def _answered(
     asked: _Asked,
     count: Callable[[int], None],
     finished: Callable[[list[dict[str, Json]]], None],
-    network: Any,
+    network: Model,
     lockstep: Lockstep,
 ) -> Answered:
     found = greedy(network, asked.questions, count)
@@ -229,7 +234,7 @@ def _texts(asked: _Asked, found: Answers) -> list[dict[str, Json]]:
     ]
 
 
-def _token_ends(tokenizer: Any, row: Sequence[int]) -> list[int]:
+def _token_ends(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> list[int]:
     """Return how many characters of the answer each token completes."""
     starts = [row[:count] for count in range(1, len(row) + 1)]
     return [len(text) for text in tokenizer.batch_decode(starts, skip_special_tokens=True)]
@@ -273,7 +278,7 @@ def _tokenizer_in(voice: Voice, loaded: dict[Voice, Any]) -> Any:
     return loaded[voice]
 
 
-def tokenizer_of(voice: Voice) -> Any:
+def tokenizer_of(voice: Voice) -> PreTrainedTokenizerBase:
     """Load a tokenizer with its chat template."""
     model, folder, template, author = voice
     tokenizer = load_tokenizer(folder, padding_side="left")
@@ -287,7 +292,7 @@ def tokenizer_of(voice: Voice) -> Any:
     return tokenizer
 
 
-def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Any:
+def load_network(model: Path, adapters: Sequence[tuple[Path, float]]) -> Model:
     """Load the model in float32 with all adapters active."""
     check_model_folder(model)
     with doing(f"loading {model}"):
@@ -314,7 +319,7 @@ def _loading(adapters: Sequence[tuple[Path, float]]) -> Iterator[None]:
         ) from None
 
 
-def _weigh(network: Any, weights: Sequence[float]) -> None:
+def _weigh(network: Model, weights: Sequence[float]) -> None:
     """Scale each adapter's delta by its weight."""
     from peft.tuners.lora import LoraLayer
 
@@ -345,7 +350,9 @@ def _check_together(adapters: Sequence[tuple[Path, float]]) -> None:
             )
 
 
-def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, item: Sequence[Message], model: Path
+) -> list[int]:
     """Return an item's token ids; raise InputRefused if there are none to continue."""
     if ids := _prompt_tokens(tokenizer, item, model):
         return ids
@@ -355,7 +362,9 @@ def prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[
     )
 
 
-def _prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list[int]:
+def _prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, item: Sequence[Message], model: Path
+) -> list[int]:
     if tokenizer.chat_template:
         text = render_chat(tokenizer, item, answer=True)
         with doing(f"tokenizing with the tokenizer of {model}"):
@@ -369,7 +378,7 @@ def _prompt_tokens(tokenizer: Any, item: Sequence[Message], model: Path) -> list
     return list(tokenizer(item[0]["content"])["input_ids"])
 
 
-def _ends(model: Path, tokenizer: Any) -> list[int]:
+def _ends(model: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the end tokens of the model's configurations and the tokenizer."""
     ends = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for path in (model / "generation_config.json", model / "config.json"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.safetensors import TensorInfo, open_checkpoint
@@ -20,7 +20,7 @@ _NUMPY = {
 _SMALL = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
-def array_type(dtype: str) -> np.dtype[Any]:
+def array_type(dtype: str) -> np.dtype[np.generic]:
     """Return numpy's dtype for a safetensors dtype; raise KeyError if there is none.
 
     Floats that are only an exponent are read as bytes.
@@ -30,7 +30,7 @@ def array_type(dtype: str) -> np.dtype[Any]:
     if dtype in _SMALL:
         import ml_dtypes
 
-        small: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _SMALL[dtype]))
+        small: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, _SMALL[dtype]))
         return small
     return np.dtype("<" + _NUMPY[dtype])
 
@@ -44,7 +44,7 @@ def unsupported(name: str, dtype: str) -> InputRefused:
     )
 
 
-def widened(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def widened(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """Return floats as float32; bfloat16 by its bits, faster than ml_dtypes does it."""
     import numpy as np
 
@@ -54,7 +54,7 @@ def widened(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return np.left_shift(bits, 16, out=bits).view(np.float32)
 
 
-def largest(values: npt.NDArray[Any]) -> float:
+def largest(values: npt.NDArray[np.generic]) -> float:
     """Return the largest magnitude of floats, which is not below zero; NaN counts as more than all.
 
     `values` is not empty. Without their sign, the bits of floats have the order of magnitudes.
@@ -105,7 +105,7 @@ class CheckpointTensors:
         """Return dtype, shape and offsets; raise KeyError for an unknown name."""
         return self._where[name][1]
 
-    def array(self, name: str, where: tuple[int | slice, ...] = ()) -> npt.NDArray[Any]:
+    def array(self, name: str, where: tuple[int | slice, ...] = ()) -> npt.NDArray[np.generic]:
         """Return a tensor, or a part of it, in its own dtype; only that is read or computed."""
         return self._part(name, array_type(self.info(name).dtype), where)
 
@@ -147,8 +147,8 @@ class CheckpointTensors:
         return self.f32(name)
 
     def _part(
-        self, name: str, kind: np.dtype[Any], where: tuple[int | slice, ...]
-    ) -> npt.NDArray[Any]:
+        self, name: str, kind: np.dtype[np.generic], where: tuple[int | slice, ...]
+    ) -> npt.NDArray[np.generic]:
         """Return a part of a tensor, of which the leading indices say what is read."""
         shape, start, size = self.info(name).shape, 0, self.info(name).size
         while where and shape and size:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from weightsmith.models.virtual_weights import computed
 
 Read = Callable[[int, int], np.ndarray]
 """(first row, end) -> float32 [rows, columns], C-contiguous."""
-STORED: dict[str, np.dtype[Any]] = {
+STORED: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),

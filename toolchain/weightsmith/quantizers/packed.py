@@ -332,9 +332,11 @@ def _stacked_mxfp4(
     tensors: CheckpointTensors, matrix: Matrix, start: int, stop: int | None
 ) -> QuantizedTiles:
     """W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e."""
+    import numpy as np
+
     blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
     scales = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, start:stop]
-    codes, wide = blocks.reshape(len(blocks), -1), 2 * blocks.shape[-1]
+    codes, wide = blocks.reshape(len(blocks), -1).view(np.uint8), 2 * blocks.shape[-1]
     return QuantizedTiles(dtype="U8", codes=codes, scales=_powers_of_two(scales), tile=(1, wide))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.values import Format, Json
@@ -150,7 +150,7 @@ class _FusedRows:
         self._recorded = recorded if scheme.fused_scale else {}
         self._parts: dict[str, list[Matrix]] = {}
         self._known: dict[str, np.float32] = {}
-        self._kept: dict[tuple[str, int], npt.NDArray[Any]] = {}
+        self._kept: dict[tuple[str, int], npt.NDArray[np.generic]] = {}
         self._room = _KEPT
         for matrix in found:
             self._parts.setdefault(matrix.fused, []).append(matrix)
@@ -164,7 +164,7 @@ class _FusedRows:
             self._known[matrix.fused] = fused_scale(most, self._scheme)
         return self._known[matrix.fused]
 
-    def blocks(self, matrix: Matrix) -> Iterator[npt.NDArray[Any]]:
+    def blocks(self, matrix: Matrix) -> Iterator[npt.NDArray[np.generic]]:
         """Yield a matrix's rows in its own type, whole tiles of them at a time.
 
         Raises EnvironmentFailure after the last one if the largest weight is not as recorded, for
@@ -226,7 +226,7 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> TensorGroup:
     if scheme.fused_scale:
         outputs.append(OutputTensor(f"{weight}_global_scale", "F32", (1,)))
 
-    def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         shared = rows.scale(matrix)
         if shared is not None:
             yield f"{weight}_global_scale", np.array([shared], array_type("F32"))
@@ -262,7 +262,7 @@ def _stacks(found: Sequence[Matrix], scheme: Scheme, rows: _FusedRows) -> Iterat
 
 def _stack_rows(
     name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRows
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
     for matrix in experts:
         for part in rows.blocks(matrix):
             try:

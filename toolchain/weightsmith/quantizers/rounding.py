@@ -7,7 +7,7 @@ quantization/lifecycle/forward.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.kernels import tiles
 from weightsmith.models.tensors import array_type, widened
@@ -45,8 +45,8 @@ def fused_scale(most: float, scheme: Scheme) -> np.float32:
 
 
 def round_rows(
-    rows: npt.NDArray[Any], scheme: Scheme, shared: np.float32 | None = None
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    rows: npt.NDArray[np.generic], scheme: Scheme, shared: np.float32 | None = None
+) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
     """Return codes and scales of rows [n, inputs] of floats, in the scheme's types.
 
     `n` is a multiple of the tile's outputs unless the matrix ends there; for 4 bits, `inputs` is a
@@ -72,7 +72,7 @@ def round_rows(
 
 def _round_rows(
     rows: Floats, scheme: Scheme, shared: np.float32 | None
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
     import numpy as np
 
     count, inputs = rows.shape
@@ -104,7 +104,7 @@ def _largest(rows: Floats, outputs: int, width: int) -> Floats:
 
 def _scales(
     most: Floats, scheme: Scheme, shared: np.float32 | None
-) -> tuple[npt.NDArray[Any], Floats]:
+) -> tuple[npt.NDArray[np.generic], Floats]:
     """Return a tile's scales as they are stored, and what its weights are divided by."""
     import numpy as np
 
@@ -134,7 +134,7 @@ def _powers_of_two(most: Floats) -> tuple[npt.NDArray[np.uint8], Floats]:
     return stored, powers.astype(np.float32)
 
 
-def _codes(scaled: Floats, scheme: Scheme) -> npt.NDArray[Any]:
+def _codes(scaled: Floats, scheme: Scheme) -> npt.NDArray[np.generic]:
     """Return the codes nearest to scaled values, ties to even; changes its argument."""
     import numpy as np
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.kernels import tiles
 from weightsmith.models.tensors import array_type, widened
@@ -54,7 +54,7 @@ class QuantizedTiles:
         found *= np.repeat(scales, high, 0)[:count] if high > 1 else scales
         return found
 
-    def squares(self, weights: npt.NDArray[Any]) -> tuple[float, float]:
+    def squares(self, weights: npt.NDArray[np.generic]) -> tuple[float, float]:
         """Return the sums of squares of the codes' error and of the weights [rows, columns].
 
         Raises ValueError if the shapes differ, or a code stands for NaN or infinity.
@@ -66,7 +66,7 @@ class QuantizedTiles:
             raise ValueError("NaN or infinite weights")
         return sums
 
-    def _squares(self, weights: npt.NDArray[Any]) -> tuple[float, float] | None:
+    def _squares(self, weights: npt.NDArray[np.generic]) -> tuple[float, float] | None:
         import numpy as np
 
         if tiles.reads(weights.dtype):

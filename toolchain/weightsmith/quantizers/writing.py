@@ -14,6 +14,7 @@ from weightsmith.models.safetensors import BITS, build_header
 from weightsmith.models.tensors import CheckpointTensors, array_type
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
 SHARD_BYTES = 4 << 30
@@ -43,14 +44,14 @@ class TensorGroup:
     """Tensors that are computed together, such as a matrix's codes and scales."""
 
     outputs: tuple[OutputTensor, ...]
-    blocks: Callable[[], Iterator[tuple[str, npt.NDArray[Any]]]]
+    blocks: Callable[[], Iterator[tuple[str, npt.NDArray[np.generic]]]]
     """() -> tensor names and their next rows, in the tensor's dtype."""
 
 
 def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]) -> TensorGroup:
     """Return the work for one tensor that is computed as a whole."""
 
-    def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         data = make()
         if data.shape != shape or data.dtype != array_type(dtype):
             raise ValueError(f"{name} is {data.dtype} {data.shape}")
@@ -62,7 +63,7 @@ def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]
 def copied(source: CheckpointTensors, name: str) -> TensorGroup:
     """Return the work for a tensor of the source that does not change."""
 
-    def blocks() -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
         for start in range(0, info.size, _COPIED):
             yield name, source.raw(name, start, start + _COPIED)
 

@@ -131,7 +131,7 @@ class BaseAndAdapters:
         """The folder of the base."""
         return self.checkpoint
 
-    def streamed(self, lockstep: Lockstep, number: int) -> Unmerged:
+    def streamed(self, lockstep: Lockstep, number: int) -> Model:
         """Return it with its weights in files; raise InputRefused if one is missing."""
         built = self._built()
         skip = [
@@ -178,7 +178,7 @@ class MergedModel:
         """The folder."""
         return self.checkpoint
 
-    def streamed(self, lockstep: Lockstep, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Model:
         """Return it with its weights in files."""
         model, weights = skeleton_with_weights(self.checkpoint)
         stream(model, weights, lockstep, number)
@@ -349,7 +349,7 @@ Kinds = Mapping[str, torch.dtype]
 """Attribute of a module -> the type that the merge rounds it to."""
 
 
-def watch_casts(examiner: Examiner, model: Any, done: set[int]) -> None:
+def watch_casts(examiner: Examiner, model: Model, done: set[int]) -> None:
     """Run the twins with the parameters that the merge casts rounded, of modules not `done`.
 
     Where that is not possible, the parameters are added to the examiner's `unjudged`.
@@ -364,7 +364,7 @@ def watch_casts(examiner: Examiner, model: Any, done: set[int]) -> None:
             module.register_forward_hook(cast.after)
 
 
-def _parts(module: Any) -> list[str]:
+def _parts(module: torch.nn.Module) -> list[str]:
     """Return the names of a module's own parameters, stacked ones that are read singly too."""
     own = [name for name, _ in module.named_parameters(recurse=False)]
     return own + [name for name, value in vars(module).items() if isinstance(value, ExpertStack)]
@@ -403,7 +403,7 @@ class _Cast:
             if not isinstance(values, RoundedStack):
                 values.data = values.data.to(kind).float()
 
-    def after(self, _: Any, args: tuple[Any, ...], out: Any) -> Any:
+    def after(self, _: torch.nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         """Replace the twins' outputs."""
         if self.busy:
             return None

@@ -261,7 +261,7 @@ def _texts(
     filler = min(ends, default=0)
     asked = Questions(prompts=prompts, ends=ends, most=most, filler=filler, drafts=drafts)
 
-    def generate(model: Any, _: Lockstep) -> list[list[int]]:
+    def generate(model: Model, _: Lockstep) -> list[list[int]]:
         model.get_output_embeddings().register_forward_hook(require_finite)
         return continuations(model, asked, lambda _: None).tokens
 
@@ -317,7 +317,7 @@ class Sides:
                 mixture=request.mixture,
             )
 
-        def merged(model: Any, _: Lockstep) -> ForwardResult:
+        def merged(model: Model, _: Lockstep) -> ForwardResult:
             return merged_forward(model, batch, twins, advance)
 
         ask: dict[str, Any] = {"reference": reference, "merged": merged}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.kernels import library
 
@@ -19,17 +19,17 @@ _LANES = 16
 """Of the widest vectors."""
 
 
-def reads(dtype: np.dtype[Any]) -> bool:
+def reads(dtype: np.dtype[np.generic]) -> bool:
     """Return whether the library is there and reads weights of this type."""
     return dtype.name in _TYPES and library.found() is not None
 
 
 def round_tiles(
-    rows: npt.NDArray[Any],
+    rows: npt.NDArray[np.generic],
     tile: tuple[int, int],
     shared: float,
-    codes: tuple[str, npt.NDArray[Any]],
-    scales: tuple[str, npt.NDArray[Any]],
+    codes: tuple[str, npt.NDArray[np.generic]],
+    scales: tuple[str, npt.NDArray[np.generic]],
 ) -> bool:
     """Fill `codes` and `scales`, each with its safetensors dtype; return False for NaN or infinity.
 
@@ -54,7 +54,7 @@ def compare_tiles(
     values: npt.NDArray[np.float32],
     scales: npt.NDArray[np.float32],
     tile: tuple[int, int],
-    weights: npt.NDArray[Any],
+    weights: npt.NDArray[np.generic],
 ) -> tuple[float, float] | None:
     """Return the sums of squares of what codes stand for minus `weights`, and of `weights`.
 

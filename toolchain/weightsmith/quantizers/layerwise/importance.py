@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from weightsmith.forward.threads import CPUS, product, thread_pool, unwatched
 from weightsmith.quantizers.architectures import EXPERTS
 from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, config_of, window_of
 from weightsmith.quantizers.layerwise.observing import is_experts
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Tokenizer
 
 Progress = Callable[[int, int], object]
 
@@ -145,7 +148,7 @@ def _has_experts(config: Mapping[str, Any]) -> bool:
     return bool(EXPERTS.intersection(map(str, config.get("architectures") or ())))
 
 
-def _windows(tokenizer: Any, text: str, window: int) -> Iterator[list[int]]:
+def _windows(tokenizer: Tokenizer, text: str, window: int) -> Iterator[list[int]]:
     """Yield the whole windows of a text; each begins as the tokenizer begins a text."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     begin = tokenizer.bos_token_id
@@ -192,7 +195,7 @@ class _Seen(threading.local):
         self.parts: list[tuple[str, SquareSums]] = []
         self._last: tuple[torch.Tensor, SquareSums] | None = None
 
-    def see(self, tensor: str, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+    def see(self, tensor: str, module: torch.nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
         """Add up the inputs of a linear layer."""
         if self._last is None or self._last[0] is not args[0]:  # Q, K and V get the same
             with unwatched():
@@ -200,7 +203,9 @@ class _Seen(threading.local):
         self.parts.append((tensor, self._last[1]))
 
 
-def _hooks(layer: Any, block: str, seen: _Seen, found: dict[str, Sums]) -> Iterator[Any]:
+def _hooks(
+    layer: torch.nn.Module, block: str, seen: _Seen, found: dict[str, Sums]
+) -> Iterator[Any]:
     for name, module in layer.named_modules():
         if is_experts(module):
             yield module.register_forward_pre_hook(partial(_see_experts, block, found))

@@ -44,7 +44,7 @@ class _Maxima:
 
     def __init__(
         self,
-        layer: Any,
+        layer: torch.nn.Module,
         layers: Layers,
         prefix: str,
         own: Mapping[str, str],

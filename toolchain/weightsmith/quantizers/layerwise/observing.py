@@ -98,7 +98,7 @@ class Routed:
 class Observer:
     """Records the inputs of a layer's matrices while it runs."""
 
-    def __init__(self, layer: Any, wanted: Sequence[str]) -> None:
+    def __init__(self, layer: torch.nn.Module, wanted: Sequence[str]) -> None:
         """`wanted` are the names, within the layer, of the linear layers to look at."""
         named = dict(layer.named_modules())
         self.groups: list[SharedInputGroup] = []
@@ -136,7 +136,7 @@ class Observer:
         if name in self._leaders:
             self._leaders[name].moments.add(self._texts(args[0]))
 
-    def _experts(self, _: Any, args: tuple[Any, ...]) -> None:
+    def _experts(self, _: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if self.routed is not None:
             self.routed.rows.append(self._texts(args[0]))
             self.routed.chosen.append(self._texts(args[1]))
@@ -158,19 +158,21 @@ class _Origins:
         self._groups: dict[tuple[int, int], SharedInputGroup] = {}
         self._elsewhere: set[int] = set()
 
-    def hooks(self, modules: Sequence[Any]) -> list[Any]:
+    def hooks(self, modules: Sequence[torch.nn.Module]) -> list[Any]:
         """Return hooks on the modules that make or take an input of a matrix."""
         found = [m.register_forward_hook(self._made) for m in modules if is_norm(m)]
         others = [m for m in modules if list(m.parameters(recurse=False)) and not is_norm(m)]
         others = [module for module in others if id(module) not in self._own]
         return found + [module.register_forward_pre_hook(self._note_inputs) for module in others]
 
-    def _made(self, norm: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    def _made(
+        self, norm: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> None:
         self._kept.append(output)
         if len(args) == 1:  # linear attention's norm takes a gate, too
             self._norms[_memory(output)] = norm
 
-    def _note_inputs(self, _: Any, args: tuple[Any, ...]) -> None:
+    def _note_inputs(self, _: torch.nn.Module, args: tuple[torch.Tensor | None, ...]) -> None:
         self._elsewhere |= {_memory(one) for one in args if isinstance(one, torch.Tensor)}
 
     def joined(self, name: str, module: Any, inputs: torch.Tensor) -> bool:
@@ -194,13 +196,13 @@ class _Origins:
                 group.norm = self._norms.get(memory)
 
 
-def is_experts(module: Any) -> bool:
+def is_experts(module: torch.nn.Module) -> bool:
     """Return whether a module has all experts of a layer, as [experts, outputs, inputs]."""
     parts = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
     return all(isinstance(part, nn.Parameter) and part.dim() == 3 for part in parts)
 
 
-def is_norm(module: Any) -> bool:
+def is_norm(module: torch.nn.Module) -> bool:
     """Return whether a module has nothing but one vector of weights."""
     own = list(module.named_parameters())
     return len(own) == 1 and own[0][0] == "weight" and own[0][1].dim() == 1

@@ -166,7 +166,7 @@ def _walk(walk: _Walk, made: _Finished) -> None:
         print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
 
 
-def _layer(walk: _Walk, number: int, layer: Any) -> dict[str, torch.Tensor]:
+def _layer(walk: _Walk, number: int, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return a loaded layer's tensors as they are stored, and move the states behind it."""
     layers, path = walk.layers, walk.layers.paths[number]
     own = {m.tensor: m for m in walk.found if m.expert < 0}
@@ -219,7 +219,7 @@ def _rounded(
 
 
 def _scaled(
-    walk: _Walk, number: int, layer: Any, observer: Observer, right: torch.Tensor
+    walk: _Walk, number: int, layer: torch.nn.Module, observer: Observer, right: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Scale a layer in place; return the norms and biases that changed, as they are stored.
 

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from weightsmith.models.tensors import View
 from weightsmith.quantizers.quality.result import TensorFault
 from weightsmith.quantizers.quality.totals import short
 
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
+
 
 class Dequantized(Weights):
     """A view's tensors by the parameter names of the checkpoint's model.
@@ -34,7 +37,7 @@ class Dequantized(Weights):
     Matrices are read a few rows at a time, and what fits of the last one stays in memory.
     """
 
-    def __init__(self, root: Path, model: Any, view: View) -> None:
+    def __init__(self, root: Path, model: Model, view: View) -> None:
         """Map names as for the checkpoint in `root`."""
         super().__init__(root, model)
         self._view = view
@@ -176,7 +179,7 @@ def _relative(tiles: Mapping[int, Squares]) -> float:
     return Squares(error, size).relative
 
 
-def require_complete(model: Any, weights: Weights) -> None:
+def require_complete(model: Model, weights: Weights) -> None:
     """Raise Unmeasurable if the checkpoint lacks a tensor of its architecture."""
     if names := lacking(model, weights):
         raise Unmeasurable(

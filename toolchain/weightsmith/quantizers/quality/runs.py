@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,9 @@ from weightsmith.forward.weights import Weights
 from weightsmith.models.tensors import View
 from weightsmith.quantizers.quality.dequantized import Dequantized, require_complete
 from weightsmith.quantizers.quality.result import TensorFault
+
+if TYPE_CHECKING:
+    from weightsmith.forward.kinds import Model
 
 
 @dataclass(slots=True)
@@ -81,7 +84,7 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
     quantized = QuantizedNetwork(model, view)
     probed = torch.cat([ids, ids[:PROBE_ROWS]])
 
-    def run(network: Any, lockstep: Lockstep) -> States:
+    def run(network: Model, lockstep: Lockstep) -> States:
         if network is quantized.network:
             compared.compare(network, lockstep)
             return _run(network, probed)
@@ -100,7 +103,7 @@ def run_both(model: Path, view: View, ids: torch.Tensor, length: int, progress: 
     )
 
 
-def _run(model: Any, ids: torch.Tensor) -> States:
+def _run(model: Model, ids: torch.Tensor) -> States:
     with torch.inference_mode(), running():
         return States(decoder_of(model)(input_ids=ids, use_cache=False), model)
 
@@ -113,18 +116,18 @@ class _Checkpoint:
     def source(self) -> Path:
         return self.checkpoint
 
-    def streamed(self, lockstep: Lockstep, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Model:
         model, weights = self._built()
         stream(model, weights, lockstep, number)
         decoder_of(model).register_forward_hook(_require_finite)
         return model
 
-    def whole(self) -> Any:
+    def whole(self) -> Model:
         model, weights = self._built()
         fill(model, weights)
         return model
 
-    def _built(self) -> tuple[Any, Weights]:
+    def _built(self) -> tuple[Model, Weights]:
         model, weights = skeleton_with_weights(self.checkpoint)
         require_complete(model, weights)
         return model, weights
@@ -144,25 +147,25 @@ class QuantizedNetwork:
         """Its own matrices."""
         return "quantized"
 
-    def streamed(self, lockstep: Lockstep, number: int) -> Any:
+    def streamed(self, lockstep: Lockstep, number: int) -> Model:
         """Return it with its weights dequantized when they are used."""
         model, weights = self._built()
         stream(model, weights, lockstep, number, modules_without_text(model))
         return model
 
-    def whole(self) -> Any:
+    def whole(self) -> Model:
         """Return it with its weights dequantized in memory."""
         model, weights = self._built()
         fill(model, weights, modules_without_text(model))
         return model
 
-    def _built(self) -> tuple[Any, Weights]:
+    def _built(self) -> tuple[Model, Weights]:
         self.network, _ = skeleton_with_weights(self.checkpoint)
         self.weights = Dequantized(self.checkpoint, self.network, self.view)
         return self.network, self.weights
 
 
-def _require_finite(_: Any, __: Any, output: Any) -> None:
+def _require_finite(_: torch.nn.Module, __: Any, output: Any) -> None:
     """Raise ModelFails if the states are not finite: a weight was used without its module."""
     if not bool(torch.isfinite(output[0]).all()):
         raise ModelFails("the hidden states are not finite")
@@ -172,7 +175,7 @@ PROBE_ROWS = 1
 """First sequences on which each layer's own error is measured."""
 
 
-def decoder_layers(model: Any) -> list[Any]:
+def decoder_layers(model: Model) -> list[torch.nn.Module]:
     """Return the decoder's layers; raise Unmeasurable if there is not exactly one list of them."""
     lists = [m for m in decoder_of(model).children() if isinstance(m, torch.nn.ModuleList)]
     if len(lists) != 1:
@@ -200,12 +203,12 @@ class LayerErrors:
     found: dict[int, float] = field(default_factory=dict)
     """Layer -> its error, relative to what it adds to its input."""
 
-    def record(self, model: Any) -> None:
+    def record(self, model: Model) -> None:
         """Record inputs and outputs of the checkpoint's layers."""
         for number, layer in enumerate(decoder_layers(model)):
             _hook(layer, self._record_input(number), self._record_output(number))
 
-    def compare(self, model: Any, lockstep: Lockstep) -> None:
+    def compare(self, model: Model, lockstep: Lockstep) -> None:
         """Judge the quantized model's layers, each when the checkpoint has run it."""
         for number, layer in enumerate(decoder_layers(model)):
             _hook(layer, self._replace(number, lockstep), self._judge(number, lockstep))
@@ -245,16 +248,18 @@ class LayerErrors:
 
 
 def _hook(
-    layer: Any,
+    layer: torch.nn.Module,
     started: Callable[[torch.Tensor], torch.Tensor],
     ended: Callable[[torch.Tensor], None],
 ) -> None:
-    def before(_: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def before(
+        _: torch.nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         if args:
             return (started(args[0]), *args[1:]), named
         return args, {**named, "hidden_states": started(named["hidden_states"])}
 
-    def after(_: Any, __: Any, output: Any) -> None:
+    def after(_: torch.nn.Module, __: Any, output: Any) -> None:
         ended(output[0] if isinstance(output, tuple) else output)
 
     layer.register_forward_pre_hook(before, with_kwargs=True)

@@ -13,13 +13,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.time_limits import doing
 from weightsmith.core.values import Json
 from weightsmith.forward.libraries import load_tokenizer, reading_tokenizer, stay_offline
 from weightsmith.models.templates import render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _FILE = "tokenizer.json"
 _HINT = "write the calibration conversations in the form that the chat template expects"
@@ -59,7 +62,7 @@ def readings(model: Path, rows: Sequence[Mapping[str, Json]]) -> list[Reading]:
     return found
 
 
-def _answer(tokenizer: Any, row: Mapping[str, Json], ids: Sequence[int]) -> int:
+def _answer(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Json], ids: Sequence[int]) -> int:
     """Return the index of the last answer's first token; 1 if it cannot be determined."""
     messages = row.get("messages", [])
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -100,7 +103,7 @@ def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
         return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Json]) -> str:
     if "text" in row:
         return str(row["text"])
     if not tokenizer.chat_template:
@@ -111,7 +114,7 @@ def _rendered(tokenizer: Any, row: Mapping[str, Json]) -> str:
     return render_chat(tokenizer, row["messages"], answer=False, hint=_HINT)
 
 
-def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     with doing(f"tokenizing with the tokenizer of {tokenizer.name_or_path}"):
         # The template adds the begin token; plain text inside a stream has none.
         return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
