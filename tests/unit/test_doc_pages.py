@@ -83,10 +83,18 @@ def test_the_glossary_is_two_pages_in_order_and_names_files_that_are_there() -> 
     assert len(page.split()) < 1000
 
 
-def test_contributing_names_files_that_are_there() -> None:
-    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    for name in re.findall(r"`([\w./]+/[\w./]*)`", page):
-        if "NAME" not in name:
+ABOUT_CODE = (
+    "CONTRIBUTING.md", "docs/design.md", "docs/glossary.md",
+    "docs/explanation/how-a-build-flows.md", "docs/explanation/exact-merge.md",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ABOUT_CODE)
+def test_pages_about_code_name_files_that_are_there(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    spans = re.findall(r"`([\w./]+/[\w./]*)`", text)
+    for name in {*spans, *re.findall(r"(?<![\w/`.])[a-z_]+/[\w/]+\.(?:py|c)\b", text)}:
+        if not re.search(r"NAME|^dist/|^refused/", name):
             assert (PACKAGE / name).exists() or (ROOT / name).exists(), name
 
 
