@@ -104,6 +104,7 @@ def shares(steps: BuildSteps, seen: Foresight) -> Shares | None:
         return Shares(now=0, ahead=0)
     if now + ahead > memory.budget:
         return None
+    # By need: halves would refuse a pair of which one needs little.
     share = memory.limit * ahead // (now + ahead)
     return Shares(now=memory.limit - share, ahead=share)
 

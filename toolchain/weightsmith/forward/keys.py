@@ -1,4 +1,8 @@
-"""Keys and values of the tokens that a batch of texts has so far."""
+"""Keys and values of the tokens that a batch of texts has so far.
+
+They stay where they are when a token turns out wrong: its column becomes a hole, which is masked,
+and columns are moved together only if there are many.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,10 @@ computed, so the checkpoint may be larger than memory.
 llm-compressor would load the model to compute what each matrix alone decides. Experts become single
 matrices, because compressed-tensors defines scales for these only. gpt-oss's stay stacked, in
 OpenAI's layout: vLLM reads them in that and in 16 bits, in no other.
+
+NVFP4 needs the largest weight of fused matrices before it rounds their first row. A merge computes
+every weight anyway and records it; if the rows have another one when they are rounded, the job
+ends. Matrices without a record are read before, and kept up to 256 MiB.
 """
 
 from __future__ import annotations
