@@ -15,7 +15,7 @@ from weightsmith.core import errors
 from tests.unit.test_docs import PAGES, ROOT, listed
 
 PACKAGE = ROOT / "toolchain/weightsmith"
-LINKING = [*PAGES, "CHANGELOG.md"]
+LINKING = [*PAGES, "CHANGELOG.md", "benchmarks/README.md"]
 VARIABLE = r"WEIGHTSMITH_[A-Z_]*[A-Z](?![A-Z_])"
 """The name of one of our variables, and not the beginning of several."""
 CMAKE = {f"WEIGHTSMITH_{name}" for name in ("HTTP", "PROGRAMS", "SERVER", "VARIANTS")}

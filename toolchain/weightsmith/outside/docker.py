@@ -347,6 +347,11 @@ def load_in_order(
     `parallel` of them are sent while the engine unpacks one, as in a pull, so its disk holds only
     those at a time. Raises EnvironmentFailure if the engine refuses one.
     """
+    # Docker unpacks an archive only when it has all of it, and keeps both on disk. So each large
+    # layer is sent as an image of its own, based on the previous one: its archive leaves out the
+    # lower layers, and its last bytes are held back until those are loaded. An interrupted load
+    # goes on, since its intermediate images have names. A read-only registry on loopback to pull
+    # from is no faster, and a remote engine cannot reach it.
     uploads: list[ArchiveUpload] = []
     try:
         for archive in archives:

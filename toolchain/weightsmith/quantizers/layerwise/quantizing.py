@@ -454,6 +454,11 @@ def scale_layer(
 
     `dtypes` returns the dtype in which a module's vectors are stored.
     """
+    # What may be scaled is found by running the layer, not by a table per architecture. Matrices
+    # that get the same tensor form a group; a norm is scaled if only such groups get its output. A
+    # norm that multiplies by one plus its weight shows it when its weight is zero. Afterwards the
+    # layer runs again and must compute the same, else it stays unscaled. AutoAWQ's lists, one class
+    # per architecture, are where its known errors are.
     by_name = {name: module for group in groups for name, module in group.linears.items()}
     for group in groups:
         before = _before(group, by_name)
