@@ -112,6 +112,7 @@ def test_the_types_are_those_of_the_pinned_quantizer():
     assert "Q2_0" not in {t.name for t in gguf.GGMLQuantizationType}, "it can be offered now"
 
 
+@pytest.mark.full
 def test_the_divergence_is_near_what_llama_cpp_says_of_its_own(tmp_path):
     """llama.cpp counts the second half of each window, and rounds activations as well."""
     programs = toolset_folder(cache_folder(), "llamacpp") / "bin"
@@ -170,6 +171,7 @@ print("made", [(file.path, file.digest) for file in made.tree.files])
 """
 
 
+@pytest.mark.full
 def test_a_killed_quantization_goes_on_where_it_was(tmp_path):
     """Killed while it quantizes: conversion and matrix are not made again, the bytes are equal."""
 

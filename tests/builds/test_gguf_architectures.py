@@ -49,7 +49,7 @@ BYTE_PAIRS = [
 """The converter takes these with a tokenizer alone that it knows by what it makes of a text."""
 
 
-@pytest.mark.grid(3)
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("config", CONFIGS, ids=model_type)
 def test_each_architecture_without_a_file_between(tmp_path, config):
     """What the converter does to tensors is in our files, and is undone where they are read."""
