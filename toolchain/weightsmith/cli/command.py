@@ -119,7 +119,7 @@ def _print_result(text: str) -> None:
         raise Exit(code=failure.exit_code)
 
 
-def _require_words(positional: tuple[str, ...], arguments: Mapping[str, Any]) -> None:
+def _require_words(positional: tuple[str, ...], arguments: Mapping[str, JsonValue]) -> None:
     """Raise UsageError for a blank argument, which as a path would be the current folder.
 
     A flag's own value may be empty, which is its default.
@@ -134,7 +134,7 @@ def _require_words(positional: tuple[str, ...], arguments: Mapping[str, Any]) ->
             )
 
 
-def _guarded(body: Body, arguments: dict[str, Any]) -> tuple[Mapping[str, Writable], str]:
+def _guarded(body: Body, arguments: dict[str, JsonValue]) -> tuple[Mapping[str, Writable], str]:
     """Run a body; some signals end it like Ctrl-C, and a bug leaves its traceback in a file."""
     raise_it()
     _require_folder()

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from weightsmith.core.errors import UsageError
+from weightsmith.core.values import JsonValue
 from weightsmith.recipe.section import FlagFields, fields_of, flag_of, spelling
 
 _EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
@@ -61,12 +62,12 @@ class Flags(FlagFields):
         """Return what has no flag."""
         return tuple(name for name, field, _ in self.fields() if flag_of(field).positional)
 
-    def read(self, arguments: dict[str, Any]) -> Any:
+    def read(self, arguments: dict[str, JsonValue]) -> Any:
         """Take the flags out of the arguments; return the section with those that were given.
 
         Raises UsageError naming the flag.
         """
-        given: dict[str, Any] = {}
+        given: dict[str, JsonValue] = {}
         texts = {}
         missing = []
         for name, field in self._own():
@@ -103,7 +104,7 @@ class Flags(FlagFields):
         except ValidationError as error:
             raise self._refused(error.errors(include_url=False), texts) from None
 
-    def _refused(self, faults: list[ErrorDetails], texts: Mapping[str, Any]) -> UsageError:
+    def _refused(self, faults: list[ErrorDetails], texts: Mapping[str, JsonValue]) -> UsageError:
         name = str(faults[0]["loc"][0]) if faults[0]["loc"] else ""
         if name not in texts:  # a rule about several fields
             flags = ", ".join(spelling(self.section, given) for given in texts)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weightsmith.core.values import Json, Writable
 
 
 class WeightsmithError(Exception):
@@ -14,12 +17,12 @@ class WeightsmithError(Exception):
     exit_code = 1
 
     def __init__(
-        self, message: str, *, hint: str = "", details: Mapping[str, Any] | None = None
+        self, message: str, *, hint: str = "", details: Mapping[str, Writable] | None = None
     ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
-        self.details = details or {}
+        self.details: Mapping[str, Json] = details or {}
         """What `--json` prints in addition to the error, under its own keys."""
 
 

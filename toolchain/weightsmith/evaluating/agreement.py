@@ -6,9 +6,8 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
 
-from weightsmith.core.values import Json, Score, Scores
+from weightsmith.core.values import Json, JsonValue, Score, Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +68,7 @@ def _sameness(reference: Score, score: Score) -> Sameness:
 
 
 def _difference(
-    number: int, expected: Mapping[str, Any], given: Mapping[str, Any]
+    number: int, expected: Mapping[str, JsonValue], given: Mapping[str, JsonValue]
 ) -> Difference | None:
     """Return where two answers part; None if they are equal but for white space around them.
 

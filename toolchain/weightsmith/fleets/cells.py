@@ -15,6 +15,7 @@ from typing import Any
 
 from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
+from weightsmith.core.values import JsonValue
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.labels import reference
@@ -43,7 +44,7 @@ class AdapterBuild:
     """One adapter's builds: a whole recipe, whose paths do not depend on the current folder."""
 
     adapter: str
-    data: Mapping[str, Any]
+    data: Mapping[str, JsonValue]
     """The recipe as its file would have it."""
     file: RecipeFile
     """The same, checked, with the pins of the fleet's lock."""
@@ -158,7 +159,7 @@ def _build(
     name: str,
     entry: FleetAdapter,
     place: str,
-    shared: Mapping[str, Any],
+    shared: Mapping[str, JsonValue],
     fleet: Fleet,
     path: Path,
     lock: Lock,

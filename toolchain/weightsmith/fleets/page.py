@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.files import write_whole
-from weightsmith.core.values import canonical
+from weightsmith.core.values import JsonValue, canonical
 from weightsmith.evaluating.pages import render_view
 from weightsmith.fleets.rows import (
     ENDED,
@@ -56,7 +55,7 @@ class Page:
         self._written = time.monotonic()
 
 
-def view(rows: FleetRows, title: str, dist: Path, *, stopped: bool = False) -> dict[str, Any]:
+def view(rows: FleetRows, title: str, dist: Path, *, stopped: bool = False) -> dict[str, JsonValue]:
     """Return what the page shows: cells by what needs attention, then by name."""
     cells = sorted(rows.cells, key=lambda row: (_ORDER.index(row.verdict), row.adapter, row.target))
     counts = {name: sum(row.verdict == name for row in rows.cells) for name in _ORDER if name}
@@ -92,7 +91,7 @@ def left_seconds(rows: FleetRows) -> float | None:
 
 def _verdict(
     rows: FleetRows, counts: dict[str, int], left: int, *, stopped: bool
-) -> dict[str, Any]:
+) -> dict[str, JsonValue]:
     wrong = [
         f"{row.adapter} with {row.target}: {row.error}"
         for row in rows.cells
@@ -117,7 +116,7 @@ def _state(state: str, *, stopped: bool) -> str:
     return "stopped" if stopped and state != ENDED else _STATES.get(state, state)
 
 
-def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, Any]:
+def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, JsonValue]:
     mark = {"passed": "good", REFUSED: "bad", NOT_MADE: "bad"}.get(row.verdict, "faint")
     report = os.path.relpath(row.report, dist) if row.report else ""
     return {
@@ -130,7 +129,7 @@ def _cell(row: CellRow, dist: Path, *, stopped: bool) -> dict[str, Any]:
     }
 
 
-def _shared(row: SharedRow, *, stopped: bool) -> dict[str, Any]:
+def _shared(row: SharedRow, *, stopped: bool) -> dict[str, JsonValue]:
     shown = "failed" if row.error else "cached" if row.cached else "done"
     state = _state(row.state, stopped=stopped)
     return {**row.to_json(), "shown": shown if row.state == ENDED else state}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from weightsmith.building.pipeline import ASSEMBLY
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, WeightsmithError
 from weightsmith.core.json_objects import JsonObject
+from weightsmith.core.values import JsonValue
 from weightsmith.fleets.requests import CellSummary, Failure, TaskReply
 
 REFUSED, NOT_MADE = "refused", "not made"
@@ -106,7 +106,7 @@ class FleetRows(JsonObject):
         first = (made or refused)[0]
         text += f"; {first.adapter} x {first.target}: {first.error}"
         hint = first.hint or "the page of the fleet has every reason"
-        details: dict[str, Any] = self.to_json()
+        details: dict[str, JsonValue] = self.to_json()
         if made:
             return EnvironmentFailure(text, hint=hint, details=details)
         return CheckFailed(text, hint=hint, details=details)

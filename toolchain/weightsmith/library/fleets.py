@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
@@ -12,7 +12,7 @@ from weightsmith.cache.address import of_nodes
 from weightsmith.commands.arguments import request_of
 from weightsmith.commands.requests import FleetCommand
 from weightsmith.core.ports import Progress, Silent
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.fleets.foresight import plan_of
 from weightsmith.fleets.ordering import Ordered, foreseen, ordered
 from weightsmith.fleets.ordering import run_fleet as run_all
@@ -32,7 +32,7 @@ FleetResult: TypeAlias = FleetRows
 
 
 def fleet(
-    file: AnyPath | Mapping[str, Any],
+    file: AnyPath | Mapping[str, JsonValue],
     *,
     on: str = "local",
     address: str = "",

@@ -11,6 +11,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.refused import SETTINGS, UNMERGED
 from weightsmith.merging.tying import is_embedding, is_head
 
@@ -137,7 +138,7 @@ def read_adapter_config(root: Path) -> AdapterConfig:
     return parse_adapter_config(path, raw)
 
 
-def parse_adapter_config(path: Path, raw: Mapping[str, Any]) -> AdapterConfig:
+def parse_adapter_config(path: Path, raw: Mapping[str, JsonValue]) -> AdapterConfig:
     """Return a configuration, also of a kind that is not merged; raise InputRefused if invalid."""
     try:
         config = _read(raw)
@@ -179,7 +180,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
-def _check_kind(path: Path, raw: Mapping[str, Any]) -> None:
+def _check_kind(path: Path, raw: Mapping[str, JsonValue]) -> None:
     """Refuse variants of LoRA that cannot be merged, or not onto the original base."""
     init = raw.get("init_lora_weights", True)
     if raw.get("peft_type") != "LORA":
@@ -205,7 +206,7 @@ def _check_patterns(config: AdapterConfig) -> None:
         re.compile(pattern)
 
 
-def _check_values(raw: Mapping[str, Any]) -> None:
+def _check_values(raw: Mapping[str, JsonValue]) -> None:
     """Raise TypeError or ValueError for values of which PEFT says nothing that helps."""
     for name in ("modules_to_save", "target_parameters"):
         given = raw.get(name) or ()
@@ -251,7 +252,7 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _flag(raw: Mapping[str, Any], name: str) -> bool:
+def _flag(raw: Mapping[str, JsonValue], name: str) -> bool:
     value = raw.get(name) or False
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, not {value!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.outputs import StoredTensor, TensorSource
 from weightsmith.models.safetensors import CheckpointIndex
 
@@ -75,11 +76,11 @@ def replicate(base: BaseTensors, layers: Layers) -> BaseTensors:
     )
 
 
-def replicated_settings(config: Mapping[str, Any], layers: Layers) -> dict[str, Any]:
+def replicated_settings(config: Mapping[str, JsonValue], layers: Layers) -> dict[str, JsonValue]:
     """Return config.json's settings for replicated layers: layer counts and per-layer lists."""
     old = [number for first, end in layers for number in range(first, end)]
     names = ("num_hidden_layers", "n_layer", "num_layers")
-    settings: dict[str, Any] = {name: len(old) for name in names if name in config}
+    settings: dict[str, JsonValue] = {name: len(old) for name in names if name in config}
     count = next((config[name] for name in names if name in config), 0)
     for name, value in config.items():
         if isinstance(value, list) and len(value) == count and name.endswith(("types", "layers")):

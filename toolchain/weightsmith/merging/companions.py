@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.safe_parse import TOKENIZER, json_object, read_json
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.plan import MergePlan
 from weightsmith.models.tokenizer_files import (
     TEMPLATE_FILES,
@@ -65,7 +66,7 @@ def index_json(weight_map: Mapping[str, str], total_size: int, parameters: int) 
     return _json({"metadata": metadata, "weight_map": dict(weight_map)})
 
 
-def write_file(root: Path, name: str, data: bytes) -> dict[str, Any]:
+def write_file(root: Path, name: str, data: bytes) -> dict[str, JsonValue]:
     """Write a small file under the folder, mode 0644, and return path, size and sha256."""
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
     files["config.json"] = _json(config)
 
 
-def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
+def _apply(files: dict[str, bytes], settings: Mapping[str, JsonValue]) -> None:
     """Apply settings to config.json (in `text_config` if it has the key); None removes a key."""
     if not settings:
         return
@@ -148,7 +149,9 @@ def _apply(files: dict[str, bytes], settings: Mapping[str, Any]) -> None:
     files["config.json"] = _json(config)
 
 
-def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]) -> list[str]:
+def _join_ends(
+    files: dict[str, bytes], plan: MergePlan, base: Mapping[str, JsonValue]
+) -> list[str]:
     """Add every end-of-sequence token of any input to generation_config.json.
 
     A fine-tuned model may end its turns with another token than its base, and never stops if only
@@ -175,12 +178,12 @@ def _join_ends(files: dict[str, bytes], plan: MergePlan, base: Mapping[str, Any]
     return [f"generation_config.json: end tokens changed from {before or 'none'} to {tokens}"]
 
 
-def _ids(config: Mapping[str, Any]) -> list[int]:
+def _ids(config: Mapping[str, JsonValue]) -> list[int]:
     value = config.get("eos_token_id")
     return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
 
 
-def _special(files: Mapping[str, bytes]) -> dict[str, Any]:
+def _special(files: Mapping[str, bytes]) -> dict[str, JsonValue]:
     config = _object(files, "config.json")
     keys = ("bos_token_id", "pad_token_id")
     return {key: config[key] for key in keys if config.get(key) is not None}
@@ -206,15 +209,15 @@ def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
     return [number for number in numbers if type(number) is int]
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _mapping(value: Any) -> Mapping[str, JsonValue]:
     """Return the value if it is an object, else {}: a tokenizer's files may hold anything."""
     return value if isinstance(value, dict) else {}
 
 
-def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, JsonValue]:
     """Return a JSON file's object, {} if it does not exist."""
     return json_object(files.get(name, b"{}"), name, largest=TOKENIZER)
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def _json(value: Mapping[str, JsonValue]) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

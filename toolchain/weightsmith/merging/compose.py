@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.base import BaseTensors
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim
 from weightsmith.merging.combining.changes import combined
@@ -39,7 +39,7 @@ class Composition:
     """The files to write, changed settings of config.json, and findings."""
 
     shards: tuple[OutputShard, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
 
 
@@ -86,7 +86,7 @@ def compose(
     note = untied
     if tie and not untied and shares.get(tie.embedding):
         note = f"still tied: {tie.embedding} changes for both the embedding and the head"
-    settings: dict[str, Any] = {"tie_word_embeddings": False} if untied else {}
+    settings: dict[str, JsonValue] = {"tie_word_embeddings": False} if untied else {}
     if tie is None and _touches_both(shares, outputs):
         # Set explicitly, for classes that tie by default.
         settings["tie_word_embeddings"] = False
@@ -258,7 +258,7 @@ def _single(plain: MergedTensor, claims: Sequence[Claim]) -> MergedTensor:
 
 def _vocabulary(
     base: BaseTensors, outputs: Mapping[str, MergedTensor], tie: Tie | None
-) -> dict[str, Any]:
+) -> dict[str, JsonValue]:
     """Return the new `vocab_size` if embeddings and heads are resized alike."""
     rows: dict[str, tuple[int, int]] = {}
     for name, output in outputs.items():

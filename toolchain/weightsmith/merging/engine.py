@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from threadpoolctl import threadpool_limits
 
@@ -21,7 +21,7 @@ from weightsmith.core.files import sync_folder
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import parse_file
 from weightsmith.core.trees import remove
-from weightsmith.core.values import key_of
+from weightsmith.core.values import Json, JsonValue, key_of
 from weightsmith.merging.blocks import BLOCK, Settings
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.measure import measure
@@ -71,7 +71,7 @@ class MergeRequest(Merge):
         return Combination.of(self)
 
 
-def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, Any]:
+def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, JsonValue]:
     """Write base + adapters as a checkpoint to `out`, and return a summary.
 
     Exact merges are the correctly rounded result of the real number W + Σ weight·scaling·B·A, so
@@ -102,13 +102,16 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     journal.path.unlink(missing_ok=True)
     conflicts, warnings = _conflicts(plan)
     findings += _silent(plan, tally) + _unchanged(plan, tally) + warnings + notes
-    files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards] + small
+    files: list[dict[str, Json]] = [
+        {"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards
+    ] + small
+    files.sort(key=lambda entry: str(entry["path"]))
     return {
         "out": str(request.out),
         "tensors": {kind: plan.count(kind) for kind in KINDS},
         "tensor_bytes": {kind: plan.bytes_of(kind) for kind in KINDS},
         "shards": shards,
-        "files": sorted(files, key=lambda entry: str(entry["path"])),
+        "files": files,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": time.monotonic() - started,
         "findings": findings,
@@ -119,7 +122,7 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     }
 
 
-def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, Any]:
+def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, JsonValue]:
     """Write the combined adapter instead of a checkpoint."""
     if not request.adapters:
         raise UsageError("no adapter to write", hint="give --adapter")
@@ -136,7 +139,7 @@ def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, A
     }
 
 
-def _conflicts(plan: MergePlan) -> tuple[list[dict[str, Any]], list[str]]:
+def _conflicts(plan: MergePlan) -> tuple[list[dict[str, JsonValue]], list[str]]:
     """Return conflict measures of the adapters, and warnings about conflicts."""
     names = [adapter.root.name for adapter in plan.adapters]
     with threadpool_limits(1, "blas"):
@@ -209,7 +212,7 @@ def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
 
 def _write_shards(
     plan: MergePlan, settings: Settings, journal: Journal, tally: MergeCounts, progress: Progress
-) -> list[dict[str, Any]]:
+) -> list[dict[str, JsonValue]]:
     """Write the unfinished shards; return all shards in order."""
     total = sum(shard.size for shard in plan.shards)
     finished, parts = journal.finished(journal.path.parent), journal.parts()
@@ -252,7 +255,7 @@ def _write_shards(
 
 def _compute_shards(
     plan: MergePlan, settings: Settings, journal: Journal, tally: MergeCounts, progress: Progress
-) -> list[dict[str, Any]]:
+) -> list[dict[str, JsonValue]]:
     """Compute and check the unfinished shards, and write headers; return all shards in order."""
     total, done = sum(shard.size for shard in plan.shards), 0
     finished, parts = journal.finished(journal.path.parent), journal.parts()
@@ -280,7 +283,7 @@ def _compute_shards(
     return [{key: one[key] for key in ("file", "size", "sha256")} for one in shards]
 
 
-def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, JsonValue]], list[str]]:
     """Write all files except shards; return the files and findings."""
     extra, notes = companion_files(plan)
     if plan.base.index_file:
@@ -354,9 +357,9 @@ class Journal:
         """Return whether the journal exists and has this key."""
         return self._read() is not None
 
-    def finished(self, root: Path) -> dict[str, dict[str, Any]]:
+    def finished(self, root: Path) -> dict[str, dict[str, JsonValue]]:
         """Return the finished shards whose files are unchanged."""
-        shards: Mapping[str, dict[str, Any]] = (self._read() or {}).get("shards", {})
+        shards: Mapping[str, dict[str, JsonValue]] = (self._read() or {}).get("shards", {})
         parts = self.parts()
         return {
             name: entry
@@ -364,11 +367,11 @@ class Journal:
             if name in parts and _matches(root / name, entry)
         }
 
-    def parts(self) -> dict[str, dict[str, Any]]:
+    def parts(self) -> dict[str, dict[str, JsonValue]]:
         """Return each shard's counts (`MergeCounts.about`)."""
         return dict((self._read() or {}).get("parts", {}))
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> dict[str, Json] | None:
         try:
             kept = parse_file(self.path)
         except (OSError, ValueError):
@@ -377,8 +380,8 @@ class Journal:
 
     def record(
         self,
-        shards: Mapping[str, Mapping[str, Any]],
-        parts: Mapping[str, Mapping[str, Any]],
+        shards: Mapping[str, Mapping[str, JsonValue]],
+        parts: Mapping[str, Mapping[str, JsonValue]],
     ) -> None:
         """Replace the journal's shards and counts."""
         text = json.dumps({"key": self.key, "shards": shards, "parts": parts}, sort_keys=True)
@@ -425,7 +428,7 @@ def open_out(out: Path, inputs: Sequence[Path], key: str, *, own: bool) -> Journ
     return journal
 
 
-def _matches(path: Path, entry: Mapping[str, Any]) -> bool:
+def _matches(path: Path, entry: Mapping[str, Json]) -> bool:
     entry = entry.get("header", entry)  # of a file without data, which stands for another
     return (
         path.is_file()

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.values import Json
 from weightsmith.merging.combining.changes import Combined, pair
 from weightsmith.merging.combining.combination import KEEPABLE, Combination
 from weightsmith.merging.combining.lowrank import Factors, concatenate, to_float32
@@ -56,7 +56,7 @@ class _Module:
         return match["module"] if match else ""
 
 
-def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[str, Any]:
+def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[str, Json]:
     """Write the combined adapter to `out` in float32 with scaling 1; return its files.
 
     One module is in memory at a time. Raises UsageError for methods whose result is not an adapter,

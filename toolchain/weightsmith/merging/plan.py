@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.adapter_config import AdapterConfig, read_adapter_config
 from weightsmith.merging.base import (
     BaseTensors,
@@ -74,15 +74,15 @@ class MergePlan:
 
     base: CheckpointIndex
     base_files: tuple[str, ...]
-    config: Mapping[str, Any]
+    config: Mapping[str, JsonValue]
     adapters: tuple[PlannedAdapter, ...]
     shards: tuple[OutputShard, ...]
     """The files to write, named like the base's."""
     dtype: str
     """`auto`, or the safetensors dtype that all floating-point tensors are cast to."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, JsonValue] = field(default_factory=dict)
     """Changed settings of config.json; None removes a key."""
-    quantized_base: Mapping[str, Any] = field(default_factory=dict)
+    quantized_base: Mapping[str, JsonValue] = field(default_factory=dict)
     """The choice for a quantized base, and the number of tensors concerned."""
     findings: tuple[str, ...] = ()
 
@@ -120,7 +120,7 @@ def make_plan(
     planned = tuple(_open_adapter(root, weight) for root, weight in adapters)
     _check_factor_space(combination, planned)
     tensors, config = based.tensors, based.config
-    settings: dict[str, Any] = {}
+    settings: dict[str, JsonValue] = {}
     if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in planned]):
         tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
     loaded = loaded_names(config, tensors.sources)
@@ -255,7 +255,7 @@ def _check_method(root: Path, kind: str) -> None:
     )
 
 
-def _replicated(settings: Mapping[str, Any]) -> list[str]:
+def _replicated(settings: Mapping[str, JsonValue]) -> list[str]:
     if not settings:
         return []
     counts = ", ".join(f"{name} {value}" for name, value in settings.items() if type(value) is int)
@@ -273,7 +273,7 @@ def _view(
     number: int,
     adapter: PlannedAdapter,
     tensors: BaseTensors,
-    config: Mapping[str, Any],
+    config: Mapping[str, JsonValue],
     names: BaseNames,
     tie: Tie | None,
     apart: Tie | None,
@@ -317,7 +317,7 @@ def _unknown_fields(adapters: Sequence[PlannedAdapter]) -> list[str]:
     ]
 
 
-def _other_bases(adapters: Sequence[PlannedAdapter], config: Mapping[str, Any]) -> list[str]:
+def _other_bases(adapters: Sequence[PlannedAdapter], config: Mapping[str, JsonValue]) -> list[str]:
     return [
         f"{adapter.root.name}: trained on {adapter.config.base_model!r} according to"
         f" adapter_config.json, but the base's model_type is {own}; the shapes fit, but check that"
@@ -328,7 +328,7 @@ def _other_bases(adapters: Sequence[PlannedAdapter], config: Mapping[str, Any]) 
 
 
 def _rounded_bases(
-    adapters: Sequence[PlannedAdapter], config: Mapping[str, Any], choice: str
+    adapters: Sequence[PlannedAdapter], config: Mapping[str, JsonValue], choice: str
 ) -> list[str]:
     """Return the adapters that corrected a rounding to 4 bits which this base does not have."""
     if simulates(choice) or config.get("quantization_config"):
@@ -362,7 +362,7 @@ omitted.
 """
 
 
-def other_family(trained_on: str, config: Mapping[str, Any]) -> str:
+def other_family(trained_on: str, config: Mapping[str, JsonValue]) -> str:
     """Return the base's `model_type` if the name `trained_on` contradicts it, else "".
 
     `trained_on` is `base_model_name_or_path`, a hub name or a path; only its last part is used.

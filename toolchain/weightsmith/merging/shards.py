@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any
 
 import numpy as np
 
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
 from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor
 from weightsmith.merging.proof import BLOCK, is_changed
@@ -205,7 +205,7 @@ class HeaderOnlyShard:
             self._take(np.frombuffer(data, np.uint8))
         self.size += len(data)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, JsonValue]:
         """Write the file; return its name, and size and sha256 of the file that it stands for.
 
         Its own are in `header`. Raises CheckFailed for a tensor that was computed wrongly.

@@ -15,6 +15,7 @@ import numpy as np
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.files import sync_folder
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.libc import reserve
 from weightsmith.merging.native import sum_words
 from weightsmith.merging.outputs import MatrixView
@@ -212,7 +213,7 @@ class Writer:
         self.checksums.append(Checksum(self.size, len(view), value))
         self.size += len(data)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, JsonValue]:
         """Flush to disk, rename into place, and return path, size and sha256."""
         try:
             self._file.flush()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.merging.repair import Repairs
 
 
@@ -21,7 +21,7 @@ class MergeCounts:
     largest: dict[str, float] = field(default_factory=dict)
     """Computed matrices -> their largest magnitude, if no weights are written."""
 
-    def about(self, names: Iterable[str], repairs: Repairs) -> dict[str, Any]:
+    def about(self, names: Iterable[str], repairs: Repairs) -> dict[str, JsonValue]:
         """Return the counts of these tensors as JSON; `repairs` are theirs."""
         own = set(names)
         # Copied because the next shard is being computed concurrently.
@@ -35,7 +35,7 @@ class MergeCounts:
             "largest": {name: most for name, most in self.largest.items() if name in own},
         }
 
-    def add(self, part: Mapping[str, Any]) -> None:
+    def add(self, part: Mapping[str, Json]) -> None:
         """Add counts returned by `about`."""
         for number, names in part["silent"].items():
             if names:

@@ -11,16 +11,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import JsonValue
 from weightsmith.outside import process
 
 _PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
 
 
-def docker_config() -> Mapping[str, Any]:
+def docker_config() -> Mapping[str, JsonValue]:
     """Return the user's config.json (DOCKER_CONFIG, else ~/.docker); {} if there is none.
 
     Raises EnvironmentFailure if it cannot be read, InputRefused if it is damaged.

@@ -13,6 +13,7 @@ from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Ended, NodeTask
+from weightsmith.core.values import JsonValue
 
 _PROBE_SECONDS = 120.0
 _CONNECT_SECONDS = 20.0
@@ -89,7 +90,7 @@ class RayFleet:
                 why = f"no node of the cluster has {lacking}"
                 self._impossible.append(Ended(id=work.id, node="", text="", why=why))
                 continue
-            options: dict[str, Any] = {
+            options: dict[str, JsonValue] = {
                 "num_cpus": asks["CPU"],
                 "memory": asks["memory"],
                 "num_gpus": asks["GPU"],
@@ -194,7 +195,7 @@ class RayFleet:
         return str(node), str(text), str(why)
 
 
-def _host(node: dict[str, Any]) -> str:
+def _host(node: dict[str, JsonValue]) -> str:
     return str(node["NodeManagerHostname"])
 
 

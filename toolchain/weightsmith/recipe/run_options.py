@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from weightsmith.core.values import JsonValue
+
 
 def _option(default: Any, description: str) -> Any:
     return field(default=default, metadata={"description": description})
@@ -37,6 +39,6 @@ class RunOptions:
     )
     cache_from: str = _option("", "a second cache that is only read")
 
-    def given(self) -> dict[str, Any]:
+    def given(self) -> dict[str, JsonValue]:
         """Return the options that are set, for a request to another process."""
         return {name: value for name, value in asdict(self).items() if value}

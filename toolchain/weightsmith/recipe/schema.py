@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import check_pattern
+from weightsmith.core.values import JsonValue
 from weightsmith.recipe.outputs import SIZE, Card, ImageNames, Outputs, kinds_alone, list_or_section
 from weightsmith.recipe.section import Flag, Section
 
@@ -286,7 +287,7 @@ class Serve(Section):
     served_model_name: str = Field(
         "", max_length=200, description="The model's name on the server; default: the recipe's."
     )
-    extra: dict[str, Any] = Field(
+    extra: dict[str, JsonValue] = Field(
         default_factory=dict, description="Engine options passed through."
     )
 

@@ -14,6 +14,7 @@ import yaml
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import DEEPEST, given_content, parse_yaml
+from weightsmith.core.values import JsonValue
 
 _MERGE = "tag:yaml.org,2002:merge"
 _JSON = frozenset(
@@ -66,7 +67,7 @@ def _of_other_type(_loader: StrictLoader, node: yaml.Node) -> Any:
 StrictLoader.add_constructor(None, _of_other_type)
 
 
-def read_mapping(path: Path, *, kind: str, missing: str, begins: str) -> dict[str, Any]:
+def read_mapping(path: Path, *, kind: str, missing: str, begins: str) -> dict[str, JsonValue]:
     """Return the mapping that a user's YAML file holds; raises UsageError naming file and line.
 
     `kind` is what the file is, `missing` the hint if it does not exist, `begins` how one starts.
@@ -125,7 +126,7 @@ def _yaml_fault(error: ValueError) -> str:
     return str(error)
 
 
-def require_plain(data: Mapping[str, Any], where: str, hint: str, *place: str) -> None:
+def require_plain(data: Mapping[str, JsonValue], where: str, hint: str, *place: str) -> None:
     """Raise UsageError for values that are not JSON's, with their places; `place` is `data`'s own.
 
     Text without NUL and half characters, finite numbers of 64 bits, and keys of text: all of it can

@@ -7,10 +7,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.combining.changes import Combined, pair
 from weightsmith.merging.combining.lowrank import LowRankDelta
 from weightsmith.merging.mixture import Mixture
@@ -111,7 +111,7 @@ class Conflicts:
             sums.compared += int(np.count_nonzero(signs))
             sums.cosines[name] = _cosine(dot, norms[one], norms[two])
 
-    def report(self, adapters: Sequence[str]) -> list[dict[str, Any]]:
+    def report(self, adapters: Sequence[str]) -> list[dict[str, JsonValue]]:
         """Return one entry per pair of adapters: cosine, norm ratio, opposing signs, layers."""
         return [
             {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.base import BaseTensors, stored_tensors
 from weightsmith.merging.names import is_conv1d
 from weightsmith.merging.outputs import StoredTensor, TensorSource
@@ -28,14 +28,14 @@ class BaseView:
     """The base's tensors as plain weights, its remaining configuration, and the choice made."""
 
     tensors: BaseTensors
-    config: Mapping[str, Any]
+    config: Mapping[str, JsonValue]
     dropped: tuple[str, ...] = ()
     """Keys of config.json that the result omits."""
     findings: tuple[str, ...] = ()
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
-def base_view(index: CheckpointIndex, config: Mapping[str, Any], choice: str) -> BaseView:
+def base_view(index: CheckpointIndex, config: Mapping[str, JsonValue], choice: str) -> BaseView:
     """Return the base's tensors as plain weights.
 
     Raises InputRefused for a quantized base without a choice, one that cannot be dequantized, and
@@ -53,7 +53,7 @@ def base_view(index: CheckpointIndex, config: Mapping[str, Any], choice: str) ->
     return BaseView(tensors=stored, config=config, findings=note)
 
 
-def _decoded(index: CheckpointIndex, config: Mapping[str, Any]) -> BaseView:
+def _decoded(index: CheckpointIndex, config: Mapping[str, JsonValue]) -> BaseView:
     """Return a quantized base with every weight dequantized."""
     paths = {info.name: shard.path for shard in index.shards for info in shard.tensors}
 
@@ -107,7 +107,7 @@ def _name(info: TensorInfo, layout: QuantizedLayout, owners: Mapping[str, str]) 
     return name if layout.packed[name].parts["weight"].name == info.name else ""
 
 
-def _simulated(stored: BaseTensors, config: Mapping[str, Any], choice: str) -> BaseView:
+def _simulated(stored: BaseTensors, config: Mapping[str, JsonValue], choice: str) -> BaseView:
     """Return a 16-bit base with its linear layers rounded to NF4, as in 4-bit training.
 
     bitsandbytes quantizes every linear layer but the head, not only the adapter's targets.

@@ -9,6 +9,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.quantized.packed import (
     DTYPES,
     FLOAT8,
@@ -26,7 +27,7 @@ from weightsmith.models.safetensors import TensorInfo
 
 
 def compressed(
-    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, read: ReadBytes
+    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, read: ReadBytes
 ) -> Iterator[Packed]:
     """Yield the weights that compressed-tensors stores."""
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
@@ -74,7 +75,7 @@ def _block_structure(settings: Mapping[str, Any]) -> Any:
 
 
 def fp8(
-    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
     """Yield the weights stored as 8-bit floats."""
     block = settings.get("weight_block_size")
@@ -106,7 +107,7 @@ def _scaled(name: str, info: TensorInfo, tensors: Tensors, dtype: str, block: An
 
 
 def mxfp4(
-    config: Mapping[str, Any], _settings: Any, tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, JsonValue], _settings: Any, tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
     """Yield the experts stored as MXFP4."""
     for name in modules(tensors, "_blocks"):
@@ -139,7 +140,7 @@ def _int64s(data: bytes) -> tuple[int, ...]:
 
 
 def gptq(
-    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
     """Yield the weights that GPTQ quantized."""
     bits = int(settings.get("bits", 4))
@@ -167,7 +168,7 @@ def gptq(
 
 
 def awq(
-    config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
+    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
 ) -> Iterator[Packed]:
     """Yield the weights that AWQ quantized."""
     form, bits = str(settings.get("version", "gemm")).lower(), int(settings.get("bits", 4))
@@ -208,7 +209,7 @@ def _integer_parts(tensors: Tensors, module: str) -> dict[str, TensorInfo]:
 
 
 def bitsandbytes(
-    config: Mapping[str, Any], _settings: Any, tensors: Tensors, read: ReadBytes
+    config: Mapping[str, JsonValue], _settings: Any, tensors: Tensors, read: ReadBytes
 ) -> Iterator[Packed]:
     """Yield the quantized weights."""
     mark = ".quant_state.bitsandbytes__"
@@ -288,7 +289,7 @@ class QuantizedLayout:
         }
 
 
-def quantization_of(config: Mapping[str, Any], tensors: Tensors) -> str:
+def quantization_of(config: Mapping[str, JsonValue], tensors: Tensors) -> str:
     """Return the quantization method from the configuration, else from the tensors; "" if none.
 
     An unknown method is returned by its name.
@@ -316,7 +317,9 @@ def quantization_of(config: Mapping[str, Any], tensors: Tensors) -> str:
     return ""
 
 
-def read_layout(config: Mapping[str, Any], tensors: Tensors, read: ReadBytes) -> QuantizedLayout:
+def read_layout(
+    config: Mapping[str, JsonValue], tensors: Tensors, read: ReadBytes
+) -> QuantizedLayout:
     """Return how each quantized weight is stored, and which tensors a plain checkpoint omits.
 
     Raises InputRefused for unsupported methods and variants, and for missing parts.
@@ -340,7 +343,7 @@ def read_layout(config: Mapping[str, Any], tensors: Tensors, read: ReadBytes) ->
     return QuantizedLayout(method=method, packed=found, dropped=frozenset(unused))
 
 
-def _check_rest(tensors: Tensors, used: set[str], found: Mapping[str, Any], method: str) -> None:
+def _check_rest(tensors: Tensors, used: set[str], found: Mapping[str, Packed], method: str) -> None:
     """Refuse tensors that look quantized but belong to no known weight."""
     for name, info in tensors.items():
         if name in used:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.models.safetensors import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -34,7 +35,7 @@ class Packed:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def plain_dtype(config: Mapping[str, Any], fallback: str = "BF16") -> str:
+def plain_dtype(config: Mapping[str, JsonValue], fallback: str = "BF16") -> str:
     """Return the configuration's dtype of unquantized weights."""
     text = config.get("text_config")
     nested = text.get("dtype", text.get("torch_dtype")) if isinstance(text, Mapping) else None
