@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from weightsmith.api.commands.images import inspect_image, inspect_text
+from weightsmith.api.commands.plan import table
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.building.explain import forecast
-from weightsmith.commands.images import inspect_image, inspect_text
-from weightsmith.commands.plan import table
-from weightsmith.commands.verify import verify_image
 from weightsmith.core import platforms
 from weightsmith.core.errors import UsageError
 from weightsmith.core.ports import Silent

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load
+from weightsmith.api.commands.upload import push_to_hub
 from weightsmith.building.explain import forecast
-from weightsmith.commands.upload import push_to_hub
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.jobs import CacheScalesJob
 from weightsmith.stages.upload import HubDestination

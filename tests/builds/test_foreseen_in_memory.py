@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from weightsmith.api.commands.plan import table
 from weightsmith.building.explain import forecast
-from weightsmith.commands.plan import table
 from weightsmith.core.errors import InputRefused
 
 from tests.fakes.memory import Memory

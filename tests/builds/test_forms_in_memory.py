@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import pytest
+from weightsmith.api.commands.images import copy_image
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.building.explain import forecast
-from weightsmith.commands.images import copy_image
-from weightsmith.commands.verify import verify_image
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import read_layout

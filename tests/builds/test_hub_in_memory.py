@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith.commands.upload import push_to_hub
-from weightsmith.commands.verify import verify_image
+from weightsmith.api.commands.upload import push_to_hub
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.core import platforms
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Silent

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.api.commands.images import inspect_image, inspect_text
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.requests import RebaseCommand
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.building.explain import forecast
-from weightsmith.commands.images import inspect_image, inspect_text
-from weightsmith.commands.rebase import rebase_image
-from weightsmith.commands.requests import RebaseCommand
-from weightsmith.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.oci.layout import held_digest

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith.commands.images import inspect_image, inspect_text
-from weightsmith.commands.verify import verify_image
+from weightsmith.api.commands.images import inspect_image, inspect_text
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.oci.references import Reference

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.building import checks
 from weightsmith.building.explain import forecast
-from weightsmith.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.models.folder import scan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
+from weightsmith.api.commands.plan import table
 from weightsmith.building.explain import forecast
-from weightsmith.commands.plan import table
 
 from tests.fakes.memory import Memory
 

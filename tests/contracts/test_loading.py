@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
-from weightsmith.commands.images import inspect_image
+from weightsmith.api.commands.images import inspect_image
 from weightsmith.oci import archive
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.commands.images import copy_image
-from weightsmith.commands.rebase import rebase_image
-from weightsmith.commands.requests import RebaseCommand
-from weightsmith.commands.verify import verify_image
+from weightsmith.api.commands.images import copy_image
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.requests import RebaseCommand
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest

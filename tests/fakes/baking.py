@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from weightsmith.commands.bake import bake_model
-from weightsmith.commands.requests import BakeCommand
+from weightsmith.api.commands.bake import bake_model
+from weightsmith.api.commands.requests import BakeCommand
 from weightsmith.core.ports import Progress, Silent
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble

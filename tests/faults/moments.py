@@ -106,8 +106,8 @@ def killed_at(moment: int, number: int) -> Iterator[Callable[[], int]]:
 
 def push(layout: str, to: str) -> None:
     """Push a layout, as `push` does."""
+    from weightsmith.api.commands.images import copy_image
     from weightsmith.building.wiring import make_registry
-    from weightsmith.commands.images import copy_image
     from weightsmith.core.ports import Silent
 
     with make_registry() as registry:
@@ -171,8 +171,8 @@ def load(source: str, name: str) -> None:
 
 def merge(folder: str) -> None:
     """Merge a base and an adapter into a folder, as the worker does."""
-    from weightsmith.commands.merge import merge_folders
-    from weightsmith.commands.requests import MergeCommand
+    from weightsmith.api.commands.merge import merge_folders
+    from weightsmith.api.commands.requests import MergeCommand
 
     from tests.fakes.memory import memory_tools
     from tests.fakes.tiny import write_adapter, write_model

@@ -18,11 +18,11 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from weightsmith.api.commands.cache import describe_cache, prune_cache
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import LARGEST, read_document
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
-from weightsmith.commands.cache import describe_cache, prune_cache
 from weightsmith.core.errors import CacheLost, InputRefused
 from weightsmith.core.ports import Signer
 from weightsmith.core.values import Blob, Digest, canonical, key_of

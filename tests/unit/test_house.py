@@ -61,8 +61,8 @@ def test_import_contracts_hold(copy: Path) -> None:
         ("serving/llamacpp.py", "import jinja2", "Templates are rendered in one place"),
         ("core/values.py", "import weightsmith.recipe.schema", "One direction"),
         ("merging/outputs.py", "import weightsmith.merging.stream", "No circles"),
-        ("library/models.py", "import weightsmith.cli.build", "One direction"),
-        ("core/values.py", "import weightsmith.library.models", "One direction"),
+        ("api/models.py", "import weightsmith.cli.build", "One direction"),
+        ("core/values.py", "import weightsmith.api.models", "One direction"),
         ("utils.py", "", "One direction"),
     ],
 )
@@ -136,9 +136,9 @@ def test_listing_commands_imports_nothing_heavy() -> None:
 def test_the_control_plane_never_imports_torch() -> None:
     code = (
         "import sys, weightsmith.building.build, weightsmith.building.wiring\n"
-        "import weightsmith.commands.plan\n"
-        "import weightsmith.commands.merge, weightsmith.commands.render\n"
-        "import weightsmith.commands.evaluate\n"
+        "import weightsmith.api.commands.plan\n"
+        "import weightsmith.api.commands.merge, weightsmith.api.commands.render\n"
+        "import weightsmith.api.commands.evaluate\n"
         "print(sorted({'torch', 'transformers', 'peft', 'ml_dtypes'} & set(sys.modules)))"
     )
 
@@ -274,7 +274,7 @@ def test_what_stages_hand_on_cannot_be_changed() -> None:
 
     package = ROOT / "toolchain" / "weightsmith"
     paths = [path for name in VALUES for path in package.glob(f"{name}.py")]
-    rooms = "building steps stages serving provenance oci reporting library"
+    rooms = "building steps stages serving provenance oci api"
     for folder in rooms.split():
         paths += (package / folder).glob("*.py")
     made = [
@@ -322,9 +322,7 @@ OWN_WORDS = {"dtype"}
 """Those that are also the names of an engine's options."""
 
 
-@pytest.mark.parametrize(
-    "folder", ["building", "cli", "commands", "library", "serving", "stages", "steps"]
-)
+@pytest.mark.parametrize("folder", ["building", "cli", "api", "serving", "stages", "steps"])
 def test_a_models_configuration_is_read_in_one_place(folder: str) -> None:
     import ast
 

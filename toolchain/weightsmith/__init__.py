@@ -9,18 +9,11 @@ __version__ = "0.1.0"
 # import this file before anything else, and for them nothing below is loaded.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from weightsmith.core.errors import (
-        CheckFailed,
-        EnvironmentFailure,
-        InputRefused,
-        UsageError,
-        WeightsmithError,
-    )
-    from weightsmith.library.fleets import FleetCell, FleetResult, SharedTask, fleet
-    from weightsmith.library.images import bake, build, inspect, plan, push, rebase, verify
-    from weightsmith.library.models import merge, quantize, render, validate
-    from weightsmith.library.questions import evaluate
-    from weightsmith.library.results import (
+    from weightsmith.api.fleets import FleetCell, FleetResult, SharedTask, fleet
+    from weightsmith.api.images import bake, build, inspect, plan, push, rebase, verify
+    from weightsmith.api.models import merge, quantize, render, validate
+    from weightsmith.api.questions import evaluate
+    from weightsmith.api.results import (
         Baked,
         Built,
         Evaluation,
@@ -33,6 +26,13 @@ if TYPE_CHECKING:
         StageTime,
         Validation,
         Verification,
+    )
+    from weightsmith.core.errors import (
+        CheckFailed,
+        EnvironmentFailure,
+        InputRefused,
+        UsageError,
+        WeightsmithError,
     )
     from weightsmith.recipe.schema import Recipe
 
@@ -75,11 +75,11 @@ __all__ = [
 
 _MODULES = {
     "core.errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
-    "library.fleets": "FleetCell FleetResult SharedTask fleet",
-    "library.images": "bake build inspect plan push rebase verify",
-    "library.models": "merge quantize render validate",
-    "library.questions": "evaluate",
-    "library.results": (
+    "api.fleets": "FleetCell FleetResult SharedTask fleet",
+    "api.images": "bake build inspect plan push rebase verify",
+    "api.models": "merge quantize render validate",
+    "api.questions": "evaluate",
+    "api.results": (
         "Baked Built Evaluation Merged Pushed Quantized Rebased Rendered Shard StageTime "
         "Validation Verification"
     ),

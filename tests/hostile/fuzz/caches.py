@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import fsspec
+from weightsmith.api.commands.cache import describe_cache, prune_cache
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import content_inputs
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
-from weightsmith.commands.cache import describe_cache, prune_cache
 from weightsmith.core.ports import Cache
 from weightsmith.core.safe_parse import RECORD, parse
 from weightsmith.core.values import Blob, Digest, Tree

@@ -21,10 +21,10 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 from safetensors.numpy import save
+from weightsmith.api.commands import rebuild
+from weightsmith.api.commands.rebuild import recipe_of_image
+from weightsmith.api.commands.report import report_builds
 from weightsmith.building.targets import all_targets
-from weightsmith.commands import rebuild
-from weightsmith.commands.rebuild import recipe_of_image
-from weightsmith.commands.report import report_builds
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Blob, Digest, canonical

@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from weightsmith.commands.verify import _read_layer
+from weightsmith.api.commands.verify import _read_layer
 from weightsmith.core.errors import InputRefused
 from weightsmith.oci.layers import Layer
 from weightsmith.oci.streams import entries

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from weightsmith.commands.bench import load_test
+from weightsmith.api.commands.bench import load_test
 from weightsmith.core.errors import CheckFailed, WeightsmithError
 from weightsmith.core.ports import Endpoint, Silent
 from weightsmith.evaluating import client, smoke

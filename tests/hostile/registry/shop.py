@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightsmith.commands.verify import verify_image
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Blob, Score

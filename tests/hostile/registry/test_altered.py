@@ -6,7 +6,7 @@ import gzip
 from pathlib import Path
 
 import pytest
-from weightsmith.commands.verify import verify_image
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.oci.image import Image

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from weightsmith.commands.rebase import rebase_image
-from weightsmith.commands.rebuild import recipe_of_image
-from weightsmith.commands.requests import RebaseCommand
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.rebuild import recipe_of_image
+from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from weightsmith.commands.images import copy_image
-from weightsmith.commands.rebase import rebase_image
-from weightsmith.commands.requests import RebaseCommand
+from weightsmith.api.commands.images import copy_image
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.layers import TITLE

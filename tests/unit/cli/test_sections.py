@@ -10,11 +10,11 @@ from typing import Annotated, Any, cast
 import pytest
 from invoke.collection import Collection
 from pydantic import Field
+from weightsmith.api.commands.folders import open_sources
+from weightsmith.api.commands.recipes import given
 from weightsmith.cli.command import command
 from weightsmith.cli.program import Weightsmith
 from weightsmith.cli.sections import Flags
-from weightsmith.commands.folders import open_sources
-from weightsmith.commands.recipes import given
 from weightsmith.core.jobs import write_job
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.ports import Runner

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.commands.render import open_model
+from weightsmith.api.commands.render import open_model
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.folder import check_adapter_folder, check_model_folder, scan
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.commands.images import describe
+from weightsmith.api.commands.images import describe
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Digest
 from weightsmith.oci.configuration import Healthcheck, ImageConfig

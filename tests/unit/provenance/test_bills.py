@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from weightsmith.commands.verify import verify_image
+from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest, canonical
 from weightsmith.oci.attachments import Attachment, AttachmentPart

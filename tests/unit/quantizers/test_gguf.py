@@ -137,7 +137,7 @@ def test_k_quants_are_made_in_one_step(tmp_path):
 )
 def test_what_one_pass_can_make_together(first, other, joined):
     (name, options), (another, others) = first, other
-    joins = of_format(name).together
+    joins = of_format(name).one_pass
 
     assert joins(formats()[name], options, formats()[another], others) is joined
 

@@ -10,8 +10,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from weightsmith.api.commands.render import foresee_model
 from weightsmith.building.targets import all_targets
-from weightsmith.commands.render import foresee_model
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.parameters import weights_from_config

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.api.commands.requests import ValidateCommand
+from weightsmith.api.commands.validate import validate_folders
 from weightsmith.building import record
 from weightsmith.building.build import build
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
-from weightsmith.commands.requests import ValidateCommand
-from weightsmith.commands.validate import validate_folders
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.jobs import MergeJob
 from weightsmith.core.merge_options import Merge

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from weightsmith.api.commands.requests import BuildCommand, PlanCommand
 from weightsmith.cli.command import command
-from weightsmith.commands.requests import BuildCommand, PlanCommand
 from weightsmith.core.escape import joined
 from weightsmith.core.values import Writable
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # imported when it is called: the list of commands must appea
 @command(BuildCommand)
 def build(asked: BuildCommand) -> tuple[Mapping[str, Writable], str]:
     """Build, check and publish the images of a recipe (or of --base and --adapter)."""
+    from weightsmith.api.images import run_build
     from weightsmith.building.progress import progress_for
-    from weightsmith.library.images import run_build
 
     made = run_build(asked, progress_for())
     lines = [line for built in made for line in _lines(built)]
@@ -73,8 +73,8 @@ def _lines(built: BuiltTarget) -> Iterator[str]:
 @command(PlanCommand)
 def plan(asked: PlanCommand) -> tuple[Mapping[str, Writable], str]:
     """Show what `build` would do: stages, which are cached or why not, memory, disk, time."""
-    from weightsmith.commands.plan import table
-    from weightsmith.library.images import run_plan
+    from weightsmith.api.commands.plan import table
+    from weightsmith.api.images import run_plan
 
     result = run_plan(asked)
     return result, table(result)

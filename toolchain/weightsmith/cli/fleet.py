@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from weightsmith.api.commands.requests import FleetCommand
 from weightsmith.cli.command import command
-from weightsmith.commands.requests import FleetCommand
 from weightsmith.core.values import Writable
 
 
 @command(FleetCommand)
 def fleet(asked: FleetCommand) -> tuple[Mapping[str, Writable], str]:
     """Build every adapter of a fleet file for every target, sharing what several builds need."""
+    from weightsmith.api.fleets import ordered_of, plan_fleet, run_fleet
     from weightsmith.building.progress import progress_for
     from weightsmith.fleets.foresight import text_of
     from weightsmith.fleets.matrix import matrix_of
     from weightsmith.fleets.page import PAGE, table
     from weightsmith.fleets.terminal import watcher
-    from weightsmith.library.fleets import ordered_of, plan_fleet, run_fleet
 
     found = ordered_of(asked)
     if asked.print_:

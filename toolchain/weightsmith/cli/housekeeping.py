@@ -44,7 +44,7 @@ def report(
     out: str = "",
 ) -> tuple[Mapping[str, Json], str]:
     """Write the report of the builds in a folder (dist), or of two builds with --compare A B."""
-    from weightsmith.commands.report import compare_builds, report_builds
+    from weightsmith.api.commands.report import compare_builds, report_builds
 
     if compare:
         # With one word it is B; with two, DIR and B.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from weightsmith.cli.command import command
-from weightsmith.commands.requests import (
+from weightsmith.api.commands.requests import (
     BakeCommand,
     InspectCommand,
     PushCommand,
     RebaseCommand,
     VerifyCommand,
 )
+from weightsmith.cli.command import command
 from weightsmith.core.lines import pinned
 from weightsmith.core.values import Writable
 
@@ -19,9 +19,9 @@ from weightsmith.core.values import Writable
 @command(BakeCommand)
 def bake(asked: BakeCommand) -> tuple[Mapping[str, Writable], str]:
     """Assemble the image of a model, and push it, load it or write it as an OCI layout."""
+    from weightsmith.api.commands.bake import bake_model
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
-    from weightsmith.commands.bake import bake_model
 
     with open_for(asked, progress_for(), asked.image.base) as tools:
         result = bake_model(asked, tools)
@@ -31,10 +31,10 @@ def bake(asked: BakeCommand) -> tuple[Mapping[str, Writable], str]:
 @command(PushCommand)
 def push(asked: PushCommand) -> tuple[Mapping[str, Writable], str]:
     """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card."""
+    from weightsmith.api.commands.images import preview_text
+    from weightsmith.api.commands.upload import preview
+    from weightsmith.api.images import run_push
     from weightsmith.building.progress import progress_for
-    from weightsmith.commands.images import preview_text
-    from weightsmith.commands.upload import preview
-    from weightsmith.library.images import run_push
 
     result = run_push(asked, progress_for())
     if asked.dry_run:
@@ -45,9 +45,9 @@ def push(asked: PushCommand) -> tuple[Mapping[str, Writable], str]:
 @command(RebaseCommand)
 def rebase(asked: RebaseCommand) -> tuple[Mapping[str, Writable], str]:
     """Move an image to another engine base and push it; its weights are not copied."""
+    from weightsmith.api.commands.rebase import rebase_image
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
-    from weightsmith.commands.rebase import rebase_image
 
     with open_for(asked, progress_for()) as tools:
         result = rebase_image(asked, tools)
@@ -57,8 +57,8 @@ def rebase(asked: RebaseCommand) -> tuple[Mapping[str, Writable], str]:
 @command(InspectCommand)
 def inspect(asked: InspectCommand) -> tuple[Mapping[str, Writable], str]:
     """Show what an image contains, using only the image: provenance, plan, scores, layers."""
-    from weightsmith.commands.images import inspect_text
-    from weightsmith.library.images import run_inspect
+    from weightsmith.api.commands.images import inspect_text
+    from weightsmith.api.images import run_inspect
 
     result = run_inspect(asked)
     return result, inspect_text(result)
@@ -67,9 +67,9 @@ def inspect(asked: InspectCommand) -> tuple[Mapping[str, Writable], str]:
 @command(VerifyCommand)
 def verify(asked: VerifyCommand) -> tuple[Mapping[str, Writable], str]:
     """Check an image's signature, its layers' digests, and the chain from sources to layers."""
+    from weightsmith.api.commands.verify import table
+    from weightsmith.api.images import run_verify
     from weightsmith.building.progress import progress_for
-    from weightsmith.commands.verify import table
-    from weightsmith.library.images import run_verify
 
     result = run_verify(asked, progress_for())
     return result, f"{pinned(result['reference'], result['digest'])} holds\n{table(result)}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.cli.command import command
-from weightsmith.commands.requests import (
+from weightsmith.api.commands.requests import (
     MergeCommand,
     QuantizeCommand,
     RenderCommand,
     ValidateCommand,
 )
+from weightsmith.cli.command import command
 from weightsmith.core.escape import escaped, joined
 from weightsmith.core.values import Writable
 from weightsmith.validating.result import Validation
@@ -23,9 +23,9 @@ def merge(asked: MergeCommand) -> tuple[Mapping[str, Writable], str]:
 
     Without --adapter, it is the base itself.
     """
+    from weightsmith.api.commands.merge import merge_folders
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
-    from weightsmith.commands.merge import merge_folders
 
     with open_for(asked, progress_for()) as tools:
         result = merge_folders(asked, tools)
@@ -36,9 +36,9 @@ def merge(asked: MergeCommand) -> tuple[Mapping[str, Writable], str]:
 @command(ValidateCommand)
 def validate(asked: ValidateCommand) -> tuple[Mapping[str, Writable], str]:
     """Compare a merged checkpoint with its base and adapters: files, every element, logits."""
+    from weightsmith.api.commands.validate import validate_folders
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
-    from weightsmith.commands.validate import validate_folders
 
     with open_for(asked, progress_for()) as tools:
         result = validate_folders(asked, tools)
@@ -68,9 +68,9 @@ def _verdict(merged: Path, result: Validation) -> str:
 @command(QuantizeCommand)
 def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Writable], str]:
     """Quantize a checkpoint to --format, read the result back and measure what was lost."""
+    from weightsmith.api.commands.quantize import quantize_folder
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_for
-    from weightsmith.commands.quantize import quantize_folder
 
     with open_for(asked, progress_for()) as tools:
         result = quantize_folder(asked, tools)
@@ -88,8 +88,8 @@ def quantize(asked: QuantizeCommand) -> tuple[Mapping[str, Writable], str]:
 @command(RenderCommand)
 def render(asked: RenderCommand) -> tuple[Mapping[str, Writable], str]:
     """Plan a target's memory and render its serving configuration and manifests into --out."""
+    from weightsmith.api.commands.render import render_folder
     from weightsmith.building.wiring import keep_places_clean
-    from weightsmith.commands.render import render_folder
     from weightsmith.serving.plan_summary import summary
 
     keep_places_clean(asked)

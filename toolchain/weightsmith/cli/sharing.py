@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from weightsmith.api.commands.requests import CacheCommand
 from weightsmith.cli.command import command
-from weightsmith.commands.requests import CacheCommand
 from weightsmith.core.escape import escaped, joined
 from weightsmith.core.values import Json
 
@@ -13,9 +13,9 @@ from weightsmith.core.values import Json
 @command(CacheCommand)
 def cache(asked: CacheCommand) -> tuple[Mapping[str, Json], str]:
     """Fill the shared cache (push), fetch it (pull), shrink it (prune) or describe it (stat)."""
+    from weightsmith.api.commands import cache as run
     from weightsmith.building.progress import progress_for
     from weightsmith.building.wiring import open_one_cache
-    from weightsmith.commands import cache as run
     from weightsmith.core.errors import UsageError
     from weightsmith.serving.memory import human, parse_size
 

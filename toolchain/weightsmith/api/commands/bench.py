@@ -1,0 +1,229 @@
+"""`invoke bench`: run a short load test against an image or a server."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from weightsmith.api.commands.requests import BenchCommand
+from weightsmith.api.commands.server import ServerSource, served_model, session_with
+from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.core.escape import joined
+from weightsmith.core.ports import Progress
+from weightsmith.core.safe_parse import parse
+from weightsmith.core.values import Json, without_passwords
+from weightsmith.evaluating.items import Item, read_items
+from weightsmith.evaluating.served import Served
+from weightsmith.evaluating.session import Refused, ServerSession, SessionLimits, TryAgain
+from weightsmith.steps.results import write_files
+from weightsmith.steps.tools import Tools
+
+BENCH_FILE = "bench.json"
+_TOPICS = (
+    "why the sky is blue", "how bread rises", "what a container image is", "how tides come about",
+    "why leaves change their colour", "how a bicycle stays upright", "what makes glass clear",
+    "how a letter finds its way",
+)  # fmt: skip
+"""Different questions, so that the server's prompt cache does not distort the results."""
+
+
+def bench(request: BenchCommand, tools: Tools) -> Mapping[str, Json]:
+    """Return `{subject, runs: [...]}`, one run per concurrency; see `load.load_test`.
+
+    Raises UsageError for invalid options, CheckFailed if no request was answered.
+    """
+    place = ServerSource(image=request.image, url=request.url)
+    if bool(place.image) == bool(place.url):
+        raise UsageError(
+            "give exactly one of --image and --url",
+            hint="--image REF starts an image, --url tests a running server",
+        )
+    if request.out and not (request.out / "build.json").is_file():
+        raise UsageError(
+            f"{request.out} has no build.json", hint="give a target's result folder in dist/"
+        )
+    questions = _questions(request)
+    limits = SessionLimits(request_seconds=request.timeout)
+    with session_with(place, tools, limits) as session:
+        served = served_model(session, place, request.served_name)
+        runs = [_run(session, served, questions, count, request, tools) for count in
+                request.concurrency]  # fmt: skip
+        if all(run["errors"] == run["requests"] for run in runs):
+            reasons = ", ".join(runs[0]["failures"])
+            raise CheckFailed(
+                f"no request was answered: {reasons}{session.log()}",
+                hint="test the server with curl, and read its log",
+            )
+    result = {
+        "subject": place.image or without_passwords(place.url),
+        "served_name": served.name,
+        "max_tokens": request.max_tokens,
+        "cpus": len(os.sched_getaffinity(0)),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "runs": runs,
+    }
+    if request.out:
+        write_files({BENCH_FILE: json.dumps(result, indent=2) + "\n"}, request.out)
+    return result
+
+
+def _questions(request: BenchCommand) -> tuple[Item, ...]:
+    if request.data:
+        return read_items(request.data)
+    return tuple(
+        Item(
+            messages=({"role": "user", "content": f"Explain {topic} in a few sentences."},),
+            expected=(),
+            line=number,
+        )
+        for number, topic in enumerate(_TOPICS)
+    )
+
+
+def _run(
+    session: ServerSession,
+    served: Served,
+    questions: tuple[Item, ...],
+    count: int,
+    request: BenchCommand,
+    tools: Tools,
+) -> Mapping[str, Json]:
+    tools.progress.stage("bench", f"{request.requests} requests, {count} at once")
+    return load_test(
+        session, served, questions, count, request.requests, request.max_tokens, tools.progress
+    )
+
+
+def bench_text(result: Mapping[str, Json]) -> str:
+    """Return the runs as a table for people."""
+    lines = ["at once  requests/s  tokens/s  first token p50/p95 ms  next p50/p95 ms  errors"]
+    for run in result["runs"]:
+        first, after = (_pair(run[key]) for key in ("ttft_ms", "itl_ms"))
+        lines.append(
+            f"{run['concurrency']:>7}  {run['requests_per_s']:>10.2f}  {run['tokens_per_s']:>8.1f}"
+            f"  {first:>22}  {after:>15}  {run['errors']:>6}"
+        )
+    return joined(lines)
+
+
+def _pair(spread: Mapping[str, Json]) -> str:
+    return " / ".join("-" if v is None else f"{v:.1f}" for v in (spread["p50"], spread["p95"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One request; times in seconds."""
+
+    first: float = 0.0
+    """From sending the request to the first text."""
+    gaps: tuple[float, ...] = ()
+    """Between consecutive chunks; servers usually send one token per chunk."""
+    whole: float = 0.0
+    error: str = ""
+    """Why it failed; empty if it succeeded."""
+
+
+def load_test(
+    session: ServerSession,
+    served: Served,
+    questions: Sequence[Item],
+    concurrency: int,
+    requests: int,
+    max_tokens: int,
+    progress: Progress,
+) -> Mapping[str, Json]:
+    """Run `requests` questions, always `concurrency` at a time.
+
+    Returns `{concurrency, requests, requests_per_s, tokens_per_s, ttft_ms, itl_ms, latency_ms,
+    errors}`, times as `{p50, p95}` in milliseconds (None if nothing was measured), and `failures`,
+    reason -> count. Failed requests are only counted as errors.
+    """
+    done = 0
+    lock = threading.Lock()
+
+    def one(number: int) -> Sample:
+        nonlocal done
+        sample = measure(session, served, questions[number % len(questions)], max_tokens)
+        with lock:
+            done += 1
+            progress.advance(done, requests, "requests")
+        return sample
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(concurrency) as pool:
+        samples = list(pool.map(one, range(requests)))
+    return summary(samples, concurrency, time.monotonic() - began)
+
+
+def measure(session: ServerSession, served: Served, question: Item, max_tokens: int) -> Sample:
+    """Return the times of one streamed request; a failure is returned, not raised."""
+    times: list[float] = []
+    began = time.monotonic()
+    try:
+        body = served.body(question, max_tokens, stream=True)
+        with session.events(served.path, body) as events:
+            for event in events:
+                if event == "[DONE]":
+                    break
+                if _has_text(event):
+                    times.append(time.monotonic())
+    except (TryAgain, Refused) as error:
+        return Sample(error=str(error))
+    except ValueError:
+        return Sample(error="an event is not JSON")
+    if not times:
+        return Sample(error="the stream has no text")
+    gaps = tuple(after - before for before, after in itertools.pairwise(times))
+    return Sample(first=times[0] - began, gaps=gaps, whole=times[-1] - began)
+
+
+def _has_text(event: str) -> bool:
+    data = parse(event)
+    if not isinstance(data, dict) or "error" in data:
+        raise Refused(f"error in the stream: {event[:200]}")
+    try:
+        for choice in data.get("choices") or ():
+            delta = choice.get("delta") or {}
+            if delta.get("content") or delta.get("reasoning_content") or choice.get("text"):
+                return True
+    except (AttributeError, TypeError):
+        raise Refused(f"an event has no list of choices: {event[:200]}") from None
+    return False
+
+
+def summary(samples: Sequence[Sample], concurrency: int, seconds: float) -> Mapping[str, Json]:
+    """Return the results of a run; see `load_test`."""
+    good = [sample for sample in samples if not sample.error]
+    pieces = sum(1 + len(sample.gaps) for sample in good)
+    return {
+        "concurrency": concurrency,
+        "requests": len(samples),
+        "requests_per_s": round(len(good) / seconds, 3) if seconds else 0.0,
+        "tokens_per_s": round(pieces / seconds, 2) if seconds else 0.0,
+        "ttft_ms": _spread([sample.first for sample in good]),
+        "itl_ms": _spread([gap for sample in good for gap in sample.gaps]),
+        "latency_ms": _spread([sample.whole for sample in good]),
+        "errors": len(samples) - len(good),
+        "failures": dict(Counter(sample.error for sample in samples if sample.error)),
+    }
+
+
+def _spread(seconds: Sequence[float]) -> Mapping[str, float | None]:
+    return {name: percentile(seconds, share) for name, share in (("p50", 0.5), ("p95", 0.95))}
+
+
+def percentile(seconds: Sequence[float], share: float) -> float | None:
+    """Return a percentile (nearest rank) in ms; `share` from 0 to 1."""
+    if not seconds:
+        return None
+    rank = max(1, math.ceil(share * len(seconds) - 1e-9))
+    return round(1000 * sorted(seconds)[rank - 1], 3)

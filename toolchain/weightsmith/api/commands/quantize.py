@@ -1,0 +1,114 @@
+"""`invoke quantize`: quantize a checkpoint folder to a file or folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from weightsmith.api.commands.folders import open_checkpoint
+from weightsmith.api.commands.requests import QuantizeCommand
+from weightsmith.core.errors import UsageError
+from weightsmith.core.trees import below
+from weightsmith.core.values import Json, Tree
+from weightsmith.models.facts import read_facts
+from weightsmith.models.gguf_names import projector_name
+from weightsmith.models.safetensors import read_header
+from weightsmith.models.tensors import unsupported
+from weightsmith.quantizers import of_format
+from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
+from weightsmith.recipe.schema import Quality, Quantize, TextBounds
+from weightsmith.recipe.section import spelling
+from weightsmith.stages.quality import quality, quality_fault
+from weightsmith.stages.quantize import (
+    QuantizeOptions,
+    check_model,
+    format_options,
+    needs_text,
+    quantize,
+)
+from weightsmith.steps.destinations import in_folder
+from weightsmith.steps.tools import Tools
+
+
+def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
+    """Quantize a checkpoint to `out`, a folder or a single file.
+
+    Raises UsageError for an unknown format or option, InputRefused for an invalid checkpoint,
+    calibration text or importance matrix, CheckFailed for a wrong output or too large a loss.
+    After a failure, `out` does not exist.
+    """
+    quantizer = of_format(asked.format)
+    format_ = next(f for f in quantizer.formats if f.name == asked.format)
+    out, limits = asked.out.absolute(), Quality(gate=True if asked.gate else "measure")
+    _require_new(out)
+    tools.runner.check(quantizer.builder)
+    checkpoint = open_checkpoint(asked.model, tools.store)
+    _check_dtypes(checkpoint.tree)
+    name, settings = out.stem or asked.model.name, asked.settings.model_dump()
+    model = read_facts(asked.model)
+    options = format_options(name, format_, settings, {}, checkpoint.tree, tools)
+    _refuse_ignored(asked, options)
+    check_model(options, model)
+    projector = out.with_name(projector_name(out.name))
+    if "projector" in options.options and out.suffix == ".gguf":
+        _require_new(projector)
+    texts = _texts(asked, tools)
+    if needs_text(options):
+        options = replace(options, texts=texts)
+    with in_folder(out, "the quantized model", tools) as to:
+        artifact = quantize(checkpoint, options, to, tools).value
+        loss = quality(checkpoint, artifact, texts, limits, to, tools).value
+        if fault := quality_fault(format_, loss, limits):
+            raise fault
+    if out.is_file():
+        written = [out, *([projector] if "projector" in artifact.details else [])]
+    else:
+        written = [path for path in below(out) if path.is_file()]
+    return {
+        "out": str(out),
+        "format": format_.name,
+        "bits_per_weight": artifact.details.get("bits_per_weight"),
+        "files": [str(path) for path in written],
+        "quality": loss.to_json() if loss else {},
+        "details": dict(artifact.details),
+    }
+
+
+def _check_dtypes(tree: Tree) -> None:
+    """Raise InputRefused for matrices in float64, as `merge` does; reads only the headers."""
+    for file in tree.files:
+        if file.path.endswith(".safetensors"):
+            for info in read_header(tree.path(file.path)).tensors:
+                if info.dtype == "F64" and len(info.shape) > 1:
+                    raise unsupported(f"the model's {info.name}", info.dtype)
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise UsageError(f"{out} exists already", hint="give a new file or folder with --out")
+
+
+def _refuse_ignored(asked: QuantizeCommand, options: QuantizeOptions) -> None:
+    """Raise UsageError for an option that the format does not use."""
+    for name, field in Quantize.model_fields.items():
+        wish, unasked = getattr(asked.settings, name), field.get_default(call_default_factory=True)
+        if wish in (unasked, "auto", "off") or name in {*options.options, "allow_low_bits"}:
+            continue
+        raise UsageError(
+            f"{spelling(Quantize, name)} does not apply to {asked.format}",
+            hint="remove the option",
+        )
+
+
+def _texts(asked: QuantizeCommand, tools: Tools) -> Texts:
+    if asked.calibration is not None:
+        texts = read_texts(asked.calibration, TextBounds())
+        if texts.warning():
+            tools.progress.warn(texts.warning())
+        return texts
+    texts = read_texts(GENERAL, TextBounds())
+    tools.progress.warn(
+        f"no --calibration: {len(texts.calibration) + len(texts.held_out)} general texts are used"
+    )
+    return texts

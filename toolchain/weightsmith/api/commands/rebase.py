@@ -1,0 +1,231 @@
+"""`invoke rebase`: replace an image's engine base without uploading its weights again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from weightsmith.api.commands.requests import RebaseCommand
+from weightsmith.api.commands.server import ServerSource, session_with
+from weightsmith.core.errors import CheckFailed, InputRefused
+from weightsmith.core.values import Digest, Json, plain
+from weightsmith.evaluating.client import first_name
+from weightsmith.evaluating.items import Item
+from weightsmith.evaluating.served import ask, find_served
+from weightsmith.oci import manifests
+from weightsmith.oci.collisions import first_collision
+from weightsmith.oci.image import Image
+from weightsmith.oci.index import host_image, index_of
+from weightsmith.oci.locations import ImageLocation, open_location
+from weightsmith.oci.references import Reference
+from weightsmith.provenance import evidence as gathered
+from weightsmith.provenance import statements
+from weightsmith.provenance.bills import MODEL_BILL, base_documents
+from weightsmith.provenance.evidence import AttachedDocument, Evidence
+from weightsmith.provenance.labels import (
+    ENGINE_LABEL,
+    ENGINE_VERSION,
+    REBASED,
+    engine_version,
+    moved_labels,
+)
+from weightsmith.provenance.lineage import trace
+from weightsmith.provenance.mlbom import MEDIA_TYPE
+from weightsmith.provenance.roles import (
+    BASE_DIGEST,
+    BASE_NAME,
+    Roles,
+    assemble_in_roles,
+    roles_of,
+)
+from weightsmith.provenance.statements import Resource
+from weightsmith.steps.bases import base_image, public_base
+from weightsmith.steps.delivery import ImageOutputs, candidate, deliver, discard_candidate
+from weightsmith.steps.launch import why_not_started
+from weightsmith.steps.stage_result import Timer
+from weightsmith.steps.tools import Tools
+
+_GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
+
+
+def rebase_image(request: RebaseCommand, tools: Tools) -> Mapping[str, Json]:
+    """Push the image on its new base; weight layers are reused or mounted, never uploaded again.
+
+    Rebases every platform of an index. Raises InputRefused if base and image are incompatible,
+    CheckFailed if the new image does not start.
+    """
+    tools.registry.check_push(Reference.parse(request.to))
+    timer = Timer("rebase", f"{request.source} onto {request.onto}", tools)
+    origin = open_location(request.source, tools.registry)
+    index = origin.index()
+    named = manifests.platforms_in(index, request.source) if index else []
+    if twice := manifests.twice_in(index, request.source) if index else []:
+        raise InputRefused(
+            f"{request.source} has several images for {', '.join(twice)[:200]}",
+            hint="name one of them by its digest: which one an engine would take is not said",
+        )
+    olds = [origin.image(platform) for platform in named] or [origin.image()]
+    for platform, old in zip(named, olds, strict=False):
+        if platform and platform != old.platform:
+            raise InputRefused(
+                f"{request.source} says that an image is for {platform}, which is for"
+                f" {old.platform}",
+                hint="its index is wrong: name the image by its digest",
+            )
+    moved = [_moved(old, request, origin, tools) for old in olds]
+    whole = index_of([image for image, _ in moved])
+    if request.smoke:
+        _smoke(host_image(whole), request.onto, tools)
+    attachments = [evidence for _, evidence in moved]
+    outputs = ImageOutputs(push=True, force=request.force)
+    published = deliver(whole, request.to, outputs, attachments, tools)
+    seconds = timer.done(published, cached=False).seconds
+    before = Digest.of(index) if index else olds[0].digest
+    return {**plain(published), "rebased_from": before, "seconds": seconds}
+
+
+def _moved(
+    old: Image, request: RebaseCommand, origin: ImageLocation, tools: Tools
+) -> tuple[Image, Evidence]:
+    """Return one platform's image on its new base, and its evidence."""
+    roles = roles_of(old, request.source)
+    base = base_image(request.onto, old.labels.get(ENGINE_LABEL, ""), tools, platform=old.platform)
+    check_contract(old, roles, base, request.onto, tools)
+    new = exchange(old, roles, base, public_base(request.onto))
+    return new, _evidence(old, new, base, request, origin, tools)
+
+
+def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
+    """Return the image on another base, with the same weights, settings and additions."""
+    of_base = (BASE_NAME, BASE_DIGEST, ENGINE_VERSION)
+    kept = {key: text for key, text in roles.config.labels.items() if key not in of_base}
+    moved = moved_labels(old.labels, old.digest)
+    return assemble_in_roles(
+        roles.weights,
+        roles.settings,
+        replace(roles.config, labels={**kept, **moved, REBASED: old.digest}),
+        base,
+        base_name,
+        order="weights-first" if roles.weights_first else "engine-first",
+        version=engine_version(base.labels),
+    )
+
+
+def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tools) -> None:
+    """Raise InputRefused if the image is incompatible with the new base.
+
+    Engine and platform must be the same, and the engine's major version must be the one that the
+    plan was made for. The base must not have files at the paths of the image's own files.
+    """
+    if base.platform != old.platform:
+        raise InputRefused(
+            f"{name} is for {base.platform}, but the image is for {old.platform}",
+            hint="choose a base for the image's platform",
+        )
+    before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base.labels)
+    if before and after and _major(before) != _major(after):
+        raise InputRefused(
+            f"{name} has engine version {after}, but the image was planned for {before}",
+            hint="another major version may read its settings differently: build the image again "
+            "for it",
+        )
+    if not after:
+        tools.progress.warn(f"{name} does not declare its engine version")
+    if found := first_collision(base, _folders(roles), tools.store.memo):
+        raise InputRefused(
+            f"{name} has /{found}, where the image has its own files",
+            hint="choose a base without files at these paths",
+        )
+
+
+def _major(version: str) -> str:
+    found = re.match(r"v?(\d+)\.", version)
+    return found[1] if found else ""
+
+
+def _folders(roles: Roles) -> frozenset[str]:
+    """Return the folders of weights and settings, taken from the layers' titles."""
+    paths = [layer.file.partition(" and ")[0] for layer in (*roles.weights, *roles.settings)]
+    folders = {path.rpartition("/")[0] for path in paths if "/" in path}
+    return frozenset(folder.split("/")[0] if folder.startswith("models") else folder
+                     for folder in folders)  # fmt: skip
+
+
+def _smoke(image: Image, onto: str, tools: Tools) -> None:
+    """Start the image once, if this machine has an engine that can run it.
+
+    Raises CheckFailed, with the server's last lines, if it does not work.
+    """
+    reason = why_not_started(image, tools)
+    if not reason and not tools.engine.answers():
+        reason = "no container engine is available: the image was not started"
+    if reason:
+        tools.progress.warn(reason)
+        return
+    try:
+        with candidate(image, None, tools) as name:
+            try:
+                with session_with(ServerSource(image=name), tools, modest=True) as session:
+                    ask(session, find_served(session, first_name(session)), _GREETING, 4)
+            except CheckFailed as error:
+                raise CheckFailed(
+                    f"the image does not work on {onto}: {error.message.replace(name, 'it')}",
+                    hint=f"{error.hint}; or give --no-smoke to push it without starting it",
+                ) from None
+    finally:
+        discard_candidate(image, None, tools)
+
+
+def _evidence(
+    old: Image,
+    new: Image,
+    base: Image,
+    request: RebaseCommand,
+    origin: ImageLocation,
+    tools: Tools,
+) -> Evidence:
+    """Return the old image's evidence, and how the new image was derived from it."""
+    rows = gathered.limited(origin.attached(old.digest))
+    attachments = [origin.read(blob, tag) for blob, tag in rows]
+    parts = gathered.statement_parts(attachments)
+    attached = [gathered.read_statement(part, None) for part in parts]
+    lineage = trace(old.digest, attached)
+    # Keep nothing else: with a key, everything that is kept gets signed.
+    about = [lineage.holds(one) and one.is_ours for one in attached]
+    kept = tuple(part for part, holds in zip(parts, about, strict=True) if holds)
+    if len(kept) < len(parts):
+        tools.progress.warn(
+            f"{len(parts) - len(kept)} statement(s) attached to {old.digest.short} do not say"
+            " how it was made and were not copied"
+        )
+    name = public_base(request.onto)
+    below = base_documents(base, name, tools.registry)
+    own = filter(lineage.names, gathered.documents_in(attachments))
+    documents = (*_own(own), *below)
+    statement = statements.provenance(
+        "rebase",
+        [
+            statements.image_resource(new.manifest_blob),
+            *statements.layer_resources(new),
+        ],
+        parameters={"first_image": lineage.images[-1]},
+        dependencies=[
+            statements.image_resource(old.manifest_blob),
+            Resource(name="base image", digest=base.digest, uri=name),
+        ],
+        byproducts=[*map(gathered.resource_of, documents)],
+    )
+    return Evidence(statements=(statement,), kept=kept, documents=documents)
+
+
+def _own(documents: Iterable[AttachedDocument]) -> list[AttachedDocument]:
+    """Leave out the old base's SBOMs, and third-party documents about the old image."""
+    kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
+    return [
+        d for d in documents if d.artifact_type in kinds or _title(d) == (MEDIA_TYPE, MODEL_BILL)
+    ]
+
+
+def _title(document: AttachedDocument) -> tuple[str, str]:
+    return document.artifact_type, document.parts[0].title if document.parts else ""

@@ -1,0 +1,239 @@
+"""`invoke render`: plan a model on disk and write its serving files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightsmith.api.commands.arguments import serving_options
+from weightsmith.api.commands.requests import RenderCommand
+from weightsmith.building.targets import all_targets, can_make, target_of
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.safe_parse import parse_file
+from weightsmith.core.values import SAFETENSORS
+from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.models.folder import no_folder, scan
+from weightsmith.models.gguf_names import files_with, gguf_models, projector_of
+from weightsmith.models.gguf_parts import model_name, parts_of
+from weightsmith.quantizers import of_format
+from weightsmith.serving.engine import Engine, ServeOptions
+from weightsmith.serving.plan import ServingConfig, ServingPlan
+from weightsmith.serving.projector import Projector
+from weightsmith.serving.targets import Target
+from weightsmith.stages.render import render
+from weightsmith.steps.expected_weights import expected_weights
+from weightsmith.steps.results import write_files
+from weightsmith.steps.sizes import estimated_bytes, expected_projector
+
+_CONFIG = "serving.json"
+"""The file with everything that `bake` needs from a rendered folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model on disk: a folder, or one GGUF file."""
+
+    path: Path
+    name: str
+    facts: ModelFacts
+    weights: tuple[str, ...]
+    """The files that hold weights, relative to `root`."""
+    weight_bytes: int
+    """Size of all weight files, in bytes."""
+    projector: Projector | None = None
+    """The weight file that lets it read pictures."""
+    notes: tuple[str, ...] = ()
+    """Assumptions about the model, shown to the user."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that contains the model's files."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_model(path: Path, name: str = "") -> Model:
+    """Return the model at a path; raise InputRefused if there is none or it is not safe to read."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputRefused(
+                f"{path} is not a .gguf file", hint="give a .gguf file or the model's folder"
+            )
+        weights = files_with(path)
+        return Model(
+            path=path,
+            name=name or model_name(path.name),
+            facts=read_facts(path.parent / weights[0]),
+            **_weights_of(path.parent, weights),
+        )
+    if not path.is_dir():
+        raise no_folder(path, "give the model's folder or .gguf file")
+    names = scan(path, gguf=True)
+    weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
+    if not weights:
+        raise InputRefused(
+            f"{path} has no .safetensors or .gguf file",
+            hint="give the folder that contains the weights",
+        )
+    if "config.json" in names:
+        facts = read_facts(path)
+    elif models := gguf_models(weights):
+        facts = read_facts(path / models[0])
+    else:
+        raise InputRefused(
+            f"{path} has {weights[0]}, but no config.json",
+            hint="give the folder that has both; in the hub's cache, that is snapshots/COMMIT",
+        )
+    return Model(
+        path=path,
+        name=name or path.absolute().name,
+        facts=facts,
+        **_weights_of(path, weights),
+    )
+
+
+def _weights_of(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields of a model that say which weight files it has."""
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    name = projector_of(names)
+    return {
+        "weights": names,
+        "weight_bytes": sum(sizes.values()),
+        "projector": Projector(file=name, size=sizes[name]) if name else None,
+    }
+
+
+def foresee_model(path: Path, name: str = "") -> Model:
+    """Return the model at a path, or a forecast of it if only its config.json is there.
+
+    The size then comes from the index, or from config.json; raises what `open_model` raises.
+    """
+    if not path.is_dir() or "config.json" not in (names := scan(path, gguf=True)):
+        return open_model(path, name)
+    if any(n.endswith((".gguf", ".safetensors")) for n in names):
+        return open_model(path, name)
+    facts = read_facts(path)
+    size, note = expected_weights(path, facts)
+    return Model(
+        path=path,
+        name=name or path.absolute().name,
+        facts=facts,
+        weights=("model.safetensors",),
+        weight_bytes=size,
+        notes=(note,),
+    )
+
+
+def serving_config(
+    model: Model, target: Target, options: ServeOptions, image: str = ""
+) -> ServingConfig:
+    """Plan and render a target for a model; raises UsageError if it does not fit the memory."""
+    own = own_weights(model, target)
+    size, projector = model.weight_bytes, model.projector
+    if not own:
+        if can_make(target.format):
+            of_format(target.format.name).check_input(target.format, model.facts)
+        size = estimated_bytes(model.weight_bytes, target.format, model.facts)
+        projector = expected_projector(target, model.facts)
+    return render(
+        target=target,
+        name=model.name,
+        version="0",
+        model=model.facts,
+        model_file=served_file(model, target),
+        weight_bytes=size,
+        options=options,
+        image=image,
+        made_from=(),
+        projector=projector,
+        notes=model.notes,
+    )
+
+
+def served_file(model: Model, target: Target) -> str:
+    """Return the file that the server opens: the GGUF file, or the first of its parts.
+
+    "" for engines that open a folder, and for a checkpoint that is not GGUF yet. Raises
+    InputRefused for a folder with several models.
+    """
+    found = gguf_models(model.weights)
+    if target.format.suffix != ".gguf" or not found:
+        return ""
+    parts = parts_of(found[0])
+    if set(found) != set(parts):
+        raise InputRefused(
+            f"the GGUF files of {model.path} are not all the parts of one model:"
+            f" {', '.join(found[:3])}",
+            hint="give the .gguf file itself; of parts, all must be there",
+        )
+    return parts[0]
+
+
+def own_weights(model: Model, target: Target) -> tuple[str, ...]:
+    """Return the files that already have the target's format; () if they must be quantized first.
+
+    Raises InputRefused for a model that cannot be converted: a GGUF file for an engine that does
+    not load GGUF, or a checkpoint packed in another format.
+    """
+    suffix = target.format.suffix
+    own = tuple(name for name in model.weights if name.endswith(suffix))
+    if suffix == ".gguf":
+        return own
+    if not own:
+        raise InputRefused(
+            f"{model.path} is GGUF, which {target.engine.name} does not load",
+            hint="GGUF files are for llamacpp targets; give the Hugging Face checkpoint",
+        )
+    if target.format == SAFETENSORS:
+        return own  # unchanged: the engine detects the packing
+    kinds = model.facts.weight_kinds
+    if target.format.kind in kinds:
+        return own
+    if "safetensors" not in kinds:
+        packed = ", ".join(sorted(kinds)) or "in an unsupported format"
+        raise InputRefused(
+            f"{model.path} has packed weights ({packed}), but {target.name} serves"
+            f" {target.format.name}",
+            hint=f"choose {' or '.join(served)}"
+            if (served := _serving(target.engine, kinds))
+            else "start from the 16-bit checkpoint",
+        )
+    return ()
+
+
+def _serving(engine: Engine, kinds: frozenset[str]) -> list[str]:
+    """Return an engine's target, by its shortest name, for each kind of weights that it loads."""
+    found: dict[str, list[str]] = {}
+    for target in all_targets().values():
+        if target.engine == engine and target.format.kind in kinds:
+            found.setdefault(target.format.kind, []).append(target.name)
+    return sorted(min(names, key=len) for names in found.values())
+
+
+def render_folder(asked: RenderCommand) -> tuple[tuple[str, ...], ServingPlan]:
+    """Write the serving files that a command asks for; return their paths and the plan."""
+    options = serving_options(asked.serve, asked.settings)
+    return render_model(asked.model, asked.target, asked.name, options, asked.out)
+
+
+def render_model(
+    path: Path, target: str, name: str, options: ServeOptions, out: Path
+) -> tuple[tuple[str, ...], ServingPlan]:
+    """Write a target's serving files for a model; return their paths and the plan."""
+    config = serving_config(foresee_model(path, name), target_of(target), options)
+    text = json.dumps(config.to_json(), indent=2, sort_keys=True) + "\n"
+    files = {**config.files, _CONFIG: text}
+    write_files(files, out)
+    return tuple(str(out / name) for name in sorted(files)), config.plan
+
+
+def read_config(folder: Path) -> ServingConfig:
+    """Return what `render` wrote to a folder; raises UsageError or InputRefused."""
+    path = folder / _CONFIG
+    try:
+        return ServingConfig.from_json(parse_file(path))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist", hint="make it with `invoke render`") from None
+    except (OSError, ValueError) as error:
+        raise InputRefused(f"{path} is damaged: {error}", hint="render the folder again") from None

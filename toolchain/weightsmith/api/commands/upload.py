@@ -1,0 +1,323 @@
+"""`invoke push --to hf://OWNER/NAME`: publish a model's files with a card on a hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from weightsmith.api.commands.requests import PushCommand
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
+from weightsmith.core.escape import joined
+from weightsmith.core.safe_parse import SMALL
+from weightsmith.core.trees import below
+from weightsmith.core.values import LORA, FileEntry, Json, StageInputs, Tree, plain
+from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
+from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
+from weightsmith.evaluating.pages import model_card, read_as_facts
+from weightsmith.models.folder import check_model_folder, check_no_code, pickles_in, scan
+from weightsmith.models.gguf_names import files_with
+from weightsmith.models.gguf_parts import model_name
+from weightsmith.oci.image import Image, blob_of
+from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
+from weightsmith.oci.layout import held_digest, is_layout
+from weightsmith.oci.locations import ImageLocation, open_location
+from weightsmith.oci.manifests import MODEL_LAYERS
+from weightsmith.oci.unpack import unpack
+from weightsmith.provenance import mlbom
+from weightsmith.provenance.evidence import read_attached
+from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in
+from weightsmith.provenance.mlbom import license_of
+from weightsmith.provenance.roles import weights_of
+from weightsmith.quantizers import of_format
+from weightsmith.serving.memory import human
+from weightsmith.stages import cache_scales
+from weightsmith.stages import merge as merging
+from weightsmith.stages.upload import (
+    CARD,
+    HubDestination,
+    changes,
+    check_destination,
+    repository_of,
+    upload,
+)
+from weightsmith.steps.step import WEIGHTS
+from weightsmith.steps.tools import Tools
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model's files and what is known of it."""
+
+    tree: Tree
+    card: ModelCard
+
+
+def hub_destination(asked: PushCommand) -> HubDestination | None:
+    """Return the repository that `hf://OWNER/NAME` names, or None for a registry's reference.
+
+    Raises UsageError for an option that belongs to the other.
+    """
+    if asked.to.startswith("hf://"):
+        if asked.run.sign_key:
+            raise UsageError("--sign-key: a hub keeps no signatures", hint="leave it out")
+        return HubDestination(
+            repository=repository_of(asked.to), force=asked.force, public=asked.public
+        )
+    if asked.public:
+        raise UsageError("--public is only for a new repository on a hub", hint="leave it out")
+    return None
+
+
+def push_to_hub(
+    source: str, destination: HubDestination, tools: Tools, *, dry_run: bool = False
+) -> Mapping[str, Json]:
+    """Publish a checkpoint folder, a GGUF file, a build's results or an image's model on a hub.
+
+    With `dry_run`, only return what would be published: nothing is created or changed.
+    Raises InputRefused for a model that is incomplete, has pickle files, custom code or links
+    out of its folder, and what `upload` raises.
+    """
+    check_destination(destination, tools.hub)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tools.scratch())
+        model = _open(source, scratch, tools)
+        names = [entry.path for entry in model.tree.files]
+        text = model_card(model.card, destination.repository, names)
+        if dry_run:
+            return _preview(model.tree, text, destination, tools)
+        done = upload(model.tree, text, destination, model.card.version, tools).value
+    return {key: value for key, value in plain(done).items() if key not in ("layers", "mounted")}
+
+
+def _preview(
+    tree: Tree, card: str, destination: HubDestination, tools: Tools
+) -> Mapping[str, Json]:
+    """Return a repository's files as they would be, those that would go, and the card."""
+    wanted = changes(tree, card, destination, tools.hub)
+    sizes = {entry.path: entry.size for entry in tree.files} | {CARD: len(card.encode())}
+    return {
+        "reference": destination.reference,
+        "dry_run": True,
+        "exists": wanted.held is not None,
+        "public": destination.public if wanted.held is None else None,
+        "files": [
+            {"path": path, "size": size, "sent": path in wanted.sent}
+            for path, size in sorted(sizes.items())
+        ],
+        "deleted": [*wanted.deleted],
+        "uploaded_bytes": sum(wanted.sizes.values()),
+        "card": card,
+    }
+
+
+def preview(shown: Mapping[str, Json]) -> str:
+    """Return what a dry run shows, as text."""
+    kind = "public" if shown["public"] else "private"
+    there = "exists" if shown["exists"] else f"would be a new {kind} repository"
+    rows = [
+        f"  {'send' if row['sent'] else 'there':<7} {row['path']}  {human(row['size'])}"
+        for row in shown["files"]
+    ]
+    rows += [f"  {'delete':<7} {path}" for path in shown["deleted"]]
+    sent = human(int(shown["uploaded_bytes"]))
+    return joined(
+        [
+            f"{shown['reference']} {there}; nothing was changed",
+            *rows,
+            f"{sent} would be sent, with this {CARD}:",
+            *shown["card"].splitlines(),
+        ]
+    )
+
+
+def _open(source: str, scratch: Path, tools: Tools) -> _Model:
+    path = Path(source)
+    if is_layout(source):
+        return _of_image(source, open_location(source, tools.registry), scratch, tools)
+    if (path / FILE).is_file():
+        return _of_build(path, scratch, tools)
+    if path.is_dir() or path.is_file() or source.endswith(".gguf"):
+        return _of_folder(path, tools)
+    return _of_image(source, open_location(source, tools.registry), scratch, tools)
+
+
+def _of_folder(path: Path, tools: Tools) -> _Model:
+    """Return the model of a checkpoint's folder or of a GGUF file."""
+    root = path if path.is_dir() else path.parent
+    if path.is_dir():
+        names = _names(path)
+    elif path.suffix == ".gguf" and path.is_file():
+        names = [*files_with(path)]
+    else:
+        raise InputRefused(f"{path} is no model", hint="give a checkpoint's folder or a .gguf file")
+    tree = _tree(root, names, tools)
+    name = model_name(path.name) if path.is_file() else path.resolve().name
+    card = ModelCard(name=name)
+    return _Model(tree, replace(card, license=license_of(root) if path.is_dir() else ""))
+
+
+def _names(root: Path) -> list[str]:
+    """Return the files of a folder to publish; raises InputRefused for what must not be there."""
+    if found := pickles_in(root):
+        raise InputRefused(
+            f"{root} has pickle files, which can run code: {', '.join(found[:3])}",
+            hint="move them out of the folder, or convert them to safetensors",
+        )
+    names = scan(root, gguf=True)
+    if not any(name.endswith(".gguf") for name in names):
+        return check_model_folder(root)
+    check_no_code(root, names)
+    return names
+
+
+def _tree(root: Path, names: Sequence[str], tools: Tools) -> Tree:
+    entries = []
+    for name in names:
+        entry = tools.store.digest_file(root / name)
+        entries.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
+    return Tree(root=root, files=tuple(entries))
+
+
+def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
+    """Return the model of a build's results: from the store, else from what it published."""
+    with read_as_facts(folder / FILE):
+        record = read_build(folder)
+    if record.refused or record.image is None or record.artifact is None:
+        raise InputRefused(
+            f"{folder} is of a build that was refused: {record.refused or 'nothing was published'}",
+            hint="only a model that passed its gate is published",
+        )
+    _require_merged(record.artifact.format, str(folder))
+    if tree := _in_store(record, tools):
+        return _Model(tree, card_of_build(record))
+    image, layouts = record.image, [folder / "image"]
+    if image.reference.startswith("oci:"):
+        layouts.append(Path(image.reference.removeprefix("oci:")))
+    held = [one for one in layouts if is_layout(str(one)) and held_digest(one) == image.digest]
+    source = f"oci:{held[0]}" if held else f"{image.reference.partition('@')[0]}@{image.digest}"
+    try:
+        found = _of_image(source, open_location(source, tools.registry), scratch, tools)
+    except (EnvironmentFailure, InputRefused, UsageError) as error:
+        raise InputRefused(
+            f"{folder}: its weights are neither in the store nor in {source}: {error.message}",
+            hint="build again, or give the image's reference or layout instead of the folder",
+        ) from None
+    return _Model(found.tree, card_of_build(record))
+
+
+def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
+    """Return the weights of a build if the store still has them."""
+    artifact = record.artifact
+    packed = artifact is not None and WEIGHTS in record.inputs
+    stage = WEIGHTS if packed else merging.MergeStep.name
+    inputs = record.inputs.get(stage)
+    if artifact is None or not isinstance(inputs, dict):
+        return None
+    number = of_format(artifact.format).recipe_number if packed else merging.RECIPE_NUMBER
+    entry = tools.store.find(StageInputs(stage=stage, recipe_number=number, inputs=inputs).key)
+    tree, measured = (
+        entry.tree if entry else None,
+        record.inputs.get(cache_scales.CacheScalesStep.name),
+    )
+    if tree and isinstance(measured, dict):
+        tree = cache_scales.stored(measured, tree, tools)
+    return tree if tree and tree.digest == artifact.digest else None
+
+
+def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) -> _Model:
+    """Return the model in an image or a ModelPack, copied to a folder; its licence and labels."""
+    image = place.image()
+    format_ = image.labels.get(f"{PREFIX}format", "")
+    _require_merged(format_, source)
+    layers = weights_of(image, source)
+    size = sum(layer.size for layer in layers)
+    tools.progress.note(f"reading {len(layers)} layers of {source} ({size / 1e6:,.0f} MB)")
+    tools.store.require_room(size, f"the files of {source}")
+    root = scratch / "model"
+    if image.has_files and ".tar" not in layers[0].media_type:
+        _copy_files(layers, root)
+    else:
+        unpack(Image(layers=tuple(map(_as_tar, layers)), settings={}), root)
+    root = _model_root(root, source)
+    names = _names(root)
+    tree = _tree(root, names, tools)
+    attached = read_attached(place, image.digest)
+    bills = [
+        part.read()
+        for one in attached
+        for part in one.parts
+        if part.blob.media_type == mlbom.MEDIA_TYPE and part.blob.size <= SMALL
+    ]
+    stated = (mlbom.license_in(bill, image.labels.get(ARTIFACT, "")) for bill in bills)
+    context = plan_in(image.labels).get("max_model_len", 0)
+    name = source.rpartition("/")[2].partition("@")[0].partition(":")[0]
+    card = card_of_labels(
+        name,
+        image.labels,
+        PREFIX,
+        license_=next(filter(None, stated), "") or license_of(tree.texts),
+        context=context if isinstance(context, int) else 0,
+        image=image.digest if VERDICT in image.labels else "",
+    )
+    return _Model(tree, card)
+
+
+def _as_tar(layer: Layer) -> Layer:
+    """Return a ModelPack's tar layer under the media type of an image's."""
+    if layer.media_type not in MODEL_LAYERS:
+        return layer
+    kind = LAYER_TAR + layer.media_type.partition(".tar")[2]
+    blob = replace(blob_of(layer), media_type=kind)
+    return BlobLayer(blob=blob, diff_id=layer.diff_id, opener=layer.open)
+
+
+def _copy_files(layers: Sequence[Layer], root: Path) -> None:
+    """Write layers that are files to a folder."""
+    for layer in layers:
+        path = PurePosixPath(layer.file)
+        parts = path.parts
+        if not parts or path.is_absolute() or ".." in parts or "\0" in layer.file:
+            raise InputRefused(
+                f"a file has the path {layer.file[:200]!r}, which leaves the model's folder",
+                hint="the artifact is damaged or hostile; do not use it",
+            )
+        with _new_file(root.joinpath(*parts), layer.file) as file:
+            for chunk in layer.open():
+                file.write(chunk)
+
+
+def _new_file(target: Path, name: str) -> BinaryIO:
+    """Open a file of an artifact; raises InputRefused for a name that cannot be beside others."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target.open("xb")
+    except OSError as error:
+        if error.errno not in (EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR):
+            raise
+        raise InputRefused(
+            f"a file has the path {name[:200]!r}, which is too long or another file's",
+            hint="the artifact is damaged or hostile; do not use it",
+        ) from None
+
+
+def _model_root(root: Path, source: str) -> Path:
+    """Return the folder of the only model in an unpacked root."""
+    files = [path for path in below(root) if path.is_file()]
+    marked = [path for path in files if path.name == "config.json" or path.suffix == ".gguf"]
+    folders = {path.parent for path in marked}
+    found = sorted(folders, key=lambda path: (len(path.parts), path))
+    if not found:
+        raise InputRefused(f"{source} has no model", hint="give an image with model weights")
+    return found[0]
+
+
+def _require_merged(format_: str, source: str) -> None:
+    if format_ == LORA.name:
+        raise InputRefused(
+            f"{source} serves adapters beside their base: it holds no merged model",
+            hint="push the image of another target, or upload the adapter by itself",
+        )

