@@ -35,7 +35,8 @@ def test_spelled_in_full(text: str, full: str) -> None:
         "", "UPPER", "a/B", "a//b", "a/", "/a", "a:", "a:b:c", "a@", "a@sha256:12", "a b", "a\n",
         f"a@sha512:{HEX}", "r.io:99999/a", "r.io:0/a", "user:pass@r.io/a", "http://r.io/a", "a:-t",
         "a/../b", "r.io/a:" + "t" * 129, "r.io/" + "a" * 260,
-        "[1.2.3]/a", "[::1:5000/a", "a" * 64 + ".io/a", "-r.io/a", "a?b", "\uff41",
+        "oci:folder", "oci:a/b", "[1.2.3]/a", "[::1:5000/a", "a" * 64 + ".io/a", "-r.io/a", "a?b",
+        "\uff41",
     ],
 )  # fmt: skip
 def test_refused_with_the_form_to_write(text: str) -> None:

@@ -41,6 +41,12 @@ class Reference:
             )
         if "://" in text:
             raise _refused(text, "it begins with a scheme")
+        if text.startswith("oci:"):
+            raise UsageError(
+                f"{text} is a folder, and a registry's reference is needed here",
+                hint="name [registry[:port]/]repository[:tag]; to have a layout elsewhere, copy"
+                " its folder",
+            )
         rest, _, digest_text = text.partition("@")
         digest = _digest(text, digest_text) if "@" in text else None
         registry, repository = _split_registry(rest)
