@@ -224,7 +224,7 @@ AT_WORK = {
     ),
     "an artifact larger than was planned": Refusal(
         "render", UsageError, "weights 24", lambda m: setattr(m.bench, "padding", 24 << 20),
-        ("serve.memory=160MiB",),
+        ("serve.memory=56MiB",),
     ),
     "an engine that cannot be made": Refusal(
         "bake", EnvironmentFailure, "killed", fails("job export-engine", DIED)

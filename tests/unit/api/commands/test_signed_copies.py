@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.unit.commands.conftest import Scene
+from tests.unit.api.commands.conftest import Scene
 from weightsmith.api.commands.images import (
     copy_attachments,
     copy_image,

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from tests.unit.commands.conftest import Scene
+from tests.unit.api.commands.conftest import Scene
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
