@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.building.wiring import cache_folder
+from weightsmith.cache import uploads
 from weightsmith.fleets import running
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.toolset import tools_variable, toolset_folder
@@ -48,6 +49,7 @@ def memory(tmp_path: Path, client: Registry, quick: None) -> Iterator[Memory]:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What failed is tried again without a pause."""
     monkeypatch.setattr(running, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(uploads, "_PAUSE_SECONDS", 0.0)
 
 
 @pytest.fixture
