@@ -18,8 +18,9 @@ from weightsmith.steps.tools import Tools
 
 from tests.fakes.command_line import weightsmith
 from tests.fakes.memory import Memory, new_signer
+from tests.paths import ROOT
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "make-an-image-again.md"
+PAGE = ROOT / "docs" / "how-to" / "make-an-image-again.md"
 REPOSITORY = "registry.example.com/ml/support-bot"
 TAG = "1.0.0-llamacpp-q4_k_m"
 

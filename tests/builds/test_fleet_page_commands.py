@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from weightsmith.building.wiring import cache_folder
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 PAGE = ROOT / "docs" / "how-to" / "build-a-fleet.md"
 # `ray stop` ends every Ray process that it sees, and another test's cluster may have the port: so
 # the commands see their own processes alone, and have a loopback of their own.

@@ -21,8 +21,8 @@ import yaml
 from tests.clusters import Cluster, has_ended
 from tests.fakes.awake import hear_interrupts
 from tests.fakes.fleet_home import TARGETS
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 900.0
 pytestmark = [pytest.mark.builders, pytest.mark.full, pytest.mark.timeout(3600)]
 

@@ -18,7 +18,8 @@ from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.quality.measure import measure
 
-from tests.fakes.ggufs import ROOT, TINY
+from tests.fakes.ggufs import TINY
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.builders
 

@@ -18,8 +18,8 @@ from weightsmith.oci.layout import read_layout
 
 from tests.fakes.ggufs import beside, program, same
 from tests.fakes.seeing import make_projected
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 SEEING = [
     "Gemma3ForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",

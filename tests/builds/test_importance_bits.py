@@ -16,6 +16,7 @@ from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK
 from weightsmith.quantizers.layerwise import importance as walking
 
+from tests.paths import ROOT
 from tests.unit.quantizers.test_importance import LINES, importance, make, tokens_of
 
 pytestmark = [pytest.mark.builders, pytest.mark.timeout(1800)]
@@ -112,7 +113,7 @@ def test_bits_are_those_of_other_cpus(tmp_path, cpu):
     if not emulator:
         pytest.skip("no qemu-x86_64 (tests/engine.sh as root installs it)")
     models = [make(tmp_path / name, name) for name in MODELS]
-    texts, root = tmp_path / "texts.jsonl", Path(__file__).parents[2]
+    texts, root = tmp_path / "texts.jsonl", ROOT
     texts.write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
     paths = {**os.environ, "PYTHONPATH": f"{root / 'toolchain'}:{root}"}
 

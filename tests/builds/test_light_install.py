@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyBuild
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.builders, pytest.mark.full]
 
 

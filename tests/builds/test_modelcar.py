@@ -13,8 +13,9 @@ from weightsmith.oci.layout import read_layout
 from weightsmith.oci.unpack import unpack
 
 from tests.conftest import emulator
+from tests.paths import ROOT
 
-TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
+TINY = ROOT / "examples" / "tiny"
 KSERVE = "ln -s /proc/$$/root/models /tmp/models && ls /tmp/models/ && test -r /models/config.json"
 """What KServe's injector has a modelcar run, but for the end, where it sleeps."""
 

@@ -11,8 +11,9 @@ from weightsmith.outside.toolset import toolset_folder
 from weightsmith.serving.llamacpp_cache import padded
 
 from tests.fakes.started import at_once, free_port, started, weightsmith
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
+TINY = ROOT / "examples" / "tiny" / "base"
 LENGTH, REQUESTS, ANSWER = 500, 6, 16
 pytestmark = pytest.mark.builders
 

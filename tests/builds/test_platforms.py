@@ -20,8 +20,9 @@ from weightsmith.outside.docker import DockerEngine
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.command_line import weightsmith
 from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
+TINY = ROOT / "examples" / "tiny" / "base"
 INDEX = "application/vnd.oci.image.index.v1+json"
 MACHINES = ("amd64", "arm64")
 

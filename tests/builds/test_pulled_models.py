@@ -17,8 +17,9 @@ from weightsmith.outside.toolset import toolset_folder
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.readers import reader
 from tests.fakes.started import free_port, started, weightsmith
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
+TINY = ROOT / "examples" / "tiny" / "base"
 KINDS = ("volume", "modelpack", "modelpack-tar", "ollama")
 pytestmark = [
     pytest.mark.builders,

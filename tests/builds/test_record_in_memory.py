@@ -18,8 +18,9 @@ from weightsmith.evaluating.build_record import read_build
 from tests.fakes.jobs import WRONG
 from tests.fakes.memory import Memory
 from tests.fakes.records import as_of_old
+from tests.paths import ROOT
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "build.schema.json"
+SCHEMA = ROOT / "docs" / "reference" / "build.schema.json"
 TARGETS = ("llamacpp-q4_k_m", "vllm", "llamacpp-lora")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,25 +177,13 @@ def test_the_disk_for_unmerged_adapters_is_planned(two: Memory) -> None:
     assert [row["write_bytes"] for row in rows if row["stage"] == "publish"] == [whole]
 
 
-def test_a_merge_that_an_earlier_version_stored_is_read_without_largest_weights(
-    memory: Memory,
-) -> None:
-    def told() -> list[dict[str, float]]:
-        jobs = memory.runner.jobs
-        return [dict(job.virtual.largest) for job in jobs if job.kind == "quantize"]
-
+def test_quantizing_is_told_the_largest_weights_of_a_merge(memory: Memory) -> None:
     vllm_base(memory)
     memory.build(targets=["vllm-fp8"])
-    (largest,) = told()
-    assert "model.layers.0.self_attn.q_proj.weight" in largest
-    assert "largest" not in memory.record("vllm-fp8")["merge"]
 
-    for key, entry in memory.store.entries.items():
-        meta = {name: value for name, value in entry.meta.items() if name != "largest"}
-        memory.store.entries[key] = replace(entry, meta=meta)
-    memory.build(targets=["vllm-w8a8"])
-    assert "merge" not in memory.jobs()
-    assert told() == [{}]
+    (job,) = (job for job in memory.runner.jobs if job.kind == "quantize")
+    assert "model.layers.0.self_attn.q_proj.weight" in job.virtual.largest
+    assert "largest" not in memory.record("vllm-fp8")["merge"]
 
 
 def test_the_plan_counts_what_the_gate_reads(memory: Memory) -> None:

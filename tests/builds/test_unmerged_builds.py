@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,7 +17,8 @@ from weightsmith.core.ports import Silent
 from weightsmith.outside.local import LocalRunner
 from weightsmith.quantizers.gguf_lora import FILE
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 pytestmark = pytest.mark.builders
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from weightsmith.oci.layout import read_layout
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 TARGET = "vllm-awq"
 # An image is 1.9 GB, and vLLM takes half a minute to start on two idle cores.

@@ -17,8 +17,8 @@ from weightsmith.oci.layout import read_layout
 
 from tests.conftest import TinyBuild
 from tests.fakes.debian_registry import real_registry
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 TARGET = "llamacpp-q4_k_m"
 LOADER = 3

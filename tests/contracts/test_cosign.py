@@ -33,6 +33,7 @@ from tests.fakes.baking import bake, make_key, make_model, push_base
 from tests.fakes.bundles import attached, bundle, claim
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import memory_tools
+from tests.paths import ROOT
 
 pytestmark = [
     pytest.mark.registry,
@@ -281,7 +282,7 @@ def test_policies_of_podman_and_others(scene: Scene) -> None:
     """The how-to's own: what the key signed is let in, and nothing else."""
     key, public = make_key(scene.folder)
     _, other = make_key(scene.folder, "other")
-    page = Path(__file__).parents[2] / "docs" / "how-to" / "sign-and-verify.md"
+    page = ROOT / "docs" / "how-to" / "sign-and-verify.md"
     blocks = page.read_text().split("```")
     (shown,) = (block for block in blocks if "sigstoreSigned" in block)
     (lookaside,) = (block for block in blocks if "use-sigstore-attachments" in block)

@@ -23,6 +23,7 @@ from weightsmith.outside.fleet_slurm import SlurmFleet
 
 from tests.clusters import has_ended
 from tests.fakes.fleet import MemoryFleet
+from tests.paths import ROOT
 
 PATIENCE = 300.0
 NODE = "tests.fakes.fleet_node"
@@ -56,7 +57,7 @@ def engine(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[FleetEngine]:
     kind = request.param
-    root = Path(__file__).parents[2]
+    root = ROOT
     monkeypatch.setenv("PYTHONPATH", f"{root / 'toolchain'}:{root}")
     if kind == "ray":
         made: FleetEngine = RayFleet(module=NODE, address=request.getfixturevalue("ray_nodes"))
@@ -278,7 +279,7 @@ def test_ray_cancels_by_force_only_what_does_not_end() -> None:
 def test_this_machine_takes_long_names_and_says_where_no_log_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(__file__).parents[2]
+    root = ROOT
     monkeypatch.setenv("PYTHONPATH", f"{root / 'toolchain'}:{root}")
     engine = local(tmp_path)
     engine.submit([replace(work(1), name="base /" + "long/" * 99)])

@@ -20,12 +20,12 @@ from weightsmith.oci.registry import Registry
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.faulty_proxy import Faults, faulty_proxy
 from tests.fakes.images import tiny_image
+from tests.paths import ROOT
 
 pytestmark = [
     pytest.mark.registry,
     pytest.mark.skipif(not shutil.which("docker-registry"), reason="no docker-registry"),
 ]
-ROOT = Path(__file__).parents[2]
 PATIENCE = 120
 
 

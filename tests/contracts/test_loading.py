@@ -30,10 +30,10 @@ from weightsmith.steps.tools import Tools
 
 from tests.fakes.images import entry, foreign_image, tar_of
 from tests.fakes.memory import memory_tools
+from tests.paths import ROOT
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 LOAD = ImageOutputs(load=True)
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass

@@ -35,8 +35,8 @@ from tests.fakes.journal import RecordingProgress
 from tests.fakes.remote import RemoteRunner, read_input
 from tests.fakes.runner import MemoryRunner
 from tests.fakes.store import MemoryStore
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE") or cache_folder())
 """Builders are made once and kept here, because that takes minutes."""
 REAL = [

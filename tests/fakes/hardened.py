@@ -20,7 +20,7 @@ _NEW_USER = 0x1000_0000
 
 
 def sibling(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "toolchain" / "weightsmith" / "drivers" / f"{name}.py"
+    path = Path(__file__).parents[2] / "toolchain" / "weightsmith" / "outside" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,13 +7,12 @@ import os
 import resource
 import subprocess
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from tests.fakes.users import as_user
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 ALLOWED = (2, 3, 4, 5, 6, 64)
 """Processes of the user, with the one that counts them: a job needs a few."""
 

@@ -45,8 +45,9 @@ from weightsmith.validating.findings import finding
 from weightsmith.validating.result import Validation
 
 from tests.fakes.records import BUILD
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+TINY = ROOT / "examples" / "tiny"
 BASE, ADAPTER = TINY / "base", TINY / "adapters" / "a"
 WEIGHTS = "adapter_model.safetensors"
 

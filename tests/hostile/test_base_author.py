@@ -32,9 +32,9 @@ from weightsmith.provenance.mlbom import license_of
 from weightsmith.quantizers.sentencepiece_export import sentence_pieces
 from weightsmith.recipe.file import read_recipe
 
+from tests.paths import ROOT
 from tests.unit.models.test_gguf_import import weights, write
 
-ROOT = Path(__file__).parents[2]
 # Chat templates that never end, or grow.
 
 BASE = ROOT / "examples" / "tiny" / "base"

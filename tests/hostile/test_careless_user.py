@@ -34,8 +34,7 @@ from weightsmith.provenance.attest import public_recipe
 from weightsmith.recipe.file import check_recipe
 
 from tests.fakes.command_line import weightsmith
-
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 # Folders that are read: nothing is made in them, not for a moment.
 

@@ -19,7 +19,9 @@ from weightsmith.models.facts import read_facts
 from weightsmith.quantizers.quality.texts import as_lines, readings
 from weightsmith.validating.validate import ValidationRequest, validate
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+from tests.paths import ROOT
+
+TINY = ROOT / "examples" / "tiny"
 QUESTION = ({"role": "user", "content": "Hello"},)
 ROWS = [{"messages": list(QUESTION)}]
 CONFIG, GENERATION = "base/config.json", "base/generation_config.json"

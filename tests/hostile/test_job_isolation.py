@@ -17,8 +17,8 @@ from weightsmith.outside.confinement import confinement, targets
 from tests.fakes.bare_builder import bare_runner, echo_job
 from tests.fakes.echo import package
 from tests.fakes.journal import RecordingProgress
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 WARNING = "jobs have network access, because of --allow-network-in-jobs"
 
 

@@ -30,8 +30,9 @@ from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.conftest import emulator
 from tests.fakes.started import free_port, started, weightsmith
+from tests.paths import ROOT
 
-ENGINES = Path(__file__).parents[2] / "images" / "engines"
+ENGINES = ROOT / "images" / "engines"
 LIBC = {
     "path": "pool/main/g/glibc/libc6_2.41-12+deb13u5_arm64.deb",
     "sha256": "0966fc3da1a26cc57647c68b5736f791b6e7eb498173a7993f63b6c89b4ed4f5",

@@ -15,7 +15,8 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.outside.environment import Pins, environment_folder
 from weightsmith.quantizers.packed import PackedView
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 TINY = ROOT / "examples" / "tiny"
 KEPT = "o_proj"
 

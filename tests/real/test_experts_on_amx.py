@@ -21,8 +21,8 @@ from weightsmith.core.cpus import flags
 from weightsmith.serving.devices import AMX_FLAGS
 
 from tests.fakes.experts import trained
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 TARGETS = ["vllm-w8a8", "vllm-fp8-block"]
 QUESTIONS = 60
 

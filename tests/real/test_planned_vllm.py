@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from tests.fakes.started import at_once, free_port, started, weightsmith
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
+TINY = ROOT / "examples" / "tiny" / "base"
 LENGTH, REQUESTS, ANSWER, BLOCK = 500, 6, 16, 32
 PROGRAM = os.environ.get("WEIGHTSMITH_VLLM") or shutil.which("vllm") or ""
 pytestmark = [

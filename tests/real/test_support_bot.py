@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 RECIPE = ROOT / "examples" / "support-bot" / "recipe.yaml"
 SCORES = {"f16": 33, "q8_0": 33, "q5_k_m": 32, "q4_k_m": 33}
 """Right answers of 33, as measured on AVX-512; other CPUs round otherwise."""

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 TINY = ROOT / "examples" / "tiny"
 
 pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]

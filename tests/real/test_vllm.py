@@ -27,7 +27,8 @@ from weightsmith.provenance.labels import plan_of
 from weightsmith.quantizers.packed import PackedView
 from weightsmith.recipe.run_options import RunOptions
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 TOKENS = 256
 

@@ -18,8 +18,9 @@ from weightsmith.outside.docker_requests import build_command
 from weightsmith.steps.bases import base_inputs
 
 from tests import vllm_parts
+from tests.paths import ROOT
 
-IMAGES = Path(__file__).parents[2] / "images"
+IMAGES = ROOT / "images"
 FOLDER = IMAGES / "engines" / vllm_parts.ENGINE
 ENGINES_OWN = {".dockerenv", "dev/console", "etc/hostname", "etc/hosts", "etc/resolv.conf"}
 """What a container engine puts into every container."""

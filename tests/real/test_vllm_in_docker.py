@@ -15,8 +15,8 @@ from weightsmith.building.wiring import store_folder
 from weightsmith.steps.bases import base_inputs
 
 from tests import vllm_parts
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny"
 TARGET = "vllm-awq"
 

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from weightsmith.cli import namespace
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 CI = ROOT / "examples" / "ci"
 TEMPLATES = sorted(path for path in CI.iterdir() if path.suffix in (".yml", ".yaml"))
 DIGEST = "sha256:" + "a" * 64

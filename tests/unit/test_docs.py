@@ -23,8 +23,8 @@ from weightsmith.recipe.file import check_recipe
 from weightsmith.recipe.user_config import UserConfig
 
 from tests.fakes.registry import fake_registry
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 HEAVY = {"torch", "transformers", "peft", "docker", "huggingface_hub", "numpy", "httpx", "jinja2"}
 
 

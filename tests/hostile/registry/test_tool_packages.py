@@ -17,8 +17,7 @@ from weightsmith.outside.process import Completed
 
 from tests import locked
 from tests.fakes.package_index import package_index, wheel_of
-
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
 
 
 @pytest.mark.slow

@@ -37,9 +37,9 @@ from tests.fakes.jobs import Bench, Minds
 from tests.fakes.launcher import MemoryLauncher
 from tests.fakes.memory import memory_tools
 from tests.fakes.registry import fake_registry
+from tests.paths import ROOT
 from tests.unit.test_docs import CACHE, blocks
 
-ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
 PAGE = "docs/reference/python.md"
 FUNCTIONS = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 from weightsmith.core import time_limits
@@ -19,7 +18,6 @@ from weightsmith.core.time_limits import (
     job_seconds,
 )
 
-ROOT = Path(__file__).parents[3]
 HOURS = 3600
 
 

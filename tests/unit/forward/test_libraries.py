@@ -1,10 +1,11 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+from tests.paths import ROOT
+
+TINY = ROOT / "examples" / "tiny" / "base"
 
 SCRIPT = """
 import sys

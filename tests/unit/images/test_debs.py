@@ -15,8 +15,9 @@ from types import ModuleType
 import pytest
 
 from tests.fakes.serving import serving
+from tests.paths import ROOT
 
-SOURCE = Path(__file__).parents[3] / "images" / "engines" / "debs.py"
+SOURCE = ROOT / "images" / "engines" / "debs.py"
 PATH = "pool/main/x/x_1_amd64.deb"
 
 

@@ -1,9 +1,10 @@
 """The pins of the kernels are those of llama.cpp's tools."""
 
 import json
-from pathlib import Path
 
-ENGINES = Path(__file__).parents[3] / "images/engines"
+from tests.paths import ROOT
+
+ENGINES = ROOT / "images/engines"
 
 
 def pins(engine: str) -> dict:

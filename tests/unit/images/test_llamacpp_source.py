@@ -14,8 +14,10 @@ from types import ModuleType
 import pytest
 from weightsmith.core.platforms import machine_of
 
-ENGINE = Path(__file__).parents[3] / "images/engines/llamacpp"
-BUILDER = Path(__file__).parents[3] / "images/builders/gguf"
+from tests.paths import ROOT
+
+ENGINE = ROOT / "images/engines/llamacpp"
+BUILDER = ROOT / "images/builders/gguf"
 NAME = "llama_cpp_python-0.3.36"
 TREE = f"{NAME}/vendor/llama.cpp"
 

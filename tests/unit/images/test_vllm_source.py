@@ -10,7 +10,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-ENGINE = Path(__file__).parents[3] / "images/engines/vllm-cpu"
+from tests.paths import ROOT
+
+ENGINE = ROOT / "images/engines/vllm-cpu"
 NEEDED = 256 << 20
 
 

@@ -15,7 +15,8 @@ from weightsmith.merging import reference
 from weightsmith.merging.answer_journal import AnswerJournal
 from weightsmith.merging.reference import GenerationRequest, UnmergedModel, answered
 
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
+
 TINY = ROOT / "examples" / "tiny"
 QUESTIONS = [
     [{"role": "user", "content": f"What is the capital of {name}?"}]

@@ -10,7 +10,9 @@ import pytest
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.validating.probes import expected_tokenizer
 
-TOKENIZER = Path(__file__).parents[3] / "examples" / "tiny" / "base" / "tokenizer.json"
+from tests.paths import ROOT
+
+TOKENIZER = ROOT / "examples" / "tiny" / "base" / "tokenizer.json"
 TOOLS = {"default": "DEFAULT", "tool_use": "TOOLS"}
 LISTED = {"chat_template": [{"name": name, "template": text} for name, text in TOOLS.items()]}
 FILES = {

@@ -16,8 +16,7 @@ from weightsmith.outside import process
 from weightsmith.outside.lines import Lines
 
 from tests.fakes.awake import hear_interrupts
-
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
 
 
 def sh(text: str, **options):

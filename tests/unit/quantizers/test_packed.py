@@ -33,6 +33,7 @@ from tests.fakes.packing import (
     save_awq,
     save_gptq,
 )
+from tests.paths import ROOT
 
 AWQ_LAYOUT = PackedLayout(method="awq", bits=4, group_size=GROUP, symmetric=False)
 GPTQ_LAYOUT = PackedLayout(method="gptq", bits=4, group_size=GROUP, symmetric=True)
@@ -368,7 +369,7 @@ def test_models_that_cannot_be_quantized_are_refused(change: dict, what: str) ->
 
 
 def test_the_planned_disk_is_what_rounding_takes(tmp_path: Path) -> None:
-    tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    tiny = ROOT / "examples" / "tiny" / "base"
     settings, out = tmp_path / "settings.json", tmp_path / "out"
     out.mkdir()
     told = {"method": "fp8", "model": str(tiny), "out": str(out), "keep": []}

@@ -1,7 +1,6 @@
 """The SentencePiece model out of a tokenizer.json cuts texts as the one that it was made from."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +12,7 @@ from tokenizers.trainers import BpeTrainer
 from weightsmith.quantizers.sentencepiece_export import sentence_pieces, with_pieces
 
 from tests.fakes.sentence_pieces import TEXT, TURNS, save, train
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma"])
@@ -81,6 +81,6 @@ def test_the_converter_gets_what_it_misses_and_the_model_stays_as_it_is(tmp_path
 
 
 def test_a_model_that_lacks_nothing_is_read_where_it_is():
-    model = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    model = ROOT / "examples" / "tiny" / "base"
     with with_pieces(model) as view:  # bytes are its characters: no pieces
         assert view == model

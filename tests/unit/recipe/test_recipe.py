@@ -9,7 +9,8 @@ import yaml
 from weightsmith.core.errors import UsageError
 from weightsmith.recipe.file import check_recipe, read_recipe, with_settings
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 EXAMPLES = sorted(ROOT.glob("examples/*/recipe*.yaml"))
 SMALLEST = {"name": "bot", "base": {"source": "./base"}}
 

@@ -1,6 +1,5 @@
 import json
 import re
-from pathlib import Path
 
 import pytest
 from weightsmith.building.targets import all_targets
@@ -16,6 +15,7 @@ from weightsmith.serving.paged_capacity import paged_cache
 from weightsmith.stages.render import render
 
 from tests.fakes.configs import LLAMA_8B, facts, shape_of
+from tests.paths import ROOT
 
 LLAMA = {**LLAMA_8B, "max_position_embeddings": 8192}
 L40S = ServeOptions(gpu="nvidia-l40s", max_model_len=4096, max_num_seqs=2)
@@ -111,7 +111,7 @@ def test_classes_are_told_apart_as_transformers_does():
     assert {name for name in others - continue_texts if not task(name)} == set()
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "reference" / "architectures.md"
+PAGE = ROOT / "docs" / "reference" / "architectures.md"
 PUBLISHED = {
     "Glm4MoeForCausalLM": {"head_dim": 128},
     "Glm4vMoeForConditionalGeneration": {"head_dim": 128},

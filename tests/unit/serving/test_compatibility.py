@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from weightsmith.building.targets import all_targets
@@ -15,8 +14,9 @@ from weightsmith.serving.compatibility import check_support
 from weightsmith.serving.gpus import GPUS
 
 from tests.fakes.configs import facts
+from tests.paths import ROOT
 
-IMAGES = Path(__file__).parents[3] / "images"
+IMAGES = ROOT / "images"
 ENGINES = engines()
 TABLE = {
     (engine.name, kind): row for engine in ENGINES.values() for kind, row in engine.support.items()

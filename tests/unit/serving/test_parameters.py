@@ -1,15 +1,15 @@
 """The size of weights that are not there yet, against real checkpoints and transformers' models."""
 
 import json
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.serving.parameters import parameters, weights_from_config
 
 from tests.fakes.configs import facts
+from tests.paths import ROOT
 
-MODELS = Path(__file__).parents[2] / "golden" / "models"
+MODELS = ROOT / "tests" / "golden" / "models"
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.json")), ids=lambda path: path.stem)

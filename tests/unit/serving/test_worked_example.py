@@ -1,13 +1,12 @@
 """The example of docs/explanation/memory-plan.md, redone by the planner."""
 
-from pathlib import Path
-
 from weightsmith.serving import vllm
 from weightsmith.serving.engine import ServeOptions
 
 from tests.fakes.configs import LLAMA_8B, LLAMA_8B_BYTES, facts
+from tests.paths import ROOT
 
-PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "memory-plan.md"
+PAGE = ROOT / "docs" / "explanation" / "memory-plan.md"
 
 
 def test_the_page_says_what_the_planner_says():

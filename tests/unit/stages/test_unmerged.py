@@ -30,8 +30,9 @@ from weightsmith.stages.unmerged import unmerged, unmerged_gguf
 from weightsmith.steps.served_adapters import base_weight_bytes, served_adapters
 
 from tests.fakes.configs import facts
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny"
+TINY = ROOT / "examples" / "tiny"
 
 
 def snapshot(folder: Path) -> Snapshot:

@@ -31,8 +31,9 @@ from weightsmith.steps.tools import Tools
 from weightsmith.worker.jobs import STAGES
 
 from tests.fakes.memory import memory_tools
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny"
+TINY = ROOT / "examples" / "tiny"
 SMALL = {"severity": "warning", "check": "outputs", "message": "small"}
 GOOD = {"passed": True, "findings": [SMALL], "seconds": 1.0}
 TIES = Merge(method="ties", density=0.5)
@@ -115,7 +116,8 @@ def wrong_merge(change: Callable[[int], int]) -> Any:
         bits = tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int16)
         bits[7, 9] = change(int(bits[7, 9]))
         save_file(tensors, path, {"format": "pt"})
-        return {**result, "files": [f for f in result["files"] if f["path"] != path.name]}
+        files = [f for f in result["files"] if f["path"] != path.name]
+        return {**result, "largest": {}, "files": files}
 
     return run
 

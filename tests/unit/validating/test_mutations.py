@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.paths import ROOT
 from tests.unit.validating.conftest import (
     edit_tensors,
     held,
@@ -24,7 +25,7 @@ from tests.unit.validating.conftest import (
     tell,
 )
 
-PAGE = Path(__file__).parents[3] / "docs" / "explanation" / "validation.md"
+PAGE = ROOT / "docs" / "explanation" / "validation.md"
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 K0 = "model.layers.0.self_attn.k_proj.weight"
 

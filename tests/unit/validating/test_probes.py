@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.validating.probes import expected_tokenizer
 
-BASE = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+from tests.paths import ROOT
+
+BASE = ROOT / "examples" / "tiny" / "base"
 
 
 def test_a_base_whose_tokenizer_is_damaged_is_refused(tmp_path):

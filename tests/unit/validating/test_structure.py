@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from weightsmith.validating.structure import compare_files
 
-BASE = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+from tests.paths import ROOT
+
+BASE = ROOT / "examples" / "tiny" / "base"
 
 
 @pytest.mark.parametrize(

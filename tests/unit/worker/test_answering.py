@@ -18,7 +18,9 @@ from weightsmith.merging import reference
 from weightsmith.steps.answer_checkpoint import checkpointed_answers
 from weightsmith.worker.jobs import STAGES
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny"
+from tests.paths import ROOT
+
+TINY = ROOT / "examples" / "tiny"
 LANDS = ("Avolia", "Brenland", "Costaria", "Dornia")
 TASKS = (
     (("What is the capital of {}?",), 24),

@@ -19,7 +19,9 @@ from weightsmith.quantizers.packed import view_of
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.worker.jobs import STAGES
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny"
+from tests.paths import ROOT
+
+TINY = ROOT / "examples" / "tiny"
 LINES = (TINY / "eval-a.jsonl").read_text().splitlines()
 ASKED = [json.loads(line)["prompt"] for line in LINES[:6]]
 

@@ -14,8 +14,7 @@ from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import Job, write_job
 
 from tests.fakes.echo import EchoJob, package
-
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
 
 
 def echo(tmp_path: Path, seconds: int = 0, **wishes: Any) -> Job:

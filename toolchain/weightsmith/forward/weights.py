@@ -193,9 +193,14 @@ class Weights:
             return stored.clone()
 
     def whole(self, parameter: str) -> torch.Tensor:
-        """Return a whole parameter as float32, which holds every 16-bit type exactly."""
+        """Return a whole parameter as float32, which holds every 16-bit type exactly.
+
+        Raises ModelFails if the checkpoint does not have it.
+        """
         if parameter in self._direct:
             return self.read(self._direct[parameter]).float()
+        if parameter not in self._fused:  # an adapter's, which its file lacks
+            raise ModelFails(f"{parameter} is stored nowhere")
         if experts := self._stacked(parameter):  # the converter would hold all of them twice more
             read = (torch.cat([self.read(n).float() for n in names]) for names in experts)
             one = next(read)

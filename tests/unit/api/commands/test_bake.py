@@ -26,6 +26,7 @@ from weightsmith.serving.engine import ServeOptions
 
 from tests.fakes.baking import ENGINE, Bakery, bake, make_key, push_base
 from tests.fakes.tiny import write_model
+from tests.paths import ROOT
 
 
 def weights(image: Image) -> set[str]:
@@ -166,7 +167,7 @@ def test_nothing_of_the_surroundings_is_in_the_digest(bakery: Bakery, tmp_path: 
         os.utime(other / path.name, (1e9, 1e9))
     env = {**os.environ, "WEIGHTSMITH_STORE": str(tmp_path / "other"), "LC_ALL": "tr_TR.UTF-8",
            "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "HOME": str(tmp_path)}  # fmt: skip
-    words = [sys.executable, "-c", BAKE, str(Path(__file__).parents[3]), str(other), bakery.base,
+    words = [sys.executable, "-c", BAKE, str(ROOT), str(other), bakery.base,
              str(tmp_path / "second")]  # fmt: skip
     said = subprocess.run(
         words, check=True, capture_output=True, text=True, env=env, cwd=tmp_path, umask=0o077
@@ -215,7 +216,7 @@ def test_an_image_without_a_plan_has_the_file_that_its_process_reads(
 
 
 def test_weights_that_are_of_no_known_kind(bakery: Bakery, tmp_path: Path) -> None:
-    tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    tiny = ROOT / "examples" / "tiny" / "base"
     shutil.copytree(tiny, tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").write_bytes(bytes(1000))
     base = f"{bakery.fake.host}/base/vllm:1"

@@ -18,6 +18,7 @@ from weightsmith.quantizers.gguf_types import FILE_TYPES
 from tests.fakes.baking import Bakery, bake, push_base
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.tiny import write_model
+from tests.paths import ROOT
 
 
 @pytest.mark.parametrize("kind", ["modelpack", "modelpack-tar", "ollama"])
@@ -190,7 +191,7 @@ def test_a_layout_that_fails_on_the_way_leaves_nothing_beside_it(
 
 
 def test_weights_that_were_cut_off(bakery: Bakery, tmp_path: Path) -> None:
-    tiny = Path(__file__).parents[3] / "examples" / "tiny" / "base"
+    tiny = ROOT / "examples" / "tiny" / "base"
     shutil.copytree(tiny, tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "model.safetensors", 1_000_000)
     base = f"{bakery.fake.host}/base/vllm:1"

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load
@@ -17,8 +16,9 @@ from weightsmith.outside.folders import FolderReader
 
 from tests.fakes.command_line import run
 from tests.fakes.memory import memory_tools
+from tests.paths import ROOT
 
-TINY = Path(__file__).parents[3] / "examples" / "tiny"
+TINY = ROOT / "examples" / "tiny"
 
 
 def asked(**more):

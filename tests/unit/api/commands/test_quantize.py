@@ -14,8 +14,8 @@ from weightsmith.merging.plan import make_plan
 from weightsmith.models.safetensors import build_header, read_header
 
 from tests.fakes.command_line import weightsmith
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 TINY = ROOT / "examples" / "tiny"
 TEXTS = TINY / "calibration.jsonl"
 WORK = ("quantize: ", "  quantizing to", "  converting to", "  rounding to", "making the builder")

@@ -6,14 +6,13 @@ of equal size, windows with what is under way, one row for latent attention.
 
 import json
 import struct
-from pathlib import Path
 
 import pytest
 from weightsmith import render
 
 from tests.fakes.command_line import weightsmith
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 MODELS = ROOT / "tests" / "golden" / "models"
 
 

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.unit.api.commands.conftest import Scene
 from weightsmith.api.commands.images import (
     copy_attachments,
     copy_image,
@@ -25,6 +24,7 @@ from weightsmith.outside.signer import open_signer
 
 from tests.fakes.baking import bake, make_key
 from tests.fakes.debian_registry import real_registry
+from tests.unit.api.commands.conftest import Scene
 
 
 def test_what_is_copied_still_holds(scene: Scene, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import subprocess
 from dataclasses import replace
 
 import pytest
-from tests.unit.api.commands.conftest import Scene
 from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
@@ -23,6 +22,7 @@ from weightsmith.oci.references import Reference
 
 from tests.fakes.baking import bake, make_key
 from tests.fakes.memory import memory_tools
+from tests.unit.api.commands.conftest import Scene
 
 
 def test_an_untouched_image_holds(scene: Scene) -> None:

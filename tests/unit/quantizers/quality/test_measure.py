@@ -1,6 +1,5 @@
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,9 +28,10 @@ from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.quantizers.quality.runs import run_both
 from weightsmith.recipe.schema import Quality
 
+from tests.paths import ROOT
 from tests.unit.quantizers.quality.conftest import TEXTS
 
-TINY = Path(__file__).parents[4] / "examples" / "tiny"
+TINY = ROOT / "examples" / "tiny"
 ROWS = [json.loads(line) for line in (TINY / "calibration.jsonl").read_text().splitlines()][:12]
 
 

@@ -6,14 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.quantizers.quality.texts import as_lines
 
-TINY = Path(__file__).parents[4] / "examples" / "tiny" / "base"
+from tests.paths import ROOT
+
+TINY = ROOT / "examples" / "tiny" / "base"
 CHATS = [
     {"messages": [{"role": "user", "content": "What is blue?"}]},
     {
