@@ -1,0 +1,227 @@
+"""A first week with models of one's own, on the command line: what is said before any work.
+
+Builds of every kind of adapter are in `test_adapter_kinds_in_memory.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from tests.fakes.command_line import Ended, weightsmith
+from tests.fakes.configs import LLAMA_8B
+from tests.paths import ROOT, TINY
+
+ENCODER = {"vocab_size": 96, "d_model": 32, "num_heads": 4, "is_encoder_decoder": True}
+BERT = {
+    "model_type": "bert", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 512,
+}  # fmt: skip
+NOT_SERVED: dict[str, tuple[dict[str, Any], str]] = {
+    "T5": (
+        {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "num_layers": 2}
+        | ENCODER,
+        "is an encoder with a decoder, and no target serves one",
+    ),
+    "BART": (
+        {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"} | ENCODER,
+        "is an encoder with a decoder, and no target serves one",
+    ),
+    "classifier": (
+        LLAMA_8B | {"architectures": ["LlamaForSequenceClassification"]},
+        "gives scores, and no target serves such a model",
+    ),
+    "classifier of an encoder": (
+        BERT | {"architectures": ["BertForSequenceClassification"]},
+        "gives scores, and no target serves such a model",
+    ),
+    "embedder": (
+        BERT | {"architectures": ["BertModel"]},
+        "gives vectors, and no target serves such a model",
+    ),
+    "Mamba": (
+        {
+            "architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 32,
+            "num_hidden_layers": 2, "state_size": 16, "vocab_size": 96,
+        },
+        "keeps states alone, and no keys and values",
+    ),
+}  # fmt: skip
+QWEN_VL = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
+    "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+    "num_key_value_heads": 2, "intermediate_size": 11008, "vocab_size": 151936,
+    "max_position_embeddings": 128000, "tie_word_embeddings": True, "dtype": "bfloat16",
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "out_hidden_size": 2048, "intermediate_size": 3420,
+        "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+    },
+}  # fmt: skip
+
+
+def folder_of(tmp_path: Path, config: dict[str, Any]) -> Path:
+    """A folder with a config.json alone, as before a download."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "model"
+
+
+def published(name: str) -> dict[str, Any]:
+    """The config.json of a model that was published."""
+    path = ROOT / "tests" / "golden" / "models" / f"{name}.json"
+    return dict(json.loads(path.read_text("utf-8"))["config"])
+
+
+def plan(base: Path, target: str, *words: object) -> Ended:
+    return weightsmith("plan", "--base", base, "--target", target, *words)
+
+
+def planned(base: Path, target: str, *words: object) -> dict[str, Any]:
+    ended = plan(base, target, "--json", *words)
+    assert ended.code == 0, ended.err
+    return dict(json.loads(ended.out))
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+@pytest.mark.parametrize("target", ["vllm-awq", "llamacpp-q4_k_m"])
+@pytest.mark.parametrize("kind", NOT_SERVED)
+def test_what_no_target_serves_is_said_before_any_work(
+    tmp_path: Path, kind: str, target: str, command: str
+) -> None:
+    config, reason = NOT_SERVED[kind]
+    base = folder_of(tmp_path, config)
+    save_file({"w": np.zeros(4, np.float32)}, base / "model.safetensors")
+
+    ended = weightsmith(command, "--base", base, "--target", target)
+
+    assert ended.code == 3
+    assert f"{config['architectures'][0]} {reason}" in ended.err
+    assert "`merge` and `validate` take it" in ended.err
+    assert not ended.out
+
+
+def test_a_plan_before_the_download_counts_what_will_be_there(tmp_path: Path) -> None:
+    base = folder_of(tmp_path, published("llama-3.1-70b"))
+    config = json.loads((TINY / "adapters/a/adapter_config.json").read_text())
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"target_modules": ["q_proj"]})
+    )
+    rows, name = config["r"], "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    halves = {"A": np.zeros((rows, 8192), np.float16), "B": np.zeros((8192, rows), np.float16)}
+    weights = {name.format(n, half): part for n in range(80) for half, part in halves.items()}
+    save_file(weights, adapter / "adapter_model.safetensors")
+
+    alone = planned(base, "vllm-awq", "--gpu", "nvidia-h100")
+    tuned = planned(base, "vllm-awq", "--gpu", "nvidia-h100", "--adapter", adapter)
+
+    size = 141_107_412_992  # of the published checkpoint
+    for said in (alone, tuned):
+        rows = {row["stage"]: row for row in said["stages"]}
+        assert abs(rows["resolve"]["read_bytes"] / size - 1) < 0.01
+        assert not any(row["cached"] for row in said["stages"])
+    assert [row["stage"] for row in tuned["stages"]][:3] == ["resolve", "merge", "validate"]
+    text = plan(base, "vllm-awq", "--gpu", "nvidia-h100", "--adapter", adapter)
+    assert "worked out" in text.out
+    assert "an estimate" in text.out
+
+
+def test_a_large_model_serves_several_and_the_rest_of_the_choice_is_shown(tmp_path: Path) -> None:
+    text = plan(folder_of(tmp_path, published("llama-3.1-70b")), "vllm-awq", "--gpu", "nvidia-h100")
+
+    assert "11 requests of 8192 tokens at once" in text.out
+    assert "requests at once, of other lengths: 1 of 91024, 2 of 32768, 5 of 16384" in text.out
+
+
+def test_a_partial_offload_is_in_the_text(tmp_path: Path) -> None:
+    base = folder_of(tmp_path, published("llama-3.1-70b"))
+
+    text = plan(base, "llamacpp-q4_k_m", "--gpu", "nvidia-l4")
+
+    assert "of 80 layers fit on nvidia-l4; the rest run on the host's CPU" in text.out
+
+
+def test_a_latent_cache_that_each_gpu_holds_is_said(tmp_path: Path) -> None:
+    base = folder_of(tmp_path, published("deepseek-v3"))
+
+    text = plan(base, "vllm", "--gpu", "nvidia-h200", "--gpu-count", 8)
+
+    assert "the cache is there 8 times" in text.out
+    assert "data parallelism" in text.out
+
+
+def test_a_model_that_sees_is_known(tmp_path: Path) -> None:
+    text = plan(folder_of(tmp_path, QWEN_VL), "vllm", "--gpu", "nvidia-l4")
+
+    assert text.code == 0
+    assert "is not known" not in text.out + text.err
+    assert "the server reads pictures" in text.out
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("tool-call-parser=hermess", "did you mean hermes?"),
+        ("enable-auto-tool-choice=true", "needs tool-call-parser"),
+        ("max-logprobs=many", "serve.extra.max-logprobs"),
+    ],
+)
+def test_a_value_that_the_engine_would_refuse_is_refused_by_the_plan(
+    setting: str, says: str
+) -> None:
+    ended = plan(TINY / "base", "vllm", "--set", f"serve.extra.{setting}")
+
+    assert ended.code == 2
+    assert says in ended.err
+
+
+def test_the_last_checkpoint_of_a_training_run_is_proposed(tmp_path: Path) -> None:
+    for step in (9, 20, 40):
+        shutil.copytree(TINY / "adapters" / "a", tmp_path / f"checkpoint-{step}")
+
+    ended = plan(TINY / "base", "vllm", "--adapter", tmp_path)
+
+    assert ended.code == 3
+    assert str(tmp_path / "checkpoint-40") in ended.err
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_base_in_4_bits_is_told_of_nf4(tmp_path: Path) -> None:
+    adapter = shutil.copytree(TINY / "adapters" / "a", tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": "unsloth/tiny-bnb-4bit"}
+    path.write_text(json.dumps(config))
+
+    words = ("--base", TINY / "base", "--adapter", adapter, "--out", tmp_path / "merged")
+    ended = weightsmith("merge", *words, "--runner", "local")
+
+    assert ended.code == 0
+    assert "simulate-nf4" in ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_target_serves_can_be_merged_and_validated(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from tests.unit.merging.oracle import make_base, train
+    from tests.unit.merging.test_reference import add_tokenizer
+
+    base, merged = make_base(tmp_path / "base", "t5"), tmp_path / "merged"
+    add_tokenizer(base)
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["q", "v", "wo"])
+    adapter = train(base, "t5", tmp_path / "adapter", lora)
+    both = ("--base", base, "--adapter", adapter, "--runner", "local")
+
+    assert weightsmith("merge", *both, "--out", merged).code == 0
+    validated = weightsmith("validate", *both, "--merged", merged)
+
+    assert validated.code == 0
+    assert "only files were checked" in validated.err
