@@ -43,6 +43,36 @@ def test_memory_that_processes_may_share_counts_too() -> None:
     assert (most.returncode, more.returncode) == (0, -9)
 
 
+def test_the_kernel_holds_a_program_to_its_limit_between_two_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_watchdog, "_SECONDS", 60)
+    for fill, seconds in ((SHARED, 0), (FILL, 0)):
+        with process.start(["/bin/sleep", "60"]) as probe:
+            group = memory_watchdog._group(probe.process.pid, 200 << 20)
+        if group is None:
+            pytest.skip("no control group may be made here")
+        memory_watchdog._remove(group)
+        assert not group.exists()
+        code = fill.format(size=400 << 20, sleep=seconds)
+        limits = process.ResourceLimits(resident_bytes=200 << 20, grouped=True)
+
+        done = process.run([sys.executable, "-c", code], limits=limits)
+
+        assert (done.returncode, done.tail) == (-9, ())
+    assert not list(group.parent.glob("weightsmith-*"))
+
+
+def test_what_the_kernel_ended_is_said_to_have_held_too_much() -> None:
+    limits = process.ResourceLimits(resident_bytes=200 << 20, grouped=True)
+    code = FILL.format(size=400 << 20, sleep=1)
+
+    with process.start([sys.executable, "-c", code], limits=limits) as server:
+        server.process.wait(timeout=30)
+
+    assert "held more than its 200 MiB" in server.logs(5)
+
+
 CHAIN = """
 if [ $1 -gt 0 ]; then /bin/sh "$0" $(($1 - 1)) "$2"; else "$2" -I -S -c \\
     'import time; held = b"x" * (300 << 20); print("filled", flush=True); time.sleep(60)'; fi

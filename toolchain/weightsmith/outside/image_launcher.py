@@ -78,7 +78,7 @@ def start_sandboxed(
             # Not the image's environment: its variables would affect this Python's loader.
             command = [sys.executable, "-I", "-S", "-c", _CODE]
             command += [str(Path(__file__).parents[2]), str(settings.fileno()), str(inside.root)]
-            limits = process.ResourceLimits(resident_bytes=_most_memory(spec))
+            limits = process.ResourceLimits(resident_bytes=_most_memory(spec), grouped=True)
             server = open_files.enter_context(
                 process.start(command, env=process.scrubbed(), limits=limits, inherited=inherited)
             )

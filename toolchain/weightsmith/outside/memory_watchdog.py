@@ -5,7 +5,9 @@ whole checkpoints that way; and it does not count memory that processes share.
 
 For a job on 1.07 billion weights that holds 0.5 GB it counted 6.9 GB. Pages that are shared since a
 fork count once; files in memory count too, and `memfd_create` is refused, since such a file belongs
-to no process. A cgroup would need root or a delegated one.
+to no process. Between two looks a program can fill a gigabyte, so where a control group may be made
+(by root, or where one was delegated) the kernel holds an image's program to its limit too. Not a
+job: a group counts pages of files, and a merge reads weights of many times its limit again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
+_GROUPS = Path("/sys/fs/cgroup")
 _OWN = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
 _SHARED = re.compile(r"^RssShmem:\s+(\d+) kB", re.MULTILINE)
 _OWN_ONCE = re.compile(r"^Pss_Anon:\s+(\d+) kB", re.MULTILINE)
@@ -30,31 +33,94 @@ _SECONDS = 0.25
 
 @contextlib.contextmanager
 def memory_limit(
-    pid: int, most: int, end: Callable[[], None], *, shared: bool = True
-) -> Iterator[None]:
+    pid: int, most: int, end: Callable[[], None], *, shared: bool = True, grouped: bool = False
+) -> Iterator[Callable[[], None]]:
     """While the block runs, call `end` once if what a launcher started holds more than `most`.
 
-    In bytes; 0 for no limit. Pages of files do not count; memory that the processes share does, and
-    what lies in file systems in memory that only they see, unless not `shared`.
+    Yields what looks at once. In bytes; 0 for no limit. Pages of files do not count; memory that
+    the processes share does, and what lies in file systems in memory that only they see, unless not
+    `shared`. `grouped`: the kernel limits them too, pages of files included, where it lets us make
+    a control group.
     """
-    over = threading.Event()
+    if not most:
+        yield lambda: None
+        return
+    over, lock = threading.Event(), threading.Lock()
+    group = _group(pid, most) if grouped else None
+
+    def look() -> None:
+        with lock:
+            if over.is_set():
+                return
+            # Counting pages once takes longer, so only if it may matter.
+            held = all(_held(pid, once=once, shared=shared) > most for once in (False, True))
+            if held or (group and _was_enforced(group)):
+                over.set()
+                end()
 
     def watch() -> None:
         while not over.wait(_SECONDS):
-            # Counting pages once takes longer, so only if it may matter.
-            if all(_held(pid, once=once, shared=shared) > most for once in (False, True)):
-                end()
-                return
+            look()
 
     watcher = threading.Thread(target=watch, daemon=True)
-    if most:
-        watcher.start()
+    watcher.start()
     try:
-        yield
+        yield look
     finally:
+        look()
         over.set()
-        if most:
-            watcher.join()
+        watcher.join()
+        if group:
+            _remove(group)
+
+
+def _group(pid: int, most: int) -> Path | None:
+    """Put a process into a control group with a limit of `most` bytes; None if not allowed.
+
+    Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linux.
+    """
+    lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    ours = {names: path for _, names, path in (line.split(":", 2) for line in lines)}
+    for kind, place, limit, swap in (
+        ("", _GROUPS, "memory.max", "memory.swap.max"),
+        ("memory", _GROUPS / "memory", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
+    ):
+        group = place / ours.get(kind, "").lstrip("/") / f"weightsmith-{os.getpid()}-{pid}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            _set(group / limit, most)
+            with contextlib.suppress(FileNotFoundError):  # without swap
+                _set(group / swap, most if kind else 0)
+            _set(group / "cgroup.procs", pid)
+        except OSError:  # without the controller, or not delegated
+            _remove(group)
+        else:
+            return group
+    return None
+
+
+def _set(path: Path, value: int) -> None:
+    with path.open("r+") as file:  # never makes a file where there is no control group
+        file.write(str(value))
+
+
+def _was_enforced(group: Path) -> bool:
+    """Say whether the kernel killed a process of the group."""
+    counts = [group / name for name in ("memory.events", "memory.oom_control")]
+    told = "".join(path.read_text() for path in counts if path.exists())
+    return re.search(r"^oom_kill [1-9]", told, re.MULTILINE) is not None
+
+
+def _remove(group: Path) -> None:
+    """Remove a group, whose processes are the caller's again if some are left."""
+    with contextlib.suppress(OSError):
+        for left in (group / "cgroup.procs").read_text().split():
+            (group.parent / "cgroup.procs").write_text(left)
+    with contextlib.suppress(OSError):
+        group.rmdir()
 
 
 def lies_in_memory(*places: Path) -> bool:

@@ -62,6 +62,8 @@ class ResourceLimits:
     """Bytes that it and what it starts may hold, without files; it is killed then. 0 for none."""
     shared: bool = True
     """Whether memory that they share counts; not where the files that they use lie in memory."""
+    grouped: bool = False
+    """Whether the kernel holds them to it too, pages of files included, where it may be asked."""
     sandbox: JobSandbox | None = None
     """For jobs: isolates it from everything else, as chosen by `confinement`."""
 
@@ -189,6 +191,8 @@ class Server:
     """A started program that serves until its context ends."""
 
     process: subprocess.Popen[bytes]
+    look: Callable[[], None] = lambda: None
+    """Notes whether it was ended for its memory."""
     _lines: deque[str] = field(default_factory=lambda: deque(maxlen=2000))
 
     def logs(self, count: int) -> str:
@@ -197,7 +201,10 @@ class Server:
 
     def alive(self) -> bool:
         """Say whether it is running."""
-        return self.process.poll() is None
+        if self.process.poll() is None:
+            return True
+        self.look()
+        return False
 
     def stop(self, seconds: float) -> int | None:
         """Send SIGTERM to it alone, as container engines do; return its exit code.
@@ -248,7 +255,7 @@ def start(
     listener = threading.Thread(target=server.listen, daemon=True)
     listener.start()
     try:
-        with _ended(process), _memory_limit(process, limits, kill):
+        with _ended(process), _memory_limit(process, limits, kill) as server.look:
             yield server
     finally:
         listener.join(_PATIENCE)
@@ -256,8 +263,9 @@ def start(
 
 def _memory_limit(
     process: subprocess.Popen[bytes], limits: ResourceLimits, kill: Callable[[], None]
-) -> contextlib.AbstractContextManager[None]:
-    return memory_limit(process.pid, limits.resident_bytes, kill, shared=limits.shared)
+) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    most, shared, grouped = limits.resident_bytes, limits.shared, limits.grouped
+    return memory_limit(process.pid, most, kill, shared=shared, grouped=grouped)
 
 
 def _spawn(
