@@ -22,6 +22,7 @@ from weightsmith.outside.ownership import is_dead, owner_token
 
 from tests.contracts.test_runner import CACHE, echo
 from tests.fakes.awake import hear_interrupts
+from tests.fakes.echo import let_runners_start_it
 from tests.fakes.journal import RecordingProgress
 from tests.faults.relay import way_to_engine
 
@@ -231,6 +232,7 @@ def test_an_engine_that_goes_away_in_mid_job_is_an_environment_failure(
     if not engine_host().startswith("unix://"):
         pytest.skip("the engine is not on a local socket")
     DockerRunner(engine, CACHE).prepare("merge", RecordingProgress())
+    let_runners_start_it()
     socket = engine_host().removeprefix("unix://")
     with way_to_engine(tmp_path, socket) as (address, relay):
         monkeypatch.setenv("DOCKER_HOST", address)
