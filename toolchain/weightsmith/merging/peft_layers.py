@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def merge_layer(layer: BaseLayer, raw: str, base: Arrays, adapter: Arrays) -> di
     `raw` is adapter_config.json, `base` the layer's parameters, `adapter` its tensors by key.
     Raises InputRefused if PEFT cannot build or load the layer.
     """
-    with _lock, _quiet():
+    with _lock, _quiet(), _one_thread():
         model = _build((layer,), raw, {layer.module: base})
         _load(model, {name: _tensor(value) for name, value in adapter.items()}, layer.module)
         merged = _merged(model, layer)
@@ -74,7 +75,7 @@ def merge_shared_layer(
     names) are loaded once; each layer has its real weight only while it is merged. With the base's
     `folder`, layers are in the order of its model.
     """
-    with _lock, _quiet():
+    with _lock, _quiet(), _one_thread():
         return _merged(_shared(layers, raw, state, folder), layer, base)
 
 
@@ -271,3 +272,14 @@ class _quiet(warnings.catch_warnings):  # noqa: N801 - used like a function
         entered = super().__enter__()
         warnings.simplefilter("ignore")
         return entered
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: some methods' last bits, such as C3A's, depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
