@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import discard, remove
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.quantizers.awq_search import patch_searches
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
@@ -56,7 +56,7 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
 
 
-def check(request: QuantizeRequest) -> Mapping[str, Json]:
+def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
     """Check the finished checkpoint against the original; raises CheckFailed."""
     found = check_checkpoint(request.output, request.model, _layout(request))
     return {**found, "engine": "autoawq"}

@@ -18,7 +18,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.known import what_works
@@ -41,10 +41,10 @@ DENSE = LLAMAS | {
 """Dense decoders whose layers consist of `*_proj` matrices, norms and biases, so that each matrix
 can be rounded separately. For each, vLLM's log-probabilities were compared with ours."""
 
-_CACHE_SCHEME: Mapping[str, Json] = {
+_CACHE_SCHEME: Mapping[str, JsonValue] = {
     "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False,
 }  # fmt: skip
-_UNPACKED: Mapping[str, Json] = {
+_UNPACKED: Mapping[str, JsonValue] = {
     "quant_method": "compressed-tensors", "format": "dense", "quantization_status": "compressed",
     "config_groups": {}, "ignore": [],
 }  # fmt: skip
@@ -110,7 +110,7 @@ def check_grouped(model: ModelFacts, known: Collection[str]) -> None:
     group_size(model, "auto")
 
 
-def check_group(model: ModelFacts, options: Mapping[str, Json]) -> None:
+def check_group(model: ModelFacts, options: Mapping[str, JsonValue]) -> None:
     """Refuse a requested group size that does not divide every row."""
     group_size(model, options.get("group_size"))
 
@@ -142,7 +142,7 @@ def group_size(model: ModelFacts, requested: Json) -> int:
     )
 
 
-def in_groups(model: Path, method: str, requested: Json) -> PackedLayout:
+def in_groups(model: Path, method: str, requested: JsonValue) -> PackedLayout:
     """Return the layout of 4-bit integers with a scale per group: `gptq` symmetric, others not.
 
     Raises InputRefused as `group_size` does.
@@ -167,7 +167,7 @@ def row_lengths(model: ModelFacts) -> dict[str, int]:
     return found
 
 
-def group_option(requested: Mapping[str, Json]) -> Json:
+def group_option(requested: Mapping[str, JsonValue]) -> JsonValue:
     """Return `quantize.group_size` of a recipe; raise UsageError if it is invalid."""
     size = requested.get("group_size") or "auto"
     if size != "auto" and size not in GROUP_SIZES:
@@ -178,7 +178,7 @@ def group_option(requested: Mapping[str, Json]) -> Json:
     return size
 
 
-def zero_point_option(format_: Format, requested: Mapping[str, Json]) -> None:
+def zero_point_option(format_: Format, requested: Mapping[str, JsonValue]) -> None:
     """Raise UsageError for AWQ's own layout without zero points, which no server supports.
 
     vLLM 0.33 and SGLang 0.5 support 4 bits without a zero point only with an offset of eight
@@ -198,7 +198,7 @@ def output_bytes(checkpoint_bytes: int, kept: int, format_: Format) -> int:
 
 
 def peak_disk(
-    checkpoint_bytes: int, kept: int, format_: Format, _options: Mapping[str, Json]
+    checkpoint_bytes: int, kept: int, format_: Format, _options: Mapping[str, JsonValue]
 ) -> int:
     """Return the peak disk usage in bytes: the engine's output, and the finished folder.
 
@@ -211,7 +211,7 @@ def finish(
     model: Path,
     raw: Path,
     out: Path,
-    quantization: Mapping[str, Json],
+    quantization: Mapping[str, JsonValue],
 ) -> None:
     """Write the finished checkpoint from an engine's output.
 
@@ -232,7 +232,7 @@ def finish(
     write_companions(model, out, quantization)
 
 
-def write_companions(model: Path, out: Path, quantization: Mapping[str, Json]) -> None:
+def write_companions(model: Path, out: Path, quantization: Mapping[str, JsonValue]) -> None:
     """Copy tokenizer and template, and write config.json with `quantization_config`."""
     for pattern in _COMPANIONS:
         for file in sorted(model.glob(pattern)):

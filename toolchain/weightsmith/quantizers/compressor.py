@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.trees import discard, remove
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
@@ -36,7 +36,7 @@ AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_p
 
 def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
     """Return the recipe's options that affect a format's output."""
-    found: dict[str, Json] = {"keep": keep_option(requested)}
+    found: dict[str, JsonValue] = {"keep": keep_option(requested)}
     if format_ == AWQ_COMPRESSED:
         found |= {
             "group_size": group_option(requested),
@@ -45,7 +45,7 @@ def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json
     return found
 
 
-def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
+def check_options(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
     """Refuse a group size that does not divide every row, for the format with groups."""
     if "group_size" in chosen:
         check_group(model, chosen)
@@ -121,7 +121,7 @@ def main() -> None:
     remove(raw)
 
 
-def _modifiers(settings: Mapping[str, Json], ignored: list[str]) -> list[Any]:
+def _modifiers(settings: Mapping[str, JsonValue], ignored: list[str]) -> list[Any]:
     """Return llm-compressor's recipe for a format."""
     modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
     if settings["format"] == FP8_STATIC.name:

@@ -14,7 +14,7 @@ from typing import IO, Any
 from weightsmith.core.cpus import idle
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_calibration import check_walk, config_of, window_of
@@ -187,7 +187,7 @@ def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json
     return found
 
 
-def options_of_model(model: ModelFacts) -> Mapping[str, Json]:
+def options_of_model(model: ModelFacts) -> Mapping[str, JsonValue]:
     """Return the type of the projector that a model which sees gets beside its file."""
     return {"projector": PROJECTOR_TYPE} if has_projector(model) else {}
 
@@ -205,7 +205,7 @@ def _imatrix_mode(name: str, requested: str) -> str:
     return requested or ("auto" if row.named_bits < 5 else "off")
 
 
-def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
+def _tensor_types(name: str, types: Mapping[str, JsonValue]) -> dict[str, str]:
     if FILE_TYPES[name].direct:
         raise UsageError(
             f"tensor_types is not supported by {name}: the converter uses one type for all tensors",
@@ -221,17 +221,17 @@ def _tensor_types(name: str, types: Mapping[str, Json]) -> dict[str, str]:
     return {str(pattern): str(kind).lower() for pattern, kind in sorted(types.items())}
 
 
-def calibrated(_format: Format, chosen: Mapping[str, Json]) -> bool:
+def calibrated(_format: Format, chosen: Mapping[str, JsonValue]) -> bool:
     """Return whether an importance matrix is computed from calibration text."""
     return chosen.get("imatrix") == "auto" or walked(chosen)
 
 
-def walked(chosen: Mapping[str, Json]) -> bool:
+def walked(chosen: Mapping[str, JsonValue]) -> bool:
     """Return whether our own walk over the layers measures importance."""
     return chosen.get("imatrix") == "walk"
 
 
-def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
+def check_options(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
     """Refuse a walk over an architecture that it does not support, and to lose a vision tower."""
     if model.sees_images and not has_projector(model) and not chosen.get("allow_text_only"):
         raise InputRefused(
@@ -248,7 +248,10 @@ def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
 
 
 def fits_one_pass(
-    _format: Format, chosen: Mapping[str, Json], _other: Format, others: Mapping[str, Json]
+    _format: Format,
+    chosen: Mapping[str, JsonValue],
+    _other: Format,
+    others: Mapping[str, JsonValue],
 ) -> bool:
     """Return whether one pass over the weights can make another file beside the first.
 
@@ -361,7 +364,9 @@ def check(request: QuantizeRequest) -> Mapping[str, Json]:
     return facts
 
 
-def peak_disk(checkpoint_bytes: int, kept: int, format_: Format, chosen: Mapping[str, Json]) -> int:
+def peak_disk(
+    checkpoint_bytes: int, kept: int, format_: Format, chosen: Mapping[str, JsonValue]
+) -> int:
     """Return the peak disk usage in bytes: output, and the file that importance needs."""
     output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3) + kept
     middle = calibrated(format_, chosen) and not walked(chosen)

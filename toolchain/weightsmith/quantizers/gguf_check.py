@@ -10,7 +10,7 @@ from typing import Any
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
 from weightsmith.quantizers.gguf_file import GGUFModel
@@ -93,7 +93,7 @@ def check_files(
 
 
 def _warnings(
-    fallbacks: Sequence[Mapping[str, Json]], tensors: int, multimodal: int, *, template: bool
+    fallbacks: Sequence[Mapping[str, JsonValue]], tensors: int, multimodal: int, *, template: bool
 ) -> list[str]:
     warnings = []
     if multimodal:
@@ -160,7 +160,7 @@ def _check_template(read: GGUFModel, model: Path) -> bool:
 
 def _fallbacks(
     read: GGUFModel, format_name: str, overrides: Mapping[str, str]
-) -> list[dict[str, Json]]:
+) -> list[dict[str, JsonValue]]:
     """Return the tensors whose rows are not a multiple of 256, in formats with blocks of 256."""
     if "_k" not in format_name and not format_name.startswith(("iq", "tq")):
         return []

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_names import projector_name
 from weightsmith.quantizers.gguf_check import check_finite, check_guesses
 from weightsmith.quantizers.gguf_file import GGUFModel
@@ -43,7 +43,7 @@ def places_of(request: QuantizeRequest) -> tuple[str, ...]:
     return tuple(str(each.output / name) for each in (request, *request.siblings))
 
 
-def check_projector(path: Path) -> dict[str, Json]:
+def check_projector(path: Path) -> dict[str, JsonValue]:
     """Return a projector's facts for the report; raises CheckFailed if a check fails.
 
     Checks: all tensors are inside the file and nothing follows the last; kind and type; a tensor of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.tensors import View
 
@@ -54,28 +54,31 @@ class QuantizeRequest:
     """More formats of the same model, to be made in the same steps."""
 
 
-def _no_options(_format: Format, _requested: Mapping[str, Json]) -> Mapping[str, Json]:
+def _no_options(_format: Format, _requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     return {}
 
 
-def _nothing_more(_model: ModelFacts) -> Mapping[str, Json]:
+def _nothing_more(_model: ModelFacts) -> Mapping[str, JsonValue]:
     return {}
 
 
-def _any_options(_model: ModelFacts, _options: Mapping[str, Json]) -> None:
+def _any_options(_model: ModelFacts, _options: Mapping[str, JsonValue]) -> None:
     """Accept all options."""
 
 
-def _never(_format: Format, _options: Mapping[str, Json]) -> bool:
+def _never(_format: Format, _options: Mapping[str, JsonValue]) -> bool:
     return False
 
 
-def _never_walked(_options: Mapping[str, Json]) -> bool:
+def _never_walked(_options: Mapping[str, JsonValue]) -> bool:
     return False
 
 
 def _never_one_pass(
-    _format: Format, _options: Mapping[str, Json], _other: Format, _others: Mapping[str, Json]
+    _format: Format,
+    _options: Mapping[str, JsonValue],
+    _other: Format,
+    _others: Mapping[str, JsonValue],
 ) -> bool:
     return False
 
@@ -93,21 +96,21 @@ class Quantizer:
     """(format, model) -> None; raises InputRefused for a model that it cannot quantize so."""
     steps: Callable[[QuantizeRequest], tuple[BuilderCommand, ...]]
     """Returns the steps in order; has no side effects."""
-    check: Callable[[QuantizeRequest], Mapping[str, Json]]
+    check: Callable[[QuantizeRequest], Mapping[str, JsonValue]]
     """Reads the output and returns its facts; raises CheckFailed if a check fails."""
-    peak_disk: Callable[[int, int, Format, Mapping[str, Json]], int]
+    peak_disk: Callable[[int, int, Format, Mapping[str, JsonValue]], int]
     """(checkpoint bytes, bytes of them that stay in 16 bits, format, options) -> peak disk usage in
     bytes, including the output."""
     options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
     """(format, the recipe's `quantize`) -> options that affect the output; raises UsageError."""
-    options_of_model: Callable[[ModelFacts], Mapping[str, Json]] = _nothing_more
+    options_of_model: Callable[[ModelFacts], Mapping[str, JsonValue]] = _nothing_more
     """(model) -> further options, which nobody chooses, such as a part that only some models have.
     """
-    check_options: Callable[[ModelFacts, Mapping[str, Json]], None] = _any_options
+    check_options: Callable[[ModelFacts, Mapping[str, JsonValue]], None] = _any_options
     """(model, options) -> None; raises InputRefused for options that do not fit the model."""
-    calibrated: Callable[[Format, Mapping[str, Json]], bool] = _never
+    calibrated: Callable[[Format, Mapping[str, JsonValue]], bool] = _never
     """(format, options) -> whether it needs calibration text."""
-    one_pass: Callable[[Format, Mapping[str, Json], Format, Mapping[str, Json]], bool] = (
+    one_pass: Callable[[Format, Mapping[str, JsonValue], Format, Mapping[str, JsonValue]], bool] = (
         _never_one_pass
     )
     """(format, options, another format, its options) -> whether the steps of the first can make the

@@ -19,7 +19,7 @@ from typing import Any
 
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
 
 BLOCK = 512
@@ -34,7 +34,7 @@ RAW = ".engine"
 
 
 def python_step(
-    module: str, request: QuantizeRequest, title: str, **settings: Json
+    module: str, request: QuantizeRequest, title: str, **settings: JsonValue
 ) -> BuilderCommand:
     """Return the step that runs `module` offline with settings."""
     file = request.output / ".settings.json"
@@ -64,7 +64,7 @@ def python_step(
 
 def read_settings() -> Mapping[str, Json]:
     """Return the settings in the file of the command line, and change to a temporary folder."""
-    settings: Mapping[str, Json] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    settings: Mapping[str, JsonValue] = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     # Libraries write logs to the current folder.
     os.chdir(tempfile.gettempdir())
     return settings

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from weightsmith.core.values import FP8, Format, Json
+from weightsmith.core.values import FP8, Format, JsonValue
 from weightsmith.quantizers.known import STACKED_MXFP4
 
 
@@ -30,8 +30,8 @@ class Scheme:
     """Outputs and inputs that share a scale; 0 inputs: all."""
     fused_scale: bool = False
     """Whether matrices that engines fuse have a second scale in common, a float32."""
-    weights: Mapping[str, Json]
-    inputs: Mapping[str, Json] | None
+    weights: Mapping[str, JsonValue]
+    inputs: Mapping[str, JsonValue] | None
     """What servers do with activations before they multiply; None: nothing."""
 
     @property
@@ -44,11 +44,11 @@ class Scheme:
         """Whether a byte holds two codes."""
         return self.codes == "U8"
 
-    def config(self, ignored: Sequence[str]) -> dict[str, Json]:
+    def config(self, ignored: Sequence[str]) -> dict[str, JsonValue]:
         """Return the quantization_config; `ignored` modules stay in 16 bits."""
         if self.layout == "mxfp4":
             return {"quant_method": "mxfp4", "modules_to_not_convert": list(_NOT_EXPERTS)}
-        group: dict[str, Json] = {"targets": ["Linear"], "weights": dict(self.weights)}
+        group: dict[str, JsonValue] = {"targets": ["Linear"], "weights": dict(self.weights)}
         group["input_activations"] = dict(self.inputs) if self.inputs else None
         return {
             "quant_method": "compressed-tensors",
@@ -65,11 +65,11 @@ _NOT_EXPERTS = (
 """What stays in 16 bits, in the words of OpenAI's own checkpoints."""
 
 
-def _eight(kind: str, **more: Json) -> dict[str, Json]:
+def _eight(kind: str, **more: JsonValue) -> dict[str, JsonValue]:
     return {"num_bits": 8, "type": kind, "symmetric": True, **more}
 
 
-def _four(strategy: str, group: int, scales: str) -> dict[str, Json]:
+def _four(strategy: str, group: int, scales: str) -> dict[str, JsonValue]:
     return {
         "num_bits": 4, "type": "float", "symmetric": True, "dynamic": False,
         "strategy": strategy, "group_size": group, "scale_dtype": scales, "zp_dtype": scales,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import AWQ, GPTQ, Format, Json
+from weightsmith.core.values import AWQ, GPTQ, Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.architectures import GROUPED, check_kept
 from weightsmith.quantizers.checkpoints import (
@@ -40,7 +40,7 @@ def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json
     return {"group_size": group_option(requested), "keep": keep_option(requested)}
 
 
-def check_options(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
+def check_options(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
     """Refuse a group size that does not divide every row, and to keep a part of the experts."""
     check_group(model, chosen)
     check_kept(model, chosen)
@@ -84,7 +84,7 @@ def main() -> None:
         walk.quantize(settings)
 
 
-def peak_disk(size: int, kept: int, format_: Format, _options: Mapping[str, Json]) -> int:
+def peak_disk(size: int, kept: int, format_: Format, _options: Mapping[str, JsonValue]) -> int:
     """Return the peak disk usage in bytes: the finished layers, and the folder made of them."""
     return 2 * output_bytes(size, kept, format_)
 

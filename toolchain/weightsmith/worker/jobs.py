@@ -40,7 +40,7 @@ from weightsmith.core.jobs import (
     ValidateJob,
 )
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Format, JsonValue, Writable, plain
+from weightsmith.core.values import Format, Json, JsonValue, Writable, plain
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint
 from weightsmith.worker.answering import answered, reference, report_items, rows_of
 from weightsmith.worker.calibrating import cache_scales
@@ -129,7 +129,7 @@ def _import_gguf(job: ImportGgufJob, report: Report) -> Mapping[str, JsonValue]:
     return {}
 
 
-def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, JsonValue]:
+def _quantize(job: QuantizeJob, report: Report) -> Mapping[str, Json]:
     from weightsmith.quantizers.quantizer import QuantizeRequest
 
     quantizer, model = _quantizer(job.quantizer), job.model.path

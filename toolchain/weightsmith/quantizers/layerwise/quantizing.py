@@ -27,7 +27,7 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.files import sync_folder, write_whole
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.trees import discard
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.threads import product
@@ -98,7 +98,7 @@ def _prepared(settings: Mapping[str, Json], model: Path, read: list[list[int]]) 
     )
 
 
-def _identity(settings: Mapping[str, Json], lines: Sequence[str], model: Path) -> str:
+def _identity(settings: Mapping[str, JsonValue], lines: Sequence[str], model: Path) -> str:
     """Return what the finished layers depend on."""
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
     known = json.dumps([dict(settings), lines, files], sort_keys=True)
@@ -301,11 +301,11 @@ def _assemble(
     (out / FACTS).write_text(json.dumps(_facts(walk)), encoding="utf-8")
 
 
-def _config(walk: _Walk, keep: Sequence[str], kept: Sequence[str]) -> dict[str, Json]:
+def _config(walk: _Walk, keep: Sequence[str], kept: Sequence[str]) -> dict[str, JsonValue]:
     """Return the quantization_config."""
     if walk.awq:
         return awq_config(walk.group, kept)
-    found: dict[str, Json] = {
+    found: dict[str, JsonValue] = {
         "quant_method": "gptq", "bits": 4, "group_size": walk.group, "sym": True,
         "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
     }  # fmt: skip
@@ -315,10 +315,10 @@ def _config(walk: _Walk, keep: Sequence[str], kept: Sequence[str]) -> dict[str, 
     return found
 
 
-def _facts(walk: _Walk) -> dict[str, Json]:
+def _facts(walk: _Walk) -> dict[str, JsonValue]:
     """Return what the report says about calibration."""
     tokens = sum(int(batch.valid.sum()) for batch in walk.layers.batches)
-    found: dict[str, Json] = {"calibration_tokens": tokens}
+    found: dict[str, JsonValue] = {"calibration_tokens": tokens}
     if walk.few:
         few = [f"layer {layer}.{expert} ({count})" for layer, expert, count in walk.few]
         named = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if few[3:] else "")

@@ -10,7 +10,7 @@ import torch
 
 from weightsmith.core.cpus import all_but_one
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.forward.walk import Progress
 from weightsmith.models.tensors import View
 from weightsmith.quantizers.quality.result import LayerError, Loss, TensorError
@@ -30,7 +30,7 @@ _LOGIT_BYTES = 128 << 20
 def measure(
     model: Path,
     view: View,
-    texts: Sequence[Mapping[str, Json]],
+    texts: Sequence[Mapping[str, JsonValue]],
     tokens: int,
     progress: Progress,
 ) -> Loss:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.time_limits import doing
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.forward.libraries import load_tokenizer, reading_tokenizer, stay_offline
 from weightsmith.models.templates import render_chat
 
@@ -28,7 +28,7 @@ _FILE = "tokenizer.json"
 _HINT = "write the calibration conversations in the form that the chat template expects"
 
 
-def as_lines(model: Path, rows: Sequence[Mapping[str, Json]]) -> str:
+def as_lines(model: Path, rows: Sequence[Mapping[str, JsonValue]]) -> str:
     """Return JSON Lines `{text, tokens}`: each row rendered, and its number of tokens.
 
     In ASCII, because `splitlines` also splits at characters such as U+2028.
@@ -52,7 +52,7 @@ class Reading:
     """Index of the last answer's first token in a conversation; 1 in plain text."""
 
 
-def readings(model: Path, rows: Sequence[Mapping[str, Json]]) -> list[Reading]:
+def readings(model: Path, rows: Sequence[Mapping[str, JsonValue]]) -> list[Reading]:
     """Return each row tokenized; conversations are rendered by the chat template."""
     tokenizer = load_tokenizer(model)
     found = []
