@@ -125,7 +125,7 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 import gguf, numpy as np, torch
 from conversion.base import LazyTorchTensor
-from weightsmith.quantizers import gguf_lazy
+from weightsmith.quantizers import gguf_rows
 BF16 = gguf.GGMLQuantizationType.BF16
 def load(at, dtype="BF16", rows=4):
     size = rows * 32 * 2
@@ -148,12 +148,12 @@ cases = {
     "half stacked": (lambda: torch.stack([load(0), load(0) + 1], dim=0), False),
     "turned far": (lambda: turn(load(0)), False),
 }
-near = gguf_lazy._NEAR
+near = gguf_rows._NEAR
 for name, (make, in_parts) in cases.items():
-    gguf_lazy._NEAR = 16 if name == "turned far" else near
+    gguf_rows._NEAR = 16 if name == "turned far" else near
     tensor = gguf.quants.quantize(make().numpy(), BF16)
-    assert bool(gguf_lazy._places(tensor, "BF16", 32)) == in_parts, name
-    rows = gguf_lazy.rows_of(tensor, "BF16", 32)
+    assert bool(gguf_rows._places(tensor, "BF16", 32)) == in_parts, name
+    rows = gguf_rows.rows_of(tensor, "BF16", 32)
     whole = gguf.quants.quantize(make().numpy(), BF16)
     whole = gguf.quants.dequantize(type(whole).to_eager(whole), BF16).reshape(-1, 32)
     np.testing.assert_array_equal(rows(0, len(whole)), whole, err_msg=name)

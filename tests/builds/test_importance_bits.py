@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from weightsmith.core.cpus import AVX2_LOOPS
 from weightsmith.quantizers.architectures import MEASURED
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK
+from weightsmith.quantizers.gguf_importance import WITHOUT_WALK
 from weightsmith.quantizers.layerwise import importance as walking
 
 from tests.paths import ROOT
@@ -33,7 +33,7 @@ for model in map(Path, sys.argv[1:]):
 """
 HERE = """
 import sys
-from weightsmith.quantizers.gguf_settings import ImportanceWalk
+from weightsmith.quantizers.gguf_pass import ImportanceWalk
 from weightsmith.worker.quantize_gguf import walking
 texts, *models = sys.argv[1:]
 for model in models:

@@ -29,7 +29,7 @@ from weightsmith.outside.pypi import PypiReader
 from weightsmith.outside.store import FileStore
 from weightsmith.outside.wheel_files import extract_model
 from weightsmith.provenance.mlbom import license_of
-from weightsmith.quantizers.sentencepiece_export import sentence_pieces
+from weightsmith.quantizers.convert import sentence_pieces
 from weightsmith.recipe.file import read_recipe
 
 from tests.paths import ROOT

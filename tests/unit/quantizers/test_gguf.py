@@ -13,7 +13,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.convert import split_name
 from weightsmith.quantizers.gguf import check_input, output_file
-from weightsmith.quantizers.gguf_settings import PassSettings
+from weightsmith.quantizers.gguf_pass import PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
 from weightsmith.quantizers.quantizer import BuilderCommand, QuantizeRequest
 

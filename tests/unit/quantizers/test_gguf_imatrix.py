@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 from weightsmith.core.errors import InputRefused
-from weightsmith.quantizers.gguf import check_imatrix, experts_missed, read_imatrix
+from weightsmith.quantizers.gguf_importance import check_imatrix, experts_missed, read_imatrix
 
 from tests.fakes.configs import facts
 

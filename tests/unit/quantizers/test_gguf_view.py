@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from weightsmith.quantizers.gguf_view import open_view
+from weightsmith.quantizers.gguf_file import open_view
 
 HEADS, KEY_HEADS, HIDDEN = 4, 2, 64
 NAMES = {

@@ -13,12 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from weightsmith.core.errors import InputRefused
 from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.quantizers import formats, gguf_calibration, of_format
+from weightsmith.quantizers import formats, gguf_importance, of_format
 from weightsmith.quantizers.architectures import EXPERTS, MEASURED, SEEING
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.gguf import experts_missed, read_imatrix
-from weightsmith.quantizers.gguf_calibration import WITHOUT_WALK, measured_by
-from weightsmith.quantizers.gguf_importance import read_importance
+from weightsmith.quantizers.gguf_importance import (
+    WITHOUT_WALK,
+    experts_missed,
+    measured_by,
+    read_imatrix,
+    read_importance,
+)
 from weightsmith.quantizers.layerwise import importance as walking
 from weightsmith.quantizers.layerwise.importance import importance, write_importance
 
@@ -233,6 +237,6 @@ def test_an_unknown_architecture_is_refused_before_any_work(
 def test_who_measures_depends_on_the_model_and_on_avx2(
     monkeypatch, architecture, size, avx2, expected
 ) -> None:
-    monkeypatch.setattr(gguf_calibration, "has_avx2", lambda: avx2)
+    monkeypatch.setattr(gguf_importance, "has_avx2", lambda: avx2)
     model = ModelFacts.of({"architectures": [architecture]})
     assert measured_by(model, size) == expected

@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from weightsmith.quantizers.sentencepiece_export import sentence_pieces, with_pieces
+from weightsmith.quantizers.convert import sentence_pieces, with_pieces
 
 from tests.fakes.sentence_pieces import TEXT, TURNS, save, train
 from tests.paths import ROOT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import FileEntry, Tree
-from weightsmith.quantizers import formats, gguf_calibration
+from weightsmith.quantizers import formats, gguf_importance
 from weightsmith.recipe.schema import Serve
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.stages.quantize import format_options
@@ -55,7 +55,7 @@ def test_a_memory_without_its_unit_is_refused(key: str) -> None:
 def test_our_own_walk_measures_where_nobody_is_named(
     tmp_path, monkeypatch, name, given, expected
 ) -> None:
-    monkeypatch.setattr(gguf_calibration, "has_avx2", lambda: True)
+    monkeypatch.setattr(gguf_importance, "has_avx2", lambda: True)
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
     model = Tree(
         root=tmp_path, files=(FileEntry(path="model.safetensors", size=1 << 30, digest="0" * 64),)

@@ -8,28 +8,43 @@ Runs in a builder: from `worker/convert_gguf.py`, which lets it write files as i
 from `worker/quantize_gguf.py`, which takes the tensors before they are written.
 
 A default name for all other vocabularies would silently split text differently.
+
+Tokenizers of Llama 2, Mistral and Gemma are SentencePiece models, but transformers (for example
+with an adapter) writes only tokenizer.json. Without the SentencePiece model the converter fails, or
+gives all pieces the same score, so that llama.cpp tokenizes differently than in training. It also
+reads added tokens only from tokenizer_config.json, which may no longer have them. So both are made
+here. The order of merges is the order of scores. The base's own file does not do, since the
+adapter's tokenizer may differ; byte-pair vocabularies that never were SentencePiece are refused.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from weightsmith.core.errors import InputRefused, WeightsmithError, ran_out_of_memory
+from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.forward.libraries import import_lightly, load_tokenizer
 from weightsmith.models.templates import render_chat
 from weightsmith.models.tokenizer_files import VOCABULARY_FILES
 from weightsmith.models.virtual_weights import computed
+from weightsmith.quantizers.gguf_check import PROJECTOR_TYPE, TEXT_ONLY
 from weightsmith.quantizers.gguf_header import read_header
-from weightsmith.quantizers.gguf_projector import PROJECTOR_TYPE, TEXT_ONLY
-from weightsmith.quantizers.sentencepiece_export import with_pieces
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf.utility import LocalTensor
+    from gguf.vocab import SpecialVocab
+    from transformers import PreTrainedTokenizerBase
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,6 +57,15 @@ _BY_EXPRESSION = {
 _LONGEST = 300
 """Characters of an error that are shown."""
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+_MODEL, _TOKENIZER, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+_UNKNOWN = "<unk>"
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_MOST, _LONGEST_PIECE = 4_000_000, 4096
+"""Pieces, and characters of one; the largest vocabularies have a million and some hundred."""
+
+
+class _TextModel(Protocol):
+    dir_model: Path
 
 
 def split_name(tokenizer: Mapping[str, Any]) -> str:
@@ -93,18 +117,14 @@ def run(
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
     # A model's configuration imports these and, with them, distributed tensors: 0.9 CPU seconds.
     import_lightly("torch", "transformers.activations")
-    _split_by_tokenizer(importlib.import_module("conversion.base").TextModel)
-    _compute_data(importlib.import_module("gguf.utility").LocalTensor)
-    gguf: Any = importlib.import_module("gguf")
-    writer_class: Any = gguf.GGUFWriter
-    _add_tokens(gguf.SpecialVocab, model)
+    _patch(model)
     with with_pieces(model) as folder:
         if projectors:
             words, text_only = runs[0][0], allow_text_only
             _write_projector(converter, folder, words, projectors, allow_text_only=text_only)
         for arguments, write in runs:
             if write is not None:
-                _instead_of_writing(writer_class, write)
+                _write_by(write)
             _convert_text(converter, folder, arguments)
 
 
@@ -114,7 +134,6 @@ def _convert(converter: Path, folder: Path, arguments: Sequence[str]) -> None:
 
 
 def _convert_text(converter: Path, folder: Path, arguments: Sequence[str]) -> None:
-    """Run the converter; raises InputRefused if it fails because the folder has no tokenizer."""
     try:
         _convert(converter, folder, arguments)
     except Exception as error:
@@ -165,45 +184,55 @@ def _write_projector(
         other.hardlink_to(first)
 
 
-def _instead_of_writing(writer_class: Any, write: Write) -> None:
-    def write_tensors(writer: Any, *, progress: bool = False) -> None:  # noqa: ARG001
-        write(writer)
-
-    writer_class.write_tensors_to_file = write_tensors
+def _write_by(write: Write) -> None:
+    gguf: Any = importlib.import_module("gguf")
+    gguf.GGUFWriter.write_tensors_to_file = lambda writer, **_: write(writer)
 
 
-def _compute_data(tensor_class: Any) -> None:
-    """Let the converter read files without data; their types are in lower case."""
-    begin, stored = tensor_class.__init__, tensor_class.mmap_bytes
+def _patch(model: Path) -> None:
+    """Change the converter, which has no options for this.
 
-    def initialize(tensor: Any, dtype: str, *places: Any, **named: Any) -> None:
-        begin(tensor, dtype.upper(), *places, **named)
+    It may read files without data, and knows pre-tokenizers by `split_name`. It says which tokens
+    begin and end a text as this model's users are served: it takes them from files that
+    transformers may save without them. llama.cpp then goes by the kind of vocabulary, and its
+    server got one token more than the reference.
+    """
+    names = ("gguf", "gguf.utility", "conversion.base")
+    gguf, utility, base = (cast("Any", importlib.import_module(name)) for name in names)
+    stored, vocabulary, text_model = utility.LocalTensor, gguf.SpecialVocab, base.TextModel
+    begin, mapped = stored.__init__, stored.mmap_bytes
+    add, by_hash = vocabulary.add_to_gguf, text_model.get_vocab_base_pre
 
-    def data(tensor: Any) -> Any:
+    def initialize(tensor: object, dtype: str, *places: object, **named: object) -> None:
+        begin(tensor, dtype.upper(), *places, **named)  # types are in lower case there
+
+    def data(tensor: LocalTensor) -> np.ndarray:
         place = tensor.data_range
         found = computed(Path(place.filename))
-        return found.read(place.offset, place.size) if found else stored(tensor)
+        made: np.ndarray = found.read(place.offset, place.size) if found else mapped(tensor)
+        return made
 
-    tensor_class.__init__, tensor_class.mmap_bytes = initialize, data
-
-
-def _add_tokens(vocabulary_class: Any, model: Path) -> None:
-    """Let the converter say which tokens begin and end a text as this model's users are served.
-
-    It takes them from files that transformers may save without them. llama.cpp then goes by the
-    kind of vocabulary, and its server got one token more than the reference.
-    """
-    add = vocabulary_class.add_to_gguf
-
-    def add_to_gguf(vocabulary: Any, writer: Any, quiet: bool = False) -> None:
+    def add_to_gguf(special: SpecialVocab, writer: object, quiet: bool = False) -> None:
         with suppress(InputRefused):  # the converter reads more tokenizers than transformers
-            vocabulary.add_special_token |= added_tokens(load_tokenizer(model))
-        add(vocabulary, writer, quiet)
+            special.add_special_token |= added_tokens(load_tokenizer(model))
+        add(special, writer, quiet)
 
-    vocabulary_class.add_to_gguf = add_to_gguf
+    def by_hash_or_split(converted: _TextModel, tokenizer: object) -> str:
+        try:
+            return str(by_hash(converted, tokenizer))
+        except NotImplementedError:
+            path = Path(converted.dir_model) / "tokenizer.json"
+            name = split_name(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
+            if not name:
+                raise
+            print(f"unknown vocabulary, pre-tokenizer {name!r}", file=sys.stderr)  # noqa: T201
+            return name
+
+    stored.__init__, stored.mmap_bytes = initialize, data
+    vocabulary.add_to_gguf, text_model.get_vocab_base_pre = add_to_gguf, by_hash_or_split
 
 
-def added_tokens(tokenizer: Any) -> dict[str, bool]:
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     """Return whether a server must add the begin token (`bos`) and the end token (`eos`).
 
     A plain text gets those that the tokenizer adds. llama.cpp adds the same ones to chats, which
@@ -219,18 +248,140 @@ def added_tokens(tokenizer: Any) -> dict[str, bool]:
     return {name: value for name, value in added.items() if found[name] is not None}
 
 
-def _split_by_tokenizer(model_class: Any) -> None:
-    by_hash = model_class.get_vocab_base_pre
+@contextmanager
+def with_pieces(model: Path) -> Iterator[Path]:
+    """Yield a folder with the model's files and the tokenizer files that the converter needs.
 
-    def by_hash_or_split(model: Any, tokenizer: Any) -> str:
-        try:
-            return str(by_hash(model, tokenizer))
-        except NotImplementedError:
-            path = Path(model.dir_model) / "tokenizer.json"
-            name = split_name(json.loads(path.read_text("utf-8"))) if path.is_file() else ""
-            if not name:
-                raise
-            print(f"unknown vocabulary, pre-tokenizer {name!r}", file=sys.stderr)  # noqa: T201
-            return name
+    This is the model's folder if none are missing. Raises NotImplementedError for BPE with byte
+    fallback that is not a SentencePiece model, which llama.cpp does not support.
+    """
+    files = _missing(model)
+    if not files:
+        yield model
+        return
+    with TemporaryDirectory(prefix="pieces-") as folder:
+        view = Path(folder) / model.name
+        view.mkdir()
+        for path in model.iterdir():
+            if path.name not in files:
+                (view / path.name).symlink_to(path)
+        for name, data in files.items():
+            (view / name).write_bytes(data)
+        yield view
 
-    model_class.get_vocab_base_pre = by_hash_or_split
+
+def _missing(model: Path) -> dict[str, bytes]:
+    tokenizer = _read(model / _TOKENIZER)
+    files = {}
+    if not (model / _MODEL).exists():
+        kind = tokenizer.get("model") or {}
+        if kind.get("type") != "BPE" or not kind.get("byte_fallback"):
+            return {}
+        files[_MODEL] = sentence_pieces(tokenizer)
+    config = _read(model / _CONFIG)
+    if tokenizer and "added_tokens_decoder" not in config:
+        added = {str(token["id"]): token for token in tokenizer.get("added_tokens", ())}
+        files[_CONFIG] = json.dumps({**config, "added_tokens_decoder": added}).encode()
+    return files
+
+
+def sentence_pieces(tokenizer: Mapping[str, Any]) -> bytes:
+    """Return the SentencePiece model of a tokenizer.json, with equivalent scores.
+
+    SentencePiece merges the neighbours with the highest score, tokenizer.json those with the first
+    merge; so minus a merge's index is an equivalent score
+    (https://github.com/google/sentencepiece, src/bpe_model.cc). Raises NotImplementedError if that
+    does not hold: two pieces form another piece, but there is no such merge. Raises InputRefused
+    for numbers of pieces that none has, up to which unused ones would be written.
+    """
+    pb: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    vocabulary: dict[str, int] = tokenizer["model"]["vocab"]
+    special = {t["content"] for t in tokenizer.get("added_tokens", ()) if t.get("special")}
+    added = {t["content"] for t in tokenizer.get("added_tokens", ())}
+    unknown = tokenizer["model"].get("unk_token") or _UNKNOWN
+    _check_vocabulary(vocabulary)
+    places = _places(tokenizer["model"], added)
+    if unknown not in vocabulary:
+        raise NotImplementedError("not a SentencePiece model: BPE without an unknown token")
+    kinds, made = pb.ModelProto.SentencePiece, pb.ModelProto()
+    texts = {number: text for text, number in vocabulary.items()}
+    for number in range(max(texts) + 1):
+        text = texts.get(number, f"[unused{number}]")
+        kind = kinds.NORMAL
+        if number not in texts:
+            kind = kinds.UNUSED
+        elif text == unknown:
+            kind = kinds.UNKNOWN
+        elif _BYTE.fullmatch(text):
+            kind = kinds.BYTE
+        elif text in special:
+            kind = kinds.CONTROL
+        elif text in added:
+            kind = kinds.USER_DEFINED
+        # Single characters come after all merged pieces, as in SentencePiece's trainer.
+        score = float(-places.get(text, len(places) + number))
+        made.pieces.add(piece=text, score=score if kind == kinds.NORMAL else 0.0, type=kind)
+    made.trainer_spec.model_type = pb.TrainerSpec.BPE
+    made.trainer_spec.vocab_size = len(made.pieces)
+    made.trainer_spec.byte_fallback = True
+    made.trainer_spec.unk_id = vocabulary[unknown]
+    made.trainer_spec.unk_piece = unknown
+    made.normalizer_spec.name = "identity"
+    made.normalizer_spec.add_dummy_prefix = _starts_with_space(tokenizer)
+    made.normalizer_spec.remove_extra_whitespaces = False
+    return bytes(made.SerializeToString(deterministic=True))
+
+
+def _check_vocabulary(vocabulary: Mapping[str, int]) -> None:
+    odd = (n for n in vocabulary.values() if type(n) is not int or not 0 <= n < _MOST)
+    for number in odd:
+        raise InputRefused(
+            f"{_TOKENIZER} gives a piece the number {str(number)[:40]}",
+            hint="compare the file with the base's: numbers of pieces are those of embedding rows",
+        )
+    if (longest := max(map(len, vocabulary), default=0)) > _LONGEST_PIECE:
+        raise InputRefused(
+            f"{_TOKENIZER} has a piece of {longest} characters",
+            hint="compare the file with the base's: no vocabulary has pieces of over "
+            f"{_LONGEST_PIECE}",
+        )
+
+
+def _starts_with_space(tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer prepends a space to texts."""
+    for part in ("normalizer", "pre_tokenizer"):
+        whole = tokenizer.get(part) or {}
+        for step in whole.get("normalizers") or whole.get("pretokenizers") or (whole,):
+            if step.get("type") == "Prepend":
+                return True
+            if step.get("type") == "Metaspace":
+                return bool(step.get("prepend_scheme", "always") != "never")
+    return False
+
+
+def _places(model: Mapping[str, Any], added: set[str]) -> dict[str, int]:
+    """Return each merged piece's index in the merges."""
+    places: dict[str, int] = {}
+    merges = set()
+    for merge in model.get("merges") or ():
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        merges.add((left, right))
+        places.setdefault(left + right, len(places))
+    vocabulary = model["vocab"]
+    for text in vocabulary:
+        if text in added or _BYTE.fullmatch(text):
+            continue
+        for n in range(1, len(text)):
+            left, right = text[:n], text[n:]
+            parts = {left, right}
+            if parts <= vocabulary.keys() and not parts & added and (left, right) not in merges:
+                raise NotImplementedError(
+                    f"not a SentencePiece model: {text!r} is a piece, but there is no merge of "
+                    f"{left!r} and {right!r}"
+                )
+    return places
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = parse_file(path, largest=TOKENIZER) if path.is_file() else {}
+    return found

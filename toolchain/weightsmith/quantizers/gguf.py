@@ -5,145 +5,29 @@ from __future__ import annotations
 import json
 import platform
 import re
-import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
 
 from weightsmith.core.cpus import idle
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Format, Json, JsonValue
+from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.checkpoints import check_unpacked
-from weightsmith.quantizers.gguf_calibration import check_walk, config_of, window_of
-from weightsmith.quantizers.gguf_check import check_files
-from weightsmith.quantizers.gguf_projector import (
+from weightsmith.quantizers.gguf_check import (
     ALLOW_TEXT_ONLY,
+    IMATRIX,
     PROJECTOR_TYPE,
     TEXT_ONLY,
-    check_projector,
+    check,
     places_of,
 )
-from weightsmith.quantizers.gguf_settings import ImportanceWalk, PassFile, PassSettings
+from weightsmith.quantizers.gguf_file import open_view
+from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
+from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
-from weightsmith.quantizers.gguf_view import open_view
 from weightsmith.quantizers.known import converted_as, gguf_architectures, has_projector
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
-
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
-_READS_HIDDEN = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv", "ffn_up", "ffn_gate"})
-_MAGIC = b"GGUF"
-_LONGEST_NAME = 4096
-_HINT = "create it with `imatrix: auto`, or with llama-imatrix from this model"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImatrixEntry:
-    """One tensor's entry: number of inputs, and how often each of its matrices was used."""
-
-    name: str
-    columns: int
-    counts: tuple[float, ...]
-
-
-def check_imatrix(path: Path, model: ModelFacts) -> None:
-    """Raise InputRefused unless a file is an importance matrix that matches a config.json.
-
-    Layer count and widths are compared; models of the same shape cannot be distinguished.
-    """
-    entries = read_imatrix(path)
-    blocks = {int(m[1]) + 1 for e in entries if (m := _BLOCK.fullmatch(e.name))}
-    if not blocks:
-        raise _wrong_model(path, "it has no entries for decoder layers")
-    if model.layers not in (0, max(blocks)):
-        raise _wrong_model(path, f"it has {max(blocks)} layers, but the model has {model.layers}")
-    for entry in entries:
-        part = _BLOCK.fullmatch(entry.name)
-        if part and part[2] in _READS_HIDDEN and model.hidden not in (0, entry.columns):
-            raise _wrong_model(
-                path, f"{entry.name} has {entry.columns} columns, not {model.hidden}"
-            )
-
-
-def experts_missed(path: Path) -> list[str]:
-    """Return a warning if calibration did not reach some experts."""
-    missed = {
-        f"layer {part[1]}" if (part := _BLOCK.fullmatch(entry.name)) else entry.name: sum(
-            count == 0 for count in entry.counts
-        )
-        for entry in read_imatrix(path)
-        if len(entry.counts) > 1 and 0 in entry.counts
-    }
-    if not missed:
-        return []
-    where = ", ".join(f"{name}: {count}" for name, count in list(missed.items())[:8])
-    more = ", …" if len(missed) > 8 else ""
-    text = (
-        f"calibration did not reach {sum(missed.values())} experts ({where}{more}): their "
-        "weights are quantized without importance; add more varied calibration text"
-    )
-    return [text]
-
-
-def read_imatrix(path: Path) -> list[ImatrixEntry]:
-    """Return the entries of a GGUF or `.dat` importance matrix; raises InputRefused."""
-    try:
-        with path.open("rb") as stream:
-            if stream.read(4) == _MAGIC:
-                return _of_gguf(path)
-            stream.seek(0)
-            return list(_of_dat(stream, path.stat().st_size))
-    except OSError as error:
-        raise InputRefused(
-            f"cannot read {path}: {error.strerror}", hint="give an importance matrix file"
-        ) from None
-    except (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError) as error:
-        raise InputRefused(f"{path} is not an importance matrix: {error}", hint=_HINT) from None
-
-
-def _of_gguf(path: Path) -> list[ImatrixEntry]:
-    # Imported here to keep listing the formats fast.
-    from weightsmith.models.gguf_reader import GGUFReader
-
-    reader = GGUFReader(path)
-    kind = reader.fields.get("general.type")
-    if kind is None or kind.contents() != "imatrix":
-        raise ValueError("its general.type is not imatrix")
-    tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
-    return [
-        ImatrixEntry(
-            name=name.removesuffix(".in_sum2"),
-            columns=int(tensor.shape[0]),
-            counts=tuple(
-                float(c) for c in tensors[name.removesuffix(".in_sum2") + ".counts"].data.ravel()
-            ),
-        )
-        for name, tensor in tensors.items()
-        if name.endswith(".in_sum2")
-    ]
-
-
-def _of_dat(stream: IO[bytes], size: int) -> Iterator[ImatrixEntry]:
-    """Read llama.cpp's `--output-format dat`, which has no counts per expert."""
-    (number,) = struct.unpack("<i", stream.read(4))
-    if number < 1:
-        raise ValueError(f"it has {number} entries")
-    for _ in range(number):
-        (length,) = struct.unpack("<i", stream.read(4))
-        if not 0 < length <= _LONGEST_NAME:
-            raise ValueError(f"invalid name length {length}")
-        name = stream.read(length).decode("utf-8")
-        calls, columns = struct.unpack("<ii", stream.read(8))
-        if not 0 < 4 * columns <= size - stream.tell():
-            raise ValueError(f"{name} has an invalid size")
-        stream.seek(4 * columns, 1)
-        yield ImatrixEntry(name=name, columns=columns, counts=(float(calls),))
-
-
-def _wrong_model(path: Path, why: str) -> InputRefused:
-    return InputRefused(f"{path} does not match the model: {why}", hint=_HINT)
 
 
 def check_input(model: ModelFacts) -> None:
@@ -167,58 +51,46 @@ def check_input(model: ModelFacts) -> None:
         )
 
 
-def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
-    """Return the recipe's options that affect a format's output; raises UsageError."""
-    name = format_.name
-    if FILE_TYPES[name].is_low and not requested.get("allow_low_bits"):
+def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    """Return the recipe's options that affect a format's output; raises UsageError.
+
+    `imatrix` becomes `off`, `auto`, `walk`, or the user's file.
+    """
+    name, row = format_.name, FILE_TYPES[format_.name]
+    if row.is_low and not requested.get("allow_low_bits"):
         raise UsageError(
             f"{name} has about {format_.bits_per_weight:g} bits per weight, too few to preserve"
             " fine-tuning",
             hint="use q4_k_m; or set quantize.allow_low_bits (--allow-low-bits) and check the "
             "quality gate and the task score",
         )
-    found: dict[str, Json] = {"imatrix": _imatrix_mode(name, str(requested.get("imatrix") or ""))}
-    if requested.get("split_max_size"):
-        found["split_max_size"] = str(requested["split_max_size"])
-    if requested.get("allow_text_only"):
-        found["allow_text_only"] = True
-    if types := dict(requested.get("tensor_types") or {}):
-        found["tensor_types"] = _tensor_types(name, types)
-    return found
-
-
-def options_of_model(model: ModelFacts) -> Mapping[str, JsonValue]:
-    """Return the type of the projector that a model which sees gets beside its file."""
-    return {"projector": PROJECTOR_TYPE} if has_projector(model) else {}
-
-
-def _imatrix_mode(name: str, requested: str) -> str:
-    """Return `off`, `auto`, `walk`, or the user's file."""
-    row = FILE_TYPES[name]
-    if not row.takes_imatrix:
-        return "off"
-    if row.needs_imatrix and requested == "off":
+    imatrix = str(requested.get("imatrix") or "") or ("auto" if row.named_bits < 5 else "off")
+    if row.needs_imatrix and requested.get("imatrix") == "off":
         raise UsageError(
             f"{name} needs an importance matrix",
             hint="remove imatrix, or set it to auto, walk or to a file",
         )
-    return requested or ("auto" if row.named_bits < 5 else "off")
-
-
-def _tensor_types(name: str, types: Mapping[str, JsonValue]) -> dict[str, str]:
-    if FILE_TYPES[name].direct:
+    found: dict[str, JsonValue] = {"imatrix": imatrix if row.takes_imatrix else "off"}
+    if requested.get("split_max_size"):
+        found["split_max_size"] = str(requested["split_max_size"])
+    if requested.get("allow_text_only"):
+        found["allow_text_only"] = True
+    types = requested.get("tensor_types")
+    if not types or not isinstance(types, Mapping):
+        return found
+    if row.direct:
         raise UsageError(
             f"tensor_types is not supported by {name}: the converter uses one type for all tensors",
             hint="remove tensor_types, or use a quantized format",
         )
     known = sorted(row.name for row in TENSOR_TYPES.values() if row.selectable)
     for pattern, kind in types.items():
-        if str(kind).lower() not in known or re.search(r"[=\s,]", str(pattern)):
+        if str(kind).lower() not in known or re.search(r"[=\s,]", pattern):
             raise UsageError(
                 f"tensor_types: invalid pattern or type in {pattern}={kind}",
                 hint=f"types: {', '.join(known)}",
             )
-    return {str(pattern): str(kind).lower() for pattern, kind in sorted(types.items())}
+    return {**found, "tensor_types": {p: str(kind).lower() for p, kind in sorted(types.items())}}
 
 
 def calibrated(_format: Format, chosen: Mapping[str, JsonValue]) -> bool:
@@ -277,7 +149,6 @@ _OFFLINE = {
     # Rows are quantized in threads of our own; OpenMP's would wait beside them, spinning.
     "OMP_NUM_THREADS": "1",
 }
-IMATRIX = "imatrix.gguf"
 _UNITS = {"M": 10**6, "G": 10**9}
 _SPLIT_MARGIN = 0.7
 """Safety factor: formats mix types, and a part may have the larger ones."""
@@ -296,72 +167,37 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     afterwards. It has the checkpoint's dtype, so nothing is rounded before quantization.
     `options.threads` does not affect the bytes.
     """
-    kinds = [FILE_TYPES[each.format.name] for each in (request, *request.siblings)]
+    requests = (request, *request.siblings)
+    kinds = [FILE_TYPES[each.format.name] for each in requests]
     split = str(request.options.get("split_max_size", ""))
     if kinds[0].direct and split:
         return (_convert(request, output_file(request), kinds[0].name, split),)
-    files, projectors = tuple(map(_file, (request, *request.siblings))), places_of(request)
+    files, projectors = tuple(map(_file, requests)), places_of(request)
     if all(kind.direct for kind in kinds):
         return (_pass(request, files, "", _converter(request, ""), projectors),)
-    between = _INTERMEDIATE.get(_dtype(request.model), "f16")
-    limit = _part_size(request, 32 if between == "f32" else 16)
+    config = config_of(request.model)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    between, limit = _INTERMEDIATE.get(dtype, "f16"), ""
+    if split:  # llama-quantize keeps the parts of the file between
+        bits = 32 if between == "f32" else 16
+        size = int(split[:-1]) * _UNITS[split[-1]] * bits / request.format.bits_per_weight
+        limit = f"{max(1, int(size * _SPLIT_MARGIN) // 10**6)}M"
     words, middle = _converter(request, limit), _middle(request, between)
-    mode = request.options.get("imatrix", "off")
-    if mode in ("off", "walk") or request.measured:
+    if request.options.get("imatrix", "off") in ("off", "walk") or request.measured:
         return (_pass(request, files, between, words, projectors),)
+    if split:
+        measured = _convert(request, middle, between, limit)
+    else:
+        file = PassFile(out=str(middle), format=between, direct=True)
+        measured = _pass(request, (file,), "", words, projectors)
     # The file that is measured has no longer what the converter rounded.
     again = words if any(kind.direct for kind in kinds) else ()
-    return (
-        _measured(request, middle, between, limit),
-        _imatrix(request, middle),
-        _pass(request, files, between, again, ()),
-    )
-
-
-def _measured(request: QuantizeRequest, middle: Path, between: str, split: str) -> BuilderCommand:
-    """Return the step that writes the file that importance is measured on."""
-    if split:
-        return _convert(request, middle, between, split)
-    file = PassFile(out=str(middle), format=between, direct=True)
-    return _pass(request, (file,), "", _converter(request, ""), places_of(request))
+    return measured, _imatrix(request, middle), _pass(request, files, between, again, ())
 
 
 def _middle(request: QuantizeRequest, between: str) -> Path:
+    """Return the place of the file that importance is measured on, or the stem of its parts."""
     return request.output / f".{request.name}.{between}.gguf"
-
-
-def _part_size(request: QuantizeRequest, bits: int) -> str:
-    """Return the part size of the intermediate file, whose parts llama-quantize keeps."""
-    split = str(request.options.get("split_max_size", ""))
-    if not split:
-        return ""
-    size = int(split[:-1]) * _UNITS[split[-1]] * bits / request.format.bits_per_weight
-    return f"{max(1, int(size * _SPLIT_MARGIN) // 10**6)}M"
-
-
-def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Check the finished files against the checkpoint; raises CheckFailed."""
-    matrix = request.output / IMATRIX
-    projector = next(map(Path, places_of(request)), None)
-    sees = projector is not None and projector.is_file()
-    found = sorted(request.output.glob("[!.]*.gguf"))
-    files = [path for path in found if path not in (matrix, projector)]
-    facts = check_files(files, request.model, request.format.name, request.options, sees=sees)
-    if projector and sees:
-        facts["projector"] = check_projector(projector)
-    elif projector:
-        facts["warnings"].append(
-            "llama.cpp's converter could not convert the vision tower, so the server reads text "
-            "only, as quantize.allow_text_only permits"
-        )
-    if request.options.get("imatrix", "off") != "off":
-        facts["warnings"] += experts_missed(matrix)
-    if FILE_TYPES[request.format.name].is_low:
-        facts["warnings"].append(
-            f"{request.format.name} has less than four bits per weight, which may lose the "
-            "fine-tuning: check the task score"
-        )
-    return facts
 
 
 def peak_disk(
@@ -397,24 +233,23 @@ def _convert(request: QuantizeRequest, out: Path, kind: str, split: str) -> Buil
         title=f"converting to GGUF ({kind})",
         argv=(request.python, "-m", _CONVERT, *words),
         env=_OFFLINE,
-        writes={overrides: json.dumps(_metadata(request), sort_keys=True)},
+        writes={overrides: _metadata(request)},
         removes=(overrides,),
         reads="the model",
     )
 
 
-def _metadata(request: QuantizeRequest) -> dict[str, Json]:
-    """Return the file's metadata; keys that the converter would guess are null."""
+def _metadata(request: QuantizeRequest) -> str:
+    """Return the file's metadata as JSON; keys that the converter would guess are null."""
     about = dict(request.options.get("about") or {})
-    found: dict[str, Json] = {f"general.{key}": None for key in _FROM_PATHS}
+    found = {f"general.{key}": None for key in _FROM_PATHS}
     found |= {f"general.{key}": value for key, value in about.items()}
     if "license" in about:  # the converter reads this key only from a model card
         found["general.license.name"] = about["license"]
-    return found
+    return json.dumps(found, sort_keys=True)
 
 
 def _imatrix(request: QuantizeRequest, model: Path) -> BuilderCommand:
-    """Return the step that computes the importance matrix."""
     if request.calibration is None:
         raise InputRefused(
             "an importance matrix needs calibration text",
@@ -472,22 +307,18 @@ def _pass(
         projectors=projectors,
         allow_text_only=bool(request.options.get("allow_text_only")),
     )
-    metadata = json.dumps(_metadata(request), sort_keys=True)
+    writes = {settings: json.dumps(contents.to_json())}
+    if convert:
+        writes[overrides] = _metadata(request)
+    if walk:
+        writes[texts] = "".join(json.dumps(dict(row)) + "\n" for row in request.texts)
     return BuilderCommand(
         title=f"{'measuring importance and ' if walk else ''}"
         f"{'quantizing' if between else 'converting'} to "
         f"{', '.join(file.format for file in files)}",
         argv=(request.python, "-m", _QUANTIZE, str(settings)),
         env=_OFFLINE,
-        writes={
-            settings: json.dumps(contents.to_json()),
-            **({overrides: metadata} if convert else {}),
-            **(
-                {texts: "".join(json.dumps(dict(row)) + "\n" for row in request.texts)}
-                if walk
-                else {}
-            ),
-        },
+        writes=writes,
         removes=(settings, overrides, texts, middle, middle.with_name(f"{middle.stem}-*.gguf")),
         reads="the model" if convert else "",
     )
@@ -507,11 +338,6 @@ def _file(request: QuantizeRequest) -> PassFile:
     )
 
 
-def _dtype(model: Path) -> str:
-    config = config_of(model)
-    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-
-
 QUANTIZER = Quantizer(
     name="gguf",
     builder="gguf",
@@ -519,7 +345,8 @@ QUANTIZER = Quantizer(
     recipe_number=4,
     check_input=lambda _format, model: check_input(model),
     options=options,
-    options_of_model=options_of_model,
+    # The type of the projector that a model which sees gets beside its file.
+    options_of_model=lambda model: {"projector": PROJECTOR_TYPE} if has_projector(model) else {},
     check_options=check_options,
     calibrated=calibrated,
     walked=walked,

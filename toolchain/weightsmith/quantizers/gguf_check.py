@@ -1,20 +1,31 @@
-"""Check a finished GGUF model: complete, of the requested type, with the chat template."""
+"""Check a finished GGUF model: complete, of the requested type, with the chat template.
+
+The projector of a model that sees is a second GGUF file, which llama.cpp's converter writes. It is
+made in the same process, before the model's tensors are taken over, so computed weights are read
+once. The option is in the key of models that have a projector and of no others, whose results stay
+valid. A model whose tower cannot be converted is refused unless the recipe allows it: a warning
+among others did not tell those who need it to see.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.values import Json, JsonValue
+from weightsmith.models.gguf_names import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.templates import own_template
 from weightsmith.quantizers.gguf_file import GGUFModel
+from weightsmith.quantizers.gguf_importance import DIGEST_KEY, experts_missed
 from weightsmith.quantizers.gguf_types import FILE_TYPES, TENSOR_TYPES
+from weightsmith.quantizers.quantizer import QuantizeRequest
 
 # Architectures whose tensors are converted one to one.
 _ONE_TO_ONE = frozenset(
@@ -32,6 +43,23 @@ _MULTIMODAL = re.compile(
 )
 """Tensors of vision and audio models, which the converter omits
 (TextModel.filter_tensors of llama.cpp's conversion/base.py)."""
+IMATRIX = "imatrix.gguf"
+"""Name of the importance matrix in a format's folder."""
+PROJECTOR_TYPE = "f16"
+"""As llama.cpp's guides and its published files have it: not every backend computes with bfloat16
+there, and float16 has all values of bfloat16 from 6.1e-5 to 65504."""
+ALLOW_TEXT_ONLY = "--allow-text-only"
+"""The converting program's argument before a projector's places."""
+TEXT_ONLY = (
+    "set quantize.allow_text_only (--allow-text-only) for a model that reads text only; or choose "
+    "target vllm, which reads pictures"
+)
+_PROJECTOR = {
+    "general.type": "mmproj",
+    "general.architecture": "clip",
+    "general.file_type": FILE_TYPES[PROJECTOR_TYPE].number,
+    "clip.has_vision_encoder": True,
+}
 # Keys that the converter would guess from folder names; gguf.py disables them.
 _GUESSED = ("general.basename", "general.finetune", "general.organization", "general.version")
 _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
@@ -41,37 +69,47 @@ _UNQUANTIZED_SHARE = 0.01
 """Fraction of weights that may stay in 16 or 32 bits: norms, routers, other small tensors."""
 
 
-def check_files(
-    files: Sequence[Path],
-    model: Path,
-    format_name: str,
-    options: Mapping[str, Json],
-    *,
-    sees: bool = False,
-) -> dict[str, Json]:
-    """Return a GGUF model's facts for the report; raises CheckFailed if a check fails.
+def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
+    """Return the facts of the finished files for the report; raises CheckFailed if a check fails.
 
-    A model that `sees` has its vision tower in another file, which is checked by itself.
-
-    Checks: all tensors are inside the file and nothing follows the last; file type; tensor count;
+    Checks: all tensors are inside the files and nothing follows the last; file type; tensor count;
     tokens, merges, special tokens and chat template equal the checkpoint's; scales are finite;
-    almost no matrices are left unquantized.
+    almost no matrices are left unquantized; the projector, if there is one.
     """
-    read = GGUFModel(files)
+    matrix = request.output / IMATRIX
+    projector = next(map(Path, places_of(request)), None)
+    found = sorted(request.output.glob("[!.]*.gguf"))
+    read = GGUFModel([path for path in found if path not in (matrix, projector)])
+    model, format_name = request.model, request.format.name
     architecture = str(read.value("general.architecture"))
-    _check_type(read, format_name)
-    check_guesses(read)
+    file_type, expected = read.value("general.file_type"), FILE_TYPES[format_name].number
+    if file_type != expected:
+        raise CheckFailed(
+            f"the file has file type {file_type}, but {format_name} is {expected}",
+            hint="check the quantizer's output",
+        )
+    _check_guesses(read)
     names = {t.name for shard in model.glob("*.safetensors") for t in read_header(shard).tensors}
     multimodal = {name for name in names if _MULTIMODAL.search(name)}
-    _check_count(read, names - multimodal, architecture)
-    tokens = check_tokenizer(read, model)
+    if architecture in _ONE_TO_ONE:
+        _check_count(read, names - multimodal)
+    tokens = _check_tokenizer(read, model)
     template = _check_template(read, model)
-    check_finite(read)
-    fallbacks = _fallbacks(read, format_name, options.get("tensor_types", {}))
+    _check_finite(read)
+    fallbacks = _fallbacks(read, format_name, request.options.get("tensor_types", {}))
     elements = sum(int(t.n_elements) for t in read.tensors.values())
     stored = sum(int(t.n_bytes) for t in read.tensors.values())
     _check_quantized(read, format_name, elements)
     types = Counter(tensor.tensor_type.name for tensor in read.tensors.values())
+    about: dict[str, JsonValue] = {}
+    if projector and projector.is_file():
+        about["projector"] = check_projector(projector)
+    blind = projector is not None and not about
+    if about:
+        multimodal = set()  # in the projector
+    warnings = _warnings(
+        request, len(multimodal), len(fallbacks), len(read.tensors), template=template, blind=blind
+    )
     return {
         "file": read.name,
         "files": [path.name for path in read.files],
@@ -85,15 +123,20 @@ def check_files(
         "bits_per_weight": round(stored * 8 / elements, 3),
         "tokens": tokens,
         "chat_template": template,
-        "imatrix": read.get("weightsmith.imatrix.digest") or "",
-        "warnings": _warnings(
-            fallbacks, len(read.tensors), 0 if sees else len(multimodal), template=template
-        ),
+        "imatrix": read.get(DIGEST_KEY) or "",
+        "warnings": warnings,
+        **about,
     }
 
 
 def _warnings(
-    fallbacks: Sequence[Mapping[str, JsonValue]], tensors: int, multimodal: int, *, template: bool
+    request: QuantizeRequest,
+    multimodal: int,
+    fallbacks: int,
+    tensors: int,
+    *,
+    template: bool,
+    blind: bool,
 ) -> list[str]:
     warnings = []
     if multimodal:
@@ -103,24 +146,27 @@ def _warnings(
         )
     if fallbacks:
         warnings.append(
-            f"{len(fallbacks)} of {tensors} tensors have a larger type, because their rows are not"
+            f"{fallbacks} of {tensors} tensors have a larger type, because their rows are not"
             " a multiple of 256: the file has more bits per weight than its name says"
         )
     if not template:
         warnings.append("the checkpoint has no chat template: the server falls back to ChatML")
+    if blind:
+        warnings.append(
+            "llama.cpp's converter could not convert the vision tower, so the server reads text "
+            "only, as quantize.allow_text_only permits"
+        )
+    if request.options.get("imatrix", "off") != "off":
+        warnings += experts_missed(request.output / IMATRIX)
+    if FILE_TYPES[request.format.name].is_low:
+        warnings.append(
+            f"{request.format.name} has less than four bits per weight, which may lose the "
+            "fine-tuning: check the task score"
+        )
     return warnings
 
 
-def _check_type(read: GGUFModel, format_name: str) -> None:
-    found, expected = read.value("general.file_type"), FILE_TYPES[format_name].number
-    if found != expected:
-        raise CheckFailed(
-            f"the file has file type {found}, but {format_name} is {expected}",
-            hint="check the quantizer's output",
-        )
-
-
-def check_guesses(read: GGUFModel) -> None:
+def _check_guesses(read: GGUFModel) -> None:
     """Refuse metadata that depends on where the checkpoint lies."""
     guessed = [key for key in _GUESSED if read.get(key) is not None]
     if guessed:
@@ -131,15 +177,13 @@ def check_guesses(read: GGUFModel) -> None:
         )
 
 
-def _check_count(read: GGUFModel, names: set[str], architecture: str) -> None:
-    if architecture not in _ONE_TO_ONE or not names:
-        return
+def _check_count(read: GGUFModel, names: set[str]) -> None:
     merged = {_EXPERT.sub(".experts.", name) for name in names}
     weights = {name for name in merged if not name.endswith(_NOT_WEIGHTS)}
     written = sum(name not in _COMPUTED for name in read.tensors)
     # A tied head may be stored twice in the checkpoint and once in the file.
     untied = {name for name in weights if not name.endswith("lm_head.weight")}
-    if written not in {len(weights), len(untied)}:
+    if names and written not in {len(weights), len(untied)}:
         raise CheckFailed(
             f"{read.name} has {written} tensors, but the checkpoint has {len(weights)}",
             hint="the converter dropped or added tensors; check its output",
@@ -173,7 +217,8 @@ def _fallbacks(
         for name, tensor in read.tensors.items()
         if len(tensor.shape) > 1
         and int(tensor.shape[0]) % 256
-        and _block(tensor) < 256
+        and (row := TENSOR_TYPES.get(tensor.tensor_type.name.lower()))
+        and row.block < 256
         and not any(re.search(pattern, name) for pattern in overrides)
         and (tensor.tensor_type.name not in _FLOATS or int(tensor.shape[0]) % 32)
     ]
@@ -198,61 +243,45 @@ def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
         )
 
 
-def check_finite(read: GGUFModel) -> None:
+def _check_finite(read: GGUFModel) -> None:
     """Refuse scales and float16 weights that are infinite or NaN."""
+    import gguf
+
+    def has_infinities(data: np.ndarray, places: Sequence[slice]) -> bool:
+        # In parts, because the pages of each count as memory only while it is used.
+        step = max(1, _PART // data[0].nbytes) if len(data) else 1
+        for start in range(0, len(data), step):
+            for place in places:
+                bits = np.ascontiguousarray(data[start : start + step, place]).view(np.uint16)
+                if ((bits & 0x7C00) == 0x7C00).any():
+                    return True
+            read.forget_pages()
+        return False
+
     for name, tensor in read.tensors.items():
         kind = tensor.tensor_type.name
+        row = TENSOR_TYPES.get(kind.lower())
         if kind == "F16":
             # bfloat16 weights beyond float16's range silently become infinite.
-            if any(map(_has_infinities, _parts(read, tensor.data.reshape(-1)))):
+            if has_infinities(tensor.data.reshape(-1, 1), [slice(None)]):
                 raise CheckFailed(
                     f"{read.name}: {name} overflows float16",
                     hint="use q8_0, or another format with scales",
                 )
-            continue
-        row = TENSOR_TYPES.get(kind.lower())
-        if row is None or not row.scales:
-            continue
-        for blocks in _parts(read, tensor.data.reshape(-1, _block_bytes(tensor))):
-            if any(_has_infinities(blocks[:, at : at + 2].copy()) for at in row.scales):
+        elif row is not None and row.scales:
+            size = int(gguf.GGML_QUANT_SIZES[tensor.tensor_type][1])
+            scales = [slice(at, at + 2) for at in row.scales]
+            if has_infinities(tensor.data.reshape(-1, size), scales):
                 raise CheckFailed(
                     f"{read.name}: {name} ({kind}) has NaN or infinite scales",
                     hint="check the merged weights for outliers; quantize again",
                 )
 
 
-def _parts(read: GGUFModel, data: Any) -> Iterator[Any]:
-    """Yield parts of a mapped array; the pages of each count as memory only while it is used."""
-    step = max(1, _PART // data[0].nbytes) if len(data) else 1
-    for start in range(0, len(data), step):
-        yield data[start : start + step]
-        read.forget_pages()
-
-
-def _block(tensor: Any) -> int:
-    """Return a tensor's block size; 256, the largest, for unknown types."""
-    row = TENSOR_TYPES.get(tensor.tensor_type.name.lower())
-    return row.block if row else 256
-
-
-def _block_bytes(tensor: Any) -> int:
-    import gguf
-
-    return int(gguf.GGML_QUANT_SIZES[tensor.tensor_type][1])
-
-
-def _has_infinities(data: Any) -> bool:
-    import numpy as np
-
-    bits = np.asarray(data).view(np.uint16)
-    return bool(((bits & 0x7C00) == 0x7C00).any())
-
-
 _HINT = "text would be tokenized differently than in training; convert it again"
-_SPECIAL = {"bos_token_id": "bos", "eos_token_id": "eos"}
 
 
-def check_tokenizer(read: GGUFModel, model: Path) -> int:
+def _check_tokenizer(read: GGUFModel, model: Path) -> int:
     """Return the number of tokens; raise CheckFailed if the tokenizers differ.
 
     Compares every token and the number of merges with `tokenizer.json`, if there is one, and begin
@@ -266,11 +295,25 @@ def check_tokenizer(read: GGUFModel, model: Path) -> int:
             f"the file has {len(tokens)} tokens but {rows} embedding rows",
             hint="check the checkpoint's tokenizer files",
         )
-    tokenizer = _read(model / "tokenizer.json")
-    if tokenizer:
+    if tokenizer := _read(model / "tokenizer.json"):
         _check_tokens(tokens, tokenizer)
-        _check_merges(read, tokenizer)
-    _check_special(read, _read(model / "config.json"), len(tokens))
+        known, found = tokenizer.get("model", {}).get("merges"), read.get("tokenizer.ggml.merges")
+        # A SentencePiece vocabulary has scores instead of merges.
+        if known and found is not None and len(found) != len(known):
+            raise CheckFailed(
+                f"the file has {len(found)} merges, but tokenizer.json {len(known)}", hint=_HINT
+            )
+    config = _read(model / "config.json")
+    ids = {name: read.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    for name, found in ids.items():
+        if found is not None and not 0 <= int(found) < len(tokens):
+            raise CheckFailed(
+                f"the file's {name} token {found} is outside its vocabulary",
+                hint="check the checkpoint's config.json and tokenizer files",
+            )
+    expected = config.get("eos_token_id")
+    if ids["eos"] is None and None not in (expected if isinstance(expected, list) else [expected]):
+        raise CheckFailed("the file does not have the checkpoint's eos_token_id", hint=_HINT)
     return len(tokens)
 
 
@@ -280,9 +323,7 @@ def _check_tokens(tokens: list[str], tokenizer: Mapping[str, Json]) -> None:
         vocabulary = {pair[0]: number for number, pair in enumerate(vocabulary)}
     added = {int(t["id"]): str(t["content"]) for t in tokenizer.get("added_tokens", ())}
     for text, number in vocabulary.items():
-        if number in added or number >= len(tokens):
-            continue
-        if tokens[number] != text:
+        if number not in added and number < len(tokens) and tokens[number] != text:
             raise CheckFailed(
                 f"token {number} is {tokens[number]!r} in the file, but {text!r} in tokenizer.json",
                 hint=_HINT,
@@ -296,28 +337,6 @@ def _check_tokens(tokens: list[str], tokenizer: Mapping[str, Json]) -> None:
             )
 
 
-def _check_merges(read: GGUFModel, tokenizer: Mapping[str, Json]) -> None:
-    merges, found = tokenizer.get("model", {}).get("merges"), read.get("tokenizer.ggml.merges")
-    # A SentencePiece vocabulary has scores instead of merges.
-    if merges and found is not None and len(found) != len(merges):
-        raise CheckFailed(
-            f"the file has {len(found)} merges, but tokenizer.json {len(merges)}", hint=_HINT
-        )
-
-
-def _check_special(read: GGUFModel, config: Mapping[str, Json], tokens: int) -> None:
-    for key, name in _SPECIAL.items():
-        expected, found = config.get(key), read.get(f"tokenizer.ggml.{name}_token_id")
-        expected = expected if isinstance(expected, list) else [expected]
-        if found is not None and not 0 <= int(found) < tokens:
-            raise CheckFailed(
-                f"the file's {name} token {found} is outside its vocabulary",
-                hint="check the checkpoint's config.json and tokenizer files",
-            )
-        if found is None and None not in expected and name == "eos":
-            raise CheckFailed(f"the file does not have the checkpoint's {key}", hint=_HINT)
-
-
 def _read(path: Path) -> Mapping[str, Json]:
     try:
         data = parse_file(path, largest=TOKENIZER)
@@ -326,3 +345,41 @@ def _read(path: Path) -> Mapping[str, Json]:
     except (OSError, ValueError) as error:
         raise CheckFailed(f"cannot read {path.name}: {error}", hint=_HINT) from None
     return data if isinstance(data, dict) else {}
+
+
+def places_of(request: QuantizeRequest) -> tuple[str, ...]:
+    """Return where the projector belongs: beside the file of each format; () for none."""
+    if "projector" not in request.options:
+        return ()
+    name = projector_name(f"{request.name}.gguf")
+    return tuple(str(each.output / name) for each in (request, *request.siblings))
+
+
+def check_projector(path: Path) -> dict[str, JsonValue]:
+    """Return a projector's facts for the report; raises CheckFailed if a check fails.
+
+    Checks: all tensors are inside the file and nothing follows the last; kind and type; a tensor of
+    each layer; float16 weights are finite.
+    """
+    read = GGUFModel([path])
+    for key, wanted in _PROJECTOR.items():
+        if (found := read.value(key)) != wanted:
+            raise CheckFailed(
+                f"{read.name}: {key} is {found!r}, not {wanted!r}",
+                hint="check the converter's output",
+            )
+    _check_guesses(read)
+    layers = {name.split(".")[2] for name in read.tensors if name.startswith("v.blk.")}
+    count = int(str(read.value("clip.vision.block_count")))
+    if layers and len(layers) != count:
+        raise CheckFailed(
+            f"{read.name} has tensors of {len(layers)} layers, but the vision tower has {count}",
+            hint="the converter dropped some; check its output",
+        )
+    _check_finite(read)
+    return {
+        "file": path.name,
+        "size": path.stat().st_size,
+        "type": PROJECTOR_TYPE,
+        "tensors": len(read.tensors),
+    }

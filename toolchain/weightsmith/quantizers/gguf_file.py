@@ -1,15 +1,20 @@
-"""Read a GGUF model of one or several files: metadata and tensors."""
+"""Read a GGUF model of one or several files, and its tensors by the checkpoint's names."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.errors import CheckFailed
+import numpy as np
+import numpy.typing as npt
+
+from weightsmith.core.errors import CheckFailed, Unmeasurable
 from weightsmith.core.values import Json
 from weightsmith.models.gguf_names import gguf_models
 from weightsmith.models.gguf_parts import parts_of
+from weightsmith.models.tensors import CheckpointTensors
 
 _HINT = "create it again; a common cause is a full disk"
 
@@ -19,13 +24,35 @@ class GGUFModel:
 
     def __init__(self, files: Sequence[Path]) -> None:
         """Raise CheckFailed unless the files are complete and are all parts of one model."""
-        self.files = tuple(files)
-        _check_parts(self.files)
-        readers = [_open(path) for path in self.files]
-        for path, reader in zip(self.files, readers, strict=True):
-            _check_size(reader, path)
-        self._first, self._readers = readers[0], readers
-        self.tensors: dict[str, Any] = {t.name: t for reader in readers for t in reader.tensors}
+        # Imported here to keep listing the formats fast.
+        from weightsmith.models.gguf_reader import GGUFReader
+
+        if not files:
+            raise CheckFailed("no GGUF file found", hint=_HINT)
+        if tuple(path.name for path in files) != parts_of(files[0].name):
+            raise CheckFailed(
+                f"{files[0].name} and {len(files) - 1} more files are not all the parts of one "
+                "model",
+                hint=_HINT,
+            )
+        self.files, self._readers = tuple(files), []
+        for path in files:
+            try:
+                self._readers.append(GGUFReader(path))
+            except (OSError, ValueError) as error:
+                raise CheckFailed(
+                    f"{path.name} is not a valid GGUF file: {error}", hint=_HINT
+                ) from None
+        for path, reader in zip(files, self._readers, strict=True):
+            spans = [(int(tensor.data_offset), int(tensor.n_bytes)) for tensor in reader.tensors]
+            end = sum(max(spans, default=(0, 0)))
+            padded = -(-end // reader.alignment) * reader.alignment
+            if spans and path.stat().st_size not in {end, padded}:
+                raise CheckFailed(
+                    f"{path.name} has {path.stat().st_size} bytes, but its tensors end at {padded}",
+                    hint=_HINT,
+                )
+        self.tensors: dict[str, Any] = {t.name: t for r in self._readers for t in r.tensors}
         if not self.tensors:
             raise CheckFailed(f"{self.name} has no tensors", hint="convert it again")
 
@@ -48,7 +75,7 @@ class GGUFModel:
 
     def get(self, key: str) -> Json:
         """Return a key's value, or None; raise CheckFailed if it is damaged."""
-        field = self._first.fields.get(key)
+        field = self._readers[0].fields.get(key)
         try:
             return None if field is None else field.contents()
         except ValueError as error:
@@ -62,34 +89,102 @@ def model_files(folder: Path) -> list[Path]:
     return [folder / name for name in gguf_models(path.name for path in folder.glob("[!.]*.gguf"))]
 
 
-def _check_parts(files: Sequence[Path]) -> None:
-    if not files:
-        raise CheckFailed("no GGUF file found", hint=_HINT)
-    if tuple(path.name for path in files) != parts_of(files[0].name):
-        raise CheckFailed(
-            f"{files[0].name} and {len(files) - 1} more files are not all the parts of one model",
-            hint=_HINT,
-        )
+# The converter's changes per architecture (conversion/*.py of llama.cpp).
+_PERMUTED = frozenset({"llama", "granite", "smollm3", "arcee"})
+"""Rows of Q and K are permuted from halves of a head to neighbouring pairs (LlamaModel.permute)."""
+_NORM_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3"})
+_UNCHANGED = frozenset(
+    {
+        "cohere2", "command-r", "olmo2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe",
+        "starcoder2",
+    }
+)  # fmt: skip
+_TEXT = re.compile(r"(language|text)_model\.")
+"""The part of a name that says which part of a model a tensor belongs to."""
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
-def _open(path: Path) -> Any:
-    # Imported here to keep listing the formats fast.
-    from weightsmith.models.gguf_reader import GGUFReader
+def open_view(artifact: Path, model: Path) -> GGUFView:
+    """Return a folder's GGUF tensors by the names of the checkpoint in `model`.
 
-    try:
-        return GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise CheckFailed(f"{path.name} is not a valid GGUF file: {error}", hint=_HINT) from None
+    Raises Unmeasurable for an unsupported architecture.
+    """
+    return GGUFView(GGUFModel(model_files(artifact)), model)
 
 
-def _check_size(reader: Any, path: Path) -> None:
-    last = max(reader.tensors, key=lambda tensor: int(tensor.data_offset), default=None)
-    if last is None:
-        return
-    end = int(last.data_offset) + int(last.n_bytes)
-    padded = -(-end // reader.alignment) * reader.alignment
-    size = path.stat().st_size
-    if size not in {end, padded}:
-        raise CheckFailed(
-            f"{path.name} has {size} bytes, but its tensors end at {padded}", hint=_HINT
-        )
+class GGUFView:
+    """A View of GGUF files, dequantized by the `gguf` package."""
+
+    def __init__(self, read: GGUFModel, model: Path) -> None:
+        """Map the checkpoint's tensors to the file's."""
+        self._read = read
+        self._arch = str(read.value("general.architecture"))
+        if self._arch not in _PERMUTED | _NORM_PLUS_ONE | _UNCHANGED:
+            raise Unmeasurable(
+                f"measuring GGUF files of architecture {self._arch} is not supported",
+                hint="use the task score instead",
+            )
+        self._places = self._find(CheckpointTensors(model).names)
+        self.names = frozenset(self._places)
+        """Names of the tensors."""
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """Return one tensor as float32, in the checkpoint's shape and order."""
+        return self._dequantized(name, slice(None))
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return some rows of such a tensor; only they are dequantized."""
+        return self._dequantized(name, slice(start, stop))
+
+    def kind(self, name: str) -> str:
+        """Return the tensor's type, such as `q4_k`."""
+        return str(self._read.tensors[self._places[name][0]].tensor_type.name).lower()
+
+    def _dequantized(self, name: str, where: slice) -> npt.NDArray[np.float32]:
+        import gguf
+
+        place, expert = self._places[name]
+        found = self._read.tensors[place]
+        data = found.data if expert is None else found.data[expert]
+        heads = self._permuted_heads(name)
+        if heads:
+            pairs = np.arange(len(data)).reshape(heads, -1, 2)
+            data = data[pairs.swapaxes(1, 2).reshape(-1)[where]]
+        else:
+            data = data[where]
+        try:
+            values: npt.NDArray[np.float32] = gguf.dequantize(data, found.tensor_type)
+        except NotImplementedError:  # Q1_0, as of 0.19
+            raise Unmeasurable(
+                f"the gguf package cannot dequantize {found.tensor_type.name}",
+                hint="use the task score instead",
+            ) from None
+        if self._arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
+            return values - 1
+        return values
+
+    def _find(self, names: frozenset[str]) -> dict[str, tuple[str, int | None]]:
+        import gguf
+
+        arch = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}[self._arch]
+        blocks = int(self._read.value(f"{self._arch}.block_count"))
+        known = gguf.get_tensor_name_map(arch, blocks)
+        found: dict[str, tuple[str, int | None]] = {}
+        for name in names:
+            expert = _EXPERT.search(name)
+            plain = _TEXT.sub("", _EXPERT.sub(".experts.", name), count=1)
+            place = known.get_name(plain, try_suffixes=(".weight", ".bias"))
+            if plain == "lm_head.weight" and place not in self._read.tensors:
+                place = "token_embd.weight"  # tied
+            if place in self._read.tensors:
+                found[name] = (place, int(expert[1]) if expert else None)
+        return found
+
+    def _permuted_heads(self, name: str) -> int:
+        """Return the number of heads whose rows are permuted in a tensor: in Q and K, else 0."""
+        if self._arch not in _PERMUTED or not re.search(r"\.self_attn\.(.*\.)?[qk]_proj\.", name):
+            return 0
+        heads = self._read.value(f"{self._arch}.attention.head_count")
+        if ".k_proj." in name:
+            heads = self._read.get(f"{self._arch}.attention.head_count_kv") or heads
+        return int(heads)

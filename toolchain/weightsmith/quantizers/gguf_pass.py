@@ -15,13 +15,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.kernels import quants
 from weightsmith.core.safe_parse import parse
 from weightsmith.quantizers.gguf_header import (
@@ -36,67 +37,6 @@ from weightsmith.quantizers.gguf_rows import Read
 
 _SOME = 1 << 20
 """Bytes that are read at a time."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class WrittenChunk:
-    """Bytes of a tensor that were written at once."""
-
-    at: int
-    size: int
-    sha256: str
-
-    @staticmethod
-    def of(data: memoryview, at: int) -> WrittenChunk:
-        """Return the piece of bytes that go to an offset of the file."""
-        return WrittenChunk(at, len(data), hashlib.sha256(data).hexdigest())
-
-
-def line_of(name: str, pieces: Sequence[WrittenChunk]) -> bytes:
-    """Return the journal's line of a tensor whose pieces are on the disk."""
-    return json.dumps([name, *map(astuple, sorted(pieces))]).encode() + b"\n"
-
-
-def reached(
-    journal: Path, key: str, partial: Path, spans: Mapping[str, tuple[int, int]]
-) -> set[str]:
-    """Return the tensors that an interrupted run of the same inputs finished, read back.
-
-    `spans` are offset and bytes of each tensor. Those whose bytes are not the ones that were
-    written are left out, as are lines that were cut off.
-    """
-    if not journal.is_file() or not partial.is_file():
-        return set()
-    first, *lines = journal.read_text("utf-8", errors="replace").split("\n")
-    if first != key:
-        return set()
-    with partial.open("rb") as file:
-        return {name for line in lines if (name := _finished(line, file, spans))}
-
-
-def _finished(line: str, file: IO[bytes], spans: Mapping[str, tuple[int, int]]) -> str:
-    """Return a line's tensor if the file has what it says, or an empty name."""
-    try:
-        name, *found = parse(line)
-        pieces, (at, size) = [WrittenChunk(*piece) for piece in found], spans[name]
-        end = at + size
-        for piece in pieces:
-            if piece.at != at or piece.sha256 != _sha256(file, at, piece.size):
-                return ""
-            at += piece.size
-    except (ValueError, TypeError, KeyError):
-        return ""
-    return str(name) if at == end else ""
-
-
-def _sha256(file: IO[bytes], at: int, size: int) -> str:
-    found = hashlib.sha256()
-    file.seek(at)
-    for start in range(0, size, _SOME):
-        found.update(file.read(min(_SOME, size - start)))
-    return found.hexdigest()
-
-
 _BLOCK = 1 << 20
 """Weights per block: as many as the merge computes at a time, which takes longer for fewer."""
 _AHEAD = 2 * _BLOCK
@@ -110,6 +50,62 @@ _MEASURED = ("IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S")
 """Types that need importance (llama-quant.cpp's tensor_requires_imatrix)."""
 _NEVER_MEASURED = ("token_embd.weight", "per_layer_token_embd.weight", "output.weight")
 _Q2_K_S = 21
+_Written: TypeAlias = dict[int, tuple[int, int, str]]
+"""What a block wrote, by its output: offset, bytes and their sha256."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassFile(JsonObject):
+    """One file to write; paths are absolute or relative to the program's folder."""
+
+    out: str
+    format: str
+    direct: bool
+    """The converter writes this type itself."""
+    tensor_types: Mapping[str, str] = field(default_factory=dict)
+    importance: str = ""
+    """File of the importance matrix; empty: none."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Keys to set, such as the licence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportanceWalk(JsonObject):
+    """What our walk measures first, as far as no interrupted run has; paths are absolute."""
+
+    model: str
+    """The checkpoint's folder."""
+    texts: str
+    """JSON Lines: calibration texts as they were given."""
+    out: str
+    """The importance matrix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassSettings(JsonObject):
+    """What to quantize, and how; paths are absolute or relative to the program's folder."""
+
+    convert: tuple[str, ...]
+    """The converter and its arguments but for a file's name and type; empty: `middle` has its
+    output already."""
+    middle: str
+    """The unquantized file, or the stem of its parts; empty if all files are `direct`."""
+    between: str
+    """The unquantized file's type."""
+    quantize: str
+    """llama-quantize."""
+    threads: int
+    """0: one per CPU."""
+    split: bool
+    """Write parts, as many as the unquantized file has."""
+    files: tuple[PassFile, ...]
+    """What to write, all in one pass over the weights."""
+    walk: ImportanceWalk | None = None
+    """What measures the files' importance; None: nothing does, or it lies there."""
+    projectors: tuple[str, ...] = ()
+    """Where the converter's projector for pictures belongs; empty: none."""
+    allow_text_only: bool = False
+    """Whether there may be none because it cannot be converted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,10 +192,9 @@ class _File:
     out: int
     log: int
     """Its journal."""
+    output: GgufOutput
     targets: Mapping[str, TypeChange]
     offsets: Mapping[str, int]
-    importance: Importance
-    whole: Mapping[str, Callable[[], np.ndarray]]
     done: frozenset[str]
     """Tensors that an interrupted run has finished."""
 
@@ -210,34 +205,35 @@ def _opened(header: GgufHeader, output: GgufOutput) -> Iterator[_File]:
     tensors, targets, wanted = header.tensors, output.targets, output.wanted
     if different := {t.name for t in targets} ^ tensors.keys():
         raise ValueError(f"the header and llama-quantize --dry-run differ in {sorted(different)}")
-    start = output.start
+    start, sized = output.start, dict[str, tuple[int, int]]()
     if not start:
         _check(targets, wanted)
-    sized = {t.name: _sized(t, tensors[t.name]) for t in targets}
+    for target in targets:
+        entry = tensors[target.name]
+        size = quants.row_bytes(target.target, entry.columns) * entry.rows
+        sized[target.name] = quants.number(target.target), size
     offsets = placed(sized, len(start))
     if not start:
         changes = changed_values(wanted.file_type, {**wanted.overrides, **wanted.importance.about})
         start, offsets = quantized(header, sized, changes)
     last = targets[-1].name
-    size = -(-(offsets[last] + sized[last][1]) // 32) * 32
     partial, journal = _unfinished(output.path)
     key = hashlib.sha256(start + wanted.key.encode()).hexdigest()
     spans = {name: (offsets[name], bytes_) for name, (_, bytes_) in sized.items()}
-    done = reached(journal, key, partial, spans)
+    done = _reached(journal, key, partial, spans)
     with partial.open("r+b" if done else "wb") as file, journal.open("a" if done else "w") as log:
         log.write("\n" if done else key + "\n")  # the last line may have been cut off
         log.flush()
         file.write(start)
-        file.truncate(size)
+        file.truncate(-(-sum(spans[last]) // 32) * 32)
         file.flush()
         yield _File(
             out=file.fileno(),
             log=log.fileno(),
+            output=output,
             targets={target.name: target for target in targets},
             offsets=offsets,
-            importance=wanted.importance,
-            whole=output.whole,
-            done=frozenset(done),
+            done=done,
         )
 
 
@@ -251,6 +247,43 @@ def finish(files: Sequence[Path]) -> None:
 
 def _unfinished(out: Path) -> tuple[Path, Path]:
     return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.journal")
+
+
+def _reached(
+    journal: Path, key: str, partial: Path, spans: Mapping[str, tuple[int, int]]
+) -> frozenset[str]:
+    """Return the tensors that an interrupted run of the same inputs finished, read back.
+
+    `spans` are offset and bytes of each tensor. Those whose bytes are not the ones that were
+    written are left out, as are lines that were cut off.
+    """
+    if not journal.is_file() or not partial.is_file():
+        return frozenset()
+    first, *lines = journal.read_text("utf-8", errors="replace").split("\n")
+    if first != key:
+        return frozenset()
+    with partial.open("rb") as file:
+        return frozenset(name for line in lines if (name := _finished(line, file, spans)))
+
+
+def _finished(line: str, file: IO[bytes], spans: Mapping[str, tuple[int, int]]) -> str:
+    """Return a line's tensor if the file has what it says, or an empty name."""
+    try:
+        name, *pieces = parse(line)
+        at, left = spans[name]
+        for start, size, sha256 in pieces:
+            if start != at:
+                return ""
+            state = hashlib.sha256()
+            file.seek(at)
+            for done in range(0, size, _SOME):
+                state.update(file.read(min(_SOME, size - done)))
+            if sha256 != state.hexdigest():
+                return ""
+            at, left = at + size, left - size
+    except (ValueError, TypeError, KeyError):
+        return ""
+    return "" if left else str(name)
 
 
 def _check(targets: Sequence[TypeChange], wanted: Wanted) -> None:
@@ -269,26 +302,6 @@ def _check(targets: Sequence[TypeChange], wanted: Wanted) -> None:
                 hint="set imatrix to auto or to a file that has this tensor, or choose another "
                 "type (tensor_types)",
             )
-
-
-def _sized(target: TypeChange, entry: GgufTensorInfo) -> tuple[int, int]:
-    """Return a target type's number and the tensor's bytes."""
-    size = quants.row_bytes(target.target, entry.columns) * entry.rows
-    return quants.number(target.target), size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
-    """Where a block of rows goes, in one of the files."""
-
-    file: _File
-    target: TypeChange
-    importance: np.ndarray | None
-    at: int
-
-
-_Written = dict[int, WrittenChunk]
-"""What a block wrote, by its output."""
 
 
 class _Writer:
@@ -320,11 +333,11 @@ class _Writer:
         """Start a tensor; returns while its last blocks are being computed."""
         name, blocks = entry.name, list[Future[_Written]]()
         blocks.extend(
-            self._pool.submit(self._copy, name, file.whole[name](), file)
+            self._pool.submit(self._copy, name, file.output.whole[name](), file)
             for file in files
-            if name in file.whole
+            if name in file.output.whole
         )
-        sharing = [file for file in files if name not in file.whole]
+        sharing = [file for file in files if name not in file.output.whole]
         kind = sharing[0].targets[name].kind if sharing else ""
         if kind in _FLOATS:
             blocks += self._blocks(source.rows(entry, kind), entry, sharing)
@@ -333,13 +346,7 @@ class _Writer:
             blocks += [self._pool.submit(self._copy, name, data, file) for file in sharing]
         self._waiting.append((entry.rows * entry.columns, blocks))
         self._notes.append(self._noter.submit(self._note, name, blocks, files))
-        self._wait()
-
-    def _wait(self) -> None:
-        """Wait until few weights of earlier tensors are unfinished; raises what their work raised.
-
-        Nobody waits for the disk here: the notes are taken while the next tensors are computed.
-        """
+        # Nobody waits for the disk here: the notes are taken while the next tensors are computed.
         while sum(weights for weights, _ in self._waiting[:-1]) > _AHEAD:
             for block in self._waiting[0][1]:
                 block.result()
@@ -352,30 +359,37 @@ class _Writer:
     ) -> list[Future[_Written]]:
         matrices = entry.shape[2] if len(entry.shape) > 2 else 1
         height, blocks = entry.rows // matrices, []
-        important = [_importance(file, entry, matrices) for file in files]
+        changes = [file.targets[entry.name] for file in files]
+        important = [
+            None
+            if one.kind == one.target
+            else file.output.wanted.importance.of(entry.name, entry.columns, matrices)
+            for file, one in zip(files, changes, strict=True)
+        ]
+        places = [
+            (file.out, file.offsets[entry.name], quants.row_bytes(one.target, entry.columns))
+            for file, one in zip(files, changes, strict=True)
+        ]
+
+        def quantize(start: int, end: int, matrix: int) -> _Written:
+            block, written = rows(start, end), _Written()
+            if not _all_finite(block):
+                raise _not_finite(f"{entry.name} has NaN or infinite weights")
+            for one, own, (out, at, size) in zip(changes, important, places, strict=True):
+                importance = None if own is None else own[matrix]
+                try:
+                    made = quants.quantize_rows(one.target, block, importance)
+                except ValueError as error:
+                    raise _unfit(one, error) from None
+                written[out] = _write(out, made, at + start * size)
+            return written
+
         step = max(1, _BLOCK // entry.columns)
         for matrix in range(matrices):
             for start in range(matrix * height, (matrix + 1) * height, step):
                 end = min(start + step, (matrix + 1) * height)
-                parts = [
-                    _part(file, entry, None if own is None else own[matrix], start)
-                    for file, own in zip(files, important, strict=True)
-                ]
-                blocks.append(self._pool.submit(self._quantize, rows, (start, end), parts))
+                blocks.append(self._pool.submit(quantize, start, end, matrix))
         return blocks
-
-    def _quantize(self, read: Read, span: tuple[int, int], parts: Sequence[_Part]) -> _Written:
-        rows, name = read(*span), parts[0].target.name
-        if not _all_finite(rows):
-            raise _not_finite(f"{name} has NaN or infinite weights")
-        written: _Written = {}
-        for part in parts:
-            try:
-                made = quants.quantize_rows(part.target.target, rows, part.importance)
-            except ValueError as error:
-                raise _unfit(part.target, error) from None
-            written[part.file.out] = _write(part.file.out, made, part.at)
-        return written
 
     def _copy(self, name: str, data: np.ndarray, file: _File) -> _Written:
         target = file.targets[name]
@@ -386,37 +400,22 @@ class _Writer:
         return {file.out: _write(file.out, data, file.offsets[name])}
 
     def _note(self, name: str, blocks: Sequence[Future[_Written]], files: Sequence[_File]) -> None:
+        """Write a tensor's line to the journals when its data is on the disk.
+
+        After an error, raises it each time: the system tells of a lost write once (man 2 fsync), so
+        a later call proves nothing.
+        """
         written = [block.result() for block in blocks]
         for file in files:
-            self._sync(file.out)
-            pieces = [block[file.out] for block in written if file.out in block]
-            os.write(file.log, line_of(name, pieces))
-
-    def _sync(self, out: int) -> None:
-        """Wait until what was written is on the disk; after an error, raise it each time.
-
-        The system tells of a lost write once (man 2 fsync): a later call proves nothing.
-        """
-        if self._lost is None:
-            try:
-                os.fdatasync(out)
-            except OSError as error:
-                self._lost = error
-        if self._lost is not None:
-            raise self._lost
-
-
-def _importance(file: _File, entry: GgufTensorInfo, matrices: int) -> np.ndarray | None:
-    target = file.targets[entry.name]
-    if target.kind == target.target:
-        return None
-    return file.importance.of(entry.name, entry.columns, matrices)
-
-
-def _part(file: _File, entry: GgufTensorInfo, importance: np.ndarray | None, start: int) -> _Part:
-    target = file.targets[entry.name]
-    at = file.offsets[entry.name] + start * quants.row_bytes(target.target, entry.columns)
-    return _Part(file=file, target=target, importance=importance, at=at)
+            if self._lost is None:
+                try:
+                    os.fdatasync(file.out)
+                except OSError as error:
+                    self._lost = error
+            if self._lost is not None:
+                raise self._lost
+            pieces = sorted(block[file.out] for block in written if file.out in block)
+            os.write(file.log, json.dumps([name, *pieces]).encode() + b"\n")
 
 
 def _all_finite(rows: np.ndarray) -> bool:
@@ -435,17 +434,17 @@ def _not_finite(message: str) -> InputRefused:
 
 
 def _unfit(target: TypeChange, error: ValueError) -> InputRefused:
-    """Return the error of weights that a type cannot hold."""
     if target.target == "F16":
         hint = "use q8_0, or another format with scales"
         return InputRefused(f"{target.name} overflows float16", hint=hint)
     return _not_finite(f"{target.name}: {error}")
 
 
-def _write(out: int, data: np.ndarray, at: int) -> WrittenChunk:
+def _write(out: int, data: np.ndarray, at: int) -> tuple[int, int, str]:
+    """Write bytes to an offset of a file; return offset, size and sha256."""
     flat: Any = data.reshape(-1).view(np.uint8)
     view = memoryview(flat)
-    piece = WrittenChunk.of(view, at)
+    piece = at, len(view), hashlib.sha256(view).hexdigest()
     while view:
         count = os.pwrite(out, view, at)
         view, at = view[count:], at + count

@@ -34,7 +34,7 @@ from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.provenance.labels import public_name
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.calibration import Texts, texts_of
-from weightsmith.quantizers.gguf_calibration import IMATRIX_WORDS, WALK_TOKENS, measured_by
+from weightsmith.quantizers.gguf_importance import IMATRIX_WORDS, WALK_TOKENS, measured_by
 from weightsmith.quantizers.quantizer import Quantizer
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.calibration_memory import calibration_memory

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from weightsmith.quantizers.convert import run
-from weightsmith.quantizers.gguf_projector import ALLOW_TEXT_ONLY
+from weightsmith.quantizers.gguf_check import ALLOW_TEXT_ONLY
 from weightsmith.quantizers.running import refusals
 from weightsmith.worker.virtual import computed_for_program
 

@@ -42,18 +42,26 @@ from weightsmith.outside.hardware import cores
 from weightsmith.quantizers.convert import run
 from weightsmith.quantizers.gguf_header import GgufTensorInfo, read_header
 from weightsmith.quantizers.gguf_importance import DIGEST_KEY, Importance, read_importance
-from weightsmith.quantizers.gguf_lazy import computed, is_stored, place_of, rows_of
 from weightsmith.quantizers.gguf_pass import (
     GgufOutput,
     GgufSource,
+    ImportanceWalk,
+    PassFile,
+    PassSettings,
     TypeChange,
     Wanted,
     finish,
     read_targets,
     write_files,
 )
-from weightsmith.quantizers.gguf_rows import Read, StoredRows
-from weightsmith.quantizers.gguf_settings import ImportanceWalk, PassFile, PassSettings
+from weightsmith.quantizers.gguf_rows import (
+    Read,
+    StoredRows,
+    computed,
+    is_stored,
+    place_of,
+    rows_of,
+)
 from weightsmith.quantizers.gguf_types import FILE_TYPES
 from weightsmith.quantizers.running import progress_line, refusal
 from weightsmith.worker.calibrating import importance

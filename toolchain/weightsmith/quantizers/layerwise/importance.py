@@ -28,7 +28,7 @@ from weightsmith.forward.pipeline import Pipeline
 from weightsmith.forward.reproducible import follow, reproducible
 from weightsmith.forward.threads import CPUS, product, thread_pool, unwatched
 from weightsmith.quantizers.architectures import EXPERTS
-from weightsmith.quantizers.gguf_calibration import WALK_TOKENS, config_of, window_of
+from weightsmith.quantizers.gguf_importance import WALK_TOKENS, config_of, window_of
 from weightsmith.quantizers.layerwise.observing import is_experts
 
 if TYPE_CHECKING:
