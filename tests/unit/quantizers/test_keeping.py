@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from weightsmith.core.errors import UsageError
-from weightsmith.quantizers.unquantized import (
+from weightsmith.quantizers.checkpoints import (
     MATRICES,
     is_kept,
     keep_option,

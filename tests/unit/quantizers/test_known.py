@@ -24,6 +24,7 @@ from weightsmith.quantizers.architectures import (
     check_kept,
 )
 from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.checkpoints import MATRICES, is_kept
 from weightsmith.quantizers.known import (
     STACKED_MXFP4,
     gguf_architectures,
@@ -36,7 +37,6 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import NVFP4, SCHEMES
-from weightsmith.quantizers.unquantized import MATRICES, is_kept
 
 from docs.known import listed
 from tests import vllm_parts

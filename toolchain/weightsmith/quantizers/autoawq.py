@@ -9,7 +9,7 @@ from typing import Any
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import discard, remove
-from weightsmith.core.values import Format, Json, JsonValue
+from weightsmith.core.values import Format, JsonValue
 from weightsmith.quantizers.awq_search import patch_searches
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
@@ -19,11 +19,12 @@ from weightsmith.quantizers.checkpoints import (
     finish,
     group_option,
     in_groups,
+    keep_option,
     peak_disk,
     zero_point_option,
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
-from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import (
     encoder,
@@ -33,12 +34,11 @@ from weightsmith.quantizers.running import (
     samples,
     texts,
 )
-from weightsmith.quantizers.unquantized import keep_option
 
 AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
 
 
-def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the recipe's options that affect the output; raises UsageError."""
     zero_point_option(format_, requested)
     if keep := keep_option(requested):
@@ -54,12 +54,6 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step: AutoAWQ, and conversion of its output by our code."""
     title = f"quantizing to {request.format.name} by AutoAWQ"
     return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
-
-
-def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
-    """Check the finished checkpoint against the original; raises CheckFailed."""
-    found = check_checkpoint(request.output, request.model, _layout(request))
-    return {**found, "engine": "autoawq"}
 
 
 def _layout(request: QuantizeRequest) -> PackedLayout:
@@ -108,7 +102,7 @@ QUANTIZER = Quantizer(
     recipe_number=5,
     check_input=lambda _format, model: check_grouped(model, LLAMAS),
     steps=steps,
-    check=check,
+    check=lambda request: checked(request, _layout(request), "autoawq"),
     peak_disk=peak_disk,
     options=options,
     check_options=check_group,

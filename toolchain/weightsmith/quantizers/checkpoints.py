@@ -1,9 +1,12 @@
-"""Shared by all quantizers of checkpoints: input checks, and writing the finished folder.
+"""Shared by all quantizers of checkpoints: checks, what stays in 16 bits, the finished folder.
 
 Tools save tokenizers and configurations in the format of their transformers version, with paths and
 times, and sometimes float32 tensors. So only the packed tensors are kept; others get the
 checkpoint's type, and tokenizer and template are copied byte for byte: servers with older libraries
 can read them.
+
+Matrices are kept in 16 bits by suffix, and fused ones together: engines fuse Q, K and V, and gate
+and up, and do not start with a checkpoint that keeps part of a group in 16 bits.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
@@ -22,6 +26,7 @@ from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type
 from weightsmith.quantizers.known import what_works
+from weightsmith.quantizers.matrices import FUSED, Matrix
 from weightsmith.quantizers.packed import PARTS, PackedLayout
 from weightsmith.quantizers.writing import TensorGroup, copied, whole, write_checkpoint
 
@@ -40,6 +45,10 @@ DENSE = LLAMAS | {
 }  # fmt: skip
 """Dense decoders whose layers consist of `*_proj` matrices, norms and biases, so that each matrix
 can be rounded separately. For each, vLLM's log-probabilities were compared with ours."""
+_FUSED = {name: FUSED[name] for name in ("qkv_proj", "gate_up_proj")}
+MATRICES = (*_FUSED["qkv_proj"], "o_proj", *_FUSED["gate_up_proj"], "down_proj")
+_NEVER_QUANTIZED = "lm_head"
+"""Listing it has no effect."""
 
 _CACHE_SCHEME: Mapping[str, JsonValue] = {
     "num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False,
@@ -73,17 +82,13 @@ def check_config(model: ModelFacts, known: Collection[str]) -> None:
         )
     check_unpacked(model)
     if model.architecture not in known:
+        names = ", ".join(sorted(known))
+        if len(known) > _MOST_NAMED:
+            names = f"{len(known)} others: see docs/reference/architectures.md"
         raise InputRefused(
-            f"unsupported architecture {model.architecture}; supported are {_listed(known)}",
+            f"unsupported architecture {model.architecture}; supported are {names}",
             hint=what_works(model),
         )
-
-
-def _listed(known: Collection[str]) -> str:
-    """Return the names, or where they are listed if they are many."""
-    if len(known) > _MOST_NAMED:
-        return f"{len(known)} others: see docs/reference/architectures.md"
-    return ", ".join(sorted(known))
 
 
 def check_unpacked(model: ModelFacts) -> None:
@@ -115,18 +120,19 @@ def check_group(model: ModelFacts, options: Mapping[str, JsonValue]) -> None:
     group_size(model, options.get("group_size"))
 
 
-def group_size(model: ModelFacts, requested: Json) -> int:
+def group_size(model: ModelFacts, requested: JsonValue) -> int:
     """Return the requested group size, or the largest that divides every row.
 
     Raises InputRefused with the row and the possible sizes if it does not divide a row.
     """
     rows = row_lengths(model)
     fitting = [size for size in GROUP_SIZES if all(row % size == 0 for row in rows.values())]
-    if requested in {None, "", "auto", 0} and fitting:
-        return fitting[0]
-    if requested in fitting:
-        return int(requested)
-    size = GROUP_SIZES[-1] if requested in {None, "", "auto", 0} else int(requested)
+    if requested in {None, "", "auto", 0}:
+        size = fitting[0] if fitting else GROUP_SIZES[-1]
+    else:
+        size = int(str(requested))
+    if size in fitting:
+        return size
     name, row = (
         next((n, r) for n, r in rows.items() if r % size)
         if any(r % size for r in rows.values())
@@ -207,12 +213,7 @@ def peak_disk(
     return int((2 * output_bytes(checkpoint_bytes, kept, format_) + kept) * _ENGINE)
 
 
-def finish(
-    model: Path,
-    raw: Path,
-    out: Path,
-    quantization: Mapping[str, JsonValue],
-) -> None:
+def finish(model: Path, raw: Path, out: Path, quantization: Mapping[str, JsonValue]) -> None:
     """Write the finished checkpoint from an engine's output.
 
     Tokenizer, template and configuration are copied from the checkpoint, because engines rewrite
@@ -221,13 +222,16 @@ def finish(
     """
     made, source = CheckpointTensors(raw), CheckpointTensors(model)
     works: list[TensorGroup] = []
+
+    def in_original_dtype(name: str) -> np.ndarray:
+        return made.array(name).astype(array_type(source.info(name).dtype))
+
     for name in sorted(made.names):
         if name.endswith(PARTS) or f"{name}_scale" in made.names:
             works.append(copied(made, name))
         elif name in source.names:
             own = source.info(name)
-            make = partial(_in_original_dtype, made, source, name)
-            works.append(whole(name, own.dtype, own.shape, make))
+            works.append(whole(name, own.dtype, own.shape, partial(in_original_dtype, name)))
     write_checkpoint(out, works)
     write_companions(model, out, quantization)
 
@@ -253,15 +257,87 @@ def with_cache_scheme(config: Mapping[str, Json]) -> dict[str, Json]:
     return {**config, "quantization_config": {**weights, "kv_cache_scheme": dict(_CACHE_SCHEME)}}
 
 
-def _in_original_dtype(made: CheckpointTensors, source: CheckpointTensors, name: str) -> Any:
-    """Return a tensor in the checkpoint's dtype; engines compute in wider ones."""
-    dtype = array_type(source.info(name).dtype)
-    return made.array(name).astype(dtype)
-
-
-def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, Json]:
+def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, JsonValue]:
     """Return the quantization_config of AutoAWQ's GEMM layout."""
     return {
         "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group,
         "zero_point": True, "modules_to_not_convert": list(kept) or None,
     }  # fmt: skip
+
+
+def keep_option(requested: Mapping[str, JsonValue]) -> list[str]:
+    """Return `quantize.keep` of a recipe, sorted.
+
+    Raises UsageError for unknown matrices, for only some of the matrices that engines fuse, and if
+    nothing would be quantized.
+    """
+    listed = requested.get("keep")
+    keep = sorted({*map(str, listed if isinstance(listed, Sequence) else ())} - {_NEVER_QUANTIZED})
+    for end in keep:
+        stem, _, name = end.rpartition(".")
+        if name not in MATRICES:
+            raise UsageError(
+                f"keep: {end!r} is not the suffix of a matrix name",
+                hint=f"use {', '.join(MATRICES)}, or e.g. layers.0.mlp.down_proj",
+            )
+        for fused in _FUSED.values():
+            missing = [s for s in fused if name in fused and f"{stem}.{s}".lstrip(".") not in keep]
+            if missing:
+                raise UsageError(
+                    f"keep: engines fuse {', '.join(fused)}, so they must have the same type; "
+                    f"{end} is listed without {', '.join(missing)}",
+                    hint="list all of them, or none",
+                )
+    if set(MATRICES) <= set(keep):
+        raise UsageError(
+            "keep lists every matrix: nothing would be quantized",
+            hint="list fewer, or serve the model in 16 bits",
+        )
+    return keep
+
+
+def kept_modules(model: Path, keep: Sequence[str]) -> list[str]:
+    """Return a checkpoint's modules that match `keep`, sorted."""
+    linear = (n.removesuffix(".weight") for n in CheckpointTensors(model).names if LINEAR.search(n))
+    return sorted(module for module in linear if is_kept(module, keep))
+
+
+def without_kept(known: Sequence[Matrix], keep: Sequence[str]) -> list[Matrix]:
+    """Return the matrices of a checkpoint that are quantized.
+
+    Raises InputRefused for names in `keep` that match nothing, and if nothing is left.
+    """
+    for end in keep:
+        if not any(is_kept(matrix.module, [end]) for matrix in known):
+            raise InputRefused(
+                f"keep: no matrix has a name that ends in {end!r}",
+                hint=f"remove it; the names are like {known[-1].module if known else ''}",
+            )
+    found = [matrix for matrix in known if not is_kept(matrix.module, keep)]
+    if not found:
+        raise InputRefused(
+            "keep lists every matrix of the model: nothing would be quantized"
+            if known
+            else "no tensor of the checkpoint is a matrix of a decoder layer",
+            hint="list fewer, or serve the model in 16 bits",
+        )
+    return found
+
+
+def is_kept(module: str, keep: Iterable[str]) -> bool:
+    """Return whether a module's name has a suffix in `keep`, at a dot."""
+    return any(module == end or module.endswith(f".{end}") for end in keep)
+
+
+def negative_patterns(keep: Sequence[str]) -> dict[str, JsonValue]:
+    """Return GPTQ's `dynamic`: regular expressions for the modules that are not quantized.
+
+    Engines match the names of fused matrices, so these have their own expressions.
+    """
+    ends = set(keep)
+    for end in keep:
+        stem, _, name = end.rpartition(".")
+        for fused, parts in _FUSED.items():
+            if name in parts:
+                ends.add(f"{stem}.{fused}".lstrip("."))
+    return {rf"-:(.*\.)?{re.escape(end)}$": {} for end in sorted(ends)}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.trees import discard, remove
-from weightsmith.core.values import Format, Json, JsonValue
+from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers.checkpoints import (
     LLAMAS,
@@ -22,19 +22,20 @@ from weightsmith.quantizers.checkpoints import (
     finish,
     group_option,
     group_size,
+    keep_option,
+    kept_modules,
     peak_disk,
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
-from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import encoder, python_step, read_settings, samples, texts
-from weightsmith.quantizers.unquantized import keep_option, kept_modules
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
 AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
 
 
-def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the recipe's options that affect a format's output."""
     found: dict[str, JsonValue] = {"keep": keep_option(requested)}
     if format_ == AWQ_COMPRESSED:
@@ -60,18 +61,11 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
             request,
             f"quantizing to {request.format.name} by llm-compressor",
             format=request.format.name,
-            keep=request.options.get("keep", []),
+            keep=request.keep,
             group_size=layout.group_size,
             symmetric=layout.symmetric,
         ),
     )
-
-
-def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Check the finished checkpoint against the original; raises CheckFailed."""
-    keep = tuple(request.options.get("keep", ()))
-    found = check_checkpoint(request.output, request.model, _layout(request), keep)
-    return {**found, "engine": "llm-compressor"}
 
 
 def _layout(request: QuantizeRequest) -> PackedLayout:
@@ -157,7 +151,7 @@ QUANTIZER = Quantizer(
     recipe_number=4,
     check_input=lambda _format, model: check_config(model, LLAMAS),
     steps=steps,
-    check=check,
+    check=lambda request: checked(request, _layout(request), "llm-compressor"),
     peak_disk=peak_disk,
     options=options,
     check_options=check_options,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.core.trees import discard, remove
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.quantizers.awq_search import best_clip
 from weightsmith.quantizers.checkpoints import (
@@ -24,12 +24,15 @@ from weightsmith.quantizers.checkpoints import (
     finish,
     group_option,
     in_groups,
+    keep_option,
+    kept_modules,
+    negative_patterns,
     peak_disk,
     row_lengths,
     zero_point_option,
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
-from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import (
     encoder,
@@ -39,7 +42,6 @@ from weightsmith.quantizers.running import (
     samples,
     texts,
 )
-from weightsmith.quantizers.unquantized import keep_option, kept_modules, negative_patterns
 
 AWQ_GPTQMODEL = Format(name="awq-gptqmodel", kind="awq", bits_per_weight=4.16)
 GPTQ_GPTQMODEL = Format(name="gptq-gptqmodel", kind="gptq", bits_per_weight=4.16)
@@ -50,7 +52,7 @@ _WIDE = 3072
 """Row length from which GPTQ uses several threads."""
 
 
-def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the recipe's options that affect these formats' output."""
     if format_ == AWQ_GPTQMODEL:
         zero_point_option(format_, requested)
@@ -66,7 +68,7 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
             f"quantizing to {request.format.name} by GPTQModel",
             method=request.format.kind,
             group_size=_layout(request).group_size,
-            keep=request.options.get("keep", []),
+            keep=request.keep,
         ),
     )
 
@@ -74,13 +76,6 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
 def check_input(format_: Format, model: ModelFacts) -> None:
     """Refuse unsupported architectures, and rows that no group size divides."""
     check_grouped(model, DENSE - NO_AWQ if format_ == AWQ_GPTQMODEL else DENSE)
-
-
-def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Check the finished checkpoint against the original; raises CheckFailed."""
-    keep = tuple(request.options.get("keep", ()))
-    found = check_checkpoint(request.output, request.model, _layout(request), keep)
-    return {**found, "engine": "gptqmodel"}
 
 
 def _layout(request: QuantizeRequest) -> PackedLayout:
@@ -189,7 +184,7 @@ QUANTIZER = Quantizer(
     recipe_number=9,
     check_input=check_input,
     steps=steps,
-    check=check,
+    check=lambda request: checked(request, _layout(request), "gptqmodel"),
     peak_disk=peak_disk,
     options=options,
     check_options=check_group,

@@ -7,18 +7,17 @@ what calibration does not send to one may reach it in use.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weightsmith.core.values import Format, Json
+from weightsmith.core.values import Format
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.architectures import WALKED, check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import check_config, output_bytes
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import PackedLayout, view_of
-from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.rounded import options, quantize
 from weightsmith.quantizers.running import python_step, read_settings, refusals, texts
@@ -33,15 +32,8 @@ def check_input(_format: Format, model: ModelFacts) -> None:
 
 def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step, which runs this module."""
-    keep = request.options.get("keep", [])
-    return (python_step(__name__, request, "rounding to nvfp4, with scales of inputs", keep=keep),)
-
-
-def check(request: QuantizeRequest) -> Mapping[str, Json]:
-    """Check the finished checkpoint against the original; raises CheckFailed."""
-    keep = tuple(request.options.get("keep", ()))
-    layout = PackedLayout.of_scheme(NVFP4)
-    return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "observed"}
+    title = "rounding to nvfp4, with scales of inputs"
+    return (python_step(__name__, request, title, keep=request.keep),)
 
 
 def main() -> None:
@@ -64,7 +56,7 @@ QUANTIZER = Quantizer(
     recipe_number=1,
     check_input=check_input,
     steps=steps,
-    check=check,
+    check=lambda request: checked(request, PackedLayout.of_scheme(NVFP4), "observed"),
     peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
     options=options,
     check_options=check_kept,

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.values import Json
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers.checkpoints import LINEAR
+from weightsmith.quantizers.checkpoints import LINEAR, is_kept
 from weightsmith.quantizers.matrices import Matrix, matrices
 from weightsmith.quantizers.packed import FLOAT4, PARTS, PackedLayout, PackedView, view_of
-from weightsmith.quantizers.unquantized import is_kept
+from weightsmith.quantizers.quantizer import QuantizeRequest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +97,12 @@ def check_checkpoint(
         **_worst_experts(errors),
         "warnings": [],
     }
+
+
+def checked(request: QuantizeRequest, layout: PackedLayout, engine: str) -> dict[str, JsonValue]:
+    """Return the facts of a step's finished checkpoint; raises CheckFailed if a check fails."""
+    found = check_checkpoint(request.output, request.model, layout, request.keep)
+    return {**found, "engine": engine}
 
 
 def _check_expected(source: CheckpointTensors, model: Path, known: Iterable[Matrix]) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.tensors import View
+
+Options: TypeAlias = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,34 +56,10 @@ class QuantizeRequest:
     siblings: tuple[QuantizeRequest, ...] = ()
     """More formats of the same model, to be made in the same steps."""
 
-
-def _no_options(_format: Format, _requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    return {}
-
-
-def _nothing_more(_model: ModelFacts) -> Mapping[str, JsonValue]:
-    return {}
-
-
-def _any_options(_model: ModelFacts, _options: Mapping[str, JsonValue]) -> None:
-    """Accept all options."""
-
-
-def _never(_format: Format, _options: Mapping[str, JsonValue]) -> bool:
-    return False
-
-
-def _never_walked(_options: Mapping[str, JsonValue]) -> bool:
-    return False
-
-
-def _never_one_pass(
-    _format: Format,
-    _options: Mapping[str, JsonValue],
-    _other: Format,
-    _others: Mapping[str, JsonValue],
-) -> bool:
-    return False
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """Ends of the names of matrices that stay in 16 bits."""
+        return tuple(self.options.get("keep", ()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,23 +75,21 @@ class Quantizer:
     """(format, model) -> None; raises InputRefused for a model that it cannot quantize so."""
     steps: Callable[[QuantizeRequest], tuple[BuilderCommand, ...]]
     """Returns the steps in order; has no side effects."""
-    check: Callable[[QuantizeRequest], Mapping[str, JsonValue]]
+    check: Callable[[QuantizeRequest], Options]
     """Reads the output and returns its facts; raises CheckFailed if a check fails."""
-    peak_disk: Callable[[int, int, Format, Mapping[str, JsonValue]], int]
+    peak_disk: Callable[[int, int, Format, Options], int]
     """(checkpoint bytes, bytes of them that stay in 16 bits, format, options) -> peak disk usage in
     bytes, including the output."""
-    options: Callable[[Format, Mapping[str, Json]], Mapping[str, Json]] = _no_options
+    options: Callable[[Format, Options], Options] = lambda _format, _requested: {}
     """(format, the recipe's `quantize`) -> options that affect the output; raises UsageError."""
-    options_of_model: Callable[[ModelFacts], Mapping[str, JsonValue]] = _nothing_more
+    options_of_model: Callable[[ModelFacts], Options] = lambda _model: {}
     """(model) -> further options, which nobody chooses, such as a part that only some models have.
     """
-    check_options: Callable[[ModelFacts, Mapping[str, JsonValue]], None] = _any_options
+    check_options: Callable[[ModelFacts, Options], None] = lambda _model, _options: None
     """(model, options) -> None; raises InputRefused for options that do not fit the model."""
-    calibrated: Callable[[Format, Mapping[str, JsonValue]], bool] = _never
+    calibrated: Callable[[Format, Options], bool] = lambda _format, _options: False
     """(format, options) -> whether it needs calibration text."""
-    one_pass: Callable[[Format, Mapping[str, JsonValue], Format, Mapping[str, JsonValue]], bool] = (
-        _never_one_pass
-    )
+    one_pass: Callable[[Format, Options, Format, Options], bool] = lambda *_: False
     """(format, options, another format, its options) -> whether the steps of the first can make the
     other as well (`QuantizeRequest.siblings`)."""
     view: Callable[[Path, Path], View] | None = None
@@ -121,7 +98,7 @@ class Quantizer:
     statistics: str = ""
     """Name of the output file with calibration statistics, which is stored separately for use by
     other formats of the same checkpoint."""
-    walked: Callable[[Mapping[str, Json]], bool] = _never_walked
+    walked: Callable[[Options], bool] = lambda _options: False
     """(options) -> whether our own walk over the layers measures these statistics."""
     default: str = ""
     """The format of an engine's bare name, if the engine does not load plain checkpoints."""

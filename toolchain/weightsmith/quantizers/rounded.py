@@ -22,19 +22,24 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.values import Format, Json
-from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.core.values import Format, JsonValue
+from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type, largest
 from weightsmith.quantizers.architectures import check_kept, check_rounded
-from weightsmith.quantizers.checkpoints import not_finite, output_bytes, write_companions
+from weightsmith.quantizers.checkpoints import (
+    keep_option,
+    not_finite,
+    output_bytes,
+    without_kept,
+    write_companions,
+)
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import PackedLayout, view_of
-from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
-from weightsmith.quantizers.unquantized import keep_option, without_kept
 from weightsmith.quantizers.writing import (
     OutputTensor,
     TensorGroup,
@@ -56,29 +61,22 @@ _KEPT = 256 << 20
 billion weights in bfloat16."""
 
 
-def options(_format: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+def options(_format: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the recipe's options that affect the output."""
     return {"keep": keep_option(requested)}
-
-
-def check_input(format_: Format, model: ModelFacts) -> None:
-    """Refuse a model that cannot have this format, by its configuration."""
-    check_rounded(SCHEMES[format_.name], model)
 
 
 def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the step."""
     name = request.format.name
-    keep = request.options.get("keep", [])
-    return (python_step(_PROGRAM, request, f"rounding to {name}", method=name, keep=keep),)
+    return (python_step(_PROGRAM, request, f"rounding to {name}", method=name, keep=request.keep),)
 
 
-def check(request: QuantizeRequest) -> Mapping[str, Json]:
+def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
     """Check the finished checkpoint against the original; raises CheckFailed."""
-    keep = tuple(request.options.get("keep", ()))
     architecture = read_facts(request.model).architecture
     layout = PackedLayout.of_scheme(stored_as(SCHEMES[request.format.name], architecture))
-    return {**check_checkpoint(request.output, request.model, layout, keep), "engine": "rounded"}
+    return checked(request, layout, "rounded")
 
 
 def quantize(
@@ -282,7 +280,7 @@ QUANTIZER = Quantizer(
     builder="merge",
     formats=tuple(scheme.format for scheme in SCHEMES.values()),
     recipe_number=1,
-    check_input=check_input,
+    check_input=lambda format_, model: check_rounded(SCHEMES[format_.name], model),
     steps=steps,
     check=check,
     peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),

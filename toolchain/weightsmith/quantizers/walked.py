@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith.core.safe_parse import read_json
-from weightsmith.core.values import AWQ, GPTQ, Format, Json, JsonValue
+from weightsmith.core.values import AWQ, GPTQ, Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.architectures import GROUPED, check_kept
 from weightsmith.quantizers.checkpoints import (
@@ -20,20 +20,20 @@ from weightsmith.quantizers.checkpoints import (
     check_grouped,
     group_option,
     in_groups,
+    keep_option,
     output_bytes,
     zero_point_option,
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
-from weightsmith.quantizers.packed_check import check_checkpoint
+from weightsmith.quantizers.packed_check import checked
 from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import python_step, read_settings, refusals
-from weightsmith.quantizers.unquantized import keep_option
 
 FACTS = ".calibrated.json"
 """What the walk found out, for the check to report."""
 
 
-def options(format_: Format, requested: Mapping[str, Json]) -> Mapping[str, Json]:
+def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
     """Return the recipe's options that affect these formats' output."""
     if format_ == AWQ:
         zero_point_option(format_, requested)
@@ -55,19 +55,18 @@ def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
             f"calibrating {request.format.name}, layer by layer",
             method=request.format.kind,
             group_size=_layout(request).group_size,
-            keep=request.options.get("keep", []),
+            keep=request.keep,
         ),
     )
 
 
-def check(request: QuantizeRequest) -> Mapping[str, Json]:
+def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
     """Check the finished checkpoint against the original; raises CheckFailed."""
-    keep = tuple(request.options.get("keep", ()))
-    found = check_checkpoint(request.output, request.model, _layout(request), keep)
+    found = checked(request, _layout(request), "walked")
     told = request.output / FACTS
     more = read_json(told) if told.is_file() else {}
     told.unlink(missing_ok=True)
-    return {**found, **more, "engine": "walked"}
+    return {**found, **more}
 
 
 def _layout(request: QuantizeRequest) -> PackedLayout:
@@ -84,11 +83,6 @@ def main() -> None:
         walk.quantize(settings)
 
 
-def peak_disk(size: int, kept: int, format_: Format, _options: Mapping[str, JsonValue]) -> int:
-    """Return the peak disk usage in bytes: the finished layers, and the folder made of them."""
-    return 2 * output_bytes(size, kept, format_)
-
-
 QUANTIZER = Quantizer(
     name="walked",
     builder="merge",
@@ -97,7 +91,8 @@ QUANTIZER = Quantizer(
     check_input=lambda _format, model: check_grouped(model, GROUPED),
     steps=steps,
     check=check,
-    peak_disk=peak_disk,
+    # The finished layers, and the folder made of them.
+    peak_disk=lambda size, kept, format_, _options: 2 * output_bytes(size, kept, format_),
     options=options,
     check_options=check_options,
     calibrated=lambda _format, _options: True,

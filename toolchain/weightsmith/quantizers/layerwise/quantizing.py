@@ -32,12 +32,18 @@ from weightsmith.forward.layers import Layers
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.forward.threads import product
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers.checkpoints import awq_config, not_finite, write_companions
+from weightsmith.quantizers.checkpoints import (
+    awq_config,
+    is_kept,
+    negative_patterns,
+    not_finite,
+    without_kept,
+    write_companions,
+)
 from weightsmith.quantizers.layerwise.integers import Grid, best_grid, packed_awq, packed_gptq
 from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed, SharedInputGroup
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.running import RAW, encoder, samples, texts
-from weightsmith.quantizers.unquantized import is_kept, negative_patterns, without_kept
 from weightsmith.quantizers.walked import FACTS
 from weightsmith.quantizers.writing import copied, write_checkpoint
 
