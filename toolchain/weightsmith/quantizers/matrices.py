@@ -13,16 +13,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.known import STACKED_MXFP4
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+Floats: TypeAlias = npt.NDArray[np.float32]
 _LAYER = re.compile(
     r"(?P<block>(?:model|language_model\.model|model\.(?:language|text)_model)"
     r"\.layers\.(?P<layer>\d+)\..*)"
@@ -76,19 +76,17 @@ class Matrix:
         parent, _, name = self.module.rpartition(".")
         return f"{parent}.{_PART_OF.get(name, name)}"
 
-    def rows(self, source: CheckpointTensors, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def rows(self, source: CheckpointTensors, start: int, stop: int) -> Floats:
         """Return some of its outputs as float32 [stop - start, inputs]."""
-        return self._read(source.part, start, stop)
+        return np.asarray(self._read(source.part, start, stop), np.float32)
 
-    def stored(self, source: CheckpointTensors, start: int, stop: int) -> npt.NDArray[Any]:
+    def stored(self, source: CheckpointTensors, start: int, stop: int) -> npt.NDArray[np.generic]:
         """Return some of its outputs in the tensor's own type: [stop - start, inputs]."""
         return self._read(source.array, start, stop)
 
     def _read(
-        self, part: Callable[..., npt.NDArray[Any]], start: int, stop: int
-    ) -> npt.NDArray[Any]:
-        import numpy as np
-
+        self, part: Callable[..., npt.NDArray[np.generic]], start: int, stop: int
+    ) -> npt.NDArray[np.generic]:
         span = slice(self.first + start, self.first + stop)
         if self.expert < 0:
             return part(self.tensor, (span,))
@@ -122,16 +120,16 @@ def _of(name: str, shape: tuple[int, ...], model: ModelFacts) -> Iterator[Matrix
     stacked = _STACKED.fullmatch(name)
     if not stacked or len(shape) != 3:
         return
-    turned = _is_transposed(stacked["name"], shape, model)
+    turned = False  # whether it is [experts, inputs, outputs]
+    if stacked["name"] in {"gate_up_proj", "down_proj"}:
+        turned = model.architecture in _TRANSPOSED
+        if model.architecture in _EITHER:
+            turned = shape[2 if stacked["name"] == "gate_up_proj" else 1] != model.hidden
     count, outputs, inputs = (shape[0], shape[2], shape[1]) if turned else shape
     parts: tuple[str, ...] = ("down_proj",)
     if stacked["name"] in {"gate_up_proj", "input_linear.weight"}:
         parts = ("gate_up_proj",) if whole else ("gate_proj", "up_proj")
-    place = (
-        stacked["parent"]
-        if stacked["parent"].endswith("experts")
-        else f"{stacked['parent']}.experts"
-    )
+    place = stacked["parent"].removesuffix(".experts") + ".experts"
     for expert in range(count):
         for number, part in enumerate(parts):
             yield Matrix(
@@ -143,15 +141,6 @@ def _of(name: str, shape: tuple[int, ...], model: ModelFacts) -> Iterator[Matrix
                 first=number * outputs // len(parts),
                 transposed=turned,
             )
-
-
-def _is_transposed(name: str, shape: tuple[int, ...], model: ModelFacts) -> bool:
-    """Return whether a stack is [experts, inputs, outputs]."""
-    if name not in {"gate_up_proj", "down_proj"}:
-        return False
-    if model.architecture in _EITHER:
-        return shape[2 if name == "gate_up_proj" else 1] != model.hidden
-    return model.architecture in _TRANSPOSED
 
 
 def unquantized(

@@ -13,19 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import Json
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers.matrices import Matrix, matrices
+from weightsmith.quantizers.matrices import Floats, Matrix, matrices
 from weightsmith.quantizers.schemes import Scheme
 from weightsmith.quantizers.tiled import QuantizedTiles
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Column (of eight) of nibble i of an int32."""
@@ -148,14 +146,14 @@ class PackedView:
         rest = {n for n in self.tensors.names if not n.endswith(PARTS)}
         return frozenset(own | (rest - {f"{part}.weight" for part in parts}) | self._stacks.keys())
 
-    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+    def tensor(self, name: str) -> Floats:
         """Return one tensor as float32 in the original shape."""
         if name in self._stacks:
             return self._stack(self._stacks[name])
         module = name.removesuffix(".weight")
         return self.matrix(module) if module in self.modules else self.tensors.f32(name)
 
-    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def rows(self, name: str, start: int, stop: int) -> Floats:
         """Return some rows of such a tensor; only they are dequantized, unless it is a stack."""
         if name in self._stacks:
             return self._stack(self._stacks[name])[start:stop]
@@ -174,29 +172,40 @@ class PackedView:
         packed = name in self._stacks or name.removesuffix(".weight") in self.modules
         return self.layout.method if packed else self.tensors.info(name).dtype.lower()
 
-    def matrix(
-        self, module: str, start: int = 0, stop: int | None = None
-    ) -> npt.NDArray[np.float32]:
+    def matrix(self, module: str, start: int = 0, stop: int | None = None) -> Floats:
         """Return a module's outputs from `start` to `stop` as float32 [outputs, inputs].
 
         Only these are dequantized.
         """
-        if self.layout.method == "awq":
-            return _awq(self.tensors, module, start, stop)
-        if self.layout.method == "gptq":
-            return _gptq(self.tensors, module, start, stop)
-        if self.layout.method == "pack-quantized":
-            return _packed(self.tensors, module, start, stop)
+        others = {"awq": _awq, "gptq": _gptq, "pack-quantized": _packed}
+        if self.layout.method in others:
+            return others[self.layout.method](self.tensors, module, start, stop)
         skipped = start % self.layout.outputs
         return self.tiles(module, start - skipped, stop).rows()[skipped:]
 
     def tiles(self, module: str, start: int = 0, stop: int | None = None) -> QuantizedTiles:
-        """Return codes and scales of outputs from `start`, which begins a tile, to `stop`."""
-        if module in self._experts:
-            return _stacked_mxfp4(self.tensors, self._experts[module], start, stop)
-        return _tiles(self.tensors, module, self.layout, start, stop)
+        """Return codes and scales of outputs from `start`, which begins a tile, to `stop`.
 
-    def scales(self, module: str) -> npt.NDArray[np.float32]:
+        W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4. In a
+        stack, W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e.
+        """
+        tensors, layout = self.tensors, self.layout
+        if module in self._experts:
+            matrix = self._experts[module]
+            blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
+            stored = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, start:stop]
+            codes, tile = blocks.reshape(len(blocks), -1), (1, 2 * blocks.shape[-1])
+            dtype, scales = "U8", _powers_of_two(stored)
+        else:
+            name = f"{module}.weight_packed" if layout.method in FLOAT4 else f"{module}.weight"
+            dtype, codes = tensors.info(name).dtype, tensors.array(name)[start:stop]
+            last = None if stop is None else -(-stop // layout.outputs)
+            scales = scales_of(tensors, module, layout, slice(start // layout.outputs, last))
+            high = max(1, len(codes)) if len(scales) == 1 else layout.outputs  # 1: one for all
+            tile = high, layout.group_size or codes.shape[1]
+        return QuantizedTiles(dtype=dtype, codes=codes.view(np.uint8), scales=scales, tile=tile)
+
+    def scales(self, module: str) -> Floats:
         """Return what a module's codes are multiplied by, as `scales_of`."""
         if self.layout.method in {"awq", "gptq"}:
             return self.tensors.f32(f"{module}.scales")
@@ -206,10 +215,8 @@ class PackedView:
             return _powers_of_two(stored).reshape(len(stored), -1)
         return scales_of(self.tensors, module, self.layout)
 
-    def _stack(self, parts: Sequence[Matrix]) -> npt.NDArray[np.float32]:
+    def _stack(self, parts: Sequence[Matrix]) -> Floats:
         """Return all experts as one tensor, as the checkpoint has them."""
-        import numpy as np
-
         experts = 1 + max(part.expert for part in parts)
         outputs = max(part.first + part.outputs for part in parts)
         made = np.empty((experts, outputs, parts[0].inputs), np.float32)
@@ -227,10 +234,8 @@ def view_of(folder: Path, model: Path) -> PackedView:
     return PackedView(folder, [matrix for matrix in found if matrix.expert >= 0])
 
 
-def nibbles(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+def nibbles(packed: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
     """Return [rows, columns, 8]: the eight 4-bit values of each int32, lowest bits first."""
-    import numpy as np
-
     shifts = np.arange(0, 32, 4, dtype=np.uint32)
     words = np.ascontiguousarray(packed).view(np.uint32)
     return ((words[:, :, None] >> shifts) & 15).astype(np.int32)
@@ -243,20 +248,14 @@ def _words(start: int, stop: int | None) -> tuple[slice, slice]:
     return slice(first, last), slice(start - 8 * first, end)
 
 
-def _in_awq_order(packed: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    import numpy as np
-
+def _in_awq_order(packed: npt.NDArray[np.generic]) -> npt.NDArray[np.int32]:
     found = np.empty((*packed.shape, 8), np.int32)
     found[:, :, _AWQ_ORDER] = nibbles(packed)
     return found.reshape(packed.shape[0], -1)
 
 
-def _awq(
-    tensors: CheckpointTensors, module: str, start: int, stop: int | None
-) -> npt.NDArray[np.float32]:
+def _awq(tensors: CheckpointTensors, module: str, start: int, stop: int | None) -> Floats:
     """W[i, o] = (q - z[g]) s[g]; g counts groups of inputs."""
-    import numpy as np
-
     words, inside = _words(start, stop)
     values = _in_awq_order(tensors.array(f"{module}.qweight")[:, words])[:, inside]
     zeros = _in_awq_order(tensors.array(f"{module}.qzeros")[:, words])[:, inside]
@@ -266,12 +265,8 @@ def _awq(
     return np.ascontiguousarray((centred * np.repeat(scales, group, 0)).T)
 
 
-def _gptq(
-    tensors: CheckpointTensors, module: str, start: int, stop: int | None
-) -> npt.NDArray[np.float32]:
+def _gptq(tensors: CheckpointTensors, module: str, start: int, stop: int | None) -> Floats:
     """W[i, o] = (q - z[g(i)]) s[g(i)]; zero points are stored minus one."""
-    import numpy as np
-
     words, inside = _words(start, stop)
     packed = tensors.array(f"{module}.qweight")[:, start:stop]
     values = nibbles(packed).transpose(0, 2, 1).reshape(-1, packed.shape[1])
@@ -286,12 +281,8 @@ def _gptq(
     return np.ascontiguousarray(((values - zeros[group]).astype(np.float32) * scales[group]).T)
 
 
-def _packed(
-    tensors: CheckpointTensors, module: str, start: int, stop: int | None
-) -> npt.NDArray[np.float32]:
+def _packed(tensors: CheckpointTensors, module: str, start: int, stop: int | None) -> Floats:
     """W[o, i] = (q - z[g]) s[g]; q and z are stored plus eight, z is packed along the outputs."""
-    import numpy as np
-
     _, columns = (int(n) for n in tensors.array(f"{module}.weight_shape"))
     packed = tensors.array(f"{module}.weight_packed")[start:stop]
     values = nibbles(packed).reshape(packed.shape[0], -1)[:, :columns] - 8
@@ -306,53 +297,15 @@ def _packed(
     return np.ascontiguousarray(values.astype(np.float32) * np.repeat(scales, group, 1))
 
 
-def _tiles(
-    tensors: CheckpointTensors, module: str, layout: PackedLayout, start: int, stop: int | None
-) -> QuantizedTiles:
-    """W[o, i] = q[o, i] s[tile of o, tile of i], with a common divisor of all s for NVFP4.
-
-    `start` begins a tile.
-    """
-    import numpy as np
-
-    name = f"{module}.weight_packed" if layout.method in FLOAT4 else f"{module}.weight"
-    codes = tensors.array(name)[start:stop].view(np.uint8)
-    first = start // layout.outputs
-    last = None if stop is None else -(-stop // layout.outputs)
-    scales = scales_of(tensors, module, layout, slice(first, last))
-    high, wide = layout.outputs, layout.group_size or codes.shape[1]
-    if len(scales) == 1:  # one for all
-        high = max(1, len(codes))
-    return QuantizedTiles(
-        dtype=tensors.info(name).dtype, codes=codes, scales=scales, tile=(high, wide)
-    )
-
-
-def _stacked_mxfp4(
-    tensors: CheckpointTensors, matrix: Matrix, start: int, stop: int | None
-) -> QuantizedTiles:
-    """W[o, i] = code[e, o, i / 32, i % 32 / 2] 2^(scale[e, o, i / 32] - 127) of expert e."""
-    import numpy as np
-
-    blocks = tensors.array(f"{matrix.tensor}_blocks")[matrix.expert, start:stop]
-    scales = tensors.array(f"{matrix.tensor}_scales")[matrix.expert, start:stop]
-    codes, wide = blocks.reshape(len(blocks), -1).view(np.uint8), 2 * blocks.shape[-1]
-    return QuantizedTiles(dtype="U8", codes=codes, scales=_powers_of_two(scales), tile=(1, wide))
-
-
-def _powers_of_two(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _powers_of_two(stored: npt.NDArray[np.generic]) -> Floats:
     """Return the powers whose exponents, plus 127, are stored."""
-    import numpy as np
-
     return np.ldexp(np.float32(1), stored.astype(np.int32) - 127).astype(np.float32)
 
 
 def scales_of(
     tensors: CheckpointTensors, module: str, layout: PackedLayout, where: slice = slice(None)
-) -> npt.NDArray[np.float32]:
+) -> Floats:
     """Return what codes are multiplied by: float32 [tiles of outputs, tiles of inputs]."""
-    import numpy as np
-
     name = f"{module}.weight_scale"
     if layout.method == "mxfp4-pack-quantized":
         return _powers_of_two(tensors.array(name)[where])

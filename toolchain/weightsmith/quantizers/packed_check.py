@@ -6,20 +6,17 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.checkpoints import LINEAR, is_kept
-from weightsmith.quantizers.matrices import Matrix, matrices
+from weightsmith.quantizers.matrices import Floats, Matrix, matrices
 from weightsmith.quantizers.packed import FLOAT4, PARTS, PackedLayout, PackedView, view_of
 from weightsmith.quantizers.quantizer import QuantizeRequest
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 # Relative error of a matrix. Rounding to 4 bits in groups gives 0.07 to 0.14, GPTQ up to 0.26 and
 # AWQ, which clips, up to 0.45 (measured on SmolLM2 and examples/tiny); a zeroed matrix gives 1, a
@@ -43,7 +40,7 @@ _HINT = "quantize it again; if it fails again, use another format"
 
 def check_checkpoint(
     folder: Path, model: Path, expected: PackedLayout, keep: tuple[str, ...] = ()
-) -> Mapping[str, Json]:
+) -> Mapping[str, JsonValue]:
     """Return a quantized checkpoint's facts for the report; raises CheckFailed if a check fails.
 
     Checks: the layout; exactly the matrices of the decoder layers, except those in `keep`, are
@@ -83,7 +80,7 @@ def check_checkpoint(
     bits = stored * 8 / elements
     _check_size(bits, view, source, expected)
     worst = sorted(errors, key=lambda name: -errors[name])[:3]
-    total = sum(_count(source, name) for name in source.names)
+    total = sum(math.prod(source.info(name).shape) for name in source.names)
     return {
         "layout": view.layout.method,
         "group_size": view.layout.group_size,
@@ -119,27 +116,18 @@ def _check_expected(source: CheckpointTensors, model: Path, known: Iterable[Matr
     )
 
 
-def _worst_experts(errors: Mapping[str, float]) -> Mapping[str, Json]:
+def _worst_experts(errors: Mapping[str, float]) -> Mapping[str, JsonValue]:
     """Return the experts of the largest errors, each by its worst matrix; {} without experts."""
     experts: dict[str, float] = {}
     for module, error in errors.items():
         if match := _EXPERT.match(module):
             experts[match[0]] = max(experts.get(match[0], 0.0), error)
     worst = sorted(experts, key=lambda name: (-experts[name], name))[:3]
-    found = [{"name": name, "error": round(experts[name], 4)} for name in worst]
+    found: JsonValue = [{"name": name, "error": round(experts[name], 4)} for name in worst]
     return {"experts": len(experts), "worst_experts": found} if experts else {}
 
 
-def _count(tensors: CheckpointTensors, name: str) -> int:
-    count = 1
-    for length in tensors.info(name).shape:
-        count *= length
-    return count
-
-
 def _check_scales(view: PackedView, matrix: Matrix) -> None:
-    import numpy as np
-
     module, layout = matrix.module, view.layout
     scales = view.scales(module)
     if not bool(np.isfinite(scales).all()) or bool((scales <= 0).any()):
@@ -168,11 +156,7 @@ def _check_fused_scales(view: PackedView, found: Iterable[Matrix]) -> None:
     """Raise CheckFailed if fused matrices differ in the scale that engines read only once."""
     if view.layout.method != "nvfp4-pack-quantized":
         return
-    parts = (
-        ("weight_global_scale", "input_global_scale")
-        if view.layout.inputs
-        else ("weight_global_scale",)
-    )
+    parts = ["weight_global_scale", *(["input_global_scale"] if view.layout.inputs else [])]
     known: dict[tuple[str, str], tuple[str, float]] = {}
     for matrix in found:
         for part in parts:
@@ -206,40 +190,28 @@ def _check_near(
 
 def _error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     """Return the relative error of a matrix, a few rows at a time where the layout allows it."""
-    step = matrix.outputs
-    if view.layout.tiled:
-        step = max(1, _BLOCK // matrix.inputs // view.layout.outputs) * view.layout.outputs
+    if not view.layout.tiled:
+        found, before = view.matrix(matrix.module), matrix.rows(source, 0, matrix.outputs)
+        _check_values(found, before, matrix.module)
+        norm = float(np.vdot(before, before))
+        found -= before
+        wrong = float(np.vdot(found, found))
+        return math.sqrt(wrong / norm) if norm else math.sqrt(wrong)
     wrong = norm = 0.0
+    step = max(1, _BLOCK // matrix.inputs // view.layout.outputs) * view.layout.outputs
     for start in range(0, matrix.outputs, step):
-        off, size = _squares(view, source, matrix, start, min(start + step, matrix.outputs))
-        wrong += off
-        norm += size
-    return math.sqrt(wrong / norm) if norm else math.sqrt(wrong)
-
-
-def _squares(
-    view: PackedView, source: CheckpointTensors, matrix: Matrix, start: int, stop: int
-) -> tuple[float, float]:
-    """Return the sums of squares of some outputs' error, and of these outputs."""
-    import numpy as np
-
-    if view.layout.tiled:
-        before = matrix.stored(source, start, stop)
+        stop = min(start + step, matrix.outputs)
+        rows = matrix.stored(source, start, stop)
         try:
-            return view.tiles(matrix.module, start, stop).squares(before)
+            off, size = view.tiles(matrix.module, start, stop).squares(rows)
         except ValueError as problem:
             raise CheckFailed(f"{matrix.module} has {problem}", hint=_HINT) from None
-    found, before = view.matrix(matrix.module, start, stop), matrix.rows(source, start, stop)
-    _check_values(found, before, matrix.module)
-    norm = float(np.vdot(before, before))
-    found -= before
-    return float(np.vdot(found, found)), norm
+        wrong, norm = wrong + off, norm + size
+    return math.sqrt(wrong / norm) if norm else math.sqrt(wrong)
 
 
 def _rescaled_error(view: PackedView, source: CheckpointTensors, matrix: Matrix) -> float:
     """Return the relative error that remains after the best scale per input."""
-    import numpy as np
-
     found, before = view.matrix(matrix.module), matrix.rows(source, 0, matrix.outputs)
     _check_values(found, before, matrix.module)
     free = matrix.module.endswith(_BEFORE_A_MATRIX)
@@ -250,20 +222,14 @@ def _rescaled_error(view: PackedView, source: CheckpointTensors, matrix: Matrix)
     return float(np.linalg.norm(found - before)) / norm if norm else float(np.abs(found).max())
 
 
-def _check_values(
-    found: npt.NDArray[np.float32], before: npt.NDArray[np.float32], module: str
-) -> None:
-    import numpy as np
-
+def _check_values(found: Floats, before: Floats, module: str) -> None:
     if found.shape != before.shape:
         raise CheckFailed(f"{module} has shape {found.shape}, not {before.shape}", hint=_HINT)
     if not bool(np.isfinite(found).all()):
         raise CheckFailed(f"{module} has NaN or infinite weights", hint=_HINT)
 
 
-def _check_gains(
-    before: npt.NDArray[np.float32], found: npt.NDArray[np.float32], module: str
-) -> None:
+def _check_gains(before: Floats, found: Floats, module: str) -> None:
     """Raise CheckFailed if outputs were scaled, which nothing after them would undo."""
     power = (before * before).sum(1)
     there = power > 1e-30  # an output of zeros has no gain
@@ -277,17 +243,13 @@ def _check_gains(
         )
 
 
-def rescaled(
-    before: npt.NDArray[np.float32], found: npt.NDArray[np.float32], *, outputs: bool
-) -> npt.NDArray[np.float32]:
+def rescaled(before: Floats, found: Floats, *, outputs: bool) -> Floats:
     """Return the matrix with the scales per input that minimise its distance to `found`.
 
     AWQ moves such scales into the preceding norm or matrix (arXiv 2306.00978, section 3.2), whose
     `outputs` are then scaled too; the remaining distance is rounding. Two rounds of least squares;
     a zeroed matrix stays unchanged.
     """
-    import numpy as np
-
     near = before
     for _ in range(2):
         for axis in (0, 1) if outputs else (0,):
@@ -300,19 +262,26 @@ def rescaled(
 def _check_rest(
     view: PackedView, source: CheckpointTensors, name: str, layout: PackedLayout
 ) -> None:
-    import numpy as np
-
-    found: Any = view.tensors.info(name)
-    own = source.info(name)
+    made, own = view.tensors, source.info(name)
+    found = made.info(name)
     if (found.dtype, found.shape) != (own.dtype, own.shape):
         raise CheckFailed(
             f"{name} is {found.dtype} {found.shape}, not {own.dtype} {own.shape}", hint=_HINT
         )
-    if not _is_finite(view.tensors, name):
+    if len(own.shape) > 1:  # a few rows at a time
+        step = max(1, _BLOCK // max(1, math.prod(own.shape[1:])))
+        spans = (slice(start, start + step) for start in range(0, own.shape[0], step))
+        parts = (made.part(name, (span,)) for span in spans)
+    else:
+        parts = iter([made.f32(name)])
+    if not all(bool(np.isfinite(part).all()) for part in parts):
         raise CheckFailed(f"{name} has NaN or infinite weights", hint=_HINT)
     # AWQ moves scales into norms, biases and kept matrices. Embeddings and head must not change,
     # and with other engines no unquantized tensor.
-    if _same_bytes(view.tensors, source, name):
+    if all(
+        np.array_equal(made.raw(name, at, at + _BLOCK), source.raw(name, at, at + _BLOCK))
+        for at in range(0, own.size, _BLOCK)
+    ):
         return
     may = layout.method in _MAY_RESCALE
     if may and ("norm" in name or name.endswith(".bias")):
@@ -325,30 +294,6 @@ def _check_rest(
         if float(np.linalg.norm(after - before)) <= _MOST_KEPT * float(np.linalg.norm(before)):
             return
     raise CheckFailed(f"{name} was unexpectedly changed", hint=_HINT)
-
-
-def _same_bytes(made: CheckpointTensors, source: CheckpointTensors, name: str) -> bool:
-    """Return whether both have the same bytes, of which a few are compared at a time."""
-    pieces = (slice(at, at + _BLOCK) for at in range(0, source.info(name).size, _BLOCK))
-    return all(
-        bool(
-            (
-                made.raw(name, piece.start, piece.stop) == source.raw(name, piece.start, piece.stop)
-            ).all()
-        )
-        for piece in pieces
-    )
-
-
-def _is_finite(tensors: CheckpointTensors, name: str) -> bool:
-    import numpy as np
-
-    shape = tensors.info(name).shape
-    if len(shape) < 2:
-        return bool(np.isfinite(tensors.f32(name)).all())
-    step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
-    blocks = (slice(start, start + step) for start in range(0, shape[0], step))
-    return all(bool(np.isfinite(tensors.part(name, (rows,))).all()) for rows in blocks)
 
 
 def _check_size(
@@ -380,18 +325,18 @@ _ONLY_EXPERTS = frozenset({"GptOssForCausalLM"})
 
 def expected(source: CheckpointTensors, model: ModelFacts) -> frozenset[str]:
     """Return the tensors of a 16-bit checkpoint that a quantizer without `keep` quantizes."""
-    return frozenset(name for name in source.names if _is_expected(source, name, model))
-
-
-def _is_expected(source: CheckpointTensors, name: str, model: ModelFacts) -> bool:
-    layer = _LAYER.fullmatch(name)
-    if layer is None or any(part in layer["above"] for part in _TOWERS):
-        return False
-    if model.layers and int(layer["number"]) >= model.layers:
-        return False  # predicts further tokens
-    within, axes = layer["within"], len(source.info(name).shape)
-    if model.architecture in _ONLY_EXPERTS and "experts." not in within:
-        return False
-    matrix = axes == 2 and within.endswith(".weight")
-    stack = axes == 3 and not within.endswith("conv.weight")
-    return (matrix or stack) and not _STAYS.fullmatch(within)
+    found = set[str]()
+    for name in source.names:
+        layer = _LAYER.fullmatch(name)
+        if layer is None or any(part in layer["above"] for part in _TOWERS):
+            continue
+        if model.layers and int(layer["number"]) >= model.layers:
+            continue  # predicts further tokens
+        within, axes = layer["within"], len(source.info(name).shape)
+        if model.architecture in _ONLY_EXPERTS and "experts." not in within:
+            continue
+        matrix = axes == 2 and within.endswith(".weight")
+        stack = axes == 3 and not within.endswith("conv.weight")
+        if (matrix or stack) and not _STAYS.fullmatch(within):
+            found.add(name)
+    return frozenset(found)

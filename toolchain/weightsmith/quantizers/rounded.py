@@ -19,7 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.values import Format, JsonValue
@@ -47,10 +49,6 @@ from weightsmith.quantizers.writing import (
     whole,
     write_checkpoint,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 _PROGRAM = "weightsmith.worker.quantize_rounded"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -106,7 +104,10 @@ def quantize(
             )
     rows = _FusedRows(source, scheme, found, recorded)
     if scheme.layout == "mxfp4":
-        works = list(_stacks(found, scheme, rows))
+        stacks: dict[str, list[Matrix]] = {}
+        for matrix in sorted(found, key=lambda one: one.expert):
+            stacks.setdefault(matrix.tensor, []).append(matrix)
+        works = [_stack(name, experts, scheme, rows) for name, experts in stacks.items()]
     else:
         works = [_work(matrix, scheme, rows) for matrix in found]
     if scheme.observed:
@@ -121,8 +122,6 @@ def _input_scales(
     scheme: Scheme, found: Sequence[Matrix], inputs: Mapping[str, float]
 ) -> Iterator[TensorGroup]:
     """Yield the scales of inputs: one for matrices that engines fuse, and for all experts."""
-    import numpy as np
-
     most: dict[str, float] = {}
     for matrix in found:
         key = _EXPERT.sub(".experts.", matrix.fused)
@@ -215,8 +214,6 @@ class _FusedRows:
 
 def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> TensorGroup:
     """Return the work for a matrix's codes and scales."""
-    import numpy as np
-
     weight = f"{matrix.module}.weight"
     codes = f"{weight}_packed" if scheme.packed else weight
     count, columns = matrix.outputs, matrix.inputs
@@ -243,36 +240,26 @@ def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> TensorGroup:
     return TensorGroup(tuple(outputs), blocks)
 
 
-def _stacks(found: Sequence[Matrix], scheme: Scheme, rows: _FusedRows) -> Iterator[TensorGroup]:
-    """Yield the work for each stack of experts, whose codes and scales are stacked, too."""
-    stacks: dict[str, list[Matrix]] = {}
-    for matrix in found:
-        stacks.setdefault(matrix.tensor, []).append(matrix)
-    for name, experts in stacks.items():
-        one, groups = experts[0], experts[0].inputs // scheme.tile[1]
-        outputs = (
-            OutputTensor(
-                f"{name}_blocks",
-                scheme.codes,
-                (len(experts), one.outputs, groups, scheme.tile[1] // 2),
-            ),
-            OutputTensor(f"{name}_scales", scheme.scales, (len(experts), one.outputs, groups)),
-        )
-        inorder = sorted(experts, key=lambda matrix: matrix.expert)
-        yield TensorGroup(outputs, partial(_stack_rows, name, inorder, scheme, rows))
+def _stack(name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRows) -> TensorGroup:
+    """Return the work for a stack of experts, whose codes and scales are stacked, too."""
+    width = scheme.tile[1]
+    shape = len(experts), experts[0].outputs, experts[0].inputs // width
+    outputs = (
+        OutputTensor(f"{name}_blocks", scheme.codes, (*shape, width // 2)),
+        OutputTensor(f"{name}_scales", scheme.scales, shape),
+    )
 
+    def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
+        for matrix in experts:
+            for part in rows.blocks(matrix):
+                try:
+                    codes, scales = round_rows(part, scheme)
+                except ValueError:
+                    raise not_finite(name) from None
+                yield f"{name}_blocks", codes
+                yield f"{name}_scales", scales
 
-def _stack_rows(
-    name: str, experts: Sequence[Matrix], scheme: Scheme, rows: _FusedRows
-) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-    for matrix in experts:
-        for part in rows.blocks(matrix):
-            try:
-                codes, scales = round_rows(part, scheme)
-            except ValueError:
-                raise not_finite(name) from None
-            yield f"{name}_blocks", codes
-            yield f"{name}_scales", scales
+    return TensorGroup(outputs, blocks)
 
 
 QUANTIZER = Quantizer(

@@ -7,17 +7,16 @@ quantization/lifecycle/forward.py).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from weightsmith.core.kernels import tiles
 from weightsmith.models.tensors import array_type, widened
 from weightsmith.quantizers.schemes import Scheme
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Floats = npt.NDArray[np.float32]
+Floats: TypeAlias = npt.NDArray[np.float32]
 
 _LARGEST_SCALE = 448.0
 """Of float8_e4m3fn (arXiv 2209.05433)."""
@@ -36,8 +35,6 @@ def fused_scale(most: float, scheme: Scheme) -> np.float32:
 
     It maps the largest scale of a group to the largest value of the scales' type.
     """
-    import numpy as np
-
     least = np.finfo(np.float32).tiny
     with np.errstate(over="ignore"):
         found = np.float32(_LARGEST_SCALE * scheme.largest) / np.maximum(np.float32(most), least)
@@ -54,8 +51,6 @@ def round_rows(
     least one as an exponent. `shared` is the fused scale of a scheme that has one. Raises
     ValueError for weights that are not finite.
     """
-    import numpy as np
-
     if scheme.fused_scale and shared is None:
         raise ValueError(f"{scheme.format.name} needs the fused scale")
     if not tiles.reads(rows.dtype):
@@ -73,8 +68,6 @@ def round_rows(
 def _round_rows(
     rows: Floats, scheme: Scheme, shared: np.float32 | None
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
-    import numpy as np
-
     count, inputs = rows.shape
     outputs, width = scheme.tile[0], scheme.tile[1] or inputs
     below, right = -count % outputs, -inputs % width
@@ -85,15 +78,17 @@ def _round_rows(
         raise ValueError("weights that are not finite")
     stored, scale = _scales(most, scheme, shared)
     wide = np.repeat(scale, width, 1) if scheme.tile[1] else scale
-    tiled = rows.reshape(-1, outputs, rows.shape[1]) / wide[:, None]
-    codes = _codes(tiled.reshape(rows.shape), scheme)
-    return codes[:count, : inputs // 2 if scheme.packed else inputs], stored
+    scaled = (rows.reshape(-1, outputs, rows.shape[1]) / wide[:, None]).reshape(rows.shape)
+    if scheme.packed:
+        return _float4(scaled)[:count, : inputs // 2], stored
+    np.clip(scaled, -scheme.largest, scheme.largest, out=scaled)
+    is_float, dtype = scheme.codes == "F8_E4M3", array_type(scheme.codes)
+    codes = _float8(scaled).view(dtype) if is_float else np.rint(scaled, out=scaled).astype(dtype)
+    return codes[:count, :inputs], stored
 
 
 def _largest(rows: Floats, outputs: int, width: int) -> Floats:
     """Return the largest magnitude of each tile: [tiles of outputs, tiles of inputs]."""
-    import numpy as np
-
     most = np.abs(rows).reshape(-1, outputs, rows.shape[1]).max(1)
     if width == rows.shape[1]:
         return np.asarray(most.max(1, keepdims=True))
@@ -106,10 +101,14 @@ def _scales(
     most: Floats, scheme: Scheme, shared: np.float32 | None
 ) -> tuple[npt.NDArray[np.generic], Floats]:
     """Return a tile's scales as they are stored, and what its weights are divided by."""
-    import numpy as np
-
     if scheme.scales == "U8":
-        return _powers_of_two(most)
+        # Exponents of 2 plus 127: scales of the OCP's MX formats. The largest magnitude is rounded
+        # up to a power of 2 from 1.75 times the one below on. So it becomes at least 3.5 and less
+        # than 7, and above 6 it is cut off.
+        exponents = ((most.view(np.int32) + (1 << 21)) >> 23) - 2
+        stored = np.clip(exponents, 0, 254).astype(np.uint8)
+        powers = np.ldexp(np.float32(1), stored.astype(np.int32) - _BIAS)
+        return stored, powers.astype(np.float32)
     scale = most / np.float32(scheme.largest)
     if shared is None:
         scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
@@ -120,36 +119,8 @@ def _scales(
     return wide.astype(small.dtype), np.asarray(wide / shared, np.float32)
 
 
-def _powers_of_two(most: Floats) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """Return exponents of 2 plus 127, and these powers: scales of the OCP's MX formats.
-
-    The largest magnitude is rounded up to a power of 2 from 1.75 times the one below on. So it
-    becomes at least 3.5 and less than 7, and above 6 it is cut off.
-    """
-    import numpy as np
-
-    exponents = ((most.view(np.int32) + (1 << 21)) >> 23) - 2
-    stored = np.clip(exponents, 0, 254).astype(np.uint8)
-    powers = np.ldexp(np.float32(1), stored.astype(np.int32) - _BIAS)
-    return stored, powers.astype(np.float32)
-
-
-def _codes(scaled: Floats, scheme: Scheme) -> npt.NDArray[np.generic]:
-    """Return the codes nearest to scaled values, ties to even; changes its argument."""
-    import numpy as np
-
-    if scheme.packed:
-        return _float4(scaled)
-    np.clip(scaled, -scheme.largest, scheme.largest, out=scaled)
-    if scheme.codes == "F8_E4M3":
-        return _float8(scaled).view(array_type(scheme.codes))
-    return np.rint(scaled, out=scaled).astype(array_type(scheme.codes))
-
-
 def _float8(values: Floats) -> npt.NDArray[np.uint8]:
     """Return float8_e4m3fn of values from -448 to 448, four times as fast as ml_dtypes' cast."""
-    import numpy as np
-
     bits = values.view(np.uint32)
     sign = (bits >> np.uint32(24)).astype(np.uint8) & np.uint8(0x80)
     size = np.abs(values)
@@ -168,8 +139,6 @@ def _float8(values: Floats) -> npt.NDArray[np.uint8]:
 
 def _float4(values: Floats) -> npt.NDArray[np.uint8]:
     """Return two codes of float4_e2m1 per byte: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and bit 3 the sign."""
-    import numpy as np
-
     codes = (values < 0).view(np.uint8) << np.uint8(3)
     size = np.abs(values, out=values)
     for limit, included in _LIMITS:

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from weightsmith.core.kernels import tiles
 from weightsmith.models.tensors import array_type, widened
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 _FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -43,8 +41,6 @@ class QuantizedTiles:
 
     def rows(self) -> npt.NDArray[np.float32]:
         """Return what the codes stand for: float32 [rows, columns]."""
-        import numpy as np
-
         (count, columns), (high, wide) = self.shape, self.tile
         # A pair of values is looked up as one number.
         table = _values(self.dtype)
@@ -67,8 +63,6 @@ class QuantizedTiles:
         return sums
 
     def _squares(self, weights: npt.NDArray[np.generic]) -> tuple[float, float] | None:
-        import numpy as np
-
         if tiles.reads(weights.dtype):
             table = _values(self.dtype)
             return tiles.compare_tiles(self.codes, table, self.scales, self.tile, weights)
@@ -82,8 +76,6 @@ class QuantizedTiles:
 @cache
 def _values(dtype: str) -> npt.NDArray[np.float32]:
     """Return what each byte stands for: float32 [256, weights per byte], the low bits first."""
-    import numpy as np
-
     codes = np.arange(256, dtype=np.uint8)
     if dtype != "U8":
         return np.asarray(codes.view(array_type(dtype)).astype(np.float32)[:, None])

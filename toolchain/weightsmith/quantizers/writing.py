@@ -8,14 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from weightsmith.models.safetensors import BITS, build_header
 from weightsmith.models.tensors import CheckpointTensors, array_type
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 SHARD_BYTES = 4 << 30
 """Maximum shard size, suitable for registries and engines."""
@@ -48,7 +46,9 @@ class TensorGroup:
     """() -> tensor names and their next rows, in the tensor's dtype."""
 
 
-def whole(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Any]) -> TensorGroup:
+def whole(
+    name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], np.ndarray]
+) -> TensorGroup:
     """Return the work for one tensor that is computed as a whole."""
 
     def blocks() -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
@@ -87,7 +87,9 @@ def write_checkpoint(folder: Path, works: Iterable[TensorGroup]) -> None:
             room = SHARD_BYTES
         room -= output.size
         shards[-1].append(output)
-    names = [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    names, count = ["model.safetensors"], len(shards)
+    if count > 1:
+        names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
     journal = folder / _JOURNAL
     finished = journal.read_text("utf-8").split("\n")[:-1] if journal.is_file() else []
     with journal.open("a", encoding="utf-8") as log:
@@ -98,13 +100,14 @@ def write_checkpoint(folder: Path, works: Iterable[TensorGroup]) -> None:
                 log.write(name + "\n")
                 log.flush()
                 os.fsync(log.fileno())
-    if len(shards) > 1:
-        _write_index(folder, names, shards)
+    if count > 1:
+        total = sum(output.size for shard in shards for output in shard)
+        places = {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
     journal.unlink()
-
-
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
 
 
 def _write_shard(path: Path, outputs: Sequence[OutputTensor], works: Sequence[TensorGroup]) -> None:
@@ -130,14 +133,3 @@ def _write_shard(path: Path, outputs: Sequence[OutputTensor], works: Sequence[Te
     if places != ends:
         raise ValueError(f"{min(n for n in ends if places[n] != ends[n])} has the wrong size")
     partial.rename(path)
-
-
-def _write_index(
-    folder: Path, names: Sequence[str], shards: Sequence[Sequence[OutputTensor]]
-) -> None:
-    total = sum(output.size for shard in shards for output in shard)
-    places = {o.name: name for name, shard in zip(names, shards, strict=True) for o in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
