@@ -268,12 +268,11 @@ def _check_rest(
         raise CheckFailed(
             f"{name} is {found.dtype} {found.shape}, not {own.dtype} {own.shape}", hint=_HINT
         )
+    parts = (made.f32(one) for one in (name,))
     if len(own.shape) > 1:  # a few rows at a time
         step = max(1, _BLOCK // max(1, math.prod(own.shape[1:])))
         spans = (slice(start, start + step) for start in range(0, own.shape[0], step))
         parts = (made.part(name, (span,)) for span in spans)
-    else:
-        parts = iter([made.f32(name)])
     if not all(bool(np.isfinite(part).all()) for part in parts):
         raise CheckFailed(f"{name} has NaN or infinite weights", hint=_HINT)
     # AWQ moves scales into norms, biases and kept matrices. Embeddings and head must not change,
