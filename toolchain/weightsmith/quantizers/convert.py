@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf.utility import LocalTensor
     from gguf.vocab import SpecialVocab
-    from transformers import PreTrainedTokenizerBase
+
+    from weightsmith.forward.kinds import Tokenizer
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -232,7 +233,7 @@ def _patch(model: Path) -> None:
     vocabulary.add_to_gguf, text_model.get_vocab_base_pre = add_to_gguf, by_hash_or_split
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+def added_tokens(tokenizer: Tokenizer) -> dict[str, bool]:
     """Return whether a server must add the begin token (`bos`) and the end token (`eos`).
 
     A plain text gets those that the tokenizer adds. llama.cpp adds the same ones to chats, which
