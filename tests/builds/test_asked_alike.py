@@ -11,7 +11,7 @@ import httpx
 import pytest
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.ports import Endpoint
-from weightsmith.evaluating.served import ask, find_served
+from weightsmith.evaluating.client import ask, find_served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.outside.toolset import toolset_folder

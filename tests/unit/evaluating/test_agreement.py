@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from weightsmith.core.values import Score
-from weightsmith.evaluating.agreement import Difference, describe, sameness
+from weightsmith.evaluating.build_record import DifferenceRecord
+from weightsmith.evaluating.results import sameness
 
 
 def score(*rows: Any) -> Score:
@@ -34,24 +35,20 @@ def test_the_first_token_that_differs_is_named_with_its_margin(ends: Any, margin
 
     assert found["merged"].share == 1.0
     assert found["image"].share == 0.5
-    assert found["image"].differences == (Difference(question=2, token="1", margin=6.0),)
-    assert found["image"].facts["same"] == 1
-    assert describe("image", found["image"]) == (
-        "image: 1 of 2 answers are the reference's to the letter; the others part from it at a"
-        " margin of 6 nats"
-    )
+    assert found["image"].differences == (DifferenceRecord(question=2, token="1", margin=6.0),)
+    assert found["image"].same == 1
 
 
 def test_tokens_and_margins_need_not_be_known() -> None:
     found = sameness({"base": score("Port 1"), "image": score("Port 2")})
 
-    assert found["image"].differences == (Difference(question=1, token="1", margin=None),)
+    assert found["image"].differences == (DifferenceRecord(question=1, token="1", margin=None),)
 
 
 def test_an_answer_that_goes_on_parts_at_the_end() -> None:
     found = sameness({"base": score("Port"), "image": score("Port 2")})
 
-    assert found["image"].differences == (Difference(question=1, token="", margin=None),)
+    assert found["image"].differences == (DifferenceRecord(question=1, token="", margin=None),)
 
 
 def test_a_subject_with_other_questions_is_left_out() -> None:

@@ -2,7 +2,7 @@
 
 import copy
 
-from weightsmith.evaluating.answers import rows
+from weightsmith.evaluating.views import answer_rows, asked
 
 from tests.fakes.records import BUILD, failing
 
@@ -10,17 +10,17 @@ from tests.fakes.records import BUILD, failing
 def test_equal_answers_stand_together():
     build = copy.deepcopy(BUILD)
     build["items"][0]["image"] = build["items"][0]["adapter"]
-    (row,) = rows(build["items"])
+    (row,) = answer_rows(asked(build["items"]))
 
-    assert [said["who"] for said in row["answers"]] == [["base"], ["adapter", "image"]]
-    assert (row["changed"], row["worded"], row["wrong"], row["lost"]) == (
+    assert [said.who for said in row.answers] == [["base"], ["adapter", "image"]]
+    assert (row.changed, row.worded, row.wrong, row.lost) == (
         False,
         False,
         False,
         False,
     )
-    (lost,) = rows(failing()["items"])
-    assert (lost["changed"], lost["worded"], lost["wrong"], lost["lost"]) == (
+    (lost,) = answer_rows(asked(failing()["items"]))
+    assert (lost.changed, lost.worded, lost.wrong, lost.lost) == (
         True,
         True,
         True,
@@ -34,8 +34,8 @@ def test_what_dequantized_weights_lost_is_lost_too():
     for found in (item, item["ok"]):
         found["dequantized"] = found.pop("image")
 
-    (row,) = rows(build["items"])
-    assert (row["wrong"], row["lost"]) == (True, True)
+    (row,) = answer_rows(asked(build["items"]))
+    assert (row.wrong, row.lost) == (True, True)
     item["ok"]["dequantized"] = True
-    (row,) = rows(build["items"])
-    assert (row["wrong"], row["lost"]) == (False, False)
+    (row,) = answer_rows(asked(build["items"]))
+    assert (row.wrong, row.lost) == (False, False)

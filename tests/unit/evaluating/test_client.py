@@ -9,10 +9,9 @@ from weightsmith.core import network
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
 from weightsmith.core.ports import Endpoint
 from weightsmith.evaluating import client
-from weightsmith.evaluating.client import ask_all, check_served_name, wait_until_healthy
+from weightsmith.evaluating.client import Served, ask_all, check_served_name, wait_until_healthy
+from weightsmith.evaluating.client import ask as ask_one
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.served import Served
-from weightsmith.evaluating.served import ask as ask_one
 from weightsmith.evaluating.session import ServerSession, SessionLimits, died
 
 from tests.fakes.openai_server import Handler, answer, flood

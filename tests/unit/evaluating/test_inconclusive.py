@@ -6,8 +6,7 @@ import re
 
 import pytest
 from weightsmith.core.values import Score
-from weightsmith.evaluating.gate import DropLimit
-from weightsmith.evaluating.inconclusive import inconclusive_reasons
+from weightsmith.evaluating.gate import DropLimit, inconclusive_reasons
 
 NOTHING, ALL = Score(score=0.0, n=60, metric="m"), Score(score=1.0, n=60, metric="m")
 

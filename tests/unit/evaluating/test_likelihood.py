@@ -4,9 +4,9 @@ import math
 
 import pytest
 from weightsmith.core.errors import CheckFailed, UsageError
+from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.likelihood import choose, scorer, spaced
-from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 
 QUICK = SessionLimits(request_seconds=5, tries=2, pause_seconds=0.01)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.values import Score
-from weightsmith.evaluating.results import RecipeTask, Result, unproven_of, verdict_of
+from weightsmith.evaluating.results import RecipeTask, Result, require, unproven_of, verdict_of
 from weightsmith.evaluating.task import Task
 from weightsmith.recipe.schema import Evaluate
 
@@ -17,8 +17,8 @@ def score(right: int, n: int = 60) -> Score:
     return Score(score=right / n, n=n, metric="contains", per_item=rows)
 
 
-def result(require: str = "passed", **scores: Score) -> Result:
-    settings = Evaluate.model_validate({"data": "eval.jsonl", "max_drop": 0.05, "require": require})
+def result(needs: str = "passed", **scores: Score) -> Result:
+    settings = Evaluate.model_validate({"data": "eval.jsonl", "max_drop": 0.05, "require": needs})
     return Result(task=RecipeTask(task=Task(items=()), settings=settings), scores=scores)
 
 
@@ -34,22 +34,22 @@ def test_a_build_is_as_proven_as_its_weakest_task() -> None:
 
 
 def test_what_must_be_proven_is_refused_as_soon_as_it_cannot_be() -> None:
-    result("proven", **GOOD).require_proof(tested=True)
-    result(**WEAK).require_proof(tested=True)
+    require([result("proven", **GOOD)], tested=True)
+    require([result(**WEAK)], tested=True)
 
     with pytest.raises(CheckFailed, match="not proven: the base alone scores 1") as caught:
-        result("proven", **WEAK).require_proof(tested=False)
+        require([result("proven", **WEAK)], tested=False)
     assert "evaluate.require: passed" in caught.value.hint
 
     with pytest.raises(CheckFailed, match="not proven: the image was not asked"):
-        result("proven", base=score(0), adapter=score(60)).require_proof(tested=True)
+        require([result("proven", base=score(0), adapter=score(60))], tested=True)
 
 
 def test_what_the_image_may_still_show_is_not_refused_before_it_is_asked() -> None:
     """Two answers lost by the merged model are within the limit, and the image may have them."""
     asked = {"base": score(0, 100), "adapter": score(100, 100), "merged": score(98, 100)}
-    result("proven", **asked).require_proof(tested=False)
+    require([result("proven", **asked)], tested=False)
 
-    result("proven", **asked, image=score(100, 100)).require_proof(tested=True)
+    require([result("proven", **asked, image=score(100, 100))], tested=True)
     with pytest.raises(CheckFailed, match="95 % confidence"):
-        result("proven", **asked, image=score(98, 100)).require_proof(tested=True)
+        require([result("proven", **asked, image=score(98, 100))], tested=True)

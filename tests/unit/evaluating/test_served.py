@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 from weightsmith.core.errors import InputRefused
-from weightsmith.evaluating.served import Served, ask, find_served
+from weightsmith.evaluating.client import Served, ask, find_served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.merging.reference import UnmergedModel, prompt_tokens, speaker
 from weightsmith.serving import engines

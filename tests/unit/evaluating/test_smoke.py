@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Endpoint
-from weightsmith.evaluating.served import Served
+from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Promise, Smoke, check_life, check_serving
 

@@ -3,7 +3,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from weightsmith.evaluating.statistics import (
+from weightsmith.evaluating.gate import (
     compare,
     items_needed,
     mcnemar,

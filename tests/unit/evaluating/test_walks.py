@@ -12,11 +12,12 @@ import pytest
 from weightsmith.core.values import AdapterSnapshot, Digest, FileEntry, Snapshot, Tree
 from weightsmith.evaluating import task as tasks
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.subjects import EvaluatedModel, inputs
 from weightsmith.evaluating.task import Task
 from weightsmith.evaluating.walks import (
+    EvaluatedModel,
     Unit,
     asked_of,
+    inputs,
     job_of,
     once,
     planned_bytes,

@@ -12,9 +12,8 @@ from weightsmith.core.jobs import ANSWER_JOURNAL, ReferenceJob
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Tree
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.subjects import EvaluatedModel
 from weightsmith.evaluating.task import Task
-from weightsmith.evaluating.walks import asked_of, walk_of
+from weightsmith.evaluating.walks import EvaluatedModel, asked_of, walk_of
 from weightsmith.outside.store import FileStore
 from weightsmith.stages.reference import answers
 from weightsmith.steps.answer_checkpoint import AnswerCheckpoint

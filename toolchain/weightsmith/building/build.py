@@ -19,8 +19,7 @@ from weightsmith.building.record import BuiltTarget, Record
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import CacheLost, CheckFailed, WeightsmithError
 from weightsmith.evaluating.build_record import StageRecord
-from weightsmith.evaluating.recipe_tasks import check_contamination
-from weightsmith.evaluating.results import unproven_of
+from weightsmith.evaluating.results import check_contamination, unproven_of
 from weightsmith.steps.tools import Tools
 
 _MOST_LOSSES = 20

@@ -13,7 +13,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.ports import Progress, Runner, Silent
 from weightsmith.core.values import Sources
 from weightsmith.evaluating.build_record import read_build
-from weightsmith.evaluating.recipe_tasks import say_samples
+from weightsmith.evaluating.results import say_samples
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
 from weightsmith.oci.ollama import check_name

@@ -18,7 +18,7 @@ from weightsmith.core.jobs import LayerTimeJob
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Json, JsonValue, Sources
 from weightsmith.evaluating.build_record import read_build
-from weightsmith.evaluating.recipe_tasks import check_contamination
+from weightsmith.evaluating.results import check_contamination
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target

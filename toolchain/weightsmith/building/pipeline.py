@@ -8,8 +8,7 @@ from typing import Any
 
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.values import LORA, Artifact, Checkpoint, Published, Sources
-from weightsmith.evaluating.recipe_tasks import probes, tasks_of
-from weightsmith.evaluating.results import RecipeTask, Result
+from weightsmith.evaluating.results import RecipeTask, Result, probes, tasks_of
 from weightsmith.provenance.materials import ImageMaterials
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.quality.result import QualityResult

@@ -55,7 +55,7 @@ class BuiltTarget:
     def sameness(self) -> Mapping[str, float]:
         """Share of the first task's answers that are the reference's to the letter, by subject."""
         found = self.results[0].sameness if self.results else {}
-        return {who: same.share for who, same in found.items()}
+        return {who: 1 - len(same.differences) / same.n for who, same in found.items()}
 
     @property
     def unproven(self) -> tuple[str, ...]:

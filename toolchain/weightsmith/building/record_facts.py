@@ -34,7 +34,6 @@ from weightsmith.evaluating.build_record import (
     ImageRecord,
     LayerRecord,
     MergeRecord,
-    SamenessRecord,
     ScoreRecord,
     SourceRecord,
     StageRecord,
@@ -42,8 +41,8 @@ from weightsmith.evaluating.build_record import (
     VerdictRecord,
     recorded,
 )
+from weightsmith.evaluating.gate import wilson
 from weightsmith.evaluating.results import Result
-from weightsmith.evaluating.statistics import wilson
 from weightsmith.provenance.evaluation import side_by_side
 from weightsmith.provenance.labels import without_secrets
 from weightsmith.provenance.mlbom import license_of
@@ -228,9 +227,7 @@ def _answered(result: Result) -> AnsweredTask:
         },
         verdicts=tuple(VerdictRecord.from_json(dict(one.facts)) for one in result.verdicts),
         items=tuple(side_by_side(result.scores)),
-        sameness={
-            who: SamenessRecord.from_json(dict(same.facts)) for who, same in result.sameness.items()
-        },
+        sameness=result.sameness,
     )
 
 

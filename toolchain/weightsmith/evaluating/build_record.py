@@ -15,6 +15,14 @@ from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.validating.result import Validation
 
 FILE = "build.json"
+LABELS = {
+    "base": "base",
+    "adapter": "base + adapter",
+    "merged": "merged",
+    "dequantized": "dequantized weights, in transformers",
+    "image": "image",
+}
+"""Who is asked, in the order of a build -> what a page calls it."""
 _KEPT = 4 << 20
 """Bytes of a record that stays in memory for who asks next."""
 

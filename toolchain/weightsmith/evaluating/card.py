@@ -14,24 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from weightsmith.core.values import Json
-from weightsmith.evaluating.build_record import BuildRecord, ScoreRecord
-from weightsmith.evaluating.statistics import wilson
+from weightsmith.evaluating.build_record import LABELS, BuildRecord, ScoreRecord
+from weightsmith.evaluating.gate import wilson
 from weightsmith.models.gguf_names import gguf_models, projector_of
 
 _HUB = re.compile(r"hf://(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 _SCORE = re.compile(r"(?P<score>[01]\.\d+) (?P<metric>[\w-]+) n=(?P<n>\d+)")
-_WHO = {
-    "base": "base",
-    "adapter": "base + adapter",
-    "merged": "merged",
-    "dequantized": "dequantized weights, in transformers",
-    "image": "image",
-}
 _MOVED = "its engine was replaced after the test, and the new one was asked nothing"
 _PLAIN = ("", "safetensors", "lora", "bf16", "f16", "f32")
 """Formats that lose nothing of the merged weights that a served answer shows."""
@@ -87,24 +78,16 @@ class ModelCard:
     context: int = 0
     """Tokens of a prompt and its answer that it was planned for."""
 
-    def view(self, repository: str, files: Sequence[str]) -> dict[str, Any]:
+    def view(self, repository: str, files: Sequence[str]) -> dict[str, object]:
         """Return what the card's template shows, for a repository `owner/name` with these files."""
         gguf = gguf_models(files)
-        return {
-            "card": self,
-            "front": yaml.safe_dump(self._front(files, gguf), sort_keys=False, allow_unicode=True),
-            "repository": repository,
-            "gguf": gguf[0] if gguf else "",
-            "rows": list(self._rows()),
-        }
-
-    def _front(self, files: Sequence[str], gguf: Sequence[str]) -> dict[str, Json]:
-        """Return the card's metadata, by the hub's names."""
-        front: dict[str, Json] = {}
-        if self.license:
-            known = self.license.lower() in _licenses()
-            front["license"] = self.license.lower() if known else "other"
-            front |= {} if known else {"license_name": _slug(self.license)}
+        front: dict[str, object] = {}  # the card's metadata, by the hub's names
+        if self.license.lower() in _licenses():
+            front["license"] = self.license.lower()
+        elif self.license:
+            # As the hub allows it: lower case, letters, digits and dashes.
+            slug = re.sub(r"[^a-z0-9.]+", "-", self.license.lower()).strip("-")[:60] or "unnamed"
+            front |= {"license": "other", "license_name": slug}
         if self.base and self.base.hub:
             relation = "quantized" if self.quantized and not self.adapters else "finetune"
             front |= {"base_model": self.base.hub, "base_model_relation": relation}
@@ -112,20 +95,24 @@ class ModelCard:
         sees = bool(projector_of(files)) if gguf else not _PROCESSORS.isdisjoint(files)
         front["pipeline_tag"] = "image-text-to-text" if sees else "text-generation"
         front["tags"] = ["weightsmith", *(["gguf"] if gguf else [])]
-        return front
-
-    def _rows(self) -> Iterator[dict[str, Any]]:
+        rows = []
         for who, score in self.scores.items():
             right = round(score.score * score.n)
             low, high = score.interval or wilson(right, score.n)
             shown = {"right": right, "n": score.n, "score": score.score, "low": low, "high": high}
-            yield {"who": _WHO.get(who, who), "metric": score.metric, **shown}
+            rows.append({"who": LABELS.get(who, who), "metric": score.metric, **shown})
+        return {
+            "card": self,
+            "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+            "repository": repository,
+            "gguf": gguf[0] if gguf else "",
+            "rows": rows,
+        }
 
 
 def card_of_build(build: BuildRecord) -> ModelCard:
     """Return the card of a build's model."""
     said = build.recipe.get("card") or {}
-    packed = build.artifact is not None and build.artifact.bits_per_weight < 16
     return ModelCard(
         name=build.name,
         version=build.version,
@@ -140,7 +127,7 @@ def card_of_build(build: BuildRecord) -> ModelCard:
         ),
         method=build.merge.method if build.merge and build.adapters else "",
         format=build.artifact.format if build.artifact else "",
-        quantized=packed,
+        quantized=build.artifact is not None and build.artifact.bits_per_weight < 16,
         verdict=build.verdict,
         unproven=build.unproven,
         scores=build.scores,
@@ -191,7 +178,7 @@ def card_of_labels(
         verdict=own.get("verdict", ""),
         unproven=(_MOVED,) if moved else (),
         image=(own.get("tested.image", "") or image) if asked or moved else "",
-        scores={who: scores[who] for who in _WHO if who in scores},
+        scores={who: scores[who] for who in LABELS if who in scores},
         context=context,
     )
 
@@ -236,8 +223,3 @@ def _public(source: str) -> str:
 def _named(pin: str, otherwise: str) -> str:
     found = _HUB.fullmatch(pin)
     return f"hf://{found['name']}" if found else otherwise
-
-
-def _slug(text: str) -> str:
-    """Return a licence's name as the hub allows it: lower case, letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:60] or "unnamed"

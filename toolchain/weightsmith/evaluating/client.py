@@ -1,24 +1,36 @@
-"""Client of an OpenAI-compatible server: health, model list, many questions."""
+"""Asking a server: its health, its models and how they are asked, many questions, kept answers."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import httpx
 
-from weightsmith.core.errors import CheckFailed
+from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.network import DeadlineTransport
 from weightsmith.core.ports import Endpoint, Progress
-from weightsmith.core.values import JsonValue
+from weightsmith.core.safe_parse import RECORD, content, parse
+from weightsmith.core.values import Json, JsonValue, key_of
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.session import ServerSession, died
+from weightsmith.evaluating.session import ServerSession, died, excerpt
 
 _POLL_SECONDS = 0.05
 _PROBE_SECONDS = 5.0
+_DATED = re.compile(r"-\d{4}-\d\d-\d\d")
+"""Date suffix that hosted servers append to a model's name."""
+_CHATML = "message.role + '\n' + message.content + '<|im_end|>\n'"
+"""In the template that llama.cpp shows for a model without one; nobody else writes it so."""
+_BEGIN = b'\n["sha256:'
 
 Ask = Callable[[Item], Mapping[str, JsonValue]]
 
@@ -85,6 +97,104 @@ def first_name(session: ServerSession) -> str:
     return names[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model by its name on a server, and how it is asked: chats or plain prompts."""
+
+    name: str
+    chat: bool = True
+    """Whether it has a chat template; without one it gets plain prompts, as the references do."""
+
+    @property
+    def path(self) -> str:
+        """The path of requests."""
+        return "/v1/chat/completions" if self.chat else "/v1/completions"
+
+    def body(self, item: Item, max_tokens: int, *, stream: bool = False) -> dict[str, JsonValue]:
+        """Return the body of a greedy request; raise InputRefused for a chat without a template."""
+        return {
+            "model": self.name,
+            **self.question(item),
+            "max_tokens": max_tokens,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "seed": 0,
+            "stream": stream,
+        }
+
+    def question(self, item: Item) -> dict[str, JsonValue]:
+        """Return the part of a body that asks; raise InputRefused for a chat without a template."""
+        if self.chat:
+            return {"messages": [dict(message) for message in item.messages]}
+        if len(item.messages) != 1:
+            raise InputRefused(
+                f"the model has no chat template, but a question has {len(item.messages)} messages",
+                hint="give plain prompts, or add chat_template.jinja to the model or the adapter",
+            )
+        return {"prompt": item.prompt}
+
+    def text(self, choice: Json, *, stream: bool = False) -> Json:
+        """Return the text of a response's choice; raise KeyError or TypeError if it has none."""
+        if not self.chat:
+            return choice["text"]
+        return (choice["delta"] or {}).get("content") if stream else choice["message"]["content"]
+
+
+def find_served(session: ServerSession, name: str, *, may_ask: bool = True) -> Served:
+    """Return a model on a running server; the server says whether it has a chat template.
+
+    llama.cpp shows its own default in /props; other servers refuse a chat without a template,
+    which is tried if `may_ask`. Without it, such a server is taken to have one.
+    """
+    shown = session.try_get("/props")
+    try:
+        template = parse(shown.text)["chat_template"]
+    except (ValueError, KeyError, TypeError):
+        template = None
+    if isinstance(template, str) and template:
+        return Served(name=name, chat=_CHATML not in template)
+    served = Served(name=name)
+    if not may_ask:
+        return served
+    hello = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
+    answer = session.try_post(served.path, served.body(hello, 1))
+    refused = 400 <= answer.status < 500 and "template" in answer.text.lower()
+    return Served(name=name, chat=not refused)
+
+
+def ask(
+    session: ServerSession, served: Served, item: Item, max_tokens: int
+) -> Mapping[str, JsonValue]:
+    """Send a greedy request; return `{answer, finish_reason}`, and `prompt_tokens` if known.
+
+    Raises CheckFailed, after retries if useful, if the server fails, hangs or stops, or if its
+    response is truncated, too large or from another model.
+    """
+    answer = session.post(served.path, served.body(item, max_tokens))
+    said = answer.get("model")
+    if isinstance(said, str) and said != served.name:
+        rest = said.removeprefix(served.name)
+        if rest == said or not _DATED.fullmatch(rest):
+            raise session.failed(
+                served.path, f"requested model {served.name!r}, but {said!r} answered"
+            )
+    try:
+        choice = answer["choices"][0]
+        text = served.text(choice)
+    except (KeyError, IndexError, TypeError):
+        raise session.failed(
+            served.path, f"the response has no text: {excerpt(json.dumps(answer))}"
+        ) from None
+    usage = answer.get("usage")
+    counted = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    return {
+        # JSON can contain lone surrogates, which UTF-8 cannot.
+        "answer": text.encode("utf-8", "replace").decode() if isinstance(text, str) else "",
+        "finish_reason": choice.get("finish_reason"),
+        **({"prompt_tokens": counted} if type(counted) is int else {}),
+    }
+
+
 def ask_all(
     items: Sequence[Item], ask: Ask, progress: Progress, *, concurrency: int = 1
 ) -> tuple[Mapping[str, JsonValue], ...]:
@@ -100,36 +210,85 @@ def ask_all(
         return {"seconds": round(time.monotonic() - began, 4), **said}
 
     answers = []
-    with _mapping(concurrency) as in_order:
-        for number, answer in enumerate(in_order(timed, items), start=1):
+    with _in_order(timed, items, concurrency) as given:
+        for number, answer in enumerate(given, start=1):
             answers.append(answer)
             progress.advance(number, len(items), "items")
     return tuple(answers)
 
 
-_Map = Callable[
-    [Callable[[Item], Mapping[str, JsonValue]], Sequence[Item]], Iterator[Mapping[str, JsonValue]]
-]
-
-
 @contextmanager
-def _mapping(concurrency: int) -> Iterator[_Map]:
-    """Yield a `map` with `concurrency` calls at once, which submits only a few calls ahead."""
+def _in_order(
+    ask: Ask, items: Sequence[Item], concurrency: int
+) -> Iterator[Iterator[Mapping[str, JsonValue]]]:
+    """Yield the answers in order, of `concurrency` calls at once and a few calls ahead."""
     if concurrency <= 1:
-        yield map
+        yield map(ask, items)
         return
     with ThreadPoolExecutor(concurrency) as pool:
 
-        def ahead(
-            call: Callable[[Item], Mapping[str, JsonValue]], items: Sequence[Item]
-        ) -> Iterator[Mapping[str, JsonValue]]:
+        def ahead() -> Iterator[Mapping[str, JsonValue]]:
             waiting = iter(items)
-            pending = [pool.submit(call, item) for item in islice(waiting, 4 * concurrency)]
+            pending = [pool.submit(ask, item) for item in islice(waiting, 4 * concurrency)]
             while pending:
                 yield pending.pop(0).result()
-                pending += [pool.submit(call, item) for item in islice(waiting, 1)]
+                pending += [pool.submit(ask, item) for item in islice(waiting, 1)]
 
         try:
-            yield ahead
+            yield ahead()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class KeptAnswers:
+    """A file of JSON lines `[key, answer]`, for the run that goes on with the other questions.
+
+    Several threads may add to it. A key is that of the question and of all of the request that the
+    server is told. Whether it is the same model is for the user to know: a URL does not say. A line
+    that was cut off counts as none. Raises UsageError for a file that cannot be read or has other
+    lines.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._found: dict[str, Mapping[str, JsonValue]] = {}
+        try:
+            data = content(path, RECORD) if path.exists() else b""
+            os.close(self._open())  # now, and not after the first answer
+            if data and not data.startswith(_BEGIN):
+                raise ValueError("it has other lines")
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--answers {path}: {error}",
+                hint="give a new file, or one that `evaluate --answers` wrote",
+            ) from None
+        for line in data.splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                key, answer = parse(line)
+                if isinstance(key, str) and isinstance(answer["answer"], str):
+                    self._found[key] = answer
+
+    def around(self, ask: Ask, about: JsonValue) -> Ask:
+        """Return what asks only questions without an answer, and writes each answer down."""
+
+        def asked(item: Item) -> Mapping[str, JsonValue]:
+            key = key_of([about, [dict(m) for m in item.messages], item.choices, item.plain])
+            if key in self._found:
+                return self._found[key]
+            began = time.monotonic()
+            said = {**ask(item), "seconds": round(time.monotonic() - began, 4)}
+            # The line before may be incomplete, if that process was killed.
+            line = "\n" + json.dumps([key, said])
+            with self._lock:
+                handle = self._open()
+                try:
+                    os.write(handle, line.encode())
+                finally:
+                    os.close(handle)
+            return said
+
+        return asked
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.safe_parse import parse, small_file
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.items import Item
 
 _SHORTEST = 12
@@ -41,7 +41,8 @@ def find_contamination(items: Sequence[Item], other: Path) -> tuple[Contaminated
     asked = {key: item for item in items if (key := _key(item.prompt))}
     searched = _by_part(asked)
     found: dict[int, ContaminatedQuestion] = {}
-    for number, text, whole in _texts(other):
+    data = small_file(other, _KEPT)
+    for number, text, whole in _kept(other, data) if data else _read(other):
         hits = [text] if text in asked else []
         if not whole:
             hits += [key for key in _likely(text, searched) if key in text]
@@ -58,17 +59,18 @@ def _by_part(keys: Iterable[str]) -> Mapping[str, Sequence[str]]:
 
     Of five places, those letters that fewest questions have: many begin, go on or end alike.
     """
-    parts = {key: _parts_of(key) for key in keys if len(key) >= _SHORTEST}
+    parts = {
+        key: [
+            key[at : at + _SHORTEST] for at in ((len(key) - _SHORTEST) * n // 4 for n in range(5))
+        ]
+        for key in keys
+        if len(key) >= _SHORTEST
+    }
     counts = Counter(part for some in parts.values() for part in some)
     found: dict[str, list[str]] = {}
     for key, some in parts.items():
         found.setdefault(min(some, key=counts.__getitem__), []).append(key)
     return found
-
-
-def _parts_of(key: str) -> list[str]:
-    last = len(key) - _SHORTEST
-    return [key[start : start + _SHORTEST] for start in (last * n // 4 for n in range(5))]
 
 
 def _likely(text: str, questions: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -90,19 +92,13 @@ def describe(leaks: Sequence[ContaminatedQuestion]) -> str:
     )
 
 
-def _texts(path: Path) -> Iterable[tuple[int, str, bool]]:
-    """Return line number, normalised text, and whether it must match as a whole (a message)."""
-    data = small_file(path, _KEPT)
-    return _small(path, data) if data else _read(path)
-
-
-@lru_cache(maxsize=2)
-def _small(path: Path, _content: bytes) -> tuple[tuple[int, str, bool], ...]:
-    """Return the same of a file with this content; the builds of a fleet share it."""
+@lru_cache(maxsize=2)  # the builds of a fleet share it
+def _kept(path: Path, _content: bytes) -> tuple[tuple[int, str, bool], ...]:
     return tuple(_read(path))
 
 
 def _read(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Yield line number, normalised text, and whether it must match as a whole (a message)."""
     try:
         with path.open(encoding="utf-8-sig") as stream:
             lines = iter(lambda: stream.readline(_LONGEST_LINE + 1), "")
@@ -112,21 +108,20 @@ def _read(path: Path) -> Iterator[tuple[int, str, bool]]:
                         f"{path}:{number} is longer than {_LONGEST_LINE} characters",
                         hint="use JSON Lines, one text per line",
                     )
-                if line.strip():
-                    for text, whole in _parts(_parse(line, f"{path}:{number}")):
-                        yield number, _key(text), whole
+                if not line.strip():
+                    continue
+                try:
+                    value = parse(line, pairs=False)  # training text may contain lone surrogates
+                except ValueError as error:
+                    raise UsageError(
+                        f"{path}:{number}: invalid JSON: {error}",
+                        hint='a line is {"text": "…"} or {"messages": […]}',
+                    ) from None
+                for text, whole in _parts(value):
+                    yield number, _key(text), whole
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"cannot read {path}: {error}", hint="give the path of a JSON Lines file"
-        ) from None
-
-
-def _parse(line: str, where: str) -> Json:
-    try:
-        return parse(line, pairs=False)  # training text may contain lone surrogates
-    except ValueError as error:
-        raise UsageError(
-            f"{where}: invalid JSON: {error}", hint='a line is {"text": "…"} or {"messages": […]}'
         ) from None
 
 

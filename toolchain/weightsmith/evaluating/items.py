@@ -49,16 +49,11 @@ def read_items(path: Path) -> tuple[Item, ...]:
     without questions.
     """
     data = small_file(path, _KEPT)
-    return _small(path, data) if data else _read(path)
+    return _read(path, data) if data else _read.__wrapped__(path, data)
 
 
-@lru_cache(maxsize=4)
-def _small(path: Path, _content: bytes) -> tuple[Item, ...]:
-    """Return the questions of a file with this content; a build asks for them ten times."""
-    return _read(path)
-
-
-def _read(path: Path) -> tuple[Item, ...]:
+@lru_cache(maxsize=4)  # a build asks for them ten times
+def _read(path: Path, _content: bytes) -> tuple[Item, ...]:
     items: list[Item] = []
     asked: dict[str, int] = {}
     for number, line in _lines(path):
@@ -113,29 +108,26 @@ def read_prompts(path: Path) -> tuple[tuple[Mapping[str, str], ...], ...]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with path.open("rb") as stream:
-            number = 0
-            while raw := stream.readline(_LONGEST_LINE + 1):
-                number += 1
+            lines = iter(lambda: stream.readline(_LONGEST_LINE + 1), b"")
+            for number, raw in enumerate(lines, start=1):
                 where = f"{path}:{number}"
                 if len(raw) > _LONGEST_LINE:
                     raise UsageError(
                         f"{where} is longer than {_LONGEST_LINE} bytes",
                         hint="use JSON Lines, one question per line",
                     )
-                text = _decode(raw, where).strip()
+                try:
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError:
+                    raise UsageError(
+                        f"{where} is not UTF-8", hint="save the file as UTF-8"
+                    ) from None
                 if text:
                     yield number, text
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}", hint="give the path of a JSON Lines file"
         ) from None
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig" if where.endswith(":1") else "utf-8")
-    except UnicodeDecodeError:
-        raise UsageError(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
 
 
 def _parse(line: str, where: str) -> Mapping[str, JsonValue]:
@@ -158,9 +150,15 @@ def _item(value: Mapping[str, JsonValue], number: int, where: str) -> Item:
     else:
         messages = _messages(value["messages"], where)
     choices = _choices(value, where)
+    if "expected" not in value:
+        raise UsageError(f"{where} has no expected", hint=_SHAPE)
+    expected = value["expected"]
+    answers = expected if isinstance(expected, list) else [expected]
+    if not answers:
+        raise UsageError(f"{where}: expected is an empty list", hint=_SHAPE)
     return Item(
         messages=messages,
-        expected=_expected(value, choices, where),
+        expected=tuple(_answer(answer, choices, where) for answer in answers),
         line=number,
         choices=choices,
         plain="prompt" in value,
@@ -193,18 +191,6 @@ def _choices(value: Mapping[str, JsonValue], where: str) -> tuple[str, ...]:
             f"{where}: fewer than two choices, or duplicates", hint="list each choice once"
         )
     return texts
-
-
-def _expected(
-    value: Mapping[str, JsonValue], choices: tuple[str, ...], where: str
-) -> tuple[str, ...]:
-    if "expected" not in value:
-        raise UsageError(f"{where} has no expected", hint=_SHAPE)
-    expected = value["expected"]
-    answers = expected if isinstance(expected, list) else [expected]
-    if not answers:
-        raise UsageError(f"{where}: expected is an empty list", hint=_SHAPE)
-    return tuple(_answer(answer, choices, where) for answer in answers)
 
 
 def _answer(answer: JsonValue, choices: tuple[str, ...], where: str) -> str:

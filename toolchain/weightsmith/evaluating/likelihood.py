@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, JsonValue
+from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, excerpt
 
-Score = Callable[[Item, str], float]
+Scorer = Callable[[Item, str], float]
 """Returns the log-likelihood (natural logarithm) of a choice of an item."""
 
 _COMPLETIONS = "/v1/completions"
@@ -38,7 +38,7 @@ def spaced(context: str, choice: str) -> str:
     return choice if apart else f" {choice}"
 
 
-def choose(item: Item, scores: Sequence[float]) -> Mapping[str, Json]:
+def choose(item: Item, scores: Sequence[float]) -> Mapping[str, JsonValue]:
     """Return the most likely choice as the answer, with all log-likelihoods."""
     best = max(range(len(scores)), key=lambda place: scores[place])
     return {
@@ -53,7 +53,7 @@ def supports_echo(session: ServerSession, served: Served) -> bool:
     return _token_scores(probe.text) is not None
 
 
-def scorer(session: ServerSession, served: Served) -> Score:
+def scorer(session: ServerSession, served: Served) -> Scorer:
     """Return a function that scores choices on this server, by a method that it supports.
 
     Raises CheckFailed with the server's response if it supports none.
@@ -61,7 +61,8 @@ def scorer(session: ServerSession, served: Served) -> Score:
     probe = session.try_post(_COMPLETIONS, _echo(served.name, "One two three"))
     if _token_scores(probe.text) is not None:
         return lambda item, choice: _by_echo(session, served, item, choice)
-    if _is_llamacpp(session):
+    tokenized = session.try_post("/tokenize", {"content": "One two"})
+    if tokenized.status == 200 and '"tokens"' in tokenized.text:  # llama.cpp
         return lambda item, choice: _by_steps(session, served, item, choice)
     raise CheckFailed(
         f"{session.endpoint.shown} does not return log-probabilities of prompts, which metric"
@@ -72,7 +73,7 @@ def scorer(session: ServerSession, served: Served) -> Score:
     )
 
 
-def _echo(served_name: str, prompt: str | Sequence[int]) -> Json:
+def _echo(served_name: str, prompt: str | Sequence[int]) -> dict[str, JsonValue]:
     return {
         "model": served_name,
         "prompt": prompt,
@@ -138,7 +139,7 @@ def _by_ids(session: ServerSession, served: Served, item: Item, choice: str) -> 
     return sum(score for score in scores if score is not None)
 
 
-def _tokenized(session: ServerSession, served: Served, what: Mapping[str, Json]) -> list[int]:
+def _tokenized(session: ServerSession, served: Served, what: Mapping[str, JsonValue]) -> list[int]:
     answer = session.try_post("/tokenize", {"model": served.name, **what})
     try:
         return [int(token) for token in parse(answer.text)["tokens"]]
@@ -148,11 +149,6 @@ def _tokenized(session: ServerSession, served: Served, what: Mapping[str, Json])
             f" (/tokenize: HTTP {answer.status})",
             hint='for metric choice use "prompt" instead of "messages", or use --model',
         ) from None
-
-
-def _is_llamacpp(session: ServerSession) -> bool:
-    answer = session.try_post("/tokenize", {"content": "One two"})
-    return answer.status == 200 and '"tokens"' in answer.text
 
 
 def _by_steps(session: ServerSession, served: Served, item: Item, choice: str) -> float:
@@ -170,20 +166,19 @@ def _by_steps(session: ServerSession, served: Served, item: Item, choice: str) -
         if not isinstance(asked.get("prompt"), str):
             raise session.failed("/apply-template", "the response has no prompt")
         context, tail = asked["prompt"], choice
-    before, whole = (_pieces(session, text) for text in (context, context + tail))
+    pieces = []
+    for text in (context, context + tail):
+        body: JsonValue = {"content": text, "add_special": True, "parse_special": True}
+        answer = session.post("/tokenize", body)
+        try:
+            pieces.append([int(token) for token in answer["tokens"]])
+        except _MALFORMED:
+            raise session.failed("/tokenize", "the response has no list of tokens") from None
+    before, whole = pieces
     shared = next(
         (n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before)
     )
     return sum(_next_score(session, whole[:n], whole[n]) for n in range(shared, len(whole)))
-
-
-def _pieces(session: ServerSession, text: str) -> list[int]:
-    body: dict[str, JsonValue] = {"content": text, "add_special": True, "parse_special": True}
-    answer = session.post("/tokenize", body)
-    try:
-        return [int(token) for token in answer["tokens"]]
-    except _MALFORMED:
-        raise session.failed("/tokenize", "the response has no list of tokens") from None
 
 
 def _next_score(session: ServerSession, prefix: Sequence[int], token: int) -> float:

@@ -57,20 +57,16 @@ def check_metric(metric: str, items: Iterable[Item]) -> None:
                 hint='give "choices": ["…", "…"], and expected as one of them',
             )
         for expected in item.expected:
-            if metric == "regex":
-                _check_pattern(expected, where)
-            elif metric == "json-schema":
+            if metric == "json-schema":
                 _check_schema(expected, where)
-
-
-def _check_pattern(pattern: str, where: str) -> None:
-    try:
-        check_pattern(pattern)
-    except ValueError as error:
-        raise UsageError(
-            f"{where}: invalid regular expression {pattern[:60]!r}: {error}",
-            hint="escape special characters with a backslash, or use metric contains",
-        ) from None
+            elif metric == "regex":
+                try:
+                    check_pattern(expected)
+                except ValueError as error:
+                    raise UsageError(
+                        f"{where}: invalid regular expression {expected[:60]!r}: {error}",
+                        hint="escape special characters with a backslash, or use metric contains",
+                    ) from None
 
 
 def _check_schema(schema: str, where: str) -> None:
@@ -97,8 +93,12 @@ def _is_valid(schema: str, answer: str) -> bool:
     from referencing import Registry
     from referencing.exceptions import Unresolvable
 
+    text = answer.strip()
+    begin = _FENCE.match(text)
+    if begin and len(text) >= begin.end() + 3 and text.endswith("```"):
+        text = text[begin.end() : -3]
     try:
-        value = parse(_unfenced(answer.strip()), pairs=False)
+        value = parse(text, pairs=False)
     except ValueError:
         return False
     parsed = parse(schema)
@@ -118,13 +118,6 @@ def _is_valid(schema: str, answer: str) -> bool:
         ) from None
 
 
-def _unfenced(answer: str) -> str:
-    """Return the content of a Markdown fence, or the answer if there is none."""
-    begin = _FENCE.match(answer)
-    fenced = begin is not None and len(answer) >= begin.end() + 3 and answer.endswith("```")
-    return answer[begin.end() : -3] if begin and fenced else answer
-
-
 def score_answers(
     answers: Sequence[str | Mapping[str, JsonValue]], items: Sequence[Item], metric: str
 ) -> Score:
@@ -139,20 +132,9 @@ def score_answers(
             hint="the evaluation was cut short; run it again",
         )
     check_metric(metric, items)
-    rows = _rows(answers, items, metric)
-    right = sum(bool(row["ok"]) for row in rows)
-    return Score(
-        score=right / len(rows) if rows else 0.0, n=len(rows), metric=metric, per_item=rows
-    )
-
-
-def _rows(
-    answers: Sequence[str | Mapping[str, JsonValue]], items: Sequence[Item], metric: str
-) -> tuple[Mapping[str, JsonValue], ...]:
-    """Judge all answers with a time limit: patterns and schemas may take forever."""
     rows: list[Mapping[str, JsonValue]] = []
     seconds = time_limits.FOREIGN_SECONDS + len(items) * _SECONDS_EACH
-    try:
+    try:  # with a time limit: patterns and schemas may take forever
         with cpu_limit(seconds):
             for item, answer in zip(items, answers, strict=True):
                 rows.append(_row(item, answer, metric))
@@ -161,7 +143,9 @@ def _rows(
             f"line {items[len(rows)].line}: metric {metric} exceeded {seconds:g} s of CPU time",
             hint="avoid nested repetitions such as (a+)+ in patterns, or use metric contains",
         ) from None
-    return tuple(rows)
+    right = sum(bool(row["ok"]) for row in rows)
+    share = right / len(rows) if rows else 0.0
+    return Score(score=share, n=len(rows), metric=metric, per_item=tuple(rows))
 
 
 def _row(item: Item, answer: str | Mapping[str, JsonValue], metric: str) -> Mapping[str, JsonValue]:

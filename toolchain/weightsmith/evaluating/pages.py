@@ -15,13 +15,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 from xml.etree import ElementTree as ET
 
 from jinja2 import (
@@ -39,15 +39,14 @@ from weightsmith.core.escape import escaped, upright
 from weightsmith.core.files import write_folder
 from weightsmith.core.resources import templates
 from weightsmith.core.safe_parse import RECORD, parse_file
-from weightsmith.core.values import Json, JsonValue, Score
-from weightsmith.evaluating import answers, comparing, views
-from weightsmith.evaluating.answers import rows
-from weightsmith.evaluating.build_record import AnsweredTask, BuildRecord, read_build
+from weightsmith.core.values import Json
+from weightsmith.evaluating import views
+from weightsmith.evaluating.build_record import FILE, AnsweredTask, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard
-from weightsmith.evaluating.gate import DropLimit, judge_drop
+from weightsmith.evaluating.gate import compare
 from weightsmith.serving.memory import human
 
-_BUILD, _BENCH = "build.json", "bench.json"
+_BENCH = "bench.json"
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|&~]|:(?=//)|(?<=\bwww)\.|^#|^[-+=](?=\s|$|[-=])")
 """Characters that are Markdown markup, anywhere or at the start of a line."""
 _IN_VERDICT = ("not published: ", "published, but not proven: ")
@@ -95,8 +94,7 @@ def write_report(build: BuildRecord, folder: Path, *, anew: bool = True) -> Writ
     )
     if not anew and _is_current(written, folder):
         return written
-    bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
-    view = build_view(build, _siblings(folder, build), bench)
+    view = build_view(build, _siblings(folder, build), _bench_view(folder))
     texts = {
         "report.html": render_view(view, "report.html.j2"),
         "report.md": render_view(view, "report.md.j2"),
@@ -112,12 +110,12 @@ def write_report(build: BuildRecord, folder: Path, *, anew: bool = True) -> Writ
 def _is_current(written: Written, folder: Path) -> bool:
     """Return whether a report is there that was written after everything that it shows."""
     version = _version_of(folder)
-    others = {*_records(version), folder / _BENCH, version} - {folder / _BUILD}
+    others = {*_records(version), folder / _BENCH, version} - {folder / FILE}
     files = filter(None, (written.html, written.markdown, written.junit))
     try:
         oldest = min(path.stat().st_mtime_ns for path in files)
         newest = max(path.stat().st_mtime_ns for path in others if path.exists())
-        record = (folder / _BUILD).stat().st_mtime_ns
+        record = (folder / FILE).stat().st_mtime_ns
         # A later time than now was set before the clock was put back, and says nothing.
         return record <= oldest and newest < oldest <= time.time_ns()
     except OSError:
@@ -126,75 +124,91 @@ def _is_current(written: Written, folder: Path) -> bool:
 
 def write_comparison(first: Path, second: Path, folder: Path) -> Written:
     """Write compare.html and compare.md of two builds' folders; raises what `read_json` raises."""
-    view = comparison_view(_side(first), _side(second))
-    _write({name: render_view(view, f"{name}.j2") for name in ("compare.html", "compare.md")},
-           folder)  # fmt: skip
+    view = _comparison_view(_side(first), _side(second))
+    names = ("compare.html", "compare.md")
+    _write({name: render_view(view, f"{name}.j2") for name in names}, folder)
     return Written(html=folder / "compare.html", markdown=folder / "compare.md")
 
 
 def build_view(
-    build: BuildRecord, targets: Sequence[BuildRecord], bench: Mapping[str, Json] | None
-) -> dict[str, Any]:
+    build: BuildRecord, targets: Sequence[BuildRecord], bench: Mapping[str, object] | None
+) -> dict[str, object]:
     """Return what the templates show of a build; `targets` are all targets of the version."""
+    tasks = []
+    for task in build.tasks:
+        answers = views.answer_rows(views.asked(task.items))
+        tasks.append(
+            {
+                **task.to_json(),
+                "rows": views.score_rows(task),
+                "same": views.sameness(task),
+                "floor": views.floor(task),
+                "answers": answers,
+                "counts": views.counts(answers),
+            }
+        )
     return {
         **build.to_json(),
         "verdict": views.verdict(build),
         # The verdict already shows these.
         "warnings": [w for w in build.warnings if not w.startswith(_IN_VERDICT)],
-        "tasks": [_task_view(task) for task in build.tasks],
+        "tasks": tasks,
         "flow": views.flow(build),
         "differences": views.differences(build.validation),
-        "memory": views.memory(build.plan),
+        "memory": views.memory(build),
         "layers": views.layers(build.image),
         "platforms": views.platforms(build.image),
         "stages": views.stages(build),
         "targets": views.targets(targets, build.target),
-        "bench": {**bench, "rows": views.bench_rows(bench)} if bench else None,
+        "bench": bench,
         "title": build.title,
     }
 
 
-def _task_view(task: AnsweredTask) -> dict[str, Any]:
-    rows = answers.rows(task.items)
-    return {
-        **task.to_json(),
-        "rows": views.score_rows(task),
-        "same": views.sameness(task),
-        "floor": views.floor(task),
-        "answers": rows,
-        "counts": answers.counts(rows),
-    }
+def _bench_view(folder: Path) -> dict[str, object] | None:
+    """Return a folder's load test, its runs with the throughput in percent of the fastest."""
+    if not (folder / _BENCH).is_file():
+        return None
+    bench = read_json(folder / _BENCH)
+    runs = bench.get("runs") or []
+    fastest = max((run["requests_per_s"] for run in runs), default=0) or 1
+    rows = [{**run, "percent": round(100 * run["requests_per_s"] / fastest, 2)} for run in runs]
+    return {**bench, "rows": rows}
 
 
-_Side: TypeAlias = tuple[BuildRecord, dict[str, Any]]
+_Side: TypeAlias = tuple[BuildRecord, dict[str, object]]
 """A build and its view."""
 
 
-def comparison_view(first: _Side, second: _Side) -> dict[str, Any]:
-    """Return what the comparison shows of two builds."""
-    a, b = first[0], second[0]
-    items = comparing.shared_items(a.items, b.items)
-    rows = comparing.answer_rows(items)
+def _side(place: Path) -> _Side:
+    folder = place.parent if place.name == FILE else place
+    with read_as_facts(folder / FILE):
+        build = BuildRecord.from_json(read_json(folder / FILE))
+        return build, build_view(build, (), _bench_view(folder))
+
+
+def _comparison_view(first: _Side, second: _Side) -> dict[str, object]:
+    questions = views.shared_questions(first[0], second[0])
+    rows = views.answer_rows(questions, {"adapter": "A", "image": "B"})
     return {
         "sides": [{**first[1], "letter": "A"}, {**second[1], "letter": "B"}],
-        "verdict": _compared(items),
-        "facts": [_shown(row) for row in comparing.fact_rows(a, b)],
+        "verdict": _compared(questions),
+        "facts": views.fact_rows(first[0], second[0]),
         "answers": rows,
-        "counts": answers.counts(rows),
+        "counts": views.counts(rows),
     }
 
 
-def _compared(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if not items:
+def _compared(questions: Sequence[views.Asked]) -> dict[str, object]:
+    if not questions:
         return {
             "state": "untested",
             "headline": "Not compared by answers",
             "reasons": ["the two images were evaluated on different questions"],
         }
-    before, now = (_score(items, who) for who in ("adapter", "image"))
-    found = judge_drop("this", now, "other", before, DropLimit(max_drop=1.0)).comparison
-    if found is None:
-        raise AssertionError("both sides have all items")
+    found = compare(
+        [one.ok["image"] for one in questions], [one.ok["adapter"] for one in questions]
+    )
     low, high = found.interval
     reason = (
         f"over {found.n} questions, {found.lost} are right in A and wrong in B, {found.won} the"
@@ -202,32 +216,15 @@ def _compared(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         f" confidence, p={found.p:.2g}"
     )
     if found.p > 0.05:
-        headline = "No difference shown" if found.drop else "As many right"
-        return {"state": "untested", "headline": headline, "reasons": [reason]}
-    better = "B is worse" if found.drop > 0 else "B is better"
-    return {"state": "failed" if found.drop > 0 else "passed", "headline": better,
-            "reasons": [reason]}  # fmt: skip
+        state, headline = "untested", "No difference shown" if found.drop else "As many right"
+    elif found.drop > 0:
+        state, headline = "failed", "B is worse"
+    else:
+        state, headline = "passed", "B is better"
+    return {"state": state, "headline": headline, "reasons": [reason]}
 
 
-def _score(items: Sequence[Mapping[str, Any]], who: str) -> Score:
-    rows = tuple({"prompt": i["prompt"], "answer": i[who], "ok": i["ok"][who]} for i in items)
-    right = sum(row["ok"] for row in rows)
-    return Score(score=right / len(rows), n=len(rows), metric="", per_item=rows)
-
-
-def _shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    spell: Mapping[str, Callable[[Any], str]] = {
-        "bytes": human,
-        "number": "{:.2f}".format,
-        "share": "{:.3f}".format,
-    }
-    if not row["kind"]:
-        return row
-    values = ["-" if v is None else spell[row["kind"]](v) for v in row["values"]]
-    return {**row, "values": values}
-
-
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Json]:
     """Return a result file's content; raises UsageError if missing, InputRefused if damaged."""
     try:
         found = parse_file(path, largest=RECORD)
@@ -243,14 +240,6 @@ def read_json(path: Path) -> Any:
     if not isinstance(found, dict):
         raise InputRefused(f"{path} is damaged: not a JSON object", hint="build it again")
     return found
-
-
-def _side(place: Path) -> _Side:
-    folder = place.parent if place.name == _BUILD else place
-    bench = read_json(folder / _BENCH) if (folder / _BENCH).is_file() else None
-    with read_as_facts(folder / _BUILD):
-        build = BuildRecord.from_json(read_json(folder / _BUILD))
-        return build, build_view(build, (), bench)
 
 
 def _siblings(folder: Path, build: BuildRecord) -> list[BuildRecord]:
@@ -276,10 +265,10 @@ def _version_of(folder: Path) -> Path:
 
 def _records(version: Path) -> list[Path]:
     """Return every build.json of a version, passed or refused."""
-    return [*version.glob(f"*/{_BUILD}"), *version.glob(f"*/refused/{_BUILD}")]
+    return [*version.glob(f"*/{FILE}"), *version.glob(f"*/refused/{FILE}")]
 
 
-def render_view(view: Mapping[str, Any], template: str) -> str:
+def render_view(view: Mapping[str, object], template: str) -> str:
     """Return a template's text; raises UsageError if the facts lack a key that it shows."""
     folder = templates() / "report"
     style, script = ((folder / name).read_text("utf-8") for name in ("report.css", "report.js"))
@@ -319,13 +308,14 @@ def _environment(folder: Path, page: str) -> Environment:
     environment.filters.update(
         size=human,
         cell=_cell,
-        code=_code,
-        verbatim=_verbatim,
-        pretty=_pretty,
-        seconds=_seconds,
+        # Lines of an indented Markdown block, where only the end of the block is markup.
+        code=lambda value: Markup(escaped(str(value))),  # noqa: S704
+        # No Markdown, such as YAML that a library wrote, or a link's address.
+        verbatim=lambda value: Markup(upright(str(value))),  # noqa: S704
+        pretty=partial(json.dumps, indent=1, sort_keys=True, ensure_ascii=False),
+        seconds=lambda value: f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min",
         spread=_spread,
-        capital=_capital,
-        sentence=_sentence,
+        capital=lambda text: text[:1].upper() + text[1:],
         day=_day,
     )
     return environment
@@ -343,7 +333,11 @@ def _write(texts: Mapping[str, str], folder: Path) -> None:
         ) from None
 
 
-def _cell(value: JsonValue) -> Markup:
+def _upright(value: object) -> object:
+    return upright(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _cell(value: object) -> Markup:
     """Return text for a cell of a Markdown table: one line, with all markup escaped.
 
     https://spec.commonmark.org/0.31.2/#backslash-escapes, and GitHub's own links and lists.
@@ -353,29 +347,6 @@ def _cell(value: JsonValue) -> Markup:
     flat = " ".join(upright(str(value)).split())
     flat = _NUMBERED.sub(r"\1\\\2", _MARKDOWN.sub(r"\\\g<0>", flat))
     return Markup(flat)  # noqa: S704 - it was just escaped
-
-
-def _code(value: JsonValue) -> Markup:
-    """Return a line of an indented Markdown block, where only the end of the block is markup."""
-    return Markup(escaped(str(value)))  # noqa: S704 - an indented block shows it verbatim
-
-
-def _verbatim(value: JsonValue) -> Markup:
-    """Return a text that is no Markdown, such as YAML that a library wrote, or a link's address."""
-    return Markup(upright(str(value)))  # noqa: S704 - its caller knows that nothing in it is markup
-
-
-def _upright(value: JsonValue) -> JsonValue:
-    """Return a value's text for HTML; autoescaping does the rest."""
-    return upright(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _pretty(value: JsonValue) -> str:
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
 def _spread(value: Mapping[str, float | None]) -> str:
@@ -388,18 +359,6 @@ def _day(created: str) -> str:
         return datetime.fromisoformat(created).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     except ValueError:
         return created
-
-
-def _sentence(finding: JsonValue) -> str:
-    """Return a finding as text; it is a text, or a mapping that contains one."""
-    if isinstance(finding, Mapping):
-        texts = [finding.get(key) for key in ("message", "text", "detail") if finding.get(key)]
-        return str(texts[0]) if texts else json.dumps(finding, sort_keys=True)
-    return str(finding)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -449,14 +408,14 @@ def _gates(root: ET.Element, build: BuildRecord) -> None:
 
 def _questions(root: ET.Element, task: AnsweredTask, *, stopped: bool) -> None:
     suite = ET.SubElement(root, "testsuite", name=_clean(f"questions {task.name}".strip()))
-    for row in rows(task.items):
-        case = _case(suite, "question", f"{row['number']}. {row['prompt']}"[:200])
-        if row["lost"]:
+    for row in views.answer_rows(views.asked(task.items)):
+        case = _case(suite, "question", f"{row.number}. {row.prompt}"[:200])
+        if row.lost:
             text = "\n".join(
-                f"{'right' if a['ok'] else 'wrong'} {', '.join(a['who'])}: {a['text']}"
-                for a in row["answers"]
+                f"{'right' if said.ok else 'wrong'} {', '.join(said.who)}: {said.text}"
+                for said in row.answers
             )
-            message = f"expected {' or '.join(row['expected'])}"
+            message = f"expected {' or '.join(row.expected)}"
             _child(case, "failure" if stopped else "skipped", message, text)
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -172,7 +173,7 @@ class ServerSession:
                     f"HTTP {response.status_code}: {excerpt(self._read(response))}",
                     response.status_code,
                 )
-            yield _data(self._lines(response))
+            yield self._data(response)
 
     def failed(self, path: str, what: str) -> WeightsmithError:
         """Return the error for a request that failed."""
@@ -229,13 +230,15 @@ class ServerSession:
     ) -> Iterator[httpx.Response]:
         extensions = {"trace": trace} if trace else {}
         seconds = self.limits.request_seconds
+        if path not in self._urls:  # parsing takes a fifth of a request's time
+            self._urls[path] = httpx.URL(f"{self.endpoint.url.rstrip('/')}{path}")
         if self._fields and isinstance(body, Mapping):
             body = {**body, **self._fields}
         try:
             with (
                 self._transport.within(seconds),
                 self._http.stream(
-                    method, self._url(path), json=body, extensions=extensions
+                    method, self._urls[path], json=body, extensions=extensions
                 ) as response,
             ):
                 yield response
@@ -245,12 +248,6 @@ class ServerSession:
             raise Unreachable(str(error)) from None
         except httpx.HTTPError as error:
             raise TryAgain(f"{type(error).__name__}: {error}") from None
-
-    def _url(self, path: str) -> httpx.URL:
-        """Return the URL, cached because parsing takes a fifth of a request's time."""
-        if path not in self._urls:
-            self._urls[path] = httpx.URL(f"{self.endpoint.url.rstrip('/')}{path}")
-        return self._urls[path]
 
     def _read(self, response: httpx.Response, most: int = 0) -> str:
         return b"".join(self._parts(response, most)).decode("utf-8", "replace")
@@ -264,14 +261,18 @@ class ServerSession:
                 raise Refused(f"the response is larger than {most} bytes")
             yield part
 
-    def _lines(self, response: httpx.Response) -> Iterator[str]:
-        rest = b""
-        for part in self._parts(response):
+    def _data(self, response: httpx.Response) -> Iterator[str]:
+        """Yield the data of server-sent events (HTML standard, 9.2.6)."""
+        data, rest = list[str](), b""
+        for part in chain(self._parts(response), (b"\n\n",)):
             *lines, rest = (rest + part).split(b"\n")
             for line in lines:
-                yield line.decode("utf-8", "replace").rstrip("\r")
-        if rest:
-            yield rest.decode("utf-8", "replace")
+                text = line.decode("utf-8", "replace").rstrip("\r")
+                if text.startswith("data:"):
+                    data.append(text[5:].removeprefix(" "))
+                elif not text and data:
+                    yield "\n".join(data)
+                    data = []
 
 
 def died(endpoint: Endpoint, when: str) -> WeightsmithError:
@@ -303,16 +304,3 @@ def _object(answer: Answer) -> Mapping[str, Json]:
     if not isinstance(value, dict):
         raise Refused(f"the response is not a JSON object: {excerpt(text)}")
     return value
-
-
-def _data(lines: Iterator[str]) -> Iterator[str]:
-    """Yield the data of server-sent events (HTML standard, 9.2.6)."""
-    data: list[str] = []
-    for line in lines:
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []
-    if data:
-        yield "\n".join(data)

@@ -20,16 +20,9 @@ from weightsmith.core.errors import CheckFailed, WeightsmithError
 from weightsmith.core.ports import Endpoint
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import JsonValue
-from weightsmith.evaluating.client import check_served_name, wait_until_healthy
+from weightsmith.evaluating.client import Served, ask, check_served_name, wait_until_healthy
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.served import Served, ask
-from weightsmith.evaluating.session import (
-    Refused,
-    ServerSession,
-    TryAgain,
-    died,
-    excerpt,
-)
+from weightsmith.evaluating.session import Refused, ServerSession, TryAgain, died, excerpt
 
 PICTURE = "picture"
 """Name of the check with a picture; what it saw begins with REFUSED if the server takes none."""
@@ -144,14 +137,20 @@ def _chat(session: ServerSession, served: Served) -> str:
 
 
 def _stream(session: ServerSession, served: Served) -> str:
-    pieces, done = [], False
+    pieces, done = list[str](), False
     try:
         with session.events(served.path, served.body(_GREETING, _SHORT, stream=True)) as events:
             for event in events:
                 if event == "[DONE]":
                     done = True
                     break
-                pieces += [text for text in _texts(event, served) if text]
+                value = parse(event)
+                rows = (value.get("choices") if isinstance(value, dict) else None) or []
+                try:
+                    texts = [served.text({"text": "", "delta": {}, **r}, stream=True) for r in rows]
+                except (AttributeError, TypeError):
+                    raise Refused(f"an event has no list of choices: {excerpt(event)}") from None
+                pieces += filter(None, texts)
     except (TryAgain, Refused, ValueError) as error:
         if not session.endpoint.alive():
             raise died(session.endpoint, "while streaming") from None
@@ -160,16 +159,6 @@ def _stream(session: ServerSession, served: Served) -> str:
         what = "no [DONE] at the end" if pieces else "no text"
         raise session.failed(served.path, f"streaming: {what}")
     return f"{len(pieces)} pieces"
-
-
-def _texts(event: str, served: Served) -> list[JsonValue]:
-    """Return the texts of an event's choices; raises ValueError, or Refused without a list."""
-    value = parse(event)
-    rows = (value.get("choices") if isinstance(value, dict) else None) or []
-    try:
-        return [served.text({"text": "", "delta": {}, **row}, stream=True) for row in rows]
-    except (AttributeError, TypeError):
-        raise Refused(f"an event has no list of choices: {excerpt(event)}") from None
 
 
 def _end(session: ServerSession, served: Served) -> str:
@@ -223,17 +212,13 @@ def _picture(session: ServerSession, promise: Promise) -> str:
     served = promise.served
     if not served.chat:
         return "not tried: the model has no chat template"
-    body = served.body(_GREETING, _SHORT)
     address = f"data:image/png;base64,{b64encode(_png()).decode()}"
-    body["messages"] = [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": address}},
-                {"type": "text", "text": "Which colour is this?"},
-            ],
-        }
+    parts: JsonValue = [
+        {"type": "image_url", "image_url": {"url": address}},
+        {"type": "text", "text": "Which colour is this?"},
     ]
+    messages: JsonValue = [{"role": "user", "content": parts}]
+    body = {**served.body(_GREETING, _SHORT), "messages": messages}
     answer = session.try_post(served.path, body)
     # A chat template for text, or a short context, may refuse pictures; nothing may fail. Only with
     # such a template, vLLM refuses some models' pictures as an error of its own.
@@ -242,9 +227,8 @@ def _picture(session: ServerSession, promise: Promise) -> str:
         raise session.failed(served.path, f"a picture got HTTP {answer.status}")
     if answer.status == 200:
         return "answered"
-    if not promise.parts:
-        return f"{REFUSED} with HTTP {answer.status}: the chat template is for text alone"
-    return f"{REFUSED} with HTTP {answer.status}: {excerpt(answer.text)}"
+    why = excerpt(answer.text) if promise.parts else "the chat template is for text alone"
+    return f"{REFUSED} with HTTP {answer.status}: {why}"
 
 
 def _png() -> bytes:

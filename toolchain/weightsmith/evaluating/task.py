@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -13,12 +14,10 @@ from weightsmith.core.jobs import Question
 from weightsmith.core.ports import Progress, RunCommand
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Digest, Json, JsonValue, Score, key_of
-from weightsmith.evaluating.answer_cache import KeptAnswers
-from weightsmith.evaluating.client import Ask, ask_all
+from weightsmith.evaluating.client import Ask, KeptAnswers, Served, ask, ask_all
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.likelihood import choose, scorer
+from weightsmith.evaluating.likelihood import Scorer, choose, scorer
 from weightsmith.evaluating.metrics import score_answers
-from weightsmith.evaluating.served import Served, ask
 from weightsmith.evaluating.session import ServerSession
 
 Answers = tuple[Mapping[str, JsonValue], ...]
@@ -66,7 +65,7 @@ class Task:
             )
         return sum(letters) + self.max_tokens * len(self.items)
 
-    def answers_of(self, answers: Sequence[Json]) -> Answers:
+    def answers_of(self, answers: Json) -> Answers:
         """Return a job's answers; for metric `choice`, the most likely choices."""
         if self.metric == "choice":
             return tuple(choose(i, s) for i, s in zip(self.items, answers, strict=True))
@@ -86,19 +85,17 @@ def ask_server(
 
     Raises CheckFailed if the server fails.
     """
-    answer = (
-        _chooser(session, served)
-        if task.metric == "choice"
-        else partial(ask, session, served, max_tokens=task.max_tokens)
-    )
+    answer: Ask = partial(ask, session, served, max_tokens=task.max_tokens)
+    if task.metric == "choice":
+        score = scorer(session, served)
+        answer = partial(_choice, score)
     if kept:
         answer = kept.around(answer, [served.name, served.path, task.max_tokens])
     return ask_all(task.items, answer, progress, concurrency=concurrency)
 
 
-def _chooser(session: ServerSession, served: Served) -> Ask:
-    score = scorer(session, served)
-    return lambda item: choose(item, [score(item, choice) for choice in item.choices])
+def _choice(score: Scorer, item: Item) -> Mapping[str, JsonValue]:
+    return choose(item, [score(item, choice) for choice in item.choices])
 
 
 def score_task(
@@ -146,7 +143,13 @@ def read_verdict(
 
     Raises CheckFailed for invalid output.
     """
-    verdict = _last_object(output)
+    for text in (output, *reversed(output.splitlines())):
+        with suppress(ValueError):
+            verdict = parse(text)
+            if isinstance(verdict, dict):
+                break
+    else:
+        raise CheckFailed("the command printed no JSON object", hint=_HINT)
     if "ok" in verdict:
         return _judged(verdict["ok"], items, answers)
     score, n = verdict.get("score"), verdict.get("n", 0)
@@ -162,34 +165,9 @@ def read_verdict(
     rows = verdict.get("per_item", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CheckFailed("the command's per_item is not a list of objects", hint=_HINT)
-    return Score(score=float(score), n=n, metric="command", per_item=_rows(rows))
-
-
-def _judged(
-    verdicts: JsonValue, items: Sequence[Item], answers: Sequence[Mapping[str, JsonValue]]
-) -> Score:
-    if not isinstance(verdicts, list) or len(verdicts) != len(items):
-        count = len(verdicts) if isinstance(verdicts, list) else "no"
-        raise CheckFailed(f"the command judged {count} of {len(items)} answers", hint=_HINT)
-    rows = tuple(
-        {
-            "prompt": item.prompt,
-            "expected": list(item.expected),
-            **answer,
-            "ok": bool(verdict),
-        }
-        for item, answer, verdict in zip(items, answers, verdicts, strict=True)
-    )
-    right = sum(bool(row["ok"]) for row in rows)
-    share = right / len(rows) if rows else 0.0
-    return Score(score=share, n=len(rows), metric="command", per_item=rows)
-
-
-def _rows(rows: Sequence[Mapping[str, JsonValue]]) -> tuple[Mapping[str, JsonValue], ...]:
-    """Return the program's rows if all have `ok`, so that runs can be compared; else none."""
-    if not all("ok" in row for row in rows):
-        return ()
-    return tuple(
+    if not all("ok" in row for row in rows):  # then runs cannot be compared
+        rows = []
+    per_item = tuple(
         {
             **row,
             "prompt": str(row.get("prompt", f"item {place}")),
@@ -199,15 +177,19 @@ def _rows(rows: Sequence[Mapping[str, JsonValue]]) -> tuple[Mapping[str, JsonVal
         }
         for place, row in enumerate(rows, start=1)
     )
+    return Score(score=float(score), n=n, metric="command", per_item=per_item)
 
 
-def _last_object(output: str) -> Mapping[str, JsonValue]:
-    """Return the output, or its last line that is a JSON object."""
-    for text in (output, *reversed(output.splitlines())):
-        try:
-            value = parse(text)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            return value
-    raise CheckFailed("the command printed no JSON object", hint=_HINT)
+def _judged(
+    verdicts: JsonValue, items: Sequence[Item], answers: Sequence[Mapping[str, JsonValue]]
+) -> Score:
+    if not isinstance(verdicts, list) or len(verdicts) != len(items):
+        count = len(verdicts) if isinstance(verdicts, list) else "no"
+        raise CheckFailed(f"the command judged {count} of {len(items)} answers", hint=_HINT)
+    rows = tuple(
+        {"prompt": item.prompt, "expected": list(item.expected), **answer, "ok": bool(verdict)}
+        for item, answer, verdict in zip(items, answers, verdicts, strict=True)
+    )
+    right = sum(bool(row["ok"]) for row in rows)
+    share = right / len(rows) if rows else 0.0
+    return Score(score=share, n=len(rows), metric="command", per_item=rows)

@@ -1,84 +1,59 @@
-"""Facts to views: what stands where on the page, in percent of the place it has."""
+"""Records to views: what stands where on the report's pages.
+
+Widths and heights are in percent of the place they have. Equal answers stand together, and long
+ones are cut, so that a thousand questions fit into a megabyte; build.json has the full texts.
+"""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from weightsmith.evaluating.agreement import span_text
-from weightsmith.evaluating.answers import PATHS
-from weightsmith.evaluating.build_record import AnsweredTask, BuildRecord, ImageRecord
+from weightsmith.core.values import Json
+from weightsmith.evaluating.build_record import (
+    LABELS,
+    AnsweredTask,
+    BuildRecord,
+    ImageRecord,
+)
+from weightsmith.serving.memory import human
 from weightsmith.validating.result import Validation
 
-_LABELS = {
-    "base": "base",
-    "adapter": "base + adapter",
-    "merged": "merged",
-    "dequantized": "dequantized weights, in transformers",
-    "image": "image",
-}
+_PATHS = tuple(LABELS)
+_PAGE_BYTES = 940_000
+"""Of all questions with their markup: the whole page then stays below a megabyte."""
+_ROW_BYTES, _ANSWER_BYTES = 190, 90
+"""Markup of a question and of an answer, at most."""
+_SHORTEST, _LONGEST = 20, 1200
+_NOTHING = "-"
+_Number = TypeVar("_Number", int, float)
 
 
-def verdict(build: BuildRecord) -> dict[str, Any]:
+def verdict(build: BuildRecord) -> dict[str, object]:
     """Return `state` (passed, failed, untested), a `headline`, and the reasons behind it."""
     binding = [v for task in build.tasks for v in task.verdicts if v.binding]
     failed = [v.reason for v in binding if not v.passed] + _earlier_failures(build)
     failed = failed or [text for text in (build.refused,) if text]
     if failed:
         return {"state": "failed", "headline": "Stopped: not published", "reasons": failed}
+    image = build.image
+    untried = image and image.takes_pictures and not image.started
+    no_picture = ["no picture was tried, because the image was not started"] if untried else []
     last = [v.reason for v in binding if v.subject == "image"]
     if build.unproven:
         headline = "Published, but not proven" if last else "Built, not proven"
         weights = [v.reason for v in binding if v.subject == "dequantized"]
-        reasons = [*build.unproven, *weights, *last, *_not_started(build.image)]
-        reasons += _no_picture(build.image)
+        reasons = [*build.unproven, *weights, *last, *_not_started(image), *no_picture]
         return {"state": "untested", "headline": headline, "reasons": reasons}
     if last:
         headline = "Passed: the image is the fine-tuned model"
-        reasons = [*last, *_not_started(build.image)]
-        return {"state": "passed", "headline": headline, "reasons": reasons}
+        return {"state": "passed", "headline": headline, "reasons": [*last, *_not_started(image)]}
     reason = "no questions were asked of the image" if not binding else "the image was not started"
-    reasons = [reason, *_no_picture(build.image)]
+    reasons = [reason, *no_picture]
     return {"state": "untested", "headline": "Built, not proven", "reasons": reasons}
-
-
-def platforms(image: ImageRecord | None) -> list[dict[str, str]]:
-    """Return each platform's image, and whether it was started; [] if the only one was."""
-    rows = image.platforms if image else {}
-    if image is None or list(rows) == [image.started]:
-        return []
-    said = {True: "started and tested", False: "not started"}
-    return [
-        {"platform": platform, "digest": digest, "tested": said[platform == image.started]}
-        for platform, digest in rows.items()
-    ]
-
-
-def _not_started(image: ImageRecord | None) -> list[str]:
-    """Return which platforms' images were not started, in one sentence, if any was."""
-    others = [p for p in image.platforms if p != image.started] if image and image.started else []
-    if image is None or not others:
-        return []
-    many = "images for {} were" if len(others) > 1 else "image for {} was"
-    said = many.format(" and ".join(others))
-    return [f"the image for {image.started} was started and tested; the {said} not"]
-
-
-def _no_picture(image: ImageRecord | None) -> list[str]:
-    """Return that no picture was tried, if the image takes pictures and was not started."""
-    untried = image and image.takes_pictures and not image.started
-    return ["no picture was tried, because the image was not started"] if untried else []
-
-
-def sameness(task: AnsweredTask) -> list[dict[str, Any]]:
-    """Return each subject's sameness, with the known margins in nats, from the smallest on."""
-    rows = []
-    for who, same in task.sameness.items():
-        known = [one.margin for one in same.differences if one.margin is not None]
-        margins = span_text(min(known), max(known)) if known else ""
-        rows.append({"label": _LABELS[who], **same.to_json(), "margins": margins})
-    return rows
 
 
 def _earlier_failures(build: BuildRecord) -> list[str]:
@@ -98,10 +73,42 @@ def _is_published(build: BuildRecord) -> bool:
     return bool(build.image and build.image.reference)
 
 
-def score_rows(task: AnsweredTask) -> list[dict[str, Any]]:
+def _not_started(image: ImageRecord | None) -> list[str]:
+    """Return which platforms' images were not started, in one sentence, if any was."""
+    others = [p for p in image.platforms if p != image.started] if image and image.started else []
+    if image is None or not others:
+        return []
+    many = "images for {} were" if len(others) > 1 else "image for {} was"
+    said = many.format(" and ".join(others))
+    return [f"the image for {image.started} was started and tested; the {said} not"]
+
+
+def platforms(image: ImageRecord | None) -> list[dict[str, str]]:
+    """Return each platform's image, and whether it was started; [] if the only one was."""
+    rows = image.platforms if image else {}
+    if image is None or list(rows) == [image.started]:
+        return []
+    said = {True: "started and tested", False: "not started"}
+    return [
+        {"platform": platform, "digest": digest, "tested": said[platform == image.started]}
+        for platform, digest in rows.items()
+    ]
+
+
+def sameness(task: AnsweredTask) -> list[dict[str, object]]:
+    """Return each subject's sameness, with the known margins in nats, from the smallest on."""
+    rows: list[dict[str, object]] = []
+    for who, same in task.sameness.items():
+        known = [one.margin for one in same.differences if one.margin is not None]
+        ends = dict.fromkeys(f"{end:.2g}" for end in (min(known), max(known))) if known else ()
+        rows.append({"label": LABELS[who], **same.to_json(), "margins": " to ".join(ends)})
+    return rows
+
+
+def score_rows(task: AnsweredTask) -> list[dict[str, object]]:
     """Return each subject's score and interval, in percent of the axis from 0 to 1."""
-    rows = []
-    for path in PATHS:
+    rows: list[dict[str, object]] = []
+    for path in _PATHS:
         if path not in task.scores:
             continue
         facts = task.scores[path]
@@ -109,7 +116,7 @@ def score_rows(task: AnsweredTask) -> list[dict[str, Any]]:
         rows.append(
             {
                 "path": path,
-                "label": _LABELS[path],
+                "label": LABELS[path],
                 "score": facts.score,
                 "n": facts.n,
                 "right": round(facts.score * facts.n),
@@ -157,8 +164,9 @@ def _box(kind: str, what: str, digest: str) -> dict[str, str]:
     return {"kind": kind, "what": what, "digest": digest, "short": digest[7:19]}
 
 
-def memory(plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the parts of the memory bar, in bytes and in percent of what is usable."""
+def memory(build: BuildRecord) -> list[dict[str, object]]:
+    """Return the parts of the plan's memory, in bytes and in percent of what is usable."""
+    plan = build.plan
     if not plan or "weight_bytes" not in plan:
         return []
     parts = {
@@ -169,29 +177,28 @@ def memory(plan: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     # A plan that leaves layers on the host needs more than the GPU has: the bar shows all of it.
     all_of_it = max(int(plan.get("usable_bytes", 0)), sum(parts.values())) or 1
     parts["free"] = all_of_it - sum(parts.values())
-    return _shares(parts.items(), all_of_it)
-
-
-def layers(image: ImageRecord | None) -> list[dict[str, Any]]:
-    """Return the image's layers, bottom first, in bytes and in percent of the whole."""
-    if not image:
-        return []
-    rows = image.layers
-    shares = _shares(
-        ((row.file or "base image", row.size) for row in rows),
-        sum(row.size for row in rows) or 1,
-    )
-    return [{**share, "digest": row.digest} for share, row in zip(shares, rows, strict=True)]
-
-
-def _shares(parts: Any, whole: int) -> list[dict[str, Any]]:
     return [
-        {"name": name, "bytes": size, "percent": round(100 * size / whole, 2)}
-        for name, size in parts
+        {"name": name, "bytes": size, "percent": round(100 * size / all_of_it, 2)}
+        for name, size in parts.items()
     ]
 
 
-def stages(build: BuildRecord) -> list[dict[str, Any]]:
+def layers(image: ImageRecord | None) -> list[dict[str, object]]:
+    """Return the image's layers, bottom first, in bytes and in percent of the whole."""
+    rows = image.layers if image else ()
+    whole = sum(row.size for row in rows) or 1
+    return [
+        {
+            "name": row.file or "base image",
+            "bytes": row.size,
+            "percent": round(100 * row.size / whole, 2),
+            "digest": row.digest,
+        }
+        for row in rows
+    ]
+
+
+def stages(build: BuildRecord) -> list[dict[str, object]]:
     """Return each stage with its seconds, in percent of the longest."""
     longest = max((stage.seconds for stage in build.stages.values()), default=0) or 1
     return [
@@ -200,7 +207,7 @@ def stages(build: BuildRecord) -> list[dict[str, Any]]:
     ]
 
 
-def differences(validation: Validation | None) -> list[dict[str, Any]]:
+def differences(validation: Validation | None) -> list[dict[str, object]]:
     """Return how far each layer is off, on a logarithmic axis of eight decades.
 
     `percent` and `explained` (by rounding) are of the largest value; 0 for an exact zero.
@@ -223,40 +230,232 @@ def _decades(value: float, largest: float) -> float:
     return round(100 * max(0.02, 1 + math.log10(abs(value) / largest) / 8), 2)
 
 
-def targets(builds: Sequence[BuildRecord], own: str) -> list[dict[str, Any]]:
+def targets(builds: Sequence[BuildRecord], own: str) -> list[dict[str, object]]:
     """Return size and quality of each target, in percent of axes from 0 to the largest size."""
-    points: list[dict[str, Any]] = [
-        {
-            "target": build.target,
-            "short": build.target.partition("-")[2] or build.target,
-            "own": build.target == own,
-            "bytes": build.artifact.size,
-            "bits": build.artifact.bits_per_weight,
-            "score": build.scores["image"].score,
-            "interval": build.scores["image"].interval,
-            "refused": not _is_published(build),
-        }
-        for build in builds
-        if build.artifact and "image" in build.scores
+    shown = [
+        (b, b.artifact, b.scores["image"]) for b in builds if b.artifact and "image" in b.scores
     ]
-    largest = max((point["bytes"] for point in points), default=1)
-    for point in points:
-        low, high = point["interval"] or (point["score"], point["score"])
-        point |= {
-            "x": round(92 * point["bytes"] / largest + 2, 2),
-            "y": _percent(point["score"]),
-            "from": _percent(low),
-            "tall": _percent(high - low),
-        }
-    return sorted(points, key=lambda point: -point["bytes"])
-
-
-def bench_rows(bench: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the load test's runs, throughput in percent of the fastest."""
-    runs = (bench or {}).get("runs") or []
-    fastest = max((run["requests_per_s"] for run in runs), default=0) or 1
-    return [{**run, "percent": round(100 * run["requests_per_s"] / fastest, 2)} for run in runs]
+    shown.sort(key=lambda one: -one[1].size)
+    rows: list[dict[str, object]] = []
+    for build, artifact, facts in shown:
+        low, high = facts.interval or (facts.score, facts.score)
+        rows.append(
+            {
+                "target": build.target,
+                "short": build.target.partition("-")[2] or build.target,
+                "own": build.target == own,
+                "bytes": artifact.size,
+                "bits": artifact.bits_per_weight,
+                "score": facts.score,
+                "refused": not _is_published(build),
+                "x": round(92 * artifact.size / shown[0][1].size + 2, 2),
+                "y": _percent(facts.score),
+                "from": _percent(low),
+                "tall": _percent(high - low),
+            }
+        )
+    return rows
 
 
 def _percent(share: float) -> float:
     return round(100 * min(1.0, max(0.0, share)), 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A recorded question: everyone's answer, and who was right."""
+
+    prompt: str
+    expected: Sequence[str]
+    said: Mapping[str, str]
+    ok: Mapping[str, bool]
+
+
+def asked(items: Sequence[Mapping[str, Json]]) -> list[Asked]:
+    """Return the questions of a record's `items`."""
+    return [
+        Asked(
+            prompt=str(item["prompt"]),
+            expected=[str(text) for text in item["expected"]],
+            said={path: str(item[path]) for path in _PATHS if path in item},
+            ok={path: bool(right) for path, right in item["ok"].items()},
+        )
+        for item in items
+    ]
+
+
+def shared_questions(first: BuildRecord, second: BuildRecord) -> list[Asked]:
+    """Return the questions that both images were asked.
+
+    The first image's answers stand for the adapter's, against which the second's are held.
+    """
+    before = {one.prompt: one for one in asked(first.items) if "image" in one.said}
+    pairs = ((before.get(one.prompt), one) for one in asked(second.items) if "image" in one.said)
+    return [
+        Asked(
+            prompt=now.prompt,
+            expected=now.expected,
+            said={"adapter": was.said["image"], "image": now.said["image"]},
+            ok={"adapter": was.ok["image"], "image": now.ok["image"]},
+        )
+        for was, now in pairs
+        if was is not None
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """An answer with everyone who gave it."""
+
+    who: Sequence[str]
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerRow:
+    """A question as the page shows it, and what it is filtered by."""
+
+    number: int
+    prompt: str
+    expected: Sequence[str]
+    answers: Sequence[Said]
+    changed: bool
+    """Whether a later subject is not right or wrong as an earlier one, from the adapter on."""
+    worded: bool
+    wrong: bool
+    lost: bool
+    """Whether image or dequantized weights are wrong where the adapter was right."""
+
+
+def answer_rows(
+    questions: Sequence[Asked], names: Mapping[str, str] | None = None
+) -> list[AnswerRow]:
+    """Return one row per question; `names` replaces those of who answered."""
+    longest, rows = _cut_length(questions), []
+    for number, one in enumerate(questions, start=1):
+        said: dict[tuple[str, bool], list[str]] = {}
+        for path, text in one.said.items():
+            said.setdefault((text, one.ok.get(path, False)), []).append(path)
+        before = one.ok.get("adapter", one.ok.get("base", True))
+        served = one.ok.get("image", one.ok.get("dequantized"))
+        rows.append(
+            AnswerRow(
+                number=number,
+                prompt=_cut(one.prompt, longest),
+                expected=[_cut(text, longest) for text in one.expected],
+                answers=[
+                    Said([(names or {}).get(path, path) for path in who], ok, _cut(text, longest))
+                    for (text, ok), who in said.items()
+                ],
+                changed=len({one.ok[path] for path in _PATHS[1:] if path in one.ok}) > 1,
+                worded=len({text for (text, _), who in said.items() if who != ["base"]}) > 1,
+                wrong=not (one.ok.get("merged", True) if served is None else served),
+                lost=before and served is not None and not served,
+            )
+        )
+    return rows
+
+
+def _cut_length(questions: Sequence[Asked]) -> int:
+    """Return the length in characters at which texts are cut, so that all fit on the page."""
+    texts: list[str] = []
+    markup = 0
+    for one in questions:
+        said = set(one.said.values())
+        markup += _ROW_BYTES + len(said) * _ANSWER_BYTES
+        texts += [*said, one.prompt, *one.expected]
+    # Escaped, and in UTF-8: a character may take many bytes.
+    sizes = [
+        (len(text), len(html.escape(text).encode("utf-8", "replace"))) for text in texts if text
+    ]
+    longest = _LONGEST
+    while (
+        longest > _SHORTEST
+        and markup + sum(size * min(1.0, (longest + 3) / length) for length, size in sizes)
+        > _PAGE_BYTES
+    ):
+        longest = max(_SHORTEST, longest * 4 // 5)
+    return longest
+
+
+def _cut(text: str, longest: int) -> str:
+    """Return a text of at most that many characters, its middle left out."""
+    if len(text) <= longest:
+        return text
+    head = longest * 2 // 3
+    return f"{text[:head]} … {text[len(text) - (longest - head) :]}"
+
+
+def counts(rows: Sequence[AnswerRow]) -> dict[str, int]:
+    """Return how many rows each filter shows."""
+    return {
+        "all": len(rows),
+        "changed": sum(row.changed for row in rows),
+        "worded": sum(row.worded for row in rows),
+        "wrong": sum(row.wrong for row in rows),
+    }
+
+
+def fact_rows(a: BuildRecord, b: BuildRecord) -> list[dict[str, object]]:
+    """Return the table of what the two builds are: name, both values, and whether they differ."""
+    both = (a, b)
+    parts = {
+        "merged": [one.merge for one in both],
+        "weights": [one.artifact for one in both],
+        "image": [one.image for one in both],
+    }
+    digests = {
+        name: [(part.digest if part else "") or _NOTHING for part in two]
+        for name, two in parts.items()
+    }
+    adapters = [", ".join(x.digest[7:19] for x in one.adapters) or _NOTHING for one in both]
+    formats = [one.artifact.format if one.artifact else _NOTHING for one in both]
+    rows = [
+        _row("target", [a.target, b.target]),
+        _row("version", [a.version, b.version]),
+        _row("built", [one.created[:16].replace("T", " ") for one in both], note=False),
+        _row("base", [a.base.digest, b.base.digest], code=True),
+        _row("adapters", adapters, code=True),
+        *(_row(name, two, code=True) for name, two in digests.items()),
+        _row("format", formats),
+    ]
+    sizes = [one.artifact.size if one.artifact else None for one in both]
+    rows.append(_numbers("size of the weights", sizes, human))
+    bits = [one.artifact.bits_per_weight if one.artifact else None for one in both]
+    rows.append(_numbers("bits per weight", bits, "{:.2f}".format))
+    scores = [one.scores["image"].score if "image" in one.scores else None for one in both]
+    rows.append(_numbers("score of the image", scores, "{:.3f}".format))
+    layers = [{x.digest: x.size for x in one.image.layers} if one.image else {} for one in both]
+    shared = sum(size for digest, size in layers[0].items() if digest in layers[1])
+    total = [sum(sizes.values()) or None for sizes in layers]
+    rows.append(_numbers("size of the image", total, human))
+    rows.append(_numbers("of it in layers that both have", [shared, shared], human, note=False))
+    for key, name in (("max_num_seqs", "requests at once"), ("max_model_len", "tokens a request")):
+        rows.append(_row(name, [str((one.plan or {}).get(key, _NOTHING)) for one in both]))
+    return rows
+
+
+def _row(
+    name: str, values: Sequence[str], *, code: bool = False, note: bool = True
+) -> dict[str, object]:
+    same = "the same" if values[0] == values[1] else "differs"
+    shown = [v[7:19] if code and v.startswith("sha256:") else v for v in values]
+    return {"name": name, "values": shown, "code": code, "note": same if note else ""}
+
+
+def _numbers(
+    name: str,
+    values: Sequence[_Number | None],
+    spell: Callable[[_Number], str],
+    *,
+    note: bool = True,
+) -> dict[str, object]:
+    text = ""
+    first, second = values
+    if note and first and second is not None and first != second:
+        text = f"B has {second / first:.2f} of A"
+    elif note and first == second:
+        text = "the same"
+    shown = [_NOTHING if value is None else spell(value) for value in values]
+    return {"name": name, "values": shown, "code": False, "note": text}

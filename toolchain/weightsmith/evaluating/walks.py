@@ -1,4 +1,4 @@
-"""How models are asked many tasks in one job, in few walks over their weights.
+"""Models that answer tasks in transformers: which, in which walks over their weights, at what cost.
 
 A recipe with sixty adapters started sixty jobs, each with 3 CPU seconds of imports. Tasks share a
 walk as long as all their texts are read at once within half of the memory that a job may fill: a
@@ -12,28 +12,45 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.job_inputs import Input, Virtual
 from weightsmith.core.jobs import AskedModel, AskedTask, AskedWalk, ReferenceJob
+from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
-from weightsmith.core.values import Json, Tree
-from weightsmith.evaluating import asking
-from weightsmith.evaluating.subjects import BUILDER, EvaluatedModel, inputs
+from weightsmith.core.values import (
+    AdapterSnapshot,
+    Checkpoint,
+    Digest,
+    JsonValue,
+    Sources,
+    StageInputs,
+    Tree,
+    VirtualWeights,
+)
+from weightsmith.evaluating.results import RecipeTask
 from weightsmith.evaluating.task import Task
+from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import (
     VIEWS,
     WalkSize,
     all_at_once,
     batch_bytes,
     joint_walk,
+    token_bytes,
     walk_bytes,
 )
 from weightsmith.models.facts import read_facts
 from weightsmith.models.shape import ModelShape
-from weightsmith.models.tokenizer_files import TOKENIZER_FILES
+from weightsmith.models.tokenizer_files import TEMPLATE_FILES, TOKENIZER_FILES
 
+BUILDER = "merge"
+RECIPE_NUMBER = 6
+LETTERS = 3
+"""Of a token, about."""
+_VOICE = frozenset((*TOKENIZER_FILES, *TEMPLATE_FILES))
+"""Files that decide how a question becomes tokens."""
+_TEMPLATE_TOKENS = 32
 _MOST_BYTES = 128 << 20
 """Of the answers of one job: a part of what is read of its result."""
 _PER_TOKEN, _PER_ANSWER = 24, 200
@@ -41,6 +58,77 @@ _TOKENIZER = 6
 """Bytes in memory for one of a tokenizer's files."""
 _MOST_UNITS = 256
 """Of one job: a container gets each adapter's folder by itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedModel:
+    """A model to query: a checkpoint with unmerged adapters, each with its weight."""
+
+    model: Tree
+    adapters: tuple[AdapterSnapshot, ...] = ()
+    weights: tuple[float, ...] | None = None
+    """Weights that replace the adapters' own."""
+    speakers: tuple[AdapterSnapshot, ...] = ()
+    """Adapters whose tokenizer and chat template word the questions; none: its own."""
+    computed: VirtualWeights | None = None
+    """What computes the model's weights, if its files have none."""
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """One weight per adapter."""
+        return self.weights or tuple(adapter.weight for adapter in self.adapters)
+
+
+def subjects(sources: Sources, adapter: int | None) -> Mapping[str, EvaluatedModel]:
+    """Return the models that answer a task before merging: `base`, and `adapter` if there is one.
+
+    `adapter` is the number of the adapter that the task belongs to, used at full weight; None means
+    all adapters together. All are asked alike: a tokenizer or chat template that an adapter brings
+    words the base's questions too.
+    """
+    base = sources.base.tree
+    if not sources.adapters:
+        return {"base": EvaluatedModel(model=base)}
+    used = sources.adapters if adapter is None else (sources.adapters[adapter],)
+    speakers = used if any(_voice(one.snapshot.tree) - _voice(base) for one in used) else ()
+    return {
+        "base": EvaluatedModel(model=base, speakers=speakers),
+        "adapter": EvaluatedModel(
+            model=base, adapters=used, weights=None if adapter is None else (1.0,)
+        ),
+    }
+
+
+def with_merged(
+    task: RecipeTask, sources: Sources, checkpoint: Checkpoint
+) -> Mapping[str, EvaluatedModel]:
+    """Return the same for a task of a recipe, and `merged`, if anything was merged."""
+    found = dict(subjects(sources, task.adapter))
+    if checkpoint.digest != sources.base.digest:
+        found["merged"] = EvaluatedModel(model=checkpoint.tree, computed=checkpoint.computed)
+    return found
+
+
+def _voice(tree: Tree) -> frozenset[tuple[str, Digest]]:
+    return frozenset((file.path, file.digest) for file in tree.files if file.path in _VOICE)
+
+
+def inputs(subject: EvaluatedModel, task: Task) -> StageInputs:
+    """Return everything that the reference answers depend on."""
+    voices: list[JsonValue] = [sorted(_voice(a.snapshot.tree)) for a in subject.speakers]
+    return StageInputs(
+        stage="reference",
+        recipe_number=RECIPE_NUMBER,
+        inputs={
+            "base": subject.model.digest,
+            "adapters": [a.snapshot.digest for a in subject.adapters],
+            "weights": subject.factors,
+            "questions": task.digest,
+            "max_tokens": task.max_tokens,
+            "builder": builder_pins(BUILDER),
+            **({"speakers": voices} if voices else {}),
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,22 +171,43 @@ def once(units: Iterable[Unit], known: Iterable[str] = ()) -> Iterator[Unit]:
             yield left
 
 
+def task_walk(task: Task, *, views: int = 1, adapter_bytes: int = 0) -> WalkSize:
+    """Return what runs side by side when so many models are asked a task."""
+    rows, letters = len(task.items), task.most_tokens
+    if task.metric == "choice":  # one by one: the longest question with its longest choice
+        rows, letters = (
+            1,
+            max(
+                (
+                    sum(len(str(m["content"])) for m in item.messages)
+                    + max(map(len, item.choices), default=0)
+                    for item in task.items
+                ),
+                default=0,
+            ),
+        )
+    tokens = letters // LETTERS + rows * (_TEMPLATE_TOKENS + task.max_tokens)
+    return WalkSize(views=views, rows=rows, tokens=tokens, adapter_bytes=adapter_bytes)
+
+
 def walk_of(unit: Unit) -> WalkSize:
     """Return what runs side by side: models whose drafts are answers of others follow these."""
     keys = {one.key for one in unit}
     later = sum(one.draft in keys for one in unit)
     adapters = {a.snapshot.digest: a.snapshot.tree for one in unit for a in one.subject.adapters}
-    return asking.walk_of(
+    spoken = sum(
+        file.size
+        for tree in adapters.values()
+        for file in tree.files
+        if file.path in TOKENIZER_FILES
+    )
+    return task_walk(
         unit[0].task,
         views=max(later, len(unit) - later),
-        adapter_bytes=sum(map(_loaded_bytes, adapters.values())),
+        # Factors in float32, and the tokenizers that they bring.
+        adapter_bytes=2 * sum(tree.weight_bytes for tree in adapters.values())
+        + _TOKENIZER * spoken,
     )
-
-
-def _loaded_bytes(adapter: Tree) -> int:
-    """Return what an adapter takes in memory: float32 factors, and a tokenizer that it brings."""
-    spoken = sum(file.size for file in adapter.files if file.path in TOKENIZER_FILES)
-    return 2 * adapter.weight_bytes + _TOKENIZER * spoken
 
 
 def walks(units: Iterable[Unit], shape: ModelShape | None, budget: int) -> list[list[Unit]]:
@@ -121,6 +230,18 @@ def walks(units: Iterable[Unit], shape: ModelShape | None, budget: int) -> list[
     return found
 
 
+def _chooses(unit: Unit) -> bool:
+    return unit[0].task.metric == "choice"
+
+
+def memory_limit(size: int) -> int:
+    """Return the memory in bytes that a job may use for models of `size` bytes together.
+
+    A model that cannot be walked is loaded whole, in float32.
+    """
+    return (3 << 30) + 5 * size
+
+
 def planned_bytes(units: Sequence[Unit], shape: ModelShape, budget: int) -> int:
     """Return the most memory in bytes of a job that asks these units, or only some of them."""
     each = [walk_of(unit) for unit in units]
@@ -131,6 +252,12 @@ def planned_bytes(units: Sequence[Unit], shape: ModelShape, budget: int) -> int:
     return max(largest, min(together, budget // 2) if budget else together)
 
 
+def batch_memory(model: Path, walk: WalkSize, budget: int) -> int:
+    """Return a job's memory for batches in bytes; 0 if the model's dimensions are not known."""
+    shape = shape_of(model)
+    return batch_bytes(shape, walk, budget) if shape else 0
+
+
 def shape_of(model: Path) -> ModelShape | None:
     """Return a model's dimensions; None if they are not known."""
     try:
@@ -139,7 +266,34 @@ def shape_of(model: Path) -> ModelShape | None:
         return None
 
 
-def job_of(units: Sequence[Unit], known: Mapping[str, Sequence[Json]], budget: int) -> ReferenceJob:
+def steps_of(task: Task) -> int:
+    """Return how many tokens a model answers a task with, at most."""
+    return len(task.items) * max(1, task.max_tokens)
+
+
+def answer_seconds(
+    layer_time: LayerTime, shape: ModelShape, walk: WalkSize, task: Task, budget: int
+) -> float:
+    """Return the seconds of models that answer side by side, token by token.
+
+    A batch that does not fit into memory with the others reads the weights again.
+    """
+    rows, new = len(task.items), max(1, task.max_tokens)
+    one = token_bytes(
+        layers=shape.layers,
+        cached=shape.kv_heads * shape.head_dim,
+        hidden=shape.hidden,
+        intermediate=shape.intermediate,
+    )
+    room = max(1, batch_bytes(shape, walk, budget))
+    batches = max(1, -(-walk.views * walk.tokens * one // room))
+    asked, steps = walk.views * walk.tokens / batches, walk.views * rows / batches
+    return batches * (layer_time.passed(asked, steps) + new * layer_time.passed(steps, steps))
+
+
+def job_of(
+    units: Sequence[Unit], known: Mapping[str, Sequence[Mapping[str, JsonValue]]], budget: int
+) -> ReferenceJob:
     """Return the job that asks these units; whoever runs it sets its output.
 
     `known` has answers by key, for drafts. The last units are left out if there are too many
@@ -147,39 +301,47 @@ def job_of(units: Sequence[Unit], known: Mapping[str, Sequence[Json]], budget: i
     """
     units = list(_readable(units))
     asked = [one for unit in units for one in unit]
-    models = {one.subject.model.digest: one.subject.checkpoint for one in asked}
+    models = {
+        one.subject.model.digest: Checkpoint(tree=one.subject.model, computed=one.subject.computed)
+        for one in asked
+    }
     used = [a for one in asked for a in (*one.subject.adapters, *one.subject.speakers)]
     adapters = {a.snapshot.digest: a.snapshot.tree for a in used}
     places = list(models), list(adapters)
     keys = {one.key for one in asked}
     size = sum(model.tree.size for model in models.values())
     shape = shape_of(asked[0].subject.model.root)
-    groups = [
-        (group, reduce(joint_walk, map(walk_of, group))) for group in walks(units, shape, budget)
-    ]
-    peak = max(walk_bytes(shape, walk, budget) for _, walk in groups) if shape else 0
+    told, peak = [], 0
+    for group in walks(units, shape, budget):
+        walk = reduce(joint_walk, map(walk_of, group))
+        peak = max(peak, walk_bytes(shape, walk, budget) if shape else 0)
+        # Equal questions are sent once.
+        alike: dict[tuple[str, int], list[AskedSubject]] = {}
+        for unit in group:
+            alike.setdefault((unit[0].task.digest, unit[0].task.max_tokens), []).extend(unit)
+        tasks = (
+            AskedTask(
+                models=tuple(_model(one, places, keys, known) for one in together),
+                questions=together[0].task.questions,
+                max_tokens=together[0].task.max_tokens,
+            )
+            for together in alike.values()
+        )
+        told.append(
+            AskedWalk(
+                tasks=tuple(tasks),
+                choose=_chooses(group[0]),
+                batch_bytes=batch_bytes(shape, walk, budget) if shape else 0,
+            )
+        )
     return ReferenceJob(
         builder=BUILDER,
         models=tuple(map(Input.checkpoint, models.values())),
         adapters=tuple(map(Input.tree, adapters.values())),
-        walks=tuple(
-            AskedWalk(
-                tasks=tuple(
-                    AskedTask(
-                        models=tuple(_model(one, places, keys, known) for one in together),
-                        questions=together[0].task.questions,
-                        max_tokens=together[0].task.max_tokens,
-                    )
-                    for together in _alike(group)
-                ),
-                choose=_chooses(group[0]),
-                batch_bytes=batch_bytes(shape, walk, budget) if shape else 0,
-            )
-            for group, walk in groups
-        ),
+        walks=tuple(told),
         virtual=next((v for v in map(Virtual.of, models.values()) if v), None),
         output=Path(),
-        memory_bytes=max(asking.memory_limit(size), 2 * peak),
+        memory_bytes=max(memory_limit(size), 2 * peak),
         seconds=job_seconds(size, tokens=sum(one.task.most_tokens for one in asked)),
         use_gpu=True,
     )
@@ -196,32 +358,15 @@ def _readable(units: Sequence[Unit]) -> Iterator[Unit]:
         yield unit
 
 
-def _chooses(unit: Unit) -> bool:
-    return unit[0].task.metric == "choice"
-
-
-def _alike(group: Sequence[Unit]) -> list[list[AskedSubject]]:
-    """Return a walk's models by what they are asked, so that equal questions are sent once."""
-    found: dict[tuple[str, int], list[AskedSubject]] = {}
-    for unit in group:
-        task = unit[0].task
-        found.setdefault((task.digest, task.max_tokens), []).extend(unit)
-    return list(found.values())
-
-
 def _model(
     one: AskedSubject,
-    places: tuple[list[Any], list[Any]],
+    places: tuple[list[Digest], list[Digest]],
     keys: set[str],
-    known: Mapping[str, Sequence[Json]],
+    known: Mapping[str, Sequence[Mapping[str, JsonValue]]],
 ) -> AskedModel:
     models, adapters = places
     subject = one.subject
-    draft: dict[str, Any] = {}
-    if one.draft in keys:
-        draft = {"draft": one.draft}
-    elif one.draft in known:
-        draft = {"draft_texts": tuple(str(row["answer"]) for row in known[one.draft])}
+    drafts = () if one.draft in keys else known.get(one.draft, ())
     return AskedModel(
         name=one.name,
         key=one.key,
@@ -229,5 +374,6 @@ def _model(
         adapters=tuple(adapters.index(a.snapshot.digest) for a in subject.adapters),
         weights=subject.factors,
         speakers=tuple(adapters.index(a.snapshot.digest) for a in subject.speakers),
-        **draft,
+        draft=one.draft if one.draft in keys else "",
+        draft_texts=tuple(str(row["answer"]) for row in drafts),
     )

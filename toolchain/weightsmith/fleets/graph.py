@@ -18,8 +18,8 @@ from weightsmith.building.pipeline import AnyStep
 from weightsmith.building.request import BuildRequest
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.values import JsonValue, Sources, key_of, plain
-from weightsmith.evaluating import subjects as references
-from weightsmith.evaluating.recipe_tasks import task_of
+from weightsmith.evaluating import walks as references
+from weightsmith.evaluating.results import task_of
 from weightsmith.fleets.cells import AdapterBuild, Cell
 from weightsmith.fleets.requests import BASE, CELL, Failure
 from weightsmith.recipe.file import check_section

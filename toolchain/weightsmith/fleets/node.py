@@ -33,9 +33,9 @@ from weightsmith.core.errors import (
 from weightsmith.core.trees import below
 from weightsmith.core.values import JsonValue
 from weightsmith.evaluating.build_record import BuildRecord, StageRecord, read_build
-from weightsmith.evaluating.recipe_tasks import task_of
-from weightsmith.evaluating.subjects import inputs as answer_inputs
-from weightsmith.evaluating.subjects import subjects
+from weightsmith.evaluating.results import task_of
+from weightsmith.evaluating.walks import inputs as answer_inputs
+from weightsmith.evaluating.walks import subjects
 from weightsmith.fleets.payloads import unpacked
 from weightsmith.fleets.requests import (
     BASE,

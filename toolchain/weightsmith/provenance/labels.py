@@ -158,7 +158,7 @@ def result_labels(results: Sequence[Result], stand_in: str = "") -> dict[str, st
         for name, score in shown.items()
     }
     same = {
-        f"{_SAMENESS}{name}": f"{same.share:.4f} n={same.n}"
+        f"{_SAMENESS}{name}": f"{1 - len(same.differences) / same.n:.4f} n={same.n}"
         for name, same in results[0].sameness.items()
     }
     return {**found, **same, **untested, VERDICT: NOT_PROVEN if stand_in else verdict_of(results)}

@@ -13,10 +13,9 @@ from weightsmith.core.platforms import host_platform
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, JsonValue, StageInputs
-from weightsmith.evaluating.asking import batch_memory, memory_limit, walk_of
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
-from weightsmith.evaluating.seconds import answer_seconds
 from weightsmith.evaluating.task import Answers, Task, score_task
+from weightsmith.evaluating.walks import answer_seconds, batch_memory, memory_limit, task_walk
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import DEQUANTIZED, model_walk_bytes
 from weightsmith.models.facts import ModelFacts
@@ -106,7 +105,7 @@ def _run(
         max_tokens=task.max_tokens,
         choose=task.metric == "choice",
         drafts=_drafts(result),
-        batch_bytes=batch_memory(model, walk_of(task), tools.memory.budget),
+        batch_bytes=batch_memory(model, task_walk(task), tools.memory.budget),
         output=folder,
         memory_bytes=memory_limit(size),
         seconds=job_seconds(size, tokens=task.most_tokens),
@@ -137,7 +136,7 @@ def _scored(result: Result, answers: Answers, tools: Tools) -> Result:
 
 def dequantized_memory(model: ModelFacts, tasks: Sequence[RecipeTask], memory: JobMemory) -> int:
     """Return the peak in bytes of the dequantized weights' answers, of the largest task."""
-    walks = (walk_of(one.task) for one in tasks)
+    walks = (task_walk(one.task) for one in tasks)
     return max(model_walk_bytes(model, walk, memory.budget) for walk in walks) + DEQUANTIZED
 
 
@@ -209,5 +208,6 @@ class DequantizedStep(TargetStep[Trial, None]):
         """Return how long all answers take, as if no draft were right."""
         shape, budget = seen[self.checkpoint].model.shape, seen.tools.memory.budget
         return sum(
-            answer_seconds(layer, shape, walk_of(one.task), one.task, budget) for one in self.tasks
+            answer_seconds(layer, shape, task_walk(one.task), one.task, budget)
+            for one in self.tasks
         )

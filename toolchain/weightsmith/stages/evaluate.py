@@ -15,8 +15,8 @@ from pathlib import Path
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import StartSpec
 from weightsmith.core.values import LORA, Artifact, Digest, JsonValue, Sources, StageInputs
+from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.results import Result, judged
-from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession
 from weightsmith.evaluating.smoke import (
     PICTURE,

@@ -12,21 +12,26 @@ from typing import Any
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.jobs import ReferenceJob
 from weightsmith.core.values import Checkpoint, Json, JsonValue, Sources, StageInputs, Writable
-from weightsmith.evaluating.asking import walk_of as walk_of_task
 from weightsmith.evaluating.gate import Verdict
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
-from weightsmith.evaluating.seconds import answer_seconds, steps_of
-from weightsmith.evaluating.subjects import BUILDER, EvaluatedModel, inputs, subjects, with_merged
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.evaluating.walks import (
+    BUILDER,
     AskedSubject,
+    EvaluatedModel,
     Unit,
+    answer_seconds,
     asked_of,
+    inputs,
     job_of,
     once,
     planned_bytes,
+    steps_of,
+    subjects,
+    task_walk,
     walk_of,
     walks,
+    with_merged,
 )
 from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import UNKNOWN, joint_walk
@@ -319,7 +324,7 @@ class ReferenceStep(Step[tuple[Result, ...], None]):
             for group in groups
         )
         checked = sum(
-            layer.passed(walk_of_task(one.task).tokens, steps_of(one.task)) for one in self.tasks
+            layer.passed(task_walk(one.task).tokens, steps_of(one.task)) for one in self.tasks
         )
         return answered + (checked if sources.adapters else 0.0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.evaluating.asking import LETTERS
+from weightsmith.evaluating.walks import LETTERS
 from weightsmith.forward.memory import BATCH_TOKENS, START, UNKNOWN, token_bytes
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers.calibration import Texts

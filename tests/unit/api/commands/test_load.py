@@ -8,8 +8,8 @@ import pytest
 from weightsmith.api.commands import bench as load
 from weightsmith.api.commands.bench import Sample, load_test, measure, percentile, summary
 from weightsmith.core.ports import Silent
+from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 
 QUESTIONS = tuple(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from weightsmith.api.commands.server import ServerSource, served_model, session_with
 from weightsmith.core.errors import UsageError
+from weightsmith.evaluating.client import ask
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.served import ask
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import write_layout
 from weightsmith.steps.tools import Tools

@@ -21,8 +21,8 @@ from weightsmith.core.escape import joined
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Json, without_passwords
+from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item, read_items
-from weightsmith.evaluating.served import Served
 from weightsmith.evaluating.session import Refused, ServerSession, SessionLimits, TryAgain
 from weightsmith.steps.results import write_files
 from weightsmith.steps.tools import Tools

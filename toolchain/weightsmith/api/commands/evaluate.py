@@ -12,16 +12,14 @@ from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
 from weightsmith.core.values import Json, Score
-from weightsmith.evaluating.answer_cache import KeptAnswers
+from weightsmith.evaluating.client import KeptAnswers
 from weightsmith.evaluating.contamination import describe, find_contamination
-from weightsmith.evaluating.gate import DropLimit, judge_drop, too_few
-from weightsmith.evaluating.inconclusive import sampled
+from weightsmith.evaluating.gate import DropLimit, judge_drop, sampled, too_few, wilson
 from weightsmith.evaluating.items import read_items, sample
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
-from weightsmith.evaluating.statistics import wilson
-from weightsmith.evaluating.subjects import BUILDER, EvaluatedModel
 from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
+from weightsmith.evaluating.walks import BUILDER, EvaluatedModel
 from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept

@@ -10,9 +10,8 @@ from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.server import ServerSource, session_with
 from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.core.values import Digest, Json, plain
-from weightsmith.evaluating.client import first_name
+from weightsmith.evaluating.client import ask, find_served, first_name
 from weightsmith.evaluating.items import Item
-from weightsmith.evaluating.served import ask, find_served
 from weightsmith.oci import manifests
 from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.image import Image

@@ -14,8 +14,7 @@ from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Endpoint, StartSpec
 from weightsmith.core.values import Json, without_passwords
-from weightsmith.evaluating.client import check_served_name, first_name
-from weightsmith.evaluating.served import Served, find_served
+from weightsmith.evaluating.client import Served, check_served_name, find_served, first_name
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.oci import tls
 from weightsmith.oci.image import Image
