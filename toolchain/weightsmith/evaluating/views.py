@@ -16,8 +16,10 @@ from weightsmith.core.values import Json
 from weightsmith.evaluating.build_record import (
     LABELS,
     AnsweredTask,
+    ArtifactRecord,
     BuildRecord,
     ImageRecord,
+    MergeRecord,
 )
 from weightsmith.serving.memory import human
 from weightsmith.validating.result import Validation
@@ -400,15 +402,6 @@ def counts(rows: Sequence[AnswerRow]) -> dict[str, int]:
 def fact_rows(a: BuildRecord, b: BuildRecord) -> list[dict[str, object]]:
     """Return the table of what the two builds are: name, both values, and whether they differ."""
     both = (a, b)
-    parts = {
-        "merged": [one.merge for one in both],
-        "weights": [one.artifact for one in both],
-        "image": [one.image for one in both],
-    }
-    digests = {
-        name: [(part.digest if part else "") or _NOTHING for part in two]
-        for name, two in parts.items()
-    }
     adapters = [", ".join(x.digest[7:19] for x in one.adapters) or _NOTHING for one in both]
     formats = [one.artifact.format if one.artifact else _NOTHING for one in both]
     rows = [
@@ -417,7 +410,9 @@ def fact_rows(a: BuildRecord, b: BuildRecord) -> list[dict[str, object]]:
         _row("built", [one.created[:16].replace("T", " ") for one in both], note=False),
         _row("base", [a.base.digest, b.base.digest], code=True),
         _row("adapters", adapters, code=True),
-        *(_row(name, two, code=True) for name, two in digests.items()),
+        _row("merged", [_digest(one.merge) for one in both], code=True),
+        _row("weights", [_digest(one.artifact) for one in both], code=True),
+        _row("image", [_digest(one.image) for one in both], code=True),
         _row("format", formats),
     ]
     sizes = [one.artifact.size if one.artifact else None for one in both]
@@ -434,6 +429,10 @@ def fact_rows(a: BuildRecord, b: BuildRecord) -> list[dict[str, object]]:
     for key, name in (("max_num_seqs", "requests at once"), ("max_model_len", "tokens a request")):
         rows.append(_row(name, [str((one.plan or {}).get(key, _NOTHING)) for one in both]))
     return rows
+
+
+def _digest(part: MergeRecord | ArtifactRecord | ImageRecord | None) -> str:
+    return (part.digest if part else "") or _NOTHING
 
 
 def _row(
