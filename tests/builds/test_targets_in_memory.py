@@ -365,7 +365,7 @@ def test_an_image_is_there_for_every_platform_of_its_base(memory: Memory) -> Non
 
 def two_platforms(memory: Memory, base: str, labels: dict[str, str]) -> str:
     """Push the base for a second platform, and an index of both."""
-    from weightsmith.oci.index import Index
+    from weightsmith.oci.image import Index
 
     first = memory.client.pull(Reference.parse(base))
     push_base(memory.client, f"{base}-arm", labels, PROGRAM, "linux/arm64")

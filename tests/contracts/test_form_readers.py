@@ -17,8 +17,13 @@ from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layout import read_layout
-from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
-from weightsmith.oci.ollama import modelfile, ollama_model
+from weightsmith.oci.modelpack import (
+    ModelDescription,
+    model_pack,
+    modelfile,
+    ollama_model,
+    tar_model_pack,
+)
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.weights import weight_layers

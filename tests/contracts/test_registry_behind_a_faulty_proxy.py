@@ -54,7 +54,7 @@ def straight(host: str, name: str) -> str | None:
 
 def as_if_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send small layers as large ones are sent: a part, and then its end."""
-    monkeypatch.setattr("weightsmith.oci.sending._SMALL", 0)
+    monkeypatch.setattr("weightsmith.oci.uploads._SMALL", 0)
 
 
 def read_all(client: Registry, place: Reference) -> None:

@@ -17,8 +17,7 @@ from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest
 from weightsmith.oci.attachments import fallback_tag
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import Index
+from weightsmith.oci.image import Image, Index
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference

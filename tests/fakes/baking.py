@@ -18,7 +18,7 @@ from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.recipe.outputs import ImageNames
+from weightsmith.recipe.schema import ImageNames
 
 from tests.fakes.memory import memory_tools
 from tests.fakes.registry import FakeRegistry

@@ -28,7 +28,7 @@ from weightsmith.outside import wheel_files
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.outside.store import FileStore
 from weightsmith.outside.wheel_files import extract_model
-from weightsmith.provenance.mlbom import license_of
+from weightsmith.provenance.bills import license_of
 from weightsmith.quantizers.convert import sentence_pieces
 from weightsmith.recipe.file import read_recipe
 

@@ -29,7 +29,7 @@ from weightsmith.core.values import Blob, Digest, canonical, key_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
-from weightsmith.oci.replies import RegistryReply
+from weightsmith.oci.session import RegistryReply
 from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.provenance import signing
 from weightsmith.provenance.signing import check_by

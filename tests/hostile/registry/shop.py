@@ -15,7 +15,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing, statements
-from weightsmith.provenance.evaluation import test_result as result_of
+from weightsmith.provenance.attest import test_result as result_of
 from weightsmith.provenance.evidence import (
     Evidence,
     read_attached,

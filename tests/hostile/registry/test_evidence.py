@@ -13,12 +13,13 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
-from weightsmith.oci.index import Index
+from weightsmith.oci.image import Index
 from weightsmith.oci.layers import TITLE
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import signing, statements
+from weightsmith.provenance.bills import MEDIA_TYPE
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
@@ -27,7 +28,6 @@ from weightsmith.provenance.evidence import (
     Evidence,
     resource_of,
 )
-from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.provenance.sealing import attach
 
 from tests.hostile.registry.shop import Shop, passed

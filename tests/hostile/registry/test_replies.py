@@ -16,14 +16,12 @@ from weightsmith.core import network
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.network import ReplyLimiter, paced
 from weightsmith.oci.auth import Challenge, parse_challenge
+from weightsmith.oci.connections import ProxyTransport, unverified
 from weightsmith.oci.manifests import read_json
-from weightsmith.oci.paging import next_page
-from weightsmith.oci.proxies import ProxyTransport
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.oci.replies import RegistryReply, json_object
-from weightsmith.oci.sending import _bytes_kept
-from weightsmith.oci.tls import unverified
+from weightsmith.oci.session import RegistryReply, RegistrySession, json_object
+from weightsmith.oci.uploads import _bytes_kept
 
 # Replies that never come whole.
 
@@ -166,7 +164,7 @@ def test_a_challenge_of_16_kilobytes_is_read_at_once(header: str) -> None:
 def test_a_list_of_a_hundred_thousand_links_is_read_at_once() -> None:
     """A Link header holds "<" a hundred thousand times: no next page, and no minutes."""
     reply = RegistryReply(200, httpx.Headers({"link": "<" * 100_000}), b"", "https://r.example/")
-    assert next_page(None, reply) == ""  # type: ignore[arg-type]
+    assert RegistrySession.next_page(None, reply) == ""  # type: ignore[arg-type]
 
 
 class Upload:

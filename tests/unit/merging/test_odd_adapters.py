@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.models.peft_keys import check_peft_keys
+from weightsmith.models.peft_patterns import check_peft_keys
 
 from tests.unit.merging.oracle import MakeBase, check, merged, train, unmerged
 

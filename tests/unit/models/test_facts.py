@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused
-from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.models.packing import Packing
+from weightsmith.models.facts import ModelFacts, Packing, read_facts
 
 from tests.fakes.configs import LLAMA_8B, facts
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-import weightsmith.models.text as module
+import weightsmith.models.facts as module
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from weightsmith.models.text import text_part
+from weightsmith.models.facts import text_part
 
 from tests.fakes.configs import shape_of
 

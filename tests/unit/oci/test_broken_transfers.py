@@ -30,7 +30,7 @@ def test_a_broken_upload_goes_on_where_the_registry_kept_it(
     fake: FakeRegistry, client: Registry, image: Image, chunk_min: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("weightsmith.oci.sending._CHUNK", 20_000)
+    monkeypatch.setattr("weightsmith.oci.uploads._CHUNK", 20_000)
     fake.chunk_min = chunk_min
     method = "PATCH" if chunk_min else "PUT"
     fake.faults = [(method, "/uploads/", "keep:10001")] + [("PATCH", "/uploads/", "keep:777")] * 9

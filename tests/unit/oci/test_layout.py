@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.values import Digest, Json
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import Index
+from weightsmith.oci.image import Image, Index
 from weightsmith.oci.layers import Member, TarLayer
 from weightsmith.oci.layout import read_all, read_index, read_layout, write_index, write_layout
 

@@ -7,7 +7,7 @@ import ssl
 import httpx
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.oci.proxies import ProxyTransport, proxy_of
+from weightsmith.oci.connections import ProxyTransport, proxy_of
 
 PROXY = "http://proxy.corp:3128"
 

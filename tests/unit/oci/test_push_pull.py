@@ -263,7 +263,7 @@ def test_chunks_where_the_registry_asks(
     limits: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("weightsmith.oci.sending._CHUNK", 20_000)
+    monkeypatch.setattr("weightsmith.oci.uploads._CHUNK", 20_000)
     fake.chunk_min, fake.largest_body = limits
     client.push(image, at(fake))
     assert fake.counts()["PATCH"] >= 8
@@ -278,7 +278,7 @@ def test_a_registry_that_takes_a_blob_in_one_request_alone(
     status: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("weightsmith.oci.sending._SMALL", 0)
+    monkeypatch.setattr("weightsmith.oci.uploads._SMALL", 0)
     fake.faults = [("PATCH", "/uploads/", status)] * 9
     client.push(image, at(fake))
     assert client.pull(at(fake), platform="linux/amd64").digest == image.digest

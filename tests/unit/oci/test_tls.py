@@ -8,7 +8,7 @@ from pathlib import Path
 import certifi
 import pytest
 from weightsmith.core.errors import EnvironmentFailure
-from weightsmith.oci.tls import trusted, unverified
+from weightsmith.oci.connections import trusted, unverified
 
 END = "-----END CERTIFICATE-----\n"
 

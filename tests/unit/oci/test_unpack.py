@@ -9,9 +9,9 @@ import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import unpack as unpacking
-from weightsmith.oci import zstd
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer
+from weightsmith.oci.streams import can_read_zstd
 from weightsmith.oci.unpack import unpack
 
 from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
@@ -168,7 +168,7 @@ def test_gzip_of_several_members(root: Path) -> None:
 
 
 def test_zstd_is_refused_with_what_to_do(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zstd, "can_decompress", lambda: False)
+    monkeypatch.setattr("weightsmith.oci.streams.can_read_zstd", lambda: False)
     with pytest.raises(InputRefused, match="zstd") as caught:
         unpack(_image(b"x", ZSTD, Digest.of(b"x")), root)
     assert "libzstd" in caught.value.hint
@@ -183,7 +183,7 @@ def _frame(*blocks: tuple[int, bytes]) -> bytes:
     return packed
 
 
-needs_zstd = pytest.mark.skipif(not zstd.can_decompress(), reason="no libzstd")
+needs_zstd = pytest.mark.skipif(not can_read_zstd(), reason="no libzstd")
 
 
 @needs_zstd

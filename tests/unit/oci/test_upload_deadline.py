@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from weightsmith.oci.limits import RegistryLimits, limits_of
+from weightsmith.oci.limits import RegistryLimits, UploadDeadline, limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
-from weightsmith.oci.upload_deadline import UploadDeadline
 from weightsmith.serving.memory import parse_size
 
 from tests.fakes.images import tiny_image

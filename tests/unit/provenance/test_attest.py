@@ -21,8 +21,8 @@ from weightsmith.models.reshard import Resharded
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import assemble
 from weightsmith.provenance.attest import evidence, public_recipe
+from weightsmith.provenance.bills import MEDIA_TYPE, license_in
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials
-from weightsmith.provenance.mlbom import MEDIA_TYPE, license_in
 from weightsmith.recipe.file import check_recipe
 from weightsmith.serving.llamacpp import ENGINE
 

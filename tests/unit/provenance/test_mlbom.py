@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import pytest
 from weightsmith.core.resources import engine_source
 from weightsmith.core.values import Digest, FileEntry, Json, Score
-from weightsmith.provenance.mlbom import Ancestor, BilledModel, engine_bom, license_of, ml_bom
-from weightsmith.recipe.outputs import Card
+from weightsmith.provenance.bills import Ancestor, BilledModel, engine_bom, license_of, ml_bom
+from weightsmith.recipe.schema import Card
 
 DIGEST = Digest.of(b"x")
 

@@ -4,8 +4,8 @@ import re
 import pytest
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.models.attention import cache_layers
 from weightsmith.models.facts import read_facts
+from weightsmith.models.shape import cache_layers
 from weightsmith.serving import llamacpp, vllm
 from weightsmith.serving.architectures import check_served
 from weightsmith.serving.engine import ServeOptions

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.models.packing import Packing
+from weightsmith.models.facts import Packing
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.machine import machine_for
 from weightsmith.serving.vllm import check_packing

@@ -37,8 +37,8 @@ from weightsmith.core.errors import UsageError
 from weightsmith.core.ports import Progress, Silent
 from weightsmith.core.values import Digest, Json
 from weightsmith.provenance.chain import Check
-from weightsmith.recipe.outputs import ImageNames
 from weightsmith.recipe.run_options import RunOptions
+from weightsmith.recipe.schema import ImageNames
 from weightsmith.steps.delivery import ImageOutputs
 
 

@@ -16,7 +16,7 @@ from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.results import say_samples
 from weightsmith.oci.image import MOST_LAYERS
 from weightsmith.oci.limits import limits_of
-from weightsmith.oci.ollama import check_name
+from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import Reference
 from weightsmith.oci.weights import LARGEST_ANYWHERE
 from weightsmith.provenance.labels import PREFIX, reference, repository

@@ -21,8 +21,7 @@ from weightsmith.core.values import Form, Published, Scores, Writable
 from weightsmith.evaluating.build_record import StageRecord, read_build
 from weightsmith.evaluating.pages import write_report
 from weightsmith.evaluating.results import Result, main_scores, unproven_of, verdict_of
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import host_image
+from weightsmith.oci.image import Image, host_image
 from weightsmith.provenance.materials import index_of_materials
 from weightsmith.serving.targets import Target
 from weightsmith.stages.evaluate import checks_of, takes_pictures

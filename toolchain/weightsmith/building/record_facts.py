@@ -43,9 +43,9 @@ from weightsmith.evaluating.build_record import (
 )
 from weightsmith.evaluating.gate import wilson
 from weightsmith.evaluating.results import Result
-from weightsmith.provenance.evaluation import side_by_side
+from weightsmith.provenance.attest import side_by_side
+from weightsmith.provenance.bills import license_of
 from weightsmith.provenance.labels import without_secrets
-from weightsmith.provenance.mlbom import license_of
 from weightsmith.quantizers.quality.result import QualityResult
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.plan import ServingConfig

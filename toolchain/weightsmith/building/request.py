@@ -8,7 +8,7 @@ from pathlib import Path
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import LORA
 from weightsmith.recipe.file import RecipeFile
-from weightsmith.recipe.outputs import LOADABLE
+from weightsmith.recipe.schema import LOADABLE
 from weightsmith.serving.targets import Target
 from weightsmith.stages.publish import has_gguf
 from weightsmith.stages.upload import HubDestination, repository_of

@@ -25,10 +25,9 @@ from weightsmith.core.values import (
     key_of,
     tree_digest,
 )
-from weightsmith.oci.engine_layers import PROGRAM_FOLDER, program_layers, root_layers
 from weightsmith.oci.layers import LAYER_TAR, Memo, TarLayer
 from weightsmith.oci.tar import LARGEST_TIME, source_date_epoch
-from weightsmith.oci.weights import weight_layers
+from weightsmith.oci.weights import PROGRAM_FOLDER, program_layers, root_layers, weight_layers
 from weightsmith.provenance import signing
 from weightsmith.provenance.statements import Resource, Statement, statement
 

@@ -16,8 +16,7 @@ from weightsmith.core.safe_parse import read_json
 from weightsmith.forward.libraries import ModelFails, reading, running, unreadable
 from weightsmith.forward.network import has_no_weights, is_missing, missing, set_missing
 from weightsmith.models.folder import check_adapter_folder
-from weightsmith.models.peft_keys import KEY_MAPPING, check_peft_keys
-from weightsmith.models.peft_patterns import check_peft_patterns
+from weightsmith.models.peft_patterns import KEY_MAPPING, check_peft_keys, check_peft_patterns
 from weightsmith.models.safetensors import read_header
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from weightsmith.merging.loading import SplitParameter
-from weightsmith.models.peft_keys import WRAPPERS
+from weightsmith.models.peft_patterns import WRAPPERS
 
 _WRAPPER = "base_model.model."
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")

@@ -22,9 +22,9 @@ from weightsmith.forward.views import view
 from weightsmith.forward.walk import Count, Progress, walk
 from weightsmith.merging.adapter_config import read_adapter_config
 from weightsmith.merging.answer_journal import AnswerJournal
+from weightsmith.models.facts import text_part
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
 from weightsmith.models.templates import own_template, render_chat
-from weightsmith.models.text import text_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

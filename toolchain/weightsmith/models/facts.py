@@ -6,22 +6,20 @@ when it is needed, not when it is read: a model that cannot be planned can still
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import SMALL, json_object, read_bytes
 from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_config import gguf_config
-from weightsmith.models.matrices import Matrices
-from weightsmith.models.packing import Packing
-from weightsmith.models.positions import PositionSettings, whole
 from weightsmith.models.shape import ModelShape, has_states_alone
-from weightsmith.models.text import text_part
 
 _STATEFUL = re.compile(
     "mamba|ssm|state_size|conv_kernel|linear_num|lora_rank|chunk|recurrent|retention|index_topk"
@@ -47,6 +45,155 @@ _TASKS = (
 )
 """Pattern in the name of a class, or of a GGUF file's architecture -> what such models do."""
 _Part = TypeVar("_Part")
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+"""Keys of the length (vLLM 0.33, model_arch_config_convertor.py)."""
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """The layout of quantized weights."""
+
+    method: str
+    """`quant_method`, such as `awq`, `gptq`, `fp8` or `compressed-tensors`; "" if it is not set."""
+    bits: int
+    """Bits per weight; 4 if it is not set, 0 if it is invalid."""
+    group_size: int
+    """Weights per scale; -1 for a whole row."""
+    symmetric: bool
+    reordered: bool
+    """GPTQ's `desc_act`: columns are ordered by activations."""
+    block: tuple[int, ...]
+    """`weight_block_size`: rows and columns per scale; () if it is not set."""
+    kinds: frozenset[str]
+    """Kinds of Format with which it can be served; empty if no target supports it."""
+
+    @classmethod
+    def of(cls, value: JsonValue) -> Packing | None:
+        """Read a `quantization_config`; return None if the weights are not quantized."""
+        if not value:
+            return None
+        settings = value if isinstance(value, Mapping) else {}
+        method, block = str(settings.get("quant_method", "")), settings.get("weight_block_size")
+        return cls(
+            method=method,
+            bits=_whole(settings.get("bits", settings.get("w_bit", 4))),
+            group_size=_whole(settings.get("group_size", -1)),
+            symmetric=settings.get("sym") is not False,
+            reordered=settings.get("desc_act") is True,
+            block=tuple(map(_whole, block if isinstance(block, list) else [block]))
+            if block
+            else (),
+            kinds=_kinds(method, settings.get("config_groups")),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PositionSettings:
+    """Lengths and rope parameters; numbers are 0 if they are not set."""
+
+    lengths: tuple[int, ...]
+    """Every configured length, in tokens."""
+    scaling: str
+    """The rope type, such as `llama3`, `yarn` or `linear`; `default` for no scaling."""
+    factor: float
+    """Rope's scaling factor; 0 if it is not a number up to 1000."""
+    original: int
+    """The length before scaling."""
+    theta: float
+    """`rope_theta` in `rope_parameters`."""
+    transformers_5_only: bool
+    """Only `rope_parameters` has the theta, which transformers 4 does not read."""
+
+    @classmethod
+    def of(cls, text: Mapping[str, JsonValue]) -> PositionSettings:
+        """Read them from the text config."""
+        parameters = text.get("rope_parameters")
+        both = (parameters, text.get("rope_scaling"))
+        found = next((one for one in both if isinstance(one, Mapping)), {})
+        nested = found.get("full_attention")  # transformers 5: one per kind of layer
+        rope = nested if isinstance(nested, Mapping) else found
+        factor = _number(rope.get("factor", 1.0))
+        original = rope.get("original_max_position_embeddings")
+        return cls(
+            lengths=tuple(filter(None, (whole(text.get(key)) for key in _LENGTHS))),
+            scaling=str(rope.get("rope_type") or rope.get("type") or "default"),
+            factor=factor if 0 < factor <= 1000 else 0,
+            original=whole(original or text.get("original_max_position_embeddings")),
+            theta=_number(parameters.get("rope_theta")) if isinstance(parameters, Mapping) else 0,
+            transformers_5_only=isinstance(parameters, Mapping) and "rope_theta" not in text,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vision:
+    """A vision tower's layers and widths; 0 layers for a model without one."""
+
+    layers: int = 0
+    hidden: int = 0
+    intermediate: int = 0
+    patches: int = 0
+    """Of a picture; 0 if pictures keep their size."""
+    windowed: bool = False
+    """Whether some layers see only a part of the picture."""
+    gated: bool = False
+    """Whether the feed-forward has a gate."""
+    merged: int = 1
+    """Patches along each side that become one token before they are projected."""
+    mergers: int = 1
+    """Projections: one, and one for each layer whose output the decoder gets too."""
+
+    @property
+    def weights(self) -> int:
+        """How many weights its layers have, at most."""
+        width = self.intermediate or 3 * self.hidden
+        return self.layers * self.hidden * (4 * self.hidden + 3 * width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrices:
+    """Dimensions that affect a checkpoint's size; 0 if config.json does not set them."""
+
+    experts: int
+    """Routed experts per sparse layer."""
+    sparse_layers: int
+    """Layers with experts instead of a feed-forward network."""
+    expert_width: int
+    shared_experts: int
+    shared_width: int
+    """Width of shared experts, if it is set separately."""
+    predicted_layers: int
+    """Additional layers for multi-token prediction."""
+    query_rank: int
+    """Rank of the query projection in multi-head latent attention."""
+    nope_head_dim: int
+    """Part of each head without rotary embedding, in multi-head latent attention."""
+    vision: Vision
+
+    @classmethod
+    def of(cls, text: Mapping[str, JsonValue], vision: JsonValue, layers: int) -> Matrices:
+        """Read text config and `vision_config`; raises InputRefused for invalid numbers."""
+        experts = next((count(text, name) for name in _EXPERTS if text.get(name)), 0)
+        return cls(
+            experts=experts,
+            sparse_layers=_sparse_layers(text, layers) if experts else 0,
+            expert_width=count(text, "moe_intermediate_size"),
+            shared_experts=count(text, "n_shared_experts") or count(text, "moe_num_shared_experts"),
+            shared_width=count(text, "shared_expert_intermediate_size"),
+            predicted_layers=count(text, "num_nextn_predict_layers") if experts else 0,
+            query_rank=count(text, "q_lora_rank"),
+            nope_head_dim=count(text, "qk_nope_head_dim"),
+            vision=_vision(vision),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,3 +359,100 @@ def _dtype(config: Mapping[str, JsonValue]) -> str:
             if isinstance(place.get(name), str):
                 return str(place[name]).removeprefix("torch.")
     return ""
+
+
+def text_part(config: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    """Return the language model's configuration: `text_config` with its class's defaults.
+
+    Without a `text_config`, the whole configuration, which is complete. Multimodal checkpoints such
+    as Gemma 3 store only values that differ from the defaults (`PretrainedConfig.to_diff_dict`):
+    Gemma 3 4B has no number of heads.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    return {**_defaults().get(str(text.get("model_type")), {}), **text}
+
+
+@cache
+def _defaults() -> Mapping[str, Mapping[str, int]]:
+    """Return model type -> its class's defaults; a test compares them with transformers."""
+    text = resources.files(__package__).joinpath("text_defaults.json").read_text("utf-8")
+    return cast("Mapping[str, Mapping[str, int]]", json.loads(text))
+
+
+def whole(value: JsonValue) -> int:
+    """Return a whole number above 0, and 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _number(value: JsonValue) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+
+
+def _whole(value: JsonValue) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _kinds(method: str, groups: JsonValue) -> frozenset[str]:
+    """Return the kinds of Format that engines load.
+
+    compressed-tensors with 4-bit weights may be AWQ or GPTQ.
+    """
+    if method in {"awq", "gptq", "fp8", "mxfp4"}:
+        return frozenset({method})
+    if method != "compressed-tensors":
+        return frozenset()
+    found: set[str] = set()
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            continue
+        if weights.get("type") == "float" and weights.get("num_bits") == 8:
+            found.add("fp8")
+        if weights.get("type") == "float" and weights.get("num_bits") == 4:
+            found |= {16: {"nvfp4"}, 32: {"mxfp4"}}.get(_whole(weights.get("group_size")), set())
+        if weights.get("type") == "int" and weights.get("num_bits") == 4:
+            found |= {"awq", "gptq"}
+    return frozenset(found)
+
+
+def _sparse_layers(text: Mapping[str, JsonValue], layers: int) -> int:
+    step = count(text, "decoder_sparse_step") or count(text, "moe_layer_interval") or 1
+    starts = ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers")
+    first = next((count(text, name) for name in starts if text.get(name)), 0)
+    end = text.get("moe_layer_end_index")
+    last = layers - 1 if end is None or end == -1 else count(text, "moe_layer_end_index")
+    listed = text.get("mlp_only_layers")
+    plain = listed if isinstance(listed, list) else []
+    return sum(first <= i <= last and (i + 1) % step == 0 and i not in plain for i in range(layers))
+
+
+def _vision(tower: JsonValue) -> Vision:
+    if not isinstance(tower, Mapping) or not tower.get("hidden_size"):
+        return Vision()
+    more = tower.get("deepstack_visual_indexes")
+    sizes = tower.get("image_size"), tower.get("patch_size")
+    fixed = all(isinstance(size, int) and size > 0 for size in sizes)
+    return Vision(
+        layers=count(tower, "num_hidden_layers") or count(tower, "depth"),
+        # Qwen2-VL's hidden size is the decoder's.
+        hidden=count(tower, "embed_dim") or count(tower, "hidden_size"),
+        intermediate=count(tower, "intermediate_size"),
+        patches=(count(tower, "image_size") // count(tower, "patch_size")) ** 2 if fixed else 0,
+        windowed=bool(tower.get("window_size")),
+        gated=tower.get("hidden_act") == "silu",
+        merged=count(tower, "spatial_merge_size") or 1,
+        mergers=1 + len(more) if isinstance(more, list) else 1,
+    )
+
+
+def count(config: Mapping[str, JsonValue], name: str) -> int:
+    """Return a count, 0 if it is missing; raise InputRefused if it is invalid."""
+    value = config.get(name) or 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10_000_000:
+        raise InputRefused(
+            f"config.json: {name} is {value!r}, not a non-negative integer",
+            hint="check the checkpoint's config.json",
+        )
+    return value

@@ -15,7 +15,6 @@ from gguf import ReaderTensor, TokenType, dequantize
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
-from weightsmith.models.gguf_facts import count_of, number_of, numbers_of, texts_of, token_id
 from weightsmith.models.gguf_reader import GGUFReader
 
 _GLOBAL_TENSORS = {
@@ -36,6 +35,9 @@ _LAYER_TENSORS = {
 }
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.weight")
 _ROWS_PER_BLOCK = 4096
+_MOST = 1 << 31
+_LARGEST = 3e38
+"""Roughly float32's maximum."""
 
 
 def import_gguf(source: Path, out: Path) -> None:
@@ -53,7 +55,17 @@ def import_gguf(source: Path, out: Path) -> None:
             hint="convert the model again with a current llama.cpp",
         ) from None
     texts["config.json"] = json_text(config)
-    texts["generation_config.json"] = json_text(_generation_config(facts, config))
+    # The end token and, if set, the end-of-turn token.
+    ends = [config["eos_token_id"], _token_id(facts, "eot")]
+    ends = [token for token in dict.fromkeys(ends) if token is not None]
+    texts["generation_config.json"] = json_text(
+        {
+            "_from_model_config": True,
+            "bos_token_id": config["bos_token_id"],
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+            "pad_token_id": config["pad_token_id"],
+        }
+    )
     out.mkdir(parents=True, exist_ok=True)
     _write_weights(out / "model.safetensors", tensors, shape.head)
     for name, text in texts.items():
@@ -112,16 +124,16 @@ class _Shape:
     @classmethod
     def of(cls, facts: Mapping[str, JsonValue], *, tied: bool) -> Self:
         """Read them; raises InputRefused for an invalid one, and KeyError for a missing one."""
-        heads = count_of(facts, "llama.attention.head_count")
-        hidden = count_of(facts, "llama.embedding_length")
+        heads = _count_of(facts, "llama.attention.head_count")
+        hidden = _count_of(facts, "llama.embedding_length")
         return cls(
             hidden=hidden,
-            inner=count_of(facts, "llama.feed_forward_length"),
-            vocabulary=len(texts_of(facts, "tokenizer.ggml.tokens")),
-            layers=count_of(facts, "llama.block_count"),
+            inner=_count_of(facts, "llama.feed_forward_length"),
+            vocabulary=len(_texts_of(facts, "tokenizer.ggml.tokens")),
+            layers=_count_of(facts, "llama.block_count"),
             heads=heads,
-            kv_heads=count_of(facts, "llama.attention.head_count_kv", heads),
-            head=count_of(facts, "llama.attention.key_length", hidden // heads),
+            kv_heads=_count_of(facts, "llama.attention.head_count_kv", heads),
+            head=_count_of(facts, "llama.attention.key_length", hidden // heads),
             tied=tied,
         )
 
@@ -137,23 +149,23 @@ def _model_config(facts: Mapping[str, JsonValue], shape: _Shape) -> dict[str, Js
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": token_id(facts, "bos"),
-        "eos_token_id": token_id(facts, "eos"),
+        "bos_token_id": _token_id(facts, "bos"),
+        "eos_token_id": _token_id(facts, "eos"),
         "head_dim": shape.head,
         "hidden_act": "silu",
         "hidden_size": shape.hidden,
         "initializer_range": 0.02,
         "intermediate_size": shape.inner,
-        "max_position_embeddings": count_of(facts, "llama.context_length"),
+        "max_position_embeddings": _count_of(facts, "llama.context_length"),
         "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
-        "pad_token_id": token_id(facts, "padding"),
-        "rms_norm_eps": number_of(facts, "llama.attention.layer_norm_rms_epsilon"),
+        "pad_token_id": _token_id(facts, "padding"),
+        "rms_norm_eps": _number_of(facts, "llama.attention.layer_norm_rms_epsilon"),
         "rope_scaling": None,
-        "rope_theta": number_of(facts, "llama.rope.freq_base", 10000.0),
+        "rope_theta": _number_of(facts, "llama.rope.freq_base", 10000.0),
         "tie_word_embeddings": shape.tied,
         "torch_dtype": "float16",
         "use_cache": True,
@@ -180,21 +192,6 @@ def _check_tensors(shape: _Shape, tensors: Mapping[str, ReaderTensor]) -> None:
             f"{shape.layers} layers need more than {len(tensors)} tensors",
             hint="the file is incomplete or was not made from a plain Llama model",
         )
-    expected = dict(_expected_shapes(shape))
-    found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
-    wrong = [
-        f"{name} should be {expected.get(name, 'absent')}, but is {found.get(name, 'absent')}"
-        for name in sorted(expected.keys() | found.keys())
-        if expected.get(name) != found.get(name)
-    ]
-    if wrong:
-        raise InputRefused(
-            f"{len(wrong)} tensors do not match the GGUF's configuration: {wrong[0]}",
-            hint="the file is incomplete or was not made from a plain Llama model",
-        )
-
-
-def _expected_shapes(shape: _Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, inner = shape.hidden, shape.inner
     queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
     layer = {
@@ -208,27 +205,26 @@ def _expected_shapes(shape: _Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
-    yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
-    yield "model.norm.weight", (hidden,)
-    if not shape.tied:
-        yield "lm_head.weight", (shape.vocabulary, hidden)
-    for number in range(shape.layers):
-        for part, sides in layer.items():
-            yield f"model.layers.{number}.{part}.weight", sides
-
-
-def _generation_config(
-    facts: Mapping[str, JsonValue], config: Mapping[str, JsonValue]
-) -> dict[str, JsonValue]:
-    """Return generation_config.json with the end token and, if set, the end-of-turn token."""
-    ends = [config["eos_token_id"], token_id(facts, "eot")]
-    ends = [token for token in dict.fromkeys(ends) if token is not None]
-    return {
-        "_from_model_config": True,
-        "bos_token_id": config["bos_token_id"],
-        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
-        "pad_token_id": config["pad_token_id"],
+    expected: dict[str, tuple[int, ...]] = {
+        f"model.layers.{number}.{part}.weight": sides
+        for number in range(shape.layers)
+        for part, sides in layer.items()
     }
+    expected["model.embed_tokens.weight"] = (shape.vocabulary, hidden)
+    expected["model.norm.weight"] = (hidden,)
+    if not shape.tied:
+        expected["lm_head.weight"] = (shape.vocabulary, hidden)
+    found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
+    wrong = [
+        f"{name} should be {expected.get(name, 'absent')}, but is {found.get(name, 'absent')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise InputRefused(
+            f"{len(wrong)} tensors do not match the GGUF's configuration: {wrong[0]}",
+            hint="the file is incomplete or was not made from a plain Llama model",
+        )
 
 
 def _write_weights(path: Path, tensors: Mapping[str, ReaderTensor], head: int) -> None:
@@ -258,29 +254,22 @@ def _float16_blocks(
     rotated = name.endswith(("q_proj.weight", "k_proj.weight"))
     rows = 2 * half if rotated else _ROWS_PER_BLOCK
     for start in range(0, len(tensor.data), rows):
-        # Overflow is checked below, so suppress numpy's warning.
-        with np.errstate(over="ignore"):
-            exact = _exact(name, tensor, start, rows)
-            block = exact.astype(np.dtype("<f2"))
+        try:
+            # Overflow is checked below, so suppress numpy's warning.
+            with np.errstate(over="ignore"):
+                exact = dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+                block = exact.astype(np.dtype("<f2"))
+        except NotImplementedError:
+            raise InputRefused(
+                f"{name} has the unsupported type {tensor.tensor_type.name}",
+                hint="start from the original Hugging Face checkpoint",
+            ) from None
         if not np.isfinite(block).all():
             raise InputRefused(f"{name} overflows float16", hint="start from a bfloat16 checkpoint")
         if rotated:
             # For rope, llama.cpp pairs neighbouring rows of a head; Hugging Face pairs the halves.
             block = block.reshape(half, 2, -1).swapaxes(0, 1).reshape(2 * half, -1)
         yield block
-
-
-def _exact(name: str, tensor: ReaderTensor, start: int, rows: int) -> npt.NDArray[np.float32]:
-    try:
-        found: npt.NDArray[np.float32] = dequantize(
-            tensor.data[start : start + rows], tensor.tensor_type
-        )
-    except NotImplementedError:
-        raise InputRefused(
-            f"{name} has the unsupported type {tensor.tensor_type.name}",
-            hint="start from the original Hugging Face checkpoint",
-        ) from None
-    return found
 
 
 # llama.cpp's name of a pre-tokenizer -> the same split in the tokenizers library.
@@ -322,7 +311,7 @@ def tokenizer_files(
             hint=f"supported: 'gpt2' with {', '.join(sorted(_PRE_TOKENIZERS))}; otherwise start "
             "from the original Hugging Face checkpoint",
         )
-    tokens = texts_of(facts, "tokenizer.ggml.tokens")
+    tokens = _texts_of(facts, "tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
         raise InputRefused(
             "the GGUF vocabulary has duplicate tokens, which tokenizer.json cannot express",
@@ -330,7 +319,7 @@ def tokenizer_files(
         )
     names = _special_tokens(facts, tokens)
     add_bos = bool(facts.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"))
-    added = _added_tokens(tokens, numbers_of(facts, "tokenizer.ggml.token_type"))
+    added = _added_tokens(tokens, _numbers_of(facts, "tokenizer.ggml.token_type"))
     settings: dict[str, JsonValue] = {
         "add_bos_token": add_bos,
         "add_prefix_space": False,
@@ -347,7 +336,7 @@ def tokenizer_files(
         # Newer libraries read the file, older engines only the key.
         files["chat_template.jinja"] = settings["chat_template"] = template
     files["tokenizer_config.json"] = json_text(settings)
-    bos = token_id(facts, "bos") if add_bos else None
+    bos = _token_id(facts, "bos") if add_bos else None
     files["tokenizer.json"] = json_text(_tokenizer(facts, _PRE_TOKENIZERS[split], added, bos))
     return files
 
@@ -355,7 +344,7 @@ def tokenizer_files(
 def _special_tokens(facts: Mapping[str, JsonValue], tokens: list[str]) -> dict[str, str]:
     """Return the file's begin, end, unknown and padding tokens."""
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    ids = {name: token_id(facts, key) for name, key in keys.items()}
+    ids = {name: _token_id(facts, key) for name, key in keys.items()}
     outside = {name: number for name, number in ids.items() if number and number >= len(tokens)}
     if outside:
         raise InputRefused(
@@ -390,7 +379,7 @@ def _tokenizer(
     bos: int | None,
 ) -> dict[str, JsonValue]:
     """Return tokenizer.json for a byte-level BPE vocabulary."""
-    tokens = texts_of(facts, "tokenizer.ggml.tokens")
+    tokens = _texts_of(facts, "tokenizer.ggml.tokens")
     return {
         "version": "1.0",
         "truncation": None,
@@ -412,7 +401,7 @@ def _tokenizer(
             "byte_fallback": False,
             "ignore_merges": bool(facts.get("tokenizer.ggml.pre") == "llama-bpe"),
             "vocab": {token: number for number, token in enumerate(tokens)},
-            "merges": texts_of(facts, "tokenizer.ggml.merges"),
+            "merges": _texts_of(facts, "tokenizer.ggml.merges"),
         },
     }
 
@@ -433,3 +422,54 @@ def _begin_with(token: str, number: int) -> dict[str, JsonValue]:
 def json_text(value: Mapping[str, JsonValue]) -> str:
     """Return a file's text as transformers writes its JSON files."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _count_of(facts: Mapping[str, JsonValue], key: str, default: int | None = None) -> int:
+    """Return a count of at least 1; raise InputRefused if invalid, KeyError if missing."""
+    value = facts[key] if default is None else facts.get(key, default)
+    if type(value) is not int or not 0 < value < _MOST:
+        raise _invalid(key, value)
+    return value
+
+
+def _number_of(facts: Mapping[str, JsonValue], key: str, default: float | None = None) -> float:
+    """Return a float; raise InputRefused if invalid, KeyError if missing.
+
+    Returns the shortest decimal: GGUF stores 1e-05 as the float32 9.999999747378752e-06.
+    """
+    value = facts[key] if default is None else facts.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < _LARGEST:
+        raise _invalid(key, value)
+    return float(str(np.float32(value)))
+
+
+def _token_id(facts: Mapping[str, JsonValue], name: str) -> int | None:
+    """Return a special token's id, or None; raise InputRefused if invalid."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    value = facts.get(key)
+    if value is not None and (type(value) is not int or not 0 <= value < _MOST):
+        raise _invalid(key, value)
+    return value
+
+
+def _texts_of(facts: Mapping[str, JsonValue], key: str) -> list[str]:
+    """Return a list of strings; raise InputRefused if invalid, KeyError if missing."""
+    value = facts[key]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise _invalid(key, value)
+    return value
+
+
+def _numbers_of(facts: Mapping[str, JsonValue], key: str) -> list[int]:
+    """Return a list of integers, [] if missing; raise InputRefused if invalid."""
+    value = facts.get(key, [])
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise _invalid(key, value)
+    return value
+
+
+def _invalid(key: str, value: object) -> InputRefused:
+    return InputRefused(
+        f"the GGUF key {key} has the invalid value {str(value)[:80]!r}",
+        hint="the file is damaged; convert or download it again",
+    )

@@ -1,4 +1,4 @@
-"""Time limits for the regular expressions of an adapter's configuration.
+"""Adapters as PEFT reads them: keys that it would ignore, patterns that would take too long.
 
 PEFT matches these untrusted patterns against every module with Python's `re`, which can take
 forever. Another engine is no alternative: some lack lookaheads or match differently.
@@ -10,18 +10,22 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core import time_limits
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.time_limits import TooLong, cpu_limit, doing
 from weightsmith.core.values import JsonValue
+from weightsmith.models.safetensors import read_header
 
 _PLAIN = re.compile(r"[\w.]*")
 """Plain names, as most entries are: they cannot backtrack and need no check."""
 _SHOWN = 60
 _SECONDS_EACH = 0.001
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Name parts added by torch.compile, FSDP and activation checkpointing."""
+KEY_MAPPING = {rf"\b(?:{'|'.join(WRAPPERS)})\.": ""}
+"""PEFT's `key_mapping`: pattern -> replacement."""
 
 
 def check_peft_patterns(root: Path, modules: Iterable[str]) -> None:
@@ -95,7 +99,7 @@ def _patterns(raw: Mapping[str, JsonValue]) -> Iterator[tuple[str, str, str]]:
             yield from _forms(field, list(value), (r"(.*\.)?({})$", r".*\.{}$"))
 
 
-def _forms(field: str, texts: Any, forms: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
+def _forms(field: str, texts: JsonValue, forms: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
     for text in texts if isinstance(texts, list) else ():
         if isinstance(text, str) and not _PLAIN.fullmatch(text):
             for form in forms:
@@ -105,3 +109,15 @@ def _forms(field: str, texts: Any, forms: tuple[str, ...]) -> Iterator[tuple[str
 def _excerpt(text: str) -> str:
     shown = repr(text)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+
+
+def check_peft_keys(root: Path) -> None:
+    """Raise InputRefused for an adapter with keys that PEFT would silently ignore."""
+    header = read_header(root / "adapter_model.safetensors")
+    ignored = [info.name for info in header.tensors if not info.name.startswith("base_model.")]
+    if ignored:
+        raise InputRefused(
+            f"PEFT ignores keys without the prefix base_model., such as {ignored[0]} in "
+            f"{header.path}, so there is no unmerged model to compare with",
+            hint="export the adapter with PEFT's save_pretrained, from the unwrapped model",
+        )

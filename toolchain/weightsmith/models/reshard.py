@@ -1,4 +1,4 @@
-"""Split large safetensors files into smaller ones; data is copied only when read.
+"""Split large safetensors files into smaller ones; read files and pieces, and notice changes.
 
 https://huggingface.co/docs/safetensors/index#format
 
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.safe_parse import INDEX as LARGEST_INDEX
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import (
@@ -30,13 +32,14 @@ from weightsmith.core.values import (
     canonical,
     key_of,
 )
-from weightsmith.models.reading import read_part
 from weightsmith.models.safetensors import SafetensorsHeader, TensorInfo, read_header
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _SPARE = 64 << 10, 4 << 10
 """Bytes reserved in a layer for tar headers and folders: at most, and at least."""
+
+_CHUNK = 1 << 20
 
 Memo = Callable[[str, Callable[[], str]], str]
 
@@ -97,7 +100,7 @@ def read_pieces(pieces: Pieces) -> Iterator[bytes]:
         if isinstance(piece, bytes):
             yield piece
         else:
-            yield from read_part(piece)
+            yield from _read(piece, None)
 
 
 def size_of(pieces: Pieces) -> int:
@@ -188,3 +191,39 @@ def _entry(
     ]  # fmt: skip
     digest = Digest(memo(key_of(["pieces", data]), hashed))
     return FileEntry(path=name, size=size_of(pieces), digest=digest)
+
+
+def read_file(source: Path, size: int) -> Iterator[bytes]:
+    """Yield a regular file in chunks; raise InputRefused if its size differs or it changes."""
+    return _read(Slice(path=source, offset=0, size=size), size)
+
+
+def _read(part: Slice, size: int | None) -> Iterator[bytes]:
+    try:
+        # O_NONBLOCK, because opening a pipe would block forever.
+        handle = os.open(part.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode) or size not in (None, before.st_size):
+                raise _changed(part.path)
+            file.seek(part.offset)
+            left = part.size
+            while left and (chunk := file.read(min(_CHUNK, left))):
+                left -= len(chunk)
+                yield chunk
+            after = os.fstat(file.fileno())
+            if left or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise _changed(part.path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise _changed(part.path) from None
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot read {part.path}: {error.strerror}", hint="check the disk and the permissions"
+        ) from None
+
+
+def _changed(source: Path) -> InputRefused:
+    return InputRefused(
+        f"{source} changed while it was added to the image",
+        hint="stop the process that writes to it, then build again",
+    )

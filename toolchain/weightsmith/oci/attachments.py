@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import PART
 from weightsmith.core.values import Blob, Digest, JsonValue, canonical
-from weightsmith.models.reading import read_file
+from weightsmith.models.reshard import read_file
 from weightsmith.oci import manifests
 from weightsmith.oci.image import Opener
-from weightsmith.oci.layers import TITLE, Member
+from weightsmith.oci.layers import TITLE
 
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 EMPTY = b"{}"
@@ -24,6 +23,7 @@ BINARY = "application/octet-stream"
 LARGEST_PART = PART
 """Bytes of a part that is read into memory: a statement, a report, a bill of materials."""
 _MOST_PARTS = 10_000
+_NONE = Blob(digest=Digest.of(b""), size=0, media_type="")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +43,9 @@ class AttachmentPart:
     @classmethod
     def of_file(cls, path: Path, title: str, digest: Digest) -> AttachmentPart:
         """Return a part that is read from a file with a known digest."""
-        member = Member.of_file(title, path, digest)
-        blob = Blob(digest=digest, size=member.size, media_type=BINARY)
-        return cls(
-            blob=blob,
-            open=lambda: read_file(path, member.size),
-            annotations={TITLE: title},
-        )
+        size = path.stat().st_size
+        blob = Blob(digest=digest, size=size, media_type=BINARY)
+        return cls(blob=blob, open=lambda: read_file(path, size), annotations={TITLE: title})
 
     @property
     def title(self) -> str:
@@ -59,9 +55,8 @@ class AttachmentPart:
     def read(self) -> bytes:
         """Return the content; raises InputRefused if it is too large for memory."""
         if self.blob.size > LARGEST_PART:
-            raise InputRefused(
-                f"{self.title or self.blob.digest} is too large to read: {self.blob.size} bytes",
-                hint=manifests.DAMAGED,
+            raise manifests.damaged(
+                f"{self.title or self.blob.digest} is too large to read: {self.blob.size} bytes"
             )
         return b"".join(self.open())
 
@@ -134,34 +129,26 @@ def load_attachment(
     document = manifests.read_json(manifest, where)
     rows = manifests.listed(document, "layers", where)
     if len(rows) > _MOST_PARTS:
-        raise InputRefused(f"{where} has too many parts: {len(rows)}", hint=manifests.DAMAGED)
+        raise manifests.damaged(f"{where} has too many parts: {len(rows)}")
     config = _blob(document.get("config"), where)
     subject = document.get("subject")
     found = Attachment(
         artifact_type=str(document.get("artifactType") or config.media_type),
-        subject=_blob(subject, where) if subject else Blob(
-            digest=Digest.of(b""), size=0, media_type=""
-        ),
+        subject=_blob(subject, where) if subject else _NONE,
         parts=tuple(
-            AttachmentPart(
-                blob=(blob := _blob(row, where)),
-                open=opener(blob),
-                annotations=_texts(row.get("annotations")),
-            )
+            AttachmentPart(blob=blob, open=opener(blob), annotations=_texts(row.get("annotations")))
             for row in rows
+            for blob in [_blob(row, where)]
         ),
         annotations=_texts(document.get("annotations")),
         config_type=config.media_type,
         raw=manifest,
         tag=tag,
-    )  # fmt: skip
+    )
     if config.digest == Digest.of(EMPTY):
         return found
     if config.size > manifests.LARGEST_CONFIG:
-        raise InputRefused(
-            f"{where} declares a configuration of {config.size} bytes",
-            hint=manifests.DAMAGED,
-        )
+        raise manifests.damaged(f"{where} declares a configuration of {config.size} bytes")
     return replace(found, config=b"".join(opener(config)()))
 
 

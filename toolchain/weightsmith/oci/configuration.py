@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import Json, JsonValue
 from weightsmith.oci import manifests
 
@@ -13,6 +12,7 @@ OWN_LABELS = "dev.weightsmith."
 _ITS_OWN = ("org.opencontainers.image.version", OWN_LABELS)
 """Beginnings of labels that are not inherited: a base's are of its own version and weights."""
 _SECOND = 1_000_000_000
+"""Nanoseconds, in which Docker keeps times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,46 +65,34 @@ def merged(base: Mapping[str, Json], added: ImageConfig) -> dict[str, JsonValue]
         ports: dict[str, JsonValue] = {f"{port}/tcp": {} for port in added.ports}
         both["ExposedPorts"] = {**(base.get("ExposedPorts") or {}), **ports}
     if added.healthcheck:
-        both["Healthcheck"] = _healthcheck(added.healthcheck)
+        # Docker's extension of OCI's: https://github.com/moby/docker-image-spec spec.md
+        check = added.healthcheck
+        both["Healthcheck"] = {
+            "Test": ["CMD", *check.command],
+            "Interval": check.interval * _SECOND,
+            "Timeout": check.timeout * _SECOND,
+            "StartPeriod": check.start_period * _SECOND,
+            "Retries": check.retries,
+        }
     return {key: value for key, value in both.items() if value not in (None, [], {})}
-
-
-def _healthcheck(check: Healthcheck) -> dict[str, JsonValue]:
-    """Docker's extension of the OCI configuration; times in nanoseconds.
-
-    https://github.com/moby/docker-image-spec/blob/main/spec.md
-    """
-    return {
-        "Test": ["CMD", *check.command],
-        "Interval": check.interval * _SECOND,
-        "Timeout": check.timeout * _SECOND,
-        "StartPeriod": check.start_period * _SECOND,
-        "Retries": check.retries,
-    }
 
 
 def checked(settings: Mapping[str, JsonValue], where: str) -> Mapping[str, JsonValue]:
     """Return a configuration from outside; raises InputRefused if a field has the wrong type."""
     config = settings.get("config") or {}
     if not isinstance(config, dict):
-        raise InputRefused(
-            f"{where}: the configuration's 'config' is not an object",
-            hint=manifests.DAMAGED,
-        )
-    kinds: Iterable[tuple[str, type]] = (
-        *((name, list) for name in ("Env", "Entrypoint", "Cmd")),
-        *((name, dict) for name in ("Labels", "ExposedPorts", "Volumes")),
-        *((name, str) for name in ("User", "WorkingDir")),
-    )
-    for name, kind in kinds:
+        raise manifests.damaged(f"{where}: the configuration's 'config' is not an object")
+    kinds: Mapping[str, type] = {
+        **dict.fromkeys(("Env", "Entrypoint", "Cmd"), list),
+        **dict.fromkeys(("Labels", "ExposedPorts", "Volumes"), dict),
+        **dict.fromkeys(("User", "WorkingDir"), str),
+    }
+    for name, kind in kinds.items():
         value = config.get(name)
         wrong = value is not None and not isinstance(value, kind)
         inner = value if isinstance(value, list) else []
         if wrong or any(not isinstance(item, str) for item in inner):
-            raise InputRefused(
-                f"{where}: the configuration's {name!r} is malformed",
-                hint=manifests.DAMAGED,
-            )
+            raise manifests.damaged(f"{where}: the configuration's {name!r} is malformed")
     texts(config.get("Labels"), where)
     return settings
 
@@ -113,8 +101,5 @@ def texts(value: JsonValue, where: str) -> dict[str, str]:
     """Return annotations or labels; raises InputRefused if they are no strings."""
     found = {} if value is None else value
     if not isinstance(found, dict) or any(not isinstance(text, str) for text in found.values()):
-        raise InputRefused(
-            f"{where}: annotations and labels must be strings",
-            hint=manifests.DAMAGED,
-        )
+        raise manifests.damaged(f"{where}: annotations and labels must be strings")
     return dict(found)

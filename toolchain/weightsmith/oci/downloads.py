@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 from weightsmith.core.errors import Altered
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci import manifests, proxies
+from weightsmith.oci import connections, manifests
 from weightsmith.oci.layers import CHUNK, verified
 from weightsmith.oci.references import Reference
-from weightsmith.oci.replies import RegistryReply, Transient
-from weightsmith.oci.session import TRIES, RegistrySession
+from weightsmith.oci.session import TRIES, RegistryReply, RegistrySession, Transient
 
 _ACCEPT = {"Accept": ", ".join((*manifests.MANIFESTS, *manifests.INDEXES))}
 _OK, _PARTIAL, _MISSING = 200, 206, 404
@@ -33,10 +32,7 @@ def digest_of(session: RegistrySession, reference: Reference, tries: int = TRIES
 
 def manifest(session: RegistrySession, reference: Reference) -> tuple[bytes, str]:
     """Return a manifest's or index's bytes and media type; Altered for a wrong digest."""
-    reply = _ask(session, reference)
-    if reply.status != _OK:
-        raise session.refusal(f"cannot read {reference}", reply)
-    return _checked(session, reply, reference)
+    return _checked(session, _ask(session, reference, TRIES), reference)
 
 
 def manifest_or_none(
@@ -44,14 +40,10 @@ def manifest_or_none(
 ) -> tuple[bytes, str] | None:
     """Return the same, or None if the name does not exist."""
     reply = _ask(session, reference, tries)
-    if reply.status == _MISSING:
-        return None
-    if reply.status != _OK:
-        raise session.refusal(f"cannot read {reference}", reply)
-    return _checked(session, reply, reference)
+    return None if reply.status == _MISSING else _checked(session, reply, reference)
 
 
-def _ask(session: RegistrySession, reference: Reference, tries: int = TRIES) -> RegistryReply:
+def _ask(session: RegistrySession, reference: Reference, tries: int) -> RegistryReply:
     name = reference.digest or reference.tag
     return session.attempt(
         f"cannot read {reference}",
@@ -65,6 +57,8 @@ def _ask(session: RegistrySession, reference: Reference, tries: int = TRIES) -> 
 def _checked(
     session: RegistrySession, reply: RegistryReply, reference: Reference
 ) -> tuple[bytes, str]:
+    if reply.status != _OK:
+        raise session.refusal(f"cannot read {reference}", reply)
     digest = Digest.of(reply.body)
     if {reference.digest or digest, declared_digest(reply, str(reference)) or digest} != {digest}:
         raise Altered(
@@ -88,7 +82,7 @@ def blob(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
 
 def altered_hint(session: RegistrySession) -> str:
     """Return the hint for data that was changed on its way here."""
-    proxy = proxies.display_proxy(session.root)
+    proxy = connections.display_proxy(session.root)
     who = f"the proxy {proxy} or the registry" if proxy else "the registry or a proxy before it"
     return f"try again; if it happens again, {who} changes the data: ask its administrator"
 
@@ -108,11 +102,17 @@ def declared_digest(reply: RegistryReply, where: str) -> Digest | None:
 def _resumed(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
     at = failures = 0
     while at < wanted.size:
+        # Some registries refuse a range without an end, though RFC 9110 allows it.
+        headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}
         try:
-            for chunk in _from(session, wanted, at):
-                at += len(chunk)
-                failures = 0
-                yield chunk
+            with session.stream("GET", f"blobs/{wanted.digest}", headers=headers) as response:
+                if response.status_code not in (_OK, _PARTIAL):
+                    session.check(f"cannot read the blob {wanted.digest.short}", response)
+                skip = at if response.status_code == _OK else 0
+                for chunk in after(response.iter_raw(CHUNK), skip):
+                    at += len(chunk)
+                    failures = 0
+                    yield chunk
             if at < wanted.size:
                 raise Transient("the connection ended early")
         except Transient as trouble:
@@ -121,16 +121,10 @@ def _resumed(session: RegistrySession, wanted: Blob) -> Iterator[bytes]:
             session.wait_after(what, trouble, failures)
 
 
-def _from(session: RegistrySession, wanted: Blob, at: int) -> Iterator[bytes]:
-    # Some registries refuse a range without an end, though RFC 9110 allows it.
-    headers = {"Range": f"bytes={at}-{wanted.size - 1}"} if at else {}
-    url = f"blobs/{wanted.digest}"
-    with session.stream("GET", url, headers=headers) as response:
-        if response.status_code not in (_OK, _PARTIAL):
-            session.check(f"cannot read the blob {wanted.digest.short}", response)
-        skip = at if response.status_code == _OK else 0
-        for chunk in response.iter_raw(CHUNK):
-            rest = chunk[skip:]
-            skip -= len(chunk) - len(rest)
-            if rest:
-                yield rest
+def after(chunks: Iterator[bytes], at: int) -> Iterator[bytes]:
+    """Skip the first `at` bytes."""
+    for chunk in chunks:
+        rest = chunk[at:]
+        at -= len(chunk) - len(rest)
+        if rest:
+            yield rest

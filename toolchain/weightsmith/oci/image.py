@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal, TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.platforms import host_platform
 from weightsmith.core.values import Blob, Digest, ImageLayer, Json, JsonValue, canonical
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.configuration import ImageConfig, checked, merged, texts
@@ -23,6 +24,8 @@ FILE_PATH = "org.cncf.model.filepath"
 """Annotation of a ModelPack's layer: the file's path in the model's folder."""
 MOST_LAYERS = 125
 """Docker's overlay2 refuses the 126th with "max depth exceeded"."""
+_OCI_TYPES = {manifests.DOCKER_TAR: LAYER_TAR, manifests.DOCKER_GZIP: manifests.LAYER_GZIP}
+_KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
 DEFAULT_PLATFORM = "linux/amd64"
 """Of an image from scratch, on every machine, so that it has one digest."""
 
@@ -149,7 +152,13 @@ def assemble(
     Raises UsageError above 125 layers.
     """
     lower, upper = (weights, ()) if order == "weights-first" else ((), weights)
-    middle = tuple(map(_as_oci, base.layers)) if base else ()
+    # OCI's media types are the only ones that umoci reads; same bytes.
+    middle = tuple(
+        replace(layer, blob=replace(layer.blob, media_type=_OCI_TYPES[layer.media_type]))
+        if isinstance(layer, BlobLayer) and layer.media_type in _OCI_TYPES
+        else layer
+        for layer in (base.layers if base else ())
+    )
     layers = (*lower, *middle, *upper, *files)
     if len(layers) > MOST_LAYERS:
         raise UsageError(
@@ -157,7 +166,8 @@ def assemble(
             f"support at most {MOST_LAYERS}",
             hint="use a base with fewer layers, or allow larger layers (--max-layer-size)",
         )
-    created = _time(tar.source_date_epoch() if epoch is None else epoch)
+    when = datetime.fromtimestamp(tar.source_date_epoch() if epoch is None else epoch, UTC)
+    created = when.strftime("%Y-%m-%dT%H:%M:%SZ")
     system, _, machine = platform.partition("/")
     start = base.settings if base else {"os": system, "architecture": machine}
     settings = {
@@ -227,23 +237,6 @@ def blob_of(layer: Layer) -> Blob:
     return Blob(digest=layer.digest, size=layer.size, media_type=layer.media_type)
 
 
-_OCI_TYPES = {
-    manifests.DOCKER_TAR: LAYER_TAR,
-    manifests.DOCKER_GZIP: manifests.LAYER_GZIP,
-}
-
-
-def _as_oci(layer: Layer) -> Layer:
-    """Return a base's layer with OCI's media type, the only one that umoci reads; same bytes."""
-    kind = _OCI_TYPES.get(layer.media_type)
-    if kind is None or not isinstance(layer, BlobLayer):
-        return layer
-    return replace(layer, blob=replace(layer.blob, media_type=kind))
-
-
-_KEPT = ("os", "os.version", "os.features", "architecture", "variant", "author")
-
-
 def image_layers(image: Image) -> tuple[ImageLayer, ...]:
     """Return an image's layers as they are reported, bottom first."""
     return tuple(ImageLayer(digest=x.digest, size=x.size, file=x.file) for x in image.layers)
@@ -271,12 +264,7 @@ def _base_history(base: Image, created: str) -> Sequence[Mapping[str, JsonValue]
     """Return the base's history, or one entry per layer if it does not match the layers."""
     rows = [row for row in base.settings.get("history") or () if isinstance(row, dict)]
     fits = sum(not row.get("empty_layer") for row in rows) == len(base.layers)
-    entry: dict[str, JsonValue] = {"created": created, "created_by": "base"}
-    return rows if fits else [entry] * len(base.layers)
-
-
-def _time(epoch: int) -> str:
-    return datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return rows if fits else [{"created": created, "created_by": "base"}] * len(base.layers)
 
 
 def _diff_ids(
@@ -285,14 +273,72 @@ def _diff_ids(
     files = settings.get("modelfs" if model else "rootfs")
     ids = files.get("diffIds" if model else "diff_ids") if isinstance(files, dict) else None
     if not isinstance(ids, list) or len(ids) != count:
-        raise InputRefused(
-            f"{where}: the configuration does not list the diff ids of the {count} layers",
-            hint=manifests.DAMAGED,
+        raise manifests.damaged(
+            f"{where}: the configuration does not list the diff ids of the {count} layers"
         )
     try:
         return [Digest(str(text)) for text in ids]
     except ValueError:
-        raise InputRefused(
-            f"{where}: the configuration has a bad diff id",
-            hint=manifests.DAMAGED,
-        ) from None
+        raise manifests.damaged(f"{where}: the configuration has a bad diff id") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """Images by platform under one name; the digest is known once every image's is.
+
+    https://github.com/opencontainers/image-spec/blob/main/image-index.md
+    """
+
+    images: tuple[Image, ...]
+
+    @cached_property
+    def manifest_bytes(self) -> bytes:
+        """The index document, platforms sorted."""
+        rows: list[dict[str, JsonValue]] = []
+        for image in self.images:
+            system, _, machine = image.platform.partition("/")
+            platform: dict[str, JsonValue] = {"os": system, "architecture": machine}
+            if variant := image.settings.get("variant"):
+                platform["variant"] = variant
+            rows.append({**manifests.described(image.manifest_blob), "platform": platform})
+        return manifests.index_of(sorted(rows, key=lambda row: canonical(row["platform"])))
+
+    @property
+    def digest(self) -> Digest:
+        """The index's digest."""
+        return Digest.of(self.manifest_bytes)
+
+    @property
+    def blob(self) -> Blob:
+        """The index's descriptor."""
+        size = len(self.manifest_bytes)
+        return Blob(digest=self.digest, size=size, media_type=manifests.OCI_INDEX)
+
+    @property
+    def host_image(self) -> Image:
+        """The image for this machine's platform, else the first."""
+        return next((i for i in self.images if is_for_host(i)), self.images[0])
+
+
+ImageOrIndex: TypeAlias = Image | Index
+"""What a name resolves to: an image, or an index of one image per platform."""
+
+
+def index_of(images: Sequence[Image]) -> ImageOrIndex:
+    """Return a single image as it is, several as an index."""
+    return images[0] if len(images) == 1 else Index(images=tuple(images))
+
+
+def images_of(whole: ImageOrIndex) -> tuple[Image, ...]:
+    """Return the image itself, or all images of an index."""
+    return whole.images if isinstance(whole, Index) else (whole,)
+
+
+def host_image(whole: ImageOrIndex) -> Image:
+    """Return the image itself, or an index's image for this machine."""
+    return whole.host_image if isinstance(whole, Index) else whole
+
+
+def is_for_host(image: Image) -> bool:
+    """Say whether an image is for this machine's platform."""
+    return image.platform == host_platform()

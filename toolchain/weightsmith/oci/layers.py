@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,7 @@ from typing import Protocol, TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError, WeightsmithError
 from weightsmith.core.values import Blob, Digest, Pieces, Stream, key_of
-from weightsmith.models.reading import read_file
-from weightsmith.models.reshard import read_pieces
+from weightsmith.models.reshard import read_file, read_pieces
 from weightsmith.oci import tar
 from weightsmith.oci.references import Reference
 
@@ -28,10 +28,14 @@ _GATHER = 128 << 10
 TAR_RECIPE = 1
 """Increased when the same members would give other bytes, so that cached digests stay valid."""
 
-Source: TypeAlias = Path | bytes | Pieces | Stream
+FileSource: TypeAlias = Path | Pieces | Stream
+Source: TypeAlias = FileSource | bytes
 """Where a file's bytes come from."""
 Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
 """`memo(key, make)` returns the text cached under the key, or calls `make` and caches that."""
+
+Advance: TypeAlias = Callable[[int, int], None]
+"""Called with bytes done and total bytes; from any thread, never from two at once."""
 
 
 class Layer(Protocol):
@@ -176,30 +180,27 @@ class TarLayer:
 
     def open(self) -> Iterator[bytes]:
         """Yield the tar; raises InputRefused for a file that has changed in the meantime."""
-        return _gathered(self._pieces())
 
-    def _pieces(self) -> Iterator[bytes]:
-        for head, member in self.entries():
-            yield head
-            if member is None:
-                continue
-            yield from _content(member)
-            yield tar.padding(member.size)
-        yield tar.END
+        def pieces() -> Iterator[bytes]:
+            for head, member in self.entries():
+                yield head
+                if member is not None:
+                    yield from _content(member)
+                    yield tar.padding(member.size)
+            yield tar.END
+
+        return _gathered(pieces())
 
     def entries(self) -> Iterator[tuple[bytes, Member | None]]:
         """Yield each entry's header, and its file, which follows; None for a folder."""
         rows: list[tuple[str, Member | None]] = [(path, None) for path in self.folders]
         rows += [(member.path, member) for member in self.members]
         for path, member in sorted(rows, key=lambda row: row[0].split("/")):
-            size, mode = (member.size, member.mode) if member else (0, self._folder_mode(path))
-            yield (
-                tar.header(path, size=size, mode=mode, mtime=self.epoch, folder=member is None),
-                member,
-            )
-
-    def _folder_mode(self, path: str) -> int:
-        return 0o1777 if path in self.shared else 0o755
+            size, mode = 0, 0o1777 if path in self.shared else 0o755
+            if member:
+                size, mode = member.size, member.mode
+            head = tar.header(path, size=size, mode=mode, mtime=self.epoch, folder=member is None)
+            yield head, member
 
     def is_as_hashed(self) -> bool:
         """Say whether this process computed the digest and the files have not changed since."""
@@ -285,7 +286,7 @@ class FileLayer:
     """The file's path."""
     size: int
     digest: Digest
-    source: Path | Pieces | Stream
+    source: FileSource
     media_type: str
     annotations: Mapping[str, str]
 
@@ -386,3 +387,30 @@ def _clean(member: Member) -> Member:
         )
     mode = 0o755 if member.mode & 0o100 else 0o644
     return Member(path, member.size, mode, member.source, member.digest)
+
+
+class Meter:
+    """Sums up the progress of pieces, each of which may start over."""
+
+    def __init__(self, total: int, advance: Advance | None = None) -> None:
+        self._total = total
+        self._advance = advance
+        self._pieces: dict[object, int] = {}
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def reach(self, piece: object, done: int) -> None:
+        """Set how many bytes of a piece are done."""
+        with self._lock:
+            self._done += done - self._pieces.get(piece, 0)
+            self._pieces[piece] = done
+            if self._advance:
+                self._advance(self._done, self._total)
+
+    def counted(self, piece: object, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass a piece's chunks on and count them, starting at 0."""
+        done = 0
+        for chunk in chunks:
+            yield chunk
+            done += len(chunk)
+            self.reach(piece, done)

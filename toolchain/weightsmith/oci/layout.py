@@ -1,6 +1,12 @@
 """OCI image layout folders: written atomically, read as untrusted input.
 
 https://github.com/opencontainers/image-spec/blob/main/image-layout.md
+
+Attachments of ours are listed in `referrers.json`, an index beside `index.json`. So a layout of one
+image has one row in its index, and skopeo, podman and umoci accept it without a name. Rows of
+`index.json` with a subject, as oras writes them, are read as well, and so are those of `cosign
+save`. Rows of `index.json` for ours would survive `umoci gc` and `oras copy -r`, but then skopeo
+and podman require an image name.
 """
 
 from __future__ import annotations
@@ -8,17 +14,17 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.files import replace_file, sweep
-from weightsmith.core.values import Blob, Digest, Json, JsonValue, canonical
+from weightsmith.core.values import Blob, Digest, JsonValue, canonical
 from weightsmith.oci import manifests
-from weightsmith.oci.image import Image, Opener, load_image
-from weightsmith.oci.index import Index
-from weightsmith.oci.layers import CHUNK, verified
-from weightsmith.oci.progress import Advance, Meter
+from weightsmith.oci.attachments import Attachment, load_attachment, with_rows
+from weightsmith.oci.image import Image, Index, Opener, load_image
+from weightsmith.oci.layers import CHUNK, Advance, Meter, verified
 
 REF_NAME = "org.opencontainers.image.ref.name"
 DEFAULT_NAME = "latest"
@@ -26,6 +32,21 @@ _SAVED = ("dev.cosignproject.cosign/sigs", "dev.cosignproject.cosign/atts")
 MARKER = canonical({"imageLayoutVersion": "1.0.0"})
 MODE = 0o644
 """Mode of a layout's files, whatever the umask."""
+LIST = "referrers.json"
+PARTS = frozenset({"blobs", "index.json", "oci-layout", LIST})
+"""All top-level names in a layout of ours."""
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    """Give the folder of a layout's blobs; raises EnvironmentFailure for disk errors."""
+    try:
+        yield folder / "blobs" / "sha256"
+    except OSError as error:
+        raise EnvironmentFailure(
+            f"cannot write the image layout {folder}: {error.strerror or error}",
+            hint="check free space and permissions, then run it again",
+        ) from None
 
 
 def write_layout(
@@ -36,8 +57,7 @@ def write_layout(
     Valid blobs are kept; `index.json` is written last, so a reader never sees half an image.
     Raises InputRefused if a source has changed, EnvironmentFailure for disk errors.
     """
-    try:
-        store = folder / "blobs" / "sha256"
+    with _writing(folder) as store:
         store.mkdir(parents=True, exist_ok=True)
         sweep(store)
         blobs = list(image.blobs())
@@ -46,12 +66,15 @@ def write_layout(
             put_blob(store, blob, opener, meter)
         put_blob(store, image.manifest_blob, lambda: iter((image.manifest_bytes,)), Meter(0))
         replace_file(folder / "oci-layout", [MARKER], MODE)
-        replace_file(folder / "index.json", [_index(image, ref, folder)], MODE)
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"cannot write the image layout {folder}: {error.strerror or error}",
-            hint="check free space and permissions, then run it again",
-        ) from None
+        kept: list[JsonValue] = []
+        if (folder / "index.json").exists():
+            kept = [row for row in _rows(folder) if _name(row) not in ("", ref)]
+        row = manifests.described(image.manifest_blob, {REF_NAME: ref})
+        system, _, machine = image.platform.partition("/")
+        if system:
+            row["platform"] = {"os": system, "architecture": machine}
+        rows = sorted([*kept, row], key=lambda row: (_name(row), _digest(row)))
+        replace_file(folder / "index.json", [manifests.index_of(rows)], MODE)
     return image.digest
 
 
@@ -62,18 +85,11 @@ def write_index(
     for image in index.images:
         write_layout(image, folder, ref=ref, progress=progress)
     data = index.manifest_bytes
-    try:
-        store = folder / "blobs" / "sha256"
+    with _writing(folder) as store:
         put_blob(store, index.blob, lambda: iter((data,)), Meter(0))
-        rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
-        kept = [row for row in rows if _name(row) != ref]
+        kept = [row for row in _rows(folder) if _name(row) != ref]
         document = manifests.index_of([*kept, manifests.described(index.blob, {REF_NAME: ref})])
         replace_file(folder / "index.json", [document], MODE)
-    except OSError as error:
-        raise EnvironmentFailure(
-            f"cannot write the image layout {folder}: {error.strerror or error}",
-            hint="check free space and permissions, then run it again",
-        ) from None
     return index.digest
 
 
@@ -83,8 +99,7 @@ def read_layout(folder: Path, ref: str | None = None, *, platform: str | None = 
     Every blob is verified when it is read. Raises InputRefused for malformed content, UsageError
     if the layout does not have the image.
     """
-    rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
-    blob = _pick(rows, ref, platform, str(folder))
+    blob = _pick(_rows(folder), ref, platform, str(folder))
     for _ in range(4):
         if blob.media_type not in manifests.INDEXES:
             break
@@ -112,20 +127,16 @@ def locate(text: str) -> tuple[Path, str | None]:
     """Return folder and image name of `[oci:]DIR[:NAME]`, as skopeo and umoci write it."""
     whole = text.removeprefix("oci:")
     folder, colon, name = whole.rpartition(":")
-    if colon and name and not _has_marker(Path(whole)):
+    if colon and name and not (Path(whole) / "oci-layout").is_file():
         return Path(folder), name
     return Path(whole), None
-
-
-def _has_marker(folder: Path) -> bool:
-    return (folder / "oci-layout").is_file()
 
 
 def is_layout(text: str) -> bool:
     """Say whether a source is a layout: by its prefix, or because the folder is one."""
     if not text.removeprefix("oci:").strip():  # as a path, it would be the current folder
         return False
-    return text.startswith("oci:") or _has_marker(locate(text)[0])
+    return text.startswith("oci:") or (locate(text)[0] / "oci-layout").is_file()
 
 
 def read_index(folder: Path, ref: str | None = None) -> bytes | None:
@@ -133,12 +144,13 @@ def read_index(folder: Path, ref: str | None = None) -> bytes | None:
 
     index.json may itself be the index, with one row per platform, as go-containerregistry writes.
     """
-    rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
+    rows = _rows(folder)
     named = [row for row in rows if not is_attachment(row) and ref in (None, _name(row))]
     kinds = (*manifests.MANIFESTS, *manifests.INDEXES)
     if _how_many(named) != 1:
-        whole = _are_platforms(rows) and named == rows
-        return read_small_file(folder / "index.json") if whole else None
+        each = [manifests.platform_of(row.get("platform")) for row in rows if isinstance(row, dict)]
+        of_platforms = len(each) == len(rows) and all(each) and len(set(map(_name, rows))) == 1
+        return read_small_file(folder / "index.json") if of_platforms and named == rows else None
     blob = manifests.descriptor(named[0], str(folder), kinds, manifests.LARGEST_MANIFEST)
     return read_blob(folder, blob) if blob.media_type in manifests.INDEXES else None
 
@@ -147,8 +159,7 @@ def image_names(folder: Path) -> set[str]:
     """Return the names of a layout's images, including empty ones; none without a layout."""
     if not (folder / "index.json").is_file():
         return set()
-    rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
-    return {_name(row) for row in rows if not is_attachment(row)}
+    return {_name(row) for row in _rows(folder) if not is_attachment(row)}
 
 
 def held_digest(folder: Path) -> Digest | None:
@@ -162,37 +173,24 @@ def held_digest(folder: Path) -> Digest | None:
 def put_blob(store: Path, blob: Blob, opener: Opener, meter: Meter) -> None:
     """Write a blob to `blobs/sha256`, unless a valid copy is there."""
     target = store / blob.digest.hex
-    if _is_right(target, blob):
-        meter.reach(blob.digest, blob.size)
-        return
+    if not target.is_symlink() and target.is_file() and target.stat().st_size == blob.size:
+        with target.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == blob.digest.hex:
+                meter.reach(blob.digest, blob.size)
+                return
     chunks = meter.counted(blob.digest, verified(opener(), blob, target.name))
     replace_file(target, chunks, MODE)
 
 
-def _is_right(path: Path, blob: Blob) -> bool:
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != blob.size:
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == blob.digest.hex
-
-
-def _index(image: Image, ref: str, folder: Path) -> bytes:
-    """Return the folder's index with the image added; other names stay."""
-    kept: list[Json] = []
-    if (folder / "index.json").exists():
-        rows = manifests.listed(index_document(folder), "manifests", f"{folder}/index.json")
-        kept = [row for row in rows if _name(row) not in ("", ref)]
-    row: dict[str, Json] = manifests.described(image.manifest_blob, {REF_NAME: ref})
-    system, _, machine = image.platform.partition("/")
-    if system:
-        row["platform"] = {"os": system, "architecture": machine}
-    return manifests.index_of(sorted([*kept, row], key=lambda row: (_name(row), _digest(row))))
-
-
-def index_document(folder: Path) -> Mapping[str, JsonValue]:
-    """Return a layout's index.json; raises InputRefused if the folder is not a layout."""
+def _rows(folder: Path) -> Sequence[JsonValue]:
+    """Return the rows of a layout's index.json; raises InputRefused if it is not a layout."""
     require_layout(folder)
-    return manifests.read_json(read_small_file(folder / "index.json"), f"{folder}/index.json")
+    return _listed(folder, "index.json")
+
+
+def _listed(folder: Path, name: str) -> Sequence[JsonValue]:
+    document = manifests.read_json(read_small_file(folder / name), f"{folder}/{name}")
+    return manifests.listed(document, "manifests", f"{folder}/{name}")
 
 
 def require_layout(folder: Path) -> None:
@@ -230,23 +228,15 @@ def _how_many(rows: Sequence[JsonValue]) -> int:
     return len({_digest(row) for row in rows})
 
 
-def _are_platforms(rows: Sequence[JsonValue]) -> bool:
-    """Say whether the rows are one image for several platforms."""
-    for_platforms = [
-        row for row in rows if isinstance(row, dict) and manifests.platform_of(row.get("platform"))
-    ]
-    return len(for_platforms) == len(rows) and len({_name(row) for row in rows}) == 1
-
-
 def is_attachment(row: JsonValue) -> bool:
     """Say whether an index's row is an attachment and not an image."""
     if not isinstance(row, dict):
         return False
     kind = row.get("artifactType", manifests.MODEL_MANIFEST)
-    return kind != manifests.MODEL_MANIFEST or is_saved_by_cosign(row)
+    return kind != manifests.MODEL_MANIFEST or _is_saved_by_cosign(row)
 
 
-def is_saved_by_cosign(row: JsonValue) -> bool:
+def _is_saved_by_cosign(row: JsonValue) -> bool:
     """Say whether a row was added by `cosign save` beside the only image of its layout."""
     notes = row.get("annotations") if isinstance(row, dict) else None
     return isinstance(notes, dict) and notes.get("kind") in _SAVED
@@ -303,3 +293,51 @@ def _chunks(path: Path, size: int | None) -> Iterator[bytes]:
             yield chunk
     finally:
         os.close(handle)
+
+
+def attach(folder: Path, attachment: Attachment) -> None:
+    """Write an attachment into a layout folder; its row is written last."""
+    with _writing(folder) as store:
+        for blob, opener in attachment.blobs():
+            put_blob(store, blob, opener, Meter(blob.size))
+        data = attachment.manifest_bytes
+        put_blob(store, attachment.blob, lambda: iter((data,)), Meter(0))
+        replace_file(folder / LIST, [with_rows(_listed_here(folder), [attachment])], MODE)
+
+
+def forget(folder: Path) -> None:
+    """Remove our list of attachments from a layout."""
+    (folder / LIST).unlink(missing_ok=True)
+
+
+def attached(folder: Path, subject: Digest) -> list[tuple[Blob, str]]:
+    """Return the manifests attached to an image; InputRefused if one that is listed is gone."""
+    kinds = (manifests.OCI_MANIFEST,)
+    index, own = _rows(folder), _listed_here(folder)
+    rows = [*own, *filter(is_attachment, index)]
+    blobs = [manifests.descriptor(x, str(folder), kinds, manifests.LARGEST_MANIFEST) for x in rows]
+    if lost := sum(not has_blob(folder, blob) for blob in blobs[: len(own)]):
+        raise InputRefused(
+            f"{lost} of {len(own)} attachments in {folder / LIST} are gone; programs that know"
+            " only index.json delete them, as `umoci gc` does",
+            hint=f"write the layout again, or delete {LIST} to go on without what it lists",
+        )
+    found: dict[Digest, Blob] = {}
+    for row, blob in zip(rows, blobs, strict=True):
+        named = read_attachment(folder, blob).subject
+        if named.digest == subject or (_is_saved_by_cosign(row) and not named.size):
+            found[blob.digest] = blob
+    return [(blob, "") for blob in found.values()]
+
+
+def read_attachment(folder: Path, blob: Blob) -> Attachment:
+    """Return an attachment; raises InputRefused if it does not match its digest."""
+    return load_attachment(
+        read_blob(folder, blob),
+        lambda part: lambda: open_blob(folder, part),
+        str(folder),
+    )
+
+
+def _listed_here(folder: Path) -> Sequence[JsonValue]:
+    return _listed(folder, LIST) if (folder / LIST).exists() else []

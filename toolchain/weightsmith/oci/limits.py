@@ -7,12 +7,18 @@ and is not checked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from weightsmith.core.errors import UsageError
+from weightsmith.oci.image import Opener
 
 GB, MIB, GIB = 10**9, 1 << 20, 1 << 30
+_SURE = 1 / 20
+"""Fraction of the time limit after which the rate is reliable: half a minute of ten."""
+_SPARE = 0.8
+"""Fraction of the size that would just fit, as advice: rates vary."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,3 +121,50 @@ def check_layers(layers: Iterable[tuple[str, int]], host: str) -> None:
                 hint="split it: --max-layer-size for safetensors, `quantize --split-max-size` for "
                 f"GGUF; the limit is from {limits.source}",
             )
+
+
+class UploadDeadline:
+    """Warns once per push, well before the registry's time limit, about a slow layer.
+
+    A warning and no abort, since the rate rises when other layers are done. Splitting layers here
+    would make the digest depend on the network.
+    """
+
+    def __init__(
+        self, limits: RegistryLimits | None, warn: Callable[[str], None], clock: Callable[[], float]
+    ) -> None:
+        self._name = limits.name if limits else ""
+        self._limit = limits.upload_seconds if limits else 0
+        self._warn = warn
+        self._clock = clock
+        self._warned = not self._limit
+        self._lock = threading.Lock()
+
+    def over(self, opener: Opener, size: int, file: str = "") -> Opener:
+        """Return an opener of the same layer of `size` bytes that watches the upload rate."""
+
+        def watched() -> Iterator[bytes]:
+            began, done = self._clock(), 0
+            for chunk in opener():
+                yield chunk
+                done += len(chunk)
+                if not self._warned:
+                    self._look(done, size, self._clock() - began, file)
+
+        return watched
+
+    def _look(self, done: int, size: int, seconds: float, file: str) -> None:
+        if seconds < self._limit * _SURE or seconds * size <= self._limit * done:
+            return
+        with self._lock:
+            if self._warned:
+                return
+            self._warned = True
+        rate = done / seconds
+        fits = rate * self._limit * _SPARE
+        advice = f"{fits // 1e8 / 10:g}GB" if fits >= 1e9 else f"{max(1, fits // 1e6):.0f}MB"
+        self._warn(
+            f"{file or 'a layer'} will take about {size / rate / 60:.0f} minutes at "
+            f"{rate / 1e6:.1f} MB/s, and {self._name} ends uploads after {self._limit / 60:.0f}: "
+            f"bake it with --max-layer-size {advice} (for GGUF, `quantize --split-max-size`)"
+        )

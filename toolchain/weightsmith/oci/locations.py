@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci import layout_attachments, manifests
+from weightsmith.oci import layout, manifests
 from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_index, read_layout, require_layout
@@ -16,25 +16,6 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 
 _HINT = "give the folder that `--layout` wrote, or an image reference"
-
-
-class ImageLocation(Protocol):
-    """An image and its attachments, read on demand."""
-
-    def image(self, platform: str | None = None) -> Image:
-        """Return the image for a platform (default: this one)."""
-
-    def index(self) -> bytes | None:
-        """Return the index at this location, or None if it is an image."""
-
-    def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
-        """Return the manifests attached to an image, each with its tag or an empty one."""
-
-    def read(self, blob: Blob, tag: str = "") -> Attachment:
-        """Return an attachment; raises an error if it does not match its digest."""
-
-    def attach(self, *attachments: Attachment) -> None:
-        """Store attachments with their image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,17 +73,21 @@ class LayoutLocation:
 
     def attached(self, subject: Digest) -> list[tuple[Blob, str]]:
         """Return the manifests attached to an image; a layout has no tags for them."""
-        return layout_attachments.attached(self.folder, subject)
+        return layout.attached(self.folder, subject)
 
     def read(self, blob: Blob, tag: str = "") -> Attachment:
         """Return an attachment; raises InputRefused if it does not match its digest."""
         del tag
-        return layout_attachments.read_attachment(self.folder, blob)
+        return layout.read_attachment(self.folder, blob)
 
     def attach(self, *attachments: Attachment) -> None:
         """Store attachments with their image."""
         for attachment in attachments:
-            layout_attachments.attach(self.folder, attachment)
+            layout.attach(self.folder, attachment)
+
+
+ImageLocation: TypeAlias = RegistryLocation | LayoutLocation
+"""An image and its attachments, read on demand."""
 
 
 def open_location(source: str, registry: Registry) -> ImageLocation:
@@ -126,22 +111,14 @@ def reference_of(source: str) -> Reference:
     Raises InputRefused if the user means a path, which no registry should be asked for, UsageError
     for what is neither path nor reference.
     """
-    if _is_path(source):
+    if source.startswith((".", "/", "~")) or source.endswith("/"):
         why = "is not an OCI layout" if Path(source).exists() else "does not exist"
         raise InputRefused(f"{source} {why}", hint=_HINT)
     try:
         return Reference.parse(source)
     except UsageError as error:
-        if not _may_be_path(source):
+        # A path has a separator, and does not begin with a registry.
+        first, slash, _ = source.partition("/")
+        if not slash or any(character in first for character in ".:@"):
             raise
         raise InputRefused(f"{source} does not exist, and {error.message}", hint=_HINT) from None
-
-
-def _is_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.endswith("/")
-
-
-def _may_be_path(source: str) -> bool:
-    """Say whether what is no reference has a separator, and does not begin with a registry."""
-    first, slash, _ = source.partition("/")
-    return bool(slash) and not any(character in first for character in ".:@")

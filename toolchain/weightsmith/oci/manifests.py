@@ -60,6 +60,16 @@ LARGEST_MANIFEST = 4 << 20
 LARGEST_CONFIG = 16 << 20
 
 
+def damaged(text: str) -> InputRefused:
+    """Return the refusal of a malformed image."""
+    return InputRefused(text, hint=DAMAGED)
+
+
+def hostile(text: str) -> InputRefused:
+    """Return the refusal of what no tool writes."""
+    return InputRefused(text, hint="the image is damaged or hostile; do not use it")
+
+
 def read_json(data: bytes, where: str, largest: int = SMALL) -> Mapping[str, Json]:
     """Return a JSON object; for anything else raises InputRefused, which names `where`."""
     try:
@@ -83,19 +93,13 @@ def descriptor(
             hint="supported: " + ", ".join(name for name in allowed if name not in _OF_MODELS),
         )
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise InputRefused(f"{where} has no valid size", hint=DAMAGED)
+        raise damaged(f"{where} has no valid size")
     if largest is not None and size > largest:
-        raise InputRefused(
-            f"{where} declares {size} bytes; at most {largest} are read",
-            hint="the image is damaged or hostile; do not use it",
-        )
+        raise hostile(f"{where} declares {size} bytes; at most {largest} are read")
     try:
         return Blob(digest=Digest(str(fields.get("digest"))), size=size, media_type=media_type)
     except ValueError:
-        raise InputRefused(
-            f"{where} has no valid sha256 digest",
-            hint=DAMAGED,
-        ) from None
+        raise damaged(f"{where} has no valid sha256 digest") from None
 
 
 def described(blob: Blob, annotations: Mapping[str, str] | None = None) -> dict[str, JsonValue]:
@@ -117,7 +121,7 @@ def listed(document: Mapping[str, JsonValue], key: str, where: str) -> list[Json
     """Return a list in a document; raises InputRefused if it is not a list."""
     value = document.get(key)
     if not isinstance(value, list):
-        raise InputRefused(f"{where} has no list {key!r}", hint=DAMAGED)
+        raise damaged(f"{where} has no list {key!r}")
     return value
 
 

@@ -1,6 +1,13 @@
-"""A model as a ModelPack: every file is a layer of its own bytes, for model runners to pull.
+"""A model's files for model runners to pull: as a ModelPack, or a GGUF file as Ollama takes it.
 
+Every file is a layer of its own bytes.
 https://github.com/modelpack/model-spec (docs/spec.md, docs/config.md, docs/annotations.md)
+https://github.com/ollama/ollama (manifest/manifest.go, types/model/config.go, server/images.go)
+
+Ollama accepts only Docker's manifest type and ignores unknown keys, so labels are in the
+configuration and names in the layers' title annotations. There is no template layer: from 0.30.0 on
+Ollama takes the GGUF file's own, and the language of its own has no `trim`, so those of Llama 3 and
+Gemma could not be translated exactly.
 """
 
 from __future__ import annotations
@@ -10,16 +17,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from weightsmith.core.values import Digest, JsonValue, Pieces, Tree, canonical
+from weightsmith.core.errors import UsageError
+from weightsmith.core.values import Digest, FileEntry, JsonValue, Pieces, Tree, canonical
 from weightsmith.oci.image import FILE_PATH, Image
-from weightsmith.oci.layers import TITLE, FileLayer, Layer, TarLayer, title_of
-from weightsmith.oci.manifests import MODEL_LAYER, MODEL_MANIFEST
+from weightsmith.oci.layers import TITLE, FileLayer, FileSource, Layer, TarLayer, title_of
+from weightsmith.oci.manifests import DOCKER_MANIFEST, MODEL_LAYER, MODEL_MANIFEST, OLLAMA_LAYER
+from weightsmith.oci.references import Reference
 
 _METADATA = "org.cncf.model.file.metadata+json"
 _UNTESTED = "org.cncf.model.file.mediatype.untested"
 _WEIGHTS = frozenset({".safetensors", ".gguf"})
 _DOCUMENTS = re.compile(r"(readme|license|licence|notice|usage|copying)", re.IGNORECASE)
 _UNITS = ((1e12, "t"), (1e9, "b"), (1e6, "m"), (1e3, "k"))
+_PARTS = 2
+"""Of a repository's name: namespace and model."""
+_LONGEST = 80
+"""Characters of each, and of a tag."""
+_SINCE = "0.30.0"
+"""The first version that reads a GGUF file's own chat template; `ollama show` says so."""
+_OLLAMA_UNITS = ((1e9, "B", 1), (1e6, "M", 2), (1e3, "K", 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +69,7 @@ class ModelDescription:
         config: dict[str, JsonValue] = {
             "architecture": "transformer",
             "format": self.format,
-            "paramSize": _size(self.parameters) if self.parameters else "",
+            "paramSize": _counted(self.parameters) if self.parameters else "",
             "precision": self.precision,
             "quantization": self.quantization,
             "capabilities": {"inputTypes": inputs, "outputTypes": ["text"]},
@@ -71,9 +87,10 @@ def model_pack(
 
     `contents` are files that are in memory, not on disk.
     """
+    ready = contents or {}
     return Image(
         layers=tuple(
-            _layer(entry.path, tree, (contents or {}).get(entry.path))
+            _layer(entry, ready[entry.path] if entry.path in ready else tree.source(entry.path))
             for entry in sorted(tree.files, key=lambda entry: entry.path)
         ),
         settings=description.to_json(),
@@ -133,11 +150,10 @@ def tar_model_pack(
     )
 
 
-def _layer(path: str, tree: Tree, pieces: Pieces | None) -> FileLayer:
-    (entry,) = (entry for entry in tree.files if entry.path == path)
+def _layer(entry: FileEntry, source: FileSource) -> FileLayer:
     # The metadata's types are those of Go's tar: a decimal mode, 0 for a regular file.
     metadata = {
-        "name": PurePosixPath(path).name,
+        "name": PurePosixPath(entry.path).name,
         "mode": 0o644,
         "uid": 0,
         "gid": 0,
@@ -146,16 +162,16 @@ def _layer(path: str, tree: Tree, pieces: Pieces | None) -> FileLayer:
         "typeflag": 0,
     }
     return FileLayer(
-        file=path,
+        file=entry.path,
         size=entry.size,
         digest=entry.digest,
-        source=pieces if pieces is not None else tree.source(path),
-        media_type=MODEL_LAYER.format(kind=_kind(path), form="raw"),
+        source=source,
+        media_type=MODEL_LAYER.format(kind=_kind(entry.path), form="raw"),
         annotations={
-            FILE_PATH: path,
+            FILE_PATH: entry.path,
             _METADATA: canonical(metadata).decode(),
             _UNTESTED: "false",
-            TITLE: path,
+            TITLE: entry.path,
         },
     )
 
@@ -167,7 +183,7 @@ def _kind(path: str) -> str:
     return "doc" if _DOCUMENTS.match(name.name) else "weight.config"
 
 
-def _size(parameters: int) -> str:
+def _counted(parameters: int) -> str:
     """Return a number of parameters as the schema has it: one decimal and a letter."""
     for size, letter in _UNITS:
         if round(parameters / size, 1) >= 1:
@@ -177,3 +193,110 @@ def _size(parameters: int) -> str:
 
 def _given(facts: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {name: value for name, value in facts.items() if value not in ("", [], 0)}
+
+
+def ollama_model(
+    tree: Tree,
+    weights: FileEntry,
+    *,
+    projector: FileEntry | None = None,
+    family: str,
+    file_type: str,
+    parameters: int = 0,
+    context: int = 0,
+    licenses: Sequence[str] = (),
+    labels: Mapping[str, str],
+    contents: Mapping[str, Pieces] | None = None,
+) -> Image:
+    """Return a model in Ollama's form; nothing in it depends on time, owner or machine.
+
+    `family` is the GGUF file's architecture, `file_type` its type, such as `Q4_K_M`; `context` is
+    the length that Ollama loads it with, 0 for its default. The chat template is the file's own,
+    so an Ollama that does not read it would prompt the model with plain text.
+    """
+    files = [("model", weights), *([("projector", projector)] if projector else [])]
+    layers = [
+        *(
+            _ollama_layer(kind, one, (contents or {}).get(one.path, tree.source(one.path)))
+            for kind, one in files
+        ),
+        *(_text("license", f"LICENSE.{n}", text) for n, text in enumerate(licenses)),
+    ]
+    if context:
+        layers.append(_text("params", "params.json", canonical({"num_ctx": context}).decode()))
+    settings: dict[str, JsonValue] = {
+        "model_format": "gguf",
+        "model_family": family,
+        "model_families": [family, *(["clip"] if projector else [])],
+        "model_type": _count(parameters) if parameters else "",
+        "file_type": file_type,
+        "requires": _SINCE,
+        "architecture": "amd64",
+        "os": "linux",
+        # Ollama ignores this part; it is where labels are in every image of this manifest type.
+        "config": {"Labels": dict(labels)},
+    }
+    return Image(layers=tuple(layers), settings=settings, manifest_type=DOCKER_MANIFEST)
+
+
+def check_name(place: Reference) -> None:
+    """Raise UsageError for a name that Ollama cannot read: HOST/NAMESPACE/MODEL:TAG.
+
+    https://github.com/ollama/ollama/blob/main/types/model/name.go
+    """
+    namespace, _, model = place.repository.partition("/")
+    parts = place.repository.count("/") + 1
+    wrong = {
+        f"the repository has {parts} part{'s' if parts > 1 else ''}": parts != _PARTS,
+        f"the namespace {namespace} has a dot": "." in namespace,
+        "its host is an IPv6 address": place.registry.startswith("["),
+        f"a part has more than {_LONGEST} characters": any(
+            len(part) > _LONGEST for part in (namespace, model, place.tag or "")
+        ),
+    }
+    if found := [why for why, is_so in wrong.items() if is_so]:
+        raise UsageError(
+            f"Ollama cannot pull {place}: it takes names of the form HOST/NAMESPACE/MODEL:TAG, and"
+            f" {found[0]}",
+            hint="name a repository of two parts, such as registry.example.com/team/support-bot,"
+            " or leave the kind ollama out",
+        )
+
+
+def modelfile(sources: Sequence[str], context: int) -> str:
+    """Return a Modelfile, from which `ollama create` makes the model.
+
+    `sources` are the paths of the GGUF file and of its projector, or a reference that Ollama pulls;
+    `context` as above. https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx
+    """
+    lines = [
+        f"# ollama create NAME --file Modelfile (Ollama {_SINCE} or newer)",
+        *(f"FROM {one}" for one in sources),
+    ]
+    lines += [f"PARAMETER num_ctx {context}"] if context else []
+    return "\n".join(lines) + "\n"
+
+
+def _ollama_layer(kind: str, file: FileEntry, source: FileSource) -> FileLayer:
+    return FileLayer(
+        file=file.path,
+        size=file.size,
+        digest=file.digest,
+        source=source,
+        media_type=OLLAMA_LAYER.format(kind),
+        annotations={TITLE: file.path},
+    )
+
+
+def _text(kind: str, name: str, text: str) -> FileLayer:
+    data = text.encode()
+    file = FileEntry(path=name, size=len(data), digest=Digest.of(data))
+    return _ollama_layer(kind, file, (data,))
+
+
+def _count(parameters: int) -> str:
+    """Return a number of parameters as Ollama shows it: 8.0B, 134.52M."""
+    for size, letter, digits in _OLLAMA_UNITS:
+        if parameters >= size:
+            return f"{parameters / size:.{digits}f}{letter}"
+    return str(parameters)

@@ -1,6 +1,7 @@
 """Pushes images to registries and pulls them, streaming; nothing is written to disk.
 
-https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+Attachments are found by the referrers API or by tags.
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md#listing-referrers
 """
 
 from __future__ import annotations
@@ -8,25 +9,28 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol, Self
 
 import httpx
 
-from weightsmith.core.errors import UsageError, WeightsmithError
-from weightsmith.core.values import Blob, Digest, Published
-from weightsmith.oci import downloads, manifests, referrers, tls, uploads
-from weightsmith.oci.attachments import Attachment
+from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.core.values import Blob, Digest, ImageLayer, JsonValue, Published
+from weightsmith.oci import connections, downloads, manifests, uploads
+from weightsmith.oci.attachments import Attachment, fallback_tag, load_attachment, with_rows
 from weightsmith.oci.auth import Credentials, anonymous
-from weightsmith.oci.image import Image, Opener, image_layers, load_image
-from weightsmith.oci.index import Index
-from weightsmith.oci.limits import check_layers, limits_of
-from weightsmith.oci.progress import Advance, Meter
-from weightsmith.oci.proxies import ProxyTransport
+from weightsmith.oci.connections import ProxyTransport
+from weightsmith.oci.image import Image, Index, Opener, image_layers, load_image
+from weightsmith.oci.layers import Advance, Meter
+from weightsmith.oci.limits import UploadDeadline, check_layers, limits_of
 from weightsmith.oci.references import Reference
 from weightsmith.oci.session import RegistrySession
-from weightsmith.oci.upload_deadline import UploadDeadline
 
+_OK = 200
+_MOST_PAGES = 20
+_COSIGN = (".sig", ".att")
+"""Tag suffixes under which cosign keeps signatures and statements."""
 _WORTH_MOUNTING = 1 << 20
 """Bytes; sending a smaller layer takes no longer than asking for a mount."""
 
@@ -61,7 +65,7 @@ class Registry:
         memory: LayerMemory | None = None,
     ) -> None:
         self._memory = memory
-        verify = tls.unverified() if insecure else tls.trusted()
+        verify = connections.unverified() if insecure else connections.trusted()
         self._client = httpx.Client(
             transport=transport or ProxyTransport(verify), timeout=60, trust_env=False
         )
@@ -145,8 +149,7 @@ class Registry:
         if self._memory and is_new:
             large = [layer.digest for layer in image.layers if layer.size >= _WORTH_MOUNTING]
             self._memory.record(reference.registry, reference.repository, large)
-        done = _published(reference, image.digest, sent, began)
-        return replace(done, layers=image_layers(image))
+        return _published(reference, image.digest, sent, began, image_layers(image))
 
     def pull(self, reference: Reference, *, platform: str | None = None) -> Image:
         """Return the image for a platform (default: this one); layers are read when opened."""
@@ -249,7 +252,6 @@ class Registry:
         before_tag: Callable[[], None] = lambda: None,
         progress: Advance | None = None,
         warn: Callable[[str], None] = lambda _: None,
-        parallel: int = 4,
     ) -> Published:
         """Push any manifest and its blobs, such as an index, or a statement about an image.
 
@@ -264,15 +266,13 @@ class Registry:
         deadline = UploadDeadline(limits_of(reference.registry), warn, self._clock)
         unique = {blob.digest: (blob, deadline.over(opener, blob.size)) for blob, opener in blobs}
         meter = Meter(sum(blob.size for blob, _ in unique.values()), progress)
-        pairs = [*unique.values()]
         sent = uploads.upload_each(
             session,
-            pairs,
+            [*unique.values()],
             lambda pair: pair,
             sources,
             meter,
-            parallel,
-            lambda blob: self._elsewhere(reference, blob),
+            elsewhere=lambda blob: self._elsewhere(reference, blob),
         )
         uploads.put_manifest(session, digest, manifest, media_type)
         before_tag()
@@ -282,9 +282,42 @@ class Registry:
         return _published(reference, digest, sent, began)
 
     def attach(self, reference: Reference, *attachments: Attachment, every: bool = False) -> None:
-        """Push attachments into the reference's repository, as `referrers.attach` does."""
+        """Push attachments into their image's repository, where every reader will find them.
+
+        One that is listed already, or whose manifest is there, is not sent again: a registry takes
+        a manifest after its blobs, and a list is written last. With `every`, each manifest is
+        looked for.
+        """
         session = self.session(reference, "pull,push")
-        referrers.attach(session, reference, *attachments, every=every)
+        added: dict[Digest, list[Attachment]] = {}
+        knows = True
+        digests = {attachment.blob.digest for attachment in attachments}
+        listed = set() if every else _listed(session, reference, attachments)
+        there = listed | {
+            one for one in digests - listed if downloads.digest_of(session, reference.at(one))
+        }
+        missing = [a for a in attachments if a.blob.digest not in there]
+        blobs = {blob.digest: (blob, o) for a in missing for blob, o in a.blobs()}
+        for blob, opener in blobs.values():
+            uploads.upload_blob(session, blob, opener)
+        for attachment in attachments:
+            data, digest = attachment.manifest_bytes, attachment.blob.digest
+            reply = None
+            if digest not in there:
+                reply = uploads.put_manifest(session, digest, data, manifests.OCI_MANIFEST)
+            if attachment.tag:
+                _put_tags(
+                    session, reference, [attachment.tag], data, manifests.OCI_MANIFEST, force=True
+                )
+            if _has_subject(attachment):
+                knows = knows and (reply is None or "oci-subject" in reply.headers)
+                added.setdefault(attachment.subject.digest, []).append(attachment)
+        for subject, those in added.items():
+            if all(one.blob.digest in listed for one in those):
+                continue
+            # Some registries send this header and still have no referrers API.
+            if not knows or _by_api(session, reference, subject) is None:
+                _list(session, reference, subject, those)
 
     def attached(
         self, reference: Reference, subject: Digest, *, tagged: bool = True
@@ -293,12 +326,31 @@ class Registry:
 
         Without `tagged`, only those in the referrers list, not those under cosign's tags.
         """
-        session = self.session(reference, "pull")
-        return referrers.find(session, reference, subject, tagged=tagged)
+        session, kinds = self.session(reference, "pull"), (manifests.OCI_MANIFEST,)
+        where = str(reference)
+        found = {
+            blob.digest: (blob, "")
+            for row in _rows(session, reference, subject)
+            if isinstance(row, dict) and row.get("mediaType") in kinds
+            for blob in [manifests.descriptor(row, where, kinds, manifests.LARGEST_MANIFEST)]
+        }
+        for suffix in _COSIGN if tagged else ():
+            tag = fallback_tag(subject, suffix)
+            target = Reference(reference.registry, reference.repository, tag)
+            if digest := downloads.digest_of(session, target):
+                unsized = Blob(digest=digest, size=0, media_type=manifests.OCI_MANIFEST)
+                found[digest] = (found[digest][0] if digest in found else unsized, tag)
+        return list(found.values())
 
     def read_attachment(self, reference: Reference, blob: Blob, tag: str = "") -> Attachment:
         """Return an attachment; raises Altered if it does not match its digest."""
-        return referrers.read(self.session(reference, "pull"), reference, blob, tag)
+        session, target = self.session(reference, "pull"), reference.at(blob.digest)
+        return load_attachment(
+            downloads.manifest(session, target)[0],
+            lambda part: lambda: downloads.blob(session, part),
+            str(target),
+            tag,
+        )
 
     def _elsewhere(self, reference: Reference, blob: Blob) -> tuple[RegistrySession, str] | None:
         """Return another repository that a layer was pushed to, with a session for it."""
@@ -344,13 +396,17 @@ def _put_tags(
 
 
 def _published(
-    reference: Reference, digest: Digest, sent: Sequence[tuple[uploads.Transfer, int]], began: float
+    reference: Reference,
+    digest: Digest,
+    sent: Sequence[tuple[uploads.Transfer, int]],
+    began: float,
+    layers: tuple[ImageLayer, ...] = (),
 ) -> Published:
-    """Return what was pushed, without layers; `began` is a time of the monotonic clock."""
+    """Return what was pushed; `began` is a time of the monotonic clock."""
     return Published(
         reference=str(reference),
         digest=digest,
-        layers=(),
+        layers=layers,
         uploaded_bytes=sum(size for how, size in sent if how is uploads.Transfer.SENT),
         mounted=sum(how is uploads.Transfer.MOUNTED for how, _ in sent),
         seconds=time.monotonic() - began,
@@ -377,3 +433,80 @@ def _guard_tag(
     if found and found != (image if isinstance(image, Digest) else image.digest):
         raise uploads.tag_conflict(reference, found)
     return found is not None
+
+
+def _listed(
+    session: RegistrySession, reference: Reference, attachments: Sequence[Attachment]
+) -> set[Digest]:
+    """Return which attachments their images' lists have; none of a list that cannot be read."""
+    found: set[str] = set()
+    for subject in {one.subject.digest for one in attachments if _has_subject(one)}:
+        # Some registries without the API fail when they are asked for it.
+        with suppress(EnvironmentFailure):
+            rows = _rows(session, reference, subject)
+            found |= {str(row.get("digest")) for row in rows if isinstance(row, dict)}
+    return {one.blob.digest for one in attachments if one.blob.digest in found}
+
+
+def _has_subject(attachment: Attachment) -> bool:
+    """Return whether its manifest names the image, as cosign's own do not."""
+    return attachment.raw is None or b'"subject"' in attachment.raw
+
+
+def _list(
+    session: RegistrySession, reference: Reference, subject: Digest, those: list[Attachment]
+) -> None:
+    """Add attachments to the fallback tag, if the registry has no referrers API."""
+    tag = fallback_tag(subject)
+    rows = _by_tag(session, reference, tag)
+    if rows is None:
+        # The fallback tag is taken, and we must not overwrite it.
+        raise InputRefused(
+            f"{reference.registry}/{reference.repository}:{tag} is an image, not a referrers list",
+            hint="`cosign copy` leaves such a tag: delete it in the registry",
+        )
+    index = with_rows(rows, those)
+    if index != with_rows(rows, ()):
+        uploads.put_manifest(session, tag, index, manifests.OCI_INDEX)
+
+
+def _rows(session: RegistrySession, reference: Reference, subject: Digest) -> list[JsonValue]:
+    """Return an image's list, by the API or under its tag."""
+    rows = _by_api(session, reference, subject)
+    return _by_tag(session, reference, fallback_tag(subject)) or [] if rows is None else rows
+
+
+def _by_api(
+    session: RegistrySession, reference: Reference, subject: Digest
+) -> list[JsonValue] | None:
+    """Return the API's list, or None if the registry has no referrers API."""
+    url = f"referrers/{subject}"
+    rows: list[JsonValue] = []
+    for _ in range(_MOST_PAGES):
+        reply = session.attempt(
+            f"cannot list what is attached to {reference}",
+            lambda url=url: session.call("GET", url, limit=manifests.LARGEST_MANIFEST),  # type: ignore[misc]
+        )
+        if reply.status != _OK:
+            return rows or None
+        try:
+            document = manifests.read_json(reply.body, str(reference))
+            rows += manifests.listed(document, "manifests", str(reference))
+        except InputRefused:
+            return None  # some proxies answer unknown paths with a web page
+        url = session.next_page(reply)
+        if not url:
+            break
+    return rows
+
+
+def _by_tag(session: RegistrySession, reference: Reference, tag: str) -> list[JsonValue] | None:
+    """Return the list under a tag, or None if the tag is an image: `cosign copy` leaves such."""
+    target = Reference(reference.registry, reference.repository, tag)
+    found = downloads.manifest_or_none(session, target)
+    if found is None:
+        return []
+    body, kind = found
+    if kind not in manifests.INDEXES or fallback_tag(Digest.of(body)) == tag:
+        return None
+    return manifests.listed(manifests.read_json(body, str(target)), "manifests", str(target))

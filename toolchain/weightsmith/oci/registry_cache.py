@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.ports import CacheUse
-from weightsmith.core.values import Blob, Digest, JsonValue, canonical
+from weightsmith.core.values import Blob, Digest, canonical
 from weightsmith.oci import downloads, manifests
 from weightsmith.oci.attachments import EMPTY, EMPTY_TYPE
-from weightsmith.oci.paging import next_page
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.session import RegistrySession
@@ -53,9 +53,10 @@ class RegistryCache:
         blob = manifests.descriptor(
             manifest.get("config"), self.where, (DOCUMENT_TYPE,), manifests.LARGEST_CONFIG
         )
-        inline = _inlined(manifest["config"])
-        if Digest.of(inline) == blob.digest:
-            return inline
+        with suppress(binascii.Error, ValueError):
+            inline = base64.b64decode(str(manifest["config"].get("data", "")), validate=True)
+            if Digest.of(inline) == blob.digest:
+                return inline
         return b"".join(downloads.blob(self._pulling, blob))
 
     def read(self, blob: Blob) -> Iterator[bytes]:
@@ -156,14 +157,6 @@ class RegistryCache:
             if not isinstance(tags, list | tuple):
                 raise InputRefused(f"{what}: its tags are no list", hint=_NO_LIST)
             yield from map(str, tags)
-            if not (url := next_page(session, reply)):
+            if not (url := session.next_page(reply)):
                 return
         raise InputRefused(f"{what}: it has more than {_MOST_PAGES} pages", hint=_NO_LIST)
-
-
-def _inlined(row: Mapping[str, JsonValue]) -> bytes:
-    """Return a descriptor's embedded content, unverified; empty without any."""
-    try:
-        return base64.b64decode(str(row.get("data", "")), validate=True)
-    except (binascii.Error, ValueError):
-        return b""

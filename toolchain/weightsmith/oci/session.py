@@ -1,4 +1,4 @@
-"""A session with one registry: authorization, redirects, limits, retries.
+"""A session with one registry: authorization, redirects, limits, retries; its small replies.
 
 https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
@@ -6,6 +6,7 @@ https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 import ssl
@@ -13,25 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TypeAlias, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, WeightsmithError, of_limits
+from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import JsonValue
 from weightsmith.oci.auth import IDENTITY, Credentials, basic, parse_challenge
+from weightsmith.oci.connections import speaks_tls
 from weightsmith.oci.references import DOCKER_HUB, Reference, is_loopback
-from weightsmith.oci.replies import (
-    RegistryReply,
-    Transient,
-    is_full,
-    json_object,
-    read_limited,
-    retry_after,
-    stated_error,
-)
-from weightsmith.oci.tls import speaks_tls
 
 T = TypeVar("T")
 Body: TypeAlias = Callable[[], Iterator[bytes]]
@@ -52,6 +47,24 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 _DAY = 86400.0
 _EARLY = 10
 """Seconds before a token expires at which it is renewed."""
+
+
+class Transient(Exception):
+    """A request failed; a retry may succeed."""
+
+    def __init__(self, why: str, pause: float | None = None) -> None:
+        super().__init__(why)
+        self.pause = pause
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryReply:
+    """A small reply, read into memory."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+    url: str
 
 
 class RegistrySession:
@@ -182,7 +195,11 @@ class RegistrySession:
 
     def explain(self, reply: RegistryReply) -> str:
         """Describe the reply in one line, without secrets."""
-        return f"{self.registry} answered HTTP {reply.status}{self._said(reply.body)}"
+        text = stated_error(reply.body)
+        for secret in self._secrets:
+            text = text.replace(secret, "***") if secret else text
+        text = "".join(c for c in text if c.isprintable())[:200]
+        return f"{self.registry} answered HTTP {reply.status}" + (f" ({text})" if text else "")
 
     def _ask(
         self,
@@ -195,9 +212,22 @@ class RegistrySession:
         renewed = False
         for _ in range(_MOST_REDIRECTS + 2):
             own = _origin(url) == _origin(self.root)
-            used = self._authorization() if own else ""
+            used = ""
+            if own:
+                with self._lock:
+                    used, late = self._header, time.monotonic() > self._ends
+                if late:
+                    self._renew(self._challenges, used)
+                used = self._header
             try:
-                response = self._send(method, url, {**headers, **_auth(used)}, body, wait)
+                request = self._client.build_request(
+                    method,
+                    url,
+                    headers={"Accept-Encoding": "identity", **headers, **_auth(used)},
+                    content=body() if callable(body) else body,
+                    timeout=httpx.Timeout(30, read=wait, write=300, pool=None),
+                )
+                response = self._client.send(request, stream=True, follow_redirects=False)
             except httpx.TransportError:
                 if not (own and self._switch()):
                     raise
@@ -233,24 +263,6 @@ class RegistrySession:
             self.base = f"https{self.base.removeprefix('http')}"
             return True
 
-    def _send(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: Body | bytes | None,
-        wait: float,
-    ) -> httpx.Response:
-        content = body() if callable(body) else body
-        request = self._client.build_request(
-            method,
-            url,
-            headers={"Accept-Encoding": "identity", **headers},
-            content=content,
-            timeout=httpx.Timeout(30, read=wait, write=300, pool=None),
-        )
-        return self._client.send(request, stream=True, follow_redirects=False)
-
     def follow(self, url: str, location: str, what: str = "redirects to") -> str:
         """Return the absolute URL of a redirect; plain HTTP only if nobody in between can listen.
 
@@ -266,8 +278,8 @@ class RegistrySession:
                 f"{self.registry} {what} an invalid URL",
                 hint="correct the registry's public address",
             ) from None
-        plain = self._insecure or (self._is_loopback and _is_loopback(target))
         parts = urlsplit(target)
+        plain = self._insecure or (self._is_loopback and is_loopback(parts.hostname or ""))
         if parts.scheme not in (("https", "http") if plain else ("https",)):
             raise EnvironmentFailure(
                 f"{self.registry} {what} a URL without HTTPS"
@@ -286,12 +298,11 @@ class RegistrySession:
             )
         return self.follow(reply.url, reply.headers["location"])
 
-    def _authorization(self) -> str:
-        with self._lock:
-            used, late = self._header, time.monotonic() > self._ends
-        if late:
-            self._renew(self._challenges, used)
-        return self._header
+    def next_page(self, reply: RegistryReply) -> str:
+        """Return the URL of a list's next page (RFC 8288), or empty."""
+        # Possessive: the search would take minutes for a hundred thousand "<".
+        found = re.search(r'<([^<>]++)>\s*+;\s*+rel="?next"?', reply.headers.get("link", ""))
+        return self.follow(reply.url, found[1]) if found else ""
 
     def _renew(self, challenges: list[str], used: str) -> bool:
         """Get a new Authorization header unless another thread just did; False if impossible."""
@@ -322,55 +333,39 @@ class RegistrySession:
                 "grant_type": "refresh_token",
                 "refresh_token": pair[1],
                 "client_id": "weightsmith",
+                "scope": " ".join(self._scopes),
             }
-            fields["scope"] = " ".join(self._scopes)
         elif pair:
             headers |= _auth(basic(pair))
+        given = {"data": fields} if method == "POST" else {"params": fields}
+
+        def once() -> RegistryReply:
+            try:
+                with self._client.stream(method, url, headers=headers, **given) as response:  # type: ignore[arg-type]
+                    body = read_limited(response, LARGEST_TOKEN, self.registry)
+                    reply = RegistryReply(response.status_code, response.headers, body, "")
+            except httpx.TransportError as error:
+                raise self._broken(error) from None
+            self._check_transient(reply)
+            return reply
+
         what = f"cannot get a token for {self.registry}"
-        reply = self.attempt(what, lambda: self._token_reply(method, url, fields, headers))
+        reply = self.attempt(what, once)
         if reply.status != 200:
             raise self.refusal(what, reply)
-        self._keep(json_object(reply.body))
-
-    def _token_reply(
-        self,
-        method: str,
-        url: str,
-        fields: Mapping[str, str | list[str]],
-        headers: Mapping[str, str],
-    ) -> RegistryReply:
-        given = {"data": fields} if method == "POST" else {"params": fields}
-        try:
-            with self._client.stream(method, url, headers=headers, **given) as response:  # type: ignore[arg-type]
-                body = read_limited(response, LARGEST_TOKEN, self.registry)
-                reply = RegistryReply(response.status_code, response.headers, body, "")
-        except httpx.TransportError as error:
-            raise self._broken(error) from None
-        self._check_transient(reply)
-        return reply
-
-    def _keep(self, answer: Mapping[str, JsonValue]) -> None:
+        answer = json_object(reply.body)
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             raise EnvironmentFailure(
                 f"the token service of {self.registry} returned no token",
                 hint="check whether a login page or proxy is in between",
             )
-        seconds = answer.get("expires_in")
-        # The token specification's default lifetime is 60 seconds.
-        lasts = 60.0
+        seconds, lasts = answer.get("expires_in"), 60.0  # the token specification's default
         if isinstance(seconds, int | float) and seconds > 0:
             lasts = float(min(seconds, _DAY))
         self._secrets.add(token)
         self._header = f"Bearer {token}"
         self._ends = time.monotonic() + max(lasts - _EARLY, lasts / 2)
-
-    def _said(self, body: bytes) -> str:
-        text = stated_error(body)
-        for secret in self._secrets:
-            text = text.replace(secret, "***") if secret else text
-        text = "".join(c for c in text if c.isprintable())[:200]
-        return f" ({text})" if text else ""
 
     def _broken(self, error: Exception) -> Exception:
         if too_many := of_limits(error):
@@ -387,11 +382,6 @@ class RegistrySession:
         return Transient(f"{self.registry} does not answer ({why[:100]})")
 
 
-def _is_loopback(url: str) -> bool:
-    """Say whether a URL is on this machine, so that plain HTTP does not leave it."""
-    return is_loopback(urlsplit(url).hostname or "")
-
-
 def _auth(header: str) -> dict[str, str]:
     return {"Authorization": header} if header else {}
 
@@ -399,3 +389,58 @@ def _auth(header: str) -> dict[str, str]:
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def read_limited(response: httpx.Response, limit: int, registry: str) -> bytes:
+    """Read a reply of at most `limit` bytes; a longer error reply is cut."""
+    data = bytearray()
+    for chunk in response.iter_raw():
+        data += chunk
+        if len(data) > limit and response.is_error:
+            return bytes(data[:limit])
+        if len(data) > limit:
+            raise InputRefused(
+                f"{registry} sent an unexpectedly large reply: more than {limit} bytes",
+                hint="check that this is a registry's address, and not a proxy's web page",
+            )
+    return bytes(data)
+
+
+def retry_after(headers: httpx.Headers) -> float | None:
+    """Return Retry-After in seconds, whether given as a number or as a date (RFC 9110)."""
+    text = headers.get("retry-after", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def is_full(reply: RegistryReply) -> bool:
+    """Say whether the registry's disk is full."""
+    # docker-registry reports errno 28 of its own file system, with status 500.
+    full = b"no space left" in reply.body or b'"Err":28' in reply.body
+    return reply.status == 507 or (reply.status == 500 and full)
+
+
+def json_object(body: bytes) -> Mapping[str, JsonValue]:
+    """Return the JSON object in a body, or an empty one."""
+    try:
+        value = parse(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def stated_error(body: bytes) -> str:
+    """Return the first error of the specification's error body in one line, or empty."""
+    errors = json_object(body).get("errors")
+    first = errors[0] if isinstance(errors, list) and errors else {}
+    if not isinstance(first, dict):
+        return ""
+    detail = first.get("detail")
+    if detail and not isinstance(detail, str):
+        detail = json.dumps(detail)[:200]
+    parts = (first.get("code"), first.get("message"), detail)
+    return "; ".join(str(part) for part in parts if part)

@@ -28,7 +28,13 @@ def header(path: str, *, size: int, mode: int, mtime: int, folder: bool = False)
     name = path + "/" if folder else path
     raw = name.encode()
     records: dict[str, str] = {}
-    split = _split(raw) if raw.isascii() else None
+    split: tuple[bytes, bytes] | None = None
+    if raw.isascii():
+        split = raw, b""
+        if len(raw) > _NAME:
+            # The name is as long as possible, so that each path has exactly one encoding.
+            slash = raw.find(b"/", len(raw) - _NAME - 1, len(raw) - 1)
+            split = (raw[slash + 1 :], raw[:slash]) if 0 < slash <= _PREFIX else None
     if split is None:
         records["path"] = name
         split = raw.decode().encode("ascii", "replace")[:_NAME], b""
@@ -36,7 +42,12 @@ def header(path: str, *, size: int, mode: int, mtime: int, folder: bool = False)
         records["size"] = str(size)
     stored = 0 if "size" in records else size
     block = _block(split, kind=b"5" if folder else b"0", size=stored, mode=mode, mtime=mtime)
-    return (_extended(records, mtime) if records else b"") + block
+    if not records:
+        return block
+    body = b"".join(_record(key, records[key]) for key in sorted(records))
+    entry = (b"PaxHeaders/entry", b"")
+    extended = _block(entry, kind=b"x", size=len(body), mode=0o644, mtime=mtime)
+    return extended + body + padding(len(body)) + block
 
 
 def padding(size: int) -> bytes:
@@ -56,24 +67,6 @@ def source_date_epoch(environ: Mapping[str, str] = os.environ) -> int:
             hint="unset it, or set it to e.g. $(git log -1 --pretty=%ct)",
         )
     return int(text)
-
-
-def _split(raw: bytes) -> tuple[bytes, bytes] | None:
-    """Return ustar's name and prefix, or None if the path does not fit."""
-    if len(raw) <= _NAME:
-        return raw, b""
-    # The name is as long as possible, so that each path has exactly one encoding.
-    slash = raw.find(b"/", len(raw) - _NAME - 1, len(raw) - 1)
-    if slash <= 0 or slash > _PREFIX:
-        return None
-    return raw[slash + 1 :], raw[:slash]
-
-
-def _extended(records: Mapping[str, str], mtime: int) -> bytes:
-    body = b"".join(_record(key, records[key]) for key in sorted(records))
-    name = (b"PaxHeaders/entry", b"")
-    block = _block(name, kind=b"x", size=len(body), mode=0o644, mtime=mtime)
-    return block + body + padding(len(body))
 
 
 def _record(key: str, value: str) -> bytes:

@@ -19,6 +19,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.trees import discard, remove
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import Layer
+from weightsmith.oci.manifests import hostile
 from weightsmith.oci.streams import opened
 
 _WHITEOUT = ".wh."
@@ -31,6 +32,7 @@ _DEEPEST = 256
 """Nested folders. Real images have a few dozen, and a Linux path (4,096 bytes) has hardly room for
 more; deeper trees are made to crash the programs that read them.
 """
+_TOO_DEEP = f"a layer has a path nested deeper than {_DEEPEST} folders"
 _LONGEST_NAME = 255
 """Bytes of a file name on Linux file systems."""
 
@@ -52,7 +54,13 @@ def unpack(image: Image, root: Path) -> None:
         raise UsageError(f"{root} is not empty", hint="name a folder that does not exist yet")
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(image, root)
+        needed, free = sum(x.size for x in image.layers), shutil.disk_usage(root.parent).free
+        if free < needed:
+            raise EnvironmentFailure(
+                f"no space to unpack the image: {root.parent} has {free / 1e6:,.0f} MB free, and"
+                f" its layers have {needed / 1e6:,.0f} MB",
+                hint="make room there, or set WEIGHTSMITH_CACHE to a folder on a larger disk",
+            )
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         try:
             tree = _Tree(temporary)
@@ -70,18 +78,6 @@ def unpack(image: Image, root: Path) -> None:
         ) from None
 
 
-def _require_room(image: Image, root: Path) -> None:
-    """Raise EnvironmentFailure if there is less space than the packed layers take."""
-    needed = sum(layer.size for layer in image.layers)
-    free = shutil.disk_usage(root.parent).free
-    if free < needed:
-        raise EnvironmentFailure(
-            f"no space to unpack the image: {root.parent} has {free / 1e6:,.0f} MB free, and its"
-            f" layers have {needed / 1e6:,.0f} MB",
-            hint="make room there, or set WEIGHTSMITH_CACHE to a folder on a larger disk",
-        )
-
-
 class _Tree:
     """A root file system that is being written, by us alone."""
 
@@ -97,20 +93,16 @@ class _Tree:
         """
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if ".." in parts or "\0" in name:
-            raise InputRefused(
-                f"a layer has the path {name[:200]!r}, which leaves the image",
-                hint="the image is damaged or hostile; do not use it",
-            )
+            raise hostile(f"a layer has the path {name[:200]!r}, which leaves the image")
         for part in parts:
             if len(os.fsencode(part)) > _LONGEST_NAME:
-                raise InputRefused(
-                    f"a layer has a name longer than {_LONGEST_NAME} bytes: {part[:80]!r}...",
-                    hint="the image is damaged or hostile; do not use it",
+                raise hostile(
+                    f"a layer has a name longer than {_LONGEST_NAME} bytes: {part[:80]!r}..."
                 )
         if not parts:
             return None
         if len(parts) > _DEEPEST:
-            raise _too_deep()
+            raise hostile(_TOO_DEEP)
         return self._inside(parts[:-1]) / parts[-1]
 
     def write(self, entry: tarfile.TarInfo, archive: tarfile.TarFile, target: Path) -> None:
@@ -127,14 +119,21 @@ class _Tree:
             _touch(target, entry)
         elif entry.islnk():
             source = self.place(entry.linkname)
-            if source is None or not _is_file(source):
-                raise InputRefused(
-                    f"a layer links {entry.name[:200]!r} to a file that is not in the image",
-                    hint="the image is damaged or hostile; do not use it",
+            if source is None or not (source.is_symlink() or source.is_file()):
+                raise hostile(
+                    f"a layer links {entry.name[:200]!r} to a file that is not in the image"
                 )
             os.link(source, target, follow_symlinks=False)
         elif entry.isreg():
-            self._write_file(entry, archive, target)
+            content = archive.extractfile(entry)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            with os.fdopen(os.open(target, flags, 0o600), "wb") as file:
+                if content is not None:
+                    shutil.copyfileobj(content, file, _BUFFER)
+            _own(target, entry)
+            # A set-user-id file from an image would be a way to become root on this machine.
+            target.chmod(entry.mode & 0o1777)
+            _touch(target, entry)
 
     def remove(self, target: Path) -> None:
         """Delete a file or a folder; the target of a link stays."""
@@ -157,17 +156,6 @@ class _Tree:
             path.chmod(entry.mode & 0o7777)
             _touch(path, entry)
 
-    def _write_file(self, entry: tarfile.TarInfo, archive: tarfile.TarFile, target: Path) -> None:
-        content = archive.extractfile(entry)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with os.fdopen(os.open(target, flags, 0o600), "wb") as file:
-            if content is not None:
-                shutil.copyfileobj(content, file, _BUFFER)
-        _own(target, entry)
-        # A set-user-id file from an image would be a way to become root on this machine.
-        target.chmod(entry.mode & 0o1777)
-        _touch(target, entry)
-
     def _inside(self, parts: list[str]) -> Path:
         """Resolve a path as a process in the root would, and create missing folders."""
         here, rest, links = self.root, list(parts), 0
@@ -180,14 +168,11 @@ class _Tree:
                 continue
             step = here / part
             if len(step.parts) - len(self.root.parts) > _DEEPEST:
-                raise _too_deep()
+                raise hostile(_TOO_DEEP)
             if step.is_symlink():
                 links += 1
                 if links > _MOST_LINKS:
-                    raise InputRefused(
-                        "a layer has a loop of symbolic links",
-                        hint="the image is damaged or hostile; do not use it",
-                    )
+                    raise hostile("a layer has a loop of symbolic links")
                 to = str(step.readlink())
                 here = self.root if to.startswith("/") else here
                 rest = to.split("/") + rest
@@ -218,10 +203,7 @@ def _apply_entry(
 ) -> None:
     tree.entries += 1
     if tree.entries > _MOST_ENTRIES:
-        raise InputRefused(
-            f"the image has more than {_MOST_ENTRIES} files",
-            hint="the image is damaged or hostile; do not use it",
-        )
+        raise hostile(f"the image has more than {_MOST_ENTRIES} files")
     target = tree.place(entry.name)
     if target is None:
         return
@@ -233,18 +215,11 @@ def _apply_entry(
     elif target.name.startswith(_WHITEOUT):
         hidden = target.name.removeprefix(_WHITEOUT)
         if hidden in ("", ".", ".."):
-            raise InputRefused(
-                f"a layer has the whiteout {entry.name[:200]!r}, which names no file",
-                hint="the image is damaged or hostile; do not use it",
-            )
+            raise hostile(f"a layer has the whiteout {entry.name[:200]!r}, which names no file")
         tree.remove(target.with_name(hidden))
     else:
         made.add(target)
         tree.write(entry, archive, target)
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_symlink() or path.is_file()
 
 
 def _touch(path: Path, entry: tarfile.TarInfo) -> None:
@@ -254,16 +229,6 @@ def _touch(path: Path, entry: tarfile.TarInfo) -> None:
 
 def _own(path: Path, entry: tarfile.TarInfo) -> None:
     if not (0 <= entry.uid < 1 << 31 and 0 <= entry.gid < 1 << 31):
-        raise InputRefused(
-            f"a layer gives {entry.name[:200]!r} an invalid owner",
-            hint="the image is damaged or hostile; do not use it",
-        )
+        raise hostile(f"a layer gives {entry.name[:200]!r} an invalid owner")
     if os.geteuid() == 0:
         os.chown(path, entry.uid, entry.gid, follow_symlinks=False)
-
-
-def _too_deep() -> InputRefused:
-    return InputRefused(
-        f"a layer has a path nested deeper than {_DEEPEST} folders",
-        hint="the image is damaged or hostile; do not use it",
-    )

@@ -4,11 +4,17 @@ What a tag names is there: a registry takes a manifest after its blobs, and our 
 if the tag already names the image, its layers are not looked for, and the tag is not written again,
 which registries with immutable tags refuse: four or five requests instead of twenty-three.
 `--force` looks for everything.
+
+A layer whose digest was not just computed is hashed while it is sent, and its last chunk goes only
+if the digest is right: Pulp accepts a blob under any digest, and takes what arrived of an
+interrupted PUT for complete. So a large layer is sent with PATCH and then finished, as Docker does.
+https://github.com/opencontainers/distribution-spec/blob/main/spec.md#push
 """
 
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
@@ -17,23 +23,34 @@ from enum import Enum
 from typing import TypeAlias, TypeVar
 from urllib.parse import quote
 
-from weightsmith.core.errors import EnvironmentFailure, UsageError, WeightsmithError
+from weightsmith.core.errors import Altered, EnvironmentFailure, UsageError, WeightsmithError
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci import downloads
+from weightsmith.oci.attachments import BINARY
+from weightsmith.oci.downloads import after, altered_hint, declared_digest
 from weightsmith.oci.image import Image, Opener, blob_of
-from weightsmith.oci.layers import BlobLayer, Layer, TarLayer, verified
-from weightsmith.oci.progress import Advance, Meter
+from weightsmith.oci.layers import Advance, BlobLayer, Layer, Meter, TarLayer, verified
+from weightsmith.oci.limits import UploadDeadline, limits_of
 from weightsmith.oci.references import Reference
-from weightsmith.oci.replies import RegistryReply, Transient
-from weightsmith.oci.sending import check_created, send
-from weightsmith.oci.session import RegistrySession
-from weightsmith.oci.upload_deadline import UploadDeadline
+from weightsmith.oci.session import RegistryReply, RegistrySession, Transient
 
 T = TypeVar("T")
-_OK, _CREATED, _ACCEPTED, _MISSING, _KIND = 200, 201, 202, 404, 415
+_OK, _CREATED, _ACCEPTED, _NO_CONTENT = 200, 201, 202, 204
+_BAD, _MISSING, _TOO_LARGE, _KIND, _OUT_OF_STEP = 400, 404, 413, 415, 416
+_SUCCEEDED = (_ACCEPTED, _NO_CONTENT, _CREATED)
+"""Replies to a chunk: the specification's, and those of registries that differ."""
+_NO_PARTS = (_MISSING, 405, 501)
+"""Replies of registries that accept a blob only in one request."""
+_CHUNK = 32 << 20
+_LARGEST_CHUNK = 256 << 20
+_SMALL = 1 << 20
+"""Bytes; up to this size a blob is sent in one PUT. A larger one is sent by PATCH and finished by
+PUT, as Docker does: Pulp stores what arrived of a broken PUT as if it were the whole blob."""
 _FEW = 3
-"""Tries of the first request: enough for a hiccup, few enough to wait for."""
-
+"""Tries of the first request, and of asking how much was kept: enough for a hiccup."""
+_FINISH = 1800
+"""Seconds that a registry may take after the last byte; some copy a layer to another store."""
+_EMPTY = {"Content-Length": "0"}
 
 Elsewhere: TypeAlias = Callable[[Blob], tuple[RegistrySession, str] | None]
 """Blob -> a session for another repository that had it, and that repository; or None."""
@@ -95,7 +112,7 @@ def upload_each(
     ready: Callable[[T], tuple[Blob, Opener]],
     sources: Sequence[str],
     meter: Meter,
-    parallel: int,
+    parallel: int = 4,
     elsewhere: Elsewhere | None = None,
 ) -> list[tuple[Transfer, int]]:
     """Upload blobs in parallel; if one fails, the others stop.
@@ -191,14 +208,22 @@ def upload_blob(
         held = _held(session, blob, what)
         if held == blob.size:
             return Transfer.THERE
-        if held is None and elsewhere and (other := elsewhere(blob)) and _mounted(*other, blob):
-            return Transfer.MOUNTED
-        opened = _mount(session, blob, sources if held is None else ())
-        if opened is None:
-            return Transfer.MOUNTED
+        if held is None:
+            if elsewhere and (other := elsewhere(blob)):
+                # It may be gone from there, or private.
+                with suppress(Transient, WeightsmithError):
+                    if _is_mounted(*other, blob):
+                        return Transfer.MOUNTED
+            if any(_is_mounted(session, source, blob) for source in sources):
+                return Transfer.MOUNTED
+        opened = session.call("POST", "blobs/uploads/", headers=_EMPTY)
         send(session, blob, body, opened, what)
         if held is not None and _held(session, blob, what) != blob.size:
-            raise _damaged(session, blob, held, what)
+            raise EnvironmentFailure(
+                f"{what}: {session.registry} has only {held} of its {blob.size} bytes under that "
+                "digest and does not replace them",
+                hint="delete the blob there, or push to another repository",
+            )
         return Transfer.SENT
 
     transfer = session.attempt(what, once)
@@ -231,20 +256,11 @@ def _held(session: RegistrySession, blob: Blob, what: str) -> int | None:
     return int(length) if length.isascii() and length.isdigit() else blob.size
 
 
-def _damaged(session: RegistrySession, blob: Blob, held: int, what: str) -> EnvironmentFailure:
-    return EnvironmentFailure(
-        f"{what}: {session.registry} has only {held} of its {blob.size} bytes under that digest "
-        "and does not replace them",
-        hint="delete the blob there, or push to another repository",
-    )
-
-
 def try_upload(session: RegistrySession, where: str) -> None:
     """Open and cancel an upload; raises what a push would, in seconds instead of minutes."""
     what = f"cannot push to {where}"
-    headers = {"Content-Length": "0"}
     opened = session.attempt(
-        what, lambda: session.call("POST", "blobs/uploads/", headers=headers), tries=_FEW
+        what, lambda: session.call("POST", "blobs/uploads/", headers=_EMPTY), tries=_FEW
     )
     if opened.status != _ACCEPTED:
         raise session.refusal(what, opened)
@@ -296,26 +312,175 @@ def tag_conflict(reference: Reference, found: Digest) -> UsageError:
     )
 
 
-def _mount(session: RegistrySession, blob: Blob, sources: Sequence[str]) -> RegistryReply | None:
-    """Return None if the blob was mounted, else the reply that opened an upload session."""
-    for source in sources:
-        url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
-        reply = session.call("POST", url, headers={"Content-Length": "0"})
-        if reply.status == _CREATED:
-            return None
-        if reply.status == _ACCEPTED:
-            # Not mounted: an upload session was opened, which the next request replaces.
-            session.call("DELETE", session.location(reply))
-    return session.call("POST", "blobs/uploads/", headers={"Content-Length": "0"})
-
-
-def _mounted(session: RegistrySession, source: str, blob: Blob) -> bool:
-    """Say whether a blob was mounted from an earlier repository; it may be gone, or private."""
+def _is_mounted(session: RegistrySession, source: str, blob: Blob) -> bool:
     url = f"blobs/uploads/?mount={blob.digest}&from={quote(source, safe='')}"
-    try:
-        reply = session.call("POST", url, headers={"Content-Length": "0"})
-        if reply.status == _ACCEPTED and reply.headers.get("location"):
-            session.call("DELETE", session.location(reply))
-    except (Transient, WeightsmithError):
-        return False
+    reply = session.call("POST", url, headers=_EMPTY)
+    if reply.status == _ACCEPTED:
+        # Not mounted: an upload session was opened, which the next request replaces.
+        session.call("DELETE", session.location(reply))
     return reply.status == _CREATED
+
+
+def send(
+    session: RegistrySession, blob: Blob, body: Opener, opened: RegistryReply, what: str
+) -> None:
+    """Send a blob into the upload session of the reply `opened`; `what` begins error messages.
+
+    Raises Transient if a retry may help, Altered if other bytes arrived.
+    """
+    if opened.status != _ACCEPTED:
+        raise session.refusal(what, opened)
+    least = opened.headers.get("oci-chunk-min-length", "")
+    size = max(int(least), _CHUNK) if least.isascii() and least.isdigit() else 0
+    if size and blob.size <= int(least):
+        size = 0
+    reply, resumed = _persistently(session, blob, body, opened, size, what)
+    limits = limits_of(session.registry)
+    whole_only = limits is not None and limits.in_one_piece
+    if reply.status == _TOO_LARGE and not size and blob.size > _CHUNK and not whole_only:
+        again = session.call("POST", "blobs/uploads/", headers=_EMPTY)
+        if again.status != _ACCEPTED:
+            raise session.refusal(what, again)
+        reply, resumed = _persistently(session, blob, body, again, _CHUNK, what)
+    if reply.status in (_MISSING, _OUT_OF_STEP):
+        # The registry lost the session, as after a restart.
+        raise Transient(session.explain(reply))
+    if reply.status == _BAD and b"DIGEST_INVALID" in reply.body:
+        if resumed:
+            raise Transient("the registry lost data that it had confirmed")
+        raise Altered(
+            f"{what}: {session.explain(reply)}: the data that arrived does not match the digest",
+            hint=f"the data was correct when it was sent: {altered_hint(session)}",
+        )
+    check_created(session, reply, blob.digest, what)
+
+
+def _persistently(
+    session: RegistrySession, blob: Blob, body: Opener, opened: RegistryReply, size: int, what: str
+) -> tuple[RegistryReply, bool]:
+    """Send a blob in chunks of `size` bytes (0: whole), and resume broken connections.
+
+    Return the last reply, and whether anything was resumed. Raises Transient if the registry
+    kept nothing.
+    """
+    at, upload = 0, opened
+    while True:
+        try:
+            if size:
+                return _in_chunks(session, body, upload, blob, size, at), at > 0
+            if at or blob.size > _SMALL:
+                reply = _rest(session, body, upload, blob, at)
+                if at or reply.status not in _NO_PARTS:
+                    return reply, at > 0
+            headers = {"Content-Length": str(blob.size), "Content-Type": BINARY}
+            url = _finishing(session.location(upload), blob)
+            return session.call("PUT", url, headers=headers, body=body, wait=_FINISH), False
+        except Transient as trouble:
+            kept = _bytes_kept(session, upload)
+            if kept is None or not at < kept[0] <= blob.size:
+                raise
+            # There was progress, so it will end: count the tries anew.
+            session.wait_after(what, trouble, 1)
+            at, upload = kept
+
+
+def _bytes_kept(
+    session: RegistrySession, opened: RegistryReply
+) -> tuple[int, RegistryReply] | None:
+    """Return how many bytes of an upload the registry has, and its reply; None if none.
+
+    https://github.com/opencontainers/distribution-spec/blob/main/spec.md#resuming-an-upload
+    """
+    try:
+        url = session.location(opened)
+        reply = session.attempt("", lambda: session.call("GET", url), tries=_FEW)
+    except (WeightsmithError, Transient):
+        return None
+    found = re.fullmatch(r"(?:bytes=)?0-(\d{1,18})", reply.headers.get("range", ""))
+    if reply.status not in (_OK, _NO_CONTENT) or found is None or int(found[1]) == 0:
+        return None
+    return int(found[1]) + 1, reply if reply.headers.get("location") else opened
+
+
+def _rest(
+    session: RegistrySession, body: Opener, upload: RegistryReply, blob: Blob, at: int
+) -> RegistryReply:
+    """Send everything after the first `at` bytes."""
+    if at == blob.size:
+        return _finish(session, upload, blob)
+    reply = _patch(session, upload, at, blob.size - at, lambda: after(body(), at), whole=not at)
+    return _finish(session, reply, blob) if reply.status in _SUCCEEDED else reply
+
+
+def _in_chunks(
+    session: RegistrySession, body: Opener, upload: RegistryReply, blob: Blob, size: int, at: int
+) -> RegistryReply:
+    """Send what follows `at` bytes in chunks, for registries that refuse large bodies.
+
+    A chunk is held in memory, since it may have to be sent again with another token.
+    """
+    reply = upload
+    for piece in _pieces(after(body(), at), min(size, _LARGEST_CHUNK)):
+        length = sum(map(len, piece))
+        reply = _patch(session, reply, at, length, lambda piece=piece: iter(piece))  # type: ignore[misc]
+        if reply.status not in _SUCCEEDED:
+            return reply
+        at += length
+    return _finish(session, reply, blob)
+
+
+def _patch(
+    session: RegistrySession,
+    upload: RegistryReply,
+    at: int,
+    length: int,
+    body: Opener,
+    *,
+    whole: bool = False,
+) -> RegistryReply:
+    headers = {"Content-Length": str(length), "Content-Type": BINARY}
+    if not whole:
+        # Registries without chunked uploads accept a whole blob if there is no Content-Range.
+        headers["Content-Range"] = f"{at}-{at + length - 1}"
+    return session.call("PATCH", session.location(upload), headers=headers, body=body, wait=_FINISH)
+
+
+def _finish(session: RegistrySession, upload: RegistryReply, blob: Blob) -> RegistryReply:
+    url = _finishing(session.location(upload), blob)
+    return session.call("PUT", url, headers=_EMPTY, wait=_FINISH)
+
+
+def _pieces(chunks: Iterator[bytes], size: int) -> Iterator[list[bytes]]:
+    """Group chunks into pieces of `size` bytes, the last one shorter."""
+    held: list[bytes] = []
+    room = size
+    for chunk in chunks:
+        rest = chunk
+        while rest:
+            held.append(rest[:room])
+            rest = rest[len(held[-1]) :]
+            room -= len(held[-1])
+            if not room:
+                yield held
+                held, room = [], size
+    if held:
+        yield held
+
+
+def _finishing(location: str, blob: Blob) -> str:
+    # Joined as text: some registries sign their own query, which must stay unchanged.
+    return f"{location}{'&' if '?' in location else '?'}digest={quote(blob.digest, safe='')}"
+
+
+def check_created(
+    session: RegistrySession, reply: RegistryReply, digest: Digest, what: str
+) -> None:
+    """Raise an error unless a reply confirms that content with this digest was created."""
+    if reply.status not in (_OK, _CREATED, _ACCEPTED):
+        raise session.refusal(what, reply)
+    there = declared_digest(reply, session.registry)
+    if there and there != digest:
+        raise Altered(
+            f"{what}: {session.registry} stored {there.short} instead",
+            hint=altered_hint(session),
+        )

@@ -18,8 +18,14 @@ from weightsmith.core.values import (
 from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.provenance import statements
-from weightsmith.provenance.bills import MODEL_BILL
-from weightsmith.provenance.evaluation import evaluation, test_result
+from weightsmith.provenance.bills import (
+    MEDIA_TYPE,
+    MODEL_BILL,
+    Ancestor,
+    BilledModel,
+    license_of,
+    ml_bom,
+)
 from weightsmith.provenance.evidence import (
     ADAPTER_TYPE,
     EVALUATION_TYPE,
@@ -31,7 +37,6 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.labels import public_name, without_secrets
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of, license_name
-from weightsmith.provenance.mlbom import MEDIA_TYPE, Ancestor, BilledModel, license_of, ml_bom
 from weightsmith.provenance.statements import (
     Resource,
     Statement,
@@ -250,3 +255,49 @@ def _adapters(sources: Sources | None) -> list[AttachedDocument]:
         )
         for number, a in enumerate(adapters)
     ]
+
+
+def side_by_side(scores: Scores) -> list[dict[str, JsonValue]]:
+    """Return the questions with the answers of every subject."""
+    names = [name for name in scores if scores[name].per_item]
+    if len({len(scores[name].per_item) for name in names}) > 1:  # a command's own choice of rows
+        names = names[-1:]
+    rows = zip(*(scores[name].per_item for name in names), strict=True)
+    return [
+        {
+            "prompt": row[0]["prompt"],
+            **{key: row[0][key] for key in ("messages", "choices") if key in row[0]},
+            "expected": row[0]["expected"],
+            **{name: answer["answer"] for name, answer in zip(names, row, strict=True)},
+            "ok": {name: answer["ok"] for name, answer in zip(names, row, strict=True)},
+        }
+        for row in rows
+    ]
+
+
+def evaluation(scores: Scores) -> dict[str, JsonValue]:
+    """Return the whole evaluation: scores, questions and answers."""
+    return {
+        "schema": 1,
+        "scores": {
+            name: {"score": s.score, "n": s.n, "metric": s.metric} for name, s in scores.items()
+        },
+        "items": side_by_side(scores),
+    }
+
+
+def test_result(
+    scores: Scores, max_drop: float, min_score: float, unproven: Sequence[str]
+) -> dict[str, JsonValue]:
+    """Return in-toto's test result predicate: a published image has passed, perhaps with doubts.
+
+    https://github.com/in-toto/attestation/blob/main/spec/predicates/test-result.md
+    """
+    passed = [f"{name}: {s.score:.4f} {s.metric}, n={s.n}" for name, s in sorted(scores.items())]
+    return {
+        "result": "WARNED" if unproven else "PASSED",
+        "configuration": [],
+        "passedTests": [*passed, f"max_drop={max_drop:g}", f"min_score={min_score:g}"],
+        **({"warnedTests": [f"not proven: {reason}" for reason in unproven]} if unproven else {}),
+        "failedTests": [],
+    }

@@ -1,4 +1,8 @@
-"""Reads the bills of materials of a base image: attached to it, or listed in its index.
+"""Bills of materials: CycloneDX 1.6 of a model with its card, or of an engine; a base's own.
+
+https://cyclonedx.org/docs/1.6/json/
+
+A base's are attached to it, or listed in its index.
 
 BuildKit writes them as statements, in a separate manifest that names its image:
 https://github.com/moby/buildkit/blob/master/docs/attestations/attestation-storage.md
@@ -6,11 +10,18 @@ https://github.com/moby/buildkit/blob/master/docs/attestations/attestation-stora
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from weightsmith import __version__
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.resources import engine_source
+from weightsmith.core.safe_parse import parse, parse_yaml
+from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, Scores, key_of
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import LARGEST_PART, Attachment
 from weightsmith.oci.image import Image
@@ -18,11 +29,23 @@ from weightsmith.oci.layers import TITLE
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.evidence import SPDX_TYPE, AttachedDocument, titled
-from weightsmith.provenance.mlbom import MEDIA_TYPE, engine_bom
+from weightsmith.recipe.schema import Card
 
+MEDIA_TYPE = "application/vnd.cyclonedx+json"
+_MODEL = "machine-learning-model"
+_FRONT_MATTER = 65536
+"""Bytes of a model card that are searched for its front matter."""
+_LICENSES = {
+    name.lower(): name
+    for name in (
+        *("Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "ISC", "MPL-2.0", "Unlicense"),
+        *("GPL-3.0-only", "AGPL-3.0-only", "LGPL-3.0-only", "CC0-1.0", "CC-BY-4.0", "WTFPL"),
+        *("CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "Artistic-2.0", "OFL-1.1"),
+    )
+}
+"""Licence in model cards -> SPDX identifier; others, such as `llama3`, are plain names."""
 OWN_ENGINE = "engine:"
 """Prefix of bases that are a folder of images/engines/, assembled here from its tools."""
-
 ENGINE_BILL, MODEL_BILL = "engine.cdx.json", "model.cdx.json"
 _TYPES = (MEDIA_TYPE, SPDX_TYPE)
 _PREDICATES = {
@@ -105,3 +128,190 @@ def _stated(attestation: Attachment) -> Iterator[AttachedDocument]:
 
 def _size(attachment: Attachment) -> int:
     return sum(part.blob.size for part in attachment.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ancestor:
+    """A model that this model was made from."""
+
+    name: str
+    pin: str
+    digest: Digest
+    license: str = ""
+    version: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BilledModel:
+    """Facts about a model for its bill of materials."""
+
+    name: str
+    version: str
+    digest: Digest
+    files: Sequence[FileEntry]
+    format: str
+    model_type: str = ""
+    architecture: str = ""
+    license: str = ""
+    ancestors: Sequence[Ancestor] = ()
+    scores: Scores = field(default_factory=dict)
+    card: Card = field(default_factory=Card)
+
+
+def ml_bom(model: BilledModel) -> dict[str, JsonValue]:
+    """Return a model's bill of materials: identity, ancestors, scores and use."""
+    component: dict[str, JsonValue] = {
+        "type": _MODEL,
+        "bom-ref": "model",
+        "name": model.name,
+        "version": model.version,
+        "hashes": [_hash(model.digest)],
+        "modelCard": _card(model),
+        "properties": [{"name": "weightsmith:format", "value": model.format}],
+    }
+    if model.card.description:
+        component["description"] = model.card.description
+    if model.license:
+        component["licenses"] = [_license(model.license)]
+    parents = [_ancestor(n, ancestor) for n, ancestor in enumerate(model.ancestors)]
+    if parents:
+        component["pedigree"] = {"ancestors": parents}
+    files: list[Mapping[str, JsonValue]] = [
+        {"type": "file", "bom-ref": f"file:{file.path}", "name": file.path,
+         "hashes": [_hash(file.digest)]}
+        for file in model.files
+    ]  # fmt: skip
+    return _document(component, files, [str(row["bom-ref"]) for row in files])
+
+
+def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[str, JsonValue]:
+    """Return the bill of materials of an engine compiled here, from its `source.json`."""
+    upstream = next((v for v in source.values() if isinstance(v, dict) and "commit" in v), {})
+    repository = str(upstream.get("repository", ""))
+    component: dict[str, JsonValue] = {
+        "type": "application",
+        "bom-ref": "engine",
+        "name": name,
+        "version": str(upstream.get("version") or source.get("version") or "0"),
+        "hashes": [_hash(digest)],
+    }
+    if upstream.get("license"):
+        component["licenses"] = [_license(str(upstream["license"]))]
+    if repository:
+        component["externalReferences"] = [{"type": "vcs", "url": repository}]
+        path = repository.removeprefix("https://github.com/")
+        component["purl"] = f"pkg:github/{path}@{upstream['commit']}"
+    tools = source.get("compiler") or {}
+    rows = [
+        {"type": "library" if tool == "ziglang" else "application", "bom-ref": f"tool:{tool}",
+         "name": tool, "version": str(version), "purl": f"pkg:pypi/{tool}@{version}"}
+        for tool, version in sorted(tools.items())
+    ]  # fmt: skip
+    return _document(component, rows, [str(row["bom-ref"]) for row in rows])
+
+
+def license_of(folder: Path) -> str:
+    """Return the licence in a model card's front matter, or empty.
+
+    https://huggingface.co/docs/hub/model-cards#model-card-metadata
+    """
+    try:
+        with (folder / "README.md").open("rb") as file:
+            first, *lines = file.read(_FRONT_MATTER).decode("utf-8", "replace").split("\n")
+        fence = [line.rstrip() for line in lines].index("---")
+        header = parse_yaml("\n".join(lines[:fence])) if first.rstrip() == "---" else None
+    except (OSError, ValueError):
+        return ""
+    named = header.get("license") if isinstance(header, dict) else None
+    return named if isinstance(named, str) else ""
+
+
+def license_in(bill: bytes, digest: str) -> str:
+    """Return the licence that a bill of materials states of the model with this digest, or empty.
+
+    Bills of other things are attached to images too: of the engine, or somebody's scan.
+    """
+    with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
+        component = parse(bill)["metadata"]["component"]
+        if component["type"] == _MODEL and _hash(Digest(digest)) in component["hashes"]:
+            stated = component["licenses"][0]["license"]
+            return re.sub(r"\s+", " ", str(stated.get("id") or stated["name"]))[:100]
+    return ""
+
+
+def _card(model: BilledModel) -> dict[str, JsonValue]:
+    parameters: dict[str, JsonValue] = {
+        "task": "text-generation",
+        "inputs": [{"format": "string"}],
+        "outputs": [{"format": "string"}],
+    }
+    if model.model_type:
+        parameters["architectureFamily"] = model.model_type
+    if model.architecture:
+        parameters["modelArchitecture"] = model.architecture
+    card: dict[str, JsonValue] = {"modelParameters": parameters}
+    if model.scores:
+        card["quantitativeAnalysis"] = {
+            "performanceMetrics": [
+                {"type": score.metric, "value": f"{score.score:.4f}", "slice": f"{who}, {score.n}"}
+                for who, score in sorted(model.scores.items())
+            ]
+        }
+    considerations = {
+        "useCases": [model.card.intended_use] if model.card.intended_use else [],
+        "technicalLimitations": [model.card.limitations] if model.card.limitations else [],
+    }
+    if any(considerations.values()):
+        card["considerations"] = {key: value for key, value in considerations.items() if value}
+    return card
+
+
+def _ancestor(number: int, ancestor: Ancestor) -> dict[str, JsonValue]:
+    row: dict[str, JsonValue] = {
+        "type": _MODEL,
+        "bom-ref": f"ancestor:{number}",
+        "name": ancestor.name,
+        "hashes": [_hash(ancestor.digest)],
+        "properties": [{"name": "weightsmith:pin", "value": ancestor.pin}],
+    }
+    if ancestor.version:
+        row["version"] = ancestor.version
+    if ancestor.description:
+        row["description"] = ancestor.description
+    if ancestor.license:
+        row["licenses"] = [_license(ancestor.license)]
+    return row
+
+
+def _document(
+    component: Mapping[str, JsonValue], rows: Sequence[JsonValue], needs: Sequence[str]
+) -> dict[str, JsonValue]:
+    own = str(component["bom-ref"])
+    facts = key_of([component, rows])
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        # Derived from the content, so that the same model has the same bill.
+        "serialNumber": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, facts)}",
+        "version": 1,
+        "metadata": {
+            "tools": {
+                "components": [
+                    {"type": "application", "name": "weightsmith", "version": __version__}
+                ]
+            },
+            "component": dict(component),
+        },
+        "components": list(rows),
+        "dependencies": [{"ref": own, "dependsOn": list(needs)}],
+    }
+
+
+def _hash(digest: Digest) -> dict[str, str]:
+    return {"alg": "SHA-256", "content": digest.hex}
+
+
+def _license(name: str) -> dict[str, JsonValue]:
+    known = _LICENSES.get(name.lower())
+    return {"license": {"id": known} if known else {"name": name}}

@@ -11,9 +11,8 @@ from weightsmith.evaluating.results import Result, main_scores, unproven_of
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.gguf_names import gguf_models
 from weightsmith.models.reshard import Resharded
-from weightsmith.oci.image import Image, Order
-from weightsmith.oci.index import ImageOrIndex, index_of
-from weightsmith.provenance.mlbom import license_of
+from weightsmith.oci.image import Image, ImageOrIndex, Order, index_of
+from weightsmith.provenance.bills import license_of
 from weightsmith.recipe.schema import Recipe
 from weightsmith.serving.engine import Engine
 from weightsmith.serving.plan import ServingConfig

@@ -15,6 +15,7 @@ from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
 from weightsmith.oci.locations import ImageLocation
 from weightsmith.provenance import signing
+from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import (
     STATEMENTS,
     Evidence,
@@ -23,7 +24,6 @@ from weightsmith.provenance.evidence import (
     signatures_in,
     statement_parts,
 )
-from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.statements import Statement
 
 _PREDICATE = "in-toto.io/predicate-type"

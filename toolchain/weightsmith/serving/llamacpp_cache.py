@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.models.attention import CacheLayers
-from weightsmith.models.shape import ModelShape
+from weightsmith.models.shape import CacheLayers, ModelShape
 
 KV_TYPES: dict[str, tuple[int, int]] = {
     "f32": (4, 1),

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import JsonValue
-from weightsmith.models.facts import ModelFacts
-from weightsmith.models.matrices import Vision
+from weightsmith.models.facts import ModelFacts, Vision
 from weightsmith.models.shape import ModelShape
 from weightsmith.serving.devices import CPU
 from weightsmith.serving.engine import ServeOptions

@@ -16,8 +16,7 @@ from functools import cached_property
 from typing import Literal
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.models.attention import CacheLayers, Kind
-from weightsmith.models.shape import ModelShape
+from weightsmith.models.shape import CacheLayers, Kind, ModelShape
 from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.length import Lengths
 from weightsmith.serving.machine import Machine, dtype_bytes

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.models.facts import ModelFacts
-from weightsmith.models.matrices import Matrices, Vision
+from weightsmith.models.facts import Matrices, ModelFacts, Vision
 from weightsmith.models.shape import ModelShape
 
 _TIED = {

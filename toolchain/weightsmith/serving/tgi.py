@@ -9,8 +9,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import JsonValue
-from weightsmith.models.facts import ModelFacts
-from weightsmith.models.positions import PositionSettings
+from weightsmith.models.facts import ModelFacts, PositionSettings
 from weightsmith.serving.engine import Engine, EngineBase, ServedModel, ServeOptions, Support
 from weightsmith.serving.options import OptionList, load_options
 from weightsmith.serving.paged_capacity import PagedCapacity, Rules, Switches

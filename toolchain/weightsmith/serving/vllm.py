@@ -14,8 +14,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.values import Format, JsonValue
-from weightsmith.models.facts import ModelFacts
-from weightsmith.models.packing import Packing
+from weightsmith.models.facts import ModelFacts, Packing
 from weightsmith.models.shape import ModelShape
 from weightsmith.serving.devices import AMX, CPU, is_cpu
 from weightsmith.serving.engine import (

@@ -17,15 +17,13 @@ from weightsmith.evaluating.results import Result, verdict_of
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.gguf_names import gguf_models, projector_of
 from weightsmith.models.reshard import Resharded, reshard
-from weightsmith.oci.collisions import first_collision
 from weightsmith.oci.configuration import Healthcheck, ImageConfig
-from weightsmith.oci.image import DEFAULT_PLATFORM, Image
-from weightsmith.oci.index import host_image
+from weightsmith.oci.image import DEFAULT_PLATFORM, Image, host_image
 from weightsmith.oci.layers import Layer, Member, TarLayer
 from weightsmith.oci.limits import check_layers
-from weightsmith.oci.modelpack import ModelDescription, model_pack, tar_model_pack
-from weightsmith.oci.ollama import ollama_model
+from weightsmith.oci.modelpack import ModelDescription, model_pack, ollama_model, tar_model_pack
 from weightsmith.oci.references import Reference
+from weightsmith.oci.streams import first_collision
 from weightsmith.oci.weights import (
     LARGEST_ANYWHERE,
     fastest_layer,

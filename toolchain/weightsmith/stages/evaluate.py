@@ -29,8 +29,7 @@ from weightsmith.evaluating.smoke import (
 from weightsmith.evaluating.task import Answers, ask_server, score_task
 from weightsmith.models.facts import read_facts
 from weightsmith.models.templates import own_template, takes_parts
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import host_image, index_of
+from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.provenance.materials import ImageInputs, ImageMaterials, index_of_materials
 from weightsmith.provenance.roles import has_own_engine
 from weightsmith.serving.devices import is_cpu

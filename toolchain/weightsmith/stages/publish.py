@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightsmith.core.values import LORA, Artifact, Published, Sources
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import host_image
+from weightsmith.oci.image import Image, host_image
 from weightsmith.oci.manifests import OLLAMA_MODEL, OLLAMA_PROJECTOR
-from weightsmith.oci.ollama import modelfile
+from weightsmith.oci.modelpack import modelfile
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.attest import evidence
 from weightsmith.provenance.bills import base_documents

@@ -22,13 +22,6 @@ from weightsmith.core.resources import (
 from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Blob, Digest, JsonValue, StageInputs, key_of
 from weightsmith.oci.configuration import ImageConfig
-from weightsmith.oci.engine_layers import (
-    ACCOUNTS,
-    GROUPING,
-    PACKAGE,
-    program_layers,
-    root_layers,
-)
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layers import (
     LAYER_TAR,
@@ -40,7 +33,14 @@ from weightsmith.oci.layers import (
 from weightsmith.oci.layout import is_layout, locate, read_all, read_layout
 from weightsmith.oci.locations import reference_of
 from weightsmith.oci.tar import source_date_epoch
-from weightsmith.oci.weights import OWN_LAYER
+from weightsmith.oci.weights import (
+    ACCOUNTS,
+    GROUPING,
+    OWN_LAYER,
+    PACKAGE,
+    program_layers,
+    root_layers,
+)
 from weightsmith.provenance.bills import OWN_ENGINE
 from weightsmith.provenance.labels import ENGINE_LABEL, ENGINE_VERSION
 from weightsmith.recipe.file import RecipeFile

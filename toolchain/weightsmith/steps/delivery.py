@@ -11,8 +11,7 @@ from weightsmith.core.errors import EnvironmentFailure, WeightsmithError
 from weightsmith.core.ports import CANDIDATES
 from weightsmith.core.values import Artifact, Checkpoint, Digest, Published, key_of
 from weightsmith.oci.archive import docker_archive, incremental_images
-from weightsmith.oci.image import Image, image_layers
-from weightsmith.oci.index import ImageOrIndex, Index, host_image, images_of
+from weightsmith.oci.image import Image, ImageOrIndex, Index, host_image, image_layers, images_of
 from weightsmith.oci.layout import held_digest
 from weightsmith.oci.locations import ImageLocation, LayoutLocation, RegistryLocation
 from weightsmith.oci.references import Reference

@@ -10,8 +10,7 @@ from weightsmith.core.ports import StartSpec
 from weightsmith.evaluating.client import wait_until_healthy
 from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.smoke import Smoke
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import is_for_host
+from weightsmith.oci.image import Image, is_for_host
 from weightsmith.provenance.labels import plan_of
 from weightsmith.serving.devices import AMX, AMX_FLAGS, is_cpu
 from weightsmith.steps.tools import Tools

@@ -15,15 +15,16 @@ from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.files import exchange, folder_lock, is_unfinished
 from weightsmith.core.trees import discard
 from weightsmith.core.waiting import holder
-from weightsmith.oci.index import ImageOrIndex, Index, images_of
+from weightsmith.oci.image import ImageOrIndex, Index, images_of
 from weightsmith.oci.layout import (
     DEFAULT_NAME,
+    PARTS,
+    forget,
     held_digest,
     image_names,
     write_index,
     write_layout,
 )
-from weightsmith.oci.layout_attachments import PARTS, forget
 from weightsmith.serving.memory import human
 from weightsmith.steps.tools import Tools
 

@@ -15,8 +15,7 @@ from weightsmith.building.wiring import open_tools
 from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.oci.attachments import Attachment, AttachmentPart
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import Index
+from weightsmith.oci.image import Image, Index
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry

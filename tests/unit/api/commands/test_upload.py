@@ -23,7 +23,7 @@ from weightsmith.oci.layers import TITLE
 from weightsmith.oci.layout import write_layout
 from weightsmith.oci.modelpack import ModelDescription, model_pack
 from weightsmith.oci.references import Reference
-from weightsmith.provenance.mlbom import MEDIA_TYPE
+from weightsmith.provenance.bills import MEDIA_TYPE
 from weightsmith.stages.upload import HubDestination, repository_of
 from weightsmith.steps.tools import Tools
 

@@ -31,16 +31,15 @@ from weightsmith.core.values import (
 )
 from weightsmith.models.folder import scan
 from weightsmith.models.gguf_config import gguf_file_type, gguf_tensor_types
-from weightsmith.models.gguf_names import gguf_models
-from weightsmith.models.gguf_parts import model_name
+from weightsmith.models.gguf_names import gguf_models, model_name
 from weightsmith.models.safetensors import read_header
-from weightsmith.oci.ollama import check_name
+from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import Reference
 from weightsmith.provenance.labels import PLAN, PREFIX, plan_label
 from weightsmith.provenance.materials import ImageInputs
 from weightsmith.quantizers import formats
 from weightsmith.quantizers.gguf_types import FILE_TYPES
-from weightsmith.recipe.outputs import KINDS, LOADABLE
+from weightsmith.recipe.schema import KINDS, LOADABLE
 from weightsmith.serving.engine import ServedModel, ServeOptions
 from weightsmith.serving.plan import ServingConfig
 from weightsmith.serving.targets import Target

@@ -21,7 +21,7 @@ from weightsmith.oci.locations import (
     open_location,
     reference_of,
 )
-from weightsmith.oci.ollama import check_name
+from weightsmith.oci.modelpack import check_name
 from weightsmith.oci.references import DOCKER_HUB, Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance.evidence import read_attached, statement_parts

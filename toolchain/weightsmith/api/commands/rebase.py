@@ -13,14 +13,14 @@ from weightsmith.core.values import Digest, Json, plain
 from weightsmith.evaluating.client import ask, find_served, first_name
 from weightsmith.evaluating.items import Item
 from weightsmith.oci import manifests
-from weightsmith.oci.collisions import first_collision
-from weightsmith.oci.image import Image
-from weightsmith.oci.index import host_image, index_of
+from weightsmith.oci.image import Image, host_image, index_of
 from weightsmith.oci.locations import ImageLocation, open_location
 from weightsmith.oci.references import Reference
+from weightsmith.oci.streams import first_collision
 from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
-from weightsmith.provenance.bills import MODEL_BILL, base_documents
+from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL, base_documents
+from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import AttachedDocument, Evidence
 from weightsmith.provenance.labels import (
     ENGINE_LABEL,
@@ -29,8 +29,6 @@ from weightsmith.provenance.labels import (
     engine_version,
     moved_labels,
 )
-from weightsmith.provenance.lineage import trace
-from weightsmith.provenance.mlbom import MEDIA_TYPE
 from weightsmith.provenance.roles import (
     BASE_DIGEST,
     BASE_NAME,

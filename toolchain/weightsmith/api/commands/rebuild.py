@@ -21,8 +21,8 @@ from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.provenance import evidence, signing
+from weightsmith.provenance.chain import trace
 from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, AttachedDocument
-from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import check_recipe
 from weightsmith.recipe.schema import Evaluate

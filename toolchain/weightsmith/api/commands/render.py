@@ -15,8 +15,13 @@ from weightsmith.core.safe_parse import parse_file
 from weightsmith.core.values import SAFETENSORS
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.folder import no_folder, scan
-from weightsmith.models.gguf_names import files_with, gguf_models, projector_of
-from weightsmith.models.gguf_parts import model_name, parts_of
+from weightsmith.models.gguf_names import (
+    files_with,
+    gguf_models,
+    model_name,
+    parts_of,
+    projector_of,
+)
 from weightsmith.quantizers import of_format
 from weightsmith.serving.engine import Engine, ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan

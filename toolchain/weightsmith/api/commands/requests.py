@@ -16,9 +16,8 @@ from pydantic import Field, SkipValidation
 from weightsmith.core.errors import UsageError
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.values import Score
-from weightsmith.recipe.outputs import ImageNames
 from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.schema import Quantize, Recipe, Scoring, Serve
+from weightsmith.recipe.schema import ImageNames, Quantize, Recipe, Scoring, Serve
 from weightsmith.recipe.section import Flag, FlagFields, PathUse
 
 READ, WRITTEN = PathUse.READ, PathUse.WRITTEN

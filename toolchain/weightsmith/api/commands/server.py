@@ -16,7 +16,7 @@ from weightsmith.core.ports import Endpoint, StartSpec
 from weightsmith.core.values import Json, without_passwords
 from weightsmith.evaluating.client import Served, check_served_name, find_served, first_name
 from weightsmith.evaluating.session import ServerSession, SessionLimits
-from weightsmith.oci import tls
+from weightsmith.oci import connections
 from weightsmith.oci.image import Image
 from weightsmith.oci.layout import is_layout, locate, read_layout
 from weightsmith.oci.locations import reference_of
@@ -50,7 +50,7 @@ def session_with(
     does not become ready.
     """
     if place.url:
-        running, trusted = _running(place.url), tls.trusted()
+        running, trusted = _running(place.url), connections.trusted()
         with ServerSession(running, limits, key=api_key(), trusted=trusted) as session:
             yield session
         return

@@ -19,18 +19,16 @@ from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.evaluating.pages import model_card, read_as_facts
 from weightsmith.models.folder import check_model_folder, check_no_code, pickles_in, scan
-from weightsmith.models.gguf_names import files_with
-from weightsmith.models.gguf_parts import model_name
+from weightsmith.models.gguf_names import files_with, model_name
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
 from weightsmith.oci.layout import held_digest, is_layout
 from weightsmith.oci.locations import ImageLocation, open_location
 from weightsmith.oci.manifests import MODEL_LAYERS
 from weightsmith.oci.unpack import unpack
-from weightsmith.provenance import mlbom
+from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
 from weightsmith.provenance.evidence import read_attached
 from weightsmith.provenance.labels import ARTIFACT, PREFIX, VERDICT, plan_in
-from weightsmith.provenance.mlbom import license_of
 from weightsmith.provenance.roles import weights_of
 from weightsmith.quantizers import of_format
 from weightsmith.serving.memory import human
@@ -250,9 +248,9 @@ def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) ->
         part.read()
         for one in attached
         for part in one.parts
-        if part.blob.media_type == mlbom.MEDIA_TYPE and part.blob.size <= SMALL
+        if part.blob.media_type == MEDIA_TYPE and part.blob.size <= SMALL
     ]
-    stated = (mlbom.license_in(bill, image.labels.get(ARTIFACT, "")) for bill in bills)
+    stated = (license_in(bill, image.labels.get(ARTIFACT, "")) for bill in bills)
     context = plan_in(image.labels).get("max_model_len", 0)
     name = source.rpartition("/")[2].partition("@")[0].partition(":")[0]
     card = card_of_labels(

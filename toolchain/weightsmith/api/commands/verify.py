@@ -32,9 +32,8 @@ from weightsmith.oci.locations import (
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import ChunkFile, TarEntry
 from weightsmith.provenance import evidence, signing
-from weightsmith.provenance.chain import Check, check_chain
+from weightsmith.provenance.chain import Check, check_chain, trace
 from weightsmith.provenance.evidence import AttachedDocument
-from weightsmith.provenance.lineage import trace
 from weightsmith.provenance.roles import weights_of
 from weightsmith.provenance.statements import Statement
 

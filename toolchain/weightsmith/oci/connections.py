@@ -1,4 +1,7 @@
-"""Chooses the proxy for a host by HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY.
+"""Chooses proxies and trusted certificates, and sees whether a registry here speaks TLS.
+
+On loopback plain HTTP comes first, and TLS if the registry requires it: the first reply shows
+which, and no credentials are sent before it. TLS first hangs on servers that wait for a line.
 
 NO_PROXY is read as Docker reads it, with networks and ports, which httpx does not support:
 https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config
@@ -7,12 +10,17 @@ https://pkg.go.dev/golang.org/x/net/http/httpproxy#Config
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import socket
 import ssl
 import threading
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from urllib.request import getproxies
 
+import certifi
 import httpx
 
 from weightsmith.core.errors import EnvironmentFailure
@@ -22,6 +30,8 @@ from weightsmith.oci.references import is_loopback
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=16)
 _RULE = re.compile(r"(\[[^]]*\]|[^:]*)(?::(\d+))?")
 _PORTS = {"http": 80, "https": 443}
+_SECONDS = 2.0
+_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 class ProxyTransport(httpx.BaseTransport):
@@ -38,18 +48,17 @@ class ProxyTransport(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request; raises EnvironmentFailure for an unusable proxy."""
-        return self._transport_for(proxy_of(request.url, self._proxies)).handle_request(request)
+        proxy = proxy_of(request.url, self._proxies)
+        with self._lock:
+            if proxy not in self._transports:
+                self._transports[proxy] = self._open(proxy)
+            transport = self._transports[proxy]
+        return transport.handle_request(request)
 
     def close(self) -> None:
         """Close the connections."""
         for transport in self._transports.values():
             transport.close()
-
-    def _transport_for(self, proxy: str) -> httpx.HTTPTransport:
-        with self._lock:
-            if proxy not in self._transports:
-                self._transports[proxy] = self._open(proxy)
-            return self._transports[proxy]
 
     def _open(self, proxy: str) -> httpx.HTTPTransport:
         try:
@@ -72,25 +81,23 @@ def proxy_of(url: httpx.URL, proxies: Mapping[str, str]) -> str:
     """
     named = proxies.get(url.scheme) or proxies.get("all") or ""
     port = url.port or _PORTS.get(url.scheme, 0)
-    if not named or is_loopback(url.host) or _is_excluded(url.host, port, proxies.get("no", "")):
+    rules = re.split(r"[,\s]+", proxies.get("no", "").lower())
+    if not named or is_loopback(url.host) or any(_matches(url.host, port, rule) for rule in rules):
         return ""
     return named if "://" in named else f"http://{named}"
 
 
 def display_proxy(url: str) -> str:
     """Return the environment's proxy for a URL, without its credentials."""
-    proxy = proxy_of(httpx.URL(url), getproxies())
-    return proxy.rpartition("@")[2].partition("://")[2] or proxy.rpartition("@")[2]
-
-
-def _is_excluded(host: str, port: int, rules: str) -> bool:
-    return any(_matches(host.lower(), port, rule) for rule in re.split(r"[,\s]+", rules.lower()))
+    proxy = proxy_of(httpx.URL(url), getproxies()).rpartition("@")[2]
+    return proxy.partition("://")[2] or proxy
 
 
 def _matches(host: str, port: int, rule: str) -> bool:
     """Say whether a rule of NO_PROXY matches a host: `*`, a domain, an address or a network."""
     if rule == "*":
         return True
+    host = host.lower()
     try:
         return ipaddress.ip_address(host) in ipaddress.ip_network(rule.strip("[]"), strict=False)
     except ValueError:
@@ -100,3 +107,57 @@ def _matches(host: str, port: int, rule: str) -> bool:
         return False
     name = found[1].strip("[]")
     return host == name or host.endswith(name if name.startswith(".") else f".{name}")
+
+
+def trusted() -> ssl.SSLContext:
+    """Return a context that trusts the system's CAs, or those of SSL_CERT_FILE and SSL_CERT_DIR.
+
+    Without these, it trusts the CAs of REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE, a file or a folder. If
+    the system has none, it trusts Mozilla's, from the certifi package. Reading them takes longer
+    than a request, so clients of the same CAs share a context. Raises EnvironmentFailure for a
+    bundle without certificates; one that does not exist counts for nothing, as with OpenSSL.
+    """
+    file, folder, *bundles = map(os.environ.get, _VARIABLES)
+    there = (bundle for bundle in bundles if bundle and Path(bundle).exists())
+    bundle = next(there, "") if not (file or folder) else ""
+    try:
+        return _trusting(file, folder, bundle)
+    except OSError as error:  # an SSLError is one
+        raise EnvironmentFailure(
+            f"{bundle or file}: the certificates cannot be read: {error.strerror or error}",
+            hint=f"correct {' or '.join(_VARIABLES[2:] if bundle else _VARIABLES[:2])}",
+        ) from None
+
+
+@cache
+def _trusting(_file: str | None, _folder: str | None, bundle: str) -> ssl.SSLContext:
+    is_folder = Path(bundle).is_dir()
+    context = ssl.create_default_context(
+        cafile=(bundle or None) if not is_folder else None,
+        capath=(bundle or None) if is_folder else None,
+    )
+    if bundle:
+        return context
+    if not context.cert_store_stats()["x509_ca"]:
+        context.load_verify_locations(certifi.where())
+    return context
+
+
+def unverified() -> ssl.SSLContext:
+    """Return a context that accepts any certificate, for `--insecure`; it reads no CAs."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def speaks_tls(host: str, port: int) -> bool:
+    """Say whether a TLS handshake succeeds; nothing else is sent."""
+    try:
+        with (
+            socket.create_connection((host, port), _SECONDS) as plain,
+            unverified().wrap_socket(plain, server_hostname=host),
+        ):
+            return True
+    except (OSError, ValueError):
+        return False
