@@ -294,14 +294,15 @@ class Index:
     @cached_property
     def manifest_bytes(self) -> bytes:
         """The index document, platforms sorted."""
-        rows: list[dict[str, JsonValue]] = []
+        rows = []
         for image in self.images:
             system, _, machine = image.platform.partition("/")
             platform: dict[str, JsonValue] = {"os": system, "architecture": machine}
             if variant := image.settings.get("variant"):
                 platform["variant"] = variant
-            rows.append({**manifests.described(image.manifest_blob), "platform": platform})
-        return manifests.index_of(sorted(rows, key=lambda row: canonical(row["platform"])))
+            row = {**manifests.described(image.manifest_blob), "platform": platform}
+            rows.append((canonical(platform), row))
+        return manifests.index_of([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
     @property
     def digest(self) -> Digest:
