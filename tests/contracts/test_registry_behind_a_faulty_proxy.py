@@ -62,27 +62,6 @@ def read_all(client: Registry, place: Reference) -> None:
         b"".join(layer.open())
 
 
-@pytest.mark.parametrize("fault", REPAIRABLE)
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [("HEAD", "/blobs/"), ("POST", "/uploads/"), ("PATCH", "/uploads/"), ("PUT", "/uploads/"),
-     ("PUT", "/manifests/")],
-)  # fmt: skip
-def test_a_push_survives(
-    behind: tuple[str, str, Faults], image: Image, method: str, path: str, fault: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    host, way, faults = behind
-    if method == "PATCH":
-        as_if_large(monkeypatch)
-    name = f"one/{method.lower()}-{path.strip('/')}-{fault}:1"
-    faults.plan = [(method, path, fault)] * 2
-    with Registry(pause=lambda _: None) as client:
-        client.push(image, Reference.parse(f"{way}/{name}"))
-    assert straight(host, name) == image.digest
-    assert not faults.plan
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_a_push_and_a_pull_through_a_storm(
     behind: tuple[str, str, Faults], image: Image, seed: int, monkeypatch: pytest.MonkeyPatch

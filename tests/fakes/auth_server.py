@@ -12,11 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, serving
 
 USER, PASSWORD = "ann", "s3cret"
 
@@ -76,10 +75,7 @@ def token_server(folder: Path) -> Iterator[Tokens]:
     key, certificate = make_certificate(folder, "tokens")
     state = Tokens(key, certificate)
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
+    class Handler(Replying):
         def do_GET(self) -> None:
             wanted = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
             query = parse_qs(urlsplit(self.path).query)
@@ -89,12 +85,8 @@ def token_server(folder: Path) -> Iterator[Tokens]:
             if right:
                 token = state.issue(query.get("scope", []))
                 body = json.dumps({"token": token, "expires_in": state.lasts}).encode()
-            self.send_response(200 if right else 401)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            self.reply(200 if right else 401, body)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    with serving(server) as url:
+    with serving(Serving(Handler)) as url:
         state.url = f"{url}/token"
         yield state

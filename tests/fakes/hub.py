@@ -6,12 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -39,7 +38,7 @@ class FakeHub:
         """Kept by Git LFS, with a SHA-256."""
         self.fetched: list[str] = []
         self.listing = True
-        self.server: ThreadingHTTPServer
+        self.server: Serving
         self.url = ""
 
     def row(self, name: str) -> Mapping[str, object]:
@@ -59,61 +58,48 @@ class FakeHub:
         return hashlib.sha256(data).hexdigest() if name in self.large else git_id(data)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Replying):
     """Serves `team/model`; `team/secret` is gated."""
 
     state: FakeHub
 
-    def log_message(self, *_: object) -> None:
-        pass
-
     def do_HEAD(self) -> None:
-        self._file(body=False)
+        self._file()
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path.startswith("/api/models/team/secret"):
-            self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif path.startswith("/api/models/team/model"):
             self._api(path)
         elif path.startswith("/api/"):
-            self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         else:
-            self._file(body=True)
+            self._file()
 
     def _api(self, path: str) -> None:
         if "/revision/" in path and path.rpartition("/")[2] not in ("main", COMMIT):
-            self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             return
         files = self.state.files
         if "/tree/" in path:
             rows = [self.state.row(name) for name in files]
-            self._send(200 if self.state.listing else 501, json.dumps(rows).encode())
+            self.reply(200 if self.state.listing else 501, json.dumps(rows).encode())
             return
         siblings = [{"rfilename": name} for name in files]
         answer = {"id": "team/model", "modelId": "team/model", "sha": COMMIT, "siblings": siblings}
-        self._send(200, json.dumps(answer).encode())
+        self.reply(200, json.dumps(answer).encode())
 
-    def _file(self, *, body: bool) -> None:
+    def _file(self) -> None:
         name = self.path.partition("?")[0].rpartition("/")[2]
         if f"/team/model/resolve/{COMMIT}/" not in self.path or name not in self.state.files:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
             return
-        if body:
+        if self.command == "GET":
             self.state.fetched.append(name)
         data = self.state.sent.get(name, self.state.files[name])
         headers = {"ETag": f'"{self.state.etag(name)}"', "X-Repo-Commit": COMMIT}
-        self._send(200, data if body else b"", headers, length=len(data))
-
-    def _send(
-        self, status: int, data: bytes, headers: Mapping[str, str] | None = None, length: int = -1
-    ) -> None:
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(length if length >= 0 else len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.reply(200, data, headers)
 
 
 @contextmanager
@@ -122,8 +108,7 @@ def fake_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     from huggingface_hub import constants
 
     state = FakeHub()
-    handler = type("Handler", (_Handler,), {"state": state})
-    state.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    state.server = Serving(_Handler, state=state)
     state.url = url = f"http://127.0.0.1:{state.server.server_port}"
     # The client reads its variables when it is imported, which another test may have done.
     monkeypatch.setenv("HF_ENDPOINT", url)

@@ -11,7 +11,6 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from cryptography.hazmat.primitives import hashes
@@ -19,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.fakes.auth_server import make_certificate
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, serving
 
 KEY_ID = "1234abcd-12ab-34cd-56ef-1234567890ab"
 
@@ -66,21 +65,13 @@ def key_service(folder: Path) -> Iterator[KeyService]:
     pair = make_certificate(folder, "kms")
     service = KeyService(certificate=pair[1])
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
+    class Handler(Replying):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             target = self.headers["X-Amz-Target"].rpartition(".")[2]
-            data = json.dumps(service.answer(target, body)).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/x-amz-json-1.1")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            data = json.dumps(service.answer(target, json.loads(self.body()))).encode()
+            self.reply(200, data, {"Content-Type": "application/x-amz-json-1.1"})
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = Serving(Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pair[1], pair[0])
     server.socket = context.wrap_socket(server.socket, server_side=True)

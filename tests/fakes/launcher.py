@@ -6,9 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import yaml
 from weightsmith.core.errors import EnvironmentFailure
@@ -18,7 +16,7 @@ from weightsmith.provenance.labels import plan_of
 
 from tests.fakes.engine import Held, MemoryEngine
 from tests.fakes.journal import Journal
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, serving
 
 Answerer = Callable[[str, str], str]
 """(question, adapter or empty) -> answer; empty is what the image's own weights say."""
@@ -128,7 +126,9 @@ class _Server:
         """Start it; a program that cannot run is an endpoint that is not alive, with its log."""
         url = "http://127.0.0.1:1"
         if self.program:
-            url = self._open.enter_context(serving(_Listening(self, self.program)))
+            url = self._open.enter_context(
+                serving(Serving(_Handler, started=self, program=self.program))
+            )
             self.alive = True
             self.launcher.running += 1
             self._open.callback(self._ended)
@@ -151,30 +151,16 @@ class _Server:
         self.launcher.running -= 1
 
 
-class _Listening(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self, started: _Server, program: Program) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.started, self.program = started, program
-
-
-class _Handler(BaseHTTPRequestHandler):
-    @property
-    def listening(self) -> _Listening:
-        assert isinstance(self.server, _Listening)
-        return self.server
-
-    def log_message(self, *_: object) -> None:
-        pass
+class _Handler(Replying):
+    started: _Server
+    program: Program
 
     def do_GET(self) -> None:
-        self.send(200, {"data": [{"id": name} for name in self.listening.program.names]})
+        self.send(200, {"data": [{"id": name} for name in self.program.names]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        program, started = self.listening.program, self.listening.started
-        launcher = started.launcher
+        body = json.loads(self.body())
+        program, started, launcher = self.program, self.started, self.started.launcher
         question = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if launcher.dies_at and launcher.dies_at in question:
             started.lines.append("out of memory")
@@ -203,18 +189,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(200, {"model": body["model"], "choices": [choice]})
 
     def send(self, status: int, value: Json) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.reply(status, json.dumps(value).encode())
 
     def stream(self, text: str, *, chat: bool) -> None:
-        words: list[Any] = text.split()
-        parts = [{"delta": {"content": word}} if chat else {"text": word} for word in words]
-        events: list[Any] = [{"choices": [part]} for part in parts]
         self.send_response(200)
         self.end_headers()
-        for event in events:
-            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        for word in text.split():
+            part: Json = {"delta": {"content": word}} if chat else {"text": word}
+            self.wfile.write(f"data: {json.dumps({'choices': [part]})}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")

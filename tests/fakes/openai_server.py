@@ -2,11 +2,10 @@
 
 import json
 from contextlib import ExitStack, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from weightsmith.core.ports import Endpoint
 
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, serving
 
 
 def answer(text="7481"):
@@ -22,13 +21,11 @@ def flood(handler, body):
             handler.wfile.write(b"x" * 1_000_000)
 
 
-class FakeServer(ThreadingHTTPServer):
+class FakeServer(Serving):
     """An OpenAI server that behaves as its `behave(handler, body)` says."""
 
-    daemon_threads = True
-
     def __init__(self, behave=None):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.behave = behave or (lambda handler, body: handler.send(200, answer()))
         self.asked = []
         self.living = True
@@ -42,7 +39,7 @@ class FakeServer(ThreadingHTTPServer):
         )
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Replying):
     def do_GET(self):
         if self.path == "/health":
             self.send(getattr(self.server, "health", 200), {})
@@ -50,25 +47,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, {"data": [{"id": "support"}]})
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.body())
         self.server.asked.append(body)
         self.server.behave(self, body)
 
     def send(self, status, value, *, cut=0):
         text = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text[: len(text) - cut])
+        self.reply(status, text[: len(text) - cut], {"Content-Length": str(len(text))})
 
     def stream(self, *parts):
         self.send_response(200)
         self.end_headers()
         for part in parts:
             self.wfile.write(part)
-
-    def log_message(self, *args):
-        pass
 
 
 @contextmanager

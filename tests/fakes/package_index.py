@@ -8,9 +8,8 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, serving
 
 _JSON = "application/vnd.pypi.simple.v1+json"
 
@@ -49,32 +48,23 @@ class PackageIndex:
         ]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Replying):
     state: PackageIndex
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         parts = self.path.strip("/").split("/")
         if parts[0] == "files":
-            body = self.state.files[parts[1]]
-        else:
-            rows = self.state.listed(parts[1])
-            meta = {"meta": {"api-version": "1.0"}, "name": parts[1], "files": rows}
-            body = json.dumps(meta).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/zip" if parts[0] == "files" else _JSON)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            self.reply(200, self.state.files[parts[1]], {"Content-Type": "application/zip"})
+            return
+        rows = self.state.listed(parts[1])
+        meta = {"meta": {"api-version": "1.0"}, "name": parts[1], "files": rows}
+        self.reply(200, json.dumps(meta).encode(), {"Content-Type": _JSON})
 
 
 @contextmanager
 def package_index() -> Iterator[PackageIndex]:
     """Serve an index on a free loopback port."""
     state = PackageIndex()
-    handler = type("Handler", (_Handler,), {"state": state})
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+    with serving(Serving(_Handler, state=state)) as url:
         state.url = f"{url}/simple"
         yield state

@@ -8,18 +8,15 @@ import hashlib
 import itertools
 import json
 import re
-import socket
-import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 from weightsmith.oci.references import Reference
 
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, serving
 
 
 class FakeRegistry:
@@ -80,13 +77,9 @@ class FakeRegistry:
         return f"u{next(self._upload_numbers)}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Replying):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body are sent apart: the second would wait 40 ms
     state: FakeRegistry
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def setup(self) -> None:
         super().setup()
@@ -94,13 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.connections += 1
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.reply(status, body, {key.replace("_", "-"): value for key, value in headers.items()})
 
     def fail(self, status: int, code: str, message: str = "", **headers: str) -> None:
         body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
@@ -137,14 +124,6 @@ class _Handler(BaseHTTPRequestHandler):
         return self.route(path, parse_qs(urlsplit(self.path).query), fault)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_one  # noqa: N815 - the names http.server calls
-
-    def reset(self) -> None:
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.connection.close()
-        self.close_connection = True
-
-    def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def authorized(self) -> bool:
         kind, _, value = self.headers.get("Authorization", "").partition(" ")
@@ -191,11 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
                 # Not by the specification, but Cloudflare's registry asks for it.
                 return self.fail(400, "BLOB_UNKNOWN", "unknown subject")
             digest = "sha256:" + hashlib.sha256(data).hexdigest()
-            if (
-                self.state.immutable_tags
-                and name != digest
-                and (repository, name) in (self.state.manifests)
-            ):
+            there = name != digest and (repository, name) in self.state.manifests
+            if self.state.immutable_tags and there:
                 return self.fail(400, "TAG_INVALID", "the tag is immutable")
             for key in (name, digest):
                 self.state.manifests[repository, key] = self.headers["Content-Type"], data
@@ -215,16 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "digest":
             data = data[:-1] + bytes([data[-1] ^ 1])
         if fault == "half":
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            self.wfile.flush()
             self.close_connection = True
-            return None
+            return self.reply(200, data[: len(data) // 2], {"Content-Length": str(len(data))})
         ranges = "" if fault == "norange" else self.headers.get("Range", "")
-        part = re.fullmatch(r"bytes=(\d+)-(\d+)", ranges)
-        if part:
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", ranges):
             return self.answer(206, data[int(part[1]) : int(part[2]) + 1])
         return self.answer(200, data)
 
@@ -282,13 +252,6 @@ def _wrong(digest: str) -> str:
     return "sha256:" + digest[:6:-1]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: object) -> None:
-        """Stay silent: broken connections are what tests ask for."""
-
-
 def at(fake: FakeRegistry, text: str = "team/app:1") -> Reference:
     """Return the reference of a name in the fake registry."""
     return Reference.parse(f"{fake.host}/{text}")
@@ -298,6 +261,5 @@ def at(fake: FakeRegistry, text: str = "team/app:1") -> Reference:
 def fake_registry() -> Iterator[FakeRegistry]:
     """Serve a fake registry on a free loopback port."""
     state = FakeRegistry()
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
-    with serving(server) as state.url:
+    with serving(Serving(_Handler, state=state)) as state.url:
         yield state

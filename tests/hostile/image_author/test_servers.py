@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,13 +19,7 @@ from weightsmith.evaluating.session import ServerSession, SessionLimits
 from weightsmith.evaluating.task import Task, ask_server
 
 from tests.fakes.openai_server import servers as openai_servers
-
-
-def drips_headers(caller: socket.socket) -> None:
-    caller.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-    while True:
-        caller.sendall(b"x")
-        time.sleep(0.02)
+from tests.fakes.serving import answering, drips_its_head
 
 
 def never_ends_its_body(caller: socket.socket) -> None:
@@ -38,24 +30,8 @@ def never_ends_its_body(caller: socket.socket) -> None:
 
 @contextmanager
 def serving(answer: Callable[[socket.socket], None]) -> Iterator[Endpoint]:
-    """Answer each connection in a thread of its own until the context ends."""
-
-    def attend(caller: socket.socket) -> None:
-        with caller, suppress(OSError):
-            caller.recv(65536)
-            answer(caller)
-
-    def accept(listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                caller, _ = listener.accept()
-                threading.Thread(target=attend, args=(caller,), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        yield Endpoint(url=url, logs=lambda _: "", alive=lambda: True)
-        listener.shutdown(socket.SHUT_RDWR)
+    with answering(answer) as host:
+        yield Endpoint(url=f"http://{host}", logs=lambda _: "", alive=lambda: True)
 
 
 def test_a_server_whose_headers_never_end_is_given_up() -> None:
@@ -63,7 +39,7 @@ def test_a_server_whose_headers_never_end_is_given_up() -> None:
     limits = SessionLimits(request_seconds=0.5, tries=1)
 
     with (
-        serving(drips_headers) as endpoint,
+        serving(drips_its_head) as endpoint,
         ServerSession(endpoint, limits) as session,
         pytest.raises(CheckFailed, match=r"0\.5 s"),
     ):
@@ -74,7 +50,7 @@ def test_a_server_whose_health_never_comes_is_given_up(monkeypatch: pytest.Monke
     """It drips the headers of its health answer: the wait ends when its time is over."""
     monkeypatch.setattr(client, "_PROBE_SECONDS", 0.2)
 
-    with serving(drips_headers) as endpoint, pytest.raises(CheckFailed, match=r"0\.5 s"):
+    with serving(drips_its_head) as endpoint, pytest.raises(CheckFailed, match=r"0\.5 s"):
         wait_until_healthy(endpoint, "/health", 0.5)
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -18,35 +15,25 @@ from weightsmith.core.ports import Silent
 from weightsmith.outside.pypi import PypiReader
 from weightsmith.outside.store import FileStore
 
-from tests.fakes.package_index import package_index
-from tests.fakes.serving import serving
+from tests.fakes.serving import Replying, Serving, answering, drips_its_head, serving
 
 DEEP = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
 
 
-class Answering(BaseHTTPRequestHandler):
-    """Answers every address with the class's own body."""
+class Answering(Replying):
+    """Answers every address with the class's own bytes."""
 
-    body = b""
+    said = b""
     packed = False
 
-    def log_message(self, *_: object) -> None:
-        pass
-
     def do_GET(self) -> None:
-        self.send_response(200)
-        if self.packed:
-            self.send_header("Content-Encoding", "gzip")
-        self.send_header("Content-Length", str(len(self.body)))
-        self.end_headers()
-        self.wfile.write(self.body)
+        self.reply(200, self.said, {"Content-Encoding": "gzip"} if self.packed else None)
 
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PypiReader]:
     monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
-    monkeypatch.setattr(Answering, "packed", False)
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Answering)) as url:
+    with serving(Serving(Answering)) as url:
         monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
         yield PypiReader(FileStore(tmp_path / "store"))
 
@@ -62,6 +49,7 @@ LISTINGS = {
     "a list": b"[]",
     "files are a number": b'{"files": 7}',
     "rows are numbers": b'{"files": [7]}',
+    "an empty row": b'{"files": [{}]}',
     "no name": row(filename=None),
     "no digest": row(hashes={"md5": "0"}),
     "a digest that is none": row(hashes={"sha256": ["x"]}),
@@ -77,7 +65,7 @@ def test_a_listing_of_another_shape_ends_without_a_trace(
     reader: PypiReader, monkeypatch, case: str
 ) -> None:
     """An index answers with JSON that is no listing: an error that says so, whatever it is."""
-    monkeypatch.setattr(Answering, "body", LISTINGS[case])
+    monkeypatch.setattr(Answering, "said", LISTINGS[case])
     with pytest.raises(WeightsmithError) as caught:
         reader.fetch("pypi://m==1", "", "", Silent())
     assert caught.value.exit_code in (3, 5)
@@ -90,7 +78,7 @@ def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
     """A megabyte of gzip is a gigabyte of listing: it was never asked for, and is not unfolded."""
     unfolding = zlib.compressobj(9, zlib.DEFLATED, 31)
     data = b"".join(unfolding.compress(bytes(1 << 20)) for _ in range(64)) + unfolding.flush()
-    monkeypatch.setattr(Answering, "body", data)
+    monkeypatch.setattr(Answering, "said", data)
     monkeypatch.setattr(Answering, "packed", True)
     monkeypatch.setattr(httpx._decoders.GZipDecoder, "decode", lambda *_: pytest.fail("unfolded"))
     with pytest.raises(EnvironmentFailure, match="pypi://m"):
@@ -99,7 +87,7 @@ def test_a_listing_that_unfolds_into_gigabytes_is_not_unfolded(
 
 def test_a_wheel_that_never_ends_is_cut_off(reader: PypiReader, monkeypatch) -> None:
     """An index sends far more than the size that it told: no more than that is written."""
-    monkeypatch.setattr(Answering, "body", row(size=100))
+    monkeypatch.setattr(Answering, "said", row(size=100))
     sizes: list[int] = []
     monkeypatch.setattr(Silent, "advance", lambda _self, done, *_: sizes.append(done))
     with pytest.raises(Altered, match="0" * 64):
@@ -107,39 +95,12 @@ def test_a_wheel_that_never_ends_is_cut_off(reader: PypiReader, monkeypatch) -> 
     assert not sizes
 
 
-@pytest.mark.parametrize(
-    "row", [{}, {"filename": 1}, {"filename": "my_model-1.0-py3-none-any.whl", "hashes": {}}, 7]
-)
-def test_an_index_that_answers_nonsense(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: object
-) -> None:
-    """Rows of another shape, and wheels without a SHA-256, are the environment's fault."""
-    monkeypatch.delenv("WEIGHTSMITH_WHEELS", raising=False)
-    with package_index() as index:
-        monkeypatch.setenv("PIP_INDEX_URL", index.url)
-        index.rows = [row]
-        with pytest.raises(WeightsmithError) as caught:
-            PypiReader(FileStore(tmp_path)).fetch("pypi://my-model==1.0", "", "", Silent())
-    assert caught.value.exit_code in (3, 5)
-
-
-class Dripping(Answering):
-    """Begins each reply, and sends a byte of its head now and then."""
-
-    def do_GET(self) -> None:
-        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
-        with suppress(OSError):
-            while True:
-                self.wfile.write(b"x")
-                time.sleep(0.01)
-
-
 def test_a_listing_whose_head_never_ends_is_given_up(
     reader: PypiReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each byte comes in time, and the last never does."""
     monkeypatch.setattr(network, "HEAD_SECONDS", 0.1)
-    with serving(ThreadingHTTPServer(("127.0.0.1", 0), Dripping)) as url:
-        monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
+    with answering(drips_its_head) as host:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://{host}/simple")
         with pytest.raises(EnvironmentFailure, match="package index"):
             reader.fetch("pypi://m==1", "", "", Silent())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import httpcore
@@ -23,16 +21,11 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.session import RegistryReply, RegistrySession, json_object
 from weightsmith.oci.uploads import _bytes_kept
 
+from tests.fakes.serving import answering, drips_its_head
+
 # Replies that never come whole.
 
 Answer = Callable[[socket.socket], None]
-
-
-def drips_its_head(caller: socket.socket) -> None:
-    caller.sendall(b"HTTP/1.1 200 OK\r\nX: ")
-    while True:
-        caller.sendall(b"x")
-        time.sleep(0.01)
 
 
 def drips_its_body(caller: socket.socket) -> None:
@@ -59,27 +52,6 @@ ENDLESS = (
 )  # fmt: skip
 
 
-@contextmanager
-def serving(answer: Answer) -> Iterator[str]:
-    """Answer each connection in a thread of its own; yield host and port."""
-
-    def attend(caller: socket.socket) -> None:
-        with caller, suppress(OSError):
-            caller.recv(65536)
-            answer(caller)
-
-    def accept(listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                caller, _ = listener.accept()
-                threading.Thread(target=attend, args=(caller,), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-        listener.shutdown(socket.SHUT_RDWR)
-
-
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits are a fraction of a second."""
@@ -92,7 +64,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("through", ["directly", "a proxy"])
 def test_a_reply_that_never_ends_is_given_up(answer: Answer, through: str, hurried: None) -> None:
     """Each byte comes in time, and the last never does."""
-    with serving(answer) as host:
+    with answering(answer) as host:
         name, proxies = host, {}
         if through == "a proxy":
             name, proxies = "r.example.com", {"http": f"http://{host}"}
@@ -114,7 +86,7 @@ def test_a_reply_in_time_is_read_though_others_come_before_it(hurried: None) -> 
         ):  # fmt: skip
             caller.sendall(part)
 
-    with serving(answers) as host, paced(httpx.Client(trust_env=False)) as client:
+    with answering(answers) as host, paced(httpx.Client(trust_env=False)) as client:
         assert client.get(f"http://{host}").text == "{}"
 
 
