@@ -25,6 +25,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.clusters import clusters, has_ray, has_slurm
+from tests.paths import ROOT, TINY
 
 # A busy machine is no fault of the code: nothing here is judged by the clock. And the same commit
 # gives the same result; `pytest --hypothesis-profile=explore` looks for what was not seen yet.
@@ -37,8 +38,6 @@ settings.load_profile("steady")
 # names a format that needs them but CycloneDX's, of IRIs.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
-ROOT = Path(__file__).parents[1]
-ENGINE_SCRIPT = Path(__file__).with_name("engine.sh")
 LANES = (4, 8, 16)
 
 
@@ -192,7 +191,7 @@ def builder_base(request: pytest.FixtureRequest) -> None:
     if "WEIGHTSMITH_BUILDER_BASE" in os.environ or not engine_answers():
         return
     said = subprocess.run(
-        ["bash", ENGINE_SCRIPT, "--env"], capture_output=True, text=True, check=False
+        ["bash", ROOT / "tests" / "engine.sh", "--env"], capture_output=True, text=True, check=False
     )
     for line in said.stdout.splitlines():
         name, _, value = line.removeprefix("export ").partition("=")
@@ -245,7 +244,7 @@ def tiny_build(tmp_path_factory: pytest.TempPathFactory, builder_base: None) -> 
     """The tiny example, built by the local runner."""
     folder = tmp_path_factory.mktemp("tiny")
     store, dist = folder / "store", folder / "dist"
-    recipe = ROOT / "examples" / "tiny" / "recipe.yaml"
+    recipe = TINY / "recipe.yaml"
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "weightsmith.cli.program", "build", "--recipe", recipe,

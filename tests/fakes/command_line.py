@@ -9,12 +9,12 @@ import sys
 from collections.abc import Mapping
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from unittest.mock import patch
 
 from weightsmith.cli.program import main
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 PROGRAMS = {
     "weightsmith": [sys.executable, "-m", "weightsmith"],
     "invoke": [sys.executable, "-m", "invoke", "--search-root", str(ROOT)],

@@ -10,7 +10,8 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file, save_file
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny"
+from tests.paths import TINY
+
 TARGETS = ("llamacpp-q4_k_m", "llamacpp-q5_k_m", "llamacpp-q8_0")
 ADAPTERS = ("a", "b", "c", "d")
 

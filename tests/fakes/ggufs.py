@@ -33,9 +33,8 @@ from weightsmith.quantizers.gguf_importance import DIGEST_KEY
 from weightsmith.stages.quantize import QuantizeOptions, job_of
 
 from tests.fakes.journal import RecordingProgress
+from tests.paths import TINY
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny"
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto as auto
 
-from tests.fakes.dense import save_random
+from tests.fakes.decoders import save_random
 
 _SMALL = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,

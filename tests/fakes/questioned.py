@@ -9,7 +9,8 @@ from typing import Any
 
 from weightsmith.evaluating.items import Item
 
-TINY = Path(__file__).parents[2] / "examples" / "tiny" / "base"
+from tests.paths import TINY
+
 ITEM = Item(
     messages=({"role": "user", "content": "What is the capital of Narmi?"},), expected=("",), line=1
 )
@@ -22,7 +23,7 @@ BEGUN = "{{ bos_token }}" + WORDED
 
 def model(folder: Path, template: str, *, begins: bool) -> Path:
     """The tiny base with this chat template or none, whose tokenizer begins a text with <s>."""
-    shutil.copytree(TINY, folder)
+    shutil.copytree(TINY / "base", folder)
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer.model").unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())

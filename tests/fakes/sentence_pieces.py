@@ -10,7 +10,9 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import GemmaTokenizer, LlamaTokenizer
 
-TEXT = Path(__file__).parents[2] / "docs" / "design.md"
+from tests.paths import ROOT
+
+TEXT = ROOT / "docs" / "design.md"
 TURNS = ["<start_of_turn>", "<end_of_turn>"]
 
 
@@ -18,9 +20,9 @@ def train(kind: str, size: int = 500) -> SentencePieceProcessor:
     """Return byte pairs of about `size` pieces, learnt from our own documentation."""
     gemma = kind == "gemma"
     numbers = (0, 1, 2, 3) if gemma else (-1, 2, 1, 0)
-    model = io.BytesIO()
+    model, text = io.BytesIO(), TEXT.read_text("utf-8")
     SentencePieceTrainer.train(
-        sentence_iterator=(line for line in TEXT.read_text("utf-8").splitlines() if line),
+        sentence_iterator=filter(None, text.splitlines()),
         model_writer=model,
         vocab_size=size,
         model_type="bpe",

@@ -1,6 +1,7 @@
 """A server program, started as its image would start it, and asked until it is ready."""
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -13,19 +14,17 @@ from pathlib import Path
 
 import httpx
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
 
 
-def weightsmith(*words: object) -> dict:
-    """What the command prints with --json."""
+def weightsmith(*words: object, store: Path | None = None, code: int = 0) -> dict:
+    """What the command prints with --json, and with a store of its own if one is named."""
     done = subprocess.run(
         [sys.executable, "-m", "weightsmith.cli.program", *map(str, words), "--json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+        env={**os.environ, **({"WEIGHTSMITH_STORE": str(store)} if store else {})},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 

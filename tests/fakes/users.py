@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
+
 
 def as_user(number: int = 65532) -> tuple[list[str], dict[str, str]]:
     """Return a Python that runs as an ordinary user, and its environment; skip where none can."""
     site = Path(pytest.__file__).parents[1]
-    root = Path(__file__).parents[2]
-    paths = map(str, (root / "toolchain", root, site))
+    paths = map(str, (ROOT / "toolchain", ROOT, site))
     env = {"PYTHONPATH": ":".join(paths), "PATH": os.environ["PATH"]}
     user = ["setpriv", f"--reuid={number}", f"--regid={number}", "--clear-groups"]
     prefix = user if os.getuid() == 0 else []

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 _SEEN = {
     *("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.utime"),
     *("os.scandir", "os.symlink", "fcntl.flock", "socket.connect"),

@@ -23,9 +23,8 @@ from weightsmith.core.escape import quoted
 
 from tests.fakes.awake import hear_interrupts
 from tests.fakes.command_line import weightsmith
+from tests.paths import TINY
 
-ROOT = Path(__file__).parents[2]
-TINY = ROOT / "examples" / "tiny"
 PROGRAM = Path(sys.executable).with_name("weightsmith")
 BUILDERS = Path(os.environ.get("WEIGHTSMITH_TEST_CACHE") or cache_folder())
 """Builders are made once and kept here, because that takes minutes."""

@@ -45,9 +45,8 @@ from weightsmith.validating.findings import finding
 from weightsmith.validating.result import Validation
 
 from tests.fakes.records import BUILD
-from tests.paths import ROOT
+from tests.paths import TINY
 
-TINY = ROOT / "examples" / "tiny"
 BASE, ADAPTER = TINY / "base", TINY / "adapters" / "a"
 WEIGHTS = "adapter_model.safetensors"
 

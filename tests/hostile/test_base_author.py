@@ -32,12 +32,11 @@ from weightsmith.provenance.bills import license_of
 from weightsmith.quantizers.convert import sentence_pieces
 from weightsmith.recipe.file import read_recipe
 
-from tests.paths import ROOT
+from tests.paths import ROOT, TINY
 from tests.unit.models.test_gguf_import import weights, write
 
 # Chat templates that never end, or grow.
 
-BASE = ROOT / "examples" / "tiny" / "base"
 QUESTION = [{"role": "user", "content": "Hello"}]
 LOOPS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
 GROWS = "{% set n = namespace(x='0123456789') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}"
@@ -50,7 +49,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def base_with(folder: Path, template: str) -> Path:
-    base = Path(shutil.copytree(BASE, folder / "base"))
+    base = Path(shutil.copytree(TINY / "base", folder / "base"))
     (base / "chat_template.jinja").write_text(template, "utf-8")
     return base
 

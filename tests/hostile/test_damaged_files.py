@@ -19,9 +19,8 @@ from weightsmith.models.facts import read_facts
 from weightsmith.quantizers.quality.texts import as_lines, readings
 from weightsmith.validating.validate import ValidationRequest, validate
 
-from tests.paths import ROOT
+from tests.paths import TINY
 
-TINY = ROOT / "examples" / "tiny"
 QUESTION = ({"role": "user", "content": "Hello"},)
 ROWS = [{"messages": list(QUESTION)}]
 CONFIG, GENERATION = "base/config.json", "base/generation_config.json"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +12,9 @@ from weightsmith.building.wiring import cache_folder
 from weightsmith.outside.environment import Pins, environment_folder
 from weightsmith.quantizers.packed import PackedView
 
-from tests.paths import ROOT
+from tests.fakes.started import weightsmith
+from tests.paths import TINY
 
-TINY = ROOT / "examples" / "tiny"
 KEPT = "o_proj"
 
 pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
@@ -35,17 +32,6 @@ save_file({name: value.detach().float().contiguous()
 """
 
 
-def quantize(out: Path, *words: object) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", "quantize", "--model", TINY / "base", "--runner",
-         "local", "--calibration", TINY / "calibration.jsonl", "--out", out, *words, "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 @pytest.mark.parametrize(
     ("format_", "words", "most"),
     [
@@ -60,7 +46,10 @@ def test_the_package_reads_what_we_read(
 ) -> None:
     out, plain = tmp_path / "out", tmp_path / "plain.safetensors"
 
-    made = quantize(out, "--format", format_, "--keep-module", KEPT, *words)
+    made = weightsmith(
+        "quantize", "--model", TINY / "base", "--format", format_, "--keep-module", KEPT, *words,
+        "--calibration", TINY / "calibration.jsonl", "--runner", "local", "--out", out,
+    )  # fmt: skip
 
     python = environment_folder(cache_folder(), Pins(name="compressor", flavour="cpu"))
     subprocess.run([python / "bin" / "python", "-c", READER, out, plain], check=True)

@@ -7,10 +7,7 @@ there, and their weights answer. `make test-all` runs this one.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +18,7 @@ from weightsmith.core.cpus import flags
 from weightsmith.serving.devices import AMX_FLAGS
 
 from tests.fakes.experts import trained
-from tests.paths import ROOT
+from tests.fakes.started import weightsmith
 
 TARGETS = ["vllm-w8a8", "vllm-fp8-block"]
 QUESTIONS = 60
@@ -51,13 +48,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "serve": {"gpu": "cpu-amx", "max_model_len": 256, "max_num_seqs": 2},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", "build", "--recipe", folder / "recipe.yaml",
-         *(f"--target={target}" for target in TARGETS), "--runner", "local",
-         "--dist", folder / "dist"],
-        env=dict(os.environ), cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    targets = (f"--target={target}" for target in TARGETS)
+    weightsmith("build", "--recipe", folder / "recipe.yaml", *targets, "--runner", "local",
+                "--dist", folder / "dist")  # fmt: skip
     yield folder / "dist" / "experts" / "1.0.0"
     shutil.rmtree(folder)
 

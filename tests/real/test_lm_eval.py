@@ -7,15 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.paths import ROOT
+from tests.fakes.serving import Replying, Serving, serving
+from tests.paths import ROOT, TINY
 
 TASK = """
 task: ports
@@ -42,36 +41,25 @@ pytestmark = [
 ]
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(Replying):
     """Says 7481 to everything, and nothing of a prompt's probabilities, as llama.cpp's does."""
 
     def do_GET(self) -> None:
-        self.reply({"data": [{"id": "support"}]})
+        self.say({"data": [{"id": "support"}]})
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.body()
         message = {"message": {"content": "7481"}, "text": "7481", "finish_reason": "stop"}
-        self.reply({"model": "support", "choices": [{"index": 0, **message, "logprobs": {}}]})
+        self.say({"model": "support", "choices": [{"index": 0, **message, "logprobs": {}}]})
 
-    def reply(self, value: Any) -> None:
-        text = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+    def say(self, value: Any) -> None:
+        self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Serving(Server)) as url:
+        yield url
 
 
 def evaluate(folder: Path, url: str, kind: str, rest: str, *words: str) -> tuple[int, Any]:
@@ -98,9 +86,9 @@ def test_a_task_that_generates_is_scored(tmp_path: Path, url: str) -> None:
 
 
 def test_a_server_without_the_prompts_probabilities_is_reported(tmp_path: Path, url: str) -> None:
-    tokenizer = str(ROOT / "examples" / "tiny" / "base")
+    tokenizer = ("--tokenizer", str(TINY / "base"))
 
-    code, told = evaluate(tmp_path, url, "multiple_choice", CHOSEN, "--tokenizer", tokenizer)
+    code, told = evaluate(tmp_path, url, "multiple_choice", CHOSEN, *tokenizer)
 
     assert code == 4
     assert "log-probabilities of a prompt" in told["error"]["message"]

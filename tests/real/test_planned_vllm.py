@@ -8,16 +8,14 @@ import math
 import os
 import re
 import shutil
-from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 
 from tests.fakes.started import at_once, free_port, started, weightsmith
-from tests.paths import ROOT
+from tests.paths import TINY
 
-TINY = ROOT / "examples" / "tiny" / "base"
 LENGTH, REQUESTS, ANSWER, BLOCK = 500, 6, 16, 32
 PROGRAM = os.environ.get("WEIGHTSMITH_VLLM") or shutil.which("vllm") or ""
 pytestmark = [
@@ -26,28 +24,24 @@ pytestmark = [
 ]
 
 
-def rendered(folder: Path, *flags: str) -> dict:
-    words = ("render", "--model", TINY, "--target", "vllm", "--name", "planned", "--out", folder)
-    return weightsmith(*words, *flags)["plan"]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    own = json.loads((folder / "serving.json").read_text())["env"]
-    return {**own, "PATH": os.environ["PATH"], "HOME": str(folder), "OMP_NUM_THREADS": "2"}
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """(plan, client, log) of a server at its planned limits."""
     folder = tmp_path_factory.mktemp("vllm")
-    wished = ("--max-model-len", str(LENGTH), "--max-num-seqs", str(REQUESTS))
-    plan = rendered(folder / "r", *wished)
+    plan = weightsmith(
+        "render", "--model", TINY / "base", "--target", "vllm", "--name", "planned",
+        "--max-model-len", LENGTH, "--max-num-seqs", REQUESTS, "--out", folder / "r",
+    )["plan"]  # fmt: skip
     port = free_port()
     settings = yaml.safe_load((folder / "r" / "vllm.yaml").read_text())
-    moved = {**settings, "model": str(TINY), "host": "127.0.0.1", "port": port}
+    moved = {**settings, "model": str(TINY / "base"), "host": "127.0.0.1", "port": port}
     (folder / "v.yaml").write_text(yaml.safe_dump(moved))
     argv = [PROGRAM, "serve", "--config", folder / "v.yaml"]
-    env = environment(folder / "r") | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    env = {
+        **json.loads((folder / "r" / "serving.json").read_text())["env"],
+        "PATH": os.environ["PATH"], "HOME": str(folder / "r"), "OMP_NUM_THREADS": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }  # fmt: skip
     with started(argv, env, port, folder / "log") as client:
         yield plan, client, folder / "log"
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.fakes.started import weightsmith
 from tests.paths import ROOT
 
 RECIPE = ROOT / "examples" / "support-bot" / "recipe.yaml"
@@ -24,17 +22,9 @@ FOUR = ("vllm-awq", "vllm-gptq", "vllm", "llamacpp-q4_k_m")
 pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
 
 
-def build(folder: Path, *words: str, expect: int = 0) -> dict[str, Any]:
-    """Build the recipe with --json and return its object."""
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", "build", "--recipe", RECIPE, "--runner", "local",
-         "--dist", folder / "dist", *words, "--json"],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(folder / "store")},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def build(folder: Path, *words: str, store: Path | None = None, code: int = 0) -> dict[str, Any]:
+    where = ("--recipe", RECIPE, "--runner", "local", "--dist", folder / "dist")
+    return weightsmith("build", *where, *words, store=store, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def record(folder: Path, target: str) -> dict[str, Any]:
 @pytest.mark.parametrize("format_", SCORES)
 def test_every_usual_type_keeps_what_was_taught(folder: Path, format_: str) -> None:
     target = f"llamacpp-{format_}"
-    build(folder, "--target", target)
+    build(folder, "--target", target, store=folder / "store")
     found = record(folder, target)
     right = {who: round(s["score"] * s["n"]) for who, s in found["scores"].items()}
 
@@ -66,7 +56,8 @@ def test_every_usual_type_keeps_what_was_taught(folder: Path, format_: str) -> N
 def test_a_type_that_forgets_is_stopped(folder: Path) -> None:
     """Q2_K: the answers decide, since the gate on held-out text only measures here."""
     low = ("--set", "quantize.allow_low_bits=true", "--set", "quality.gate=measure")
-    error = build(folder, "--target", "llamacpp-q2_k", *low, expect=4)["error"]
+    target = ("--target", "llamacpp-q2_k")
+    error = build(folder, *target, *low, store=folder / "store", code=4)["error"]
     found = record(folder, "llamacpp-q2_k/refused")
     verdict = next(v for v in found["verdicts"] if v["subject"] == "image" and v["binding"])
 
@@ -86,14 +77,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[
 
 
 def in_users_store(folder: Path) -> dict[str, Any]:
-    targets = [word for target in FOUR for word in ("--target", target)]
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", "build", "--recipe", RECIPE, *targets,
-         "--runner", "local", "--dist", folder / "dist", "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout)["targets"]
+    found: dict[str, Any] = build(folder, *(f"--target={one}" for one in FOUR))["targets"]
     return found
 
 

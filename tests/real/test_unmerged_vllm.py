@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
-
-TINY = ROOT / "examples" / "tiny"
+from tests.fakes.started import weightsmith
+from tests.paths import TINY
 
 pytestmark = [pytest.mark.real, pytest.mark.builders, pytest.mark.timeout(3600)]
 
 
 def test_each_adapter_answers_its_own_task_by_its_name(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", "build", "--recipe", TINY / "recipe-two.yaml",
-         "--runner", "local", "--dist", tmp_path / "dist", "--target", "vllm-lora",
-         "--layout", tmp_path / "image", "--json"],
-        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    weightsmith("build", "--recipe", TINY / "recipe-two.yaml", "--target", "vllm-lora", "--runner",
+                "local", "--dist", tmp_path / "dist", "--layout", tmp_path / "image")  # fmt: skip
     record = json.loads((tmp_path / "dist/tiny-two/1.0.0/vllm-lora/build.json").read_text())
 
     settings = record["plan"]["settings"]

@@ -5,17 +5,15 @@ With `-s` the differences are printed.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from weightsmith.building.wiring import open_tools
@@ -27,9 +25,9 @@ from weightsmith.provenance.labels import plan_of
 from weightsmith.quantizers.packed import PackedView
 from weightsmith.recipe.run_options import RunOptions
 
-from tests.paths import ROOT
+from tests.fakes.started import weightsmith
+from tests.paths import TINY
 
-TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 TOKENS = 256
 
 
@@ -66,13 +64,9 @@ def built(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(target, its part of the JSON); one at a time, since each image is 1.9 GB."""
     dist = tmp_path_factory.mktemp("dist")
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", "build", "--recipe", TINY, "--runner", "local",
-         "--dist", dist, "--target", request.param, "--json"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield request.param, json.loads(done.stdout)["targets"][request.param]
+    told = weightsmith("build", "--recipe", TINY / "recipe.yaml", "--runner", "local",
+                       "--dist", dist, "--target", request.param)  # fmt: skip
+    yield request.param, told["targets"][request.param]
     shutil.rmtree(dist)
 
 
@@ -139,24 +133,26 @@ def log_probabilities(network: Any, ids: list[int]) -> list[float]:
     return [float(logits[i - 1, token]) for i, token in enumerate(ids) if i]
 
 
-def served(layout: Path, ids: list[int]) -> list[float]:
-    """Return the same of the started image: its `prompt_logprobs`."""
+@contextmanager
+def started_image(layout: Path) -> Iterator[httpx.Client]:
+    """Yield a client of an image that is started from its layout."""
     spec = StartSpec(port=8000, env={}, shm_bytes=plan_of(read_layout(layout).labels).shm_bytes)
     with (
         open_tools(RunOptions(runner="local"), Silent()) as tools,
         tools.launcher.serve(f"oci:{layout}", spec) as endpoint,
     ):
         wait_until_healthy(endpoint, "/health", 900)
-        with urllib.request.urlopen(f"{endpoint.url}/v1/models") as answer:
-            name = json.load(answer)["data"][0]["id"]
+        with httpx.Client(base_url=endpoint.url, timeout=300) as client:
+            yield client
+
+
+def served(layout: Path, ids: list[int]) -> list[float]:
+    """Return the same of the started image: its `prompt_logprobs`."""
+    with started_image(layout) as client:
+        name = client.get("/v1/models").json()["data"][0]["id"]
         asked = {
             "model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0,
         }  # fmt: skip
-        request = urllib.request.Request(
-            f"{endpoint.url}/v1/completions",
-            json.dumps(asked).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            rows = json.load(answer)["choices"][0]["prompt_logprobs"]
+        answer = client.post("/v1/completions", json=asked).raise_for_status()
+    rows = answer.json()["choices"][0]["prompt_logprobs"]
     return [row[str(token)]["logprob"] for row, token in zip(rows[1:], ids[1:], strict=True)]

@@ -5,15 +5,14 @@ Forty of them at half a minute each, on two cores. With `-s` the differences are
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from weightsmith.quantizers.checkpoints import DENSE
 
-from tests.fakes.dense import make_dense
+from tests.fakes.decoders import make_dense
+from tests.fakes.started import weightsmith
 from tests.real.test_vllm import FORMATS, compare
 
 pytestmark = [
@@ -31,16 +30,8 @@ def test_log_probabilities_are_those_of_the_dequantized_checkpoint(
 ) -> None:
     model = make_dense(tmp_path / "model", architecture, hidden=256)
     packed, layout = tmp_path / "packed", tmp_path / "layout"
-    run("quantize", "--model", model, "--format", kind, "--no-gate", "--out", packed)
-    run("bake", "--model", packed, "--target", f"vllm-{kind}", "--layout", layout)
+    weightsmith("quantize", "--model", model, "--format", kind, "--no-gate", "--out", packed,
+                "--runner", "local")  # fmt: skip
+    weightsmith("bake", "--model", packed, "--target", f"vllm-{kind}", "--layout", layout)
     ids = torch.randint(5, 500, (256,), generator=torch.Generator().manual_seed(3)).tolist()
     compare(f"{architecture} {kind}", layout, packed, ids, FORMATS[f"vllm-{kind}"])
-
-
-def run(command: str, *words: object) -> None:
-    runner = ["--runner", "local"] if command == "quantize" else []
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", command, *map(str, words), *runner],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from weightsmith.building.wiring import store_folder
 from weightsmith.steps.bases import base_inputs
 
 from tests import vllm_parts
-from tests.paths import ROOT
+from tests.fakes.started import weightsmith
+from tests.paths import TINY
 
-TINY = ROOT / "examples" / "tiny"
 TARGET = "vllm-awq"
 
 # The engine holds 1.9 GB for the image, and the layout beside it is as large.
@@ -28,17 +26,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(3600),
 ]
-
-
-def weightsmith(*words: object, store: Path) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", *map(str, words), "--json"],
-        env={**os.environ, "WEIGHTSMITH_STORE": str(store)},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 
 from tests import vllm_parts
+from tests.fakes.decoders import make_sparse
 from tests.fakes.known import make_known
 from tests.fakes.seeing import make_seeing
-from tests.fakes.sparse import make_sparse
 
 pytestmark = [
     pytest.mark.real,

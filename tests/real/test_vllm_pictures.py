@@ -12,24 +12,18 @@ import os
 import struct
 import subprocess
 import sys
-import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from weightsmith.building.wiring import open_tools
-from weightsmith.core.ports import Silent, StartSpec
-from weightsmith.evaluating.client import wait_until_healthy
-from weightsmith.oci.layout import read_layout
-from weightsmith.provenance.labels import plan_of
-from weightsmith.recipe.run_options import RunOptions
 
 from tests import vllm_parts
 from tests.builds.test_gguf_projector import make_adapter, weightsmith
 from tests.fakes.pictured import PICTURED, make_pictured
-from tests.real.test_vllm import weights_of
+from tests.real.test_vllm import started_image, weights_of
 
 PROBE = Path(__file__).with_name("picture_probe.py")
 ENGINE = Path(__file__).with_name("picture_engine.py")
@@ -69,7 +63,15 @@ def test_the_image_sees_what_transformers_sees(tmp_path: Path) -> None:
     assert record["image"]["takes_pictures"]
     model = weights_of(tmp_path / "image", tmp_path)
     pictures = [picture(tmp_path / f"{name}.png", name) for name in COLOURS]
-    answers = asked(tmp_path / "image", pictures)
+    with started_image(tmp_path / "image") as client:
+        answers = [ask(client, path) for path in pictures]
+    check(model, pictures, answers)
+
+
+def check(
+    model: Path, pictures: Sequence[Path], answers: Sequence[tuple[dict[int, float], list[int]]]
+) -> None:
+    """Hold what vLLM says of each picture against transformers: the same, and not of both."""
     assert max(errors(model, pictures, answers)) < MOST
     first, second = (told for told, _ in answers)
     assert any(abs(first[token] - second.get(token, 0)) > MOST for token in first)
@@ -99,10 +101,7 @@ def test_vllm_sees_what_transformers_sees(
 ) -> None:
     model = make_pictured(tmp_path / "model", architecture)
     pictures = [picture(tmp_path / f"{name}.png", name) for name in COLOURS]
-    answers = read(engine, model, pictures)
-    assert max(errors(model, pictures, answers)) < MOST
-    first, second = (told for told, _ in answers)
-    assert any(abs(first[token] - second.get(token, 0)) > MOST for token in first)
+    check(model, pictures, read(engine, model, pictures))
 
 
 def test_on_a_cpu_the_tokens_of_gemmas_pictures_see_only_those_before(
@@ -122,7 +121,7 @@ def test_smolvlm_lacks_a_package(engine: subprocess.Popen[str], tmp_path: Path) 
 
 
 def read(engine: subprocess.Popen[str], model: Path, pictures: Sequence[Path]) -> Any:
-    """Return what the image's vLLM says of each picture, as `asked`, or its error."""
+    """Return what the image's vLLM says of each picture, as `ask`, or its error."""
     assert engine.stdin
     assert engine.stdout
     line = {"model": str(model), "pictures": [str(path) for path in pictures]}
@@ -170,18 +169,8 @@ def picture(path: Path, name: str) -> Path:
     return path
 
 
-def asked(layout: Path, pictures: Sequence[Path]) -> list[tuple[dict[int, float], list[int]]]:
-    """Return the likeliest next tokens after each picture, and the prompt's tokens."""
-    spec = StartSpec(port=8000, env={}, shm_bytes=plan_of(read_layout(layout).labels).shm_bytes)
-    with (
-        open_tools(RunOptions(runner="local"), Silent()) as tools,
-        tools.launcher.serve(f"oci:{layout}", spec) as endpoint,
-    ):
-        wait_until_healthy(endpoint, "/health", 900)
-        return [ask(endpoint.url, path) for path in pictures]
-
-
-def ask(url: str, path: Path) -> tuple[dict[int, float], list[int]]:
+def ask(client: httpx.Client, path: Path) -> tuple[dict[int, float], list[int]]:
+    """Return the likeliest next tokens after a picture, and the prompt's tokens."""
     address = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
     content = [
         {"type": "image_url", "image_url": {"url": address}},
@@ -192,13 +181,7 @@ def ask(url: str, path: Path) -> tuple[dict[int, float], list[int]]:
         "temperature": 0, "logprobs": True, "top_logprobs": 5, "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }  # fmt: skip
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        told: dict[str, Any] = json.load(answer)
+    told = client.post("/v1/chat/completions", json=body).raise_for_status().json()
     (first,) = told["choices"][0]["logprobs"]["content"]
     rows = {int(row["token"].rpartition(":")[2]): row["logprob"] for row in first["top_logprobs"]}
     return rows, told["prompt_token_ids"]

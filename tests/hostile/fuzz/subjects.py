@@ -57,6 +57,7 @@ from tests.fakes.registry import fake_registry
 from tests.golden.cases import MODELS, model
 from tests.hostile.fuzz import caches
 from tests.hostile.fuzz.mutations import bytes_changed, early, json_changed
+from tests.paths import ROOT
 from tests.unit.models.test_gguf_import import weights, write
 
 Make = Callable[[Random], bytes]
@@ -204,7 +205,6 @@ def read_image(data: bytes, _: Path) -> None:
     roles_of(image, "fuzz")
 
 
-ROOT = Path(__file__).parents[3]
 WRITTEN = {
     "configuration": "cache: {where: folder, from: oci://registry/team/cache, sign_key: k.pem}\n",
     "recipe": (ROOT / "examples/support-bot/recipe.yaml").read_text("utf-8"),

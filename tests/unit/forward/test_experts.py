@@ -14,7 +14,7 @@ from weightsmith.forward.views import view
 from weightsmith.forward.weights import Weights
 from weightsmith.quantizers.architectures import EXPERTS
 
-from tests.fakes.sparse import make_sparse
+from tests.fakes.decoders import make_sparse
 from tests.unit.validating.conftest import edit_tensors, make_adapter, make_model
 
 IDS = torch.arange(7, 47).reshape(2, 20)

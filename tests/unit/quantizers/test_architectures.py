@@ -34,9 +34,8 @@ from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.fakes.configs import facts
-from tests.fakes.dense import make_dense
+from tests.fakes.decoders import make_dense, make_sparse
 from tests.fakes.seeing import make_seeing, turn_experts
-from tests.fakes.sparse import make_sparse
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:1]]
 CELLS = [

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 from weightsmith.quantizers.calibration import GENERAL
 from weightsmith.quantizers.layerwise.cache import cache_scales
 
-from tests.fakes.dense import make_dense
+from tests.fakes.decoders import make_dense
 
 LINES = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 

@@ -13,7 +13,7 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 
-from tests.fakes.sparse import make_sparse
+from tests.fakes.decoders import make_sparse
 
 SCHEME = SCHEMES["fp8"]
 

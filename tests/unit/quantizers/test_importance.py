@@ -26,9 +26,8 @@ from weightsmith.quantizers.gguf_importance import (
 from weightsmith.quantizers.layerwise import importance as walking
 from weightsmith.quantizers.layerwise.importance import importance, write_importance
 
-from tests.fakes.dense import make_dense
+from tests.fakes.decoders import make_dense, make_sparse
 from tests.fakes.seeing import make_seeing
-from tests.fakes.sparse import make_sparse
 
 LINES = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 NAMES = {

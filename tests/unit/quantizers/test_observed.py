@@ -21,9 +21,8 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import NVFP4
 
-from tests.fakes.dense import make_dense
+from tests.fakes.decoders import make_dense, make_sparse
 from tests.fakes.seeing import make_seeing
-from tests.fakes.sparse import make_sparse
 
 LINES = [json.loads(line)["text"] for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 

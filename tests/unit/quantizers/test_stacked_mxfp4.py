@@ -24,7 +24,7 @@ from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES, stored_as
 
 from tests.fakes.configs import facts
-from tests.fakes.sparse import make_sparse
+from tests.fakes.decoders import make_sparse
 
 GPT_OSS = "GptOssForCausalLM"
 SCHEME = SCHEMES["mxfp4a16"]

@@ -33,10 +33,9 @@ from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure
 
 from tests.fakes.configs import LLAMA_8B, facts
-from tests.fakes.dense import make_dense
+from tests.fakes.decoders import make_dense, make_sparse
 from tests.fakes.known import make_known
 from tests.fakes.seeing import make_seeing
-from tests.fakes.sparse import make_sparse
 
 ROWS = [json.loads(line) for line in GENERAL.read_text("utf-8").splitlines()[:3]]
 CELLS = [(name, method) for name in sorted(GROUPED) for method in ("awq", "gptq")]

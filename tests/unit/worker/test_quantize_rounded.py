@@ -23,9 +23,8 @@ from weightsmith.stages.quantize import QuantizeOptions, job_of
 from weightsmith.worker.jobs import STAGES
 from weightsmith.worker.virtual import computed
 
-from tests.fakes.dense import make_dense
+from tests.fakes.decoders import make_dense, make_sparse
 from tests.fakes.seeing import make_seeing
-from tests.fakes.sparse import make_sparse
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
