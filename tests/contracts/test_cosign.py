@@ -6,12 +6,14 @@ tag where none is there.
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from weightsmith.api.commands.images import copy_image
@@ -21,7 +23,7 @@ from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Blob, Digest
-from weightsmith.oci.attachments import fallback_tag
+from weightsmith.oci.attachments import Attachment, AttachmentPart, fallback_tag
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.manifests import OCI_INDEX
 from weightsmith.oci.references import Reference
@@ -30,7 +32,6 @@ from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import evidence
 
 from tests.fakes.baking import bake, make_key, make_model, push_base
-from tests.fakes.bundles import attached, bundle, claim
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import memory_tools
 from tests.paths import ROOT
@@ -41,6 +42,53 @@ pytestmark = [
 ]
 ENGINE = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
 DOCUMENTED = ("--insecure-ignore-tlog=true", "--new-bundle-format=false")
+
+
+BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
+SIGNED = "https://sigstore.dev/cosign/sign/v1"
+
+
+def claim(image: Digest) -> dict[str, Any]:
+    """Return what `cosign sign` states of an image: its digest, and nothing else."""
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"digest": {"sha256": image.hex}, "annotations": {}}],
+        "predicateType": SIGNED,
+        "predicate": {},
+    }
+
+
+def bundle(statement: dict[str, Any], private: Path) -> dict[str, Any]:
+    """Return a statement signed by a PEM key; openssl makes the signature."""
+    payload, kind = json.dumps(statement).encode(), b"application/vnd.in-toto+json"
+    text = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+    signature = subprocess.run(
+        ["openssl", "dgst", "-sha256", "-sign", private],
+        input=text, check=True, capture_output=True,
+    ).stdout  # fmt: skip
+    return {
+        "mediaType": BUNDLE,
+        "verificationMaterial": {"publicKey": {"hint": "any"}},
+        "dsseEnvelope": {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": kind.decode(),
+            "signatures": [{"sig": base64.b64encode(signature).decode()}],
+        },
+    }
+
+
+def attached(made: dict[str, Any], image: Blob, kind: str = SIGNED) -> Attachment:
+    """Return a bundle as it hangs on an image."""
+    return Attachment(
+        artifact_type=BUNDLE,
+        subject=image,
+        parts=(AttachmentPart.of_bytes(json.dumps(made).encode(), BUNDLE),),
+        annotations={
+            "dev.sigstore.bundle.content": "dsse-envelope",
+            "dev.sigstore.bundle.predicateType": kind,
+            "org.opencontainers.image.created": "2026-11-26T00:00:00Z",
+        },
+    )
 
 
 @dataclass

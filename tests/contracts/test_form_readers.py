@@ -13,14 +13,13 @@ from urllib.request import Request, urlopen
 
 import pytest
 from weightsmith.core.errors import WeightsmithError
-from weightsmith.core.values import Digest, FileEntry, Tree
+from weightsmith.core.values import Tree
 from weightsmith.oci.configuration import ImageConfig
 from weightsmith.oci.image import Image, assemble
 from weightsmith.oci.layout import read_layout
 from weightsmith.oci.modelpack import (
     ModelDescription,
     model_pack,
-    modelfile,
     ollama_model,
     tar_model_pack,
 )
@@ -29,6 +28,7 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.weights import weight_layers
 
 from tests.fakes.debian_registry import real_registry
+from tests.fakes.images import tree_of
 
 pytestmark = pytest.mark.registry
 WEIGHTS = b"GGUF" + bytes(range(256)) * 5000
@@ -44,12 +44,7 @@ def registry(tmp_path: Path) -> Iterator[tuple[Registry, str]]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Tree:
-    files = {"bot.gguf": WEIGHTS, "LICENSE": b"Free.\n"}
-    entries = []
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-        entries.append(FileEntry(path=name, size=len(data), digest=Digest.of(data)))
-    return Tree(root=tmp_path, files=tuple(entries))
+    return tree_of(tmp_path, {"bot.gguf": WEIGHTS, "LICENSE": b"Free.\n"})
 
 
 def for_ollama(tree: Tree, **more: Any) -> Image:
@@ -108,8 +103,7 @@ def test_ollama_pulls_a_model_that_sees(
     """Its projector is a layer of the type that server/images.go gives to the runner."""
     client, host = registry
     eyes = b"GGUF" + bytes(500)
-    (tmp_path / "mmproj-bot.gguf").write_bytes(eyes)
-    projector = FileEntry(path="mmproj-bot.gguf", size=len(eyes), digest=Digest.of(eyes))
+    (projector,) = tree_of(tmp_path, {"mmproj-bot.gguf": eyes}).files
     image = for_ollama(tree, projector=projector)
     client.push(image, Reference.parse(f"{host}/team/bot:eyes"))
     (tmp_path / "blobs").mkdir()
@@ -127,14 +121,6 @@ def test_ollama_pulls_a_model_that_sees(
 def test_sizes_are_written_as_ollama_writes_them(tree: Tree, count: int, shown: str) -> None:
     settings = for_ollama(tree, parameters=count).settings
     assert settings["model_type"] == shown
-
-
-def test_a_modelfile() -> None:
-    assert "0.30.0" in modelfile(["bot"], 0).splitlines()[0]
-    assert modelfile(["./a/bot.gguf", "./a/eyes"], 512).splitlines()[1:] == [
-        "FROM ./a/bot.gguf", "FROM ./a/eyes", "PARAMETER num_ctx 512",
-    ]  # fmt: skip
-    assert "PARAMETER" not in modelfile(["bot"], 0)
 
 
 def test_a_tar_pack_sends_no_weights_again(registry: tuple[Registry, str], tree: Tree) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.archive import docker_archive
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.configuration import ImageConfig
@@ -26,9 +25,10 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
 
 from tests.fakes.debian_registry import real_registry
-from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image
+from tests.fakes.images import FILES, entry, foreign_image, tar_of, tiny_image, tree_of
 
 AMD64 = "linux/amd64"
+PACK = ModelDescription(name="tiny", version="1", format="safetensors")
 
 
 def _has(program: str) -> pytest.MarkDecorator:
@@ -55,14 +55,8 @@ def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
 @_has("skopeo")
 def test_skopeo_copies_it_unchanged(image: Image, tmp_path: Path) -> None:
     write_layout(image, tmp_path / "oci", ref="v1")
-    _run(
-        "skopeo",
-        "copy",
-        "-q",
-        "--preserve-digests",
-        f"oci:{tmp_path}/oci:v1",
-        f"dir:{tmp_path}/dir",
-    )
+    _run("skopeo", "copy", "-q", "--preserve-digests", f"oci:{tmp_path}/oci:v1",
+         f"dir:{tmp_path}/dir")  # fmt: skip
     assert (tmp_path / "dir/manifest.json").read_bytes() == image.manifest_bytes
     for layer in image.layers:
         assert (tmp_path / "dir" / layer.digest.hex).stat().st_size == layer.size
@@ -115,16 +109,22 @@ def test_a_docker_base_gives_an_oci_image(tmp_path: Path) -> None:
     assert (tmp_path / "bundle/rootfs/models/w").read_bytes() == b"weights"
 
 
-@_has("skopeo")
-def test_a_layout_with_attachments_needs_no_name(tmp_path: Path) -> None:
+@pytest.fixture
+def said(tmp_path: Path) -> tuple[Image, Attachment]:
+    """An image in a layout, and what hangs on it there."""
     image = tiny_image(tmp_path / "model")
-    write_layout(image, tmp_path / "oci")
-    about = Attachment(
-        artifact_type="text/plain",
-        subject=image.manifest_blob,
-        parts=(AttachmentPart.of_bytes(b"said", "text/plain"),),
-    )
+    write_layout(image, tmp_path / "oci", ref="v1")
+    parts = (AttachmentPart.of_bytes(b"said", "text/plain"),)
+    about = Attachment(artifact_type="text/plain", subject=image.manifest_blob, parts=parts)
     attach(tmp_path / "oci", about)
+    return image, about
+
+
+@_has("skopeo")
+def test_a_layout_with_attachments_needs_no_name(
+    said: tuple[Image, Attachment], tmp_path: Path
+) -> None:
+    image, about = said
     seen = json.loads(_run("skopeo", "inspect", f"oci:{tmp_path}/oci"))
     assert seen["Digest"] == image.digest
     assert attached(tmp_path / "oci", image.digest) == [(about.blob, "")]
@@ -132,13 +132,11 @@ def test_a_layout_with_attachments_needs_no_name(tmp_path: Path) -> None:
 
 @_has("umoci")
 @_has("oras")
-def test_what_knows_only_the_index_leaves_attachments_behind(tmp_path: Path) -> None:
+def test_what_knows_only_the_index_leaves_attachments_behind(
+    said: tuple[Image, Attachment], tmp_path: Path
+) -> None:
     """As the pages and `verify` say; in the index, they would make skopeo ask for a name."""
-    image = tiny_image(tmp_path / "model")
-    write_layout(image, tmp_path / "oci", ref="v1")
-    said = (AttachmentPart.of_bytes(b"said", "text/plain"),)
-    about = Attachment(artifact_type="text/plain", subject=image.manifest_blob, parts=said)
-    attach(tmp_path / "oci", about)
+    image, _ = said
     _run("oras", "copy", "-r", "--from-oci-layout", f"{tmp_path}/oci:v1",
          "--to-oci-layout", f"{tmp_path}/copy:v1")  # fmt: skip
     assert attached(tmp_path / "copy", image.digest) == []
@@ -200,7 +198,6 @@ def test_podman_loads_what_docker_loads(podman: Callable[..., str], tmp_path: Pa
 
 @pytest.mark.root
 @pytest.mark.registry
-@pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is not installed")
 def test_podman_pulls_from_a_registry(podman: Callable[..., str], tmp_path: Path) -> None:
     image = _on_base(docker=True)
     with real_registry(tmp_path) as host, Registry() as client:
@@ -227,11 +224,6 @@ def _docker(*words: str, data: Iterator[bytes] | None = None) -> str:
 
 @pytest.fixture
 def names() -> Iterator[list[str]]:
-    if (
-        not shutil.which("docker")
-        or subprocess.run(["docker", "info"], capture_output=True).returncode
-    ):
-        pytest.skip("no container engine answers")
     used = [f"weightsmith-test-{os.getpid()}/app:{n}" for n in (1, 2)]
     yield used
     subprocess.run(["docker", "rmi", "-f", *used], capture_output=True)
@@ -269,7 +261,6 @@ def test_docker_accepts_an_archive_without_what_it_holds(names: list[str], tmp_p
 
 @pytest.mark.docker
 @pytest.mark.registry
-@pytest.mark.skipif(not shutil.which("docker-registry"), reason="docker-registry is not installed")
 @pytest.mark.parametrize("order", ["engine-first", "weights-first"])
 @pytest.mark.parametrize("docker", [False, True])
 @pytest.mark.usefixtures("names")
@@ -290,14 +281,7 @@ def test_docker_pulls_it(docker: bool, order: Order, tmp_path: Path) -> None:
 @pytest.fixture
 def model(tmp_path: Path) -> Image:
     """A ModelPack of the tiny files."""
-    entries = []
-    for name, data in FILES.items():
-        path = tmp_path / "pack" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        entries.append(FileEntry(path=name, size=len(data), digest=Digest.of(data)))
-    facts = ModelDescription(name="tiny", version="1", format="safetensors")
-    return model_pack(Tree(root=tmp_path / "pack", files=tuple(entries)), facts, {})
+    return model_pack(tree_of(tmp_path / "pack", FILES), PACK, {})
 
 
 @_has("oras")
@@ -317,10 +301,7 @@ def test_oras_pulls_archives_that_are_named_so(form: str, tmp_path: Path) -> Non
     """What it writes has the layer's title as its name, so a tar's title has to end as a tar's."""
     image = tiny_image(tmp_path / "model")
     if form == "modelpack-tar":
-        facts = ModelDescription(name="tiny", version="1", format="safetensors")
-        image = tar_model_pack(
-            [one for one in image.layers if isinstance(one, TarLayer)], facts, {}
-        )
+        image = tar_model_pack([x for x in image.layers if isinstance(x, TarLayer)], PACK, {})
     with real_registry(tmp_path) as host, Registry() as client:
         name = f"{host}/models/tiny:1"
         client.push(image, Reference.parse(name))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import socketserver
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,7 +26,6 @@ from tests.fakes.auth_server import PASSWORD, USER, make_certificate, token_serv
 from tests.fakes.debian_registry import real_registry, stop_registry
 from tests.fakes.images import entry, foreign_image, tar_of, tiny_image
 from tests.fakes.other_registries import Given
-from tests.fakes.tunnel import tunnel_proxy
 
 AMD64 = "linux/amd64"
 
@@ -193,6 +196,43 @@ def test_tls_is_verified(tmp_path: Path, image: Image, monkeypatch: pytest.Monke
         with Registry() as client:
             assert client.pull(place, platform=AMD64).digest == image.digest
             assert client.push(image, place).uploaded_bytes == 0
+
+
+@contextmanager
+def tunnel_proxy(target: str) -> Iterator[tuple[str, list[str]]]:
+    """Serve a proxy that leads to `target`, whatever it is asked for; yield its host, and what
+    it was asked."""
+    host, _, port = target.rpartition(":")
+    heads: list[str] = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            head = b""
+            while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                head += line
+            heads.append(head.decode())
+            with socket.create_connection((host, int(port))) as there:
+                self.connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+                back = threading.Thread(target=_pass, args=(there, self.connection), daemon=True)
+                back.start()
+                _pass(self.connection, there)
+                back.join()
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}", heads
+        server.shutdown()
+
+
+def _pass(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
 
 
 @pytest.mark.registry

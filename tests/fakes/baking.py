@@ -85,27 +85,11 @@ def bake(
 ) -> Any:
     """Bake a model for llama.cpp."""
     platform = more.pop("platform", "")
-    image = ImageNames(
-        base=base,
-        order=more.pop("order", "engine-first"),
-        platforms=(platform,) if platform else (),
-        max_layer_size=more.pop("max_layer_size", "auto"),
-    )
-    request = {
-        "model": model,
-        "target": "llamacpp-q8_0",
-        "config": None,
-        "name": "",
-        "image": image,
-        "kind": "image",
-        "push": "",
-        "load": "",
-        "layout": None,
-        "force": False,
-        **more,
-    }
+    own = {name: more.pop(name) for name in ("order", "max_layer_size") if name in more}
+    image = ImageNames(base=base, platforms=(platform,) if platform else (), **own)
+    request = BakeCommand(**{"model": model, "target": "llamacpp-q8_0", "image": image, **more})
     tools = memory_tools(model.parent, registry=registry, key=key)
-    return bake_model(BakeCommand(**request), replace(tools, progress=progress or Silent()))
+    return bake_model(request, replace(tools, progress=progress or Silent()))
 
 
 class Bakery:

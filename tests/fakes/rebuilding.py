@@ -15,8 +15,6 @@ from weightsmith.core.values import (
     AdapterSnapshot,
     Artifact,
     Checkpoint,
-    Digest,
-    FileEntry,
     Score,
     Snapshot,
     Sources,
@@ -37,20 +35,14 @@ from weightsmith.recipe.schema import Evaluate
 from weightsmith.serving.llamacpp import ENGINE
 
 from tests.fakes.baking import make_key, push_base
+from tests.fakes.images import tree_of
 from tests.fakes.registry import FakeRegistry
 
 COMMIT = "c" * 40
 
 
 def tree(root: Path, **files: str) -> Tree:
-    entries = []
-    for name, text in files.items():
-        path = root / name.replace("_json", ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-        digest = Digest.of(text.encode())
-        entries.append(FileEntry(path=path.name, size=len(text), digest=digest))
-    return Tree(root=root, files=tuple(entries))
+    return tree_of(root, {k.replace("_json", ".json"): v.encode() for k, v in files.items()})
 
 
 class Scene:
@@ -137,7 +129,6 @@ class Scene:
         settings: Sequence[str] = (),
     ) -> RecipeFile:
         dist, told = self.folder / "dist", progress or Silent()
-        path = recipe_of_image(
-            self.name, base, key or self.public, dist, self.client, told, settings
-        )
+        key = key or self.public
+        path = recipe_of_image(self.name, base, key, dist, self.client, told, settings)
         return read_recipe(path, settings)
