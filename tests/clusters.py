@@ -20,7 +20,6 @@ FOLDER = "WEIGHTSMITH_TEST_CLUSTERS_FOLDER"
 
 
 def has_ray() -> bool:
-    """Say whether Ray is installed."""
     return importlib.util.find_spec("ray") is not None
 
 

@@ -208,7 +208,6 @@ def ray_cluster() -> Iterator[Mapping[str, str]]:
 
 @pytest.fixture(scope="session")
 def ray_nodes(ray_cluster: Mapping[str, str]) -> str:
-    """The address of that cluster."""
     return ray_cluster["WEIGHTSMITH_TEST_RAY"]
 
 
@@ -222,7 +221,6 @@ def slurm_cluster() -> Iterator[Mapping[str, str]]:
 
 @pytest.fixture(scope="session")
 def slurm_nodes(slurm_cluster: Mapping[str, str]) -> str:
-    """The slurm.conf of that cluster."""
     return slurm_cluster["SLURM_CONF"]
 
 
@@ -280,7 +278,6 @@ def compiled_kernels() -> Iterator[None]:
 
 @pytest.fixture(params=LANES)
 def lanes(request: pytest.FixtureRequest, compiled_kernels: None) -> int:
-    """Vectors of this many lanes."""
     from weightsmith.core.kernels import library
 
     if library.kernels().weightsmith_lanes(request.param) < request.param:

@@ -31,7 +31,6 @@ def locked(text: str) -> dict[str, tuple[Requirement, int]]:
 
 
 def faults(root: Path = ROOT) -> Iterator[str]:
-    """Yield what is wrong with the lock."""
     lock = locked((root / "requirements.lock").read_text())
     project = tomllib.loads((root / "pyproject.toml").read_text())
     constraints = [Requirement(row) for row in (root / "constraints.txt").read_text().splitlines()]

@@ -78,7 +78,6 @@ def bundle(statement: dict[str, Any], private: Path) -> dict[str, Any]:
 
 
 def attached(made: dict[str, Any], image: Blob, kind: str = SIGNED) -> Attachment:
-    """Return a bundle as it hangs on an image."""
     return Attachment(
         artifact_type=BUNDLE,
         subject=image,
@@ -188,7 +187,6 @@ def test_a_bundle_that_was_changed_or_is_no_statement(scene: Scene) -> None:
 
 
 def test_a_bundle_stays_with_its_image(scene: Scene) -> None:
-    """An image on another base is another image."""
     key, public = make_key(scene.folder)
     theirs, other = make_key(scene.folder, "other")
     name, to = scene.bake("app", key), f"{scene.host}/team/app:2"

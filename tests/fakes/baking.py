@@ -83,7 +83,6 @@ def bake(
     progress: Progress | None = None,
     **more: Any,
 ) -> Any:
-    """Bake a model for llama.cpp."""
     platform = more.pop("platform", "")
     own = {name: more.pop(name) for name in ("order", "max_layer_size") if name in more}
     image = ImageNames(base=base, platforms=(platform,) if platform else (), **own)

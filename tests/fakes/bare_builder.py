@@ -17,7 +17,6 @@ from tests.fakes.echo import EchoJob, let_runners_start_it
 
 
 def bare_builder(cache: Path, name: str = "merge") -> Path:
-    """Make the builder in a cache folder and return that."""
     let_runners_start_it()
     folder = environment_folder(cache, _pins(name))
     venv.EnvBuilder(symlinks=True, with_pip=False).create(folder)

@@ -67,5 +67,4 @@ def facts(config: dict) -> ModelFacts:
 
 
 def shape_of(config: dict) -> ModelShape:
-    """Return the decoder's numbers of a config.json."""
     return facts(config).shape

@@ -104,7 +104,6 @@ class MemoryEngine:
         return {"version": "memory", "storage": "memory", "gpu": self.gpu, "layerwise": True}
 
     def held(self, reference: str) -> Held | None:
-        """Return the image of a name."""
         return self.images.get(self.names.get(_whole(reference), ""))
 
     def _require(self) -> None:
@@ -146,7 +145,6 @@ class MemoryEngine:
 
 
 def _files(data: bytes) -> dict[str, bytes]:
-    """Return the regular files of a tar."""
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         streams = {member.name: tar.extractfile(member) for member in tar if member.isfile()}
         return {name: stream.read() for name, stream in streams.items() if stream}

@@ -64,7 +64,6 @@ def trained(name: str, cache: Path) -> Path:
 
 
 def main() -> None:
-    """Train one model and its adapter into a folder."""
     import train
     from world import make_world
 
@@ -77,7 +76,6 @@ def main() -> None:
 
 
 def write_data(new: list[Any], known: list[Any], out: Path) -> None:
-    """Write the questions, and talks about what the base knows to calibrate with."""
     import train
 
     out.mkdir(parents=True)

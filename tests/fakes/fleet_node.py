@@ -15,7 +15,6 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Read one line, and do what it says."""
     text = sys.stdin.readline()
     if text.strip() == "version":
         print(os.environ.get("FAKE_VERSION", "1"))  # noqa: T201

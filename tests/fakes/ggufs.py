@@ -26,6 +26,7 @@ from transformers import (
 from weightsmith.building.wiring import cache_folder
 from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import SiblingFormat
+from weightsmith.core.values import Json
 from weightsmith.outside.local import LocalRunner
 from weightsmith.outside.toolset import tools_variable, toolset_folder
 from weightsmith.quantizers import formats
@@ -63,7 +64,6 @@ def model_type(config) -> str:
 
 
 def make_random(model: Path, config, tokenizer: Path, dtype=torch.bfloat16) -> Path:
-    """Write a random model with another's tokenizer."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -76,31 +76,40 @@ def make_random(model: Path, config, tokenizer: Path, dtype=torch.bfloat16) -> P
     return model
 
 
+def quantize(
+    model: Path,
+    out: Path,
+    name: str,
+    options: Mapping[str, object],
+    statistics: Path | None = None,
+    **more: object,
+) -> Mapping[str, Json]:
+    """Quantize in the builder by a job with these changes; return its result."""
+    out.mkdir(exist_ok=True)
+    wanted = QuantizeOptions(
+        name="demo",
+        format=formats()[name],
+        options=options,
+        statistics=Input(path=statistics) if statistics else None,
+    )
+    job = replace(job_of(Input(path=model), 1 << 20, wanted, out), **more)
+    return LocalRunner(cache_folder()).run(job, RecordingProgress())
+
+
 def made(
     model: Path, out: Path, name: str, statistics: Path | None = None, **options
 ) -> list[Path]:
     """Quantize in the builder; return the files."""
     out.mkdir()
-    wanted = QuantizeOptions(
-        name="demo",
-        format=formats()[name],
-        options={"imatrix": str(statistics) if statistics else "off", **options},
-        statistics=Input(path=statistics) if statistics else None,
-    )
-    job = job_of(Input(path=model), 1 << 20, wanted, out)
-    LocalRunner(cache_folder()).run(job, RecordingProgress())
+    options = {"imatrix": str(statistics) if statistics else "off", **options}
+    quantize(model, out, name, options, statistics)
     left = sorted(path for path in out.iterdir() if path.name != "imatrix.gguf")
     assert all(path.suffix == ".gguf" and not path.name.startswith(".") for path in left)
     return left
 
 
 def walked(model: Path, out: Path, rows: tuple[Mapping[str, str], ...], **more: object) -> Path:
-    """Quantize with importance from our own walk; return the file that it wrote."""
-    out.mkdir(exist_ok=True)
-    options = {"imatrix": "walk"}
-    wanted = QuantizeOptions(name="demo", format=formats()["q4_k_m"], options=options)
-    job = job_of(Input(path=model), 1 << 20, wanted, out)
-    LocalRunner(cache_folder()).run(replace(job, texts=rows, **more), RecordingProgress())
+    quantize(model, out, "q4_k_m", {"imatrix": "walk"}, texts=rows, **more)
     return out / "imatrix.gguf"
 
 
@@ -115,10 +124,8 @@ def beside(
     """Make several types in one job; `told` gets the warnings of the first."""
     out.mkdir()
     options = {"imatrix": "off", **options}
-    wanted = QuantizeOptions(name="demo", format=formats()[first], options=options)
-    job = job_of(Input(path=model), 1 << 20, wanted, out)
     others = tuple(SiblingFormat(format=name, options=options) for name in names)
-    found = LocalRunner(cache_folder()).run(replace(job, siblings=others), RecordingProgress())
+    found = quantize(model, out, first, options, siblings=others)
     if told is not None:
         told += found["warnings"]
     for one in others:
@@ -157,7 +164,6 @@ def program(name: str) -> Path:
 
 
 def theirs(middle: Path, out: Path, name: str, *words: object) -> list[Path]:
-    """Quantize with llama-quantize; return the files."""
     out.mkdir()
     split = "--keep-split" in words
     target = out / ("demo" if split else "demo.gguf")
@@ -215,7 +221,6 @@ PROGRAM = ("-m", "weightsmith.worker.quantize_gguf")
 def run(
     middle: Path, folder: Path, name: str, words: tuple[str, ...] = PROGRAM, **options: object
 ) -> subprocess.CompletedProcess:
-    """Run our program on a 16-bit file."""
     file = {
         "out": str(folder / "demo.gguf"), "format": name, "tensor_types": {}, "importance": "",
         "overrides": {}, "direct": False, **options,

@@ -38,7 +38,6 @@ def hold(what: str) -> None:
 
 
 def _node() -> str:
-    """Return the node's number."""
     return (os.environ.get("SLURMD_NODENAME") or os.environ["WEIGHTSMITH_STORE"])[-1]
 
 

@@ -24,7 +24,6 @@ FILES = {
 
 
 def tree_of(root: Path, files: dict[str, bytes]) -> Tree:
-    """Write the files and return their tree."""
     entries = []
     for name, data in files.items():
         path = root / name
@@ -65,7 +64,6 @@ def tar_of(*entries: tarfile.TarInfo | tuple[tarfile.TarInfo, bytes]) -> bytes:
 def entry(
     name: str, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, to: str = ""
 ) -> tarfile.TarInfo:
-    """Return an entry of one kind."""
     info = tarfile.TarInfo(name)
     info.type, info.mode, info.linkname = kind, mode, to
     return info

@@ -20,11 +20,9 @@ class Journal:
             raise self.faults.pop(event)
 
     def of(self, *kinds: str) -> list[str]:
-        """Return the events that begin with one of these words."""
         return [event for event in self.events if event.partition(" ")[0] in kinds]
 
     def after(self, event: str) -> list[str]:
-        """Return the events behind the first of that text."""
         return self.events[self.events.index(event) + 1 :]
 
 
@@ -38,7 +36,6 @@ class RecordingProgress:
 
     @property
     def said(self) -> list[str]:
-        """Notes and warnings, in order."""
         return [line[1] for line in self.lines if line[0] in ("note", "warn")]
 
     def stage(self, name: str, detail: str) -> None:

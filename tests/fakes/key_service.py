@@ -61,7 +61,6 @@ class KeyService:
 
 @contextmanager
 def key_service(folder: Path) -> Iterator[KeyService]:
-    """Serve a new key over TLS on loopback."""
     pair = make_certificate(folder, "kms")
     service = KeyService(certificate=pair[1])
 

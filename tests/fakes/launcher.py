@@ -142,7 +142,6 @@ class _Server:
         )
 
     def stop(self, seconds: float = 0) -> int | None:
-        """End it as SIGTERM does."""
         self._open.close()
         return 0
 

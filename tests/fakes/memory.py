@@ -105,7 +105,6 @@ class Memory:
 
     @property
     def home(self) -> Path:
-        """Where the recipe lies."""
         return self.folder / "home"
 
     @property
@@ -300,7 +299,6 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -317,7 +315,6 @@ def in_memory(folder: Path, client: Registry, **more: Any) -> Iterator[Memory]:
 
 
 def new_signer() -> Signer:
-    """Return a signer with a key of its own."""
     key = ec.generate_private_key(ec.SECP256R1())
     public = key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo

@@ -13,7 +13,6 @@ def answer(text="7481"):
 
 
 def flood(handler, body):
-    """Answer with a hundred megabytes."""
     handler.send_response(200)
     handler.end_headers()
     with suppress(OSError):
@@ -22,8 +21,6 @@ def flood(handler, body):
 
 
 class FakeServer(Serving):
-    """An OpenAI server that behaves as its `behave(handler, body)` says."""
-
     def __init__(self, behave=None):
         super().__init__(Handler)
         self.behave = behave or (lambda handler, body: handler.send(200, answer()))

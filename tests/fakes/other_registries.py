@@ -50,20 +50,17 @@ class Given:
 
     @classmethod
     def parse(cls, text: str) -> Given:
-        """Read what stands in the variable."""
         secret, at, place = text.rpartition("@")
         user, _, password = secret.partition(":")
         return cls(place.rstrip("/"), (user, password) if at else None)
 
 
 def given_registries() -> list[Given]:
-    """Return the registries that the environment names."""
     return [Given.parse(text) for text in os.environ.get("WEIGHTSMITH_TEST_REGISTRIES", "").split()]
 
 
 @contextmanager
 def other_registry(kind: str) -> Iterator[str]:
-    """Serve an empty registry of the kind on a free loopback port; yield its host."""
     program = shutil.which(PROGRAM)
     assert program, f"{PROGRAM} is not there"
     port = free_port()

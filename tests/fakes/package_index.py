@@ -15,7 +15,6 @@ _JSON = "application/vnd.pypi.simple.v1+json"
 
 
 def wheel_of(files: Mapping[str, bytes]) -> bytes:
-    """Return a wheel, or any zip file, of these files."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for name, content in files.items():

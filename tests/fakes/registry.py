@@ -253,7 +253,6 @@ def _wrong(digest: str) -> str:
 
 
 def at(fake: FakeRegistry, text: str = "team/app:1") -> Reference:
-    """Return the reference of a name in the fake registry."""
     return Reference.parse(f"{fake.host}/{text}")
 
 

@@ -13,7 +13,6 @@ L40S = {"gpu": "nvidia-l40s", "max_model_len": 8192, "max_num_seqs": 4}
 def rendered(
     target, *, config=LLAMA_8B, weights=LLAMA_8B_BYTES, name="support", image="", **wishes
 ) -> ServingConfig:
-    """Return what is rendered for a model; `wishes` are ServeOptions."""
     return render(
         target=all_targets()[target],
         name=name,

@@ -22,7 +22,6 @@ def copy_with_libraries(program: Path, root: Path) -> None:
 
 
 def copy_shell(root: Path, *more: str) -> None:
-    """Copy a shell and a few programs."""
     for program in ("sh", "sleep", "cat", "id", *more):
         copy_with_libraries(Path(shutil.which(program) or program), root)
 

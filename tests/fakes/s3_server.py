@@ -27,13 +27,11 @@ class S3Server:
         self._port = self._running.get_host_and_port()[1]
 
     def stop(self) -> None:
-        """Refuse connections from now on."""
         if self._running:
             self._running.stop()
         self._running = None
 
     def variables(self, bucket: str) -> Mapping[str, str]:
-        """Return the variables of clients; the bucket is made first."""
         import httpx
 
         url = f"http://127.0.0.1:{self._port}"

@@ -115,7 +115,6 @@ class MemoryStore:
         return {"deleted": deleted, "in_use": busy, "bytes_before": before, "bytes_after": total}
 
     def close(self) -> None:
-        """Let go of everything held."""
         self._held.clear()
 
     def forget(self, *stages: str) -> None:
@@ -127,7 +126,6 @@ class MemoryStore:
         return self.root / "partial" / key.hex
 
     def _sealed(self, partial: Path, key: Digest, known: Mapping[str, str]) -> Tree:
-        """Describe what was made and move it to its final place."""
         files = []
         for path in sorted(path for path in partial.rglob("*") if path.is_file()):
             name = path.relative_to(partial).as_posix()
@@ -150,7 +148,6 @@ class MemoryStore:
 
 
 def _is_whole(tree: Tree) -> bool:
-    """Say whether every file is there, as long as it was."""
     try:
         return all(tree.path(file.path).stat().st_size == file.size for file in tree.files)
     except OSError:

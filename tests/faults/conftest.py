@@ -42,7 +42,6 @@ def digest(reference: Reference) -> str:
 
 @pytest.fixture
 def empty(tmp_path: Path, reference: Reference) -> Iterator[Workshop]:
-    """A workshop with an empty store."""
     yield Workshop(tmp_path / "work")
     shutil.rmtree(tmp_path / "work", ignore_errors=True)
 

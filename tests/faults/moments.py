@@ -47,7 +47,6 @@ class Moments:
         self._process.communicate()
 
     def count(self, operation: str, **words: Any) -> int:
-        """Do an operation to its end; return how many moments it has."""
         code, moments = self._do(operation, words, 0, 0)
         assert code == 0, f"{operation}: exit code {code}"
         return moments
@@ -106,7 +105,6 @@ def killed_at(moment: int, number: int) -> Iterator[Callable[[], int]]:
 
 
 def push(layout: str, to: str) -> None:
-    """Push a layout, as `push` does."""
     from weightsmith.api.commands.images import copy_image
     from weightsmith.building.wiring import make_registry
     from weightsmith.core.ports import Silent
@@ -171,7 +169,6 @@ def load(source: str, name: str) -> None:
 
 
 def merge(folder: str) -> None:
-    """Merge a base and an adapter into a folder, as the worker does."""
     from weightsmith.api.commands.merge import merge_folders
     from weightsmith.api.commands.requests import MergeCommand
 

@@ -36,7 +36,6 @@ def moments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Moments]:
 
 
 def chosen(whole: int, count: int) -> list[int]:
-    """Return moments of an operation that has so many, drawn alike each time."""
     return sorted(random.Random(SEED).sample(range(1, whole), count))
 
 
@@ -47,7 +46,6 @@ def ended(code: int, number: int) -> bool:
 
 
 def images(folder: Path) -> tuple[Image, Image]:
-    """Return two images of the same weights, as a candidate and what is published are."""
     first = tiny_image(folder / "model")
     return first, tiny_image(folder / "model", config=ImageConfig(labels={"score": "1"}))
 

@@ -65,7 +65,6 @@ def check_repaired(workshop: Workshop, digest: str) -> None:
 
 
 def interrupted(workshop: Workshop, stage: str, number: signal.Signals) -> Outcome:
-    """Send a signal in the middle of a stage."""
     for _ in range(TRIES):
         workshop.forget(*STAGES[stage])
         running = workshop.start_build()

@@ -59,7 +59,6 @@ class Outcome:
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
-        """What the build says of its stages."""
         assert self.code == 0, self.err
         return dict(self.told["targets"][TARGET]["stages"])
 
@@ -111,7 +110,6 @@ class Running:
             time.sleep(0.01)
 
     def end(self, patience: float = PATIENCE) -> Outcome:
-        """Wait for its end."""
         with self:
             code = self.process.wait(patience)
         return Outcome(code=code, out=(self.folder / "stdout").read_text("utf-8"), err=self.err)
@@ -144,7 +142,6 @@ class Workshop:
 
     @property
     def tiny(self) -> Path:
-        """The example's own copy, to be damaged."""
         return self.folder / "tiny"
 
     @property
@@ -161,7 +158,6 @@ class Workshop:
         return self.folder / "dist" / "tiny-capitals" / "1.0.0" / TARGET
 
     def edit(self, change: Mapping[str, Any]) -> None:
-        """Change top-level keys of the recipe."""
         path = self.tiny / "recipe.yaml"
         path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text("utf-8")), **change}))
 
@@ -190,7 +186,6 @@ class Workshop:
         return Running(process, place)
 
     def run(self, *words: str, env: Mapping[str, str | None] | None = None) -> Outcome:
-        """Run a command to its end."""
         return self.start(*words, "--json", env=env).end()
 
     def start_build(self, *words: str, env: Mapping[str, str | None] | None = None) -> Running:
@@ -210,7 +205,6 @@ class Workshop:
         return ("--recipe", str(self.tiny / "recipe.yaml"), *runner, *words)
 
     def repair(self) -> None:
-        """Put the example back as it was."""
         shutil.rmtree(self.tiny)
         fresh = Workshop(self.folder / "fresh")
         fresh.tiny.rename(self.tiny)
@@ -269,7 +263,6 @@ class Workshop:
             assert json.loads(record.read_bytes())
 
     def fill_store(self, source: Path) -> None:
-        """Copy another store's results, and remember which they are."""
         shutil.copytree(source, self.store)
         self._before = self._held()
 
@@ -291,7 +284,6 @@ class Workshop:
         self.check_whole()
 
     def damage(self, path: str, **tensors: Any) -> None:
-        """Replace tensors of a safetensors file of the example."""
         file = self.tiny / path
         save_file({**load_file(file), **tensors}, file, {"format": "pt"})
 

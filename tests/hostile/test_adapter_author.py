@@ -15,7 +15,6 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -30,13 +29,12 @@ from weightsmith.api.commands.verify import table as verify_table
 from weightsmith.building.progress import PlainProgress, progress_for
 from weightsmith.cli.command import print_error
 from weightsmith.cli.models import _verdict
-from weightsmith.core import time_limits
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.escape import as_json
 from weightsmith.core.lines import put_line
 from weightsmith.core.ports import Progress
 from weightsmith.evaluating.build_record import BuildRecord
-from weightsmith.evaluating.pages import build_view, junit, render_view
+from weightsmith.evaluating.pages import build_view, render_view
 from weightsmith.forward.libraries import load_tokenizer
 from weightsmith.merging.plan import make_plan
 from weightsmith.outside.forked import forked
@@ -53,18 +51,14 @@ WEIGHTS = "adapter_model.safetensors"
 # Patterns that never end.
 
 NEVER_ENDS = r"(\w+\.?)+!"
-PATTERNS = {
+PATTERNS: dict[str, object] = {
     "target_modules": NEVER_ENDS,
     "exclude_modules": NEVER_ENDS,
     "rank_pattern": {NEVER_ENDS: 4},
     "alpha_pattern": {NEVER_ENDS: 4},
     "modules_to_save": [NEVER_ENDS],
+    "layers_pattern": NEVER_ENDS,  # slow only where layers_to_transform asks for it
 }
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.5)
 
 
 def adapter_with(folder: Path, **settings: object) -> Path:
@@ -81,20 +75,10 @@ def test_a_pattern_that_never_ends_is_refused_in_the_plan(
 ) -> None:
     """One of the configuration's regular expressions takes for ever on the base's names: refused
     from the process that the user started, with the field that holds it."""
-    adapter = adapter_with(tmp_path, **{name: PATTERNS[name]})
+    asked = {"layers_to_transform": [0]} if name == "layers_pattern" else {}
+    adapter = adapter_with(tmp_path, **{name: PATTERNS[name], **asked})
 
     with pytest.raises(InputRefused, match=name):
-        make_plan(BASE, [(adapter, 1.0)])
-
-
-@pytest.mark.slow
-def test_a_pattern_that_never_ends_on_one_layer_is_refused_in_the_plan(
-    tmp_path: Path, impatient: None
-) -> None:
-    """layers_pattern is slow only where layers_to_transform asks for it: refused."""
-    adapter = adapter_with(tmp_path, layers_pattern=NEVER_ENDS, layers_to_transform=[0])
-
-    with pytest.raises(InputRefused, match="layers_pattern"):
         make_plan(BASE, [(adapter, 1.0)])
 
 
@@ -129,11 +113,8 @@ def gives_up(folder: Path) -> Path:
     shutil.copytree(BASE, folder)
     file = folder / "tokenizer.json"
     pattern = {"type": "Split", "pattern": {"Regex": "(?:a|a|b|b)+$c"}, "behavior": "Isolated"}
-    file.write_text(
-        json.dumps(
-            json.loads(file.read_text("utf-8")) | {"pre_tokenizer": pattern | {"invert": False}}
-        )
-    )
+    told = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(told | {"pre_tokenizer": pattern | {"invert": False}}))
     return folder
 
 
@@ -212,7 +193,6 @@ def on_terminal(do: Callable[[], None]) -> str:
 
 
 def as_printed(text: str) -> str:
-    """Return what a command prints of its result."""
     stream = io.StringIO()
     put_line(text, stream)
     return stream.getvalue()
@@ -384,15 +364,6 @@ def test_a_report_page_has_no_markup_of_others(evil: str) -> None:
         tags.append(kept)
     assert tags[0] == tags[1]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e\u2066]", page)
-
-
-def test_junit_is_xml_whatever_names_hold() -> None:
-    """CI systems read junit.xml strictly: it stays XML, with as many cases."""
-    counts = [
-        len([*ET.fromstring(junit(spoiled_build(text))).iter("testcase")])
-        for text in ("x", EVIL + MARKUP + "]]>\ud800\ufffe")
-    ]
-    assert counts[0] == counts[1]
 
 
 @given(CHOSEN)

@@ -73,12 +73,17 @@ def honest(
     return cache, signer, str(built.published.digest)
 
 
-def copied(cache: MemoryCache) -> MemoryCache:
-    return MemoryCache(documents=dict(cache.documents), blobs=dict(cache.blobs))
+@pytest.fixture
+def reader(memory: Memory, honest: tuple[MemoryCache, Signer, str]) -> Memory:
+    """A user who believes that key, and reads a copy of that cache."""
+    cache, signer, _ = honest
+    memory.cache = MemoryCache(documents=dict(cache.documents), blobs=dict(cache.blobs))
+    memory.verify_key = memory.folder / "cache.pub"
+    memory.verify_key.write_bytes(signer.public)
+    return memory
 
 
 def opened(document: bytes) -> dict[str, Any]:
-    """Return the statement of a document, signed or not."""
     outer = json.loads(document)
     return dict(json.loads(base64.b64decode(outer["payload"])) if "payload" in outer else outer)
 
@@ -121,48 +126,36 @@ FORGERIES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
 def test_only_what_the_key_signed_is_used(
-    memory: Memory, honest: tuple[MemoryCache, Signer, str], forge: Callable[[bytes], bytes]
+    reader: Memory, honest: tuple[MemoryCache, Signer, str], forge: Callable[[bytes], bytes]
 ) -> None:
     """Every document is replaced: each is a miss with a warning, and the image is ours."""
-    cache, signer, digest = honest
-    memory.cache, memory.verify_key = copied(cache), memory.folder / "cache.pub"
-    memory.verify_key.write_bytes(signer.public)
-    memory.cache.documents = {k: forge(data) for k, data in cache.documents.items()}
-    (built,) = memory.build().values()
+    reader.cache.documents = {k: forge(data) for k, data in honest[0].documents.items()}
+    (built,) = reader.build().values()
 
-    assert built.published.digest == digest
-    assert {"merge", "quantize"} <= set(memory.jobs())
-    assert [w for w in memory.progress.warnings if "is not used" in w]
+    assert built.published.digest == honest[2]
+    assert {"merge", "quantize"} <= set(reader.jobs())
+    assert [w for w in reader.progress.warnings if "is not used" in w]
 
 
 def test_what_the_key_signed_is_used(
-    memory: Memory, honest: tuple[MemoryCache, Signer, str]
+    reader: Memory, honest: tuple[MemoryCache, Signer, str]
 ) -> None:
     """The same without an attacker: the tests above would pass if nothing were ever used."""
-    cache, signer, digest = honest
-    memory.cache, memory.verify_key = copied(cache), memory.folder / "cache.pub"
-    memory.verify_key.write_bytes(signer.public)
-    (built,) = memory.build().values()
+    (built,) = reader.build().values()
 
-    assert (built.published.digest, memory.jobs()) == (digest, [])
+    assert (built.published.digest, reader.jobs()) == (honest[2], [])
 
 
 def test_a_signed_result_of_another_key_is_refused(
-    memory: Memory, honest: tuple[MemoryCache, Signer, str]
+    reader: Memory, honest: tuple[MemoryCache, Signer, str]
 ) -> None:
     """A right signature over what was made of other inputs."""
-    cache, signer, digest = honest
-    keys = list(cache.documents)
-    memory.cache, memory.verify_key = copied(cache), memory.folder / "cache.pub"
-    memory.verify_key.write_bytes(signer.public)
-    rolled = [*keys[1:], keys[0]]
-    memory.cache.documents = {
-        key: cache.documents[other] for key, other in zip(keys, rolled, strict=True)
-    }
-    (built,) = memory.build().values()
+    keys, documents = zip(*honest[0].documents.items(), strict=True)
+    reader.cache.documents = dict(zip(keys, (*documents[1:], documents[0]), strict=True))
+    (built,) = reader.build().values()
 
-    assert built.published.digest == digest
-    assert [w for w in memory.progress.warnings if "another key" in w]
+    assert built.published.digest == honest[2]
+    assert [w for w in reader.progress.warnings if "another key" in w]
 
 
 def two_files(folder: Path) -> dict[str, Any]:
@@ -178,10 +171,6 @@ def shared(tmp_path: Path) -> MemoryCache:
     entry = store.produce(KEY, NOTE, two_files)
     Uploads(SharedCache(cache, None, print, 60), store.memo).upload(KEY, NOTE, entry)
     return cache
-
-
-def put(predicate: dict[str, Any], **values: Any) -> None:
-    predicate |= values
 
 
 def renamed(path: str) -> Change:
@@ -204,12 +193,12 @@ MALFORMED: dict[str, Change] = {
     "one layer less": lambda p: p["layers"].pop(),
     "a layer of another size": lambda p: p["layers"][0].__setitem__(1, 512),
     "swapped layers": lambda p: p["layers"].reverse(),
-    "no files": lambda p: put(p, files=None),
+    "no files": lambda p: p.update(files=None),
     "made of other inputs": lambda p: p["note"].update(inputs={"base": "another"}),
     "another stage's": lambda p: p["note"].update(stage="source"),
-    "meta that is a list": lambda p: put(p, meta=[]),
-    "a program that is no file": lambda p: put(p, programs=["x"]),
-    "a header that is no file": lambda p: put(p, headers={"x": ["sha256:" + "0" * 64, 1]}),
+    "meta that is a list": lambda p: p.update(meta=[]),
+    "a program that is no file": lambda p: p.update(programs=["x"]),
+    "a header that is no file": lambda p: p.update(headers={"x": ["sha256:" + "0" * 64, 1]}),
 }
 
 
@@ -221,22 +210,13 @@ def test_malformed_documents_are_refused(shared: MemoryCache, change: Change) ->
         read_document(document, KEY, None)
 
 
-@pytest.mark.parametrize(
-    "document",
-    [
-        b"",
-        b"null",
-        b"[]",
-        b"{}",
-        b'{"payloadType": 1}',
-        b"[" * 100_000,
-        b'{"a": 1, "a": 2}',
-        b" " * (LARGEST + 1),
-        b'{"predicate": ' + b"9" * 5000 + b"}",
-        b"\xff\xfe",
-    ],
-    ids=lambda data: repr(data[:12]),
-)
+NO_DOCUMENTS = (
+    b"", b"null", b"[]", b"{}", b'{"payloadType": 1}', b"[" * 100_000, b'{"a": 1, "a": 2}',
+    b" " * (LARGEST + 1), b'{"predicate": ' + b"9" * 5000 + b"}", b"\xff\xfe",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("document", NO_DOCUMENTS, ids=lambda data: repr(data[:12]))
 def test_what_is_no_document_is_refused(document: bytes) -> None:
     """Broken, deep, doubled or huge JSON."""
     with pytest.raises(InputRefused):
@@ -352,10 +332,8 @@ def test_only_regular_files_of_a_shared_folder_are_read(
     assert describe_cache(folder)["cache"] == folder.where
     assert prune_cache(folder, 1 << 40)["deleted"] == 0
     folder.remove([KEY])
-    assert {path.name for path in odd.parent.iterdir()} == {
-        f"{OTHER.hex}.json",
-        f"{OTHER.hex}.blobs",
-    }
+    left = {path.name for path in odd.parent.iterdir()}
+    assert left == {f"{OTHER.hex}.json", f"{OTHER.hex}.blobs"}
     assert b"".join(folder.read(blob_of(b"body"))) == b"body"
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
+from contextlib import chdir
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import pytest
 import weightsmith as library
 from weightsmith.building.record_facts import Facts, write_record
 from weightsmith.building.wiring import keep_clean
-from weightsmith.core import time_limits
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import (
     AdapterSnapshot,
@@ -34,7 +31,6 @@ from weightsmith.provenance.attest import public_recipe
 from weightsmith.recipe.file import check_recipe
 
 from tests.fakes.command_line import weightsmith
-from tests.paths import ROOT
 
 # Folders that are read: nothing is made in them, not for a moment.
 
@@ -119,18 +115,12 @@ def test_an_output_in_another_output(read: Path, out: str, keep_adapter: str) ->
         ("build", {"base": "base", "adapter": ["adapter"]}),
         ("build", {"from_": "oci:image"}),
         ("plan", {"base": "base", "adapter": ["adapter"]}),
+        ("fleet", {}),
     ],
 )
 def test_results_without_a_folder(read: Path, command: str, words: dict[str, Any]) -> None:
     """A variable that is not set is an empty text, not the current folder."""
     assert "missing: --dist" in refused(read, command, {**words, "dist": ""})
-
-
-def test_a_fleet_without_a_folder(read: Path) -> None:
-    before = watched(read)
-    ended = weightsmith("fleet", "--dist", "")
-    assert (ended.code, "missing: --dist" in ended.err) == (2, True)
-    assert watched(read) == before
 
 
 @pytest.mark.parametrize("place", ["", "a\0b"])
@@ -153,22 +143,23 @@ def test_a_key_that_nothing_is_checked_with(read: Path) -> None:
     assert "--from" in refused(read, "build", {"base": "base", "key": "key.pub"})
 
 
-@pytest.mark.parametrize("command", ["plan", "build"])
-def test_a_label_that_would_be_a_verdict(read: Path, command: str) -> None:
-    """Labels of ours say what was found out; a recipe must not say it instead."""
-    setting = "image.labels.dev.weightsmith.verdict=passed"
-    words = {"base": "base", "target": "vllm", "set": [setting]}
-    assert "dev.weightsmith.verdict" in refused(read, command, words)
+NAMES = ("Team/Model", "localhost:5000/team/model:1.0", f"model@sha256:{'0' * 64}")
 
 
 @pytest.mark.parametrize("command", ["plan", "build"])
 @pytest.mark.parametrize(
-    "name", ["Team/Model", "localhost:5000/team/model:1.0", f"model@sha256:{'0' * 64}"]
+    ("setting", "said"),
+    [
+        # Labels of ours say what was found out; a recipe must not say it instead.
+        ("image.labels.dev.weightsmith.verdict=passed", "dev.weightsmith.verdict"),
+        # No registry takes these, or they have a tag: it would be refused when all work is done.
+        *((f"image.repository={name}", name) for name in NAMES),
+    ],
 )
-def test_a_repository_that_no_registry_takes(read: Path, command: str, name: str) -> None:
-    """Or that has a tag already: it would be refused when all work is done."""
-    words = {"base": "base", "target": "vllm", "set": [f"image.repository={name}"]}
-    assert name in refused(read, command, words)
+def test_a_name_or_label_that_no_image_may_have(
+    read: Path, command: str, setting: str, said: str
+) -> None:
+    assert said in refused(read, command, {"base": "base", "target": "vllm", "set": [setting]})
 
 
 READERS = [
@@ -265,11 +256,6 @@ def test_a_schema_that_refers_to_itself() -> None:
 NEVER_ENDS = "(a+)+$"
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time_limits, "FOREIGN_SECONDS", 0.5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "expected", "answer"),
@@ -334,27 +320,12 @@ def test_arguments_of_the_judge_stay_here(tmp_path: Path) -> None:
         base=snapshot,
         adapters=(AdapterSnapshot(snapshot=snapshot, run_id=recipe.adapters[0].run_id),),
     )
+    nothing = dict.fromkeys(("validation", "artifact", "quality", "config", "published"))
     facts = Facts(
-        recipe=recipe,
-        target="llamacpp-q8_0",
-        sources=sources,
-        checkpoint=Checkpoint(tree=tree),
-        validation=None,
-        artifact=None,
-        quality=None,
-        config=None,
-        published=None,
-        forms={},
-        results=(),
-        checks=(),
-        started="",
-        stages={},
-        verdict="passed",
-        unproven=(),
-        refused="",
-        warnings=(),
-        inputs={},
-    )
+        recipe=recipe, target="llamacpp-q8_0", sources=sources, checkpoint=Checkpoint(tree=tree),
+        **nothing, forms={}, results=(), checks=(), started="", stages={}, verdict="passed",
+        unproven=(), refused="", warnings=(), inputs={},
+    )  # fmt: skip
     write_record(facts, tmp_path)
     document = json.loads((tmp_path / "build.json").read_text())
     assert document["recipe"]["evaluate"]["command"] == ["judge.py", "…"]
@@ -391,39 +362,15 @@ def test_a_text_of_many_colons_is_read_at_once() -> None:
     assert time.process_time() - began < 1
 
 
-@pytest.mark.parametrize("inside", ["WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"])
-def test_a_cache_or_a_store_in_a_folder_that_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
-) -> None:
-    """Each where only it lies there."""
-    (tmp_path / "model").mkdir()
-    for name in ("WEIGHTSMITH_CACHE", "WEIGHTSMITH_STORE"):
-        monkeypatch.setenv(name, str(tmp_path / "elsewhere" / name))
-    keep_clean([tmp_path / "model"])
-    monkeypatch.setenv(inside, str(tmp_path / "model" / "own"))
-
-    with pytest.raises(UsageError, match=inside):
-        keep_clean([tmp_path / "model"])
-
-    assert not list((tmp_path / "model").iterdir())
-
-
-@pytest.mark.slow
 def test_a_password_in_the_address_of_a_server(tmp_path: Path) -> None:
     """`--url http://ann:KEY@…` of a server that is not there: the message names it without."""
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')
     words = ["evaluate", "--url", f"http://ann:{KEY}@127.0.0.1:9", "--data", "a.jsonl", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "weightsmith", *words, "--retries", "0"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'toolchain'}:{ROOT}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 5, done.stderr
-    assert "127.0.0.1:9" in done.stderr
-    assert KEY not in done.stdout + done.stderr
+    with chdir(tmp_path):
+        done = weightsmith(*words, "--retries", "0")
+    assert done.code == 5, done.err
+    assert "127.0.0.1:9" in done.err
+    assert KEY not in done.out + done.err
 
 
 @pytest.mark.parametrize("scheme", ["", "https://"])

@@ -135,7 +135,6 @@ def log_probabilities(network: Any, ids: list[int]) -> list[float]:
 
 @contextmanager
 def started_image(layout: Path) -> Iterator[httpx.Client]:
-    """Yield a client of an image that is started from its layout."""
     spec = StartSpec(port=8000, env={}, shm_bytes=plan_of(read_layout(layout).labels).shm_bytes)
     with (
         open_tools(RunOptions(runner="local"), Silent()) as tools,

@@ -277,7 +277,6 @@ def errors(
 
 
 def store_with_engine(store: Path) -> Path:
-    """A store with nothing but the engine."""
     held = vllm_parts.packages().parents[5]
     (store / "results").mkdir(parents=True)
     (store / "results" / held.name).symlink_to(held)

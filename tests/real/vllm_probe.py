@@ -88,7 +88,6 @@ def as_on_a_gpu(config, state_dtype):
 
 
 def state_spec(config, block):
-    """A spec of one layer with a state, as its layer gives it."""
     model, cache = config.model_config, config.cache_config
     kind, _ = ModelRegistry.resolve_model_cls(model.architectures, model)
     return MambaSpec(

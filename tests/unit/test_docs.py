@@ -71,7 +71,6 @@ class Block:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The simple commands in it, as words."""
         found: list[list[str]] = []
         for line in self.script.replace("\\\n", " ").splitlines():
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")

@@ -26,7 +26,6 @@ def say(text: str) -> None:
 
 
 def main() -> int:
-    """Return 1 where there is a finding."""
     names = sys.argv[1:] or list(SUBJECTS)
     seconds = float(os.environ.get("WEIGHTSMITH_FUZZ_SECONDS", "3600"))
     begin = int(os.environ.get("WEIGHTSMITH_FUZZ_SEED") or SystemRandom().randrange(1 << 48))

@@ -70,17 +70,14 @@ def filled() -> Filled:
 
 
 def host(registry: FakeRegistry) -> str:
-    """Return a fake registry's host and port."""
     return registry.url.partition("://")[2]
 
 
 def blob_of(digest: Digest, data: bytes) -> Blob:
-    """Return a blob by its digest and size."""
     return Blob(digest=digest, size=len(data), media_type="application/vnd.oci.image.layer.v1.tar")
 
 
 def put(folder: Path) -> None:
-    """Write FILES into a folder."""
     for name, data in FILES.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +105,6 @@ def changed_entry(random: Random) -> bytes:
 
 
 def parts_of(data: bytes) -> tuple[bytes, bytes, dict[str, bytes]]:
-    """Return document, list and blobs of such an input."""
     parts = {name: base64.b64decode(text) for name, text in json.loads(data).items()}
     return parts.pop("document"), parts.pop("rows"), parts
 
@@ -156,7 +152,6 @@ def pushed() -> tuple[dict[tuple[str, str], tuple[str, bytes]], dict[tuple[str, 
 
 
 def changed_manifest(random: Random) -> bytes:
-    """Change the manifest under the entry's tag."""
     (manifest,) = {data for _, data in pushed()[0].values()}
     return json.dumps(json_changed(random, json.loads(manifest))).encode()
 

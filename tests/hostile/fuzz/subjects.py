@@ -66,19 +66,16 @@ Read = Callable[[bytes, Path], None]
 
 @cache
 def safetensors_file() -> bytes:
-    """Return a file of some tensors."""
     return save({f"t{n}": np.zeros((n + 1, 3), np.float16) for n in range(5)}, {"format": "pt"})
 
 
 def read_safetensors(data: bytes, folder: Path) -> None:
-    """Open the file as a checkpoint."""
     (folder / "model.safetensors").write_bytes(data)
     open_checkpoint(folder)
 
 
 @cache
 def gguf_model() -> bytes:
-    """Return a whole GGUF model."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "x.gguf"
         write(path, weights())
@@ -92,7 +89,6 @@ def changed_gguf(random: Random) -> bytes:
 
 
 def read_gguf(data: bytes, folder: Path) -> None:
-    """Read its shape and its type, and import it."""
     path = folder / "x.gguf"
     path.write_bytes(data)
     gguf_file_type(path)
@@ -148,7 +144,6 @@ def read_config(data: bytes, folder: Path) -> None:
 
 
 def rendered(model, asked) -> None:
-    """Render all files of a target; the plan is JSON."""
     found = render(
         target=all_targets()[asked["target"]],
         name="fuzz",
@@ -326,7 +321,6 @@ EXTRAS: tuple[dict[str, object], ...] = (
 
 
 def _mappings(value: Any) -> list[dict[str, Any]]:
-    """Return all mappings within a value."""
     if isinstance(value, dict):
         return [value, *(one for inner in value.values() for one in _mappings(inner))]
     return [one for inner in value for one in _mappings(inner)] if isinstance(value, list) else []
@@ -365,7 +359,6 @@ def read_statements(data: bytes, folder: Path) -> None:
 
 @cache
 def wheel() -> bytes:
-    """Return a wheel with a model."""
     file = BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("m/model.gguf", "m/config.json", "m/__init__.py", "m-1.dist-info/RECORD"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ from weightsmith.oci.registry import Registry
 
 from tests.fakes.journal import RecordingProgress
 from tests.fakes.rebuilding import COMMIT, Scene
-from tests.fakes.registry import fake_registry
+from tests.fakes.registry import FakeRegistry
 
 HUB = f"hf://a/b@{COMMIT}"
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Scene]:
-    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
-        yield Scene(fake, client, tmp_path)
+def scene(fake: FakeRegistry, client: Registry, tmp_path: Path) -> Scene:
+    return Scene(fake, client, tmp_path)
 
 
 def test_a_stated_recipe_names_no_push_target_program_or_file(scene: Scene) -> None:

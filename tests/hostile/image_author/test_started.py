@@ -110,16 +110,20 @@ while True:
 """
 
 
-def what_it_found(endpoint: Endpoint) -> list[Any]:
-    """Return what the program says that it could do."""
+def log_with(endpoint: Endpoint, *words: str) -> str:
+    """Return the log once it has one of the words, or the server has ended."""
     deadline = time.monotonic() + PATIENCE
-    while True:
-        for line in endpoint.logs(99).splitlines():
-            if line.startswith("found "):
-                return list(json.loads(line.removeprefix("found ")))
-        assert endpoint.alive(), endpoint.logs(99)
+    while endpoint.alive() and not any(word in endpoint.logs(99) for word in words):
         assert time.monotonic() < deadline, endpoint.logs(99)
         time.sleep(0.05)
+    return endpoint.logs(99)
+
+
+def what_it_found(endpoint: Endpoint) -> list[Any]:
+    log = log_with(endpoint, "found ")
+    _, found, rest = log.partition("found ")
+    assert found, log
+    return list(json.loads(rest.partition("\n")[0]))
 
 
 @pytest.mark.slow
@@ -201,10 +205,7 @@ except WeightsmithError as error:
     ("lacking", "said"),
     [
         # As in a container of Docker's: no namespaces, and no others' rights are needed.
-        (
-            "-sys_admin",
-            "user 65532:65532, no capabilities, no new privileges, none of your keys",
-        ),
+        ("-sys_admin", "user 65532:65532, no capabilities, no new privileges, none of your keys"),
         ("-sys_admin,-setuid", "5 oci:x was not started, because it would not be confined"),
         ("-sys_admin,-setpcap", "5 oci:x was not started, because it would not be confined"),
         ("-sys_admin,-sys_chroot", "5 oci:x was not started, because it would not be confined"),
@@ -413,11 +414,7 @@ def test_a_program_of_an_image_holds_no_memory_above_its_limit(tmp_path: Path, w
     with launcher.serve("oci:x", spec) as endpoint:
         if "own processes alone" not in endpoint.confinement and way != "shared":
             pytest.skip("this kernel gives no mounts of its own")
-        deadline = time.monotonic() + PATIENCE
-        while endpoint.alive() and not {"refused", "held"} & set(endpoint.logs(9).splitlines()):
-            assert time.monotonic() < deadline, endpoint.logs(9)
-            time.sleep(0.05)
-        said = endpoint.logs(9)
+        said = log_with(endpoint, "refused", "held")
     assert "held" not in said.splitlines()
     assert "refused" in said or f"its {memory_limit(spec) >> 20} MiB of memory" in said
 
@@ -436,10 +433,7 @@ def test_an_image_s_variables_rule_nothing_before_its_program(tmp_path: Path) ->
     with RootfsLauncher(attacker, tmp_path / "cache").serve(
         "oci:x", StartSpec(port=1, env={})
     ) as endpoint:
-        deadline = time.monotonic() + PATIENCE
-        while "up" not in endpoint.logs(99) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert "up" in endpoint.logs(99)
+        assert "up" in log_with(endpoint, "up")
         if "own processes alone" in endpoint.confinement:
             assert list(folder.iterdir()) == []
 
@@ -464,8 +458,5 @@ def test_links_in_an_image_lead_nowhere_on_the_machine(tmp_path: Path) -> None:
     wanted = "7:8"
     with launcher.serve("oci:x", StartSpec(port=1, env={})) as endpoint:
         if "own processes alone" in endpoint.confinement:
-            deadline = time.monotonic() + PATIENCE
-            while "up" not in endpoint.logs(99) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert "up" in endpoint.logs(99)
+            assert "up" in log_with(endpoint, "up")
     assert [path.name for path in theirs.iterdir()] == ["passwd"]

@@ -10,20 +10,8 @@ from weightsmith.oci.registry import Registry
 
 from tests.fakes.baking import make_key, push_base
 from tests.fakes.hub import FakeHub, fake_hub
-from tests.fakes.registry import FakeRegistry, fake_registry
+from tests.fakes.registry import FakeRegistry
 from tests.hostile.registry.shop import Shop
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeRegistry]:
-    with fake_registry() as state:
-        yield state
-
-
-@pytest.fixture
-def client() -> Iterator[Registry]:
-    with Registry(pause=lambda _: None) as registry:
-        yield registry
 
 
 @pytest.fixture
@@ -33,11 +21,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(
+    fake: FakeRegistry, client: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Shop:
     monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / "store"))
-    with fake_registry() as fake, Registry(pause=lambda _: None) as client:
-        base = f"{fake.host}/base/engine:1"
-        engine = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
-        for tag in ("1", "2"):
-            push_base(client, base[:-1] + tag, engine, {"app/llama-server": tag.encode()})
-        yield Shop(fake, client, *make_key(tmp_path), base, tmp_path)
+    base = f"{fake.host}/base/engine:1"
+    engine = {"dev.weightsmith.engine": "llamacpp", "org.opencontainers.image.version": "1.0.0"}
+    for tag in ("1", "2"):
+        push_base(client, base[:-1] + tag, engine, {"app/llama-server": tag.encode()})
+    return Shop(fake, client, *make_key(tmp_path), base, tmp_path)

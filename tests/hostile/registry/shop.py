@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from weightsmith.api.commands.rebase import rebase_image
+from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Blob, Score
-from weightsmith.oci.attachments import Attachment
+from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.locations import RegistryLocation
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
@@ -24,7 +26,6 @@ from weightsmith.provenance.evidence import (
 )
 from weightsmith.provenance.sealing import attach
 from weightsmith.provenance.statements import Statement
-from weightsmith.steps.tools import Tools
 
 from tests.fakes.baking import bake, make_model
 from tests.fakes.memory import memory_tools
@@ -49,10 +50,6 @@ class Shop:
         bake(self.client, model, self.base, key or self.key, push=reference)
         return reference
 
-    def tools(self, key: Path) -> Tools:
-        """Return ports whose signatures are of this key."""
-        return memory_tools(self.folder, registry=self.client, key=key)
-
     def place(self, name: str) -> RegistryLocation:
         return RegistryLocation(self.client, Reference.parse(name))
 
@@ -64,15 +61,28 @@ class Shop:
         signer = open_signer(str(key or self.key))
         attach(Evidence(statements=told), self.blob(name), "team", self.place(name), signer)
 
+    def rebase(self, name: str, key: Path | None = None) -> str:
+        """Move an image to the other base; return its new name."""
+        onto, to = self.base[:-1] + "2", f"{self.fake.host}/team/app:2"
+        request = RebaseCommand(source=name, onto=onto, to=to, smoke=False)
+        tools = memory_tools(self.folder, registry=self.client, key=key or self.key)
+        rebase_image(request, tools)
+        return to
+
+    def hang(self, name: str, kind: str, *parts: AttachmentPart, **notes: str) -> None:
+        """Hang something on an image that nobody signed."""
+        made = Attachment(
+            artifact_type=kind, subject=self.blob(name), parts=parts, annotations=notes
+        )
+        self.place(name).attach(made)
+
     def plant(self, name: str, *told: Statement, key: Path | None = None) -> None:
         """Hang statements on an image as somebody may who has no key but found them signed."""
         signer = open_signer(str(key or self.key))
         for one in told:
             envelope = signing.sign_statement(one, signer)
             part = signing.envelope_part(envelope, one.predicate_type)
-            kind = part.blob.media_type
-            made = Attachment(artifact_type=kind, subject=self.blob(name), parts=(part,))
-            self.place(name).attach(made)
+            self.hang(name, part.blob.media_type, part)
 
     def stated(self, name: str, public: Path | None = None) -> list[Statement]:
         """Return what hangs on an image as statements, each with whether the key signed it."""

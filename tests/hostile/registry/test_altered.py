@@ -82,13 +82,3 @@ def test_what_is_stored_is_something_else(
     fake.faults = [("PUT", part, "digest")]
     with pytest.raises(EnvironmentFailure, match=fake.host):
         client.push(tiny_image(tmp_path), at(fake))
-
-
-def test_a_damaged_layout_is_an_input(tmp_path: Path) -> None:
-    """A folder of this machine has no way that could be at fault: exit 3."""
-    write_layout(tiny_image(tmp_path / "model"), tmp_path / "layout")
-    image: Image = read_layout(tmp_path / "layout")
-    path = tmp_path / "layout" / "blobs" / "sha256" / image.layers[0].digest.hex
-    path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(InputRefused, match=image.layers[0].digest.short):
-        list(read_layout(tmp_path / "layout").layers[0].open())

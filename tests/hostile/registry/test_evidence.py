@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from weightsmith.api.commands.rebase import rebase_image
 from weightsmith.api.commands.rebuild import recipe_of_image
-from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest
@@ -93,10 +91,9 @@ def test_a_scan_of_another_image_is_no_evidence(shop: Shop) -> None:
 
 def test_scores_go_along_when_an_image_is_rebased_and_not_back(shop: Shop) -> None:
     """The result of the image that a rebase names counts; a later one's counts for no other."""
-    name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
+    name = shop.bake("app")
     shop.state(name, passed(shop.blob(name)))
-    request = RebaseCommand(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
-    rebase_image(request, shop.tools(shop.key))
+    to = shop.rebase(name)
     ok, found = shop.rows(to)["gate"]
     assert ok is None
     assert f"PASSED is of {shop.blob(name).digest.short}" in found
@@ -113,9 +110,7 @@ def test_questions_of_somebody_else_are_not_asked_again(shop: Shop) -> None:
         ("application/vnd.cyclonedx+json", "model.cdx.json", False),
         ("application/sarif+json", "scan.sarif", None),
     ):
-        part = AttachmentPart.of_bytes(b"{}", kind, **{TITLE: title})
-        made = Attachment(artifact_type=kind, subject=shop.blob(name), parts=(part,))
-        shop.place(name).attach(made)
+        shop.hang(name, kind, AttachmentPart.of_bytes(b"{}", kind, **{TITLE: title}))
         assert shop.rows(name)[f"document {title}"][0] is wanted
 
 
@@ -133,8 +128,7 @@ def test_a_document_that_hangs_there_as_something_else(shop: Shop, kind: str) ->
     name = shop.bake("app")
 
     def changed(one: Attachment) -> Attachment:
-        return replace(one, artifact_type=kind if one.artifact_type == MEDIA_TYPE else
-                       one.artifact_type)  # fmt: skip
+        return replace(one, artifact_type=kind) if one.artifact_type == MEDIA_TYPE else one
 
     assert shop.rows(name)["documents"][0]
     hung_otherwise(shop, name, changed)
@@ -184,30 +178,21 @@ def test_adapters_that_changed_places(shop: Shop) -> None:
 @pytest.mark.parametrize("kind", [ADAPTER_TYPE, EVALUATION_TYPE, MEDIA_TYPE, "x/y"])
 def test_an_attachment_that_holds_nothing(shop: Shop, kind: str) -> None:
     """It is a finding where it takes the place of ours, and goes nowhere with the image."""
-    name, to = shop.bake("app"), f"{shop.fake.host}/team/app:2"
-    notes = {NUMBER: "\n../x"}
-    shop.place(name).attach(
-        Attachment(artifact_type=kind, subject=shop.blob(name), parts=(), annotations=notes)
-    )
+    name = shop.bake("app")
+    shop.hang(name, kind, **{NUMBER: "\n../x"})
     called = "adapter:\n../x" if kind == ADAPTER_TYPE else kind
     ours = kind in (ADAPTER_TYPE, EVALUATION_TYPE)
     assert shop.rows(name)[f"document {called}"][0] is (False if ours else None)
     assert shop.rows(name)["documents"][0]
-    request = RebaseCommand(source=name, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False)
-    rebase_image(request, shop.tools(shop.key))
-    assert f"document {called}" not in shop.rows(to)
+    assert f"document {called}" not in shop.rows(shop.rebase(name))
 
 
 def test_results_on_an_index_are_of_no_image_in_it(shop: Shop) -> None:
     """Signed scores that hang on an index, or name it, are no evidence of what it lists."""
     name = shop.bake("app")
     image = shop.place(name).image("linux/amd64")
-    whole = Index(
-        images=(
-            image,
-            replace(image, settings={**image.settings, "architecture": "arm64"}, raw=None),
-        )
-    )
+    arm = replace(image, settings={**image.settings, "architecture": "arm64"}, raw=None)
+    whole = Index(images=(image, arm))
     all_of_it = Reference.parse(f"{shop.fake.host}/team/app:all")
     shop.client.push_index(whole, all_of_it)
     told = passed(image.manifest_blob)

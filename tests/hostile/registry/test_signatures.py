@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 from weightsmith.api.commands.images import copy_image
-from weightsmith.api.commands.rebase import rebase_image
-from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.core.ports import Silent
-from weightsmith.oci.attachments import Attachment, AttachmentPart
+from weightsmith.oci.attachments import AttachmentPart
 from weightsmith.oci.layers import TITLE
 from weightsmith.outside.signer import open_signer
 from weightsmith.provenance import statements
@@ -60,17 +58,8 @@ def test_no_command_signs_what_others_left(shop: Shop, command: str) -> None:
     scan = statements.statement([statements.image_resource(shop.blob(source))], vuln, {})
     shop.plant(source, passed(shop.blob(other)), scan, key=mine)
     part = AttachmentPart.of_bytes(b'{"items": []}', EVALUATION_TYPE, **{TITLE: "evaluation.json"})
-    shop.place(source).attach(
-        Attachment(artifact_type=EVALUATION_TYPE, subject=shop.blob(source), parts=(part,))
-    )
-    if command == "bake":
-        to = shop.bake("app", release)
-    else:
-        to = f"{shop.fake.host}/team/app:2"
-        request = RebaseCommand(
-            source=source, onto=shop.base[:-1] + "2", to=to, smoke=False, force=False
-        )
-        rebase_image(request, shop.tools(release))
+    shop.hang(source, EVALUATION_TYPE, part)
+    to = shop.bake("app", release) if command == "bake" else shop.rebase(source, release)
     by_release = [one for one in shop.stated(to, public) if one.signed]
     assert {one.kind for one in by_release} <= {"bake", "rebase"}
     assert not any("evaluation.json" in one.byproducts for one in by_release)

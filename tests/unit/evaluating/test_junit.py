@@ -44,6 +44,6 @@ def test_a_question_lost_within_what_is_allowed_is_no_failure():
 
 def test_junit_survives_what_xml_cannot_hold():
     build = failing()
-    build["items"][0]["prompt"] = "bell \x07 and half a pair \ud800 ]]>"
+    build["items"][0]["prompt"] = "bell \x07 and half a pair \ud800 \ufffe ]]></testcase>"
 
     assert read(build).find(".//testcase[@classname='weightsmith.question']") is not None
