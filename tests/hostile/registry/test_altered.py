@@ -10,8 +10,6 @@ from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.oci.connections import display_proxy
-from weightsmith.oci.image import Image
-from weightsmith.oci.layout import read_layout, write_layout
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
 
