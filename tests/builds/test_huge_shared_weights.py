@@ -16,7 +16,7 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.weights import weight_layers
-from weightsmith.outside.pushed_layers import PushedLayers
+from weightsmith.outside.registries import PushedLayers
 
 from tests.fakes.cache import MemoryCache
 from tests.fakes.debian_registry import real_registry

@@ -10,7 +10,7 @@ from weightsmith.core.values import Blob
 from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
-from weightsmith.outside.pushed_layers import PushedLayers
+from weightsmith.outside.registries import PushedLayers
 
 from tests.fakes.debian_registry import real_registry
 from tests.fakes.memory import Memory, in_memory

@@ -28,9 +28,9 @@ from weightsmith.core.jobs import Job, ProofJob, ReferenceJob
 from weightsmith.core.ports import CANDIDATES, Cache, Progress, Signer
 from weightsmith.oci.registry import Registry
 from weightsmith.outside.folders import FolderReader
-from weightsmith.outside.hub_upload import HubWriter
+from weightsmith.outside.hub import HubWriter
+from weightsmith.outside.process import run_command
 from weightsmith.outside.signer import open_signer
-from weightsmith.outside.user_program import run_command
 from weightsmith.provenance.signing import read_public_key
 from weightsmith.quantizers.calibration import MIN_CHARACTERS, MIN_TEXTS
 from weightsmith.recipe.file import read_recipe

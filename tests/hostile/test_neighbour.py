@@ -24,7 +24,7 @@ from weightsmith.core.values import Digest, key_of
 from weightsmith.fleets.ordering import _token
 from weightsmith.outside.checkup import _privacy
 from weightsmith.outside.ownership import private_folder
-from weightsmith.outside.pushed_layers import PushedLayers
+from weightsmith.outside.registries import PushedLayers
 from weightsmith.outside.store import FileStore
 from weightsmith.outside.worker_protocol import open_log
 from weightsmith.recipe.file import read_recipe

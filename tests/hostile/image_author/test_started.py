@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Endpoint, StartSpec
-from weightsmith.outside.image_launcher import memory_limit
-from weightsmith.outside.rootfs import RootfsLauncher, StartInfo
+from weightsmith.outside.rootfs import RootfsLauncher, StartInfo, memory_limit
 
 from tests.fakes.rootfs import copy_python, copy_shell
 from tests.fakes.users import as_user
@@ -227,7 +226,7 @@ import json, os, sys, time
 from pathlib import Path
 from tests.fakes.rootfs import copy_shell
 from weightsmith.outside import landlock, rootfs
-from weightsmith.outside.image_launcher import NotAllowed
+from weightsmith.outside.rootfs import NotAllowed
 from weightsmith.core.ports import StartSpec
 
 home = Path(sys.argv[1])
@@ -332,7 +331,7 @@ from pathlib import Path
 from tests.fakes.rootfs import copy_python
 from tests.hostile.image_author.test_started import CALLS, what_it_found
 from weightsmith.outside import rootfs
-from weightsmith.outside.image_launcher import NotAllowed
+from weightsmith.outside.rootfs import NotAllowed
 from weightsmith.core.ports import StartSpec
 
 def refuse(*_):

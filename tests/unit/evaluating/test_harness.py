@@ -5,7 +5,7 @@ import pytest
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure
 from weightsmith.evaluating.items import Item
 from weightsmith.evaluating.task import Task, score_task
-from weightsmith.outside.user_program import run_command
+from weightsmith.outside.process import run_command
 
 ITEMS = tuple(
     Item(messages=({"role": "user", "content": text},), expected=("x",), line=n)

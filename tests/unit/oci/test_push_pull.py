@@ -16,7 +16,7 @@ from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.oci.image import Image
 from weightsmith.oci.layers import BlobLayer, Member, TarLayer
 from weightsmith.oci.registry import Registry
-from weightsmith.outside.pushed_layers import PushedLayers
+from weightsmith.outside.registries import PushedLayers
 
 from tests.fakes.images import entry as tar_entry
 from tests.fakes.images import foreign_image, tar_of, tiny_image

@@ -13,10 +13,10 @@ from weightsmith.core import resources
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.resources import builder_pins, containerfile, engine_pins
 from weightsmith.outside import docker_images, environment, process, toolset
-from weightsmith.outside.assembly import make_engine_files
 from weightsmith.outside.docker_images import configured_wheels, pick_wheels
 from weightsmith.outside.environment import Pins, environment_folder, is_complete
 from weightsmith.outside.local import LocalRunner
+from weightsmith.outside.toolset import make_engine_files
 
 from tests.fakes.journal import RecordingProgress
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.outside import checkup
-from weightsmith.outside.credentials import ask_helper, docker_config
 from weightsmith.outside.docker import engine_host
+from weightsmith.outside.registries import ask_helper, docker_config
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from docker.errors import APIError
-from weightsmith.outside.docker_containers import run_container
+from weightsmith.outside.docker import run_container
 
 NOT_STARTED = "runc create failed: waiting for init preliminary setup: connection reset by peer"
 

@@ -6,7 +6,7 @@ import pytest
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.jobs import ExportEngineJob
 from weightsmith.core.ports import Silent
-from weightsmith.outside.fallback import FallbackRunner
+from weightsmith.outside.local import FallbackRunner
 
 from tests.fakes.journal import RecordingProgress
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from weightsmith.core.ports import StartSpec
-from weightsmith.outside.image_launcher import memory_limit
+from weightsmith.outside.rootfs import memory_limit
 
 
 @pytest.mark.parametrize(("cpus", "more"), [(2, 288 << 20), (16, 512 << 20), (64, 1280 << 20)])

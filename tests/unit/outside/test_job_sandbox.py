@@ -15,8 +15,8 @@ import pytest
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.outside import landlock, local, process, seccomp
 from weightsmith.outside.confinement import Confinement, confinement, interpreter, job_sandbox
-from weightsmith.outside.fallback import FallbackRunner
 from weightsmith.outside.job_sandbox import ALL, LEVELS, NONE
+from weightsmith.outside.local import FallbackRunner
 
 from tests.fakes.bare_builder import bare_builder, echo_job
 from tests.fakes.journal import RecordingProgress

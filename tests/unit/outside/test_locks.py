@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from weightsmith.core.values import key_of
 from weightsmith.core.waiting import stopped_by
-from weightsmith.outside.locks import locked
+from weightsmith.outside.environment import locked
 from weightsmith.outside.store import FileStore
 from weightsmith.steps import layouts
 

@@ -15,7 +15,7 @@ import pytest
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.outside import process
-from weightsmith.outside.pip_settings import PipSettings
+from weightsmith.outside.downloading import PipSettings
 from weightsmith.outside.pypi import PypiReader, _client
 from weightsmith.outside.store import FileStore
 

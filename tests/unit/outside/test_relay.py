@@ -5,8 +5,8 @@ import threading
 import time
 
 import pytest
-from weightsmith.outside import relay
-from weightsmith.outside.relay import _carry
+from weightsmith.outside import image_sandbox
+from weightsmith.outside.image_sandbox import _carry
 
 
 def test_a_client_notices_that_the_server_was_killed() -> None:
@@ -30,12 +30,14 @@ def test_a_client_notices_that_the_server_was_killed() -> None:
 
 def test_what_a_server_sent_before_it_ended_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also to a client that reads late, while another one keeps its connection open."""
-    monkeypatch.setattr(relay, "die_with_parent", lambda parent: None)
+    monkeypatch.setattr(image_sandbox, "die_with_parent", lambda parent: None)
     answer = b"x" * (8 << 20)
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(
         ("127.0.0.1", 0)
     ) as between:  # fmt: skip
-        end = relay.start_relay(os.dup(between.fileno()), server.getsockname()[1], lambda: None)
+        end = image_sandbox.start_relay(
+            os.dup(between.fileno()), server.getsockname()[1], lambda: None
+        )
         with socket.create_connection(between.getsockname()) as client:
             asked, _ = server.accept()
             with socket.create_connection(between.getsockname()):

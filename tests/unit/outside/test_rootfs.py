@@ -15,8 +15,8 @@ import pytest
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import StartSpec
 from weightsmith.outside import rootfs
-from weightsmith.outside.image_launcher import NotAllowed
 from weightsmith.outside.rootfs import (
+    NotAllowed,
     RootfsLauncher,
     StartInfo,
     free_port,

@@ -30,29 +30,26 @@ from weightsmith.oci.references import Reference
 from weightsmith.oci.registry import Registry
 from weightsmith.oci.registry_cache import RegistryCache
 from weightsmith.oci.unpack import unpack
-from weightsmith.outside.assembly import make_engine_files
 from weightsmith.outside.checkup import MachineReport, examine_machine
-from weightsmith.outside.credentials import ask_helper, docker_config
 from weightsmith.outside.docker import DockerEngine, DockerRunner
 from weightsmith.outside.docker_launcher import DockerLauncher
-from weightsmith.outside.fallback import FallbackRunner
 from weightsmith.outside.fleet_local import LocalFleet, local_room
 from weightsmith.outside.fleet_ray import RayFleet
 from weightsmith.outside.fleet_slurm import SlurmFleet
 from weightsmith.outside.folder_cache import FolderCache
 from weightsmith.outside.folders import FolderReader
 from weightsmith.outside.hardware import cores, free_memory, gpu_names
-from weightsmith.outside.hub import HubReader
-from weightsmith.outside.hub_upload import HubWriter
-from weightsmith.outside.local import LocalRunner
+from weightsmith.outside.hub import HubReader, HubWriter
+from weightsmith.outside.local import FallbackRunner, LocalRunner
 from weightsmith.outside.ownership import private_folder
-from weightsmith.outside.pushed_layers import PushedLayers
+from weightsmith.outside.process import run_command
 from weightsmith.outside.pypi import PypiReader
+from weightsmith.outside.registries import PushedLayers, ask_helper, docker_config
 from weightsmith.outside.rootfs import EitherLauncher, RootfsLauncher, StartInfo
 from weightsmith.outside.s3_cache import S3Cache
 from weightsmith.outside.signer import open_signer
 from weightsmith.outside.store import FileStore
-from weightsmith.outside.user_program import run_command
+from weightsmith.outside.toolset import make_engine_files
 from weightsmith.provenance.signing import check_by, check_of
 from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.section import PathUse, fields_of

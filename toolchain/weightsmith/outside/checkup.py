@@ -15,11 +15,11 @@ from weightsmith.core.privacy import is_shared, owners
 from weightsmith.core.resources import engine_platforms, images
 from weightsmith.core.values import JsonValue
 from weightsmith.outside.confinement import confinement
-from weightsmith.outside.credentials import docker_config
 from weightsmith.outside.docker import DockerEngine, DockerRunner
 from weightsmith.outside.hardware import cores, gpu_names
 from weightsmith.outside.hub import hub_endpoint
 from weightsmith.outside.local import WAYS_OUT, LocalRunner
+from weightsmith.outside.registries import docker_config
 from weightsmith.outside.toolset import toolset_folder
 
 _ENOUGH_DISK = 20 * 10**9

@@ -19,9 +19,8 @@ from weightsmith.core.resources import builder_pins, compiled_engines, container
 from weightsmith.core.values import Digest, key_of
 from weightsmith.outside import process
 from weightsmith.outside.docker_requests import build_command
-from weightsmith.outside.downloading import persistently
+from weightsmith.outside.downloading import PipSettings, persistently
 from weightsmith.outside.environment import Pins
-from weightsmith.outside.pip_settings import PipSettings
 from weightsmith.outside.toolset import toolset_folder
 from weightsmith.outside.worker_protocol import open_log
 

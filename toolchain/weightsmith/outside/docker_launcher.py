@@ -16,8 +16,7 @@ from requests.exceptions import RequestException
 from weightsmith.core.cpus import flags
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, StartSpec
-from weightsmith.outside.docker import DockerEngine, engine_errors, engine_host
-from weightsmith.outside.docker_containers import GONE, remove
+from weightsmith.outside.docker import GONE, DockerEngine, engine_errors, engine_host, remove
 from weightsmith.outside.docker_requests import LABEL_OWNER, server_request
 from weightsmith.outside.ownership import owner_token
 from weightsmith.outside.start_errors import from_engine_message

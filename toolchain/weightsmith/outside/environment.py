@@ -13,12 +13,14 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import httpx
+from filelock import FileLock, Timeout
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.network import paced
@@ -27,9 +29,9 @@ from weightsmith.core.privacy import private
 from weightsmith.core.resources import images
 from weightsmith.core.trees import discard
 from weightsmith.core.values import Writable, key_of
+from weightsmith.core.waiting import PAUSE, check_stopped, holder
 from weightsmith.outside import process
 from weightsmith.outside.downloading import persistently
-from weightsmith.outside.locks import locked
 from weightsmith.outside.worker_protocol import open_log
 
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -304,3 +306,21 @@ class _Installer:
 
     def _keep(self, line: str) -> None:
         self.log.write(line + "\n")
+
+
+@contextmanager
+def locked(path: Path, what: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Hold a file's lock while the block runs; `what` says what its holder is doing."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tell(f"{holder(path)} {what}: waiting for it ({path})")
+        while not lock.is_locked:
+            check_stopped()
+            with suppress(Timeout):
+                lock.acquire(timeout=PAUSE)
+    try:
+        yield
+    finally:
+        lock.release()

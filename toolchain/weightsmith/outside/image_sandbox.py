@@ -13,26 +13,34 @@ process that starts it.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+import platform
 import resource
 import select
 import signal
-from collections.abc import Iterator, Mapping
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from weightsmith.outside import landlock, privileges, seccomp
-from weightsmith.outside.mounts import change_root, furnish, make_devices, seal
-from weightsmith.outside.relay import raise_loopback, start_relay
 from weightsmith.outside.sandbox_facts import facts, unmet
 from weightsmith.outside.sandbox_launcher import (
     FAILED,
     NEW_NETWORK,
     NEW_USER,
+    check,
     die_with_parent,
     end_as,
+    libc,
     map_ids,
     unshare,
 )
@@ -245,3 +253,211 @@ def _become(settings: Mapping[str, Any]) -> NoReturn:
     with _reporting(settings, "start"):
         os.execvpe(settings["argv"][0], settings["argv"], settings["env"])  # noqa: S606
     raise AssertionError("exec returned")
+
+
+_READ_ONLY, _NO_SETUID, _NO_DEVICES, _NO_PROGRAMS, _REMOUNT = 1, 2, 4, 8, 32
+_NO_ACCESS_TIMES, _RELATIVE_ACCESS_TIMES = 0x400, 0x20_0000
+_BIND, _RECURSIVE, _PRIVATE = 0x1000, 0x4000, 0x4_0000
+_DETACH = 2
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_MEMORY_DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
+"""Minor numbers, see mem(4) and random(4)."""
+_LINKS = {
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+    "ptmx": "pts/ptmx",
+}
+_SHARED_MEMORY, _SHARED_MEMORY_WITH_GPU = 64 << 20, 1 << 30
+"""Container engines' default."""
+
+
+def mount(source: str, target: str | Path, kind: str, flags: int, options: str = "") -> None:
+    """Mount a file system; raises OSError."""
+    words = [os.fsencode(word) if word else None for word in (source, str(target), kind, options)]
+    check(libc.mount(words[0], words[1], words[2], flags, words[3]), f"mount {target}")
+
+
+def furnish(root: Path, memory_bytes: int, shm_bytes: int, *, gpu: bool) -> None:
+    """Make `root` a mount with its own /dev, /proc, /sys and /tmp, and change to it.
+
+    /tmp holds at most `memory_bytes`; 0 for the kernel's default, half of the machine's memory.
+    The process must be the first of a process namespace, in its own mount namespace. Raises OSError
+    if the kernel does not allow it.
+    """
+    mount("", "/", "", _RECURSIVE | _PRIVATE)
+    mount(str(root), root, "", _BIND)
+    os.chdir(root)
+    for name in ("dev", "proc", "sys", "tmp"):
+        _make_folder(Path(name))
+    size = f",size={memory_bytes}" if memory_bytes else ""
+    mount("tmpfs", "tmp", "tmpfs", _NO_SETUID | _NO_DEVICES, f"mode=1777{size}")
+    _furnish_devices(Path("dev"), shm_bytes, gpu=gpu)
+    quiet = _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS
+    try:
+        mount("proc", "proc", "proc", quiet)
+    except OSError:  # such as in a container that hides parts of /proc
+        mount("/proc", "proc", "", _BIND | _RECURSIVE)
+    with suppress(FileNotFoundError):  # a kernel without keys
+        mount("dev/null", "proc/keys", "", _BIND)  # lists keys of everybody who has the same number
+    with suppress(OSError):  # the same; servers work without it
+        mount("sysfs", "sys", "sysfs", quiet | _READ_ONLY)
+
+
+def _make_folder(path: Path) -> None:
+    """Create a folder, replacing what the image has there; the copy is ours to change."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        path.mkdir()
+
+
+def _furnish_devices(folder: Path, shm_bytes: int, *, gpu: bool) -> None:
+    flags = _NO_SETUID | _NO_PROGRAMS
+    mount("tmpfs", folder, "tmpfs", flags | _NO_DEVICES, "mode=0755,size=256k")
+    host = Path("/dev")
+    found = [host / name for name in _DEVICES]
+    # The kernel driver's devices; the libraries are the image's own.
+    found += sorted(host.glob("nvidia*")) if gpu else []
+    for device in found:
+        if device.is_char_device():
+            (folder / device.name).touch()
+            mount(str(device), folder / device.name, "", _BIND)
+    for name, target in _LINKS.items():
+        (folder / name).symlink_to(target)
+    least = _SHARED_MEMORY_WITH_GPU if gpu and len(found) > len(_DEVICES) else _SHARED_MEMORY
+    for name in ("shm", "pts"):
+        (folder / name).mkdir()
+    size = f"mode=1777,size={max(shm_bytes, least)}"
+    mount("tmpfs", folder / "shm", "tmpfs", flags | _NO_DEVICES, size)
+    with suppress(OSError):  # servers do not need it
+        mount("devpts", folder / "pts", "devpts", flags, "newinstance,mode=0600,ptmxmode=0666")
+    _remount(folder, _READ_ONLY)
+
+
+def make_devices(folder: Path) -> None:
+    """Create the devices that every program expects, if they cannot be mounted.
+
+    Root in a container may do this; what is not allowed is skipped.
+    """
+    _make_folder(folder)
+    for name, number in _MEMORY_DEVICES.items():
+        with suppress(OSError):
+            os.mknod(folder / name, stat.S_IFCHR, os.makedev(1, number))
+            (folder / name).chmod(0o666)
+
+
+def change_root() -> None:
+    """Make the working directory, a mount, the root; nothing else stays visible."""
+    pivot = _PIVOT_ROOT.get(platform.machine(), -1)
+    if libc.syscall(pivot, b".", b".") == 0:
+        check(libc.umount2(b".", _DETACH), "umount2")
+    else:  # the machine's root cannot be pivoted: it is an initial ramdisk
+        os.chroot(".")
+    os.chdir("/")
+
+
+def seal() -> None:
+    """Make the root read-only, without devices and set-user-id programs."""
+    _remount(Path("/"), _READ_ONLY | _NO_SETUID | _NO_DEVICES)
+
+
+def _remount(place: Path, flags: int) -> None:
+    # Existing flags must be repeated, or the kernel refuses.
+    present = os.statvfs(place).f_flag
+    flags |= present & (_NO_SETUID | _NO_DEVICES | _NO_PROGRAMS | _NO_ACCESS_TIMES)
+    flags |= _RELATIVE_ACCESS_TIMES if present & getattr(os, "ST_RELATIME", 4096) else 0
+    mount("", place, "", _REMOUNT | _BIND | flags)
+
+
+_SET_FLAGS, _UP = 0x8914, 1
+"""SIOCSIFFLAGS and IFF_UP, see netdevice(7)."""
+_LAST_WORDS = 5.0
+"""Seconds for clients to read what a server sent before it ended."""
+
+
+def raise_loopback() -> None:
+    """Bring up `lo`, which is down in a new network namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, _SET_FLAGS, struct.pack("16sh14x", b"lo", _UP))
+
+
+def start_relay(listening: int, port: int, reduce: Callable[[], None]) -> Callable[[], None]:
+    """Start a relay as a child of this process, and return what ends it; it ends with this process.
+
+    At its end it first passes on what the server still sent, for a few seconds at most.
+
+    A socket stays in the network namespace it was created in: `listening` is outside, and the relay
+    connects to `port` in its own. `reduce` drops its privileges.
+    """
+    parent, (ending, keep) = os.getpid(), os.pipe()
+    relay = os.fork()
+    if relay == 0:
+        try:
+            os.close(keep)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the server may still send its reply
+            for number in (0, 1, 2):
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            reduce()
+            die_with_parent(parent)
+            _pass_on(listening, port, ending)
+        finally:
+            os._exit(0)
+    os.close(listening)
+    os.close(ending)
+
+    def end() -> None:
+        os.close(keep)
+        os.waitpid(relay, 0)
+
+    return end
+
+
+def _pass_on(listening: int, port: int, ending: int) -> None:
+    """Carry connections until `ending` is closed; then wait for what goes to clients."""
+    listener = socket.socket(fileno=listening)
+    replies: list[threading.Event] = []
+    while listening in select.select([listening, ending], [], [])[0]:
+        outer, _ = listener.accept()
+        replies = [replied for replied in replies if not replied.is_set()]
+        replies.append(threading.Event())
+        threading.Thread(target=_carry, args=(outer, port, replies[-1]), daemon=True).start()
+    until = time.monotonic() + _LAST_WORDS
+    for replied in replies:
+        replied.wait(max(0, until - time.monotonic()))
+
+
+def _carry(outer: socket.socket, port: int, replied: threading.Event) -> None:
+    """Carry a connection to its end; `replied` is set once the server sends nothing more."""
+    inner = socket.socket()  # create_connection would import the idna codec
+    try:
+        inner.connect(("127.0.0.1", port))
+    except OSError:
+        inner.close()
+        outer.close()  # the server does not listen yet
+        replied.set()
+        return
+
+    def reply() -> None:
+        _copy(inner, outer)
+        replied.set()
+
+    back = threading.Thread(target=reply, daemon=True)
+    back.start()
+    _copy(outer, inner)
+    back.join()
+    for each in (outer, inner):
+        each.close()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while chunk := source.recv(65536):
+            target.sendall(chunk)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        # `close` does not wake the thread that reads the other way, so the client would wait.
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)

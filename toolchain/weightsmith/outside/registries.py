@@ -1,5 +1,6 @@
-"""Registry credentials: Docker's config.json and its credential helpers.
+"""What this machine knows of registries: the user's credentials, and what we have pushed.
 
+Credentials are in Docker's config.json and its credential helpers.
 `docker.auth` (docker 7.2) does not do: a broken config.json gives no credentials instead of an
 error, one malformed entry breaks the lookup for all registries, plain `username` and `password` are
 ignored, a failing helper hides `auths`, and helpers have no time limit.
@@ -9,12 +10,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
+from weightsmith.core.files import write_whole
+from weightsmith.core.privacy import private
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import JsonValue
+from weightsmith.core.values import Digest, JsonValue, canonical
 from weightsmith.outside import process
 
 _PROGRAM = re.compile(r"[A-Za-z0-9._-]+")
@@ -76,3 +80,46 @@ def ask_helper(name: str, server: str) -> tuple[str, str] | None:
         return None
     user, secret = found.get("Username"), found.get("Secret")
     return (str(user), str(secret)) if user and secret else None
+
+
+_MOST = 4000
+"""Layers remembered per registry; the oldest are dropped first."""
+
+
+class PushedLayers:
+    """A small file in the cache; losing it only costs an upload."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._noted: dict[tuple[str, str], str] = {}
+
+    def repository(self, registry: str, digest: Digest) -> str:
+        """Return a repository that has the layer, or had it at our last push; or empty."""
+        return self._noted.get((registry, digest)) or self._read(registry).get(digest, "")
+
+    def record(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
+        """Record that a repository has these layers."""
+        known = self._read(registry)
+        for digest in digests:
+            known.pop(digest, None)
+            known[digest] = repository
+        rows = list(known.items())[-_MOST:]
+        with suppress(OSError):
+            private(self._folder, "pushed")
+            write_whole(self._path(registry), canonical(rows))
+
+    def note(self, registry: str, repository: str, digests: Iterable[Digest]) -> None:
+        """Know until this process ends that a repository has these layers."""
+        self._noted |= {(registry, digest): repository for digest in digests}
+
+    def _read(self, registry: str) -> dict[str, str]:
+        try:
+            return {str(digest): str(name) for digest, name in parse(self._text(registry))}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _text(self, registry: str) -> bytes:
+        return self._path(registry).read_bytes()
+
+    def _path(self, registry: str) -> Path:
+        return self._folder / "pushed" / f"{Digest.of(registry.encode()).short}.json"
