@@ -156,7 +156,7 @@ def _in_host_network(
 
 
 def _inside(image: str, root: Path, info: StartInfo, spec: StartSpec) -> SandboxedProgram:
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
     return SandboxedProgram(
         image=image,
         root=root,
@@ -368,7 +368,7 @@ def _settings(
     return {
         "way": mode,
         "root": str(inside.root),
-        "home": os.path.expanduser("~"),
+        "home": os.path.expanduser("~"),  # noqa: PTH111 - never raises
         "argv": list(inside.argv),
         "env": dict(inside.env),
         "workdir": inside.workdir,
