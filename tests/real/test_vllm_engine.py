@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from weightsmith.building.wiring import make_store
 from weightsmith.outside import docker_images
-from weightsmith.outside.docker_images import configured_wheels
-from weightsmith.outside.docker_requests import build_command
+from weightsmith.outside.docker_images import build_command, configured_wheels
 from weightsmith.steps.bases import base_inputs
 
 from tests import vllm_parts

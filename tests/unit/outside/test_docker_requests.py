@@ -15,12 +15,11 @@ from weightsmith.core.job_inputs import Input
 from weightsmith.core.jobs import ConvertAdaptersJob
 from weightsmith.core.ports import StartSpec
 from weightsmith.outside.docker import DockerEngine, _passes_gpus, engine_host
-from weightsmith.outside.docker_images import _only_said, base_reference
+from weightsmith.outside.docker_images import _only_said, base_reference, build_command
 from weightsmith.outside.docker_launcher import confinement
 from weightsmith.outside.docker_requests import (
     Bounds,
     JobFiles,
-    build_command,
     job_request,
     server_request,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import secrets
@@ -35,6 +36,8 @@ _FACTS = (
 )
 """Files that libraries read to learn about the machine."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_GPUS = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "dxg", "dri")
+"""GPU devices: of servers, Jetson boards, WSL, and render nodes."""
 _PROBE = Path(__file__).with_name("sandbox_probe.py")
 _PROBE_SECONDS = 120
 _WORDS = {
@@ -75,12 +78,24 @@ class Confinement:
 @functools.cache
 def confinement() -> Confinement:
     """Return the strongest sandbox here; found once, by trying to break out of each."""
-    for namespaces in LEVELS:
-        for filtered in (True, False):
-            wanted = Confinement(namespaces=namespaces, filtered=filtered)
-            reached = _reached(wanted)
-            if reached is not None:
-                return replace(wanted, reached=reached)
+    python = Path(getattr(sys, "_base_executable", sys.executable))
+    for namespaces, filtered in itertools.product(LEVELS, (True, False)):
+        wanted = Confinement(namespaces=namespaces, filtered=filtered)
+        with targets() as outside, tempfile.TemporaryDirectory() as folder:
+            done = process.run(
+                [python, "-I", "-S", _PROBE, json.dumps(outside)],
+                cwd=Path(folder),
+                env=process.scrubbed(),
+                timeout=_PROBE_SECONDS,
+                limits=process.ResourceLimits(
+                    sandbox=job_sandbox(
+                        wanted, run=interpreter(python), read=[_PROBE], write=[Path(folder)]
+                    )
+                ),
+            )
+        if done.returncode == 0:  # else it cannot be set up
+            answers = json.loads(done.tail[-1])
+            return replace(wanted, reached=frozenset(key for key in _WORDS if answers[key]))
     return Confinement()
 
 
@@ -97,9 +112,17 @@ def job_sandbox(
 ) -> JobSandbox:
     """Return a job's sandbox: it can use the system's libraries and these paths.
 
-    Of `inputs` also the targets of links. `sockets` is for users who allow network in jobs.
+    Of `inputs` also the targets of links: models in the hub's cache are links to blobs. `sockets`
+    is for users who allow network in jobs.
     """
-    behind = (path for place in inputs for path in _with_links(place))
+    behind = []
+    for place in inputs:
+        real = place.resolve()
+        behind.append(place)
+        if real.is_dir() and leads_out(real):
+            # Links are followed only by the rules for model folders.
+            behind += [(real / name).resolve() for name in scan(real)]
+    gpus = [path for pattern in _GPUS for path in Path("/dev").glob(pattern)] if gpu else []
     return JobSandbox(
         namespaces=found.namespaces,
         filtered=found.filtered,
@@ -107,7 +130,7 @@ def job_sandbox(
         run=(*_SYSTEM, *map(str, run)),
         read=tuple(map(str, (*_FACTS, *read, *behind))),
         write=tuple(map(str, write)),
-        use=(*_DEVICES, *(_gpus() if gpu else ())),
+        use=(*_DEVICES, *map(str, gpus)),
         shared_bytes=shared_bytes,
     )
 
@@ -118,42 +141,6 @@ def interpreter(python: Path) -> tuple[Path, ...]:
     return tuple(prefix / name for name in ("bin", "lib", "lib64", "include", "ssl", "etc/ssl"))
 
 
-def _with_links(place: Path) -> Iterator[Path]:
-    """Yield a path and the targets of its links: models in the hub's cache are links to blobs."""
-    yield place
-    real = place.resolve()
-    if real.is_dir() and leads_out(real):
-        # Links are followed only by the rules for model folders.
-        yield from ((real / name).resolve() for name in scan(real))
-
-
-_GPUS = ("nvidia*", "nvhost*", "nvmap", "nvgpu", "dxg", "dri")
-"""GPU devices: of servers, Jetson boards, WSL, and render nodes."""
-
-
-def _gpus() -> list[str]:
-    named = (path for pattern in _GPUS for path in Path("/dev").glob(pattern))
-    return [str(path) for path in named]
-
-
-def _reached(wanted: Confinement) -> frozenset[str] | None:
-    """Return what a program in this sandbox reached; None if the sandbox cannot be set up."""
-    python = Path(getattr(sys, "_base_executable", sys.executable))
-    with targets() as outside, tempfile.TemporaryDirectory() as folder:
-        sandbox = job_sandbox(wanted, run=interpreter(python), read=[_PROBE], write=[Path(folder)])
-        done = process.run(
-            [python, "-I", "-S", _PROBE, json.dumps(outside)],
-            cwd=Path(folder),
-            env=process.scrubbed(),
-            timeout=_PROBE_SECONDS,
-            limits=process.ResourceLimits(sandbox=sandbox),
-        )
-    if done.returncode != 0:
-        return None
-    answers = json.loads(done.tail[-1])
-    return frozenset(key for key in _WORDS if answers[key])
-
-
 @contextmanager
 def targets() -> Iterator[dict[str, object]]:
     """Create the probe's targets: listeners, and a file in a folder of the user's."""
@@ -161,19 +148,13 @@ def targets() -> Iterator[dict[str, object]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         file, path, abstract = folder / "file", folder / "socket", secrets.token_hex(8)
         file.write_text("the user's")
-        listeners = (
-            (socket.AF_INET, ("127.0.0.1", 0)),
-            (socket.AF_UNIX, str(path)),
-            (socket.AF_UNIX, f"\0{abstract}"),
-        )
-        made = []
-        for family, address in listeners:
-            listener = stack.enter_context(socket.socket(family))
-            listener.bind(address)
+        internet = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        for name in (str(path), f"\0{abstract}"):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(name)
             listener.listen()
-            made.append(listener)
         yield {
-            "port": made[0].getsockname()[1],
+            "port": internet.getsockname()[1],
             "socket": str(path),
             "abstract": abstract,
             "file": str(file),

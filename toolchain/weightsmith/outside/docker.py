@@ -24,7 +24,7 @@ from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.jobs import Job, write_job
 from weightsmith.core.ports import CANDIDATES, Progress
 from weightsmith.core.resources import package
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.outside.docker_images import build_image, image_tag
 from weightsmith.outside.docker_requests import (
     INPUTS,
@@ -99,32 +99,27 @@ class DockerEngine:
         the image is loaded or dropped, since an engine with all bytes would still name it later.
         """
         with engine_errors(f"loading {reference} into the container engine"):
-            parallel = _PARALLEL if self._in_containerd() else 1
+            status = dict(self.client.info().get("DriverStatus") or ())
+            parallel = _PARALLEL if "containerd" in status.get("driver-type", "") else 1
             load_in_order(lambda: _connect(_UNPACK_SECONDS), archives, reference, parallel)
-            self._remove_dead_names()
-            return str(self.client.images.get(reference).id)
-
-    def _in_containerd(self) -> bool:
-        status = dict(self.client.info().get("DriverStatus") or ())
-        return "containerd" in status.get("driver-type", "")
-
-    def _remove_dead_names(self) -> None:
-        api: Any = self.client.api
-        for row in api.images(name=CANDIDATES):
-            for name in row.get("RepoTags") or ():
+            api: Any = self.client.api
+            rows = api.images(name=CANDIDATES)
+            for name in [name for row in rows for name in row.get("RepoTags") or ()]:
                 if is_dead(name.rpartition(":")[2].partition("-")[2]):
                     self.untag(name)
+            return str(self.client.images.get(reference).id)
 
     def chains_of(self, *repositories: str) -> tuple[tuple[str, ...], ...]:
         """Return the diff ids, bottom first, of each image of these repositories in the engine."""
         with engine_errors("asking the container engine for its images"):
             api: Any = self.client.api
-            found = [row["Id"] for name in repositories for row in api.images(name=name)]
             # {} for an image that another build removes at this moment.
-            held = [self.inspect(name) for name in found]
+            held: list[Any] = [
+                self.inspect(row["Id"]) for name in repositories for row in api.images(name=name)
+            ]
             return tuple(tuple(image["RootFS"].get("Layers") or ()) for image in held if image)
 
-    def inspect(self, reference: str) -> Mapping[str, Json]:
+    def inspect(self, reference: str) -> Mapping[str, JsonValue]:
         """Return an image's `Id` and `Config`; {} if it does not exist."""
         with engine_errors(f"asking the container engine for {reference}"):
             try:
@@ -144,12 +139,12 @@ class DockerEngine:
                 if problem.status_code != _CONFLICT:
                     raise
 
-    def describe(self) -> Mapping[str, Json]:
+    def describe(self) -> Mapping[str, JsonValue]:
         """Return version, storage driver, GPU runtime and such; {} without an engine."""
         if not self.answers():
             return {}
         with engine_errors("asking the container engine about itself"):
-            info = self.client.info()
+            info: dict[str, Any] = self.client.info()
             parts = self.client.version().get("Components") or ()
         return {
             "host": engine_host(),
@@ -223,7 +218,9 @@ class DockerRunner:
         """Say whether the engine has the builder's image."""
         return self._engine.holds(image_tag(builder, self._flavour()))
 
-    def run(self, job: Job, progress: Progress, *, stop: int | None = None) -> Mapping[str, Json]:
+    def run(
+        self, job: Job, progress: Progress, *, stop: int | None = None
+    ) -> Mapping[str, JsonValue]:
         """Run the job; raises the job's own error, or EnvironmentFailure if it died.
 
         InterruptedError once the open file `stop` can be read. `builder_image` in the result is
@@ -280,8 +277,12 @@ def engine_errors(doing: str) -> Iterator[None]:
 def _connect(timeout: int) -> docker.DockerClient:
     """Connect; a request fails if the engine sends nothing for `timeout` seconds."""
     environment = {**os.environ, "DOCKER_HOST": engine_host()}
+    scheme, _, path = engine_host().partition("://")
     try:
-        _try_socket(engine_host())
+        if scheme == "unix":  # docker-py leaks its socket where nobody listens
+            with Socket(AF_UNIX) as trial:
+                trial.settimeout(ANSWER_SECONDS)
+                trial.connect("/" + path.lstrip("/"))
         return docker.from_env(environment=environment, timeout=timeout)
     except GONE as problem:
         raise EnvironmentFailure(
@@ -296,19 +297,10 @@ def _connect(timeout: int) -> docker.DockerClient:
         ) from problem
 
 
-def _try_socket(host: str) -> None:
-    """Connect to a local engine and hang up: docker-py leaks its socket where nobody listens."""
-    scheme, _, path = host.partition("://")
-    if scheme == "unix":
-        with Socket(AF_UNIX) as trial:
-            trial.settimeout(ANSWER_SECONDS)
-            trial.connect("/" + path.lstrip("/"))
-
-
 def _passes_gpus(info: Mapping[str, Any]) -> bool:
-    devices = info.get("DiscoveredDevices") or ()
     return "nvidia" in (info.get("Runtimes") or {}) or any(
-        "nvidia.com/gpu" in str(device.get("ID", "")) for device in devices
+        "nvidia.com/gpu" in str(device.get("ID", ""))
+        for device in info.get("DiscoveredDevices") or ()
     )
 
 
@@ -405,24 +397,22 @@ class ArchiveUpload(threading.Thread):
             with contextlib.closing(self._connect()) as client:
                 api: Any = client.api
                 for line in api.load_image(self._chunks()):
-                    self._check_line(line)
+                    # Docker 28 with containerd's image store names an image even if unpacking
+                    # failed, and reports that among its other lines
+                    # (daemon/containerd/image_exporter.go).
+                    output = line.get("stream", "").strip()
+                    said = output if output.startswith(_NOT_UNPACKED) else ""
+                    if failed := line.get("error") or said:
+                        raise EnvironmentFailure(
+                            f"the container engine did not load {self._reference}: {failed}",
+                            hint="check its free disk space with `docker system df`",
+                        )
         except BaseException as problem:  # noqa: BLE001 - raised again by `finish`
             self._problem = problem
         finally:
             self._before = None  # else each would keep all previous ones in memory
             self._sent.set()
             self._ended.set()
-
-    def _check_line(self, line: Mapping[str, str]) -> None:
-        # Docker 28 with containerd's image store names an image even if unpacking failed, and
-        # reports that among its other lines (daemon/containerd/image_exporter.go).
-        output = line.get("stream", "").strip()
-        problem = line.get("error") or (output if output.startswith(_NOT_UNPACKED) else "")
-        if problem:
-            raise EnvironmentFailure(
-                f"the container engine did not load {self._reference}: {problem}",
-                hint="check its free disk space with `docker system df`",
-            )
 
     def _chunks(self) -> Iterator[bytes]:
         kept = b""
@@ -474,7 +464,7 @@ _NOT_STARTED = "waiting for init preliminary setup"
 
 def run_container(
     client: docker.DockerClient,
-    request: Mapping[str, Any],
+    request: Mapping[str, object],
     conversation: Conversation,
     stop: int | None,
 ) -> int:
@@ -494,27 +484,38 @@ def run_container(
 
 def _run_once(
     client: docker.DockerClient,
-    request: Mapping[str, Any],
+    request: Mapping[str, object],
     conversation: Conversation,
     stop: int | None,
 ) -> int:
-    container = client.containers.create(**request)
     api: Any = client.api
+    containers: Any = client.containers
+    frames: Any = frames_iter
+    container = containers.create(**request)
     seconds = conversation.job.seconds
     patience = seconds + ANSWER_SECONDS if seconds else None
+    listeners = {1: (Lines(RESULT), conversation.on_line), 2: (Lines(), conversation.on_error_line)}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
             streams = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
-            socket = api.attach_socket(container.id, params=streams)
+            attached = api.attach_socket(container.id, params=streams)
+            # The client library's file does not close the socket below it.
+            below: Socket = getattr(attached, "_sock", attached)
             with (
-                contextlib.closing(socket),
-                contextlib.closing(_raw_socket(socket)),
-                _ended_early(seconds, stop, container, _raw_socket(socket)),
+                contextlib.closing(attached),
+                contextlib.closing(below),
+                _ended_early(seconds, stop, container, below),
             ):
                 # Attached before it starts: the container is removed as soon as it ends.
                 ended = pool.submit(api.wait, container.id, patience, "removed")
                 container.start()
-                _read_output(socket, conversation)
+                for number, chunk in frames(attached, tty=False):
+                    lines, on_line = listeners.get(number, listeners[2])
+                    for line in lines.feed(chunk):
+                        on_line(line)
+                for lines, on_line in listeners.values():
+                    for line in lines.feed(b""):
+                        on_line(line)
                 return int(ended.result()["StatusCode"])
         finally:
             remove(container)
@@ -522,7 +523,7 @@ def _run_once(
 
 @contextlib.contextmanager
 def _ended_early(
-    seconds: int, stop: int | None, container: Container, socket: Any
+    seconds: int, stop: int | None, container: Container, socket: Socket
 ) -> Iterator[None]:
     """Remove the container after its time limit, and raise TookTooLong then; 0 for no limit.
 
@@ -552,23 +553,6 @@ def _ended_early(
         timer.cancel()
     if why:
         raise why[0]
-
-
-def _raw_socket(socket: Any) -> Any:
-    """Return the socket below the client library's file, which does not close it."""
-    return getattr(socket, "_sock", socket)
-
-
-def _read_output(socket: Any, conversation: Conversation) -> None:
-    listeners = {1: (Lines(RESULT), conversation.on_line), 2: (Lines(), conversation.on_error_line)}
-    frames: Any = frames_iter
-    for number, chunk in frames(socket, tty=False):
-        lines, on_line = listeners.get(number, listeners[2])
-        for line in lines.feed(chunk):
-            on_line(line)
-    for lines, on_line in listeners.values():
-        for line in lines.feed(b""):
-            on_line(line)
 
 
 def remove(container: Container) -> None:

@@ -18,7 +18,6 @@ from weightsmith.core.ports import Progress
 from weightsmith.core.resources import builder_pins, compiled_engines, containerfile, images
 from weightsmith.core.values import Digest, key_of
 from weightsmith.outside import process
-from weightsmith.outside.docker_requests import build_command
 from weightsmith.outside.downloading import PipSettings, persistently
 from weightsmith.outside.environment import Pins
 from weightsmith.outside.toolset import toolset_folder
@@ -41,6 +40,27 @@ def image_tag(builder: str, flavour: str) -> str:
     return f"weightsmith-builder-{builder}:{made_from.short}"
 
 
+def build_command(
+    *,
+    containerfile: Path,
+    context: Path,
+    tag: str,
+    arguments: Mapping[str, str],
+    secrets: Mapping[str, Path],
+    contexts: Mapping[str, Path],
+) -> list[str]:
+    """Return the command that builds a builder image."""
+    command = ["docker", "buildx", "build", "--load", "--progress=plain", "--provenance=false"]
+    command += ["--file", str(containerfile), "--tag", tag]
+    for name, value in sorted(arguments.items()):
+        command += ["--build-arg", f"{name}={value}"]
+    for name, file in sorted(secrets.items()):
+        command += ["--secret", f"id={name},src={file}"]
+    for name, folder in sorted(contexts.items()):
+        command += ["--build-context", f"{name}={folder}"]
+    return [*command, str(context)]
+
+
 def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Progress) -> None:
     """Build a builder's image; EnvironmentFailure has the end of the build's output."""
     _require_buildx(host)
@@ -50,13 +70,20 @@ def build_image(builder: str, flavour: str, host: str, cache: Path, progress: Pr
         open_log(cache, f"image-{builder}") as log,
         tempfile.TemporaryDirectory(prefix="weightsmith-wheels-") as wheels,
     ):
+        contexts = {}
+        if named := os.environ.get("WEIGHTSMITH_WHEELS"):
+            contexts["wheels"] = Path(named)
+        elif pick_wheels(configured_wheels(), Pins(name=builder, flavour="cpu"), Path(wheels)):
+            contexts["wheels"] = Path(wheels)
+        folders = {name: toolset_folder(cache, name) for name in compiled_engines(builder)}
+        contexts |= {name: folder for name, folder in folders.items() if folder.is_dir()}
         command = build_command(
             containerfile=containerfile(builder),
             context=images(),
             tag=image_tag(builder, flavour),
             arguments={"BUILDER": builder, **_arguments(flavour, reference)},
             secrets=_secrets(),
-            contexts=_contexts(builder, cache, Path(wheels)),
+            contexts=contexts,
         )
 
         def on_line(line: str) -> None:
@@ -121,20 +148,6 @@ def _secrets() -> dict[str, Path]:
     return {"ca_bundle": Path(named)}
 
 
-def _contexts(builder: str, cache: Path, wheels: Path) -> Mapping[str, Path]:
-    """Return the named contexts: local wheels, and tools that are compiled already."""
-    contexts = {}
-    if named := os.environ.get("WEIGHTSMITH_WHEELS"):
-        contexts["wheels"] = Path(named)
-    elif pick_wheels(configured_wheels(), Pins(name=builder, flavour="cpu"), wheels):
-        contexts["wheels"] = wheels
-    for engine in compiled_engines(builder):
-        tools = toolset_folder(cache, engine)
-        if tools.is_dir():
-            contexts[engine] = tools
-    return contexts
-
-
 def _environment(host: str) -> dict[str, str]:
     return process.scrubbed(
         {"DOCKER_HOST": host}, network=True, prefixes=("DOCKER_", "BUILDX_", "BUILDKIT_", "XDG_")
@@ -158,13 +171,23 @@ class BaseImage:
 def read_bases(path: Path | None = None) -> dict[str, BaseImage]:
     """Return all bases in the lock file by purpose; raises UsageError if it is damaged."""
     file = images() / "bases.lock" if path is None else path
+    bases = {}
     try:
-        entries = json.loads(file.read_text("utf-8"))
-        return {purpose: _base(purpose, entry) for purpose, entry in entries.items()}
+        for purpose, entry in json.loads(file.read_text("utf-8")).items():
+            if not isinstance(entry["digests"], dict):
+                raise TypeError(f"the digests of {purpose} are not an object")
+            bases[purpose] = BaseImage(
+                reference=str(entry["reference"]),
+                digests={
+                    name: Digest(digest) if digest else None
+                    for name, digest in sorted(entry["digests"].items())
+                },
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UsageError(
             f"{file} cannot be read: {problem}", hint="restore it from version control"
         ) from problem
+    return bases
 
 
 def base(purpose: str) -> BaseImage:
@@ -176,16 +199,6 @@ def base(purpose: str) -> BaseImage:
             hint=f"it has {', '.join(sorted(bases))}",
         )
     return bases[purpose]
-
-
-def _base(purpose: str, entry: Mapping[str, object]) -> BaseImage:
-    digests = entry["digests"]
-    if not isinstance(digests, dict):
-        raise TypeError(f"the digests of {purpose} are not an object")
-    return BaseImage(
-        reference=str(entry["reference"]),
-        digests={str(k): Digest(v) if v else None for k, v in sorted(digests.items())},
-    )
 
 
 _PIN = re.compile(r"([A-Za-z0-9._-]+)==([^\s;\\]+)")
@@ -203,29 +216,22 @@ def pick_wheels(folders: Iterable[Path], pins: Pins, target: Path) -> bool:
 
     Only those: a folder of wheels may have many gigabytes, and all of it would be sent.
     """
-    files = [file for file in (pins.light, pins.torch) if file is not None]
-    wanted = {
-        (_normal(name), version)
-        for file in files
-        for name, version in _PIN.findall(file.read_text("utf-8"))
-    }
+    texts = [file.read_text("utf-8") for file in (pins.light, pins.torch) if file is not None]
+    wanted = {(_normal(name), version) for text in texts for name, version in _PIN.findall(text)}
     found = False
     for wheel in (wheel for folder in folders for wheel in sorted(folder.glob("*.whl"))):
         name, version = wheel.name.split("-")[:2]
+        place = target / wheel.name
         # A pin without a local part such as `+cpu` matches every build of the version.
         names = {(_normal(name), version), (_normal(name), version.partition("+")[0])}
-        if names & wanted and not (target / wheel.name).exists():
-            _place(wheel, target / wheel.name)
+        if names & wanted and not place.exists():
             found = True
+            try:
+                os.link(wheel, place)
+            except OSError:
+                shutil.copyfile(wheel, place)
     return found
 
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _place(wheel: Path, target: Path) -> None:
-    try:
-        os.link(wheel, target)
-    except OSError:
-        shutil.copyfile(wheel, target)

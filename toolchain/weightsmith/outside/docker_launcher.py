@@ -16,6 +16,7 @@ from requests.exceptions import RequestException
 from weightsmith.core.cpus import flags
 from weightsmith.core.errors import EnvironmentFailure
 from weightsmith.core.ports import Endpoint, StartSpec
+from weightsmith.core.values import Json
 from weightsmith.outside.docker import GONE, DockerEngine, engine_errors, engine_host, remove
 from weightsmith.outside.docker_requests import LABEL_OWNER, server_request
 from weightsmith.outside.ownership import owner_token
@@ -50,8 +51,9 @@ class DockerLauncher:
         with self._internal_network() as network:
             name = (network.name or "") if network else ""
             request = server_request(image, spec, owner_token(), gpu=gpu, network=name)
+            containers: Any = self._engine.client.containers
             with _starting(image):
-                container = self._engine.client.containers.create(**request)
+                container = containers.create(**request)
             try:
                 yield self._started(container, image, spec, name)
             finally:
@@ -61,11 +63,21 @@ class DockerLauncher:
         with _starting(image):
             container.start()
             container.reload()
-        address = _address(container, network) if network else ""
+        if network:
+            joined = (container.attrs or {}).get("NetworkSettings", {}).get("Networks", {})
+            # An ended container has none; the health check reports its last lines.
+            address = (joined.get(network) or {}).get("IPAddress") or "127.0.0.1"
+            url = f"http://{address}:{spec.port}"
+        elif bindings := container.ports.get(f"{spec.port}/tcp"):
+            url = f"http://127.0.0.1:{int(bindings[0]['HostPort'])}"
+        else:
+            raise EnvironmentFailure(
+                f"the container of {container.image} ended before its port {spec.port} was "
+                f"published: {_logs(container, 5)}",
+                hint="start the image by hand to see why: `docker run --rm IMAGE`",
+            )
         return Endpoint(
-            url=f"http://{address}:{spec.port}"
-            if network
-            else f"http://127.0.0.1:{_published(container, spec.port)}",
+            url=url,
             logs=lambda count: _logs(container, count),
             alive=lambda: _alive(container),
             stop=lambda seconds: _stop(container, seconds),
@@ -76,7 +88,12 @@ class DockerLauncher:
     @contextlib.contextmanager
     def _internal_network(self) -> Iterator[Network | None]:
         """Yield an internal network of our own, or None if this machine could not reach it."""
-        network = self._create_network()
+        network = None
+        # None if there is no free address range, and such.
+        with contextlib.suppress(APIError, RequestException):
+            if engine_host().startswith("unix://"):
+                name, labels = f"weightsmith-{secrets.token_hex(6)}", {LABEL_OWNER: owner_token()}
+                network = self._engine.client.networks.create(name, internal=True, labels=labels)
         try:
             # The bridge exists on this machine only if the engine runs on it.
             bridge = Path("/sys/class/net", f"br-{(network.id or '')[:12]}") if network else None
@@ -85,16 +102,6 @@ class DockerLauncher:
             if network is not None:
                 with contextlib.suppress(*GONE):
                     network.remove()
-
-    def _create_network(self) -> Network | None:
-        if not engine_host().startswith("unix://"):
-            return None
-        name = f"weightsmith-{secrets.token_hex(6)}"
-        labels = {LABEL_OWNER: owner_token()}
-        try:
-            return self._engine.client.networks.create(name, internal=True, labels=labels)
-        except (APIError, RequestException):  # such as no free address range
-            return None
 
 
 @contextlib.contextmanager
@@ -111,7 +118,7 @@ def _starting(image: str) -> Iterator[None]:
         raise
 
 
-def confinement(reported: Mapping[str, Any], network: str) -> tuple[str, ...]:
+def confinement(reported: Mapping[str, Json], network: str) -> tuple[str, ...]:
     """Return a container's isolation as the engine reports it, not as it was requested.
 
     `network` is the internal one, if the container should be in it.
@@ -131,27 +138,6 @@ def confinement(reported: Mapping[str, Any], network: str) -> tuple[str, ...]:
         f"{memory / 2**20:.0f} MiB of memory" if memory else "",
     )
     return tuple(word for word in words if word)
-
-
-def _address(container: Container, network: str) -> str:
-    """Return a container's address in a network, or empty if the container has ended."""
-    networks: dict[str, Any] = (
-        (container.attrs or {}).get("NetworkSettings", {}).get("Networks", {})
-    )
-    address = str((networks.get(network) or {}).get("IPAddress") or "")
-    # An ended container has none; the health check reports its last lines.
-    return address or "127.0.0.1"
-
-
-def _published(container: Container, port: int) -> int:
-    bindings = container.ports.get(f"{port}/tcp") or ()
-    for binding in bindings:
-        return int(binding["HostPort"])
-    raise EnvironmentFailure(
-        f"the container of {container.image} ended before its port {port} was published: "
-        f"{_logs(container, 5)}",
-        hint="start the image by hand to see why: `docker run --rm IMAGE`",
-    )
 
 
 def _logs(container: Container, count: int) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from docker.types import DeviceRequest, Mount
 
@@ -49,14 +48,14 @@ class Bounds:
 
 def job_request(
     job: Job, image: str, files: JobFiles, bounds: Bounds, environment: Mapping[str, str]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the create request of a job's container: no network, no privileges, one output."""
     engines = {*compiled_engines(job.builder), *files.tools}
     binds = {f"{INPUTS}/{name}": path for name, path in sorted(files.inputs.items())}
     binds |= {f"{TOOLS}/{engine}": folder for engine, folder in files.tools.items()}
     binds |= {JOB_FILE: files.job_file, f"{PACKAGE}/weightsmith": files.package}
-    request = {
-        **_confined(job.memory_bytes, bounds.owner, gpu=bounds.gpu),
+    return {
+        **_confined(job.memory_bytes, gpu=bounds.gpu),
         "image": image,
         "entrypoint": [_PYTHON],
         "command": ["-m", "weightsmith.worker", JOB_FILE],
@@ -74,16 +73,14 @@ def job_request(
             _bind(files.output, OUTPUT, read_only=False),
         ],
         "network_mode": "none",
-        "cap_drop": ["ALL"],
         # Standard input closes with our connection (the client library requests that unless
         # `detach` is set), so end of file tells the worker that we are gone.
         "stdin_open": True,
         "detach": False,
         "auto_remove": True,
+        "labels": {LABEL_OWNER: bounds.owner, LABEL_JOB: job.kind},
+        "pids_limit": _JOB_PROCESSES,
     }
-    request["labels"] = {**request["labels"], LABEL_JOB: job.kind}
-    request["pids_limit"] = _JOB_PROCESSES
-    return request
 
 
 def inside(job: Job) -> Job:
@@ -94,38 +91,37 @@ def inside(job: Job) -> Job:
 
 def server_request(
     image: str, spec: StartSpec, owner: str, *, gpu: bool, network: str = ""
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the create request of a server: the image unchanged, with its own user.
 
     It is on `network`, the internal one, if given; else on the default bridge, with its port
     published on loopback. Its root file system is read-only, its home is the temporary folder, and
     it is process 1, as in production.
     """
-    request = {
-        **_confined(spec.memory_bytes, owner, gpu=gpu),
+    published = {"ports": {f"{spec.port}/tcp": ("127.0.0.1", None)}}
+    return {
+        **_confined(spec.memory_bytes, gpu=gpu),
         "image": image,
         "environment": {"HOME": "/tmp", **spec.env},  # noqa: S108 - inside the container
-        "cap_drop": ["ALL"],
         "init": False,
+        "labels": {LABEL_OWNER: owner},
         # Engines with several workers share tensors there; the default is 64 MiB.
         "shm_size": max(spec.shm_bytes, _SHM_WITH_GPU if gpu else 0) or None,
+        "pids_limit": PROCESSES,
+        **({"network": network} if network else published),
     }
-    if network:
-        return {**request, "network": network}
-    return {**request, "ports": {f"{spec.port}/tcp": ("127.0.0.1", None)}}
 
 
-def _confined(memory_bytes: int, owner: str, *, gpu: bool) -> dict[str, Any]:
+def _confined(memory_bytes: int, *, gpu: bool) -> dict[str, object]:
     """Return the settings of all our containers."""
     # GPU libraries compile kernels into their cache folder and run them from there.
     temporary = "rw,nosuid,nodev,mode=1777" + (",exec" if gpu else ",noexec")
-    request: dict[str, Any] = {
+    request: dict[str, object] = {
         "read_only": True,
         "tmpfs": {"/tmp": temporary},  # noqa: S108 - inside the container
         "security_opt": ["no-new-privileges"],
+        "cap_drop": ["ALL"],
         "init": True,
-        "pids_limit": PROCESSES,
-        "labels": {LABEL_OWNER: owner},
     }
     if memory_bytes:
         # The same limit for both: no additional swap.
@@ -138,25 +134,3 @@ def _confined(memory_bytes: int, owner: str, *, gpu: bool) -> dict[str, Any]:
 
 def _bind(source: Path, target: str, *, read_only: bool = True) -> Mount:
     return Mount(target=target, source=str(source), type="bind", read_only=read_only)
-
-
-def build_command(
-    *,
-    containerfile: Path,
-    context: Path,
-    tag: str,
-    arguments: Mapping[str, str],
-    secrets: Mapping[str, Path],
-    contexts: Mapping[str, Path],
-) -> list[str]:
-    """Return the command that builds a builder image."""
-    command = ["docker", "buildx", "build", "--load", "--progress=plain", "--provenance=false"]
-    command += ["--file", str(containerfile), "--tag", tag]
-    command += _each("--build-arg", (f"{k}={v}" for k, v in sorted(arguments.items())))
-    command += _each("--secret", (f"id={k},src={v}" for k, v in sorted(secrets.items())))
-    command += _each("--build-context", (f"{k}={v}" for k, v in sorted(contexts.items())))
-    return [*command, str(context)]
-
-
-def _each(flag: str, values: Iterable[str]) -> Sequence[str]:
-    return [word for value in values for word in (flag, value)]

@@ -107,7 +107,6 @@ class Pins:
 
 
 def _torch_version(file: Path) -> str:
-    """Return the pinned version of torch without a local part such as `+cpu`."""
     found = re.search(r"^torch==([\d.]+)", file.read_text("utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
@@ -144,7 +143,13 @@ def make_environment(cache: Path, pins: Pins, progress: Progress) -> Path:
         discard(folder)
         check_compiler(pins)
         with open_log(cache, f"builder-{pins.name}") as log:
-            _fill(pins, _Installer(folder, log, progress))
+            installer = _Installer(folder, log, progress)
+            installer.create()
+            installer.install(pins.light)
+            _install_torch(pins, installer)
+            if pins.sources is not None:
+                installer.build(pins.sources)
+            installer.check(pins.accepted)
         (folder / _COMPLETE).write_text("")
     return folder
 
@@ -175,35 +180,24 @@ def make_bare_environment(
     return installer.python
 
 
-def _fill(pins: Pins, installer: _Installer) -> None:
-    installer.create()
-    installer.install(pins.light)
-    if pins.torch is not None:
-        _install_torch(pins, installer)
-    if pins.sources is not None:
-        installer.build(pins.sources)
-    installer.check(pins.accepted)
-
-
 def _install_torch(pins: Pins, installer: _Installer) -> None:
     """Install torch from pip's configured sources, else torch's index, else PyPI."""
-    assert pins.torch is not None  # noqa: S101 - checked by the caller
-    if pins.torch != pins.cuda:
+    if pins.torch is None:
+        return
+    chosen = pins.cuda
+    if pins.torch != chosen:
         if installer.try_torch(pins.torch):
             return
         if _answers(TORCH_CPU_INDEX) and installer.try_torch(
             pins.torch, "--extra-index-url", TORCH_CPU_INDEX
         ):
             return
-        if pins.cuda is None:
-            installer.install(pins.torch)
-            return
-        installer.progress.warn(
-            f"no working CPU build of torch in {TORCH_CPU_INDEX}, pip's configuration or "
-            f"WEIGHTSMITH_WHEELS: installing PyPI's with CUDA libraries ({_CUDA_SIZE})"
-        )
-    assert pins.cuda is not None  # noqa: S101 - compared above
-    installer.install(pins.cuda)
+        if chosen is not None:
+            installer.progress.warn(
+                f"no working CPU build of torch in {TORCH_CPU_INDEX}, pip's configuration or "
+                f"WEIGHTSMITH_WHEELS: installing PyPI's with CUDA libraries ({_CUDA_SIZE})"
+            )
+    installer.install(chosen or pins.torch)
 
 
 def _answers(url: str) -> bool:
@@ -266,12 +260,11 @@ class _Installer:
         asked = process.run(
             [self.python, "-m", "pip", "check"], env=self._env(), on_line=self._keep
         )
-        if asked.returncode != 0 and {line for line in asked.tail if line.strip()} <= accepted:
-            return
-        asked.require(
-            "pip check of the new environment",
-            hint=f"the builder's requirements are not compatible; log: {self.log.name}",
-        )
+        if {line for line in asked.tail if line.strip()} - accepted:
+            asked.require(
+                "pip check of the new environment",
+                hint=f"the builder's requirements are not compatible; log: {self.log.name}",
+            )
 
     def _pip(self, requirements: Path, options: Sequence[str]) -> process.Completed:
         words = requirements.read_text("utf-8").splitlines()

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.ports import Ended, NodeTask
@@ -33,13 +32,9 @@ class Room:
 
     def holds(self, works: Sequence[NodeTask]) -> bool:
         """Return whether these tasks fit at the same time."""
-        needs = (
-            (sum(work.cpus for work in works), self.cpus),
-            (sum(work.memory_bytes for work in works), self.memory_bytes),
-            (sum(work.disk_bytes for work in works), self.disk_bytes),
-            (sum(work.gpus for work in works), self.gpus),
-        )
-        return all(needed <= there for needed, there in needs if there)
+        kinds = ("cpus", "memory_bytes", "disk_bytes", "gpus")
+        there = {kind: getattr(self, kind) for kind in kinds if getattr(self, kind)}
+        return all(sum(getattr(work, kind) for work in works) <= n for kind, n in there.items())
 
 
 def local_room(folder: Path) -> Room:
@@ -120,15 +115,18 @@ class LocalFleet:
     def _run(self, work: NodeTask) -> None:
         replies: list[str] = []
         why = ""
+        # Of a base with a long path, the end of it.
+        name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in work.name)
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            with (self.logs / _file_name(work.name)).open("a", encoding="utf-8") as log:
+            path = self.logs / f"{name[-_LONGEST_NAME:]}.log"
+            with path.open("a", encoding="utf-8", buffering=1) as log:
                 done = process.run(
                     self.argv,
                     env=dict(os.environ),
                     input=work.text.encode(),
                     on_line=replies.append,
-                    on_error_line=lambda line: _write(log, line),
+                    on_error_line=lambda line: print(line, file=log),
                     longest_line=RESULT,
                     stop=self._stop,
                 )
@@ -141,14 +139,3 @@ class LocalFleet:
             why = str(error)
         text = replies[-1] if replies else ""
         self._ended.put(Ended(id=work.id, node=socket.gethostname(), text=text, why=why))
-
-
-def _write(log: TextIO, line: str) -> None:
-    log.write(f"{line}\n")
-    log.flush()
-
-
-def _file_name(name: str) -> str:
-    """Return the name of a task's log; of a base with a long path, the end of it."""
-    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name)
-    return f"{kept[-_LONGEST_NAME:]}.log"

@@ -6,9 +6,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
@@ -43,7 +44,12 @@ class RayFleet:
         Raises UsageError if Ray is not installed, EnvironmentFailure if the cluster does not
         answer or a node cannot run the program or has another version.
         """
-        self._hide_stdout()
+        if self._stdout is None:
+            # What is printed there goes to standard error, also by Ray's C++ code.
+            sys.stdout.flush()
+            with suppress(OSError):  # where there is none
+                self._stdout = os.dup(1)
+                os.dup2(2, 1)
         self._ray = _connected(self.address)
         probe = self._ray.remote(_program())
         pin = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
@@ -56,7 +62,8 @@ class RayFleet:
         done, late = self._ray.wait([*asked], num_returns=len(asked), timeout=_PROBE_SECONDS)
         if late:
             raise EnvironmentFailure(
-                f"the Ray node {_host(asked[late[0]])} did not answer within {_PROBE_SECONDS:g} s",
+                f"the Ray node {asked[late[0]]['NodeManagerHostname']} did not answer within "
+                f"{_PROBE_SECONDS:g} s",
                 hint="`ray status` shows whether it is alive",
             )
         alive = {node["NodeID"] for node in self._nodes()}
@@ -68,40 +75,37 @@ class RayFleet:
                 said = f"has {text}" if text else f"cannot run weightsmith: {why}"
                 raise EnvironmentFailure(
                     f"another version of weightsmith: this machine has {version}, the Ray node "
-                    f"{_host(asked[one])} {said}",
+                    f"{asked[one]['NodeManagerHostname']} {said}",
                     hint="install the same version into the Python of every node",
                 )
 
     def submit(self, works: Sequence[NodeTask]) -> None:
         """Give tasks to Ray, which queues and places them; EnvironmentFailure if it has ended."""
         with self._cluster_errors():
-            self._submit(works)
-
-    def _submit(self, works: Sequence[NodeTask]) -> None:
-        nodes = self._nodes()
-        gpus = any(node["Resources"].get("GPU") for node in nodes)
-        for work in works:
-            asks = {
-                "CPU": float(work.cpus),
-                "memory": float(work.memory_bytes),
-                "GPU": float(work.gpus if gpus else 0),
-            }
-            if lacking := _lacking(asks, nodes):
-                why = f"no node of the cluster has {lacking}"
-                self._impossible.append(Ended(id=work.id, node="", text="", why=why))
-                continue
-            options: dict[str, JsonValue] = {
-                "num_cpus": asks["CPU"],
-                "memory": asks["memory"],
-                "num_gpus": asks["GPU"],
-                "max_retries": 0,  # the fleet tries again itself, and says so
-                "name": work.name,
-            }
-            others = {node["NodeID"] for node in nodes} - work.avoid
-            if work.avoid and others:
-                options["label_selector"] = {_NODE_ID: f"!in({','.join(sorted(work.avoid))})"}
-            task = self._ray.remote(_program()).options(**options)
-            self._given[task.remote(self.module, work.text)] = work
+            nodes = self._nodes()
+            gpus = any(node["Resources"].get("GPU") for node in nodes)
+            for work in works:
+                asks = {
+                    "CPU": float(work.cpus),
+                    "memory": float(work.memory_bytes),
+                    "GPU": float(work.gpus if gpus else 0),
+                }
+                if lacking := _lacking(asks, [node["Resources"] for node in nodes]):
+                    why = f"no node of the cluster has {lacking}"
+                    self._impossible.append(Ended(id=work.id, node="", text="", why=why))
+                    continue
+                options: dict[str, JsonValue] = {
+                    "num_cpus": asks["CPU"],
+                    "memory": asks["memory"],
+                    "num_gpus": asks["GPU"],
+                    "max_retries": 0,  # the fleet tries again itself, and says so
+                    "name": work.name,
+                }
+                others = {node["NodeID"] for node in nodes} - work.avoid
+                if work.avoid and others:
+                    options["label_selector"] = {_NODE_ID: f"!in({','.join(sorted(work.avoid))})"}
+                task = self._ray.remote(_program()).options(**options)
+                self._given[task.remote(self.module, work.text)] = work
 
     def wait(self, seconds: float) -> Sequence[Ended]:
         """Return the tasks that have ended since; wait for one at most so many seconds.
@@ -130,30 +134,26 @@ class RayFleet:
     def close(self) -> None:
         """Cancel every task, with time to clean up, and leave the cluster."""
         try:
-            self._leave()
+            if self._ray is not None:
+                # A cluster that has ended runs nothing.
+                with suppress(EnvironmentFailure), self._cluster_errors():
+                    late = [*self._given]
+                    for one in late:
+                        self._ray.cancel(one, force=False)
+                    if late:
+                        _, late = self._ray.wait(late, num_returns=len(late), timeout=_PATIENCE)
+                    # And no others: Ray aborts this process if it cancels what just ends.
+                    for one in late:
+                        self._ray.cancel(one, force=True)
+                self._given.clear()
+                self._ray.shutdown()
+                self._ray = None
         finally:
-            self._show_stdout()
-
-    def _leave(self) -> None:
-        if self._ray is None:
-            return
-        with (
-            suppress(EnvironmentFailure),
-            self._cluster_errors(),
-        ):  # a cluster that has ended runs nothing
-            self._cancel()
-        self._given.clear()
-        self._ray.shutdown()
-        self._ray = None
-
-    def _cancel(self) -> None:
-        for one in self._given:
-            self._ray.cancel(one, force=False)
-        late = [*self._given]
-        if late:
-            _, late = self._ray.wait(late, num_returns=len(late), timeout=_PATIENCE)
-        for one in late:  # and no others: Ray aborts this process if it cancels what just ends
-            self._ray.cancel(one, force=True)
+            if self._stdout is not None:
+                sys.stdout.flush()
+                os.dup2(self._stdout, 1)
+                os.close(self._stdout)
+                self._stdout = None
 
     @contextmanager
     def _cluster_errors(self) -> Iterator[None]:
@@ -161,54 +161,37 @@ class RayFleet:
         try:
             yield
         except (self._ray.exceptions.RayError, OSError, RuntimeError) as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), "")
             raise EnvironmentFailure(
-                f"the Ray cluster has ended: {first.strip() or type(error).__name__}",
+                f"the Ray cluster has ended: {_first_line(error) or type(error).__name__}",
                 hint="start it again, then the fleet: what was finished is kept",
             ) from None
-
-    def _hide_stdout(self) -> None:
-        """Let what is printed to standard output go to standard error, also by Ray's C++ code."""
-        if self._stdout is None:
-            sys.stdout.flush()
-            with suppress(OSError):  # where there is none
-                self._stdout = os.dup(1)
-                os.dup2(2, 1)
-
-    def _show_stdout(self) -> None:
-        if self._stdout is not None:
-            sys.stdout.flush()
-            os.dup2(self._stdout, 1)
-            os.close(self._stdout)
-            self._stdout = None
 
     def _nodes(self) -> list[Any]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
-    def _result(self, one: Any) -> tuple[str, str, str]:
+    def _result(self, one: object) -> tuple[str, str, str]:
         """Return a task's node, its reply, and why there is none."""
         try:
             node, text, why = self._ray.get(one)
         except self._ray.exceptions.RayError as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), "")
-            return "", "", f"lost by Ray: {type(error).__name__}: {first.strip()}"
+            return "", "", f"lost by Ray: {type(error).__name__}: {_first_line(error)}"
         return str(node), str(text), str(why)
 
 
-def _host(node: dict[str, JsonValue]) -> str:
-    return str(node["NodeManagerHostname"])
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
-def _lacking(asks: dict[str, float], nodes: Sequence[Any]) -> str:
+def _lacking(asks: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> str:
     """Return which resource no node has enough of; empty if one node has enough of all."""
-    if any(all(node["Resources"].get(n, 0) >= v for n, v in asks.items()) for node in nodes):
+    if any(all(node.get(n, 0) >= v for n, v in asks.items()) for node in nodes):
         return ""
-    largest = {n: max((node["Resources"].get(n, 0) for node in nodes), default=0) for n in asks}
+    largest = {n: max((node.get(n, 0) for node in nodes), default=0) for n in asks}
     short = [n for n in asks if largest[n] < asks[n]] or [*asks]
     return ", ".join(f"{asks[n]:,.0f} {'bytes of memory' if n == 'memory' else n}" for n in short)
 
 
-def _connected(address: str) -> Any:
+def _connected(address: str) -> ModuleType:
     """Return Ray's module, connected to the cluster."""
     # Without this, Ray warns of its own future at each start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -220,30 +203,26 @@ def _connected(address: str) -> Any:
             "--on ray needs Ray, which is not installed",
             hint="pip install 'weightsmith[ray]', in the version of the cluster",
         ) from None
-    _require_answer(address or os.environ.get("RAY_ADDRESS", ""))
+    hint = "start one with `ray start --head`, or give --address HOST:PORT"
+    named = address or os.environ.get("RAY_ADDRESS", "")
+    host, separator, port = named.rpartition(":")
+    if separator and "://" not in named and port.isdigit():  # not another of Ray's forms
+        try:  # for which Ray itself waits long
+            socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise EnvironmentFailure(
+                f"no Ray cluster answers at {named}: {getattr(error, 'strerror', None) or error}",
+                hint=hint,
+            ) from None
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
         raise EnvironmentFailure(
-            f"no Ray cluster answers at {address or 'this machine'}: {first.strip()}",
-            hint="start one with `ray start --head`, or give --address HOST:PORT",
+            f"no Ray cluster answers at {address or 'this machine'}: {_first_line(error)}",
+            hint=hint,
         ) from None
-    return ray
-
-
-def _require_answer(address: str) -> None:
-    """Raise EnvironmentFailure if nothing listens at HOST:PORT, for which Ray itself waits long."""
-    host, separator, port = address.rpartition(":")
-    if not separator or "://" in address or not port.isdigit():
-        return  # another of Ray's forms
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise EnvironmentFailure(
-            f"no Ray cluster answers at {address}: {getattr(error, 'strerror', None) or error}",
-            hint="start one with `ray start --head`, or give --address HOST:PORT",
-        ) from None
+    module: ModuleType = ray
+    return module
 
 
 def _program() -> Callable[[str, str], tuple[str, str, str]]:

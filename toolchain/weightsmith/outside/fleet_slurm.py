@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,9 +23,10 @@ _ASK = 5.0
 """Seconds between two questions to the controller; replies are seen without it."""
 _GONE = 3
 """How often a task must be missing before it counts as lost: files may arrive late."""
-_ALIVE = frozenset({"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED"})
-_ALIVE_TOO = frozenset({"REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT"})
-
+_ALIVE = frozenset(
+    {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED"}
+    | {"REQUEUE_HOLD", "REQUEUE_FED", "RESIZING", "SIGNALING", "STAGE_OUT"}
+)
 _SCRIPT = """#!/bin/sh
 cd {folder} || exit 5
 task=$SLURM_ARRAY_TASK_ID
@@ -138,34 +140,33 @@ class SlurmFleet:
             return found
         until = time.monotonic() + seconds
         while True:
-            ended = [*self._replies(), *self._lost()]
+            ended = []
+            for key, given in list(self._given.items()):
+                if given.file("reply").is_file():
+                    text = given.file("reply").read_text("utf-8", errors="replace").strip()
+                    self._forget(key)
+                    last = text.splitlines()[-1] if text else ""
+                    ended.append(Ended(id=key, node=given.node, text=last))
+            if self._given and time.monotonic() - self._asked >= _ASK:
+                self._asked = time.monotonic()
+                ended += self._lost()
             left = until - time.monotonic()
             if ended or left <= 0:
                 return ended
             time.sleep(min(_POLL, left))
 
-    def _replies(self) -> Iterator[Ended]:
-        for key, given in list(self._given.items()):
-            if given.file("reply").is_file():
-                text = given.file("reply").read_text("utf-8", errors="replace").strip()
-                self._forget(key)
-                yield Ended(id=key, node=given.node, text=text.splitlines()[-1] if text else "")
-
     def _lost(self) -> Iterator[Ended]:
         """Yield the tasks that the controller has given up without a reply."""
-        if not self._given or time.monotonic() - self._asked < _ASK:
-            return
-        self._asked = time.monotonic()
         states = self._states()
         for key, given in list(self._given.items()):
             state = states.get(f"{given.job}_{given.number}", "gone")
-            if state in _ALIVE or state in _ALIVE_TOO:
-                given.missing = 0
-                continue
-            given.missing += 1
+            given.missing = 0 if state in _ALIVE else given.missing + 1
             if given.missing >= _GONE and not given.file("reply").is_file():
                 self._forget(key)
-                why = f"Slurm ended it without a reply ({state.lower()}){_last(given.file('log'))}"
+                why = f"Slurm ended it without a reply ({state.lower()})"
+                with suppress(OSError):
+                    log = given.file("log").read_text("utf-8", errors="replace").strip()
+                    why += f": {log.splitlines()[-1]}" if log else ""
                 yield Ended(id=key, node=given.node, text="", why=why)
 
     def _states(self) -> Mapping[str, str]:
@@ -210,12 +211,3 @@ class SlurmFleet:
         )
         done.require(words[0], hint="check the cluster with `sinfo` and `squeue`")
         return "\n".join(lines)
-
-
-def _last(log: Path) -> str:
-    """Return the last line of a log, as the end of a sentence."""
-    try:
-        lines = log.read_text("utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        return ""
-    return f": {lines[-1]}" if lines else ""

@@ -13,15 +13,16 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import Altered, EnvironmentFailure, InputRefused, WeightsmithError
 from weightsmith.core.ports import HubContent, Progress, Silent, Store
-from weightsmith.core.values import FileEntry, Snapshot, Tree
+from weightsmith.core.values import Snapshot, Tree
 from weightsmith.models.folder import MAKERS_FOLDERS
 from weightsmith.outside.folders import read_tree
 
@@ -61,9 +62,17 @@ class HubReader:
         tree = read_tree(root, self._store, progress, wanted=_is_wanted)
         said = _said(repository, commit, tree)
         if wrong := _wrong(said, tree):
+            hint = (
+                f"nothing was deleted: delete {tree.path(wrong)} yourself and build where the hub "
+                "can be reached; if you changed the model, use its folder as the source"
+            )
+            if _forget(tree.path(wrong), root, commit):
+                hint = (
+                    "it was deleted from the hub's cache: try again; if it happens again, a mirror "
+                    "(HF_ENDPOINT) or a proxy changes the data: ask its administrator"
+                )
             raise Altered(
-                f"{pin}: {wrong} does not match this commit at {hub_endpoint()}",
-                hint=_after(tree.path(wrong), _forget(tree.path(wrong), root, commit)),
+                f"{pin}: {wrong} does not match this commit at {hub_endpoint()}", hint=hint
             )
         if added := [file.path for file in tree.files if file.path not in said]:
             progress.warn(f"{pin}: also reading files not in this commit: {', '.join(added)[:200]}")
@@ -154,18 +163,24 @@ def hub_endpoint() -> str:
 
 
 def _is_wanted(name: str) -> bool:
-    """Say whether we download this file; other programs may have cached more."""
     return any(fnmatch(name, pattern) for pattern in _WANTED)
 
 
 def _wrong(said: Mapping[str, str], tree: Tree) -> str:
     """Return the first file that does not match the hub's list of the commit, or empty."""
     for file in tree.files:
-        if file.path not in said:  # put there by the user; the lock's digest covers it
+        name = said.get(file.path)
+        if name in (None, file.digest.hex):  # None: put there by the user; the lock covers it
             continue
-        name, path = said[file.path], tree.path(file.path)
-        if name not in (file.digest.hex, _pointer_name(file)) and name != _git_name(path):
-            return file.path
+        # The id of a large file's pointer:
+        # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md#the-pointer
+        text = f"version https://git-lfs.github.com/spec/v1\noid {file.digest}\nsize {file.size}\n"
+        if name == _git_name(len(text), (text.encode(),)):
+            continue
+        path = tree.path(file.path)
+        with path.open("rb") as content:
+            if name != _git_name(path.stat().st_size, iter(partial(content.read, _CHUNK), b"")):
+                return file.path
     return ""
 
 
@@ -189,26 +204,12 @@ def _said(repository: str, commit: str, tree: Tree) -> Mapping[str, str]:
         }
 
 
-def _pointer_name(file: FileEntry) -> str:
-    """Return the git object id of a large file's LFS pointer.
-
-    https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md#the-pointer
-    """
-    text = f"version https://git-lfs.github.com/spec/v1\noid {file.digest}\nsize {file.size}\n"
-    return _blob(len(text), text.encode()).hexdigest()
-
-
-def _git_name(path: Path) -> str:
+def _git_name(size: int, chunks: Iterable[bytes]) -> str:
     """Return a file's git object id: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects."""
-    state = _blob(path.stat().st_size)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            state.update(chunk)
+    state = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for chunk in chunks:
+        state.update(chunk)
     return state.hexdigest()
-
-
-def _blob(size: int, data: bytes = b"") -> hashlib._Hash:
-    return hashlib.sha1(b"blob %d\0" % size + data, usedforsecurity=False)
 
 
 def _forget(path: Path, root: Path, commit: str) -> bool:
@@ -228,19 +229,6 @@ def _forget(path: Path, root: Path, commit: str) -> bool:
         with suppress(OSError):
             each.unlink()
     return not path.is_symlink() and not blob.exists()
-
-
-def _after(path: Path, gone: bool) -> str:
-    """Return the hint for a file that does not match the hub's list."""
-    if gone:
-        return (
-            "it was deleted from the hub's cache: try again; if it happens again, a mirror "
-            "(HF_ENDPOINT) or a proxy changes the data: ask its administrator"
-        )
-    return (
-        f"nothing was deleted: delete {path} yourself and build where the hub can be reached; "
-        "if you changed the model, use its folder as the source"
-    )
 
 
 def _split(source: str, revision: str) -> tuple[str, str]:
@@ -287,20 +275,27 @@ class HubWriter:
         message: str,
     ) -> str:
         """Upload files and delete others in one commit after `parent`; return the commit."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
         from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
         # The client shows its own progress, on standard error; a log needs none.
         (enable_progress_bars if sys.stderr.isatty() else disable_progress_bars)()
-        with _explained(repository, "write to"), _large_files():
-            added = [CommitOperationAdd(name, source) for name, source in files.items()]
-            gone = [CommitOperationDelete(name, is_folder=False) for name in deleted]
-            done = HfApi().create_commit(
-                repository,
-                [*added, *gone],
-                commit_message=message,
-                parent_commit=parent or None,
-            )
+        # The client takes the public hub's own protocol for granted once its library is installed,
+        # but mirrors and private hubs may not speak it.
+        before = constants.HF_HUB_DISABLE_XET
+        constants.HF_HUB_DISABLE_XET = before or hub_endpoint() != _PUBLIC
+        try:
+            with _explained(repository, "write to"):
+                added = [CommitOperationAdd(name, source) for name, source in files.items()]
+                gone = [CommitOperationDelete(name, is_folder=False) for name in deleted]
+                done = HfApi().create_commit(
+                    repository,
+                    [*added, *gone],
+                    commit_message=message,
+                    parent_commit=parent or None,
+                )
+        finally:
+            constants.HF_HUB_DISABLE_XET = before
         return str(done.oid)
 
 
@@ -326,23 +321,6 @@ def _content(repository: str) -> HubContent | None:
     named = [row for row in rows if hasattr(row, "blob_id")]
     files = {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in named}
     return HubContent(commit=commit, files=files)
-
-
-@contextmanager
-def _large_files() -> Iterator[None]:
-    """Send large files as Git LFS objects, except to the public hub, which has its own protocol.
-
-    The client takes that protocol for granted once its library is installed, but mirrors and
-    private hubs may not speak it.
-    """
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_DISABLE_XET
-    constants.HF_HUB_DISABLE_XET = before or hub_endpoint() != _PUBLIC
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
 
 
 @contextmanager
@@ -404,18 +382,14 @@ def _failure(error: Exception, repository: str, what: str) -> WeightsmithError:
             f"{said}: HTTP status {status}",
             hint="try again later; if it happens again, check the name and the account's storage",
         )
+    first: BaseException = error
+    while first.__cause__ is not None:
+        first = first.__cause__
     return EnvironmentFailure(
-        f"{name}: {place} could not be reached: {type(_root(error)).__name__}",
+        f"{name}: {place} could not be reached: {type(first).__name__}",
         hint="check the network, HF_ENDPOINT and the proxy, and push again: what has arrived is "
         "not sent twice",
     )
-
-
-def _root(error: BaseException) -> BaseException:
-    """Return the first cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _status(error: BaseException) -> int:

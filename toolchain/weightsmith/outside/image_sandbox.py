@@ -26,10 +26,11 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Literal, NoReturn
 
 from weightsmith.outside import landlock, privileges, seccomp
 from weightsmith.outside.sandbox_facts import facts, unmet
@@ -51,23 +52,52 @@ PROCESSES = 16384
 """Processes and threads of a server: engines start several for each CPU and GPU."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a program is started with, and in which sandbox; as JSON in an open file."""
+
+    way: Literal["apart", "folder", "bare"]
+    """In its own namespaces; with a folder as its root; or only as the calling user."""
+    root: str
+    home: str
+    """The calling user's."""
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    workdir: str
+    user: tuple[int, int]
+    """User and group inside."""
+    memory_bytes: int
+    """That it may write to; 0 for no limit."""
+    shm_bytes: int
+    gpu: bool
+    network: int
+    """Inode of the machine's network namespace."""
+    relay: tuple[int, int] | None = None
+    """The only way in, with namespaces: a listening socket outside, and the port inside."""
+    tell: int = -1
+    """Pipe for what is found or fails."""
+    parent: int = 0
+    """The launcher, which ends with the control plane."""
+    as_root: bool = False
+
+
 def main(settings_file: int) -> NoReturn:
     """Execute the program in the settings; report failures on the pipe `tell`."""
     with os.fdopen(settings_file, "rb") as file:
-        settings = json.loads(file.read())
-    os.set_inheritable(settings["tell"], False)
+        given = json.loads(file.read())
+    given |= {"parent": os.getppid(), "as_root": privileges.is_root()}
+    settings = Settings(**given)
+    os.set_inheritable(settings.tell, False)
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError):  # its keys are then kept from the program by the filter alone
         seccomp.leave_keys()
-    settings["parent"] = os.getppid()  # the launcher, which ends with the control plane
-    settings["as_root"] = privileges.is_root()
-    {"apart": in_namespaces, "folder": in_folder, "bare": as_caller}[settings["way"]](settings)
+    {"apart": in_namespaces, "folder": in_folder, "bare": as_caller}[settings.way](settings)
     raise AssertionError("exec returned")
 
 
 @contextmanager
-def _reporting(settings: Mapping[str, Any], step: str) -> Iterator[None]:
+def _reporting(settings: Settings, step: str) -> Iterator[None]:
     """If the block fails, report the step and the reason, and exit."""
     try:
         yield
@@ -77,60 +107,57 @@ def _reporting(settings: Mapping[str, Any], step: str) -> Iterator[None]:
             "errno": getattr(problem, "errno", None) or 0,
             "why": getattr(problem, "strerror", None) or str(problem),
         }
-        os.write(settings["tell"], json.dumps(report).encode() + b"\n")
+        os.write(settings.tell, json.dumps(report).encode() + b"\n")
         os._exit(FAILED)
 
 
-def in_namespaces(settings: Mapping[str, Any]) -> None:
+def in_namespaces(settings: Settings) -> None:
     """Start the program in its own namespaces, wait for it, and exit with its status."""
-    as_root = bool(settings["as_root"])
+
+    def restrict_relay() -> None:
+        os.close(settings.tell)
+        if settings.as_root:
+            privileges.become_nobody()
+
     with _reporting(settings, "separate"):
-        if not as_root:
-            map_ids(*settings["user"])
+        if settings.relay is None:
+            raise ValueError("no way in")
+        if not settings.as_root:
+            map_ids(*settings.user)
         unshare(NEW_NETWORK | NEW_IPC | NEW_NAMES)
         raise_loopback()
-        listening, port = settings["relay"]
-        end_relay = start_relay(listening, port, lambda: _restrict_relay(settings))
+        end_relay = start_relay(*settings.relay, restrict_relay)
         unshare(NEW_PROCESSES)
-        die_with_parent(settings["parent"])
+        die_with_parent(settings.parent)
     ask, answer, ended = os.pipe(), os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         for other in (ask[0], answer[1], ended[0]):
             os.close(other)
-        _first_process(settings, (answer[0], ask[1], ended[1]))
+        _first_process(settings, answer[0], ask[1], ended[1])
     signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))
-    for own in (ask[1], answer[0], ended[1], settings["tell"]):
+    for own in (ask[1], answer[0], ended[1], settings.tell):
         os.close(own)
     if os.read(ask[0], 1):
-        os.write(answer[1], b"y" if privileges.map_ids_of(child, *settings["user"]) else b"n")
+        os.write(answer[1], b"y" if privileges.map_ids_of(child, *settings.user) else b"n")
     status = os.read(ended[0], 16)
     _, own_status = os.waitpid(child, 0)
     end_relay()
     end_as(int(status) if status else own_status)
 
 
-def _restrict_relay(settings: Mapping[str, Any]) -> None:
-    """Drop what the relay does not need: all privileges and all other files."""
-    os.close(settings["tell"])
-    if settings["as_root"]:
-        privileges.become_nobody()
-
-
-def _first_process(settings: Mapping[str, Any], pipes: tuple[int, int, int]) -> NoReturn:
+def _first_process(settings: Settings, answer: int, ask: int, ended: int) -> NoReturn:
     """Run as process 1: seal the sandbox, start the program, reap orphans."""
-    answer, ask, ended = pipes
     with _reporting(settings, "separate"):
         unshare(NEW_MOUNTS)
-        memory, shared = settings["memory_bytes"], settings["shm_bytes"]
-        furnish(Path(settings["root"]), memory, shared, gpu=settings["gpu"])
+        root = Path(settings.root)
+        furnish(root, settings.memory_bytes, settings.shm_bytes, gpu=settings.gpu)
         change_root()
-    with _reporting(settings, "start"):
-        _enter(settings["workdir"])
+    _enter(settings)
     with _reporting(settings, "confine"):
         seal()
-        if settings["as_root"]:
-            _leave_root(settings["user"], ask, answer)
+        if settings.as_root:
+            _leave_root(settings.user, ask, answer)
         else:
             privileges.forbid_user_namespaces()
             privileges.drop_capabilities()
@@ -143,7 +170,7 @@ def _first_process(settings: Mapping[str, Any], pipes: tuple[int, int, int]) -> 
     program = os.fork()
     if program == 0:
         _become(settings)
-    os.close(settings["tell"])
+    os.close(settings.tell)
 
     def hand_on(number: int, _: object) -> None:
         with suppress(ProcessLookupError):
@@ -157,12 +184,13 @@ def _first_process(settings: Mapping[str, Any], pipes: tuple[int, int, int]) -> 
             os._exit(0)
 
 
-def _enter(workdir: str) -> None:
+def _enter(settings: Settings) -> None:
     """Change to the image's working directory; create it if missing, as engines do."""
-    folder = Path(workdir or "/")
-    with suppress(FileExistsError):
-        folder.mkdir(parents=True, exist_ok=True)
-    os.chdir(folder)
+    folder = Path(settings.workdir or "/")
+    with _reporting(settings, "start"):
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(folder)
 
 
 def _leave_root(user: tuple[int, int], ask: int, answer: int) -> None:
@@ -180,22 +208,21 @@ def _leave_root(user: tuple[int, int], ask: int, answer: int) -> None:
     privileges.become(*user)
 
 
-def in_folder(settings: Mapping[str, Any]) -> None:
+def in_folder(settings: Settings) -> None:
     """Execute the program with its folder as root, without privileges or namespaces."""
     with _reporting(settings, "confine"):
-        os.chroot(settings["root"])
+        os.chroot(settings.root)
         os.chdir("/")
         make_devices(Path("/dev"))
-    with _reporting(settings, "start"):
-        _enter(settings["workdir"])
+    _enter(settings)
     with _reporting(settings, "confine"):
         privileges.become_nobody()
         privileges.forbid_privileges()
-        die_with_parent(settings["parent"])
+        die_with_parent(settings.parent)
     _become(settings)
 
 
-def as_caller(settings: Mapping[str, Any]) -> None:
+def as_caller(settings: Settings) -> None:
     """Execute the program as the calling user, who is not root and gains no privileges.
 
     With Landlock it can only use the image's files and the system's.
@@ -203,55 +230,46 @@ def as_caller(settings: Mapping[str, Any]) -> None:
     with _reporting(settings, "confine"):
         if privileges.is_root():
             raise PermissionError("root's privileges cannot be dropped")
-        os.chdir(settings["workdir"])
+        os.chdir(settings.workdir)
         privileges.drop_capabilities()
         privileges.forbid_privileges()
         version = landlock.abi()
         if version:
-            landlock.restrict(_reach(settings["root"]), version, sockets=True)
-        die_with_parent(settings["parent"])
+            devices = ("null", "zero", "full", "random", "urandom")
+            rules = [(settings.root, landlock.RUN)]
+            rules += [(f"{settings.root}/tmp", landlock.WRITE)]  # noqa: S108 - the image's
+            rules += [(folder, landlock.RUN) for folder in ("/usr", "/lib", "/lib64")]
+            rules += [(folder, landlock.READ) for folder in ("/etc", "/proc", "/sys")]
+            rules += [(f"/dev/{device}", landlock.USE) for device in devices]
+            landlock.restrict(rules, version, sockets=True)
+        die_with_parent(settings.parent)
     _become(settings)
 
 
-def _reach(root: str) -> Iterator[tuple[str, int]]:
-    yield root, landlock.RUN
-    yield f"{root}/tmp", landlock.WRITE  # noqa: S108 - the image's
-    for folder in ("/usr", "/lib", "/lib64"):
-        yield folder, landlock.RUN
-    for folder in ("/etc", "/proc", "/sys"):
-        yield folder, landlock.READ
-    for device in ("null", "zero", "full", "random", "urandom"):
-        yield f"/dev/{device}", landlock.USE
-
-
-def _filter(way: str) -> bytes:
-    """Return the filter of system calls; where its files are its own, it may truncate them."""
-    version = {"apart": landlock.TRUNCATES, "folder": 0}.get(way, landlock.abi())
-    machine = seccomp.machine()
-    return seccomp.job_filter(machine, landlock=version, sockets=True, serves=way == "bare")
-
-
-def _become(settings: Mapping[str, Any]) -> NoReturn:
+def _become(settings: Settings) -> NoReturn:
     """Check the sandbox from inside, report the facts, and execute the program."""
     # Processes and threads together; in older kernels with the user's others.
     _, allowed = resource.getrlimit(resource.RLIMIT_NPROC)
     most = PROCESSES if allowed == resource.RLIM_INFINITY else min(PROCESSES, allowed)
     resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
-    if settings["memory_bytes"]:
+    if settings.memory_bytes:
         # Limits what the process writes to, not the weight files that it maps.
-        resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (settings.memory_bytes,) * 2)
+    bare = settings.way == "bare"
     with suppress(OSError):  # without system call filters; the facts then have less
-        seccomp.install(_filter(settings["way"]))
+        # Where its files are its own, it may truncate them.
+        version = {"apart": landlock.TRUNCATES, "folder": 0}.get(settings.way, landlock.abi())
+        machine = seccomp.machine()
+        seccomp.install(seccomp.job_filter(machine, landlock=version, sockets=True, serves=bare))
     with _reporting(settings, "confine"):
-        home = settings["home"] if settings["way"] == "bare" else ""
-        found = facts(settings["network"], home)
-        if lacking := unmet(found, as_root=settings["as_root"]):
+        found = facts(settings.network, settings.home if bare else "")
+        if lacking := unmet(found, as_root=settings.as_root):
             raise PermissionError(lacking)
-    os.write(settings["tell"], json.dumps(found).encode() + b"\n")
+    os.write(settings.tell, json.dumps(found).encode() + b"\n")
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, and exec would keep that
         signal.signal(number, signal.SIG_DFL)
     with _reporting(settings, "start"):
-        os.execvpe(settings["argv"][0], settings["argv"], settings["env"])  # noqa: S606
+        os.execvpe(settings.argv[0], settings.argv, settings.env)  # noqa: S606
     raise AssertionError("exec returned")
 
 
@@ -401,7 +419,17 @@ def start_relay(listening: int, port: int, reduce: Callable[[], None]) -> Callab
                 os.dup2(os.open(os.devnull, os.O_RDWR), number)
             reduce()
             die_with_parent(parent)
-            _pass_on(listening, port, ending)
+            listener = socket.socket(fileno=listening)
+            replies: list[threading.Event] = []
+            while listening in select.select([listening, ending], [], [])[0]:
+                outer, _ = listener.accept()
+                replies = [replied for replied in replies if not replied.is_set()]
+                replies.append(threading.Event())
+                carried = (outer, port, replies[-1])
+                threading.Thread(target=_carry, args=carried, daemon=True).start()
+            until = time.monotonic() + _LAST_WORDS
+            for replied in replies:
+                replied.wait(max(0, until - time.monotonic()))
         finally:
             os._exit(0)
     os.close(listening)
@@ -412,20 +440,6 @@ def start_relay(listening: int, port: int, reduce: Callable[[], None]) -> Callab
         os.waitpid(relay, 0)
 
     return end
-
-
-def _pass_on(listening: int, port: int, ending: int) -> None:
-    """Carry connections until `ending` is closed; then wait for what goes to clients."""
-    listener = socket.socket(fileno=listening)
-    replies: list[threading.Event] = []
-    while listening in select.select([listening, ending], [], [])[0]:
-        outer, _ = listener.accept()
-        replies = [replied for replied in replies if not replied.is_set()]
-        replies.append(threading.Event())
-        threading.Thread(target=_carry, args=(outer, port, replies[-1]), daemon=True).start()
-    until = time.monotonic() + _LAST_WORDS
-    for replied in replies:
-        replied.wait(max(0, until - time.monotonic()))
 
 
 def _carry(outer: socket.socket, port: int, replied: threading.Event) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -58,17 +57,49 @@ class JobSandbox:
 
 
 def enter(sandbox: JobSandbox) -> None:
-    """Enter the namespaces; that of processes begins with the next child. Raises OSError."""
-    if sandbox.namespaces != NONE:
-        processes = _NEW_PROCESSES if sandbox.namespaces == ALL else 0
-        _unshare(_NEW_IPC | processes | (0 if sandbox.sockets else _NEW_NETWORK))
+    """Enter the namespaces, as root or inside a new user namespace; raises OSError.
+
+    That of processes begins with the next child.
+    """
+    if sandbox.namespaces == NONE:
+        return
+    processes = _NEW_PROCESSES if sandbox.namespaces == ALL else 0
+    kinds = _NEW_IPC | processes | (0 if sandbox.sockets else _NEW_NETWORK)
+    if _libc.unshare(kinds) == 0:
+        return
+    user, group = os.getuid(), os.getgid()
+    _check(_libc.unshare(_NEW_USER), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+    Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    _check(_libc.unshare(kinds), "unshare")
 
 
 def furnish(sandbox: JobSandbox) -> None:
-    """Arrange the mounts, as the first process of the namespace; raises OSError."""
-    if sandbox.namespaces == ALL:
-        _check(_libc.unshare(_NEW_MOUNTS), "unshare")
-        _arrange_mounts(sandbox.write, sandbox.shared_bytes)
+    """Arrange the mounts, as the first process of the namespace; raises OSError.
+
+    Every mount becomes read-only except the writable ones, with a new /proc and shared memory. That
+    also protects modes and owners of files, which Landlock does not.
+    """
+    if sandbox.namespaces != ALL:
+        return
+    _check(_libc.unshare(_NEW_MOUNTS), "unshare")
+    _mount(None, "/", None, _RECURSIVE | _PRIVATE)
+    for path in sandbox.write:
+        _mount(path, path, None, _BIND | _RECURSIVE)
+    _mount("proc", "/proc", "proc", _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS)
+    if Path(_KEYS).exists():
+        _mount("/dev/null", _KEYS, None, _BIND)
+    kept = [*sandbox.write]
+    memory = Path(_SHARED_MEMORY)
+    if memory.is_dir() and not memory.is_symlink():
+        size = f"size={sandbox.shared_bytes}" if sandbox.shared_bytes else None
+        _mount("tmpfs", _SHARED_MEMORY, "tmpfs", _NO_SETUID | _NO_DEVICES, size)
+        kept.append(_SHARED_MEMORY)
+    _set_mount("/", _AND_BELOW, on=_READ_ONLY)
+    for path in kept:
+        _set_mount(path, 0, off=_READ_ONLY)
+    os.chdir(Path.cwd())  # by name: it is a different mount now
 
 
 def restrict(sandbox: JobSandbox, landlock: ModuleType, seccomp: ModuleType) -> None:
@@ -87,45 +118,6 @@ def restrict(sandbox: JobSandbox, landlock: ModuleType, seccomp: ModuleType) -> 
     if sandbox.filtered:
         code = seccomp.job_filter(seccomp.machine(), landlock=version, sockets=sandbox.sockets)
         seccomp.install(code)
-
-
-def _unshare(kinds: int) -> None:
-    """Leave the parent's namespaces, as root or inside a new user namespace."""
-    if _libc.unshare(kinds) == 0:
-        return
-    user, group = os.getuid(), os.getgid()
-    _check(_libc.unshare(_NEW_USER), "unshare")
-    maps = (
-        ("setgroups", "deny"),
-        ("uid_map", f"{user} {user} 1"),
-        ("gid_map", f"{group} {group} 1"),
-    )
-    for name, text in maps:
-        Path("/proc/self", name).write_text(text)
-    _check(_libc.unshare(kinds), "unshare")
-
-
-def _arrange_mounts(writable: Sequence[str], shared_bytes: int) -> None:
-    """Make every mount read-only except the given ones, with a new /proc and shared memory.
-
-    That also protects modes and owners of files, which Landlock does not.
-    """
-    _mount(None, "/", None, _RECURSIVE | _PRIVATE)
-    for path in writable:
-        _mount(path, path, None, _BIND | _RECURSIVE)
-    _mount("proc", "/proc", "proc", _NO_SETUID | _NO_DEVICES | _NO_PROGRAMS)
-    if Path(_KEYS).exists():
-        _mount("/dev/null", _KEYS, None, _BIND)
-    kept = [*writable]
-    memory = Path(_SHARED_MEMORY)
-    if memory.is_dir() and not memory.is_symlink():
-        size = f"size={shared_bytes}" if shared_bytes else None
-        _mount("tmpfs", _SHARED_MEMORY, "tmpfs", _NO_SETUID | _NO_DEVICES, size)
-        kept.append(_SHARED_MEMORY)
-    _set_mount("/", _AND_BELOW, on=_READ_ONLY)
-    for path in kept:
-        _set_mount(path, 0, off=_READ_ONLY)
-    os.chdir(Path.cwd())  # by name: it is a different mount now
 
 
 def _set_mount(path: str, flags: int, *, on: int = 0, off: int = 0) -> None:
@@ -157,16 +149,12 @@ def _drop_capabilities(*, landlocked: bool) -> None:
     kept = low & (1 << _READ_ANY_FILE) if is_root else 0
     if is_root and landlocked and not kept:
         kept = low & (1 << _USE_ANY_FILE)
-    for number in _capabilities():
+    for number in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
         if not kept & (1 << number):
             # Fails without capabilities to drop: then there are none to gain either.
             _libc.prctl(_DROP_BOUNDING, number, 0, 0, 0)
     _libc.prctl(_AMBIENT, _CLEAR_ALL, 0, 0, 0)
     _check(_libc.capset(header, struct.pack("=6I", kept, kept, 0, 0, 0, 0)), "capset")
-
-
-def _capabilities() -> Iterator[int]:
-    yield from range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1)
 
 
 def _check(result: int, what: str) -> None:

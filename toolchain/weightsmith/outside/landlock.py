@@ -46,7 +46,9 @@ def restrict(rules: Iterable[tuple[str, int]], version: int, *, sockets: bool = 
     With any ABI, processes outside the domain cannot be traced either. `sockets` does not restrict
     the network. Raises OSError.
     """
-    handled = _handled(version)
+    newer = ((_REFER, "refer"), (_TRUNCATE, "truncate"), (_IOCTL, "ioctl"))
+    lacking = sum(right for right, name in newer if version < _FIRST_WITH[name])
+    handled = ((_IOCTL << 1) - 1) & ~lacking
     tcp = _NO_TCP if version >= _FIRST_WITH["tcp"] and not sockets else 0
     scopes = 0
     if version >= _FIRST_WITH["scopes"]:
@@ -64,12 +66,6 @@ def restrict(rules: Iterable[tuple[str, int]], version: int, *, sockets: bool = 
         os.close(place)
     _call(_RESTRICT, ruleset, 0)
     os.close(ruleset)
-
-
-def _handled(version: int) -> int:
-    newer = ((_REFER, "refer"), (_TRUNCATE, "truncate"), (_IOCTL, "ioctl"))
-    lacking = sum(right for right, name in newer if version < _FIRST_WITH[name])
-    return ((_IOCTL << 1) - 1) & ~lacking
 
 
 def _call(number: int, *words: object) -> int:

@@ -80,20 +80,17 @@ def pump(
                     if key.data is None:
                         on_exit()
                         selector.unregister(watch)
-                    elif not _read(key.fd, *key.data):
+                        continue
+                    lines, listener = key.data
+                    chunk = os.read(key.fd, _CHUNK)
+                    for line in lines.feed(chunk):
+                        listener(line)
+                    if not chunk:
                         selector.unregister(key.fileobj)
     finally:
         os.close(watch)
         for stream, *_ in streams:
             stream.close()
-
-
-def _read(source: int, lines: Lines, listener: Listener) -> bool:
-    """Pass on what is available; False at the end of the stream."""
-    chunk = os.read(source, _CHUNK)
-    for line in lines.feed(chunk):
-        listener(line)
-    return bool(chunk)
 
 
 @contextmanager

@@ -116,7 +116,9 @@ class LocalRunner:
             open_log(self._cache, job.kind) as log,
             Conversation(job=job, progress=progress, log=log).in_time() as conversation,
         ):
-            _furnish(folder)
+            (folder / "tmp").mkdir()
+            (folder / "lib").mkdir()  # from which only our package is imported
+            (folder / "lib" / "weightsmith").symlink_to(package())
             (folder / "job.json").write_text(write_job(job), encoding="utf-8")
             found = confinement()
             sandbox = self._sandbox(job, folder, found)
@@ -154,13 +156,16 @@ class LocalRunner:
                 hint=WAYS_OUT,
             )
 
+    def _tools(self, builder: str) -> dict[str, Path]:
+        compiled = {name: toolset_folder(self._cache, name) for name in compiled_engines(builder)}
+        return {**compiled, **optional_toolsets(self._cache, builder)}
+
     def _sandbox(self, job: Job, folder: Path, found: Confinement) -> JobSandbox:
         environment = environment_folder(self._cache, _pins(job.builder))
-        tools = [toolset_folder(self._cache, engine) for engine in compiled_engines(job.builder)]
-        tools += optional_toolsets(self._cache, job.builder).values()
+        python, tools = environment / "bin" / "python", self._tools(job.builder).values()
         return job_sandbox(
             found,
-            run=[environment, *interpreter(environment / "bin" / "python"), package(), *tools],
+            run=[environment, *interpreter(python), package(), *tools],
             read=[folder],
             inputs=[given.path for given in job.inputs.values()],
             write=[folder / "tmp", job.output],
@@ -179,11 +184,8 @@ class LocalRunner:
             "PYTHONPATH": str(folder / "lib"),
             "PYTHONSAFEPATH": "1",
         }
-        for engine in compiled_engines(job.builder):
-            own[tools_variable(engine)] = str(toolset_folder(self._cache, engine))
-        for engine, folder_ in optional_toolsets(self._cache, job.builder).items():
-            own[tools_variable(engine)] = str(folder_)
-        return process.scrubbed(own)
+        tools = self._tools(job.builder).items()
+        return process.scrubbed({**own, **{tools_variable(name): str(at) for name, at in tools}})
 
 
 def _most_data(job: Job) -> int:
@@ -198,13 +200,6 @@ def _most_data(job: Job) -> int:
     )
     reserved = _RESERVED + cores() * _RESERVED_PER_CORE
     return job.memory_bytes + reserved + _MAPPINGS * weights
-
-
-def _furnish(folder: Path) -> None:
-    """Create the job's temporary folder, and a folder to import only our package from."""
-    (folder / "tmp").mkdir()
-    (folder / "lib").mkdir()
-    (folder / "lib" / "weightsmith").symlink_to(package())
 
 
 def worker_environment() -> dict[str, str]:
@@ -252,9 +247,14 @@ class FallbackRunner:
         try:
             self._first.prepare(builder, progress)
         except EnvironmentFailure as error:
+            # The first line names what failed, the last says why.
+            lines = [line.strip() for line in error.message.splitlines() if line.strip()]
+            why = lines[-1] if lines[1:] else ""
+            if len(why) > _LONG:
+                why = f"{why[: _LONG // 2]} … {why[-_LONG // 2 :]}"
             progress.warn(
                 f"the {self._first.name} runner cannot make the builder {builder!r}, so the "
-                f"{self._second.name} runner runs its jobs: {_first_and_last(error.message)}"
+                f"{self._second.name} runner runs its jobs: {f'{lines[0]} {why}'.rstrip()}"
             )
             self._second.prepare(builder, progress)
             self._chosen[builder] = self._second
@@ -279,12 +279,3 @@ class FallbackRunner:
         """Run the job in the runner that has its builder."""
         self.prepare(job.builder, progress)
         return self._chosen[job.builder].run(job, progress, stop=stop)
-
-
-def _first_and_last(message: str) -> str:
-    """Return the first line, which names what failed, and the last, which says why."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    why = lines[-1] if lines[1:] else ""
-    if len(why) > _LONG:
-        why = f"{why[: _LONG // 2]} … {why[-_LONG // 2 :]}"
-    return f"{lines[0]} {why}".rstrip()

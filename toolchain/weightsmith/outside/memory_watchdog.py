@@ -16,16 +16,13 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from weightsmith.outside.sandbox_launcher import descendants
 
 _PROC = Path("/proc")
 _GROUPS = Path("/sys/fs/cgroup")
-_OWN = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
-_SHARED = re.compile(r"^RssShmem:\s+(\d+) kB", re.MULTILINE)
-_OWN_ONCE = re.compile(r"^Pss_Anon:\s+(\d+) kB", re.MULTILINE)
-_SHARED_ONCE = re.compile(r"^Pss_Shmem:\s+(\d+) kB", re.MULTILINE)
-"""Take longer to read: the kernel walks all pages."""
 _IN_MEMORY = re.compile(r"^\d+ \d+ (\S+) \S+ (\S+) .* - tmpfs ", re.MULTILINE)
 _SECONDS = 0.25
 """Between two looks: memory is filled at a few gigabytes per second."""
@@ -126,7 +123,8 @@ def _remove(group: Path) -> None:
 def lies_in_memory(*places: Path) -> bool:
     """Say whether one of the places is in a file system in memory."""
     ours = _file_systems_in_memory(os.getpid())
-    return any(_device(place) in ours for place in places)
+    numbers = [place.stat().st_dev for place in places if place.exists()]
+    return any(f"{os.major(number)}:{os.minor(number)}" in ours for number in numbers)
 
 
 def _held(pid: int, *, once: bool, shared: bool) -> int:
@@ -134,47 +132,40 @@ def _held(pid: int, *, once: bool, shared: bool) -> int:
 
     `once` counts pages that several have once, where the kernel says it.
     """
-    _, *family = _family(pid)  # the first is the launcher, our own
-    held = sum(_anonymous(each, once=once) for each in family)
+    family = descendants(pid)  # without the launcher, our own
+    held = sum(_bytes(each, "Anon", once=once) for each in family)
     if not shared:
         return held
-    mapped = sum(_mapped_in_common(each, once=once) for each in family)
-    # A file in memory may be mapped too: it must not count twice.
-    return held + max(mapped, _files_in_memory(family))
-
-
-def _family(pid: int) -> Iterator[int]:
-    """Yield a process and all its descendants, as far as they can be seen."""
-    found = [pid]
-    for each in found:  # not recursive: they may be a chain of any length
-        yield each
-        for task in _PROC.glob(f"{each}/task/*/children"):
-            with contextlib.suppress(OSError):
-                found += map(int, task.read_text("ascii").split())
-
-
-def _anonymous(pid: int, *, once: bool) -> int:
-    found = _number(pid, "smaps_rollup", _OWN_ONCE) if once else None
-    return (_number(pid, "status", _OWN) or 0) if found is None else found
-
-
-def _mapped_in_common(pid: int, *, once: bool) -> int:
-    found = _number(pid, "smaps_rollup", _SHARED_ONCE) if once else None
-    return (_number(pid, "status", _SHARED) or 0) if found is None else found
-
-
-def _files_in_memory(family: Iterable[int]) -> int:
-    """Return the bytes in file systems in memory that these processes see and we do not."""
-    others = {_mounts_of(pid): pid for pid in family}
+    mapped = sum(_bytes(each, "Shmem", once=once) for each in family)
+    # File systems in memory that these processes see and we do not.
+    others = {_mounts_of(each): each for each in family}
     others.pop(_mounts_of(os.getpid()), None)
     ours = _file_systems_in_memory(os.getpid()) if others else {}
     places = {
-        device: f"/proc/{pid}/root{place}"
-        for pid in others.values()
-        for device, place in _file_systems_in_memory(pid).items()
+        device: f"/proc/{each}/root{place}"
+        for each in others.values()
+        for device, place in _file_systems_in_memory(each).items()
         if device not in ours
     }
-    return sum(map(_used, places.values()))
+    in_files = 0
+    for place in places.values():
+        with contextlib.suppress(OSError):
+            found = os.statvfs(place)
+            in_files += (found.f_blocks - found.f_bfree) * found.f_frsize
+    # A file in memory may be mapped too: it must not count twice.
+    return held + max(mapped, in_files)
+
+
+def _bytes(pid: int, kind: str, *, once: bool) -> int:
+    """Return a process's `Anon` or `Shmem`, in bytes; 0 if it is not there."""
+    # The second takes longer to read: the kernel walks all pages.
+    rows = [("status", f"Rss{kind}"), ("smaps_rollup", f"Pss_{kind}")][: 1 + once]
+    for name, row in reversed(rows):
+        with contextlib.suppress(OSError):
+            text = (_PROC / str(pid) / name).read_text("utf-8", "replace")
+            if found := re.search(rf"^{row}:\s+(\d+) kB", text, re.MULTILINE):
+                return int(found[1]) * 1024
+    return 0
 
 
 def _mounts_of(pid: int) -> str:
@@ -188,24 +179,3 @@ def _file_systems_in_memory(pid: int) -> dict[str, str]:
     with contextlib.suppress(OSError):
         return dict(_IN_MEMORY.findall((_PROC / str(pid) / "mountinfo").read_text("utf-8")))
     return {}
-
-
-def _device(place: Path) -> str:
-    number = place.stat().st_dev if place.exists() else 0
-    return f"{os.major(number)}:{os.minor(number)}"
-
-
-def _used(place: str) -> int:
-    with contextlib.suppress(OSError):
-        found = os.statvfs(place)
-        return (found.f_blocks - found.f_bfree) * found.f_frsize
-    return 0
-
-
-def _number(pid: int, name: str, pattern: re.Pattern[str]) -> int | None:
-    """Return the bytes that a pattern finds in a file; None if it or the process is not there."""
-    try:
-        found = pattern.search((_PROC / str(pid) / name).read_text("utf-8", "replace"))
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None

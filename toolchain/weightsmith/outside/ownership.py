@@ -32,7 +32,15 @@ def is_dead(token: str) -> bool:
     if realm != _realm() or not pid.isdecimal():
         return False
     now = _started(int(pid))
-    return now != started and (bool(now) or not _is_hidden(int(pid)))
+    if now:
+        return now != started
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return False  # another user's, which /proc hides from us (`hidepid`)
+    except OSError:
+        pass
+    return now != started
 
 
 @contextmanager
@@ -43,17 +51,6 @@ def private_folder(cache: Path) -> Iterator[Path]:
     """
     with sibling_folder(private(cache, "jobs") / "job") as folder:
         yield folder
-
-
-def _is_hidden(pid: int) -> bool:
-    """Say whether a process exists that /proc hides from us (`hidepid`): another user's."""
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return False  # ours, which /proc shows
 
 
 def _realm() -> str:

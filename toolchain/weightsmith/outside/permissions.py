@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightsmith.core.errors import EnvironmentFailure
@@ -59,21 +59,11 @@ def _closed(path: Path) -> bool:
 
 
 def _give(real: Path, target: Path) -> Path:
+    """Link a file, or copy it, sharing its blocks if the file system can."""
     if real.stat().st_mode & stat.S_IROTH:
-        try:
+        with suppress(OSError):  # another file system, or a file that we may not link
             os.link(real, target)
-        except OSError:
-            # Another file system, or a file that we may not link.
-            pass
-        else:
             return target
-    _copy(real, target)
-    target.chmod(0o444)
-    return target
-
-
-def _copy(real: Path, target: Path) -> None:
-    """Copy a file, sharing its blocks if the file system can."""
     size, free = real.stat().st_size, shutil.disk_usage(target.parent).free
     with real.open("rb") as source, target.open("wb") as copy:
         try:
@@ -86,6 +76,8 @@ def _copy(real: Path, target: Path) -> None:
                     hint=f"chmod o+r {real}, or build as a non-root user who owns the file",
                 ) from None
             shutil.copyfileobj(source, copy, 1 << 24)
+    target.chmod(0o444)
+    return target
 
 
 @contextmanager

@@ -149,15 +149,25 @@ def run(
     not raised.
     """
     words = tuple(str(word) for word in argv)
+    name = Path(words[0]).name
     started = time.monotonic()
     deadline = None if timeout is None else started + timeout
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    def remembering(listener: OnLine | None) -> OnLine:
+        def keep(line: str) -> None:
+            tail.append(line[:LONGEST])
+            if listener is not None:
+                listener(line)
+
+        return keep
+
     with _stdin(input, hold=hold_stdin) as stdin:
         merge = on_error_line is None
         process = _spawn(words, cwd=cwd, env=env, stdin=stdin, limits=limits, merge=merge)
         both = (
-            (process.stdout, Lines(longest_line), _remembering(tail, on_line)),
-            (process.stderr, Lines(), _remembering(tail, on_error_line)),
+            (process.stdout, Lines(longest_line), remembering(on_line)),
+            (process.stderr, Lines(), remembering(on_error_line)),
         )
         streams = [(stream, lines, to) for stream, lines, to in both if stream is not None]
         kill = partial(_end, process)
@@ -166,26 +176,21 @@ def run(
                 pump(process.pid, streams, deadline, kill, stop)
             except TimeoutError:
                 raise TookTooLong(
-                    f"{_name(words)} did not end within {timeout:g} s",
+                    f"{name} did not end within {timeout:g} s",
                     hint="check whether the machine is overloaded, then run the command again",
                 ) from None
+    code = process.wait()
+    said = tail[-1] if code == _NOT_STARTED and tail else ""
+    if said.startswith("cannot ") and (limited := too_many_processes(said)):
+        raise limited
+    if said.startswith("cannot start"):
+        raise EnvironmentFailure(
+            f"{name} could not be started: {said}",
+            hint="check that the file is a program for this machine",
+        )
     return Completed(
-        argv=words,
-        returncode=_returncode(process, words, tail),
-        seconds=time.monotonic() - started,
-        tail=tuple(tail),
+        argv=words, returncode=code, seconds=time.monotonic() - started, tail=tuple(tail)
     )
-
-
-def _remembering(tail: deque[str], listener: OnLine | None) -> OnLine:
-    """Return what keeps a line in the tail, and passes it on."""
-
-    def keep(line: str) -> None:
-        tail.append(line[:LONGEST])
-        if listener is not None:
-            listener(line)
-
-    return keep
 
 
 @dataclass(slots=True)
@@ -373,25 +378,6 @@ def _exited(process: subprocess.Popen[bytes], seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-def _returncode(
-    process: subprocess.Popen[bytes], words: tuple[str, ...], tail: Sequence[str]
-) -> int:
-    code = process.wait()
-    said = tail[-1] if code == _NOT_STARTED and tail else ""
-    if said.startswith("cannot ") and (limited := too_many_processes(said)):
-        raise limited
-    if said.startswith("cannot start"):
-        raise EnvironmentFailure(
-            f"{_name(words)} could not be started: {said}",
-            hint="check that the file is a program for this machine",
-        )
-    return code
-
-
-def _name(words: Sequence[str]) -> str:
-    return Path(words[0]).name
 
 
 _OUTPUT_BYTES = 64 << 20

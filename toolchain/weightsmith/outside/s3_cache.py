@@ -11,7 +11,7 @@ Credentials, region and endpoint are those of the AWS tools: AWS_PROFILE, AWS_EN
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import Any
@@ -103,10 +103,9 @@ class S3Cache:
         """Yield every entry; blobs that several have count for each."""
         with self._asked():
             rows = self._keys()
-        for key, row in rows.items():
+        for key, (size, used) in rows.items():
             with suppress(FileNotFoundError, InputRefused):
-                size = int(row["size"]) + sum(self._blobs_of(key).values())
-                yield CacheUse(key=key, size=size, used=_time(row))
+                yield CacheUse(key=key, size=size + sum(self._blobs_of(key).values()), used=used)
 
     def remove(self, keys: Collection[Digest]) -> int:
         """Delete entries, then blobs that no entry names."""
@@ -139,12 +138,15 @@ class S3Cache:
         finally:
             self._files.rm_file(path)
 
-    def _keys(self) -> dict[Digest, Any]:
-        """Return what the bucket lists of each entry's document."""
+    def _keys(self) -> dict[Digest, tuple[int, float]]:
+        """Return the size of each entry's document, and when it was written."""
         found = {}
         for path, row in self._files.find(f"{self._place}/entries", detail=True).items():
+            name = path.rpartition("/")[2]
             with suppress(ValueError):  # something else
-                found[Digest(f"sha256:{_key_in(path)}")] = row
+                if name.endswith(".json"):
+                    key = Digest(f"sha256:{name.removesuffix('.json')}")
+                    found[key] = int(row["size"]), _time(row)
         return found
 
     def _forget(self, key: Digest) -> int:
@@ -185,7 +187,7 @@ class S3Cache:
         """Return an object of a few megabytes at most; InputRefused for a larger one."""
         size = int(self._files.info(path)["size"])
         if size > _SMALL:
-            raise _refused(path, size, f"more than {_SMALL}")
+            raise InputRefused(f"{path} has {size} bytes, more than {_SMALL}", hint="delete it")
         return bytes(self._files.cat_file(path, end=size)) if size else b""
 
     def _entry(self, key: Digest) -> str:
@@ -214,18 +216,6 @@ class S3Cache:
             ) from error
 
 
-def _refused(path: str, size: int, why: str) -> InputRefused:
-    return InputRefused(f"{path} has {size} bytes, {why}", hint="delete it")
-
-
-def _key_in(path: str) -> str:
-    """Return the digits in an entry's path; ValueError for any other file."""
-    name = path.rpartition("/")[2]
-    if not name.endswith(".json"):
-        raise ValueError(path)
-    return name.removesuffix(".json")
-
-
-def _time(row: Any) -> float:
+def _time(row: Mapping[str, object]) -> float:
     written = row.get("LastModified")
     return written.timestamp() if isinstance(written, datetime) else 0.0

@@ -31,15 +31,16 @@ def facts(host_network: int, home: str) -> Facts:
     users, groups = ("/".join(map(str, sorted(set(n)))) for n in (os.getresuid(), os.getresgid()))
     return {
         "user": f"{users}:{groups}",
-        "outside": _outside(os.getuid()),
+        "outside": _number_outside(os.getuid()),
         "held capabilities": rights["own"],
         "capabilities": rights["own"] or rights["bounding"],
         "new privileges": rights["gain"],
         "writable root": not _is_sealed(),
         "network": _has_network(host_network),
         "other processes": _sees_others(),
-        "files of yours": not home or _reaches(home) or _has_local_sockets(),
-        "keys": _uses_keys(),
+        # Container engines, D-Bus and ssh-agent read and write files for their clients.
+        "files of yours": not home or _reaches(home) or _has_family(socket.AF_UNIX),
+        "keys": seccomp.uses_keys(),
         "memory": max(0, resource.getrlimit(resource.RLIMIT_DATA)[0]),
     }
 
@@ -76,7 +77,7 @@ def words(found: Facts) -> tuple[str, ...]:
     return tuple(word for word in said if word)
 
 
-def _outside(user: int) -> int:
+def _number_outside(user: int) -> int:
     """Return a user's number outside this user namespace."""
     with suppress(OSError):
         for line in Path("/proc/self/uid_map").read_text().splitlines():
@@ -88,17 +89,16 @@ def _outside(user: int) -> int:
 
 def _is_sealed() -> bool:
     """Say whether files can be created neither in the root nor in the working directory."""
-    return all(_refuses_files(Path(place)) for place in ("/", "."))
-
-
-def _refuses_files(folder: Path) -> bool:
-    path = folder / ".weightsmith-probe"
-    try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-    except OSError as problem:
-        return problem.errno == errno.EROFS
-    path.unlink()
-    return False
+    for path in (Path("/.weightsmith-probe"), Path(".weightsmith-probe")):
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        except OSError as problem:
+            if problem.errno != errno.EROFS:
+                return False
+        else:
+            path.unlink()
+            return False
+    return True
 
 
 def _has_network(host_network: int) -> bool:
@@ -112,13 +112,10 @@ def _has_network(host_network: int) -> bool:
             return True
     except OSError:
         return True
-    return any(_has_route(family, address) for family, address in _NOBODYS)
-
-
-def _has_route(family: socket.AddressFamily, address: str) -> bool:
-    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))
-        return True
+    for family, address in _NOBODYS:
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            return True
     return False
 
 
@@ -131,27 +128,12 @@ def _reaches(home: str) -> bool:
     return True
 
 
-def _has_local_sockets() -> bool:
-    """Say whether a Unix socket can be created.
-
-    A container engine, D-Bus and ssh-agent read and write files for their clients.
-    """
-    return _has_family(socket.AF_UNIX)
-
-
 def _has_family(family: int) -> bool:
     try:
         socket.socket(family).close()
     except OSError:
         return False
     return True
-
-
-def _uses_keys() -> bool:
-    try:
-        return seccomp.uses_keys()
-    except OSError:  # not known on this machine
-        return True
 
 
 def _sees_others() -> bool:

@@ -60,12 +60,9 @@ def map_ids(user: int, group: int) -> None:
     """Map the caller's user and group to these numbers in the new user namespace."""
     outside_user, outside_group = os.getuid(), os.getgid()
     unshare(NEW_USER)
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{user} {outside_user} 1"),
-        ("gid_map", f"{group} {outside_group} 1"),
-    ):
-        Path("/proc/self", name).write_text(text)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{user} {outside_user} 1")
+    Path("/proc/self/gid_map").write_text(f"{group} {outside_group} 1")
 
 
 def die_with_parent(parent: int) -> None:
@@ -86,7 +83,7 @@ def sibling(name: str) -> ModuleType:
 def guard(parent: int, locks: Sequence[int], others: Sequence[int]) -> None:
     """Continue in a child; stay as its guard, with the locks, and end as it does.
 
-    `others` are the open files that only the child keeps.
+    `others` are the open files that only the child keeps. The child is killed when the guard ends.
     """
     check(libc.prctl(_ADOPT_ORPHANS, 1, 0, 0, 0), "prctl")
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored ones would not be told
@@ -101,21 +98,14 @@ def guard(parent: int, locks: Sequence[int], others: Sequence[int]) -> None:
         for lock in locks:
             os.close(lock)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        settle(reading)
+        check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
+        # The guard's number is not visible in a namespace of processes; the pipe's end tells.
+        if select.select([reading], [], [], 0)[0]:
+            os._exit(FAILED)
         return
     for other in (reading, *others):
         os.close(other)
     end_as(watch(child))
-
-
-def settle(guard_: int) -> None:
-    """In the child: ask to be killed when the guard ends, which its end of a pipe tells too.
-
-    Its number is not visible in a namespace of processes.
-    """
-    check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
-    if select.select([guard_], [], [], 0)[0]:
-        os._exit(FAILED)
 
 
 def watch(child: int) -> int:
@@ -171,20 +161,20 @@ def end_as(status: int) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def limit(settings: dict[str, Any]) -> None:
-    """Apply resource limits."""
+def limit(memory_bytes: int) -> None:
+    """Apply resource limits; 0 for none of memory."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if settings.get("memory_bytes"):
+    if memory_bytes:
         # Limits what the process writes to, not the weight files that it maps.
-        resource.setrlimit(resource.RLIMIT_DATA, (settings["memory_bytes"],) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes,) * 2)
 
 
 def prepare(settings: dict[str, Any]) -> None:
     """Apply all settings, the death signal last; for jobs enter their sandbox."""
     ours = settings["parent"], settings["locks"], settings["inherited"]
-    if not settings.get("sandbox"):
+    if not settings["sandbox"]:
         guard(*ours)
-        limit(settings)
+        limit(settings["memory_bytes"])
         return
     sandbox, landlock, seccomp = sibling("job_sandbox"), sibling("landlock"), sibling("seccomp")
     wanted = sandbox.JobSandbox(**settings["sandbox"])
@@ -193,7 +183,7 @@ def prepare(settings: dict[str, Any]) -> None:
     sandbox.enter(wanted)
     guard(*ours)
     sandbox.furnish(wanted)
-    limit(settings)
+    limit(settings["memory_bytes"])
     sandbox.restrict(wanted, landlock, seccomp)
     # The kernel cleared it with the capabilities.
     check(libc.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")

@@ -40,7 +40,7 @@ def any_succeeds(*attempts: Callable[[], object]) -> bool:
     return False
 
 
-def connect(family: int, kind: int, address: Any) -> None:
+def connect(family: int, kind: int, address: str | tuple[str, int]) -> None:
     """Create a socket and connect it; raises OSError."""
     with socket.socket(family, kind) as made:
         made.settimeout(5)
@@ -67,11 +67,8 @@ def succeed(result: int) -> None:
 
 def attempts(targets: dict[str, Any]) -> dict[str, bool]:
     """Return which attempts succeeded, by target."""
-    port, file, other = (
-        targets["port"],
-        Path(targets["file"]),
-        Path("/proc", str(targets["process"])),
-    )
+    port, file, process = targets["port"], Path(targets["file"]), targets["process"]
+    other = Path("/proc", str(process))
     unix = (targets["socket"], "\0" + targets["abstract"])
     tried = {
         "network": any_succeeds(
@@ -95,15 +92,13 @@ def attempts(targets: dict[str, Any]) -> dict[str, bool]:
         ),
         "keys": any_succeeds(use_keys),
         "processes": any_succeeds(
-            (other / "environ").read_bytes,
-            (other / "maps").read_bytes,
-            (other / "cwd").readlink,
+            *((other / name).read_bytes for name in ("environ", "maps")), (other / "cwd").readlink
         ),
-        "signals": any_succeeds(lambda: os.kill(targets["process"], signal.SIGCONT)),
+        "signals": any_succeeds(lambda: os.kill(process, signal.SIGCONT)),
         "names": any_succeeds((other / "cmdline").read_bytes),
     }
     # The target outside may be number 1 in a container, as we are in our own namespace.
-    itself = ("processes", "signals", "names") if targets["process"] == os.getpid() else ()
+    itself = ("processes", "signals", "names") if process == os.getpid() else ()
     return tried | dict.fromkeys(itself, False)
 
 

@@ -93,7 +93,9 @@ def job_filter(
     blocks.append(_block(numbers["prlimit64"], _no_bit(0, 0xFFFF_FFFF)))
     if sockets:
         families = (_INET, _INET6, _NETLINK, *(() if serves else (_UNIX,)))
-        blocks.append(_block(numbers["socket"], _of_families(families)))
+        tests = [(_IF_EQUAL, len(families) - n, 0, each) for n, each in enumerate(families)]
+        last = [_answer(errno.EAFNOSUPPORT), (_RETURN, 0, 0, _ALLOW)]
+        blocks.append(_block(numbers["socket"], [_argument(0), *tests, *last]))
     else:
         blocks.append(_block(numbers["socket"], _local_stream()))
     if serves:
@@ -145,10 +147,14 @@ def leave_keys() -> None:
 
 
 def uses_keys() -> bool:
-    """Say whether this process can use the kernel's keys, such as those of its user."""
+    """Say whether this process can use the kernel's keys, or whether that is not known."""
     libc = ctypes.CDLL(None, use_errno=True)
     ring = ctypes.c_int(_USER_KEYRING)
-    result = libc.syscall(NUMBERS[machine()]["keyctl"], _GET_KEYRING_ID, ring, 0)
+    try:
+        number = NUMBERS[machine()]["keyctl"]
+    except OSError:
+        return True
+    result = libc.syscall(number, _GET_KEYRING_ID, ring, 0)
     return bool(result >= 0 or ctypes.get_errno() not in (errno.EPERM, errno.ENOSYS))
 
 
@@ -191,17 +197,6 @@ def _local_stream() -> list[Code]:
         (_AND, 0, 0, _KIND),
         (_IF_EQUAL, 2, 0, _STREAM),
         (_IF_EQUAL, 1, 0, _PACKETS),
-        _answer(errno.EAFNOSUPPORT),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
-
-
-def _of_families(families: Sequence[int]) -> list[Code]:
-    last = len(families)
-    tests = [(_IF_EQUAL, last - n, 0, family) for n, family in enumerate(families)]
-    return [
-        _argument(0),
-        *tests,
         _answer(errno.EAFNOSUPPORT),
         (_RETURN, 0, 0, _ALLOW),
     ]

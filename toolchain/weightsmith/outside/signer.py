@@ -6,18 +6,15 @@ import base64
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Signer
 from weightsmith.core.safe_parse import given_content
 from weightsmith.outside import process
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 
 _CLOUDS = ("COSIGN_", "AWS_", "GOOGLE_", "AZURE_", "VAULT_", "TRANSIT_", "SIGSTORE_", "TUF_")
 """Variables that cosign reads for encrypted keys and key management services."""
@@ -33,10 +30,9 @@ def open_signer(key: str) -> Signer:
     Raises UsageError for an invalid key, EnvironmentFailure if cosign is needed and missing or
     cannot use the key.
     """
-    return _by_cosign(key) if "://" in key else _by_file(Path(key).expanduser())
-
-
-def _by_file(path: Path) -> Signer:
+    if "://" in key:
+        return _by_cosign(key)
+    path = Path(key).expanduser()
     try:
         data = given_content(path)
     except (OSError, ValueError) as error:
@@ -51,14 +47,13 @@ def _by_file(path: Path) -> Signer:
 
 def _by_library(path: Path, data: bytes) -> Signer:
     from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     encrypted = b"ENCRYPTED" in data
     password = os.environ.get("COSIGN_PASSWORD", "").encode() if encrypted else b""
     try:
-        key = load_pem_private_key(data, password=password or None)
+        key = serialization.load_pem_private_key(data, password=password or None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         if encrypted:
             raise UsageError(
@@ -67,24 +62,26 @@ def _by_library(path: Path, data: bytes) -> Signer:
                 hint="set COSIGN_PASSWORD to the password of the key",
             ) from None
         key = None
+    sign: Callable[[bytes], bytes]
     match key:
         case ec.EllipticCurvePrivateKey():
             # Deterministic (RFC 6979): a second push of the same image adds no second signature.
             how = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-            return Signer(sign=lambda text: key.sign(text, how), public=_pem(key.public_key()))
+            sign = partial(key.sign, signature_algorithm=how)
         case rsa.RSAPrivateKey():
-            return Signer(
-                sign=lambda text: key.sign(text, padding.PKCS1v15(), hashes.SHA256()),
-                public=_pem(key.public_key()),
-            )
+            sign = partial(key.sign, padding=padding.PKCS1v15(), algorithm=hashes.SHA256())
         case ed25519.Ed25519PrivateKey():
-            return Signer(sign=key.sign, public=_pem(key.public_key()))
+            sign = key.sign
         case _:
             raise UsageError(
                 f"{path} is not a private key of a supported kind",
                 hint="create one: `cosign generate-key-pair`, or "
                 "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`",
             )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return Signer(sign=sign, public=public)
 
 
 def _by_cosign(key: str) -> Signer:
@@ -93,11 +90,19 @@ def _by_cosign(key: str) -> Signer:
             f"signing with {key} needs the program cosign, which was not found",
             hint="install it (https://docs.sigstore.dev), or give an unencrypted PEM key",
         )
+    settings = {
+        # Without it cosign prompts on a terminal, which a build does not have.
+        "COSIGN_PASSWORD": os.environ.get("COSIGN_PASSWORD", ""),
+        # Keeps cosign 3 from writing a bundle for Sigstore's services. Variables instead of flags,
+        # because older versions refuse unknown flags.
+        "COSIGN_NEW_BUNDLE_FORMAT": "false",
+        "COSIGN_USE_SIGNING_CONFIG": "false",
+    }
 
     def cosign(command: str, *words: str | Path) -> None:
         process.run(
             ["cosign", command, "--key", key, *words],
-            env=process.scrubbed(_settings(), network=True, prefixes=_CLOUDS),
+            env=process.scrubbed(settings, network=True, prefixes=_CLOUDS),
             timeout=120,
         ).require(
             f"signing with {key}",
@@ -122,20 +127,3 @@ def _by_cosign(key: str) -> Signer:
 def _folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="weightsmith-sign-") as folder:
         yield Path(folder)
-
-
-def _pem(key: PublicKeyTypes) -> bytes:
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-
-
-def _settings() -> dict[str, str]:
-    return {
-        # Without it cosign prompts on a terminal, which a build does not have.
-        "COSIGN_PASSWORD": os.environ.get("COSIGN_PASSWORD", ""),
-        # Keeps cosign 3 from writing a bundle for Sigstore's services. Variables instead of flags,
-        # because older versions refuse unknown flags.
-        "COSIGN_NEW_BUNDLE_FORMAT": "false",
-        "COSIGN_USE_SIGNING_CONFIG": "false",
-    }

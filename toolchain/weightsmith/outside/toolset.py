@@ -65,27 +65,27 @@ def make_toolset(cache: Path, engine: str, progress: Progress, *, machine: str =
     PyPI in a temporary environment; neither root nor a system compiler is needed. Raises
     EnvironmentFailure if the sources cannot be downloaded or do not compile.
     """
-    folder, what = toolset_folder(cache, engine, machine), f"{engine}'s tools"
-    if machine:
-        what = f"{engine} for {machine}"
+    folder = toolset_folder(cache, engine, machine)
+    what = f"{engine} for {machine}" if machine else f"{engine}'s tools"
     if folder.is_dir():
         return folder
     private(cache, "toolsets")
     lock = folder.with_name(folder.name + ".lock")
     with locked(lock, f"is compiling {what}", progress.note):
-        if not folder.is_dir():
-            progress.note(
-                f"compiling {what} with {cores()} cores, once on this machine: "
-                f"{engine_source(engine).get('takes', 'about ten minutes on four cores')}"
-            )
-            _clear_leftovers(folder)
-            with (
-                open_log(cache, f"toolset-{engine}{'-' * bool(machine)}{machine}") as log,
-                tempfile.TemporaryDirectory(
-                    prefix=f"{folder.name}.work-", dir=folder.parent
-                ) as work,
-            ):
-                _compile(engine, machine, folder, Path(work), log, progress)
+        if folder.is_dir():
+            return folder
+        progress.note(
+            f"compiling {what} with {cores()} cores, once on this machine: "
+            f"{engine_source(engine).get('takes', 'about ten minutes on four cores')}"
+        )
+        own = f"{folder.name}.work-"
+        for left in folder.parent.glob(f"{own}*"):  # of a killed one: we hold the lock
+            discard(left)
+        with (
+            open_log(cache, f"toolset-{engine}{'-' * bool(machine)}{machine}") as log,
+            tempfile.TemporaryDirectory(prefix=own, dir=folder.parent) as work,
+        ):
+            _compile(engine, machine, folder, Path(work), log, progress)
     return folder
 
 
@@ -114,12 +114,6 @@ def try_toolsets(cache: Path, builder: str, progress: Progress) -> None:
                 f"{error.message}: jobs of the builder {builder!r} will take longer; "
                 f"delete {failed} to try again"
             )
-
-
-def _clear_leftovers(folder: Path) -> None:
-    """Delete what a killed compilation left; we hold the lock, so nobody else uses it."""
-    for left in folder.parent.glob(f"{folder.name}.work-*"):
-        discard(left)
 
 
 def _compile(
@@ -168,14 +162,10 @@ def make_engine_files(
     EnvironmentFailure if packages or sources cannot be downloaded, or do not compile.
     """
     machine = machine_of(platform)
-    if assembles_itself(engine):
-        _assemble(cache, engine, machine, folder, progress)
+    if not assembles_itself(engine):
+        tools = make_toolset(cache, engine, progress, machine=machine)
+        shutil.copytree(tools / "app", folder, dirs_exist_ok=True)
         return
-    tools = make_toolset(cache, engine, progress, machine=machine)
-    shutil.copytree(tools / "app", folder, dirs_exist_ok=True)
-
-
-def _assemble(cache: Path, engine: str, machine: str, folder: Path, progress: Progress) -> None:
     room = int(str(engine_source(engine)["room_bytes"]))
     progress.note(
         f"assembling {engine} for {machine} from its pinned packages, once on this machine: "
@@ -183,6 +173,7 @@ def _assemble(cache: Path, engine: str, machine: str, folder: Path, progress: Pr
     )
     recipe = images() / "engines" / engine / "assemble.py"
     wheels = os.environ.get("WEIGHTSMITH_WHEELS")
+    find_links = ("--find-links", wheels) if wheels else ()
     with open_log(cache, f"engine-{engine}") as log:
 
         def on_line(line: str) -> None:
@@ -191,10 +182,7 @@ def _assemble(cache: Path, engine: str, machine: str, folder: Path, progress: Pr
                 progress.advance(int(step[1]), int(step[2]), "steps")
 
         process.run(
-            [
-                *(sys.executable, recipe, "--out", folder, "--arch", machine),
-                *(("--find-links", wheels) if wheels else ()),
-            ],
+            [sys.executable, recipe, "--out", folder, "--arch", machine, *find_links],
             env=process.scrubbed(
                 network=True, prefixes=("PIP_", "XDG_", "WEIGHTSMITH_DEBIAN_MIRROR")
             ),

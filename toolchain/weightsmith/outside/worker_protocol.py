@@ -113,8 +113,12 @@ class Conversation:
             yield self
         except TookTooLong:
             self.log.flush()
+            hours, minutes = divmod(self.job.seconds // 60, 60)
+            span = f"{hours} h {minutes} min" if hours else f"{minutes} minutes"
+            if self.job.seconds < 120:
+                span = f"{self.job.seconds} seconds"
             raise EnvironmentFailure(
-                f"the {self.job.kind} job was ended after {_span(self.job.seconds)}, the most "
+                f"the {self.job.kind} job was ended after {span}, the most "
                 f"that it may take{self._at() or '; it was at: its start'}",
                 hint=f"if it hangs there, use another input; if it is only slow, set {VARIABLE} to "
                 f"another limit; log: {self.log.name}",
@@ -132,13 +136,6 @@ class Conversation:
         return f"; it was at: {at}" if at else ""
 
 
-def _span(seconds: int) -> str:
-    hours, minutes = divmod(seconds // 60, 60)
-    if seconds < 120:
-        return f"{seconds} seconds"
-    return f"{hours} h {minutes} min" if hours else f"{minutes} minutes"
-
-
 @contextmanager
 def open_log(cache: Path, name: str) -> Iterator[TextIO]:
     """Open a new log file below the cache folder; only the last ones written are kept."""
@@ -147,13 +144,15 @@ def open_log(cache: Path, name: str) -> Iterator[TextIO]:
         old.unlink(missing_ok=True)
     stamp = time.strftime("%Y%m%dT%H%M%S")
     path = folder / f"{stamp}-{secrets.token_hex(4)}-{name}.log"
-    with open(path, "x", encoding="utf-8", buffering=1, opener=_unread) as log:
+    # Only its owner can read it: it contains answers.
+    with open(
+        path,
+        "x",
+        encoding="utf-8",
+        buffering=1,
+        opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC, 0o600),
+    ) as log:
         yield log
-
-
-def _unread(path: str, flags: int) -> int:
-    """Open a file that only its owner can read: it contains answers."""
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _written(path: Path) -> tuple[bool, float]:
