@@ -53,7 +53,7 @@ PROCESSES = 16384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class SandboxSettings:
     """What a program is started with, and in which sandbox; as JSON in an open file."""
 
     way: Literal["apart", "folder", "bare"]
@@ -86,7 +86,7 @@ def main(settings_file: int) -> NoReturn:
     with os.fdopen(settings_file, "rb") as file:
         given = json.loads(file.read())
     given |= {"parent": os.getppid(), "as_root": privileges.is_root()}
-    settings = Settings(**given)
+    settings = SandboxSettings(**given)
     os.set_inheritable(settings.tell, False)
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -97,7 +97,7 @@ def main(settings_file: int) -> NoReturn:
 
 
 @contextmanager
-def _reporting(settings: Settings, step: str) -> Iterator[None]:
+def _reporting(settings: SandboxSettings, step: str) -> Iterator[None]:
     """If the block fails, report the step and the reason, and exit."""
     try:
         yield
@@ -111,7 +111,7 @@ def _reporting(settings: Settings, step: str) -> Iterator[None]:
         os._exit(FAILED)
 
 
-def in_namespaces(settings: Settings) -> None:
+def in_namespaces(settings: SandboxSettings) -> None:
     """Start the program in its own namespaces, wait for it, and exit with its status."""
 
     def restrict_relay() -> None:
@@ -146,7 +146,7 @@ def in_namespaces(settings: Settings) -> None:
     end_as(int(status) if status else own_status)
 
 
-def _first_process(settings: Settings, answer: int, ask: int, ended: int) -> NoReturn:
+def _first_process(settings: SandboxSettings, answer: int, ask: int, ended: int) -> NoReturn:
     """Run as process 1: seal the sandbox, start the program, reap orphans."""
     with _reporting(settings, "separate"):
         unshare(NEW_MOUNTS)
@@ -184,7 +184,7 @@ def _first_process(settings: Settings, answer: int, ask: int, ended: int) -> NoR
             os._exit(0)
 
 
-def _enter(settings: Settings) -> None:
+def _enter(settings: SandboxSettings) -> None:
     """Change to the image's working directory; create it if missing, as engines do."""
     folder = Path(settings.workdir or "/")
     with _reporting(settings, "start"):
@@ -208,7 +208,7 @@ def _leave_root(user: tuple[int, int], ask: int, answer: int) -> None:
     privileges.become(*user)
 
 
-def in_folder(settings: Settings) -> None:
+def in_folder(settings: SandboxSettings) -> None:
     """Execute the program with its folder as root, without privileges or namespaces."""
     with _reporting(settings, "confine"):
         os.chroot(settings.root)
@@ -222,7 +222,7 @@ def in_folder(settings: Settings) -> None:
     _become(settings)
 
 
-def as_caller(settings: Settings) -> None:
+def as_caller(settings: SandboxSettings) -> None:
     """Execute the program as the calling user, who is not root and gains no privileges.
 
     With Landlock it can only use the image's files and the system's.
@@ -246,7 +246,7 @@ def as_caller(settings: Settings) -> None:
     _become(settings)
 
 
-def _become(settings: Settings) -> NoReturn:
+def _become(settings: SandboxSettings) -> NoReturn:
     """Check the sandbox from inside, report the facts, and execute the program."""
     # Processes and threads together; in older kernels with the user's others.
     _, allowed = resource.getrlimit(resource.RLIMIT_NPROC)

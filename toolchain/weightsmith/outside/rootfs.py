@@ -23,7 +23,7 @@ from weightsmith.core.errors import CheckFailed, EnvironmentFailure, UsageError,
 from weightsmith.core.ports import Endpoint, Launcher, StartSpec
 from weightsmith.core.trees import walk
 from weightsmith.outside import process
-from weightsmith.outside.image_sandbox import Settings
+from weightsmith.outside.image_sandbox import SandboxSettings
 from weightsmith.outside.ownership import private_folder
 from weightsmith.outside.privileges import NOBODY, is_root
 from weightsmith.outside.sandbox_facts import Facts, words
@@ -158,9 +158,9 @@ def _endpoint(
     )
 
 
-def _settings(root: Path, info: StartInfo, spec: StartSpec) -> Settings:
+def _settings(root: Path, info: StartInfo, spec: StartSpec) -> SandboxSettings:
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp"}  # noqa: S108 - inside
-    return Settings(
+    return SandboxSettings(
         way="apart",
         root=str(root),
         home=os.path.expanduser("~"),  # noqa: PTH111 - never raises
@@ -301,7 +301,7 @@ class NotAllowed(EnvironmentFailure):
 
 @contextlib.contextmanager
 def start_sandboxed(
-    image: str, program: str, settings: Settings
+    image: str, program: str, settings: SandboxSettings
 ) -> Iterator[tuple[process.Server, Facts]]:
     """Start the program and yield the facts about its sandbox; stop it when the context ends.
 
