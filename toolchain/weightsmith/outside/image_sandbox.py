@@ -26,7 +26,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class SandboxSettings:
     root: str
     home: str
     """The calling user's."""
-    argv: Sequence[str]
+    argv: tuple[str, ...]
     env: Mapping[str, str]
     workdir: str
     user: tuple[int, int]
