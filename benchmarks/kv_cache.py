@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from weightsmith.quantizers.layerwise.cache import cache_scales
+from weightsmith.quantizers.layerwise.maxima import cache_scales
 from weightsmith.quantizers.quality.texts import as_lines
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.layerwise.cache import cache_scales
+from weightsmith.quantizers.layerwise.maxima import cache_scales
 
 from tests.fakes.decoders import make_dense
 

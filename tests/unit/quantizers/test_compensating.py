@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from weightsmith.quantizers.layerwise.integers import Grid, best_grid, packed_awq, packed_gptq
-from weightsmith.quantizers.layerwise.quantizing import compensated
+from weightsmith.quantizers.layerwise.quantizing import (
+    Grid,
+    best_grid,
+    compensated,
+    packed_awq,
+    packed_gptq,
+)
 from weightsmith.quantizers.packed import PackedView
 
 GROUP = 32

@@ -265,6 +265,21 @@ def awq_config(group: int, kept: Sequence[str] = ()) -> dict[str, JsonValue]:
     }  # fmt: skip
 
 
+def gptq_config(group: int, keep: Sequence[str], kept: Sequence[str]) -> dict[str, JsonValue]:
+    """Return the quantization_config of GPTQ's first layout.
+
+    `kept` are all modules that stay in 16 bits, by `keep` or for other reasons.
+    """
+    found: dict[str, JsonValue] = {
+        "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True,
+        "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
+    }  # fmt: skip
+    if kept:  # vLLM and SGLang read the first, TGI the second
+        found["dynamic"] = negative_patterns([*keep, *(n for n in kept if not is_kept(n, keep))])
+        found["modules_to_not_convert"] = list(kept)
+    return found
+
+
 def keep_option(requested: Mapping[str, JsonValue]) -> list[str]:
     """Return `quantize.keep` of a recipe, sorted.
 

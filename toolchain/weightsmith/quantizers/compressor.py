@@ -91,7 +91,10 @@ def main() -> None:
     transformers: Any = importlib.import_module("transformers")
     datasets: Any = importlib.import_module("datasets")
     library: Any = importlib.import_module("llmcompressor")
-    _disable_pinning(torch)
+    if not torch.accelerator.is_available():
+        # Version 0.14 needs a GPU for pinned memory (pipelines/cache.py).
+        cache: Any = importlib.import_module("llmcompressor.pipelines.cache").IntermediatesCache
+        cache.pin_memory = lambda *_args, **_named: None
     gpu = torch.cuda.is_available()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     read = samples(texts(settings["calibration"]), encoder(tokenizer))
@@ -99,11 +102,25 @@ def main() -> None:
     network = transformers.AutoModelForCausalLM.from_pretrained(
         model, trust_remote_code=False, dtype="auto" if gpu else torch.float32
     )
+    ignored = ["lm_head", *kept_modules(model, settings["keep"])]
+    modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
+    if settings["format"] == FP8_STATIC.name:
+        quantized = modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)
+        recipe = [quantized]
+    else:
+        awq: Any = importlib.import_module("llmcompressor.modifiers.transform.awq")
+        weights = {
+            "num_bits": 4, "type": "int", "strategy": "group", "dynamic": False,
+            "group_size": settings["group_size"], "symmetric": settings["symmetric"],
+        }  # fmt: skip
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        quantized = modifiers.QuantizationModifier(config_groups=groups, ignore=ignored)
+        recipe = [awq.AWQModifier(), quantized]
     library.oneshot(
         model=network,
         tokenizer=tokenizer,
         dataset=datasets.Dataset.from_list(rows),
-        recipe=_modifiers(settings, ["lm_head", *kept_modules(model, settings["keep"])]),
+        recipe=recipe,
         max_seq_length=max(map(len, read)),
         num_calibration_samples=len(read),
         # Shuffling changes the last bits of sums of activations.
@@ -113,35 +130,6 @@ def main() -> None:
     saved = json.loads((raw / "config.json").read_text("utf-8"))["quantization_config"]
     finish(model, raw, out, saved)
     remove(raw)
-
-
-def _modifiers(settings: Mapping[str, JsonValue], ignored: list[str]) -> list[Any]:
-    """Return llm-compressor's recipe for a format."""
-    modifiers: Any = importlib.import_module("llmcompressor.modifiers.quantization")
-    if settings["format"] == FP8_STATIC.name:
-        return [modifiers.QuantizationModifier(scheme="FP8", targets="Linear", ignore=ignored)]
-    awq: Any = importlib.import_module("llmcompressor.modifiers.transform.awq")
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "strategy": "group",
-        "group_size": settings["group_size"],
-        "symmetric": settings["symmetric"],
-        "dynamic": False,
-    }
-    group = {"targets": ["Linear"], "weights": weights}
-    return [
-        awq.AWQModifier(),
-        modifiers.QuantizationModifier(config_groups={"group_0": group}, ignore=ignored),
-    ]
-
-
-def _disable_pinning(torch: Any) -> None:
-    """Disable pinned memory without a GPU; version 0.14 needs a GPU for it (pipelines/cache.py)."""
-    if torch.accelerator.is_available():
-        return
-    cache: Any = importlib.import_module("llmcompressor.pipelines.cache").IntermediatesCache
-    cache.pin_memory = lambda *_args, **_named: None
 
 
 QUANTIZER = Quantizer(

@@ -22,6 +22,7 @@ from weightsmith.quantizers.checkpoints import (
     check_group,
     check_grouped,
     finish,
+    gptq_config,
     group_option,
     in_groups,
     keep_option,
@@ -49,7 +50,9 @@ GPTQ_GPTQMODEL = Format(name="gptq-gptqmodel", kind="gptq", bits_per_weight=4.16
 NO_AWQ = frozenset({"Cohere2ForCausalLM", "Gemma3ForCausalLM"})
 """Not supported by its AWQ: parallel layers' norms, rotary embeddings that differ by layer."""
 _WIDE = 3072
-"""Row length from which GPTQ uses several threads."""
+"""Row length from which GPTQ uses several threads: its steps, one column each, are too small below.
+Measured with one and two threads: 64 s and 114 s for rows of 576 and 1536 weights; 59 s and 49 s
+for 2048 and 5632."""
 
 
 def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
@@ -85,26 +88,17 @@ def _layout(request: QuantizeRequest) -> PackedLayout:
 def main() -> None:
     """Run in the builder: quantize as set in the settings file of the command line."""
     settings = read_settings()
-    group, keep = int(settings["group_size"]), list(settings["keep"])
+    method, group, keep = settings["method"], int(settings["group_size"]), list(settings["keep"])
     raw, out, model = Path(settings["raw"]), Path(settings["out"]), Path(settings["model"])
     discard(raw)
     # With fewer, GPTQModel fails on two cores: "requests 2 workers but parent only has 1".
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    if settings["method"] == "gptq" and _is_narrow(model):  # read when torch is imported, below
-        os.environ["OMP_NUM_THREADS"] = "1"
-    _quantize(settings["method"], model, raw, settings["calibration"], group, keep)
+    if method == "gptq" and max(row_lengths(read_facts(model)).values()) < _WIDE:
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, below
+    _quantize(method, model, raw, settings["calibration"], group, keep)
     kept = kept_modules(model, keep)
-    if settings["method"] == "awq":
-        quantization = awq_config(group, kept)
-    else:
-        quantization = {
-            "quant_method": "gptq", "bits": 4, "group_size": group, "sym": True,
-            "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
-        }  # fmt: skip
-        if kept:  # vLLM and SGLang read the first, TGI the second
-            quantization["dynamic"] = negative_patterns(keep)
-            quantization["modules_to_not_convert"] = kept
-    finish(model, raw, out, quantization)
+    config = awq_config(group, kept) if method == "awq" else gptq_config(group, keep, kept)
+    finish(model, raw, out, config)
     remove(raw)
 
 
@@ -133,7 +127,11 @@ def _quantize(
         )
         backend = library.BACKEND.AUTO if gpu else library.BACKEND.AWQ_TORCH
         # Use float32, because most CPUs emulate 16-bit arithmetic; the packing kernel can take it.
-        _patch_cpu_copy(torch)
+        # GPTQModel saves a layer's weights by `tensor.cpu()` while it tries 20 scales in place, and
+        # restores them after each (looper/awq_processor.py, _compute_best_scale of 7.6 and 7.7). On
+        # a CPU that is no copy, and all 20 roundings accumulated.
+        cpu = torch.Tensor.cpu
+        torch.Tensor.cpu = lambda tensor, *args, **named: cpu(tensor, *args, **named).clone()
         search: Any = importlib.import_module("gptqmodel.looper.awq_processor").AWQProcessor
         # As for AutoAWQ.
         search._compute_best_clip = lambda own, weight, inputs: best_clip(  # noqa: SLF001
@@ -155,26 +153,6 @@ def _quantize(
         rows, batch_size=1, calibration_data_min_length=1, tokenizer=tokenizer, backend=backend
     )
     loaded.save(str(raw))
-
-
-def _is_narrow(model: Path) -> bool:
-    """Return whether GPTQ's steps, one column each, are too small to split between threads.
-
-    Measured with one and two threads: 64 s and 114 s for rows of 576 and 1536 weights; 59 s and
-    49 s for 2048 and 5632.
-    """
-    return max(row_lengths(read_facts(model)).values()) < _WIDE
-
-
-def _patch_cpu_copy(torch: Any) -> None:
-    """Make `tensor.cpu()` return a copy on a CPU, too.
-
-    GPTQModel saves a layer's weights by it while it tries 20 scales in place, and restores them
-    after each (looper/awq_processor.py, _compute_best_scale of 7.6 and 7.7): in float32 on a CPU,
-    all 20 roundings accumulated.
-    """
-    own = torch.Tensor.cpu
-    torch.Tensor.cpu = lambda tensor, *args, **named: own(tensor, *args, **named).clone()
 
 
 QUANTIZER = Quantizer(

@@ -50,7 +50,7 @@ def importance(
 
 def cache_scales(job: CacheScalesJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `scales`: of keys and of values, by the attention's name."""
-    module: Any = importlib.import_module("weightsmith.quantizers.layerwise.cache")
+    module: Any = importlib.import_module("weightsmith.quantizers.layerwise.maxima")
     found = module.cache_scales(
         job.model.path,
         [row["text"] for row in _rendered(job.model.path, job.texts)],

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -66,14 +66,22 @@ class Moments:
         self.sketch /= factors
 
 
+class Experts(nn.Module):
+    """Names for what transformers' modules of all experts of a layer have."""
+
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+    act_fn: Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass(slots=True)
 class SharedInputGroup:
     """Matrices of a layer that get the same input."""
 
-    linears: dict[str, Any]
-    """Name within the layer -> nn.Linear."""
+    linears: dict[str, nn.Linear]
+    """By the name within the layer."""
     moments: Moments
-    norm: Any = None
+    norm: nn.Module | None = None
     """The module whose output it is, if nothing else gets it."""
 
 
@@ -81,7 +89,7 @@ class SharedInputGroup:
 class Routed:
     """The inputs of a layer's experts, and which of them each expert gets."""
 
-    module: Any
+    module: Experts
     name: str
     rows: list[torch.Tensor] = field(default_factory=list)
     chosen: list[torch.Tensor] = field(default_factory=list)
@@ -113,26 +121,43 @@ class Observer:
     def watching(self, valid: torch.Tensor) -> Iterator[None]:
         """Record what runs in this context; `valid` [positions] tells text from padding."""
         self._valid = valid
-        finding = _Origins(self) if not self._leaders else None
-        hooks = finding.hooks(self._modules) if finding else []
+        finding, first, hooks = _Origins(), not self._leaders, []
+        for module in self._modules if first else ():
+            if is_norm(module):
+                hooks.append(module.register_forward_hook(finding.note_norm))
+            elif list(module.parameters(recurse=False)) and module not in self._wanted.values():
+                hooks.append(module.register_forward_pre_hook(finding.note_inputs))
         for name, module in self._wanted.items():
-            hooks.append(module.register_forward_pre_hook(partial(self._linear, finding, name)))
+            hook = partial(self._linear, finding if first else None, name)
+            hooks.append(module.register_forward_pre_hook(hook))
         if self.routed is not None:
             hooks.append(self.routed.module.register_forward_pre_hook(self._experts))
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
-        if finding:
-            finding.settle()
+            for handle in hooks:
+                handle.remove()
+        # Each group has its norm, unless something else gets that norm's output, too.
+        for (memory, _), group in finding.groups.items():
+            if memory not in finding.elsewhere:
+                group.norm = finding.norms.get(memory)
 
-    def _linear(self, finding: _Origins | None, name: str, module: Any, args: Any) -> None:
-        if finding and finding.joined(name, module, args[0]):
-            return
+    def _linear(
+        self,
+        finding: _Origins | None,
+        name: str,
+        module: nn.Linear,
+        args: tuple[torch.Tensor, ...],
+    ) -> None:
         if finding:
-            self._leaders[name] = finding.group(name, module, args[0])
-            self.groups.append(self._leaders[name])
+            place = _memory(args[0]), module.in_features
+            if place in finding.groups:
+                finding.groups[place].linears[name] = module
+                return
+            finding.kept.append(args[0])
+            group = SharedInputGroup({name: module}, Moments.empty(module.in_features))
+            finding.groups[place] = self._leaders[name] = group
+            self.groups.append(group)
         if name in self._leaders:
             self._leaders[name].moments.add(self._texts(args[0]))
 
@@ -145,58 +170,30 @@ class Observer:
         return values.reshape(len(self._valid), -1)[self._valid]
 
 
+@dataclass(slots=True)
 class _Origins:
     """Finds which matrices share an input, and the norm that it comes from, by tensors' memory.
 
     Tensors are kept until the layer has run, so that their memory is not used again meanwhile.
     """
 
-    def __init__(self, observer: Observer) -> None:
-        self._own = {id(module) for module in observer._wanted.values()}  # noqa: SLF001
-        self._kept: list[torch.Tensor] = []
-        self._norms: dict[int, Any] = {}
-        self._groups: dict[tuple[int, int], SharedInputGroup] = {}
-        self._elsewhere: set[int] = set()
+    kept: list[torch.Tensor] = field(default_factory=list)
+    norms: dict[int, nn.Module] = field(default_factory=dict)
+    groups: dict[tuple[int, int], SharedInputGroup] = field(default_factory=dict)
+    elsewhere: set[int] = field(default_factory=set)
 
-    def hooks(self, modules: Sequence[torch.nn.Module]) -> list[Any]:
-        """Return hooks on the modules that make or take an input of a matrix."""
-        found = [m.register_forward_hook(self._made) for m in modules if is_norm(m)]
-        others = [m for m in modules if list(m.parameters(recurse=False)) and not is_norm(m)]
-        others = [module for module in others if id(module) not in self._own]
-        return found + [module.register_forward_pre_hook(self._note_inputs) for module in others]
-
-    def _made(
-        self, norm: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
+    def note_norm(
+        self, norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> None:
-        self._kept.append(output)
+        self.kept.append(output)
         if len(args) == 1:  # linear attention's norm takes a gate, too
-            self._norms[_memory(output)] = norm
+            self.norms[_memory(output)] = norm
 
-    def _note_inputs(self, _: torch.nn.Module, args: tuple[torch.Tensor | None, ...]) -> None:
-        self._elsewhere |= {_memory(one) for one in args if isinstance(one, torch.Tensor)}
-
-    def joined(self, name: str, module: Any, inputs: torch.Tensor) -> bool:
-        """Add a matrix to the group that already has its input; return whether there is one."""
-        group = self._groups.get((_memory(inputs), module.in_features))
-        if group is not None:
-            group.linears[name] = module
-        return group is not None
-
-    def group(self, name: str, module: Any, inputs: torch.Tensor) -> SharedInputGroup:
-        """Return a new group for a matrix."""
-        self._kept.append(inputs)
-        made = SharedInputGroup({name: module}, Moments.empty(module.in_features))
-        self._groups[_memory(inputs), module.in_features] = made
-        return made
-
-    def settle(self) -> None:
-        """Give each group its norm, unless something else gets that norm's output, too."""
-        for (memory, _), group in self._groups.items():
-            if memory not in self._elsewhere:
-                group.norm = self._norms.get(memory)
+    def note_inputs(self, _: torch.nn.Module, args: tuple[torch.Tensor | None, ...]) -> None:
+        self.elsewhere |= {_memory(one) for one in args if isinstance(one, torch.Tensor)}
 
 
-def is_experts(module: torch.nn.Module) -> bool:
+def is_experts(module: torch.nn.Module) -> TypeGuard[Experts]:
     """Return whether a module has all experts of a layer, as [experts, outputs, inputs]."""
     parts = (getattr(module, name, None) for name in ("gate_up_proj", "down_proj"))
     return all(isinstance(part, nn.Parameter) and part.dim() == 3 for part in parts)

@@ -17,10 +17,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from weightsmith.core.cpus import all_but_one
 from weightsmith.core.errors import InputRefused
@@ -34,14 +34,17 @@ from weightsmith.forward.threads import product
 from weightsmith.models.tensors import CheckpointTensors
 from weightsmith.quantizers.checkpoints import (
     awq_config,
-    is_kept,
-    negative_patterns,
+    gptq_config,
     not_finite,
     without_kept,
     write_companions,
 )
-from weightsmith.quantizers.layerwise.integers import Grid, best_grid, packed_awq, packed_gptq
-from weightsmith.quantizers.layerwise.observing import Moments, Observer, Routed, SharedInputGroup
+from weightsmith.quantizers.layerwise.observing import (
+    Moments,
+    Observer,
+    Routed,
+    SharedInputGroup,
+)
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.running import RAW, encoder, samples, texts
 from weightsmith.quantizers.walked import FACTS
@@ -76,39 +79,34 @@ def quantize(settings: Mapping[str, Json]) -> None:
     that are not finite, and text that the model cannot read.
     """
     torch.set_num_threads(all_but_one())
-    model, out = Path(settings["model"]), Path(settings["out"])
+    model, out, group = Path(settings["model"]), Path(settings["out"]), settings["group_size"]
     lines = texts(settings["calibration"])
-    walk = _prepared(settings, model, samples(lines, encoder(load_tokenizer(model))))
-    made = _Finished(out / RAW, _identity(settings, lines, model))
-    _walk(walk, made)
-    _assemble(settings, walk, model, out, made)
-    discard(out / RAW)
-
-
-def _prepared(settings: Mapping[str, Json], model: Path, read: list[list[int]]) -> _Walk:
+    read = samples(lines, encoder(load_tokenizer(model)))
     source = CheckpointTensors(model)
-    found = without_kept(matrices(source, model), settings["keep"])
+    known = matrices(source, model)
+    found = without_kept(known, settings["keep"])
     for matrix in found:
-        if matrix.outputs % 8 or matrix.inputs % settings["group_size"]:
+        if matrix.outputs % 8 or matrix.inputs % group:
             raise InputRefused(
                 f"{matrix.module} has {matrix.outputs} outputs and {matrix.inputs} inputs; 4 bits "
-                f"need multiples of 8 and of {settings['group_size']}",
+                f"need multiples of 8 and of {group}",
                 hint="choose another --group-size, or fp8, which has a scale per row",
             )
-    return _Walk(
-        awq=settings["method"] == "awq",
-        group=settings["group_size"],
-        source=source,
-        layers=Layers(model, read),
-        found=found,
-    )
-
-
-def _identity(settings: Mapping[str, JsonValue], lines: Sequence[str], model: Path) -> str:
-    """Return what the finished layers depend on."""
+    layers, awq = Layers(model, read), settings["method"] == "awq"
+    walk = _Walk(awq=awq, group=group, source=source, layers=layers, found=found)
     files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(model.iterdir())]
-    known = json.dumps([dict(settings), lines, files], sort_keys=True)
-    return hashlib.sha256(known.encode()).hexdigest()
+    identity = json.dumps([dict(settings), lines, files], sort_keys=True)
+    made = _Finished(out / RAW, hashlib.sha256(identity.encode()).hexdigest())
+    for number in range(made.restore(walk), len(layers.layers)):
+        with layers.loaded(number) as layer:
+            tensors = _layer(walk, number, layer)
+        made.add(number, tensors, walk)
+        print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
+    _assemble(walk, out, made)
+    kept = unquantized(source, known, found)
+    config = awq_config(group, kept) if awq else gptq_config(group, settings["keep"], kept)
+    write_companions(model, out, config)
+    discard(out / RAW)
 
 
 class _Finished:
@@ -160,16 +158,6 @@ def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
         os.fsync(written.fileno())
     partial.rename(file)
     sync_folder(file.parent)
-
-
-def _walk(walk: _Walk, made: _Finished) -> None:
-    """Quantize each layer that is not finished."""
-    layers = walk.layers
-    for number in range(made.restore(walk), len(layers.layers)):
-        with layers.loaded(number) as layer:
-            tensors = _layer(walk, number, layer)
-        made.add(number, tensors, walk)
-        print(f"layer {number + 1} of {len(layers.layers)}", flush=True)  # noqa: T201
 
 
 def _layer(walk: _Walk, number: int, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -234,8 +222,8 @@ def _scaled(
     layers, path = walk.layers, walk.layers.paths[number]
     names = {id(module): name for name, module in layer.named_modules()}
 
-    def stored(module: Any) -> torch.dtype:
-        part = "weight" if module.weight.dim() == 1 else "bias"
+    def stored(module: nn.Module) -> torch.dtype:
+        part = "weight" if module.get_parameter("weight").dim() == 1 else "bias"
         info = layers.weights.infos[layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")]
         return {"BF16": torch.bfloat16, "F16": torch.float16}.get(info.dtype, torch.float32)
 
@@ -252,7 +240,7 @@ def _scaled(
         return {}
     made = {}
     for module in changed:
-        part = "weight" if module.weight.dim() == 1 else "bias"
+        part = "weight" if module.get_parameter("weight").dim() == 1 else "bias"
         vector = getattr(module, part)
         if vector is not None:
             tensor = layers.weights.tensor_of(f"{path}.{names[id(module)]}.{part}")
@@ -289,10 +277,8 @@ def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor
     return made
 
 
-def _assemble(
-    settings: Mapping[str, Json], walk: _Walk, model: Path, out: Path, made: _Finished
-) -> None:
-    """Write the finished folder: the layers' tensors, and the checkpoint's others."""
+def _assemble(walk: _Walk, out: Path, made: _Finished) -> None:
+    """Write the layers' tensors, the checkpoint's others, and what the report says of the walk."""
     quantized = {matrix.tensor for matrix in walk.found}
     works = []
     for number in range(len(walk.layers.layers)):
@@ -301,47 +287,25 @@ def _assemble(
         quantized |= layer.names
     works += [copied(walk.source, name) for name in walk.source.names - quantized]
     write_checkpoint(out, works)
-    known = matrices(walk.source, model)
-    kept = unquantized(walk.source, known, walk.found)
-    write_companions(model, out, _config(walk, settings["keep"], kept))
-    (out / FACTS).write_text(json.dumps(_facts(walk)), encoding="utf-8")
-
-
-def _config(walk: _Walk, keep: Sequence[str], kept: Sequence[str]) -> dict[str, JsonValue]:
-    """Return the quantization_config."""
-    if walk.awq:
-        return awq_config(walk.group, kept)
-    found: dict[str, JsonValue] = {
-        "quant_method": "gptq", "bits": 4, "group_size": walk.group, "sym": True,
-        "desc_act": False, "lm_head": False, "checkpoint_format": "gptq",
-    }  # fmt: skip
-    if kept:  # vLLM and SGLang read the first, TGI the second
-        found["dynamic"] = negative_patterns([*keep, *(n for n in kept if not is_kept(n, keep))])
-        found["modules_to_not_convert"] = list(kept)
-    return found
-
-
-def _facts(walk: _Walk) -> dict[str, JsonValue]:
-    """Return what the report says about calibration."""
     tokens = sum(int(batch.valid.sum()) for batch in walk.layers.batches)
-    found: dict[str, JsonValue] = {"calibration_tokens": tokens}
+    facts: dict[str, JsonValue] = {"calibration_tokens": tokens}
     if walk.few:
         few = [f"layer {layer}.{expert} ({count})" for layer, expert, count in walk.few]
         named = ", ".join(few[:3]) + (f" and {len(few) - 3} more" if few[3:] else "")
-        found["experts_with_few_tokens"] = few
-        warning = (
-            f"experts saw fewer than {MIN_TOKENS} calibration tokens, and were calibrated on all "
-            f"tokens of their layer ({len(few)}: {named}); more calibration text helps"
-        )
-        found["warnings"] = [warning]
-    return found
+        facts["experts_with_few_tokens"] = few
+        facts["warnings"] = [
+            (
+                f"experts saw fewer than {MIN_TOKENS} calibration tokens, and were calibrated on "
+                f"all tokens of their layer ({len(few)}: {named}); more calibration text helps"
+            )
+        ]
+    (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
 _BLOCK = 64
 """Inputs whose errors are spread to the rest at once."""
 _DAMPING = 0.05
 """Of the mean power, added to each input's: with little text, errors must not be traded freely."""
-_LARGEST = 15
 
 
 def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -350,7 +314,15 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
     `gram` [inputs, inputs] is the inputs' Gram matrix.
     """
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
-    upper = _upper(gram[order][:, order])
+    # The upper Cholesky factor U of the damped Gram matrix's inverse, U^T U: the inverse of M with
+    # M M^T the matrix itself and M upper, which is the factor of the matrix in reverse order,
+    # reversed. So no inverse has to be factored.
+    damped = gram[order][:, order].double().flip(0, 1)
+    power = damped.diagonal()
+    power += _DAMPING * float(power.mean()) or 1.0
+    reversed_ = torch.linalg.cholesky(damped).flip(0, 1)
+    unit = torch.eye(len(gram), dtype=torch.float64)
+    upper = torch.linalg.solve_triangular(reversed_, unit, upper=True).float()
     size = weight.shape[1] // grid.scale.shape[1]
     groups = order // size
     # By inputs, so that those of a step are next to each other in memory.
@@ -375,21 +347,6 @@ def compensated(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
     return found.T.contiguous()
 
 
-def _upper(gram: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor U of the damped Gram matrix's inverse, U^T U.
-
-    It is the inverse of M with M M^T the matrix itself and M upper: the factor of the matrix in
-    reverse order, reversed. So no inverse has to be factored.
-    """
-    damped = gram.double().flip(0, 1)
-    power = damped.diagonal()
-    power += _DAMPING * float(power.mean()) or 1.0
-    reversed_ = torch.linalg.cholesky(damped).flip(0, 1)
-    unit = torch.eye(len(gram), dtype=torch.float64)
-    found: torch.Tensor = torch.linalg.solve_triangular(reversed_, unit, upper=True)
-    return found.float()
-
-
 _COARSE = (0.1, 0.3, 0.5, 0.7, 0.9)
 _FINE = (-0.1, -0.05, 0.05, 0.1)
 """Ratios that are tried: coarsely, then around the best."""
@@ -406,16 +363,19 @@ def best_factors(
 
     weights [outputs, inputs] share their inputs, of which `size` share a scale.
     """
-    sizes = _relative_sizes(weights, size)
+    # Each input's mean |weight|, relative to the largest of its group.
+    total = torch.zeros(weights[0].shape[1])
+    for weight in weights:
+        parts = weight.abs().reshape(len(weight), -1, size)
+        total += (parts / (parts.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(0)
+    sizes = total / sum(len(weight) for weight in weights)
     mean = moments.magnitude / max(1, moments.tokens)
-    ratios = [0.0, *_COARSE]
     tried = {0.0: _error(weights, moments, size, None)}
     for ratio in _COARSE:
         tried[ratio] = _error(weights, moments, size, factors_of(mean, sizes, ratio))
-    best = min(ratios, key=tried.__getitem__)
-    if best:
-        for ratio in (round(best + step, 2) for step in _FINE):
-            tried[ratio] = _error(weights, moments, size, factors_of(mean, sizes, ratio))
+    best = min(tried, key=tried.__getitem__)
+    for ratio in [round(best + step, 2) for step in _FINE] if best else ():
+        tried[ratio] = _error(weights, moments, size, factors_of(mean, sizes, ratio))
     best = min(tried, key=tried.__getitem__)
     return factors_of(mean, sizes, best) if best else None
 
@@ -425,15 +385,6 @@ def factors_of(mean: torch.Tensor, sizes: torch.Tensor, ratio: float) -> torch.T
     found = (mean**ratio / (sizes ** (1 - ratio) + 1e-4)).clamp_(min=1e-4)
     found /= (found.max() * found.min()).sqrt()
     return torch.where(torch.isfinite(found), found, 1.0)
-
-
-def _relative_sizes(weights: Sequence[torch.Tensor], size: int) -> torch.Tensor:
-    """Return each input's mean |weight|, relative to the largest of its group."""
-    total = torch.zeros(weights[0].shape[1])
-    for weight in weights:
-        parts = weight.abs().reshape(len(weight), -1, size)
-        total += (parts / (parts.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(0)
-    return total / sum(len(weight) for weight in weights)
 
 
 def _error(
@@ -454,8 +405,8 @@ def _error(
 
 
 def scale_layer(
-    groups: Sequence[SharedInputGroup], size: int, dtypes: Callable[[Any], torch.dtype]
-) -> Iterator[Any]:
+    groups: Sequence[SharedInputGroup], size: int, dtypes: Callable[[nn.Module], torch.dtype]
+) -> Iterator[nn.Module]:
     """Scale a layer's groups in place where that helps; yield the norms and biases it changed.
 
     `dtypes` returns the dtype in which a module's vectors are stored.
@@ -468,13 +419,14 @@ def scale_layer(
     by_name = {name: module for group in groups for name, module in group.linears.items()}
     for group in groups:
         before = _before(group, by_name)
-        if group.norm is None and before is None:
+        scaled = before or group.norm
+        if scaled is None:
             continue
         factors = best_factors([m.weight for m in group.linears.values()], group.moments, size)
         if factors is None:
             continue
         if before is None:
-            factors = _divide_norm(group.norm, factors, dtypes(group.norm))
+            factors = _divide_norm(scaled, factors, dtypes(scaled))
         else:
             before.weight.data = before.weight / factors[:, None]
             if before.bias is not None:
@@ -482,35 +434,152 @@ def scale_layer(
         for module in group.linears.values():
             module.weight.data = module.weight * factors
         group.moments.scale(factors)
-        yield before or group.norm
+        yield scaled
 
 
-def _before(group: SharedInputGroup, by_name: dict[str, Any]) -> Any:
+def _before(group: SharedInputGroup, by_name: Mapping[str, nn.Linear]) -> nn.Linear | None:
     """Return the matrix whose outputs are a group's only inputs, or None."""
     if len(group.linears) > 1:
         return None
-    (name,) = group.linears
+    ((name, linear),) = group.linears.items()
     parent, _, last = name.rpartition(".")
     found = by_name.get(f"{parent}.{_BEFORE.get(last, '')}")
-    fits = found is not None and found.out_features == group.linears[name].in_features
-    return found if fits else None
+    return found if found is not None and found.out_features == linear.in_features else None
 
 
-def _divide_norm(norm: Any, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _divide_norm(norm: nn.Module, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Divide what a norm multiplies by; return the factors that undo its rounding exactly."""
-    shift = _shift(norm)
-    old = norm.weight + shift
+    weight = norm.get_parameter("weight")
+    kept = weight.data
+    weight.data = torch.zeros_like(kept)
+    # 1 for a norm that multiplies by one plus its weight, else 0.
+    shift = 1.0 if bool(norm(torch.ones(1, 1, len(kept))).any()) else 0.0
+    old = kept + shift
     new = ((old / factors) - shift).to(dtype).float()
-    norm.weight.data = new
+    weight.data = new
     exact = old / (new + shift)
     usable = torch.isfinite(exact) & (exact > 0)
     return torch.where(usable, exact, factors)
 
 
-def _shift(norm: Any) -> float:
-    """Return 1 for a norm that multiplies by one plus its weight, else 0."""
-    kept = norm.weight.data
-    norm.weight.data = torch.zeros_like(kept)
-    made = norm(torch.ones(1, 1, len(kept)))
-    norm.weight.data = kept
-    return 1.0 if bool(made.any()) else 0.0
+# Four-bit integers in groups of inputs: their scales and zero points, and two layouts of them:
+# AutoAWQ's GEMM layout (awq/modules/linear/gemm.py of AutoAWQ 0.2.9) and GPTQ's first layout
+# (qlinear/torch.py of GPTQModel 7.6), the ones that `packed.py` reads.
+
+_LARGEST = 15
+_MIDDLE = 8
+"""The zero point of a symmetric grid."""
+_LEAST = 2.0**-14
+"""The least scale that float16 holds with full precision."""
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Nibble of an int32 that holds column i (of eight)."""
+_SHRINK, _TRIED = 20, 10
+"""Ranges that are tried: the whole times 1 - step / shrink, as in AutoAWQ."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales and zero points, float32 [outputs, groups]; value = (code - zero) * scale."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+    @classmethod
+    def joined(cls, grids: Sequence[Grid]) -> Grid:
+        """Return the grid of matrices that are joined along their outputs."""
+        return cls(torch.cat([one.scale for one in grids]), torch.cat([one.zero for one in grids]))
+
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the nearest values to a weight [outputs, inputs]."""
+        size = weight.shape[1] // self.scale.shape[1]
+        parts = weight.reshape(len(weight), -1, size)
+        return _nearest(parts, self.scale[:, :, None], self.zero[:, :, None]).reshape(weight.shape)
+
+    def codes(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the codes, int32 [outputs, inputs], of values that are on the grid."""
+        size = values.shape[1] // self.scale.shape[1]
+        parts = values.reshape(len(values), -1, size)
+        codes = torch.round(parts / self.scale[:, :, None]) + self.zero[:, :, None]
+        return codes.clamp_(0, _LARGEST).reshape(values.shape).int()
+
+
+def _nearest(parts: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """Return the nearest values on grids, in place of new ones."""
+    made = (parts / scale).round_()
+    made = torch.minimum(torch.maximum(made, -zero, out=made), _LARGEST - zero, out=made)
+    return made.mul_(scale)
+
+
+def _stored(scale: torch.Tensor) -> torch.Tensor:
+    """Return scales that float16 and bfloat16 both hold, so that no engine rounds them again."""
+    return scale.clamp(_LEAST, 60000.0).bfloat16().float()
+
+
+def grid_of(low: torch.Tensor, high: torch.Tensor, *, symmetric: bool) -> Grid:
+    """Return the grid for values from `low` <= 0 to `high` >= 0, both [outputs, groups]."""
+    if symmetric:
+        scale = _stored(torch.maximum(-low, high) * (2 / _LARGEST))
+        return Grid(scale, torch.full_like(scale, _MIDDLE))
+    scale = _stored((high - low) / _LARGEST)
+    return Grid(scale, torch.round(-low / scale).clamp_(0, _LARGEST))
+
+
+def best_grid(
+    weight: torch.Tensor, gram: torch.Tensor | None, size: int, *, symmetric: bool
+) -> Grid:
+    """Return for each group of `size` inputs the grid with the least squared error of its output.
+
+    weight [outputs, inputs]; `gram` [inputs, inputs] is the inputs' Gram matrix; None: use the
+    whole range. The error of a group's output over all inputs is `d G d`, with d the change of its
+    weights, as in `awq_search.py`. A range that wins is at least half the whole one.
+    """
+    parts = weight.reshape(len(weight), -1, size)
+    low, high = parts.amin(-1).clamp_(max=0), parts.amax(-1).clamp_(min=0)
+    best = grid_of(low, high, symmetric=symmetric)
+    if gram is None:
+        return best
+    count = parts.shape[1]
+    blocks = gram.reshape(count, size, count, size)[range(count), :, range(count)]
+    own = parts.transpose(0, 1).contiguous()
+    scale, zero = best.scale.clone(), best.zero.clone()
+    least: torch.Tensor | None = None
+    for step in range(_TRIED):
+        part = 1 - step / _SHRINK
+        tried = grid_of(low * part, high * part, symmetric=symmetric)
+        moved = _nearest(own, tried.scale.T[:, :, None], tried.zero.T[:, :, None]).sub_(own)
+        error = torch.bmm(moved, blocks).mul_(moved).sum(-1).T
+        if least is None:
+            least = error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, tried.scale, scale)
+        zero = torch.where(better, tried.zero, zero)
+    return Grid(scale, zero)
+
+
+def packed_awq(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return `qweight` [inputs, outputs / 8], `qzeros` and `scales` of values on a grid."""
+    return {
+        "qweight": _packed_columns(grid.codes(values).T, _AWQ_ORDER),
+        "qzeros": _packed_columns(grid.zero.T, _AWQ_ORDER),
+        "scales": grid.scale.T.half().contiguous(),
+    }
+
+
+def packed_gptq(grid: Grid, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return `qweight` [inputs / 8, outputs], `qzeros`, `scales`, `g_idx` of values on a grid."""
+    count, order = values.shape[1], tuple(range(8))
+    return {
+        "qweight": _packed_columns(grid.codes(values), order).T.contiguous(),
+        "qzeros": _packed_columns(grid.zero.T - 1, order),
+        "scales": grid.scale.T.half().contiguous(),
+        "g_idx": (torch.arange(count) // (count // grid.scale.shape[1])).int(),
+    }
+
+
+def _packed_columns(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Return int32 [rows, columns / 8]; column i of eight is in nibble order[i]."""
+    shifts = torch.tensor([4 * place for place in order])
+    words = (codes.reshape(len(codes), -1, 8).long() << shifts).sum(-1)
+    return torch.where(words < 1 << 31, words, words - (1 << 32)).int()
