@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from weightsmith.forward.reproducible import follow, reproducible
 from weightsmith.forward.threads import CPUS, product, thread_pool, unwatched
 from weightsmith.quantizers.architectures import EXPERTS
 from weightsmith.quantizers.gguf_importance import WALK_TOKENS, config_of, window_of
-from weightsmith.quantizers.layerwise.observing import is_experts
+from weightsmith.quantizers.layerwise.observing import Experts, is_experts
 
 if TYPE_CHECKING:
     from weightsmith.forward.kinds import Tokenizer
@@ -70,7 +70,11 @@ class SquareSums:
     @classmethod
     def of(cls, rows: torch.Tensor) -> SquareSums:
         """Return that of inputs [rows, columns]."""
-        return cls([_squares(some) for some in torch.split(rows, _ROWS)], len(rows))
+        squares, parts = list[np.ndarray](), max(1, rows.shape[1] // _COLUMNS)
+        for some in torch.split(rows, _ROWS):  # each column's sum is from the first row on
+            columns = torch.tensor_split(some, parts, 1)
+            squares.append(torch.cat([part.double().square_().sum(0) for part in columns]).numpy())
+        return cls(squares, len(rows))
 
 
 @dataclass(slots=True)
@@ -138,14 +142,12 @@ def _batch_per_thread(model: Path, window: int) -> bool:
     inputs of all batches at once, since they also read less then.
     """
     config = config_of(model)
-    hidden, inner = (config.get(name) for name in ("hidden_size", "intermediate_size"))
-    if not isinstance(hidden, int) or not isinstance(inner, int) or _has_experts(config):
+    hidden, inner, names = map(config.get, ("hidden_size", "intermediate_size", "architectures"))
+    if not isinstance(hidden, int) or not isinstance(inner, int):
+        return False
+    if isinstance(names, list) and EXPERTS.intersection(map(str, names)):
         return False
     return not (_ROWS % window or window % _ALIGNED) and 16 * hidden * (hidden + inner) <= _SMALL
-
-
-def _has_experts(config: Mapping[str, Any]) -> bool:
-    return bool(EXPERTS.intersection(map(str, config.get("architectures") or ())))
 
 
 def _windows(tokenizer: Tokenizer, text: str, window: int) -> Iterator[list[int]]:
@@ -169,10 +171,18 @@ def _run(
     @contextmanager
     def watched(number: int) -> Iterator[None]:
         with layers.with_weights(number) as layer:
-            hooks = list(_hooks(layer, f"blk.{number}.", seen, found))
+            hooks, block = [], f"blk.{number}."
+            for name, module in layer.named_modules():
+                if is_experts(module):
+                    hook = partial(_see_experts, block, found)
+                    hooks.append(module.register_forward_pre_hook(hook))
+                elif type(module) is nn.Linear and (known := _NAMES.get(name.rpartition(".")[2])):
+                    shared = "_shexp" if "shared_expert" in name else ""
+                    see = partial(seen.see, f"{block}{known}{shared}.weight")
+                    hooks.append(module.register_forward_pre_hook(see))
             yield
-            for hook in hooks:
-                hook.remove()
+            for handle in hooks:
+                handle.remove()
 
     def run(number: int, batch: int) -> Sequence[tuple[str, SquareSums]]:
         seen.parts = []
@@ -203,20 +213,8 @@ class _Seen(threading.local):
         self.parts.append((tensor, self._last[1]))
 
 
-def _hooks(
-    layer: torch.nn.Module, block: str, seen: _Seen, found: dict[str, Sums]
-) -> Iterator[Any]:
-    for name, module in layer.named_modules():
-        if is_experts(module):
-            yield module.register_forward_pre_hook(partial(_see_experts, block, found))
-        elif type(module) is nn.Linear and (known := _NAMES.get(name.rpartition(".")[2])):
-            shared = "_shexp" if "shared_expert" in name else ""
-            tensor = f"{block}{known}{shared}.weight"
-            yield module.register_forward_pre_hook(partial(seen.see, tensor))
-
-
 def _see_experts(
-    block: str, found: dict[str, Sums], module: Any, args: tuple[torch.Tensor, ...]
+    block: str, found: dict[str, Sums], module: Experts, args: tuple[torch.Tensor, ...]
 ) -> None:
     """Add what each expert gets; what it makes of that is computed again here."""
     experts, _, columns = module.gate_up_proj.shape
@@ -234,13 +232,6 @@ def _see_experts(
             found[f"{block}{name}.weight"].add(inputs, expert)
         gate, up = product(routed_rows, module.gate_up_proj[expert]).chunk(2, 1)
         found[f"{block}{_DOWN[0]}.weight"].add(SquareSums.of(module.act_fn(gate) * up), expert)
-
-
-def _squares(rows: torch.Tensor) -> np.ndarray:
-    """Return the sums of squares of inputs [rows, columns], each column's from the first row on."""
-    some = torch.tensor_split(rows, max(1, rows.shape[1] // _COLUMNS), 1)
-    sums: np.ndarray = torch.cat([part.double().square_().sum(0) for part in some]).numpy()
-    return sums
 
 
 def write_importance(path: Path, measured: Measured) -> None:
