@@ -278,13 +278,13 @@ def _quality(job: QualityJob, report: Report) -> Mapping[str, JsonValue]:
 
 def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]:
     """Return `answers`, of the one subject, or `skipped`: why its weights cannot be read."""
-    answering: Any = importlib.import_module("weightsmith.quantizers.quality.answering")
+    runs: Any = importlib.import_module("weightsmith.quantizers.quality.runs")
     walking: Any = importlib.import_module("weightsmith.forward.walk")
     model, tell = job.model.path, partial(report_items, report)
     count = walking.Count(len(job.questions), tell)
     try:
         view = _quantizer(job.quantizer).view(job.artifact.path, model)
-        subjects = {"": answering.QuantizedSubject(model, view, draft_texts=job.drafts)}
+        subjects = {"": runs.QuantizedSubject(model, view, draft_texts=job.drafts)}
         if job.choose:
             choices: Any = importlib.import_module("weightsmith.merging.choices")
             asked = {"": (subjects[""], job.questions)}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from weightsmith.quantizers.quality.totals import Totals
+from weightsmith.quantizers.quality.measure import Totals
 
 
 def logs(rows):

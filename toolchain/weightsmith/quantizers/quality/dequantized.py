@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from weightsmith.core.errors import CheckFailed, Unmeasurable
 from weightsmith.forward.network import lacking
 from weightsmith.forward.weights import Weights
 from weightsmith.models.tensors import View
-from weightsmith.quantizers.quality.result import TensorFault
-from weightsmith.quantizers.quality.totals import short
+from weightsmith.quantizers.quality.result import TensorFault, short
 
 if TYPE_CHECKING:
+    from weightsmith.forward.computed import LazyRows
     from weightsmith.forward.kinds import Model
 
 
@@ -51,7 +51,12 @@ class Dequantized(Weights):
 
         Sums are in the order of the rows, whichever thread compared them first.
         """
-        return {name: _relative(tiles) for name, tiles in self._squares.items()}
+        found = {}
+        for name, tiles in self._squares.items():
+            inorder = [tiles[at] for at in sorted(tiles)]
+            error, size = sum(one.error for one in inorder), sum(one.size for one in inorder)
+            found[name] = Squares(error, size).relative
+        return found
 
     @property
     def faults(self) -> Sequence[TensorFault]:
@@ -71,7 +76,7 @@ class Dequantized(Weights):
             self._last = tensor, self._tiles(tensor)
         return self._last[1]
 
-    def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], Any]]]:
+    def experts(self, parameter: str) -> Sequence[Sequence[Callable[[], torch.Tensor | LazyRows]]]:
         """Return what reads single experts, as for a checkpoint; () if one tensor has all."""
         return super().experts(parameter) if not self.tensor_of(parameter) else ()
 
@@ -91,7 +96,7 @@ class Dequantized(Weights):
         checkpoint's or is not finite.
         """
         self._require(tensor)
-        values = _as_tensor(self._view.tensor(tensor))
+        values = torch.from_numpy(np.require(self._view.tensor(tensor), requirements="W"))
         self._check_shape(tensor, values, 0, None)
         if not self._squares.get(tensor):
             found = [
@@ -110,7 +115,8 @@ class Dequantized(Weights):
         def read(first: int, last: int) -> torch.Tensor:
             # The last tile asks for one row more, which only a tensor of another height has.
             end = last + (last == shape[0])
-            tile = _as_tensor(self._view.rows(name, first, end))
+            rows = np.require(self._view.rows(name, first, end), requirements="W")
+            tile = torch.from_numpy(rows)
             self._check_shape(name, tile, first, last)
             return tile
 
@@ -150,33 +156,15 @@ class Dequantized(Weights):
                 hint="check the merged weights for outliers, or choose a larger format",
             )
         found = Squares(error, float(original.norm()) ** 2)
-        if rows.dim() > 1 and (fault := self._fault(name, first, found, original)):
-            self._faults[name].append(fault)
-        return found
-
-    def _fault(
-        self, name: str, first: int, found: Squares, rows: torch.Tensor
-    ) -> TensorFault | None:
         kind = self._view.kind(name)
-        rounding, error = ROUNDING.get(kind), found.relative
-        if rounding is None or error <= rounding.usual:
-            return None
-        most, tiny = rounding.limit(rows), found.error <= rows.numel() * rounding.tiny**2
-        if tiny or error <= most:
-            return None
-        return TensorFault(tensor=name, row=first, kind=kind, error=short(error), limit=short(most))
-
-
-def _as_tensor(data: Any) -> torch.Tensor:
-    values = np.asarray(data)
-    return torch.from_numpy(values if values.flags.writeable else values.copy())
-
-
-def _relative(tiles: Mapping[int, Squares]) -> float:
-    """Return the norm of all tiles' errors, relative to that of the weights."""
-    inorder = [tiles[at] for at in sorted(tiles)]
-    error, size = (sum(getattr(one, part) for one in inorder) for part in ("error", "size"))
-    return Squares(error, size).relative
+        rounding = ROUNDING.get(kind) if rows.dim() > 1 else None
+        if rounding is not None and found.relative > rounding.usual:
+            most, tiny = rounding.limit(original), rows.numel() * rounding.tiny**2
+            if found.relative > most and found.error > tiny:
+                error, limit = short(found.relative), short(most)
+                fault = TensorFault(tensor=name, row=first, kind=kind, error=error, limit=limit)
+                self._faults[name].append(fault)
+        return found
 
 
 def require_complete(model: Model, weights: Weights) -> None:
@@ -231,19 +219,16 @@ class LazyMatrix:
         An index is an embedding's, which compares all tiles and not only those that a text uses.
         """
         if isinstance(rows, torch.Tensor):
-            return self._looked_up(rows)
+            found = torch.empty((len(rows), *self.shape[1:]))
+            for at in range(0, len(self), TILE):
+                wanted = (rows >= at) & (rows < at + TILE)
+                if at not in self.compared or bool(wanted.any()):
+                    found[wanted] = self._tile(at)[rows[wanted] - at]
+            return found
         first, last, _ = rows.indices(len(self))
         starts = range(first - first % TILE, last, TILE)
         parts = [self._tile(at)[max(0, first - at) : last - at] for at in starts]
         return parts[0] if len(parts) == 1 else torch.cat([self._tile(0)[:0], *parts])
-
-    def _looked_up(self, rows: torch.Tensor) -> torch.Tensor:
-        found = torch.empty((len(rows), *self.shape[1:]))
-        for at in range(0, len(self), TILE):
-            wanted = (rows >= at) & (rows < at + TILE)
-            if at not in self.compared or bool(wanted.any()):
-                found[wanted] = self._tile(at)[rows[wanted] - at]
-        return found
 
     def _tile(self, at: int) -> torch.Tensor:
         tile = self._kept.get(at)
@@ -288,28 +273,23 @@ class Rounding:
         return min(_HIGHEST, _MARGIN * self.error)
 
     def limit(self, rows: torch.Tensor) -> float:
-        """Return the largest error of these rows, [n, columns], that is no damage."""
-        return min(_HIGHEST, _MARGIN * self.error * self._excess(rows))
+        """Return the largest error of these rows, [n, columns], that is no damage.
 
-    def _excess(self, rows: torch.Tensor) -> float:
-        """Return how much larger the blocks' largest weights are than those of normal ones."""
-        if not self.block:
-            return 1.0
-        width = rows.shape[-1] if self.block < 0 else self.block
-        flat = rows.reshape(-1, rows.shape[-1])
-        if flat.shape[-1] % width:
-            flat = torch.nn.functional.pad(flat, (0, width - flat.shape[-1] % width))
-        largest = flat.reshape(len(flat), -1, width).abs().amax(-1)
-        mean = float(rows.square().mean()) or math.inf
-        return max(1.0, math.sqrt(float(largest.square().mean()) / mean) / _largest(width))
-
-
-def _largest(count: int) -> float:
-    """Return about the root of the mean square of the largest of so many normal numbers.
-
-    Measured: 2.14 for 16, 2.40 for 32, 2.87 for 128, 3.65 for 2048.
-    """
-    return 1.28 + 0.31 * math.log(count)
+        It grows with how much larger the blocks' largest weights are than those of normal ones. The
+        largest of n normal numbers is about 1.28 + 0.31 log n, as the root of its mean square.
+        Measured: 2.14 for 16, 2.40 for 32, 2.87 for 128, 3.65 for 2048.
+        """
+        excess = 1.0
+        if self.block:
+            width = rows.shape[-1] if self.block < 0 else self.block
+            flat = rows.reshape(-1, rows.shape[-1])
+            if flat.shape[-1] % width:
+                flat = torch.nn.functional.pad(flat, (0, width - flat.shape[-1] % width))
+            largest = flat.reshape(len(flat), -1, width).abs().amax(-1)
+            mean = float(rows.square().mean()) or math.inf
+            normal = 1.28 + 0.31 * math.log(width)
+            excess = max(1.0, math.sqrt(float(largest.square().mean()) / mean) / normal)
+        return min(_HIGHEST, _MARGIN * self.error * excess)
 
 
 ROUNDING: Mapping[str, Rounding] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,11 +15,11 @@ from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
 from weightsmith.forward.walk import Progress
 from weightsmith.models.tensors import View
-from weightsmith.quantizers.quality.result import LayerError, Loss, TensorError
+from weightsmith.quantizers.quality.result import LayerError, Loss, TensorError, short
 from weightsmith.quantizers.quality.runs import States, run_both
 from weightsmith.quantizers.quality.texts import Reading, readings
-from weightsmith.quantizers.quality.totals import Totals, short
 
+_Key = TypeVar("_Key", int, str)
 _LONGEST = 256
 """Maximum tokens of a sequence."""
 _MIN_TOKENS = 64
@@ -25,6 +27,14 @@ _NAMED = 3
 """Worst layers and tensors to report."""
 _LOGIT_BYTES = 128 << 20
 """Memory for the logits of both models and their comparison."""
+_TIE = 0.1
+"""Nats within which two next tokens count as tied: rounding decides between them without a loss.
+A weak model has many such ties."""
+_RESAMPLES = 1000
+_TAIL = 0.025
+"""Of a two-sided 95 % interval."""
+_FEWEST = 4
+"""Texts below which resampling says nothing."""
 
 
 def measure(
@@ -42,7 +52,10 @@ def measure(
     """
     torch.set_num_threads(all_but_one())
     chosen = _chosen(readings(model, texts), tokens)
-    found = run_both(model, view, _padded(chosen), len(chosen[0].ids), progress)
+    # One batch, [texts, longest], padded on the right (ignored: causal).
+    longest = max(len(text.ids) for text in chosen)
+    ids = torch.tensor([[*text.ids, *[0] * (longest - len(text.ids))] for text in chosen])
+    found = run_both(model, view, ids, len(chosen[0].ids), progress)
     totals = _compared(chosen, found.checkpoint, found.quantized)
     layers, errors = found.layers, found.errors
     return Loss(
@@ -56,7 +69,7 @@ def measure(
     )
 
 
-def _worst(errors: Mapping[Any, float]) -> list[Any]:
+def _worst(errors: Mapping[_Key, float]) -> list[_Key]:
     """Return the keys of the largest errors; equal ones in order."""
     return sorted(errors, key=lambda one: (-errors[one], one))[:_NAMED]
 
@@ -97,7 +110,76 @@ def _chosen(found: Sequence[Reading], tokens: int) -> list[Reading]:
     return chosen
 
 
-def _padded(chosen: Sequence[Reading]) -> torch.Tensor:
-    """Return the texts as one batch, [texts, longest], padded on the right (ignored: causal)."""
-    longest = max(len(text.ids) for text in chosen)
-    return torch.tensor([[*text.ids, *[0] * (longest - len(text.ids))] for text in chosen])
+@dataclass(slots=True)
+class Totals:
+    """Both models' differences at each predicted token, and the text that it is from."""
+
+    texts: list[torch.Tensor] = field(default_factory=list)
+    divergences: list[torch.Tensor] = field(default_factory=list)
+    agreements: list[torch.Tensor] = field(default_factory=list)
+    before: list[torch.Tensor] = field(default_factory=list)
+    after: list[torch.Tensor] = field(default_factory=list)
+
+    def add(
+        self, right: torch.Tensor, other: torch.Tensor, following: torch.Tensor, texts: torch.Tensor
+    ) -> None:
+        """Add both models' log probabilities [positions, vocabulary].
+
+        `following` has the actual next tokens, `texts` the number of each position's text.
+        """
+        self.texts.append(texts)
+        self.divergences.append((right.exp() * (right - other)).sum(-1).clamp(min=0))
+        picked = right.gather(1, other.argmax(-1, keepdim=True))[:, 0]
+        self.agreements.append((right.amax(-1) - picked <= _TIE).float())
+        self.before.append(-right.gather(1, following[:, None])[:, 0])
+        self.after.append(-other.gather(1, following[:, None])[:, 0])
+
+    def result(self) -> dict[str, Any]:
+        """Return means and quantiles over all tokens, and `intervals` of those that are judged."""
+        divergence = torch.cat(self.divergences)
+        agree, before, after = map(torch.cat, (self.agreements, self.before, self.after))
+        return {
+            "kl_mean": short(float(divergence.mean())),
+            "kl_p99": short(float(divergence.quantile(0.99))),
+            "top1": short(float(agree.mean())),
+            "perplexity": short(_exp(float(after.mean()))),
+            "perplexity_reference": short(_exp(float(before.mean()))),
+            "perplexity_ratio": short(_exp(float((after - before).mean()))),
+            "intervals": _intervals(torch.cat(self.texts), divergence, agree, after - before),
+        }
+
+
+def _intervals(
+    texts: torch.Tensor, divergence: torch.Tensor, agree: torch.Tensor, lost: torch.Tensor
+) -> Mapping[str, tuple[float, float]]:
+    """Return 95 % percentile intervals, from resamples of whole texts with a fixed seed.
+
+    Tokens of one text are not independent, texts are. Efron, "Bootstrap methods: another look at
+    the jackknife", 1979. Returns {} for fewer than four texts.
+    """
+    names, place = torch.unique(texts, return_inverse=True)
+    if len(names) < _FEWEST:
+        return {}
+    chance = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(names), (_RESAMPLES, len(names)), generator=chance)
+    counts = torch.zeros(_RESAMPLES, len(names)).scatter_add_(1, drawn, torch.ones(drawn.shape))
+    weights = counts[:, place]
+    total = weights.sum(1)
+    order = divergence.argsort()
+    reached = weights[:, order].cumsum(1) >= 0.99 * total[:, None]
+    found = {
+        "kl_mean": weights @ divergence / total,
+        "kl_p99": divergence[order][reached.int().argmax(1)],
+        "top1": weights @ agree / total,
+        "perplexity_ratio": (weights @ lost / total).clamp(max=700).exp(),
+    }
+    ends = torch.tensor([_TAIL, 1 - _TAIL])
+    return {
+        name: (short(float(low)), short(float(high)))
+        for name, values in found.items()
+        for low, high in [values.double().quantile(ends.double())]
+    }
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))

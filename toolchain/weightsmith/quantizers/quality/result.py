@@ -138,3 +138,8 @@ class QualityResult(JsonObject):
     def exceeded(self) -> tuple[str, ...]:
         """One phrase for each exceeded limit."""
         return self.verdict.exceeded if self.verdict else ()
+
+
+def short(value: float) -> float:
+    """Round to six digits, more than two machines agree on."""
+    return float(f"{value:.6g}")

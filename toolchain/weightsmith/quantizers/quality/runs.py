@@ -165,7 +165,22 @@ class QuantizedNetwork:
         return self.network, self.weights
 
 
-def _require_finite(_: torch.nn.Module, __: Any, output: Any) -> None:
+@dataclass(slots=True)
+class QuantizedSubject(QuantizedNetwork):
+    """What `merging.reference.Subject` says of a checkpoint, of its quantized weights."""
+
+    adapters: Sequence[tuple[Path, float]] = ()
+    speakers: Sequence[Path] = ()
+    draft: str = ""
+    draft_texts: Sequence[str] = ()
+
+    @property
+    def model(self) -> Path:
+        """The checkpoint, whose tokenizer and chat template word the questions."""
+        return self.checkpoint
+
+
+def _require_finite(_: torch.nn.Module, __: object, output: Sequence[torch.Tensor]) -> None:
     """Raise ModelFails if the states are not finite: a weight was used without its module."""
     if not bool(torch.isfinite(output[0]).all()):
         raise ModelFails("the hidden states are not finite")
@@ -206,45 +221,34 @@ class LayerErrors:
     def record(self, model: Model) -> None:
         """Record inputs and outputs of the checkpoint's layers."""
         for number, layer in enumerate(decoder_layers(model)):
-            _hook(layer, self._record_input(number), self._record_output(number))
+            _hook(layer, partial(self._note_input, number), partial(self._note_output, number))
 
     def compare(self, model: Model, lockstep: Lockstep) -> None:
         """Judge the quantized model's layers, each when the checkpoint has run it."""
         for number, layer in enumerate(decoder_layers(model)):
-            _hook(layer, self._replace(number, lockstep), self._judge(number, lockstep))
+            judge = partial(self._judge, number, lockstep)
+            _hook(layer, partial(self._replace, number, lockstep), judge)
 
-    def _record_input(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        def record(states: torch.Tensor) -> torch.Tensor:
-            self.inputs[number] = states[:PROBE_ROWS].clone()
-            return states
+    def _note_input(self, number: int, states: torch.Tensor) -> torch.Tensor:
+        self.inputs[number] = states[:PROBE_ROWS].clone()
+        return states
 
-        return record
+    def _note_output(self, number: int, states: torch.Tensor) -> None:
+        self.outputs[number] = states[:PROBE_ROWS].clone()
+        self.advance()
 
-    def _record_output(self, number: int) -> Callable[[torch.Tensor], None]:
-        def record(states: torch.Tensor) -> None:
-            self.outputs[number] = states[:PROBE_ROWS].clone()
-            self.advance()
+    def _replace(self, number: int, lockstep: Lockstep, states: torch.Tensor) -> torch.Tensor:
+        lockstep.wait_until(lambda: number in self.inputs)
+        return torch.cat([states[:-PROBE_ROWS], self.inputs[number]])
 
-        return record
-
-    def _replace(self, number: int, lockstep: Lockstep) -> Callable[[torch.Tensor], torch.Tensor]:
-        def replace(states: torch.Tensor) -> torch.Tensor:
-            lockstep.wait_until(lambda: number in self.inputs)
-            return torch.cat([states[:-PROBE_ROWS], self.inputs[number]])
-
-        return replace
-
-    def _judge(self, number: int, lockstep: Lockstep) -> Callable[[torch.Tensor], None]:
-        def judge(states: torch.Tensor) -> None:
-            lockstep.wait_until(lambda: number in self.outputs)
-            before, right = self.inputs.pop(number), self.outputs.pop(number)
-            before, right = before[:, : self.length], right[:, : self.length]
-            change = float((right - before).norm()) or 1.0
-            found = states[-PROBE_ROWS:, : self.length]
-            self.found[number] = float((found - right).norm()) / change
-            self.advance()
-
-        return judge
+    def _judge(self, number: int, lockstep: Lockstep, states: torch.Tensor) -> None:
+        lockstep.wait_until(lambda: number in self.outputs)
+        before, right = self.inputs.pop(number), self.outputs.pop(number)
+        before, right = before[:, : self.length], right[:, : self.length]
+        change = float((right - before).norm()) or 1.0
+        found = states[-PROBE_ROWS:, : self.length]
+        self.found[number] = float((found - right).norm()) / change
+        self.advance()
 
 
 def _hook(
@@ -253,13 +257,15 @@ def _hook(
     ended: Callable[[torch.Tensor], None],
 ) -> None:
     def before(
-        _: torch.nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+        _: torch.nn.Module, args: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor]
+    ) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
         if args:
             return (started(args[0]), *args[1:]), named
         return args, {**named, "hidden_states": started(named["hidden_states"])}
 
-    def after(_: torch.nn.Module, __: Any, output: Any) -> None:
+    def after(
+        _: torch.nn.Module, __: object, output: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> None:
         ended(output[0] if isinstance(output, tuple) else output)
 
     layer.register_forward_pre_hook(before, with_kwargs=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.time_limits import doing
-from weightsmith.core.values import Json, JsonValue
+from weightsmith.core.values import JsonValue
 from weightsmith.forward.libraries import load_tokenizer, reading_tokenizer, stay_offline
 from weightsmith.models.templates import render_chat
 
@@ -49,7 +49,8 @@ class Reading:
 
     ids: tuple[int, ...]
     answer: int
-    """Index of the last answer's first token in a conversation; 1 in plain text."""
+    """Index of the last answer's first token in a conversation; 1 in plain text, and if it cannot
+    be determined."""
 
 
 def readings(model: Path, rows: Sequence[Mapping[str, JsonValue]]) -> list[Reading]:
@@ -58,21 +59,20 @@ def readings(model: Path, rows: Sequence[Mapping[str, JsonValue]]) -> list[Readi
     found = []
     for row in rows:
         (ids,) = _ids(tokenizer, [_rendered(tokenizer, row)])
-        found.append(Reading(ids=tuple(ids), answer=_answer(tokenizer, row, ids)))
+        messages: Any = row.get("messages")
+        answer = 1
+        if messages and len(messages) > 1:
+            *asked, last = messages
+            if last["role"] == "assistant":
+                question = render_chat(tokenizer, asked, answer=True, hint=_HINT)
+                (before,) = _ids(tokenizer, [question])
+                if ids[: len(before)] == before and len(before) < len(ids):
+                    answer = len(before)
+        found.append(Reading(ids=tuple(ids), answer=answer))
     return found
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Json], ids: Sequence[int]) -> int:
-    """Return the index of the last answer's first token; 1 if it cannot be determined."""
-    messages = row.get("messages", [])
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        return 1
-    question = render_chat(tokenizer, messages[:-1], answer=True, hint=_HINT)
-    (before,) = _ids(tokenizer, [question])
-    return len(before) if list(ids[: len(before)]) == before and len(before) < len(ids) else 1
-
-
-def _renderer(model: Path) -> Any:
+def _renderer(model: Path) -> PreTrainedTokenizerBase:
     """Return a tokenizer that renders the chat template, without importing torch if possible.
 
     AutoTokenizer imports torch to find the model's own class, which takes two CPU seconds. Such a
@@ -103,15 +103,16 @@ def _lengths(model: Path, texts: Sequence[str]) -> list[int]:
         return [len(e.ids) for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Json]) -> str:
+def _rendered(tokenizer: PreTrainedTokenizerBase | None, row: Mapping[str, JsonValue]) -> str:
     if "text" in row:
         return str(row["text"])
-    if not tokenizer.chat_template:
+    if tokenizer is None or not tokenizer.chat_template:
         raise InputRefused(
             "the calibration text has conversations, but the model has no chat template",
             hint='write it as {"text": …}, or add a chat template to the model',
         )
-    return render_chat(tokenizer, row["messages"], answer=False, hint=_HINT)
+    messages: Any = row["messages"]
+    return render_chat(tokenizer, messages, answer=False, hint=_HINT)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
