@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from weightsmith.forward.device import DeviceCopier, on_gpu
 from weightsmith.forward.greedy import Answers, Questions, greedy
 from weightsmith.forward.lockstep import Lockstep
+from weightsmith.forward.products import DeviceCopier, on_gpu
 from weightsmith.forward.views import view
 
 from tests.unit.validating.conftest import make_adapter, make_model

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.forward.memory import LayerTime
 from weightsmith.stages import validate
 from weightsmith.stages.validate import ValidateStep
 from weightsmith.validating import greedy

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from weightsmith.forward.device import DeviceCopier, on_gpu
 from weightsmith.forward.greedy import Questions, greedy
 from weightsmith.forward.lockstep import Lockstep
+from weightsmith.forward.products import DeviceCopier, on_gpu
 from weightsmith.forward.views import view
 from weightsmith.merging.reference import load_network
 

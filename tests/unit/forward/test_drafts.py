@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from weightsmith.forward.drafts import Draft, read_at_once
+from weightsmith.forward.greedy import Draft, read_at_once
 
 
 def passes(true: Sequence[int], draft: Sequence[int], ends: Sequence[int] = (0,)) -> list[int]:

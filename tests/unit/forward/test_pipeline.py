@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from weightsmith.forward.pipeline import Pipeline
-from weightsmith.forward.threads import product, thread_pool
+from weightsmith.forward.threads import Pipeline, product, thread_pool
 
 
 class Layers:

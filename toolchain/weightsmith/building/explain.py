@@ -19,7 +19,7 @@ from weightsmith.core.time_limits import job_seconds
 from weightsmith.core.values import Json, JsonValue, Sources
 from weightsmith.evaluating.build_record import read_build
 from weightsmith.evaluating.results import check_contamination
-from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.forward.memory import LayerTime
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target
 from weightsmith.stages.merge import find

@@ -30,9 +30,9 @@ from weightsmith.core.values import (
 )
 from weightsmith.evaluating.results import RecipeTask
 from weightsmith.evaluating.task import Task
-from weightsmith.forward.measured_layer import LayerTime
 from weightsmith.forward.memory import (
     VIEWS,
+    LayerTime,
     WalkSize,
     all_at_once,
     batch_bytes,

@@ -68,7 +68,6 @@ def with_adapters(model: Model, adapters: Sequence[tuple[Path, float]]) -> Model
 
 
 def _loaded(model: Model, root: Path, how: Mapping[str, Any]) -> Model:
-    """Return a model with one more adapter."""
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -85,7 +84,6 @@ def _loaded(model: Model, root: Path, how: Mapping[str, Any]) -> Model:
 
 @contextmanager
 def _without_weights(root: Path) -> Iterator[None]:
-    """Raise NeedsWeights if PEFT computes with the base's weights as it loads an adapter."""
     # It would make zeros of FRoD's factors, without an error.
     if read_json(root / "adapter_config.json").get("peft_type") == "FROD":
         raise NeedsWeights("PEFT computes FRoD's factors from the base's weights")
@@ -140,7 +138,13 @@ def _resize(model: Model, adapters: Sequence[Path]) -> bool:
     parts = {name: module for name, module in model.named_modules() if module in (embedding, head)}
     before, resized = len(embedding.weight), set[str]()
     for root in adapters:
-        saved = _saved_rows(root)
+        # (module's last name, width) -> rows of each whole matrix
+        saved: dict[tuple[str, tuple[int, ...]], int] = {}
+        for tensor in read_header(root / "adapter_model.safetensors").tensors:
+            owner, _, parameter = tensor.name.rpartition(".")
+            if parameter == "weight" and len(tensor.shape) == 2:
+                *_, name = ["", *takewhile(lambda part: part not in _WRAPPERS, owner.split("."))]
+                saved[name, tensor.shape[1:]] = tensor.shape[0]
         for path, module in parts.items():
             name, width = path.rpartition(".")[2], tuple(module.weight.shape[1:])
             rows = saved.get((name, width), len(module.weight))
@@ -164,19 +168,7 @@ def _resize(model: Model, adapters: Sequence[Path]) -> bool:
     return True
 
 
-def _saved_rows(root: Path) -> dict[tuple[str, tuple[int, ...]], int]:
-    """Return (module's last name, width) -> rows of each whole matrix in an adapter's file."""
-    found: dict[tuple[str, tuple[int, ...]], int] = {}
-    for tensor in read_header(root / "adapter_model.safetensors").tensors:
-        path, _, parameter = tensor.name.rpartition(".")
-        if parameter == "weight" and len(tensor.shape) == 2:
-            *_, name = ["", *takewhile(lambda part: part not in _WRAPPERS, path.split("."))]
-            found[name, tensor.shape[1:]] = tensor.shape[0]
-    return found
-
-
 def _set_rows(module: torch.nn.Module, rows: int) -> None:
-    """Give an embedding or head so many rows, without weights."""
     for name, old in list(module.named_parameters(recurse=False)):
         new = missing((rows, *old.shape[1:]))
         # Whoever loads the weights first lets PEFT copy into them.
@@ -187,7 +179,6 @@ def _set_rows(module: torch.nn.Module, rows: int) -> None:
 
 
 def _check_tokens(root: Path, rows: int) -> None:
-    """Raise InputRefused if an adapter trains a token that has no row."""
     config = read_json(root / "adapter_config.json")
     for field in ("trainable_token_indices", "token_indices"):
         value = config.get(field)
@@ -204,22 +195,18 @@ def _check_tokens(root: Path, rows: int) -> None:
 def _tie_again(model: Model) -> None:
     """Tie tied parameters of which an adapter has saved one alone."""
     for names in dict(getattr(model, "all_tied_weights_keys", {})).items():
-        both = [one for name in names if (one := _parameter(model, name)) is not None]
+        both: list[nn.Parameter] = []
+        for name in names:
+            module, _, last = name.rpartition(".")
+            for place in (name, f"{module}.base_layer.{last}"):  # PEFT may have wrapped it
+                with suppress(AttributeError):
+                    both.append(model.get_parameter(place))
+                    break
         if len(both) < 2 or both[0].shape != both[1].shape:
             continue
         for one, other in (both, both[::-1]):
             if has_no_weights(one) and not has_no_weights(other):
                 one.data = other.data
-
-
-def _parameter(model: Model, name: str) -> torch.nn.Parameter | None:
-    """Return a parameter by its name before PEFT wrapped the model, or None if PEFT moved it."""
-    module, _, last = name.rpartition(".")
-    for place in (name, f"{module}.base_layer.{last}"):
-        with suppress(AttributeError):
-            found: torch.nn.Parameter = model.get_parameter(place)
-            return found
-    return None
 
 
 def replication(model: Model) -> list[int] | None:

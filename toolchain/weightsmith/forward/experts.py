@@ -59,7 +59,10 @@ class LazyTensor:
         if func is functional.linear and not named and isinstance(args[1], Expert):
             product, bias = args[1].multiply(args[0]), args[2] if args[2:] else None
             return product if bias is None else product + bias
-        return func(*map(_read, args), **{name: _read(value) for name, value in named.items()})
+        read = [one.whole() if isinstance(one, LazyTensor) else one for one in args]
+        for name, one in named.items():
+            named[name] = one.whole() if isinstance(one, LazyTensor) else one
+        return func(*read, **named)
 
 
 class Expert(LazyTensor):
@@ -115,7 +118,7 @@ class ExpertStack(LazyTensor):
         """Return the experts."""
         return map(self._expert, range(len(self)))
 
-    def deltas(self, number: int) -> Sequence[tuple[torch.Tensor, torch.Tensor, float]]:
+    def deltas(self, number: int) -> Sequence[Delta]:
         """Return an expert's deltas: left [rows, rank], right [rank, columns], and their factor."""
         return [(left[number], right[number], by) for left, right, by in self._deltas()]
 
@@ -129,12 +132,12 @@ class ExpertStack(LazyTensor):
         return Expert(key, self._experts[number], self.deltas(number), self._lockstep)
 
 
-def _read(value: Any) -> Any:
-    return value.whole() if isinstance(value, LazyTensor) else value
-
-
 def read_one_by_one(
-    module: Any, stacks: Mapping[str, Sequence[Parts]], key: Key, lockstep: Lockstep, deltas: Any
+    module: torch.nn.Module,
+    stacks: Mapping[str, Sequence[Parts]],
+    key: Key,
+    lockstep: Lockstep,
+    deltas: Mapping[str, Deltas],
 ) -> None:
     """Replace a module's stacked parameters by ones that read single experts.
 
@@ -147,8 +150,8 @@ def read_one_by_one(
             raise ModelFails(f"{name} has shape {shapes}")
         delattr(module, name)
         object.__setattr__(module, name, stack)
-    if hasattr(module, "config"):
-        module.config._experts_implementation = "eager"  # noqa: SLF001 - transformers' own switch
+    if config := getattr(module, "config", None):
+        config._experts_implementation = "eager"  # noqa: SLF001 - transformers' own switch
 
 
 def wrapped_experts(layer: torch.nn.Module) -> tuple[torch.nn.Module, Mapping[str, Deltas]] | None:
@@ -159,14 +162,13 @@ def wrapped_experts(layer: torch.nn.Module) -> tuple[torch.nn.Module, Mapping[st
     from peft.tuners.lora.layer import ParamWrapper
 
     added: dict[str, list[Any]] = {}
-    wrappers, inner = [], layer
+    inner = layer
     while isinstance(inner, ParamWrapper):
         if inner.num_experts < 2 or any(inner.lora_bias.values()):
             return None
         added.setdefault(inner.parameter_name, []).append(inner)
-        wrappers.append(inner)
         inner = inner.base_layer
-    if not wrappers or any(True for _ in inner.children() if hasattr(_, "base_layer")):
+    if not added or any(hasattr(part, "base_layer") for part in inner.children()):
         return None
     return inner, {name: _deltas(all_) for name, all_ in added.items()}
 

@@ -1,5 +1,10 @@
 """Greedy answers of several views in one pass over the weights, using drafts if there are any.
 
+The merged model reads the adapter's answers and accepts each token that is also its own likeliest:
+16 tokens, then up to 64 at a time while all are right, after a wrong one as many as were right.
+Reading a token costs as much computing as writing one; only the passes are fewer. So a draft that
+does not fit is not read on.
+
 Before its batches are made, a model reads the first tokens of a question twice, once with padding
 or a hole in the cache. If the next token's logits differ, each question is a batch of its own: some
 thirty of transformers' models ignore masks or positions somewhere. A list of names would miss the
@@ -16,11 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightsmith.forward.drafts import MOST, Draft, read_at_once
-from weightsmith.forward.heads import some_logits
+from weightsmith.forward.heads import BatchPositions, only, some_logits
 from weightsmith.forward.libraries import ModelFails, running
 from weightsmith.forward.memory import BATCH_BYTES, BATCH_TOKENS, token_bytes
-from weightsmith.forward.positions import BatchPositions, only
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig, PreTrainedModel
@@ -31,6 +34,10 @@ Tokens = Sequence[int]
 Written = tuple[int, int, list[int]]
 """An answer's number, and tokens from a position on."""
 Keep = Callable[[Sequence[Written]], None]
+FIRST, MOST = 16, 64
+"""Tokens that are read at first, and at most: twice as many whenever all of them were right."""
+_NEAR = 4
+"""How far a text may have moved against its draft, in tokens, to be found in it again."""
 _ROUNDS = 2
 """How often a draft is read: after two wrong tokens, another pass would confirm few more."""
 _PADDING = 128
@@ -39,6 +46,46 @@ _HIDDEN = 4096
 """Hidden size if the configuration has none at its top: that of most models of 7B."""
 _LEAVE = 4
 """A batch continues without its finished answers as soon as they are one in so many."""
+
+
+def read_at_once(asked: int, draft: int) -> int:
+    """Return how many tokens of a text a pass reads at most, with so many of question and draft."""
+    return max(asked + min(draft, FIRST), min(draft, MOST) + 1)
+
+
+@dataclass(slots=True)
+class Draft:
+    """A probable answer, and how much of it is worth reading next.
+
+    Reading a token costs about as much as writing one. So after a wrong one, only as many are read
+    as were right the last time; if that was none, the model's own next token must fit first.
+    """
+
+    tokens: Sequence[int] = ()
+    _place: int = 0
+    _window: int = FIRST
+
+    def guess(self, most: int, ends: Sequence[int]) -> list[int]:
+        """Return at most so many probable next tokens, without one that ends the answer.
+
+        That one is known from the token before it.
+        """
+        some = self.tokens[self._place : self._place + min(self._window, most)]
+        end = next((i for i, token in enumerate(some) if token in ends), len(some))
+        return list(some[:end])
+
+    def learn(self, guessed: int, right: int, token: int) -> None:
+        """Go on behind the guessed tokens that were right and the model's own next one.
+
+        It stands for the one that was wrong. If none was right, it may be elsewhere in the draft.
+        """
+        expected = self._place + right
+        reach = 0 if right else _NEAR
+        near = range(max(0, expected - reach), min(len(self.tokens), expected + reach + 1))
+        fits = [place for place in near if self.tokens[place] == token]
+        self._place = min(fits, key=lambda place: abs(place - expected), default=expected) + 1
+        all_right = bool(fits) and right == guessed
+        self._window = min(MOST, 2 * max(1, self._window)) if all_right else right
 
 
 @dataclass(slots=True)

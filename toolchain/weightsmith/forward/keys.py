@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from weightsmith.forward.positions import BatchPositions
+from weightsmith.forward.heads import BatchPositions
 
 
 class KvCacheLayer(DynamicLayer):  # type: ignore[misc]

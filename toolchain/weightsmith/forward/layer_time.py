@@ -19,9 +19,9 @@ from torch import nn
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
-from weightsmith.forward.device import on_gpu
 from weightsmith.forward.lockstep import Lockstep
 from weightsmith.forward.network import decoder_of, skeleton
+from weightsmith.forward.products import on_gpu
 from weightsmith.forward.views import stream
 
 if TYPE_CHECKING:

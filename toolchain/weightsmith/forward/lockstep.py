@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from weightsmith.forward.device import DeviceCopier
 from weightsmith.forward.libraries import ModelFails
-from weightsmith.forward.products import Matrix, Products
+from weightsmith.forward.products import DeviceCopier, Matrix, Products
 
 T = TypeVar("T")
 Key = tuple[int, ...]
@@ -28,16 +27,10 @@ else tells matrices apart, such as an expert's number."""
 
 @dataclass(slots=True)
 class _Request:
-    """One view's inputs to a matrix, and the product once it is computed."""
-
     inputs: torch.Tensor
     matrix: Matrix
     output: torch.Tensor | None = None
     failed: BaseException | None = None
-
-    @property
-    def answered(self) -> bool:
-        return self.output is not None or self.failed is not None
 
 
 class _StoppedError(Exception):
@@ -98,7 +91,6 @@ class Lockstep:
         return found
 
     def _stop(self) -> None:
-        """Let every view end at its next product."""
         with self._changed:
             self._stopped = True
             self._waiting.clear()
@@ -131,7 +123,7 @@ class Lockstep:
         request = _Request(inputs.reshape(-1, inputs.shape[-1]), matrix)
         with self._changed:
             self._waiting.setdefault(key, []).append(request)
-            while not request.answered:
+            while request.output is None and request.failed is None:
                 if self._stopped:
                     raise _StoppedError
                 if self._busy or sum(map(len, self._waiting.values())) < self._running:
@@ -143,7 +135,6 @@ class Lockstep:
         return request.output.view(*inputs.shape[:-1], matrix.shape[0])
 
     def _serve(self, requests: Sequence[_Request]) -> None:
-        """Multiply for these views while the lock is released."""
         self._busy = True
         self._changed.release()
         try:
@@ -162,20 +153,15 @@ class Lockstep:
             raise AssertionError("views asked for different matrices by one key")
         if requests[1:]:
             rows = torch.cat([request.inputs for request in requests])
-        product = self._on_device(rows, matrix)
+        product = None
+        if self._products is not None:
+            try:
+                product = self._products.multiply(rows, matrix)
+            except RuntimeError:  # most often another program has taken the device's memory
+                self._products = None  # and it is not asked again
         if product is None:
             product = self._cpus.multiply(rows, matrix)
         start = 0
         for request in requests:
             end = start + request.inputs.shape[0]
             request.output, start = product[start:end], end
-
-    def _on_device(self, rows: torch.Tensor, matrix: Matrix) -> torch.Tensor | None:
-        """Return the product; None without a device, or if it fails: it is not asked again."""
-        if self._products is None:
-            return None
-        try:
-            return self._products.multiply(rows, matrix)
-        except RuntimeError:  # most often another program has taken the device's memory
-            self._products = None
-            return None

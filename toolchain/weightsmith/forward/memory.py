@@ -1,10 +1,12 @@
-"""How much memory a walk over a model's weights takes, from the model's dimensions."""
+"""What a walk over a model's weights takes: memory, from its dimensions, and measured time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.json_objects import JsonObject
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.shape import ModelShape
 
@@ -148,3 +150,23 @@ def _fixed(shape: ModelShape, walk: WalkSize) -> int:
     logits = min(logits, 12 * walk.tokens * shape.vocab * max(1, walk.views - _FEW + 1))
     modules = max(0, walk.views - _FEW) * shape.layers * _MODULES
     return START + walk.adapter_bytes + logits + modules
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTime(JsonObject):
+    """Seconds of one decoder layer and of the head, for two counts of tokens."""
+
+    layers: int
+    counts: tuple[int, ...]
+    layer: tuple[float, ...]
+    head: tuple[float, ...]
+
+    def passed(self, tokens: float, positions: float) -> float:
+        """Return the seconds of a pass over all layers, with logits at some positions."""
+        return self.layers * self._at(self.layer, tokens) + self._at(self.head, positions)
+
+    def _at(self, seconds: Sequence[float], tokens: float) -> float:
+        """Return the seconds for a number of tokens, on the line through both measurements."""
+        few, many = self.counts
+        slope = max(0.0, (seconds[1] - seconds[0]) / (many - few))
+        return max(0.0, seconds[0] - slope * few) + slope * tokens

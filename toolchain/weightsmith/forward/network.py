@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from weightsmith.forward.kinds import Model
 
+Places: TypeAlias = dict[tuple[torch.nn.Module, str], str]
+"""(module, attribute) -> the model's name of a parameter"""
 PEFT_PREFIX = "base_model.model."
 _CONFIG_HINT = (
     "compare config.json with the published one: it is damaged, or of an architecture that this "
@@ -52,7 +54,6 @@ def skeleton(root: Path) -> Model:
 
 @contextmanager
 def _without_memory() -> Iterator[None]:
-    """Register parameters on the meta device; buffers are computed and kept."""
     own = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, values: nn.Parameter | None) -> None:
@@ -78,21 +79,20 @@ def _nothing_drawn() -> Iterator[None]:
     mark = "_is_hf_initialized"
     names = (name for name in dir(nn.init) if name.endswith("_") and not name.startswith("_"))
     own = {name: getattr(nn.init, name) for name in names}
+
+    def leave(draw: Callable[..., object], *given: object, **named: object) -> object:
+        values = given[0] if given else named["tensor"]  # named where a mode replaces functions
+        return values if isinstance(values, nn.Parameter) else draw(*given, **named)
+
     setattr(nn.Parameter, mark, True)
     for name, draw in own.items():
-        setattr(nn.init, name, partial(_drawn, draw))
+        setattr(nn.init, name, partial(leave, draw))
     try:
         yield
     finally:
         delattr(nn.Parameter, mark)
         for name, draw in own.items():
             setattr(nn.init, name, draw)
-
-
-def _drawn(draw: Callable[..., torch.Tensor], *given: Any, **named: Any) -> Any:
-    """Leave a parameter as it is; torch names it where a mode replaces functions."""
-    values = given[0] if given else named["tensor"]
-    return values if isinstance(values, nn.Parameter) else draw(*given, **named)
 
 
 def set_missing(model: Model) -> None:
@@ -145,40 +145,38 @@ def base_name(name: str) -> str:
 def fill_while_running(
     outer: torch.nn.Module,
     weights: Weights,
-    places: dict[tuple[torch.nn.Module, str], str] | None = None,
+    places: Places | None = None,
 ) -> None:
     """Load a module's missing parameters before it runs, and drop them afterwards."""
     places = missing_below(outer, "") if places is None else places
-
-    def fill(*_: object) -> None:
-        for (module, name), parameter in places.items():
-            getattr(module, name).data = weights.whole(parameter)
-
-    def empty(*_: object) -> None:
-        for module, name in places:
-            part = getattr(module, name)
-            part.data = missing(part.shape).data
-
-    outer.register_forward_pre_hook(fill)
-    outer.register_forward_hook(empty, always_call=True)
+    outer.register_forward_pre_hook(lambda *_: _load(places, weights))
+    outer.register_forward_hook(lambda *_: _drop(places), always_call=True)
 
 
 @contextmanager
 def filled(outer: torch.nn.Module, path: str, weights: Weights) -> Iterator[None]:
     """Load the missing parameters below `outer`, and drop them at the end."""
     places = missing_below(outer, path)
-    for (module, name), parameter in places.items():
-        getattr(module, name).data = weights.whole(parameter)
+    _load(places, weights)
     try:
         yield
     finally:
-        for module, name in places:
-            part = getattr(module, name)
-            part.data = missing(part.shape).data
+        _drop(places)
 
 
-def missing_below(outer: torch.nn.Module, path: str) -> dict[tuple[torch.nn.Module, str], str]:
-    """Return (module, attribute) -> the model's name of every missing parameter below `outer`."""
+def _load(places: Places, weights: Weights) -> None:
+    for (module, name), parameter in places.items():
+        getattr(module, name).data = weights.whole(parameter)
+
+
+def _drop(places: Places) -> None:
+    for module, name in places:
+        part = getattr(module, name)
+        part.data = missing(part.shape).data
+
+
+def missing_below(outer: torch.nn.Module, path: str) -> Places:
+    """Return every missing parameter below `outer`."""
     return {
         (module, name): base_name(".".join(p for p in (path, inner, name) if p))
         for inner, module in outer.named_modules()
@@ -190,9 +188,8 @@ def missing_below(outer: torch.nn.Module, path: str) -> dict[tuple[torch.nn.Modu
 def fill(model: Model, weights: Weights, skip: Sequence[torch.nn.Module] = ()) -> None:
     """Load every missing parameter of a model, and keep it; modules in `skip` are left alone."""
     left = {id(module) for layer in skip for module in layer.modules()}
-    for (module, name), parameter in missing_below(model, "").items():
-        if id(module) not in left:
-            getattr(module, name).data = weights.whole(parameter)
+    places = missing_below(model, "").items()
+    _load({place: name for place, name in places if id(place[0]) not in left}, weights)
 
 
 def decoder_of(model: Model) -> PreTrainedModel:

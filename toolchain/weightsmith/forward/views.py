@@ -21,6 +21,7 @@ from weightsmith.forward.experts import (
     read_one_by_one,
     wrapped_experts,
 )
+from weightsmith.forward.heads import multiplied
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Key, Lockstep
 from weightsmith.forward.network import (
@@ -31,7 +32,6 @@ from weightsmith.forward.network import (
     missing_below,
     skeleton_with_weights,
 )
-from weightsmith.forward.positions import multiplied
 from weightsmith.forward.products import Matrix, Rows
 from weightsmith.forward.weights import Weights
 
@@ -83,11 +83,16 @@ def stream(
     Matrices are multiplied in the lockstep, as those of checkpoint `number`.
     """
     left = {id(module) for layer in skip for module in layer.modules()}
-    own = [
-        layer
-        for layer in _outermost([layer for layer in _tuned(model) if not _is_plain(layer)])
-        if id(layer) not in left and not _stream_wrapped(model, layer, weights, lockstep, number)
-    ]
+    own = []
+    for layer in _layers_reading_weights(model):
+        if id(layer) in left:
+            continue
+        if (found := reads_one_by_one(model, layer, weights)) is None:
+            own.append(layer)
+            continue
+        path, module, deltas = found
+        call_only(layer, module)
+        _stream(path, module, weights, lockstep, number, deltas)
     for path, layer in model.named_modules():
         if layer in own:
             fill_while_running(layer, weights, missing_below(layer, path))
@@ -95,18 +100,6 @@ def stream(
     for path, module in model.named_modules():
         if id(module) not in left:
             _stream(path, module, weights, lockstep, number)
-
-
-def _stream_wrapped(
-    model: Model, layer: torch.nn.Module, weights: Weights, lockstep: Lockstep, number: int
-) -> bool:
-    """Make experts with adapters on their stacked parameters read these one by one, if possible."""
-    if (found := reads_one_by_one(model, layer, weights)) is None:
-        return False
-    path, module, deltas = found
-    call_only(layer, module)
-    _stream(path, module, weights, lockstep, number, deltas)
-    return True
 
 
 def reads_one_by_one(
@@ -131,26 +124,27 @@ def _stacks(path: str, module: torch.nn.Module, weights: Weights) -> dict[str, S
     return {name: experts for name, experts in found.items() if experts}
 
 
-def _tuned(model: Model) -> list[torch.nn.Module]:
+def _layers_reading_weights(model: Model) -> list[Any]:
+    """Return the outermost of PEFT's layers that read the base's weight beside calling its layer.
+
+    A parameter is filled once, before any of the layers inside each other changes it.
+    """
     if not hasattr(model, "peft_config"):
         return []
+    from peft.tuners.lora import Embedding, Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _outermost(layers: Sequence[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Leave out layers inside others: a parameter is filled once, before any of them changes it."""
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        and (
+            not isinstance(layer, Linear | Embedding)
+            or any(getattr(layer, "use_dora", {}).values())
+        )
+    ]
     inside = {id(m) for layer in layers for m in layer.modules() if m is not layer}
     return [layer for layer in layers if id(layer) not in inside]
-
-
-def _is_plain(layer: torch.nn.Module) -> bool:
-    """Return whether a layer calls its base layer and never reads the base's weight."""
-    from peft.tuners.lora import Embedding, Linear
-
-    plain = isinstance(layer, Linear | Embedding)
-    return plain and not any(getattr(layer, "use_dora", {}).values())
 
 
 def _stream(
@@ -182,16 +176,11 @@ def _stream(
         places.pop("weight")
         lookup = functools.partial(look_up, module, type(module).forward, matrix)
         setattr(module, "forward", lookup)  # noqa: B010
-    for name in [name for name in places if _stays(module, name)]:
+    alone = isinstance(module, nn.Conv1d) and module.groups == module.in_channels
+    for name in [n for n in places if alone or module.get_parameter(n).dim() < 2]:
         module.get_parameter(name).data = weights.whole(places.pop(name))
     if places:
         fill_while_running(module, weights, {(module, n): p for n, p in places.items()})
-
-
-def _stays(module: nn.Module, name: str) -> bool:
-    """Return whether a parameter is small: a vector, or a convolution's of channels each alone."""
-    alone = isinstance(module, nn.Conv1d) and module.groups == module.in_channels
-    return alone or module.get_parameter(name).dim() < 2
 
 
 def _linear(

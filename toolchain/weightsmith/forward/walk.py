@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
 from weightsmith.core.time_limits import doing
-from weightsmith.forward.device import on_gpu
 from weightsmith.forward.libraries import ModelFails
 from weightsmith.forward.lockstep import Lockstep
+from weightsmith.forward.products import on_gpu
 from weightsmith.models.safetensors import open_checkpoint
 
 if TYPE_CHECKING:
@@ -76,7 +76,14 @@ def walk(
     fails for another reason than missing weights.
     """
     lockstep, unfit = Lockstep(products=on_gpu()), dict[str, ModelFails]()
-    views = _views(openings, lockstep, unfit)
+    views, numbers = dict[str, Any](), dict[Hashable, int]()
+    with doing("building the models without their weights"):
+        for name, opening in openings.items():
+            number = numbers.setdefault(opening.source, len(numbers))
+            try:
+                views[name] = opening.streamed(lockstep, number)
+            except ModelFails as error:
+                unfit[name] = _without_weights(opening, error)
 
     def attempt(name: str) -> T | None:
         try:
@@ -119,22 +126,7 @@ def _does_not_run(opening: Opening, error: ModelFails) -> DoesNotRun:
     )
 
 
-def _views(
-    openings: Mapping[str, Opening], lockstep: Lockstep, unfit: dict[str, ModelFails]
-) -> dict[str, Model]:
-    views, numbers = dict[str, Any](), dict[Hashable, int]()
-    with doing("building the models without their weights"):
-        for name, opening in openings.items():
-            number = numbers.setdefault(opening.source, len(numbers))
-            try:
-                views[name] = opening.streamed(lockstep, number)
-            except ModelFails as error:
-                unfit[name] = _without_weights(opening, error)
-    return views
-
-
 def _require_memory(checkpoint: Path, error: ModelFails) -> None:
-    """Raise EnvironmentFailure if a checkpoint in float32 does not fit into memory."""
     infos = open_checkpoint(checkpoint).tensors.values()
     needed = 4 * sum(math.prod(info.shape) for info in infos)
     try:

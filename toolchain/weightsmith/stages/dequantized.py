@@ -16,8 +16,7 @@ from weightsmith.core.values import Artifact, Checkpoint, Digest, Format, JsonVa
 from weightsmith.evaluating.results import RecipeTask, Result, judged, require
 from weightsmith.evaluating.task import Answers, Task, score_task
 from weightsmith.evaluating.walks import answer_seconds, batch_memory, memory_limit, task_walk
-from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import DEQUANTIZED, model_walk_bytes
+from weightsmith.forward.memory import DEQUANTIZED, LayerTime, model_walk_bytes
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import formats, of_format
 from weightsmith.serving.plan import ServingConfig, ServingPlan

@@ -18,8 +18,7 @@ from weightsmith.core.values import (
     StageInputs,
     Writable,
 )
-from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import COMPARING, DEQUANTIZED, WalkSize, model_pass_bytes
+from weightsmith.forward.memory import COMPARING, DEQUANTIZED, LayerTime, WalkSize, model_pass_bytes
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.safetensors import read_header
 from weightsmith.quantizers import formats, of_format

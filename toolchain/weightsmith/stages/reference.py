@@ -33,8 +33,7 @@ from weightsmith.evaluating.walks import (
     walks,
     with_merged,
 )
-from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import UNKNOWN, joint_walk
+from weightsmith.forward.memory import UNKNOWN, LayerTime, joint_walk
 from weightsmith.models.facts import ModelFacts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.steps.answer_checkpoint import checkpointed_answers

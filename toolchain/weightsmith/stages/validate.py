@@ -21,8 +21,7 @@ from weightsmith.core.values import (
     Writable,
     key_of,
 )
-from weightsmith.forward.measured_layer import LayerTime
-from weightsmith.forward.memory import COMPARING, WalkSize, model_pass_bytes
+from weightsmith.forward.memory import COMPARING, LayerTime, WalkSize, model_pass_bytes
 from weightsmith.merging.combining.combination import PRUNING, SUMS
 from weightsmith.models.facts import ModelFacts
 from weightsmith.recipe.file import RecipeFile

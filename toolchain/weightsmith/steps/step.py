@@ -17,7 +17,7 @@ from weightsmith.core.errors import CheckFailed
 from weightsmith.core.json_objects import JsonObject
 from weightsmith.core.values import Digest, JsonValue, StageInputs, Tree, Writable, key_of, plain
 from weightsmith.evaluating.results import Result
-from weightsmith.forward.measured_layer import LayerTime
+from weightsmith.forward.memory import LayerTime
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.targets import Target

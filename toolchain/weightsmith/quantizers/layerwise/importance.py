@@ -24,9 +24,8 @@ from torch import nn
 
 from weightsmith.forward.layers import TOKENS, Layers
 from weightsmith.forward.libraries import load_tokenizer
-from weightsmith.forward.pipeline import Pipeline
 from weightsmith.forward.reproducible import follow, reproducible
-from weightsmith.forward.threads import CPUS, product, thread_pool, unwatched
+from weightsmith.forward.threads import CPUS, Pipeline, product, thread_pool, unwatched
 from weightsmith.quantizers.architectures import EXPERTS
 from weightsmith.quantizers.gguf_importance import WALK_TOKENS, config_of, window_of
 from weightsmith.quantizers.layerwise.observing import Experts, is_experts
