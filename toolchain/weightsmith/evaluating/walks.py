@@ -37,7 +37,7 @@ from weightsmith.forward.memory import (
     all_at_once,
     batch_bytes,
     joint_walk,
-    token_bytes,
+    shape_token_bytes,
     walk_bytes,
 )
 from weightsmith.models.facts import read_facts
@@ -279,12 +279,7 @@ def answer_seconds(
     A batch that does not fit into memory with the others reads the weights again.
     """
     rows, new = len(task.items), max(1, task.max_tokens)
-    one = token_bytes(
-        layers=shape.layers,
-        cached=shape.kv_heads * shape.head_dim,
-        hidden=shape.hidden,
-        intermediate=shape.intermediate,
-    )
+    one = shape_token_bytes(shape)
     room = max(1, batch_bytes(shape, walk, budget))
     batches = max(1, -(-walk.views * walk.tokens * one // room))
     asked, steps = walk.views * walk.tokens / batches, walk.views * rows / batches

@@ -96,14 +96,6 @@ class Answers:
     margins: list[list[float]]
     """Of each token, the nats by which it was likelier than the second likeliest."""
 
-
-@dataclass(slots=True)
-class _AnswersSoFar:
-    """The tokens of each answer so far, and their margins, by the prompt's number."""
-
-    tokens: dict[int, list[int]]
-    margins: dict[int, list[float]]
-
     def append(
         self, number: int, tokens: Tokens, margins: Sequence[float], asked: Questions
     ) -> Written:
@@ -141,7 +133,7 @@ def greedy(model: Model, asked: Questions, advance: Callable[[int], None]) -> An
     likely one, which is replaced. `advance` is called with the number of finished answers.
     """
     numbers = range(len(asked.prompts))
-    answers = _AnswersSoFar({n: [] for n in numbers}, {n: [] for n in numbers})
+    answers = Answers([[] for _ in numbers], [[] for _ in numbers])
     empty = empty_prefix(model, asked.prompts, asked.most)
     alone = batches_change(model, empty, asked.prompts, asked.filler)
     shared = Prefix() if alone else shared_prefix(model, asked.prompts, empty)
@@ -159,7 +151,7 @@ def greedy(model: Model, asked: Questions, advance: Callable[[int], None]) -> An
         else:
             _generate(model, asked, batch, answers)
         advance(len(batch))
-    return Answers([answers.tokens[n] for n in numbers], [answers.margins[n] for n in numbers])
+    return answers
 
 
 def _usable_drafts(model: Model, asked: Questions) -> dict[int, list[int]]:
@@ -260,9 +252,8 @@ def _continue(
     asked: Questions,
     shared: Prefix,
     drafts: Mapping[int, Draft],
-    found: _AnswersSoFar,
+    found: Answers,
 ) -> None:
-    """Write answers to their ends, each with its draft."""
     longest = max(len(asked.prompts[n]) for n in drafts)
     keys = shared.rows(len(drafts), longest + asked.most + HOLES - shared.length)
     batch = list(drafts)
@@ -290,7 +281,7 @@ def _continue(
 
 
 def _read_drafts(
-    model: Model, asked: Questions, found: _AnswersSoFar, drafts: Mapping[int, Tokens]
+    model: Model, asked: Questions, found: Answers, drafts: Mapping[int, Tokens]
 ) -> None:
     """Check drafts, each as a whole, by a model without keys and values of single tokens."""
     rest, most = dict(drafts), batch_tokens(model, asked)
@@ -349,7 +340,7 @@ def _best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best[..., 0], highest[..., 0] - others
 
 
-def _generate(model: Model, asked: Questions, batch: Sequence[int], found: _AnswersSoFar) -> None:
+def _generate(model: Model, asked: Questions, batch: Sequence[int], found: Answers) -> None:
     """Continue a batch until all of its answers have ended, by the model's own kind of cache.
 
     It is padded on the left; padding is masked and positions count without it.
@@ -416,7 +407,7 @@ def batches_change(model: Model, empty: Prefix, prompts: Sequence[Sequence[int]]
 
 
 def _with_a_hole(model: Model, empty: Prefix, text: Sequence[int], pad: int) -> torch.Tensor:
-    """Return the logits after a text of which a column before its last token was taken back."""
+    # A column before its last token is taken back.
     keys, width = empty.rows(1, len(text) + 1), len(text)
     _last(model, [*text[:-1], pad], **keys.given(torch.tensor([width]), width))
     keys.keep(torch.tensor([width - 1]), width)
@@ -424,7 +415,7 @@ def _with_a_hole(model: Model, empty: Prefix, text: Sequence[int], pad: int) -> 
 
 
 def _padded(model: Model, text: Sequence[int], pad: int) -> torch.Tensor:
-    """Return the logits after a text with padding before it, which is masked, and behind it."""
+    # Padding before it, which is masked, and behind it.
     mask = torch.tensor([[0, *[1] * (len(text) + 1)]])
     given: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
     if takes(model, "position_ids"):
@@ -491,7 +482,10 @@ def shared_prefix(model: Model, prompts: Sequence[Sequence[int]], empty: Prefix)
 
     At least one token of each prompt is left. `empty` is the model's prefix without tokens.
     """
-    length = _common(prompts)
+    first, last = min(prompts, key=list, default=()), max(prompts, key=list, default=())
+    longest = min(map(len, prompts), default=1) - 1  # without any prompt's last token
+    same = (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    length = max(0, min(longest, next(same, longest)))
     if not empty.layers or length * (len(prompts) - 1) < _WORTH:
         return empty
     cache = empty.rows(1, length).cache
@@ -539,12 +533,3 @@ def bare(model: Model) -> PreTrainedModel:
 def takes(model: Model, name: str) -> bool:
     """Return whether a model is called with an argument of this name."""
     return name in inspect.signature(bare(model).forward).parameters
-
-
-def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """Return how many tokens all prompts begin with, without any prompt's last one."""
-    rows = [list(prompt) for prompt in prompts]
-    first, last = min(rows, default=[]), max(rows, default=[])
-    longest = min(map(len, rows), default=1) - 1
-    same = (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return max(0, min(longest, next(same, longest)))

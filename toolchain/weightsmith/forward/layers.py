@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +26,6 @@ from weightsmith.forward.views import require_complete, stream
 if TYPE_CHECKING:
     from transformers import Cache
 
-    from weightsmith.forward.kinds import Model
 
 _CACHE = frozenset({"cache", "past_key_values"})
 """A layer's argument for keys and values; transformers has renamed it."""
@@ -44,14 +43,6 @@ class Batch:
     """[texts * longest]: which are tokens of a text."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What a decoder passes to a layer beside the states."""
-
-    more: tuple[Any, ...]
-    named: Mapping[str, Any]
-
-
 class Layers:
     """The decoder of a folder's model, whose layers get their weights one after the other."""
 
@@ -67,9 +58,17 @@ class Layers:
         paths = {id(module): path for path, module in self.model.named_modules()}
         self.paths = [paths[id(layer)] for layer in self.layers]
         stream(self.model, self.weights, Lockstep(), 0, self.layers)
-        _require_rows(self.model, samples)
+        count = self.model.get_input_embeddings().weight.shape[0]
+        largest = max((max(sample) for sample in samples), default=0)
+        if largest >= count:
+            raise InputRefused(
+                f"the tokenizer makes token {largest} of the calibration text, and the model's"
+                f" embedding has only {count} rows",
+                hint="use the tokenizer that the model was trained with",
+            )
         self.batches = _batches(samples, tokens)
-        self._calls: list[list[_Call]] = [[] for _ in self.layers]
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self.layers]
+        """What the decoder passes to each layer beside each batch's states."""
         self.states = [self._entered(decoder, batch) for batch in self.batches]
         """Of each batch, in front of the next layer: float32 [texts, longest, hidden]."""
 
@@ -78,11 +77,9 @@ class Layers:
         first: list[torch.Tensor] = []
 
         def recording(number: int) -> Callable[..., torch.Tensor]:
-            def forward(
-                hidden_states: torch.Tensor, *more: torch.Tensor, **named: Any
-            ) -> torch.Tensor:
+            def forward(hidden_states: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
                 first.append(hidden_states)
-                self._calls[number].append(_Call(more, named))
+                self._calls[number].append((more, named))
                 return hidden_states
 
             return forward
@@ -124,11 +121,10 @@ class Layers:
 
     def run(self, number: int, batch: int, cache: Cache = None) -> torch.Tensor:
         """Return what a loaded layer makes of a batch's states; `cache` gets keys and values."""
-        call = self._calls[number][batch]
-        named = dict(call.named)
+        more, named = self._calls[number][batch]
         if cache is not None:
-            named |= dict.fromkeys(_CACHE & named.keys(), cache)
-        made = self.layers[number](self.states[batch], *call.more, **named)
+            named = named | dict.fromkeys(_CACHE & named.keys(), cache)
+        made = self.layers[number](self.states[batch], *more, **named)
         states: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return states
 
@@ -151,20 +147,7 @@ def _is_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def _require_rows(model: Model, samples: Sequence[Sequence[int]]) -> None:
-    """Raise InputRefused for a token that the embedding has no row for."""
-    count = model.get_input_embeddings().weight.shape[0]
-    largest = max((max(sample) for sample in samples), default=0)
-    if largest >= count:
-        raise InputRefused(
-            f"the tokenizer makes token {largest} of the calibration text, and the model's"
-            f" embedding has only {count} rows",
-            hint="use the tokenizer that the model was trained with",
-        )
-
-
 def _linear(module: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """Return a linear layer's outputs by the fastest product."""
     rows = inputs.reshape(-1, inputs.shape[-1])
     found = product(rows, module.weight).reshape(*inputs.shape[:-1], -1)
     return found if module.bias is None else found + module.bias

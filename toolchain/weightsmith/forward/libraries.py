@@ -67,30 +67,26 @@ def load_torch_and_transformers() -> None:
     stay_offline()
     found = find_spec("torch")
     folder = Path(found.origin).parent / "lib" if found and found.origin else Path()
-    thread = threading.Thread(target=_load, args=(folder,))
+
+    def load() -> None:
+        # Torch loads those of CUDA in an order of its own. What cannot be loaded, it says itself.
+        if not (folder / "libtorch_cuda.so").exists():
+            with suppress(OSError):
+                ctypes.CDLL(str(folder / "libtorch_cpu.so"))
+
+    thread = threading.Thread(target=load)
     thread.start()
     try:
-        _import("transformers")
+        importlib.import_module("transformers")
     finally:
         thread.join()
-
-
-def _load(folder: Path) -> None:
-    # Torch loads those of CUDA in an order of its own. What cannot be loaded, it says itself.
-    if not (folder / "libtorch_cuda.so").exists():
-        with suppress(OSError):
-            ctypes.CDLL(str(folder / "libtorch_cpu.so"))
 
 
 def import_lightly(*names: str) -> None:
     """Import modules of transformers, or what imports it, without torch's compiler if possible."""
     # What else is installed may need the compiler; then it is imported after all.
     with suppress(ImportError, AttributeError, TypeError), _without_compiler():
-        _import(*names)
-    _import(*names)
-
-
-def _import(*names: str) -> None:
+        list(map(importlib.import_module, names))
     for name in names:
         importlib.import_module(name)
 
@@ -127,7 +123,6 @@ def _without_compiler() -> Iterator[None]:
 
 
 def _undecorated(function: Any = None, *_: object, **__: object) -> Any:
-    """Stand for a decorator of the compiler, with arguments or without."""
     return function if function is not None else _undecorated
 
 
@@ -186,14 +181,13 @@ def running() -> Iterator[None]:
         yield
     except Exception as error:
         told = isinstance(error, WeightsmithError | ModelFails | OSError)
-        if told or ran_out_of_memory(error) or _begins_here(error):
+        if told or ran_out_of_memory(error) or _is_ours(error):
             raise
         text = " ".join(str(error).split())[:200]
         raise ModelFails(f"{type(error).__name__}: {text}") from error
 
 
-def _begins_here(error: Exception) -> bool:
-    """Return whether an error is of our code, not of a library that it called or was called by."""
+def _is_ours(error: Exception) -> bool:
     if isinstance(error, RuntimeError):  # of torch's own functions, which are in no traceback
         return False
     last: TracebackType | None = error.__traceback__

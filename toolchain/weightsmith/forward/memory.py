@@ -71,7 +71,8 @@ def token_bytes(*, layers: int, cached: int, hidden: int, intermediate: int) -> 
     return _FLOAT * (2 * layers * cached + _STREAMS * hidden + _GATES * intermediate)
 
 
-def _token(shape: ModelShape) -> int:
+def shape_token_bytes(shape: ModelShape) -> int:
+    """Return `token_bytes` of a model."""
     return token_bytes(
         layers=shape.layers,
         cached=shape.kv_heads * shape.head_dim,
@@ -92,7 +93,7 @@ def all_at_once(shape: ModelShape, walk: WalkSize, budget: int) -> bool:
 
 
 def _wanted(shape: ModelShape, walk: WalkSize) -> int:
-    return walk.views * min(walk.tokens, BATCH_TOKENS) * _token(shape)
+    return walk.views * min(walk.tokens, BATCH_TOKENS) * shape_token_bytes(shape)
 
 
 def batch_bytes(shape: ModelShape, walk: WalkSize, budget: int) -> int:
@@ -166,7 +167,6 @@ class LayerTime(JsonObject):
         return self.layers * self._at(self.layer, tokens) + self._at(self.head, positions)
 
     def _at(self, seconds: Sequence[float], tokens: float) -> float:
-        """Return the seconds for a number of tokens, on the line through both measurements."""
         few, many = self.counts
         slope = max(0.0, (seconds[1] - seconds[0]) / (many - few))
         return max(0.0, seconds[0] - slope * few) + slope * tokens

@@ -98,8 +98,6 @@ class Products:
 
 
 class _Helper:
-    """A thread that does one share of the work at a time."""
-
     def __init__(self) -> None:
         self._work = SimpleQueue[tuple[Callable[[int], None], int] | None]()
         self._done = SimpleQueue[BaseException | None]()
@@ -181,7 +179,6 @@ class DeviceCopier:
         return output
 
     def _pieces(self, matrix: torch.Tensor | LazyRows) -> Iterator[torch.Tensor]:
-        """Yield the matrix on the device, some rows at a time, in its own dtype."""
         waiting: tuple[torch.Tensor, Any] | None = None
         for part in matrix.split(self._rows):
             following = self._copied(part)

@@ -114,7 +114,7 @@ class Pipeline(Generic[Made]):
     def _begin(
         self, layer: int, batches: int, own: ExitStack, before: Sequence[Future[Made]]
     ) -> tuple[Future[object], Sequence[Future[Made]]]:
-        """Give out the work on a layer; what it needs is left with the stack `own`."""
+        # What it needs is left with the stack `own`.
         loading = self._pool.submit(lambda: own.enter_context(self._loaded(layer)))
 
         def work(batch: int) -> Made:
