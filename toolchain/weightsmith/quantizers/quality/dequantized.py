@@ -27,8 +27,8 @@ from weightsmith.models.tensors import View
 from weightsmith.quantizers.quality.result import TensorFault, short
 
 if TYPE_CHECKING:
-    from weightsmith.forward.computed import LazyRows
     from weightsmith.forward.kinds import Model
+    from weightsmith.forward.weights import LazyRows
 
 
 class Dequantized(Weights):
