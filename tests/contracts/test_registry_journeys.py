@@ -15,7 +15,6 @@ from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.ports import Silent
-from weightsmith.core.values import Digest
 from weightsmith.oci.attachments import fallback_tag
 from weightsmith.oci.image import Image, Index
 from weightsmith.oci.layers import Member, TarLayer
@@ -72,12 +71,12 @@ def test_baked_signed_and_verified(scene: Scene) -> None:
     first = scene.bake("team/app:1")
     assert scene.check(scene.name("team/app:1"))
     assert len(scene.attached("team/app:1")) >= 3
-    listed = fallback_tag(Digest(first["digest"]))
+    listed = fallback_tag(first.digest)
     by_tag = scene.client.digest_of(Reference.parse(scene.name(f"team/app:{listed}")))
     assert by_tag is None or scene.there.kind != "cuelabs", "the registry keeps the list itself"
     again = scene.bake("team/app:1")
-    assert (again["digest"], again["uploaded_bytes"]) == (first["digest"], 0)
-    assert scene.image("team/app:1").digest == first["digest"]
+    assert (again.digest, again.uploaded_bytes) == (first.digest, 0)
+    assert scene.image("team/app:1").digest == first.digest
     _, other = make_key(scene.folder, "other")
     with pytest.raises(CheckFailed):
         verify_image(scene.name("team/app:1"), other, scene.client, Silent())
@@ -88,7 +87,7 @@ def test_a_tag_in_use(scene: Scene) -> None:
     with pytest.raises(UsageError, match=":1"):
         scene.bake("used/app:1", name="renamed")
     moved = scene.bake("used/app:1", name="renamed", force=True)
-    assert scene.image("used/app:1").digest == moved["digest"]
+    assert scene.image("used/app:1").digest == moved.digest
 
 
 def test_rebased_and_still_proven(scene: Scene) -> None:
@@ -102,9 +101,11 @@ def test_rebased_and_still_proven(scene: Scene) -> None:
         smoke=False,
         force=False,
     )
-    done = rebase_image(request, memory_tools(scene.folder, registry=scene.client, key=scene.key))
+    done, _ = rebase_image(
+        request, memory_tools(scene.folder, registry=scene.client, key=scene.key)
+    )
     small = scene.image("new/app:2").config_blob.size
-    assert done["uploaded_bytes"] in ((0, small) if scene.there.pools_blobs else (small,))
+    assert done.uploaded_bytes in ((0, small) if scene.there.pools_blobs else (small,))
     assert scene.check(scene.name("new/app:2"))
 
 
@@ -121,13 +122,13 @@ def test_two_platforms_copied_out_and_back_with_all_that_hangs_on_them(scene: Sc
     many = Reference.parse(scene.name("base/many:1"))
     scene.client.push_index(Index(images=tuple(images)), many, force=True)
     made = scene.bake("here/app:1", base="base/many:1")
-    assert scene.client.digest_of(Reference.parse(scene.name("here/app:1"))) == made["digest"]
+    assert scene.client.digest_of(Reference.parse(scene.name("here/app:1"))) == made.digest
     with fake_registry() as other:
         away = f"{other.host}/away/app:1"
         copy_image(scene.name("here/app:1"), away, scene.client, Silent(), force=False)
         assert scene.check(away)
         copy_image(away, scene.name("back/app:1"), scene.client, Silent(), force=False)
-    assert scene.client.digest_of(Reference.parse(scene.name("back/app:1"))) == made["digest"]
+    assert scene.client.digest_of(Reference.parse(scene.name("back/app:1"))) == made.digest
     assert scene.attached("back/app:1") == scene.attached("here/app:1") != set()
     assert scene.check(scene.name("back/app:1"))
 

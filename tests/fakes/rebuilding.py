@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from weightsmith.api.commands.rebuild import recipe_of_image
+from weightsmith.api.commands.recipes import recipe_of_image
 from weightsmith.core.ports import Progress, Silent
 from weightsmith.core.values import (
     SAFETENSORS,

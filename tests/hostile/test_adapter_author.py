@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
+from weightsmith.api.commands.evaluate import tasks_text
 from weightsmith.api.commands.images import inspect_text
-from weightsmith.api.commands.lm_eval import tasks_text
 from weightsmith.api.commands.plan import table as plan_table
 from weightsmith.api.commands.verify import table as verify_table
 from weightsmith.building.progress import PlainProgress, progress_for
 from weightsmith.cli.command import print_error
-from weightsmith.cli.models import _verdict
+from weightsmith.cli.commands import _verdict
 from weightsmith.core.errors import InputRefused, WeightsmithError
 from weightsmith.core.escape import as_json
 from weightsmith.core.lines import put_line

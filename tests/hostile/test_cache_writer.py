@@ -329,8 +329,8 @@ def test_only_regular_files_of_a_shared_folder_are_read(
     assert folder.find(OTHER) == b"{}"
     assert not shared.broken
     assert OTHER in [kept.key for kept in folder.entries()]
-    assert describe_cache(folder)["cache"] == folder.where
-    assert prune_cache(folder, 1 << 40)["deleted"] == 0
+    assert describe_cache(folder)[0]["cache"] == folder.where
+    assert prune_cache(folder, 1 << 40)[0]["deleted"] == 0
     folder.remove([KEY])
     left = {path.name for path in odd.parent.iterdir()}
     assert left == {f"{OTHER.hex}.json", f"{OTHER.hex}.blobs"}

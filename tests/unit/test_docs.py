@@ -17,7 +17,7 @@ import yaml
 from invoke.parser import Parser
 from invoke.program import Program
 from weightsmith.cli import namespace
-from weightsmith.cli.housekeeping import report_words
+from weightsmith.cli.commands import report_words
 from weightsmith.fleets.file import check_fleet
 from weightsmith.recipe.file import check_recipe
 from weightsmith.recipe.user_config import UserConfig

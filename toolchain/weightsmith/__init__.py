@@ -11,8 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from weightsmith.api.fleets import FleetCell, FleetResult, SharedTask, fleet
     from weightsmith.api.images import bake, build, inspect, plan, push, rebase, verify
-    from weightsmith.api.models import merge, quantize, render, validate
-    from weightsmith.api.questions import evaluate
+    from weightsmith.api.models import evaluate, merge, quantize, render, validate
     from weightsmith.api.results import (
         Baked,
         Built,
@@ -77,8 +76,7 @@ _MODULES = {
     "core.errors": "CheckFailed EnvironmentFailure InputRefused UsageError WeightsmithError",
     "api.fleets": "FleetCell FleetResult SharedTask fleet",
     "api.images": "bake build inspect plan push rebase verify",
-    "api.models": "merge quantize render validate",
-    "api.questions": "evaluate",
+    "api.models": "evaluate merge quantize render validate",
     "api.results": (
         "Baked Built Evaluation Merged Pushed Quantized Rebased Rendered Shard StageTime "
         "Validation Verification"

@@ -21,8 +21,8 @@ from unittest.mock import patch
 import numpy as np
 import yaml
 from safetensors.numpy import save
-from weightsmith.api.commands import rebuild
-from weightsmith.api.commands.rebuild import recipe_of_image
+from weightsmith.api.commands import recipes
+from weightsmith.api.commands.recipes import recipe_of_image
 from weightsmith.api.commands.report import report_builds
 from weightsmith.building.targets import all_targets
 from weightsmith.core.errors import WeightsmithError
@@ -349,7 +349,7 @@ def read_statements(data: bytes, folder: Path) -> None:
             )
         attachments.append(replace(attachment, parts=tuple(parts), raw=None))
     place = replace(held, attachments=tuple(attachments))
-    with patch.object(rebuild, "open_location", lambda *_: place), Registry() as client:
+    with patch.object(recipes, "open_location", lambda *_: place), Registry() as client:
         path = recipe_of_image("x", "", None, folder / "dist", client, Silent())
     recipe = read_recipe(path).recipe
     assert not not_to_be_stated(recipe.serve.extra)

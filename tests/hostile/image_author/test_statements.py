@@ -6,7 +6,7 @@ import base64
 from pathlib import Path
 
 import pytest
-from weightsmith.api.commands.rebuild import _with_questions
+from weightsmith.api.commands.recipes import _with_questions
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.trees import below, discard

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from weightsmith.api.commands.rebuild import _write
+from weightsmith.api.commands.recipes import _write
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.files import _new_name
 from weightsmith.core.trees import discard, walk

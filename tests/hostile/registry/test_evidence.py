@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from weightsmith.api.commands.rebuild import recipe_of_image
+from weightsmith.api.commands.recipes import recipe_of_image
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import Digest

@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import pytest
 from invoke.collection import Collection
 from pydantic import Field
-from weightsmith.api.commands.folders import open_sources
+from weightsmith.api.commands.merge import open_sources
 from weightsmith.api.commands.recipes import given
 from weightsmith.cli.command import command
 from weightsmith.cli.program import Weightsmith

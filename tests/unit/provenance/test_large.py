@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from weightsmith.api.commands.rebuild import _items
+from weightsmith.api.commands.recipes import _items
 from weightsmith.core.values import Blob, Digest
 from weightsmith.oci.attachments import Attachment, AttachmentPart
 from weightsmith.provenance import bills, evidence, signing

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from weightsmith.api.commands.merge import validate_folders
 from weightsmith.api.commands.requests import ValidateCommand
-from weightsmith.api.commands.validate import validate_folders
 from weightsmith.building import record
 from weightsmith.building.build import build
 from weightsmith.building.request import BuildRequest

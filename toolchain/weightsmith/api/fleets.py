@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TypeAlias
 
-from weightsmith.api.arguments import AnyPath, Texts, path_of, texts_of
-from weightsmith.api.commands.arguments import request_of
+from weightsmith.api.commands.arguments import AnyPath, Texts, path_of, request_of, texts_of
 from weightsmith.api.commands.requests import FleetCommand
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
@@ -127,7 +126,7 @@ def run_fleet(
 ) -> FleetResult:
     """Run a fleet; return what became of its cells."""
     dist, layout = asked.dist.absolute(), asked.layout and str(asked.layout.absolute())
-    outputs: dict[str, Json] = {
+    outputs: dict[str, JsonValue] = {
         "push": asked.push, "load": asked.load, "layout": layout or "", "force": asked.force,
     }  # fmt: skip
     with wiring.open_for(asked, progress, *found.sources) as tools:

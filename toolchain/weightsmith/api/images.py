@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
-from weightsmith.api.arguments import AnyPath, Texts, path_of, texts_of
-from weightsmith.api.commands.arguments import options_of, request_of, sources_of
+from weightsmith.api.commands.arguments import (
+    AnyPath,
+    Texts,
+    options_of,
+    path_of,
+    request_of,
+    sources_of,
+    texts_of,
+)
 from weightsmith.api.commands.bake import bake_model
 from weightsmith.api.commands.images import copy_image, inspect_image, preview_copy
 from weightsmith.api.commands.rebase import rebase_image
-from weightsmith.api.commands.rebuild import recipe_of_image
-from weightsmith.api.commands.recipes import recipe_of
+from weightsmith.api.commands.recipes import recipe_of, recipe_of_image
 from weightsmith.api.commands.requests import (
     AnyRecipe,
     BakeCommand,
@@ -24,7 +29,7 @@ from weightsmith.api.commands.requests import (
     RecipeCommand,
     VerifyCommand,
 )
-from weightsmith.api.commands.upload import hub_destination, push_to_hub
+from weightsmith.api.commands.upload import hub_destination, preview_push, push_to_hub
 from weightsmith.api.commands.verify import key_path, verify_image
 from weightsmith.api.results import Baked, Built, Pushed, Rebased, Verification
 from weightsmith.building import record, wiring
@@ -34,8 +39,9 @@ from weightsmith.building.progress import shown
 from weightsmith.building.request import BuildRequest
 from weightsmith.building.targets import chosen_targets
 from weightsmith.core.errors import UsageError
+from weightsmith.core.lines import pinned
 from weightsmith.core.ports import Progress, Silent
-from weightsmith.core.values import Digest, Json
+from weightsmith.core.values import Digest, Json, Published, Uploaded, plain
 from weightsmith.provenance.chain import Check
 from weightsmith.recipe.run_options import RunOptions
 from weightsmith.recipe.schema import ImageNames
@@ -111,13 +117,13 @@ def bake(
         ),
     )
     with shown(progress) as told, wiring.open_for(request, told, base_image) as tools:
-        result = bake_model(request, tools)
+        made = bake_model(request, tools)
     return Baked(
-        image=result["reference"],
-        digest=Digest(result["digest"]),
-        layers=tuple(result["layers"]),
-        uploaded_bytes=result["uploaded_bytes"],
-        seconds=result["seconds"],
+        image=made.reference,
+        digest=made.digest,
+        layers=tuple(map(plain, made.layers)),
+        uploaded_bytes=made.uploaded_bytes,
+        seconds=made.seconds,
         warnings=tuple(told.warnings),
     )
 
@@ -157,7 +163,7 @@ def push(
         run=RunOptions(insecure=insecure, sign_key=sign_key),
     )
     with shown(progress) as told:
-        result = run_push(request, told)
+        result, _ = run_push(request, told)
     return Pushed(
         image=result["reference"],
         digest=result.get("digest", ""),
@@ -169,18 +175,25 @@ def push(
     )
 
 
-def run_push(asked: PushCommand, progress: Progress) -> Mapping[str, Json]:
-    """Push to a registry or a hub, or say what would be pushed; as the command's JSON."""
+def run_push(asked: PushCommand, progress: Progress) -> tuple[Mapping[str, Json], str]:
+    """Push to a registry or a hub, or say what would be pushed; as the command says it."""
+    sent: Published | Uploaded
     if hub := hub_destination(asked):
         with wiring.open_tools(replace(asked.run, runner="local"), progress) as tools:
-            return push_to_hub(asked.source, hub, tools, dry_run=asked.dry_run)
-    signer = wiring.make_signer(asked.run.sign_key)
-    with wiring.make_registry(insecure=asked.run.insecure) as registry:
-        if asked.dry_run:
-            return preview_copy(asked.source, asked.to, registry, force=asked.force)
-        return copy_image(
-            asked.source, asked.to, registry, progress, force=asked.force, signer=signer
-        )
+            if asked.dry_run:
+                return preview_push(asked.source, hub, tools)
+            sent = push_to_hub(asked.source, hub, tools)
+    else:
+        signer = wiring.make_signer(asked.run.sign_key)
+        with wiring.make_registry(insecure=asked.run.insecure) as registry:
+            if asked.dry_run:
+                return preview_copy(asked.source, asked.to, registry, force=asked.force)
+            sent = copy_image(
+                asked.source, asked.to, registry, progress, force=asked.force, signer=signer
+            )
+    of_images = ("layers", "mounted") if hub else ()
+    facts = {key: value for key, value in plain(sent).items() if key not in of_images}
+    return facts, pinned(sent.reference, sent.digest)
 
 
 def rebase(
@@ -221,14 +234,14 @@ def rebase(
         run=RunOptions(insecure=insecure, sign_key=sign_key, cache=cache, cache_from=cache_from),
     )
     with shown(progress) as told, wiring.open_for(request, told) as tools:
-        result = rebase_image(request, tools)
+        made, before = rebase_image(request, tools)
     return Rebased(
-        image=result["reference"],
-        digest=result["digest"],
-        rebased_from=Digest(result["rebased_from"]),
-        uploaded_bytes=result["uploaded_bytes"],
-        mounted=result["mounted"],
-        seconds=result["seconds"],
+        image=made.reference,
+        digest=made.digest,
+        rebased_from=before,
+        uploaded_bytes=made.uploaded_bytes,
+        mounted=made.mounted,
+        seconds=made.seconds,
         warnings=tuple(told.warnings),
     )
 
@@ -385,7 +398,12 @@ def run_build(asked: BuildCommand, progress: Progress) -> list[record.BuiltTarge
     """Build a recipe, or what an image says that it was built of."""
     _check_lock(asked)
     if asked.from_:
-        again = _recipe_again(asked, progress)
+        wiring.keep_places_clean(asked)
+        key, dist = key_path(asked.key), asked.dist.absolute()
+        with wiring.make_registry(insecure=asked.run.insecure) as registry:
+            again = recipe_of_image(
+                asked.from_, asked.base, key, dist, registry, progress, asked.settings
+            )
         asked = replace(asked, recipe=again, base="", locked=not asked.base)
     file = recipe_of(asked)
     wiring.keep_places_clean(asked, *sources_of(file))
@@ -420,16 +438,6 @@ def _check_lock(asked: BuildCommand | PlanCommand) -> None:
         raise UsageError(
             "--key needs --from: it is the public key that the image's signature must match",
             hint="--sign-key signs the images of this build",
-        )
-
-
-def _recipe_again(asked: BuildCommand, progress: Progress) -> Path:
-    """Return the recipe file of an image that was built before."""
-    wiring.keep_places_clean(asked)
-    key, dist = key_path(asked.key), asked.dist.absolute()
-    with wiring.make_registry(insecure=asked.run.insecure) as registry:
-        return recipe_of_image(
-            asked.from_, asked.base, key, dist, registry, progress, asked.settings
         )
 
 

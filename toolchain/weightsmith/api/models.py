@@ -1,31 +1,32 @@
-"""Functions for model files: `merge`, `validate`, `quantize`, `render`."""
+"""Functions for models: `merge`, `validate`, `quantize`, `render`, `evaluate`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightsmith.api.arguments import (
+from weightsmith.api.commands.arguments import (
     AnyPath,
     Texts,
+    options_of,
     path_of,
     paths_of,
+    request_of,
     source_of,
     texts_of,
-    weights_of,
 )
-from weightsmith.api.commands.arguments import options_of, request_of
-from weightsmith.api.commands.merge import merge_folders
+from weightsmith.api.commands.evaluate import evaluate_subject
+from weightsmith.api.commands.merge import merge_folders, validate_folders
 from weightsmith.api.commands.quantize import quantize_folder
 from weightsmith.api.commands.render import render_folder
 from weightsmith.api.commands.requests import (
+    EvaluateCommand,
     MergeCommand,
     QuantizeCommand,
     RenderCommand,
     ValidateCommand,
 )
-from weightsmith.api.commands.validate import validate_folders
-from weightsmith.api.results import Merged, Quantized, Rendered, Shard
+from weightsmith.api.results import Evaluation, Merged, Quantized, Rendered, Shard
 from weightsmith.building import wiring
 from weightsmith.building.progress import shown
 from weightsmith.core.merge_options import (
@@ -37,7 +38,7 @@ from weightsmith.core.merge_options import (
     Space,
 )
 from weightsmith.recipe.run_options import RunOptions
-from weightsmith.recipe.schema import Quantize, Serve
+from weightsmith.recipe.schema import Quantize, Scoring, Serve
 from weightsmith.validating.result import Validation
 
 
@@ -84,7 +85,7 @@ def merge(
         base=source_of(base),
         adapters=paths_of(adapters),
         out=path_of(out),
-        weights=weights_of(weights),
+        weights=None if weights is None else tuple(map(float, weights)),
         options=options_of(
             Merge,
             "merge",
@@ -159,7 +160,7 @@ def validate(
         base=source_of(base),
         adapters=paths_of(adapters),
         merged=path_of(merged),
-        weights=weights_of(weights),
+        weights=None if weights is None else tuple(map(float, weights)),
         options=options_of(
             Merge,
             "validate",
@@ -307,3 +308,98 @@ def render(
     wiring.keep_places_clean(request)
     files, plan = render_folder(request)
     return Rendered(files=tuple(map(Path, files)), plan=plan.to_json())
+
+
+def evaluate(
+    data: AnyPath,
+    *,
+    image: str = "",
+    url: str = "",
+    model: AnyPath = "",
+    adapters: AnyPath | Sequence[AnyPath] = (),
+    served_name: str = "",
+    metric: str = "contains",
+    command: Texts = (),
+    min_score: float = 0.0,
+    max_tokens: int = 64,
+    training: AnyPath = "",
+    strict: bool = False,
+    limit: int = 0,
+    concurrency: int = 1,
+    timeout: float = 120.0,
+    retries: int = 2,
+    calibration: AnyPath = "",
+    against: AnyPath | Evaluation = "",
+    max_drop: float | None = None,
+    answers: AnyPath = "",
+    runner: str = "auto",
+    allow_network_in_jobs: bool = False,
+    memory: str = "",
+    insecure: bool = False,
+    cache: str = "",
+    cache_from: str = "",
+    progress: bool = True,
+) -> Evaluation:
+    """Score an image, a server or a checkpoint on questions, JSON Lines of `{prompt, expected}`.
+
+    Exactly one is needed: `image`, which is started (a reference or `oci:FOLDER`), `url` of an
+    OpenAI-compatible server, or `model`, a checkpoint's folder, with or without `adapters`.
+    `against` is an earlier result, or a file of `weightsmith evaluate --json`: it is compared
+    question by question, and may be better by at most `max_drop`.
+
+    Raises UsageError for invalid data or options, InputRefused for questions that are in `training`
+    or `calibration` if `strict`, CheckFailed for a score below `min_score` or too large a drop, or
+    a server that fails, EnvironmentFailure if the machine lacks something.
+
+    >>> base = weightsmith.evaluate(
+    ...     "examples/tiny/eval-a.jsonl", model="examples/tiny/base", progress=False
+    ... )
+    >>> tuned = weightsmith.evaluate(
+    ...     "examples/tiny/eval-a.jsonl", image="oci:image", against=base, progress=False
+    ... )
+    >>> tuned.score > base.score, tuned.comparison["drop"] < 0
+    (True, True)
+    """
+    request = request_of(
+        EvaluateCommand,
+        data=path_of(data),
+        scoring=options_of(
+            Scoring,
+            "evaluate",
+            metric=metric,
+            command=texts_of(command),
+            min_score=min_score,
+            max_tokens=max_tokens,
+            training=str(path_of(training)) if training else "",
+            strict=strict,
+        ),
+        image=image,
+        url=url,
+        model=path_of(model) if model else None,
+        adapters=paths_of(adapters),
+        served_name=served_name,
+        limit=limit,
+        concurrency=concurrency,
+        timeout=timeout,
+        retries=retries,
+        calibration=path_of(calibration) if calibration else None,
+        against=(
+            against.to_score()
+            if isinstance(against, Evaluation)
+            else str(path_of(against))
+            if against
+            else ""
+        ),
+        max_drop=max_drop,
+        answers=path_of(answers) if answers else None,
+        run=RunOptions(
+            runner=runner,
+            allow_network_in_jobs=allow_network_in_jobs,
+            memory=memory,
+            insecure=insecure,
+            cache=cache,
+            cache_from=cache_from,
+        ),
+    )
+    with shown(progress) as told, wiring.open_for(request, told) as tools:
+        return evaluate_subject(request, tools)

@@ -1,7 +1,7 @@
 """The command line: parse, call, print; it decides nothing.
 
-It may import every room but `worker`, which runs in builders. Begin with command.py, which makes
-a function a command; sections.py makes flags of fields.
+It may import every room but `worker`, which runs in builders. Begin with commands.py; command.py
+makes a function a command, and sections.py makes flags of fields.
 """
 
 import os
@@ -14,11 +14,10 @@ if os.path.basename(sys.argv[0]) in ("invoke", "inv"):  # noqa: PTH119 - no path
 
 from invoke.collection import Collection
 
-from weightsmith.cli import build, fleet, housekeeping, images, models, questions, sharing
+from weightsmith.cli.commands import COMMANDS
 
 namespace = Collection()
-for _module in (build, fleet, models, images, questions, housekeeping, sharing):
-    for _task in _module.COMMANDS:
-        namespace.add_task(_task)
+for _task in COMMANDS:
+    namespace.add_task(_task)
 
 __all__ = ["namespace"]

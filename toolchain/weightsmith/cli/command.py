@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TypeAlias
 
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
+from weightsmith.api.commands.requests import Said
 from weightsmith.cli.sections import Flags
 from weightsmith.core import escape
 from weightsmith.core.errors import (
@@ -30,7 +31,7 @@ from weightsmith.core.errors import (
 )
 from weightsmith.core.interrupts import ignore_it, raise_it
 from weightsmith.core.lines import put_line
-from weightsmith.core.values import JsonValue, Writable, plain
+from weightsmith.core.values import JsonValue, plain
 
 _JSON = inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False)
 _JSON_HELP = "print the result as one JSON object, and nothing else, on standard output"
@@ -45,16 +46,15 @@ _SHOWN = 200
 _CONTEXT = inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY)
 """Invoke's own first argument, which no command uses."""
 
-Body = Callable[..., tuple[Mapping[str, Writable], str]]
-"""A command's body returns its JSON object, and the text for people."""
+Body: TypeAlias = Callable[..., Said]
 
 
 def command(
-    request: type[Any] | Flags | None = None,
+    request: type[object] | Flags | None = None,
     *,
     positional: tuple[str, ...] = (),
     meanings: Mapping[str, str] | None = None,
-) -> Callable[[Body], Any]:
+) -> Callable[[Body], Callable[..., None]]:
     """Turn a function into an Invoke task of the contract: results on stdout, the rest on stderr.
 
     The body gets a `request`, whose fields are the command's flags, as `asked`. Without one, its
@@ -65,12 +65,12 @@ def command(
     positional = flags.positional() if flags else positional
     texts = {"json": _JSON_HELP, **(flags.help() if flags else meanings or {})}
 
-    def wrap(body: Body) -> Any:
+    def wrap(body: Body) -> Callable[..., None]:
         asks = "json" in inspect.signature(body).parameters
 
         @functools.wraps(body)
-        def run(_context: object, /, **arguments: Any) -> None:
-            as_json = arguments["json"] if asks else arguments.pop("json")
+        def run(_context: object, /, **arguments: JsonValue) -> None:
+            as_json = bool(arguments["json"] if asks else arguments.pop("json"))
             settle_streams()
             try:
                 _require_words(positional, arguments)
@@ -84,19 +84,24 @@ def command(
                 again = "run the same command again: what was finished is kept"
                 print_error(_Interrupted("interrupted", hint=again), as_json=as_json)
                 raise Exit(code=_Interrupted.exit_code) from None
-            else:
-                _print_result(escape.as_json(plain(result)) if as_json else text)
+            shown = escape.as_json(plain(result)) if as_json else text
+            if why := put_line(shown, sys.stdout):
+                hint = "what was made is kept: free some space and run it again"
+                failure = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
+                print_error(failure, as_json=False)
+                raise Exit(code=failure.exit_code)
 
         own = inspect.signature(body)
         found = flags.parameters() if flags else [*own.parameters.values()]
         given = {one.name: one for one in (_CONTEXT, *found, _JSON)}
         run.__signature__ = own.replace(parameters=[*given.values()])  # type: ignore[attr-defined]
-        return task(
+        made: Callable[..., None] = task(
             positional=list(positional),
             iterable=list(flags.many()) if flags else [],
             auto_shortflags=False,
             help={name: text for name, text in texts.items() if name in given},
         )(run)
+        return made
 
     return wrap
 
@@ -109,14 +114,6 @@ def settle_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - for the rest of our time
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _print_result(text: str) -> None:
-    if why := put_line(text, sys.stdout):
-        hint = "what was made is kept: free some space and run it again"
-        failure = EnvironmentFailure(f"cannot write the result: {why}", hint=hint)
-        print_error(failure, as_json=False)
-        raise Exit(code=failure.exit_code)
 
 
 def _require_words(positional: tuple[str, ...], arguments: Mapping[str, JsonValue]) -> None:
@@ -134,100 +131,81 @@ def _require_words(positional: tuple[str, ...], arguments: Mapping[str, JsonValu
             )
 
 
-def _guarded(body: Body, arguments: dict[str, JsonValue]) -> tuple[Mapping[str, Writable], str]:
+def _guarded(body: Body, arguments: dict[str, JsonValue]) -> Said:
     """Run a body; some signals end it like Ctrl-C, and a bug leaves its traceback in a file."""
+
+    def terminate(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
     raise_it()
-    _require_folder()
-    heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, _terminate) for number in heard}
-    try:
-        return body(**arguments)
-    except WeightsmithError as error:
-        if too_many := of_limits(error):
-            raise too_many from error
-        raise
-    except OSError as error:
-        raise _refused(error) from error
-    except UnicodeEncodeError as error:
-        raise _misspelt(error) from error
-    except Exception as error:
-        raise (of_limits(error) or _of_path(error) or _unexpected(error)) from error
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _refused(error: OSError) -> Exception:
-    """Return what the machine refused, or a bug if it refused nothing."""
-    if too_many := of_limits(error):
-        return too_many
-    if error.errno in _NO_PATHS:
-        name = str(error.filename or "a path")
-        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
-        return UsageError(f"{shown}: {error.strerror}", hint=_NO_PATHS[error.errno])
-    from weightsmith.building.wiring import require_folders
-
-    try:
-        require_folders()  # in some places, such as below /proc, what is missing cannot be made
-    except WeightsmithError as refused:
-        return refused
-    return of_machine(error) or _unexpected(error)
-
-
-def _of_path(error: Exception) -> UsageError | None:
-    """Return an error about a path for which pathlib has no class of its own, or None."""
-    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):
-        return UsageError(str(error), hint=_NO_PATHS[errno.ELOOP])
-    if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
-        return UsageError(
-            "a path begins with ~ and the name of a user who has no home folder",
-            hint="write the folder in full",
-        )
-    return None
-
-
-def _misspelt(error: UnicodeEncodeError) -> Exception:
-    """Return an error about a word or a file's name that is no text, or a bug."""
-    part = error.object[error.start : error.end]
-    if not all("\ud800" <= character <= "\udfff" for character in part):
-        return _unexpected(error)
-    around = error.object[max(0, error.start - 20) : error.end + 20]
-    return UsageError(
-        f"a name on the command line or of a file is not UTF-8: {around!r}",
-        hint="rename it, or spell it in the terminal's own encoding",
-    )
-
-
-def _require_folder() -> None:
     try:
         Path.cwd()
     except FileNotFoundError:
         raise EnvironmentFailure(
             "the current folder was deleted", hint="change to one that exists"
         ) from None
+    heard = [number for number in _ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, terminate) for number in heard}
+    try:
+        return body(**arguments)
+    except Exception as error:
+        if too_many := of_limits(error):
+            raise too_many from error
+        if isinstance(error, WeightsmithError):
+            raise
+        raise (_refused(error) or _unexpected(error)) from error
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _refused(error: Exception) -> Exception | None:
+    """Return what the machine, or a path or a word that was given, is at fault for; else None."""
+    if isinstance(error, OSError):
+        if error.errno in _NO_PATHS:
+            name = str(error.filename or "a path")
+            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}…"
+            return UsageError(f"{shown}: {error.strerror}", hint=_NO_PATHS[error.errno])
+        from weightsmith.building.wiring import require_folders
+
+        try:
+            require_folders()  # in some places, such as below /proc, a folder cannot be made
+        except WeightsmithError as refused:
+            return refused
+        return of_machine(error)
+    if isinstance(error, UnicodeEncodeError):
+        part = error.object[error.start : error.end]
+        if not all("\ud800" <= character <= "\udfff" for character in part):
+            return None
+        around = error.object[max(0, error.start - 20) : error.end + 20]
+        return UsageError(
+            f"a name on the command line or of a file is not UTF-8: {around!r}",
+            hint="rename it, or spell it in the terminal's own encoding",
+        )
+    if isinstance(error, RuntimeError):  # pathlib has no classes of its own
+        if str(error).startswith("Symlink loop from"):
+            return UsageError(str(error), hint=_NO_PATHS[errno.ELOOP])
+        if str(error) == "Could not determine home directory.":
+            return UsageError(
+                "a path begins with ~ and the name of a user who has no home folder",
+                hint="write the folder in full",
+            )
+    return None
 
 
 def _unexpected(error: Exception) -> Exception:
     if os.environ.get("WEIGHTSMITH_DEBUG"):
         return error
-    return WeightsmithError(
-        f"unexpected {type(error).__name__}: {error}",
-        hint=f"this is a bug in weightsmith; {_save_trace()}",
-    )
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _save_trace() -> str:
     try:
         descriptor, name = tempfile.mkstemp(prefix="weightsmith-", suffix=".log", text=True)
         with os.fdopen(descriptor, "w") as file:
             file.write(traceback.format_exc())
+        trace = f"the traceback is in {name}"
     except OSError:
-        return "with WEIGHTSMITH_DEBUG=1 it prints its traceback"
-    return f"the traceback is in {name}"
+        trace = "with WEIGHTSMITH_DEBUG=1 it prints its traceback"
+    return WeightsmithError(
+        f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug in weightsmith; {trace}"
+    )
 
 
 class _Interrupted(WeightsmithError):

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from invoke.exceptions import Exit, ParseError
-from invoke.parser import Argument
 from invoke.program import Program
 
 from weightsmith import __version__
@@ -52,21 +51,14 @@ class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
 
     def _require_values(self, words: list[str]) -> None:
         """Raise ParseError for a repeatable flag that is given more often than it has values."""
-        for context in self.tasks:
-            for argument in context.args.values():
-                flags = tuple(f"--{name}" for name in argument.names)
-                given = [word for word in words if word.partition("=")[0] in flags]
-                if argument.kind is list and len(given) > self._values_of(argument):
-                    raise ParseError(f"{flags[0]} takes a value", context)
-
-    def _values_of(self, flag: Argument) -> int:
-        """Count a repeatable flag's values in all commands of the line, as its words are."""
-        return sum(
-            len(argument.value)
-            for context in self.tasks
-            for argument in context.args.values()
-            if argument.kind is list and set(argument.names) & set(flag.names)
-        )
+        lists = [(c, arg) for c in self.tasks for arg in c.args.values() if arg.kind is list]
+        for context, argument in lists:
+            flags = tuple(f"--{name}" for name in argument.names)
+            given = [word for word in words if word.partition("=")[0] in flags]
+            # A flag's values are counted in all commands of the line, as its words are.
+            values = [len(one.value) for _, one in lists if {*one.names} & {*argument.names}]
+            if len(given) > sum(values):
+                raise ParseError(f"{flags[0]} takes a value", context)
 
     @contextmanager
     def _answered(self) -> Iterator[None]:
@@ -77,16 +69,13 @@ class Weightsmith(Program):  # type: ignore[misc]  # mypy does not follow invoke
                 raise
             command = getattr(getattr(error, "context", None), "name", None)
             ask = f"--help {command}` has its flags" if command else "--list` has the commands"
-            _fail(UsageError(_text(error), hint=f"`{self.called_as} {ask}"))
+            text = str(error)
+            if isinstance(error, ValueError):  # int()'s own, which ends in what it was given
+                text = f"{text.rpartition(': ')[2]}: expected a whole number"
+            _fail(UsageError(text, hint=f"`{self.called_as} {ask}"))
         except BrokenPipeError:  # the reader of a list, such as `head`, had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-
-
-def _text(error: Exception) -> str:
-    if isinstance(error, ValueError):  # int()'s own, which ends in what it was given
-        return f"{str(error).rpartition(': ')[2]}: expected a whole number"
-    return str(error)
 
 
 def _fail(error: UsageError | EnvironmentFailure) -> None:

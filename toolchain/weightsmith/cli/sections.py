@@ -25,14 +25,14 @@ _EXPECTED = {"int_parsing": "a whole number", "float_parsing": "a number"}
 class Flags(FlagFields):
     """The flags that a command takes from one section, or from its request and the parts of it."""
 
-    section: type[Any]
+    section: type[object]
 
     def _own(self) -> Iterator[tuple[str, FieldInfo]]:
         for name, field in fields_of(self.section).items():
             if name not in self.without and (not self.only or name in self.only):
                 yield name, field
 
-    def fields(self) -> Iterator[tuple[str, FieldInfo, Any]]:
+    def fields(self) -> Iterator[tuple[str, FieldInfo, str | bool | None]]:
         """Yield the parameter, the field and the default of each flag."""
         for name, field in self._own():
             if part := _part(field):
@@ -52,7 +52,17 @@ class Flags(FlagFields):
 
     def help(self) -> dict[str, str]:
         """Return each flag's help by its parameter."""
-        return {parameter: _help(field) for parameter, field, _ in self.fields()}
+        found = {}
+        for parameter, field, _ in self.fields():
+            text = _described(field)
+            choices = [str(choice) for choice in _choices(field.annotation)]
+            if not all(choice in text for choice in choices):
+                *first, last = choices
+                text += f". Choices: {', '.join(first)} or {last}" if first else f", or {last}"
+            if example := flag_of(field).example:
+                text += f": {example}"
+            found[parameter] = f"{text}; repeat for several" if _is_many(field) else text
+        return found
 
     def many(self) -> tuple[str, ...]:
         """Return the flags that may be repeated."""
@@ -106,12 +116,23 @@ class Flags(FlagFields):
 
     def _refused(self, faults: list[ErrorDetails], texts: Mapping[str, JsonValue]) -> UsageError:
         name = str(faults[0]["loc"][0]) if faults[0]["loc"] else ""
+        own = [fault for fault in faults if fault["loc"][:1] == (name,)]
+        first = own[0] if name in texts else faults[0]
+        problem = first["msg"].removeprefix("Value error, ")
+        problem = problem[:1].lower() + problem[1:]
+        if first["type"] == "string_pattern_mismatch":
+            problem = "not in the expected form"
         if name not in texts:  # a rule about several fields
             flags = ", ".join(spelling(self.section, given) for given in texts)
-            return UsageError(_message(faults[0]), hint=f"given: {flags}")
-        own = [fault for fault in faults if fault["loc"][:1] == (name,)]
-        expected = [text for fault in own if (text := _expected(fault))]
-        problem = f"expected {' or '.join(expected)}" if expected else _message(own[0])
+            return UsageError(problem, hint=f"given: {flags}")
+        expected = [
+            str(fault["ctx"]["expected"]).replace("'", "")
+            if fault["type"] == "literal_error"
+            else _EXPECTED.get(fault["type"], "")
+            for fault in own
+        ]
+        if any(expected):
+            problem = f"expected {' or '.join(filter(None, expected))}"
         value = texts[name]
         shown = " ".join(value) if isinstance(value, list) else str(value)
         return UsageError(
@@ -119,7 +140,7 @@ class Flags(FlagFields):
             hint=_described(fields_of(self.section)[name]),
         )
 
-    def _default(self, field: FieldInfo) -> Any:
+    def _default(self, field: FieldInfo) -> str | bool | None:
         if _is_many(field):
             return None
         if isinstance(field.default, bool):
@@ -131,21 +152,8 @@ class Flags(FlagFields):
 
 
 def _part(field: FieldInfo) -> Flags | None:
-    """Return the flags of a section inside a request."""
     found = next((item for item in field.metadata if isinstance(item, FlagFields)), None)
-    return Flags(section=cast("type[Any]", field.annotation), **asdict(found)) if found else None
-
-
-def _help(field: FieldInfo) -> str:
-    """Return a field's description as a flag's help, and add choices that it does not name."""
-    text = _described(field)
-    choices = [str(choice) for choice in _choices(field.annotation)]
-    if not all(choice in text for choice in choices):
-        *first, last = choices
-        text += f". Choices: {', '.join(first)} or {last}" if first else f", or {last}"
-    if example := flag_of(field).example:
-        text += f": {example}"
-    return f"{text}; repeat for several" if _is_many(field) else text
+    return Flags(section=cast("type[object]", field.annotation), **asdict(found)) if found else None
 
 
 def _is_many(field: FieldInfo) -> bool:
@@ -160,23 +168,9 @@ def _described(field: FieldInfo) -> str:
     return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
-def _choices(annotation: Any) -> tuple[Any, ...]:
-    """Return the values that an annotation lists."""
+def _choices(annotation: object) -> tuple[JsonValue, ...]:
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return tuple(choice for kind in get_args(annotation) for choice in _choices(kind))
     return ()
-
-
-def _expected(fault: ErrorDetails) -> str:
-    if fault["type"] == "literal_error":
-        return str(fault["ctx"]["expected"]).replace("'", "")
-    return _EXPECTED.get(fault["type"], "")
-
-
-def _message(fault: ErrorDetails) -> str:
-    if fault["type"] == "string_pattern_mismatch":
-        return "not in the expected form"
-    text = fault["msg"].removeprefix("Value error, ")
-    return text[:1].lower() + text[1:]

@@ -41,8 +41,8 @@ def test_every_kind_has_the_same_weight_layers(bakery: Bakery) -> None:
     volume = bakery.bake("team/app:volume", kind="volume", base="")
     found = [bakery.image(f"team/app:{tag}") for tag in ("image", "car", "volume")]
     assert len({frozenset(weights(image)) for image in found}) == 1
-    assert car["uploaded_bytes"] < 10_000
-    assert volume["uploaded_bytes"] == found[2].config_blob.size
+    assert car.uploaded_bytes < 10_000
+    assert volume.uploaded_bytes == found[2].config_blob.size
     assert [layer.file for layer in found[2].layers] == ["models/tiny.gguf", "models/config.json"]
     assert found[1].layers[0].file == "bin/sh"
     assert "Entrypoint" not in found[1].config
@@ -61,7 +61,7 @@ def test_forms_for_runners_can_be_verified_and_copied(bakery: Bakery, kind: str)
     copied = copy_image(
         name, f"{bakery.fake.host}/prod/app:1", bakery.client, Silent(), force=False
     )
-    assert copied["digest"] == made["digest"]
+    assert copied.digest == made.digest
     image = bakery.image("prod/app:1", "linux/amd64")
     assert image.labels["dev.weightsmith.kind"] == kind
 
@@ -94,16 +94,14 @@ def test_an_index_stays_one_and_shares_the_weights(bakery: Bakery, tmp_path: Pat
     base = f"{bakery.fake.host}/base/multi:1"
     bakery.client.push_manifest(Reference.parse(base), index, kind)
     done = bakery.bake("team/app:1", base=base, key=key)
-    assert (
-        bakery.client.digest_of(Reference.parse(f"{bakery.fake.host}/team/app:1")) == done["digest"]
-    )
+    assert bakery.client.digest_of(Reference.parse(f"{bakery.fake.host}/team/app:1")) == done.digest
     each = [bakery.image("team/app:1", f"linux/{machine}") for machine in ("amd64", "arm64")]
     assert weights(each[0]) == weights(each[1])
     assert each[0].layers[0].digest != each[1].layers[0].digest
     name = f"{bakery.fake.host}/team/app:1"
     assert verify_image(name, public, bakery.client, Silent())["ok"]
     again = bakery.bake("team/app:1", base=base, key=key)
-    assert (again["digest"], again["uploaded_bytes"]) == (done["digest"], 0)
+    assert (again.digest, again.uploaded_bytes) == (done.digest, 0)
     bake(bakery.client, bakery.model, base, key, layout=tmp_path / "layout")
     for machine, image in zip(("amd64", "arm64"), each, strict=True):
         read = read_layout(tmp_path / "layout", platform=f"linux/{machine}")
@@ -111,11 +109,11 @@ def test_an_index_stays_one_and_shares_the_weights(bakery: Bakery, tmp_path: Pat
     for source, to in ((name, "prod/app:1"), (str(tmp_path / "layout"), "prod/other:1")):
         place = f"{bakery.fake.host}/{to}"
         copied = copy_image(source, place, bakery.client, Silent(), force=False)
-        assert copied["digest"] == bakery.client.digest_of(Reference.parse(place)) == done["digest"]
+        assert copied.digest == bakery.client.digest_of(Reference.parse(place)) == done.digest
         assert weights(bakery.image(to, "linux/arm64")) == weights(each[1])
         layers = {layer.digest: layer.size for image in each for layer in image.layers}
-        assert {row["digest"]: row["size"] for row in copied["layers"]} == layers
-        assert len(copied["layers"]) == len(layers)
+        assert {row.digest: row.size for row in copied.layers} == layers
+        assert len(copied.layers) == len(layers)
     if shutil.which("skopeo"):
         skopeo = ["skopeo", "copy", "-q", "--all", "--preserve-digests"]
         places = [f"oci:{tmp_path}/layout:latest", f"dir:{tmp_path}/dir"]
@@ -124,7 +122,7 @@ def test_an_index_stays_one_and_shares_the_weights(bakery: Bakery, tmp_path: Pat
         assert len(json.loads(written)["manifests"]) == 2
         assert verify_image(place, public, bakery.client, Silent())["ok"]
     one = bakery.bake("team/app:2", base=base, platform="linux/arm64")
-    assert one["digest"] == each[1].digest
+    assert one.digest == each[1].digest
     with pytest.raises(UsageError, match="linux/s390x"):
         bakery.bake("team/app:3", base=base, platform="linux/s390x")
 
@@ -132,8 +130,8 @@ def test_an_index_stays_one_and_shares_the_weights(bakery: Bakery, tmp_path: Pat
 def test_the_layout_and_the_registry_have_the_same_digest(bakery: Bakery, tmp_path: Path) -> None:
     pushed = bakery.bake("team/app:1")
     written = bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "layout")
-    assert written["digest"] == pushed["digest"]
-    assert open_location(str(tmp_path / "layout"), bakery.client).image().digest == pushed["digest"]
+    assert written.digest == pushed.digest
+    assert open_location(str(tmp_path / "layout"), bakery.client).image().digest == pushed.digest
 
 
 def test_a_model_of_a_name_that_no_image_has(bakery: Bakery, tmp_path: Path) -> None:
@@ -141,7 +139,7 @@ def test_a_model_of_a_name_that_no_image_has(bakery: Bakery, tmp_path: Path) -> 
     bakery.model.rename(odd)
     (odd / "tiny.gguf").rename(odd / "Modèle 7B.gguf")
     made = bake(bakery.client, odd, "", layout=tmp_path / "out", kind="volume")
-    assert read_layout(tmp_path / "out").digest == made["digest"]
+    assert read_layout(tmp_path / "out").digest == made.digest
 
 
 BAKE = """
@@ -151,14 +149,14 @@ sys.path.insert(0, sys.argv[1])
 from tests.fakes.baking import bake
 from weightsmith.oci.registry import Registry
 with Registry() as client:
-    print(bake(client, Path(sys.argv[2]), sys.argv[3], layout=Path(sys.argv[4]))["digest"])
+    print(bake(client, Path(sys.argv[2]), sys.argv[3], layout=Path(sys.argv[4])).digest)
 """
 
 
 @pytest.mark.slow
 def test_nothing_of_the_surroundings_is_in_the_digest(bakery: Bakery, tmp_path: Path) -> None:
     """Other folder, file order, times, modes, umask, locale, time zone and store."""
-    first = bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "first")["digest"]
+    first = bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "first").digest
     other = tmp_path / "elsewhere" / "another name"
     other.mkdir(parents=True)
     for path in sorted(bakery.model.iterdir(), reverse=True):
@@ -177,10 +175,10 @@ def test_nothing_of_the_surroundings_is_in_the_digest(bakery: Bakery, tmp_path: 
 
 
 def test_modes_links_and_empty_files(bakery: Bakery, tmp_path: Path) -> None:
-    before = bakery.bake("team/app:1")["digest"]
+    before = bakery.bake("team/app:1").digest
     (bakery.model / "config.json").chmod(0o6755)
     os.link(bakery.model / "config.json", tmp_path / "elsewhere.json")
-    assert bakery.bake("team/app:2")["digest"] == before
+    assert bakery.bake("team/app:2").digest == before
     (bakery.model / "empty.txt").write_bytes(b"")
     bakery.bake("team/app:3")
     assert verify_image(f"{bakery.fake.host}/team/app:3", None, bakery.client, Silent())["ok"]
@@ -230,7 +228,7 @@ def test_a_platform_by_another_name(bakery: Bakery, name: str) -> None:
     """Names that containerd takes for the same platform."""
     usual = bakery.bake("team/app:1", base="", kind="volume", platform="linux/arm64")
     other = bakery.bake("team/app:2", base="", kind="volume", platform=name)
-    assert other["digest"] == usual["digest"]
+    assert other.digest == usual.digest
 
 
 def served(image: Image, *keys: str) -> tuple[list[str], list[str]]:
@@ -268,7 +266,7 @@ def test_of_a_model_in_parts_the_first_is_served(bakery: Bakery) -> None:
     bakery.model = first
     with pytest.raises(InputRefused, match=f"one of 2 parts, and {second.name} is not beside it"):
         bakery.bake("team/app:2")
-    assert whole["digest"] == image.digest
+    assert whole.digest == image.digest
 
 
 def test_two_models_in_a_folder_are_not_served(bakery: Bakery) -> None:

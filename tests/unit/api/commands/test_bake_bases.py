@@ -23,7 +23,7 @@ def test_a_base_in_a_layout_folder(bakery: Bakery, tmp_path: Path) -> None:
     base = tmp_path / "engine"
     write_layout(bakery.image("base/engine:1"), base)
     for source in (f"oci:{base}", str(base), f"{base}:latest"):
-        digest = bakery.bake("team/app:1", base=source)["digest"]
+        digest = bakery.bake("team/app:1", base=source).digest
         image = bakery.image("team/app:1")
         assert image.digest == digest
         assert str(tmp_path) not in str(image.labels), "it is a folder of this machine"

@@ -240,4 +240,4 @@ def test_a_layout_takes_room_on_its_own_disk(
     with pytest.raises(EnvironmentFailure, match=r"needs .* of disk, .*full has 100 B"):
         bake(bakery.client, bakery.model, bakery.base, layout=full / "layout")
     assert list(full.iterdir()) == []
-    assert bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "layout")["digest"]
+    assert bake(bakery.client, bakery.model, bakery.base, layout=tmp_path / "layout").digest

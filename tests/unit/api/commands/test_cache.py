@@ -8,14 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from weightsmith.api.commands.cache import (
-    check_action,
-    describe_cache,
-    prune_cache,
-    pull_results,
-    push_results,
-)
-from weightsmith.building.wiring import open_one_cache
+from weightsmith.api.commands.cache import run_cache
+from weightsmith.api.commands.requests import CacheCommand
 from weightsmith.core.errors import EnvironmentFailure, UsageError
 from weightsmith.core.ports import Silent
 from weightsmith.core.values import key_of
@@ -52,18 +46,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mappin
 
     def action(name: str, user: str = "one", keep: int = 0) -> Mapping[str, Any]:
         monkeypatch.setenv("WEIGHTSMITH_STORE", str(tmp_path / user))
-        with open_one_cache(str(tmp_path / "shared"), Silent()) as one:
-            match name:
-                case "push":
-                    return push_results(
-                        one.local.results(), one.uploads, one.shared.cache, Silent()
-                    )
-                case "pull":
-                    return pull_results(one.store, one.local, one.shared)
-                case "prune":
-                    return prune_cache(one.shared.cache, keep)
-                case _:
-                    return describe_cache(one.shared.cache)
+        asked = CacheCommand(action=name, cache=str(tmp_path / "shared"), keep=str(keep))
+        return run_cache(asked, Silent())[0]
 
     return action
 
@@ -112,7 +96,7 @@ def test_a_cache_that_cannot_be_used_is_an_error_here(tmp_path: Path, run: Run) 
 
 def test_actions_are_checked() -> None:
     with pytest.raises(UsageError, match="unknown"):
-        check_action("clear")
+        run_cache(CacheCommand(action="clear"), Silent())
 
 
 def test_to_describe_a_cache_is_not_to_use_it(tmp_path: Path, run: Run) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from weightsmith.api.commands.lm_eval import command, evaluate_tasks, read_results
+from weightsmith.api.commands.evaluate import evaluate_tasks, harness_command, read_results
 from weightsmith.api.commands.requests import EvaluateCommand
 from weightsmith.core.errors import CheckFailed
 from weightsmith.core.ports import Silent
@@ -17,7 +17,7 @@ from tests.fakes.serving import serving
 
 def test_tasks_are_asked_by_chat_without_a_tokenizer():
     request = EvaluateCommand(tasks="gsm8k,ifeval", limit=10, concurrency=4)
-    words = command(request, "http://127.0.0.1:1", "support", Path("/out"))
+    words = harness_command(request, "http://127.0.0.1:1", "support", Path("/out"))
 
     assert words[:5] == (
         "lm_eval", "--model", "local-chat-completions", "--model_args",
@@ -30,7 +30,7 @@ def test_tasks_are_asked_by_chat_without_a_tokenizer():
 
 def test_likelihoods_are_asked_of_completions_with_a_tokenizer():
     request = EvaluateCommand(tasks="arc_easy", tokenizer="merged", include="tasks")
-    words = command(request, "http://127.0.0.1:1", "support", Path("/out"))
+    words = harness_command(request, "http://127.0.0.1:1", "support", Path("/out"))
 
     assert "local-completions" in words
     assert "tokenizer=merged" in words[4]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from weightsmith.api.commands import bench as load
-from weightsmith.api.commands.bench import Sample, load_test, measure, percentile, summary
+from weightsmith.api.commands.bench import Sample, Spread, load_test, measure, percentile, summary
 from weightsmith.core.ports import Silent
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item
@@ -66,9 +66,9 @@ def test_a_failure_is_counted_not_raised(serve, behave, says):
     with serve(behave) as session:
         run = load_test(session, Served(name="m"), QUESTIONS, 2, 4, 8, Silent())
 
-    assert (run["errors"], run["requests"], run["requests_per_s"]) == (4, 4, 0.0)
-    assert says in " ".join(run["failures"])
-    assert run["ttft_ms"] == {"p50": None, "p95": None}
+    assert (run.errors, run.requests, run.requests_per_s) == (4, 4, 0.0)
+    assert says in " ".join(run.failures)
+    assert run.ttft_ms == Spread(None, None)
 
 
 def test_as_many_at_once_as_asked(serve):
@@ -83,10 +83,10 @@ def test_as_many_at_once_as_asked(serve):
     with serve(behave) as session:
         run = load_test(session, Served(name="m"), QUESTIONS, 3, 9, 8, Silent())
 
-    assert (run["concurrency"], run["errors"]) == (3, 0)
+    assert (run.concurrency, run.errors) == (3, 0)
     assert sorted(asked) == sorted(["q0", "q1", "q2"] * 3)
     # Both are rounded, to a hundredth and a thousandth.
-    assert run["tokens_per_s"] == pytest.approx(2 * run["requests_per_s"], abs=0.0061)
+    assert run.tokens_per_s == pytest.approx(2 * run.requests_per_s, abs=0.0061)
 
 
 def test_a_summary_by_hand():
@@ -98,11 +98,9 @@ def test_a_summary_by_hand():
 
     run = summary(samples, 2, 2.0)
 
-    assert run["requests_per_s"] == 1.0
-    assert run["tokens_per_s"] == 2.5
-    assert run["ttft_ms"] == {"p50": 100.0, "p95": 300.0}
-    assert run["itl_ms"] == {"p50": 20.0, "p95": 30.0}
-    assert (run["errors"], run["failures"]) == (1, {"HTTP 500": 1})
+    assert (run.requests_per_s, run.tokens_per_s) == (1.0, 2.5)
+    assert (run.ttft_ms, run.itl_ms) == (Spread(100.0, 300.0), Spread(20.0, 30.0))
+    assert (run.errors, run.failures) == (1, {"HTTP 500": 1})
 
 
 def test_percentiles_are_measured_values():

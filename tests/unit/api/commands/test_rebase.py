@@ -95,15 +95,15 @@ def first_base(scene: Scene) -> str:
 def test_weights_and_settings_stay_and_the_base_goes(scene: Scene, order: str) -> None:
     source = scene.bake(first_base(scene), order=order)
     onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0", "new": "yes"}, {"lib/x": b"x"})
-    done = scene.rebase(source, onto)
+    done, _ = scene.rebase(source, onto)
     before, after = scene.image("team/app:1"), scene.image("team/app:2")
     place = 0 if order == "engine-first" else 2
     kept = [n for n in range(4) if n != place]
     assert [after.layers[n].digest for n in kept] == [before.layers[n].digest for n in kept]
     base = scene.image("base/engine:2").layers[0].digest
     assert after.layers[place].digest == base
-    assert done["digest"] == after.digest
-    assert (done["mounted"], done["uploaded_bytes"]) == (1, after.config_blob.size)
+    assert done.digest == after.digest
+    assert (done.mounted, done.uploaded_bytes) == (1, after.config_blob.size)
     assert after.config["Entrypoint"] == before.config["Entrypoint"]
     assert after.config["Env"] == before.config["Env"]
     assert after.labels["new"] == "yes"
@@ -147,8 +147,8 @@ def test_what_others_attached_to_the_old_image_stays_with_it(scene: Scene) -> No
 def test_to_another_repository_of_the_registry(scene: Scene) -> None:
     source = scene.bake(first_base(scene))
     onto = scene.base("2", {ENGINE: "llamacpp", VERSION: "1.1.0"}, {})
-    done = scene.rebase(source, onto, "prod/app:1")
-    assert done["mounted"] == 4
+    done, _ = scene.rebase(source, onto, "prod/app:1")
+    assert done.mounted == 4
 
 
 @pytest.mark.parametrize(
@@ -193,11 +193,10 @@ def test_an_index_stays_one(scene: Scene) -> None:
         scene.index_base(tag, {ENGINE: "llamacpp", VERSION: f"1.{tag}.0"}) for tag in "12"
     )
     source = scene.bake(first)
-    before = scene.client.digest_of(Reference.parse(source))
-    done = scene.rebase(source, second)
-    assert done["rebased_from"] == before
+    done, before = scene.rebase(source, second)
+    assert before == scene.client.digest_of(Reference.parse(source))
     name = f"{scene.fake.host}/team/app:2"
-    assert done["digest"] == scene.client.digest_of(Reference.parse(name))
+    assert done.digest == scene.client.digest_of(Reference.parse(name))
     assert verify_image(name, scene.public, scene.client, Silent())["ok"]
     each = [
         scene.client.pull(Reference.parse(name), platform=f"linux/{machine}")

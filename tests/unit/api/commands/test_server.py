@@ -37,7 +37,7 @@ def answer_of(image: str, tools: Tools) -> str:
 @pytest.mark.parametrize("engine", [False, True])
 def test_an_image_of_a_registry_is_read_and_started(bakery: Bakery, engine: bool) -> None:
     """As after `build --push`, which leaves no image in the engine."""
-    digest = bakery.bake("team/app:1")["digest"]
+    digest = bakery.bake("team/app:1").digest
     tools, held = tools_of(bakery, engine=engine)
     before = {path.name for path in bakery.folder.iterdir()}
     for name in (f"{bakery.fake.host}/team/app:1", f"{bakery.fake.host}/team/app@{digest}"):

@@ -12,7 +12,6 @@ from weightsmith.api.commands.images import (
     copy_attachments,
     copy_image,
     preview_copy,
-    preview_text,
 )
 from weightsmith.api.commands.verify import verify_image
 from weightsmith.core.errors import CheckFailed, UsageError
@@ -30,8 +29,8 @@ from tests.unit.api.commands.conftest import Scene
 def test_what_is_copied_still_holds(scene: Scene, tmp_path: Path) -> None:
     other = f"{scene.fake.host}/prod/app:1"
     copied = copy_image(scene.name, other, scene.client, Silent(), force=False)
-    assert copied["mounted"] == 4
-    assert copied["uploaded_bytes"] == scene.image().config_blob.size
+    assert copied.mounted == 4
+    assert copied.uploaded_bytes == scene.image().config_blob.size
     assert scene.check(other) == {}
 
 
@@ -41,7 +40,7 @@ def test_a_layout_holds_and_is_pushed_with_all_that_hangs_on_it(
     layout = tmp_path / "layout"
     base = f"{scene.fake.host}/base/engine:1"
     made = bake(scene.client, scene.model, base, scene.key, layout=layout)
-    assert made["digest"] == scene.image().digest
+    assert made.digest == scene.image().digest
     assert scene.check(f"oci:{layout}") == {}
     other = f"{scene.fake.host}/prod/app:2"
     copy_image(str(layout), other, scene.client, Silent(), force=False)
@@ -65,15 +64,15 @@ def test_a_layout_holds_and_is_pushed_with_all_that_hangs_on_it(
 def test_a_dry_run_shows_what_would_be_copied(scene: Scene) -> None:
     other = f"{scene.fake.host}/prod/app:1"
     before = (dict(scene.fake.blobs), dict(scene.fake.manifests))
-    shown = preview_copy(scene.name, other, scene.client, force=False)
+    shown, text = preview_copy(scene.name, other, scene.client, force=False)
     assert (scene.fake.blobs, scene.fake.manifests) == before
     assert [row["how"] for row in shown["blobs"]] == [*["mount"] * 4, "send"]
     assert shown["uploaded_bytes"] == scene.image().config_blob.size
     assert shown["attached"] == 3
-    assert "3 attachments" in preview_text(shown)
+    assert "3 attachments" in text
 
     copy_image(scene.name, other, scene.client, Silent(), force=False)
-    shown = preview_copy(scene.name, other, scene.client, force=False)
+    shown, _ = preview_copy(scene.name, other, scene.client, force=False)
     assert {row["how"] for row in shown["blobs"]} == {"there"}
     assert (shown["digest"], shown["uploaded_bytes"]) == (scene.image().digest, 0)
     bake(scene.client, scene.model, "", kind="volume", push=f"{scene.fake.host}/team/other:1")

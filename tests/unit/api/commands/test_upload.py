@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from weightsmith.api.commands.upload import preview, push_to_hub
+from weightsmith.api.commands.upload import preview_push, push_to_hub
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
 from weightsmith.core.values import Digest, FileEntry, Tree
 from weightsmith.oci.attachments import Attachment, AttachmentPart
@@ -72,15 +72,15 @@ def test_a_checkpoint_is_one_commit_with_a_card(
     result = push_to_hub(str(model), DESTINATION, tools)
 
     repository = hub.repositories["team/bot"]
-    assert result["digest"] == repository.commits[-1]
-    assert result["reference"] == "hf://team/bot"
+    assert result.digest == repository.commits[-1]
+    assert result.reference == "hf://team/bot"
     assert repository.private
     names = {path.name for path in model.iterdir()} - {"notes.py"}
     assert set(repository.files) == names | {".gitattributes", "README.md"}
     for name in names:
         assert repository.files[name] == (model / name).read_bytes()
     sent = sum(len(data) for name, data in repository.files.items() if name != ".gitattributes")
-    assert result["uploaded_bytes"] == sent
+    assert result.uploaded_bytes == sent
     card = repository.files["README.md"]
     assert front(card)["library_name"] == "transformers"
     assert b"vllm serve team/bot" in card
@@ -90,8 +90,8 @@ def test_a_second_push_sends_nothing(hub: WritableHub, tools: Tools, model: Path
     first = push_to_hub(str(model), DESTINATION, tools)
     again = push_to_hub(str(model), DESTINATION, tools)
 
-    assert again["digest"] == first["digest"]
-    assert again["uploaded_bytes"] == 0
+    assert again.digest == first.digest
+    assert again.uploaded_bytes == 0
     assert len(hub.repositories["team/bot"].commits) == 2
 
 
@@ -99,7 +99,7 @@ def test_a_second_push_sends_nothing(hub: WritableHub, tools: Tools, model: Path
 def test_a_dry_run_shows_what_a_push_would_do_and_does_nothing(
     hub: WritableHub, tools: Tools, model: Path
 ) -> None:
-    shown = push_to_hub(str(model), DESTINATION, tools, dry_run=True)
+    shown, _ = preview_push(str(model), DESTINATION, tools)
     assert hub.repositories == {}
     assert shown["dry_run"]
     assert not shown["exists"]
@@ -107,7 +107,7 @@ def test_a_dry_run_shows_what_a_push_would_do_and_does_nothing(
     done = push_to_hub(str(model), DESTINATION, tools)
     repository = hub.repositories["team/bot"]
     assert shown["card"] == repository.files["README.md"].decode()
-    assert shown["uploaded_bytes"] == done["uploaded_bytes"]
+    assert shown["uploaded_bytes"] == done.uploaded_bytes
     assert {row["path"]: row["size"] for row in shown["files"]} == {
         path: len(data) for path, data in repository.files.items() if path != ".gitattributes"
     }
@@ -117,14 +117,13 @@ def test_a_dry_run_shows_what_a_push_would_do_and_does_nothing(
     (model / "config.json").write_text((model / "config.json").read_text() + " ")
     before = (dict(repository.files), list(repository.commits))
     with pytest.raises(UsageError, match="already holds other files"):
-        push_to_hub(str(model), DESTINATION, tools, dry_run=True)
+        preview_push(str(model), DESTINATION, tools)
     forced = replace(DESTINATION, force=True)
-    shown = push_to_hub(str(model), forced, tools, dry_run=True)
+    shown, text = preview_push(str(model), forced, tools)
     assert (repository.files, repository.commits) == before
     assert [row["path"] for row in shown["files"] if row["sent"]] == ["config.json"]
-    assert shown["deleted"] == ["old.bin"]
+    assert [*shown["deleted"]] == ["old.bin"]
     assert shown["uploaded_bytes"] == (model / "config.json").stat().st_size
-    text = preview(shown)
     assert "send    " in text
     assert "delete  old.bin" in text
     assert shown["card"].rstrip() in text
@@ -142,10 +141,10 @@ def test_other_content_needs_force_and_is_replaced(
     result = push_to_hub(str(model), HubDestination(repository="team/bot", force=True), tools)
     repository = hub.repositories["team/bot"]
     assert "old.txt" not in repository.files
-    assert first["digest"] in repository.commits
+    assert first.digest in repository.commits
     assert ".gitattributes" in repository.files
-    assert result["digest"] != first["digest"]
-    assert result["uploaded_bytes"] == 0
+    assert result.digest != first.digest
+    assert result.uploaded_bytes == 0
 
 
 @pytest.mark.slow
@@ -158,7 +157,7 @@ def test_a_changed_file_is_all_that_is_sent(hub: WritableHub, tools: Tools, mode
     result = push_to_hub(str(model), HubDestination(repository="team/bot", force=True), tools)
 
     assert hub.received == []
-    assert result["uploaded_bytes"] == (model / "config.json").stat().st_size
+    assert result.uploaded_bytes == (model / "config.json").stat().st_size
 
 
 @pytest.mark.parametrize("private", [True, False])

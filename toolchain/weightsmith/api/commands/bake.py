@@ -1,10 +1,9 @@
-"""`invoke bake`: make an image of a model on disk, without starting it."""
+"""`bake`: make an image of a model on disk, without starting it."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,8 @@ from weightsmith.core.values import (
     SAFETENSORS,
     Artifact,
     FileEntry,
-    Json,
+    Published,
     Tree,
-    plain,
 )
 from weightsmith.models.folder import scan
 from weightsmith.models.gguf_config import gguf_file_type, gguf_tensor_types
@@ -56,16 +54,22 @@ _MEMORY = 4 << 30
 _PLATFORM = re.compile(r"linux/[a-z0-9_]+")
 
 
-def bake_model(request: BakeCommand, tools: Tools) -> Mapping[str, Json]:
+def bake_model(request: BakeCommand, tools: Tools) -> Published:
     """Assemble a model's image and load, write or push it, without starting it."""
     began = time.monotonic()
     _check(request)
-    outputs = _outputs(request)
+    outputs = ImageOutputs(  # for its first name; a second one is loaded later
+        load=bool(request.load) and request.push in ("", request.load),
+        layout=request.layout and request.layout.absolute(),
+        push=bool(request.push),
+        force=request.force,
+    )
     check_layout(outputs.layout)
-    if request.push and request.kind == "ollama":
-        check_name(Reference.parse(request.push))
     if request.push:
-        tools.registry.check_push(Reference.parse(request.push))
+        to = Reference.parse(request.push)
+        if request.kind == "ollama":
+            check_name(to)
+        tools.registry.check_push(to)
     target = target_of(request.target)
     model = open_model(request.model, request.name or _name(request.model))
     place = request.push or request.load or f"{repository_name(model.name)}:latest"
@@ -74,7 +78,7 @@ def bake_model(request: BakeCommand, tools: Tools) -> Mapping[str, Json]:
     published = publish(made, place, outputs, tools, started_in=outputs.layout).value
     if request.push and request.load and request.load != request.push:
         publish(made, request.load, ImageOutputs(load=True), tools)
-    return {**plain(published), "seconds": round(time.monotonic() - began, 3)}
+    return replace(published, seconds=round(time.monotonic() - began, 3))
 
 
 def _check(request: BakeCommand) -> None:
@@ -117,22 +121,6 @@ def _name(path: Path) -> str:
     return names.pop() if len(names) == 1 else _DEFAULT_NAME
 
 
-def _config(
-    request: BakeCommand, model: Model, target: Target, place: str, tools: Tools
-) -> ServingConfig:
-    """Return the rendered configuration, else a new plan, else the engine's own defaults."""
-    if request.config:
-        return _fitted(read_config(request.config), request.config, model, target)
-    # Derive the size from the model, not from this machine, so that the digest is reproducible.
-    options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
-    try:
-        return serving_config(model, target, options, place)
-    except (UsageError, InputRefused) as error:
-        tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
-        file = served_file(model, target)
-        return render_unplanned(target, model.name, file, model.weight_bytes, model.projector)
-
-
 def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -> ServingConfig:
     """Return a rendered configuration for the file that is baked, whatever its name was then.
 
@@ -166,6 +154,18 @@ def _fitted(config: ServingConfig, folder: Path, model: Model, target: Target) -
     return replace(config, env=env, image_files=files)
 
 
+def _planned(model: Model, target: Target, place: str, tools: Tools) -> ServingConfig:
+    """Return a new plan's configuration, else the engine's own defaults."""
+    # Derive the size from the model, not from this machine, so that the digest is reproducible.
+    options = ServeOptions(host_memory_bytes=_MEMORY + 2 * model.weight_bytes)
+    try:
+        return serving_config(model, target, options, place)
+    except (UsageError, InputRefused) as error:
+        tools.progress.warn(f"no memory plan: {error.message}; the engine's defaults are used")
+        file = served_file(model, target)
+        return render_unplanned(target, model.name, file, model.weight_bytes, model.projector)
+
+
 def _inputs(
     request: BakeCommand, model: Model, target: Target, place: str, tools: Tools
 ) -> ImageInputs:
@@ -178,8 +178,18 @@ def _inputs(
     _check_type(model, target, tools)
     config, engine = None, ""
     base_name = data_base(request.kind, request.image.base)
+    labels = {
+        "org.opencontainers.image.title": model.name,
+        PREFIX + "target": target.name,
+        PREFIX + "kind": request.kind,
+        PREFIX + "format": target.format.name,
+    }
     if request.kind == "image":
-        config = _config(request, model, target, place, tools)
+        if request.config:
+            config = _fitted(read_config(request.config), request.config, model, target)
+        else:
+            config = _planned(model, target, place, tools)
+        labels[PLAN] = plan_label(config.plan)
         engine, device = target.engine.name, config.plan.device
         base_name = base_reference(target.engine, device, request.image.base)
     platforms, most = request.image.platforms, request.image.max_layer_size
@@ -193,7 +203,7 @@ def _inputs(
         platforms=platforms,
         base_name=public_base(base_name),
         kind=request.kind,
-        labels=_labels(request, model, target, config),
+        labels=labels,
         order=request.image.order,
         largest_layer=layer_limit(most),
         licensed=folder,
@@ -202,34 +212,13 @@ def _inputs(
     )
 
 
-def _labels(
-    request: BakeCommand, model: Model, target: Target, config: ServingConfig | None
-) -> dict[str, str]:
-    labels = {
-        "org.opencontainers.image.title": model.name,
-        PREFIX + "target": target.name,
-        PREFIX + "kind": request.kind,
-        PREFIX + "format": target.format.name,
-    }
-    if config is not None:
-        labels[PLAN] = plan_label(config.plan)
-    return labels
-
-
-def _outputs(request: BakeCommand) -> ImageOutputs:
-    """Return the outputs for the image's first name; `bake_model` loads a second name later."""
-    return ImageOutputs(
-        load=bool(request.load) and request.push in ("", request.load),
-        layout=request.layout and request.layout.absolute(),
-        push=bool(request.push),
-        force=request.force,
-    )
-
-
 def _artifact(model: Model, target: Target, store: Store, progress: Progress) -> Artifact:
     """Return the files for the image; raise InputRefused if their format is not the target's."""
     ending = target.format.suffix
-    if not any(name.endswith(ending) for name in model.weights) or not _is_ready(model, target):
+    known = bool(model.facts.architecture)  # else it is not known what the weights are
+    if not any(name.endswith(ending) for name in model.weights) or (
+        known and not own_weights(model, target)
+    ):
         raise InputRefused(
             f"{model.path} has no {target.format.name} weights, which {target.name} needs",
             hint=f"run `invoke quantize --format {target.format.name}` first"
@@ -243,22 +232,17 @@ def _artifact(model: Model, target: Target, store: Store, progress: Progress) ->
     files = []
     for name in sorted({*names} - others):
         if name.endswith(".safetensors"):
-            _check_whole(model.root / name, progress)
+            try:
+                read_header(model.root / name)
+            except InputRefused as error:
+                with (model.root / name).open("rb") as file:
+                    begins = file.read(9)
+                if begins[8:] == b"{":  # it is safetensors, and truncated
+                    raise
+                progress.warn(f"{error.message}; it is added to the image unchanged")
         entry = store.digest_file(model.root / name)
         files.append(FileEntry(path=name, size=entry.size, digest=entry.digest))
     return Artifact(format=target.format, tree=Tree(root=model.root, files=tuple(files)))
-
-
-def _check_whole(path: Path, progress: Progress) -> None:
-    """Raise InputRefused for a truncated file; warn about a file that is not safetensors."""
-    try:
-        read_header(path)
-    except InputRefused as error:
-        with path.open("rb") as file:
-            begins = file.read(9)
-        if begins[8:] == b"{":
-            raise
-        progress.warn(f"{error.message}; it is added to the image unchanged")
 
 
 def _check_type(model: Model, target: Target, tools: Tools) -> None:
@@ -281,8 +265,3 @@ def _check_type(model: Model, target: Target, tools: Tools) -> None:
         f" mostly {', '.join(most)}), but {target.name} promises {row.name}",
         hint=f"give --target llamacpp-{named.name}, or run `invoke quantize --format {row.name}`",
     )
-
-
-def _is_ready(model: Model, target: Target) -> bool:
-    """Return whether the weights have the target's format; True if that is unknown."""
-    return not model.facts.architecture or bool(own_weights(model, target))

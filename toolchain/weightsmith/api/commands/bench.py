@@ -1,4 +1,4 @@
-"""`invoke bench`: run a short load test against an image or a server."""
+"""`bench`: run a short load test against an image or a server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from weightsmith.api.commands.requests import BenchCommand
+from weightsmith.api.commands.requests import BenchCommand, Said
 from weightsmith.api.commands.server import ServerSource, served_model, session_with
 from weightsmith.core.errors import CheckFailed, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.ports import Progress
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import Json, without_passwords
+from weightsmith.core.values import Writable, plain, without_passwords
 from weightsmith.evaluating.client import Served
 from weightsmith.evaluating.items import Item, read_items
 from weightsmith.evaluating.session import Refused, ServerSession, SessionLimits, TryAgain
@@ -33,11 +33,19 @@ _TOPICS = (
     "why leaves change their colour", "how a bicycle stays upright", "what makes glass clear",
     "how a letter finds its way",
 )  # fmt: skip
+_QUESTIONS = tuple(
+    Item(
+        messages=({"role": "user", "content": f"Explain {topic} in a few sentences."},),
+        expected=(),
+        line=number,
+    )
+    for number, topic in enumerate(_TOPICS)
+)
 """Different questions, so that the server's prompt cache does not distort the results."""
 
 
-def bench(request: BenchCommand, tools: Tools) -> Mapping[str, Json]:
-    """Return `{subject, runs: [...]}`, one run per concurrency; see `load.load_test`.
+def bench(request: BenchCommand, tools: Tools) -> Said:
+    """Return `{subject, runs: [...]}`, one `Run` per concurrency, and the runs as a table.
 
     Raises UsageError for invalid options, CheckFailed if no request was answered.
     """
@@ -51,72 +59,70 @@ def bench(request: BenchCommand, tools: Tools) -> Mapping[str, Json]:
         raise UsageError(
             f"{request.out} has no build.json", hint="give a target's result folder in dist/"
         )
-    questions = _questions(request)
-    limits = SessionLimits(request_seconds=request.timeout)
-    with session_with(place, tools, limits) as session:
+    questions = read_items(request.data) if request.data else _QUESTIONS
+    runs, sent, most = [], request.requests, request.max_tokens
+    with session_with(place, tools, SessionLimits(request_seconds=request.timeout)) as session:
         served = served_model(session, place, request.served_name)
-        runs = [_run(session, served, questions, count, request, tools) for count in
-                request.concurrency]  # fmt: skip
-        if all(run["errors"] == run["requests"] for run in runs):
-            reasons = ", ".join(runs[0]["failures"])
+        for count in request.concurrency:
+            tools.progress.stage("bench", f"{sent} requests, {count} at once")
+            runs.append(load_test(session, served, questions, count, sent, most, tools.progress))
+        if all(run.errors == run.requests for run in runs):
+            reasons = ", ".join(runs[0].failures)
             raise CheckFailed(
                 f"no request was answered: {reasons}{session.log()}",
                 hint="test the server with curl, and read its log",
             )
-    result = {
+    result: dict[str, Writable] = {
         "subject": place.image or without_passwords(place.url),
         "served_name": served.name,
-        "max_tokens": request.max_tokens,
+        "max_tokens": most,
         "cpus": len(os.sched_getaffinity(0)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "runs": runs,
     }
     if request.out:
-        write_files({BENCH_FILE: json.dumps(result, indent=2) + "\n"}, request.out)
-    return result
-
-
-def _questions(request: BenchCommand) -> tuple[Item, ...]:
-    if request.data:
-        return read_items(request.data)
-    return tuple(
-        Item(
-            messages=({"role": "user", "content": f"Explain {topic} in a few sentences."},),
-            expected=(),
-            line=number,
-        )
-        for number, topic in enumerate(_TOPICS)
-    )
-
-
-def _run(
-    session: ServerSession,
-    served: Served,
-    questions: tuple[Item, ...],
-    count: int,
-    request: BenchCommand,
-    tools: Tools,
-) -> Mapping[str, Json]:
-    tools.progress.stage("bench", f"{request.requests} requests, {count} at once")
-    return load_test(
-        session, served, questions, count, request.requests, request.max_tokens, tools.progress
-    )
-
-
-def bench_text(result: Mapping[str, Json]) -> str:
-    """Return the runs as a table for people."""
+        write_files({BENCH_FILE: json.dumps(plain(result), indent=2) + "\n"}, request.out)
     lines = ["at once  requests/s  tokens/s  first token p50/p95 ms  next p50/p95 ms  errors"]
-    for run in result["runs"]:
-        first, after = (_pair(run[key]) for key in ("ttft_ms", "itl_ms"))
-        lines.append(
-            f"{run['concurrency']:>7}  {run['requests_per_s']:>10.2f}  {run['tokens_per_s']:>8.1f}"
-            f"  {first:>22}  {after:>15}  {run['errors']:>6}"
-        )
-    return joined(lines)
+    lines += [
+        f"{run.concurrency:>7}  {run.requests_per_s:>10.2f}  {run.tokens_per_s:>8.1f}"
+        f"  {run.ttft_ms.text:>22}  {run.itl_ms.text:>15}  {run.errors:>6}"
+        for run in runs
+    ]
+    return result, joined(lines)
 
 
-def _pair(spread: Mapping[str, Json]) -> str:
-    return " / ".join("-" if v is None else f"{v:.1f}" for v in (spread["p50"], spread["p95"]))
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Percentiles of times in milliseconds; None if nothing was measured."""
+
+    p50: float | None
+    p95: float | None
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """Return the spread of some times."""
+        return cls(percentile(seconds, 0.5), percentile(seconds, 0.95))
+
+    @property
+    def text(self) -> str:
+        """Both for people."""
+        return " / ".join("-" if v is None else f"{v:.1f}" for v in (self.p50, self.p95))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a number of requests at once gave. Failed requests are only counted as errors."""
+
+    concurrency: int
+    requests: int
+    requests_per_s: float
+    tokens_per_s: float
+    ttft_ms: Spread
+    itl_ms: Spread
+    latency_ms: Spread
+    errors: int
+    failures: Mapping[str, int]
+    """Reason -> count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,13 +146,8 @@ def load_test(
     requests: int,
     max_tokens: int,
     progress: Progress,
-) -> Mapping[str, Json]:
-    """Run `requests` questions, always `concurrency` at a time.
-
-    Returns `{concurrency, requests, requests_per_s, tokens_per_s, ttft_ms, itl_ms, latency_ms,
-    errors}`, times as `{p50, p95}` in milliseconds (None if nothing was measured), and `failures`,
-    reason -> count. Failed requests are only counted as errors.
-    """
+) -> Run:
+    """Run `requests` questions, always `concurrency` at a time."""
     done = 0
     lock = threading.Lock()
 
@@ -200,25 +201,21 @@ def _has_text(event: str) -> bool:
     return False
 
 
-def summary(samples: Sequence[Sample], concurrency: int, seconds: float) -> Mapping[str, Json]:
-    """Return the results of a run; see `load_test`."""
+def summary(samples: Sequence[Sample], concurrency: int, seconds: float) -> Run:
+    """Return the results of a run, which took so many seconds."""
     good = [sample for sample in samples if not sample.error]
     pieces = sum(1 + len(sample.gaps) for sample in good)
-    return {
-        "concurrency": concurrency,
-        "requests": len(samples),
-        "requests_per_s": round(len(good) / seconds, 3) if seconds else 0.0,
-        "tokens_per_s": round(pieces / seconds, 2) if seconds else 0.0,
-        "ttft_ms": _spread([sample.first for sample in good]),
-        "itl_ms": _spread([gap for sample in good for gap in sample.gaps]),
-        "latency_ms": _spread([sample.whole for sample in good]),
-        "errors": len(samples) - len(good),
-        "failures": dict(Counter(sample.error for sample in samples if sample.error)),
-    }
-
-
-def _spread(seconds: Sequence[float]) -> Mapping[str, float | None]:
-    return {name: percentile(seconds, share) for name, share in (("p50", 0.5), ("p95", 0.95))}
+    return Run(
+        concurrency=concurrency,
+        requests=len(samples),
+        requests_per_s=round(len(good) / seconds, 3) if seconds else 0.0,
+        tokens_per_s=round(pieces / seconds, 2) if seconds else 0.0,
+        ttft_ms=Spread.of([sample.first for sample in good]),
+        itl_ms=Spread.of([gap for sample in good for gap in sample.gaps]),
+        latency_ms=Spread.of([sample.whole for sample in good]),
+        errors=len(samples) - len(good),
+        failures=Counter(sample.error for sample in samples if sample.error),
+    )
 
 
 def percentile(seconds: Sequence[float], share: float) -> float | None:

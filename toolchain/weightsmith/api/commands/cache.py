@@ -1,4 +1,4 @@
-"""`invoke cache`: fill a shared cache from the store, or the store from it; clean it; count."""
+"""`cache`: fill a shared cache from the store, or the store from it; clean it; count."""
 
 from __future__ import annotations
 
@@ -6,29 +6,47 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from weightsmith.api.commands.requests import CacheCommand, Said
+from weightsmith.building.wiring import open_one_cache
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import read_document
 from weightsmith.cache.store import SharedStore
 from weightsmith.cache.uploads import Uploads
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError, WeightsmithError
+from weightsmith.core.escape import escaped, joined
 from weightsmith.core.ports import Cache, Progress, Store, StoreEntry
-from weightsmith.core.values import Digest, Json
+from weightsmith.core.values import Digest, Writable
+from weightsmith.serving.memory import human, parse_size
 
-ACTIONS = ("push", "pull", "prune", "stat")
+_ACTIONS = ("push", "pull", "prune", "stat")
 
 
-def check_action(action: str) -> None:
-    """Raise UsageError for anything but an action."""
-    if action not in ACTIONS:
-        raise UsageError(f"cache {action}: unknown", hint=f"one of {', '.join(ACTIONS)}")
+def run_cache(asked: CacheCommand, progress: Progress) -> Said:
+    """Do one of the actions on the cache; raises UsageError for any other."""
+    if asked.action not in _ACTIONS:
+        raise UsageError(f"cache {asked.action}: unknown", hint=f"one of {', '.join(_ACTIONS)}")
+    if asked.action == "prune" and not asked.keep:
+        raise UsageError("missing: --keep", hint="`--help cache` lists every flag")
+    size, insecure = parse_size(asked.keep or "0"), asked.run.insecure
+    with open_one_cache(asked.cache, progress, sign_key=asked.sign_key, insecure=insecure) as one:
+        match asked.action:
+            case "push":
+                results = one.local.results()
+                return push_results(results, one.uploads, one.shared.cache, progress)
+            case "pull":
+                return pull_results(one.store, one.local, one.shared)
+            case "prune":
+                return prune_cache(one.shared.cache, size)
+            case _:
+                return describe_cache(one.shared.cache)
 
 
 def push_results(
-    results: Iterable[tuple[Digest, Mapping[str, Json], StoreEntry]],
+    results: Iterable[tuple[Digest, Mapping[str, Writable], StoreEntry]],
     uploads: Uploads,
     cache: Cache,
     progress: Progress,
-) -> Mapping[str, Json]:
+) -> Said:
     """Upload every result that the cache does not have.
 
     Raises EnvironmentFailure if the cache cannot be written: here it is not just a miss.
@@ -44,16 +62,17 @@ def push_results(
                 continue
             sent, held = sent + new, held + (not new)
             progress.advance(number, number, "items")
-    return {
+    facts: dict[str, Writable] = {
         "cache": cache.where,
         "pushed": sent,
         "held": held,
         "left_out": kept,
         "bytes": uploads.sent,
     }
+    return facts, f"pushed {sent} result(s), {human(uploads.sent)}; {held} were there"
 
 
-def pull_results(store: SharedStore, local: Store, shared: SharedCache) -> Mapping[str, Json]:
+def pull_results(store: SharedStore, local: Store, shared: SharedCache) -> Said:
     """Fetch every result of the cache that the store does not have, verified."""
     pulled = held = refused = 0
     with _named(shared.cache):
@@ -75,16 +94,18 @@ def pull_results(store: SharedStore, local: Store, shared: SharedCache) -> Mappi
                 f"the cache {shared.where} cannot be read any more",
                 hint="run it again: what was fetched is kept",
             )
-    return {
+    facts: dict[str, Writable] = {
         "cache": shared.where,
         "pulled": pulled,
         "held": held,
         "refused": refused,
         "bytes": shared.bytes_read,
     }
+    text = f"pulled {pulled} result(s), {human(shared.bytes_read)}; {held} were here"
+    return facts, text + (f"; {refused} not used" if refused else "")
 
 
-def prune_cache(cache: Cache, keep_bytes: int) -> Mapping[str, Json]:
+def prune_cache(cache: Cache, keep_bytes: int) -> Said:
     """Delete least recently used results until at most so many bytes are left."""
     with _named(cache):
         rows = sorted(cache.entries(), key=lambda kept: kept.used)
@@ -96,16 +117,17 @@ def prune_cache(cache: Cache, keep_bytes: int) -> Mapping[str, Json]:
             gone.append(kept.key)
             total -= kept.size
         freed = cache.remove(gone)  # also what interrupted uploads left, if there is nothing else
-    return {
+    facts: dict[str, Writable] = {
         "cache": cache.where,
         "deleted": len(gone),
         "bytes_before": before,
         "bytes_after": total,
         "freed": freed,
     }
+    return facts, f"deleted {len(gone)} result(s); kept {human(total)}"
 
 
-def describe_cache(cache: Cache) -> Mapping[str, Json]:
+def describe_cache(cache: Cache) -> Said:
     """Return how much the cache has, by stage, and whose entries can be read."""
     stages: dict[str, dict[str, int]] = {}
     count = size = unread = 0
@@ -122,7 +144,13 @@ def describe_cache(cache: Cache) -> Mapping[str, Json]:
             row = stages.setdefault(str(note.get("stage", "")), {"results": 0, "bytes": 0})
             row["results"] += 1
             row["bytes"] += kept.size
-    return {
+    lines = [f"{escaped(cache.where)}: {count} results, {human(size)}"]
+    lines += [
+        f"  {escaped(stage):<18} {row['results']:>5}  {human(row['bytes']):>10}"
+        for stage, row in sorted(stages.items())
+    ]
+    lines += [f"  {unread} cannot be read"] if unread else []
+    facts: dict[str, Writable] = {
         "cache": cache.where,
         "results": count,
         "bytes": size,
@@ -130,6 +158,7 @@ def describe_cache(cache: Cache) -> Mapping[str, Json]:
         "oldest_days": round((time.time() - oldest) / 86400, 1) if count else 0.0,
         "stages": dict(sorted(stages.items())),
     }
+    return facts, joined(lines)
 
 
 @contextmanager

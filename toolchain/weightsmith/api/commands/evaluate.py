@@ -1,84 +1,49 @@
-"""`invoke evaluate`: score an image, a server or a checkpoint on a data file."""
+"""`evaluate`: score an image, a server or a checkpoint on a data file, or by a harness's tasks.
+
+The command line and result files of lm-evaluation-harness are documented at
+https://github.com/EleutherAI/lm-evaluation-harness (docs/interface.md, docs/API_guide.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from weightsmith.api.commands.folders import open_sources
+from weightsmith.api.commands.merge import open_sources
 from weightsmith.api.commands.requests import EvaluateCommand
-from weightsmith.api.commands.server import ServerSource, served_model, session_with
-from weightsmith.core.errors import CheckFailed, InputRefused, UsageError
+from weightsmith.api.commands.server import ServerSource, api_key, served_model, session_with
+from weightsmith.api.results import Evaluation
+from weightsmith.core.errors import CheckFailed, EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import TOKENIZER, parse_file
-from weightsmith.core.values import Json, Score
+from weightsmith.core.trees import below
+from weightsmith.core.values import Json, Score, Writable, plain
 from weightsmith.evaluating.client import KeptAnswers
 from weightsmith.evaluating.contamination import describe, find_contamination
 from weightsmith.evaluating.gate import DropLimit, judge_drop, sampled, too_few, wilson
 from weightsmith.evaluating.items import read_items, sample
+from weightsmith.evaluating.likelihood import supports_echo
 from weightsmith.evaluating.metrics import check_metric
 from weightsmith.evaluating.session import SessionLimits
-from weightsmith.evaluating.task import Answers, Task, ask_server, score_task
+from weightsmith.evaluating.task import Task, ask_server, score_task
 from weightsmith.evaluating.walks import BUILDER, EvaluatedModel
 from weightsmith.models.facts import read_facts
 from weightsmith.stages.reference import answers as reference_answers
 from weightsmith.steps.destinations import Unkept
 from weightsmith.steps.tools import Tools
 
+_PROGRAM = "lm_eval"
+_SECONDS = 24 * 3600.0
+_MAIN = ("exact_match", "acc_norm", "acc", "pass@1", "f1", "bleu")
+"""A task's main measure is the first of these that it reports."""
 
-def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Mapping[str, Json]:
-    """Return `{score, n, metric, interval, per_item}` and, with `against`, `comparison`.
+
+def evaluate_subject(asked: EvaluateCommand, tools: Tools) -> Evaluation:
+    """Return how the subject answered and, with `against`, how that compares.
 
     Raises UsageError for invalid data or options, InputRefused for leaked questions if the task is
     strict, CheckFailed if the server fails or the score is too low.
     """
-    _check_subject(asked)
-    kept = KeptAnswers(asked.answers) if asked.answers else None
-    if asked.model:
-        if kept:
-            raise UsageError(
-                "--answers keeps a server's answers, and --model starts none", hint="leave it out"
-            )
-        tools.runner.check(BUILDER)
-    task = _task(asked, tools)
-    _check_leaks(task, asked, tools)
-    before = _earlier(asked.against) if isinstance(asked.against, str) else asked.against
-    tools.progress.stage("evaluate", f"{len(task.items)} questions")
-    score = _score(task, asked, tools, kept)
-    right = sum(bool(row["ok"]) for row in score.per_item)
-    result: dict[str, Json] = {
-        "score": score.score,
-        "n": score.n,
-        "metric": score.metric,
-        "interval": wilson(right if score.per_item else round(score.score * score.n), score.n),
-        "per_item": list(score.per_item),
-    }
-    limit = DropLimit(
-        max_drop=1.0 if asked.max_drop is None else asked.max_drop,
-        min_score=asked.scoring.min_score,
-    )
-    verdict = judge_drop("this", score, "other", before, limit)
-    if before is not None:
-        check_same_questions(score, before)
-        result["comparison"] = verdict.facts
-        if asked.max_drop is not None and (few := too_few(verdict, asked.max_drop)):
-            tools.progress.warn(few)
-    verdict.require()
-    return result
-
-
-def evaluate_text(result: Mapping[str, Json]) -> str:
-    """Return the score with its interval as text, and the comparison's reason below it."""
-    low, high = result["interval"]
-    text = (
-        f"{result['score']:.4f} "
-        f"({result['metric']}, n={result['n']}, 95 %: {low:.3f} to {high:.3f})"
-    )
-    return joined([text, result["comparison"]["reason"]] if "comparison" in result else [text])
-
-
-def _check_subject(asked: EvaluateCommand) -> None:
-    """Raise UsageError unless exactly one of image, server and checkpoint is given."""
     if sum(map(bool, (asked.image, asked.url, asked.model))) != 1:
         raise UsageError(
             "give exactly one of --image, --url and --model",
@@ -89,6 +54,50 @@ def _check_subject(asked: EvaluateCommand) -> None:
             "--adapter needs --model",
             hint="an image has merged weights: remove --adapter, or give --model",
         )
+    kept = KeptAnswers(asked.answers) if asked.answers else None
+    if asked.model:
+        if kept:
+            raise UsageError(
+                "--answers keeps a server's answers, and --model starts none", hint="leave it out"
+            )
+        tools.runner.check(BUILDER)
+    task = _task(asked, tools)
+    before = _earlier(asked.against) if isinstance(asked.against, str) else asked.against
+    tools.progress.stage("evaluate", f"{len(task.items)} questions")
+    score = _score(task, asked, tools, kept)
+    right = sum(bool(row["ok"]) for row in score.per_item)
+    limit = DropLimit(
+        max_drop=1.0 if asked.max_drop is None else asked.max_drop,
+        min_score=asked.scoring.min_score,
+    )
+    verdict = judge_drop("this", score, "other", before, limit)
+    if before is not None:
+        check_same_questions(score, before)
+        if asked.max_drop is not None and (few := too_few(verdict, asked.max_drop)):
+            tools.progress.warn(few)
+    verdict.require()
+    return Evaluation(
+        score=score.score,
+        n=score.n,
+        metric=score.metric,
+        interval=wilson(right if score.per_item else round(score.score * score.n), score.n),
+        per_item=score.per_item,
+        comparison={} if before is None else verdict.facts,
+        warnings=tuple(tools.progress.warnings),
+    )
+
+
+def evaluation_facts(found: Evaluation) -> Mapping[str, Writable]:
+    """Return what `evaluate --json` prints."""
+    left_out = {"warnings"} if found.comparison else {"warnings", "comparison"}
+    return {key: value for key, value in plain(found).items() if key not in left_out}
+
+
+def evaluate_text(found: Evaluation) -> str:
+    """Return the score with its interval as text, and the comparison's reason below it."""
+    low, high = found.interval
+    text = f"{found.score:.4f} ({found.metric}, n={found.n}, 95 %: {low:.3f} to {high:.3f})"
+    return joined([text, found.comparison["reason"]] if found.comparison else [text])
 
 
 def _task(asked: EvaluateCommand, tools: Tools) -> Task:
@@ -99,6 +108,14 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
     items = sample(everything, asked.limit)
     if len(items) < len(everything):
         tools.progress.note(sampled(len(items), len(everything)))
+    for other in (scoring.training, asked.calibration):
+        leaks = describe(find_contamination(items, Path(other))) if other else ""
+        if leaks and scoring.strict:
+            raise InputRefused(
+                leaks, hint="remove them from one of the two files, or remove --strict"
+            )
+        if leaks:
+            tools.progress.warn(leaks)
     return Task(
         items=items,
         metric=scoring.metric,
@@ -107,21 +124,14 @@ def _task(asked: EvaluateCommand, tools: Tools) -> Task:
     )
 
 
-def _check_leaks(task: Task, asked: EvaluateCommand, tools: Tools) -> None:
-    for other in (asked.scoring.training, asked.calibration):
-        leaks = describe(find_contamination(task.items, Path(other))) if other else ""
-        if leaks and asked.scoring.strict:
-            raise InputRefused(
-                leaks, hint="remove them from one of the two files, or remove --strict"
-            )
-        if leaks:
-            tools.progress.warn(leaks)
-
-
 def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers | None) -> Score:
     if asked.model:
-        answers = _ask_checkpoint(asked.model, asked.adapters, task, tools)
-        return score_task(task, answers, tools.command)
+        read_facts(asked.model)
+        weights = [1.0] * len(asked.adapters)
+        sources = open_sources(asked.model, asked.adapters, weights, tools.store)
+        subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
+        asking = reference_answers({"model": subject}, task, Unkept(tools), tools)
+        return score_task(task, asking["model"], tools.command)
     place = ServerSource(image=asked.image, url=asked.url)
     limits = SessionLimits(request_seconds=asked.timeout, tries=asked.retries + 1)
     with session_with(place, tools, limits, modest=True) as session:
@@ -134,14 +144,6 @@ def _score(task: Task, asked: EvaluateCommand, tools: Tools, kept: KeptAnswers |
             "WEIGHTSMITH_MODEL": served.name,
         }
         return score_task(task, answers, tools.command, environment)
-
-
-def _ask_checkpoint(model: Path, adapters: Sequence[Path], task: Task, tools: Tools) -> Answers:
-    read_facts(model)
-    weights = [1.0] * len(adapters)
-    sources = open_sources(model, adapters, weights, tools.store)
-    subject = EvaluatedModel(model=sources.base.tree, adapters=sources.adapters)
-    return reference_answers({"model": subject}, task, Unkept(tools), tools)["model"]
 
 
 def _earlier(path: str) -> Score | None:
@@ -159,16 +161,12 @@ def _earlier(path: str) -> Score | None:
             metric=str(data.get("metric", "")),
             per_item=rows,
         )
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror}",
-            hint="save one with `evaluate … --json > before.json`",
-        ) from None
-    except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(
-            f"{path} is not the output of `evaluate --json`",
-            hint="save one with `evaluate … --json > before.json`",
-        ) from None
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{path} is not the output of `evaluate --json`"
+        if isinstance(error, OSError):
+            why = f"cannot read {path}: {error.strerror}"
+        hint = "save one with `evaluate … --json > before.json`"
+        raise UsageError(why, hint=hint) from None
 
 
 def check_same_questions(now: Score, before: Score) -> None:
@@ -179,3 +177,113 @@ def check_same_questions(now: Score, before: Score) -> None:
             "the two runs used different questions",
             hint="compare runs on the same data file",
         )
+
+
+def evaluate_tasks(request: EvaluateCommand, tools: Tools) -> Mapping[str, Json]:
+    """Return `{score, n, metric, tasks, per_item}`: the mean of the tasks' main measures.
+
+    Raises UsageError for a checkpoint, EnvironmentFailure if the harness is not installed, and
+    CheckFailed with the harness's last lines if it fails, for example on an unknown task.
+    """
+    if request.run.memory:
+        raise UsageError(
+            "--memory limits jobs, and --tasks starts none: your own lm_eval asks the server",
+            hint="leave out --memory",
+        )
+    if request.answers:
+        raise UsageError("--answers is for questions of --data", hint="leave it out")
+    place = ServerSource(image=request.image, url=request.url)
+    if bool(place.image) == bool(place.url):
+        raise UsageError(
+            "--tasks needs exactly one of --image and --url",
+            hint="--image REF starts an image, --url queries a server",
+        )
+    tools.progress.stage("evaluate", request.tasks)
+    with session_with(place, tools, modest=True) as session, tools.scratch() as out:
+        served = served_model(session, place, request.served_name)
+        words = harness_command(request, session.endpoint.url, served.name, out)
+        key = api_key() or "none"
+        try:
+            tools.command(words, {"OPENAI_API_KEY": key}, b"", _SECONDS)
+        except EnvironmentFailure:
+            raise EnvironmentFailure(
+                "lm-evaluation-harness is not installed",
+                hint="install it with `pip install 'lm-eval[api]'`",
+            ) from None
+        except CheckFailed as error:
+            if not request.tokenizer or supports_echo(session, served):
+                raise
+            raise CheckFailed(
+                f"{session.endpoint.shown} does not return log-probabilities of a prompt "
+                "(llama.cpp's server never does), and tasks that compare likelihoods need "
+                f"them; {error.message}",
+                hint="use the vLLM image, choose tasks that generate text (without --tokenizer), "
+                "or use --data with --metric choice, which works with llama.cpp",
+            ) from None
+        return read_results(out)
+
+
+def harness_command(request: EvaluateCommand, url: str, name: str, out: Path) -> tuple[str, ...]:
+    """Return the harness's command line."""
+    kind, path = ("local-completions", "completions") if request.tokenizer else (
+        "local-chat-completions", "chat/completions"
+    )  # fmt: skip
+    arguments = f"model={name},base_url={url}/v1/{path},num_concurrent={request.concurrency}"
+    arguments += ",max_retries=3"
+    if request.tokenizer:
+        arguments += f",tokenizer={request.tokenizer},tokenized_requests=False"
+    words = [_PROGRAM, "--model", kind, "--model_args", arguments, "--tasks", request.tasks]
+    words += ["--output_path", str(out), "--seed", "0"]
+    words += [] if request.tokenizer else ["--apply_chat_template"]
+    words += ["--limit", str(request.limit)] if request.limit else []
+    words += ["--include_path", request.include] if request.include else []
+    return tuple(words)
+
+
+def read_results(out: Path) -> Mapping[str, Json]:
+    """Return the harness's newest results; raise CheckFailed if there are none."""
+    files = [path for path in below(out) if path.match("results_*.json")]
+    files.sort(key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise CheckFailed(
+            "lm-evaluation-harness wrote no results", hint="run lm_eval by hand and read its output"
+        )
+    results = parse_file(files[-1], largest=TOKENIZER)
+    tasks: dict[str, dict[str, Json]] = {}
+    for name, measures in results["results"].items():
+        numbers = {
+            key: value
+            for key, value in measures.items()
+            if isinstance(value, int | float) and "stderr" not in key
+        }
+        known = (key for measure in _MAIN for key in numbers if key.split(",")[0] == measure)
+        main = next(known, "")
+        stderr = measures.get(main.replace(",", "_stderr,", 1)) if main else None
+        tasks[name] = {
+            "score": numbers.get(main),
+            "measure": main,
+            "stderr": stderr if isinstance(stderr, int | float) else None,
+            "n": int(results.get("n-samples", {}).get(name, {}).get("effective", 0)),
+            "measures": numbers,
+        }
+    scored = [task for task in tasks.values() if task["score"] is not None]
+    if not scored:
+        raise CheckFailed(
+            f"none of the tasks reports a known measure: {', '.join(tasks)}",
+            hint=f"known measures: {', '.join(_MAIN)}",
+        )
+    return {
+        "score": sum(task["score"] for task in scored) / len(scored),
+        "n": sum(task["n"] for task in scored),
+        "metric": "lm-eval",
+        "tasks": tasks,
+        "per_item": [],
+    }
+
+
+def tasks_text(result: Mapping[str, Json]) -> str:
+    """Return the tasks' scores as text, one line each."""
+    return joined(
+        f"{name}: {task['score']} ({task['measure']}, n={task['n']})"
+        for name, task in result["tasks"].items()
+    )

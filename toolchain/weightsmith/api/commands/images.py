@@ -1,18 +1,18 @@
-"""`invoke push` and `invoke inspect`: images in registries and layouts."""
+"""`push` and `inspect`: images in registries and layouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from weightsmith.api.commands.requests import Said
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.platforms import usual
 from weightsmith.core.ports import ContainerEngine, Progress, Signer
-from weightsmith.core.values import Blob, Digest, ImageLayer, Json, Published, plain
+from weightsmith.core.values import Blob, Digest, ImageLayer, Json, Published, Writable
 from weightsmith.oci import manifests
-from weightsmith.oci.attachments import Attachment
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layout import is_layout
 from weightsmith.oci.locations import (
@@ -53,7 +53,7 @@ def copy_image(
     *,
     force: bool,
     signer: Signer | None = None,
-) -> Mapping[str, Json]:
+) -> Published:
     """Copy an image and its attachments to a registry, byte for byte.
 
     What the registry already has is not sent, and if the tag names the image already, not looked
@@ -82,11 +82,11 @@ def copy_image(
         warn=progress.warn,
     )
     progress.finish("push", published.seconds, cached=published.uploaded_bytes == 0)
-    return dict(plain(published))
+    return published
 
 
-def preview_copy(source: str, to: str, registry: Registry, *, force: bool) -> Mapping[str, Json]:
-    """Return what `copy_image` would do with each layer, and change nothing.
+def preview_copy(source: str, to: str, registry: Registry, *, force: bool) -> Said:
+    """Return what `copy_image` would do with each layer, also as text; change nothing.
 
     Raises UsageError as a copy does if the tag names another image.
     """
@@ -107,37 +107,26 @@ def preview_copy(source: str, to: str, registry: Registry, *, force: bool) -> Ma
     same_registry = (
         isinstance(origin, RegistryLocation) and origin.reference.registry == place.registry
     )
-    rows: list[dict[str, Json]] = []
+    rows, lines, sent = list[Mapping[str, Writable]](), list[str](), 0
     for blob in dict.fromkeys(blobs):
         how = "there" if registry.has(place, blob) else "send"
         if how == "send" and same_registry and blob in files:  # a configuration is sent
             how = "mount"
         file = files.get(blob, "configuration")
+        sent += blob.size if how == "send" else 0
         rows.append({"digest": blob.digest, "size": blob.size, "file": file, "how": how})
+        lines.append(f"  {how:<7} {blob.digest[7:19]}  {human(blob.size):>10}  {file}")
+    attached = sum(len(origin.attached(one)) for one in subjects)
+    first = f"{place}@{subjects[0]}: nothing was changed"
+    last = f"{human(sent)} and {attached} attachments would be sent"
     return {
         "reference": str(place),
         "dry_run": True,
         "digest": subjects[0],
         "blobs": rows,
-        "attached": sum(len(origin.attached(one)) for one in subjects),
-        "uploaded_bytes": sum(row["size"] for row in rows if row["how"] == "send"),
-    }
-
-
-def preview_text(shown: Mapping[str, Json]) -> str:
-    """Return what a dry run of a copy shows, as text."""
-    rows = [
-        f"  {row['how']:<7} {row['digest'][7:19]}  {human(row['size']):>10}  {row['file']}"
-        for row in shown["blobs"]
-    ]
-    what = f"{human(shown['uploaded_bytes'])} and {shown['attached']} attachments"
-    return joined(
-        [
-            f"{shown['reference']}@{shown['digest']}: nothing was changed",
-            *rows,
-            f"{what} would be sent",
-        ]
-    )
+        "attached": attached,
+        "uploaded_bytes": sent,
+    }, joined([first, *lines, last])
 
 
 def _copy_index(
@@ -148,7 +137,7 @@ def _copy_index(
     *,
     force: bool,
     signer: Signer | None,
-) -> Mapping[str, Json]:
+) -> Published:
     """Copy an index and everything that it refers to; the digest does not change."""
     registry, to = there.registry, there.reference
     sources = []
@@ -163,7 +152,12 @@ def _copy_index(
     for row, blob in _listed(index, to):
         one = origin.read(blob)
         if manifests.platform_of(row.get("platform")) != _ASIDE:
-            layers |= _layers_of(one)
+            layers |= {  # platforms share some
+                part.blob.digest: ImageLayer(
+                    digest=part.blob.digest, size=part.blob.size, file=part.title
+                )
+                for part in one.parts
+            }
         place = Reference(to.registry, to.repository)
         sent.append(
             registry.push_manifest(
@@ -192,7 +186,7 @@ def _copy_index(
         seconds=last.seconds + sum(one.seconds for one in sent),
     )
     progress.finish("push", done.seconds, cached=done.uploaded_bytes == 0)
-    return dict(plain(done))
+    return done
 
 
 def _listed(index: bytes, to: Reference) -> Iterator[tuple[Mapping[str, Json], Blob]]:
@@ -201,14 +195,6 @@ def _listed(index: bytes, to: Reference) -> Iterator[tuple[Mapping[str, Json], B
     for row in manifests.listed(document, "manifests", str(to)):
         kinds, most = manifests.MANIFESTS, manifests.LARGEST_MANIFEST
         yield row, manifests.descriptor(row, str(to), kinds, most)
-
-
-def _layers_of(one: Attachment) -> dict[Digest, ImageLayer]:
-    """Return the layers of an image's manifest, by digest: platforms share some."""
-    return {
-        part.blob.digest: ImageLayer(digest=part.blob.digest, size=part.blob.size, file=part.title)
-        for part in one.parts
-    }
 
 
 def copy_attachments(
@@ -227,35 +213,23 @@ def copy_attachments(
     if signer or any(map(cosign_tag, found)):
         known = {attachment.blob.digest for attachment in found}
         held = [a for a in read_attached(there, image.digest) if a.blob.digest not in known]
-    _warn_of_unrelated(image, found, held, warn, signed=signer is not None)
-    made = countersigned(found, image, there.reference.name, signer, held)
-    # Attachments that were found only through cosign's tag name no subject.
-    ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in made)
-    there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
-
-
-def _warn_of_unrelated(
-    image: Blob,
-    found: Sequence[Attachment],
-    held: Sequence[Attachment],
-    warn: Callable[[str], None],
-    *,
-    signed: bool,
-) -> None:
-    """Warn about statements on other images, and those that only the new location had."""
     parts = statement_parts(found)
     if others := unrelated_statements(parts, image.digest):
-        done = "left unsigned" if signed else "copied unchanged"
+        done = "left unsigned" if signer else "copied unchanged"
         warn(
             f"a statement attached to {image.digest.short} is {others[0]}"
             f"{f', {len(others) - 1} more like it' if others[1:] else ''}: {done},"
             " and `verify` rejects it"
         )
-    if signed and (alien := only_held(statement_parts(held), parts)):
+    if signer and (alien := only_held(statement_parts(held), parts)):
         warn(
             f"{alien} statement(s) about {image.digest.short} were already at the destination:"
             " they are left unsigned, and `verify --key` will report them"
         )
+    made = countersigned(found, image, there.reference.name, signer, held)
+    # Attachments that were found only through cosign's tag name no subject.
+    ours = (a if a.subject.digest == image.digest else replace(a, subject=image) for a in made)
+    there.attach(*(replace(a, tag=cosign_tag(a)) for a in ours))
 
 
 def inspect_image(
@@ -267,24 +241,37 @@ def inspect_image(
     not have the image, reads it from the container engine.
     """
     platform = usual(platform)
+    attached = []
     if not platform and (held := _held_by_engine(source, registry, engine)):
-        return {**_with_provenance(source, _described_by_engine(held)), "attached": []}
-    place = open_location(source, registry)
-    if index := place.index():
-        named = [name for name in manifests.platforms_in(index, source) if name]
-        whole: dict[str, Json] = {"index": Digest.of(index), "platforms": named}
+        found = _described_by_engine(held)
     else:
-        whole = {}
-    image = place.image(platform or None)
-    if image.platform and platform not in {"", image.platform}:
-        raise InputRefused(
-            f"{source} is for {image.platform}",
-            hint=f"there is no image for {platform}; remove --platform",
-        )
-    found = {**describe(image), **whole}
-    rows = read_attached(place, Digest(found["digest"]))
-    attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
-    return {**_with_provenance(source, found), "attached": attached}
+        place = open_location(source, registry)
+        index = place.index()
+        named = [name for name in manifests.platforms_in(index, source) if name] if index else []
+        image = place.image(platform or None)
+        if image.platform and platform not in {"", image.platform}:
+            raise InputRefused(
+                f"{source} is for {image.platform}",
+                hint=f"there is no image for {platform}; remove --platform",
+            )
+        found = describe(image)
+        if index:
+            found |= {"index": Digest.of(index), "platforms": named}
+        rows = read_attached(place, image.digest)
+        attached = [{"artifact_type": a.artifact_type, "digest": a.blob.digest} for a in rows]
+    labels = found["labels"]
+    plan, scores = plan_in(labels), scores_in(labels)
+    # What cannot be parsed is returned unchanged.
+    read = {*(f"score.{name}" for name in scores), *(["plan"] if plan else [])}
+    own = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
+    return {
+        "reference": source,
+        **found,
+        "provenance": {name: text for name, text in own.items() if name not in read},
+        "plan": plan,
+        "scores": scores,
+        "attached": attached,
+    }
 
 
 def _held_by_engine(source: str, registry: Registry, engine: ContainerEngine) -> Mapping[str, Json]:
@@ -315,21 +302,6 @@ def _described_by_engine(held: Mapping[str, Json]) -> dict[str, Json]:
         "size": held.get("Size", 0),
         "labels": config.get("Labels") or {},
         "layers": [{"digest": i, "diff_id": i, "size": 0, "file": ""} for i in ids],
-    }
-
-
-def _with_provenance(source: str, found: Mapping[str, Json]) -> Mapping[str, Json]:
-    labels = found["labels"]
-    plan, scores = plan_in(labels), scores_in(labels)
-    # Return values that cannot be parsed unchanged.
-    read = {*(f"score.{name}" for name in scores), *(["plan"] if plan else [])}
-    own = {k.removeprefix(PREFIX): v for k, v in labels.items() if k.startswith(PREFIX)}
-    return {
-        "reference": source,
-        **found,
-        "provenance": {name: text for name, text in own.items() if name not in read},
-        "plan": plan,
-        "scores": scores,
     }
 
 

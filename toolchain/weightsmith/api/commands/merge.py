@@ -1,18 +1,32 @@
-"""`invoke merge`: merge adapters into a checkpoint folder, or into one adapter."""
+"""`merge` and `validate`: users' folders as the values that stages take, merged or compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightsmith.api.commands.folders import base_folder, open_sources
-from weightsmith.api.commands.requests import MergeCommand
+from weightsmith.api.commands.requests import MergeCommand, ValidateCommand
 from weightsmith.building.apart import not_nested
-from weightsmith.core.values import Checkpoint, Json, Sources
+from weightsmith.core.ports import Store
+from weightsmith.core.values import (
+    AdapterSnapshot,
+    Checkpoint,
+    FileEntry,
+    Json,
+    Snapshot,
+    Sources,
+    Tree,
+)
+from weightsmith.evaluating.items import read_prompts
 from weightsmith.merging.plan import KINDS
+from weightsmith.models.folder import check_adapter_folder, check_model_folder
+from weightsmith.recipe.schema import Base
+from weightsmith.stages import validate as validation
 from weightsmith.stages.merge import BUILDER, check, combine, merge
-from weightsmith.steps.destinations import in_folder
+from weightsmith.stages.resolve import resolve_base
+from weightsmith.steps.destinations import Unkept, in_folder
 from weightsmith.steps.tools import Tools
+from weightsmith.validating.result import Validation
 
 
 def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
@@ -25,43 +39,90 @@ def merge_folders(asked: MergeCommand, tools: Tools) -> Mapping[str, Json]:
     InputRefused for inputs that cannot be merged, or combined to plain low-rank factors.
     """
     out, keep, options = asked.out, asked.keep_adapter, asked.options
+
+    def opened() -> Sources:  # what would be refused is refused before anything is made
+        tools.runner.check(BUILDER)
+        base = base_folder(asked.base, tools)
+        sources = open_sources(base, asked.adapters, asked.factors, tools.store)
+        check(sources, options)
+        return sources
+
     not_nested(("--out", str(out or "")), ("--keep-adapter", str(keep or "")))
     kept: Mapping[str, Json] = {}
     if keep:
-        sources = _opened(asked, tools)
+        sources = opened()
         with in_folder(keep, "the combined adapter", tools) as to:
             combined = combine(sources, options, to, tools).value
         kept = _result(combined, keep, tools)
     if out is None:
         return kept
-    sources = _opened(asked, tools)
+    sources = opened()
     with in_folder(out, "the merged checkpoint", tools, resumes=True) as to:
         merged = merge(sources, options, to, tools).value
     result = _result(merged, out, tools)
     return {**result, "adapter": kept} if kept else result
 
 
-def _opened(asked: MergeCommand, tools: Tools) -> Sources:
-    """Return the sources; what would be refused is refused before anything is made."""
-    tools.runner.check(BUILDER)
-    base = base_folder(asked.base, tools)
-    sources = open_sources(base, asked.adapters, asked.factors, tools.store)
-    check(sources, asked.options)
-    return sources
-
-
 def _result(made: Checkpoint, out: Path, tools: Tools) -> Mapping[str, Json]:
     for finding in made.details.get("findings", ()):
         tools.progress.warn(str(finding))
-    for line in summary(made.details):
-        tools.progress.note(line)
+    counts, sizes = made.details["tensors"], made.details["tensor_bytes"]
+    tools.progress.note(f"  {'tensors':<10}{'count':>8}{'MiB':>12}")
+    for kind in KINDS:
+        tools.progress.note(f"  {kind:<10}{counts[kind]:>8}{sizes[kind] / 2**20:>12,.1f}")
+    tools.progress.note(f"  {'refused':<10}{0:>8}{0:>12,.1f}")  # a refused merge writes nothing
     files = [{"path": f.path, "size": f.size, "sha256": f.digest.hex} for f in made.tree.files]
     return {**made.details, "files": files, "out": str(out.absolute())}
 
 
-def summary(result: Mapping[str, Json]) -> list[str]:
-    """Return the summary table of a merge; a refused merge writes nothing, so that row is 0."""
-    rows = [(kind, result["tensors"][kind], result["tensor_bytes"][kind]) for kind in KINDS]
-    lines = [f"  {'tensors':<10}{'count':>8}{'MiB':>12}"]
-    lines += [f"  {kind:<10}{count:>8}{size / 2**20:>12,.1f}" for kind, count, size in rows]
-    return [*lines, f"  {'refused':<10}{0:>8}{0:>12,.1f}"]
+def validate_folders(asked: ValidateCommand, tools: Tools) -> Validation:
+    """Compare a merged checkpoint with its sources; `options` say how it was merged.
+
+    Raises CheckFailed, with the result as details, if the checkpoint differs from its sources,
+    InputRefused if a folder is not a model or adapter, UsageError for invalid probes.
+    """
+    tools.runner.check(validation.BUILDER)
+    base = base_folder(asked.base, tools)
+    sources = open_sources(base, asked.adapters, asked.factors, tools.store)
+    checkpoint = open_checkpoint(asked.merged, tools.store)
+    items = read_prompts(asked.probes) if asked.probes else ()
+    to = Unkept(tools)
+    return validation.validate(checkpoint, sources, asked.options, items, to, tools).value
+
+
+def open_sources(
+    base: Path, adapters: Sequence[Path], weights: Sequence[float], store: Store
+) -> Sources:
+    """Return a base and adapters in order; raise InputRefused if a folder is not safe to read."""
+
+    def snapshot(folder: Path, names: Sequence[str]) -> Snapshot:
+        tree = _tree(folder, names, store)
+        return Snapshot(tree=tree, source=str(folder), pin="", pinned=False)
+
+    return Sources(
+        base=snapshot(base, check_model_folder(base)),
+        adapters=tuple(
+            AdapterSnapshot(snapshot=snapshot(one, check_adapter_folder(one)), weight=weight)
+            for one, weight in zip(adapters, weights, strict=True)
+        ),
+    )
+
+
+def base_folder(base: str, tools: Tools) -> Path:
+    """Return a base's folder; one of a hub or an index is fetched first."""
+    if "://" not in base:
+        return Path(base)
+    return resolve_base(Base(source=base), Path(), tools).tree.root
+
+
+def open_checkpoint(folder: Path, store: Store) -> Checkpoint:
+    """Return a checkpoint; raise InputRefused if the folder is not one or is not safe to read."""
+    return Checkpoint(tree=_tree(folder, check_model_folder(folder), store))
+
+
+def _tree(folder: Path, names: Sequence[str], store: Store) -> Tree:
+    """Return the files; large ones may have a placeholder instead of a digest."""
+    root = folder.resolve()
+    entries = ((name, store.digest_file(root / name, read=False)) for name in names)
+    files = [FileEntry(path=name, size=entry.size, digest=entry.digest) for name, entry in entries]
+    return Tree(root=root, files=tuple(files))

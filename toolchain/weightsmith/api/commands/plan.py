@@ -1,4 +1,4 @@
-"""`invoke plan`: print a forecast as a table."""
+"""`plan`: print a forecast as a table."""
 
 from __future__ import annotations
 
@@ -15,27 +15,6 @@ from weightsmith.steps.step import HERE
 _NUMBERS = frozenset({"reads", "writes", "memory", "time"})
 
 
-def _place(where: str) -> str:
-    return where if where == HERE else f"in {where}"
-
-
-def _time(seconds: Json) -> str:
-    """Return about how long a stage takes, "" if that is not known."""
-    if seconds is None:
-        return ""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _layer_time(times: Mapping[str, Json]) -> str:
-    """Return how times were estimated."""
-    (few, many), (fast, slow) = times["counts"], times["layer"]
-    return (
-        f"times: one of {times['layers']} layers took {fast:.2g} s for {few} tokens and "
-        f"{slow:.2g} s for {many}, with random weights in memory; starting, "
-        "and a disk that is slower than this, come on top"
-    )
-
-
 def table(result: Mapping[str, Json]) -> str:
     """Return a forecast as a table."""
     from rich.console import Console
@@ -48,12 +27,18 @@ def table(result: Mapping[str, Json]) -> str:
     for heading in ("stage", "target", "state", "reads", "writes", "memory", *timed):
         rows.add_column(heading, justify="right" if heading in _NUMBERS else "left")
     for row in result["stages"]:
-        state = f"cached {_place(row['where'])}" if row["cached"] else f"to do: {row['why']}"
+        if row["cached"]:
+            state = f"cached {'' if row['where'] == HERE else 'in '}{row['where']}"
+        else:
+            state = f"to do: {row['why']}"
+        takes = ""
+        if timed and (seconds := row["seconds"]) is not None:
+            takes = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
         numbers = (row["read_bytes"], row["write_bytes"], row["peak_memory_bytes"])
         shown = ("" if row["cached"] else human(int(n)) if n else "" for n in numbers)
         # Plain text, never markup: names come from the user.
         cells = (Text(escaped(text)) for text in (row["stage"], row["target"], state))
-        rows.add_row(*cells, *shown, *(_time(row["seconds"]) for _ in timed))
+        rows.add_row(*cells, *shown, *(takes for _ in timed))
     text = io.StringIO()
     console = Console(file=text, width=110, highlight=False)
     console.print(rows)
@@ -67,12 +52,16 @@ def table(result: Mapping[str, Json]) -> str:
         said = f"advice: {what[advice['merge']]}: {'; '.join(advice['why'])}"
         console.print(Text(escaped(said)))
     if layer_time := result.get("layer_time"):
-        console.print(Text(_layer_time(layer_time)), soft_wrap=True)
-    if not result["serving"]:
+        (few, many), (fast, slow) = layer_time["counts"], layer_time["layer"]
+        said = (
+            f"times: one of {layer_time['layers']} layers took {fast:.2g} s for {few} tokens and "
+            f"{slow:.2g} s for {many}, with random weights in memory; starting, "
+            "and a disk that is slower than this, come on top"
+        )
+        console.print(Text(said), soft_wrap=True)
+    if result["serving"]:
+        memory, disk = (human(int(result[f"peak_{what}_bytes"])) for what in ("memory", "disk"))
+        console.print(f"at most {memory} of memory and {disk} of disk")
+    else:
         console.print("sizes will be known when the sources are on this machine")
-        return text.getvalue().rstrip()
-    console.print(
-        f"at most {human(int(result['peak_memory_bytes']))} of memory and "
-        f"{human(int(result['peak_disk_bytes']))} of disk"
-    )
     return text.getvalue().rstrip()

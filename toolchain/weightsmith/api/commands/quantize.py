@@ -1,32 +1,26 @@
-"""`invoke quantize`: quantize a checkpoint folder to a file or folder."""
+"""`quantize`: quantize a checkpoint folder to a file or folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from weightsmith.api.commands.folders import open_checkpoint
+from weightsmith.api.commands.merge import open_checkpoint
 from weightsmith.api.commands.requests import QuantizeCommand
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import below
-from weightsmith.core.values import Json, Tree
+from weightsmith.core.values import Json
 from weightsmith.models.facts import read_facts
 from weightsmith.models.gguf_names import projector_name
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.tensors import unsupported
 from weightsmith.quantizers import of_format
-from weightsmith.quantizers.calibration import GENERAL, Texts, read_texts
+from weightsmith.quantizers.calibration import GENERAL, read_texts
 from weightsmith.recipe.schema import Quality, Quantize, TextBounds
 from weightsmith.recipe.section import spelling
 from weightsmith.stages.quality import quality, quality_fault
-from weightsmith.stages.quantize import (
-    QuantizeOptions,
-    check_model,
-    format_options,
-    needs_text,
-    quantize,
-)
+from weightsmith.stages.quantize import check_model, format_options, needs_text, quantize
 from weightsmith.steps.destinations import in_folder
 from weightsmith.steps.tools import Tools
 
@@ -44,16 +38,25 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     _require_new(out)
     tools.runner.check(quantizer.builder)
     checkpoint = open_checkpoint(asked.model, tools.store)
-    _check_dtypes(checkpoint.tree)
+    for file in checkpoint.tree.files:
+        if file.path.endswith(".safetensors"):
+            for info in read_header(checkpoint.tree.path(file.path)).tensors:
+                if info.dtype == "F64" and len(info.shape) > 1:  # as `merge` does
+                    raise unsupported(f"the model's {info.name}", info.dtype)
     name, settings = out.stem or asked.model.name, asked.settings.model_dump()
     model = read_facts(asked.model)
     options = format_options(name, format_, settings, {}, checkpoint.tree, tools)
-    _refuse_ignored(asked, options)
+    _refuse_ignored(asked, {*options.options, "allow_low_bits"})
     check_model(options, model)
     projector = out.with_name(projector_name(out.name))
     if "projector" in options.options and out.suffix == ".gguf":
         _require_new(projector)
-    texts = _texts(asked, tools)
+    texts = read_texts(asked.calibration or GENERAL, TextBounds())
+    if asked.calibration is None:
+        count = len(texts.calibration) + len(texts.held_out)
+        tools.progress.warn(f"no --calibration: {count} general texts are used")
+    elif texts.warning():
+        tools.progress.warn(texts.warning())
     if needs_text(options):
         options = replace(options, texts=texts)
     with in_folder(out, "the quantized model", tools) as to:
@@ -75,40 +78,16 @@ def quantize_folder(asked: QuantizeCommand, tools: Tools) -> Mapping[str, Json]:
     }
 
 
-def _check_dtypes(tree: Tree) -> None:
-    """Raise InputRefused for matrices in float64, as `merge` does; reads only the headers."""
-    for file in tree.files:
-        if file.path.endswith(".safetensors"):
-            for info in read_header(tree.path(file.path)).tensors:
-                if info.dtype == "F64" and len(info.shape) > 1:
-                    raise unsupported(f"the model's {info.name}", info.dtype)
+def _refuse_ignored(asked: QuantizeCommand, used: Collection[str]) -> None:
+    for name, field in Quantize.model_fields.items():
+        wish, unasked = getattr(asked.settings, name), field.get_default(call_default_factory=True)
+        if wish not in (unasked, "auto", "off") and name not in used:
+            raise UsageError(
+                f"{spelling(Quantize, name)} does not apply to {asked.format}",
+                hint="remove the option",
+            )
 
 
 def _require_new(out: Path) -> None:
     if out.exists():
         raise UsageError(f"{out} exists already", hint="give a new file or folder with --out")
-
-
-def _refuse_ignored(asked: QuantizeCommand, options: QuantizeOptions) -> None:
-    """Raise UsageError for an option that the format does not use."""
-    for name, field in Quantize.model_fields.items():
-        wish, unasked = getattr(asked.settings, name), field.get_default(call_default_factory=True)
-        if wish in (unasked, "auto", "off") or name in {*options.options, "allow_low_bits"}:
-            continue
-        raise UsageError(
-            f"{spelling(Quantize, name)} does not apply to {asked.format}",
-            hint="remove the option",
-        )
-
-
-def _texts(asked: QuantizeCommand, tools: Tools) -> Texts:
-    if asked.calibration is not None:
-        texts = read_texts(asked.calibration, TextBounds())
-        if texts.warning():
-            tools.progress.warn(texts.warning())
-        return texts
-    texts = read_texts(GENERAL, TextBounds())
-    tools.progress.warn(
-        f"no --calibration: {len(texts.calibration) + len(texts.held_out)} general texts are used"
-    )
-    return texts

@@ -1,15 +1,14 @@
-"""`invoke rebase`: replace an image's engine base without uploading its weights again."""
+"""`rebase`: replace an image's engine base without uploading its weights again."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from weightsmith.api.commands.requests import RebaseCommand
 from weightsmith.api.commands.server import ServerSource, session_with
 from weightsmith.core.errors import CheckFailed, InputRefused
-from weightsmith.core.values import Digest, Json, plain
+from weightsmith.core.values import Digest, Published
 from weightsmith.evaluating.client import ask, find_served, first_name
 from weightsmith.evaluating.items import Item
 from weightsmith.oci import manifests
@@ -21,7 +20,7 @@ from weightsmith.provenance import evidence as gathered
 from weightsmith.provenance import statements
 from weightsmith.provenance.bills import MEDIA_TYPE, MODEL_BILL, base_documents
 from weightsmith.provenance.chain import trace
-from weightsmith.provenance.evidence import AttachedDocument, Evidence
+from weightsmith.provenance.evidence import Evidence
 from weightsmith.provenance.labels import (
     ENGINE_LABEL,
     ENGINE_VERSION,
@@ -46,11 +45,11 @@ from weightsmith.steps.tools import Tools
 _GREETING = Item(messages=({"role": "user", "content": "Hello"},), expected=("",), line=0)
 
 
-def rebase_image(request: RebaseCommand, tools: Tools) -> Mapping[str, Json]:
+def rebase_image(request: RebaseCommand, tools: Tools) -> tuple[Published, Digest]:
     """Push the image on its new base; weight layers are reused or mounted, never uploaded again.
 
-    Rebases every platform of an index. Raises InputRefused if base and image are incompatible,
-    CheckFailed if the new image does not start.
+    Rebases every platform of an index; returns also the digest before. Raises InputRefused if base
+    and image are incompatible, CheckFailed if the new image does not start.
     """
     tools.registry.check_push(Reference.parse(request.to))
     timer = Timer("rebase", f"{request.source} onto {request.onto}", tools)
@@ -70,27 +69,22 @@ def rebase_image(request: RebaseCommand, tools: Tools) -> Mapping[str, Json]:
                 f" {old.platform}",
                 hint="its index is wrong: name the image by its digest",
             )
-    moved = [_moved(old, request, origin, tools) for old in olds]
-    whole = index_of([image for image, _ in moved])
+    moved, attachments = list[Image](), list[Evidence]()
+    for old in olds:
+        roles, engine = roles_of(old, request.source), old.labels.get(ENGINE_LABEL, "")
+        base = base_image(request.onto, engine, tools, platform=old.platform)
+        check_contract(old, roles, base, request.onto, tools)
+        new = exchange(old, roles, base, public_base(request.onto))
+        moved.append(new)
+        attachments.append(_evidence(old, new, base, request.onto, origin, tools))
+    whole = index_of(moved)
     if request.smoke:
         _smoke(host_image(whole), request.onto, tools)
-    attachments = [evidence for _, evidence in moved]
     outputs = ImageOutputs(push=True, force=request.force)
     published = deliver(whole, request.to, outputs, attachments, tools)
     seconds = timer.done(published, cached=False).seconds
     before = Digest.of(index) if index else olds[0].digest
-    return {**plain(published), "rebased_from": before, "seconds": seconds}
-
-
-def _moved(
-    old: Image, request: RebaseCommand, origin: ImageLocation, tools: Tools
-) -> tuple[Image, Evidence]:
-    """Return one platform's image on its new base, and its evidence."""
-    roles = roles_of(old, request.source)
-    base = base_image(request.onto, old.labels.get(ENGINE_LABEL, ""), tools, platform=old.platform)
-    check_contract(old, roles, base, request.onto, tools)
-    new = exchange(old, roles, base, public_base(request.onto))
-    return new, _evidence(old, new, base, request, origin, tools)
+    return replace(published, seconds=seconds), before
 
 
 def exchange(old: Image, roles: Roles, base: Image, base_name: str) -> Image:
@@ -121,7 +115,9 @@ def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tool
             hint="choose a base for the image's platform",
         )
     before, after = old.labels.get(ENGINE_VERSION, ""), engine_version(base.labels)
-    if before and after and _major(before) != _major(after):
+    found = (re.match(r"v?(\d+)\.", version) for version in (before, after))
+    majors = {one and one[1] for one in found}
+    if before and after and len(majors) > 1:
         raise InputRefused(
             f"{name} has engine version {after}, but the image was planned for {before}",
             hint="another major version may read its settings differently: build the image again "
@@ -129,24 +125,15 @@ def check_contract(old: Image, roles: Roles, base: Image, name: str, tools: Tool
         )
     if not after:
         tools.progress.warn(f"{name} does not declare its engine version")
-    if found := first_collision(base, _folders(roles), tools.store.memo):
-        raise InputRefused(
-            f"{name} has /{found}, where the image has its own files",
-            hint="choose a base without files at these paths",
-        )
-
-
-def _major(version: str) -> str:
-    found = re.match(r"v?(\d+)\.", version)
-    return found[1] if found else ""
-
-
-def _folders(roles: Roles) -> frozenset[str]:
-    """Return the folders of weights and settings, taken from the layers' titles."""
+    # The folders of weights and settings, taken from the layers' titles.
     paths = [layer.file.partition(" and ")[0] for layer in (*roles.weights, *roles.settings)]
     folders = {path.rpartition("/")[0] for path in paths if "/" in path}
-    return frozenset(folder.split("/")[0] if folder.startswith("models") else folder
-                     for folder in folders)  # fmt: skip
+    tops = frozenset(f.split("/")[0] if f.startswith("models") else f for f in folders)
+    if taken := first_collision(base, tops, tools.store.memo):
+        raise InputRefused(
+            f"{name} has /{taken}, where the image has its own files",
+            hint="choose a base without files at these paths",
+        )
 
 
 def _smoke(image: Image, onto: str, tools: Tools) -> None:
@@ -175,12 +162,7 @@ def _smoke(image: Image, onto: str, tools: Tools) -> None:
 
 
 def _evidence(
-    old: Image,
-    new: Image,
-    base: Image,
-    request: RebaseCommand,
-    origin: ImageLocation,
-    tools: Tools,
+    old: Image, new: Image, base: Image, onto: str, origin: ImageLocation, tools: Tools
 ) -> Evidence:
     """Return the old image's evidence, and how the new image was derived from it."""
     rows = gathered.limited(origin.attached(old.digest))
@@ -196,10 +178,16 @@ def _evidence(
             f"{len(parts) - len(kept)} statement(s) attached to {old.digest.short} do not say"
             " how it was made and were not copied"
         )
-    name = public_base(request.onto)
-    below = base_documents(base, name, tools.registry)
-    own = filter(lineage.names, gathered.documents_in(attachments))
-    documents = (*_own(own), *below)
+    name = public_base(onto)
+    # Without the old base's SBOMs, and third-party documents about the old image.
+    kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
+    own = [
+        d
+        for d in filter(lineage.names, gathered.documents_in(attachments))
+        if d.artifact_type in kinds
+        or (d.artifact_type == MEDIA_TYPE and d.parts and d.parts[0].title == MODEL_BILL)
+    ]
+    documents = (*own, *base_documents(base, name, tools.registry))
     statement = statements.provenance(
         "rebase",
         [
@@ -214,15 +202,3 @@ def _evidence(
         byproducts=[*map(gathered.resource_of, documents)],
     )
     return Evidence(statements=(statement,), kept=kept, documents=documents)
-
-
-def _own(documents: Iterable[AttachedDocument]) -> list[AttachedDocument]:
-    """Leave out the old base's SBOMs, and third-party documents about the old image."""
-    kinds = (gathered.EVALUATION_TYPE, gathered.ADAPTER_TYPE)
-    return [
-        d for d in documents if d.artifact_type in kinds or _title(d) == (MEDIA_TYPE, MODEL_BILL)
-    ]
-
-
-def _title(document: AttachedDocument) -> tuple[str, str]:
-    return document.artifact_type, document.parts[0].title if document.parts else ""

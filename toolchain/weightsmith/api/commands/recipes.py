@@ -1,29 +1,66 @@
-"""The recipe that a command is asked to build: of a file, of Python, or of --base and --adapter."""
+"""The recipe that a command builds: a file's, Python's, that of --base, or of an image (--from)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
+import yaml
 from pydantic import BaseModel
 
 from weightsmith.api.commands.requests import RecipeCommand
-from weightsmith.core.errors import UsageError
+from weightsmith.core.errors import InputRefused, UsageError
+from weightsmith.core.files import sibling_folder
+from weightsmith.core.ports import Progress
+from weightsmith.core.safe_parse import PART, parse
+from weightsmith.core.trees import discard
+from weightsmith.core.values import FileEntry, JsonValue, tree_digest
+from weightsmith.evaluating.items import read_items
+from weightsmith.evaluating.metrics import check_metric
+from weightsmith.oci.attachments import AttachmentPart
+from weightsmith.oci.locations import open_location
+from weightsmith.oci.registry import Registry
+from weightsmith.provenance import evidence, signing
+from weightsmith.provenance.chain import trace
+from weightsmith.provenance.evidence import ADAPTER_TYPE, EVALUATION_TYPE, NUMBER, AttachedDocument
+from weightsmith.provenance.statements import Statement
 from weightsmith.recipe.file import RecipeFile, check_recipe, read_recipe, with_settings
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Evaluate, Recipe
 from weightsmith.recipe.user_text import require_plain
+from weightsmith.serving.option_values import not_to_be_stated
+
+_NAMES = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255}){0,15}")
+"""Maximum depth of a model folder."""
+_METRICS = ("contains", "exact", "regex", "choice")
+"""Metrics that run no program chosen by the image's publisher."""
+_HUB = re.compile(r"(?P<name>hf://([\w.-]+/)?[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
+"""The oldest models on the hub, such as gpt2, have no owner."""
+_WHEEL = re.compile(r"(?P<name>pypi://[\w.-]+==[\w.!+]+)#sha256=(?P<sha256>[0-9a-f]{64})", re.ASCII)
+_KEPT_KEYS = (
+    "name", "version", "merge", "evaluate", "quantize", "quality", "targets", "serve", "card",
+)  # fmt: skip
+"""Keys of a recorded recipe that define the model and its serving; `evaluate` only in part."""
+_OF_ADAPTERS = ("version", "run_id", "weight")
+_REPLACED = ("base", "adapters", "adapters[].source", "adapters[].revision")
+"""Keys that are derived from the statement about the merge instead."""
 
 
 def recipe_of(asked: RecipeCommand) -> RecipeFile:
     """Return the checked recipe, changed by --set and then by flags; raises UsageError."""
-    settings, recipe = [*asked.settings, *_flags(asked)], asked.recipe
+    flags = [*given("serve", asked.serve), *given("quantize", asked.quantize)]
+    flags += [f"outputs.kinds=[{', '.join(asked.kinds)}]"] if asked.kinds else []
+    settings, recipe = [*asked.settings, *flags], asked.recipe
     if asked.base:
         if recipe:
             hint = "use --set base.source=…"
             raise UsageError("--recipe and --base exclude each other", hint=hint)
+        source = asked.adapters[-1] if asked.adapters else asked.base
+        last = source.rstrip("/").rpartition("/")[2].partition("==")[0].lower()
+        words = "".join(c if c.isascii() and c.isalnum() else " " for c in last).split()
         recipe = {
-            "name": _name_of(asked.adapters[-1] if asked.adapters else asked.base),
+            "name": "-".join(words) or "model",
             "base": {"source": asked.base},
             "adapters": [{"source": source} for source in asked.adapters],
         }
@@ -38,22 +75,265 @@ def recipe_of(asked: RecipeCommand) -> RecipeFile:
     return RecipeFile(recipe=check_recipe(with_settings(recipe, settings), where), folder=Path())
 
 
-def _flags(asked: RecipeCommand) -> Iterator[str]:
-    """Yield what flags set of the recipe, as `key.path=value` settings."""
-    yield from given("serve", asked.serve)
-    yield from given("quantize", asked.quantize)
-    if asked.kinds:
-        yield f"outputs.kinds=[{', '.join(asked.kinds)}]"
-
-
 def given(key: str, section: BaseModel) -> list[str]:
     """Return what was given of a section as `key.path=value` settings of a recipe."""
     values = section.model_dump(mode="json", exclude_unset=True)
     return [f"{key}.{name}={json.dumps(value)}" for name, value in values.items()]
 
 
-def _name_of(source: str) -> str:
-    """Return a recipe name from a source's last part."""
-    last = source.rstrip("/").rpartition("/")[2].partition("==")[0].lower()
-    cleaned = "".join(c if c.isascii() and c.isalnum() else "-" for c in last).strip("-")
-    return "-".join(part for part in cleaned.split("-") if part) or "model"
+def recipe_of_image(
+    source: str,
+    base: str,
+    key: Path | None,
+    dist: Path,
+    registry: Registry,
+    progress: Progress,
+    settings: Sequence[str] = (),
+) -> Path:
+    """Write a recipe that rebuilds the image's model to a folder in `dist`, and return it.
+
+    It uses the adapters attached to the image. Its lock has the digests from the image's
+    statement, so a different base or adapter is refused. `base` is the path of a base that was a
+    folder. What `settings` (`key.path=value`) replace of the engine's options is not taken from the
+    image. Raises InputRefused if the image has no statement about how it was made, or none that
+    the key signed, and for options of the engine that only the caller may set.
+    """
+    place = open_location(source, registry)
+    image = place.image()
+    rows = evidence.limited(place.attached(image.digest))
+    attachments = [place.read(blob, tag) for blob, tag in rows]
+    check = signing.read_public_key(key) if key else None
+    found = (evidence.read_statement(p, check) for p in evidence.statement_parts(attachments))
+    statements = [one for one in found if key is None or one.signed]
+    if not statements:
+        raise InputRefused(
+            f"{source} has no statement" + (" signed by this key" if key else ""),
+            hint="only images that `build` pushed or wrote have a statement of how they were made",
+        )
+    lineage = trace(image.digest, statements)
+    stated = [one for one in statements if lineage.holds(one)]
+    if key is None:
+        progress.warn(f"{source}: its build statement's signature was not verified; give --key")
+    recipe, adapters = _recipe(stated, source, progress)
+    _check_options(recipe, source, settings)
+    merged = next((one for one in stated if one.kind == "merge"), None)
+    if merged is None:
+        raise InputRefused(
+            f"{source} has no statement about a merge, so it cannot be rebuilt",
+            hint="build from the base and adapters with your own recipe",
+        )
+    uris, digests = merged.dependency_uris, merged.dependencies
+    sources = {name: (uris.get(name, ""), digest) for name, digest in digests.items()}
+    documents = [*filter(lineage.names, evidence.documents_in(attachments))]
+    folder = dist / "from" / image.digest.short
+    with sibling_folder(folder) as partial:
+        partial.chmod(0o755)
+        locked = _with_base(recipe, base, sources.get("base", ("", "")))
+        locked |= _with_adapters(adapters, documents, sources, partial)
+        _with_questions(recipe, documents, partial, progress)
+        _check(recipe, source, progress)
+        lock = {"bases": {}, "sources": locked}
+        (partial / "recipe.lock").write_text(json.dumps(lock, indent=2, sort_keys=True) + "\n")
+        (partial / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        discard(folder)
+        partial.rename(folder)
+    progress.note(f"the recipe of {source} is in {folder}")
+    return folder / "recipe.yaml"
+
+
+def _recipe(
+    stated: Sequence[Statement], source: str, progress: Progress
+) -> tuple[dict[str, JsonValue], list[dict[str, JsonValue]]]:
+    """Return the trusted keys of the recipe in an image's statement, and of them its adapters.
+
+    The publisher defines the model, but not what this machine runs, reads, names or pushes.
+    """
+    for one in stated:
+        recipe = one.parameters.get("recipe")
+        if one.kind == "bake" and isinstance(recipe, dict):
+            rows = recipe.get("adapters") or []
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise _malformed(source, "its adapters are not a list of mappings")
+            kept = {key: recipe[key] for key in _KEPT_KEYS if key in recipe}
+            if isinstance(quantize := kept.get("quantize"), dict):
+                # Any other value names a file that is not attached.
+                named = quantize.get("imatrix") not in ("auto", "walk", "off")
+                kept["quantize"] = {
+                    k: v for k, v in quantize.items() if k != "imatrix" or not named
+                }
+            adapters = [{k: row[k] for k in _OF_ADAPTERS if k in row} for row in rows]
+            kept["adapters"] = adapters
+            given = {*recipe, *(f"adapters[].{key}" for row in rows for key in row)}
+            known = {*_KEPT_KEYS, *_REPLACED, *(f"adapters[].{key}" for key in _OF_ADAPTERS)}
+            if left := sorted(map(str, given - known)):
+                progress.warn(
+                    f"{source}: ignored these keys of its recipe: {', '.join(left)[:200]}"
+                )
+            return kept, adapters
+    raise InputRefused(
+        f"{source} was made by `bake` from a finished model: it names no base and no adapters",
+        hint="`build --from` needs an image that `build` made",
+    )
+
+
+def _check(recipe: Mapping[str, JsonValue], source: str, progress: Progress) -> None:
+    """Refuse a recipe with values of the wrong type; warn about checks that it weakens."""
+    try:
+        whole = check_recipe(recipe, source)
+    except UsageError as error:
+        raise _malformed(source, error.message) from None
+    task, usual = whole.evaluate, Evaluate(data="x")
+    opened = [
+        name
+        for name, is_open in {
+            "quality.gate: false": whole.quality.gate is not True,
+            "quality.limits": bool(whole.quality.limits),
+            f"evaluate.max_drop: {task.max_drop if task else 0}": bool(
+                task and task.max_drop > usual.max_drop
+            ),
+        }.items()
+        if is_open
+    ]
+    if opened:
+        progress.warn(f"{source}: its recipe weakens checks: {', '.join(opened)}")
+
+
+def _check_options(recipe: dict[str, JsonValue], source: str, settings: Sequence[str]) -> None:
+    """Leave out options of the engine that `settings` replace; refuse those that no image sets."""
+    serve = recipe.get("serve")
+    if not isinstance(serve, dict) or not isinstance(extra := serve.get("extra"), dict):
+        return  # the recipe's own check says what is wrong with it
+    replaced = {setting.partition("=")[0].strip() for setting in settings}
+    kept = {
+        key: value
+        for key, value in extra.items()
+        if not {"serve", "serve.extra", f"serve.extra.{key}"} & replaced
+    }
+    recipe["serve"] = {**serve, "extra": kept}
+    if places := not_to_be_stated(kept):
+        raise InputRefused(
+            f"{source}: its recipe sets options of the server that no image may set here: "
+            f"{', '.join(places)[:300]}",
+            hint="they may name files, addresses, programs or code; if you want one, set it"
+            " yourself (--set serve.extra.OPTION=VALUE), or all (--set 'serve.extra={…}')",
+        )
+
+
+def _malformed(source: str, why: str) -> InputRefused:
+    return InputRefused(
+        f"{source} has an invalid recipe in its statement: {why[:300]}",
+        hint="do not use the image, or build from its sources with your own recipe",
+    )
+
+
+def _with_base(
+    recipe: dict[str, JsonValue], base: str, stated: tuple[str, str]
+) -> dict[str, dict[str, str]]:
+    """Set the base in the recipe; return its entry for the lock."""
+    pin, digest = stated
+    if not digest:
+        raise InputRefused(
+            "the image's statement about the merge names no base",
+            hint="do not use the image: every build records its base",
+        )
+    row: dict[str, JsonValue] = {"source": base}
+    if base:
+        if "://" not in base:
+            row["source"] = str(Path(base).absolute())
+    elif hub := _HUB.fullmatch(pin):
+        row = {"source": hub["name"], "revision": hub["revision"]}
+    elif wheel := _WHEEL.fullmatch(pin):
+        row = {"source": wheel["name"], "sha256": wheel["sha256"]}
+    else:
+        raise UsageError(
+            f"the image's base was a folder ({digest[7:19]})",
+            hint="give its path with --base DIR; the build fails if its content is different",
+        )
+    recipe["base"] = row
+    name = str(row["source"])
+    return {name: {"pin": digest if "://" not in name else pin, "digest": digest}}
+
+
+def _with_adapters(
+    adapters: Sequence[dict[str, JsonValue]],
+    documents: Sequence[AttachedDocument],
+    stated: Mapping[str, tuple[str, str]],
+    folder: Path,
+) -> dict[str, dict[str, str]]:
+    """Write the attached adapters and name them in the recipe; return their lock entries."""
+    attached = {
+        d.annotations.get(NUMBER, "0"): d for d in documents if d.artifact_type == ADAPTER_TYPE
+    }
+    locked = {}
+    for number, row in enumerate(adapters):
+        digest = stated.get(f"adapter:{number}", ("", ""))[1]
+        document = attached.get(str(number))
+        if document is None or evidence.document_digest(document) != digest:
+            raise InputRefused(
+                f"adapter {number} of the image's statement is not attached, or was changed",
+                hint="do not use the image: its attachments do not match its statement",
+            )
+        name = f"./adapters/{number}"
+        _write(document, folder / name)
+        row["source"] = name
+        files = [
+            FileEntry(path=p.title, size=p.blob.size, digest=p.blob.digest) for p in document.parts
+        ]
+        read = str(tree_digest(files))
+        locked[name] = {"pin": read, "digest": read}
+    return locked
+
+
+def _write(document: AttachedDocument, folder: Path) -> None:
+    for part in document.parts:
+        if not _NAMES.fullmatch(part.title) or ".." in PurePosixPath(part.title).parts:
+            raise InputRefused(
+                f"an attached adapter has an unsafe file name: {part.title[:200]!r}",
+                hint="do not use the image: builds never attach such a file",
+            )
+        path = folder / part.title
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for chunk in part.open():
+                file.write(chunk)
+
+
+def _with_questions(
+    recipe: dict[str, JsonValue],
+    documents: Sequence[AttachedDocument],
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Write the questions of the attached evaluation, or omit the evaluation."""
+    task = recipe.pop("evaluate", None)
+    if not isinstance(task, dict):
+        return
+    parts = [d.parts[0] for d in documents if d.artifact_type == EVALUATION_TYPE]
+    items = _items(parts[0]) if parts else []
+    if not items or task.get("metric", "contains") not in _METRICS:
+        progress.warn("the image's evaluation cannot be repeated: the new recipe has no `evaluate`")
+        return
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in items)
+    (folder / "eval.jsonl").write_text(text, "utf-8")
+    try:
+        check_metric(str(task.get("metric", "contains")), read_items(folder / "eval.jsonl"))
+    except UsageError as error:
+        raise InputRefused(
+            f"the image's evaluation has invalid questions: {error.message[:300]}",
+            hint="do not use the image, or build from its sources with your own recipe",
+        ) from None
+    kept = ("metric", "max_drop", "min_score", "max_tokens", "require")
+    recipe["evaluate"] = {"data": "eval.jsonl", **{k: task[k] for k in kept if k in task}}
+
+
+def _items(part: AttachmentPart) -> list[dict[str, JsonValue]]:
+    """Return the questions of an attached evaluation, or none if they are invalid."""
+    found = []
+    try:
+        for item in parse(part.read(), largest=PART)["items"]:
+            keys = ["messages" if "messages" in item else "prompt", "expected"]
+            keys += ["choices"] if "choices" in item else []
+            found.append({key: item[key] for key in keys})
+    except (ValueError, LookupError, TypeError):
+        return []
+    return found

@@ -1,11 +1,10 @@
-"""`invoke render`: plan a model on disk and write its serving files."""
+"""`render`: plan a model on disk and write its serving files."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from weightsmith.api.commands.arguments import serving_options
 from weightsmith.api.commands.requests import RenderCommand
@@ -23,7 +22,7 @@ from weightsmith.models.gguf_names import (
     projector_of,
 )
 from weightsmith.quantizers import of_format
-from weightsmith.serving.engine import Engine, ServeOptions
+from weightsmith.serving.engine import ServeOptions
 from weightsmith.serving.plan import ServingConfig, ServingPlan
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
@@ -60,53 +59,42 @@ class Model:
 
 def open_model(path: Path, name: str = "") -> Model:
     """Return the model at a path; raise InputRefused if there is none or it is not safe to read."""
+    root, of_files = path, "config.json"
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputRefused(
                 f"{path} is not a .gguf file", hint="give a .gguf file or the model's folder"
             )
-        weights = files_with(path)
-        return Model(
-            path=path,
-            name=name or model_name(path.name),
-            facts=read_facts(path.parent / weights[0]),
-            **_weights_of(path.parent, weights),
-        )
-    if not path.is_dir():
+        weights, root = files_with(path), path.parent
+        of_files, name = weights[0], name or model_name(path.name)
+    elif not path.is_dir():
         raise no_folder(path, "give the model's folder or .gguf file")
-    names = scan(path, gguf=True)
-    weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
-    if not weights:
-        raise InputRefused(
-            f"{path} has no .safetensors or .gguf file",
-            hint="give the folder that contains the weights",
-        )
-    if "config.json" in names:
-        facts = read_facts(path)
-    elif models := gguf_models(weights):
-        facts = read_facts(path / models[0])
     else:
-        raise InputRefused(
-            f"{path} has {weights[0]}, but no config.json",
-            hint="give the folder that has both; in the hub's cache, that is snapshots/COMMIT",
-        )
+        names = scan(path, gguf=True)
+        weights = tuple(n for n in names if n.endswith((".gguf", ".safetensors")))
+        if not weights:
+            raise InputRefused(
+                f"{path} has no .safetensors or .gguf file",
+                hint="give the folder that contains the weights",
+            )
+        if "config.json" not in names:
+            if not (models := gguf_models(weights)):
+                raise InputRefused(
+                    f"{path} has {weights[0]}, but no config.json",
+                    hint="give the folder that has both; in the hub's cache, that is"
+                    " snapshots/COMMIT",
+                )
+            of_files = models[0]
+    sizes = {file: (root / file).stat().st_size for file in weights}
+    projector = projector_of(weights)
     return Model(
         path=path,
         name=name or path.absolute().name,
-        facts=facts,
-        **_weights_of(path, weights),
+        facts=read_facts(root if of_files == "config.json" else root / of_files),
+        weights=weights,
+        weight_bytes=sum(sizes.values()),
+        projector=Projector(file=projector, size=sizes[projector]) if projector else None,
     )
-
-
-def _weights_of(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the fields of a model that say which weight files it has."""
-    sizes = {name: (folder / name).stat().st_size for name in names}
-    name = projector_of(names)
-    return {
-        "weights": names,
-        "weight_bytes": sum(sizes.values()),
-        "projector": Projector(file=name, size=sizes[name]) if name else None,
-    }
 
 
 def foresee_model(path: Path, name: str = "") -> Model:
@@ -114,9 +102,8 @@ def foresee_model(path: Path, name: str = "") -> Model:
 
     The size then comes from the index, or from config.json; raises what `open_model` raises.
     """
-    if not path.is_dir() or "config.json" not in (names := scan(path, gguf=True)):
-        return open_model(path, name)
-    if any(n.endswith((".gguf", ".safetensors")) for n in names):
+    names = scan(path, gguf=True) if path.is_dir() else []
+    if "config.json" not in names or any(n.endswith((".gguf", ".safetensors")) for n in names):
         return open_model(path, name)
     facts = read_facts(path)
     size, note = expected_weights(path, facts)
@@ -197,23 +184,18 @@ def own_weights(model: Model, target: Target) -> tuple[str, ...]:
         return own
     if "safetensors" not in kinds:
         packed = ", ".join(sorted(kinds)) or "in an unsupported format"
+        served: dict[str, list[str]] = {}
+        for other in all_targets().values():
+            if other.engine == target.engine and other.format.kind in kinds:
+                served.setdefault(other.format.kind, []).append(other.name)
         raise InputRefused(
             f"{model.path} has packed weights ({packed}), but {target.name} serves"
             f" {target.format.name}",
-            hint=f"choose {' or '.join(served)}"
-            if (served := _serving(target.engine, kinds))
+            hint=f"choose {' or '.join(sorted(min(names, key=len) for names in served.values()))}"
+            if served
             else "start from the 16-bit checkpoint",
         )
     return ()
-
-
-def _serving(engine: Engine, kinds: frozenset[str]) -> list[str]:
-    """Return an engine's target, by its shortest name, for each kind of weights that it loads."""
-    found: dict[str, list[str]] = {}
-    for target in all_targets().values():
-        if target.engine == engine and target.format.kind in kinds:
-            found.setdefault(target.format.kind, []).append(target.name)
-    return sorted(min(names, key=len) for names in found.values())
 
 
 def render_folder(asked: RenderCommand) -> tuple[tuple[str, ...], ServingPlan]:

@@ -1,4 +1,4 @@
-"""`invoke report`: write the report of existing builds, or compare two builds."""
+"""`report`: write the report of existing builds, or compare two builds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import below
-from weightsmith.core.values import Json
+from weightsmith.core.values import Writable
 from weightsmith.evaluating.build_record import FILE, BuildRecord
 from weightsmith.evaluating.pages import (
     Written,
@@ -18,7 +18,7 @@ from weightsmith.evaluating.pages import (
 )
 
 
-def report_builds(folder: Path) -> Mapping[str, Json]:
+def report_builds(folder: Path) -> list[Mapping[str, Writable]]:
     """Write a report for every build.json in a folder and its subfolders; return their paths.
 
     Raises UsageError if there is no build.json.
@@ -29,17 +29,15 @@ def report_builds(folder: Path) -> Mapping[str, Json]:
             f"{folder} has no {FILE}",
             hint="give the folder that `build` wrote to, by default dist",
         )
-    reports = [_written(path) for path in found]
-    return {**_paths(reports[0]), "reports": [_paths(report) for report in reports]}
+    reports = []
+    for path in found:
+        facts = read_json(path)
+        with read_as_facts(path):
+            reports.append(_paths(write_report(BuildRecord.from_json(facts), path.parent)))
+    return reports
 
 
-def _written(path: Path) -> Written:
-    facts = read_json(path)
-    with read_as_facts(path):
-        return write_report(BuildRecord.from_json(facts), path.parent)
-
-
-def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Json]:
+def compare_builds(first: str, second: str, out: Path | None) -> Mapping[str, Writable]:
     """Write the comparison of two builds to `out`, by default into the second build's folder.
 
     Raises UsageError if there are not two builds, or a folder has no build.json.
@@ -71,6 +69,6 @@ def _builds(folder: Path) -> list[Path]:
     return [path for path in below(folder) if path.name == FILE]
 
 
-def _paths(written: Written) -> dict[str, Json]:
-    paths: dict[str, Json] = {"html": written.html, "markdown": written.markdown}
+def _paths(written: Written) -> Mapping[str, Writable]:
+    paths = {"html": written.html, "markdown": written.markdown}
     return {**paths, "junit": written.junit} if written.junit else paths

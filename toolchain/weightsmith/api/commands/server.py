@@ -50,15 +50,35 @@ def session_with(
     does not become ready.
     """
     if place.url:
-        running, trusted = _running(place.url), connections.trusted()
+        if not _is_address(place.url):
+            raise UsageError(
+                f"--url {without_passwords(place.url)}: invalid URL",
+                hint="for example --url http://127.0.0.1:8000",
+            )
+        address = place.url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
+        running = Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
+        trusted = connections.trusted()
         with ServerSession(running, limits, key=api_key(), trusted=trusted) as session:
             yield session
         return
-    with (
-        _startable(place.image, tools) as (image, config),
-        _started(image, config, tools, limits, modest=modest) as session,
-    ):
-        yield session
+    with _startable(place.image, tools) as (image, config):
+        labels = config.get("Labels") or {}
+        target = all_targets().get(labels.get("dev.weightsmith.target", ""))
+        named = (port.partition("/")[0] for port in config.get("ExposedPorts") or ())
+        ports = [int(port) for port in named if port.isdecimal() and 0 < int(port) <= _LAST_PORT]
+        spec = StartSpec(
+            port=min(ports, default=8000),
+            env=idle_cpus(target.engine.threads_variable) if target and modest else {},
+            port_variable=target.engine.port_variable if target else "",
+            host_variable=target.engine.host_variable if target else "",
+            shm_bytes=plan_of(labels).shm_bytes,
+            use_gpu=True,
+        )
+        path = target.engine.health_path if target else "/health"
+        with start(
+            image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits
+        ) as session:
+            yield session
 
 
 def api_key() -> str:
@@ -73,44 +93,6 @@ def api_key() -> str:
             hint="set it to the key alone",
         )
     return key
-
-
-@contextmanager
-def _started(
-    image: str,
-    config: Mapping[str, Json],
-    tools: Tools,
-    limits: SessionLimits | None,
-    *,
-    modest: bool,
-) -> Iterator[ServerSession]:
-    labels = config.get("Labels") or {}
-    target = all_targets().get(labels.get("dev.weightsmith.target", ""))
-    named = (port.partition("/")[0] for port in config.get("ExposedPorts") or ())
-    ports = sorted(int(port) for port in named if port.isdecimal() and 0 < int(port) <= _LAST_PORT)
-    spec = StartSpec(
-        port=ports[0] if ports else 8000,
-        env=idle_cpus(target.engine.threads_variable) if target and modest else {},
-        port_variable=target.engine.port_variable if target else "",
-        host_variable=target.engine.host_variable if target else "",
-        shm_bytes=plan_of(labels).shm_bytes,
-        use_gpu=True,
-    )
-    path = target.engine.health_path if target else "/health"
-    with start(
-        image, spec, tools, health_path=path, seconds=_START_SECONDS, limits=limits
-    ) as session:
-        yield session
-
-
-def _running(url: str) -> Endpoint:
-    if not _is_address(url):
-        raise UsageError(
-            f"--url {without_passwords(url)}: invalid URL",
-            hint="for example --url http://127.0.0.1:8000",
-        )
-    address = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1")
-    return Endpoint(url=address, logs=lambda _: "", alive=lambda: True)
 
 
 def _is_address(url: str) -> bool:

@@ -1,20 +1,19 @@
-"""`invoke push --to hf://OWNER/NAME`: publish a model's files with a card on a hub."""
+"""`push --to hf://OWNER/NAME`: publish a model's files with a card on a hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from errno import EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
-from weightsmith.api.commands.requests import PushCommand
+from weightsmith.api.commands.requests import PushCommand, Said
 from weightsmith.core.errors import EnvironmentFailure, InputRefused, UsageError
 from weightsmith.core.escape import joined
 from weightsmith.core.safe_parse import SMALL
 from weightsmith.core.trees import below
-from weightsmith.core.values import LORA, FileEntry, Json, StageInputs, Tree, plain
+from weightsmith.core.values import LORA, FileEntry, StageInputs, Tree, Uploaded
 from weightsmith.evaluating.build_record import FILE, BuildRecord, read_build
 from weightsmith.evaluating.card import ModelCard, card_of_build, card_of_labels
 from weightsmith.evaluating.pages import model_card, read_as_facts
@@ -23,7 +22,7 @@ from weightsmith.models.gguf_names import files_with, model_name
 from weightsmith.oci.image import Image, blob_of
 from weightsmith.oci.layers import LAYER_TAR, BlobLayer, Layer
 from weightsmith.oci.layout import held_digest, is_layout
-from weightsmith.oci.locations import ImageLocation, open_location
+from weightsmith.oci.locations import open_location
 from weightsmith.oci.manifests import MODEL_LAYERS
 from weightsmith.oci.unpack import unpack
 from weightsmith.provenance.bills import MEDIA_TYPE, license_in, license_of
@@ -70,92 +69,76 @@ def hub_destination(asked: PushCommand) -> HubDestination | None:
     return None
 
 
-def push_to_hub(
-    source: str, destination: HubDestination, tools: Tools, *, dry_run: bool = False
-) -> Mapping[str, Json]:
+def push_to_hub(source: str, destination: HubDestination, tools: Tools) -> Uploaded:
     """Publish a checkpoint folder, a GGUF file, a build's results or an image's model on a hub.
 
-    With `dry_run`, only return what would be published: nothing is created or changed.
     Raises InputRefused for a model that is incomplete, has pickle files, custom code or links
     out of its folder, and what `upload` raises.
     """
-    check_destination(destination, tools.hub)
-    with ExitStack() as stack:
-        scratch = stack.enter_context(tools.scratch())
-        model = _open(source, scratch, tools)
-        names = [entry.path for entry in model.tree.files]
-        text = model_card(model.card, destination.repository, names)
-        if dry_run:
-            return _preview(model.tree, text, destination, tools)
-        done = upload(model.tree, text, destination, model.card.version, tools).value
-    return {key: value for key, value in plain(done).items() if key not in ("layers", "mounted")}
+    with _opened(source, destination, tools) as (model, text):
+        return upload(model.tree, text, destination, model.card.version, tools).value
 
 
-def _preview(
-    tree: Tree, card: str, destination: HubDestination, tools: Tools
-) -> Mapping[str, Json]:
-    """Return a repository's files as they would be, those that would go, and the card."""
-    wanted = changes(tree, card, destination, tools.hub)
-    sizes = {entry.path: entry.size for entry in tree.files} | {CARD: len(card.encode())}
+def preview_push(source: str, destination: HubDestination, tools: Tools) -> Said:
+    """Return what `push_to_hub` would publish: nothing is created or changed.
+
+    These are the repository's files as they would be, those that would go, and the card.
+    """
+    with _opened(source, destination, tools) as (model, card):
+        wanted = changes(model.tree, card, destination, tools.hub)
+    sizes = {entry.path: entry.size for entry in model.tree.files} | {CARD: len(card.encode())}
+    files, sent = sorted(sizes.items()), sum(wanted.sizes.values())
+    kind = "public" if destination.public else "private"
+    there = "exists" if wanted.held is not None else f"would be a new {kind} repository"
+    lines = [
+        f"{destination.reference} {there}; nothing was changed",
+        *(
+            f"  {'send' if path in wanted.sent else 'there':<7} {path}  {human(size)}"
+            for path, size in files
+        ),
+        *(f"  {'delete':<7} {path}" for path in wanted.deleted),
+        f"{human(sent)} would be sent, with this {CARD}:",
+        *card.splitlines(),
+    ]
     return {
         "reference": destination.reference,
         "dry_run": True,
         "exists": wanted.held is not None,
         "public": destination.public if wanted.held is None else None,
         "files": [
-            {"path": path, "size": size, "sent": path in wanted.sent}
-            for path, size in sorted(sizes.items())
+            {"path": path, "size": size, "sent": path in wanted.sent} for path, size in files
         ],
-        "deleted": [*wanted.deleted],
-        "uploaded_bytes": sum(wanted.sizes.values()),
+        "deleted": wanted.deleted,
+        "uploaded_bytes": sent,
         "card": card,
-    }
+    }, joined(lines)
 
 
-def preview(shown: Mapping[str, Json]) -> str:
-    """Return what a dry run shows, as text."""
-    kind = "public" if shown["public"] else "private"
-    there = "exists" if shown["exists"] else f"would be a new {kind} repository"
-    rows = [
-        f"  {'send' if row['sent'] else 'there':<7} {row['path']}  {human(row['size'])}"
-        for row in shown["files"]
-    ]
-    rows += [f"  {'delete':<7} {path}" for path in shown["deleted"]]
-    sent = human(int(shown["uploaded_bytes"]))
-    return joined(
-        [
-            f"{shown['reference']} {there}; nothing was changed",
-            *rows,
-            f"{sent} would be sent, with this {CARD}:",
-            *shown["card"].splitlines(),
-        ]
-    )
+@contextmanager
+def _opened(source: str, destination: HubDestination, tools: Tools) -> Iterator[tuple[_Model, str]]:
+    """Yield a model while its files are there, and its card."""
+    check_destination(destination, tools.hub)
+    with tools.scratch() as scratch:
+        model = _open(source, scratch, tools)
+        names = [entry.path for entry in model.tree.files]
+        yield model, model_card(model.card, destination.repository, names)
 
 
 def _open(source: str, scratch: Path, tools: Tools) -> _Model:
     path = Path(source)
-    if is_layout(source):
-        return _of_image(source, open_location(source, tools.registry), scratch, tools)
-    if (path / FILE).is_file():
-        return _of_build(path, scratch, tools)
-    if path.is_dir() or path.is_file() or source.endswith(".gguf"):
-        return _of_folder(path, tools)
-    return _of_image(source, open_location(source, tools.registry), scratch, tools)
-
-
-def _of_folder(path: Path, tools: Tools) -> _Model:
-    """Return the model of a checkpoint's folder or of a GGUF file."""
-    root = path if path.is_dir() else path.parent
-    if path.is_dir():
-        names = _names(path)
-    elif path.suffix == ".gguf" and path.is_file():
-        names = [*files_with(path)]
-    else:
-        raise InputRefused(f"{path} is no model", hint="give a checkpoint's folder or a .gguf file")
-    tree = _tree(root, names, tools)
-    name = model_name(path.name) if path.is_file() else path.resolve().name
-    card = ModelCard(name=name)
-    return _Model(tree, replace(card, license=license_of(root) if path.is_dir() else ""))
+    if not is_layout(source):
+        if (path / FILE).is_file():
+            return _of_build(path, scratch, tools)
+        if path.is_dir():
+            card = ModelCard(name=path.resolve().name, license=license_of(path))
+            return _Model(_tree(path, _names(path), tools), card)
+        if path.suffix == ".gguf" and path.is_file():
+            tree = _tree(path.parent, files_with(path), tools)
+            return _Model(tree, ModelCard(name=model_name(path.name)))
+        if path.is_file() or source.endswith(".gguf"):
+            hint = "give a checkpoint's folder or a .gguf file"
+            raise InputRefused(f"{path} is no model", hint=hint)
+    return _of_image(source, scratch, tools)
 
 
 def _names(root: Path) -> list[str]:
@@ -198,7 +181,7 @@ def _of_build(folder: Path, scratch: Path, tools: Tools) -> _Model:
     held = [one for one in layouts if is_layout(str(one)) and held_digest(one) == image.digest]
     source = f"oci:{held[0]}" if held else f"{image.reference.partition('@')[0]}@{image.digest}"
     try:
-        found = _of_image(source, open_location(source, tools.registry), scratch, tools)
+        found = _of_image(source, scratch, tools)
     except (EnvironmentFailure, InputRefused, UsageError) as error:
         raise InputRefused(
             f"{folder}: its weights are neither in the store nor in {source}: {error.message}",
@@ -217,17 +200,16 @@ def _in_store(record: BuildRecord, tools: Tools) -> Tree | None:
         return None
     number = of_format(artifact.format).recipe_number if packed else merging.RECIPE_NUMBER
     entry = tools.store.find(StageInputs(stage=stage, recipe_number=number, inputs=inputs).key)
-    tree, measured = (
-        entry.tree if entry else None,
-        record.inputs.get(cache_scales.CacheScalesStep.name),
-    )
+    tree = entry.tree if entry else None
+    measured = record.inputs.get(cache_scales.CacheScalesStep.name)
     if tree and isinstance(measured, dict):
         tree = cache_scales.stored(measured, tree, tools)
     return tree if tree and tree.digest == artifact.digest else None
 
 
-def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) -> _Model:
+def _of_image(source: str, scratch: Path, tools: Tools) -> _Model:
     """Return the model in an image or a ModelPack, copied to a folder; its licence and labels."""
+    place = open_location(source, tools.registry)
     image = place.image()
     format_ = image.labels.get(f"{PREFIX}format", "")
     _require_merged(format_, source)
@@ -240,9 +222,15 @@ def _of_image(source: str, place: ImageLocation, scratch: Path, tools: Tools) ->
         _copy_files(layers, root)
     else:
         unpack(Image(layers=tuple(map(_as_tar, layers)), settings={}), root)
-    root = _model_root(root, source)
-    names = _names(root)
-    tree = _tree(root, names, tools)
+    marked = [
+        path
+        for path in below(root)
+        if path.is_file() and (path.name == "config.json" or path.suffix == ".gguf")
+    ]
+    if not marked:
+        raise InputRefused(f"{source} has no model", hint="give an image with model weights")
+    root = min({path.parent for path in marked}, key=lambda path: (len(path.parts), path))
+    tree = _tree(root, _names(root), tools)
     attached = read_attached(place, image.digest)
     bills = [
         part.read()
@@ -274,7 +262,6 @@ def _as_tar(layer: Layer) -> Layer:
 
 
 def _copy_files(layers: Sequence[Layer], root: Path) -> None:
-    """Write layers that are files to a folder."""
     for layer in layers:
         path = PurePosixPath(layer.file)
         parts = path.parts
@@ -283,34 +270,20 @@ def _copy_files(layers: Sequence[Layer], root: Path) -> None:
                 f"a file has the path {layer.file[:200]!r}, which leaves the model's folder",
                 hint="the artifact is damaged or hostile; do not use it",
             )
-        with _new_file(root.joinpath(*parts), layer.file) as file:
+        target = root.joinpath(*parts)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = target.open("xb")
+        except OSError as error:
+            if error.errno not in (EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR):
+                raise
+            raise InputRefused(
+                f"a file has the path {layer.file[:200]!r}, which is too long or another file's",
+                hint="the artifact is damaged or hostile; do not use it",
+            ) from None
+        with file:
             for chunk in layer.open():
                 file.write(chunk)
-
-
-def _new_file(target: Path, name: str) -> BinaryIO:
-    """Open a file of an artifact; raises InputRefused for a name that cannot be beside others."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target.open("xb")
-    except OSError as error:
-        if error.errno not in (EEXIST, EISDIR, ENAMETOOLONG, ENOTDIR):
-            raise
-        raise InputRefused(
-            f"a file has the path {name[:200]!r}, which is too long or another file's",
-            hint="the artifact is damaged or hostile; do not use it",
-        ) from None
-
-
-def _model_root(root: Path, source: str) -> Path:
-    """Return the folder of the only model in an unpacked root."""
-    files = [path for path in below(root) if path.is_file()]
-    marked = [path for path in files if path.name == "config.json" or path.suffix == ".gguf"]
-    folders = {path.parent for path in marked}
-    found = sorted(folders, key=lambda path: (len(path.parts), path))
-    if not found:
-        raise InputRefused(f"{source} has no model", hint="give an image with model weights")
-    return found[0]
 
 
 def _require_merged(format_: str, source: str) -> None:

@@ -1,4 +1,4 @@
-"""`invoke verify`: check an image's digests, signature and statements.
+"""`verify`: check an image's digests, signature and statements.
 
 Everything is read: every layer is hashed, and the files in the weight layers are compared with the
 statement, so the chain goes from the sources to the bytes.
@@ -33,7 +33,6 @@ from weightsmith.oci.registry import Registry
 from weightsmith.oci.streams import ChunkFile, TarEntry
 from weightsmith.provenance import evidence, signing
 from weightsmith.provenance.chain import Check, check_chain, trace
-from weightsmith.provenance.evidence import AttachedDocument
 from weightsmith.provenance.roles import weights_of
 from weightsmith.provenance.statements import Statement
 
@@ -75,7 +74,13 @@ def verify_image(
     check = signing.read_public_key(key) if key else None
     place, found = open_location(source, registry), _Checked()
     digest: str = ""
-    if (index := _index(place, found)) is not None:
+    try:
+        index = place.index()
+    except _WRONG as error:
+        _require_there(place, error)
+        found.say("manifest or configuration (labels)", False, error.message)
+        index = None
+    if index is not None:
         whole = Digest.of(index)
         digest = whole
         twice = manifests.twice_in(index, source)
@@ -90,7 +95,12 @@ def verify_image(
             found.checks += one.checks
     elif not found.checks:
         digest = _one_image(place, source, check, found, progress)
-    result = _result(source, digest, found)
+    result: dict[str, Json] = {
+        "reference": source,
+        "digest": digest,
+        "ok": all(one.ok is not False for one in found.checks),
+        "checks": [{"check": c.name, "ok": c.ok, "found": c.found} for c in found.checks],
+    }
     bad = [one.name for one in found.checks if one.ok is False]
     if bad:
         raise CheckFailed(
@@ -101,15 +111,6 @@ def verify_image(
     return result
 
 
-def _index(place: ImageLocation, found: _Checked) -> bytes | None:
-    try:
-        return place.index()
-    except _WRONG as error:
-        _require_there(place, error)
-        found.say("manifest or configuration (labels)", False, error.message)
-        return None
-
-
 def _one_image(
     place: ImageLocation,
     source: str,
@@ -118,15 +119,32 @@ def _one_image(
     progress: Progress,
 ) -> str:
     """Check one platform's image; return its digest, or "" if it cannot be read."""
-    image = _image(place, found)
-    if image is None:
+    try:
+        image = place.image(found.platform or None)
+    except _WRONG as error:
+        _require_there(place, error)
+        found.say("manifest or configuration (labels)", False, error.message)
         return ""
+    if found.platform and image.platform != found.platform:
+        found.say("manifest", False, f"the index says {found.platform}, the image {image.platform}")
+    else:
+        config = image.config_blob.digest.short
+        found.say("manifest", True, f"{image.digest}, configuration {config}")
     if not _attachments(place, image.digest, found):
         found.say("attachments", None, _NONE)
     _signature(image.digest, found.attachments, check, found)
     _statements(image.digest, check, found)
     _layers(image, source, found, progress)
-    documents = _documents(found)
+    documents = []
+    for document in evidence.documents_in(found.attachments):
+        try:
+            for part in document.parts:
+                for _ in part.open():
+                    pass
+        except _WRONG as error:
+            found.say(f"document {evidence.document_name(document)}", False, error.message)
+        else:
+            documents.append(document)
     for one in check_chain(image, found.stated, documents, found.files):
         found.say(one.name, one.ok, one.found)
     return image.digest
@@ -140,29 +158,6 @@ def table(result: Mapping[str, Json]) -> str:
         f"  {words[row['ok']]:<3} {row['check']:<{width}}  {row['found']}"
         for row in result["checks"]
     )
-
-
-def _result(source: str, digest: str, found: _Checked) -> dict[str, Json]:
-    return {
-        "reference": source,
-        "digest": digest,
-        "ok": all(one.ok is not False for one in found.checks),
-        "checks": [{"check": c.name, "ok": c.ok, "found": c.found} for c in found.checks],
-    }
-
-
-def _image(place: ImageLocation, found: _Checked) -> Image | None:
-    try:
-        image = place.image(found.platform or None)
-    except _WRONG as error:
-        _require_there(place, error)
-        found.say("manifest or configuration (labels)", False, error.message)
-        return None
-    if found.platform and image.platform != found.platform:
-        found.say("manifest", False, f"the index says {found.platform}, the image {image.platform}")
-        return image
-    found.say("manifest", True, f"{image.digest}, configuration {image.config_blob.digest.short}")
-    return image
 
 
 def _require_there(place: ImageLocation, error: WeightsmithError) -> None:
@@ -229,7 +224,11 @@ def _statements(image: Digest, check: signing.Check | None, found: _Checked) -> 
             found.say(name, ok, f"{lineage.describe_unrelated(read)}, no evidence of this one")
         elif check is not None:
             ok = True if read.signed else (False if ours else None)
-            found.say(name, ok, "signed by this key" if read.signed else _why(part))
+            said = "signed by this key" if read.signed else "not signed"
+            envelope = evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE
+            if envelope and not read.signed:
+                said += " by this key, or changed after signing"
+            found.say(name, ok, said)
 
 
 def _read(found: _Checked, check: signing.Check | None) -> list[tuple[AttachmentPart, Statement]]:
@@ -257,27 +256,6 @@ def _short_type(part: AttachmentPart, kind: str = "") -> str:
     return "/".join(words[-2:]) or part.blob.digest.short
 
 
-def _why(part: AttachmentPart) -> str:
-    if evidence.is_bundle(part) or part.blob.media_type == signing.ENVELOPE_TYPE:
-        return "not signed by this key, or changed after signing"
-    return "not signed"
-
-
-def _documents(found: _Checked) -> list[AttachedDocument]:
-    """Return the attached documents, other than statements, whose parts all match their digests."""
-    right = []
-    for document in evidence.documents_in(found.attachments):
-        try:
-            for part in document.parts:
-                for _ in part.open():
-                    pass
-        except _WRONG as error:
-            found.say(f"document {evidence.document_name(document)}", False, error.message)
-        else:
-            right.append(document)
-    return right
-
-
 def _layers(image: Image, source: str, found: _Checked, progress: Progress) -> None:
     """Check the digest of every layer, and read the files of weight layers; a few at once."""
     try:
@@ -292,7 +270,9 @@ def _layers(image: Image, source: str, found: _Checked, progress: Progress) -> N
         if key not in found.known:
             found.known[key] = _read_layer(layer, source, look_inside=key[1])
         fault, files = found.known[key]
-        return fault or _diff(layer, source), files
+        if not fault and layer.media_type in _TARS and layer.diff_id != layer.digest:
+            fault = f"{source}: the configuration has a different digest for {layer.file}"
+        return fault, files
 
     with ThreadPoolExecutor(_READERS) as pool:
         results = pool.map(read, image.layers)
@@ -321,12 +301,6 @@ def _read_layer(layer: Layer, source: str, *, look_inside: bool) -> tuple[str, d
         said = str(error)
         return f"{layer.file or layer.digest.short}: {said}", {}
     return "", {}
-
-
-def _diff(layer: Layer, source: str) -> str:
-    if layer.media_type in _TARS and layer.diff_id != layer.digest:
-        return f"{source}: the configuration has a different digest for {layer.file}"
-    return ""
 
 
 def _files(chunks: Iterator[bytes]) -> Iterator[tuple[str, str]]:
