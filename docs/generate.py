@@ -23,8 +23,8 @@ from weightsmith.core.json_objects import is_inline, is_omitted, part_of, types_
 from weightsmith.core.values import Digest
 from weightsmith.evaluating.build_record import BuildRecord
 from weightsmith.fleets.file import SECTIONS, Fleet, FleetAdapter
+from weightsmith.merging.adapter_config import REFUSED, SETTINGS, UNMERGED
 from weightsmith.merging.families import families
-from weightsmith.merging.refused import REFUSED, SETTINGS, UNMERGED
 from weightsmith.models.facts import ModelFacts
 from weightsmith.oci.limits import REGISTRIES
 from weightsmith.outside.docker_images import read_bases

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from weightsmith.merging import reference
-from weightsmith.merging.answer_journal import AnswerJournal
-from weightsmith.merging.reference import GenerationRequest, UnmergedModel, answered
+from weightsmith.merging.reference import AnswerJournal, GenerationRequest, UnmergedModel, answered
 
 from tests.paths import ROOT
 
@@ -65,7 +64,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from tests.unit.merging import test_answer_journal as here
-from weightsmith.merging.answer_journal import AnswerJournal
+from weightsmith.merging.reference import AnswerJournal
 
 own, lines = AnswerJournal.keep, []
 def keep(self, subject, prompts):

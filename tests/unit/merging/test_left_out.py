@@ -11,8 +11,8 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
+from weightsmith.merging.claims import require_all_targeted
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.left_out import require_all_targeted
 from weightsmith.validating.validate import ValidationRequest, validate
 
 from tests.unit.merging.oracle import MakeBase, merged, train, unmerged

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import weightsmith.merging.loading as module
+import weightsmith.merging.names as module
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig, conversion_mapping
 from transformers.core_model_loading import Chunk, Split, WeightRenaming
 from transformers.models.auto import modeling_auto
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.loading import loaded_names
+from weightsmith.merging.names import loaded_names
 
 from tests.unit.merging.oracle import MakeBase, check
 

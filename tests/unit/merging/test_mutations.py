@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.merging import base as base_module
-from weightsmith.merging import blocks, claims, compose, dora, kasa, plan
+from weightsmith.merging import blocks, claims, compose, plan
 from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.families import experts, lora, tokens
 
@@ -43,14 +43,14 @@ def unscaled_bias(patch: Patch) -> None:
 
 
 def dora_without_lengths(patch: Patch) -> None:
-    begin = dora.Dora.begin
+    begin = lora.Dora.begin
 
     def plain(change: Any, output: Any, files: Any) -> Any:
         begin(change, output, files)
-        add = dora.adder(change.term, files)
-        return lambda first, count: dora._sum(output, files, add, first, count)
+        add = lora.adder(change.term, files)
+        return lambda first, count: lora._sum(output, files, add, first, count)
 
-    patch.setattr(dora.Dora, "begin", plain)
+    patch.setattr(lora.Dora, "begin", plain)
 
 
 def dora_of_the_other_axis(patch: Patch) -> None:
@@ -68,7 +68,6 @@ def kasa_that_keeps_the_base(patch: Patch) -> None:
         return u, s * 0, v
 
     patch.setattr(linalg, "svd", none)
-    assert kasa.Kasa
 
 
 def blocks_not_on_the_diagonal(patch: Patch) -> None:

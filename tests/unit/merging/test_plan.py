@@ -14,9 +14,8 @@ import pytest
 import torch
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.merging import plan as planning
-from weightsmith.merging.adapter_config import read_adapter_config
+from weightsmith.merging.adapter_config import REFUSED, SETTINGS, read_adapter_config
 from weightsmith.merging.plan import MergePlan, estimate, make_plan
-from weightsmith.merging.refused import REFUSED, SETTINGS
 
 Q = "model.layers.0.self_attn.q_proj"
 

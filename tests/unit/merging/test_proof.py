@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from weightsmith.core.errors import CheckFailed
 from weightsmith.merging import proof
-from weightsmith.merging.blocks import RowMaker, Settings
+from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import make_plan
@@ -24,7 +24,6 @@ from weightsmith.merging.proof import prove
 from weightsmith.merging.shards import ShardMaker
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import Checksum, Writer, continued
-from weightsmith.merging.tally import MergeCounts
 from weightsmith.models.safetensors import read_header
 
 

@@ -10,9 +10,8 @@ import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.jobs import Question
 from weightsmith.forward import heads
-from weightsmith.merging.choices import likelihoods
 from weightsmith.merging.engine import MergeRequest, merge
-from weightsmith.merging.reference import UnmergedModel, answer, answers, speaker
+from weightsmith.merging.reference import UnmergedModel, answer, answers, likelihoods, speaker
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging import blocks, peft_layers, tuned
+from weightsmith.merging import blocks, peft_layers
+from weightsmith.merging.adapter_config import REFUSED
 from weightsmith.merging.engine import MergeRequest, merge
 from weightsmith.merging.families import families
-from weightsmith.merging.families.tuners import FAMILY
-from weightsmith.merging.refused import REFUSED
+from weightsmith.merging.families.tuners import _BY_ROWS, FAMILY
 
 from tests.unit.merging.conftest import config_of
 from tests.unit.merging.models import model_class
@@ -274,7 +274,7 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path: Path) -> None:
 
 
 @pytest.mark.grid(6)
-@pytest.mark.parametrize("kind", sorted(tuned._BY_ROWS))
+@pytest.mark.parametrize("kind", sorted(_BY_ROWS))
 def test_some_rows_at_a_time(
     kind: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,9 +12,38 @@ from typing import Any
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import JsonValue
-from weightsmith.merging.refused import SETTINGS, UNMERGED
 from weightsmith.merging.tying import is_embedding, is_head
 
+_PROMPT = "it adds tokens or keys and values to the input and changes no weight"
+_ROUTED = "its weights depend on the input"
+_LAYERS = "it adds layers to the model"
+
+REFUSED = {
+    "PROMPT_TUNING": _PROMPT,
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "P_TUNING": _PROMPT,
+    "PREFIX_TUNING": _PROMPT,
+    "CPT": _PROMPT,
+    "CARTRIDGE": _PROMPT,
+    "ADAPTION_PROMPT": _LAYERS,
+    "XLORA": _ROUTED,
+    "POLY": _ROUTED,
+    "LILY": "its factors are shared between layers and chosen by a router",
+    "SHADOW": _LAYERS,
+    "ADAMSS": "the rows that a factor changes are not saved: PEFT clusters the base's weights on "
+    "each load, with scikit-learn and a random SVD whose last bits depend on the machine",
+}
+"""`peft_type` -> why it cannot be merged."""
+
+SETTINGS = {
+    "use_qalora": "QALoRA's factors act on groups of inputs of a GPTQ base",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) is active only after its invocation tokens",
+    "arrow_config": "Arrow chooses adapters for each token",
+    "megatron_config": "Megatron's parallel layers split the weights in their own way",
+}
+"""Setting of a LoRA configuration -> why it cannot be merged."""
+
+UNMERGED = "serve it unmerged with PEFT"
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Initialisations that also change the base weights, so that B·A alone is not the adapter."""
 
@@ -99,7 +128,13 @@ class AdapterConfig:
             return True
         if not names_match(self.target_modules, module):
             return False
-        return not self.layers_to_transform or self._layer(module) in self.layers_to_transform
+        layer = -1
+        for pattern in self.layers_pattern or (r"[^.]*",):
+            prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
+            if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", module):
+                layer = int(match["layer"])
+                break
+        return not self.layers_to_transform or layer in self.layers_to_transform
 
     def wraps(self, module: str) -> bool:
         """Return whether PEFT may wrap the module: if it or one of its parameters is targeted.
@@ -122,19 +157,24 @@ class AdapterConfig:
         whole = any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved)
         return whole or names_match(self.exclude_modules, module)
 
-    def _layer(self, module: str) -> int:
-        for pattern in self.layers_pattern or (r"[^.]*",):
-            prefix = r"(?:^|.*?\.)" if self.layers_pattern else r".*?\."
-            if match := re.match(rf"{prefix}{pattern}\.(?P<layer>\d+)\.", module):
-                return int(match["layer"])
-        return -1
-
 
 def read_adapter_config(root: Path) -> AdapterConfig:
     """Return the adapter's configuration; raise InputRefused if it cannot be merged correctly."""
     path = root / "adapter_config.json"
     raw = read_json(path)
-    _check_kind(path, raw)
+    init, lora = raw.get("init_lora_weights", True), raw.get("peft_type") == "LORA"
+    for name, reason in SETTINGS.items():
+        if lora and raw.get(name):
+            raise InputRefused(f"{path} sets {name}: {reason}", hint=UNMERGED)
+    if lora and isinstance(init, str) and init.lower().startswith(_MUTATING):
+        raise InputRefused(
+            f"{path}: init_lora_weights is {init!r}, which also changes the base weights: on the "
+            "original base, B·A alone is not the adapter",
+            hint="convert it to plain LoRA: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=<the adapter as initialised>); or use the "
+            "residual base that the training saved, and set init_lora_weights to true in "
+            "adapter_config.json",
+        )
     return parse_adapter_config(path, raw)
 
 
@@ -142,7 +182,11 @@ def parse_adapter_config(path: Path, raw: Mapping[str, JsonValue]) -> AdapterCon
     """Return a configuration, also of a kind that is not merged; raise InputRefused if invalid."""
     try:
         config = _read(raw)
-        _check_patterns(config)
+        patterns = [rf"(.*\.)?({key})$" for key in (*config.rank_pattern, *config.alpha_pattern)]
+        given = (config.target_modules, config.exclude_modules, *config.layers_pattern)
+        for pattern in (*patterns, *given):
+            if isinstance(pattern, str):
+                re.compile(pattern)
         _check_values(raw)
     except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
         raise InputRefused(
@@ -153,7 +197,7 @@ def parse_adapter_config(path: Path, raw: Mapping[str, JsonValue]) -> AdapterCon
 
 
 def _read(raw: Mapping[str, Any]) -> AdapterConfig:
-    targets = raw.get("target_modules")
+    targets, patterns = raw.get("target_modules"), _texts(raw.get("layers_pattern") or ())
     # Other methods define rank and alpha differently; PEFT reads them itself.
     lora = raw if raw.get("peft_type") == "LORA" else {}
     return AdapterConfig(
@@ -173,7 +217,7 @@ def _read(raw: Mapping[str, Any]) -> AdapterConfig:
         target_modules=None if str(targets).lower() in ("none", "all-linear") else _texts(targets),
         exclude_modules=_texts(raw.get("exclude_modules") or ()),
         layers_to_transform=_numbers(raw.get("layers_to_transform")),
-        layers_pattern=_several(_texts(raw.get("layers_pattern") or ())),
+        layers_pattern=(patterns,) if isinstance(patterns, str) else patterns,
         ensure_weight_tying=_flag(raw, "ensure_weight_tying"),
         base_model=str(raw.get("base_model_name_or_path") or ""),
         unknown=tuple(sorted(k for k, v in lora.items() if v and k not in _PLAIN.split())),
@@ -240,14 +284,14 @@ def names_match(targets: str | Sequence[str], module: str) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in targets)
 
 
-def _rank(value: Any) -> int:
+def _rank(value: object) -> int:
     if type(value) is not int or not 0 < value <= 1 << 20:
         raise ValueError(f"rank must be a positive integer, not {value!r}")
     return value
 
 
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"alpha must be a finite number, not {value!r}")
     return float(value)
 
@@ -259,7 +303,7 @@ def _flag(raw: Mapping[str, JsonValue], name: str) -> bool:
     return value
 
 
-def _texts(value: Any) -> str | tuple[str, ...]:
+def _texts(value: object) -> str | tuple[str, ...]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
@@ -267,11 +311,7 @@ def _texts(value: Any) -> str | tuple[str, ...]:
     return tuple(value)
 
 
-def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else value
-
-
-def _numbers(value: Any) -> tuple[int, ...]:
+def _numbers(value: object) -> tuple[int, ...]:
     numbers = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(number) is int for number in numbers):
         raise TypeError(f"layers_to_transform must be integers, not {value!r}")

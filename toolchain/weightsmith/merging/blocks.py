@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.merging.kernel import (
     PIECE,
     PreparedAddition,
@@ -24,7 +25,6 @@ from weightsmith.merging.repair import LowRankUpdate, Repairs
 from weightsmith.merging.rounding import F32, F64, round_once
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles
-from weightsmith.merging.tally import MergeCounts
 
 BLOCK = 1 << 20
 """Elements per block on the CPU; larger blocks reduce the overhead of repairs and queues."""
@@ -41,6 +41,43 @@ class Settings:
     workers: int
     block: int = BLOCK
     piece: int = PIECE
+
+
+@dataclass(slots=True)
+class MergeCounts:
+    """What becomes findings; the journal keeps it for a merge that resumes."""
+
+    repairs: Repairs = field(default_factory=Repairs)
+    silent: dict[int, list[str]] = field(default_factory=dict)
+    """Adapter index -> tensors for which a factor is all zero."""
+    unchanged: tuple[str, ...] = ()
+    """Changed tensors whose result equals the base's bits."""
+    largest: dict[str, float] = field(default_factory=dict)
+    """Computed matrices -> their largest magnitude, if no weights are written."""
+
+    def about(self, names: Iterable[str], repairs: Repairs) -> dict[str, JsonValue]:
+        """Return the counts of these tensors as JSON; `repairs` are theirs."""
+        own = set(names)
+        # Copied because the next shard is being computed concurrently.
+        silent = list(self.silent.items())
+        return {
+            "silent": {
+                str(number): [name for name in some if name in own] for number, some in silent
+            },
+            "unchanged": [name for name in self.unchanged if name in own],
+            "repairs": [repairs.float64, repairs.exact],
+            "largest": {name: most for name, most in self.largest.items() if name in own},
+        }
+
+    def add(self, part: Mapping[str, Json]) -> None:
+        """Add counts returned by `about`."""
+        for number, names in part["silent"].items():
+            if names:
+                self.silent.setdefault(int(number), []).extend(names)
+        self.unchanged += tuple(part["unchanged"])
+        self.largest |= part["largest"]
+        self.repairs.float64 += part["repairs"][0]
+        self.repairs.exact += part["repairs"][1]
 
 
 def stored_copy(output: MergedTensor) -> StoredTensor | None:
@@ -121,8 +158,8 @@ class RowMaker:
             return None
         # Transposed parts are in Fortran's order, and numpy keeps it when it joins them.
         factors = LowRankUpdate(
-            left=np.ascontiguousarray(_joined(lefts, 1)),
-            right=np.ascontiguousarray(_joined(rights, 0)),
+            left=np.ascontiguousarray(lefts[0] if len(lefts) == 1 else np.concatenate(lefts, 1)),
+            right=np.ascontiguousarray(rights[0] if len(rights) == 1 else np.concatenate(rights)),
             gains=np.array(gains, F64),
         )
         return prepare(output.name, factors, ARRAY_TYPES[output.dtype])
@@ -138,30 +175,25 @@ class RowMaker:
     ) -> np.ndarray:
         weight = output.source.rows(self.files, first, count, output.columns)
         out = np.empty(weight.shape, addition.dtype)
-        done = self._apply(addition, weight, first - offset, out)
+        if self._settings.device == "cpu":
+            space = self._space(addition.dtype, addition.work, weight.shape[1])
+            done = merge_rows(addition, weight, first - offset, space, out)
+        else:
+            from weightsmith.merging import torch_kernel
+
+            with self._lock:
+                if self._on_device is None or self._on_device[0] is not addition:
+                    held = torch_kernel.to_device(addition, self._settings.device)
+                    self._on_device = (addition, held)
+                held = self._on_device[1]
+            flagged, safe = torch_kernel.first_pass(held, weight, first - offset, out)
+            done = finish_rows(addition, weight, first - offset, out, flagged, safe)
         if sketch is not None:
             sketch.add(first, weight, out)
         with self._lock:
             self._tally.repairs.float64 += done.float64
             self._tally.repairs.exact += done.exact
         return out
-
-    def _apply(
-        self, addition: PreparedAddition, weight: np.ndarray, first: int, out: np.ndarray
-    ) -> Repairs:
-        """Merge rows on the CPU or the GPU."""
-        if self._settings.device == "cpu":
-            space = self._space(addition.dtype, addition.work, weight.shape[1])
-            return merge_rows(addition, weight, first, space, out)
-        from weightsmith.merging import torch_kernel
-
-        with self._lock:
-            if self._on_device is None or self._on_device[0] is not addition:
-                held = torch_kernel.to_device(addition, self._settings.device)
-                self._on_device = (addition, held)
-            held = self._on_device[1]
-        flagged, safe = torch_kernel.first_pass(held, weight, first, out)
-        return finish_rows(addition, weight, first, out, flagged, safe)
 
     def _space(self, dtype: np.dtype, work: np.dtype, columns: int) -> Space:
         """Return this worker's buffers; replace them only if too small or of another dtype."""
@@ -209,10 +241,6 @@ class RowMaker:
                 hint="merge with dtype bfloat16 or float32",
             )
         return out
-
-
-def _joined(parts: list[np.ndarray], axis: int) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
 
 def patched(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.adapter_config import AdapterConfig
 from weightsmith.merging.names import BaseNames
-from weightsmith.merging.outputs import Change, Patch, StoredTensor, TensorSource, Term
+from weightsmith.merging.outputs import Change, MatrixView, Patch, StoredTensor, TensorSource, Term
 from weightsmith.merging.tying import HEADS, Tie, is_embedding, is_head
-from weightsmith.models.safetensors import TensorInfo
+from weightsmith.models.safetensors import TensorInfo, read_header
 
 SHOWN = 5
+TASKS = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+}
+"""PEFT's `task_type` -> suffix of the architecture's name in transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +60,21 @@ class Claim:
 class AdapterView:
     """A family's input: one adapter's keys and configuration, and the base's tensors."""
 
-    index: int
-    """The adapter's index in the request."""
     path: Path
     """The adapter's folder."""
     file: Path
     """The file that holds `keys`."""
+    files: tuple[str, ...]
+    """Names of all files that count."""
     weight: float
     keys: Mapping[str, TensorInfo]
     config: AdapterConfig
-    names: BaseNames
-    sources: Mapping[str, TensorSource]
+    index: int = 0
+    """The adapter's index in the request."""
+    names: BaseNames = field(default_factory=lambda: BaseNames({}))
+    sources: Mapping[str, TensorSource] = field(default_factory=dict)
     """The base's tensors; quantized ones are dequantized."""
-    base_config: Mapping[str, object]
+    base_config: Mapping[str, object] = field(default_factory=dict)
     tie: Tie | None = None
     """The weight shared by the base's embedding and head."""
     apart: Tie | None = None
@@ -94,6 +102,27 @@ class AdapterView:
                 hint="give a smaller weight",
             )
         return factor
+
+    def term(
+        self, left: MatrixView, right: MatrixView | None, scaling: float, first: int = 0
+    ) -> Term:
+        """Return a term at the adapter's weight; raise InputRefused if the factor overflows."""
+        return Term(
+            adapter=self.index,
+            left=left,
+            right=right,
+            scaling=scaling,
+            factor=self.factor(scaling),
+            first=first,
+        )
+
+    def require_float(self, key: str) -> None:
+        """Refuse a tensor of the adapter that has no floats that a merge can use."""
+        if (dtype := self.keys[key].dtype) not in ("F32", "F16", "BF16"):
+            raise InputRefused(
+                f"{self.path}: {key} has the unsupported dtype {dtype}",
+                hint="save the adapter in float32, float16 or bfloat16",
+            )
 
     def is_head(self, module: str) -> bool:
         """Return whether a module is the model's head.
@@ -152,6 +181,17 @@ class AdapterView:
                 f"{self.config.base_model or '(not named)'!r}",
             )
         return found
+
+
+def read_adapter(
+    root: Path, config: AdapterConfig, weight: float = 1.0, files: tuple[str, ...] = ()
+) -> AdapterView:
+    """Return an adapter without its base, from its file's header."""
+    header = read_header(root / "adapter_model.safetensors")
+    keys = {info.name: info for info in header.tensors}
+    return AdapterView(
+        path=root, file=header.path, files=files, weight=weight, keys=keys, config=config
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,17 +1,54 @@
-"""Collect an adapter's claims, and check that every key and every target is covered."""
+"""Collect an adapter's claims, and check that every key and every target is covered.
+
+Weights of modules that adapter_config.json does not target are left out, as PEFT leaves them out
+when it loads an adapter. llama.cpp's converter and vLLM load them: they read no such setting but
+rank and scaling.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.claim import SHOWN, AdapterView, Claim
-from weightsmith.merging.families import families
+from weightsmith.core.safe_parse import read_json
+from weightsmith.core.values import JsonValue
+from weightsmith.merging.adapter_config import parse_adapter_config
+from weightsmith.merging.claim import SHOWN, TASKS, AdapterView, Claim, read_adapter
+from weightsmith.merging.families import families, lora
 from weightsmith.merging.families.experts import is_one_of_stack
-from weightsmith.merging.names import added_prefix
-from weightsmith.merging.tasks import TASKS
-from weightsmith.merging.tying import is_head
+from weightsmith.merging.names import (
+    BaseNames,
+    added_prefix,
+    loaded_names,
+    module_key,
+    plain_module,
+    split_names,
+)
+from weightsmith.merging.tying import is_embedding, is_head
+from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
+from weightsmith.models.safetensors import open_checkpoint
+
+_KINDS = {
+    "lora_embedding_": "LoRA on an embedding",
+    "lora_magnitude_vector": "DoRA",
+    "lora_B.bias": "a LoRA bias",
+    "trainable_tokens": "trained tokens",
+    "modules_to_save": "a fully trained module",
+    "base_layer": "a trained base weight",
+    "lora_diag": "KaSA",
+    "beft_bias": "BEFT on a layer without a bias",
+    "lora_": "an unknown LoRA tensor",
+}
+"""Part of an unsupported key -> what it is."""
+_WHOLE = ("modules_to_save", "original_module", "token_adapter", "trainable_tokens_delta")
+"""Parts of keys that `target_modules` says nothing about."""
+_HEAD = re.compile(r"(?:LMHeadModel|For[A-Z]\w*|Model)$")
+_LENGTH = 80
+"""Characters of a setting that are shown."""
 
 
 def claims_of(view: AdapterView) -> list[Claim]:
@@ -29,9 +66,13 @@ def claims_of(view: AdapterView) -> list[Claim]:
     used = Counter(key for claim in claims for key in claim.keys)
     left = sorted(view.keys.keys() - used.keys())
     if left:
+        kinds = (
+            next((kind for part, kind in _KINDS.items() if part in key), "a full weight")
+            for key in left
+        )
         raise InputRefused(
             f"{view.path} has {len(left)} tensors that cannot be merged: "
-            + "; ".join(f"{key} ({_kind(key)})" for key in left[:SHOWN]),
+            + "; ".join(f"{key} ({kind})" for key, kind in zip(left[:SHOWN], kinds, strict=False)),
             hint="export the adapter again with PEFT's save_pretrained, or serve it unmerged",
         )
     twice = sorted(key for key, count in used.items() if count > 1)
@@ -45,22 +86,6 @@ def claims_of(view: AdapterView) -> list[Claim]:
     return claims
 
 
-def _kind(key: str) -> str:
-    """Describe an unsupported key."""
-    kinds = {
-        "lora_embedding_": "LoRA on an embedding",
-        "lora_magnitude_vector": "DoRA",
-        "lora_B.bias": "a LoRA bias",
-        "trainable_tokens": "trained tokens",
-        "modules_to_save": "a fully trained module",
-        "base_layer": "a trained base weight",
-        "lora_diag": "KaSA",
-        "beft_bias": "BEFT on a layer without a bias",
-        "lora_": "an unknown LoRA tensor",
-    }
-    return next((text for part, text in kinds.items() if part in key), "a full weight")
-
-
 def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     """Refuse an adapter whose file lacks keys for targeted modules of the base."""
     if not claims or view.config.target_modules is None:
@@ -68,7 +93,15 @@ def _check_complete(view: AdapterView, claims: Sequence[Claim]) -> None:
     # Translate the base's names like the first module's: they may lack `model.`.
     named = ((c, name) for name in (str, view.names.loaded) for c in claims)
     plain, as_model = next(
-        ((c, name) for c, name in named if _same_end(f"{c.module}.weight", name(c.target))),
+        (
+            (c, name)
+            for c, name in named
+            if c.target
+            and (
+                f"{c.module}.weight".endswith(name(c.target))
+                or name(c.target).endswith(f"{c.module}.weight")
+            )
+        ),
         (None, str),
     )
     if plain is None:
@@ -114,7 +147,15 @@ def _check_trained(view: AdapterView, claims: Sequence[Claim]) -> None:
     if view.tie and view.config.targets(head := view.tie.head.removesuffix(".weight")):
         done = any(is_head(claim.module) or claim.both for claim in claims)
         missing += [] if done else [f"target_modules {head}"]
-    missing += [f"the bias {name}" for name in _missing_biases(view, claims)]
+    bias, have = str(raw.get("bias", "none")), {c.target for c in claims if c.replacement}
+    biases: list[str] = []
+    if bias == "all":
+        # Not `dt_bias` or `experts.down_proj_bias`: PEFT trains parameters called `bias`.
+        biases = [name for name in view.sources if name.endswith(".bias")]
+    elif bias.endswith("_only"):
+        modules = [claim.module for claim in claims if claim.terms or claim.change]
+        biases = sorted({view.find(module, "bias") for module in modules} - {""})
+    missing += [f"the bias {name}" for name in biases if name not in have]
     if missing:
         raise InputRefused(
             f"{view.path} has no weights for parts that adapter_config.json says were trained: "
@@ -140,19 +181,129 @@ def unmatched_parameters(view: AdapterView) -> list[str]:
     ]
 
 
-def _missing_biases(view: AdapterView, claims: Sequence[Claim]) -> list[str]:
-    """Return the base's biases that `bias` says were trained but that have no claim."""
-    bias = str(view.config.raw.get("bias", "none"))
-    have = {claim.target for claim in claims if claim.replacement}
-    if bias == "all":
-        # Not `dt_bias` or `experts.down_proj_bias`: PEFT trains parameters called `bias`.
-        return [name for name in view.sources if name.endswith(".bias") and name not in have]
-    if not bias.endswith("_only"):
-        return []
-    modules = [claim.module for claim in claims if claim.terms or claim.change]
-    found = [view.find(module, "bias") for module in modules]
-    return sorted({name for name in found if name and name not in have})
+def without_left_out(view: AdapterView) -> tuple[AdapterView, tuple[str, ...]]:
+    """Return the adapter without what PEFT leaves out, and a finding that names it.
+
+    Raises InputRefused if nothing remains.
+    """
+    wrapped = _wrapped(view)
+    left = sorted(raw for raw in wrapped if not _is_targeted(view, raw))
+    if not left:
+        return view, ()
+    dropped = {key for raw in left for key in wrapped[raw]}
+    text = (
+        f"{len(dropped)} tensors are left out, as PEFT leaves them out: adapter_config.json does "
+        f"not target their modules ({', '.join(_settings(view))}), such as "
+        + ", ".join(map(plain_module, left[:SHOWN]))
+    )
+    kept = {key: info for key, info in view.keys.items() if key not in dropped}
+    if not kept:
+        raise InputRefused(
+            f"{view.path} changes nothing: {text}",
+            hint="correct adapter_config.json if they were trained; export the adapter again",
+        )
+    return replace(view, keys=kept), (f"{view.path.name}: {text}",)
 
 
-def _same_end(module: str, target: str) -> bool:
-    return bool(target) and (module.endswith(target) or target.endswith(module))
+def require_all_targeted(base: Path, adapter: Path) -> None:
+    """Refuse a LoRA adapter with weights that PEFT leaves out, for engines that would load them.
+
+    Reads headers and configurations. Raises InputRefused.
+    """
+    path = adapter / "adapter_config.json"
+    view = read_adapter(adapter, parse_adapter_config(path, read_json(path)))
+    wrapped = _wrapped(view)
+    check_peft_patterns(adapter, sorted(wrapped))
+    with limit_matching(adapter, len(view.keys)):
+        # The file's own names are enough for nearly all adapters, and need no base.
+        left = sorted(raw for raw in wrapped if not view.config.wraps(raw))
+        if left:
+            config, tensors = read_json(base / "config.json"), open_checkpoint(base).tensors
+            names = BaseNames(tensors, loaded_names(config, tensors), split_names(config, tensors))
+            named = replace(view, names=names)
+            left = [raw for raw in left if not _is_targeted(named, raw)]
+    if left:
+        raise InputRefused(
+            f"{adapter} has weights of modules that adapter_config.json does not target "
+            f"({', '.join(_settings(view))}), such as {', '.join(map(plain_module, left[:SHOWN]))}:"
+            " PEFT leaves them out, and this engine would use them",
+            hint="merge it; or remove them: load it with PEFT and save it with save_pretrained",
+        )
+
+
+def _wrapped(view: AdapterView) -> dict[str, list[str]]:
+    """Return the keys by the name of the module that PEFT would wrap for them."""
+    found: dict[str, list[str]] = {}
+    for key in view.keys:
+        if raw := _wrapped_module(view, key):
+            found.setdefault(raw.partition(".base_layer")[0], []).append(key)
+    return found
+
+
+def _wrapped_module(view: AdapterView, key: str) -> str:
+    """Return a key's module with the wrappers in its name, or "" for a key without a wrapper."""
+    name = module_key(key)
+    parts = name.split(".")
+    if any(part in parts for part in _WHOLE):
+        return ""
+    if "base_layer" in parts:
+        return name
+    if view.config.kind == "LORA":
+        return lora.module_of(name)
+    names = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
+    module = next((module for module in names if view.find(module)), "")
+    return "" if name in (f"{module}.weight", f"{module}.bias") else module
+
+
+def _is_targeted(view: AdapterView, module: str) -> bool:
+    """Return whether PEFT wraps a module, by its name in the file or in the loaded model."""
+    config, target = view.config, view.find(module)
+    if config.ties(module) and (is_embedding(module) or is_head(module)):
+        return True
+    loaded = view.names.loaded(target).removesuffix(".weight")
+    return config.wraps(module) or bool(target and config.wraps(loaded))
+
+
+def _settings(view: AdapterView) -> Iterator[str]:
+    """Return the settings that choose modules, as adapter_config.json has them."""
+    for name in ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"):
+        value = view.config.raw.get(name)
+        # Layer 0 is a choice; so are targets of which there are none.
+        if value not in (None, [], "") or (name == "target_modules" and value is not None):
+            shown = str(value)
+            yield f"{name} {shown if len(shown) <= _LENGTH else shown[:_LENGTH] + '…'}"
+
+
+def task_settings(
+    config: Mapping[str, JsonValue], views: Sequence[AdapterView], claims: Sequence[Sequence[Claim]]
+) -> dict[str, JsonValue]:
+    """Return architecture and labels of a model with a new head, {} without one.
+
+    Raises InputRefused if the architecture is ambiguous.
+    """
+    heads = [
+        (view, claim)
+        for view, some in zip(views, claims, strict=True)
+        for claim in some
+        if claim.new
+    ]
+    if not heads:
+        return {}
+    view, first = heads[0]
+    listed = config.get("architectures")
+    own = str(listed[0]) if isinstance(listed, list) and listed else ""
+    if any(other is not view for other, _ in heads) or view.weight != 1.0 or not own:
+        raise InputRefused(
+            f"{view.path} has {first.target}, a head that the base does not have",
+            hint="merge it alone, at weight 1, and onto a base whose config.json has "
+            "`architectures`",
+        )
+    suffix = TASKS[str(view.config.raw["task_type"])]
+    settings: dict[str, JsonValue] = {"architectures": [_HEAD.sub("", own) + suffix]}
+    shapes = [claim.replacement.shape for _, claim in heads if claim.replacement]
+    counts = [shape[0] for shape in shapes if len(shape) > 1]
+    if suffix != "ForQuestionAnswering" and counts:
+        count = counts[-1]
+        settings["id2label"] = {str(number): f"LABEL_{number}" for number in range(count)}
+        settings["label2id"] = {f"LABEL_{number}": number for number in range(count)}
+    return settings

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from weightsmith.core.safe_parse import TOKENIZER, json_object, read_json
 from weightsmith.core.values import JsonValue
+from weightsmith.merging.claim import AdapterView
 from weightsmith.merging.plan import MergePlan
 from weightsmith.models.tokenizer_files import (
     TEMPLATE_FILES,
@@ -17,7 +17,7 @@ from weightsmith.models.tokenizer_files import (
     is_named_template,
 )
 
-_GENERATION = "generation_config.json"
+_GENERATION, _CONFIG = "generation_config.json", "tokenizer_config.json"
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -32,16 +32,18 @@ def companion_files(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
         for name in plan.base_files
         if not name.endswith((".safetensors", ".safetensors.index.json"))
     }
-    findings: list[str] = []
     before = _object(files, _GENERATION)
-    for adapter in plan.adapters:
-        findings += _overlay(files, adapter.root, adapter.files)
-        if _GENERATION in adapter.files:
-            files[_GENERATION] = (adapter.root / _GENERATION).read_bytes()
-            findings.append(f"{_GENERATION} taken from the adapter {adapter.root.name}")
-    _set_dtype(files, plan.dtype)
-    _apply(files, plan.settings)
-    findings += _join_ends(files, plan, before)
+    findings = _overlay(files, plan.adapters)
+    if plan.dtype != "auto":
+        config = _object(files, "config.json")
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for key in ("dtype", "torch_dtype"):
+                if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
+                    part[key] = _NAMES[plan.dtype]
+        files["config.json"] = _json(config)
+    if plan.settings:
+        _apply(files, plan.settings)
+    findings += _join_ends(files, plan.adapters, before)
     return files, findings
 
 
@@ -51,13 +53,7 @@ def adapter_companions(plan: MergePlan) -> tuple[dict[str, bytes], list[str]]:
     The last adapter with a tokenizer or a chat template wins, as in a merge.
     """
     files: dict[str, bytes] = {}
-    findings: list[str] = []
-    for adapter in plan.adapters:
-        findings += _overlay(files, adapter.root, adapter.files)
-        if _GENERATION in adapter.files:
-            files[_GENERATION] = (adapter.root / _GENERATION).read_bytes()
-            findings.append(f"{_GENERATION} taken from the adapter {adapter.root.name}")
-    return files, findings
+    return files, _overlay(files, plan.adapters)
 
 
 def index_json(weight_map: Mapping[str, str], total_size: int, parameters: int) -> bytes:
@@ -77,8 +73,20 @@ def write_file(root: Path, name: str, data: bytes) -> dict[str, JsonValue]:
     return {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> list[str]:
-    """Replace tokenizer and chat template by an adapter's, if it has them."""
+def _overlay(files: dict[str, bytes], adapters: Sequence[AdapterView]) -> list[str]:
+    """Replace tokenizer, chat template and generation settings by those of each adapter."""
+    findings = []
+    for adapter in adapters:
+        if new := _overlay_text(files, adapter.path, adapter.files):
+            findings.append(f"{', '.join(sorted(new))} taken from the adapter {adapter.path.name}")
+        if _GENERATION in adapter.files:
+            files[_GENERATION] = (adapter.path / _GENERATION).read_bytes()
+            findings.append(f"{_GENERATION} taken from the adapter {adapter.path.name}")
+    return findings
+
+
+def _overlay_text(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> Collection[str]:
+    """Replace tokenizer and chat template by an adapter's; return the names of its files."""
     own = [name for name in names if name in TOKENIZER_FILES]
     before = _template_in(files)
     template = [name for name in names if name in TEMPLATE_FILES or is_named_template(name)]
@@ -87,8 +95,11 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
         for name in TOKENIZER_FILES:
             files.pop(name, None)
     new = {name: (root / name).read_bytes() for name in (own if complete else []) + template}
-    if not complete and not template and "tokenizer_config.json" in own:
-        new = _template_of(root, files)
+    if not complete and not template and _CONFIG in own:
+        # Without a tokenizer, only the template counts.
+        alone = read_json(root / _CONFIG).get("chat_template")
+        if alone and _CONFIG in files:
+            new = {_CONFIG: _json(_object(files, _CONFIG) | {"chat_template": alone})}
     if template or _template_in(new):
         for name in [name for name in files if name in TEMPLATE_FILES or is_named_template(name)]:
             del files[name]
@@ -98,42 +109,18 @@ def _overlay(files: dict[str, bytes], root: Path, names: tuple[str, ...]) -> lis
         if isinstance(before, str):
             files["chat_template.jinja"] = before.encode()
         else:
-            settings = _object(files, "tokenizer_config.json") | {"chat_template": before}
-            files["tokenizer_config.json"] = _json(settings)
-    return [f"{', '.join(sorted(new))} taken from the adapter {root.name}"] if new else []
+            files[_CONFIG] = _json(_object(files, _CONFIG) | {"chat_template": before})
+    return new
 
 
-def _template_in(files: Mapping[str, bytes]) -> Any:
+def _template_in(files: Mapping[str, bytes]) -> JsonValue:
     """Return the chat template in tokenizer_config.json: a text, named ones as a list, or ""."""
-    template = _object(files, "tokenizer_config.json").get("chat_template")
+    template = _object(files, _CONFIG).get("chat_template")
     return template if isinstance(template, str | list) else ""
-
-
-def _template_of(root: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Take only the chat template from a tokenizer_config.json without a tokenizer."""
-    template = read_json(root / "tokenizer_config.json").get("chat_template")
-    if not template or "tokenizer_config.json" not in files:
-        return {}
-    config = _object(files, "tokenizer_config.json")
-    return {"tokenizer_config.json": _json(config | {"chat_template": template})}
-
-
-def _set_dtype(files: dict[str, bytes], dtype: str) -> None:
-    """Set config.json's dtype keys to the dtype that the weights were cast to."""
-    if dtype == "auto":
-        return
-    config = _object(files, "config.json")
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("dtype", "torch_dtype"):
-            if key in part or (part is config and key == "torch_dtype" and "dtype" not in part):
-                part[key] = _NAMES[dtype]
-    files["config.json"] = _json(config)
 
 
 def _apply(files: dict[str, bytes], settings: Mapping[str, JsonValue]) -> None:
     """Apply settings to config.json (in `text_config` if it has the key); None removes a key."""
-    if not settings:
-        return
     config = _object(files, "config.json")
     inner = config.get("text_config")
     text = inner if isinstance(inner, dict) else {}
@@ -150,31 +137,29 @@ def _apply(files: dict[str, bytes], settings: Mapping[str, JsonValue]) -> None:
 
 
 def _join_ends(
-    files: dict[str, bytes], plan: MergePlan, base: Mapping[str, JsonValue]
+    files: dict[str, bytes], adapters: Sequence[AdapterView], base: Mapping[str, JsonValue]
 ) -> list[str]:
     """Add every end-of-sequence token of any input to generation_config.json.
 
     A fine-tuned model may end its turns with another token than its base, and never stops if only
     one of the two is listed. The file is unchanged if it lists them all.
     """
-    generation = _object(files, "generation_config.json")
-    ends: dict[int, None] = dict.fromkeys(_ids(generation))
-    adapters = [a.root for a in plan.adapters if "generation_config.json" in a.files]
-    theirs = (read_json(root / "generation_config.json") for root in adapters)
-    for source in (base, _object(files, "config.json"), *theirs):
-        ends.update(dict.fromkeys(_ids(source)))
-    ends.update(dict.fromkeys(_tokenizer_end(files)))
-    if not ends or set(ends) == set(_ids(generation)):
-        return []
+    generation, config = _object(files, _GENERATION), _object(files, "config.json")
     before = _ids(generation)
-    tokens = list(ends)
+    theirs = (read_json(a.path / _GENERATION) for a in adapters if _GENERATION in a.files)
+    found = [n for source in (generation, base, config, *theirs) for n in _ids(source)]
+    tokens = list(dict.fromkeys((*found, *_tokenizer_end(files))))
+    if not tokens or set(tokens) == set(before):
+        return []
     generation["eos_token_id"] = tokens[0] if len(tokens) == 1 else tokens
-    if "generation_config.json" not in files:
-        generation = {"_from_model_config": True, **_special(files), **generation}
+    if _GENERATION not in files:
         if len(tokens) == 1:
             # config.json has the same token.
             return []
-    files["generation_config.json"] = _json(generation)
+        keys = [n for n in ("bos_token_id", "pad_token_id") if config.get(n) is not None]
+        special = {key: config[key] for key in keys}
+        generation = {"_from_model_config": True, **special, **generation}
+    files[_GENERATION] = _json(generation)
     return [f"generation_config.json: end tokens changed from {before or 'none'} to {tokens}"]
 
 
@@ -183,15 +168,9 @@ def _ids(config: Mapping[str, JsonValue]) -> list[int]:
     return [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
 
 
-def _special(files: Mapping[str, bytes]) -> dict[str, JsonValue]:
-    config = _object(files, "config.json")
-    keys = ("bos_token_id", "pad_token_id")
-    return {key: config[key] for key in keys if config.get(key) is not None}
-
-
 def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
     """Return the id of the tokenizer's end token."""
-    config = _object(files, "tokenizer_config.json")
+    config = _object(files, _CONFIG)
     end = config.get("eos_token")
     text = end.get("content") if isinstance(end, dict) else end
     if not isinstance(text, str):
@@ -209,7 +188,7 @@ def _tokenizer_end(files: Mapping[str, bytes]) -> list[int]:
     return [number for number in numbers if type(number) is int]
 
 
-def _mapping(value: Any) -> Mapping[str, JsonValue]:
+def _mapping(value: JsonValue) -> Mapping[str, JsonValue]:
     """Return the value if it is an object, else {}: a tokenizer's files may hold anything."""
     return value if isinstance(value, dict) else {}
 

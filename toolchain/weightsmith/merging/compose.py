@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 
 from weightsmith.core.errors import InputRefused
@@ -34,15 +34,6 @@ MERGEABLE = frozenset({"BF16", "F16", "F32"})
 _FLOATS = MERGEABLE | {"F64"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Composition:
-    """The files to write, changed settings of config.json, and findings."""
-
-    shards: tuple[OutputShard, ...]
-    settings: Mapping[str, JsonValue] = field(default_factory=dict)
-    findings: tuple[str, ...] = ()
-
-
 def compose(
     base: BaseTensors,
     tie: Tie | None,
@@ -50,9 +41,10 @@ def compose(
     claims: Sequence[Sequence[Claim]],
     dtype: str,
     combination: Combination,
-) -> Composition:
-    """Return every output in the base's order; `claims[i]` are those of `views[i]`.
+) -> tuple[tuple[OutputShard, ...], dict[str, JsonValue], list[str]]:
+    """Return the files to write, changed settings of config.json, and findings.
 
+    Outputs are in the base's order; `claims[i]` are those of `views[i]`.
     Raises InputRefused if claims contradict each other or the base's dtype is not supported.
     """
     shares: dict[str, list[AdapterShare]] = defaultdict(list)
@@ -64,9 +56,10 @@ def compose(
                 )
                 shares[claim.target].append(share)
     untied = _untie(tie, shares)
-    outputs: dict[str, MergedTensor] = {}
-    for name, source in base.sources.items():
-        outputs[name] = compose_output(name, source, shares[name], dtype, combination)
+    outputs = {
+        name: compose_output(name, source, shares[name], dtype, combination)
+        for name, source in base.sources.items()
+    }
     layout = {shard: list(names) for shard, names in base.layout}
     if tie and untied:
         source = base.sources[tie.embedding]
@@ -87,27 +80,17 @@ def compose(
     if tie and not untied and shares.get(tie.embedding):
         note = f"still tied: {tie.embedding} changes for both the embedding and the head"
     settings: dict[str, JsonValue] = {"tie_word_embeddings": False} if untied else {}
-    if tie is None and _touches_both(shares, outputs):
+    modules = [name.removesuffix(".weight") for name in outputs]
+    changed = [name.removesuffix(".weight") for name, some in shares.items() if some]
+    both = any(map(is_head, modules)) and any(map(is_embedding, modules))
+    if tie is None and both and any(is_head(name) or is_embedding(name) for name in changed):
         # Set explicitly, for classes that tie by default.
         settings["tie_word_embeddings"] = False
-    return Composition(
-        shards=tuple(
-            OutputShard(name=shard, outputs=tuple(outputs[name] for name in names))
-            for shard, names in layout.items()
-        ),
-        settings=settings | _vocabulary(base, outputs, tie),
-        findings=(note,) if note else (),
+    shards = tuple(
+        OutputShard(name=shard, outputs=tuple(outputs[name] for name in names))
+        for shard, names in layout.items()
     )
-
-
-def _touches_both(
-    shares: Mapping[str, Sequence[AdapterShare]], outputs: Mapping[str, MergedTensor]
-) -> bool:
-    """Return whether an embedding or a head changes in a checkpoint that has both."""
-    names = [name.removesuffix(".weight") for name in outputs]
-    changed = [name.removesuffix(".weight") for name, some in shares.items() if some]
-    both = any(map(is_head, names)) and any(map(is_embedding, names))
-    return both and any(is_head(name) or is_embedding(name) for name in changed)
+    return shards, settings | _vocabulary(base, outputs, tie), [note] if note else []
 
 
 def out_dtype(source: TensorSource, dtype: str) -> str:
@@ -159,9 +142,12 @@ def compose_output(
     plain = MergedTensor(name=name, dtype=out, shape=source.shape, source=source, columns=columns)
     if not shares:
         return plain
-    if source.dtype not in MERGEABLE and not _is_copied(source, shares):
-        raise unsupported(f"the base's {name}", source.dtype)
     claims = [share.claim for share in shares]
+    first = claims[0].replacement
+    # One adapter's tensor of the same dtype replaces it without computation.
+    copied = first and first.dtype == source.dtype and shares[0].weight == 1 and not claims[1:]
+    if source.dtype not in MERGEABLE and not copied:
+        raise unsupported(f"the base's {name}", source.dtype)
     plain = replace(plain, columns=next((c.columns for c in claims if c.columns), columns))
     _check_overlaps(name, shares)
     if combination.sums and all(claim.terms for claim in claims):
@@ -175,7 +161,14 @@ def compose_output(
     replaces = replaces or any(stored.shape != source.shape for stored in resized)
     if alone and (combination.sums or replaces):
         return _single(plain, claims)
-    if len(resized) == len(claims) and _only_grown(source, resized):
+    # All adapters have the same tensor: the base's rows and additional ones.
+    if (
+        len(resized) == len(claims)
+        and isinstance(source, StoredTensor)
+        and resized[0].shape[0] > source.shape[0]
+        and same_beginning(resized[0], source)
+        and all(same_bytes(resized[0], other) for other in resized[1:])
+    ):
         return replace(plain, source=resized[0], shape=resized[0].shape, kind="replaced")
     if any(stored.shape != source.shape for stored in resized):
         raise _resizes(name, source, resized[0].shape, shares)
@@ -199,22 +192,6 @@ def _resizes(
         f"{what}, which cannot be combined with other adapters",
         hint="merge it alone and at weight 1; then merge the others onto the result",
     )
-
-
-def _is_copied(source: TensorSource, shares: Sequence[AdapterShare]) -> bool:
-    """Return whether one adapter's tensor of the same dtype replaces it without computation."""
-    (share, *others) = shares
-    stored = share.claim.replacement
-    return stored is not None and stored.dtype == source.dtype and not others and share.weight == 1
-
-
-def _only_grown(source: TensorSource, tensors: Sequence[StoredTensor]) -> bool:
-    """Return whether all adapters have the same tensor: the base's rows and additional ones."""
-    first, *others = tensors
-    if not isinstance(source, StoredTensor) or first.shape[0] <= source.shape[0]:
-        return False
-    same = (same_bytes(first.path, first.info, o.info, o.path) for o in others)
-    return same_beginning(first.path, first.info, source.path, source.info) and all(same)
 
 
 def _added(

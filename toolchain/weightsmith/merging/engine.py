@@ -7,9 +7,9 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from weightsmith.core.merge_options import Merge
 from weightsmith.core.safe_parse import parse_file
 from weightsmith.core.trees import remove
 from weightsmith.core.values import Json, JsonValue, key_of
-from weightsmith.merging.blocks import BLOCK, Settings
+from weightsmith.merging.blocks import BLOCK, MergeCounts, Settings
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.combining.measure import measure
 from weightsmith.merging.companions import companion_files, index_json, write_file
@@ -31,11 +31,10 @@ from weightsmith.merging.kernel import PIECE, check_arithmetic
 from weightsmith.merging.libc import keep_freed_memory
 from weightsmith.merging.outputs import OutputShard
 from weightsmith.merging.plan import KINDS, MergePlan, make_plan
-from weightsmith.merging.proof import Proof, prove
+from weightsmith.merging.proof import prove
 from weightsmith.merging.repair import Repairs
-from weightsmith.merging.shards import ShardMaker
+from weightsmith.merging.shards import HeaderOnlyShard, ShardMaker
 from weightsmith.merging.stream import Writer, sha256_file
-from weightsmith.merging.tally import MergeCounts
 from weightsmith.models.safetensors import open_checkpoint
 
 _RECIPE = 1
@@ -95,22 +94,19 @@ def merge(request: MergeRequest, progress: Progress | None = None) -> dict[str, 
     tally, findings = MergeCounts(), list(plan.findings)
     keep_freed_memory()
     with _one_thread_per_worker(settings):
-        make = _compute_shards if request.headers_only else _write_shards
-        shards = make(plan, settings, journal, tally, progress or (lambda *_: None))
+        made = _make_shards(plan, request, settings, journal, tally, progress or (lambda *_: None))
         small, notes = _write_companions(plan, request.out)
         _check_index(plan, request.out)
     journal.path.unlink(missing_ok=True)
     conflicts, warnings = _conflicts(plan)
-    findings += _silent(plan, tally) + _unchanged(plan, tally) + warnings + notes
-    files: list[dict[str, Json]] = [
-        {"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in shards
-    ] + small
+    findings += _untrained_and_unchanged(plan, tally) + warnings + notes
+    files = [{"path": s["file"], "size": s["size"], "sha256": s["sha256"]} for s in made] + small
     files.sort(key=lambda entry: str(entry["path"]))
     return {
         "out": str(request.out),
         "tensors": {kind: plan.count(kind) for kind in KINDS},
         "tensor_bytes": {kind: plan.bytes_of(kind) for kind in KINDS},
-        "shards": shards,
+        "shards": made,
         "files": files,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": time.monotonic() - started,
@@ -128,27 +124,32 @@ def _keep(request: MergeRequest, plan: MergePlan, started: float) -> dict[str, J
         raise UsageError("no adapter to write", hint="give --adapter")
     request.out.mkdir(parents=True, exist_ok=True)
     with threadpool_limits(1, "blas"):
-        made = keep_adapter(plan, request.combination, request.out)
+        made, notes = keep_adapter(plan, request.combination, request.out)
     conflicts, warnings = _conflicts(plan)
     return {
         **made,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": time.monotonic() - started,
-        "findings": [*plan.findings, *made["findings"], *warnings],
+        "findings": [*plan.findings, *notes, *warnings],
         "conflicts": conflicts,
     }
 
 
 def _conflicts(plan: MergePlan) -> tuple[list[dict[str, JsonValue]], list[str]]:
     """Return conflict measures of the adapters, and warnings about conflicts."""
-    names = [adapter.root.name for adapter in plan.adapters]
+    names = [adapter.path.name for adapter in plan.adapters]
     with threadpool_limits(1, "blas"):
         conflicts = measure(plan.outputs.values())
     return conflicts.report(names), conflicts.findings(names)
 
 
 def _settings(request: MergeRequest) -> Settings:
-    has_gpu = request.device != "cpu" and _has_gpu()
+    drivers = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+    has_gpu = False
+    if request.device != "cpu" and any(Path(node).exists() for node in drivers):
+        import torch  # only if there is a GPU's driver
+
+        has_gpu = torch.cuda.is_available()
     if request.device == "cuda" and not has_gpu:
         raise EnvironmentFailure("no CUDA device found", hint="merge with device cpu")
     device = "cuda" if has_gpu else "cpu"
@@ -161,15 +162,6 @@ def _settings(request: MergeRequest) -> Settings:
     )
 
 
-def _has_gpu() -> bool:
-    """Return whether torch finds a GPU; torch is imported only if a GPU driver is present."""
-    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")):
-        return False
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
 def _key(request: MergeRequest, plan: MergePlan) -> str:
     """Return the inputs' key: adapters by content, the base's files by path, size and time."""
     base = [
@@ -178,8 +170,8 @@ def _key(request: MergeRequest, plan: MergePlan) -> str:
     ]
     adapters = [
         (
-            sha256_file(adapter.header.path),
-            sha256_file(adapter.root / "adapter_config.json"),
+            sha256_file(adapter.file),
+            sha256_file(adapter.path / "adapter_config.json"),
             repr(adapter.weight),
         )
         for adapter in plan.adapters
@@ -210,27 +202,42 @@ def _one_thread_per_worker(settings: Settings) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
-def _write_shards(
-    plan: MergePlan, settings: Settings, journal: Journal, tally: MergeCounts, progress: Progress
+def _make_shards(
+    plan: MergePlan,
+    request: MergeRequest,
+    settings: Settings,
+    journal: Journal,
+    tally: MergeCounts,
+    progress: Progress,
 ) -> list[dict[str, JsonValue]]:
-    """Write the unfinished shards; return all shards in order."""
-    total = sum(shard.size for shard in plan.shards)
-    finished, parts = journal.finished(journal.path.parent), journal.parts()
-    done = 0
+    """Make the unfinished shards, and check them; return all in order."""
+    total, done = sum(shard.size for shard in plan.shards), 0
+    finished, parts = journal.finished, journal.parts
+    maker = ShardMaker(settings, tally)
 
     def advance(size: int) -> None:
         nonlocal done
         done += size
-        progress(min(done, total), total)
+        progress(done, total)
 
-    def finish(shard: OutputShard, writer: Writer, repairs: Repairs) -> None:
+    def finish(shard: OutputShard, writer: Writer | HeaderOnlyShard, repairs: Repairs) -> None:
         finished[shard.name] = writer.finish()
-        tally.unchanged += _prove(shard, writer, maker).unchanged
+        if isinstance(writer, HeaderOnlyShard):
+            tally.unchanged += tuple(writer.unchanged)
+            tally.largest |= writer.largest
+        else:
+            sums = tuple(writer.checksums)
+            try:
+                tally.unchanged += prove(
+                    shard, writer.path, sums, maker.sketches, maker.files, maker.pool
+                )
+            except CheckFailed:
+                writer.path.unlink(missing_ok=True)
+                raise
         parts[shard.name] = tally.about((output.name for output in shard.outputs), repairs)
-        journal.record(finished, parts)
+        journal.record()
 
-    maker = ShardMaker(settings, tally)
-    # A shard is flushed and checked while the next one is computed.
+    # A file is flushed and checked while the next one is computed.
     with closing(maker), ThreadPoolExecutor(1, "finish") as finisher:
         waiting: Future[None] = finisher.submit(lambda: None)
         for shard in plan.shards:
@@ -240,7 +247,8 @@ def _write_shards(
                 advance(shard.size)
                 continue
             before = replace(tally.repairs)
-            writer = maker.write(shard, journal.path.parent / shard.name, advance)
+            make = maker.compute if request.headers_only else maker.write
+            writer = make(shard, journal.path.parent / shard.name, advance)
             repairs = tally.repairs.since(before)
             try:
                 waiting.result()
@@ -248,37 +256,10 @@ def _write_shards(
                 writer.abandon()
                 raise
             waiting = finisher.submit(finish, shard, writer, repairs)
+            if request.headers_only:
+                waiting.result()
         waiting.result()
     progress(total, total)
-    return [finished[shard.name] for shard in plan.shards]
-
-
-def _compute_shards(
-    plan: MergePlan, settings: Settings, journal: Journal, tally: MergeCounts, progress: Progress
-) -> list[dict[str, JsonValue]]:
-    """Compute and check the unfinished shards, and write headers; return all shards in order."""
-    total, done = sum(shard.size for shard in plan.shards), 0
-    finished, parts = journal.finished(journal.path.parent), journal.parts()
-
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        progress(done, total)
-
-    with closing(ShardMaker(settings, tally)) as maker:
-        for shard in plan.shards:
-            if shard.name in finished:
-                tally.add(parts[shard.name])
-                advance(shard.size)
-                continue
-            before = replace(tally.repairs)
-            headers_only = maker.compute(shard, journal.path.parent / shard.name, advance)
-            finished[shard.name] = headers_only.finish()
-            tally.unchanged += tuple(headers_only.unchanged)
-            tally.largest |= headers_only.largest
-            names, repairs = (one.name for one in shard.outputs), tally.repairs.since(before)
-            parts[shard.name] = tally.about(names, repairs)
-            journal.record(finished, parts)
     shards = (finished[shard.name] for shard in plan.shards)
     return [{key: one[key] for key in ("file", "size", "sha256")} for one in shards]
 
@@ -287,20 +268,13 @@ def _write_companions(plan: MergePlan, out: Path) -> tuple[list[dict[str, JsonVa
     """Write all files except shards; return the files and findings."""
     extra, notes = companion_files(plan)
     if plan.base.index_file:
-        extra[plan.base.index_file] = _index(plan)
+        places = {output.name: shard.name for shard in plan.shards for output in shard.outputs}
+        elements = sum(math.prod(output.shape) for output in plan.outputs.values())
+        size = sum(shard.size for shard in plan.shards)
+        extra[plan.base.index_file] = index_json(dict(sorted(places.items())), size, elements)
     written = [write_file(out, name, data) for name, data in sorted(extra.items())]
     sync_folder(out)
     return written, notes
-
-
-def _prove(shard: OutputShard, writer: Writer, maker: ShardMaker) -> Proof:
-    """Check a written shard; delete it if the check fails."""
-    checksums = tuple(writer.checksums)
-    try:
-        return prove(shard, writer.path, checksums, maker.sketches, maker.files, maker.pool)
-    except CheckFailed:
-        writer.path.unlink(missing_ok=True)
-        raise
 
 
 def _check_index(plan: MergePlan, out: Path) -> None:
@@ -314,77 +288,56 @@ def _check_index(plan: MergePlan, out: Path) -> None:
         )
 
 
-def _index(plan: MergePlan) -> bytes:
-    """Return the index of the written shards, sorted by tensor name."""
-    places = {output.name: shard.name for shard in plan.shards for output in shard.outputs}
-    elements = sum(math.prod(output.shape) for output in plan.outputs.values())
-    size = sum(shard.size for shard in plan.shards)
-    return index_json(dict(sorted(places.items())), size, elements)
-
-
-def _silent(plan: MergePlan, tally: MergeCounts) -> list[str]:
-    """Return findings about adapters with all-zero factors."""
-    return [
-        f"{plan.adapters[number].root.name}: a factor (lora_B) is all zero, so untrained, for "
+def _untrained_and_unchanged(plan: MergePlan, tally: MergeCounts) -> list[str]:
+    """Return findings about factors that are all zero, and about changes lost in rounding."""
+    findings = [
+        f"{plan.adapters[number].path.name}: a factor (lora_B) is all zero, so untrained, for "
         f"{len(names)} tensors, such as {', '.join(names[:_SHOWN])}"
         for number, names in sorted(tally.silent.items())
     ]
-
-
-def _unchanged(plan: MergePlan, tally: MergeCounts) -> list[str]:
-    """Return a finding about changes lost in rounding: smaller than half a unit everywhere."""
     silent = {name for names in tally.silent.values() for name in names}
-    lost = [name for name in tally.unchanged if name not in silent]
-    if not lost:
-        return []
-    share = f"{len(lost)} of {plan.count('merged')} merged tensors equal the base"
-    few = ", ".join(lost[:_SHOWN])
-    return [f"{share}, such as {few}: the change is zero or too small for the checkpoint's dtype"]
+    if lost := [name for name in tally.unchanged if name not in silent]:
+        findings.append(
+            f"{len(lost)} of {plan.count('merged')} merged tensors equal the base, such as "
+            f"{', '.join(lost[:_SHOWN])}: the change is zero or too small for the checkpoint's "
+            "dtype"
+        )
+    return findings
 
 
 _NAME = ".merge-journal.json"
 
 
-@dataclass(slots=True)
 class Journal:
-    """The finished shards of one merge, identified by `key`."""
+    """The finished shards of one merge, identified by the key of its inputs and parameters."""
 
-    path: Path
-    key: str
-    """Key of the merge's inputs and parameters."""
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self._key = path, key
+        kept: Json = None
+        with suppress(OSError, ValueError):
+            kept = parse_file(path)
+        self.matches = isinstance(kept, dict) and kept.get("key") == key
+        """Whether the journal exists and has this key."""
+        shards, parts = (kept.get(n, {}) if self.matches else {} for n in ("shards", "parts"))
+        self.parts: dict[str, dict[str, JsonValue]] = dict(parts)
+        """Each shard's counts (`MergeCounts.about`)."""
+        self.finished: dict[str, dict[str, JsonValue]] = {}
+        """The shards whose files are unchanged."""
+        for name, entry in shards.items():
+            file, own = path.with_name(name), entry.get("header", entry)  # if it has no data
+            if (
+                name in self.parts
+                and file.is_file()
+                and file.stat().st_size == own.get("size")
+                and sha256_file(file) == own.get("sha256")
+            ):
+                self.finished[name] = entry
 
-    def matches(self) -> bool:
-        """Return whether the journal exists and has this key."""
-        return self._read() is not None
-
-    def finished(self, root: Path) -> dict[str, dict[str, JsonValue]]:
-        """Return the finished shards whose files are unchanged."""
-        shards: Mapping[str, dict[str, JsonValue]] = (self._read() or {}).get("shards", {})
-        parts = self.parts()
-        return {
-            name: entry
-            for name, entry in shards.items()
-            if name in parts and _matches(root / name, entry)
-        }
-
-    def parts(self) -> dict[str, dict[str, JsonValue]]:
-        """Return each shard's counts (`MergeCounts.about`)."""
-        return dict((self._read() or {}).get("parts", {}))
-
-    def _read(self) -> dict[str, Json] | None:
-        try:
-            kept = parse_file(self.path)
-        except (OSError, ValueError):
-            return None
-        return kept if isinstance(kept, dict) and kept.get("key") == self.key else None
-
-    def record(
-        self,
-        shards: Mapping[str, Mapping[str, JsonValue]],
-        parts: Mapping[str, Mapping[str, JsonValue]],
-    ) -> None:
-        """Replace the journal's shards and counts."""
-        text = json.dumps({"key": self.key, "shards": shards, "parts": parts}, sort_keys=True)
+    def record(self) -> None:
+        """Write the finished shards and their counts."""
+        text = json.dumps(
+            {"key": self._key, "shards": self.finished, "parts": self.parts}, sort_keys=True
+        )
         temporary = self.path.with_name(f"{self.path.name}.partial")
         temporary.write_text(text)
         temporary.replace(self.path)
@@ -409,8 +362,8 @@ def open_out(out: Path, inputs: Sequence[Path], key: str, *, own: bool) -> Journ
         raise EnvironmentFailure(
             f"cannot create {out}: {error.strerror}", hint="choose another output folder"
         ) from error
-    journal = Journal(path=out / _NAME, key=key)
-    if existing and not journal.matches():
+    journal = Journal(out / _NAME, key)
+    if existing and not journal.matches:
         if own:
             # Killed after the journal was deleted but before the folder was renamed, or started
             # from other files: useless, and nobody else would delete it.
@@ -424,14 +377,5 @@ def open_out(out: Path, inputs: Sequence[Path], key: str, *, own: bool) -> Journ
     for left in out.glob("*.partial"):
         left.unlink()
     if not existing:
-        journal.record({}, {})
+        journal.record()
     return journal
-
-
-def _matches(path: Path, entry: Mapping[str, Json]) -> bool:
-    entry = entry.get("header", entry)  # of a file without data, which stands for another
-    return (
-        path.is_file()
-        and path.stat().st_size == entry.get("size")
-        and sha256_file(path) == entry.get("sha256")
-    )

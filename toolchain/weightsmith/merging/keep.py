@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from weightsmith.core.errors import InputRefused, UsageError
-from weightsmith.core.values import Json
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.combining.changes import Combined, pair
 from weightsmith.merging.combining.combination import KEEPABLE, Combination
 from weightsmith.merging.combining.lowrank import Factors, concatenate, to_float32
@@ -19,7 +19,7 @@ from weightsmith.merging.combining.measure import terms_of
 from weightsmith.merging.companions import adapter_companions, write_file
 from weightsmith.merging.mixture import Mixture
 from weightsmith.merging.names import module_key
-from weightsmith.merging.outputs import Band, MergedTensor, Term, bands
+from weightsmith.merging.outputs import Band, MergedTensor, bands
 from weightsmith.merging.plan import MergePlan
 from weightsmith.merging.rounding import F32
 from weightsmith.merging.stream import OpenFiles, Writer, as_bytes
@@ -56,8 +56,10 @@ class _Module:
         return match["module"] if match else ""
 
 
-def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[str, Json]:
-    """Write the combined adapter to `out` in float32 with scaling 1; return its files.
+def keep_adapter(
+    plan: MergePlan, combination: Combination, out: Path
+) -> tuple[dict[str, JsonValue], list[str]]:
+    """Write the combined adapter to `out` in float32 with scaling 1; return files and findings.
 
     One module is in memory at a time. Raises UsageError for methods whose result is not an adapter,
     InputRefused for adapters with more than pairs of factors.
@@ -88,7 +90,7 @@ def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[s
     others, findings = adapter_companions(plan)
     others["adapter_config.json"] = _config(plan, modules)
     small = [write_file(out, name, data) for name, data in sorted(others.items())]
-    return {
+    made: dict[str, JsonValue] = {
         "out": str(out),
         "tensors": {"merged": 2 * len(modules), "copied": 0, "replaced": 0},
         "tensor_bytes": {"merged": weights["size"], "copied": 0, "replaced": 0},
@@ -97,9 +99,9 @@ def keep_adapter(plan: MergePlan, combination: Combination, out: Path) -> dict[s
             *small,
             {"path": weights["file"], "size": weights["size"], "sha256": weights["sha256"]},
         ],
-        "findings": findings,
         "ranks": sorted({module.rank for module in modules}),
     }
+    return made, findings
 
 
 def _modules(output: MergedTensor) -> Iterator[_Module]:
@@ -110,7 +112,12 @@ def _modules(output: MergedTensor) -> Iterator[_Module]:
         pure = all(share.claim.terms for share in change.shares)
     else:
         pure = change is None and not output.patches and output.kind == "merged"
-    if not pure or not all(_is_plain(term) for term in terms):
+    plain_terms = all(
+        part is not None and part.whole and part.blocks == 1
+        for term in terms
+        for part in (term.left, term.right)
+    )
+    if not pure or not plain_terms:
         raise InputRefused(
             f"the adapters change {output.name} by more than pairs of factors (DoRA, biases, "
             "experts or whole tensors), which a combined LoRA adapter cannot represent",
@@ -126,33 +133,21 @@ def _modules(output: MergedTensor) -> Iterator[_Module]:
                 "layers in it, so the result is not a LoRA adapter",
                 hint=_HINT,
             )
-        a, b = _keys(output, band)
+        keys = set()
+        for term in band.terms:
+            sides = [term.left.stored.info.name, term.right.stored.info.name if term.right else ""]
+            keys.add(tuple(sides if term.left.transposed else sides[::-1]))
+        if len(keys) > 1:
+            raise InputRefused(
+                f"the adapters name the module of {output.name} differently: "
+                + ", ".join(sorted(a for a, _ in keys)),
+                hint=_HINT,
+            )
+        a, b = keys.pop()
         rank = sum(term.rank for term in band.terms)
         if isinstance(change, Combined):
             rank = change.rank(output, band)
         yield _Module(a=a, b=b, output=output, band=band, rank=rank)
-
-
-def _is_plain(term: Term) -> bool:
-    return term.right is not None and all(
-        part.whole and part.blocks == 1 for part in (term.left, term.right)
-    )
-
-
-def _keys(output: MergedTensor, band: Band) -> tuple[str, str]:
-    """Return the keys of A and B; raise InputRefused if adapters use different ones."""
-    found = set()
-    for term in band.terms:
-        sides = [term.left.stored.info.name, term.right.stored.info.name if term.right else ""]
-        found.add(tuple(sides if term.left.transposed else sides[::-1]))
-    if len(found) > 1:
-        raise InputRefused(
-            f"the adapters name the module of {output.name} differently: "
-            + ", ".join(sorted(a for a, _ in found)),
-            hint=_HINT,
-        )
-    a, b = found.pop()
-    return a, b
 
 
 def _factors(module: _Module, files: OpenFiles) -> Factors:

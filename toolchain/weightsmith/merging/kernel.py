@@ -195,7 +195,8 @@ def _sums(prepared: PreparedAddition, weight: np.ndarray, first: int, space: Spa
     if weight.dtype != prepared.work:
         # Convert first: with mixed dtypes numpy converts in small buffers.
         wide = space.spare[: weight.size].reshape(weight.shape)
-        if weight.dtype == F16 and prepared.work == F32 and not _any_infinite(weight):
+        halves = weight.dtype == F16 and prepared.work == F32
+        if halves and not ((weight.view(np.int16) & 0x7C00) == 0x7C00).any():
             _widen_half(weight, wide)
         else:
             np.copyto(wide, weight)
@@ -215,11 +216,6 @@ def _widen_half(weight: np.ndarray, out: np.ndarray) -> None:
     np.multiply(out, np.float32(2.0**112), out=out)
 
 
-def _any_infinite(weight: np.ndarray) -> bool:
-    """Return whether any float16 is infinite or NaN."""
-    return bool(((weight.view(np.int16) & 0x7C00) == 0x7C00).any())
-
-
 def _round_ends(
     prepared: PreparedAddition, sums: np.ndarray, first: int, space: Space, out: np.ndarray
 ) -> np.ndarray:
@@ -234,7 +230,8 @@ def _round_ends(
     low = np.subtract(sums, signed, out=signed)
     if prepared.dtype == BF16:
         return _round_bits(high, low, 16, out)
-    if prepared.dtype == F16 and not _any_small(low):
+    # Integers serve float16's normal range alone.
+    if prepared.dtype == F16 and not (np.abs(low) < np.float32(2.0**-14)).any():
         return _round_bits(high, low, 13, out)
     widen = prepared.work.type(SLACK * np.finfo(prepared.work).eps / 2)
     high += high * widen
@@ -255,11 +252,6 @@ def _with_sign(bound: np.ndarray, sums: np.ndarray, space: Space) -> np.ndarray:
     np.bitwise_and(sums.view(bits), sign, out=signed.view(bits))
     np.bitwise_or(signed.view(bits), bound.view(bits), out=signed.view(bits))
     return signed
-
-
-def _any_small(low: np.ndarray) -> bool:
-    """Return whether any float32 value is below float16's normal range."""
-    return bool((np.abs(low) < np.float32(2.0**-14)).any())
 
 
 def _round_bits(high: np.ndarray, low: np.ndarray, cut: int, out: np.ndarray) -> np.ndarray:

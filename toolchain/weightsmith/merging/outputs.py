@@ -248,3 +248,16 @@ class OutputShard:
 def matrix_columns(shape: tuple[int, ...]) -> int:
     """Return the width of a tensor viewed as a matrix whose rows are its first axis."""
     return math.prod(shape[1:]) if len(shape) > 1 else 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseLayer:
+    """A layer of the base that an adapter changes."""
+
+    module: str
+    """Its path in the model, which patterns in the configuration match."""
+    kind: str
+    """`linear`, `embedding`, `conv1d` (GPT-2's, which stores (in, out)), `conv` or `norm`."""
+    shape: tuple[int, ...]
+    """Shape of the base's weight."""
+    bias: bool

@@ -25,12 +25,15 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.core.values import JsonValue
 from weightsmith.merging.adapter_config import names_match
-from weightsmith.merging.layer import BaseLayer
 from weightsmith.merging.names import plain_key
+from weightsmith.merging.outputs import BaseLayer
 from weightsmith.merging.rounding import F32
 
 if TYPE_CHECKING:
+    from peft import PeftConfig
+
     from weightsmith.forward.kinds import Model
 
 Arrays = Mapping[str, np.ndarray]
@@ -47,18 +50,14 @@ def merge_layer(layer: BaseLayer, raw: str, base: Arrays, adapter: Arrays) -> di
     `raw` is adapter_config.json, `base` the layer's parameters, `adapter` its tensors by key.
     Raises InputRefused if PEFT cannot build or load the layer.
     """
-    with _lock, _quiet(), _one_thread():
+    with _lock, warnings.catch_warnings(action="ignore"), _one_thread():
         model = _build((layer,), raw, {layer.module: base})
         _load(model, {name: _tensor(value) for name, value in adapter.items()}, layer.module)
         merged = _merged(model, layer)
-        _free_memory(model)
+        # Free the weights' memory at once: modules are in reference cycles.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
         return merged
-
-
-def _free_memory(model: Model) -> None:
-    """Free the weights' memory at once: modules are in reference cycles."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype)
 
 
 def merge_shared_layer(
@@ -75,12 +74,12 @@ def merge_shared_layer(
     names) are loaded once; each layer has its real weight only while it is merged. With the base's
     `folder`, layers are in the order of its model.
     """
-    with _lock, _quiet(), _one_thread():
+    with _lock, warnings.catch_warnings(action="ignore"), _one_thread():
         return _merged(_shared(layers, raw, state, folder), layer, base)
 
 
 @lru_cache(maxsize=1)
-def _shared(layers: tuple[BaseLayer, ...], raw: str, state: State, folder: Path | None) -> Any:
+def _shared(layers: tuple[BaseLayer, ...], raw: str, state: State, folder: Path | None) -> Model:
     from safetensors import safe_open
 
     model = _build(_ordered(layers, folder) if folder else layers, raw, {})
@@ -119,7 +118,7 @@ def _ordered(layers: Sequence[BaseLayer], folder: Path) -> list[BaseLayer]:
     return sorted(layers, key=lambda layer: order[layer.module])
 
 
-def _build(layers: Sequence[BaseLayer], raw: str, base: Mapping[str, Arrays]) -> Any:
+def _build(layers: Sequence[BaseLayer], raw: str, base: Mapping[str, Arrays]) -> Model:
     """Return a PEFT model of only these layers, each at its path."""
     from peft import get_peft_model
 
@@ -130,7 +129,13 @@ def _build(layers: Sequence[BaseLayer], raw: str, base: Mapping[str, Arrays]) ->
             if name not in dict(parent.named_children()):
                 parent.add_module(name, nn.Module())
             parent = parent.get_submodule(name)
-        parent.add_module(last, _plain(layer, base.get(layer.module)))
+        own, made = base.get(layer.module, {}), _empty(layer)
+        for name, parameter in list(made.named_parameters()):
+            # An expanded zero is a placeholder.
+            tensor = _tensor(own[name]) if name in own else torch.zeros(1)
+            view = tensor.view(parameter.shape) if name in own else tensor.expand(parameter.shape)
+            setattr(made, name, nn.Parameter(view, requires_grad=False))
+        parent.add_module(last, made)
     try:
         config = _config(json.loads(raw), layers)
         # Some tuners draw at random here, so make it reproducible.
@@ -142,18 +147,6 @@ def _build(layers: Sequence[BaseLayer], raw: str, base: Mapping[str, Arrays]) ->
             f"PEFT cannot build {json.loads(raw).get('peft_type')} for {layers[0].module}: {error}",
             hint="serve this adapter unmerged with PEFT",
         ) from error
-
-
-def _plain(layer: BaseLayer, base: Arrays | None) -> nn.Module:
-    """Return the layer with its weights, or with an expanded zero as placeholder."""
-    made = _empty(layer)
-    for name, parameter in list(made.named_parameters()):
-        if base is not None and name in base:
-            tensor = _tensor(base[name]).view(parameter.shape)
-        else:
-            tensor = torch.zeros(1).expand(parameter.shape)
-        setattr(made, name, nn.Parameter(tensor, requires_grad=False))
-    return made
 
 
 def _empty(layer: BaseLayer) -> nn.Module:
@@ -176,7 +169,7 @@ def _empty(layer: BaseLayer) -> nn.Module:
             return nn.Linear(shape[1], shape[0], bias=layer.bias, device=device)
 
 
-def _config(raw: dict[str, Any], layers: Sequence[BaseLayer]) -> Any:
+def _config(raw: Mapping[str, JsonValue], layers: Sequence[BaseLayer]) -> PeftConfig:
     """Return PEFT's configuration restricted to these layers."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -218,26 +211,24 @@ def _load(model: Model, tensors: Mapping[str, torch.Tensor], what: str) -> None:
             f"the adapter's tensors for {what} do not fit: {error}",
             hint="configuration and weights are from different trainings; export both together",
         ) from error
-    faulty = list(result.unexpected_keys)
-    faulty += _missing(model, result.missing_keys)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(p) for name, p in parameters.items() if name not in result.missing_keys}
+    # Trained parameters that were not loaded under any of their names are missing.
+    faulty = [
+        *result.unexpected_keys,
+        *(
+            name
+            for name in result.missing_keys
+            if model.base_model.prefix in name
+            and name in parameters
+            and id(parameters[name]) not in loaded
+        ),
+    ]
     if faulty:
         raise InputRefused(
             f"missing or unknown adapter tensors for {what}: {', '.join(faulty[:5])}",
             hint="export the adapter again with PEFT's save_pretrained",
         )
-
-
-def _missing(model: Model, names: Sequence[str]) -> list[str]:
-    """Return trained parameters that were not loaded under any of their names."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    loaded = {id(parameter) for name, parameter in parameters.items() if name not in names}
-    return [
-        name
-        for name in names
-        if model.base_model.prefix in name
-        and name in parameters
-        and id(parameters[name]) not in loaded
-    ]
 
 
 def _merged(model: Model, layer: BaseLayer, base: Arrays | None = None) -> dict[str, np.ndarray]:
@@ -263,15 +254,6 @@ def _merged(model: Model, layer: BaseLayer, base: Arrays | None = None) -> dict[
         for name, placeholder in placeholders.items():
             plain.get_parameter(name).data = placeholder
     return result
-
-
-class _quiet(warnings.catch_warnings):  # noqa: N801 - used like a function
-    """Suppress PEFT's warnings about models without configuration and adapter order."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.simplefilter("ignore")
-        return entered
 
 
 @contextmanager

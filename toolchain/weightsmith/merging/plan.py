@@ -9,44 +9,40 @@ terms could not replace, add or rename tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import JsonValue
-from weightsmith.merging.adapter_config import AdapterConfig, read_adapter_config
-from weightsmith.merging.base import (
-    BaseTensors,
-    replicate,
-    replicated_settings,
-    same_layers,
+from weightsmith.merging.adapter_config import REFUSED, UNMERGED, read_adapter_config
+from weightsmith.merging.base import replicate, replicated_settings, same_layers
+from weightsmith.merging.claim import AdapterView, Claim, read_adapter
+from weightsmith.merging.claims import (
+    claims_of,
+    task_settings,
+    unmatched_parameters,
+    without_left_out,
 )
-from weightsmith.merging.claim import AdapterView, Claim
-from weightsmith.merging.claims import claims_of, unmatched_parameters
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.compose import compose
 from weightsmith.merging.families import families
-from weightsmith.merging.left_out import without_left_out
-from weightsmith.merging.loading import loaded_names, split_names
-from weightsmith.merging.names import BaseNames, plain_key
+from weightsmith.merging.names import BaseNames, loaded_names, plain_key, split_names
 from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor
-from weightsmith.merging.quantized.base import STALE, BaseView, base_view
-from weightsmith.merging.quantized.choice import simulates
-from weightsmith.merging.quantized.sources import held_bytes
-from weightsmith.merging.refused import REFUSED, UNMERGED
-from weightsmith.merging.tasks import task_settings
+from weightsmith.merging.quantized.base import (
+    STALE,
+    BaseView,
+    ComputedSource,
+    base_view,
+    simulates,
+)
 from weightsmith.merging.tying import Tie, find_tie, stored_apart
 from weightsmith.models.folder import check_adapter_folder, check_model_folder
 from weightsmith.models.peft_patterns import check_peft_patterns, limit_matching
-from weightsmith.models.safetensors import (
-    CheckpointIndex,
-    SafetensorsHeader,
-    open_checkpoint,
-    read_header,
-)
+from weightsmith.models.safetensors import CheckpointIndex, open_checkpoint
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 KINDS = ("merged", "copied", "replaced")
@@ -55,17 +51,13 @@ START_BYTES = 100 << 20
 """Resident memory of Python with numpy imported, rounded up."""
 BLOCK_BYTES = 24 << 20
 """Buffers per worker."""
+_STAMP = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino", "st_dev")
+_FAMILIES = frozenset({"llama", "qwen", "gemma", "mistral", "mixtral"})
+"""Families with the same module names and, in small models, the same shapes.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedAdapter:
-    """An adapter of the plan."""
-
-    root: Path
-    weight: float
-    header: SafetensorsHeader
-    config: AdapterConfig
-    files: tuple[str, ...]
+Families whose models often have another family's `model_type` (Falcon, Granite, DeepSeek) are
+omitted.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +67,7 @@ class MergePlan:
     base: CheckpointIndex
     base_files: tuple[str, ...]
     config: Mapping[str, JsonValue]
-    adapters: tuple[PlannedAdapter, ...]
+    adapters: tuple[AdapterView, ...]
     shards: tuple[OutputShard, ...]
     """The files to write, named like the base's."""
     dtype: str
@@ -113,49 +105,59 @@ def make_plan(
     Every adapter key is used exactly once. Raises InputRefused for unused, missing, ambiguous or
     quantized tensors and wrong shapes, UsageError for an invalid weight.
     """
-    _check_weights(adapters)
-    combination = _for_adapters(combination or Combination(), len(adapters))
+    for root, weight in adapters:
+        if not math.isfinite(weight):
+            raise UsageError(f"invalid weight {weight} for {root}", hint="give a finite number")
+    combination, dtype = combination or Combination(), DTYPES.get(dtype, "auto")
+    if combination.space == "factors" and len(adapters) == 1:
+        combination = Combination(method="linear", space="factors")  # as in PEFT
     files = check_model_folder(base)
-    index, based = _opened(base, quantized_base, tuple(_stamp(base / name) for name in files))
-    planned = tuple(_open_adapter(root, weight) for root, weight in adapters)
-    _check_factor_space(combination, planned)
+    stamps = tuple(_STAMP((base / name).stat()) for name in files)
+    index, based = _opened(base, quantized_base, stamps)
+    read = [_open_adapter(root, weight) for root, weight in adapters]
+    if combination.space == "factors" and read and read[0].config.use_rslora:
+        # PEFT's combined adapter inherits it and applies it twice.
+        raise InputRefused(
+            f"{read[0].path} uses rslora, which PEFT's combination of factors applies twice",
+            hint="omit --space: delta space uses the correct scaling",
+        )
     tensors, config = based.tensors, based.config
     settings: dict[str, JsonValue] = {}
-    if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in planned]):
+    if layers := same_layers([adapter.config.raw.get("layer_replication") for adapter in read]):
         tensors, settings = replicate(tensors, layers), replicated_settings(config, layers)
     loaded = loaded_names(config, tensors.sources)
     tie = find_tie(config, tensors.sources, loaded)
-    apart = tie if tie and planned and stored_apart(tie, tensors.sources) else None
+    apart = tie if tie and read and stored_apart(tie, tensors.sources) else None
     tie = None if apart else tie
     names = BaseNames(tensors.sources, loaded, split_names(config, tensors.sources))
-    views = [_view(n, one, tensors, config, names, tie, apart) for n, one in enumerate(planned)]
+    onto = partial(
+        replace, names=names, sources=tensors.sources, base_config=config, tie=tie, apart=apart
+    )
+    views = tuple(onto(adapter, index=number) for number, adapter in enumerate(read))
     claimed = [_claims(view) for view in views]
     claims = [claims for claims, _ in claimed]
-    made = compose(tensors, tie, views, claims, DTYPES.get(dtype, "auto"), combination)
+    shards, changed, notes = compose(tensors, tie, views, claims, dtype, combination)
     return MergePlan(
         base=index,
         base_files=tuple(name for name in files if not (based.dropped and name in STALE)),
         config=config,
-        adapters=planned,
-        shards=made.shards,
-        dtype=DTYPES.get(dtype, "auto"),
+        adapters=views,
+        shards=shards,
+        dtype=dtype,
         settings={
             **dict.fromkeys(based.dropped),
             **settings,
             **({"tie_word_embeddings": False} if apart else {}),
-            **made.settings,
+            **changed,
             **task_settings(config, views, claims),
         },
         quantized_base=based.record,
         findings=(
             *based.findings,
-            *_unknown_fields(planned),
-            *_other_bases(planned, config),
-            *_rounded_bases(planned, config, quantized_base),
+            *_findings(views, config, quantized_base),
             *(text for _, texts in claimed for text in texts),
-            *made.findings,
-            *_replicated(settings),
-            *((_untied(apart),) if apart else ()),
+            *notes,
+            *_written_apart(settings, apart),
         ),
     )
 
@@ -169,24 +171,19 @@ def _opened(
     return index, base_view(index, read_json(base / "config.json"), quantized_base)
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
-
-
 def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     """Return a merge's `read_bytes`, `write_bytes` and `peak_memory_bytes`."""
     shards = sum(shard.file_size for shard in plan.base.shards)
     headers = sum(
         shard.file_size - sum(t.size for t in shard.tensors) for shard in plan.base.shards
     )
-    adapters = sum(adapter.header.file_size for adapter in plan.adapters)
+    adapters = sum(adapter.file.stat().st_size for adapter in plan.adapters)
     others = sum(
         (plan.base.root / name).stat().st_size
         for name in plan.base_files
         if not name.endswith(".safetensors")
     )
-    held = max((_held(output) for output in plan.outputs.values()), default=0)
+    held = max((_held_bytes(output) for output in plan.outputs.values()), default=0)
     return {
         "read_bytes": shards + adapters + others,
         "write_bytes": headers + sum(shard.size for shard in plan.shards) + others,
@@ -194,9 +191,8 @@ def estimate(plan: MergePlan, workers: int = 1) -> dict[str, int]:
     }
 
 
-def _held(output: MergedTensor) -> int:
-    """Return the memory in bytes that an output's factors or change take."""
-    source = held_bytes(output.source)
+def _held_bytes(output: MergedTensor) -> int:
+    source = output.source.held_bytes if isinstance(output.source, ComputedSource) else 0
     if output.change is not None:
         return source + 8 * output.change.held_elements(output)
     elements = sum(term.rank * sum(term.shape) for term in output.terms)
@@ -208,89 +204,21 @@ def _held(output: MergedTensor) -> int:
     return source + kept + elements * (24 if output.dtype == "F32" else 12)
 
 
-def _check_weights(adapters: Sequence[tuple[Path, float]]) -> None:
-    for root, weight in adapters:
-        if not math.isfinite(weight):
-            raise UsageError(f"invalid weight {weight} for {root}", hint="give a finite number")
-
-
-def _for_adapters(combination: Combination, count: int) -> Combination:
-    """Return the method for `count` adapters: one alone on factors uses `linear`, as in PEFT."""
-    if combination.space == "factors" and count == 1:
-        return Combination(method="linear", space="factors")
-    return combination
-
-
-def _check_factor_space(combination: Combination, adapters: Sequence[PlannedAdapter]) -> None:
-    """Refuse rslora on factors: PEFT's combined adapter inherits it and applies it twice."""
-    if combination.space == "factors" and adapters and adapters[0].config.use_rslora:
-        raise InputRefused(
-            f"{adapters[0].root} uses rslora, which PEFT's combination of factors applies twice",
-            hint="omit --space: delta space uses the correct scaling",
-        )
-
-
-def _open_adapter(root: Path, weight: float) -> PlannedAdapter:
+def _open_adapter(root: Path, weight: float) -> AdapterView:
     files = check_adapter_folder(root)
     config = read_adapter_config(root)
-    _check_method(root, config.kind)
-    header = read_header(root / "adapter_model.safetensors")
-    if not header.tensors:
+    if not any(config.kind in family.kinds for family in families()):
+        reason = REFUSED.get(config.kind, "unknown method")
         raise InputRefused(
-            f"{header.path} has no tensors", hint="the adapter was saved empty; export it again"
+            f"{root / 'adapter_config.json'}: peft_type {config.kind!r} cannot be merged: {reason}",
+            hint=UNMERGED,
         )
-    return PlannedAdapter(
-        root=root, weight=weight, header=header, config=config, files=tuple(files)
-    )
-
-
-def _check_method(root: Path, kind: str) -> None:
-    """Refuse PEFT methods that no family merges."""
-    if any(kind in family.kinds for family in families()):
-        return
-    reason = REFUSED.get(kind, "unknown method")
-    raise InputRefused(
-        f"{root / 'adapter_config.json'}: peft_type {kind!r} cannot be merged: {reason}",
-        hint=UNMERGED,
-    )
-
-
-def _replicated(settings: Mapping[str, JsonValue]) -> list[str]:
-    if not settings:
-        return []
-    counts = ", ".join(f"{name} {value}" for name, value in settings.items() if type(value) is int)
-    return [f"layer_replication: replicas are written as separate layers; config.json has {counts}"]
-
-
-def _untied(apart: Tie) -> str:
-    return (
-        f"config.json ties {apart.head} to {apart.embedding}, but the base has different weights "
-        "for them, so transformers does not tie them: tie_word_embeddings is set to false"
-    )
-
-
-def _view(
-    number: int,
-    adapter: PlannedAdapter,
-    tensors: BaseTensors,
-    config: Mapping[str, JsonValue],
-    names: BaseNames,
-    tie: Tie | None,
-    apart: Tie | None,
-) -> AdapterView:
-    return AdapterView(
-        index=number,
-        path=adapter.root,
-        file=adapter.header.path,
-        weight=adapter.weight,
-        keys={info.name: info for info in adapter.header.tensors},
-        config=adapter.config,
-        names=names,
-        sources=tensors.sources,
-        base_config=config,
-        tie=tie,
-        apart=apart,
-    )
+    adapter = read_adapter(root, config, weight, tuple(files))
+    if not adapter.keys:
+        raise InputRefused(
+            f"{adapter.file} has no tensors", hint="the adapter was saved empty; export it again"
+        )
+    return adapter
 
 
 def _claims(view: AdapterView) -> tuple[Sequence[Claim], tuple[str, ...]]:
@@ -300,46 +228,63 @@ def _claims(view: AdapterView) -> tuple[Sequence[Claim], tuple[str, ...]]:
     check_peft_patterns(view.path, sorted(modules))
     with limit_matching(view.path, len(view.keys)):
         kept, findings = without_left_out(view)
-        return claims_of(kept), (*findings, *_unmatched(kept))
+        claims, lacking = claims_of(kept), ", ".join(unmatched_parameters(kept))
+    if lacking:
+        text = "adapter_config.json targets parameters that the base does not have"
+        findings = (*findings, f"{view.path.name}: {text}: {lacking}")
+    return claims, findings
 
 
-def _unmatched(view: AdapterView) -> list[str]:
-    names = ", ".join(unmatched_parameters(view))
-    text = "adapter_config.json targets parameters that the base does not have"
-    return [f"{view.path.name}: {text}: {names}"] if names else []
+def _findings(
+    adapters: Sequence[AdapterView], config: Mapping[str, JsonValue], choice: str
+) -> Iterator[str]:
+    """Yield what is odd about the adapters' configurations, and the bases that they name."""
+    for adapter in adapters:
+        for name in adapter.config.unknown:
+            yield (
+                f"{adapter.path.name}: adapter_config.json sets the unknown field {name}, which is "
+                "ignored"
+            )
+    for adapter in adapters:
+        # The name may contradict the base's `model_type`. It is a hub name or a path.
+        own, named = str(config.get("model_type", "")), _families(_last(adapter.config.base_model))
+        if named and _families(own) and not named & _families(own):
+            yield (
+                f"{adapter.path.name}: trained on {adapter.config.base_model!r} according to"
+                f" adapter_config.json, but the base's model_type is {own}; the shapes fit, but"
+                " check that it is the right base"
+            )
+    rounded = simulates(choice) or config.get("quantization_config")
+    for adapter in () if rounded else adapters:
+        if "bnb-4bit" in _last(adapter.config.base_model).lower():
+            yield (
+                f"{adapter.path.name}: trained on {adapter.config.base_model!r}, in 4 bits, and"
+                " merged into unrounded weights; compare with quantized_base: simulate-nf4 or"
+                " simulate-nf4-double, which round this base as in training, or dequantize, with"
+                " that base"
+            )
 
 
-def _unknown_fields(adapters: Sequence[PlannedAdapter]) -> list[str]:
-    return [
-        f"{adapter.root.name}: adapter_config.json sets the unknown field {name}, which is ignored"
-        for adapter in adapters
-        for name in adapter.config.unknown
-    ]
+def _written_apart(settings: Mapping[str, JsonValue], apart: Tie | None) -> Iterator[str]:
+    if settings:
+        counts = ", ".join(f"{n} {value}" for n, value in settings.items() if type(value) is int)
+        yield (
+            "layer_replication: replicas are written as separate layers; config.json has " + counts
+        )
+    if apart:
+        yield (
+            f"config.json ties {apart.head} to {apart.embedding}, but the base has different "
+            "weights for them, so transformers does not tie them: tie_word_embeddings is set to "
+            "false"
+        )
 
 
-def _other_bases(adapters: Sequence[PlannedAdapter], config: Mapping[str, JsonValue]) -> list[str]:
-    return [
-        f"{adapter.root.name}: trained on {adapter.config.base_model!r} according to"
-        f" adapter_config.json, but the base's model_type is {own}; the shapes fit, but check that"
-        " it is the right base"
-        for adapter in adapters
-        if (own := other_family(adapter.config.base_model, config))
-    ]
+def _last(name: str) -> str:
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
-def _rounded_bases(
-    adapters: Sequence[PlannedAdapter], config: Mapping[str, JsonValue], choice: str
-) -> list[str]:
-    """Return the adapters that corrected a rounding to 4 bits which this base does not have."""
-    if simulates(choice) or config.get("quantization_config"):
-        return []
-    return [
-        f"{adapter.root.name}: trained on {adapter.config.base_model!r}, in 4 bits, and merged into"
-        " unrounded weights; compare with quantized_base: simulate-nf4 or simulate-nf4-double,"
-        " which round this base as in training, or dequantize, with that base"
-        for adapter in adapters
-        if in_four_bits(adapter.config.base_model)
-    ]
+def _families(name: str) -> frozenset[str]:
+    return frozenset(family for family in _FAMILIES if family in name.lower())
 
 
 def can_be_virtual(plan: MergePlan) -> bool:
@@ -352,34 +297,3 @@ def can_be_virtual(plan: MergePlan) -> bool:
         output.change is None and isinstance(output.source, StoredTensor)
         for output in plan.outputs.values()
     )
-
-
-_FAMILIES = frozenset({"llama", "qwen", "gemma", "mistral", "mixtral"})
-"""Families with the same module names and, in small models, the same shapes.
-
-Families whose models often have another family's `model_type` (Falcon, Granite, DeepSeek) are
-omitted.
-"""
-
-
-def other_family(trained_on: str, config: Mapping[str, JsonValue]) -> str:
-    """Return the base's `model_type` if the name `trained_on` contradicts it, else "".
-
-    `trained_on` is `base_model_name_or_path`, a hub name or a path; only its last part is used.
-    """
-    own = str(config.get("model_type", ""))
-    named = _families(_last(trained_on))
-    return own if named and _families(own) and not named & _families(own) else ""
-
-
-def in_four_bits(trained_on: str) -> bool:
-    """Return whether a name is that of a checkpoint in bitsandbytes' 4 bits."""
-    return "bnb-4bit" in _last(trained_on).lower()
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
-
-
-def _families(name: str) -> frozenset[str]:
-    return frozenset(family for family in _FAMILIES if family in name.lower())

@@ -15,16 +15,17 @@ doubles the work.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from queue import Queue
+from typing import TypeAlias
 
 import numpy as np
 
 from weightsmith.core.errors import CheckFailed
-from weightsmith.merging.outputs import MergedTensor, OutputShard, Patch, StoredTensor, Term
+from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor, Term
 from weightsmith.merging.rounding import F64, FORMATS, round_once
 from weightsmith.merging.sketch import Sketch, bits_of, differ, project, seed_of
 from weightsmith.merging.stream import ARRAY_TYPES, Checksum, OpenFiles, Reader, as_bytes, continued
@@ -35,38 +36,9 @@ ROWS = 16
 BLOCK = 1 << 19
 """Elements read and checked at once: they stay in the second-level cache."""
 _COPY = 1 << 20
+ONE = np.ones((1, 1))
 _SIGMAS = 6.0
 """Deviation of a row's projection, in standard deviations of rounding, to be recomputed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof:
-    """Result of a successful check of a shard."""
-
-    unchanged: tuple[str, ...]
-    """Tensors that an adapter changes but that equal the base's bits."""
-
-
-class Tested(Protocol):
-    """A tensor to check: read back from a file, or as it was computed."""
-
-    @property
-    def output(self) -> MergedTensor:
-        """What it should be."""
-
-    @property
-    def files(self) -> OpenFiles:
-        """The inputs."""
-
-    @property
-    def sketch(self) -> Sketch | None:
-        """The base's projections; None of a tensor without terms."""
-
-    def row(self, row: int) -> np.ndarray:
-        """Return one row, (1, columns)."""
-
-    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield pieces of whole rows with the index of their first row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +72,30 @@ class _Written:
             yield (start - self.info.start) // row, piece.reshape(-1, self.output.columns)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passing:
+    """A tensor that is checked while it is computed."""
+
+    output: MergedTensor
+    files: OpenFiles
+    sketch: Sketch | None
+    blocks: Queue[np.ndarray | None]
+    """All rows in order, each (rows, columns); then None."""
+    row: Callable[[int], np.ndarray]
+    """Compute one row, (1, columns)."""
+
+    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield the blocks in pieces that stay in a CPU's cache, with their first rows."""
+        first, step = 0, max(1, BLOCK // self.output.columns)
+        while (block := self.blocks.get()) is not None:
+            for at in range(0, len(block), step):
+                yield first + at, block[at : at + step]
+            first += len(block)
+
+
+Tested: TypeAlias = _Written | Passing
+
+
 def prove(
     shard: OutputShard,
     path: Path,
@@ -107,17 +103,24 @@ def prove(
     sketches: dict[str, Sketch],
     files: OpenFiles,
     pool: Executor,
-) -> Proof:
-    """Check a written shard against its plan; `checksums` and `sketches` were taken while writing.
+) -> tuple[str, ...]:
+    """Check a written shard against its plan; return changed tensors that equal the base's bits.
 
-    Checksums are in file order: first the header's, then each tensor's, in whole rows if the tensor
-    is changed. Sketches, of tensors with terms, are taken out of their dictionary. Raises
-    CheckFailed with the first wrong tensor or the file.
+    `checksums` and `sketches` were taken while writing. Checksums are in file order: first the
+    header's, then each tensor's, in whole rows if the tensor is changed. Sketches, of tensors with
+    terms, are taken out of their dictionary. Raises CheckFailed with the first wrong tensor or the
+    file.
     """
     reader, left = Reader(path), deque(checksums)
     checks: list[tuple[str, Future[bool]]] = []
     try:
-        infos = _headers(shard, path)
+        infos = {info.name: info for info in read_header(path).tensors}
+        expected = [(output.name, output.dtype, tuple(output.shape)) for output in shard.outputs]
+        if sorted(expected) != sorted((i.name, i.dtype, i.shape) for i in infos.values()):
+            raise CheckFailed(
+                f"{path.name} was written wrongly: its header differs from the plan",
+                hint="memory or disk may be faulty: merge again, on another machine if it recurs",
+            )
         _check_bytes(reader, (left.popleft(),))
         for output in shard.outputs:
             if output.size:
@@ -133,25 +136,12 @@ def prove(
                     sketch=sketches.pop(output.name, None),
                 )
                 checks.append((output.name, pool.submit(_check, written)))
-        unchanged = tuple(name for name, moved in checks if not moved.result())
+        return tuple(name for name, moved in checks if not moved.result())
     finally:
         for _, moved in checks:
             moved.cancel()
         wait([moved for _, moved in checks])
         reader.close()
-    return Proof(unchanged=unchanged)
-
-
-def _headers(shard: OutputShard, path: Path) -> dict[str, TensorInfo]:
-    """Read the written header, and compare it with the plan."""
-    infos = read_header(path).tensors
-    expected = [(output.name, output.dtype, tuple(output.shape)) for output in shard.outputs]
-    if sorted(expected) != sorted((info.name, info.dtype, info.shape) for info in infos):
-        raise CheckFailed(
-            f"{path.name} was written wrongly: its header differs from the plan",
-            hint="memory or disk may be faulty: merge again, on another machine if it recurs",
-        )
-    return {info.name: info for info in infos}
 
 
 def _checked_blocks(
@@ -176,7 +166,6 @@ def _checked_blocks(
 
 
 def _check_bytes(reader: Reader, checksums: tuple[Checksum, ...]) -> None:
-    """Read all bytes, and check them against their checksums."""
     for _ in _checked_blocks(reader, checksums, _COPY):
         pass
 
@@ -210,7 +199,11 @@ def _project(written: Tested, sketch: Sketch) -> bool:
         place = slice(first, first + len(found))
         squares[place], products[place] = project(found, sketch.signs)
     # Only now, since the sketch may have been filled piece by piece as well.
-    expected, factors = sketch.products.copy(), _loaded(output, written.files)
+    expected, files = sketch.products.copy(), written.files
+    factors = [
+        _Factors(term, files.matrix(term.left), files.matrix(term.right) if term.right else ONE)
+        for term in output.terms
+    ]
     for some in factors:
         some.projected(sketch.signs.T.astype(F64), expected)
     # A rounding error is uniform up to half a unit, so its variance is a third of its square.
@@ -271,27 +264,12 @@ class _Factors:
             total[own] += self.term.factor * (left[:, part] @ self.right[part].astype(F64))
 
 
-def _loaded(output: MergedTensor, files: OpenFiles) -> list[_Factors]:
-    return [
-        _Factors(
-            term,
-            files.matrix(term.left),
-            np.ones((1, 1)) if term.right is None else files.matrix(term.right),
-        )
-        for term in output.terms
-    ]
-
-
 def _source_row(output: MergedTensor, files: OpenFiles, row: int) -> np.ndarray:
     for patch in reversed(output.patches):
         if row in patch.places:
-            return _patched(patch, files, row, output.columns)
+            place = len(patch.places) - 1 - patch.places[::-1].index(row)
+            return patch.stored.rows(files, place, 1, output.columns).astype(F64)
     return output.source.rows(files, row, 1, output.columns).astype(F64)
-
-
-def _patched(patch: Patch, files: OpenFiles, row: int, columns: int) -> np.ndarray:
-    place = len(patch.places) - 1 - patch.places[::-1].index(row)
-    return patch.stored.rows(files, place, 1, columns).astype(F64)
 
 
 def _compare(output: MergedTensor, expected: np.ndarray, found: np.ndarray) -> None:

@@ -7,20 +7,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Full, Queue
+from typing import TypeVar
 
 import numpy as np
 
 from weightsmith.core.values import JsonValue
-from weightsmith.merging.blocks import RowMaker, Settings, stored_copy
+from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings, stored_copy
 from weightsmith.merging.outputs import MergedTensor, OutputShard, StoredTensor
-from weightsmith.merging.proof import BLOCK, is_changed
+from weightsmith.merging.proof import Passing, is_changed
 from weightsmith.merging.sketch import Sketch
 from weightsmith.merging.stream import ARRAY_TYPES, OpenFiles, Writer, as_bytes
-from weightsmith.merging.tally import MergeCounts
 from weightsmith.models.safetensors import NO_DATA, build_header
 from weightsmith.models.tensors import largest
 
@@ -30,6 +29,7 @@ _AHEAD = 2
 
 Block = Callable[[], np.ndarray]
 """Computes the next data to write."""
+_Sink = TypeVar("_Sink", Writer, "HeaderOnlyShard")
 
 
 class ShardMaker:
@@ -55,35 +55,33 @@ class ShardMaker:
         `progress` is called with the bytes of each written block.
         """
         header = header_of(shard)
-        writer = Writer(path, len(header) + shard.size)
-        self._fill(writer, header, shard, progress)
-        return writer
+        return self._filled(Writer(path, len(header) + shard.size), header, shard, progress)
 
     def compute(
         self, shard: OutputShard, path: Path, progress: Callable[[int], None]
     ) -> HeaderOnlyShard:
         """Do the same with a shard of which only the header is to be written."""
         headers_only = HeaderOnlyShard(shard, path, self.files, self.sketches, self._row_maker)
-        self._fill(headers_only, header_of(shard), shard, progress)
-        return headers_only
+        return self._filled(headers_only, header_of(shard), shard, progress)
 
-    def _fill(
-        self,
-        writer: Writer | HeaderOnlyShard,
-        header: bytes,
-        shard: OutputShard,
-        progress: Callable[[int], None],
-    ) -> None:
+    def _filled(
+        self, writer: _Sink, header: bytes, shard: OutputShard, progress: Callable[[int], None]
+    ) -> _Sink:
         waiting: deque[Future[np.ndarray]] = deque()
+
+        def append() -> None:
+            block = waiting.popleft().result()
+            writer.write(as_bytes(block))
+            progress(block.nbytes)
+
         try:
             writer.write(header)
-            blocks = (block for output in shard.outputs for block in self._blocks(output))
-            for block in blocks:
+            for block in (block for output in shard.outputs for block in self._blocks(output)):
                 waiting.append(self.pool.submit(block))
                 if len(waiting) >= _AHEAD * self._settings.workers:
-                    progress(self._append(writer, waiting))
+                    append()
             while waiting:
-                progress(self._append(writer, waiting))
+                append()
         except BaseException:
             for future in waiting:
                 future.cancel()
@@ -94,16 +92,17 @@ class ShardMaker:
             for future in waiting:
                 if not future.cancelled():
                     future.exception()
+        return writer
 
     def _blocks(self, output: MergedTensor) -> Iterator[Block]:
         """Yield the blocks of one tensor in file order."""
         if not output.size:
             return
         if stored := stored_copy(output):
-            info = stored.info
+            info, reader = stored.info, self.files.reader(stored.path)
             for start in range(info.start, info.end, _COPY_BYTES):
                 size = min(_COPY_BYTES, info.end - start)
-                yield partial(self._copy, stored.path, start, size)
+                yield partial(reader.read_into, np.empty(size, np.uint8), start)
             return
         sketch = None
         if output.terms:
@@ -122,15 +121,6 @@ class ShardMaker:
 
         return row
 
-    def _append(self, writer: Writer | HeaderOnlyShard, waiting: deque[Future[np.ndarray]]) -> int:
-        """Write the oldest block; return its size in bytes."""
-        block = waiting.popleft().result()
-        writer.write(as_bytes(block))
-        return block.nbytes
-
-    def _copy(self, path: Path, start: int, size: int) -> np.ndarray:
-        return self.files.reader(path).read_into(np.empty(size, np.uint8), start)
-
 
 def header_of(shard: OutputShard) -> bytes:
     """Return what a shard's file begins with."""
@@ -142,31 +132,6 @@ _WAITING = 4
 """Blocks between the computation and the check."""
 _PAUSE = 0.2
 """Seconds after which a full queue is tried again, in case the check has failed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Passing:
-    """A tensor that is checked while it is computed."""
-
-    output: MergedTensor
-    files: OpenFiles
-    sketch: Sketch | None
-    blocks: Iterator[np.ndarray]
-    """All rows in order, each (rows, columns)."""
-    again: Callable[[int], np.ndarray]
-    """Compute one row, (1, columns)."""
-
-    def row(self, row: int) -> np.ndarray:
-        """Compute one row."""
-        return self.again(row)
-
-    def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the blocks in pieces that stay in a CPU's cache, with their first rows."""
-        first, step = 0, max(1, BLOCK // self.output.columns)
-        for block in self.blocks:
-            for at in range(0, len(block), step):
-                yield first + at, block[at : at + step]
-            first += len(block)
 
 
 class HeaderOnlyShard:
@@ -202,7 +167,18 @@ class HeaderOnlyShard:
         """Take the header, then a block of a tensor at a time."""
         self._hash.update(data)
         if self.size:
-            self._take(np.frombuffer(data, np.uint8))
+            if not self._rest:
+                self._begin(next(self._left))
+            self._rest -= len(data)
+            if self._output is not None and self._queue is not None:
+                block = np.frombuffer(data, ARRAY_TYPES[self._output.dtype])
+                self._put(block.reshape(-1, self._output.columns))
+                if len(self._output.shape) == 2:
+                    name = self._output.name
+                    self.largest[name] = max(self.largest.get(name, 0.0), largest(block))
+                if not self._rest:
+                    self._put(None)
+                    self._queue = None
         self.size += len(data)
 
     def finish(self) -> dict[str, JsonValue]:
@@ -228,36 +204,23 @@ class HeaderOnlyShard:
         self._put(None)
         self._checker.shutdown(cancel_futures=True)
 
-    def _take(self, data: np.ndarray) -> None:
-        if not self._rest:
-            self._begin(next(self._left))
-        self._rest -= len(data)
-        if self._output is not None and self._queue is not None:
-            block = data.view(ARRAY_TYPES[self._output.dtype])
-            self._put(block.reshape(-1, self._output.columns))
-            if len(self._output.shape) == 2:
-                name = self._output.name
-                self.largest[name] = max(self.largest.get(name, 0.0), largest(block))
-            if not self._rest:
-                self._put(None)
-                self._queue = None
-
     def _begin(self, output: MergedTensor) -> None:
         self._output, self._rest, self._queue = output, output.size, None
         if output.as_is and isinstance(output.source, StoredTensor):
             return
         queue = self._queue = Queue(_WAITING)
-        self._checks.append((output.name, self._checker.submit(self._check, output, queue)))
 
-    def _check(self, output: MergedTensor, queue: Queue[np.ndarray | None]) -> bool:
-        passing = Passing(
-            output=output,
-            files=self._files,
-            sketch=self._sketches.pop(output.name, None),
-            blocks=_drained(queue),
-            again=self._row_maker(output),
-        )
-        return is_changed(passing)
+        def check() -> bool:
+            passing = Passing(
+                output=output,
+                files=self._files,
+                sketch=self._sketches.pop(output.name, None),
+                blocks=queue,
+                row=self._row_maker(output),
+            )
+            return is_changed(passing)
+
+        self._checks.append((output.name, self._checker.submit(check)))
 
     def _put(self, block: np.ndarray | None) -> None:
         """Pass a block on, unless its check has failed."""
@@ -266,8 +229,3 @@ class HeaderOnlyShard:
             with suppress(Full):
                 queue.put(block, timeout=_PAUSE)
                 return
-
-
-def _drained(queue: Queue[np.ndarray | None]) -> Iterator[np.ndarray]:
-    while (block := queue.get()) is not None:
-        yield block

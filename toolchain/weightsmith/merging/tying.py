@@ -69,17 +69,32 @@ def find_tie(
     embeddings = _tables(names) or [renamed[name] for name in _tables(renamed)]
     kinds, with_head = _classes(config), has_head(config)
     heads = _heads(config, names) or [renamed[name] for name in _heads(config, renamed)]
-    if not embeddings or not with_head or not (_flag(config) or not heads):
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    told = config.get("tie_word_embeddings", nested)
+    tied = _default(config)[1] if told is None else bool(told)
+    if not embeddings or not with_head or not (tied or not heads):
         return None
     embedding = min(embeddings, key=lambda name: (name.count("."), name))
-    head = heads[0] if heads else _head_name(config, embedding)
+    outer = "language_model." if embedding.startswith("language_model.model.") else ""
+    head = heads[0] if heads else f"{outer}{_default(config)[0]}.weight"
     bias, outer = f"{head.removesuffix('.weight')}.bias", head.rpartition(".decoder.")[0]
     # BERT's decoder also has a second name for the head's bias.
     twice = head.endswith(".decoder.weight") and f"{outer}.bias" in names and bias not in names
     also: tuple[tuple[str, str], ...] = ((bias, f"{outer}.bias"),) if twice else ()
     causal = not kinds or any("CausalLM" in kind or "LMHead" in kind for kind in kinds)
-    known = bool(heads) or causal or _kind(config) in _table() or _shares(config)
-    also += _stacks(config, embedding, names) + _projection(config, names)
+    shares = bool(config.get("is_encoder_decoder"))  # their head is `lm_head`
+    known = bool(heads) or causal or _kind(config) in _table() or shares
+    outer = embedding.removesuffix("shared.weight")
+    if shares and outer != embedding and "t5" not in str(config.get("model_type", "")):
+        # Encoder's and decoder's embeddings are untied with the head, but T5's class ties them.
+        tables = (f"{outer}{stack}.embed_tokens.weight" for stack in ("encoder", "decoder"))
+        also += tuple((table, embedding) for table in tables if table not in names)
+    own = "unembedding_projection.weight"
+    if _kind(config) == "neomme" and own not in names:
+        # What widens its embedding's rows narrows the head's.
+        end = ".embedding_projection.weight"
+        also += tuple((own, name) for name in names if name.endswith(end))
     return Tie(embedding=embedding, head=head, also=also, known=known)
 
 
@@ -94,7 +109,7 @@ def stored_apart(tie: Tie, sources: Mapping[str, TensorSource]) -> bool:
         return False
     if not (isinstance(head, StoredTensor) and isinstance(embedding, StoredTensor)):
         return True
-    return not same_bytes(head.path, head.info, embedding.info, embedding.path)
+    return not same_bytes(head, embedding)
 
 
 def has_head(config: Mapping[str, object]) -> bool:
@@ -110,47 +125,9 @@ def _classes(config: Mapping[str, object]) -> list[str]:
     return [str(kind) for kind in listed] if isinstance(listed, list) else []
 
 
-def _shares(config: Mapping[str, object]) -> bool:
-    """Return whether encoder and decoder share an embedding; their head is `lm_head`."""
-    return bool(config.get("is_encoder_decoder"))
-
-
-def _stacks(
-    config: Mapping[str, object], embedding: str, names: Mapping[str, object]
-) -> tuple[tuple[str, str], ...]:
-    """Return the embeddings of encoder and decoder, which are untied together with the head.
-
-    Not those of T5 and its variants, whose class always ties them.
-    """
-    outer = embedding.removesuffix("shared.weight")
-    if not _shares(config) or outer == embedding or "t5" in str(config.get("model_type", "")):
-        return ()
-    tables = (f"{outer}{stack}.embed_tokens.weight" for stack in ("encoder", "decoder"))
-    return tuple((table, embedding) for table in tables if table not in names)
-
-
-def _projection(
-    config: Mapping[str, object], names: Mapping[str, object]
-) -> tuple[tuple[str, str], ...]:
-    """Return the second pair of NeoMME: what widens its embedding's rows narrows the head's."""
-    own = "unembedding_projection.weight"
-    if _kind(config) != "neomme" or own in names:
-        return ()
-    shared = (name for name in names if name.endswith(".embedding_projection.weight"))
-    return tuple((own, name) for name in shared)
-
-
 def _tables(names: Iterable[str]) -> list[str]:
     """Return the weights of embeddings."""
-    weights = [name for name in names if name.endswith(".weight")]
-    return [name for name in weights if is_embedding(name.removesuffix(".weight"))]
-
-
-def _flag(config: Mapping[str, object]) -> bool:
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    found = config.get("tie_word_embeddings", nested)
-    return _default(config)[1] if found is None else bool(found)
+    return [n for n in names if n.endswith(".weight") and is_embedding(n.removesuffix(".weight"))]
 
 
 def _heads(config: Mapping[str, object], names: Mapping[str, object]) -> list[str]:
@@ -163,11 +140,6 @@ def _heads(config: Mapping[str, object], names: Mapping[str, object]) -> list[st
     if not listed and _default(config)[0] == "lm_head":
         return [name for name in names if name.removesuffix(".weight").endswith(HEADS)]
     return listed or [name for name in names if is_head(name.removesuffix(".weight"))]
-
-
-def _head_name(config: Mapping[str, object], embedding: str) -> str:
-    outer = "language_model." if embedding.startswith("language_model.model.") else ""
-    return f"{outer}{_default(config)[0]}.weight"
 
 
 def _kind(config: Mapping[str, object]) -> str:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,14 +18,13 @@ import numpy as np
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.merge_options import Merge
-from weightsmith.merging.blocks import RowMaker, Settings, Span, stored_copy
+from weightsmith.merging.blocks import MergeCounts, RowMaker, Settings, Span, stored_copy
 from weightsmith.merging.combining.combination import Combination
 from weightsmith.merging.kernel import check_arithmetic
 from weightsmith.merging.outputs import MergedTensor, OutputShard
 from weightsmith.merging.plan import MergePlan, make_plan
 from weightsmith.merging.shards import header_of
 from weightsmith.merging.stream import as_bytes
-from weightsmith.merging.tally import MergeCounts
 from weightsmith.models.safetensors import BITS, TensorInfo, read_header
 from weightsmith.models.virtual_weights import filled
 
@@ -126,7 +126,7 @@ class VirtualFile:
     def __init__(self, infos: tuple[TensorInfo, ...], checkpoint: VirtualCheckpoint) -> None:
         self._infos = [info for info in infos if info.size]
         self._checkpoint = checkpoint
-        self.seen: Callable[[int, np.ndarray], None] = _nobody
+        self.seen: Callable[[int, np.ndarray], None] = lambda *_: None
         """Gets an offset and the whole rows from there on that somebody reads."""
 
     @property
@@ -143,36 +143,25 @@ class VirtualFile:
         """Return bytes of tensors: uint8 [size]. Raises InputRefused as the merge does."""
         end = start + size
         parts = []
-        for info in self._infos[bisect_right(self._infos, start, key=_end) :]:
+        for info in self._infos[bisect_right(self._infos, start, key=attrgetter("end")) :]:
             if info.start >= end:
                 break
-            parts.append(self._part(info, max(start, info.start), min(end, info.end)))
+            tensor = self._checkpoint.tensor(info.name)
+            row, first = tensor.row_bytes, max(start, info.start) - info.start
+            last = min(end, info.end) - info.start
+            before = first // row
+            found = tensor.read(before, -(-last // row) - before).reshape(-1)
+            self.seen(info.start + before * row, found)
+            parts.append(found[first - before * row : last - before * row])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def some(self, start: int) -> np.ndarray:
         """Return rows of one tensor from an offset on, which nobody sees."""
-        info = self._infos[bisect_right(self._infos, start, key=_end)]
+        info = self._infos[bisect_right(self._infos, start, key=attrgetter("end"))]
         tensor = self._checkpoint.tensor(info.name)
         before = (start - info.start) // tensor.row_bytes
         rows = (info.end - info.start) // tensor.row_bytes - before
         return tensor.read(before, min(rows, max(1, _SOME // tensor.row_bytes))).reshape(-1)
-
-    def _part(self, info: TensorInfo, start: int, end: int) -> np.ndarray:
-        tensor = self._checkpoint.tensor(info.name)
-        row, before = tensor.row_bytes, (start - info.start) // tensor.row_bytes
-        after = -(-(end - info.start) // row)
-        found = tensor.read(before, after - before).reshape(-1)
-        self.seen(info.start + before * row, found)
-        skipped = start - info.start - before * row
-        return found[skipped : skipped + end - start]
-
-
-def _nobody(_start: int, _data: np.ndarray) -> None:
-    """See nothing."""
-
-
-def _end(info: TensorInfo) -> int:
-    return info.end
 
 
 class VirtualTensor:
@@ -197,20 +186,16 @@ class VirtualTensor:
         if stored := stored_copy(self.output):
             reader = self._maker.files.reader(stored.path)
             return reader.read_into(out, stored.info.start + first * self.row_bytes)
-        for span in self._spans:
+        with self._lock:
+            if self._made is None:
+                self._made = tuple(self._maker.spans(self.output))
+        for span in self._made:
             start, end = max(first, span.first), min(first + count, span.first + span.count)
             if start < end:
                 for at, rows in self._rows(span, start, end):
                     data = np.frombuffer(as_bytes(rows), np.uint8).reshape(len(rows), -1)
                     out[at - first : at - first + len(rows)] = data
         return out
-
-    @property
-    def _spans(self) -> tuple[Span, ...]:
-        with self._lock:
-            if self._made is None:
-                self._made = tuple(self._maker.spans(self.output))
-            return self._made
 
     def _rows(self, span: Span, start: int, end: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield rows and where they begin; those of fixed blocks are cut from whole ones.

@@ -37,7 +37,7 @@ from weightsmith.merging.plan import (
     estimate,
     make_plan,
 )
-from weightsmith.merging.quantized.choice import refuse, simulates
+from weightsmith.merging.quantized.base import refuse, simulates
 from weightsmith.models.facts import read_facts
 from weightsmith.models.safetensors import read_header
 from weightsmith.models.virtual_weights import HeaderOnlyTree

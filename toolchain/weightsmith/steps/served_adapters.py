@@ -11,7 +11,7 @@ from pathlib import Path
 from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import LORA, AdapterSnapshot, Artifact, Digest, Sources
-from weightsmith.merging.left_out import require_all_targeted
+from weightsmith.merging.claims import require_all_targeted
 from weightsmith.models.safetensors import read_header
 from weightsmith.recipe.file import RecipeFile
 from weightsmith.serving.engine import ServedAdapter

@@ -38,12 +38,12 @@ def answered(job: ReferenceJob, report: Report) -> Mapping[str, JsonValue]:
     What a model has finished also lies in the output at once, in case the job does not end.
     """
     walking: Any = importlib.import_module("weightsmith.forward.walk")
-    journal: Any = importlib.import_module("weightsmith.merging.answer_journal")
+    module: Any = importlib.import_module("weightsmith.merging.reference")
     early = AnswerCheckpoint(job.output)
     tasks = [task for walk in job.walks for task in walk.tasks]
     total = sum(len(task.questions) * len(task.models) for task in tasks)
     count = walking.Count(total, partial(report_items, report))
-    kept = journal.AnswerJournal(job.output / ANSWER_JOURNAL)
+    kept = module.AnswerJournal(job.output / ANSWER_JOURNAL)
     found: dict[str, JsonValue] = {}
     for walk in job.walks:
         found |= _walked(job, walk, count, kept, early)
@@ -59,12 +59,11 @@ def _walked(
     def finished(key: str, rows: Any) -> None:
         early.keep(key, plain(rows))
 
-    if walk.choose:
-        choices: Any = importlib.import_module("weightsmith.merging.choices")
-        given = {one.key: (subject(one), task.questions) for one, task in _models(walk)}
-        scores: Mapping[str, JsonValue] = choices.likelihoods(given, count, finished)
-        return scores
     module: Any = importlib.import_module("weightsmith.merging.reference")
+    if walk.choose:
+        given = {one.key: (subject(one), task.questions) for one, task in _models(walk)}
+        scores: Mapping[str, JsonValue] = module.likelihoods(given, count, finished)
+        return scores
     asked = {
         one.key: module.GenerationRequest(
             subject=subject(one),

@@ -285,11 +285,10 @@ def _dequantized(job: DequantizedJob, report: Report) -> Mapping[str, JsonValue]
     try:
         view = _quantizer(job.quantizer).view(job.artifact.path, model)
         subjects = {"": runs.QuantizedSubject(model, view, draft_texts=job.drafts)}
-        if job.choose:
-            choices: Any = importlib.import_module("weightsmith.merging.choices")
-            asked = {"": (subjects[""], job.questions)}
-            return {"answers": choices.likelihoods(asked, count)[""]}
         reference: Any = importlib.import_module("weightsmith.merging.reference")
+        if job.choose:
+            asked = {"": (subjects[""], job.questions)}
+            return {"answers": reference.likelihoods(asked, count)[""]}
         given = [question.messages for question in job.questions], job.max_tokens, tell
         found = reference.answers(subjects, *given, batch_bytes=job.batch_bytes)[""]
     except Unmeasurable as error:

@@ -13,8 +13,7 @@ from peft.utils import merge_utils
 from weightsmith.core.errors import UsageError
 from weightsmith.core.merge_options import Method
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.combining.deltas import combine, prune
-from weightsmith.merging.combining.pruning import drop_at_random, keep_largest
+from weightsmith.merging.combining.methods import combine, drop_at_random, keep_largest, prune
 
 
 def deltas(count: int = 3, shape: tuple[int, ...] = (37, 53)) -> list[np.ndarray]:

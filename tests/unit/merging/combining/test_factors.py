@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from weightsmith.merging.combining.combination import Combination
-from weightsmith.merging.combining.factors import Factor, combine_factors
+from weightsmith.merging.combining.methods import Factor, combine_factors
 
 ADAPTERS = {"one": (4, 6.0, 0.7), "two": (4, 3.0, -0.4), "three": (4, 8.0, 1.1)}
 

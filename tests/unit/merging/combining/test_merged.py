@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging import stream
 from weightsmith.merging.combining.changes import adapter_digest
-from weightsmith.merging.combining.pruning import drop_at_random
+from weightsmith.merging.combining.methods import drop_at_random
 from weightsmith.merging.engine import MergeRequest, merge
 
 from tests.unit.merging.conftest import MakeAdapter, MakeModel

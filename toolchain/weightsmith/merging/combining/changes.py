@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +16,8 @@ from weightsmith.merging.outputs import Band, Files, MergedTensor, Rows, Term, b
 if TYPE_CHECKING:
     import numpy as np
 
-    from weightsmith.merging.combining.factors import Factor
     from weightsmith.merging.combining.lowrank import Factors, LowRankDelta
 
-Add = Callable[["np.ndarray", int], None]
-"""(total, first): add the change to `total`, the rows from `first` on, in place."""
 _ROWS = 1 << 20
 """Elements of a delta computed at once."""
 
@@ -31,16 +28,10 @@ class Combined:
 
     shares: tuple[AdapterShare, ...]
     combination: Combination
-
-    @property
-    def whole(self) -> bool:
-        """False: once the deltas are computed, rows are independent."""
-        return False
-
-    @property
-    def by_row(self) -> bool:
-        """True: deltas are computed in fixed blocks, so single rows give the same bits."""
-        return True
+    whole: bool = False
+    """Once the deltas are computed, rows are independent."""
+    by_row: bool = True
+    """Deltas are computed in fixed blocks, so single rows give the same bits."""
 
     def held_elements(self, output: MergedTensor) -> int:
         """Return the number of float64 elements in memory: factors, or one delta per adapter."""
@@ -53,40 +44,30 @@ class Combined:
 
     def begin(self, output: MergedTensor, files: Files) -> Rows:
         """Return a function that computes rows of the result."""
-        import numpy as np
-
-        low_rank = self.combination.truncates or self.combination.space == "factors"
-        add = self._of_factors(output, files) if low_rank else self._of_deltas(output, files)
+        made: list[tuple[int, np.ndarray, np.ndarray]] = []
+        deltas: list[np.ndarray] = []
+        weights = self._weights
+        if self.combination.truncates or self.combination.space == "factors":
+            made = [(band.first, *self.factors(output, band, files)) for band in self.bands(output)]
+        else:
+            deltas = self._deltas(output, files)
 
         def rows(first: int, count: int) -> np.ndarray:
-            total = output.source.rows(files, first, count, output.columns).astype(np.float64)
-            add(total, first)
+            from weightsmith.merging.combining.methods import combine
+
+            total = output.source.rows(files, first, count, output.columns).astype("float64")
+            if deltas:
+                total += combine(
+                    [d[first : first + count] for d in deltas], weights, self.combination
+                )
+            for start, left, right in made:
+                low, high = max(first, start), min(first + count, start + len(left))
+                if low < high:
+                    part = left[low - start : high - start].astype(total.dtype)
+                    total[low - first : high - first] += part @ right
             return total
 
         return rows
-
-    def _of_factors(self, output: MergedTensor, files: Files) -> Add:
-        made = [(band.first, *self.factors(output, band, files)) for band in self.bands(output)]
-
-        def add(total: np.ndarray, first: int) -> None:
-            for start, left, right in made:
-                low, high = max(first, start), min(first + len(total), start + len(left))
-                if low < high:
-                    rows = left[low - start : high - start].astype(total.dtype)
-                    total[low - first : high - first] += rows @ right
-
-        return add
-
-    def _of_deltas(self, output: MergedTensor, files: Files) -> Add:
-        from weightsmith.merging.combining.deltas import combine
-
-        deltas, weights = self._deltas(output, files), self._weights
-
-        def add(total: np.ndarray, first: int) -> None:
-            some = [delta[first : first + len(total)] for delta in deltas]
-            total += combine(some, weights, self.combination)
-
-        return add
 
     @property
     def _adapters(self) -> dict[int, AdapterShare]:
@@ -129,11 +110,11 @@ class Combined:
     def factors(self, output: MergedTensor, band: Band, files: Files) -> Factors:
         """Return the combined (left, right) of a band in float32; their product is the delta."""
         from weightsmith.merging.combining import lowrank
-        from weightsmith.merging.combining.deltas import combine
+        from weightsmith.merging.combining.methods import combine
 
         rank = self.rank(output, band)
         if self.combination.space == "factors" and not self.combination.truncates:
-            return self._on_factors(output.name, band, files)
+            return self._combined_factors(output.name, band, files)
         if not self.combination.needs_deltas and self._low_rank:
             pairs = [pair(term, band, files) for term in band.terms]
             return lowrank.to_float32(lowrank.truncate(pairs, rank), output.name)
@@ -143,7 +124,7 @@ class Combined:
 
     def _deltas(self, output: MergedTensor, files: Files) -> list[np.ndarray]:
         """Return each adapter's pruned delta of the whole tensor at weight 1, in float32."""
-        from weightsmith.merging.combining.deltas import prune
+        from weightsmith.merging.combining.methods import prune
 
         deltas = [self._delta(output, adapter, files) for adapter in self._adapters]
         names = [adapter_digest(share.path) for share in self._adapters.values()]
@@ -156,8 +137,13 @@ class Combined:
     def _delta(self, output: MergedTensor, adapter: int, files: Files) -> np.ndarray:
         import numpy as np
 
-        shares = tuple(_at_weight_one(share) for share in self.shares if share.adapter == adapter)
-        alone = Mixture(shares=shares)
+        shares = []
+        for share in self.shares:
+            if share.adapter == adapter:
+                terms = tuple(replace(term, factor=term.scaling) for term in share.claim.terms)
+                claim = replace(share.claim, terms=terms)
+                shares.append(replace(share, claim=claim, weight=1.0))
+        alone = Mixture(shares=tuple(shares))
         changed = alone.begin(replace(output, change=None), files)
         delta = np.empty((output.rows, output.columns), np.float32)
         step = output.rows if alone.whole else max(1, _ROWS // output.columns)
@@ -167,27 +153,40 @@ class Combined:
             delta[first : first + count] = changed(first, count) - base.astype(np.float64)
         return delta
 
-    def _on_factors(self, name: str, band: Band, files: Files) -> Factors:
-        from weightsmith.merging.combining.factors import combine_factors
+    def _combined_factors(self, name: str, band: Band, files: Files) -> Factors:
+        import numpy as np
 
-        factors = [
-            _factor(share.claim.terms[0], share.weight, share.path, files)
-            for share in self.shares
-            if share.claim.terms[0] in band.terms
-        ]
+        from weightsmith.merging.combining.methods import Factor, combine_factors
+
+        factors = []
+        for share in self.shares:
+            term = share.claim.terms[0]
+            if term in band.terms:
+                left = files.matrix(term.left)
+                right = files.matrix(term.right) if term.right else np.ones((1, 1), np.float32)
+                # The left factor is A transposed if the base stores (in, out).
+                a, b = (left.T, right.T) if term.left.transposed else (right, left)
+                factors.append(
+                    Factor(
+                        a=np.ascontiguousarray(a),
+                        b=np.ascontiguousarray(b),
+                        weight=share.weight,
+                        scaling=term.scaling,
+                        adapter=adapter_digest(share.path),
+                    )
+                )
         a, b = combine_factors(factors, self.combination, name)
-        return (a.T, b.T) if _is_transposed(band.terms[0]) else (b, a)
+        return (a.T, b.T) if band.terms[0].left.transposed else (b, a)
 
 
 def combined(name: str, shares: Sequence[AdapterShare], combination: Combination) -> Combined:
-    """Return the change; raise InputRefused if the method is not defined for these shares."""
-    if combination.space == "factors":
-        _check_factors(name, shares, combination)
-    return Combined(shares=tuple(shares), combination=combination)
+    """Return the change; raise InputRefused if the method is not defined for these shares.
 
-
-def _check_factors(name: str, shares: Sequence[AdapterShare], combination: Combination) -> None:
-    """Refuse what PEFT's `add_weighted_adapter` ignores or gets wrong."""
+    On factors, what PEFT's `add_weighted_adapter` ignores or gets wrong is refused.
+    """
+    made = Combined(shares=tuple(shares), combination=combination)
+    if combination.space != "factors":
+        return made
     hint = "omit --space: delta space supports every change"
     for share in shares:
         terms = share.claim.terms
@@ -205,12 +204,7 @@ def _check_factors(name: str, shares: Sequence[AdapterShare], combination: Combi
             f"{combination.method} on factors needs equal ranks",
             hint=hint,
         )
-
-
-def _at_weight_one(share: AdapterShare) -> AdapterShare:
-    """Return an adapter's share at weight 1."""
-    terms = tuple(replace(term, factor=term.scaling) for term in share.claim.terms)
-    return replace(share, claim=replace(share.claim, terms=terms), weight=1.0)
+    return made
 
 
 def pair(term: Term, band: Band, files: Files) -> LowRankDelta:
@@ -223,28 +217,6 @@ def pair(term: Term, band: Band, files: Files) -> LowRankDelta:
     right = np.ones((1, 1), np.float32) if term.right is None else files.matrix(term.right)
     left = files.matrix(term.left)[start : start + band.end - band.first]
     return LowRankDelta(left=left, right=right, gain=term.factor)
-
-
-def _is_transposed(term: Term) -> bool:
-    """Return whether the base stores (in, out), so that the left factor is A transposed."""
-    return term.left.transposed
-
-
-def _factor(term: Term, weight: float, path: Path, files: Files) -> Factor:
-    import numpy as np
-
-    from weightsmith.merging.combining.factors import Factor
-
-    left = files.matrix(term.left)
-    right = files.matrix(term.right) if term.right else np.ones((1, 1), np.float32)
-    a, b = (left.T, right.T) if _is_transposed(term) else (right, left)
-    return Factor(
-        a=np.ascontiguousarray(a),
-        b=np.ascontiguousarray(b),
-        weight=weight,
-        scaling=term.scaling,
-        adapter=adapter_digest(path),
-    )
 
 
 def adapter_digest(root: Path) -> str:

@@ -26,7 +26,18 @@ class Combination(Merge):
 
     def __post_init__(self) -> None:
         """Refuse parameters that would be ignored or guessed."""
-        self._check_density()
+        if self.prunes and self.density is None:
+            raise UsageError(
+                f"method {self.method} needs a density",
+                hint="give the fraction of each delta to keep: --density 0.2 as in the TIES "
+                "paper, or 0.5 to prune less",
+            )
+        if self.density is not None and not (self.prunes and 0 < self.density <= 1):
+            raise UsageError(
+                f"invalid density {self.density:g} for method {self.method}",
+                hint=f"give a number above 0 and up to 1, with a method that prunes: "
+                f"{', '.join(PRUNING)} or their _svd variants",
+            )
         if self.rank is not None and (self.method not in TRUNCATING or self.rank < 1):
             raise UsageError(
                 f"invalid rank {self.rank} for method {self.method}",
@@ -42,20 +53,6 @@ class Combination(Merge):
             raise UsageError(
                 "method sequential does not work on factors",
                 hint="use `linear`, PEFT's sum of factors; `sequential` sums deltas",
-            )
-
-    def _check_density(self) -> None:
-        if self.prunes and self.density is None:
-            raise UsageError(
-                f"method {self.method} needs a density",
-                hint="give the fraction of each delta to keep: --density 0.2 as in the TIES "
-                "paper, or 0.5 to prune less",
-            )
-        if self.density is not None and not (self.prunes and 0 < self.density <= 1):
-            raise UsageError(
-                f"invalid density {self.density:g} for method {self.method}",
-                hint=f"give a number above 0 and up to 1, with a method that prunes: "
-                f"{', '.join(PRUNING)} or their _svd variants",
             )
 
     @property
@@ -87,12 +84,3 @@ class Combination(Merge):
     def needs_deltas(self) -> bool:
         """Return whether it needs the whole delta of each adapter in memory."""
         return self.prunes and (self.space == "delta" or self.truncates)
-
-    def describe(self) -> str:
-        """Return a one-line description."""
-        parts: list[str] = [self.method]
-        parts += [f"density {self.density:g}"] if self.density is not None else []
-        parts += [f"rank {self.rank}"] if self.rank is not None else []
-        parts += [f"seed {self.seed}"] if self.random else []
-        parts += ["on factors"] if self.space == "factors" else []
-        return ", ".join(parts)

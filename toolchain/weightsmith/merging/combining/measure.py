@@ -99,7 +99,12 @@ class Conflicts:
         ⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ) costs the factors' size times a rank.
         """
         norms = {number: inner(own, own) for number, own in pairs.items()}
-        rows = {number: _rows(own) for number, own in pairs.items()}
+        rows = {}
+        for number, own in pairs.items():
+            height = own[0].left.shape[0]
+            places = np.linspace(0, height - 1, min(height, _SAMPLED)).astype(int)
+            parts = [pair.gain * _gram(pair.left[places], pair.right) for pair in own]
+            rows[number] = sum(parts[1:], start=parts[0])
         for one, two in itertools.combinations(sorted(pairs), 2):
             sums = self._pairs.setdefault((one, two), _Sums())
             dot = inner(pairs[one], pairs[two])
@@ -126,11 +131,17 @@ class Conflicts:
 
     def findings(self, adapters: Sequence[str]) -> list[str]:
         """Return one warning per pair of adapters that conflict."""
-        return [
-            _warning(adapters[one], adapters[two], sums)
-            for (one, two), sums in sorted(self._pairs.items())
-            if sums.cosine < _COSINE or sums.share > _OPPOSED or sums.ratio > _RATIO
-        ]
+        found = []
+        for (one, two), sums in sorted(self._pairs.items()):
+            if sums.cosine < _COSINE or sums.share > _OPPOSED or sums.ratio > _RATIO:
+                worst = sorted(sums.cosines.items(), key=lambda item: item[1])[:_SHOWN]
+                found.append(
+                    f"{adapters[one]} and {adapters[two]} conflict: cosine {sums.cosine:+.3f}, "
+                    f"opposing signs in {sums.share:.0%} of the sampled weights, norms "
+                    f"{sums.ratio:.3g} to 1; strongest in "
+                    + ", ".join(f"{name} ({cosine:+.2f})" for name, cosine in worst)
+                )
+        return found
 
 
 def inner(one: Sequence[LowRankDelta], two: Sequence[LowRankDelta]) -> float:
@@ -150,20 +161,3 @@ def _gram(one: np.ndarray, two: np.ndarray) -> np.ndarray:
 def _cosine(dot: float, first: float, second: float) -> float:
     size = math.sqrt(max(first, 0.0)) * math.sqrt(max(second, 0.0))
     return max(-1.0, min(1.0, dot / size)) if size else 0.0
-
-
-def _rows(pairs: Sequence[LowRankDelta]) -> np.ndarray:
-    """Return evenly spaced rows of a delta."""
-    count = pairs[0].left.shape[0]
-    places = np.linspace(0, count - 1, min(count, _SAMPLED)).astype(int)
-    parts = [pair.gain * _gram(pair.left[places], pair.right) for pair in pairs]
-    return sum(parts[1:], start=parts[0])
-
-
-def _warning(one: str, two: str, sums: _Sums) -> str:
-    worst = sorted(sums.cosines.items(), key=lambda item: item[1])[:_SHOWN]
-    return (
-        f"{one} and {two} conflict: cosine {sums.cosine:+.3f}, opposing signs in "
-        f"{sums.share:.0%} of the sampled weights, norms {sums.ratio:.3g} to 1; strongest in "
-        + ", ".join(f"{name} ({cosine:+.2f})" for name, cosine in worst)
-    )

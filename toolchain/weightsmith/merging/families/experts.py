@@ -47,10 +47,6 @@ class StackedTensors:
     pieces: tuple[tuple[str, ...], ...]
     """Expert -> its tensors, in the order of the stack's rows."""
 
-    def fits(self, view: AdapterView, pair: FactorPair) -> bool:
-        """Return whether a pair of factors fits this parameter."""
-        return bool(_orientation(view, self, pair))
-
 
 def is_expert(view: AdapterView, module: str) -> bool:
     """Return whether a module is a stack of experts, or one expert that the base stacks."""
@@ -117,7 +113,7 @@ def _assigned(
         order
         for order in permutations(stacks)
         if len(order) == len(pairs)
-        and all(stack.fits(view, pair) for stack, pair in zip(order, inner_first, strict=True))
+        and all(_orientation(view, *both) for both in zip(order, inner_first, strict=True))
     ]
     known = all(stack.parameter in _ORDER for stack in stacks)
     if not orders or (len(orders) > 1 and not known):
@@ -183,16 +179,10 @@ def _terms(
             first += height
             left, right = (b, a) if orientation == "straight" else (a.transpose, b.transpose)
             place = expert * left.shape[0] if stack.tensor else 0
-            found.setdefault(target, []).append(_term(view, name, left, right, place))
+            found.setdefault(target, []).append(
+                view.term(left, right, view.config.scaling(name), place)
+            )
     return {target: tuple(terms) for target, terms in found.items()}
-
-
-def _term(view: AdapterView, name: str, left: MatrixView, right: MatrixView, first: int) -> Term:
-    scaling = view.config.scaling(name)
-    factor = view.factor(scaling)
-    return Term(
-        adapter=view.index, left=left, right=right, scaling=scaling, factor=factor, first=first
-    )
 
 
 def _place(view: AdapterView, stack: str, name: str) -> tuple[str, int, int] | None:
@@ -219,7 +209,8 @@ def _one_of_stack(view: AdapterView, one: re.Match[str], module: str, pair: Fact
     _check_rank(view, module, pair.a.shape[0])
     a = MatrixView(stored=view.stored(pair.a.name), height=pair.a.shape[0])
     b = MatrixView(stored=view.stored(pair.b.name), height=pair.b.shape[0])
-    term = _term(view, module, b, a, number * shape[1] + part * height)
+    first = number * shape[1] + part * height
+    term = view.term(b, a, view.config.scaling(module), first)
     keys = (pair.a.name, pair.b.name)
     return Claim(keys=keys, module=module, target=tensor, columns=shape[2], terms=(term,))
 

@@ -1,22 +1,43 @@
-"""LoRA and its variants: W + factor · B·A for all layers that PEFT supports."""
+"""LoRA and its variants: W + factor · B·A for all layers that PEFT supports.
+
+DoRA and KaSA are computed in float64 and rounded once, without a certificate: integers are possible
+here too, but slow, and the last bit differs only about once in 10^10 elements.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import SHOWN, AdapterView, Claim, Family, Variant
-from weightsmith.merging.dora import Dora
 from weightsmith.merging.duplicates import same_transposed
-from weightsmith.merging.families import experts, fused_slices
-from weightsmith.merging.kasa import Kasa
-from weightsmith.merging.names import CONV1D_MODELS, is_conv1d, module_key, plain_module
-from weightsmith.merging.outputs import MatrixView, Term, matrix_columns
+from weightsmith.merging.families import experts
+from weightsmith.merging.families.experts import FactorPair
+from weightsmith.merging.mixture import Adder, adder
+from weightsmith.merging.names import (
+    CONV1D_MODELS,
+    SplitParameter,
+    is_conv1d,
+    module_key,
+    plain_module,
+)
+from weightsmith.merging.outputs import (
+    Files,
+    MatrixView,
+    MergedTensor,
+    Rows,
+    StoredTensor,
+    Term,
+    matrix_columns,
+)
 from weightsmith.merging.tying import has_head, is_embedding, is_head
-from weightsmith.models.safetensors import TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB]|lora_magnitude_vector|lora_diag"
@@ -30,6 +51,8 @@ _SETTINGS = {
 }
 """Part of a module's keys -> the setting that it belongs to."""
 _TRAINING_ONLY = ("lora_velora_embed", "lora_monteclora_sampler")
+_PASS = 1 << 18
+"""Elements processed at once when computing column norms."""
 
 
 @dataclass(slots=True)
@@ -45,30 +68,32 @@ class ModuleKeys:
 
 def _claim(view: AdapterView) -> Iterator[Claim]:
     mismatches: list[str] = []
-    stacks: dict[str, list[experts.FactorPair]] = {}
-    groups = _groups(view)
-    split: dict[str, tuple[TensorInfo, TensorInfo]] = {}
+    stacks: dict[str, list[FactorPair]] = {}
+    pieces: dict[str, FactorPair] = {}
     roles: set[str] = set()
+    groups = _groups(view)
     tied_copy = _has_tied_copy(view, groups)
     for group in groups.values():
+        module = group.module
         if group.unused:
-            yield Claim(keys=tuple(group.unused), module=group.module)
+            yield Claim(keys=tuple(group.unused), module=module)
         if not group.keys:
             continue
-        a, b = _factors(view, group)
-        if len(a.shape) == 2 and experts.is_expert(view, group.module):
-            stacks.setdefault(group.module, []).append(experts.FactorPair(group.raw, a, b))
-        elif len(a.shape) == 2 and fused_slices.is_piece(view, group.module):
-            split[group.module] = a, b
+        pair = _factors(view, group)
+        plain = len(pair.a.shape) == 2
+        if plain and experts.is_expert(view, module):
+            stacks.setdefault(module, []).append(pair)
+        elif plain and not view.find(module) and view.names.piece(f"{module}.weight"):
+            pieces[module] = pair
             roles.update(group.keys)
-        elif tied_copy and view.is_head(group.module):
+        elif tied_copy and view.is_head(module):
             # The embedding's factors, transposed: already applied to the shared weight.
-            yield Claim(keys=(a.name, b.name), module=group.module)
+            yield Claim(keys=(pair.a.name, pair.b.name), module=module)
         else:
-            yield from _layer(view, group, (a, b), tied_copy, mismatches)
+            yield from _layer(view, group, pair, tied_copy, mismatches)
     for module, pairs in stacks.items():
         yield from experts.claims(view, module, pairs)
-    yield from fused_slices.claims(view, split, sorted(roles))
+    yield from _pieces(view, pieces, roles)
     if mismatches:
         raise InputRefused(
             f"{view.path} was trained on another model: {len(mismatches)} shapes differ, such as "
@@ -110,7 +135,6 @@ def module_of(name: str) -> str:
 
 
 def _groups(view: AdapterView) -> dict[str, ModuleKeys]:
-    """Group the family's keys by module."""
     groups: dict[str, ModuleKeys] = {}
     for key in view.keys:
         match = _KEY.fullmatch(module_key(key))
@@ -140,98 +164,82 @@ def _has_tied_copy(view: AdapterView, groups: dict[str, ModuleKeys]) -> bool:
     heads = [g for g in groups.values() if view.is_head(g.module) and "lora_A" in g.keys]
     if not view.tie or len(embeddings) != 1 or len(heads) != 1:
         return False
-    a, b = _factors(view, embeddings[0])
-    head_a, head_b = _factors(view, heads[0])
-    return same_transposed(view.file, a, head_b) and same_transposed(view.file, b, head_a)
+    own, head = _factors(view, embeddings[0]), _factors(view, heads[0])
+    pairs = ((own.a, head.b), (own.b, head.a))
+    return all(same_transposed(view.stored(a.name), view.stored(b.name)) for a, b in pairs)
 
 
 def _layer(
     view: AdapterView,
     group: ModuleKeys,
-    factors: tuple[TensorInfo, TensorInfo],
+    pair: FactorPair,
     tied_copy: bool,
     mismatches: list[str],
 ) -> Iterator[Claim]:
     """Yield the claims of one layer; append shapes that do not match to `mismatches`."""
-    a, b = factors
-    embedding = "lora_embedding_A" in group.keys
+    module, embedding = group.module, "lora_embedding_A" in group.keys
     parameter = "weight"
-    if not embedding and not view.find(group.module):
-        parameter = "in_proj_weight" if view.find(group.module, "in_proj_weight") else "weight"
-    if is_embedding(group.module) and _is_shared_by_stacks(view):
-        raise _encoder_decoder_error(view, group.module)
-    target = view.need(group.module, parameter)
-    view.require_plain(group.module)
-    shape = _shape(view, group, target)
-    if embedding and _may_be_tied(view, group.module, shape):
+    if not embedding and not view.find(module):
+        parameter = "in_proj_weight" if view.find(module, "in_proj_weight") else "weight"
+    _check_stacks(view, module)
+    target = view.need(module, parameter)
+    view.require_plain(module)
+    shape = view.shape(target)
+    if is_embedding(module) or is_head(module):
+        # PEFT may save the base's weight with the factors (resized vocabularies).
+        copies = (f"{prefix}{group.raw}.base_layer.weight" for prefix in ("base_model.model.", ""))
+        shape = next((view.keys[key].shape for key in copies if key in view.keys), shape)
+    if (
+        embedding
+        and view.tie is None
+        and shape[0] == view.base_config.get("vocab_size")
+        and not is_embedding(module)
+        and not any(is_head(name.removesuffix(".weight")) for name in view.sources)
+        and has_head(view.base_config)
+    ):
         raise InputRefused(
-            f"{view.path} has LoRA on {group.module}, which may be an embedding tied to the head: "
+            f"{view.path} has LoRA on {module}, which may be an embedding tied to the head: "
             "the base stores no head",
             hint="serve it unmerged, or train it without the embeddings in target_modules",
         )
-    left, right = _oriented(view, group, shape, a, b)
-    scaling = view.config.scaling(view.config.pattern_name(group.module))
-    term = Term(
-        adapter=view.index, left=left, right=right, scaling=scaling, factor=view.factor(scaling)
-    )
-    columns = matrix_columns(shape)
+    left, right = _oriented(view, group, shape, pair)
+    scaling = view.config.scaling(view.config.pattern_name(module))
+    term, columns = view.term(left, right, scaling), matrix_columns(shape)
     if (shape[0], columns) != term.shape:
         mismatches.append(f"{target}: base {list(shape)}, adapter {list(term.shape)}")
         return
-    claim = Claim(
-        keys=(a.name, b.name), module=group.module, target=target, columns=columns, terms=(term,)
-    )
-    both = embedding and bool(view.tie) and (tied_copy or view.config.ties(group.module))
+    keys = (pair.a.name, pair.b.name)
+    claim = Claim(keys=keys, module=module, target=target, columns=columns, terms=(term,))
+    both = embedding and bool(view.tie) and (tied_copy or view.config.ties(module))
     yield replace(_variant(view, group, claim), both=both)
     if "lora_B.bias" in group.keys:
         yield _bias(view, group, scaling)
     elif view.config.raw.get("lora_bias") and not embedding:
-        raise _incomplete(view, "lora_bias", group.module, "lora_B.bias")
+        raise _incomplete(view, "lora_bias", module, "lora_B.bias")
 
 
-def _is_shared_by_stacks(view: AdapterView) -> bool:
-    """Return whether encoder and decoder share an embedding; Whisper's decoder has its own."""
-    both = bool(view.base_config.get("is_encoder_decoder"))
+def _check_stacks(view: AdapterView, module: str) -> None:
+    """Refuse an embedding that encoder, decoder and head share: PEFT adapts only one use.
+
+    Whisper's decoder has its own.
+    """
+    if not is_embedding(module) or not view.base_config.get("is_encoder_decoder"):
+        return
     tables = [name for name in view.sources if is_embedding(name.removesuffix(".weight"))]
-    return both and not all(".decoder." in f".{name}" for name in tables)
+    if not all(".decoder." in f".{name}" for name in tables):
+        raise InputRefused(
+            f"{view.path} has LoRA on {module}, whose embedding is shared by encoder and decoder: "
+            + (
+                "neither uses it by this name, so the factors had no effect in training"
+                if module.rpartition(".")[2] == "shared"
+                else "a merge would need separate embeddings, which most programs do not load"
+            ),
+            hint="train it without the embeddings in target_modules; train new words with "
+            "trainable_token_indices, which can be merged",
+        )
 
 
-def _encoder_decoder_error(view: AdapterView, module: str) -> InputRefused:
-    """Return the error: encoder, decoder and head share an embedding, but PEFT adapts only one."""
-    return InputRefused(
-        f"{view.path} has LoRA on {module}, whose embedding is shared by encoder and decoder: "
-        + (
-            "neither uses it by this name, so the factors had no effect in training"
-            if module.rpartition(".")[2] == "shared"
-            else "a merge would need separate embeddings, which most programs do not load"
-        ),
-        hint="train it without the embeddings in target_modules; train new words with "
-        "trainable_token_indices, which can be merged",
-    )
-
-
-def _may_be_tied(view: AdapterView, module: str, shape: tuple[int, ...]) -> bool:
-    """Return whether an embedding with an unknown name may be tied to a head without weights."""
-    words = shape[0] == view.base_config.get("vocab_size")
-    unknown = view.tie is None and words and not is_embedding(module)
-    headless = not any(is_head(name.removesuffix(".weight")) for name in view.sources)
-    return unknown and headless and has_head(view.base_config)
-
-
-def _has_copy(module: str) -> bool:
-    """Return whether PEFT may save the base's weight with the factors (resized vocabularies)."""
-    return is_embedding(module) or is_head(module)
-
-
-def _shape(view: AdapterView, group: ModuleKeys, target: str) -> tuple[int, ...]:
-    """Return the shape of the weight that the factors change: the adapter's copy, if any."""
-    for prefix in ("base_model.model.", "") if _has_copy(group.module) else ():
-        if info := view.keys.get(f"{prefix}{group.raw}.base_layer.weight"):
-            return info.shape
-    return view.shape(target)
-
-
-def _factors(view: AdapterView, group: ModuleKeys) -> tuple[TensorInfo, TensorInfo]:
+def _factors(view: AdapterView, group: ModuleKeys) -> FactorPair:
     """Return A and B; raise InputRefused if one is missing or has an unsupported dtype or shape."""
     embedding = "lora_embedding_A" in group.keys or "lora_embedding_B" in group.keys
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -241,36 +249,39 @@ def _factors(view: AdapterView, group: ModuleKeys) -> tuple[TensorInfo, TensorIn
             hint="the adapter is incomplete; export it again with save_pretrained",
         )
     a, b = (view.keys[group.keys[name]] for name in names)
-    for info in (a, b):
-        if info.dtype not in ("F32", "F16", "BF16"):
-            raise InputRefused(
-                f"{view.path}: {info.name} has the unsupported dtype {info.dtype}",
-                hint="save the adapter in float32, float16 or bfloat16",
-            )
+    view.require_float(a.name)
+    view.require_float(b.name)
     if len(a.shape) != len(b.shape) or not 2 <= len(a.shape) <= 5 or 0 in (*a.shape, *b.shape):
         raise InputRefused(
             f"{view.path}: {group.module} has invalid LoRA shapes (lora_A {list(a.shape)},"
             f" lora_B {list(b.shape)})",
             hint="sharded training may save empty or flat tensors: gather them before saving",
         )
-    return a, b
+    return FactorPair(group.raw, a, b)
 
 
 def _oriented(
-    view: AdapterView, group: ModuleKeys, shape: tuple[int, ...], a: TensorInfo, b: TensorInfo
+    view: AdapterView, group: ModuleKeys, shape: tuple[int, ...], pair: FactorPair
 ) -> tuple[MatrixView, MatrixView]:
     """Return (left, right) in the layout of the base's weight."""
+    a, b, module = pair.a, pair.b, group.module
     a_blocks, b_blocks = _blocks(view, group)
     right = MatrixView(stored=view.stored(a.name), height=a.shape[0], blocks=a_blocks)
     left = MatrixView(stored=view.stored(b.name), height=b.shape[0], blocks=b_blocks)
-    _check_rank(view, group.module, right.shape[0], left.shape[1])
+    rank = view.config.rank(view.config.pattern_name(module))
+    if not right.shape[0] == left.shape[1] == rank:
+        raise InputRefused(
+            f"{view.path}: {module} has rank {right.shape[0]} in lora_A and {left.shape[1]} in "
+            f"lora_B, but {rank} in adapter_config.json",
+            hint="configuration and weights are from different trainings; export both together",
+        )
     if len(a.shape) > 2 and math.prod(b.shape[2:]) != 1:
         raise InputRefused(
             f"{view.path}: {b.name} is not a 1x1 convolution, as in PEFT",
             hint="export the adapter again with PEFT's save_pretrained",
         )
     embedding = "lora_embedding_A" in group.keys
-    if embedding or (len(a.shape) == 2 and _is_transposed(view, group.module, shape, left, right)):
+    if embedding or (len(a.shape) == 2 and _is_transposed(view, module, shape, left, right)):
         return right.transpose, left.transpose
     return left, right
 
@@ -288,31 +299,22 @@ def _blocks(view: AdapterView, group: ModuleKeys) -> tuple[int, int]:
     return 1, 1
 
 
-def _check_rank(view: AdapterView, module: str, a: int, b: int) -> None:
-    rank = view.config.rank(view.config.pattern_name(module))
-    if not a == b == rank:
-        raise InputRefused(
-            f"{view.path}: {module} has rank {a} in lora_A and {b} in lora_B,"
-            f" but {rank} in adapter_config.json",
-            hint="configuration and weights are from different trainings; export both together",
-        )
-
-
 def _variant(view: AdapterView, group: ModuleKeys, claim: Claim) -> Claim:
     """Return the claim, changed to DoRA's or KaSA's if the module has their keys."""
     (term,) = claim.terms
-    _check_settings(view, group)
+    for part, setting in _SETTINGS.items():
+        if part in group.keys and not view.config.raw.get(setting):
+            raise InputRefused(
+                f"{view.path}: {group.module} has {part}, but adapter_config.json does not set "
+                f"{setting}, without which PEFT ignores it",
+                hint=f"set {setting} if the adapter was trained with it; else export it again",
+            )
     # These scale the base too, so the adapter's weight applies to the whole change.
     plain = replace(term, factor=term.scaling)
     if magnitude := group.keys.get("lora_magnitude_vector"):
-        return replace(
-            claim,
-            keys=(*claim.keys, magnitude),
-            terms=(),
-            change=Dora(
-                term=plain, magnitude=view.stored(magnitude), by_column=term.left.transposed
-            ),
-        )
+        stored = view.stored(magnitude)
+        dora = Dora(term=plain, magnitude=stored, by_column=term.left.transposed)
+        return replace(claim, keys=(*claim.keys, magnitude), terms=(), change=dora)
     if view.config.raw.get("use_dora"):
         raise _incomplete(view, "use_dora", claim.module, "lora_magnitude_vector")
     if diagonal := group.keys.get("lora_diag"):
@@ -321,17 +323,6 @@ def _variant(view: AdapterView, group: ModuleKeys, claim: Claim) -> Claim:
     if view.config.raw.get("kasa_config") and not is_head(claim.module):
         raise _incomplete(view, "kasa_config", claim.module, "lora_diag")
     return claim
-
-
-def _check_settings(view: AdapterView, group: ModuleKeys) -> None:
-    """Refuse weights without the setting that makes PEFT load them."""
-    for part, setting in _SETTINGS.items():
-        if part in group.keys and not view.config.raw.get(setting):
-            raise InputRefused(
-                f"{view.path}: {group.module} has {part}, but adapter_config.json does not set "
-                f"{setting}, without which PEFT ignores it",
-                hint=f"set {setting} if the adapter was trained with it; else export it again",
-            )
 
 
 def _incomplete(view: AdapterView, setting: str, module: str, key: str) -> InputRefused:
@@ -352,9 +343,7 @@ def _bias(view: AdapterView, group: ModuleKeys, scaling: float) -> Claim:
             hint="PEFT cannot merge this either: serve the adapter unmerged, or train it without "
             "lora_bias",
         )
-    part = MatrixView(stored=view.stored(key), height=shape[0])
-    factor = view.factor(scaling)
-    term = Term(adapter=view.index, left=part, right=None, scaling=scaling, factor=factor)
+    term = view.term(MatrixView(stored=view.stored(key), height=shape[0]), None, scaling)
     return Claim(keys=(key,), module=group.module, target=target, columns=1, terms=(term,))
 
 
@@ -377,3 +366,157 @@ def _is_transposed(
         f"{kind or 'this model'!r} stores weights transposed is unknown",
         hint="set fan_in_fan_out to false in adapter_config.json if its layers are nn.Linear",
     )
+
+
+def _pieces(view: AdapterView, pairs: Mapping[str, FactorPair], roles: set[str]) -> Iterator[Claim]:
+    """Yield the claims of layers that the base stores in one tensor, such as a fused query and key.
+
+    Raises InputRefused for shapes that do not fit, and for more than plain factors.
+    """
+    if others := sorted(roles - {"lora_A", "lora_B"}):
+        raise _no_piece(view, f"{others[0]} on layers that the base stores in one tensor")
+    heights = {f"{module}.weight": pair.b.shape[0] for module, pair in pairs.items()}
+    for module, pair in pairs.items():
+        name, config, a, b = f"{module}.weight", view.config, pair.a, pair.b
+        piece = view.names.piece(name)
+        assert piece is not None  # noqa: S101 - checked by the caller
+        rows, columns = view.shape(piece.tensor)
+        first = _first_row(piece, name, heights, rows)
+        rank = config.rank(config.pattern_name(module))
+        if first is None:
+            raise _no_piece(view, f"{module}: where its rows of {piece.tensor} begin is unknown")
+        if first + b.shape[0] > rows or (a.shape, b.shape[1]) != ((rank, columns), rank):
+            raise _no_piece(
+                view,
+                f"{module} (lora_A {list(a.shape)}, lora_B {list(b.shape)}, rank {rank}) does not "
+                f"fit {piece.tensor} [{rows}, {columns}]",
+            )
+        left = MatrixView(stored=view.stored(b.name), height=b.shape[0])
+        right = MatrixView(stored=view.stored(a.name), height=a.shape[0])
+        term = view.term(left, right, config.scaling(config.pattern_name(module)), first)
+        yield Claim(
+            keys=(a.name, b.name),
+            module=module,
+            target=piece.tensor,
+            columns=columns,
+            terms=(term,),
+            piece=True,
+        )
+
+
+def _first_row(
+    piece: SplitParameter, name: str, heights: Mapping[str, int], rows: int
+) -> int | None:
+    """Return the first row of a piece; None if it depends on layers that the adapter lacks."""
+    place = piece.names.index(name)
+    if piece.equal:
+        each, rest = divmod(rows, len(piece.names))
+        return place * each if not rest and heights[name] == each else rows
+    before, after = piece.names[:place], piece.names[place:]
+    if all(other in heights for other in before):
+        return sum(heights[other] for other in before)
+    if all(other in heights for other in after):
+        return rows - sum(heights[other] for other in after)
+    return None
+
+
+def _no_piece(view: AdapterView, what: str) -> InputRefused:
+    return InputRefused(
+        f"{view.path}: {what}, which cannot be merged",
+        hint="check that the adapter was trained on this base; else serve it unmerged with PEFT",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dora:
+    """m · (W + s·BA) / ‖W + s·BA‖, in float64 (Liu et al., "DoRA", 2024, equation 5)."""
+
+    term: Term
+    magnitude: StoredTensor
+    by_column: bool
+    """True if the base stores (in, out), so that norms are of columns."""
+    whole: bool = False
+    by_row: bool = True
+
+    def held_elements(self, output: MergedTensor) -> int:
+        """Return the peak number of float64 elements in memory."""
+        return self.term.rank * sum(self.term.shape) + 2 * (output.rows + output.columns)
+
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
+        """Return a function that computes rows; column norms need a pass over the tensor first."""
+        width = output.columns if self.by_column else output.rows
+        count = math.prod(self.magnitude.shape)
+        magnitude = files.rows(self.magnitude.path, self.magnitude.info, 0, 1, count)[0]
+        if len(magnitude) != width:
+            raise InputRefused(
+                f"{self.magnitude.info.name} has {len(magnitude)} elements, but {output.name} "
+                f"needs {width}",
+                hint="the adapter was trained on another model",
+            )
+        target, add = magnitude.astype("float64"), adder(self.term, files)
+        lengths = None
+        if self.by_column:
+            step = max(1, _PASS // output.columns)
+            parts = (
+                _sum(output, files, add, start, min(step, output.rows - start))
+                for start in range(0, output.rows, step)
+            )
+            lengths = sum((part * part).sum(0) for part in parts) ** 0.5
+
+        def rows(first: int, count: int) -> np.ndarray:
+            total = _sum(output, files, add, first, count)
+            if lengths is not None:
+                total *= target / lengths
+            else:
+                norms = (total * total).sum(1) ** 0.5
+                total *= (target[first : first + count] / norms)[:, None]
+            return total
+
+        return rows
+
+
+def _sum(output: MergedTensor, files: Files, add: Adder, first: int, count: int) -> np.ndarray:
+    total = output.source.rows(files, first, count, output.columns).astype("float64")
+    add(total, first)
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kasa:
+    """W - U_r S_r V_r + s · B diag(d) A in float64 (Wang et al., "KaSA", 2024, section 3).
+
+    PEFT truncates W when it loads the adapter, so the truncation is part of the adapter.
+    """
+
+    term: Term
+    diagonal: StoredTensor
+    whole: bool = True
+    by_row: bool = False
+
+    def held_elements(self, output: MergedTensor) -> int:
+        """Return the peak number of float64 elements in memory."""
+        return 5 * output.rows * output.columns
+
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
+        """Return a function that computes rows."""
+        from numpy.linalg import svd
+
+        rank, right = self.term.rank, self.term.right
+        if right is None or rank >= min(output.rows, output.columns):
+            raise InputRefused(
+                f"KaSA's rank {rank} is not below that of {output.name}",
+                hint="the adapter was trained on another model",
+            )
+        stored = files.rows(self.diagonal.path, self.diagonal.info, 0, 1, rank)[0]
+        gains = stored.astype("float64") * self.term.factor
+        left = files.matrix(self.term.left).astype("float64") * gains
+        other = files.matrix(right).astype("float64")
+
+        def rows(first: int, count: int) -> np.ndarray:
+            weight = output.source.rows(files, 0, output.rows, output.columns).astype("float64")
+            u, s, v = svd(weight, full_matrices=False)
+            weight -= (u[:, -rank:] * s[-rank:]) @ v[-rank:]
+            weight += left @ other
+            return weight[first : first + count]
+
+        return rows

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterator
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
+from weightsmith.merging.claim import TASKS, AdapterView, Claim, Family, Variant
 from weightsmith.merging.duplicates import same_bytes
 from weightsmith.merging.names import module_key, plain_module
 from weightsmith.merging.outputs import StoredTensor
-from weightsmith.merging.tasks import TASKS
-from weightsmith.merging.tying import is_embedding, is_head
+from weightsmith.merging.tying import Tie, is_embedding, is_head
 
 _WRAPPED = re.compile(r"\.(?:modules_to_save(?:\.[^.]+)?|original_module)$")
 _OTHERS = re.compile(r".*(?:lora_|trainable_tokens_delta|ln_tuning_layers).*")
@@ -67,12 +66,8 @@ def _is_expected(view: AdapterView, key: str, module: str) -> bool:
         return is_head(module) and f"{key.rpartition('.')[0]}.weight" in view.keys
     if parameter == "weight" and (is_embedding(module) or is_head(module)):
         return True
-    return owner.endswith(".base_layer") and _has_all_words(view, module, parameter)
-
-
-def _has_all_words(view: AdapterView, module: str, parameter: str) -> bool:
-    """Return whether it is an embedding or head by another name, which PEFT saves whole."""
-    target = view.find(module, parameter)
+    target = view.find(module, parameter) if owner.endswith(".base_layer") else ""
+    # An embedding or head by another name, which PEFT saves whole.
     return bool(target) and view.shape(target)[:1] == (view.base_config.get("vocab_size"),)
 
 
@@ -87,16 +82,14 @@ def _is_redundant(view: AdapterView, key: str, module: str, parameter: str) -> b
     if other == key or other not in view.keys:
         return False
     original = ".original_module." in key
-    return original or same_bytes(view.file, view.keys[key], view.keys[other])
+    return original or same_bytes(view.stored(key), view.stored(other))
 
 
 def _is_unchanged(view: AdapterView, key: str, module: str) -> bool:
     """Return whether it is the base's own weight, which PEFT saves with an embedding's factors."""
     target = view.find(module) if key.endswith(".base_layer.weight") else ""
     source = view.source(target) if target else None
-    if not isinstance(source, StoredTensor):
-        return False
-    return same_bytes(view.file, view.keys[key], source.info, source.path)
+    return isinstance(source, StoredTensor) and same_bytes(view.stored(key), source)
 
 
 def _is_saved(view: AdapterView, module: str) -> bool:
@@ -114,15 +107,21 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
     target = view.find(module, parameter)
     # A batch norm's counters are integers in both.
     counted = target in view.sources and info.dtype == view.sources[target].dtype
-    if info.dtype not in ("F32", "F16", "BF16") and not counted:
+    if not counted:
+        view.require_float(key)
+    stacks = parameter == "weight" and view.base_config.get("is_encoder_decoder")
+    if stacks and module.rpartition(".")[2] == "shared" and _is_saved(view, module):
+        source = view.sources[view.need(module)]
+        if isinstance(source, StoredTensor) and same_bytes(view.stored(key), source):
+            return Claim(keys=(key,), module=module)
         raise InputRefused(
-            f"{view.path}: {key} has the unsupported dtype {info.dtype}",
-            hint="save the adapter in float32, float16 or bfloat16",
+            f"{view.path} has {module} (modules_to_save), but encoder and decoder use it by other "
+            "names: it had no effect in training",
+            hint="remove it from modules_to_save and from the file if it was not intended; train "
+            "new words with trainable_token_indices",
         )
-    if parameter == "weight" and _is_unused_table(view, module):
-        return _unused_table(view, key, module)
     if view.tie and parameter == "weight" and (is_embedding(module) or view.is_head(module)):
-        return _tied(view, key, owner, module)
+        return _tied(view, view.tie, key, owner, module)
     if not target and str(view.config.raw.get("task_type")) in TASKS and _is_saved(view, module):
         return Claim(
             keys=(key,),
@@ -141,36 +140,17 @@ def _one(view: AdapterView, key: str, owner: str, module: str, parameter: str) -
     return Claim(keys=(key,), module=module, target=target, replacement=view.stored(key))
 
 
-def _is_unused_table(view: AdapterView, module: str) -> bool:
-    """Return whether it is an encoder-decoder's `shared` table, by a name that no stack uses."""
-    both = bool(view.base_config.get("is_encoder_decoder"))
-    return both and module.rpartition(".")[2] == "shared" and _is_saved(view, module)
-
-
-def _unused_table(view: AdapterView, key: str, module: str) -> Claim:
-    """Return a claim without effect: encoder and decoder do not use PEFT's copy of the table."""
-    source, info = view.sources[view.need(module)], view.keys[key]
-    if isinstance(source, StoredTensor) and same_bytes(view.file, info, source.info, source.path):
-        return Claim(keys=(key,), module=module)
-    raise InputRefused(
-        f"{view.path} has {module} (modules_to_save), but encoder and decoder use it by other "
-        "names: it had no effect in training",
-        hint="remove it from modules_to_save and from the file if it was not intended; train new "
-        "words with trainable_token_indices",
-    )
-
-
-def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:
+def _tied(view: AdapterView, tie: Tie, key: str, owner: str, module: str) -> Claim:
     """Return the claim of a tensor for a tied embedding or head.
 
     Equal tensors for both keep them tied; different ones, or one trained alone
     (`modules_to_save`), untie them.
     """
-    tie = view.tie
-    assert tie is not None  # noqa: S101 - checked by the caller
-    other = _counterpart(view, key, is_embedding(module))
+    # The head's key for an embedding, the embedding's for a head.
+    judge = view.is_head if is_embedding(module) else is_embedding
+    other = next((k for k, m in _weights(view) if k != key and judge(m)), "")
     _check_shape(view, key, module, tie.embedding)
-    if other and same_bytes(view.file, view.keys[key], view.keys[other]):
+    if other and same_bytes(view.stored(key), view.stored(other)):
         if view.is_head(module):
             return Claim(keys=(key,), module=module)
         alone = False
@@ -188,16 +168,12 @@ def _tied(view: AdapterView, key: str, owner: str, module: str) -> Claim:
     )
 
 
-def _counterpart(view: AdapterView, key: str, embedding: bool) -> str:
-    """Return the head's key for an embedding, the embedding's for a head, or ""."""
-    for other in view.keys:
-        name = module_key(other)
-        owner, _, parameter = name.rpartition(".")
-        module = plain_module(owner.removesuffix(".token_adapter.base_layer"))
-        right = view.is_head(module) if embedding else is_embedding(module)
-        if other != key and right and parameter == "weight" and not _OTHERS.fullmatch(name):
-            return other
-    return ""
+def _weights(view: AdapterView) -> Iterator[tuple[str, str]]:
+    """Yield keys of weights, and their modules."""
+    for key in view.keys:
+        owner, _, parameter = module_key(key).rpartition(".")
+        if parameter == "weight" and not _OTHERS.fullmatch(module_key(key)):
+            yield key, plain_module(owner.removesuffix(".token_adapter.base_layer"))
 
 
 def _check_shape(view: AdapterView, key: str, module: str, target: str) -> None:

@@ -45,7 +45,14 @@ FAMILY = Family(
 
 
 def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Claim:
-    _check_bias(view, module)
+    tie = view.tie or view.apart
+    owner = tie.head.removesuffix(".weight") if tie and is_embedding(module) else module
+    if is_head(owner) and view.find(owner, "bias"):
+        raise InputRefused(
+            f"{view.path} trains tokens of {owner}, whose bias PEFT ignores for such adapters: a "
+            "merged model would differ from the trained one",
+            hint="serve it unmerged with PEFT, or train the rows with modules_to_save",
+        )
     places = _places(view, module)
     info = view.keys[key]
     head = bool(view.tie) and view.is_head(module)
@@ -62,24 +69,12 @@ def _one(view: AdapterView, module: str, key: str, found: dict[str, str]) -> Cla
     both = bool(view.tie) and is_embedding(module)
     others = [m for m in found if (is_embedding(m) if head else view.is_head(m))]
     if others and (head or both):
-        other = found[others[0]]
-        both = places == _places(view, others[0]) and same_bytes(view.file, info, view.keys[other])
+        stored = view.stored(key), view.stored(found[others[0]])
+        both = places == _places(view, others[0]) and same_bytes(*stored)
         if both and head:
             return Claim(keys=(key,), module=module)
     patch = Patch(adapter=view.index, places=places, stored=view.stored(key))
     return Claim(keys=(key,), module=module, target=target, patch=patch, both=both)
-
-
-def _check_bias(view: AdapterView, module: str) -> None:
-    """Refuse a head with a bias, which PEFT's layer for trained tokens ignores."""
-    tie = view.tie or view.apart
-    head = tie.head.removesuffix(".weight") if tie and is_embedding(module) else module
-    if is_head(head) and view.find(head, "bias"):
-        raise InputRefused(
-            f"{view.path} trains tokens of {head}, whose bias PEFT ignores for such adapters: a "
-            "merged model would differ from the trained one",
-            hint="serve it unmerged with PEFT, or train the rows with modules_to_save",
-        )
 
 
 def _places(view: AdapterView, module: str) -> tuple[int, ...]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.merging.claim import AdapterView, Claim, Family, Variant
-from weightsmith.merging.layer import BaseLayer
-from weightsmith.merging.names import is_conv1d, module_key
-from weightsmith.merging.outputs import StoredTensor, TensorSource
-from weightsmith.merging.tuned import BIASED, Tuned
+from weightsmith.merging.names import is_conv1d, module_key, plain_key
+from weightsmith.merging.outputs import (
+    BaseLayer,
+    Files,
+    MergedTensor,
+    Rows,
+    StoredTensor,
+    TensorSource,
+)
 from weightsmith.merging.tying import is_embedding
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _OWN = {
     "ADALORA": "AdaLoRA",
@@ -55,17 +66,38 @@ _ORDERED = ("TINYLORA", "UNILORA")
 _NORM = "LN_TUNING"
 _WHOLE = frozenset({"base_layer", "modules_to_save", "original_module"})
 """Parts of keys of whole tensors, which the family `replaced` handles."""
+_BY_ROWS = {
+    "ADALORA": ("lora_B",),
+    "HIRA": ("hira_B",),
+    "IA3": ("ia3_l",),
+    "LOHA": ("hada_w1_a", "hada_w2_a"),
+}
+"""Tuners that change each row of a linear layer independently -> their tensors with one row each.
+They are merged some rows at a time, which halves the CPU time, because blocks stay in cache."""
+BIASED = frozenset({"BEFT", "GLORA", "IA3", "ROAD"})
+"""Tuners that also change a layer's bias."""
+_BLOCK = 1 << 22
+"""float64 elements that some rows take, rounded up."""
+_IMPORTS = (270 << 20) // 8
+"""float64 elements that the import of torch and PEFT takes."""
 
 
 def _claim(view: AdapterView) -> Iterator[Claim]:
     if view.config.kind == _NORM:
-        yield from _norms(view)
+        for key in view.keys:
+            name, _, parameter = module_key(key).rpartition(".")
+            name = name.removesuffix(".ln_tuning_layers")
+            target, whole = view.need(name, parameter), view.stored(key)
+            yield Claim(keys=(key,), module=name, target=target, replacement=whole)
         return
-    modules, rest = _by_module(view)
-    kind = view.config.kind
+    modules, rest, kind = *_by_module(view), view.config.kind
     shared = kind in _SHARED
     if shared and not modules:
-        modules = dict.fromkeys(_targeted(view), ())
+        # Tuners without tensors per module change what the configuration targets.
+        tied = [view.tie.head] if view.tie and view.tie.head not in view.sources else []
+        stored = [name for name in view.sources if name.endswith(".weight")]
+        names = [name.removesuffix(".weight") for name in (*stored, *tied)]
+        modules = dict.fromkeys(filter(view.config.targets, names), ())
     if not modules:
         raise InputRefused(
             f"{view.path} does not change any module of the base",
@@ -75,29 +107,31 @@ def _claim(view: AdapterView) -> Iterator[Claim]:
     every = tuple(sorted((*(key for keys in modules.values() for key in keys), *rest)))
     for number, (module, keys) in enumerate(modules.items()):
         own = keys + (rest if shared and not number else ())
-        tuned: dict[str, Any] = {
-            "layer": layers[module],
-            "base": _base(view, module),
-            "keys": tuple(view.stored(key) for key in keys),
-            "raw": _raw(view, keys),
-            "file": view.file,
-            "shared": tuple(layers.values()) if shared else (),
-            "shared_keys": every if shared else (),
-            "folder": _folder(view, module) if kind in _ORDERED else None,
-        }
+        source = view.source(view.need(module)) if kind in _ORDERED else None
+        tuned = partial(
+            Tuned,
+            layer=layers[module],
+            base=_base(view, module),
+            keys=tuple(view.stored(key) for key in keys),
+            raw=_raw(view, keys),
+            file=view.file,
+            shared=tuple(layers.values()) if shared else (),
+            shared_keys=every if shared else (),
+            folder=source.path.parent if isinstance(source, StoredTensor) else None,
+        )
         if kind != "BEFT":
             yield Claim(
                 keys=own,
                 module=module,
                 target=view.need(module),
-                change=Tuned(parameter="weight", **tuned),
+                change=tuned(parameter="weight"),
             )
         if kind in BIASED and (bias := view.find(module, "bias")):
             yield Claim(
                 keys=own if kind == "BEFT" else (),
                 module=module,
                 target=bias,
-                change=Tuned(parameter="bias", **tuned),
+                change=tuned(parameter="bias"),
             )
 
 
@@ -117,14 +151,6 @@ def _by_module(view: AdapterView) -> tuple[dict[str, tuple[str, ...]], tuple[str
         elif view.config.kind in _SHARED and not module:
             rest.append(key)
     return modules, tuple(rest)
-
-
-def _targeted(view: AdapterView) -> list[str]:
-    """Return the modules that the configuration targets, for tuners without tensors per module."""
-    stored = [name for name in view.sources if name.endswith(".weight")]
-    tied = [view.tie.head] if view.tie and view.tie.head not in view.sources else []
-    names = [name.removesuffix(".weight") for name in (*stored, *tied)]
-    return [name for name in names if view.config.targets(name)]
 
 
 def _raw(view: AdapterView, keys: tuple[str, ...]) -> str:
@@ -161,35 +187,12 @@ def _layer(view: AdapterView, module: str, keys: tuple[str, ...]) -> BaseLayer:
     kind = kinds[len(shape)]
     if kind == "linear" and is_conv1d(str(view.base_config.get("model_type", "")), module):
         kind = "conv1d"
-    if kind == "linear" and _is_embedding_layer(module, keys):
-        kind = "embedding"
-    return BaseLayer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
-
-
-def _is_embedding_layer(module: str, keys: tuple[str, ...]) -> bool:
-    """Return whether a layer is an embedding, by names, because the shape cannot tell."""
+    # By names, because the shape cannot tell.
     last = module.rpartition(".")[2]
     named = is_embedding(module) or last.endswith(("embeddings", "embed_positions", "wpe"))
-    return named or any("_embedding_" in key for key in keys)
-
-
-def _folder(view: AdapterView, module: str) -> Path | None:
-    """Return the base's folder, whose configuration gives the order of layers."""
-    source = view.source(view.need(module))
-    return source.path.parent if isinstance(source, StoredTensor) else None
-
-
-def _norms(view: AdapterView) -> Iterator[Claim]:
-    """Yield the claims of trained norms, which replace the base's tensors."""
-    for key in view.keys:
-        module, _, parameter = module_key(key).rpartition(".")
-        module = module.removesuffix(".ln_tuning_layers")
-        yield Claim(
-            keys=(key,),
-            module=module,
-            target=view.need(module, parameter),
-            replacement=view.stored(key),
-        )
+    if kind == "linear" and (named or any("_embedding_" in key for key in keys)):
+        kind = "embedding"
+    return BaseLayer(module=module, kind=kind, shape=shape, bias=bool(view.find(module, "bias")))
 
 
 _ALONE = "merged by PEFT's own layer, one base tensor at a time, in float32, rounded once"
@@ -209,3 +212,105 @@ FAMILY = Family(
         Variant(name="LayerNorm tuning", how="the adapter's tensor replaces the base's"),
     ),
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """A layer's weight or bias merged by PEFT in float32, whole or some rows at a time."""
+
+    layer: BaseLayer
+    parameter: str
+    """`weight` or `bias`."""
+    base: tuple[tuple[str, TensorSource], ...]
+    """The layer's parameters by name."""
+    keys: tuple[StoredTensor, ...]
+    """The adapter's tensors for the layer."""
+    raw: str
+    """adapter_config.json."""
+    file: Path
+    shared: tuple[BaseLayer, ...] = ()
+    """All layers of the adapter, if they share tensors."""
+    shared_keys: tuple[str, ...] = ()
+    """Names of all the tuner's tensors, if layers share some."""
+    folder: Path | None = None
+    """The base's folder, if the order of layers matters."""
+
+    by_row: bool = False
+    """False: not to float64 accuracy."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the tensor is computed as one block."""
+        linear = self.parameter == "weight" and self.layer.kind == "linear"
+        return not linear or self._kind not in _BY_ROWS
+
+    @property
+    def _kind(self) -> str:
+        return str(json.loads(self.raw)["peft_type"])
+
+    def held_elements(self, output: MergedTensor) -> int:
+        """Return the peak memory in float64 elements: base, delta and result in float32."""
+        own = sum(stored.info.size for stored in self.keys) // 8
+        return _IMPORTS + own + (3 * output.rows * output.columns if self.whole else _BLOCK)
+
+    def begin(self, output: MergedTensor, files: Files) -> Rows:
+        """Return a function that computes rows, or the whole tensor."""
+        return self._whole(output, files) if self.whole else self._by_rows(output, files)
+
+    def _by_rows(self, output: MergedTensor, files: Files) -> Rows:
+        parts, kept = _BY_ROWS[self._kind], {}
+        cut: dict[str, StoredTensor] = {}
+        for stored in self.keys:
+            key = plain_key(stored.info.name)
+            if stored.shape[0] == output.rows and any(f".{part}" in key for part in parts):
+                cut[key] = stored
+            else:
+                kept[key] = _array(stored, files)
+        (weight,) = (source for name, source in self.base if name == "weight")
+
+        def rows(first: int, count: int) -> np.ndarray:
+            from weightsmith.merging.peft_layers import merge_layer
+
+            adapter = kept | {
+                key: files.rows(stored.path, stored.info, first, count, stored.shape[1])
+                for key, stored in cut.items()
+            }
+            layer = replace(self.layer, shape=(count, output.columns), bias=False)
+            base = {"weight": weight.rows(files, first, count, output.columns)}
+            return merge_layer(layer, self.raw, base, adapter)["weight"]
+
+        return rows
+
+    def _whole(self, output: MergedTensor, files: Files) -> Rows:
+        def rows(first: int, count: int) -> np.ndarray:
+            from weightsmith.merging.peft_layers import merge_layer, merge_shared_layer
+
+            base = {name: _array(source, files) for name, source in self.base}
+            if self.shared:
+                state = (self.file, self.shared_keys)
+                merged = merge_shared_layer(
+                    self.layer, self.shared, self.raw, base, state, self.folder
+                )
+            else:
+                adapter = {plain_key(s.info.name): _array(s, files) for s in self.keys}
+                merged = merge_layer(self.layer, self.raw, base, adapter)
+            # The plan would not write a changed bias of other tuners.
+            if "bias" in base and self._kind not in BIASED:
+                before = base["bias"].reshape(-1).astype(merged["bias"].dtype)
+                if (merged["bias"] != before).any():
+                    raise InputRefused(
+                        f"{self._kind} unexpectedly changes the bias of {self.layer.module}",
+                        hint="serve this adapter unmerged, and report this with the version of "
+                        "PEFT",
+                    )
+            return merged[self.parameter].reshape(output.rows, output.columns)[first:][:count]
+
+        return rows
+
+
+def _array(source: TensorSource, files: Files) -> np.ndarray:
+    """Return a whole tensor in its own dtype."""
+    if isinstance(source, StoredTensor):
+        return files.array(source.path, source.info)
+    count, columns = math.prod(source.shape[:-1]), source.shape[-1]
+    return source.rows(files, 0, count, columns).reshape(source.shape)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from weightsmith.core.errors import InputRefused
+from weightsmith.merging.quantized.layout import Packed
 from weightsmith.merging.quantized.nf4 import decode_blocks
-from weightsmith.merging.quantized.packed import Packed
 from weightsmith.merging.rounding import F32, round_once
 from weightsmith.merging.stream import ARRAY_TYPES
 

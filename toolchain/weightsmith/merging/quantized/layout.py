@@ -3,42 +3,91 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.safe_parse import parse
-from weightsmith.core.values import JsonValue
-from weightsmith.merging.quantized.packed import (
-    DTYPES,
-    FLOAT8,
-    HINT,
-    Packed,
-    ReadBytes,
-    Tensors,
-    modules,
-    part,
-    plain_dtype,
-    some,
-    undecodable,
-)
+from weightsmith.core.values import Json, JsonValue
 from weightsmith.models.safetensors import TensorInfo
 
+Tensors = Mapping[str, TensorInfo]
+ReadBytes = Callable[[TensorInfo], bytes]
+"""Reads a small tensor's bytes."""
 
-def compressed(
-    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, read: ReadBytes
-) -> Iterator[Packed]:
-    """Yield the weights that compressed-tensors stores."""
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+HINT = "merge onto the original 16-bit checkpoint instead"
+_ACTIVATION = (
+    *("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale"),
+    *("input_zero_point", "input_global_scale", "input_scale_ub"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """One quantized weight."""
+
+    name: str
+    """Its name in an unquantized checkpoint."""
+    scheme: str
+    """A key of `decode.DECODERS`."""
+    shape: tuple[int, ...]
+    dtype: str
+    """Safetensors dtype of the dequantized weight."""
+    parts: Mapping[str, TensorInfo]
+    """Part -> stored tensor; `weight` has the codes, and its position in the file is used."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """What a quantized checkpoint says of its weights."""
+
+    config: Mapping[str, JsonValue]
+    settings: Mapping[str, Any]
+    """The `quantization_config`."""
+    tensors: Tensors
+    read: ReadBytes
+
+    def modules(self, suffix: str) -> list[str]:
+        """Return the names of modules with a tensor of this suffix."""
+        return [name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)]
+
+    def part(self, name: str) -> TensorInfo:
+        """Return a tensor; raise InputRefused if it is missing."""
+        if name not in self.tensors:
+            raise _undecodable(f"{name} is missing")
+        return self.tensors[name]
+
+    def some(self, module: str, **names: str) -> dict[str, TensorInfo]:
+        """Return those of a module's optional parts that exist."""
+        found = {part: self.tensors.get(f"{module}.{name}") for part, name in names.items()}
+        return {part: info for part, info in found.items() if info}
+
+    def dtype(self, fallback: str = "BF16") -> str:
+        """Return the configuration's dtype of unquantized weights."""
+        text = self.config.get("text_config")
+        nested = text.get("dtype", text.get("torch_dtype")) if isinstance(text, Mapping) else None
+        stated = self.config.get("dtype", self.config.get("torch_dtype", nested))
+        return DTYPES.get(str(stated).removeprefix("torch."), fallback)
+
+
+def _undecodable(what: str) -> InputRefused:
+    return InputRefused(f"the quantized base cannot be dequantized: {what}", hint=HINT)
+
+
+def _compressed(stored: _Stored) -> Iterator[Packed]:
+    settings, tensors = stored.settings, stored.tensors
     if (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise undecodable("sparse weights are not supported")
-    dtype = plain_dtype(config)
-    for module in modules(tensors, ".weight_packed"):
+        raise _undecodable("sparse weights are not supported")
+    for module in stored.modules(".weight_packed"):
         packed = tensors[f"{module}.weight_packed"]
-        scale = part(tensors, f"{module}.weight_scale")
+        scale = stored.part(f"{module}.weight_scale")
         parts = {"weight": packed, "scale": scale}
-        parts |= some(
-            tensors,
+        parts |= stored.some(
             module,
             zeros="weight_zero_point",
             groups="weight_g_idx",
@@ -46,83 +95,28 @@ def compressed(
             shape="weight_shape",
         )
         if packed.dtype == "I32":
-            shape = _int64s(read(part(tensors, f"{module}.weight_shape")))
-            bits = _bits(packed.shape[-1], shape[-1], module)
-            yield Packed(
-                name=f"{module}.weight",
-                scheme="ct-packed",
-                shape=shape,
-                dtype=dtype,
-                parts=parts,
-                options={"bits": bits},
-            )
+            data = stored.read(stored.part(f"{module}.weight_shape"))
+            shape = struct.unpack(f"<{len(data) // 8}q", data[: len(data) // 8 * 8])
+            scheme, options = "ct-packed", {"bits": _bits(packed.shape[-1], shape[-1], module)}
         elif packed.dtype == "U8" and scale.dtype == "F8_E4M3" and "global_scale" in parts:
             shape = (*packed.shape[:-1], packed.shape[-1] * 2)
-            yield Packed(
-                name=f"{module}.weight", scheme="nvfp4", shape=shape, dtype=dtype, parts=parts
-            )
+            scheme, options = "nvfp4", {}
         else:
-            raise undecodable(f"{packed.name} has the unsupported packed dtype {packed.dtype}")
-    for name, info in tensors.items():
-        if name.endswith(".weight") and info.dtype in ("I8", *FLOAT8):
-            yield _scaled(name, info, tensors, dtype, _block_structure(settings))
-
-
-def _block_structure(settings: Mapping[str, Any]) -> Any:
+            raise _undecodable(f"{packed.name} has the unsupported packed dtype {packed.dtype}")
+        yield Packed(
+            name=f"{module}.weight",
+            scheme=scheme,
+            shape=shape,
+            dtype=stored.dtype(),
+            parts=parts,
+            options=options,
+        )
     groups = (settings.get("config_groups") or {}).values()
     weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
-    return next((w["block_structure"] for w in weights if w.get("block_structure")), None)
-
-
-def fp8(
-    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
-) -> Iterator[Packed]:
-    """Yield the weights stored as 8-bit floats."""
-    block = settings.get("weight_block_size")
+    block = next((w["block_structure"] for w in weights if w.get("block_structure")), None)
     for name, info in tensors.items():
-        if info.dtype in FLOAT8:
-            yield _scaled(name, info, tensors, plain_dtype(config), block)
-
-
-def _scaled(name: str, info: TensorInfo, tensors: Tensors, dtype: str, block: Any = None) -> Packed:
-    """Describe an 8-bit weight with a scale per tensor, row, group or block."""
-    module = name.removesuffix(".weight")
-    stem = f"{module}.weight" if name.endswith(".weight") else name
-    parts = {"weight": info}
-    for suffix in ("_scale_inv", "_scale"):
-        if scale := tensors.get(f"{stem}{suffix}"):
-            parts["scale"] = scale
-            break
-    else:
-        raise undecodable(f"{name} ({info.dtype}) has no scale")
-    parts |= some(tensors, module, zeros="weight_zero_point", groups="weight_g_idx")
-    return Packed(
-        name=name,
-        scheme="scaled",
-        shape=info.shape,
-        dtype=dtype,
-        parts=parts,
-        options={"block": list(block) if block else None},
-    )
-
-
-def mxfp4(
-    config: Mapping[str, JsonValue], _settings: Any, tensors: Tensors, _read: ReadBytes
-) -> Iterator[Packed]:
-    """Yield the experts stored as MXFP4."""
-    for name in modules(tensors, "_blocks"):
-        parts = {"weight": tensors[f"{name}_blocks"], "scale": part(tensors, f"{name}_scales")}
-        shape = parts["weight"].shape
-        if len(shape) != 4 or shape[:3] != parts["scale"].shape:
-            raise undecodable(f"{name}_blocks has the unexpected shape {list(shape)}")
-        # transformers stores experts as (expert, in, out).
-        yield Packed(
-            name=name,
-            scheme="mxfp4",
-            shape=(shape[0], shape[2] * shape[3] * 2, shape[1]),
-            dtype=plain_dtype(config),
-            parts=parts,
-        )
+        if name.endswith(".weight") and info.dtype in ("I8", *FLOAT8):
+            yield _scaled(name, info, stored, block)
 
 
 def _bits(words: int, columns: int, module: str) -> int:
@@ -130,33 +124,67 @@ def _bits(words: int, columns: int, module: str) -> int:
     for bits in range(2, 9):
         if words == -(-columns * bits // 32):
             return bits
-    raise undecodable(f"{module}.weight_packed has {words} words for {columns} columns")
+    raise _undecodable(f"{module}.weight_packed has {words} words for {columns} columns")
 
 
-def _int64s(data: bytes) -> tuple[int, ...]:
-    return tuple(
-        int.from_bytes(data[i : i + 8], "little", signed=True) for i in range(0, len(data), 8)
+def _fp8(stored: _Stored) -> Iterator[Packed]:
+    for name, info in stored.tensors.items():
+        if info.dtype in FLOAT8:
+            yield _scaled(name, info, stored, stored.settings.get("weight_block_size"))
+
+
+def _scaled(
+    name: str, info: TensorInfo, stored: _Stored, block: Sequence[int] | None = None
+) -> Packed:
+    """Describe an 8-bit weight with a scale per tensor, row, group or block."""
+    module = name.removesuffix(".weight")
+    stem = f"{module}.weight" if name.endswith(".weight") else name
+    scales = (stored.tensors.get(f"{stem}{suffix}") for suffix in ("_scale_inv", "_scale"))
+    scale = next(filter(None, scales), None)
+    if scale is None:
+        raise _undecodable(f"{name} ({info.dtype}) has no scale")
+    more = stored.some(module, zeros="weight_zero_point", groups="weight_g_idx")
+    return Packed(
+        name=name,
+        scheme="scaled",
+        shape=info.shape,
+        dtype=stored.dtype(),
+        parts={"weight": info, "scale": scale} | more,
+        options={"block": list(block) if block else None},
     )
 
 
-def gptq(
-    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
-) -> Iterator[Packed]:
-    """Yield the weights that GPTQ quantized."""
-    bits = int(settings.get("bits", 4))
+def _mxfp4(stored: _Stored) -> Iterator[Packed]:
+    for name in stored.modules("_blocks"):
+        weight, scale = stored.tensors[f"{name}_blocks"], stored.part(f"{name}_scales")
+        shape = weight.shape
+        if len(shape) != 4 or shape[:3] != scale.shape:
+            raise _undecodable(f"{name}_blocks has the unexpected shape {list(shape)}")
+        # transformers stores experts as (expert, in, out).
+        yield Packed(
+            name=name,
+            scheme="mxfp4",
+            shape=(shape[0], shape[2] * shape[3] * 2, shape[1]),
+            dtype=stored.dtype(),
+            parts={"weight": weight, "scale": scale},
+        )
+
+
+def _gptq(stored: _Stored) -> Iterator[Packed]:
+    settings, bits = stored.settings, int(stored.settings.get("bits", 4))
     form = str(settings.get("checkpoint_format", "gptq"))
     if form not in ("gptq", "gptq_v2"):
-        raise undecodable(f"unsupported GPTQ format {form!r}, packed for one kernel")
-    for module in modules(tensors, ".qweight"):
-        parts = _integer_parts(tensors, module)
+        raise _undecodable(f"unsupported GPTQ format {form!r}, packed for one kernel")
+    for module in stored.modules(".qweight"):
+        parts = _integer_parts(stored, module)
         if "groups" not in parts and settings.get("desc_act"):
-            raise undecodable(f"{module} has no g_idx, but the configuration sets desc_act")
+            raise _undecodable(f"{module} has no g_idx, but the configuration sets desc_act")
         rows, columns = parts["weight"].shape
         yield Packed(
             name=f"{module}.weight",
             scheme="gptq",
             shape=(columns, rows * 32 // bits),
-            dtype=plain_dtype(config, parts["scale"].dtype),
+            dtype=stored.dtype(parts["scale"].dtype),
             parts=parts,
             options={
                 "bits": bits,
@@ -167,94 +195,81 @@ def gptq(
         )
 
 
-def awq(
-    config: Mapping[str, JsonValue], settings: Mapping[str, Any], tensors: Tensors, _read: ReadBytes
-) -> Iterator[Packed]:
-    """Yield the weights that AWQ quantized."""
-    form, bits = str(settings.get("version", "gemm")).lower(), int(settings.get("bits", 4))
+def _awq(stored: _Stored) -> Iterator[Packed]:
+    settings, bits = stored.settings, int(stored.settings.get("bits", 4))
+    form = str(settings.get("version", "gemm")).lower()
     if form not in ("gemm", "gemv") or bits != 4:
-        raise undecodable(
+        raise _undecodable(
             f"unsupported AWQ version {form!r} with {bits} bits, packed for one kernel"
         )
     group = int(settings.get("group_size", settings.get("q_group_size", -1)))
-    for module in modules(tensors, ".qweight"):
-        parts = _integer_parts(tensors, module)
+    for module in stored.modules(".qweight"):
+        parts = _integer_parts(stored, module)
         first, second = parts["weight"].shape
         shape = (second * 8, first) if form == "gemm" else (first, second * 8)
         size = group if group > 0 else shape[1]
         if form == "gemv" and (shape[1] % size or parts["scale"].shape[-1] < shape[1] // size):
-            raise undecodable(
+            raise _undecodable(
                 f"{module} has {shape[1]} inputs, not a multiple of the group size {size}"
             )
         yield Packed(
             name=f"{module}.weight",
             scheme=f"awq-{form}",
             shape=shape,
-            dtype=plain_dtype(config, parts["scale"].dtype),
+            dtype=stored.dtype(parts["scale"].dtype),
             parts=parts,
             options={"bits": bits, "group_size": size},
         )
 
 
-def _integer_parts(tensors: Tensors, module: str) -> dict[str, TensorInfo]:
-    parts = {
-        "weight": part(tensors, f"{module}.qweight"),
-        "zeros": part(tensors, f"{module}.qzeros"),
-        "scale": part(tensors, f"{module}.scales"),
-    }
-    if parts["weight"].dtype != "I32" or len(parts["weight"].shape) != 2:
-        raise undecodable(f"{module}.qweight has dtype {parts['weight'].dtype}, not int32")
-    groups = tensors.get(f"{module}.g_idx")
-    return parts | ({"groups": groups} if groups else {})
+def _integer_parts(stored: _Stored, module: str) -> dict[str, TensorInfo]:
+    weight = stored.part(f"{module}.qweight")
+    zeros, scale = stored.part(f"{module}.qzeros"), stored.part(f"{module}.scales")
+    if weight.dtype != "I32" or len(weight.shape) != 2:
+        raise _undecodable(f"{module}.qweight has dtype {weight.dtype}, not int32")
+    more = stored.some(module, groups="g_idx")
+    return {"weight": weight, "zeros": zeros, "scale": scale} | more
 
 
-def bitsandbytes(
-    config: Mapping[str, JsonValue], _settings: Any, tensors: Tensors, read: ReadBytes
-) -> Iterator[Packed]:
-    """Yield the quantized weights."""
+def _bitsandbytes(stored: _Stored) -> Iterator[Packed]:
     mark = ".quant_state.bitsandbytes__"
-    for name, info in tensors.items():
+    for name, info in stored.tensors.items():
         if mark in name:
-            yield _bnb_4bit(name.partition(mark)[0], info, tensors, read)
+            yield _bnb_4bit(name.partition(mark)[0], info, stored)
         elif name.endswith(".SCB"):
             module = name.removesuffix(".SCB")
-            weight = part(tensors, f"{module}.weight")
-            parts = {"weight": weight, "scale": info}
-            if form := tensors.get(f"{module}.weight_format"):
-                parts["format"] = form
-                if any(read(form)[:1]):
-                    raise undecodable(f"{module}.weight has another row order than plain int8")
+            weight = stored.part(f"{module}.weight")
+            form = stored.some(module, format="weight_format")
+            if form and any(stored.read(form["format"])[:1]):
+                raise _undecodable(f"{module}.weight has another row order than plain int8")
             yield Packed(
                 name=weight.name,
                 scheme="bnb-int8",
                 shape=weight.shape,
-                dtype=plain_dtype(config, "F16"),
-                parts=parts,
+                dtype=stored.dtype("F16"),
+                parts={"weight": weight, "scale": info} | form,
             )
 
 
-def _bnb_4bit(name: str, state: TensorInfo, tensors: Tensors, read: ReadBytes) -> Packed:
+def _bnb_4bit(name: str, state: TensorInfo, stored: _Stored) -> Packed:
     try:
-        settings = parse(read(state))
+        settings = parse(stored.read(state))
         shape, dtype = tuple(int(n) for n in settings["shape"]), DTYPES[settings["dtype"]]
         options = {"kind": str(settings["quant_type"]), "blocksize": int(settings["blocksize"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise undecodable(f"{state.name} cannot be read: {error}") from error
-    parts = {"weight": part(tensors, name), "state": state}
-    parts |= {"absmax": part(tensors, f"{name}.absmax")}
-    parts |= {"code": part(tensors, f"{name}.quant_map")}
+        raise _undecodable(f"{state.name} cannot be read: {error}") from error
+    names = {"weight": name, "absmax": f"{name}.absmax", "code": f"{name}.quant_map"}
     if "nested_blocksize" in settings:
-        parts |= {
-            "nested_absmax": part(tensors, f"{name}.nested_absmax"),
-            "nested_code": part(tensors, f"{name}.nested_quant_map"),
-        }
+        names |= {"nested_absmax": f"{name}.nested_absmax"}
+        names |= {"nested_code": f"{name}.nested_quant_map"}
         options |= {
             "nested_blocksize": int(settings["nested_blocksize"]),
             "nested_offset": float(settings["nested_offset"]),
         }
+    parts = {part: stored.part(each) for part, each in names.items()} | {"state": state}
     codes = parts["weight"].size * 2
     if codes - math.prod(shape) not in (0, 1) or options["kind"] not in ("nf4", "fp4"):
-        raise undecodable(f"{name} has {codes} codes for shape {list(shape)}")
+        raise _undecodable(f"{name} has {codes} codes for shape {list(shape)}")
     return Packed(
         name=name,
         scheme="bnb-4bit",
@@ -263,10 +278,6 @@ def _bnb_4bit(name: str, state: TensorInfo, tensors: Tensors, read: ReadBytes) -
         parts=parts,
         options=options,
     )
-
-
-_ACTIVATION = ("input_scale", "activation_scale", "output_scale", "k_scale", "v_scale", "q_scale")
-_ACTIVATION_MORE = ("input_zero_point", "input_global_scale", "input_scale_ub")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,14 +307,12 @@ def quantization_of(config: Mapping[str, JsonValue], tensors: Tensors) -> str:
     """
     settings = config.get("quantization_config") or config.get("compression_config")
     if settings:
-        method = str(settings.get("quant_method", "")) if isinstance(settings, Mapping) else ""
-        known = {"compressed_tensors": "compressed-tensors", "gptqmodel": "gptq"}
-        if (
-            not method
-            and isinstance(settings, Mapping)
-            and settings.get("load_in_4bit") is not None
-        ):
+        if not isinstance(settings, Mapping):
+            return "unknown"
+        method = str(settings.get("quant_method", ""))
+        if not method and settings.get("load_in_4bit") is not None:
             return "bitsandbytes"
+        known = {"compressed_tensors": "compressed-tensors", "gptqmodel": "gptq"}
         return known.get(method, method) or "unknown"
     for name, info in tensors.items():
         if ".quant_state." in name or name.endswith((".SCB", ".absmax", ".quant_map")):
@@ -325,43 +334,35 @@ def read_layout(
     Raises InputRefused for unsupported methods and variants, and for missing parts.
     """
     method = quantization_of(config, tensors)
-    settings = config.get("quantization_config") or config.get("compression_config") or {}
-    find = _FINDERS.get(method)
-    if find is None:
+    settings: Json = config.get("quantization_config") or config.get("compression_config") or {}
+    if method not in _FINDERS:
         raise InputRefused(
             f"the base is quantized with {method!r}, which cannot be dequantized",
             hint=f"{HINT}; supported are {', '.join(sorted(_FINDERS))}",
         )
-    found = {weight.name: weight for weight in find(config, settings, tensors, read)}
+    stored = _Stored(config=config, settings=settings, tensors=tensors, read=read)
+    found = {weight.name: weight for weight in _FINDERS[method](stored)}
     used = {part.name for weight in found.values() for part in weight.parts.values()}
-    unused = {
-        name
-        for name in tensors.keys() - used
-        if name.rpartition(".")[2] in (*_ACTIVATION, *_ACTIVATION_MORE)
-    }
-    _check_rest(tensors, used | unused, found, method)
-    return QuantizedLayout(method=method, packed=found, dropped=frozenset(unused))
-
-
-def _check_rest(tensors: Tensors, used: set[str], found: Mapping[str, Packed], method: str) -> None:
-    """Refuse tensors that look quantized but belong to no known weight."""
+    unused = {name for name in tensors.keys() - used if name.rpartition(".")[2] in _ACTIVATION}
+    known = used | unused
+    # Nothing may be left that looks quantized but belongs to no known weight.
     for name, info in tensors.items():
-        if name in used:
+        if name in known:
             continue
         quantized = info.dtype in ("F4", "F6_E2M3", "F6_E3M2", *FLOAT8, "I8", "U8", "I32")
         if quantized and len(info.shape) > 1:
-            raise undecodable(f"{name} ({info.dtype}) is not part of a known {method} weight")
+            raise _undecodable(f"{name} ({info.dtype}) is not part of a known {method} weight")
         if name in found:
-            raise undecodable(f"{name} is stored twice, plain and quantized")
+            raise _undecodable(f"{name} is stored twice, plain and quantized")
+    return QuantizedLayout(method=method, packed=found, dropped=frozenset(unused))
 
 
-_Finder = Callable[[Mapping[str, Any], Any, Tensors, ReadBytes], Iterator[Packed]]
-_FINDERS: dict[str, _Finder] = {
-    "bitsandbytes": bitsandbytes,
-    "gptq": gptq,
-    "awq": awq,
-    "compressed-tensors": compressed,
-    "fp8": fp8,
-    "fbgemm_fp8": fp8,
-    "mxfp4": mxfp4,
+_FINDERS: dict[str, Callable[[_Stored], Iterator[Packed]]] = {
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fp8,
+    "mxfp4": _mxfp4,
 }
