@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import JsonValue
 from weightsmith.merging.adapter_config import names_match
 from weightsmith.merging.names import plain_key
 from weightsmith.merging.outputs import BaseLayer
@@ -169,7 +168,7 @@ def _empty(layer: BaseLayer) -> nn.Module:
             return nn.Linear(shape[1], shape[0], bias=layer.bias, device=device)
 
 
-def _config(raw: Mapping[str, JsonValue], layers: Sequence[BaseLayer]) -> PeftConfig:
+def _config(raw: Mapping[str, Any], layers: Sequence[BaseLayer]) -> PeftConfig:
     """Return PEFT's configuration restricted to these layers."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
