@@ -74,7 +74,11 @@ def scan(root: Path, *, gguf: bool = False) -> list[str]:
                 hint="rename one of them: some file systems treat them as the same file",
             )
         seen[folded] = name
-    return [name for name in names if _belongs(name, gguf)]
+    return [
+        name
+        for name in names
+        if _ALLOWED.fullmatch(PurePosixPath(name).name) or (gguf and name.endswith(".gguf"))
+    ]
 
 
 def is_ignored(name: str) -> bool:
@@ -96,11 +100,6 @@ def pickles_in(root: Path) -> list[str]:
     """Return the folder's pickle files, by relative path, except hidden ones."""
     found = [path.relative_to(root) for path in below(root) if _PICKLES.fullmatch(path.name)]
     return sorted(p.as_posix() for p in found if not any(one.startswith(".") for one in p.parts))
-
-
-def _belongs(path: str, gguf: bool) -> bool:
-    name = PurePosixPath(path).name
-    return bool(_ALLOWED.fullmatch(name)) or (gguf and name.endswith(".gguf"))
 
 
 def check_model_folder(root: Path) -> list[str]:
@@ -156,7 +155,12 @@ def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterat
             if entry.name.startswith("."):
                 continue
             name = prefix + entry.name
-            _check_name(root, name)
+            # Undecodable bytes arrive as lone surrogates, which are not printable either.
+            if not name.isprintable() or "\\" in name:
+                raise InputRefused(
+                    f"{root} has a file with an invalid name: {name!r}",
+                    hint="rename it: control characters, backslashes and invalid UTF-8 are refused",
+                )
             if entry.is_dir(follow_symlinks=False):
                 if not _JUNK_FOLDERS.fullmatch(entry.name):
                     yield from _walk(root, f"{name}/", home, depth + 1, gguf)
@@ -166,15 +170,6 @@ def _walk(root: Path, prefix: str, home: Path, depth: int, gguf: bool) -> Iterat
                 elif not entry.is_file():
                     raise _irregular(root / name)
                 yield name
-
-
-def _check_name(root: Path, name: str) -> None:
-    # Undecodable bytes arrive as lone surrogates, which are not printable either.
-    if not name.isprintable() or "\\" in name:
-        raise InputRefused(
-            f"{root} has a file with an invalid name: {name!r}",
-            hint="rename it: control characters, backslashes and invalid UTF-8 are refused",
-        )
 
 
 def _check_link(root: Path, name: str, home: Path) -> None:
@@ -213,23 +208,16 @@ def _irregular(path: Path) -> InputRefused:
 
 
 def _require(root: Path, names: list[str], required: str, hint: str) -> None:
-    if required not in names:
-        inside = " or ".join(map(str, _folders_with(root, required)))
-        raise InputRefused(
-            f"{root} has no {required}", hint=f"{hint}: {inside}" if inside else hint
-        )
-
-
-def _folders_with(root: Path, name: str) -> list[Path]:
-    """Return the folders in a folder that have a file: of checkpoints of a training, the last."""
-    found = [path.parent for path in root.glob(f"*/{name}") if not path.parent.name.startswith(".")]
+    if required in names:
+        return
+    found = [path.parent for path in root.glob(f"*/{required}")]
+    found = [folder for folder in found if not folder.name.startswith(".")]
     saved = [folder for folder in found if _JUNK_FOLDERS.fullmatch(folder.name)]
-    others = [folder for folder in found if folder not in saved]
-    return sorted(others)[:_SHOWN] or sorted(saved, key=_steps)[-1:]
-
-
-def _steps(folder: Path) -> int:
-    return int("".join(filter(str.isdecimal, folder.name)) or 0)
+    others = sorted(folder for folder in found if folder not in saved)
+    # Of the checkpoints of a training, the last.
+    saved.sort(key=lambda folder: int("".join(filter(str.isdecimal, folder.name)) or 0))
+    inside = " or ".join(map(str, others[:_SHOWN] or saved[-1:]))
+    raise InputRefused(f"{root} has no {required}", hint=f"{hint}: {inside}" if inside else hint)
 
 
 def check_no_code(root: Path, names: list[str]) -> None:

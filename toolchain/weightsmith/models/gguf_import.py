@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +14,7 @@ from gguf import ReaderTensor, TokenType, dequantize
 from weightsmith.core.errors import InputRefused
 from weightsmith.core.values import JsonValue
 from weightsmith.models.gguf_reader import GGUFReader
+from weightsmith.models.safetensors import build_header
 
 _GLOBAL_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -45,9 +44,9 @@ def import_gguf(source: Path, out: Path) -> None:
     reader, facts = _open(source)
     try:
         tensors = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
-        shape = _Shape.of(facts, tied="lm_head.weight" not in tensors)
-        config = _model_config(facts, shape)
-        _check_tensors(shape, tensors)
+        sizes, tied = _sizes(facts), "lm_head.weight" not in tensors
+        config = _model_config(facts, sizes, tied=tied)
+        _check_tensors(sizes, tensors, tied=tied)
         texts = tokenizer_files(facts, config)
     except KeyError as missing:
         raise InputRefused(
@@ -67,7 +66,7 @@ def import_gguf(source: Path, out: Path) -> None:
         }
     )
     out.mkdir(parents=True, exist_ok=True)
-    _write_weights(out / "model.safetensors", tensors, shape.head)
+    _write_weights(out / "model.safetensors", tensors, sizes["head_dim"])
     for name, text in texts.items():
         (out / name).write_bytes(text.encode())
         (out / name).chmod(0o644)
@@ -108,37 +107,27 @@ def _hugging_face_name(name: str) -> str:
     return f"model.layers.{int(match[1])}.{_LAYER_TENSORS[match[2]]}.weight"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shape:
-    """The numbers of a Llama model from which its tensors' shapes follow."""
+def _sizes(facts: Mapping[str, JsonValue]) -> dict[str, int]:
+    """Return the sizes from which the tensors' shapes follow, by their keys in config.json.
 
-    hidden: int
-    inner: int
-    vocabulary: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head: int
-    tied: bool
-
-    @classmethod
-    def of(cls, facts: Mapping[str, JsonValue], *, tied: bool) -> Self:
-        """Read them; raises InputRefused for an invalid one, and KeyError for a missing one."""
-        heads = _count_of(facts, "llama.attention.head_count")
-        hidden = _count_of(facts, "llama.embedding_length")
-        return cls(
-            hidden=hidden,
-            inner=_count_of(facts, "llama.feed_forward_length"),
-            vocabulary=len(_texts_of(facts, "tokenizer.ggml.tokens")),
-            layers=_count_of(facts, "llama.block_count"),
-            heads=heads,
-            kv_heads=_count_of(facts, "llama.attention.head_count_kv", heads),
-            head=_count_of(facts, "llama.attention.key_length", hidden // heads),
-            tied=tied,
-        )
+    Raises InputRefused for an invalid one, and KeyError for a missing one.
+    """
+    heads = _count_of(facts, "llama.attention.head_count")
+    hidden = _count_of(facts, "llama.embedding_length")
+    return {
+        "num_attention_heads": heads,
+        "hidden_size": hidden,
+        "intermediate_size": _count_of(facts, "llama.feed_forward_length"),
+        "vocab_size": len(_texts_of(facts, "tokenizer.ggml.tokens")),
+        "num_hidden_layers": _count_of(facts, "llama.block_count"),
+        "num_key_value_heads": _count_of(facts, "llama.attention.head_count_kv", heads),
+        "head_dim": _count_of(facts, "llama.attention.key_length", hidden // heads),
+    }
 
 
-def _model_config(facts: Mapping[str, JsonValue], shape: _Shape) -> dict[str, JsonValue]:
+def _model_config(
+    facts: Mapping[str, JsonValue], sizes: Mapping[str, int], *, tied: bool
+) -> dict[str, JsonValue]:
     """Return the model's config.json."""
     if facts.get("llama.rope.scaling.type", "none") != "none":
         raise InputRefused(
@@ -146,54 +135,52 @@ def _model_config(facts: Mapping[str, JsonValue], shape: _Shape) -> dict[str, Js
             hint="start from the original Hugging Face checkpoint",
         )
     config: dict[str, JsonValue] = {
+        **sizes,
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": _token_id(facts, "bos"),
         "eos_token_id": _token_id(facts, "eos"),
-        "head_dim": shape.head,
         "hidden_act": "silu",
-        "hidden_size": shape.hidden,
         "initializer_range": 0.02,
-        "intermediate_size": shape.inner,
         "max_position_embeddings": _count_of(facts, "llama.context_length"),
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
         "pad_token_id": _token_id(facts, "padding"),
         "rms_norm_eps": _number_of(facts, "llama.attention.layer_norm_rms_epsilon"),
         "rope_scaling": None,
         "rope_theta": _number_of(facts, "llama.rope.freq_base", 10000.0),
-        "tie_word_embeddings": shape.tied,
+        "tie_word_embeddings": tied,
         "torch_dtype": "float16",
         "use_cache": True,
-        "vocab_size": shape.vocabulary,
     }
-    if shape.head % 2:
+    head = sizes["head_dim"]
+    if head % 2:
         raise InputRefused(
-            f"the attention head size {shape.head} is odd, but rope needs pairs",
+            f"the attention head size {head} is odd, but rope needs pairs",
             hint="the file is damaged; convert or download it again",
         )
-    if facts.get("llama.rope.dimension_count", shape.head) != shape.head:
+    if facts.get("llama.rope.dimension_count", head) != head:
         raise InputRefused(
             "rope covers only part of each attention head, which a Llama configuration cannot "
             "express",
             hint="start from the original Hugging Face checkpoint",
         )
-    return config
+    return dict(sorted(config.items()))
 
 
-def _check_tensors(shape: _Shape, tensors: Mapping[str, ReaderTensor]) -> None:
+def _check_tensors(
+    sizes: Mapping[str, int], tensors: Mapping[str, ReaderTensor], *, tied: bool
+) -> None:
     """Refuse a file whose tensors do not match its configuration."""
-    if shape.layers > len(tensors):
+    if sizes["num_hidden_layers"] > len(tensors):
         raise InputRefused(
-            f"{shape.layers} layers need more than {len(tensors)} tensors",
+            f"{sizes['num_hidden_layers']} layers need more than {len(tensors)} tensors",
             hint="the file is incomplete or was not made from a plain Llama model",
         )
-    hidden, inner = shape.hidden, shape.inner
-    queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    queries = sizes["num_attention_heads"] * sizes["head_dim"]
+    keys = sizes["num_key_value_heads"] * sizes["head_dim"]
     layer = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (queries, hidden),
@@ -207,13 +194,13 @@ def _check_tensors(shape: _Shape, tensors: Mapping[str, ReaderTensor]) -> None:
     }
     expected: dict[str, tuple[int, ...]] = {
         f"model.layers.{number}.{part}.weight": sides
-        for number in range(shape.layers)
+        for number in range(sizes["num_hidden_layers"])
         for part, sides in layer.items()
     }
-    expected["model.embed_tokens.weight"] = (shape.vocabulary, hidden)
+    expected["model.embed_tokens.weight"] = (sizes["vocab_size"], hidden)
     expected["model.norm.weight"] = (hidden,)
-    if not shape.tied:
-        expected["lm_head.weight"] = (shape.vocabulary, hidden)
+    if not tied:
+        expected["lm_head.weight"] = (sizes["vocab_size"], hidden)
     found = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
     wrong = [
         f"{name} should be {expected.get(name, 'absent')}, but is {found.get(name, 'absent')}"
@@ -229,18 +216,11 @@ def _check_tensors(shape: _Shape, tensors: Mapping[str, ReaderTensor]) -> None:
 
 def _write_weights(path: Path, tensors: Mapping[str, ReaderTensor], head: int) -> None:
     """Write the tensors in float16, sorted by name, one block of rows at a time."""
-    header: dict[str, JsonValue] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in sorted(tensors):
-        shape = [int(n) for n in reversed(tensors[name].shape)]
-        end = offset + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    shapes = {name: [int(n) for n in reversed(tensors[name].shape)] for name in sorted(tensors)}
+    rows = [(name, "F16", shape) for name, shape in shapes.items()]
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(tensors):
+        file.write(build_header(rows, {"format": "pt"}))
+        for name in shapes:
             for block in _float16_blocks(name, tensors[name], head):
                 file.write(block.tobytes())
     path.chmod(0o644)

@@ -39,13 +39,13 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
             raise ValueError("its tensors overlap")
 
     @property
-    def data(self) -> Any:
+    def data(self) -> np.ndarray:
         """The file's bytes as a plain array: views of a memory map are ten times slower."""
         return self._plain
 
     @data.setter
-    def data(self, mapped: Any) -> None:
-        self._map: mmap.mmap = mapped._mmap  # noqa: SLF001 - numpy's name of the map
+    def data(self, mapped: np.memmap) -> None:
+        self._map: mmap.mmap = mapped._mmap  # type: ignore[attr-defined]  # noqa: SLF001 - numpy's
         self._plain = mapped.view(np.ndarray)
 
     def forget_pages(self) -> None:
@@ -79,7 +79,7 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
         return size, [kind, count, *values], data, [GGUFValueType(raw_type), GGUFValueType(kind[0])]
 
 
-def _strings(data: Any, offset: int, count: int) -> list[Any]:
+def _strings(data: np.ndarray, offset: int, count: int) -> list[memoryview]:
     """Return `count` length-prefixed strings."""
     raw, found = memoryview(data), []
     for _ in range(count):

@@ -82,7 +82,8 @@ def reshard(tree: Tree, largest: int, memo: Memo, *, strict: bool = True) -> Res
             continue
         gone[file.path] = file.digest
         for number, group in enumerate(groups, 1):
-            name = _name(file.path, number, len(groups))
+            stem, count = file.path.removesuffix(".safetensors"), len(groups)
+            name = f"{stem}-{number:05d}-of-{count:05d}.safetensors"
             contents[name] = _shard(header, group)
             weights |= {tensor.name: name for tensor in group}
     if not gone:
@@ -132,10 +133,6 @@ def _groups(header: SafetensorsHeader, largest: int, strict: bool) -> list[list[
 def _spare(largest: int) -> int:
     most, least = _SPARE
     return max(least, min(most, largest // 16))
-
-
-def _name(path: str, number: int, count: int) -> str:
-    return f"{path.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _shard(header: SafetensorsHeader, group: list[TensorInfo]) -> Pieces:

@@ -99,14 +99,26 @@ def read_header(path: Path) -> SafetensorsHeader:
     if len(text) != length:
         raise _refuse(path, "it is truncated within the header")
     table = json_object(text, str(path), largest=MAX_HEADER_BYTES, unique=True)
-    metadata = _metadata(path, table.pop("__metadata__", {}))
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise _refuse(path, "__metadata__ is not an object of strings")
     if metadata == NO_DATA:
-        table = {name: _in_upper_case(entry) for name, entry in table.items()}
+        for entry in table.values():
+            if isinstance(entry, dict) and isinstance(dtype := entry.get("dtype"), str):
+                entry["dtype"] = dtype.upper()
     infos = [_tensor(path, name, entry, 8 + length) for name, entry in table.items()]
     infos.sort(key=lambda info: (info.start, info.end))
     if metadata == NO_DATA and size == 8 + length:
         size = infos[-1].end if infos else size
-    _check_tiling(path, infos, 8 + length, size)
+    end = 8 + length
+    for info in infos:
+        if info.start != end:
+            what = "overlaps the previous one" if info.start < end else "has a gap before it"
+            raise _refuse(path, f"tensor {info.name!r} {what}")
+        end = info.end
+    if end != size:
+        what = "truncated" if size < end else "followed by extra bytes"
+        raise _refuse(path, f"the data should end at byte {end}, but is {what} at {size}")
     return SafetensorsHeader(path=path, tensors=tuple(infos), metadata=metadata, file_size=size)
 
 
@@ -132,7 +144,22 @@ def open_checkpoint(root: Path) -> CheckpointIndex:
         )
     weight_map = _weight_map(index)
     shards = tuple(read_header(root / name) for name in sorted(set(weight_map.values())))
-    _check_shards(index, weight_map, shards)
+    found: dict[str, str] = {}
+    for shard in shards:
+        for info in shard.tensors:
+            if info.name in found:
+                raise _refuse(
+                    index,
+                    f"duplicate tensor {info.name!r} in {found[info.name]} and {shard.path.name}",
+                )
+            found[info.name] = shard.path.name
+    for name in sorted(found.keys() | weight_map.keys()):
+        if found.get(name) != weight_map.get(name):
+            raise _refuse(
+                index,
+                f"{name!r} should be in {weight_map.get(name, 'no shard')}"
+                f" but is in {found.get(name, 'no shard')}",
+            )
     return CheckpointIndex(root=root, shards=shards, index_file=index.name)
 
 
@@ -155,21 +182,11 @@ def build_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _metadata(path: Path, value: JsonValue) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise _refuse(path, "__metadata__ is not an object of strings")
-    return value
-
-
-def _in_upper_case(entry: JsonValue) -> JsonValue:
-    if isinstance(entry, dict) and isinstance(dtype := entry.get("dtype"), str):
-        return {**entry, "dtype": dtype.upper()}
-    return entry
-
-
 def _tensor(path: Path, name: str, entry: JsonValue, data_start: int) -> TensorInfo:
     """Check one entry of the header."""
-    _check_name(path, name)
+    # Lone surrogates are not printable either, so accepted names can be shown and encoded.
+    if not name or len(name) > _MAX_NAME or not name.isprintable():
+        raise _refuse(path, f"invalid tensor name {name[:80]!r}: empty, too long or not printable")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _refuse(path, f"tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -198,23 +215,6 @@ def _is_naturals(value: JsonValue) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
 
-def _check_name(path: Path, name: str) -> None:
-    # Lone surrogates are not printable either, so accepted names can be shown and encoded.
-    if not name or len(name) > _MAX_NAME or not name.isprintable():
-        raise _refuse(path, f"invalid tensor name {name[:80]!r}: empty, too long or not printable")
-
-
-def _check_tiling(path: Path, infos: list[TensorInfo], start: int, size: int) -> None:
-    for info in infos:
-        if info.start != start:
-            what = "overlaps the previous one" if info.start < start else "has a gap before it"
-            raise _refuse(path, f"tensor {info.name!r} {what}")
-        start = info.end
-    if start != size:
-        what = "truncated" if size < start else "followed by extra bytes"
-        raise _refuse(path, f"the data should end at byte {start}, but is {what} at {size}")
-
-
 def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index, largest=INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -229,28 +229,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         ):
             raise _refuse(index, f"{tensor!r} is mapped to the invalid file name {name!r}")
     return weight_map
-
-
-def _check_shards(
-    index: Path, weight_map: Mapping[str, str], shards: Sequence[SafetensorsHeader]
-) -> None:
-    """Check that index and headers agree in both directions."""
-    found: dict[str, str] = {}
-    for shard in shards:
-        for info in shard.tensors:
-            if info.name in found:
-                raise _refuse(
-                    index,
-                    f"duplicate tensor {info.name!r} in {found[info.name]} and {shard.path.name}",
-                )
-            found[info.name] = shard.path.name
-    for name in sorted(found.keys() | weight_map.keys()):
-        if found.get(name) != weight_map.get(name):
-            raise _refuse(
-                index,
-                f"{name!r} should be in {weight_map.get(name, 'no shard')}"
-                f" but is in {found.get(name, 'no shard')}",
-            )
 
 
 def _refuse(path: Path, what: str) -> InputRefused:

@@ -26,7 +26,13 @@ def docker_archive(
     both images start with are left out. The engine refuses the archive if it does not have them
     after all; containerd's image store does so if it keeps them compressed.
     """
-    held = _held(image, skip_diff_ids)
+    common = 0
+    for layer, diff_id in zip(image.layers, skip_diff_ids, strict=False):
+        if layer.diff_id != diff_id:
+            break
+        common += 1
+    needed = {layer.digest for layer in image.layers[common:]}
+    held = {layer.digest for layer in image.layers[:common]} - needed
     yield from _file("oci-layout", MARKER)
     for blob, opener in image.blobs():
         if blob.digest in held:
@@ -35,8 +41,11 @@ def docker_archive(
         yield from opener()
         yield tar.padding(blob.size)
     yield from _file(_blob_path(image.digest), image.manifest_bytes)
-    name = f"{reference.name}:{reference.tag or 'latest'}"
-    yield from _file("index.json", _index(image, name, reference.tag or "latest"))
+    tag = reference.tag or "latest"
+    name = f"{reference.name}:{tag}"
+    names = {"io.containerd.image.name": name, REF_NAME: tag}
+    index = manifests.index_of([manifests.described(image.manifest_blob, names)])
+    yield from _file("index.json", index)
     row = {
         "Config": _blob_path(image.config_blob.digest),
         "RepoTags": [name],
@@ -60,22 +69,6 @@ def incremental_images(image: Image, held: int = 0) -> tuple[Image, ...]:
             size = 0
     settings = {key: image.settings[key] for key in ("os", "architecture")}
     return (*(Image(layers=image.layers[:end], settings=settings) for end in ends), image)
-
-
-def _held(image: Image, skip_diff_ids: Sequence[str]) -> set[Digest]:
-    """Return the blobs to leave out: the common bottom layers that no other layer needs."""
-    common = 0
-    for layer, diff_id in zip(image.layers, skip_diff_ids, strict=False):
-        if layer.diff_id != diff_id:
-            break
-        common += 1
-    needed = {layer.digest for layer in image.layers[common:]}
-    return {layer.digest for layer in image.layers[:common]} - needed
-
-
-def _index(image: Image, name: str, tag: str) -> bytes:
-    names = {"io.containerd.image.name": name, REF_NAME: tag}
-    return manifests.index_of([manifests.described(image.manifest_blob, names)])
 
 
 def _blob_path(digest: Digest) -> str:

@@ -82,11 +82,9 @@ def _matching(table: JsonValue, keys: Sequence[str]) -> Iterator[JsonValue]:
     """Yield a table's values for these keys, then for URLs with these hosts, as Docker does."""
     rows = table if isinstance(table, dict) else {}
     yield from (rows[key] for key in keys if key in rows)
-    yield from (value for name, value in rows.items() if name not in keys and _host(name) in keys)
-
-
-def _host(address: str) -> str:
-    return re.sub(r"^https?://", "", address).partition("/")[0]
+    for name, value in rows.items():
+        if name not in keys and re.sub(r"^https?://", "", name).partition("/")[0] in keys:
+            yield value
 
 
 def _stored(entry: JsonValue, host: str) -> tuple[str, str] | None:

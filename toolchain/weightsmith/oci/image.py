@@ -14,14 +14,12 @@ from weightsmith.core.platforms import host_platform
 from weightsmith.core.values import Blob, Digest, ImageLayer, Json, JsonValue, canonical
 from weightsmith.oci import manifests, tar
 from weightsmith.oci.configuration import ImageConfig, checked, merged, texts
-from weightsmith.oci.layers import LAYER_TAR, TITLE, BlobLayer, Layer, file_of
+from weightsmith.oci.layers import FILE_PATH, LAYER_TAR, TITLE, BlobLayer, Layer, file_of
 from weightsmith.oci.references import Reference
 
 Order: TypeAlias = Literal["engine-first", "weights-first"]
 Opener: TypeAlias = Callable[[], Iterator[bytes]]
 
-FILE_PATH = "org.cncf.model.filepath"
-"""Annotation of a ModelPack's layer: the file's path in the model's folder."""
 MOST_LAYERS = 125
 """Docker's overlay2 refuses the 126th with "max depth exceeded"."""
 _OCI_TYPES = {manifests.DOCKER_TAR: LAYER_TAR, manifests.DOCKER_GZIP: manifests.LAYER_GZIP}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from weightsmith.core.errors import InputRefused, UsageError, WeightsmithError
 from weightsmith.core.values import Blob, Digest, Pieces, Stream, key_of
@@ -19,6 +19,8 @@ from weightsmith.oci.references import Reference
 
 LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
 TITLE = "org.opencontainers.image.title"
+FILE_PATH = "org.cncf.model.filepath"
+"""Annotation of a ModelPack's layer: the file's path in the model's folder."""
 _CHANGED = "it changed while it was packed; run the command again"
 CHUNK = 1 << 20
 _SUFFIX = ".tar"
@@ -36,40 +38,6 @@ Memo: TypeAlias = Callable[[str, Callable[[], str]], str]
 
 Advance: TypeAlias = Callable[[int, int], None]
 """Called with bytes done and total bytes; from any thread, never from two at once."""
-
-
-class Layer(Protocol):
-    """One layer: a part of a file system, or in a ModelPack one file."""
-
-    @property
-    def digest(self) -> Digest:
-        """Digest of the bytes as stored."""
-
-    @property
-    def diff_id(self) -> Digest:
-        """Digest of the uncompressed tar."""
-
-    @property
-    def size(self) -> int:
-        """Bytes as stored."""
-
-    @property
-    def media_type(self) -> str:
-        """The layer's media type, which names its compression."""
-
-    @property
-    def file(self) -> str:
-        """What it contains, for reports; empty if unknown."""
-
-    @property
-    def annotations(self) -> Mapping[str, str]:
-        """The annotations of its descriptor in a manifest."""
-
-    def open(self) -> Iterator[bytes]:
-        """Yield the stored bytes in chunks of about 1 MiB.
-
-        The iterator closes its files when it ends or is closed.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +268,44 @@ class FileLayer:
         blob = Blob(digest=self.digest, size=self.size, media_type=self.media_type)
         member = Member(self.file, self.size, 0o644, self.source)
         return verified(_content(member), blob, self.file, hint=_CHANGED)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLayer:
+    """A tar layer of an image under a ModelPack's media type: the same blob."""
+
+    layer: TarLayer
+    media_type: str
+
+    @property
+    def digest(self) -> Digest:
+        """Digest of the tar."""
+        return self.layer.digest
+
+    diff_id = digest
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tar."""
+        return self.layer.size
+
+    @property
+    def file(self) -> str:
+        """What it contains."""
+        return self.layer.file
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        """What it contains, also by a ModelPack's annotation."""
+        return {**title_of(self.file, self.media_type), FILE_PATH: self.file}
+
+    def open(self) -> Iterator[bytes]:
+        """Yield the tar."""
+        return self.layer.open()
+
+
+Layer: TypeAlias = TarLayer | BlobLayer | FileLayer | NamedLayer
+"""A part of a file system, or in a ModelPack one file: what it is, and its bytes on demand."""
 
 
 def title_of(file: str, media_type: str) -> dict[str, str]:

@@ -13,14 +13,14 @@ Gemma could not be translated exactly.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.values import Digest, FileEntry, JsonValue, Pieces, Tree, canonical
-from weightsmith.oci.image import FILE_PATH, Image
-from weightsmith.oci.layers import TITLE, FileLayer, FileSource, Layer, TarLayer, title_of
+from weightsmith.oci.image import Image
+from weightsmith.oci.layers import FILE_PATH, TITLE, FileLayer, FileSource, NamedLayer, TarLayer
 from weightsmith.oci.manifests import DOCKER_MANIFEST, MODEL_LAYER, MODEL_MANIFEST, OLLAMA_LAYER
 from weightsmith.oci.references import Reference
 
@@ -99,37 +99,6 @@ def model_pack(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _NamedLayer:
-    """A tar layer of an image under a ModelPack's media type: the same blob."""
-
-    layer: Layer
-    media_type: str
-
-    @property
-    def digest(self) -> Digest:
-        return self.layer.digest
-
-    @property
-    def diff_id(self) -> Digest:
-        return self.layer.diff_id
-
-    @property
-    def size(self) -> int:
-        return self.layer.size
-
-    @property
-    def file(self) -> str:
-        return self.layer.file
-
-    @property
-    def annotations(self) -> Mapping[str, str]:
-        return {**title_of(self.layer.file, self.media_type), FILE_PATH: self.layer.file}
-
-    def open(self) -> Iterator[bytes]:
-        return self.layer.open()
-
-
 def tar_model_pack(
     layers: Sequence[TarLayer], description: ModelDescription, annotations: Mapping[str, str]
 ) -> Image:
@@ -141,7 +110,7 @@ def tar_model_pack(
     for layer in layers:
         kinds = {_kind(member.path) for member in layer.members}
         kind = "weight" if "weight" in kinds else "weight.config"
-        named.append(_NamedLayer(layer, MODEL_LAYER.format(kind=kind, form="tar")))
+        named.append(NamedLayer(layer, MODEL_LAYER.format(kind=kind, form="tar")))
     return Image(
         layers=tuple(named),
         settings=description.to_json(),

@@ -47,9 +47,17 @@ class Reference:
                 hint="name [registry[:port]/]repository[:tag]; to have a layout elsewhere, copy"
                 " its folder",
             )
-        rest, _, digest_text = text.partition("@")
-        digest = _digest(text, digest_text) if "@" in text else None
-        registry, repository = _split_registry(rest)
+        rest, at, digest_text = text.partition("@")
+        try:
+            digest = Digest(digest_text) if at else None
+        except ValueError:
+            why = "'@' must be followed by sha256: and 64 hexadecimal digits"
+            raise _refused(text, why) from None
+        first, slash, repository = rest.partition("/")
+        named = "." in first or ":" in first or first == "localhost" or first != first.lower()
+        registry = DOCKER_HUB if first == "index.docker.io" else first
+        if not (slash and named):
+            registry, repository = DOCKER_HUB, rest
         repository, colon, tag = repository.partition(":")
         if registry == DOCKER_HUB and "/" not in repository:
             repository = f"library/{repository}"
@@ -92,16 +100,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _split_registry(text: str) -> tuple[str, str]:
-    first, slash, rest = text.partition("/")
-    is_registry = slash and (
-        "." in first or ":" in first or first == "localhost" or first != first.lower()
-    )
-    if not is_registry:
-        return DOCKER_HUB, text
-    return (DOCKER_HUB if first == "index.docker.io" else first), rest
-
-
 def _check_name(text: str, registry: str, repository: str) -> None:
     host = _HOST.fullmatch(registry)
     known = host and (not registry.startswith("[") or _is_ipv6(registry))
@@ -122,13 +120,6 @@ def _is_ipv6(registry: str) -> bool:
         return bool(ipaddress.IPv6Address(registry[1:].partition("]")[0]))
     except ValueError:
         return False
-
-
-def _digest(text: str, digest: str) -> Digest:
-    try:
-        return Digest(digest)
-    except ValueError:
-        raise _refused(text, "'@' must be followed by sha256: and 64 hexadecimal digits") from None
 
 
 def _refused(text: str, why: str) -> UsageError:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from weightsmith.core.resources import builder_pins
 from weightsmith.core.values import (
-    Artifact,
     Digest,
     JsonValue,
     Scores,
@@ -36,7 +35,7 @@ from weightsmith.provenance.evidence import (
     titled,
 )
 from weightsmith.provenance.labels import public_name, without_secrets
-from weightsmith.provenance.materials import ImageInputs, ImageMaterials, facts_of, license_name
+from weightsmith.provenance.materials import ImageMaterials, facts_of, license_name
 from weightsmith.provenance.statements import (
     Resource,
     Statement,
@@ -44,7 +43,7 @@ from weightsmith.provenance.statements import (
     provenance,
     tree_resource,
 )
-from weightsmith.recipe.schema import Recipe
+from weightsmith.recipe.schema import Card, Recipe
 
 
 def evidence(made: ImageMaterials, base_documents: Sequence[AttachedDocument]) -> Evidence:
@@ -52,12 +51,13 @@ def evidence(made: ImageMaterials, base_documents: Sequence[AttachedDocument]) -
 
     `base_documents` are the bills of materials of the base.
     """
-    bill = titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_billed(made)))
-    inputs = made.inputs
-    documents = (bill, *base_documents, *_evaluation(made.scores), *_adapters(inputs.sources))
-    found = [*_merged(inputs), *_quantized(inputs), *_split(made), _baked(made, documents)]
-    if inputs.recipe and inputs.recipe.evaluate and "image" in made.scores:
-        wanted = inputs.recipe.evaluate
+    documents = [titled(MEDIA_TYPE, MODEL_BILL, ml_bom(_billed(made))), *base_documents]
+    if made.scores:
+        documents.append(titled(EVALUATION_TYPE, "evaluation.json", evaluation(made.scores)))
+    documents += _adapters(made.inputs.sources)
+    found = [*_made(made), _baked(made, documents)]
+    recipe = made.inputs.recipe
+    if recipe and (wanted := recipe.evaluate) and "image" in made.scores:
         found.append(
             statements.statement(
                 [statements.image_resource(made.image.manifest_blob)],
@@ -65,7 +65,7 @@ def evidence(made: ImageMaterials, base_documents: Sequence[AttachedDocument]) -
                 test_result(made.scores, wanted.max_drop, wanted.min_score, made.unproven),
             )
         )
-    return Evidence(statements=tuple(found), documents=documents)
+    return Evidence(statements=tuple(found), documents=tuple(documents))
 
 
 def public_recipe(recipe: Recipe) -> Mapping[str, JsonValue]:
@@ -90,23 +90,47 @@ def _without_folders(value: JsonValue, key: str = "") -> JsonValue:
     return public_name(value) if key in files and isinstance(value, str) and value else value
 
 
-def _merged(inputs: ImageInputs) -> list[Statement]:
+def _made(made: ImageMaterials) -> Iterator[Statement]:
+    """Yield how the files that are served were made of the sources."""
+    inputs, artifact = made.inputs, made.inputs.artifact
     sources, checkpoint, recipe = inputs.sources, inputs.checkpoint, inputs.recipe
-    if sources is None or checkpoint is None or recipe is None or not sources.adapters:
-        return []
-    parameters = {
-        **asdict(recipe.merge),
-        "weights": [adapter.weight for adapter in sources.adapters],
-    }
-    return [
-        provenance(
+    if sources and checkpoint and recipe and sources.adapters:
+        base = sources.base
+        weights = [adapter.weight for adapter in sources.adapters]
+        yield provenance(
             "merge",
             file_resources(checkpoint.tree),
-            parameters=parameters,
-            dependencies=_source_resources(sources),
+            parameters={**asdict(recipe.merge), "weights": weights},
+            dependencies=[
+                tree_resource("base", base.digest, base.pin),
+                *(
+                    tree_resource(f"adapter:{n}", adapter.snapshot.digest, adapter.snapshot.pin)
+                    for n, adapter in enumerate(sources.adapters)
+                ),
+            ],
             builder=_builder("merge", checkpoint.details),
         )
-    ]
+    if checkpoint and artifact.digest != checkpoint.digest:
+        details = {k: v for k, v in artifact.details.items() if k in ("options", "calibration")}
+        needed = [tree_resource("checkpoint", checkpoint.digest)]
+        calibration = artifact.details.get("calibration")
+        if isinstance(calibration, dict) and (digest := calibration.get("digest")):
+            needed.append(tree_resource("calibration", digest))
+        name = inputs.quantizer_builder
+        yield provenance(
+            "quantize",
+            file_resources(artifact.tree),
+            parameters={"format": artifact.format.name, **plain(details)},
+            dependencies=needed,
+            builder=_builder(name, artifact.details) if name else [],
+        )
+    if made.served.digest != artifact.digest:
+        yield provenance(
+            "split",
+            file_resources(made.served.tree),
+            parameters={},
+            dependencies=[tree_resource("artifact", artifact.digest)],
+        )
 
 
 def _builder(name: str, details: Mapping[str, JsonValue]) -> list[Resource]:
@@ -117,75 +141,33 @@ def _builder(name: str, details: Mapping[str, JsonValue]) -> list[Resource]:
     return found
 
 
-def _source_resources(sources: Sources) -> list[Resource]:
-    base = tree_resource("base", sources.base.digest, sources.base.pin)
-    adapters = [
-        tree_resource(f"adapter:{n}", adapter.snapshot.digest, adapter.snapshot.pin)
-        for n, adapter in enumerate(sources.adapters)
-    ]
-    return [base, *adapters]
-
-
-def _quantized(inputs: ImageInputs) -> list[Statement]:
-    checkpoint, artifact, name = inputs.checkpoint, inputs.artifact, inputs.quantizer_builder
-    if checkpoint is None or artifact.digest == checkpoint.digest:
-        return []
-    details = {k: v for k, v in artifact.details.items() if k in ("options", "calibration")}
-    return [
-        provenance(
-            "quantize",
-            file_resources(artifact.tree),
-            parameters={"format": artifact.format.name, **plain(details)},
-            dependencies=[tree_resource("checkpoint", checkpoint.digest), *_calibration(artifact)],
-            builder=_builder(name, artifact.details) if name else [],
-        )
-    ]
-
-
-def _split(made: ImageMaterials) -> list[Statement]:
-    if made.served.digest == made.inputs.artifact.digest:
-        return []
-    return [
-        provenance(
-            "split",
-            file_resources(made.served.tree),
-            parameters={},
-            dependencies=[tree_resource("artifact", made.inputs.artifact.digest)],
-        )
-    ]
-
-
-def _calibration(artifact: Artifact) -> list[Resource]:
-    found = artifact.details.get("calibration")
-    digest = found.get("digest") if isinstance(found, dict) else None
-    return [tree_resource("calibration", digest)] if digest else []
-
-
 def _baked(made: ImageMaterials, documents: Sequence[AttachedDocument]) -> Statement:
-    base = [Resource(name="base image", digest=made.base.digest, uri=made.inputs.base_name)] if (
-        made.base
-    ) else []  # fmt: skip
-    files = [
+    needed = [tree_resource("artifact", made.served.digest)]
+    if made.base:
+        needed.append(
+            Resource(name="base image", digest=made.base.digest, uri=made.inputs.base_name)
+        )
+    needed += (
         Resource(name=f"file:{resource.name}", digest=resource.digest)
         for resource in file_resources(made.served.tree)
-    ]
+    )
+    image = statements.image_resource(made.image.manifest_blob)
+    network = {"network_in_jobs": True} if made.inputs.network_in_jobs else {}
     return provenance(
         "bake",
-        [statements.image_resource(made.image.manifest_blob),
-         *statements.layer_resources(made.image)],
-        parameters={
-            **made.inputs.parameters,
-            **({"network_in_jobs": True} if made.inputs.network_in_jobs else {}),
-        },
-        dependencies=[tree_resource("artifact", made.served.digest), *base, *files],
+        [image, *statements.layer_resources(made.image)],
+        parameters={**made.inputs.parameters, **network},
+        dependencies=needed,
         byproducts=[*map(resource_of, documents)],
-    )  # fmt: skip
+    )
 
 
 def _billed(made: ImageMaterials) -> BilledModel:
-    inputs = made.inputs
+    inputs, sources = made.inputs, made.inputs.sources
     facts = facts_of((inputs.checkpoint or inputs.artifact).tree)
-    card = {"card": inputs.recipe.card} if inputs.recipe else {}
+    ancestors = [(sources.base, "base model", "")] if sources else []
+    if sources:
+        ancestors += [(one.snapshot, "adapter", one.version) for one in sources.adapters]
     return BilledModel(
         name=inputs.name,
         version=inputs.version,
@@ -195,46 +177,23 @@ def _billed(made: ImageMaterials) -> BilledModel:
         model_type=facts.model_type if facts else "",
         architecture=facts.architecture if facts else "",
         license=license_name(inputs, made.split.tree),
-        ancestors=_ancestors(inputs.sources),
-        scores=made.scores,
-        **card,
-    )
-
-
-def _ancestors(sources: Sources | None) -> list[Ancestor]:
-    if sources is None:
-        return []
-    base = sources.base
-    found = [
-        Ancestor(
-            name=public_name(base.source),
-            pin=base.pin,
-            digest=base.digest,
-            license=license_of(base.tree.texts),
-            description="base model",
-        )
-    ]
-    for adapter in sources.adapters:
-        snapshot = adapter.snapshot
-        found.append(
+        ancestors=[
             Ancestor(
                 name=public_name(snapshot.source),
                 pin=snapshot.pin,
                 digest=snapshot.digest,
                 license=license_of(snapshot.tree.texts),
-                version=adapter.version,
-                description="adapter",
+                version=version,
+                description=what,
             )
-        )
-    return found
-
-
-def _evaluation(scores: Scores) -> list[AttachedDocument]:
-    return [titled(EVALUATION_TYPE, "evaluation.json", evaluation(scores))] if scores else []
+            for snapshot, what, version in ancestors
+        ],
+        scores=made.scores,
+        card=inputs.recipe.card if inputs.recipe else Card(),
+    )
 
 
 def _adapters(sources: Sources | None) -> list[AttachedDocument]:
-    adapters = sources.adapters if sources else ()
     return [
         AttachedDocument(
             artifact_type=ADAPTER_TYPE,
@@ -253,7 +212,7 @@ def _adapters(sources: Sources | None) -> list[AttachedDocument]:
                 if value
             },
         )
-        for number, a in enumerate(adapters)
+        for number, a in enumerate(sources.adapters if sources else ())
     ]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from weightsmith import __version__
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.resources import engine_source
 from weightsmith.core.safe_parse import parse, parse_yaml
-from weightsmith.core.values import Digest, FileEntry, Json, JsonValue, Scores, key_of
+from weightsmith.core.values import Digest, FileEntry, JsonValue, Scores, key_of
 from weightsmith.oci import manifests
 from weightsmith.oci.attachments import LARGEST_PART, Attachment
 from weightsmith.oci.image import Image
@@ -78,10 +78,8 @@ def read_bills(
 
     They are optional, so a registry's error is ignored here.
     """
-    readers: Sequence[Callable[[Reference, Image, Registry], Iterator[AttachedDocument]]]
-    readers = (_attached, _in_index)
     found: list[AttachedDocument] = []
-    for reader in readers:
+    for reader in (_attached, _in_index):
         with suppress(WeightsmithError):
             found += reader(reference, base, registry)
     return tuple(found)
@@ -91,10 +89,10 @@ def _attached(reference: Reference, base: Image, registry: Registry) -> Iterator
     there = reference.at(base.digest)
     for blob, _ in registry.attached(there, base.digest, tagged=False)[:_MOST]:
         one = registry.read_attachment(there, blob)
-        titles = {part.annotations.get(TITLE) for part in one.parts}
-        if MODEL_BILL in titles:
+        if MODEL_BILL in {part.annotations.get(TITLE) for part in one.parts}:
             continue  # the base is an image of ours, and its model is not the one that is served
-        if one.artifact_type in _TYPES and _size(one) <= LARGEST_PART:
+        size = sum(part.blob.size for part in one.parts)
+        if one.artifact_type in _TYPES and size <= LARGEST_PART:
             yield AttachedDocument(
                 artifact_type=one.artifact_type, parts=one.parts, annotations=one.annotations
             )
@@ -104,15 +102,13 @@ def _in_index(reference: Reference, base: Image, registry: Registry) -> Iterator
     body, kind = registry.read_manifest(reference)
     if kind not in manifests.INDEXES:
         return
-    for row in manifests.listed(
-        manifests.read_json(body, str(reference)), "manifests", str(reference)
-    ):
+    where, kinds = str(reference), (manifests.OCI_MANIFEST,)
+    for row in manifests.listed(manifests.read_json(body, where), "manifests", where):
         notes = row.get("annotations") if isinstance(row, dict) else None
         if not isinstance(notes, dict) or notes.get(_KIND) != "attestation-manifest":
             continue
         if notes.get(_ABOUT) == base.digest:
-            kinds = (manifests.OCI_MANIFEST,)
-            blob = manifests.descriptor(row, str(reference), kinds, manifests.LARGEST_MANIFEST)
+            blob = manifests.descriptor(row, where, kinds, manifests.LARGEST_MANIFEST)
             yield from _stated(registry.read_attachment(reference, blob))
 
 
@@ -124,10 +120,6 @@ def _stated(attestation: Attachment) -> Iterator[AttachedDocument]:
         bill = manifests.read_json(part.read(), name, LARGEST_PART).get("predicate")
         if isinstance(bill, dict):
             yield titled(media_type, name, bill)
-
-
-def _size(attachment: Attachment) -> int:
-    return sum(part.blob.size for part in attachment.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +153,21 @@ class BilledModel:
 
 def ml_bom(model: BilledModel) -> dict[str, JsonValue]:
     """Return a model's bill of materials: identity, ancestors, scores and use."""
+    parents: list[JsonValue] = [
+        {
+            "type": _MODEL,
+            "bom-ref": f"ancestor:{number}",
+            "name": ancestor.name,
+            "hashes": [_hash(ancestor.digest)],
+            "properties": [{"name": "weightsmith:pin", "value": ancestor.pin}],
+            **_given(
+                version=ancestor.version,
+                description=ancestor.description,
+                licenses=_licenses(ancestor.license),
+            ),
+        }
+        for number, ancestor in enumerate(model.ancestors)
+    ]
     component: dict[str, JsonValue] = {
         "type": _MODEL,
         "bom-ref": "model",
@@ -169,25 +176,24 @@ def ml_bom(model: BilledModel) -> dict[str, JsonValue]:
         "hashes": [_hash(model.digest)],
         "modelCard": _card(model),
         "properties": [{"name": "weightsmith:format", "value": model.format}],
+        **_given(
+            description=model.card.description,
+            licenses=_licenses(model.license),
+            pedigree={"ancestors": parents} if parents else {},
+        ),
     }
-    if model.card.description:
-        component["description"] = model.card.description
-    if model.license:
-        component["licenses"] = [_license(model.license)]
-    parents = [_ancestor(n, ancestor) for n, ancestor in enumerate(model.ancestors)]
-    if parents:
-        component["pedigree"] = {"ancestors": parents}
     files: list[Mapping[str, JsonValue]] = [
         {"type": "file", "bom-ref": f"file:{file.path}", "name": file.path,
          "hashes": [_hash(file.digest)]}
         for file in model.files
     ]  # fmt: skip
-    return _document(component, files, [str(row["bom-ref"]) for row in files])
+    return _document(component, files)
 
 
-def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[str, JsonValue]:
+def engine_bom(name: str, source: Mapping[str, JsonValue], digest: Digest) -> dict[str, JsonValue]:
     """Return the bill of materials of an engine compiled here, from its `source.json`."""
-    upstream = next((v for v in source.values() if isinstance(v, dict) and "commit" in v), {})
+    parts = [part for part in source.values() if isinstance(part, dict)]
+    upstream = next((part for part in parts if "commit" in part), {})
     repository = str(upstream.get("repository", ""))
     component: dict[str, JsonValue] = {
         "type": "application",
@@ -195,20 +201,19 @@ def engine_bom(name: str, source: Mapping[str, Json], digest: Digest) -> dict[st
         "name": name,
         "version": str(upstream.get("version") or source.get("version") or "0"),
         "hashes": [_hash(digest)],
+        **_given(licenses=_licenses(str(upstream.get("license") or ""))),
     }
-    if upstream.get("license"):
-        component["licenses"] = [_license(str(upstream["license"]))]
     if repository:
         component["externalReferences"] = [{"type": "vcs", "url": repository}]
         path = repository.removeprefix("https://github.com/")
         component["purl"] = f"pkg:github/{path}@{upstream['commit']}"
-    tools = source.get("compiler") or {}
-    rows = [
+    tools = source.get("compiler")
+    rows: list[Mapping[str, JsonValue]] = [
         {"type": "library" if tool == "ziglang" else "application", "bom-ref": f"tool:{tool}",
          "name": tool, "version": str(version), "purl": f"pkg:pypi/{tool}@{version}"}
-        for tool, version in sorted(tools.items())
+        for tool, version in sorted(tools.items() if isinstance(tools, dict) else ())
     ]  # fmt: skip
-    return _document(component, rows, [str(row["bom-ref"]) for row in rows])
+    return _document(component, rows)
 
 
 def license_of(folder: Path) -> str:
@@ -241,53 +246,35 @@ def license_in(bill: bytes, digest: str) -> str:
 
 
 def _card(model: BilledModel) -> dict[str, JsonValue]:
-    parameters: dict[str, JsonValue] = {
-        "task": "text-generation",
-        "inputs": [{"format": "string"}],
-        "outputs": [{"format": "string"}],
+    metrics: list[JsonValue] = [
+        {"type": score.metric, "value": f"{score.score:.4f}", "slice": f"{who}, {score.n}"}
+        for who, score in sorted(model.scores.items())
+    ]
+    use, limits = model.card.intended_use, model.card.limitations
+    return {
+        "modelParameters": {
+            "task": "text-generation",
+            "inputs": [{"format": "string"}],
+            "outputs": [{"format": "string"}],
+            **_given(architectureFamily=model.model_type, modelArchitecture=model.architecture),
+        },
+        **_given(
+            quantitativeAnalysis={"performanceMetrics": metrics} if metrics else {},
+            considerations=_given(
+                useCases=[use] if use else [], technicalLimitations=[limits] if limits else []
+            ),
+        ),
     }
-    if model.model_type:
-        parameters["architectureFamily"] = model.model_type
-    if model.architecture:
-        parameters["modelArchitecture"] = model.architecture
-    card: dict[str, JsonValue] = {"modelParameters": parameters}
-    if model.scores:
-        card["quantitativeAnalysis"] = {
-            "performanceMetrics": [
-                {"type": score.metric, "value": f"{score.score:.4f}", "slice": f"{who}, {score.n}"}
-                for who, score in sorted(model.scores.items())
-            ]
-        }
-    considerations = {
-        "useCases": [model.card.intended_use] if model.card.intended_use else [],
-        "technicalLimitations": [model.card.limitations] if model.card.limitations else [],
-    }
-    if any(considerations.values()):
-        card["considerations"] = {key: value for key, value in considerations.items() if value}
-    return card
 
 
-def _ancestor(number: int, ancestor: Ancestor) -> dict[str, JsonValue]:
-    row: dict[str, JsonValue] = {
-        "type": _MODEL,
-        "bom-ref": f"ancestor:{number}",
-        "name": ancestor.name,
-        "hashes": [_hash(ancestor.digest)],
-        "properties": [{"name": "weightsmith:pin", "value": ancestor.pin}],
-    }
-    if ancestor.version:
-        row["version"] = ancestor.version
-    if ancestor.description:
-        row["description"] = ancestor.description
-    if ancestor.license:
-        row["licenses"] = [_license(ancestor.license)]
-    return row
+def _given(**facts: JsonValue) -> dict[str, JsonValue]:
+    return {name: value for name, value in facts.items() if value}
 
 
 def _document(
-    component: Mapping[str, JsonValue], rows: Sequence[JsonValue], needs: Sequence[str]
+    component: Mapping[str, JsonValue], rows: Sequence[Mapping[str, JsonValue]]
 ) -> dict[str, JsonValue]:
-    own = str(component["bom-ref"])
+    needs = [row["bom-ref"] for row in rows]
     facts = key_of([component, rows])
     return {
         "bomFormat": "CycloneDX",
@@ -304,7 +291,7 @@ def _document(
             "component": dict(component),
         },
         "components": list(rows),
-        "dependencies": [{"ref": own, "dependsOn": list(needs)}],
+        "dependencies": [{"ref": component["bom-ref"], "dependsOn": needs}],
     }
 
 
@@ -312,6 +299,6 @@ def _hash(digest: Digest) -> dict[str, str]:
     return {"alg": "SHA-256", "content": digest.hex}
 
 
-def _license(name: str) -> dict[str, JsonValue]:
+def _licenses(name: str) -> list[JsonValue]:
     known = _LICENSES.get(name.lower())
-    return {"license": {"id": known} if known else {"name": name}}
+    return [{"license": {"id": known} if known else {"name": name}}] if name else []

@@ -94,7 +94,12 @@ def check_chain(
     lineage = trace(image.digest, stated)
     own, baked = lineage.own, lineage.baked
     if own is None:
-        yield Check(name="statement", ok=False, found=_unknown(image, stated))
+        others = [digest for one in stated if (digest := one.subjects.get("image"))]
+        found = "no statement says how this image was made"
+        if others:
+            changed = _changes(image, stated)
+            found = f"about another image ({others[0][7:19]}), not this one{changed}"
+        yield Check(name="statement", ok=False, found=found)
         return
     kind = own.kind
     yield Check(name="statement", ok=True, found=f"{kind} of {image.digest.short}")
@@ -112,37 +117,26 @@ def check_chain(
         yield gate
 
 
-def _unknown(image: Image, stated: Sequence[Statement]) -> str:
-    others = [s for one in stated if (s := one.subjects.get("image"))]
-    if not others:
-        return "no statement says how this image was made"
-    changed = _changes(image, stated)
-    return f"about another image ({others[0][7:19]}), not this one{changed}"
-
-
 def _changes(image: Image, stated: Sequence[Statement]) -> str:
     """Say which layers differ from those in a statement."""
     for one in stated:
         named = one.subjects
         if "config" not in named:
             continue
-        layers = [row.digest for row in statements.layer_resources(image)]
-        wanted = list(named.values())[1:]
+        layers, wanted = statements.layer_resources(image), list(named.values())[1:]
         if len(layers) != len(wanted):
             return f": it has {len(layers) - 1} layers instead of {len(wanted) - 1}"
-        rows = zip(statements.layer_resources(image), wanted, strict=True)
-        bad = [row.name for row, digest in rows if row.digest != digest]
+        pairs = zip(layers, wanted, strict=True)
+        bad = [row.name for row, digest in pairs if row.digest != digest]
         spelled = ["labels or configuration" if name == "config" else name for name in bad]
         return f": changed: {', '.join(spelled)}" if spelled else ""
     return ""
 
 
 def _contents(image: Image, own: Statement) -> Check:
-    named = own.subjects
-    bad = [
-        row.name for row in statements.layer_resources(image) if named.get(row.name) != row.digest
-    ]
-    more = len(named) - 1 - len(statements.layer_resources(image))
+    named, layers = own.subjects, statements.layer_resources(image)
+    bad = [row.name for row in layers if named.get(row.name) != row.digest]
+    more = len(named) - 1 - len(layers)
     if bad or more:
         what = ", ".join(bad) or f"{abs(more)} layers too few or too many"
         return Check(name="contents", ok=False, found=f"do not match the statement: {what}")
@@ -171,8 +165,10 @@ def _weights(baked: Statement, files: Mapping[str, str]) -> Check:
         return Check(
             name="weights", ok=False, found=f"do not match the statement: {', '.join(bad[:5])}"
         )
-    artifact = baked.dependencies.get("artifact")
-    if _tree(stated) != artifact:
+    whole = tree_digest(
+        FileEntry(path=path, size=0, digest=Digest(digest)) for path, digest in stated.items()
+    )
+    if whole != baked.dependencies.get("artifact"):
         return Check(name="weights", ok=False, found="the statement contradicts itself")
     return Check(name="weights", ok=True, found=f"{len(stated)} files match the statement")
 
@@ -188,20 +184,16 @@ def _sources(image: Image, lineage: Lineage) -> Iterator[Check]:
     for kind in lineage.steps:
         yield Check(name=kind, ok=True, found=f"made {lineage.made[kind][7:19]}")
     if merged := lineage.steps.get("merge"):
-        yield from _labels(image, merged.dependencies)
+        for name, digest in merged.dependencies.items():
+            label = image.labels.get(PREFIX + name.replace(":", ".") + ".digest", "")
+            same = label == digest
+            found = (label[7:19] or "none") + ("" if same else f", stated: {digest[7:19]}")
+            yield Check(name=f"label {name}", ok=same, found=found)
     elif PREFIX + "base.digest" in image.labels:
         digest = image.labels[PREFIX + "base.digest"]
         ok = digest == lineage.made["merge"]
         found = "served as it is" if ok else "not the model that was quantized or served"
         yield Check(name="base", ok=ok, found=found)
-
-
-def _labels(image: Image, sources: Mapping[str, str]) -> Iterator[Check]:
-    for name, digest in sources.items():
-        key = PREFIX + name.replace(":", ".") + ".digest"
-        label = image.labels.get(key, "")
-        found = (label[7:19] or "none") + ("" if label == digest else f", stated: {digest[7:19]}")
-        yield Check(name=f"label {name}", ok=label == digest, found=found)
 
 
 def _documents(own: Statement, documents: Sequence[AttachedDocument]) -> Check:
@@ -216,9 +208,9 @@ def _documents(own: Statement, documents: Sequence[AttachedDocument]) -> Check:
 def _unnamed(lineage: Lineage, documents: Sequence[AttachedDocument]) -> Iterator[Check]:
     """Yield attached documents that no statement names; those that look like ours are wrong."""
     for document in documents:
-        name = document_name(document)
         if lineage.names(document):
             continue
+        name = document_name(document)
         ours = document.artifact_type in (EVALUATION_TYPE, ADAPTER_TYPE)
         wrong = ours or name in {one.name for one in lineage.byproducts}
         found = "does not match the statement" if wrong else "no statement of the image names it"
@@ -257,12 +249,6 @@ def _gate(image: Image, lineage: Lineage) -> Check | None:
     return Check(name="gate", ok=None if passed else False, found=found)
 
 
-def _tree(files: Mapping[str, str]) -> Digest:
-    return tree_digest(
-        FileEntry(path=path, size=0, digest=Digest(digest)) for path, digest in files.items()
-    )
-
-
 def trace(image: Digest, stated: Iterable[Statement]) -> Lineage:
     """Return the chain of statements about an image; of several that match, the last one."""
     statements = list(stated)
@@ -272,28 +258,7 @@ def trace(image: Digest, stated: Iterable[Statement]) -> Lineage:
         before = baked.dependencies.get("image", "")
         baked = None if before in images else _image_made(before, statements)
         images.append(before)
-    steps, made = _steps(baked, statements)
-    about = [one for one in statements if one.kind in _OF_IMAGES and one.image in images]
-    return Lineage(
-        images=tuple(images),
-        own=own,
-        baked=baked,
-        steps=steps,
-        made=made,
-        results=_results(images, statements),
-        byproducts=frozenset().union(*(one.byproducts for one in about)),
-    )
-
-
-def _image_made(image: str, statements: Sequence[Statement]) -> Statement | None:
-    found = [one for one in statements if one.kind in _OF_IMAGES and one.image == image]
-    return found[-1] if image and found else None
-
-
-def _steps(
-    baked: Statement | None, statements: Sequence[Statement]
-) -> tuple[dict[str, Statement], dict[str, str]]:
-    """Return the steps before baking, and the result that each must have."""
+    # The steps before baking, and the result that each must have.
     steps: dict[str, Statement] = {}
     made: dict[str, str] = {}
     used = baked.dependencies.get("artifact", "") if baked else ""
@@ -303,10 +268,20 @@ def _steps(
         if fitting:
             steps[kind] = fitting[-1]
             used = fitting[-1].dependencies.get(source, "")
-    return steps, made
-
-
-def _results(images: Sequence[str], statements: Sequence[Statement]) -> tuple[Statement, ...]:
     results = [one for one in statements if one.predicate_type == TEST_RESULT]
     of_each = ([one for one in results if one.image == image] for image in images)
-    return tuple(next((found for found in of_each if found), ()))
+    about = [one for one in statements if one.kind in _OF_IMAGES and one.image in images]
+    return Lineage(
+        images=tuple(images),
+        own=own,
+        baked=baked,
+        steps=steps,
+        made=made,
+        results=tuple(next((found for found in of_each if found), ())),
+        byproducts=frozenset().union(*(one.byproducts for one in about)),
+    )
+
+
+def _image_made(image: str, statements: Sequence[Statement]) -> Statement | None:
+    found = [one for one in statements if one.kind in _OF_IMAGES and one.image == image]
+    return found[-1] if image and found else None

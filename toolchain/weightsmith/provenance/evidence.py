@@ -61,12 +61,8 @@ def read_attached(location: ImageLocation, image: Digest) -> list[Attachment]:
 
 def signatures_in(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
     """Return the signed claims about image digests."""
-    return [
-        part
-        for attachment in attachments
-        for part in attachment.parts
-        if part.blob.media_type == signing.SIMPLE_SIGNING
-    ]
+    parts = (part for attachment in attachments for part in attachment.parts)
+    return [part for part in parts if part.blob.media_type == signing.SIMPLE_SIGNING]
 
 
 def claims_in(attachments: Sequence[Attachment], check: signing.Check | None) -> list[str]:
@@ -119,12 +115,8 @@ def read_statement(part: AttachmentPart, check: signing.Check | None) -> Stateme
 
 def statement_parts(attachments: Iterable[Attachment]) -> list[AttachmentPart]:
     """Return the statements, each once."""
-    found = {
-        part.blob.digest: part
-        for attachment in attachments
-        for part in attachment.parts
-        if part.blob.media_type in STATEMENTS
-    }
+    parts = (part for attachment in attachments for part in attachment.parts)
+    found = {part.blob.digest: part for part in parts if part.blob.media_type in STATEMENTS}
     return list(found.values())
 
 

@@ -37,13 +37,13 @@ TESTED_PLATFORM = PREFIX + "tested.platform"
 """Label: the platform whose image was started and questioned in place of this one."""
 
 
+TESTED = PREFIX + "tested.image"
+"""Label: the digest of the image that was started and questioned with the same weights."""
+
+
 def tag(recipe: Recipe, target: str) -> str:
     """Return the image's tag, `VERSION-TARGET`."""
     return f"{recipe.version}-{target}"
-
-
-TESTED = PREFIX + "tested.image"
-"""Label: the digest of the image that was started and questioned with the same weights."""
 
 
 def reference(recipe: Recipe, target: str) -> str:
@@ -152,10 +152,10 @@ def result_labels(results: Sequence[Result], stand_in: str = "") -> dict[str, st
     if not results:
         return untested
     scores = results[0].scores
-    shown = {name: scores[name] for name in ("base", "adapter", "image") if name in scores}
     found = {
-        f"{_SCORE}{name}": f"{score.score:.4f} {score.metric} n={score.n}"
-        for name, score in shown.items()
+        f"{_SCORE}{name}": f"{scores[name].score:.4f} {scores[name].metric} n={scores[name].n}"
+        for name in ("base", "adapter", "image")
+        if name in scores
     }
     same = {
         f"{_SAMENESS}{name}": f"{1 - len(same.differences) / same.n:.4f} n={same.n}"

@@ -68,7 +68,9 @@ def assemble_in_roles(
         **({ENGINE_VERSION: version} if version else {}),
         LAYERS: " ".join(f"{role}:{n}" for role, n in (*counts, ("settings", len(settings)))),
     }
-    added = _added_label(replace(config, labels=labels))
+    # What is added to a base, without the labels' own values.
+    stated = {**plain(config), "labels": sorted(labels)}
+    added = canonical({key: value for key, value in stated.items() if value}).decode()
     return assemble(
         weights,
         settings,
@@ -78,12 +80,6 @@ def assemble_in_roles(
         order=order,
         platform=platform,
     )
-
-
-def _added_label(config: ImageConfig) -> str:
-    """Return the label's value: what is added to a base, without the labels' own values."""
-    stated = {**plain(config), "labels": sorted(config.labels)}
-    return canonical({key: value for key, value in stated.items() if value}).decode()
 
 
 def weights_of(image: Image, where: str) -> tuple[Layer, ...]:
@@ -129,8 +125,8 @@ def _config(image: Image, where: str) -> ImageConfig:
         return ImageConfig(
             user=stated.get("user"),
             env={str(key): str(value) for key, value in (stated.get("env") or {}).items()},
-            entrypoint=_words(stated.get("entrypoint")),
-            cmd=_words(stated.get("cmd")),
+            entrypoint=tuple(map(str, stated.get("entrypoint") or ())) or None,
+            cmd=tuple(map(str, stated.get("cmd") or ())) or None,
             ports=tuple(int(port) for port in stated.get("ports") or ()),
             healthcheck=Healthcheck(**{**check, "command": tuple(check["command"])})
             if check
@@ -143,7 +139,3 @@ def _config(image: Image, where: str) -> ImageConfig:
             f"{where}: its label {ADDED} is damaged",
             hint="the image is damaged; push or write it again",
         ) from None
-
-
-def _words(value: Json) -> tuple[str, ...] | None:
-    return tuple(str(word) for word in value) if value else None

@@ -83,7 +83,10 @@ def countersigned(
     write access may have put there.
     """
     both = (*attachments, *held)
-    if signer is None and not any(_several(both, kind) for kind, _, _ in _COSIGN):
+    kinds_of = [{part.blob.media_type for part in a.parts} for a in both]
+    if signer is None and not any(
+        sum(kind in kinds for kinds in kinds_of) > 1 for kind, _, _ in _COSIGN
+    ):
         return tuple(attachments)
     kinds = (*STATEMENTS, signing.SIMPLE_SIGNING)
     others = [a for a in attachments if not any(p.blob.media_type in kinds for p in a.parts)]
@@ -106,10 +109,6 @@ def only_held(held: Sequence[AttachmentPart], parts: Sequence[AttachmentPart]) -
     return len({one.content for one in _readable(held) if one.is_ours} - own)
 
 
-def _several(attachments: Sequence[Attachment], kind: str) -> bool:
-    return sum(any(p.blob.media_type == kind for p in a.parts) for a in attachments) > 1
-
-
 def _signed_with_held(
     held: Sequence[Attachment],
     parts: Sequence[AttachmentPart],
@@ -119,7 +118,9 @@ def _signed_with_held(
 ) -> Iterator[Attachment]:
     """Yield manifests with the signed parts and everything signed in `held`."""
     envelopes = [p for p in statement_parts(held) if p.blob.media_type == signing.ENVELOPE_TYPE]
-    own = _about(parts, image.digest)
+    stated = _readable(parts)
+    lineage = trace(image.digest, stated)
+    own = {one.content for one in stated if one.is_ours and lineage.holds(one)}
     statements, signatures = _joined([*parts, *envelopes]), signatures_in(held)
     if signer:
         statements = [
@@ -127,8 +128,15 @@ def _signed_with_held(
         ]
         signatures.append(signing.sign_image(image, name, signer, signatures))
     found = [*statements, *signatures]
-    unique = {(p.blob.digest, *sorted(p.annotations.items())): p for p in found}
-    yield from _of_cosign(unique.values(), image)
+    unique = {(p.blob.digest, *sorted(p.annotations.items())): p for p in found}.values()
+    # The manifests with envelopes and signatures, and one for each other statement.
+    for part in unique:
+        if part.blob.media_type == signing.STATEMENT_TYPE:
+            yield _one_statement(part, image)
+    for media_type, artifact_type, suffix in _COSIGN:
+        if ours := tuple(part for part in unique if part.blob.media_type == media_type):
+            tag = fallback_tag(image.digest, suffix)
+            yield signing.cosign_manifest(ours, image, artifact_type, tag)
 
 
 def _joined(parts: Iterable[AttachmentPart]) -> list[AttachmentPart]:
@@ -150,19 +158,11 @@ def _joined(parts: Iterable[AttachmentPart]) -> list[AttachmentPart]:
 
 
 def _readable(parts: Sequence[AttachmentPart]) -> list[Statement]:
-    """Return the statements that can be read."""
     found = []
     for part in parts:
         with suppress(InputRefused):
             found.append(read_statement(part, None))
     return found
-
-
-def _about(parts: Sequence[AttachmentPart], image: Digest) -> set[bytes]:
-    """Return the contents of our statements about an image."""
-    stated = _readable(parts)
-    lineage = trace(image, stated)
-    return {one.content for one in stated if one.is_ours and lineage.holds(one)}
 
 
 def _content(part: AttachmentPart) -> bytes:
@@ -180,19 +180,6 @@ def _signed(part: AttachmentPart, signer: Signer) -> AttachmentPart:
     if part.blob.media_type == signing.ENVELOPE_TYPE:
         return signing.envelope_part(signing.countersign(part.read(), signer), kind)
     return signing.envelope_part(signing.sign_statement(statement, signer), kind)
-
-
-def _of_cosign(parts: Iterable[AttachmentPart], image: Blob) -> Iterator[Attachment]:
-    """Yield the manifests with envelopes and signatures, and one for each other statement."""
-    parts = tuple(parts)
-    for part in parts:
-        if part.blob.media_type == signing.STATEMENT_TYPE:
-            yield _one_statement(part, image)
-    for media_type, artifact_type, suffix in _COSIGN:
-        held = tuple(part for part in parts if part.blob.media_type == media_type)
-        if held:
-            tag = fallback_tag(image.digest, suffix)
-            yield signing.cosign_manifest(held, image, artifact_type, tag)
 
 
 def cosign_tag(attachment: Attachment) -> str:

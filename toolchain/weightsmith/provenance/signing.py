@@ -69,14 +69,9 @@ def sign_image(
 
 def sign_statement(statement: Statement, signer: Signer) -> bytes:
     """Return a statement in a signed DSSE envelope."""
-    payload = statement.content
-    return canonical(
-        {
-            "payloadType": _PAYLOAD,
-            "payload": base64.b64encode(payload).decode(),
-            "signatures": [_signature(payload, signer)],
-        }
-    )
+    text = base64.b64encode(statement.content).decode()
+    signatures = [_signature(statement.content, signer)]
+    return canonical({"payloadType": _PAYLOAD, "payload": text, "signatures": signatures})
 
 
 def countersign(envelope: bytes, signer: Signer) -> bytes:
@@ -177,10 +172,7 @@ def unbundled(data: bytes) -> bytes:
 
 
 def read_public_key(path: Path) -> Check:
-    """Return a verifier for a PEM file's public key: ECDSA, RSA (PKCS #1) or Ed25519.
-
-    Raises UsageError if the file is not a public key.
-    """
+    """Return a verifier for a PEM file's public key; raises UsageError if it is none."""
     try:
         return check_by(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ https://slsa.dev/spec/v1.0/provenance
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weightsmith import __version__
@@ -71,7 +71,7 @@ class Statement:
         return str(self.document.get("predicateType", ""))
 
     @property
-    def predicate(self) -> Mapping[str, Json]:
+    def predicate(self) -> Mapping[str, JsonValue]:
         """What it says about its subjects."""
         return self._at("predicate")
 
@@ -135,8 +135,7 @@ class Statement:
     @property
     def parameters(self) -> Mapping[str, JsonValue]:
         """A transformation's parameters."""
-        found = self._definition.get("externalParameters")
-        return found if isinstance(found, dict) else {}
+        return self._at("predicate", "buildDefinition", "externalParameters")
 
     @property
     def _definition(self) -> Mapping[str, JsonValue]:
@@ -167,10 +166,9 @@ def tree_resource(name: str, digest: Digest, uri: str = "") -> Resource:
     return Resource(name=name, digest=digest, uri=uri, annotations={"of": "sha256sum list"})
 
 
-def file_resources(tree: Tree | Iterable[FileEntry]) -> list[Resource]:
+def file_resources(tree: Tree) -> list[Resource]:
     """Return one resource per file of a tree."""
-    files = tree.files if isinstance(tree, Tree) else tree
-    return [Resource(name=file.path, digest=file.digest) for file in files]
+    return [Resource(name=file.path, digest=file.digest) for file in tree.files]
 
 
 def provenance(

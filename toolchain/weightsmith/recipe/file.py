@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from weightsmith.core.errors import UsageError
 from weightsmith.recipe.schema import Recipe
@@ -18,14 +19,10 @@ from weightsmith.recipe.user_text import read_mapping, read_setting, require_pla
 
 _Section = TypeVar("_Section")
 
-_SCALARS: Mapping[type, str] = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-}
+_SCALARS: Mapping[type, str] = {bool: "true or false", int: "a number", float: "a number"}
 """Type that YAML gives to a text without quotes -> what it is."""
 _HINT = "docs/reference/recipe.md lists every key"
-_OR_A_WORD = {"int": "a whole number", "bool": "true, false"}
+_OR_A_WORD: Mapping[str | int, str] = {"int": "a whole number", "bool": "true, false"}
 """Type that a field takes beside a word, such as `auto`, by pydantic's name -> what it is."""
 
 
@@ -64,43 +61,15 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
     )
 
 
-def check_recipe(data: Mapping[str, Any], where: str) -> Recipe:
+def check_recipe(data: Mapping[str, object], where: str) -> Recipe:
     """Return the recipe that a mapping describes, or raise UsageError listing every fault."""
-    return _checked(Recipe, data, where, ())
+    require_plain(data, where, _HINT)
+    return validated(Recipe, data, where)
 
 
-def check_section(section: type[_Section], data: Mapping[str, Any], where: str) -> _Section:
+def check_section(section: type[_Section], data: Mapping[str, object], where: str) -> _Section:
     """Return one section of a recipe, checked as in a whole one; UsageError lists every fault."""
-    return _checked(section, data, where, (_key_of(section),))
-
-
-def _checked(
-    section: type[_Section], data: Mapping[str, Any], where: str, place: tuple[str, ...]
-) -> _Section:
-    """Return a checked section that stands at a place of the recipe."""
-    require_plain(data, where, _HINT, *place)
-    return validated(section, data, where, place)
-
-
-def validated(
-    section: type[_Section], data: Mapping[str, Any], where: str, place: tuple[str, ...] = ()
-) -> _Section:
-    """Return a section or a request of its fields; UsageError lists every fault."""
-    try:
-        return TypeAdapter(section).validate_python(dict(data))
-    except ValidationError as error:
-        faults = _faults(
-            [{**item, "loc": (*place, *item["loc"])} for item in error.errors(include_url=False)]
-        )
-        raise UsageError(
-            f"{where}: " + "; ".join(faults[:5]),
-            hint=_HINT,
-        ) from None
-
-
-def _key_of(section: type[Any]) -> str:
-    """Return the recipe's key for a section."""
-    return next(
+    key = next(
         field.alias or name
         for name, field in Recipe.model_fields.items()
         if any(
@@ -108,9 +77,39 @@ def _key_of(section: type[Any]) -> str:
             for kind in (field.annotation, *get_args(field.annotation))
         )
     )
+    require_plain(data, where, _HINT, key)
+    return validated(section, data, where, key)
 
 
-def with_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def validated(
+    section: type[_Section], data: Mapping[str, object], where: str, *place: str
+) -> _Section:
+    """Return a section or a request of its fields; UsageError lists every fault."""
+    try:
+        return TypeAdapter(section).validate_python(dict(data))
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+    for item in errors:
+        item["loc"] = (*place, *item["loc"])
+    # Of a number or a word, pydantic says for each that it is not that.
+    words = {
+        item["loc"][:-1]: item["ctx"]["expected"]
+        for item in errors
+        if item["loc"] and str(item["loc"][-1]).startswith("literal[")
+    }
+    faults = []
+    for item in errors:
+        *outer, last = item["loc"] or ("",)
+        word = words.get(tuple(outer))
+        if word and last in _OR_A_WORD:
+            at = ".".join(map(str, outer))
+            faults.append(f"`{at}`: expected {_OR_A_WORD[last]} or {word}")
+        elif not word:
+            faults.append(_fault(item))
+    raise UsageError(f"{where}: " + "; ".join(faults[:5]), hint=_HINT)
+
+
+def with_settings(data: Mapping[str, object], settings: Sequence[str]) -> dict[str, Any]:
     """Return a copy of the mapping with `key.path=value` overrides.
 
     Values are YAML, but where the recipe takes text, what has no quotes is text as it stands.
@@ -187,7 +186,7 @@ def _from(folder: Path, text: str) -> str:
     return str(folder.absolute() / Path(text).expanduser())
 
 
-def _place(path: str) -> tuple[list[str], Any]:
+def _place(path: str) -> tuple[list[str], object]:
     """Return the keys of a setting's path, and what the recipe takes there; None if unknown.
 
     Below a mapping of text, such as `image.labels`, the rest of the path is one key: names of
@@ -210,7 +209,7 @@ def _place(path: str) -> tuple[list[str], Any]:
     return keys, kind
 
 
-def _number(items: list[Any], word: str, setting: str) -> int:
+def _number(items: Sequence[object], word: str, setting: str) -> int:
     """Return which element of a list a part of the path means, counted from 0."""
     if word.isdecimal() and int(word) < len(items):
         return int(word)
@@ -220,41 +219,22 @@ def _number(items: list[Any], word: str, setting: str) -> int:
     )
 
 
-def _faults(errors: Sequence[Any]) -> list[str]:
-    """Return what is wrong; of a number or a word, pydantic says for each that it is not that."""
-    words = {e["loc"][:-1]: e["ctx"]["expected"] for e in errors if _is_of_word(e)}
-    found = []
-    for error in errors:
-        *outer, last = error["loc"] or ("",)
-        word = words.get(tuple(outer))
-        if word and last in _OR_A_WORD:
-            place = ".".join(map(str, outer))
-            found.append(f"`{place}`: expected {_OR_A_WORD[last]} or {word}")
-        elif not word:
-            found.append(_fault(error))
-    return found
-
-
-def _is_of_word(error: Any) -> bool:
-    return bool(error["loc"]) and str(error["loc"][-1]).startswith("literal[")
-
-
-def _fault(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+def _fault(error: ErrorDetails) -> str:
+    place, kind = ".".join(str(part) for part in error["loc"]), error["type"]
+    if kind in {"extra_forbidden", "unexpected_keyword_argument"}:
         near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(error["loc"][:-1]), 1, 0.5)
         return f"unknown key `{place}`" + (f", did you mean `{near[0]}`?" if near else "")
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"`{place}` is missing"
-    if error["type"] == "string_type" and (kind := _SCALARS.get(type(error.get("input")))):
-        return f"`{place}`: YAML reads {error['input']} as {kind}; write it in quotes"
-    if error["type"] == "value_error":
+    if kind == "string_type" and (scalar := _SCALARS.get(type(error.get("input")))):
+        return f"`{place}`: YAML reads {error['input']} as {scalar}; write it in quotes"
+    if kind == "value_error":
         return (f"`{place}`: " if place else "") + str(error["ctx"]["error"])
-    if error["type"] == "dict_type":
+    if kind == "dict_type":
         return f"`{place}`: expected names with a value each, such as {{first: …, second: …}}"
-    if error["type"] == "tuple_type":
+    if kind == "tuple_type":
         return f"`{place}`: expected a list, such as [first, second]"
-    if error["type"] in {"model_type", "dataclass_type"}:
+    if kind in {"model_type", "dataclass_type"}:
         keys = ", ".join(_keys_at(error["loc"])[:3])
         return f"`{place}`: expected keys below it, such as {keys}; without any, leave it out"
     return f"`{place}`: {error['msg'][0].lower()}{error['msg'][1:]}"

@@ -9,12 +9,14 @@ is no section of the recipe, because where a build runs is no property of the im
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from weightsmith.core.values import JsonValue
 
+_T = TypeVar("_T")
 
-def _option(default: Any, description: str) -> Any:
+
+def _option(default: _T, description: str) -> _T:
     return field(default=default, metadata={"description": description})
 
 

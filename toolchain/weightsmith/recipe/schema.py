@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Literal, Self, TypeAlias, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from weightsmith.core.merge_options import Merge
 from weightsmith.core.platforms import usual_names
@@ -375,16 +376,14 @@ class Outputs(Section):
     )
 
 
-def _kinds_alone(value: Any) -> Any:
-    """Return a list of kinds as the section that it stands for."""
+def _kinds_alone(value: object) -> object:
     return {"kinds": value} if isinstance(value, list | tuple) else value
 
 
-def _list_or_section(schema: dict[str, Any]) -> None:
+def _list_or_section(schema: JsonDict) -> None:
     """Let editors accept the list of kinds as well as the section."""
-    section = {"$ref": schema.pop("$ref", "#/$defs/Outputs")}
-    kinds = {"items": {"enum": list(KINDS), "type": "string"}, "type": "array"}
-    schema["anyOf"] = [section, kinds]
+    kinds: JsonDict = {"items": {"enum": list(KINDS), "type": "string"}, "type": "array"}
+    schema["anyOf"] = [{"$ref": schema.pop("$ref", "#/$defs/Outputs")}, kinds]
 
 
 class Card(Section):

@@ -19,7 +19,7 @@ class Section(BaseModel):
         extra="forbid", frozen=True, protected_namespaces=(), defer_build=True
     )
 
-    def changed(self, **values: Any) -> Self:
+    def changed(self, **values: object) -> Self:
         """Return it with other values, checked as a user's are; raises pydantic's error."""
         given = {
             field.alias or name: values.get(name, getattr(self, name))
@@ -66,22 +66,16 @@ class PathUse(Enum):
     WRITTEN = "written"
 
 
-def is_section(kind: Any) -> bool:
+def is_section(kind: object) -> bool:
     """Return whether a type is a section; one that builders read too is a plain dataclass."""
     return isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind))
 
 
-def fields_of(section: Any) -> Mapping[str, FieldInfo]:
-    """Return a section's fields by name."""
-    if not is_dataclass(section):
-        found: Mapping[str, FieldInfo] = section.model_fields
-        return found
-    kind: Any = section
-    return _fields_of(kind)
-
-
 @cache  # all commands have fields of the same sections, and every start reads them
-def _fields_of(section: Any) -> Mapping[str, FieldInfo]:
+def fields_of(section: type) -> Mapping[str, FieldInfo]:
+    """Return a section's fields by name."""
+    if issubclass(section, BaseModel):
+        return section.model_fields
     hints = get_type_hints(section, include_extras=True)
     return {
         one.name: FieldInfo.from_annotated_attribute(hints[one.name], one)
@@ -94,7 +88,7 @@ def flag_of(field: FieldInfo) -> Flag:
     return next((item for item in field.metadata if isinstance(item, Flag)), Flag())
 
 
-def spelling(section: Any, name: str) -> str:
+def spelling(section: type, name: str) -> str:
     """Return the flag that changes a field, such as `--keep-module` for `keep`."""
     field = fields_of(section)[name]
     no = "no-" if field.default is True else ""

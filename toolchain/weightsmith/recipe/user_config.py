@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import platformdirs
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -56,7 +56,7 @@ class UserConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _short(cls, data: Any) -> Any:
+    def _short(cls, data: object) -> object:
         if isinstance(data, dict) and isinstance(data.get("cache"), str):
             return {**data, "cache": {"where": data["cache"]}}
         return data

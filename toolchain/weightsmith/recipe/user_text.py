@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -40,7 +40,7 @@ class StrictLoader(yaml.SafeLoader):
         if tag in _JSON
     }
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: dict[str, yaml.Node]) -> yaml.MappingNode:
         """Return a mapping as it is written, before keys that it shares are merged into it."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
@@ -57,7 +57,7 @@ class StrictLoader(yaml.SafeLoader):
         return node
 
 
-def _of_other_type(_loader: StrictLoader, node: yaml.Node) -> Any:
+def _of_other_type(_loader: StrictLoader, node: yaml.Node) -> NoReturn:
     kind = str(node.tag).replace("tag:yaml.org,2002:", "!!")
     raise yaml.constructor.ConstructorError(
         None, None, f"type {kind[:_SHOWN]}: {_NOT_JSON}", node.start_mark
@@ -83,7 +83,7 @@ def read_mapping(path: Path, *, kind: str, missing: str, begins: str) -> dict[st
     return data
 
 
-def read_yaml(path: Path, *, hint: str) -> Any:
+def read_yaml(path: Path, *, hint: str) -> JsonValue:
     """Return the value of a user's YAML file, None of an empty one.
 
     Raises FileNotFoundError if there is no such file, UsageError for any other fault.
@@ -97,24 +97,26 @@ def read_yaml(path: Path, *, hint: str) -> Any:
             f"{path}: cannot be read: {error}", hint="give a file of UTF-8 text"
         ) from None
     try:
-        return parse_yaml(text, StrictLoader)
+        value: JsonValue = parse_yaml(text, StrictLoader)
     except ValueError as error:
         raise UsageError(
             f"{path}: not valid YAML: {_yaml_fault(error)}", hint=f"correct that line; {hint}"
         ) from None
+    return value
 
 
-def read_setting(text: str) -> Any:
+def read_setting(text: str) -> JsonValue:
     """Return the value of a setting's text: YAML, else the text as it stands.
 
     Raises ValueError, for a list or mapping that is not valid.
     """
     try:
-        return parse_yaml(text, StrictLoader)
+        value: JsonValue = parse_yaml(text, StrictLoader)
     except ValueError as error:
         if text.lstrip().startswith(("{", "[")):
             raise ValueError(_yaml_fault(error)) from None
         return text
+    return value
 
 
 def _yaml_fault(error: ValueError) -> str:
@@ -126,7 +128,7 @@ def _yaml_fault(error: ValueError) -> str:
     return str(error)
 
 
-def require_plain(data: Mapping[str, JsonValue], where: str, hint: str, *place: str) -> None:
+def require_plain(data: Mapping[str, object], where: str, hint: str, *place: str) -> None:
     """Raise UsageError for values that are not JSON's, with their places; `place` is `data`'s own.
 
     Text without NUL and half characters, finite numbers of 64 bits, and keys of text: all of it can
@@ -137,15 +139,18 @@ def require_plain(data: Mapping[str, JsonValue], where: str, hint: str, *place: 
         raise UsageError(f"{where}: {'; '.join(faults)}", hint=hint)
 
 
-def _faults(value: Any, place: tuple[str, ...]) -> Iterator[str]:
+def _faults(value: object, place: tuple[str, ...]) -> Iterator[str]:
     """Yield what is wrong with a value and with what it holds, each with its place."""
     here = f"`{'.'.join(place)}`" if place else "it"
     if len(place) > DEEPEST:
         yield f"{here[:_SHOWN]}…: nested deeper than {DEEPEST} levels"
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            if problem := _of_key(key):
-                yield f"{here}: {problem}"
+            if not isinstance(key, str):
+                named = _of_number(key) or key
+                yield f"{here}: the key {named} is no text; write it in quotes"
+            elif problem := _of_text(key):
+                yield f"{here}: a key {problem}"
             else:
                 yield from _faults(inner, (*place, key[:_SHOWN]))
     elif isinstance(value, list | tuple):
@@ -155,15 +160,7 @@ def _faults(value: Any, place: tuple[str, ...]) -> Iterator[str]:
         yield f"{here}: {problem}"
 
 
-def _of_key(key: Any) -> str:
-    """Return what is wrong with a mapping's key, empty if nothing is."""
-    if not isinstance(key, str):
-        return f"the key {_of_number(key) or key} is no text; write it in quotes"
-    problem = _of_text(key)
-    return f"a key {problem}" if problem else ""
-
-
-def _of_number(value: Any) -> str:
+def _of_number(value: object) -> str:
     """Return what is wrong with a value that is not text, empty if nothing is."""
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
         return "a number of more than 64 bits"
@@ -175,7 +172,6 @@ def _of_number(value: Any) -> str:
 
 
 def _of_text(text: str) -> str:
-    """Return what is wrong with a text, empty if nothing is."""
     if "\0" in text:
         return "holds the character NUL, which no file's name and no argument can"
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
