@@ -81,7 +81,7 @@ class GGUFReader(PackageReader):  # type: ignore[misc] # the package has no type
 
 def _strings(data: np.ndarray, offset: int, count: int) -> list[memoryview]:
     """Return `count` length-prefixed strings."""
-    raw, found = memoryview(data), []
+    raw, found = data.data, list[memoryview]()
     for _ in range(count):
         if offset + _LENGTH.size > len(raw):
             raise ValueError(f"an array of {count} strings is longer than the file")

@@ -71,7 +71,7 @@ class Statement:
         return str(self.document.get("predicateType", ""))
 
     @property
-    def predicate(self) -> Mapping[str, JsonValue]:
+    def predicate(self) -> Mapping[str, Json]:
         """What it says about its subjects."""
         return self._at("predicate")
 

@@ -71,11 +71,16 @@ def is_section(kind: object) -> bool:
     return isinstance(kind, type) and (issubclass(kind, BaseModel) or is_dataclass(kind))
 
 
-@cache  # all commands have fields of the same sections, and every start reads them
 def fields_of(section: type) -> Mapping[str, FieldInfo]:
     """Return a section's fields by name."""
     if issubclass(section, BaseModel):
         return section.model_fields
+    kind: Any = section
+    return _fields_of(kind)
+
+
+@cache  # all commands have fields of the same sections, and every start reads them
+def _fields_of(section: Any) -> Mapping[str, FieldInfo]:
     hints = get_type_hints(section, include_extras=True)
     return {
         one.name: FieldInfo.from_annotated_attribute(hints[one.name], one)
