@@ -21,8 +21,8 @@ from weightsmith.serving.option_values import require_harmless
 NO_TLS = "health checks and probes speak HTTP: let a proxy or the cluster's ingress end TLS"
 """What to do instead of giving a server certificates."""
 
-_NUMBER = re.compile(r"[+-]?\.?\d")
-"""How one begins; engines read more, such as `1e5` and `4k`."""
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?([kmgt]i?b?)?", re.IGNORECASE)
+"""As engines read them, such as `1e5`, `25.6k` and `4GiB`."""
 _SWITCHED = frozenset({"true", "false", "1", "0", "enabled", "disabled"})
 """What llama-server takes in place of on and off."""
 _SHOWN = 60
@@ -119,7 +119,7 @@ def _checked_value(key: str, value: JsonValue, kind: str) -> JsonValue:
 
 def require_fitting(option: str, value: JsonValue, words: Sequence[str], *, number: bool) -> None:
     """Raise UsageError for a value that the engine's own parser refuses, if that is known."""
-    if number and (isinstance(value, bool) or not _NUMBER.match(str(value))):
+    if number and (isinstance(value, bool) or not _NUMBER.fullmatch(str(value))):
         raise UsageError(
             f"serve.extra.{option} is {shortened(value)}", hint="it takes a number: give one"
         )
