@@ -30,15 +30,13 @@ from weightsmith.oci.limits import REGISTRIES
 from weightsmith.outside.docker_images import read_bases
 from weightsmith.quantizers import formats, of_format
 from weightsmith.quantizers.architectures import (
+    DENSE,
     EXPERTS,
     FURTHER_EXPERTS,
     JOINED,
     NAMED,
     ROUNDED,
     SEEING,
-)
-from weightsmith.quantizers.checkpoints import DENSE
-from weightsmith.quantizers.known import (
     STACKED_MXFP4,
     gguf_architectures,
     gguf_projectors,

@@ -150,7 +150,7 @@ def test_a_tokenizer_that_came_without_its_pieces_is_that_with_them(tmp_path, ki
 
 
 def test_the_architectures_are_those_of_the_pinned_converter():
-    from weightsmith.quantizers.known import (
+    from weightsmith.quantizers.architectures import (
         CONVERTED_WHOLE,
         gguf_architectures,
         gguf_projectors,

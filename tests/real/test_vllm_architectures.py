@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from weightsmith.quantizers.checkpoints import DENSE
+from weightsmith.quantizers.architectures import DENSE
 
 from tests.fakes.decoders import make_dense
 from tests.fakes.started import weightsmith

@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SCANNING
-from weightsmith.quantizers.known import STACKED_MXFP4
+from weightsmith.quantizers.architectures import FURTHER_EXPERTS, SCANNING, STACKED_MXFP4
 from weightsmith.quantizers.rounded import quantize
 from weightsmith.quantizers.schemes import SCHEMES
 

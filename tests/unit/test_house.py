@@ -342,7 +342,7 @@ READS_OUR_OWN = {
     "outside/image_sandbox.py",
     "outside/sandbox_probe.py",
     "outside/sandbox_launcher.py", "core/safe_parse.py", "quantizers/convert.py",
-    "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/known.py",
+    "quantizers/compressor.py", "quantizers/gguf.py", "quantizers/architectures.py",
     "quantizers/running.py",
     "core/resources.py", "serving/llamacpp_options.py",
     "models/facts.py", "serving/option_values.py", "serving/options.py", "serving/vllm.py",

@@ -24,9 +24,9 @@ from weightsmith.quantizers.architectures import (
     NAMED,
     ROUNDED,
     SEEING,
+    STACKED_MXFP4,
 )
 from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.known import STACKED_MXFP4
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.quality.measure import measure

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from weightsmith.quantizers.awq_search import best_clip, patch_searches
+from weightsmith.quantizers.autoawq import best_clip, patch_searches
 
 
 class Four:

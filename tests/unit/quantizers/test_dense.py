@@ -3,8 +3,7 @@
 import pytest
 from weightsmith.core.errors import InputRefused
 from weightsmith.quantizers import formats, of_format
-from weightsmith.quantizers.architectures import GROUPED, ROUNDED, WALKED
-from weightsmith.quantizers.checkpoints import DENSE, LLAMAS
+from weightsmith.quantizers.architectures import DENSE, GROUPED, LLAMAS, ROUNDED, WALKED
 from weightsmith.quantizers.schemes import SCHEMES
 
 from tests.fakes.configs import facts

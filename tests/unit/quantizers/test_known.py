@@ -20,16 +20,13 @@ from weightsmith.quantizers.architectures import (
     NAMED,
     ROUNDED,
     SCANNING,
-    WALKED,
-    check_kept,
-)
-from weightsmith.quantizers.calibration import GENERAL
-from weightsmith.quantizers.checkpoints import MATRICES, is_kept
-from weightsmith.quantizers.known import (
     STACKED_MXFP4,
+    WALKED,
     gguf_architectures,
     vllm_architectures,
 )
+from weightsmith.quantizers.calibration import GENERAL
+from weightsmith.quantizers.checkpoints import MATRICES, check_kept, is_kept
 from weightsmith.quantizers.layerwise.maxima import input_maxima
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import PackedLayout, view_of

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from weightsmith.core.errors import CheckFailed, InputRefused
 from weightsmith.core.values import FP8
 from weightsmith.models.facts import read_facts
-from weightsmith.quantizers.checkpoints import LLAMAS, awq_config, check_grouped, finish, group_size
+from weightsmith.quantizers.architectures import LLAMAS
+from weightsmith.quantizers.checkpoints import awq_config, check_grouped, finish, group_size
 from weightsmith.quantizers.packed import PackedLayout, PackedView
 from weightsmith.quantizers.packed_check import check_checkpoint
 from weightsmith.quantizers.rounding import round_rows

@@ -1,17 +1,42 @@
-"""Which architectures can have a packed format, and with which dimensions."""
+"""Architectures that the pinned engines know, and which of them can have a packed format.
+
+Tests compare the lists with the engines.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import cast
 
-from weightsmith.core.errors import InputRefused
-from weightsmith.core.values import Json
 from weightsmith.models.facts import ModelFacts
-from weightsmith.quantizers.checkpoints import DENSE, check_config
-from weightsmith.quantizers.known import STACKED_MXFP4, what_works
-from weightsmith.quantizers.schemes import Scheme
 
+_FOLDER = Path(__file__).parent
+STACKED_MXFP4 = frozenset({"GptOssForCausalLM"})
+"""Architectures whose experts vLLM loads in OpenAI's MXFP4 layout, and in no other packed one.
+
+vLLM 0.32 and 0.33, models/gpt_oss.py: `_load_weights_other` passes over tensors of single experts
+under the names of compressed-tensors, AWQ and GPTQ, and reads stacked ones in 16 bits.
+"""
+CONVERTED_WHOLE = frozenset({
+    "Exaone4_5_ForConditionalGeneration", "KimiK3ForConditionalGeneration",
+    "Sarashina2VisionForCausalLM", "Step3p7ForConditionalGeneration",
+    "StepVLForConditionalGeneration",
+})  # fmt: skip
+"""Models whose own class the converter looks up (its `get_model_architecture`)."""
+LLAMAS = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+)
+"""Llama-like architectures, which every engine here supports."""
+DENSE = LLAMAS | {
+    "Cohere2ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
+    "GemmaForCausalLM", "GraniteForCausalLM", "HunYuanDenseV1ForCausalLM", "Olmo2ForCausalLM",
+    "Olmo3ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM",
+}  # fmt: skip
+"""Dense decoders whose layers consist of `*_proj` matrices, norms and biases, so that each matrix
+can be rounded separately. For each, vLLM's log-probabilities were compared with ours."""
 EXPERTS = frozenset({
     "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeForCausalLM",
     "Llama4ForCausalLM", "MiniMaxM2ForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM",
@@ -68,130 +93,53 @@ GROUPED = WALKED - SCANNING
 MEASURED = WALKED - NAMED - FURTHER_EXPERTS
 """Those whose importance matrices and cache our walk measures; it was not tried on the others."""
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_QKV = frozenset({"q_proj", "k_proj", "v_proj"})
-_GATED = frozenset({"gate_proj", "up_proj"})
-_LACKED = {
-    **dict.fromkeys(JOINED, (_QKV | _GATED, "joins Q, K and V, and gate and up")),
-    **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), (_GATED, "joins gate and up")),
-    **dict.fromkeys(
-        ("ApertusForCausalLM", "ArceeForCausalLM", "Jais2ForCausalLM", "NemotronForCausalLM"),
-        (frozenset({"gate_proj"}), "has no gate"),
-    ),
-    "Lfm2ForCausalLM": (
-        _GATED | {"down_proj", "o_proj"},
-        "has w1, w3, w2 and out_proj instead",
-    ),
-}
-"""Architecture -> matrices of other decoders that its layers lack, and why."""
-_MLP = ("gate_proj", "up_proj", "down_proj")
+
+@cache
+def gguf_architectures() -> frozenset[str]:
+    """Return what `convert_hf_to_gguf.py --print-supported-models` prints."""
+    return frozenset(json.loads((_FOLDER / "gguf_architectures.json").read_text("utf-8")))
 
 
-def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
-    """Refuse an architecture that is not known, and rows or outputs that tiles do not divide."""
-    check_config(model, ROUNDED)
-    if model.architecture in STACKED_MXFP4 and scheme.format.kind != "mxfp4":
-        raise InputRefused(
-            f"vLLM loads the experts of {model.architecture} in MXFP4 only, not in"
-            f" {scheme.format.name}",
-            hint=what_works(model),
-        )
-    if scheme.tile[0] > 1 and model.architecture in LLAMA4:
-        # vLLM 0.33, models/llama4.py permute_qk_weight_for_rotary
-        raise InputRefused(
-            f"vLLM cannot load {scheme.format.name} weights of {model.architecture}: it reorders"
-            " the rows of Q and K, and a block has one scale for several rows",
-            hint="choose fp8, which has a scale per row",
-        )
-    if scheme.tile[0] > 1 and model.architecture in SCANNING:
-        # vLLM 0.33, layers/mamba/mamba_mixer2.py
-        raise InputRefused(
-            f"{scheme.format.name} has blocks of rows, and vLLM splits {model.architecture}'s"
-            " mamba.in_proj inside them",
-            hint="choose fp8, which has a scale per row",
-        )
-    width, height = scheme.tile[1], scheme.tile[0]
-    for name, outputs, inputs in dimensions(model):
-        if scheme.packed and inputs % width:
-            raise InputRefused(
-                f"{scheme.format.name} has a scale per {width} inputs, and {name} has {inputs}",
-                hint="choose fp8 or w8a8, which have a scale per row",
-            )
-        if height > 1 and outputs % height:
-            raise InputRefused(
-                f"{scheme.format.name} has blocks of {height} outputs, and {name}, which engines"
-                f" fuse with others, has {outputs}",
-                hint="choose fp8, which has a scale per row",
-            )
+@cache
+def gguf_projectors() -> frozenset[str]:
+    """Return the architectures whose vision or audio part the same program can convert."""
+    return frozenset(json.loads((_FOLDER / "gguf_projectors.json").read_text("utf-8")))
 
 
-def dimensions(model: ModelFacts) -> Iterator[tuple[str, int, int]]:
-    """Yield name, outputs and inputs of matrices; 0 outputs where nothing is fused behind them."""
-    shape, more = model.shape, model.matrices
-    if shape.kv_lora_rank:
-        yield "o_proj", 0, shape.heads * (shape.v_head_dim or shape.head_dim)
-    else:
-        yield "q_proj", shape.heads * shape.head_dim, shape.hidden
-        yield "k_proj", shape.kv_heads * shape.head_dim, shape.hidden
-        yield "o_proj", 0, shape.heads * shape.head_dim
-    if more.sparse_layers < shape.layers:
-        yield "gate_proj", shape.intermediate, shape.hidden
-        yield "down_proj", 0, shape.intermediate
-    if more.experts:
-        width = more.expert_width or shape.intermediate
-        yield "an expert's gate_proj", width, shape.hidden
-        yield "an expert's down_proj", 0, width
-    if more.shared_width:
-        yield "the shared expert's gate_proj", more.shared_width, shape.hidden
-        yield "the shared expert's down_proj", 0, more.shared_width
+def converted_as(model: ModelFacts) -> str:
+    """Return the class by which llama.cpp's converter knows the language model.
+
+    That is what `text_config` says of itself in config.json, as SmolVLM's does, else the model's.
+    """
+    whole = model.architecture in CONVERTED_WHOLE
+    return model.architecture if whole else model.text_architecture
 
 
-def check_kept(model: ModelFacts, chosen: Mapping[str, Json]) -> None:
-    """Refuse names that a model lacks, and to keep only some matrices of a layer's experts."""
-    keep = set(chosen.get("keep") or ())
-    for end in sorted(keep):
-        _check_there(model, end)
-    if keep and model.architecture in STACKED_MXFP4:
-        raise InputRefused(
-            f"keep: vLLM loads all experts of {model.architecture} in MXFP4, and attention is never"
-            " quantized",
-            hint="remove keep",
-        )
-    if model.matrices.experts:
-        _check_experts(keep)
+def has_projector(model: ModelFacts) -> bool:
+    """Return whether llama.cpp has a projector for a model that sees.
+
+    Its converter needs to know how pictures are prepared.
+    """
+    known = model.vision_architecture in gguf_projectors()
+    return model.sees_images and model.describes_images and known
 
 
-def _check_there(model: ModelFacts, end: str) -> None:
-    """Refuse a name of a layer or of a matrix that is not there."""
-    layer = _LAYER.search(end)
-    if layer and model.shape.layers and int(layer[1]) >= model.shape.layers:
-        raise InputRefused(
-            f"keep: no matrix has a name that ends in {end!r}: the model has"
-            f" {model.shape.layers} layers",
-            hint=f"name a layer from 0 to {model.shape.layers - 1}",
-        )
-    lacked, why = _LACKED.get(model.architecture, (frozenset(), ""))
-    if model.shape.kv_lora_rank:
-        lacked, why = _QKV, "makes Q, K and V in several steps"
-    if end.rpartition(".")[2] in lacked:
-        others = "" if "o_proj" in lacked else "; o_proj and down_proj can be kept"
-        raise InputRefused(
-            f"keep: no matrix has a name that ends in {end!r}: {model.architecture} {why}",
-            hint=f"remove it, and what engines fuse with it{others}",
-        )
+@cache
+def vllm_architectures() -> Mapping[str, str]:
+    """Return the models that generate text in both the pinned transformers and the pinned vLLM.
+
+    The value is `own` for a class of vLLM's, `transformers` where vLLM runs transformers' class.
+    Written by `docs/known.py`.
+    """
+    text = (_FOLDER / "vllm_architectures.json").read_text("utf-8")
+    return cast("Mapping[str, str]", json.loads(text))
 
 
-def _check_experts(keep: Collection[str]) -> None:
-    """Refuse to keep only some matrices of a layer's experts: engines fuse them all into two."""
-    for end in sorted(keep):
-        stem, _, name = end.rpartition(".")
-        if "shared" in stem:
-            continue
-        missing = [p for p in _MLP if name in _MLP and f"{stem}.{p}".lstrip(".") not in keep]
-        parts = stem.split(".")
-        if missing or "experts" in parts or parts[-1].isdigit():  # a number: of one expert
-            raise InputRefused(
-                f"keep: {end!r} would leave some of a layer's experts in 16 bits, and engines"
-                " load either all or none",
-                hint="list gate_proj, up_proj and down_proj of the same layers, or none of them",
-            )
+def what_works(model: ModelFacts) -> str:
+    """Return how a model can be served that a packed format does not support."""
+    choices = ["serve it in 16 bits (target vllm)"]
+    if model.architecture in STACKED_MXFP4:
+        choices.insert(0, "choose mxfp4a16")
+    if converted_as(model) in gguf_architectures():
+        choices.append("as GGUF (target llamacpp-q4_k_m)")
+    return ", or ".join(choices)

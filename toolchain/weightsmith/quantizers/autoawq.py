@@ -1,18 +1,27 @@
-"""AWQ by AutoAWQ (archived upstream): a second engine for the layout of `awq`."""
+"""AWQ by AutoAWQ (archived upstream): a second engine for the layout of `awq`.
+
+AWQ's two searches are patched: on a CPU one corrupts weights and the other takes half an hour.
+
+Scales: AutoAWQ saves a layer's weights by `tensor.cpu()`, which only copies from a GPU, and then
+multiplies them in place. On a CPU every matrix stays multiplied by the first candidate scales.
+
+Clipping: AutoAWQ and GPTQModel multiply every sampled input by every weight for each of eleven
+limits. Here the squared error of a group's output over all tokens is computed as `d G d`, with d
+the change of its weights and G the inputs' Gram matrix, which is computed once.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.errors import UsageError
 from weightsmith.core.trees import discard, remove
-from weightsmith.core.values import Format, JsonValue
-from weightsmith.quantizers.awq_search import patch_searches
+from weightsmith.core.values import Format
+from weightsmith.quantizers.architectures import LLAMAS
 from weightsmith.quantizers.checkpoints import (
-    LLAMAS,
     awq_config,
     check_group,
     check_grouped,
@@ -23,9 +32,9 @@ from weightsmith.quantizers.checkpoints import (
     peak_disk,
     zero_point_option,
 )
-from weightsmith.quantizers.packed import PackedLayout, view_of
+from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import (
     encoder,
     equal_length,
@@ -35,11 +44,13 @@ from weightsmith.quantizers.running import (
     texts,
 )
 
+_SAMPLED_TOKENS = 512
+_GRID, _STEPS = 20, 10
+"""Candidate limits: a group's largest weight times 1 - step / grid. All are AutoAWQ's values."""
 AWQ_AUTOAWQ = Format(name="awq-autoawq", kind="awq", bits_per_weight=4.16)
 
 
-def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    """Return the recipe's options that affect the output; raises UsageError."""
+def _options(format_: Format, requested: Options) -> Options:
     zero_point_option(format_, requested)
     if keep := keep_option(requested):
         raise UsageError(
@@ -50,14 +61,9 @@ def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str,
     return {"group_size": group_option(requested)}
 
 
-def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    """Return the step: AutoAWQ, and conversion of its output by our code."""
+def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     title = f"quantizing to {request.format.name} by AutoAWQ"
-    return (python_step(__name__, request, title, group_size=_layout(request).group_size),)
-
-
-def _layout(request: QuantizeRequest) -> PackedLayout:
-    return in_groups(request.model, "awq", request.options.get("group_size"))
+    return (python_step(__name__, request, title, group_size=in_groups(request).group_size),)
 
 
 def main() -> None:
@@ -95,16 +101,62 @@ def main() -> None:
     remove(raw)
 
 
+def patch_searches(search: Any) -> None:
+    """Patch both searches of AutoAWQ 0.2.9's class AwqQuantizer (quantize/quantizer.py)."""
+    upstream = search._compute_best_scale  # noqa: SLF001 - there is no public hook
+
+    def best_scale(quantizer: Any, x: Any, w: Any, seen: Any, module: Any, *more: Any) -> Any:
+        own = module.state_dict
+        module.state_dict = lambda: {name: value.clone() for name, value in own().items()}
+        try:
+            return upstream(quantizer, x, w, seen, module, *more)
+        finally:
+            del module.state_dict
+
+    search._compute_best_scale = best_scale  # noqa: SLF001
+    search._compute_best_clip = lambda own, weight, inputs: best_clip(  # noqa: SLF001
+        own.group_size, own.pseudo_quantize_tensor, weight, inputs
+    )
+
+
+def best_clip(
+    size: int, rounded: Callable[[Any], tuple[Any, ...]], weight: Any, inputs: Any
+) -> Any:
+    """Return each group's clipping limit with the smallest squared error of its output.
+
+    weight [out, in] and inputs [..., in] are torch tensors, a group has `size` inputs, and
+    `rounded` returns the quantized weights as its first value. The result is [out, groups, 1], as
+    in AutoAWQ 0.2.9 (quantize/quantizer.py, _compute_best_clip) except for the rounding of sums.
+    """
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    rows = rows[:: max(1, rows.shape[0] // _SAMPLED_TOKENS)].to(weight.device, weight.dtype)
+    seen = rows.reshape(rows.shape[0], -1, size).transpose(0, 1)
+    gram = seen.transpose(1, 2) @ seen  # [groups, size, size]
+    own = weight.detach().reshape(weight.shape[0], -1, size).transpose(0, 1).contiguous()
+    largest = own.abs().amax(-1, keepdim=True)  # [groups, out, 1]
+    best, least = largest.clone(), None
+    for step in range(_STEPS):
+        limit = largest * (1 - step / _GRID)
+        moved = rounded(own.clamp(-limit, limit))[0] - own
+        error = (moved @ gram).mul_(moved).sum(-1, keepdim=True)
+        if least is None:
+            least = error
+            continue
+        better = error < least
+        best[better], least[better] = limit[better], error[better]
+    return best.transpose(0, 1)
+
+
 QUANTIZER = Quantizer(
     name="autoawq",
     builder="autoawq",
     formats=(AWQ_AUTOAWQ,),
     recipe_number=5,
     check_input=lambda _format, model: check_grouped(model, LLAMAS),
-    steps=steps,
-    check=lambda request: checked(request, _layout(request), "autoawq"),
+    steps=_steps,
+    check=lambda request: checked(request, in_groups(request), "autoawq"),
     peak_disk=peak_disk,
-    options=options,
+    options=_options,
     check_options=check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,26 +25,24 @@ from weightsmith.core.safe_parse import read_json
 from weightsmith.core.values import Format, Json, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type
-from weightsmith.quantizers.known import what_works
+from weightsmith.quantizers.architectures import (
+    JOINED,
+    LLAMA4,
+    ROUNDED,
+    SCANNING,
+    STACKED_MXFP4,
+    what_works,
+)
 from weightsmith.quantizers.matrices import FUSED, Matrix
 from weightsmith.quantizers.packed import PARTS, PackedLayout
+from weightsmith.quantizers.quantizer import QuantizeRequest
+from weightsmith.quantizers.schemes import Scheme
 from weightsmith.quantizers.writing import TensorGroup, copied, whole, write_checkpoint
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes of vLLM's 4-bit kernels, in order of preference."""
 LINEAR = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 """The quantized matrices: those of the decoder layers."""
-LLAMAS = frozenset(
-    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-)
-"""Llama-like architectures, which every engine here supports."""
-DENSE = LLAMAS | {
-    "Cohere2ForCausalLM", "Exaone4ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM",
-    "GemmaForCausalLM", "GraniteForCausalLM", "HunYuanDenseV1ForCausalLM", "Olmo2ForCausalLM",
-    "Olmo3ForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM",
-}  # fmt: skip
-"""Dense decoders whose layers consist of `*_proj` matrices, norms and biases, so that each matrix
-can be rounded separately. For each, vLLM's log-probabilities were compared with ours."""
 _FUSED = {name: FUSED[name] for name in ("qkv_proj", "gate_up_proj")}
 MATRICES = (*_FUSED["qkv_proj"], "o_proj", *_FUSED["gate_up_proj"], "down_proj")
 _NEVER_QUANTIZED = "lm_head"
@@ -148,12 +146,13 @@ def group_size(model: ModelFacts, requested: JsonValue) -> int:
     )
 
 
-def in_groups(model: Path, method: str, requested: JsonValue) -> PackedLayout:
+def in_groups(request: QuantizeRequest) -> PackedLayout:
     """Return the layout of 4-bit integers with a scale per group: `gptq` symmetric, others not.
 
     Raises InputRefused as `group_size` does.
     """
-    size = group_size(read_facts(model), requested)
+    size = group_size(read_facts(request.model), request.options.get("group_size"))
+    method = request.format.kind
     return PackedLayout(method=method, bits=4, group_size=size, symmetric=method == "gptq")
 
 
@@ -286,8 +285,7 @@ def keep_option(requested: Mapping[str, JsonValue]) -> list[str]:
     Raises UsageError for unknown matrices, for only some of the matrices that engines fuse, and if
     nothing would be quantized.
     """
-    listed = requested.get("keep")
-    keep = sorted({*map(str, listed if isinstance(listed, Sequence) else ())} - {_NEVER_QUANTIZED})
+    keep = sorted(_listed(requested.get("keep")) - {_NEVER_QUANTIZED})
     for end in keep:
         stem, _, name = end.rpartition(".")
         if name not in MATRICES:
@@ -356,3 +354,131 @@ def negative_patterns(keep: Sequence[str]) -> dict[str, JsonValue]:
             if name in parts:
                 ends.add(f"{stem}.{fused}".lstrip("."))
     return {rf"-:(.*\.)?{re.escape(end)}$": {} for end in sorted(ends)}
+
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+_GATED = frozenset({"gate_proj", "up_proj"})
+_LACKED = {
+    **dict.fromkeys(JOINED, (_QKV | _GATED, "joins Q, K and V, and gate and up")),
+    **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), (_GATED, "joins gate and up")),
+    **dict.fromkeys(
+        ("ApertusForCausalLM", "ArceeForCausalLM", "Jais2ForCausalLM", "NemotronForCausalLM"),
+        (frozenset({"gate_proj"}), "has no gate"),
+    ),
+    "Lfm2ForCausalLM": (
+        _GATED | {"down_proj", "o_proj"},
+        "has w1, w3, w2 and out_proj instead",
+    ),
+}
+"""Architecture -> matrices of other decoders that its layers lack, and why."""
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def check_rounded(scheme: Scheme, model: ModelFacts) -> None:
+    """Refuse an architecture that is not known, and rows or outputs that tiles do not divide."""
+    check_config(model, ROUNDED)
+    if model.architecture in STACKED_MXFP4 and scheme.format.kind != "mxfp4":
+        raise InputRefused(
+            f"vLLM loads the experts of {model.architecture} in MXFP4 only, not in"
+            f" {scheme.format.name}",
+            hint=what_works(model),
+        )
+    if scheme.tile[0] > 1 and model.architecture in LLAMA4:
+        # vLLM 0.33, models/llama4.py permute_qk_weight_for_rotary
+        raise InputRefused(
+            f"vLLM cannot load {scheme.format.name} weights of {model.architecture}: it reorders"
+            " the rows of Q and K, and a block has one scale for several rows",
+            hint="choose fp8, which has a scale per row",
+        )
+    if scheme.tile[0] > 1 and model.architecture in SCANNING:
+        # vLLM 0.33, layers/mamba/mamba_mixer2.py
+        raise InputRefused(
+            f"{scheme.format.name} has blocks of rows, and vLLM splits {model.architecture}'s"
+            " mamba.in_proj inside them",
+            hint="choose fp8, which has a scale per row",
+        )
+    width, height = scheme.tile[1], scheme.tile[0]
+    for name, outputs, inputs in dimensions(model):
+        if scheme.packed and inputs % width:
+            raise InputRefused(
+                f"{scheme.format.name} has a scale per {width} inputs, and {name} has {inputs}",
+                hint="choose fp8 or w8a8, which have a scale per row",
+            )
+        if height > 1 and outputs % height:
+            raise InputRefused(
+                f"{scheme.format.name} has blocks of {height} outputs, and {name}, which engines"
+                f" fuse with others, has {outputs}",
+                hint="choose fp8, which has a scale per row",
+            )
+
+
+def dimensions(model: ModelFacts) -> Iterator[tuple[str, int, int]]:
+    """Yield name, outputs and inputs of matrices; 0 outputs where nothing is fused behind them."""
+    shape, more = model.shape, model.matrices
+    if shape.kv_lora_rank:
+        yield "o_proj", 0, shape.heads * (shape.v_head_dim or shape.head_dim)
+    else:
+        yield "q_proj", shape.heads * shape.head_dim, shape.hidden
+        yield "k_proj", shape.kv_heads * shape.head_dim, shape.hidden
+        yield "o_proj", 0, shape.heads * shape.head_dim
+    if more.sparse_layers < shape.layers:
+        yield "gate_proj", shape.intermediate, shape.hidden
+        yield "down_proj", 0, shape.intermediate
+    if more.experts:
+        width = more.expert_width or shape.intermediate
+        yield "an expert's gate_proj", width, shape.hidden
+        yield "an expert's down_proj", 0, width
+    if more.shared_width:
+        yield "the shared expert's gate_proj", more.shared_width, shape.hidden
+        yield "the shared expert's down_proj", 0, more.shared_width
+
+
+def check_kept(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
+    """Refuse names that a model lacks, and to keep only some matrices of a layer's experts."""
+    keep = _listed(chosen.get("keep"))
+    for end in sorted(keep):
+        _check_there(model, end)
+    if keep and model.architecture in STACKED_MXFP4:
+        raise InputRefused(
+            f"keep: vLLM loads all experts of {model.architecture} in MXFP4, and attention is never"
+            " quantized",
+            hint="remove keep",
+        )
+    for end in sorted(keep) if model.matrices.experts else ():
+        stem, _, name = end.rpartition(".")
+        if "shared" in stem:
+            continue
+        # Engines fuse all of a layer's experts into two matrices.
+        missing = [p for p in _MLP if name in _MLP and f"{stem}.{p}".lstrip(".") not in keep]
+        parts = stem.split(".")
+        if missing or "experts" in parts or parts[-1].isdigit():  # a number: of one expert
+            raise InputRefused(
+                f"keep: {end!r} would leave some of a layer's experts in 16 bits, and engines"
+                " load either all or none",
+                hint="list gate_proj, up_proj and down_proj of the same layers, or none of them",
+            )
+
+
+def _listed(keep: JsonValue) -> set[str]:
+    return {*map(str, keep)} if isinstance(keep, Sequence) else set()
+
+
+def _check_there(model: ModelFacts, end: str) -> None:
+    """Refuse a name of a layer or of a matrix that is not there."""
+    layer = _LAYER.search(end)
+    if layer and model.shape.layers and int(layer[1]) >= model.shape.layers:
+        raise InputRefused(
+            f"keep: no matrix has a name that ends in {end!r}: the model has"
+            f" {model.shape.layers} layers",
+            hint=f"name a layer from 0 to {model.shape.layers - 1}",
+        )
+    lacked, why = _LACKED.get(model.architecture, (frozenset(), ""))
+    if model.shape.kv_lora_rank:
+        lacked, why = _QKV, "makes Q, K and V in several steps"
+    if end.rpartition(".")[2] in lacked:
+        others = "" if "o_proj" in lacked else "; o_proj and down_proj can be kept"
+        raise InputRefused(
+            f"keep: no matrix has a name that ends in {end!r}: {model.architecture} {why}",
+            hint=f"remove it, and what engines fuse with it{others}",
+        )

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.trees import discard, remove
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts, read_facts
+from weightsmith.quantizers.architectures import LLAMAS
 from weightsmith.quantizers.checkpoints import (
-    LLAMAS,
     check_config,
     check_group,
     finish,
@@ -28,15 +27,14 @@ from weightsmith.quantizers.checkpoints import (
 )
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import encoder, python_step, read_settings, samples, texts
 
 FP8_STATIC = Format(name="fp8-static", kind="fp8", bits_per_weight=8.0)
 AWQ_COMPRESSED = Format(name="awq-compressed", kind="compressed-tensors", bits_per_weight=4.16)
 
 
-def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    """Return the recipe's options that affect a format's output."""
+def _options(format_: Format, requested: Options) -> Options:
     found: dict[str, JsonValue] = {"keep": keep_option(requested)}
     if format_ == AWQ_COMPRESSED:
         found |= {
@@ -46,14 +44,12 @@ def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str,
     return found
 
 
-def check_options(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
-    """Refuse a group size that does not divide every row, for the format with groups."""
+def _check_options(model: ModelFacts, chosen: Options) -> None:
     if "group_size" in chosen:
         check_group(model, chosen)
 
 
-def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    """Return the step: llm-compressor, and conversion of its output by our code."""
+def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     layout = _layout(request)
     return (
         python_step(
@@ -138,11 +134,11 @@ QUANTIZER = Quantizer(
     formats=(FP8_STATIC, AWQ_COMPRESSED),
     recipe_number=4,
     check_input=lambda _format, model: check_config(model, LLAMAS),
-    steps=steps,
+    steps=_steps,
     check=lambda request: checked(request, _layout(request), "llm-compressor"),
     peak_disk=peak_disk,
-    options=options,
-    check_options=check_options,
+    options=_options,
+    check_options=_check_options,
     calibrated=lambda _format, _options: True,
     view=view_of,
 )

@@ -13,6 +13,7 @@ from weightsmith.core.errors import InputRefused, UsageError
 from weightsmith.core.safe_parse import parse
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
+from weightsmith.quantizers.architectures import converted_as, gguf_architectures, has_projector
 from weightsmith.quantizers.checkpoints import check_unpacked
 from weightsmith.quantizers.gguf_check import (
     ALLOW_TEXT_ONLY,
@@ -26,8 +27,7 @@ from weightsmith.quantizers.gguf_file import open_view
 from weightsmith.quantizers.gguf_importance import check_imatrix, check_walk, config_of, window_of
 from weightsmith.quantizers.gguf_pass import ImportanceWalk, PassFile, PassSettings
 from weightsmith.quantizers.gguf_types import FILE_TYPES, FORMATS, TENSOR_TYPES
-from weightsmith.quantizers.known import converted_as, gguf_architectures, has_projector
-from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 
 
 def check_input(model: ModelFacts) -> None:
@@ -51,7 +51,7 @@ def check_input(model: ModelFacts) -> None:
         )
 
 
-def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+def _options(format_: Format, requested: Options) -> Options:
     """Return the recipe's options that affect a format's output; raises UsageError.
 
     `imatrix` becomes `off`, `auto`, `walk`, or the user's file.
@@ -93,18 +93,11 @@ def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str,
     return {**found, "tensor_types": {p: str(kind).lower() for p, kind in sorted(types.items())}}
 
 
-def calibrated(_format: Format, chosen: Mapping[str, JsonValue]) -> bool:
-    """Return whether an importance matrix is computed from calibration text."""
-    return chosen.get("imatrix") == "auto" or walked(chosen)
-
-
-def walked(chosen: Mapping[str, JsonValue]) -> bool:
-    """Return whether our own walk over the layers measures importance."""
+def _is_walked(chosen: Options) -> bool:
     return chosen.get("imatrix") == "walk"
 
 
-def check_options(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
-    """Refuse a walk over an architecture that it does not support, and to lose a vision tower."""
+def _check_options(model: ModelFacts, chosen: Options) -> None:
     if model.sees_images and not has_projector(model) and not chosen.get("allow_text_only"):
         raise InputRefused(
             f"{model.architecture} reads pictures, and its GGUF file would read text only: "
@@ -115,15 +108,15 @@ def check_options(model: ModelFacts, chosen: Mapping[str, JsonValue]) -> None:
             ),
             hint=TEXT_ONLY,
         )
-    if walked(chosen):
+    if _is_walked(chosen):
         check_walk(model)
 
 
-def fits_one_pass(
+def _fits_one_pass(
     _format: Format,
-    chosen: Mapping[str, JsonValue],
+    chosen: Options,
     _other: Format,
-    others: Mapping[str, JsonValue],
+    others: Options,
 ) -> bool:
     """Return whether one pass over the weights can make another file beside the first.
 
@@ -159,7 +152,7 @@ def output_file(request: QuantizeRequest) -> Path:
     return request.output / f"{request.name}.gguf"
 
 
-def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
+def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     """Return the steps: convert or quantize in one pass.
 
     Our own walk measures importance while the converter starts. Only llama-imatrix needs a 16-bit
@@ -200,13 +193,10 @@ def _middle(request: QuantizeRequest, between: str) -> Path:
     return request.output / f".{request.name}.{between}.gguf"
 
 
-def peak_disk(
-    checkpoint_bytes: int, kept: int, format_: Format, chosen: Mapping[str, JsonValue]
-) -> int:
-    """Return the peak disk usage in bytes: output, and the file that importance needs."""
+def _peak_disk(checkpoint_bytes: int, kept: int, format_: Format, chosen: Options) -> int:
     output = int(checkpoint_bytes * format_.bits_per_weight / 16 * 1.3) + kept
-    middle = calibrated(format_, chosen) and not walked(chosen)
-    return output + (checkpoint_bytes if middle else 0)
+    # llama-imatrix measures on a file of the whole model.
+    return output + (checkpoint_bytes if chosen.get("imatrix") == "auto" else 0)
 
 
 def _converter(request: QuantizeRequest, split: str) -> tuple[str, ...]:
@@ -292,7 +282,7 @@ def _pass(
     settings, overrides = request.output / f".{request.name}.quantize.json", _overrides(request)
     middle, texts = _middle(request, between), request.output / ".texts.jsonl"
     walk = None
-    if walked(request.options) and not request.measured:
+    if _is_walked(request.options) and not request.measured:
         matrix = request.output / IMATRIX
         walk = ImportanceWalk(model=str(request.model), texts=str(texts), out=str(matrix))
     contents = PassSettings(
@@ -344,20 +334,20 @@ QUANTIZER = Quantizer(
     formats=FORMATS,
     recipe_number=4,
     check_input=lambda _format, model: check_input(model),
-    options=options,
+    options=_options,
     # The type of the projector that a model which sees gets beside its file.
     options_of_model=lambda model: {"projector": PROJECTOR_TYPE} if has_projector(model) else {},
-    check_options=check_options,
-    calibrated=calibrated,
-    walked=walked,
-    steps=steps,
+    check_options=_check_options,
+    calibrated=lambda _format, chosen: chosen.get("imatrix") in ("auto", "walk"),
+    walked=_is_walked,
+    steps=_steps,
     check=check,
-    peak_disk=peak_disk,
+    peak_disk=_peak_disk,
     view=open_view,
     default="q4_k_m",
     computed=True,
     statistics=IMATRIX,
     check_imports=("weightsmith.models.gguf_reader",),
     check_statistics=check_imatrix,
-    one_pass=fits_one_pass,
+    one_pass=_fits_one_pass,
 )

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from weightsmith.core.trees import discard, remove
-from weightsmith.core.values import Format, JsonValue
+from weightsmith.core.values import Format
 from weightsmith.models.facts import ModelFacts, read_facts
-from weightsmith.quantizers.awq_search import best_clip
+from weightsmith.quantizers.architectures import DENSE
+from weightsmith.quantizers.autoawq import best_clip
 from weightsmith.quantizers.checkpoints import (
-    DENSE,
     awq_config,
     check_group,
     check_grouped,
@@ -32,9 +31,9 @@ from weightsmith.quantizers.checkpoints import (
     row_lengths,
     zero_point_option,
 )
-from weightsmith.quantizers.packed import PackedLayout, view_of
+from weightsmith.quantizers.packed import view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 from weightsmith.quantizers.running import (
     encoder,
     equal_length,
@@ -55,34 +54,27 @@ Measured with one and two threads: 64 s and 114 s for rows of 576 and 1536 weigh
 for 2048 and 5632."""
 
 
-def options(format_: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    """Return the recipe's options that affect these formats' output."""
+def _options(format_: Format, requested: Options) -> Options:
     if format_ == AWQ_GPTQMODEL:
         zero_point_option(format_, requested)
     return {"group_size": group_option(requested), "keep": keep_option(requested)}
 
 
-def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    """Return the step: GPTQModel, and conversion of its output by our code."""
+def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     return (
         python_step(
             __name__,
             request,
             f"quantizing to {request.format.name} by GPTQModel",
             method=request.format.kind,
-            group_size=_layout(request).group_size,
+            group_size=in_groups(request).group_size,
             keep=request.keep,
         ),
     )
 
 
-def check_input(format_: Format, model: ModelFacts) -> None:
-    """Refuse unsupported architectures, and rows that no group size divides."""
+def _check_input(format_: Format, model: ModelFacts) -> None:
     check_grouped(model, DENSE - NO_AWQ if format_ == AWQ_GPTQMODEL else DENSE)
-
-
-def _layout(request: QuantizeRequest) -> PackedLayout:
-    return in_groups(request.model, request.format.kind, request.options.get("group_size"))
 
 
 def main() -> None:
@@ -160,11 +152,11 @@ QUANTIZER = Quantizer(
     builder="gptqmodel",
     formats=(AWQ_GPTQMODEL, GPTQ_GPTQMODEL),
     recipe_number=9,
-    check_input=check_input,
-    steps=steps,
-    check=lambda request: checked(request, _layout(request), "gptqmodel"),
+    check_input=_check_input,
+    steps=_steps,
+    check=lambda request: checked(request, in_groups(request), "gptqmodel"),
     peak_disk=peak_disk,
-    options=options,
+    options=_options,
     check_options=check_group,
     calibrated=lambda _format, _options: True,
     view=view_of,

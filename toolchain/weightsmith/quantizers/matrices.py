@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from weightsmith.models.facts import ModelFacts, read_facts
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers.known import STACKED_MXFP4
+from weightsmith.quantizers.architectures import STACKED_MXFP4
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 _LAYER = re.compile(

@@ -13,8 +13,8 @@ from typing import Any
 from weightsmith.core.values import Format
 from weightsmith.models.facts import ModelFacts
 from weightsmith.models.tensors import CheckpointTensors
-from weightsmith.quantizers.architectures import WALKED, check_kept, check_rounded
-from weightsmith.quantizers.checkpoints import check_config, output_bytes
+from weightsmith.quantizers.architectures import WALKED
+from weightsmith.quantizers.checkpoints import check_config, check_kept, check_rounded, output_bytes
 from weightsmith.quantizers.matrices import matrices
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
@@ -24,14 +24,12 @@ from weightsmith.quantizers.running import python_step, read_settings, refusals,
 from weightsmith.quantizers.schemes import NVFP4
 
 
-def check_input(_format: Format, model: ModelFacts) -> None:
-    """Refuse a model that cannot have this format, by its configuration."""
+def _check_input(_format: Format, model: ModelFacts) -> None:
     check_config(model, WALKED)
     check_rounded(NVFP4, model)
 
 
-def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    """Return the step, which runs this module."""
+def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     title = "rounding to nvfp4, with scales of inputs"
     return (python_step(__name__, request, title, keep=request.keep),)
 
@@ -54,8 +52,8 @@ QUANTIZER = Quantizer(
     builder="merge",
     formats=(NVFP4.format,),
     recipe_number=1,
-    check_input=check_input,
-    steps=steps,
+    check_input=_check_input,
+    steps=_steps,
     check=lambda request: checked(request, PackedLayout.of_scheme(NVFP4), "observed"),
     peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
     options=options,

@@ -24,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from weightsmith.core.errors import EnvironmentFailure, InputRefused
-from weightsmith.core.values import Format, JsonValue
+from weightsmith.core.values import Format
 from weightsmith.models.facts import read_facts
 from weightsmith.models.tensors import CheckpointTensors, array_type, largest
-from weightsmith.quantizers.architectures import check_kept, check_rounded
 from weightsmith.quantizers.checkpoints import (
+    check_kept,
+    check_rounded,
     keep_option,
     not_finite,
     output_bytes,
@@ -38,7 +39,7 @@ from weightsmith.quantizers.checkpoints import (
 from weightsmith.quantizers.matrices import Matrix, matrices, unquantized
 from weightsmith.quantizers.packed import PackedLayout, view_of
 from weightsmith.quantizers.packed_check import checked
-from weightsmith.quantizers.quantizer import BuilderCommand, Quantizer, QuantizeRequest
+from weightsmith.quantizers.quantizer import BuilderCommand, Options, Quantizer, QuantizeRequest
 from weightsmith.quantizers.rounding import fused_scale, round_rows
 from weightsmith.quantizers.running import python_step
 from weightsmith.quantizers.schemes import SCHEMES, Scheme, stored_as
@@ -59,19 +60,17 @@ _KEPT = 256 << 20
 billion weights in bfloat16."""
 
 
-def options(_format: Format, requested: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+def options(_format: Format, requested: Options) -> Options:
     """Return the recipe's options that affect the output."""
     return {"keep": keep_option(requested)}
 
 
-def steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
-    """Return the step."""
+def _steps(request: QuantizeRequest) -> tuple[BuilderCommand, ...]:
     name = request.format.name
     return (python_step(_PROGRAM, request, f"rounding to {name}", method=name, keep=request.keep),)
 
 
-def check(request: QuantizeRequest) -> Mapping[str, JsonValue]:
-    """Check the finished checkpoint against the original; raises CheckFailed."""
+def _check(request: QuantizeRequest) -> Options:
     architecture = read_facts(request.model).architecture
     layout = PackedLayout.of_scheme(stored_as(SCHEMES[request.format.name], architecture))
     return checked(request, layout, "rounded")
@@ -268,8 +267,8 @@ QUANTIZER = Quantizer(
     formats=tuple(scheme.format for scheme in SCHEMES.values()),
     recipe_number=1,
     check_input=lambda format_, model: check_rounded(SCHEMES[format_.name], model),
-    steps=steps,
-    check=check,
+    steps=_steps,
+    check=_check,
     peak_disk=lambda size, kept, format_, _options: output_bytes(size, kept, format_),
     options=options,
     check_options=check_kept,

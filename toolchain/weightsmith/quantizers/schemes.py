@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from weightsmith.core.values import FP8, Format, JsonValue
-from weightsmith.quantizers.known import STACKED_MXFP4
+from weightsmith.quantizers.architectures import STACKED_MXFP4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

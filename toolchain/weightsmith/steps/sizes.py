@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from weightsmith.core.values import Format, JsonValue
 from weightsmith.models.facts import ModelFacts
 from weightsmith.quantizers import of_format
-from weightsmith.quantizers.known import has_projector
+from weightsmith.quantizers.architectures import has_projector
 from weightsmith.serving.projector import Projector
 from weightsmith.serving.targets import Target
 

@@ -531,7 +531,7 @@ def best_grid(
 
     weight [outputs, inputs]; `gram` [inputs, inputs] is the inputs' Gram matrix; None: use the
     whole range. The error of a group's output over all inputs is `d G d`, with d the change of its
-    weights, as in `awq_search.py`. A range that wins is at least half the whole one.
+    weights, as in `autoawq.py`. A range that wins is at least half the whole one.
     """
     parts = weight.reshape(len(weight), -1, size)
     low, high = parts.amin(-1).clamp_(max=0), parts.amax(-1).clamp_(min=0)
