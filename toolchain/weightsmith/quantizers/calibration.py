@@ -80,7 +80,9 @@ def read_texts(path: Path, bounds: TextBounds) -> Texts:
     """
     if path.exists() and not path.is_file():  # a pipe can be read only once
         return _texts.__wrapped__(path, "", bounds)
-    return _texts(path, _digest(path), bounds)
+    with _readable(path), path.open("rb") as stream:
+        digest = file_digest(stream, "sha256").hexdigest()
+    return _texts(path, digest, bounds)
 
 
 @lru_cache(maxsize=8)
@@ -110,8 +112,17 @@ def _texts(path: Path, _digest: str, bounds: TextBounds) -> Texts:
 
 
 def _chosen(rows: Iterable[Row], bounds: TextBounds) -> dict[bytes, Row]:
-    """Return at most `n` rows without duplicates, by their canonical form."""
-    once = {canonical(row): row for row in _pieces(rows, bounds)}
+    """Return at most `n` long enough rows without duplicates, by their canonical form.
+
+    Plain text that is too long is split.
+    """
+    once: dict[bytes, Row] = {}
+    for row in rows:
+        text, step = row.get("text"), bounds.max_length
+        pieces = [row]
+        if text is not None and len(text) > step:
+            pieces = [{"text": text[at : at + step]} for at in range(0, len(text), step)]
+        once |= {canonical(one): one for one in pieces if _length(one) >= bounds.min_length}
     return {key: once[key] for key in sorted(once, key=_place(bounds.seed))[: bounds.n]}
 
 
@@ -120,35 +131,14 @@ def _place(seed: int) -> Callable[[bytes], Digest]:
     return lambda key: Digest.of(salt + key)
 
 
-def _pieces(rows: Iterable[Row], bounds: TextBounds) -> Iterator[Row]:
-    """Yield the rows that are long enough; plain text that is too long is split."""
-    for row in rows:
-        if _length(row) < bounds.min_length:
-            continue
-        text = row.get("text")
-        if text is None or len(text) <= bounds.max_length:
-            yield row
-            continue
-        for start in range(0, len(text), bounds.max_length):
-            piece = text[start : start + bounds.max_length]
-            if len(piece) >= bounds.min_length:
-                yield {"text": piece}
-
-
 def _length(row: Row) -> int:
     if "text" in row:
         return len(row["text"])
     return sum(len(message["content"]) for message in row["messages"])
 
 
-def _digest(path: Path) -> str:
-    with _readable(path), path.open("rb") as stream:
-        return file_digest(stream, "sha256").hexdigest()
-
-
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn an error of the disk into one that names the file."""
     try:
         yield
     except OSError as error:
@@ -161,42 +151,37 @@ def _rows(path: Path) -> Iterator[Row]:
     with _readable(path), path.open("rb") as stream:
         number = 0
         while raw := stream.readline(_LONGEST_LINE + 1):
-            number += 1
+            number, where = number + 1, f"{path}:{number + 1}"
             raw = raw.removeprefix(BOM_UTF8) if number == 1 else raw
-            if raw.strip():
-                yield _row(raw, f"{path}:{number}")
+            if not raw.strip():
+                continue
+            if len(raw) > _LONGEST_LINE:
+                raise InputRefused(f"{where} is longer than {_LONGEST_LINE} bytes", hint=_SHAPE)
+            try:
+                row = parse(raw)
+            except UnicodeDecodeError:
+                raise InputRefused(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
+            except ValueError as error:
+                raise InputRefused(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
+            yield _checked_row(row, where)
 
 
-def _row(raw: bytes, where: str) -> Row:
-    if len(raw) > _LONGEST_LINE:
-        raise InputRefused(f"{where} is longer than {_LONGEST_LINE} bytes", hint=_SHAPE)
-    try:
-        row = parse(raw)
-    except UnicodeDecodeError:
-        raise InputRefused(f"{where} is not UTF-8", hint="save the file as UTF-8") from None
-    except ValueError as error:
-        raise InputRefused(f"{where}: invalid JSON: {error}", hint=_SHAPE) from None
+def _checked_row(row: object, where: str) -> Row:
     if isinstance(row, dict):
         text, messages = row.get("text"), row.get("messages")
         if isinstance(text, str) and messages is None and text.strip():
             return {"text": text}
-        if text is None and isinstance(messages, list) and _is_chat(messages):
-            return {"messages": [{k: m[k] for k in ("role", "content")} for m in messages]}
+        if text is None and isinstance(messages, list):
+            chat = [
+                {"role": one["role"], "content": one["content"]}
+                for one in messages
+                if isinstance(one, dict)
+                and isinstance(one.get("role"), str)
+                and isinstance(one.get("content"), str)
+            ]
+            if len(chat) == len(messages) and any(one["content"].strip() for one in chat):
+                return {"messages": chat}
     raise InputRefused(f"{where} has neither text nor messages", hint=_SHAPE)
-
-
-def _is_chat(messages: list[Json]) -> bool:
-    """Return whether this is a non-empty conversation."""
-    return (
-        bool(messages)
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        and any(m["content"].strip() for m in messages)
-    )
 
 
 def texts_of(file: RecipeFile) -> Texts:

@@ -465,7 +465,6 @@ def _listed(keep: JsonValue) -> set[str]:
 
 
 def _check_there(model: ModelFacts, end: str) -> None:
-    """Refuse a name of a layer or of a matrix that is not there."""
     layer = _LAYER.search(end)
     if layer and model.shape.layers and int(layer[1]) >= model.shape.layers:
         raise InputRefused(

@@ -349,7 +349,6 @@ def _check_vocabulary(vocabulary: Mapping[str, int]) -> None:
 
 
 def _starts_with_space(tokenizer: Mapping[str, Any]) -> bool:
-    """Return whether the tokenizer prepends a space to texts."""
     for part in ("normalizer", "pre_tokenizer"):
         whole = tokenizer.get(part) or {}
         for step in whole.get("normalizers") or whole.get("pretokenizers") or (whole,):

@@ -167,7 +167,6 @@ def _warnings(
 
 
 def _check_guesses(read: GGUFModel) -> None:
-    """Refuse metadata that depends on where the checkpoint lies."""
     guessed = [key for key in _GUESSED if read.get(key) is not None]
     if guessed:
         raise CheckFailed(
@@ -244,7 +243,6 @@ def _check_quantized(read: GGUFModel, format_name: str, elements: int) -> None:
 
 
 def _check_finite(read: GGUFModel) -> None:
-    """Refuse scales and float16 weights that are infinite or NaN."""
     import gguf
 
     def has_infinities(data: np.ndarray, places: Sequence[slice]) -> bool:

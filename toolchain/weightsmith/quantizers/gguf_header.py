@@ -58,8 +58,18 @@ def read_header(path: Path) -> GgufHeader:
         if file.read(4) != _MAGIC or _number(file, "I") != _VERSION:
             raise ValueError(f"{path.name} is not a GGUF file of version {_VERSION}")
         count, keys = _number(file, "Q"), _number(file, "Q")
-        values = {_text(file): _value(file) for _ in range(keys)}
-        tensors = {entry.name: entry for entry in (_entry(file) for _ in range(count))}
+        values, tensors = dict[str, bytes](), dict[str, GgufTensorInfo]()
+        for _ in range(keys):
+            key, start = _text(file), file.tell()
+            _skip(file, _number(file, "I"))
+            end = file.tell()
+            file.seek(start)
+            values[key] = _read(file, end - start)
+        for _ in range(count):
+            name = _text(file)
+            shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))
+            kind, offset = _number(file, "I"), _number(file, "Q")
+            tensors[name] = GgufTensorInfo(name=name, shape=shape, kind=kind, offset=offset)
         size = file.tell()
     return GgufHeader(values=values, tensors=tensors, size=_padded(size))
 
@@ -76,10 +86,14 @@ def quantized(
     split = {k: header.values[k] for k in SPLIT_KEYS if k in header.values}
     # Only the first part of a split model has values of the model.
     values = {**values, **changes, **split} if len(values) or not split else split
-    offsets = placed(targets, 0)
-    described = [
-        _described(header.tensors[name], kind, offsets[name]) for name, (kind, _) in targets.items()
-    ]
+    offsets, described = placed(targets, 0), []
+    for name, (kind, _) in targets.items():
+        shape = list(header.tensors[name].shape)
+        while len(shape) > 1 and shape[-1] == 1:  # as ggml_n_dims counts
+            shape.pop()
+        layout = f"<I{len(shape)}QIQ"
+        numbers = struct.pack(layout, len(shape), *shape, kind, offsets[name])
+        described.append(_string(name) + numbers)
     start = [_MAGIC, struct.pack("<IQQ", _VERSION, len(targets), len(values))]
     keys = [_string(key) + value for key, value in values.items()]
     data = b"".join([*start, *keys, *described])
@@ -104,7 +118,8 @@ def changed_values(file_type: int, overrides: Mapping[str, str | int]) -> dict[s
     }
     for key, value in overrides.items():
         about.pop(key, None)
-        about[key] = uint32(value) if isinstance(value, int) else _text_value(value)
+        text = struct.pack("<I", _STRING) + _string(str(value))
+        about[key] = uint32(value) if isinstance(value, int) else text
     return about
 
 
@@ -134,15 +149,6 @@ def number(value: bytes) -> int:
     return int(found)
 
 
-def _described(entry: GgufTensorInfo, kind: int, offset: int) -> bytes:
-    # As ggml_n_dims counts: without ones at the end.
-    shape = list(entry.shape)
-    while len(shape) > 1 and shape[-1] == 1:
-        shape.pop()
-    numbers = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-    return _string(entry.name) + numbers
-
-
 def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -150,10 +156,6 @@ def _padded(size: int) -> int:
 def _string(text: str) -> bytes:
     data = text.encode("utf-8")
     return struct.pack("<Q", len(data)) + data
-
-
-def _text_value(text: str) -> bytes:
-    return struct.pack("<I", _STRING) + _string(text)
 
 
 def _read(file: IO[bytes], size: int) -> bytes:
@@ -171,14 +173,6 @@ def _text(file: IO[bytes]) -> str:
     return _read(file, _number(file, "Q")).decode("utf-8")
 
 
-def _value(file: IO[bytes]) -> bytes:
-    start = file.tell()
-    _skip(file, _number(file, "I"))
-    end = file.tell()
-    file.seek(start)
-    return _read(file, end - start)
-
-
 def _skip(file: IO[bytes], kind: int) -> None:
     if kind == _STRING:
         file.seek(_number(file, "Q"), 1)
@@ -193,11 +187,3 @@ def _skip(file: IO[bytes], kind: int) -> None:
         file.seek(_SIZES[kind], 1)
     else:
         raise ValueError(f"unknown type {kind} of a value")
-
-
-def _entry(file: IO[bytes]) -> GgufTensorInfo:
-    name = _text(file)
-    shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))
-    return GgufTensorInfo(
-        name=name, shape=shape, kind=_number(file, "I"), offset=_number(file, "Q")
-    )

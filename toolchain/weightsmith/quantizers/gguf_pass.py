@@ -187,8 +187,6 @@ def write_files(source: GgufSource, outputs: Sequence[GgufOutput], threads: int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _File:
-    """An open output."""
-
     out: int
     log: int
     """Its journal."""
@@ -287,7 +285,6 @@ def _finished(line: str, file: IO[bytes], spans: Mapping[str, tuple[int, int]]) 
 
 
 def _check(targets: Sequence[TypeChange], wanted: Wanted) -> None:
-    """Refuse what llama-quantize refuses before it starts."""
     measured = (*_MEASURED, "Q2_K") if wanted.file_type == _Q2_K_S else _MEASURED
     for target in targets:
         if target.kind != target.target and target.kind not in _FLOATS:

@@ -212,7 +212,6 @@ class _FusedRows:
 
 
 def _work(matrix: Matrix, scheme: Scheme, rows: _FusedRows) -> TensorGroup:
-    """Return the work for a matrix's codes and scales."""
     weight = f"{matrix.module}.weight"
     codes = f"{weight}_packed" if scheme.packed else weight
     count, columns = matrix.outputs, matrix.inputs

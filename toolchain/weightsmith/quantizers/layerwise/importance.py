@@ -205,7 +205,6 @@ class _Seen(threading.local):
         self._last: tuple[torch.Tensor, SquareSums] | None = None
 
     def see(self, tensor: str, module: torch.nn.Linear, args: tuple[torch.Tensor, ...]) -> None:
-        """Add up the inputs of a linear layer."""
         if self._last is None or self._last[0] is not args[0]:  # Q, K and V get the same
             with unwatched():
                 self._last = args[0], SquareSums.of(args[0].reshape(-1, module.in_features))

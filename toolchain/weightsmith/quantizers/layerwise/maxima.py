@@ -67,8 +67,6 @@ def input_maxima(model: Path, lines: Sequence[str], found: Sequence[Matrix]) -> 
 
 @dataclass(slots=True)
 class _Maxima:
-    """What hooks on a layer's matrices see."""
-
     experts: Sequence[str]
     most: dict[str, float]
     valid: torch.Tensor = field(default_factory=lambda: torch.empty(0))

@@ -60,8 +60,6 @@ MIN_TOKENS = 64
 
 @dataclass(slots=True)
 class _Walk:
-    """What the walk of one model needs."""
-
     awq: bool
     group: int
     source: CheckpointTensors
@@ -121,7 +119,6 @@ class _Finished:
             write_whole(self._mark, identity.encode())
 
     def file(self, number: int) -> Path:
-        """Return the file of a layer's tensors."""
         return self._folder / f"layer-{number:05}" / "model.safetensors"
 
     def _states(self, number: int) -> Path:
@@ -250,7 +247,6 @@ def _scaled(
 
 
 def _experts(walk: _Walk, number: int, routed: Routed) -> dict[str, torch.Tensor]:
-    """Return the stored tensors of a layer's experts, each calibrated on the tokens it gets."""
     prefix = f"{walk.layers.stored_path(number)}."
     by_expert: dict[int, dict[int, Matrix]] = {}
     for matrix in walk.found:
@@ -390,7 +386,6 @@ def factors_of(mean: torch.Tensor, sizes: torch.Tensor, ratio: float) -> torch.T
 def _error(
     weights: Sequence[torch.Tensor], moments: Moments, size: int, factors: torch.Tensor | None
 ) -> float:
-    """Return the squared error of the outputs if the scaled weights are rounded."""
     error = 0.0
     for weight in weights:
         for start in range(0, len(weight), _ROWS):
