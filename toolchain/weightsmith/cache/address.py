@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -130,20 +131,14 @@ def of_nodes(on: str, run: RunOptions, settings: CacheSettings) -> Mapping[str, 
         cache=OFF if run.cache == OFF else str(found.both or ""),
         cache_from=OFF if run.cache_from == OFF else str(found.read or ""),
     )
-    return {**options.given(), **(_trusted(settings) if found.both or found.read else {})}
-
-
-def _trusted(settings: CacheSettings) -> Mapping[str, str]:
-    """Return `verify_key` as text, because its file is on this machine only.
-
-    So nodes check the cache's results as this machine does. A file that cannot be read is refused
-    where it is used.
-    """
-    key = settings.verify_key
-    try:
-        return {"verify_key": Path(key).read_text("utf-8")} if key else {}
-    except (OSError, ValueError):
-        return {"verify_key": key}
+    trusted, key = dict[str, str](), settings.verify_key
+    if key and (found.both or found.read):
+        # As text, because its file is on this machine only: nodes check the cache's results as it
+        # does. A file that cannot be read is refused where it is used.
+        trusted["verify_key"] = key
+        with suppress(OSError, ValueError):
+            trusted["verify_key"] = Path(key).read_text("utf-8")
+    return {**options.given(), **trusted}
 
 
 def _refused(flag: str, text: str, why: str) -> UsageError:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from weightsmith.cache.document import SharedEntry, read_document
-from weightsmith.cache.parts import lost
 from weightsmith.core.errors import (
     Altered,
     CacheLost,
@@ -131,6 +130,11 @@ class SharedCache:
             self._warn(
                 f"the cache {self.where} cannot be written; results are not shared: {_why(error)}"
             )
+
+
+def lost(where: str, why: str) -> CacheLost:
+    """Return the error for a result in a cache that cannot be read as it should."""
+    return CacheLost(f"a result in the cache {where} cannot be used: {why}", hint="run it again")
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:

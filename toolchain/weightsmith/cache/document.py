@@ -123,9 +123,10 @@ def read_document(data: bytes, key: Digest, check: signing.Check | None) -> Shar
         raise InputRefused(error.message, hint=_HINT) from None
     except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         raise InputRefused(f"it is malformed: {error}", hint=_HINT) from None
-    _check_note(found)
-    _check_paths(found)
-    _check_layers(found)
+    try:
+        _check(found)
+    except WeightsmithError as error:
+        raise InputRefused(error.message, hint=_HINT) from None
     return found
 
 
@@ -167,21 +168,18 @@ def _blob(row: Json, most: int) -> Blob:
     return Blob(digest=Digest(digest), size=_size(size, most), media_type=LAYER_TAR)
 
 
-def _size(value: Json, most: int) -> int:
+def _size(value: object, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"{value!r} is not a size")
     return value
 
 
-def _check_note(entry: SharedEntry) -> None:
-    """Refuse a note that the key is not the digest of, and content that the note does not name."""
+def _check(entry: SharedEntry) -> None:
+    # The key is the digest of the note, and a note of content names it.
     if key_of(entry.note) != entry.key:
         raise InputRefused("it was made of other things than its key says", hint=_HINT)
     if entry.note.get("stage") == _CONTENT and content_inputs(entry.files).key != entry.key:
         raise InputRefused("its files are others than its key says", hint=_HINT)
-
-
-def _check_paths(entry: SharedEntry) -> None:
     names = [file.path for file in entry.files]
     for name in names:
         parts = name.split("/")
@@ -189,12 +187,5 @@ def _check_paths(entry: SharedEntry) -> None:
             raise InputRefused(f"it names a file outside its folder: {name!r}", hint=_HINT)
     if len(set(names)) != len(names) or not {*entry.programs, *entry.headers} <= set(names):
         raise InputRefused("it names a file twice, or one that it does not have", hint=_HINT)
-
-
-def _check_layers(entry: SharedEntry) -> None:
-    try:
-        fits = [layer.size for layer in layers_of(entry)] == [blob.size for blob in entry.layers]
-    except WeightsmithError as error:
-        raise InputRefused(error.message, hint=_HINT) from None
-    if not fits:
+    if [layer.size for layer in layers_of(entry)] != [blob.size for blob in entry.layers]:
         raise InputRefused("its layers cannot hold its files", hint=_HINT)

@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
-from weightsmith.cache.cache import SharedCache
+from weightsmith.cache.cache import SharedCache, lost
 from weightsmith.cache.document import FOLDERS, SharedEntry, layers_of
-from weightsmith.cache.parts import files_in
 from weightsmith.core.errors import CacheLost
 from weightsmith.core.files import replace_file
 from weightsmith.core.ports import Store
-from weightsmith.core.values import Blob, FileEntry, JsonValue, Stream, Tree
+from weightsmith.core.values import Blob, JsonValue, Stream, Tree
+from weightsmith.oci import tar
 from weightsmith.oci.layers import Member, TarLayer, verified
 
 _WEIGHTS = (".safetensors", ".gguf")
 _ALTERED = "the result is made here when the command is run again"
+_Files: TypeAlias = Iterator[tuple[Member, Iterator[bytes]]]
+"""Files of a layer with their bytes, which must be read before the next file."""
 
 
-class RemoteFiles:
-    """The files of one entry in a cache; every byte is compared with its file's digest."""
+class LazyTree(Tree):
+    """A tree of a cache's entry; its files are fetched when their paths are asked for.
+
+    Every byte is compared with its file's digest.
+    """
+
+    __setattr__ = object.__setattr__  # it keeps what was fetched, although a Tree is frozen
 
     def __init__(
         self,
@@ -37,6 +45,8 @@ class RemoteFiles:
         scratch: Callable[[], Path],
         refuse: Callable[[CacheLost, Blob], None],
     ) -> None:
+        object.__setattr__(self, "files", entry.files)
+        object.__setattr__(self, "places", {})
         self._entry = entry
         self._shared = shared
         self._store = store
@@ -49,36 +59,42 @@ class RemoteFiles:
         self._fetching = threading.RLock()
         """Two stages may read the same result at once."""
         self._passing = threading.Lock()
-        self._passes: dict[int, tuple[int, Iterator[tuple[Member, Iterator[bytes]]]]] = {}
+        self._passes: dict[int, tuple[int, _Files]] = {}
         """A layer's number -> a reading of it that nobody uses now, and its next file's number."""
 
-    def whole(self) -> Path:
-        """Return the folder with all files, now a result of the store."""
+    def __repr__(self) -> str:
+        """Return a text without fetching anything."""
+        return f"LazyTree({len(self.files)} files)"
+
+    @property
+    def root(self) -> Path:
+        """The folder with all files, which are fetched first, as a result of the store."""
         with self._fetching:
             if self._whole is None:
                 made = self._store.produce(self._entry.key, self._entry.note, self._fill)
                 self._whole = made.tree.root
             return self._whole
 
+    @property
     def texts(self) -> Path:
-        """Return a folder with all files but the weights."""
-        if self._whole is not None or not any(_is_weights(f.path) for f in self._entry.files):
-            return self.whole()
+        """A folder with all files but the weights."""
+        if self._whole is not None or not any(f.path.endswith(_WEIGHTS) for f in self.files):
+            return self.root
         with self._fetching:
             if self._texts is None:
                 folder = self._scratch() / self._entry.key.hex
                 for layer, blob in self._layers:
-                    if not any(_is_weights(member.path) for member in layer.members):
+                    if not any(member.path.endswith(_WEIGHTS) for member in layer.members):
                         self._unpack(layer, blob, folder)
                 self._texts = folder
             return self._texts
 
-    def file(self, name: str) -> Path:
-        """Return the file on this disk."""
-        return (self.whole() if _is_weights(name) else self.texts()) / name
+    def path(self, name: str) -> Path:
+        """Return the file's location on disk, fetching it first."""
+        return (self.root if name.endswith(_WEIGHTS) else self.texts) / name
 
     def source(self, name: str) -> Path | Stream:
-        """Return where the file's bytes come from."""
+        """Return where the file's bytes come from, without fetching them."""
         if self._whole is not None:
             return self._whole / name
         return Stream(open=lambda: self._stream(name))
@@ -89,24 +105,22 @@ class RemoteFiles:
         A GGUF file whose header nobody could read has only a hole.
         """
         if self._whole is not None or not name.endswith(".gguf"):
-            return self.whole() / name
+            return self.root / name
         path = self._scratch() / self._entry.key.hex / "headers" / name
         with self._fetching:
-            if not path.exists():
-                self._write_header(name, path)
+            if path.exists():
+                return path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if blob := self._entry.headers.get(name):
+                with self._kept_honest(blob):
+                    read = self._shared.read(blob)
+                    replace_file(path, verified(read, blob, self._where, _ALTERED, CacheLost))
+            else:
+                replace_file(path, ())
+            (size,) = (file.size for file in self.files if file.path == name)
+            with path.open("r+b") as file:
+                file.truncate(size)
         return path
-
-    def _write_header(self, name: str, path: Path) -> None:
-        blob = self._entry.headers.get(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if blob is None:
-            replace_file(path, ())
-        else:
-            with self._kept_honest(blob):
-                replace_file(path, self._blob_bytes(blob))
-        (size,) = (file.size for file in self._entry.files if file.path == name)
-        with path.open("r+b") as file:
-            file.truncate(size)
 
     def mode(self, name: str) -> int:
         """Return the file's mode."""
@@ -124,20 +138,17 @@ class RemoteFiles:
     def _names(self) -> Mapping[str, str]:
         """Path in the layer -> path in the entry; layers may have further files."""
         folder = FOLDERS[self._entry.packing]
-        return {folder + file.path: file.path for file in self._entry.files}
-
-    def _blob_bytes(self, blob: Blob) -> Iterator[bytes]:
-        return verified(self._shared.read(blob), blob, self._where, _ALTERED, CacheLost)
+        return {folder + file.path: file.path for file in self.files}
 
     def _fill(self, folder: Path) -> Mapping[str, JsonValue]:
         for layer, blob in self._layers:
             self._unpack(layer, blob, folder)
-        digests = {file.path: file.digest.hex for file in self._entry.files}
+        digests = {file.path: file.digest.hex for file in self.files}
         return {**self._entry.meta, "sha256": digests}
 
     def _unpack(self, layer: TarLayer, blob: Blob, folder: Path) -> None:
         with self._kept_honest(blob):
-            for member, chunks in files_in(layer, self._shared.read(blob), self._shared.where):
+            for member, chunks in _files_in(layer, self._shared.read(blob), self._shared.where):
                 name = self._names.get(member.path)
                 if name is None:
                     continue
@@ -172,16 +183,14 @@ class RemoteFiles:
             with self._passing:
                 self._passes[number] = at + 1, files
 
-    def _pass_to(
-        self, number: int, at: int
-    ) -> tuple[int, Iterator[tuple[Member, Iterator[bytes]]]]:
+    def _pass_to(self, number: int, at: int) -> tuple[int, _Files]:
         """Return a reading of a layer that is not beyond a file, and where it is; nobody else's."""
         with self._passing:
             position, files = self._passes.pop(number, (at + 1, iter(())))
         if position <= at:
             return position, files
         layer, blob = self._layers[number]
-        return 0, files_in(layer, self._shared.read(blob), self._shared.where)
+        return 0, _files_in(layer, self._shared.read(blob), self._shared.where)
 
     def _verified(self, member: Member, chunks: Iterable[bytes]) -> Iterator[bytes]:
         if member.digest is None:
@@ -189,67 +198,53 @@ class RemoteFiles:
         blob = Blob(digest=member.digest, size=member.size, media_type="")
         return verified(chunks, blob, f"{self._where}, {member.path}", _ALTERED, CacheLost)
 
-    def _kept_honest(self, blob: Blob) -> _Refusing:
-        return _Refusing(self._refuse, blob)
+    @contextmanager
+    def _kept_honest(self, blob: Blob) -> Iterator[None]:
+        """Refuse the entry from now on if the block ends with a result that cannot be used."""
+        try:
+            yield
+        except CacheLost as error:
+            self._refuse(error, blob)
+            raise
 
 
-@dataclass(slots=True)
-class _Refusing:
-    """Calls `refuse` if its block ends with a result that cannot be used."""
+def _files_in(layer: TarLayer, chunks: Iterator[bytes], where: str) -> _Files:
+    """Yield each file of a layer.
 
-    refuse: Callable[[CacheLost, Blob], None]
-    blob: Blob
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Refuse the entry from now on."""
-        if isinstance(error, CacheLost):
-            self.refuse(error, self.blob)
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(_WEIGHTS)
+    Everything but the files' bytes is compared; those are the caller's to verify. Raises CacheLost.
+    """
+    reader = _Reader(chunks, where)
+    for head, member in layer.entries():
+        reader.exactly(head)
+        if member is None:
+            continue
+        left = reader.part(member.size)
+        yield member, left
+        for _ in left:  # what the caller did not read
+            pass
+        reader.exactly(tar.padding(member.size))
 
 
-class LazyTree(Tree):
-    """A tree of a cache's entry; its files are fetched when their paths are asked for."""
+class _Reader:
+    """Reads exactly so many bytes from chunks of any size."""
 
-    __slots__ = ("_remote",)
-    _remote: RemoteFiles
+    def __init__(self, chunks: Iterator[bytes], where: str) -> None:
+        self._chunks, self._where, self._held = chunks, where, memoryview(b"")
 
-    def __init__(self, files: tuple[FileEntry, ...], remote: RemoteFiles) -> None:
-        object.__setattr__(self, "_remote", remote)
-        object.__setattr__(self, "files", files)
-        object.__setattr__(self, "places", {})
+    def part(self, size: int) -> Iterator[bytes]:
+        """Yield the next `size` bytes; CacheLost if there are fewer."""
+        while size:
+            if not self._held:
+                try:
+                    self._held = memoryview(next(self._chunks))
+                except StopIteration:
+                    raise lost(self._where, "it is shorter than it should be") from None
+                continue
+            chunk, self._held = self._held[:size], self._held[size:]
+            size -= len(chunk)
+            yield bytes(chunk)
 
-    def __repr__(self) -> str:
-        """Return a text without fetching anything."""
-        return f"LazyTree({len(self.files)} files)"
-
-    @property
-    def root(self) -> Path:
-        """The folder with all files, which are fetched first."""
-        return self._remote.whole()
-
-    @property
-    def texts(self) -> Path:
-        """A folder with all files but the weights."""
-        return self._remote.texts()
-
-    def path(self, name: str) -> Path:
-        """Return the file's location on disk, fetching it first."""
-        return self._remote.file(name)
-
-    def source(self, name: str) -> Path | Stream:
-        """Return where the file's bytes come from, without fetching them."""
-        return self._remote.source(name)
-
-    def header(self, name: str) -> Path:
-        """Return a file with the weights file's header and size."""
-        return self._remote.header(name)
-
-    def mode(self, name: str) -> int:
-        """Return the file's mode."""
-        return self._remote.mode(name)
+    def exactly(self, expected: bytes) -> None:
+        """Read what must be these bytes."""
+        if b"".join(self.part(len(expected))) != expected:
+            raise lost(self._where, "it is not the layer of its files")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weightsmith.cache.cache import SharedCache
 from weightsmith.cache.document import SharedEntry, layers_of
-from weightsmith.cache.lazy import LazyTree, RemoteFiles
+from weightsmith.cache.lazy import LazyTree
 from weightsmith.cache.uploads import Remember, Uploads, nowhere
 from weightsmith.core.errors import CacheLost, UsageError
 from weightsmith.core.ports import Store, StoreEntry
@@ -125,8 +125,7 @@ class SharedStore:
             if self._uploads and self._uploads.fill(shared):
                 shared.discard(blob, (*found.layers, *found.headers.values()))
 
-        remote = RemoteFiles(found, shared, self._local, self._scratch, refuse)
-        tree = LazyTree(found.files, remote)
+        tree = LazyTree(found, shared, self._local, self._scratch, refuse)
         for layer, blob in zip(layers_of(found, tree), found.layers, strict=True):
             self._layers[layer.key] = blob.digest
         registry, repository = shared.cache.origin

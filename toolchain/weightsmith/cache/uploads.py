@@ -6,7 +6,8 @@ import errno
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -123,19 +124,15 @@ class Uploads:
         Raises EnvironmentFailure or OSError if the cache cannot be used, UsageError or InputRefused
         for files that cannot be in a layer.
         """
-        layers = None if again else self._held(key)
-        if layers is not None:
-            self._note(layers)
-            return False
-        made = prepared(key, note, entry, self._memo, self._signer)
-        blobs = [(blob, self._while_wanted(opener)) for blob, opener in made.blobs]
-        self.sent += self._tried(lambda: self._shared.cache.write(key, made.document, blobs))
-        self._note(made.layers)
-        return True
-
-    def _note(self, layers: Sequence[Digest]) -> None:
-        if self._shared.cache.origin[0]:
-            self._remember(*self._shared.cache.origin, layers)
+        cache, layers = self._shared.cache, None if again else self._held(key)
+        sending = layers is None
+        if layers is None:
+            document, blobs, layers = prepared(key, note, entry, self._memo, self._signer)
+            wanted = [(blob, self._while_wanted(opener)) for blob, opener in blobs]
+            self.sent += self._tried(lambda: cache.write(key, document, wanted))
+        if cache.origin[0]:
+            self._remember(*cache.origin, layers)
+        return sending
 
     def _while_wanted(self, opener: Opener) -> Opener:
         """Return an opener whose bytes end with an error once the upload is given up.
@@ -179,24 +176,14 @@ _HEADER_TYPE = "application/vnd.weightsmith.cache.header.v1"
 _LARGEST_HEADER = 64 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedUpload:
-    """A document, and the blobs that it names with their bytes."""
-
-    key: Digest
-    document: bytes
-    blobs: tuple[tuple[Blob, Opener], ...]
-    layers: tuple[Digest, ...]
-    """Digests of the blobs that an image may have as layers."""
-
-
 def prepared(
     key: Digest, note: Mapping[str, Writable], entry: StoreEntry, memo: Memo, signer: Signer | None
-) -> PreparedUpload:
-    """Return a local entry as a cache takes it; hashes its layers unless their digests are known.
+) -> tuple[bytes, Sequence[tuple[Blob, Opener]], Sequence[Digest]]:
+    """Return a local entry as a cache takes it: document, its blobs, digests of those with layers.
 
-    Raises UsageError or InputRefused for files that cannot be in a layer, and for a note that the
-    key is not the digest of, which no reader would use.
+    Hashes its layers unless their digests are known. Raises UsageError or InputRefused for files
+    that cannot be in a layer, and for a note that the key is not the digest of, which no reader
+    would use.
     """
     if key_of(note) != key:
         raise InputRefused(
@@ -215,29 +202,17 @@ def prepared(
     layers = layers_of(plain, tree, memo)
     blobs = tuple(Blob(digest=x.digest, size=x.size, media_type=LAYER_TAR) for x in layers)
     heads = {f.path: _header(tree.path(f.path)) for f in tree.files if f.path.endswith(".gguf")}
-    shared = replace(
-        plain,
-        layers=blobs,
-        headers={path: _blob(head) for path, head in heads.items() if head},
-    )
-    bodies: list[tuple[Blob, Opener]] = [
+    headers = {
+        path: (Blob(digest=Digest.of(head), size=len(head), media_type=_HEADER_TYPE), head)
+        for path, head in heads.items()
+        if head
+    }
+    shared = replace(plain, layers=blobs, headers={path: one for path, (one, _) in headers.items()})
+    bodies = [
         (blob, checked_opener(layer, blob)) for blob, layer in zip(blobs, layers, strict=True)
     ]
-    bodies += [(_blob(head), _of(head)) for head in heads.values() if head]
-    return PreparedUpload(
-        key=key,
-        document=to_document(shared, signer),
-        blobs=tuple(bodies),
-        layers=tuple(blob.digest for blob in blobs),
-    )
-
-
-def _blob(data: bytes) -> Blob:
-    return Blob(digest=Digest.of(data), size=len(data), media_type=_HEADER_TYPE)
-
-
-def _of(data: bytes) -> Opener:
-    return lambda: iter((data,))
+    bodies += [(blob, partial(iter, (head,))) for blob, head in headers.values()]
+    return to_document(shared, signer), bodies, [blob.digest for blob in blobs]
 
 
 def _header(path: Path) -> bytes:
